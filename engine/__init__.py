@@ -1,0 +1,1 @@
+"""The dataflow: sources, pairs, batches, model, restored flow, and the command line."""

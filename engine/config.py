@@ -1,0 +1,106 @@
+"""Settings, as small frozen dataclasses: each field with its unit and the reason for its default.
+
+The command line only translates flags into these; a library caller gives the same names. Values are checked here,
+once, so that every later part can trust them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from flowreel.engine.errors import UsageError
+
+Codec = Literal["blosc", "pcodec", "zstd"]
+Precision = Literal["fp32", "tf32", "fp16", "bf16"]
+FitMode = Literal["pad", "crop", "resize"]
+Direction = Literal["forward", "backward"]
+Resolution = Literal["full", "native"]
+Decoder = Literal["auto", "nvdec", "pyav"]
+
+
+def _one_of(name: str, value: str, kind: object) -> None:
+    allowed = get_args(kind)
+    if value not in allowed:
+        raise UsageError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class SelectConfig:
+    """Which frames of the source are used."""
+
+    start: int | str = 0  # frame number, or a time: "10s", "1:02.5"
+    stop: int | str | None = None  # exclusive; None: to the end
+    step: int = 1  # take every step-th frame and pair neighbours of that sequence
+    stream: int | None = None  # which video stream of the container; None: FFmpeg's "best"
+    decoder: Decoder = "auto"
+
+    def __post_init__(self) -> None:
+        if self.step < 1:
+            raise UsageError(f"step must be at least 1, got {self.step}")
+        for name in ("start", "stop"):
+            value = getattr(self, name)
+            if isinstance(value, int) and value < 0:
+                raise UsageError(f"{name} must not be negative, got {value}")
+        if isinstance(self.start, int) and isinstance(self.stop, int) and self.stop <= self.start:
+            raise UsageError(f"stop ({self.stop}) must be greater than start ({self.start})")
+        if self.stream is not None and self.stream < 0:
+            raise UsageError(f"stream must not be negative, got {self.stream}")
+        _one_of("decoder", self.decoder, Decoder)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which network runs, where, and how."""
+
+    model: str | None = None  # FlowNet2, FlowNet2C, ...; None: what the weights hold
+    weights: str = "baseline"  # "baseline" (shipped), or a path
+    device: str = "auto"  # auto: CUDA when it is there, said aloud; cuda without one is an error
+    batch: int | None = None  # pairs; None: chosen from the frame size alone, so that results can be repeated
+    precision: Precision | None = None  # None: fp32 on a CPU, fp16 on a GPU
+    fit: FitMode = "pad"  # to the networks' multiple of 64; pad is undone exactly, crop is flownet2-pytorch's way
+    direction: Direction = "forward"
+
+    def __post_init__(self) -> None:
+        if self.batch is not None and self.batch < 1:
+            raise UsageError(f"batch must be at least 1, got {self.batch}")
+        if self.precision is not None:
+            _one_of("precision", self.precision, Precision)
+        _one_of("fit", self.fit, FitMode)
+        _one_of("direction", self.direction, Direction)
+
+
+@dataclass(frozen=True)
+class SinkConfig:
+    """How outputs are written. Each format reads the fields that concern it."""
+
+    max_error: float = 1 / 64  # pixels; far below any network's own error, 8x smaller than float32; 0: lossless
+    codec: Codec = "blosc"  # the one that every Zarr v3 reader opens
+    resolution: Resolution = "full"
+    shard_bytes: int = 128 << 20  # float32 bytes of flow in one shard: few files, each still quick to re-make
+    max_flow: float | None = None  # colour scale in pixels; None: 95th percentile of the first 32 flows, then fixed
+    overwrite: bool = False  # replace an output that is there, keeping the old one until the new one is complete
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_error <= 1024:
+            raise UsageError(f"max-error must lie between 0 (lossless) and 1024 px, got {self.max_error}")
+        _one_of("codec", self.codec, Codec)
+        _one_of("resolution", self.resolution, Resolution)
+        if self.max_flow is not None and not 0 < self.max_flow < float("inf"):
+            raise UsageError(f"max-flow must be a positive number of pixels or auto, got {self.max_flow}")
+        if self.shard_bytes < 1:
+            raise UsageError(f"shard-bytes must be at least 1, got {self.shard_bytes}")
+
+
+@dataclass(frozen=True)
+class QueueConfig:
+    """How much may wait between the stages: the whole of what a run holds in memory beside the model."""
+
+    items: int = 4  # per channel: enough to ride out an uneven neighbour, little enough to stop fast
+    total_bytes: int = 512 << 20  # over all channels together, a frame shared by two pairs counted once
+
+    def __post_init__(self) -> None:
+        if self.items < 1:
+            raise UsageError(f"a queue holds at least one item, got {self.items}")
+        if self.total_bytes < 1:
+            raise UsageError(f"queue-mb must be positive, got {self.total_bytes} bytes")

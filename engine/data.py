@@ -1,0 +1,206 @@
+"""What travels along the chain: frames, pairs, batches of pairs, batches of flow, and the header before them.
+
+Each class states its fields' shape, dtype, unit and device once, and checks them once, when it is made.
+Tensors may live on any device; ``engine/device.py`` alone moves them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from torch import Tensor
+
+    Int64Array = npt.NDArray[np.int64]
+    Float64Array = npt.NDArray[np.float64]
+
+JSON = None | bool | int | float | str | list["JSON"] | dict[str, "JSON"]
+
+
+@dataclass(frozen=True)
+class SourceId:
+    """Which input this is: enough to recognise it again, e.g. before a resume."""
+
+    name: str  # file name, folder name, or "synthetic:NAME"; never a full path, so that stores can be shared
+    size_bytes: int | None = None  # of the file, or of all the images together
+    duration_s: float | None = None  # as the container tells
+
+
+@dataclass(frozen=True)
+class FlowInfo:
+    """The header that comes before the first frame. A source states it; sinks are opened with it."""
+
+    height: int  # pixels; of a source: the frame as shown (rotation applied); of a sink: the flow field
+    width: int  # pixels
+    frame_rate: Fraction | None  # average frames per second of the frames the source gives; None: unknown
+    frame_count: int | None  # frames the source will give; None: unknown until it ends
+    source: SourceId
+    made_by: Mapping[str, JSON] = field(default_factory=dict)  # model, weights, precision, ...: kept in the store
+
+    def __post_init__(self) -> None:
+        if self.height < 1 or self.width < 1:
+            raise ValueError(f"a frame is at least 1x1 pixels, got {self.width}x{self.height}")
+
+    @property
+    def flow_count(self) -> int | None:
+        """N frames give N-1 flows; None when N is unknown."""
+        return None if self.frame_count is None else max(self.frame_count - 1, 0)
+
+    @property
+    def flow_bytes(self) -> int:
+        """Bytes of one flow field as float32: 2 x H x W x 4."""
+        return 8 * self.height * self.width
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One decoded picture."""
+
+    rgb: Tensor  # (3, H, W) uint8, full-range RGB, any strides, on the source's device
+    index: int  # number of this frame in the source, from 0, whatever start and step select
+    timestamp_s: float  # presentation time as the container has it, seconds, unshifted
+    clip: int = 0  # frames of different clips are never paired
+
+    def __post_init__(self) -> None:
+        if self.rgb.ndim != 3 or self.rgb.shape[0] != 3:
+            raise ValueError(f"a frame is (3, H, W), got {tuple(self.rgb.shape)}")
+        if self.rgb.dtype.is_floating_point or self.rgb.element_size() != 1:
+            raise TypeError(f"a frame is uint8, got {self.rgb.dtype}")
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.rgb,)
+
+    @property
+    def last_frame(self) -> int:
+        return self.index
+
+
+@dataclass(frozen=True, eq=False)
+class FramePair:
+    """Two frames of one clip; flow goes from ``first`` to ``second``."""
+
+    first: Frame
+    second: Frame
+
+    def __post_init__(self) -> None:
+        if self.first.clip != self.second.clip:
+            raise ValueError(f"frames {self.first.index} and {self.second.index} belong to different clips")
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.first.rgb, self.second.rgb)
+
+    @property
+    def last_frame(self) -> int:
+        return self.second.index
+
+
+@dataclass(frozen=True, eq=False)
+class PairBatch:
+    """Neighbouring pairs that go through the model together. Never crosses a shard; the last may be short."""
+
+    pairs: tuple[FramePair, ...]
+    index: int  # place of the first pair's flow in the output, from 0
+
+    def __post_init__(self) -> None:
+        if not self.pairs:
+            raise ValueError("a batch holds at least one pair")
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(tensor for pair in self.pairs for tensor in pair.tensors)
+
+    @property
+    def last_frame(self) -> int:
+        return self.pairs[-1].last_frame
+
+
+@dataclass(frozen=True, eq=False)
+class FlowBatch:
+    """Flow fields in order, with the frames and times they belong to."""
+
+    flow: Tensor  # (N, 2, H, W) float32, pixels of the source frame, x (right) then y (down)
+    index: int  # place of flow[0] in the output, from 0
+    frame: Int64Array  # (N,) number of each pair's first frame in the source
+    frame_to: Int64Array  # (N,) number of each pair's second frame
+    timestamp_s: Float64Array  # (N,) seconds, presentation time of the first frame
+    timestamp_to_s: Float64Array  # (N,) seconds, of the second
+
+    def __post_init__(self) -> None:
+        if self.flow.ndim != 4 or self.flow.shape[1] != 2:
+            raise ValueError(f"flow is (N, 2, H, W), got {tuple(self.flow.shape)}")
+        if self.flow.element_size() != 4 or not self.flow.dtype.is_floating_point:
+            raise TypeError(f"flow is float32, got {self.flow.dtype}")
+        count = (self.flow.shape[0],)
+        for name in ("frame", "frame_to", "timestamp_s", "timestamp_to_s"):
+            if getattr(self, name).shape != count:
+                raise ValueError(f"{name} has shape {getattr(self, name).shape}, expected {count}")
+
+    def __len__(self) -> int:
+        return int(self.flow.shape[0])
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.flow,)
+
+    @property
+    def last_frame(self) -> int:
+        return int(self.frame_to[-1])
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Gives frames in order. ``info`` is known before the first one is decoded.
+
+    Iterate once. After the iteration has ended, ``losses`` says in plain words what the input promised and did not
+    give (a cut file, frames that would not decode); empty when all came. ``notes`` says what the user should know
+    but need not act on (timestamps that had to be filled in).
+    """
+
+    @property
+    def info(self) -> FlowInfo: ...
+    @property
+    def losses(self) -> list[str]: ...
+    @property
+    def notes(self) -> list[str]: ...
+    def __iter__(self) -> Iterator[Frame]: ...
+    def close(self) -> None: ...
+
+
+class Sink(Protocol):
+    """Takes flow in order and publishes it on success. One format = one file in ``sinks/``.
+
+    ``open`` once, ``write`` any number of times, then ``commit`` or ``abort`` once. Until ``commit`` returns, nothing
+    that looks finished is at the output's name; after ``abort`` what cannot be of use is gone.
+    ``commit(complete=False)`` keeps all that was written but leaves it named as unfinished.
+    """
+
+    def open(self, info: FlowInfo) -> None: ...
+    def write(self, batch: FlowBatch) -> None: ...
+    def commit(self, complete: bool = True) -> None: ...
+    def abort(self) -> None: ...
+
+    @property
+    def path(self) -> str:
+        """Where the finished output is, or will be."""
+        ...
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes this sink has put on disk so far."""
+        ...
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know, e.g. how many vectors were unknown or beyond range."""
+        ...

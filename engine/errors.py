@@ -1,0 +1,143 @@
+"""Every error flowreel raises, named after what went wrong.
+
+    FlowreelError                     anything flowreel says about itself; the command line prints it as one line
+    ├── UsageError (ValueError)           options that make no sense together; exit code 2
+    ├── DeviceError (RuntimeError)        the device asked for is not there
+    ├── MissingDependencyError (ImportError)   an optional package is absent; names the extra to install
+    ├── SourceError                       something about the input
+    │   ├── SourceNotFoundError (FileNotFoundError)
+    │   ├── UnsupportedSourceError (ValueError)    not a video or picture that can be decoded
+    │   ├── TooFewFramesError (ValueError)         fewer than two frames: no flow
+    │   ├── FrameSizeError (ValueError)            a frame's size differs from the first one's
+    │   └── TruncatedSourceError (EOFError)        fewer frames decoded than the container holds
+    ├── WeightsError                      something about a weights file
+    │   ├── WeightsNotFoundError (FileNotFoundError)
+    │   ├── UnreadableWeightsError (ValueError)    cut, damaged, or refusing to load safely
+    │   └── WeightsMismatchError (ValueError)      readable, but not of the model asked for
+    ├── OutputError                       something about an output
+    │   ├── OutputExistsError (FileExistsError)
+    │   ├── OutputWriteError (OSError)             full disk, no permission, vanished folder
+    │   └── UnknownOutputError (ValueError)        no format goes by that name
+    ├── StoreError                        something about reading a flow store
+    │   ├── StoreNotFoundError (FileNotFoundError)
+    │   └── DamagedStoreError (ValueError)         a checksum or a shard is wrong
+    ├── FlowFileError (ValueError)        a .flo file that is not one
+    ├── CheckpointError (ValueError)      a training run that cannot be resumed
+    └── StageError                        a pipeline stage failed; __cause__ is the error itself
+
+Each also inherits the builtin its users already catch. Messages say what was expected, what came, and what to try.
+"""
+
+from __future__ import annotations
+
+
+class FlowreelError(Exception):
+    """Base of every error flowreel raises on purpose."""
+
+
+class UsageError(FlowreelError, ValueError):
+    """Options that are impossible or contradict each other."""
+
+
+class DeviceError(FlowreelError, RuntimeError):
+    """The device asked for is not there or cannot be used."""
+
+
+class MissingDependencyError(FlowreelError, ImportError):
+    """An optional package is missing or cannot load."""
+
+
+class SourceError(FlowreelError):
+    """Something is wrong with the input."""
+
+
+class SourceNotFoundError(SourceError, FileNotFoundError):
+    """No file, folder or match by that name."""
+
+
+class UnsupportedSourceError(SourceError, ValueError):
+    """The file is there, but holds no picture or video that can be decoded."""
+
+
+class TooFewFramesError(SourceError, ValueError):
+    """Fewer than two frames: there is no pair, so no flow."""
+
+
+class FrameSizeError(SourceError, ValueError):
+    """A frame's size differs from the size of the first one."""
+
+
+class TruncatedSourceError(SourceError, EOFError):
+    """Fewer frames decoded than the container says it holds."""
+
+
+class WeightsError(FlowreelError):
+    """Something is wrong with a weights file."""
+
+
+class WeightsNotFoundError(WeightsError, FileNotFoundError):
+    """No weights file by that name."""
+
+
+class UnreadableWeightsError(WeightsError, ValueError):
+    """A weights file that is cut, damaged, or holds more than plain tensors."""
+
+
+class WeightsMismatchError(WeightsError, ValueError):
+    """A readable weights file that does not fit the model asked for."""
+
+
+class OutputError(FlowreelError):
+    """Something is wrong with an output."""
+
+
+class OutputExistsError(OutputError, FileExistsError):
+    """The output is already there and nobody asked to replace it."""
+
+
+class OutputWriteError(OutputError, OSError):
+    """The output could not be written: full disk, no permission, vanished folder."""
+
+
+class UnknownOutputError(OutputError, ValueError):
+    """No output format goes by that name."""
+
+
+class StoreError(FlowreelError):
+    """Something is wrong with a flow store that is being read."""
+
+
+class StoreNotFoundError(StoreError, FileNotFoundError):
+    """No flow store at that path, complete or not."""
+
+
+class DamagedStoreError(StoreError, ValueError):
+    """A chunk, shard or attribute of a store is missing or fails its checksum."""
+
+
+class FlowFileError(FlowreelError, ValueError):
+    """A .flo file with a wrong tag, an impossible size, or too few bytes."""
+
+
+class CheckpointError(FlowreelError, ValueError):
+    """A training run's folder that cannot be resumed as asked."""
+
+
+class StageError(FlowreelError):
+    """A pipeline stage failed. ``__cause__`` is the error it raised.
+
+    Attributes:
+        stage: the stage's name, e.g. ``"decode"``.
+        frame: number of the source frame it was working on, None when unknown.
+    """
+
+    def __init__(self, stage: str, frame: int | None, cause: BaseException) -> None:
+        where = f"{stage}" if frame is None else f"{stage}, frame {frame}"
+        super().__init__(f"{where}: {cause}")
+        self.stage = stage
+        self.frame = frame
+        self.__cause__ = cause
+
+    def __reduce__(self) -> tuple[type[StageError], tuple[str, int | None, BaseException]]:
+        assert self.__cause__ is not None
+        return StageError, (self.stage, self.frame, self.__cause__)

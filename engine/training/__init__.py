@@ -1,0 +1,1 @@
+"""Training of the baseline weights on procedural scenes."""

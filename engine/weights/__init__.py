@@ -1,0 +1,1 @@
+"""The shipped weights live here as package data."""
