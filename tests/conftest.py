@@ -1,0 +1,36 @@
+"""Fixtures every test folder may use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_torch_thread() -> None:
+    """Small tensors gain nothing from intra-op threads, and results repeat more easily without them."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Folder of real videos, image pairs and goldens that are not part of the repository."""
+    folder = Path(os.environ.get("FLOWREEL_DATA", ROOT / ".." / "shared" / "data"))
+    if not folder.is_dir():
+        message = f"no data folder at {folder}: set FLOWREEL_DATA"
+        if os.environ.get("FLOWREEL_REQUIRE_DATA") == "1":
+            pytest.fail(message)
+        pytest.skip(message)
+    return folder.resolve()
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """Numbers of the reference layers and networks, computed for this project."""
+    return ROOT / "tests" / "data" / "golden"
