@@ -6,7 +6,7 @@ once, so that every later part can trust them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
 from flowreel.engine.errors import UsageError
@@ -15,7 +15,6 @@ Codec = Literal["blosc", "pcodec", "zstd"]
 Precision = Literal["fp32", "tf32", "fp16", "bf16"]
 FitMode = Literal["pad", "crop", "resize"]
 Direction = Literal["forward", "backward"]
-Resolution = Literal["full", "native"]
 Decoder = Literal["auto", "nvdec", "pyav"]
 
 
@@ -76,7 +75,6 @@ class SinkConfig:
 
     max_error: float = 1 / 64  # pixels; far below any network's own error, 8x smaller than float32; 0: lossless
     codec: Codec = "blosc"  # the one that every Zarr v3 reader opens
-    resolution: Resolution = "full"
     shard_bytes: int = 128 << 20  # float32 bytes of flow in one shard: few files, each still quick to re-make
     max_flow: float | None = None  # colour scale in pixels; None: 95th percentile of the first 32 flows, then fixed
     overwrite: bool = False  # replace an output that is there, keeping the old one until the new one is complete
@@ -85,7 +83,6 @@ class SinkConfig:
         if not 0 <= self.max_error <= 1024:
             raise UsageError(f"max-error must lie between 0 (lossless) and 1024 px, got {self.max_error}")
         _one_of("codec", self.codec, Codec)
-        _one_of("resolution", self.resolution, Resolution)
         if self.max_flow is not None and not 0 < self.max_flow < float("inf"):
             raise UsageError(f"max-flow must be a positive number of pixels or auto, got {self.max_flow}")
         if self.shard_bytes < 1:
@@ -104,3 +101,42 @@ class QueueConfig:
             raise UsageError(f"a queue holds at least one item, got {self.items}")
         if self.total_bytes < 1:
             raise UsageError(f"queue-mb must be positive, got {self.total_bytes} bytes")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything one run needs beside its source and outputs."""
+
+    select: SelectConfig = field(default_factory=SelectConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    sink: SinkConfig = field(default_factory=SinkConfig)
+    queues: QueueConfig = field(default_factory=QueueConfig)
+    tolerate_truncation: bool = False  # take what a cut file gives as the whole; otherwise its store stays unfinished
+
+    @classmethod
+    def of(cls, **options: object) -> RunConfig:
+        """The same from the flat names of the command line, e.g. ``of(stop=12, max_error=0, queue_mb=64)``.
+
+        ``"auto"`` stands for a field's None. Unknown names and impossible values raise UsageError.
+        """
+        tolerate = bool(options.pop("tolerate_truncation", False))
+        if "queue_mb" in options:
+            options["total_bytes"] = _megabytes(options.pop("queue_mb"))
+        parts = {}
+        for name, kind in (("select", SelectConfig), ("model", ModelConfig), ("sink", SinkConfig), ("queues", QueueConfig)):
+            known = {f.name: f for f in fields(kind)}
+            chosen = {key: options.pop(key) for key in list(options) if key in known}
+            parts[name] = kind(**{key: _auto(value, known[key].default) for key, value in chosen.items()})
+        if options:
+            raise UsageError(f"unknown option {', '.join(sorted(options))}")
+        return cls(tolerate_truncation=tolerate, **parts)
+
+
+def _auto(value: object, default: object) -> object:
+    return default if value == "auto" else value
+
+
+def _megabytes(value: object) -> int:
+    if not isinstance(value, int | float) or value <= 0:
+        raise UsageError(f"queue-mb must be a positive number, got {value!r}")
+    return int(value * (1 << 20))

@@ -1,0 +1,123 @@
+"""Devices: which one, on which stream, and every copy between host and device. Nothing else moves data.
+
+On a GPU each stage works on its own CUDA stream. What orders them is one event per item, *the hand-off*: the stage
+that makes an item records an event after its work; the stage that takes it makes its own stream wait for that event
+and marks the item's tensors as used there, so that the allocator does not hand their memory out too early. The CPU
+never waits for the device except in ``download``, where the bytes are needed. On a CPU all of this is nothing.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+
+from flowreel.engine.data import FlowBatch, Frame
+from flowreel.engine.errors import DeviceError, UsageError
+
+Item = TypeVar("Item")
+Stage = Callable[[Iterator[Any]], Iterator[Any]]
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` to the device that will be used; auto takes CUDA when it is there.
+
+    Raises:
+        DeviceError: CUDA was asked for by name and is not there; there is never a silent CPU run.
+        UsageError: no such kind of device.
+    """
+    if name == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            built = "with" if torch.backends.cuda.is_built() else "without"
+            raise DeviceError(f"{name} was asked for, but torch {torch.__version__} ({built} CUDA) finds no GPU")
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise DeviceError(f"{name} was asked for, but there are {torch.cuda.device_count()} GPUs, from cuda:0")
+        return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """For a person: ``cuda:0 (NVIDIA ...)``, or ``cpu (2 threads)``."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+class Streams:
+    """Gives every stage of one run its own stream and orders them by the hand-off described above."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._ready: WeakKeyDictionary[Any, torch.cuda.Event] = WeakKeyDictionary()
+
+    def on_stream(self, stage: Stage) -> Stage:
+        """The same stage, each ``next()`` of it run on a stream of its own; on a CPU the stage itself."""
+        if self.device.type != "cuda":
+            return stage
+
+        def staged(items: Iterator[Any]) -> Iterator[Any]:
+            stream = torch.cuda.Stream(self.device)
+            results = stage(self._awaited(items, stream))
+            try:
+                while True:
+                    with torch.cuda.stream(stream):  # left before the yield: streams are the thread's, not ours
+                        try:
+                            item = next(results)
+                        except StopIteration:
+                            return
+                        self._ready[item] = stream.record_event()
+                    yield item
+            finally:
+                close = getattr(results, "close", None)
+                if close is not None:
+                    close()
+
+        return staged
+
+    def _awaited(self, items: Iterator[Item], stream: torch.cuda.Stream) -> Iterator[Item]:
+        for item in items:
+            event = self._ready.get(item)
+            if event is not None:
+                stream.wait_event(event)
+            for tensor in getattr(item, "tensors", ()):
+                if tensor.is_cuda:
+                    tensor.record_stream(stream)
+            yield item
+
+
+def upload(device: torch.device) -> Stage:
+    """A stage that puts each frame on the device once, before pairs share it; frames already there pass."""
+
+    def stage(frames: Iterator[Frame]) -> Iterator[Frame]:
+        for frame in frames:
+            if frame.rgb.device == device:
+                yield frame
+            else:
+                pinned = frame.rgb.contiguous().pin_memory() if device.type == "cuda" else frame.rgb
+                yield replace(frame, rgb=pinned.to(device, non_blocking=True))
+
+    return stage
+
+
+def download(batches: Iterator[FlowBatch]) -> Iterator[FlowBatch]:
+    """A stage that brings flow to the host; flow already there passes untouched."""
+    for batch in batches:
+        if batch.flow.device.type == "cpu":
+            yield batch
+        else:
+            host = torch.empty(batch.flow.shape, dtype=batch.flow.dtype, pin_memory=True)
+            host.copy_(batch.flow, non_blocking=True)
+            torch.cuda.current_stream(batch.flow.device).synchronize()  # this stage's stream alone
+            yield replace(batch, flow=host)

@@ -1,0 +1,52 @@
+"""FlowNetC: both frames through one encoder, matched by a correlation layer (Fischer et al., ICCV 2015)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flowreel.engine.models.layers import SLOPE, Refiner, conv, initialise, normalise, scaled, to_pixels
+from flowreel.kernels import correlation
+
+DISPLACEMENTS = 441  # 21 x 21: up to 20 pixels each way in steps of 2, at 1/8 resolution
+
+
+class FlowNetC(Refiner):
+    """Alone it is FlowNet2C; ``predict`` is what the stacks call."""
+
+    def __init__(self, *, batch_norm: bool = False, width: float = 1.0) -> None:
+        super().__init__(width)
+
+        def n(channels: int) -> int:
+            return scaled(channels, width)
+
+        self.conv1 = conv(3, n(64), 7, 2, batch_norm=batch_norm)
+        self.conv2 = conv(n(64), n(128), 5, 2, batch_norm=batch_norm)
+        self.conv3 = conv(n(128), n(256), 5, 2, batch_norm=batch_norm)
+        self.conv_redir = conv(n(256), n(32), 1, batch_norm=batch_norm)
+        self.conv3_1 = conv(n(32) + DISPLACEMENTS, n(256), batch_norm=batch_norm)
+        self.conv4 = conv(n(256), n(512), stride=2, batch_norm=batch_norm)
+        self.conv4_1 = conv(n(512), n(512), batch_norm=batch_norm)
+        self.conv5 = conv(n(512), n(512), stride=2, batch_norm=batch_norm)
+        self.conv5_1 = conv(n(512), n(512), batch_norm=batch_norm)
+        self.conv6 = conv(n(512), n(1024), stride=2, batch_norm=batch_norm)
+        self.conv6_1 = conv(n(1024), n(1024), batch_norm=batch_norm)
+        initialise(self)
+
+    def predict(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(B, 6, H, W) normalised frames to (flow2, ..., flow6) in pixels / 20."""
+        conv2_first = self.conv2(self.conv1(x[:, :3]))
+        conv3_first = self.conv3(conv2_first)
+        conv3_second = self.conv3(self.conv2(self.conv1(x[:, 3:])))
+        matched = F.leaky_relu(correlation(conv3_first, conv3_second), SLOPE)
+        conv3 = self.conv3_1(torch.cat((self.conv_redir(conv3_first), matched), 1))
+        conv4 = self.conv4_1(self.conv4(conv3))
+        conv5 = self.conv5_1(self.conv5(conv4))
+        conv6 = self.conv6_1(self.conv6(conv5))
+        return self.refine({2: conv2_first, 3: conv3, 4: conv4, 5: conv5, 6: conv6})
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """(B, 3, H, W) RGB 0..255 twice to (B, 2, H, W) pixels; in training mode to (flow2, ..., flow6) / 20."""
+        flows = self.predict(normalise(first, second))
+        return flows if self.training else to_pixels(flows[0], "bilinear")

@@ -1,0 +1,43 @@
+"""FlowNetS: both frames stacked into one plain encoder-decoder (Fischer et al., ICCV 2015)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from flowreel.engine.models.layers import Refiner, conv, initialise, normalise, scaled, to_pixels
+
+
+class FlowNetS(Refiner):
+    """Alone (6 input channels) it is FlowNet2S; with 12 it refines another network's flow inside the stacks."""
+
+    def __init__(self, *, batch_norm: bool = False, width: float = 1.0, input_channels: int = 6) -> None:
+        super().__init__(width, upsampled_bias=False)
+
+        def n(channels: int) -> int:
+            return scaled(channels, width)
+
+        self.conv1 = conv(input_channels, n(64), 7, 2, batch_norm=batch_norm)
+        self.conv2 = conv(n(64), n(128), 5, 2, batch_norm=batch_norm)
+        self.conv3 = conv(n(128), n(256), 5, 2, batch_norm=batch_norm)
+        self.conv3_1 = conv(n(256), n(256), batch_norm=batch_norm)
+        self.conv4 = conv(n(256), n(512), stride=2, batch_norm=batch_norm)
+        self.conv4_1 = conv(n(512), n(512), batch_norm=batch_norm)
+        self.conv5 = conv(n(512), n(512), stride=2, batch_norm=batch_norm)
+        self.conv5_1 = conv(n(512), n(512), batch_norm=batch_norm)
+        self.conv6 = conv(n(512), n(1024), stride=2, batch_norm=batch_norm)
+        self.conv6_1 = conv(n(1024), n(1024), batch_norm=batch_norm)
+        initialise(self)
+
+    def predict(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(B, 6 or 12, H, W) normalised input to (flow2, ..., flow6) in pixels / 20."""
+        conv2 = self.conv2(self.conv1(x))
+        conv3 = self.conv3_1(self.conv3(conv2))
+        conv4 = self.conv4_1(self.conv4(conv3))
+        conv5 = self.conv5_1(self.conv5(conv4))
+        conv6 = self.conv6_1(self.conv6(conv5))
+        return self.refine({2: conv2, 3: conv3, 4: conv4, 5: conv5, 6: conv6})
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """(B, 3, H, W) RGB 0..255 twice to (B, 2, H, W) pixels; in training mode to (flow2, ..., flow6) / 20."""
+        flows = self.predict(normalise(first, second))
+        return flows if self.training else to_pixels(flows[0], "bilinear")

@@ -1,0 +1,47 @@
+"""FlowNetSD: a FlowNetS for small displacements, with smaller kernels and a smoothed decoder (Ilg et al., CVPR 2017)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from flowreel.engine.models.layers import Refiner, conv, initialise, normalise, scaled, to_pixels
+
+
+class FlowNetSD(Refiner):
+    """Alone it is FlowNet2SD; ``predict`` is what FlowNet2 calls."""
+
+    def __init__(self, *, batch_norm: bool = False, width: float = 1.0) -> None:
+        super().__init__(width, smooth=True, batch_norm=batch_norm)
+
+        def n(channels: int) -> int:
+            return scaled(channels, width)
+
+        self.conv0 = conv(6, n(64), batch_norm=batch_norm)
+        self.conv1 = conv(n(64), n(64), stride=2, batch_norm=batch_norm)
+        self.conv1_1 = conv(n(64), n(128), batch_norm=batch_norm)
+        self.conv2 = conv(n(128), n(128), stride=2, batch_norm=batch_norm)
+        self.conv2_1 = conv(n(128), n(128), batch_norm=batch_norm)
+        self.conv3 = conv(n(128), n(256), stride=2, batch_norm=batch_norm)
+        self.conv3_1 = conv(n(256), n(256), batch_norm=batch_norm)
+        self.conv4 = conv(n(256), n(512), stride=2, batch_norm=batch_norm)
+        self.conv4_1 = conv(n(512), n(512), batch_norm=batch_norm)
+        self.conv5 = conv(n(512), n(512), stride=2, batch_norm=batch_norm)
+        self.conv5_1 = conv(n(512), n(512), batch_norm=batch_norm)
+        self.conv6 = conv(n(512), n(1024), stride=2, batch_norm=batch_norm)
+        self.conv6_1 = conv(n(1024), n(1024), batch_norm=batch_norm)
+        initialise(self)
+
+    def predict(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(B, 6, H, W) normalised frames to (flow2, ..., flow6) in pixels / 20."""
+        conv1 = self.conv1_1(self.conv1(self.conv0(x)))
+        conv2 = self.conv2_1(self.conv2(conv1))
+        conv3 = self.conv3_1(self.conv3(conv2))
+        conv4 = self.conv4_1(self.conv4(conv3))
+        conv5 = self.conv5_1(self.conv5(conv4))
+        conv6 = self.conv6_1(self.conv6(conv5))
+        return self.refine({2: conv2, 3: conv3, 4: conv4, 5: conv5, 6: conv6})
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """(B, 3, H, W) RGB 0..255 twice to (B, 2, H, W) pixels; in training mode to (flow2, ..., flow6) / 20."""
+        flows = self.predict(normalise(first, second))
+        return flows if self.training else to_pixels(flows[0], "bilinear")

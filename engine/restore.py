@@ -1,0 +1,92 @@
+"""Frames to the networks' multiple of 64, and flow back to frames: one object does the one and undoes the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from flowreel.engine.config import FitMode
+from flowreel.engine.data import FlowBatch
+from flowreel.engine.errors import UsageError
+
+MULTIPLE = 64
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How frames of one size are made to fit.
+
+    pad:    edges are repeated up to the next multiple, as evenly as possible on both sides; flow is cut back, exactly.
+    crop:   the centre that is a multiple is kept; flow is of that size (flownet2-pytorch's way).
+    resize: frames are scaled to the nearest multiple; flow is scaled back, and its vectors with it.
+    """
+
+    mode: FitMode
+    height: int  # pixels of a frame
+    width: int
+
+    def __post_init__(self) -> None:
+        if self.mode == "crop" and min(self.height, self.width) < MULTIPLE:
+            raise UsageError(
+                f"fit=crop needs frames of at least {MULTIPLE}x{MULTIPLE} pixels, these are "
+                f"{self.width}x{self.height}: use fit=pad"
+            )
+
+    @property
+    def network_size(self) -> tuple[int, int]:
+        """(height, width) the network sees."""
+        if self.mode == "pad":
+            return -(-self.height // MULTIPLE) * MULTIPLE, -(-self.width // MULTIPLE) * MULTIPLE
+        if self.mode == "crop":
+            return self.height // MULTIPLE * MULTIPLE, self.width // MULTIPLE * MULTIPLE
+        return _nearest(self.height), _nearest(self.width)
+
+    @property
+    def flow_size(self) -> tuple[int, int]:
+        """(height, width) of the flow that comes out."""
+        return self.network_size if self.mode == "crop" else (self.height, self.width)
+
+    def apply(self, frames: Tensor) -> Tensor:
+        """(N, 3, height, width) float to (N, 3, *network_size)."""
+        height, width = self.network_size
+        if (height, width) == (self.height, self.width):
+            return frames
+        if self.mode == "resize":
+            return F.interpolate(frames, (height, width), mode="bilinear", align_corners=False, antialias=True)
+        top, left = self._margins()
+        if self.mode == "crop":
+            return frames[:, :, top : top + height, left : left + width]
+        return F.pad(frames, (left, width - self.width - left, top, height - self.height - top), mode="replicate")
+
+    def undo(self, flow: Tensor) -> Tensor:
+        """(N, 2, *network_size) in the network's pixels to (N, 2, *flow_size) in the frame's pixels."""
+        height, width = self.network_size
+        if self.mode == "crop" or (height, width) == (self.height, self.width):
+            return flow
+        if self.mode == "resize":
+            flow = F.interpolate(flow, (self.height, self.width), mode="bilinear", align_corners=False)
+            scale = flow.new_tensor([self.width / width, self.height / height])
+            return flow * scale.view(1, 2, 1, 1)
+        top, left = self._margins()
+        return flow[:, :, top : top + self.height, left : left + self.width]
+
+    def _margins(self) -> tuple[int, int]:
+        height, width = self.network_size
+        return abs(height - self.height) // 2, abs(width - self.width) // 2
+
+
+def restore(fit: Fit) -> Callable[[Iterator[FlowBatch]], Iterator[FlowBatch]]:
+    """A stage: flow as the network gives it to flow in pixels of the source frame."""
+
+    def stage(batches: Iterator[FlowBatch]) -> Iterator[FlowBatch]:
+        for batch in batches:
+            yield replace(batch, flow=fit.undo(batch.flow))
+
+    return stage
+
+
+def _nearest(size: int) -> int:
+    return max(MULTIPLE, round(size / MULTIPLE) * MULTIPLE)

@@ -1,0 +1,307 @@
+"""Trains a network on procedural scenes: how the baseline weights were made.
+
+Everything follows from ``TrainConfig``: sample *i* of a run is the scene of seed (run seed, i), augmentation of step
+*s* is drawn from (run seed, s), so a run can be stopped at any step, resumed, and end with the same weights.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import asdict, dataclass, fields
+from math import cos, pi
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.data import DataLoader, Dataset
+
+from flowreel.engine.errors import CheckpointError, UsageError
+from flowreel.engine.models import build_model, model_name
+from flowreel.engine.models.flownetc import DISPLACEMENTS, FlowNetC
+from flowreel.engine.models.layers import STRIDE
+from flowreel.engine.models.weights import save_weights
+from flowreel.engine.scenes import sample_pair
+from flowreel.engine.training.loss import end_point_error, multi_scale_loss, zero_flow_error
+
+LICENCE = "Apache-2.0"
+CORRELATION_GAIN = 20.0
+HELD_OUT_SEED = 1 << 40  # no training run reaches scenes this far
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # first, second (B,3,H,W) uint8; flow (B,2,H,W) px; visible (B,H,W)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. Two runs of the same values end with the same weights on the same kind of machine."""
+
+    model: str = "FlowNet2C"
+    width: float = 0.25  # factor on channels: 2.6 M parameters for FlowNet2C
+    steps: int = 20_000
+    batch: int = 8  # small batches learn most per sample while samples are what is scarce
+    height: int = 192  # pixels the network sees; multiple of 64
+    width_px: int = 256
+    reuse: int = 3  # times each rendered scene is used, each time flipped and cropped anew: rendering is slow
+    learning_rate: float = 8e-4  # peak, reached after the warm-up, then a cosine to zero
+    warm_up: int = 500  # steps
+    weight_decay: float = 1e-4
+    clip: float = 1.0  # largest gradient norm
+    visible_only: float = 0.33  # share of the run in which occluded pixels are left out of the loss
+    seed: int = 0
+    precision: str = "bf16"  # of the convolutions; the loss and the weights stay float32
+
+    def __post_init__(self) -> None:
+        if self.height % STRIDE or self.width_px % STRIDE or self.height < STRIDE or self.width_px < STRIDE:
+            raise UsageError(f"training size must be multiples of {STRIDE}, got {self.width_px}x{self.height}")
+        for name in ("steps", "batch", "reuse"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.precision not in ("fp32", "bf16"):
+            raise UsageError(f"precision must be fp32 or bf16, got {self.precision!r}")
+        model_name(self.model)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What one report of a run tells."""
+
+    step: int  # steps done
+    seconds: float  # of training so far, in this process and the ones resumed from
+    loss: float  # mean since the last report
+    held_out_epe: float  # px on procedural scenes that are never trained on
+    zero_epe: float  # px of zero flow on the same scenes
+    learning_rate: float
+
+
+class _CentredCorrelation(nn.Module):
+    """conv3_1's weights as the optimiser should see them.
+
+    Matching costs are small (they are divided by the channel count) and share one large mean, so at first all 441
+    displacements look alike and the network learns to predict no motion. Removing the mean over displacements and
+    scaling by 20 makes them speak from the first step. Both are linear in the input, so they can act on the
+    weights instead, and fold away when training ends: the saved network is a plain FlowNetC.
+    """
+
+    def forward(self, weight: Tensor) -> Tensor:
+        redirected, matched = weight[:, :-DISPLACEMENTS], weight[:, -DISPLACEMENTS:]
+        centred = matched - matched.mean(1, keepdim=True)
+        return torch.cat((redirected, CORRELATION_GAIN * centred), 1)
+
+
+class _Scenes(Dataset[Batch]):
+    """Batch number k of a run: scenes k*batch ... rendered larger than the crop, so that crops can differ."""
+
+    def __init__(self, config: TrainConfig, first: int, last: int) -> None:
+        self.config, self.first, self.last = config, first, last
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __getitem__(self, index: int) -> Batch:
+        torch.set_num_threads(1)
+        config = self.config
+        number = (self.first + index) * config.batch
+        return render(config.seed, number, config.batch, config.height + STRIDE, config.width_px + STRIDE)
+
+
+def render(seed: int, number: int, count: int, height: int, width: int) -> Batch:
+    """Scenes ``number`` to ``number + count`` of a seed, stacked."""
+    pairs = [sample_pair((seed << 42) + number + i, height, width) for i in range(count)]
+    return (
+        torch.stack([pair.first for pair in pairs]),
+        torch.stack([pair.second for pair in pairs]),
+        torch.stack([pair.flow for pair in pairs]),
+        torch.stack([pair.visible for pair in pairs]),
+    )
+
+
+def augment(batch: Batch, height: int, width: int, generator: torch.Generator) -> Batch:
+    """One crop, flips and a channel order for the whole batch, and the flow changed with them."""
+    first, second, flow, visible = batch
+
+    def draw(count: int) -> int:
+        return int(torch.randint(count, (), generator=generator))
+
+    top, left = draw(flow.shape[2] - height + 1), draw(flow.shape[3] - width + 1)
+    rows, columns = slice(top, top + height), slice(left, left + width)
+    channels = torch.randperm(3, generator=generator)
+    first, second = first[:, channels, rows, columns], second[:, channels, rows, columns]
+    flow, visible = flow[:, :, rows, columns], visible[:, rows, columns]
+    for axis in (-1, -2):  # mirror left-right, then up-down; the motion along that axis turns round
+        if draw(2):
+            first, second, flow, visible = (part.flip(axis) for part in (first, second, flow, visible))
+            sign = torch.tensor([-1.0, 1.0] if axis == -1 else [1.0, -1.0]).view(1, 2, 1, 1)
+            flow = flow * sign
+    return first, second, flow, visible
+
+
+def train(
+    config: TrainConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    workers: int = 1,
+    report_every: int = 250,
+    report: Callable[[Progress], None] = lambda progress: None,
+    device: str = "cpu",
+) -> Path:
+    """Trains, and writes ``weights.safetensors``, ``checkpoint.pt`` and ``log.csv`` into ``out``.
+
+    Args:
+        resume: go on from ``out/checkpoint.pt`` if it is there.
+        workers: processes that render scenes beside the training; 0 renders in this one. Does not change the result.
+        report_every: steps between held-out measurements, log lines and checkpoints.
+
+    Returns:
+        The path of the finished weights.
+
+    Raises:
+        CheckpointError: the folder holds a run that was not asked to be resumed, or one of other settings.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, width=config.width).to(device)
+    if isinstance(centred := _correlating(model), FlowNetC):
+        parametrize.register_parametrization(centred.conv3_1[0], "weight", _CentredCorrelation())
+    model = model.to(memory_format=torch.channels_last)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    state = _Run(config, out, model, optimiser)
+    state.load(resume)
+    held_out = tuple(part.to(device) for part in render(0, HELD_OUT_SEED, 16, config.height, config.width_px))
+
+    losses: list[float] = []
+    started = time.monotonic() - state.seconds
+    for first, second, flow, visible in _batches(config, state.step, workers):
+        state.step += 1
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(config, state.step)
+        model.train()
+        mask = visible if state.step <= config.visible_only * config.steps else torch.ones_like(visible)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.precision == "bf16"):
+            predicted = model(first.to(device).float(), second.to(device).float())
+        loss = _loss(predicted, flow.to(device), mask.to(device))
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        optimiser.step()
+        losses.append(float(loss.detach()))
+        if state.step % report_every == 0 or state.step == config.steps:
+            state.seconds = time.monotonic() - started
+            epe, zero = _held_out(model, held_out)
+            rate = learning_rate(config, state.step)
+            progress = Progress(state.step, state.seconds, sum(losses) / len(losses), epe, zero, rate)
+            losses.clear()
+            state.save(progress)
+            report(progress)
+    return state.finish()
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up, then a cosine to zero at the last step."""
+    if step <= config.warm_up:
+        return config.learning_rate * step / config.warm_up
+    done = (step - config.warm_up) / max(config.steps - config.warm_up, 1)
+    return config.learning_rate * 0.5 * (1 + cos(pi * done))
+
+
+def _batches(config: TrainConfig, step: int, workers: int) -> Iterator[Batch]:
+    """The batches of steps ``step`` ... ``config.steps``, each rendered one used ``reuse`` times in a row."""
+    scenes = _Scenes(config, step // config.reuse, -(-config.steps // config.reuse))
+    loader = DataLoader(
+        scenes,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        multiprocessing_context="spawn" if workers else None,  # a fork would copy torch's thread pools half alive
+    )
+    generator = torch.Generator()
+    skip = step % config.reuse
+    for batch in loader:
+        for _ in range(skip, config.reuse):
+            if step == config.steps:
+                return
+            step += 1
+            generator.manual_seed((config.seed << 42) + step)
+            yield augment(batch, config.height, config.width_px, generator)
+        skip = 0
+
+
+def _correlating(model: nn.Module) -> nn.Module:
+    return getattr(model, "flownetc", model)
+
+
+def _loss(predicted: Tensor | tuple[Tensor, ...], flow: Tensor, mask: Tensor) -> Tensor:
+    if isinstance(predicted, tuple):
+        return multi_scale_loss(predicted, flow, mask)
+    return end_point_error(predicted.float(), flow, mask)
+
+
+@torch.no_grad()
+def _held_out(model: nn.Module, batch: Batch) -> tuple[float, float]:
+    first, second, flow, _ = batch
+    model.eval()
+    predicted = model(first.float(), second.float())
+    return float(end_point_error(predicted, flow)), float(zero_flow_error(flow))
+
+
+class _Run:
+    """What of a run survives in its folder."""
+
+    def __init__(self, config: TrainConfig, out: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+        self.config, self.out, self.model, self.optimiser = config, out, model, optimiser
+        self.step, self.seconds = 0, 0.0
+        self.checkpoint, self.log = out / "checkpoint.pt", out / "log.csv"
+
+    def load(self, resume: bool) -> None:
+        if not self.checkpoint.exists():
+            self.log.unlink(missing_ok=True)
+            return
+        if not resume:
+            raise CheckpointError(f"{self.out} holds a training run already: pass --resume, or another folder")
+        try:
+            saved = torch.load(self.checkpoint, weights_only=True)
+        except Exception as error:
+            raise CheckpointError(f"{self.checkpoint} cannot be read: {str(error).splitlines()[0]}") from error
+        differing = [f.name for f in fields(TrainConfig) if saved["config"].get(f.name) != getattr(self.config, f.name)]
+        if differing:
+            raise CheckpointError(f"{self.out} was trained with other settings ({', '.join(differing)})")
+        self.model.load_state_dict(saved["model"])
+        self.optimiser.load_state_dict(saved["optimiser"])
+        self.step, self.seconds = saved["step"], saved["seconds"]
+
+    def save(self, progress: Progress) -> None:
+        temporary = self.checkpoint.with_suffix(".partial")
+        torch.save(
+            {
+                "config": asdict(self.config),
+                "model": self.model.state_dict(),
+                "optimiser": self.optimiser.state_dict(),
+                "step": self.step,
+                "seconds": self.seconds,
+            },
+            temporary,
+        )
+        temporary.replace(self.checkpoint)
+        new = not self.log.exists()
+        with self.log.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(asdict(progress)))
+            if new:
+                writer.writeheader()
+            writer.writerow(asdict(progress))
+
+    def finish(self) -> Path:
+        plain = deepcopy(self.model)
+        if isinstance(centred := _correlating(plain), FlowNetC) and parametrize.is_parametrized(centred.conv3_1[0]):
+            parametrize.remove_parametrizations(centred.conv3_1[0], "weight", leave_parametrized=True)
+        path = self.out / "weights.safetensors"
+        made_by = json.loads(json.dumps(asdict(self.config))) | {
+            "trained_on": "procedural scenes of flowreel.engine.scenes alone",
+            "seconds": round(self.seconds),
+        }
+        save_weights(
+            path, plain.state_dict(), licence=LICENCE, made_by=made_by, width=self.config.width, half=True
+        )
+        return path
