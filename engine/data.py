@@ -57,6 +57,10 @@ class FlowInfo:
         """Bytes of one flow field as float32: 2 x H x W x 4."""
         return 8 * self.height * self.width
 
+    def shard_length(self, shard_bytes: int) -> int:
+        """Flows in one shard of ``shard_bytes`` float32 bytes, at least one. Batches never cross shards either."""
+        return max(1, shard_bytes // self.flow_bytes)
+
 
 @dataclass(frozen=True, eq=False)
 class Frame:
@@ -169,6 +173,11 @@ class Source(Protocol):
 
     @property
     def info(self) -> FlowInfo: ...
+    @property
+    def decoder(self) -> str:
+        """What decodes, for the summary: ``"PyAV (h264)"``, ``"Pillow"``, ``"synthetic"``."""
+        ...
+
     @property
     def losses(self) -> list[str]: ...
     @property

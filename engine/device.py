@@ -20,7 +20,7 @@ from flowreel.engine.data import FlowBatch, Frame
 from flowreel.engine.errors import DeviceError, UsageError
 
 Item = TypeVar("Item")
-Stage = Callable[[Iterator[Any]], Iterator[Any]]
+Stage = Callable[[Iterator[Any]], Any]
 
 
 def resolve_device(name: str) -> torch.device:
@@ -62,38 +62,51 @@ class Streams:
         self.device = device
         self._ready: WeakKeyDictionary[Any, torch.cuda.Event] = WeakKeyDictionary()
 
-    def on_stream(self, stage: Stage) -> Stage:
-        """The same stage, each ``next()`` of it run on a stream of its own; on a CPU the stage itself."""
+    def on_stream(self, stage: Stage, name: str = "") -> Stage:
+        """The same stage, each ``next()`` of it run on a stream of its own; on a CPU the stage itself.
+
+        ``stage`` may also be a consumer, which runs to its end when called.
+        """
         if self.device.type != "cuda":
             return stage
 
-        def staged(items: Iterator[Any]) -> Iterator[Any]:
+        def staged(items: Iterator[Any]) -> Any:
             stream = torch.cuda.Stream(self.device)
-            results = stage(self._awaited(items, stream))
-            try:
-                while True:
-                    with torch.cuda.stream(stream):  # left before the yield: streams are the thread's, not ours
-                        try:
-                            item = next(results)
-                        except StopIteration:
-                            return
-                        self._ready[item] = stream.record_event()
-                    yield item
-            finally:
-                close = getattr(results, "close", None)
-                if close is not None:
-                    close()
+            with torch.cuda.stream(stream):
+                results = stage(self._awaited(items, lambda: stream))
+            return self._stepped(results, stream) if isinstance(results, Iterator) else results
 
         return staged
 
-    def _awaited(self, items: Iterator[Item], stream: torch.cuda.Stream) -> Iterator[Item]:
+    def handed_over(self, items: Iterator[Item]) -> Iterator[Item]:
+        """For a caller's own loop: each item is ready on whatever stream is current when it is taken."""
+        if self.device.type != "cuda":
+            return items
+        return self._awaited(items, lambda: torch.cuda.current_stream(self.device))
+
+    def _stepped(self, results: Iterator[Any], stream: torch.cuda.Stream) -> Iterator[Any]:
+        try:
+            while True:
+                with torch.cuda.stream(stream):  # left before the yield: streams are the thread's, not ours
+                    try:
+                        item = next(results)
+                    except StopIteration:
+                        return
+                    self._ready[item] = stream.record_event()
+                yield item
+        finally:
+            close = getattr(results, "close", None)
+            if close is not None:
+                close()
+
+    def _awaited(self, items: Iterator[Item], stream: Callable[[], torch.cuda.Stream]) -> Iterator[Item]:
         for item in items:
             event = self._ready.get(item)
             if event is not None:
-                stream.wait_event(event)
+                stream().wait_event(event)
             for tensor in getattr(item, "tensors", ()):
                 if tensor.is_cuda:
-                    tensor.record_stream(stream)
+                    tensor.record_stream(stream())
             yield item
 
 

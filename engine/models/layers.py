@@ -7,11 +7,13 @@ State-dict keys follow flownet2-pytorch: a convolution is a ``Sequential`` whose
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 FLOW_SCALE = 20.0  # networks predict pixels / 20, so that predictions are of order one
 RGB_MAX = 255.0
@@ -138,9 +140,15 @@ class Refiner(nn.Module):
 
 
 def initialise(model: nn.Module) -> None:
-    """He initialisation for LeakyReLU, zero biases: reaches a useful flow far sooner than Xavier did."""
+    """He initialisation for LeakyReLU, zero biases; flow heads start at almost no motion.
+
+    Heads that start as loud as the rest make the first steps silence the features to silence the noise, and a
+    correlation of silent features gives no gradient to come back from.
+    """
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, FlowHead):
+            nn.init.normal_(module.weight, std=1e-3)
+        elif isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, a=SLOPE)
         elif isinstance(module, nn.ConvTranspose2d):
             # Each output pixel of a 4x4, stride 2 deconvolution sees 4 of the 16 taps.
@@ -150,6 +158,23 @@ def initialise(model: nn.Module) -> None:
             continue
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def folded_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state_dict of the same network without BatchNorm, which computes the same in evaluation mode."""
+    state = model.state_dict()
+    for name, module in model.named_modules():
+        if not (isinstance(module, nn.Sequential) and len(module) > 1):
+            continue
+        convolution, norm = module[0], module[1]
+        if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            fused = fuse_conv_bn_eval(deepcopy(convolution).eval(), deepcopy(norm).eval())
+            for key in norm.state_dict():
+                del state[f"{name}.1.{key}"]
+            state[f"{name}.0.weight"] = fused.weight.detach()
+            assert fused.bias is not None
+            state[f"{name}.0.bias"] = fused.bias.detach()
+    return state
 
 
 def _shape(tensor: Tensor) -> str:

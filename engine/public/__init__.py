@@ -2,3 +2,54 @@
 
 The names below are loaded on first use, so that ``import flowreel`` stays fast and needs neither torch nor a GPU.
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flowreel.engine import errors as errors
+    from flowreel.engine.api import RunReport as RunReport
+    from flowreel.engine.api import run as run
+    from flowreel.engine.api import stream as stream
+    from flowreel.engine.data import FlowBatch as FlowBatch
+    from flowreel.engine.models.weights import load_model as load_model
+    from flowreel.kernels import flow_to_color as flow_to_color
+    from flowreel.sinks.flo import read_flo as read_flo
+    from flowreel.sinks.flo import write_flo as write_flo
+    from flowreel.sinks.store_reader import FlowStore as FlowStore
+    from flowreel.sinks.store_reader import open_store as open_store
+
+_HOME = {
+    "FlowBatch": "flowreel.engine.data",
+    "FlowStore": "flowreel.sinks.store_reader",
+    "RunReport": "flowreel.engine.api",
+    "flow_to_color": "flowreel.kernels",
+    "load_model": "flowreel.engine.models.weights",
+    "open_store": "flowreel.sinks.store_reader",
+    "read_flo": "flowreel.sinks.flo",
+    "run": "flowreel.engine.api",
+    "stream": "flowreel.engine.api",
+    "write_flo": "flowreel.sinks.flo",
+}
+
+__all__ = [*_HOME, "__version__", "errors"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("flowreel")
+    if name == "errors":
+        return import_module("flowreel.engine.errors")
+    if name not in _HOME:
+        raise AttributeError(f"module 'flowreel' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -23,13 +23,13 @@ from torch.utils.data import DataLoader, Dataset
 from flowreel.engine.errors import CheckpointError, UsageError
 from flowreel.engine.models import build_model, model_name
 from flowreel.engine.models.flownetc import DISPLACEMENTS, FlowNetC
-from flowreel.engine.models.layers import STRIDE
+from flowreel.engine.models.layers import STRIDE, folded_state
 from flowreel.engine.models.weights import save_weights
-from flowreel.engine.scenes import sample_pair
 from flowreel.engine.training.loss import end_point_error, multi_scale_loss, zero_flow_error
+from flowreel.engine.training.pairs import sample_pair
 
 LICENCE = "Apache-2.0"
-CORRELATION_GAIN = 20.0
+CORRELATION_GAIN = 5.0
 HELD_OUT_SEED = 1 << 40  # no training run reaches scenes this far
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # first, second (B,3,H,W) uint8; flow (B,2,H,W) px; visible (B,H,W)
 
@@ -51,6 +51,7 @@ class TrainConfig:
     clip: float = 1.0  # largest gradient norm
     visible_only: float = 0.33  # share of the run in which occluded pixels are left out of the loss
     seed: int = 0
+    batch_norm: bool = True  # while training; folded into the convolutions at the end
     precision: str = "bf16"  # of the convolutions; the loss and the weights stay float32
 
     def __post_init__(self) -> None:
@@ -81,7 +82,7 @@ class _CentredCorrelation(nn.Module):
 
     Matching costs are small (they are divided by the channel count) and share one large mean, so at first all 441
     displacements look alike and the network learns to predict no motion. Removing the mean over displacements and
-    scaling by 20 makes them speak from the first step. Both are linear in the input, so they can act on the
+    scaling makes them speak from the first step. Both are linear in the input, so they can act on the
     weights instead, and fold away when training ends: the saved network is a plain FlowNetC.
     """
 
@@ -163,7 +164,7 @@ def train(
     """
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
-    model = build_model(config.model, width=config.width).to(device)
+    model = build_model(config.model, batch_norm=config.batch_norm, width=config.width).to(device)
     if isinstance(centred := _correlating(model), FlowNetC):
         parametrize.register_parametrization(centred.conv3_1[0], "weight", _CentredCorrelation())
     model = model.to(memory_format=torch.channels_last)
@@ -302,6 +303,6 @@ class _Run:
             "seconds": round(self.seconds),
         }
         save_weights(
-            path, plain.state_dict(), licence=LICENCE, made_by=made_by, width=self.config.width, half=True
+            path, folded_state(plain), licence=LICENCE, made_by=made_by, width=self.config.width, half=True
         )
         return path

@@ -1,0 +1,291 @@
+"""The whole chain, written once: frames -> pairs -> batches -> flow -> restored flow -> outputs.
+
+    run()     a source into outputs, to the end; the command line's main job
+    stream()  the same flow, batch by batch, to the caller's own loop
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+from flowreel.engine.config import RunConfig
+from flowreel.engine.data import FlowBatch, FlowInfo, Sink, Source
+from flowreel.engine.device import Streams, device_name, download, upload
+from flowreel.engine.errors import TooFewFramesError, TruncatedSourceError, UsageError
+from flowreel.engine.inference import Inference, prepare
+from flowreel.engine.pairing import batches, pairs
+from flowreel.engine.pipeline import Pipeline, Stage, StageStatistics
+from flowreel.engine.restore import restore
+from flowreel.engine.sources import open_source
+from flowreel.sinks import open_sink
+
+FLO_HEADER_BYTES = 12
+PathLike = str | os.PathLike[str]
+ProgressHook = Callable[["Progress"], None]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a run tells while it is under way."""
+
+    stages: tuple[StageStatistics, ...]
+    flow_count: int | None  # flows the run will give; None: unknown
+    flows_done: int  # flows that every output has taken
+    seconds: float  # since the first frame was asked for
+
+
+@dataclass(frozen=True)
+class OutputReport:
+    """One output of a run."""
+
+    path: str
+    bytes_written: int
+    notes: tuple[str, ...] = ()  # e.g. how many vectors were beyond range
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What a run did; ``--stats`` writes it as JSON."""
+
+    pairs: int  # flows computed
+    seconds: float  # from the first frame asked for to the last output published
+    startup_s: float  # before that: opening the source, loading the weights
+    pairs_per_s: float
+    bytes_written: int  # of all outputs
+    flo_bytes: int  # what the same flow would have taken as .flo files
+    width: int  # pixels of the flow
+    height: int
+    decoder: str
+    device: str
+    kernels: str
+    precision: str
+    batch: int
+    model: str
+    weights: str
+    outputs: tuple[OutputReport, ...]
+    stages: tuple[StageStatistics, ...]
+    notes: tuple[str, ...] = field(default=())
+
+    def as_json(self) -> dict[str, object]:
+        """The report as plain values, for a file."""
+        return asdict(self)
+
+
+def run(
+    source: PathLike,
+    outputs: PathLike | Iterable[PathLike] | None = None,
+    *,
+    progress: ProgressHook | None = None,
+    **options: object,
+) -> RunReport:
+    """Computes the optical flow of a source and writes it to one or several outputs.
+
+    Args:
+        source: a video file, a folder or glob of images, or ``synthetic:NAME``.
+        outputs: where to; the kind follows from each name (``X.zarr``, ``X.mp4``, ``DIR/%06d.flo``, ...). None:
+            ``STEM.flow.zarr`` in the working folder. Missing folders are created.
+        progress: called a few times a second with a ``Progress``.
+        **options: as of ``flowreel run``, by the same names: ``model``, ``weights``, ``device``, ``decoder``,
+            ``batch``, ``precision``, ``fit``, ``start``, ``stop``, ``step``, ``stream``, ``direction``,
+            ``max_error``, ``codec``, ``max_flow``, ``overwrite``, ``tolerate_truncation``, ``queue_mb``.
+
+    Returns:
+        What was done, how fast, and how large it is.
+
+    Raises:
+        UsageError: options that are impossible together.
+        SourceError, WeightsError, DeviceError, OutputError: before the first frame is decoded.
+        StageError: a stage failed on the way; its ``__cause__`` is the error. Nothing half-written looks finished.
+        TruncatedSourceError: the source gave less than it promised; what it gave is kept under an unfinished name.
+    """
+    began_s = time.perf_counter()
+    config = RunConfig.of(**options)
+    with ExitStack() as opened:
+        frames = opened.enter_context(closing(open_source(source, config.select)))
+        paths = _output_names(outputs, frames.info)
+        sinks = [open_sink(path, config.sink) for path in paths]
+        inference = prepare(config.model, frames.info.height, frames.info.width)
+        header = _header(frames.info, inference, config)
+        opened.enter_context(_published(sinks, header))
+        pipeline = _pipeline(frames, inference, header, config, to_host=True)
+        tallies = [_Tally(sink) for sink in sinks]
+        started_s = time.perf_counter()
+
+        def tell(stages: tuple[StageStatistics, ...]) -> None:
+            if progress is not None:
+                done = min(tally.flows for tally in tallies)
+                progress(Progress(stages, header.flow_count, done, time.perf_counter() - started_s))
+
+        pipeline.run({f"write {tally.sink.path}": tally.consume for tally in tallies}, tell)
+        if tallies[0].flows == 0:
+            raise TooFewFramesError(f"{source} gave fewer than two frames: there is no pair, so no flow")
+        whole = not frames.losses or config.tolerate_truncation
+        for sink in sinks:
+            sink.commit(complete=whole)
+        ended_s = time.perf_counter()
+        if not whole:
+            raise TruncatedSourceError(
+                f"{source}: {'; '.join(frames.losses)}. What decoded is kept, marked as unfinished, beside "
+                f"{', '.join(paths)}; pass --tolerate-truncation to take it as the whole"
+            )
+        return _report(frames, inference, header, sinks, tallies, pipeline, (began_s, started_s, ended_s))
+
+
+def stream(source: PathLike, **options: object) -> Iterator[FlowBatch]:
+    """The optical flow of a source, batch by batch, in order, computed as it is asked for and a little ahead.
+
+    Args:
+        source, **options: as of ``run``.
+
+    Yields:
+        FlowBatch: ``flow`` (N, 2, H, W) float32 pixels on the model's device, an ordinary tensor that can take part
+        in training; ``frame``, ``frame_to`` (N,) int64; ``timestamp_s``, ``timestamp_to_s`` (N,) float64.
+
+    Leaving the loop early stops everything. Raises, when called, what ``run`` raises before the first frame, and in
+    the loop StageError and TruncatedSourceError (after the last batch that could be computed).
+    """
+    config = RunConfig.of(**options)
+    with ExitStack() as opened:
+        frames = opened.enter_context(closing(open_source(source, config.select)))
+        inference = prepare(config.model, frames.info.height, frames.info.width)
+        header = _header(frames.info, inference, config)
+        closer = opened.pop_all()
+
+    def flows() -> Iterator[FlowBatch]:
+        streams = Streams(inference.device)
+        with closer:
+            pipeline = _pipeline(frames, inference, header, config, to_host=False, streams=streams)
+            with closing(pipeline.stream()) as results:
+                yield from streams.handed_over(results)
+            if frames.losses and not config.tolerate_truncation:
+                raise TruncatedSourceError(f"{source}: {'; '.join(frames.losses)}")
+
+    return flows()
+
+
+def _pipeline(
+    frames: Source,
+    inference: Inference,
+    header: FlowInfo,
+    config: RunConfig,
+    *,
+    to_host: bool,
+    streams: Streams | None = None,
+) -> Pipeline:
+    """The chain itself, left to right. On a GPU two stages more move the data, each frame once."""
+    streams = streams or Streams(inference.device)
+    on_gpu = inference.device.type == "cuda"
+    shard = header.shard_length(config.sink.shard_bytes)
+    stages = [
+        *([Stage("upload", upload(inference.device))] if on_gpu else []),
+        Stage("pairs", partial(pairs, direction=config.model.direction)),
+        Stage("batches", batches(inference.batch, shard)),
+        Stage("model", inference.stage),
+        Stage("restore", restore(inference.fit)),
+        *([Stage("download", download)] if on_gpu and to_host else []),
+    ]
+    return Pipeline("decode", frames, stages, config.queues, wrap=streams.on_stream if on_gpu else None)
+
+
+def _header(info: FlowInfo, inference: Inference, config: RunConfig) -> FlowInfo:
+    """What the sinks are opened with: the flow's own size, and how it is made."""
+    height, width = inference.fit.flow_size
+    made_by = inference.made_by() | {
+        "direction": config.model.direction,
+        "start": config.select.start,
+        "stop": config.select.stop,
+        "step": config.select.step,
+    }
+    return replace(info, height=height, width=width, made_by=made_by)
+
+
+def _output_names(outputs: PathLike | Iterable[PathLike] | None, info: FlowInfo) -> list[str]:
+    stem = Path(info.source.name.removeprefix("synthetic:").split("?")[0]).stem or "flow"
+    if outputs is None:
+        return [f"{stem}.flow.zarr"]
+    given = [outputs] if isinstance(outputs, str | os.PathLike) else list(outputs)
+    paths = [os.fspath(path).replace("{stem}", stem) for path in given]
+    if not paths:
+        raise UsageError("give at least one output")
+    for path in paths:
+        if paths.count(path) > 1:
+            raise UsageError(f"{path} is given twice as an output")
+    return paths
+
+
+class _published(ExitStack):
+    """Opens the sinks; whatever goes wrong inside, those that are open are aborted, the first error kept."""
+
+    def __init__(self, sinks: list[Sink], header: FlowInfo) -> None:
+        super().__init__()
+        try:
+            for sink in sinks:
+                sink.open(header)
+                self.push(_abort_on_error(sink))
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+
+
+def _abort_on_error(sink: Sink) -> Callable[..., bool]:
+    def leave(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        if error is not None and not isinstance(error, TruncatedSourceError):
+            sink.abort()
+        return False
+
+    return leave
+
+
+class _Tally:
+    """Writes to one sink and counts what it took."""
+
+    def __init__(self, sink: Sink) -> None:
+        self.sink = sink
+        self.flows = 0
+
+    def consume(self, flows: Iterator[FlowBatch]) -> None:
+        for batch in flows:
+            self.sink.write(batch)
+            self.flows += len(batch)
+
+
+def _report(
+    frames: Source,
+    inference: Inference,
+    header: FlowInfo,
+    sinks: list[Sink],
+    tallies: list[_Tally],
+    pipeline: Pipeline,
+    times_s: tuple[float, float, float],
+) -> RunReport:
+    began_s, started_s, ended_s = times_s
+    flows, seconds = tallies[0].flows, ended_s - started_s
+    notes = list(frames.notes)
+    if frames.losses:
+        notes += [f"taken as the whole although {loss}" for loss in frames.losses]
+    return RunReport(
+        pairs=flows,
+        seconds=seconds,
+        startup_s=started_s - began_s,
+        pairs_per_s=flows / seconds,
+        bytes_written=sum(sink.bytes_written for sink in sinks),
+        flo_bytes=flows * (FLO_HEADER_BYTES + header.flow_bytes),
+        width=header.width,
+        height=header.height,
+        decoder=frames.decoder,
+        device=device_name(inference.device),
+        kernels="torch",
+        precision=inference.precision,
+        batch=inference.batch,
+        model=inference.model,
+        weights=inference.weights.name,
+        outputs=tuple(OutputReport(sink.path, sink.bytes_written, tuple(sink.notes)) for sink in sinks),
+        stages=pipeline.statistics(),
+        notes=tuple(notes),
+    )

@@ -1,0 +1,56 @@
+"""The command line: flags to settings to the library's functions, and errors to one line and an exit code.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+from flowreel.engine.errors import FlowreelError, StageError, UsageError
+
+INTERRUPTED = 130
+
+
+def main() -> NoReturn:
+    """Entry point of ``flowreel`` and ``python -m flowreel``."""
+    sys.exit(call(sys.argv[1:]))
+
+
+def call(arguments: list[str]) -> int:
+    """Runs one command line and returns its exit code; everything wrong becomes one line on stderr.
+
+    ``--debug`` anywhere among the arguments lets errors through as they are, with their tracebacks.
+    """
+    from flowreel.engine.cli.app import app
+
+    try:
+        result = app(arguments, prog_name="flowreel", standalone_mode=False)
+    except KeyboardInterrupt:
+        return _say("interrupted", INTERRUPTED)
+    except Exception as error:
+        if "--debug" in arguments:
+            raise
+        return _report(error)
+    return result if isinstance(result, int) else 0
+
+
+def _report(error: Exception) -> int:
+    cause = error.__cause__ if isinstance(error, StageError) else error
+    if isinstance(error, FlowreelError):
+        return _say(_one_line(error), 2 if isinstance(cause, UsageError) else 1)
+    if hasattr(error, "format_message"):  # typer's own: an unknown option, a value of the wrong kind
+        return _say(f"{error.format_message()} (flowreel --help shows what there is)", 2)
+    if type(error).__name__ == "Abort":  # typer's, for Ctrl-C and Ctrl-D at a prompt
+        return _say("interrupted", INTERRUPTED)
+    return _say(f"unexpected {type(error).__name__}: {_one_line(error)} (--debug shows where)", 1)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _say(message: str, code: int) -> int:
+    print(f"flowreel: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,34 @@
+"""``flowreel demo``: everything once, on a scene whose flow is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flowreel.engine.cli.options import Debug, Device, Quiet, Weights
+
+
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Where to put the clip and its flow.")] = Path("demo"),
+    weights: Weights = "baseline",
+    device: Device = "auto",
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Render a moving scene to an H.264 file, compute its flow, and compare it with the truth."""
+    from flowreel.engine import demo as demonstration
+    from flowreel.engine.cli.table import Live, print_summary, size
+
+    with Live(quiet) as live:
+        report = demonstration.demo(folder, weights=weights, device=device, progress=live.show)
+    if not quiet:
+        print_summary(report.run)
+    outputs = report.run.outputs
+    typer.echo(f"error against the truth: {report.epe:.2f} px; predicting no motion: {report.mean_motion:.2f} px")
+    typer.echo(
+        f"sizes: clip {size(report.clip_bytes)}, {', '.join(f'{Path(o.path).name} {size(o.bytes_written)}' for o in outputs)}"
+        f"; the same flow as .flo files {size(report.run.flo_bytes)}"
+    )
+    typer.echo(f"look at {report.clip} beside {outputs[1].path}; open {outputs[0].path} with flowreel.open_store or xarray")

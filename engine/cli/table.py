@@ -1,0 +1,109 @@
+"""What a person sees while a run goes on and when it ends: a live table on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, Group
+from rich.live import Live as RichLive
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from flowreel.engine.api import Progress, RunReport
+
+PLAIN_EVERY_S = 10.0  # a line in a log file now and then is enough
+
+
+class Live:
+    """``show`` is a run's progress hook. Draws on stderr, so that stdout stays free for what commands print."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.console = Console(stderr=True)
+        self._live = None if quiet or not self.console.is_terminal else RichLive(console=self.console, transient=True)
+        self._quiet = quiet
+        self._next_line_s = PLAIN_EVERY_S
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def show(self, progress: Progress) -> None:
+        if self._live is not None:
+            self._live.update(Group(stage_table(progress), _bar(progress)))
+        elif not self._quiet and progress.seconds >= self._next_line_s:
+            self._next_line_s = progress.seconds + PLAIN_EVERY_S
+            self.console.print(_headline(progress), highlight=False)
+
+
+def stage_table(progress: Progress) -> Table:
+    """One line a stage: who works, who waits for whom, and what lies in front of whom."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("stage", "items", "busy", "waits for input", "waits for room", "queue"):
+        table.add_column(heading, justify="left" if heading == "stage" else "right")
+    for stage in progress.stages:
+        whole_s = max(stage.busy_s + stage.wait_in_s + stage.wait_out_s, 1e-9)
+        shares = (f"{part / whole_s:.0%}" for part in (stage.busy_s, stage.wait_in_s, stage.wait_out_s))
+        table.add_row(stage.name, str(stage.items), *shares, str(stage.queue))
+    return table
+
+
+def _bar(progress: Progress) -> Table:
+    line = Table.grid(padding=(0, 1))
+    line.add_row(ProgressBar(progress.flow_count, progress.flows_done, width=40), Text(_headline(progress)))
+    return line
+
+
+def _headline(progress: Progress) -> str:
+    rate = progress.flows_done / max(progress.seconds, 1e-9)
+    total = "" if progress.flow_count is None else f" of {progress.flow_count}"
+    left = ""
+    if progress.flow_count is not None and progress.flows_done:
+        left = f", {clock((progress.flow_count - progress.flows_done) / rate)} to go"
+    return f"{progress.flows_done}{total} flows, {rate:.2f} a second{left}"
+
+
+def print_summary(report: RunReport) -> None:
+    """What ran, how fast, and how large it is beside what ``.flo`` files would have taken."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(
+        f"{report.pairs} flows of {report.width}x{report.height} in {clock(report.seconds)} "
+        f"({report.pairs_per_s:.2f} a second; start-up {report.startup_s:.1f} s)"
+    )
+    console.print(
+        f"{report.model} ({report.weights}), {report.precision}, batch {report.batch}, on {report.device}; "
+        f"decoded by {report.decoder}; kernels: {report.kernels}"
+    )
+    for output in report.outputs:
+        share = f", {report.flo_bytes / output.bytes_written:.1f}x smaller than .flo" if output.bytes_written else ""
+        console.print(f"{output.path}  {size(output.bytes_written)}{share}")
+        for note in output.notes:
+            console.print(f"  {note}")
+    for note in report.notes:
+        console.print(f"note: {note}")
+
+
+def clock(seconds: float) -> str:
+    """42.0 s, 3:05 or 1:02:03."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def size(count: float) -> str:
+    """Bytes for a person, in powers of ten as disks are sold."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

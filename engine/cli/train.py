@@ -1,0 +1,59 @@
+"""``flowreel train``: how the baseline weights were made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from flowreel.engine.cli.options import Debug, Quiet
+
+
+def train(
+    out: Annotated[Path, typer.Argument(help="Folder for the weights, the checkpoint and the log.", show_default=False)],
+    model: Annotated[str, typer.Option(help="Which network.")] = "FlowNet2C",
+    width: Annotated[float, typer.Option(help="Factor on its channels; 1 is the published network.")] = 0.25,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 20_000,
+    batch: Annotated[int, typer.Option(help="Pairs a step.")] = 8,
+    height: Annotated[int, typer.Option(help="Rows the network sees; a multiple of 64.")] = 192,
+    width_px: Annotated[int, typer.Option(help="Columns the network sees; a multiple of 64.")] = 256,
+    learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 8e-4,
+    precision: Annotated[str, typer.Option(help="Of the convolutions: bf16 or fp32.")] = "bf16",
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    workers: Annotated[int, typer.Option(help="Processes that render scenes; does not change the result.")] = 1,
+    report_every: Annotated[int, typer.Option(help="Steps between reports and checkpoints.")] = 250,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint.")] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Train weights on procedural scenes, the way the shipped ones were made.
+
+    The same settings give the same weights on the same kind of machine. OUT gets weights.safetensors (for --weights),
+    checkpoint.pt (for --resume) and log.csv.
+    """
+    from flowreel.engine.training import train as training
+
+    console = Console(stderr=True, highlight=False, quiet=quiet)
+
+    def report(progress: training.Progress) -> None:
+        left_s = progress.seconds / progress.step * (steps - progress.step)
+        console.print(
+            f"step {progress.step} of {steps}  loss {progress.loss:.3f}  held-out error {progress.held_out_epe:.2f} px "
+            f"(no motion: {progress.zero_epe:.2f})  {progress.seconds:.0f} s, {left_s:.0f} s to go"
+        )
+
+    config = training.TrainConfig(
+        model=model,
+        width=width,
+        steps=steps,
+        batch=batch,
+        height=height,
+        width_px=width_px,
+        learning_rate=learning_rate,
+        precision=precision,
+        seed=seed,
+    )
+    path = training.train(config, out, resume=resume, workers=workers, report_every=report_every, report=report)
+    console.print(f"weights: {path}")

@@ -1,0 +1,100 @@
+"""Outlines of layers, as signed distances in object coordinates: stars, polygons, bars, gratings, random ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Radii = npt.NDArray[np.float64]  # (n,) lengths in object px, or the angles in radians at which they hold
+
+
+@dataclass(frozen=True, eq=False)
+class Outline:
+    """Where a layer is: a signed distance to its edge, and a rectangle around the origin that it stays within."""
+
+    distance: Callable[[Tensor, Tensor], Tensor]  # object x, y -> object px, positive inside
+    extent: tuple[float, float]  # half width, half height, object px
+
+
+def radial_outline(radii: npt.NDArray[np.floating], hole: float = 0.0) -> Outline:
+    """A star-shaped outline: ``radii`` (n,) at angles -pi + 2 pi k / n; ``hole``: share of the radius cut out."""
+    count = len(radii)
+    slope = (np.roll(radii, -1) - np.roll(radii, 1)) * count / (4 * np.pi)
+    lean = 1 / np.sqrt(1 + (slope / radii) ** 2)  # the edge leans: its distance is shorter than along the radius
+    table = torch.from_numpy(np.concatenate([radii, radii[:2]]).astype(np.float32))
+    leans = torch.from_numpy(np.concatenate([lean, lean[:2]]).astype(np.float32))
+
+    def distance(x: Tensor, y: Tensor) -> Tensor:
+        angle = torch.atan2(y, x).add_(math.pi).mul_(count / (2 * math.pi))
+        place = angle.to(torch.int32).clamp_(0, count)
+        edge = torch.lerp(table[place], table[place + 1], angle.sub_(place))
+        radius = torch.hypot(x, y)
+        inside = edge - radius
+        if hole > 0:
+            inside = torch.minimum(inside, radius - hole * edge)
+        return inside.mul_(leans[place])
+
+    angles = -np.pi + 2 * np.pi * np.arange(count) / count
+    extent = (float(np.abs(radii * np.cos(angles)).max()) + 1, float(np.abs(radii * np.sin(angles)).max()) + 1)
+    return Outline(distance, extent)
+
+
+def bar_outline(half_length: float, half_width: float) -> Outline:
+    """A straight bar along x."""
+
+    def distance(x: Tensor, y: Tensor) -> Tensor:
+        return torch.minimum(half_length - x.abs(), half_width - y.abs())
+
+    return Outline(distance, (half_length, half_width))
+
+
+def grating_outline(radius: float, half_width: float, pitch: float) -> Outline:
+    """Parallel bars within a circle: what is behind shows through."""
+
+    def distance(x: Tensor, y: Tensor) -> Tensor:
+        bars = half_width - torch.remainder(y, pitch).sub_(pitch / 2).abs_()
+        return torch.minimum(bars, radius - torch.hypot(x, y))
+
+    return Outline(distance, (radius, radius))
+
+
+def polygon(angles: Radii, corner_angles: Radii, corner_radii: Radii) -> Radii:
+    """Radius at each of ``angles`` of the polygon through the corners (sorted angles around the origin)."""
+    after = np.searchsorted(corner_angles, angles) % len(corner_angles)
+    before = (after - 1) % len(corner_angles)
+    ax, ay = corner_radii[before] * np.cos(corner_angles[before]), corner_radii[before] * np.sin(corner_angles[before])
+    bx, by = corner_radii[after] * np.cos(corner_angles[after]), corner_radii[after] * np.sin(corner_angles[after])
+    ex, ey = bx - ax, by - ay
+    crossing = (ax * ey - ay * ex) / (np.cos(angles) * ey - np.sin(angles) * ex)
+    return np.asarray(np.clip(np.nan_to_num(crossing, nan=1.0), 1.0, corner_radii.max()), dtype=np.float64)
+
+
+def random_outline(rng: np.random.Generator, radius: float) -> Outline:
+    """Polygons, wobbly blobs, ellipses, rings, bars and gratings of about this outer radius, in object px."""
+    angles = -np.pi + 2 * np.pi * np.arange(512) / 512
+    hole = float(rng.uniform(0.35, 0.8)) if rng.random() < 0.12 else 0.0
+    kind = rng.choice(5, p=[0.34, 0.27, 0.17, 0.16, 0.06])
+    if kind == 0:  # smooth and wobbly
+        order = np.arange(2, 9)[:, None]
+        strength = rng.normal(0, rng.uniform(0.1, 0.5), (7, 1)) / order
+        wobble = (strength * np.cos(order * angles + rng.uniform(0, 6.3, (7, 1)))).sum(0)
+        shape = np.exp(wobble) / np.sqrt(1 - rng.uniform(0, 0.85) * np.cos(angles) ** 2)
+        return radial_outline(radius * shape / shape.max(), hole)
+    if kind == 1:  # a polygon, convex or not: straight edges between corners
+        corners = int(rng.integers(3, 10))
+        at = np.sort((np.arange(corners) + rng.uniform(-0.35, 0.35, corners)) / corners * 2 * np.pi) - np.pi
+        reach = radius * rng.uniform(rng.uniform(0.25, 1), 1, corners)
+        return radial_outline(polygon(angles, at, reach), hole)
+    if kind == 2:  # an ellipse
+        flat = rng.uniform(0.2, 1)
+        return radial_outline(radius * flat / np.hypot(flat * np.cos(angles), np.sin(angles)), hole)
+    if kind == 3:  # a bar, often thin
+        return bar_outline(radius, max(radius * math.exp(rng.uniform(math.log(0.03), math.log(0.6))), 1.0))
+    pitch = max(radius * rng.uniform(0.12, 0.5), 6.0)
+    return grating_outline(radius, pitch * rng.uniform(0.1, 0.3), pitch)

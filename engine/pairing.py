@@ -1,0 +1,56 @@
+"""Frames into pairs, and pairs into the batches that go through the model together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from flowreel.engine.config import Direction
+from flowreel.engine.data import Frame, FramePair, PairBatch
+from flowreel.engine.errors import UsageError
+
+
+def pairs(frames: Iterator[Frame], direction: Direction = "forward") -> Iterator[FramePair]:
+    """Pair each frame with its predecessor in the same clip: N frames of one clip give N-1 pairs.
+
+    Each frame is taken from ``frames`` once and serves both its pairs. Forward flow goes from the earlier frame to
+    the later one; backward flow from the later to the earlier, so there ``first`` is the later frame.
+    """
+    previous: Frame | None = None
+    for frame in frames:
+        if previous is not None and previous.clip == frame.clip:
+            if direction == "forward":
+                yield FramePair(previous, frame)
+            else:
+                yield FramePair(frame, previous)
+        previous = frame
+
+
+def batches(batch: int, shard: int, first_index: int = 0) -> Callable[[Iterator[FramePair]], Iterator[PairBatch]]:
+    """A stage that gathers up to ``batch`` pairs whose flows belong to one shard of ``shard`` flows.
+
+    Batches start at multiples of ``batch`` within each shard, wherever the run itself starts, so that a resumed run
+    makes the very batches the first one would have made. Those at the end of a shard or of the input may be short.
+
+    Args:
+        batch: pairs in a full batch.
+        shard: flows in a full shard of the output.
+        first_index: place in the output of the first pair's flow; not 0 when a run is resumed.
+    """
+    if batch < 1 or shard < 1 or first_index < 0:
+        raise UsageError(f"batch and shard must be at least 1, the first index 0: got {batch}, {shard}, {first_index}")
+
+    def gather(pairs: Iterator[FramePair]) -> Iterator[PairBatch]:
+        waiting: list[FramePair] = []
+        start = first_index
+        for index, pair in enumerate(pairs, first_index):
+            place = index % shard
+            if waiting and place % batch == 0:  # also true of place 0, the first of the next shard
+                yield PairBatch(tuple(waiting), start)
+                waiting.clear()
+            if not waiting:
+                start = index
+            waiting.append(pair)
+        if waiting:
+            yield PairBatch(tuple(waiting), start)
+
+    return gather

@@ -1,0 +1,573 @@
+"""Threads, bounded channels, stopping, errors and statistics: the one place in flowreel that knows of concurrency.
+
+    source ──▢▢▢▢──> stage ──▢▢▢▢──> stage ──┬──▢▢▢▢──> sink        ▢▢▢▢  a channel, bounded in items and in bytes
+                                             └──▢▢▢▢──> sink        ───>  one thread each
+
+A stage is a plain generator function, an iterator in and an iterator out; ``compose`` chains the same stages without
+threads and is what the threaded pipeline must equal.
+
+Why nothing deadlocks. A thread that puts waits only while its channel holds something: the byte budget is shared by all
+channels, but a channel that is empty takes any item. So whoever waits to put has a reader with work to do, branches of
+a tee included, and whoever waits to take has a writer that is not waiting to put. What lies in all channels together
+therefore exceeds the budget by at most one item a channel.
+
+Waiting outside the lock. One lock guards all channels and nobody sleeps holding it: a thread notes under the lock that
+it waits, leaves, sleeps on a gate of its own, and looks again. Ctrl-C can strike a sleeping caller at any
+moment and leave nothing half done, which a condition variable, taking the lock back as it wakes, cannot promise.
+"""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import GeneratorType
+from typing import Any
+
+from flowreel.engine.config import QueueConfig
+from flowreel.engine.errors import StageError
+
+StageFunction = Callable[[Iterator[Any]], Iterator[Any]]
+Consumer = Callable[[Iterator[Any]], object]  # runs to its end; what it yields or returns is dropped
+Wrap = Callable[[Consumer, str], Consumer]
+
+TICK_S = 0.2  # how long the caller sleeps before it looks for Ctrl-C and shows progress
+JOIN_S = 30.0  # how long a thread may take over its last item after a stop: a large batch on a slow processor
+
+
+class Cancelled(BaseException):
+    """The run is stopping, or nobody wants this stage's items any more. Raised by take and put; let it pass."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the chain."""
+
+    name: str  # unique in its pipeline; names the thread, the statistics and the errors
+    function: StageFunction
+
+
+@dataclass(frozen=True)
+class StageStatistics:
+    """What one stage has done so far. Its thread's time is busy + waiting in + waiting out."""
+
+    name: str
+    items: int  # given on; of a sink: taken
+    busy_s: float
+    wait_in_s: float  # seconds without anything to take
+    wait_out_s: float  # seconds held back by the next stage or by the byte budget
+    peak_queue: int  # most items that ever waited in front of it
+    queue: int  # items that wait in front of it now
+
+
+def compose(source: Iterable[Any], stages: Sequence[Stage]) -> Iterator[Any]:
+    """Gives what ``Pipeline(...).stream()`` gives, one item at a time and without threads. Errors pass as they are."""
+    opened: list[Any] = [iter(source)]
+    try:
+        for stage in stages:
+            opened.append(stage.function(opened[-1]))
+        yield from opened[-1]
+    finally:
+        for iterator in reversed(opened):
+            if _is_ours_to_close(iterator, source):
+                iterator.close()
+
+
+def _is_ours_to_close(iterator: object, source: object) -> bool:
+    """Whether who runs the iterator closes it too; a source that iterates itself belongs to whoever opened it."""
+    return hasattr(iterator, "close") and (iterator is not source or isinstance(iterator, GeneratorType))
+
+
+def _storages(item: object) -> dict[int, int]:
+    """Bytes of each storage the item's tensors keep alive, by address: views and shared frames count once."""
+    tensors = getattr(item, "tensors", None)
+    if not tensors:
+        return {}
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+class _Budget:
+    """Bytes that lie in all channels together."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.used = 0
+        self.peak = 0
+        self._held: dict[int, list[int]] = {}  # storage address -> [places it lies in, bytes]
+
+    def fits(self, storages: dict[int, int]) -> bool:
+        """While the budget is overdrawn nothing with tensors fits, even if it adds no bytes: what a fast branch of a
+        tee has let in and passed on would otherwise pile up before a slow one."""
+        extra = sum(size for address, size in storages.items() if address not in self._held)
+        return not storages or self.used + extra <= self.total
+
+    def hold(self, storages: dict[int, int]) -> None:
+        for address, size in storages.items():
+            if address in self._held:
+                self._held[address][0] += 1
+            else:
+                self._held[address] = [1, size]
+                self.used += size
+        self.peak = max(self.peak, self.used)
+
+    def release(self, storages: dict[int, int]) -> bool:
+        """True when bytes came free."""
+        before = self.used
+        for address in storages:
+            held = self._held[address]
+            held[0] -= 1
+            if held[0] == 0:
+                self.used -= held[1]
+                del self._held[address]
+        return self.used < before
+
+
+class _Gate:
+    """Where one thread sleeps at one end of its channel, and the time it has spent there."""
+
+    def __init__(self, patience_s: float) -> None:
+        self._patience_s = patience_s
+        self._since_s: float | None = None  # waiting, asleep or about to be
+        self._waited_s = 0.0
+        self._gate = threading.Lock()  # open (not locked): woken, and not yet looked
+        self._gate.acquire()
+
+    def will_sleep(self) -> None:
+        """Under the lock: from here on ``wake`` finds the sleeper."""
+        if self._since_s is None:
+            self._since_s = time.perf_counter()
+
+    def sleep(self) -> None:
+        self._gate.acquire(timeout=self._patience_s)
+
+    def wake(self) -> None:
+        """Under the lock, so that no two threads open the gate at once."""
+        if self._since_s is not None and self._gate.locked():
+            self._gate.release()
+
+    def awake(self) -> None:
+        """The waiting, if there was any, is over."""
+        if self._since_s is not None:
+            since_s, self._since_s = self._since_s, None
+            self._waited_s += time.perf_counter() - since_s
+
+    def waited_s(self, now_s: float) -> float:
+        """Seconds so far, a wait that still lasts included."""
+        waited_s, since_s = self._waited_s, self._since_s
+        return waited_s if since_s is None else waited_s + now_s - since_s
+
+
+class _Party:
+    """Who takes from one channel and gives to others: a stage's thread, or the caller in ``Pipeline.stream``."""
+
+    def __init__(self, name: str, patience_s: float = -1) -> None:
+        """Args: patience_s: longest sleep in one piece; -1: until woken."""
+        self.name = name
+        self.inlet: _Channel | None = None
+        self.outlets: list[_Channel] = []
+        self.to_take = _Gate(patience_s)
+        self.to_put = _Gate(patience_s)
+        self.cancelled = False  # its next take or put raises Cancelled
+        self.lacks_bytes = False  # it waits for the budget, not for its channel
+        self.taken = self.given = 0
+        self.last_frame: int | None = None  # of the last item taken or given
+
+    def cancel(self) -> None:
+        """Under the lock."""
+        self.cancelled = True
+        self.to_take.wake()
+        self.to_put.wake()
+
+    def saw(self, item: object) -> None:
+        self.last_frame = getattr(item, "last_frame", self.last_frame)
+
+    def give(self, item: object) -> None:
+        """Puts the item into every channel that leads on from here, waiting for room in each."""
+        self.saw(item)
+        if self.outlets:
+            storages = _storages(item)
+            for channel in self.outlets:
+                channel.put(item, storages)
+        elif self.cancelled:
+            raise Cancelled
+        self.given += 1
+
+
+class _Switchboard:
+    """What all channels of a pipeline share."""
+
+    def __init__(self, queues: QueueConfig) -> None:
+        # Re-entrant: a garbage collection inside it may finalise an abandoned stream, which takes it to stop the run.
+        self.lock = threading.RLock()
+        self.budget = _Budget(queues.total_bytes)
+        self.items = queues.items
+        self.parties: list[_Party] = []  # the source first
+
+    def connect(self, writer: _Party, reader: _Party) -> _Channel:
+        reader.inlet = _Channel(self, writer, reader)
+        writer.outlets.append(reader.inlet)
+        self.parties.append(reader)
+        return reader.inlet
+
+    def wake_who_lacks_bytes(self) -> None:
+        """Under the lock."""
+        for party in self.parties:
+            if party.lacks_bytes:
+                party.to_put.wake()
+
+
+class _Channel(Iterator[Any]):
+    """Items on their way from one thread to one other."""
+
+    def __init__(self, board: _Switchboard, writer: _Party, reader: _Party) -> None:
+        self.writer = writer
+        self.reader = reader
+        self.peak = 0
+        self._board = board
+        self._lock = board.lock
+        self._queue: deque[tuple[Any, dict[int, int]]] = deque()
+        self._ended = False  # the writer gives no more
+        self._left = False  # the reader takes no more
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def __next__(self) -> Any:
+        item = self._wait_for_item()
+        self.reader.taken += 1
+        self.reader.saw(item)
+        return item
+
+    def _wait_for_item(self) -> Any:
+        reader = self.reader
+        try:
+            while True:
+                with self._lock:
+                    if reader.cancelled:
+                        raise Cancelled
+                    if self._queue:
+                        item, storages = self._queue.popleft()
+                        self.writer.to_put.wake()
+                        if self._board.budget.release(storages):
+                            self._board.wake_who_lacks_bytes()
+                        return item
+                    if self._ended:
+                        raise StopIteration
+                    reader.to_take.will_sleep()
+                reader.to_take.sleep()
+        finally:
+            reader.to_take.awake()
+
+    def put(self, item: object, storages: dict[int, int]) -> None:
+        """Waits until there is room. Drops the item where the reader has left but other branches go on."""
+        writer = self.writer
+        try:
+            while True:
+                with self._lock:
+                    if writer.cancelled:
+                        raise Cancelled
+                    if self._left:
+                        return
+                    has_place = len(self._queue) < self._board.items
+                    if not self._queue or (has_place and self._board.budget.fits(storages)):
+                        self._queue.append((item, storages))
+                        self._board.budget.hold(storages)
+                        self.peak = max(self.peak, len(self._queue))
+                        self.reader.to_take.wake()
+                        return
+                    writer.lacks_bytes = has_place
+                    writer.to_put.will_sleep()
+                writer.to_put.sleep()
+        finally:
+            writer.lacks_bytes = False
+            writer.to_put.awake()
+
+    def end(self) -> None:
+        """The writer has given its last item. Under the lock."""
+        self._ended = True
+        self.reader.to_take.wake()
+
+    def leave(self) -> None:
+        """The reader wants no more; a writer nobody reads from any more is cancelled. Under the lock."""
+        self._left = True
+        while self._queue:
+            _, storages = self._queue.popleft()
+            self._board.budget.release(storages)
+        self._board.wake_who_lacks_bytes()
+        if all(channel._left for channel in self.writer.outlets):
+            self.writer.cancel()
+        self.writer.to_put.wake()  # it may be waiting for this branch while another one starves
+
+
+class _Worker(_Party):
+    """A stage with its thread."""
+
+    def __init__(self, name: str, function: Consumer, wrap: Wrap | None, source: object = None) -> None:
+        super().__init__(name)
+        self.thread: threading.Thread | None = None
+        self.started_s: float | None = None
+        self.ended_s: float | None = None
+        self.opened: list[Any] = []  # iterators to close when the work is over
+        self._source = source
+
+        def called(items: Iterator[Any]) -> object:
+            return self._remember(function(items))
+
+        # What the wrapping hides is closed too: a wrapper that merely drops its generator would lose its last error.
+        self._function = called if wrap is None else wrap(called, name)
+
+    def _remember(self, result: object) -> object:
+        known = any(result is iterator for iterator in self.opened)
+        if isinstance(result, Iterator) and _is_ours_to_close(result, self._source) and not known:
+            self.opened.append(result)
+        return result
+
+    def drive(self) -> None:
+        """Calls the stage and passes on what it yields, to its end."""
+        if self.cancelled:
+            raise Cancelled
+        result = self._remember(self._function(iter(()) if self.inlet is None else self.inlet))
+        if isinstance(result, Iterator):
+            for item in result:
+                self.give(item)
+                del item  # not kept alive while the next one is made
+        elif self.outlets:
+            raise TypeError(f"stage {self.name} must return an iterator, got {type(result).__name__}")
+
+    def statistics(self) -> StageStatistics:
+        """Reads without the lock, so that looking never holds up the work; exact once the thread has ended."""
+        now_s = self.ended_s or time.perf_counter()
+        total_s = 0.0 if self.started_s is None else now_s - self.started_s
+        wait_in_s, wait_out_s = self.to_take.waited_s(now_s), self.to_put.waited_s(now_s)
+        return StageStatistics(
+            name=self.name,
+            items=self.given if self.outlets else max(self.taken, self.given),
+            busy_s=max(total_s - wait_in_s - wait_out_s, 0.0),
+            wait_in_s=wait_in_s,
+            wait_out_s=wait_out_s,
+            peak_queue=0 if self.inlet is None else self.inlet.peak,
+            queue=0 if self.inlet is None else len(self.inlet),
+        )
+
+
+class Pipeline:
+    """Runs a source and its stages with one thread each, once.
+
+    Args:
+        source_name: what the source's thread, statistics and errors are called.
+        source: iterated once, in a thread of its own; if it has a ``close`` of its own, that is left to its owner.
+        stages: in order; the items of the last one go to the sinks of ``run`` or to the caller of ``stream``.
+        queues: bounds of the channels.
+        wrap: given each function, source and sinks included, and its name, returns the function to run in its place,
+            which sees both what goes in and what comes out (a CUDA stream and its events, a trace). The source comes
+            as a function of an empty iterator.
+
+    The thread that runs a generator closes it. A stage may end before its input does; the stages before it are then
+    cancelled. Whatever fails, wherever, cancels all threads; each stops at its next take or put, so within the work
+    of one item.
+    """
+
+    def __init__(
+        self,
+        source_name: str,
+        source: Iterable[Any],
+        stages: Sequence[Stage] = (),
+        queues: QueueConfig | None = None,
+        wrap: Wrap | None = None,
+    ) -> None:
+        self._board = _Switchboard(queues or QueueConfig())
+        self._lock = self._board.lock
+        self._wrap = wrap
+        self._workers: list[_Worker] = []
+        self._unfinished = 0  # sinks, or the last stage where there are none
+        self._settled = threading.Lock()  # open (not locked): the waiting caller has something to do
+        self._settled.acquire()
+        self._stopped = False
+        self._failure: StageError | None = None
+        self._used = False
+        self._add(_Worker(source_name, lambda _: iter(source), wrap, source), after=None)
+        for stage in stages:
+            self._add(_Worker(stage.name, stage.function, wrap), after=self._workers[-1])
+
+    def run(
+        self,
+        consumers: Mapping[str, Consumer] | None = None,
+        progress: Callable[[tuple[StageStatistics, ...]], None] | None = None,
+    ) -> None:
+        """Blocks until every consumer has run to its end, each in its own thread behind its own channel.
+
+        Args:
+            consumers: by name, functions of an iterator over the last stage's items; none: the items are dropped.
+            progress: called in this thread a few times a second, and once more at the end.
+
+        Raises:
+            StageError: the first failure; later ones, and threads that would not stop, are its notes.
+            Cancelled: ``stop`` was called before the end.
+            KeyboardInterrupt: passed on after all threads have stopped, as is what ``progress`` raises.
+        """
+        self._claim()
+        last = self._workers[-1]
+        for name, consumer in (consumers or {}).items():
+            self._add(_Worker(name, consumer, self._wrap), after=last)
+        self._unfinished = len(last.outlets) or 1
+        try:
+            self._start()
+            while not self._settled.acquire(timeout=TICK_S):
+                if progress is not None:
+                    progress(self.statistics())
+        except BaseException as reason:
+            self._finish(reason)
+            raise
+        self._finish(None)
+        if progress is not None:
+            progress(self.statistics())
+
+    def stream(self) -> Iterator[Any]:
+        """Gives the last stage's items, in order, to the caller's own loop, which holds the stages back if it is slow.
+
+        Nothing starts before the first ``next``. Leaving the loop early, closing or dropping the iterator stops all
+        threads; what had by then failed ahead of the caller is forgotten, what fails while stopping is raised.
+
+        Raises:
+            StageError, Cancelled, KeyboardInterrupt: as in ``run``.
+        """
+        self._claim()
+        channel = self._board.connect(self._workers[-1], _Party("caller", patience_s=TICK_S))
+        try:
+            self._start()
+            yield from channel  # keeps no item alive while the caller works
+        except Cancelled:
+            pass  # the failure, if that is why, is raised below
+        except GeneratorExit as reason:
+            self._failure = None
+            self._finish(reason)
+            raise
+        except BaseException as reason:
+            self._finish(reason)
+            raise
+        finally:
+            with self._lock:
+                channel.leave()
+        self._finish(None)
+
+    __iter__ = stream
+
+    def stop(self) -> None:
+        """Cancels all threads and returns at once; from any thread, any number of times, before or after the end."""
+        with self._lock:
+            self._stopped = True
+            for party in self._board.parties:
+                party.cancel()
+            self._settle()
+
+    def statistics(self) -> tuple[StageStatistics, ...]:
+        """Source, stages and sinks as they stand; from any thread, at any moment."""
+        return tuple(worker.statistics() for worker in self._workers)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes of tensors that ever lay in all channels together."""
+        return self._board.budget.peak
+
+    def _claim(self) -> None:
+        if self._used:
+            raise RuntimeError("a pipeline runs once; make another one")
+        self._used = True
+
+    def _add(self, worker: _Worker, after: _Worker | None) -> None:
+        if any(worker.name == other.name for other in self._workers):
+            raise ValueError(f"names of stages and sinks must differ, got {worker.name!r} twice")
+        self._workers.append(worker)
+        if after is None:
+            self._board.parties.append(worker)
+        else:
+            self._board.connect(after, worker)
+
+    def _start(self) -> None:
+        # A daemon thread that is inside torch when the interpreter ends can abort the process: stop it before that.
+        atexit.register(self._stop_and_join)
+        for worker in self._workers:
+            worker.thread = threading.Thread(target=self._work, args=(worker,), name=worker.name, daemon=True)
+            worker.thread.start()
+
+    def _work(self, worker: _Worker) -> None:
+        """The whole life of a stage's thread."""
+        worker.started_s = time.perf_counter()
+        try:
+            self._attempt(worker, worker.drive)
+            for iterator in reversed(worker.opened):
+                self._attempt(worker, iterator.close)
+        finally:
+            worker.opened.clear()
+            worker.ended_s = time.perf_counter()
+            with self._lock:
+                if worker.inlet is not None:
+                    worker.inlet.leave()
+                for channel in worker.outlets:
+                    channel.end()
+                if not worker.outlets:
+                    self._unfinished -= 1
+                    if self._unfinished == 0:
+                        self._settle()
+
+    def _attempt(self, worker: _Worker, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except BaseException as error:
+            # Cancelled is silent only where it was meant: raised unasked, it would make a cut stream look whole.
+            if not (isinstance(error, Cancelled) and worker.cancelled):
+                self._fail(worker, error)
+
+    def _fail(self, worker: _Worker, error: BaseException) -> None:
+        self.stop()  # first: whatever becomes of the message, nobody may take the stream's end for a good one
+        failure = error if isinstance(error, StageError) else StageError(worker.name, worker.last_frame, error)
+        with self._lock:
+            if self._failure is None:
+                self._failure = failure
+            else:
+                self._failure.add_note(f"also failed: {failure}")
+
+    def _settle(self) -> None:
+        """Under the lock."""
+        if self._settled.locked():
+            self._settled.release()
+
+    def _stop_and_join(self) -> list[str]:
+        """Names of the stages whose threads would not end."""
+        self.stop()
+        threads = [w.thread for w in self._workers if w.thread is not None and w.thread.ident is not None]
+        if threading.current_thread() in threads:
+            return []  # an abandoned stream that a stage's thread happened to collect: it cannot wait for itself
+        deadline_s = time.monotonic() + JOIN_S
+        for thread in threads:
+            thread.join(max(deadline_s - time.monotonic(), 0))
+        return [thread.name for thread in threads if thread.is_alive()]
+
+    def _finish(self, reason: BaseException | None) -> None:
+        """Stops what still runs, then tells what went wrong, on ``reason`` where the caller already has an error."""
+        stopped = self._stopped
+        stuck = self._stop_and_join()
+        atexit.unregister(self._stop_and_join)
+        failure, self._failure = self._failure, None
+        leaving = reason is None or isinstance(reason, GeneratorExit)
+        trouble = failure if leaving else reason
+        try:
+            if stuck:
+                message = f"did not stop within {JOIN_S:g} s and was left behind: {', '.join(stuck)}"
+                if trouble is None:
+                    warnings.warn(message, RuntimeWarning, stacklevel=3)
+                else:
+                    trouble.add_note(message)
+            if failure is not None and not leaving and trouble is not None:
+                trouble.add_note(f"also failed: {failure}")
+            if leaving and failure is not None:
+                raise failure
+            if reason is None and stopped:
+                raise Cancelled("the pipeline was stopped before its end")
+        finally:
+            del failure, trouble  # their tracebacks hold this frame: no cycle that keeps frames of video alive

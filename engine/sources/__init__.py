@@ -1,0 +1,61 @@
+"""Where frames come from. One kind of source = one file here + one line in the table below."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+from flowreel.engine.config import SelectConfig
+from flowreel.engine.data import Source
+from flowreel.engine.errors import UsageError
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp"})
+
+
+def _is_synthetic(name: str) -> bool:
+    return name.startswith("synthetic:")
+
+
+def _is_images(name: str) -> bool:
+    if os.path.exists(name):  # before the glob: a file may well be called clip[1].mp4
+        return os.path.isdir(name) or Path(name).suffix.lower() in IMAGE_SUFFIXES
+    return glob.has_magic(name)
+
+
+def _is_file(_: str) -> bool:
+    return True  # what is left; says so itself when it is not there
+
+
+# (does this kind take the name?, module, function(name, select) -> Source); the first that says yes gets it.
+_KINDS: tuple[tuple[Callable[[str], bool], str, str], ...] = (
+    (_is_synthetic, "flowreel.engine.sources.synthetic", "open_synthetic"),
+    (_is_images, "flowreel.engine.sources.images", "open_images"),
+    (_is_file, "flowreel.engine.sources.video", "open_video"),
+)
+
+
+def open_source(name: str | os.PathLike[str], select: SelectConfig | None = None) -> Source:
+    """Open a video file, a folder or glob of images, or ``synthetic:NAME``; the name decides which.
+
+    Args:
+        name: what to open. A glob (``"frames/*.png"``) is expanded here.
+        select: which of its frames; None: all of them.
+
+    Raises:
+        SourceNotFoundError: nothing goes by that name.
+        UnsupportedSourceError: it holds no picture that can be decoded.
+        TooFewFramesError: fewer than two frames are left to give.
+        UsageError: the selection makes no sense for it.
+    """
+    text = os.fspath(name)
+    if text == "-":
+        raise UsageError("reading YUV4MPEG2 from stdin is not available in this version")
+    select = select or SelectConfig()
+    for takes, module, function in _KINDS:
+        if takes(text):
+            source: Source = getattr(import_module(module), function)(text, select)
+            return source
+    raise AssertionError("the last kind takes every name")

@@ -1,0 +1,198 @@
+"""A folder or glob of images as a source, in natural order: frame2.png comes before frame10.png."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from flowreel.engine.config import SelectConfig
+from flowreel.engine.data import FlowInfo, Frame, SourceId
+from flowreel.engine.errors import FrameSizeError, SourceNotFoundError, UnsupportedSourceError, UsageError
+from flowreel.engine.sources import IMAGE_SUFFIXES
+from flowreel.engine.timecode import select_frames
+
+FRAME_RATE = Fraction(25)  # pictures carry no times; FFmpeg reads image sequences at the same rate
+
+_ORIENTATION = 0x0112  # the EXIF tag
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def open_images(name: str, select: SelectConfig) -> ImageSource:
+    """Open the images of a folder, those a glob matches, or a single one.
+
+    The headers of all files are read at once, so a missing, foreign or differently sized image is told of before the
+    first frame. Raises SourceNotFoundError, UnsupportedSourceError, FrameSizeError, TooFewFramesError, UsageError.
+    """
+    if select.stream not in (None, 0):
+        raise UsageError(f"{name} holds images, so there is no video stream {select.stream}")
+    return ImageSource(find_images(name), select)
+
+
+def find_images(name: str) -> list[Path]:
+    """The image files of a folder, or those that a glob matches, in natural order. Hidden files are left out."""
+    place = Path(name)
+    if place.is_dir():
+        found = list(place.iterdir())
+    elif place.exists():
+        found = [place]
+    else:
+        found = [Path(match) for match in glob.glob(name, recursive=True)]
+    images = [path for path in found if _is_image(path)]
+    if not images:
+        kinds = " ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
+        verb = "holds" if place.is_dir() else "matches"
+        raise SourceNotFoundError(f"{name} {verb} no images; looked for {kinds}")
+    return sorted(images, key=natural_order)
+
+
+def natural_order(path: Path) -> tuple[list[int | str], str]:
+    """Sort key under which numbers inside names count as numbers, in every part of the path."""
+    parts = re.split(r"([0-9]+)", str(path).casefold())  # text, digits, text, digits, ...
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], str(path)
+
+
+class ImageSource:
+    """Frames from image files, one clip. Opens one file at a time and keeps none open."""
+
+    def __init__(self, paths: list[Path], select: SelectConfig) -> None:
+        """``paths`` in the order of the frames; see :func:`open_images`."""
+        folder = paths[0].absolute().parent.name
+        times_s = np.arange(len(paths)) / float(FRAME_RATE)
+        self._paths = paths
+        self._wanted = select_frames(select, times_s, folder)
+        self._losses: list[str] = []
+        self._notes = [f"images carry no times: {FRAME_RATE} frames per second are assumed"]
+        self._closed = False
+        width, height = self._common_size()
+        self._info = FlowInfo(
+            height=height,
+            width=width,
+            frame_rate=FRAME_RATE / select.step,
+            frame_count=len(self._wanted),
+            source=SourceId(folder, sum(path.stat().st_size for path in paths)),
+        )
+
+    def _common_size(self) -> tuple[int, int]:
+        """(width, height) as shown, from the headers of the images that will be used."""
+        first = self._paths[self._wanted[0]]
+        size = _shown_size(first)
+        for number in self._wanted[1:]:
+            _expect_size(self._paths[number], _shown_size(self._paths[number]), first, size)
+        return size
+
+    @property
+    def info(self) -> FlowInfo:
+        return self._info
+
+    @property
+    def decoder(self) -> str:
+        return "Pillow"
+
+    @property
+    def losses(self) -> list[str]:
+        return self._losses
+
+    @property
+    def notes(self) -> list[str]:
+        return self._notes
+
+    def __iter__(self) -> Iterator[Frame]:
+        first = self._paths[self._wanted[0]]
+        for number in self._wanted:
+            if self._closed:
+                return
+            path = self._paths[number]
+            rgb = read_rgb(path)
+            _expect_size(path, (rgb.shape[1], rgb.shape[0]), first, (self._info.width, self._info.height))
+            yield Frame(torch.from_numpy(rgb).permute(2, 0, 1), number, number / float(FRAME_RATE))
+
+    def close(self) -> None:
+        self._closed = True
+
+    def __enter__(self) -> ImageSource:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_rgb(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The picture as shown: (H, W, 3) uint8. Alpha is dropped, 16 bits become the upper 8, EXIF turns it upright."""
+    with _opened(path) as image:
+        upright = _UPRIGHT.get(_orientation(image))
+        try:
+            image.load()
+        except (OSError, ValueError, SyntaxError) as error:
+            raise UnsupportedSourceError(f"{path} cannot be decoded: {error}") from error
+        turned = image if upright is None else image.transpose(upright)
+        if turned.mode.startswith("I"):  # convert() would clip these to 255 instead of scaling
+            grey = np.minimum(np.asarray(turned).astype(np.int64) >> 8, 255).astype(np.uint8)
+            return np.repeat(grey[:, :, None], 3, axis=2)
+        if turned.mode == "P":  # a palette with transparency loses it only by way of RGBA without a warning
+            turned = turned.convert("RGBA")
+        try:
+            return np.array(turned.convert("RGB"))
+        except ValueError as error:
+            raise UnsupportedSourceError(f"{path} has pixels of an unknown kind ({turned.mode}): {error}") from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    # From a file object, not by name: Pillow would map some files into memory, and then lays the rows of a turned
+    # TIFF out wrongly (seen in 13.0).
+    with path.open("rb") as file:
+        try:
+            image: Image.Image = Image.open(file)
+        except UnidentifiedImageError as error:
+            looks = "is empty" if path.stat().st_size == 0 else "is not an image that can be read"
+            raise UnsupportedSourceError(f"{path} {looks}") from error
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise UnsupportedSourceError(f"{path} cannot be opened: {error}") from error
+        with image:
+            if image.mode == "F":
+                raise UnsupportedSourceError(f"{path} has floating point pixels; images of 8 or 16 bits are expected")
+            yield image
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation 1..8 that still has to be applied. Call it before the pixels are loaded."""
+    if image.format == "TIFF":
+        return 1  # Pillow turns these itself
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1  # asking for it would decode the whole picture
+    return int(image.getexif().get(_ORIENTATION, 1))
+
+
+def _shown_size(path: Path) -> tuple[int, int]:
+    with _opened(path) as image:
+        width, height = image.size
+        return (height, width) if _orientation(image) >= 5 else (width, height)
+
+
+def _expect_size(path: Path, size: tuple[int, int], first: Path, expected: tuple[int, int]) -> None:
+    if size != expected:
+        raise FrameSizeError(
+            f"{path} is {size[0]}x{size[1]}, but {first.name} is {expected[0]}x{expected[1]}: "
+            "all images of one source must have the same size"
+        )
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()

@@ -1,0 +1,159 @@
+"""Frames of a procedural scene: a source whose true flow is known.
+
+synthetic:objects
+synthetic:objects?size=640x360&frames=48&rate=25&seed=3
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from flowreel.engine.config import SelectConfig
+from flowreel.engine.data import FlowInfo, Frame, SourceId
+from flowreel.engine.errors import UsageError
+from flowreel.engine.named_scenes import SCENES, named_scene
+from flowreel.engine.timecode import select_frames
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PREFIX = "synthetic:"
+SMALLEST, LARGEST = 16, 8192  # px: room for something to move; what a frame may sensibly be
+
+
+@dataclass(frozen=True)
+class SyntheticConfig:
+    """What stands behind ``synthetic:``. Defaults: long enough to watch, small enough for a CPU."""
+
+    scene: str
+    width: int = 512  # px, a multiple of the networks' 64
+    height: int = 384  # px
+    frames: int = 32
+    rate: Fraction = Fraction(25)  # frames per second
+    seed: int = 0
+
+    @classmethod
+    def parse(cls, name: str) -> SyntheticConfig:
+        """Read ``synthetic:SCENE?key=value&...``. Raises UsageError for an unknown scene, key or value."""
+        scene, _, query = name.removeprefix(PREFIX).partition("?")
+        if scene not in SCENES:
+            raise UsageError(f"no synthetic scene is called {scene!r}; there are {', '.join(sorted(SCENES))}")
+        given: dict[str, int | Fraction] = {}
+        for part in filter(None, query.split("&")):
+            key, _, value = part.partition("=")
+            values = _PARAMETERS[key](value) if key in _PARAMETERS else None
+            if values is None:
+                known = ", ".join(("size=WIDTHxHEIGHT", "frames=N", "rate=FPS", "seed=N"))
+                raise UsageError(f"{part!r} in {name} is not understood; expected {known}")
+            given.update(values)
+        return cls(scene, **given)  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        """The name that ``parse`` reads, with what differs from the defaults."""
+        plain = {field.name: field.default for field in fields(self)}
+        parts = [f"size={self.width}x{self.height}"] if (self.width, self.height) != _default_size() else []
+        parts += [f"{k}={getattr(self, k)}" for k in ("frames", "rate", "seed") if getattr(self, k) != plain[k]]
+        return PREFIX + self.scene + ("?" + "&".join(parts) if parts else "")
+
+
+def _default_size() -> tuple[int, int]:
+    return SyntheticConfig.width, SyntheticConfig.height
+
+
+def _size(text: str) -> dict[str, int] | None:
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text, re.ASCII)
+    if match is None:
+        return None
+    width, height = int(match[1]), int(match[2])
+    return {"width": width, "height": height} if all(SMALLEST <= side <= LARGEST for side in (width, height)) else None
+
+
+def _frames(text: str) -> dict[str, int] | None:
+    return {"frames": int(text)} if re.fullmatch(r"\d{1,9}", text, re.ASCII) else None
+
+
+def _rate(text: str) -> dict[str, Fraction] | None:
+    if not re.fullmatch(r"\d{1,6}(\.\d{1,6}|/\d{1,6})?", text, re.ASCII) or re.search(r"/0+$", text):
+        return None
+    rate = Fraction(text)
+    return {"rate": rate} if rate > 0 else None
+
+
+def _seed(text: str) -> dict[str, int] | None:
+    return {"seed": int(text)} if re.fullmatch(r"\d{1,9}", text, re.ASCII) else None
+
+
+_PARAMETERS = {"size": _size, "frames": _frames, "rate": _rate, "seed": _seed}
+
+
+def open_synthetic(name: str, select: SelectConfig) -> SyntheticSource:
+    """Open ``synthetic:SCENE`` with optional parameters, as the module's docstring shows.
+
+    Raises:
+        UsageError: no such scene, or parameters that are not understood.
+        TooFewFramesError: fewer than two frames are left to give.
+    """
+    return SyntheticSource(SyntheticConfig.parse(name), select)
+
+
+class SyntheticSource:
+    """Renders each frame as it is asked for; nothing is kept."""
+
+    def __init__(self, config: SyntheticConfig, select: SelectConfig | None = None) -> None:
+        select = select or SelectConfig()
+        self._times_s = np.arange(config.frames) * config.rate.denominator / config.rate.numerator
+        self._wanted = select_frames(select, self._times_s, str(config))
+        self._scene = named_scene(config.scene, config.height, config.width, config.seed)
+        self._closed = False
+        self._info = FlowInfo(
+            height=config.height,
+            width=config.width,
+            frame_rate=config.rate / select.step,
+            frame_count=len(self._wanted),
+            source=SourceId(str(config), duration_s=float(config.frames / config.rate)),
+        )
+
+    @property
+    def info(self) -> FlowInfo:
+        return self._info
+
+    @property
+    def decoder(self) -> str:
+        return "synthetic"
+
+    @property
+    def losses(self) -> list[str]:
+        return []
+
+    @property
+    def notes(self) -> list[str]:
+        return []
+
+    def __iter__(self) -> Iterator[Frame]:
+        for number in self._wanted:
+            if self._closed:
+                return
+            yield Frame(self._scene.render(number), number, float(self._times_s[number]))
+
+    def flow(self, frame: int, frame_to: int) -> tuple[Tensor, Tensor]:
+        """The truth between two frames, by their numbers in the source.
+
+        Returns:
+            The flow (2, H, W) float32, pixels, and where its end is still seen in ``frame_to``: (H, W) bool.
+        """
+        return self._scene.flow(frame, frame_to)
+
+    def close(self) -> None:
+        self._closed = True
+
+    def __enter__(self) -> SyntheticSource:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,130 @@
+"""Frame numbers and times: reading what the user wrote, and knowing the number of each frame from its time stamp."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from flowreel.engine.config import SelectConfig
+from flowreel.engine.errors import TooFewFramesError, UsageError
+
+if TYPE_CHECKING:
+    from flowreel.engine.data import Float64Array, Int64Array
+
+NO_STAMP = -(1 << 63)  # stands for a missing time stamp, as in FFmpeg
+MOST_REORDERED = 32  # frames; codecs hold back at most 16, so stamps out of order by more than this are no order at all
+
+_TIME = re.compile(r"(?:(?:(\d+):)?(\d+):)?(\d+(?:\.\d*)?|\.\d+)s?", re.ASCII)
+
+
+def parse_seconds(text: str) -> float:
+    """Seconds of ``"10s"``, ``"90"``, ``"1:02.5"`` or ``"1:00:02.5"``. Raises UsageError for anything else."""
+    match = _TIME.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f"a time is written as 10s, 1:02.5 or 1:00:02.5, got {text!r}")
+    hours, minutes, seconds = match.groups()
+    return 3600 * int(hours or 0) + 60 * int(minutes or 0) + float(seconds)
+
+
+def frame_number(where: int | str, times_s: Float64Array) -> int:
+    """Number of the first frame at or after ``where``: a frame number, or a time since the first frame.
+
+    Args:
+        where: frame number, or a time as :func:`parse_seconds` reads it.
+        times_s: (T,) seconds, presentation time of every frame of the source, ascending.
+    """
+    if isinstance(where, int):
+        return where
+    elapsed_s = times_s - times_s[0] if len(times_s) else times_s
+    # A microsecond of grace: 0.04 written by hand must reach the frame whose stamp is 0.04 less a rounding error.
+    return int(np.searchsorted(elapsed_s, parse_seconds(where) - 1e-6))
+
+
+def select_frames(select: SelectConfig, times_s: Float64Array, name: str) -> range:
+    """Numbers of the frames that ``select`` takes from a source whose frames are shown at ``times_s``.
+
+    Raises TooFewFramesError, naming the source by ``name``, when fewer than two are left, and UsageError for a time
+    that cannot be read or a stop time that is not after the start time.
+    """
+    if isinstance(select.start, str) and isinstance(select.stop, str):
+        start_s, stop_s = parse_seconds(select.start), parse_seconds(select.stop)
+        if stop_s <= start_s:
+            raise UsageError(f"stop ({select.stop}) must be later than start ({select.start})")
+    count = len(times_s)
+    start = frame_number(select.start, times_s)
+    stop = count if select.stop is None else min(frame_number(select.stop, times_s), count)
+    chosen = range(start, stop, select.step)
+    if len(chosen) < 2:
+        left = "" if len(chosen) == count else f", of which start, stop and step leave {len(chosen)}"
+        raise TooFewFramesError(f"{name} has {count} frame{'' if count == 1 else 's'}{left}: flow needs at least two")
+    return chosen
+
+
+@dataclass(frozen=True, eq=False)
+class Timeline:
+    """When each frame of a video is shown, in order, known without decoding one."""
+
+    times_s: Float64Array  # (T,) seconds, ascending, as the container has them, unshifted
+    stamps: Int64Array | None  # (T,) the same in units of the stream's time base; None: cannot tell a frame's number
+    notes: tuple[str, ...]  # what had to be made up
+
+    @classmethod
+    def from_packets(
+        cls, stamps: Sequence[int], time_base: Fraction, rate: Fraction, *, trusted: bool = True
+    ) -> Timeline:
+        """Order the stamps of a stream's packets.
+
+        Args:
+            stamps: presentation stamp of each packet that will be shown, in file order, in units of ``time_base``
+                seconds; NO_STAMP where the container has none.
+            rate: average frames per second; fills the gaps.
+            trusted: False where the container stores no presentation stamps, only something like them (AVI). The
+                stamps then give times in the right order, but a frame's own stamp does not tell its number.
+        """
+        raw = np.asarray(stamps, dtype=np.int64)
+        period = float(1 / (rate * time_base))  # ticks from frame to frame
+        missing = int(np.count_nonzero(raw == NO_STAMP))
+        if missing:
+            ticks = _filled(raw, period)
+            note = f"{missing} of {len(raw)} frames carry no time stamp: filled in at {_per_second(rate)}"
+            return cls(_seconds(ticks, time_base), None, (note,))
+        order = np.argsort(raw, kind="stable")
+        if len(raw) and np.abs(order - np.arange(len(raw))).max() > MOST_REORDERED:
+            ticks = raw[0] + period * np.arange(len(raw))
+            note = f"the time stamps jump back: all replaced by an even {_per_second(rate)}"
+            return cls(_seconds(ticks, time_base), None, (note,))
+        ordered = raw[order]
+        repeated = int(np.count_nonzero(np.diff(ordered) == 0))
+        notes = (f"{repeated} frames carry the same time stamp as the one before",) if repeated else ()
+        return cls(_seconds(ordered, time_base), ordered if trusted and not repeated else None, notes)
+
+    def __len__(self) -> int:
+        return len(self.times_s)
+
+    def number_of(self, stamp: int | None) -> int | None:
+        """Number of the frame that carries this stamp; None when the stamp does not tell."""
+        if self.stamps is None or stamp is None:
+            return None
+        place = int(np.searchsorted(self.stamps, stamp))
+        return place if place < len(self.stamps) and self.stamps[place] == stamp else None
+
+
+def _filled(raw: Int64Array, period: float) -> Float64Array:
+    """Each missing stamp becomes the one before it, plus a period."""
+    ticks = raw.astype(np.float64)
+    for index in np.flatnonzero(raw == NO_STAMP):
+        ticks[index] = ticks[index - 1] + period if index else 0.0
+    return np.sort(ticks)
+
+
+def _seconds(ticks: Int64Array | Float64Array, time_base: Fraction) -> Float64Array:
+    return ticks.astype(np.float64) * time_base.numerator / time_base.denominator
+
+
+def _per_second(rate: Fraction) -> str:
+    return f"{float(rate):g} frames per second"

@@ -1,0 +1,27 @@
+"""Operations on torch tensors, one file each. The tensor's device decides which version runs.
+
+``correlation``, ``warp`` and ``channel_norm`` are FlowNet2's three layers, registered with torch as
+``torch.ops.flowreel.*``; ``flow_to_color`` paints flow.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+# Not lazily: functions that share their module's name would be replaced by the module when that is imported first.
+from flowreel.kernels.channel_norm import channel_norm
+from flowreel.kernels.correlation import correlation
+from flowreel.kernels.warp import warp
+
+if TYPE_CHECKING:
+    from flowreel.kernels.flow_color import flow_to_color
+
+__all__ = ["channel_norm", "correlation", "flow_to_color", "warp"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "flow_to_color":
+        from flowreel.kernels.flow_color import flow_to_color
+
+        return flow_to_color
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

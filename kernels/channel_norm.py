@@ -1,0 +1,79 @@
+"""Length of each pixel's vector of channels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# --- the definition: any device, and quick enough on a CPU ------------------------------------------------------------
+
+
+def channel_norm_definition(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, 1, H, W): what ``channel_norm`` means."""
+    wide = x.float() if x.element_size() < 4 else x  # a float16 square overflows from 256 on
+    return (wide * wide).sum(1, keepdim=True).sqrt_().to(x.dtype)  # linalg.vector_norm(dim=1) is far slower
+
+
+# --- registration -----------------------------------------------------------------------------------------------------
+
+_torch_library: Any = torch.library  # its functions carry no types
+_LIBRARY = _torch_library.Library("flowreel", "FRAGMENT")
+_LIBRARY.define("channel_norm(Tensor x) -> Tensor")
+_LIBRARY.impl("channel_norm", channel_norm_definition, "CompositeExplicitAutograd")
+
+
+def _shape_of_norm(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], 1, *x.shape[2:])
+
+
+_torch_library.register_fake("flowreel::channel_norm", _shape_of_norm, lib=_LIBRARY)
+
+
+def _remember(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs, output)
+
+
+def _backward(ctx: Any, grad: Tensor) -> Tensor:
+    x, norm = ctx.saved_tensors
+    wide = x.float() if x.element_size() < 4 else x
+    gradient: Tensor = wide * (grad / (norm.to(wide.dtype) + 1e-9))  # the term that keeps a zero vector's gradient zero
+    return gradient.to(x.dtype)
+
+
+_torch_library.register_autograd("flowreel::channel_norm", _backward, setup_context=_remember, lib=_LIBRARY)
+
+
+# --- the public function ----------------------------------------------------------------------------------------------
+
+
+def channel_norm(x: Tensor) -> Tensor:
+    """Euclidean length over the channels, e.g. the speed of a flow or the size of a brightness difference.
+
+    Args:
+        x: (B, C, H, W) float32, float64, bfloat16 or float16, any unit and strides, none of the sizes zero.
+
+    Returns:
+        (B, 1, H, W) in x's unit and dtype, contiguous. Half types are squared and summed in float32, so that only a
+        length beyond their own range overflows; float32 does so from about 1.8e19.
+
+    Differentiable; the gradient x / (length + 1e-9) is zero where x is. Against the definition: equal.
+
+    Raises:
+        TypeError: x is not a floating point tensor.
+        ValueError: x is not (B, C, H, W), or a size is zero.
+
+    Source: Ilg et al., FlowNet 2.0: Evolution of Optical Flow Estimation with Deep Networks, CVPR 2017, section 4.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"channel_norm takes a floating point tensor, got {x.dtype}")
+    if x.ndim != 4 or x.numel() == 0:
+        raise ValueError(f"channel_norm takes (B, C, H, W) that holds something, got {tuple(x.shape)}")
+    return _norm(x)
+
+
+_norm: Callable[[Tensor], Tensor] = torch.ops.flowreel.channel_norm.default

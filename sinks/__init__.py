@@ -1,0 +1,30 @@
+"""Output formats: one file each, its reader beside its writer, found by name through the registry.
+
+Everything here loads on first use; importing this package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from flowreel.sinks.registry import known_outputs, open_sink
+
+if TYPE_CHECKING:
+    from flowreel.sinks.flo import read_flo, write_flo
+    from flowreel.sinks.store_reader import FlowStore, open_store
+
+__all__ = ["FlowStore", "known_outputs", "open_sink", "open_store", "read_flo", "write_flo"]
+
+_HOME = {
+    "FlowStore": "store_reader",
+    "open_store": "store_reader",
+    "read_flo": "flo",
+    "write_flo": "flo",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,152 @@
+"""Publish on success: write beside the destination, make it durable, then give it its name in one step.
+
+Every sink goes through here, so that a killed run or a full disk leaves either the whole file or folder, or something
+whose name ends in ``.partial``. The order is always the same: contents to disk, rename, the folder's entry to disk;
+a power cut between any two of them loses nothing that was already published.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from flowreel.engine.errors import OutputExistsError, OutputWriteError
+
+
+def partial_path(path: Path) -> Path:
+    """Name of a file or folder that is still being written: ``X.zarr`` -> ``X.zarr.partial``."""
+    return path.with_name(path.name + ".partial")
+
+
+def replaced_path(path: Path) -> Path:
+    """Where an old folder waits for the moment between its own renaming and its successor's."""
+    return path.with_name(path.name + ".replaced")
+
+
+def require_absent(path: Path, overwrite: bool) -> None:
+    """Raises OutputExistsError when something is at ``path`` and nobody asked to replace it."""
+    if not overwrite and os.path.lexists(path):
+        raise OutputExistsError(f"{path} is already there: pass --overwrite to replace it, or choose another name")
+
+
+@contextmanager
+def write_errors(path: Path | str) -> Iterator[None]:
+    """Turns the operating system's errors into OutputWriteError naming ``path``; flowreel's own pass unchanged."""
+    try:
+        yield
+    except (OutputWriteError, OutputExistsError):
+        raise
+    except OSError as error:
+        hint = "; free some space or choose another disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise OutputWriteError(f"cannot write {path}: {error.strerror or error}{hint}") from error
+
+
+def sync_file(path: Path) -> None:
+    """Waits until a file's contents are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(path: Path) -> None:
+    """Waits until a folder's entries (new names, renames) are on the disk."""
+    try:
+        sync_file(path)
+    except OSError as error:
+        # Some network file systems know no fsync of a folder; there is nothing better to do on them.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+
+
+def make_folder(path: Path) -> None:
+    """Creates a folder and its missing parents, each one's entry on the disk before anything goes into it."""
+    missing = []
+    while not path.is_dir():
+        missing.append(path)
+        path = path.parent
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+
+
+def publish_file(temporary: Path, path: Path) -> None:
+    """Gives a finished temporary file its name, replacing what was there. Both lie in the same folder."""
+    sync_file(temporary)
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Opens a new file that appears at ``path``, whole, when the block ends; on an error nothing remains.
+
+    Parent folders are created. The temporary name is always the same one, so that leftovers of a killed run are
+    replaced rather than collected.
+    """
+    make_folder(path.parent)
+    temporary = partial_path(path)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+        publish_file(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def publish_bytes(path: Path, *pieces: bytes) -> int:
+    """Writes the pieces one after another as one file, atomically. Returns the file's size in bytes."""
+    with atomic_file(path) as file:
+        file.writelines(pieces)
+    return sum(len(piece) for piece in pieces)
+
+
+def publish_folder(temporary: Path, path: Path) -> None:
+    """Gives a finished folder its name, replacing an old one. Its files must be on the disk already.
+
+    A folder cannot be renamed over a full one, so the old one steps aside first and is deleted last. At every moment
+    at least one of the two is whole; ``settle_replaced`` tidies up when the process dies in between.
+    """
+    settle_replaced(path)
+    aside = replaced_path(path)
+    replaces = os.path.lexists(path)
+    if replaces:
+        os.rename(path, aside)
+    try:
+        os.rename(temporary, path)
+    except OSError:
+        if replaces:
+            os.rename(aside, path)
+        raise
+    sync_folder(path.parent)
+    if replaces:
+        remove(aside, ignore_errors=True)  # the new one is published; a leftover goes with the next run
+
+
+def settle_replaced(path: Path) -> None:
+    """Finishes what a process killed inside ``publish_folder`` left: puts the old one back, or deletes it."""
+    aside = replaced_path(path)
+    if not os.path.lexists(aside):
+        return
+    if os.path.lexists(path):
+        remove(aside)
+    else:
+        os.rename(aside, path)
+        sync_folder(path.parent)
+
+
+def remove(path: Path, ignore_errors: bool = False) -> None:
+    """Deletes a file, a link or a whole folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=ignore_errors)
+        return
+    with suppress(OSError) if ignore_errors else suppress(FileNotFoundError):
+        path.unlink()

@@ -1,0 +1,59 @@
+"""Which output format goes by which name. One format = one module in this folder and one line in ``OUTPUTS``."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from flowreel.engine.errors import UnknownOutputError
+
+if TYPE_CHECKING:
+    from flowreel.engine.config import SinkConfig
+    from flowreel.engine.data import Sink
+
+
+@dataclass(frozen=True)
+class Output:
+    """One line of the table. The module is imported when the first such output is opened."""
+
+    suffix: str  # how the output's name ends, lower case; the first line that fits wins
+    form: str  # how a user writes it
+    meaning: str  # one phrase for --help
+    module: str
+    factory: str  # called as factory(path, config)
+
+
+OUTPUTS = (
+    Output(".zarr", "X.zarr", "compressed flow store, Zarr v3", "flowreel.sinks.zarr_store", "ZarrSink"),
+    Output(".mp4", "X.mp4", "colour video, H.264", "flowreel.sinks.video", "ColorVideoSink"),
+    Output(".mkv", "X.mkv", "colour video, H.264", "flowreel.sinks.video", "ColorVideoSink"),
+    Output(".flo", "DIR/%06d.flo", "one Middlebury .flo a flow", "flowreel.sinks.flo", "FloSink"),
+)
+
+
+def find_output(name: str) -> Output:
+    """The format an output's name asks for. Raises UnknownOutputError listing the names that are known."""
+    for output in OUTPUTS:
+        if name.rstrip("/").lower().endswith(output.suffix):
+            return output
+    known = ", ".join(output.form for output in OUTPUTS)
+    raise UnknownOutputError(f"no output format goes by the name {name!r}: expected one of {known}")
+
+
+def open_sink(name: str | os.PathLike[str], config: SinkConfig) -> Sink:
+    """A sink for the output ``name``, its format told by the name's end. Nothing is written before its ``open``.
+
+    Raises:
+        UnknownOutputError: no format goes by that name.
+    """
+    path = os.fspath(name)
+    output = find_output(path)
+    sink: Sink = getattr(import_module(output.module), output.factory)(path, config)
+    return sink
+
+
+def known_outputs() -> tuple[tuple[str, str], ...]:
+    """Every form an output's name may take, with what it means: for ``--help``."""
+    return tuple((output.form, output.meaning) for output in OUTPUTS)

@@ -1,0 +1,157 @@
+"""Colour video: every flow painted with the Middlebury wheel, one scale for the whole clip, as H.264.
+
+The scale comes first: a fixed one in pixels, or one found from the first flows, which wait in memory until it is
+known. After that every flow is painted, encoded and forgotten.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flowreel.engine.errors import OutputWriteError, UnknownOutputError
+from flowreel.kernels.flow_color import UNKNOWN_ABOVE, flow_to_color, percentile_magnitude
+from flowreel.sinks.publish import make_folder, partial_path, publish_file, remove, require_absent
+from flowreel.sinks.video_writer import CONTAINERS, ENCODERS, VideoWriter, video_write_errors
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from flowreel.engine.config import SinkConfig
+    from flowreel.engine.data import FlowBatch, FlowInfo
+
+SCALE_FLOWS = 32  # flows that the automatic scale is found from: about a second of motion
+SCALE_PERCENTILE = 95.0
+HELD_BYTES = 256 << 20  # of flow waiting for its scale; as float16, 32 flows of 1920x1080 just fit
+
+
+class ColorVideoSink:
+    """A colour video, ``X.mp4`` or ``X.mkv``: H.264, yuv420p, BT.709 limited range, constant quality.
+
+    Frames appear at their flow's ``timestamp_s`` less the first one's, so variable frame rates stay in step with the
+    source. 4:2:0 needs even sides: an odd one gains a copy of its last row or column.
+
+    The colour scale is ``config.max_flow`` pixels, or else the 95th percentile of the first 32 flows' lengths (of all
+    of them in a shorter clip), then fixed, so that colours do not flicker. Those flows wait as float16, which changes
+    no colour by more than a level, in at most 256 MiB (but always at least one flow): above 1920x1080 the scale is
+    taken from as many flows as that holds. ``notes`` tells the scale.
+
+    It is written to ``X.mp4.partial``, synced, and renamed by ``commit``.
+    """
+
+    def __init__(self, path: str, config: SinkConfig) -> None:
+        self._destination = Path(path)
+        if self._destination.suffix.lower() not in CONTAINERS:
+            raise UnknownOutputError(f"a colour video's name ends in {' or '.join(CONTAINERS)}, got {path!r}")
+        self._partial = partial_path(self._destination)
+        self._overwrite = config.overwrite
+        self._max_flow = config.max_flow
+        self._held: list[tuple[npt.NDArray[np.float16], float]] = []
+        self._size = (0, 0)
+        self._encoder: VideoWriter | None = None
+        self._unknown = 0  # vectors
+        self._notes: list[str] = []
+
+    def open(self, info: FlowInfo) -> None:
+        """Starts the file under its unfinished name.
+
+        Raises OutputExistsError when the output is there and is not to be replaced, OutputWriteError when nothing
+        can be written there.
+        """
+        self._size = (info.height, info.width)
+        require_absent(self._destination, self._overwrite)
+        with video_write_errors(self._destination):
+            make_folder(self._destination.parent)
+            container = self._destination.suffix.lower()
+            self._encoder = VideoWriter(self._partial, container, info.height, info.width, info.frame_rate)
+        if self._encoder.codec != ENCODERS[0]:
+            self._notes.append(f"{self.path}: encoded with {self._encoder.codec}, as this FFmpeg has no {ENCODERS[0]}")
+        if self._max_flow is not None:
+            self._notes.append(f"{self.path}: full colour at {self._max_flow:.4g} px")
+
+    def write(self, batch: FlowBatch) -> None:
+        """Paints and encodes, or holds back what has no scale yet."""
+        if tuple(batch.flow.shape[2:]) != self._size:
+            raise ValueError(f"opened for flow of (H, W) {self._size}, got {tuple(batch.flow.shape[2:])}")
+        for planes, time_s in zip(batch.flow.numpy(), batch.timestamp_s.tolist(), strict=True):
+            known = (np.abs(planes) <= UNKNOWN_ABOVE).all(axis=0)
+            self._unknown += known.size - int(np.count_nonzero(known))
+            flow = planes.transpose(1, 2, 0)  # (H, W, 2), a view
+            if self._max_flow is not None:
+                self._encode(flow, time_s)
+                continue
+            self._held.append((_pack(flow), time_s))
+            if len(self._held) == SCALE_FLOWS or (len(self._held) + 1) * self._held[0][0].nbytes > HELD_BYTES:
+                self._settle_scale()
+
+    def commit(self, complete: bool = True) -> None:
+        """Ends the file and publishes it; incomplete, it stays playable under its unfinished name."""
+        assert self._encoder is not None, "open comes before commit"
+        if self._held:
+            self._settle_scale()
+        with video_write_errors(self._destination):
+            if self._encoder.frames == 0:
+                raise OutputWriteError(f"{self.path}: not one flow came, and a video needs a frame")
+            self._encoder.finish()
+            if complete:
+                require_absent(self._destination, self._overwrite)  # it may have come up during the run
+                publish_file(self._partial, self._destination)
+        if not complete:
+            self._notes.append(f"{self.path}: incomplete, left as {self._partial.name}")
+        if self._unknown:
+            self._notes.append(f"{self.path}: {self._unknown} unknown vectors are black")
+
+    def abort(self) -> None:
+        """Removes the unfinished file. What was at the output's name before is untouched."""
+        self._held.clear()
+        if self._encoder is not None:
+            self._encoder.discard()
+            remove(self._partial, ignore_errors=True)
+
+    @property
+    def path(self) -> str:
+        return str(self._destination)
+
+    @property
+    def bytes_written(self) -> int:
+        """Size of the file, the finished one or the one being written."""
+        if self._encoder is None:
+            return 0
+        for file in (self._partial, self._destination):
+            with suppress(FileNotFoundError):
+                return file.stat().st_size
+        return 0
+
+    @property
+    def notes(self) -> list[str]:
+        return list(self._notes)
+
+    def _settle_scale(self) -> None:
+        """Fixes the clip's scale from the flows that are held, then encodes them in order and lets them go."""
+        count = len(self._held)
+        self._max_flow = percentile_magnitude((flow for flow, _ in self._held), SCALE_PERCENTILE)
+        limit = "" if count == SCALE_FLOWS or self._held[0][0].nbytes * (count + 1) <= HELD_BYTES else ", all that fit"
+        self._notes.append(
+            f"{self.path}: full colour at {self._max_flow:.4g} px, "
+            f"the {SCALE_PERCENTILE:g}th percentile of the first {count} flows{limit}"
+        )
+        for flow, time_s in self._held:
+            self._encode(flow, time_s)
+        self._held.clear()
+
+    def _encode(self, flow: npt.NDArray[np.floating[Any]], time_s: float) -> None:
+        assert self._encoder is not None, "open comes before write"
+        colors = flow_to_color(flow, self._max_flow)
+        with video_write_errors(self._destination):
+            self._encoder.encode(colors, time_s)
+
+
+def _pack(flow: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
+    """(H, W, 2) float32 pixels as float16 at half the memory: NaN where unknown, and at most 65504 px."""
+    longest = float(np.finfo(np.float16).max)
+    packed = np.clip(flow, -longest, longest).astype(np.float16)
+    packed[~(np.abs(flow) <= UNKNOWN_ABOVE)] = np.nan
+    return packed

@@ -1,0 +1,128 @@
+"""Pictures to an H.264 file through FFmpeg: the encoder below the colour video and the demo's clip."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import av
+import numpy as np
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
+
+from flowreel.engine.errors import OutputWriteError
+from flowreel.sinks.publish import remove, write_errors
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+CONTAINERS = {".mp4": ("mp4", {"movflags": "+faststart"}), ".mkv": ("matroska", {})}
+ENCODERS = ("libx264", "libopenh264", "mpeg4")  # the first that this FFmpeg has
+_FALLBACK_RATE = Fraction(25)
+_MATROSKA_TICKS = 1_000  # per second; finer times would be rounded to these, and two could fall together
+_FINEST_TICKS = 60_000  # per second; MPEG-4 part 2 allows 65535, and the usual frame rates divide it
+_ONE_THREAD = {"threads": 1} if int(av.__version__.split(".")[0]) >= 18 else {}  # older PyAVs convert in one anyway
+_BT709 = 1  # FFmpeg's number for it among matrices, primaries and transfer curves alike
+
+
+class VideoWriter:
+    """One video file being written: RGB pictures with times go in, yuv420p BT.709 limited range comes out."""
+
+    def __init__(self, path: Path, suffix: str, height: int, width: int, frame_rate: Fraction | None) -> None:
+        rate = frame_rate if frame_rate is not None and frame_rate > 0 else _FALLBACK_RATE
+        self.codec = next(name for name in ENCODERS if _has_encoder(name))
+        self.frames = 0
+        self._ticks = _MATROSKA_TICKS if suffix == ".mkv" else _ticks_per_second(rate)
+        self._frame_ticks = max(1, round(self._ticks / rate))
+        self._zero_s: float | None = None  # the source's time at tick 0
+        self._last_tick = -1
+        self._padding = ((0, height % 2), (0, width % 2), (0, 0))
+        self._to_yuv = VideoReformatter()
+        container_format, options = CONTAINERS[suffix]
+        # The unfinished name does not tell the format, so it is given.
+        self._container = av.open(str(path), "w", format=container_format, options=options)
+        try:
+            self._open_stream(rate, height + height % 2, width + width % 2)
+        except BaseException:
+            self._container.close()
+            remove(path, ignore_errors=True)
+            raise
+
+    def _open_stream(self, rate: Fraction, height: int, width: int) -> None:
+        bit_rate = max(1_000_000, int(height * width * rate / 4))  # generous, for encoders without constant quality
+        quality = {"crf": "18", "preset": "veryfast"} if self.codec == "libx264" else {"b": str(bit_rate)}
+        stream = self._container.add_stream(self.codec, rate=rate, options=quality)
+        assert isinstance(stream, av.VideoStream)
+        self._stream = stream
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        context = stream.codec_context
+        context.thread_count = 1  # the model needs the other cores more
+        context.time_base = stream.time_base = Fraction(1, self._ticks)
+        context.color_range = ColorRange.MPEG
+        context.colorspace = context.color_primaries = context.color_trc = _BT709
+        self._container.start_encoding()  # opens the encoder and writes the header: what can fail early fails now
+
+    def encode(self, colors: npt.NDArray[np.uint8], time_s: float) -> None:
+        """Takes (H, W, 3) uint8 RGB, shown from ``time_s`` seconds, counted from the first picture's."""
+        picture = av.VideoFrame.from_ndarray(np.pad(colors, self._padding, mode="edge"), format="rgb24")
+        frame = self._to_yuv.reformat(
+            picture,
+            format="yuv420p",
+            dst_colorspace=Colorspace.ITU709,
+            src_color_range=ColorRange.JPEG,
+            dst_color_range=ColorRange.MPEG,
+            **_ONE_THREAD,
+        )
+        frame.pts = self._tick(time_s)
+        frame.time_base = Fraction(1, self._ticks)
+        self._container.mux(self._stream.encode(frame))
+        self.frames += 1
+
+    def finish(self) -> None:
+        """Writes what the encoder still holds, the index, and closes the file."""
+        self._container.mux(self._stream.encode(None))
+        self._container.close()
+
+    def discard(self) -> None:
+        """Closes the file, whose contents no longer matter."""
+        with suppress(OSError, av.FFmpegError):
+            self._container.close()
+
+    def _tick(self, time_s: float) -> int:
+        """Presentation time in ticks, from 0. Always later than the one before, or players refuse the file."""
+        wanted = self._last_tick + self._frame_ticks if self._last_tick >= 0 else 0
+        if math.isfinite(time_s):
+            if self._zero_s is None:
+                self._zero_s = time_s - wanted / self._ticks
+            wanted = round((time_s - self._zero_s) * self._ticks)
+        self._last_tick = max(wanted, self._last_tick + 1)
+        return self._last_tick
+
+
+def _ticks_per_second(rate: Fraction) -> int:
+    """The finest clock in which a frame at ``rate`` lasts a whole number of ticks, so that no rounding drifts."""
+    times = _FINEST_TICKS // rate.numerator
+    return rate.numerator * times if times else _FINEST_TICKS
+
+
+def _has_encoder(name: str) -> bool:
+    try:
+        av.Codec(name, "w")
+    except ValueError:
+        return False
+    return True
+
+
+@contextmanager
+def video_write_errors(path: Path) -> Iterator[None]:
+    """OutputWriteError for whatever FFmpeg or the operating system has against writing ``path``."""
+    with write_errors(path):
+        try:
+            yield
+        except av.FFmpegError as error:
+            if isinstance(error, OSError):
+                raise
+            raise OutputWriteError(f"cannot write {path}: {error}") from error

@@ -1,0 +1,230 @@
+"""Image folders and globs: order, kinds of pixels, sizes, and files that are no images."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flowreel.engine.config import SelectConfig
+from flowreel.engine.data import Frame, Source
+from flowreel.engine.errors import (
+    FrameSizeError,
+    SourceNotFoundError,
+    TooFewFramesError,
+    UnsupportedSourceError,
+    UsageError,
+)
+from flowreel.engine.sources import open_source
+from flowreel.engine.sources.images import find_images, read_rgb
+
+WIDTH, HEIGHT = 6, 4
+
+
+def grey(path: Path, level: int, size: tuple[int, int] = (WIDTH, HEIGHT)) -> Path:
+    Image.new("L", size, level).save(path)
+    return path
+
+
+def gradient() -> np.ndarray:
+    """(H, W, 3) uint8, every pixel different."""
+    return np.arange(HEIGHT * WIDTH * 3, dtype=np.uint8).reshape(HEIGHT, WIDTH, 3) * 3
+
+
+def first_levels(frames: list[Frame]) -> list[int]:
+    return [int(frame.rgb[0, 0, 0]) for frame in frames]
+
+
+class TestWhichFiles:
+    def test_numbers_count_as_numbers(self, tmp_path: Path) -> None:
+        for level, name in ((10, "frame10.png"), (2, "frame2.png"), (1, "Frame1.bmp"), (3, "frame003.png")):
+            grey(tmp_path / name, level)
+        frames = list(open_source(tmp_path))
+        assert first_levels(frames) == [1, 2, 3, 10]
+        assert [frame.index for frame in frames] == [0, 1, 2, 3]
+
+    def test_names_of_any_shape_can_be_ordered(self, tmp_path: Path) -> None:
+        for name in ("a.png", "a1.png", "1.png", "1a.png", "01.png", "²b3.png"):
+            grey(tmp_path / name, 0)
+        assert len(find_images(str(tmp_path))) == 6
+
+    def test_folder_takes_images_only(self, tmp_path: Path) -> None:
+        for name in ("1.jpg", "2.PNG", "3.webp", "4.tif", "5.ppm", ".6.png"):
+            grey(tmp_path / name, 50)
+        (tmp_path / "readme.txt").write_text("no image")
+        (tmp_path / "7.png").mkdir()
+        assert [path.name for path in find_images(str(tmp_path))] == ["1.jpg", "2.PNG", "3.webp", "4.tif", "5.ppm"]
+
+    def test_glob(self, tmp_path: Path) -> None:
+        for number in range(4):
+            grey(tmp_path / f"left{number}.png", number)
+            grey(tmp_path / f"right{number}.png", 100 + number)
+        source = open_source(tmp_path / "right*.png")
+        assert source.info.source.name == tmp_path.name
+        assert source.info.source.size_bytes == sum(p.stat().st_size for p in tmp_path.glob("right*"))
+        assert first_levels(list(source)) == [100, 101, 102, 103]
+
+    @pytest.mark.parametrize("name", ["", "*.png"])
+    def test_none_found(self, tmp_path: Path, name: str) -> None:
+        with pytest.raises(SourceNotFoundError, match="no images; looked for bmp jpeg jpg pgm png"):
+            open_source(tmp_path / name)
+
+    def test_one_image_is_too_few(self, tmp_path: Path) -> None:
+        with pytest.raises(TooFewFramesError, match="has 1 frame"):
+            open_source(grey(tmp_path / "alone.png", 0))
+
+    def test_real_pair(self, data_dir: Path) -> None:
+        source = open_source(data_dir / "pairs" / "chairs_1")
+        frames = list(source)
+        assert [tuple(frame.rgb.shape) for frame in frames] == [(3, 384, 512)] * 2
+
+
+class TestHeader:
+    def test_info_and_selection(self, tmp_path: Path) -> None:
+        for number in range(10):
+            grey(tmp_path / f"{number}.png", number)
+        source = open_source(tmp_path, SelectConfig(start=1, stop="0.28s", step=2))
+        assert isinstance(source, Source)
+        info = source.info
+        assert (info.width, info.height, info.frame_count, float(info.frame_rate or 0)) == (WIDTH, HEIGHT, 3, 12.5)
+        frames = list(source)
+        assert [frame.index for frame in frames] == first_levels(frames) == [1, 3, 5]
+        assert [frame.timestamp_s for frame in frames] == pytest.approx([0.04, 0.12, 0.2])
+        assert source.losses == []
+        assert "25 frames per second are assumed" in source.notes[0]
+
+    def test_images_have_no_streams(self, tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match="no video stream 1"):
+            open_source(tmp_path, SelectConfig(stream=1))
+
+    def test_closed_source_gives_no_more(self, tmp_path: Path) -> None:
+        for number in range(3):
+            grey(tmp_path / f"{number}.png", number)
+        source = open_source(tmp_path)
+        frames = iter(source)
+        next(frames)
+        source.close()
+        assert list(frames) == []
+
+
+class TestTrouble:
+    def test_sizes_differ(self, tmp_path: Path) -> None:
+        grey(tmp_path / "1.png", 0)
+        grey(tmp_path / "2.png", 0, (8, 4))
+        with pytest.raises(FrameSizeError, match=r"2\.png is 8x4, but 1\.png is 6x4"):
+            open_source(tmp_path)
+
+    @pytest.mark.parametrize(("content", "says"), [(b"", "is empty"), (b"hello" * 20, "is not an image")])
+    def test_no_image_inside(self, tmp_path: Path, content: bytes, says: str) -> None:
+        grey(tmp_path / "1.png", 0)
+        (tmp_path / "2.png").write_bytes(content)
+        with pytest.raises(UnsupportedSourceError, match=rf"2\.png {says}"):
+            open_source(tmp_path)
+
+    @pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp", "bmp"])
+    def test_cut_file(self, tmp_path: Path, suffix: str) -> None:
+        noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+        for number in (1, 2):
+            Image.fromarray(noise).save(tmp_path / f"{number}.{suffix}")
+        path = tmp_path / f"2.{suffix}"
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        with pytest.raises(UnsupportedSourceError, match=rf"2\.{suffix} "):
+            list(open_source(tmp_path))
+
+    def test_floating_point_pixels(self, tmp_path: Path) -> None:
+        Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "1.tif")
+        with pytest.raises(UnsupportedSourceError, match="floating point"):
+            read_rgb(tmp_path / "1.tif")
+
+
+class TestPixels:
+    @pytest.mark.parametrize("suffix", ["png", "bmp", "ppm", "tif", "webp"])
+    def test_rgb_is_kept(self, tmp_path: Path, suffix: str) -> None:
+        Image.fromarray(gradient()).save(tmp_path / f"a.{suffix}", lossless=True)
+        assert np.array_equal(read_rgb(tmp_path / f"a.{suffix}"), gradient())
+
+    @pytest.mark.parametrize("suffix", ["png", "pgm", "tif"])
+    def test_16_bit_grey_is_scaled(self, tmp_path: Path, suffix: str) -> None:
+        values = np.array([[0, 255, 256], [0x1234, 0xFEDC, 0xFFFF]], np.uint16)
+        Image.fromarray(values).save(tmp_path / f"a.{suffix}")
+        rgb = read_rgb(tmp_path / f"a.{suffix}")
+        assert rgb.shape == (2, 3, 3)
+        assert np.array_equal(rgb[..., 0], values >> 8)
+        assert np.array_equal(rgb[..., 0], rgb[..., 2])
+
+    def test_16_bit_rgb_is_scaled(self, tmp_path: Path) -> None:
+        import cv2
+
+        values = np.random.default_rng(0).integers(0, 1 << 16, (5, 7, 3)).astype(np.uint16)
+        cv2.imwrite(str(tmp_path / "a.png"), values[..., ::-1])
+        assert np.abs(read_rgb(tmp_path / "a.png").astype(int) - (values >> 8)).max() <= 1
+
+    @pytest.mark.parametrize("mode", ["RGBA", "LA"])
+    def test_alpha_is_dropped(self, tmp_path: Path, mode: str) -> None:
+        image = Image.fromarray(gradient()).convert(mode)
+        image.putalpha(Image.fromarray(gradient()[..., 0]))
+        image.save(tmp_path / "a.png")
+        expected = gradient() if mode == "RGBA" else np.asarray(Image.fromarray(gradient()).convert("L").convert("RGB"))
+        assert np.array_equal(read_rgb(tmp_path / "a.png"), expected)
+
+    @pytest.mark.parametrize("transparency", [None, 0, bytes([0, 128, 255])])
+    def test_palette(self, tmp_path: Path, transparency: int | bytes | None) -> None:
+        image = Image.new("P", (3, 1))
+        image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+        image.putdata([0, 1, 2])
+        image.save(tmp_path / "a.png", **({} if transparency is None else {"transparency": transparency}))
+        assert read_rgb(tmp_path / "a.png").tolist() == [[[255, 0, 0], [0, 255, 0], [0, 0, 255]]]
+
+    def test_one_bit(self, tmp_path: Path) -> None:
+        Image.fromarray(np.array([[True, False]])).save(tmp_path / "a.png")
+        assert read_rgb(tmp_path / "a.png").tolist() == [[[255] * 3, [0] * 3]]
+
+    def test_cmyk(self, tmp_path: Path) -> None:
+        Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=95)
+        assert np.abs(read_rgb(tmp_path / "a.jpg").astype(int) - (255, 0, 0)).max() <= 4
+
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    @pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
+    def test_exif_orientation(self, tmp_path: Path, suffix: str, orientation: int) -> None:
+        stored = np.kron(np.array([[0, 90, 180], [250, 40, 130]], np.uint8), np.ones((16, 16), np.uint8))
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        options = {"jpg": {"quality": 95}, "webp": {"lossless": True}}.get(suffix, {})
+        path = tmp_path / f"1.{suffix}"
+        Image.fromarray(stored).save(path, exif=exif, **options)
+        # What the tag says: where row 0 and column 0 of the stored picture are when it is shown.
+        upright = {
+            1: stored, 2: stored[:, ::-1], 3: stored[::-1, ::-1], 4: stored[::-1],
+            5: stored.T, 6: stored.T[:, ::-1], 7: stored.T[::-1, ::-1], 8: stored.T[::-1],
+        }[orientation]  # fmt: skip
+        assert np.abs(read_rgb(path)[..., 1].astype(int) - upright).max() <= 4
+        (tmp_path / f"2.{suffix}").write_bytes(path.read_bytes())
+        info = open_source(tmp_path).info
+        assert (info.height, info.width) == upright.shape
+
+    def test_frames_own_their_pixels(self, tmp_path: Path) -> None:
+        for number in (1, 2):
+            Image.fromarray(gradient()).save(tmp_path / f"{number}.png")
+        first, second = open_source(tmp_path)
+        first.rgb.zero_()  # writable, and nobody else's
+        assert np.array_equal(second.rgb.permute(1, 2, 0).numpy(), gradient())
+
+
+def test_png_with_its_orientation_behind_the_pixels(tmp_path: Path) -> None:
+    """Such a tag is left alone by the header check and by the reader alike, so that the sizes agree."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    Image.fromarray(gradient()).save(buffer, "png", exif=exif)
+    data = buffer.getvalue()
+    start = data.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+    closing = data.index(b"IEND") - 4
+    for number in (1, 2):
+        (tmp_path / f"{number}.png").write_bytes(data[:start] + data[end:closing] + data[start:end] + data[closing:])
+    source = open_source(tmp_path)
+    assert (source.info.width, source.info.height) == (WIDTH, HEIGHT)
+    assert np.array_equal(next(iter(source)).rgb.permute(1, 2, 0).numpy(), gradient())

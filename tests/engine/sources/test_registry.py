@@ -1,0 +1,65 @@
+"""Which kind of source a name opens, and that asking costs no heavy import."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from flowreel.engine import sources
+from flowreel.engine.config import SelectConfig
+from flowreel.engine.errors import UsageError
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Collects the modules that ``open_source`` would load, in place of loading them."""
+    modules: list[str] = []
+
+    def note(module: str) -> object:
+        modules.append(module.rpartition(".")[2])
+        raise InterruptedError
+
+    monkeypatch.setattr(sources, "import_module", note)
+    return modules
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("synthetic:objects", "synthetic"),
+        ("folder", "images"),
+        ("folder/*.png", "images"),
+        ("folder/one.PNG", "images"),
+        ("take[1].mp4", "video"),
+        ("missing.mp4", "video"),
+        ("clip.mp4", "video"),
+    ],
+)
+def test_name_decides(asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str) -> None:
+    (tmp_path / "folder").mkdir()
+    for file in ("folder/one.PNG", "take[1].mp4", "clip.mp4"):
+        (tmp_path / file).touch()
+    monkeypatch.chdir(tmp_path)
+    for given in (name, Path(name)) if ":" not in name else (name,):
+        with pytest.raises(InterruptedError):
+            sources.open_source(given)
+    assert set(asked) == {kind}
+
+
+def test_stdin_is_refused_plainly() -> None:
+    with pytest.raises(UsageError, match="stdin is not available in this version"):
+        sources.open_source("-")
+
+
+def test_selection_reaches_the_source(clip: Callable[..., Path]) -> None:
+    assert sources.open_source(clip("chosen.mp4"), SelectConfig(step=3)).info.frame_count == 4
+
+
+def test_package_loads_nothing_heavy() -> None:
+    code = "import sys, flowreel.engine.sources; print(sorted({'av', 'torch', 'PIL'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

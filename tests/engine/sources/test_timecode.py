@@ -1,0 +1,88 @@
+"""Reading times, choosing frames by them, and ordering the stamps of a stream."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from flowreel.engine.config import SelectConfig
+from flowreel.engine.errors import TooFewFramesError, UsageError
+from flowreel.engine.timecode import NO_STAMP, Timeline, parse_seconds, select_frames
+
+TICK = Fraction(1, 100)
+RATE = Fraction(25)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("10s", 10), ("90", 90), ("1:02.5", 62.5), ("1:00:02.5", 3602.5), (".5s", 0.5), ("0", 0), (" 2.25s ", 2.25)],
+)
+def test_times_that_can_be_read(text: str, seconds: float) -> None:
+    assert parse_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "s", "ten", "-1s", "1:2:3:4", "1::2", "1.5:2", "10 s", "1e3", "nan", ":5", "٣s"])
+def test_times_that_cannot(text: str) -> None:
+    with pytest.raises(UsageError, match="a time is written as"):
+        parse_seconds(text)
+
+
+@pytest.mark.parametrize(
+    ("select", "expected"),
+    [
+        (SelectConfig(), range(10)),
+        (SelectConfig(start=2, stop=5), range(2, 5)),
+        (SelectConfig(start="0.1s"), range(3, 10)),  # 0.1 lies between frames 2 and 3
+        (SelectConfig(start="0.12s", stop="0.2s"), range(3, 5)),  # on the frame: start takes it, stop does not
+        (SelectConfig(stop="1:00"), range(10)),
+    ],
+)
+def test_selection(select: SelectConfig, expected: range) -> None:
+    times = 8.33 + np.arange(10) / 25  # times count from the first frame, whatever its stamp is
+    assert select_frames(select, times, "x") == expected
+
+
+def test_selection_that_makes_no_sense() -> None:
+    times = np.arange(10) / 25
+    with pytest.raises(UsageError, match="must be later"):
+        select_frames(SelectConfig(start="2s", stop="1s"), times, "x")
+    with pytest.raises(TooFewFramesError, match="x has 10 frames, of which start, stop and step leave 1"):
+        select_frames(SelectConfig(start="0.1s", stop=4), times, "x")
+    with pytest.raises(TooFewFramesError, match="x has 0 frames: flow needs"):
+        select_frames(SelectConfig(start="1s"), np.zeros(0), "x")
+
+
+class TestTimeline:
+    def test_orders_reordered_stamps(self) -> None:
+        timeline = Timeline.from_packets([800, 816, 808, 804, 812], TICK, RATE)
+        assert timeline.times_s == pytest.approx([8.00, 8.04, 8.08, 8.12, 8.16])
+        assert [timeline.number_of(stamp) for stamp in (800, 812, 816)] == [0, 3, 4]
+        assert [timeline.number_of(stamp) for stamp in (799, 801, 817, None)] == [None] * 4
+        assert timeline.notes == ()
+
+    def test_fills_the_gaps_that_miss_a_stamp(self) -> None:
+        timeline = Timeline.from_packets([100, NO_STAMP, NO_STAMP, 112], TICK, RATE)
+        assert timeline.times_s == pytest.approx([1.00, 1.04, 1.08, 1.12])
+        assert timeline.number_of(100) is None
+        assert "2 of 4 frames carry no time stamp" in timeline.notes[0]
+
+    def test_stamps_that_start_over_are_replaced(self) -> None:
+        timeline = Timeline.from_packets([100 + 4 * (n % 50) for n in range(100)], TICK, RATE)
+        assert timeline.times_s == pytest.approx(1 + np.arange(100) / 25)
+        assert timeline.number_of(100) is None
+
+    def test_repeated_stamps_tell_no_number(self) -> None:
+        timeline = Timeline.from_packets([0, 4, 4, 8], TICK, RATE)
+        assert timeline.times_s.tolist() == [0, 0.04, 0.04, 0.08]
+        assert timeline.number_of(8) is None
+        assert "1 frames carry the same" in timeline.notes[0]
+
+    def test_untrusted_stamps_tell_times_only(self) -> None:
+        timeline = Timeline.from_packets([0, 4], TICK, RATE, trusted=False)
+        assert timeline.times_s.tolist() == [0, 0.04]
+        assert timeline.number_of(4) is None
+
+    def test_empty(self) -> None:
+        assert len(Timeline.from_packets([], TICK, RATE)) == 0

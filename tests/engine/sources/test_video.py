@@ -1,0 +1,429 @@
+"""Video files: counts, times, turning, selection, streams, and everything that is wrong with real files."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import threading
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+
+from flowreel.engine.config import SelectConfig
+from flowreel.engine.data import Frame, Source
+from flowreel.engine.errors import (
+    DeviceError,
+    FrameSizeError,
+    SourceNotFoundError,
+    TooFewFramesError,
+    UnsupportedSourceError,
+    UsageError,
+)
+from flowreel.engine.sources import open_source
+from flowreel.engine.sources.video import Turn, VideoSource, open_video, probe_video
+
+Clip = Callable[..., Path]
+
+# name: (frames, width, height, average rate, first and last time in seconds)
+REAL = {
+    "videos/bbb_1080p60.mp4": (120, 1920, 1080, Fraction(60), 0.0, 119 / 60),
+    "videos/conveyor_640x360.mp4": (1189, 640, 360, Fraction(179, 6), 0.0, 455808 * 1 / 11456 + 384 / 11456),
+    "videos/person_asl_walk_640x480.mkv": (89, 640, 480, Fraction(30), 0.0, 2.933),
+    "videos/sintel_cave_1024x436.mp4": (50, 1024, 436, Fraction(10), 0.0, 4.9),
+    "videos_corner/av1_640x360.mkv": (125, 640, 360, Fraction(25), 0.0, 4.96),
+    "videos_corner/bbb_vfr_640x360.mp4": (72, 640, 360, Fraction(480, 13), 0.0, 118 / 60),
+    "videos_corner/hevc_main10_320x240.mp4": (60, 320, 240, Fraction(30), 0.0, 59 / 30),
+    "videos_corner/nasa_rotated90_480x270.mp4": (17, 270, 480, Fraction(30000, 1001), 0.0, 16016 / 30000),
+    "videos_corner/non_zero_start_200x112.mp4": (12, 200, 112, Fraction(30), 127995 / 15360, 133627 / 15360),
+    "videos_corner/odd_321x241_vp9.mp4": (25, 321, 241, Fraction(25), 0.0, 0.96),
+}
+SLOW = ("bbb_1080p60", "conveyor")
+
+
+def numbers(source: Source) -> list[int]:
+    return [frame.index for frame in source]
+
+
+def pictured(frames: list[Frame]) -> list[int]:
+    """The numbers that the pictures of a generated clip show."""
+    digits = [frame.rgb[0, 12, 4:64:8] > 125 for frame in frames]
+    return [sum(1 << place for place in range(8) if row[place]) for row in digits]
+
+
+def joined(path: Path, *parts: Path) -> Path:
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    return path
+
+
+class TestRealClips:
+    @pytest.mark.parametrize("name", REAL)
+    def test_count_size_and_times(self, data_dir: Path, name: str) -> None:
+        count, width, height, rate, first_s, last_s = REAL[name]
+        slow = any(part in name for part in SLOW)
+        with open_video(str(data_dir / name), SelectConfig()) as source:
+            info = source.info
+            assert (info.frame_count, info.width, info.height, info.frame_rate) == (count, width, height, rate)
+            assert info.source.name == Path(name).name
+            frames = list(itertools.islice(source, 5 if slow else None))
+        times = [frame.timestamp_s for frame in frames]
+        assert all(later > earlier for earlier, later in itertools.pairwise(times))
+        assert times[0] == pytest.approx(first_s)
+        assert {tuple(frame.rgb.shape) for frame in frames} == {(3, height, width)}
+        if not slow:
+            assert [frame.index for frame in frames] == list(range(count))
+            assert times[-1] == pytest.approx(last_s)
+        assert source.losses == []
+
+    def test_variable_rate_keeps_its_gaps(self, data_dir: Path) -> None:
+        times = probe_video(str(data_dir / "videos_corner/bbb_vfr_640x360.mp4")).timeline.times_s
+        gaps = np.round(np.diff(times) * 60).astype(int)
+        assert np.bincount(gaps).tolist() == [0, 24, 47]
+
+    def test_rotation_turns_the_right_way(self, data_dir: Path) -> None:
+        path = data_dir / "videos_corner/nasa_rotated90_480x270.mp4"
+        with av.open(str(path)) as container:
+            stored = next(container.decode(video=0)).to_ndarray(format="rgb24")
+        with open_video(str(path), SelectConfig()) as source:
+            shown = next(iter(source)).rgb.permute(1, 2, 0).numpy()
+        # the display matrix asks for a quarter turn counter-clockwise
+        error = [np.abs(np.rot90(stored, turns).astype(int) - shown).mean() for turns in (1, 3)]
+        assert error[0] < 2 < error[1]
+
+
+@pytest.mark.parametrize(
+    "matrix", [m for m in itertools.product((-1, 0, 1), repeat=4) if abs(m[0] * m[3] - m[1] * m[2]) == 1 and 0 in m]
+)
+def test_turn_follows_the_display_matrix(matrix: tuple[int, int, int, int]) -> None:
+    a, b, c, d = matrix
+    raw = np.array([a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30], np.int32)
+    frame: Any = SimpleNamespace(side_data={"DISPLAYMATRIX": raw.tobytes()})
+    turn, notes = Turn.of(frame)
+    if 0 not in (a * d, b * c) or (a and b) or (c and d) or (a and c) or (b and d):
+        assert (turn, len(notes)) == (Turn(), 1)  # a shear: left alone and said so
+        return
+    stored = np.arange(3 * 5 * 3, dtype=np.uint8).reshape(3, 5, 3)
+    shown = turn(stored)
+    y, x = np.mgrid[:3, :5]
+    to_x, to_y = a * x + c * y, b * x + d * y
+    assert np.array_equal(shown[to_y - to_y.min(), to_x - to_x.min()], stored)
+    assert notes == []
+    assert shown.flags.c_contiguous
+
+
+class TestSelection:
+    @pytest.mark.parametrize(
+        ("select", "expected"),
+        [
+            (SelectConfig(), range(100)),
+            (SelectConfig(start=3, stop=9), range(3, 9)),
+            (SelectConfig(start=1, step=7, stop=500), range(1, 100, 7)),
+            (SelectConfig(start="1s", stop="2s"), range(25, 50)),
+            (SelectConfig(start="0:01.04", stop="90"), range(26, 100)),
+            (SelectConfig(start="0.5s", stop=20, step=3), range(13, 20, 3)),
+        ],
+    )
+    def test_takes_what_was_asked(self, long_clip: Path, select: SelectConfig, expected: range) -> None:
+        with open_video(str(long_clip), select) as source:
+            assert source.info.frame_count == len(expected)
+            assert source.info.frame_rate == Fraction(25, select.step)
+            frames = list(source)
+        assert [frame.index for frame in frames] == list(expected) == pictured(frames)
+        assert [frame.timestamp_s for frame in frames] == pytest.approx([number / 25 for number in expected])
+        assert source.losses == []
+
+    def test_seeking_gives_the_same_pictures(self, long_clip: Path) -> None:
+        probe = probe_video(str(long_clip))
+        whole = [frame.rgb for frame in VideoSource(probe, SelectConfig())]
+        for start in range(30, 98, 3):
+            frames = list(VideoSource(probe, SelectConfig(start=start, stop=start + 2)))
+            assert [frame.index for frame in frames] == [start, start + 1]
+            assert all(frame.rgb.equal(whole[frame.index]) for frame in frames)
+
+    def test_seeking_really_skips(self, long_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        from flowreel.engine.sources import video
+
+        probe = probe_video(str(long_clip))
+        stamps: list[int | None] = []
+        real = video._pass
+        monkeypatch.setattr(video, "_pass", lambda *args: (stamps.append(frame.pts) or frame for frame in real(*args)))
+        assert numbers(VideoSource(probe, SelectConfig(start=90, stop=92))) == [90, 91]
+        first = probe.timeline.number_of(stamps[0])
+        assert first is not None
+        assert 30 <= first <= 90
+
+    @pytest.mark.parametrize("select", [SelectConfig(start=99), SelectConfig(start=400), SelectConfig(step=100)])
+    def test_fewer_than_two_are_refused_at_once(self, long_clip: Path, select: SelectConfig) -> None:
+        with pytest.raises(TooFewFramesError, match=r"long\.mp4 has 100 frames"):
+            open_video(str(long_clip), select)
+
+    def test_single_frame_video(self, clip: Clip) -> None:
+        with pytest.raises(TooFewFramesError, match="has 1 frame: flow needs"):
+            open_source(clip("single.mp4", count=1))
+
+    def test_nvdec_is_said_to_be_missing(self, long_clip: Path) -> None:
+        with pytest.raises(DeviceError, match="NVDEC"):
+            open_video(str(long_clip), SelectConfig(decoder="nvdec"))
+
+
+class TestTimes:
+    def test_edit_list_hides_frames(self, clip: Clip) -> None:
+        path = clip("edited.mp4", count=30, stamps=lambda n: n - 7, container_options={"avoid_negative_ts": "disabled"})
+        source = open_source(path)
+        assert source.info.frame_count == 23
+        frames = list(source)
+        assert [frame.index for frame in frames] == list(range(23))
+        assert pictured(frames) == list(range(7, 30))
+        assert source.losses == []
+
+    def test_container_without_presentation_stamps(self, clip: Clip) -> None:
+        """AVI keeps none, so those of an H.264 stream with B-frames come out of order."""
+        source = open_source(clip("packed.avi", count=30, b_frames=2))
+        frames = list(source)
+        assert [frame.index for frame in frames] == pictured(frames) == list(range(30))
+        assert np.diff([frame.timestamp_s for frame in frames]) == pytest.approx(1 / 25)
+
+    def test_missing_stamps_are_filled_and_said(self, clip: Clip) -> None:
+        source = open_source(clip("raw.h264", count=12), SelectConfig(start="0.2s"))
+        assert [frame.timestamp_s for frame in source] == pytest.approx([n / 25 for n in range(5, 12)])
+        assert any("12 of 12 frames carry no time stamp" in note for note in source.notes)
+
+    def test_stamps_that_start_over(self, clip: Clip, tmp_path: Path) -> None:
+        part = clip("part.ts", count=60)
+        source = open_source(joined(tmp_path / "twice.ts", part, part))
+        frames = list(source)
+        assert [frame.index for frame in frames] == list(range(120))
+        assert pictured(frames) == 2 * list(range(60))
+        assert np.diff([frame.timestamp_s for frame in frames]).min() > 0
+        assert any("jump back" in note for note in source.notes)
+
+    def test_frames_never_shown_are_not_counted(self, clip: Clip) -> None:
+        """A VP8 packet whose show bit is off gives no frame."""
+        path = clip("shown.webm", codec="libvpx", count=12)
+        with av.open(str(path)) as container:
+            packets = [bytes(packet) for packet in container.demux(video=0) if packet.size]
+        raw = path.read_bytes()
+        hidden = bytes([packets[5][0] & ~0x10]) + packets[5][1:]
+        assert raw.count(packets[5]) == 1
+        changed = path.with_name("hidden.webm")
+        changed.write_bytes(raw.replace(packets[5], hidden))
+        source = open_source(changed)
+        assert source.info.frame_count == 11
+        assert numbers(source) == list(range(11))
+        assert source.losses == []
+
+
+class TestStreams:
+    @pytest.fixture
+    def two_streams(self, tmp_path: Path) -> Path:
+        path = tmp_path / "two.mkv"
+        with av.open(str(path), "w") as container:
+            streams: list[Any] = [container.add_stream("mpeg4", rate=25) for _ in range(2)]
+            for stream, (width, height) in zip(streams, [(64, 48), (128, 96)], strict=True):
+                stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            for number in range(4):
+                for stream in streams:
+                    frame = av.VideoFrame(stream.width, stream.height, "yuv420p")
+                    frame.pts, frame.time_base = number, Fraction(1, 25)
+                    container.mux(stream.encode(frame))
+            for stream in streams:
+                container.mux(stream.encode(None))
+        return path
+
+    @pytest.mark.parametrize(("number", "width"), [(0, 64), (1, 128)])
+    def test_chosen_by_number(self, two_streams: Path, number: int, width: int) -> None:
+        source = open_source(two_streams, SelectConfig(stream=number))
+        assert source.info.width == width
+        assert len(list(source)) == 4
+        assert f"video stream {number} of 2 is used" in source.notes
+
+    def test_left_to_ffmpeg(self, two_streams: Path) -> None:
+        with av.open(str(two_streams)) as container:
+            best: Any = container.streams.best("video")
+            assert open_source(two_streams).info.width == best.width
+
+    def test_number_out_of_range(self, two_streams: Path) -> None:
+        with pytest.raises(UsageError, match="has 2 video streams"):
+            open_source(two_streams, SelectConfig(stream=2))
+
+    def test_cover_picture_is_no_video(self, clip: Clip, tmp_path: Path) -> None:
+        path = tmp_path / "song.mp4"
+        with av.open(str(path), "w") as container:
+            audio: Any = container.add_stream("aac", rate=44100)
+            cover: Any = container.add_stream("mjpeg", rate=1)
+            cover.width, cover.height, cover.pix_fmt = 64, 48, "yuvj420p"
+            if not hasattr(cover, "disposition"):
+                pytest.skip("this PyAV cannot write cover pictures")
+            cover.disposition = 0x400
+            frame = av.VideoFrame(64, 48, "yuvj420p")
+            frame.pts = 0
+            container.mux(cover.encode(frame))
+            container.mux(cover.encode(None))
+            _silence(container, audio)
+        with pytest.raises(UnsupportedSourceError, match=r"no video stream \(only a cover picture\)"):
+            open_source(path)
+
+
+def _silence(container: Any, audio: Any) -> None:
+    sound = av.AudioFrame("fltp", "stereo", 1024)
+    for plane in sound.planes:
+        plane.update(bytes(plane.buffer_size))
+    sound.rate, sound.pts = 44100, 0
+    container.mux(audio.encode(sound))
+    container.mux(audio.encode(None))
+
+
+class TestWhatIsNoVideo:
+    def test_missing(self, tmp_path: Path) -> None:
+        with pytest.raises(SourceNotFoundError, match="nowhere"):
+            open_source(tmp_path / "nowhere.mp4")
+
+    @pytest.mark.parametrize(
+        ("name", "content", "says"),
+        [
+            ("empty.mp4", b"", "empty.mp4 is empty"),
+            ("text.mp4", b"Once upon a time\n" * 50, "not a video that FFmpeg can read"),
+            ("text.txt", b"Once upon a time\n" * 50, "looks like text"),
+        ],
+    )
+    def test_other_files(self, tmp_path: Path, name: str, content: bytes, says: str) -> None:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UnsupportedSourceError, match=says) as caught:
+            open_source(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+    def test_sound_only(self, tmp_path: Path) -> None:
+        with av.open(str(tmp_path / "sound.m4a"), "w") as container:
+            _silence(container, container.add_stream("aac", rate=44100))
+        with pytest.raises(UnsupportedSourceError, match=r"holds no video stream$"):
+            open_source(tmp_path / "sound.m4a")
+
+    def test_index_lost(self, clip: Clip, tmp_path: Path) -> None:
+        whole = clip("index_behind.mp4", count=50).read_bytes()
+        (tmp_path / "lost.mp4").write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(UnsupportedSourceError, match="moov"):
+            open_source(tmp_path / "lost.mp4")
+
+    def test_nothing_decodes(self, clip: Clip, tmp_path: Path) -> None:
+        whole = bytearray(clip("sound_header.mp4", count=20).read_bytes())
+        start = whole.index(b"mdat") + 4
+        end = whole.index(b"moov") - 4
+        whole[start:end] = b"\xff" * (end - start)
+        (tmp_path / "noise.mp4").write_bytes(whole)
+        with pytest.raises(UnsupportedSourceError, match="none of which could be decoded"):
+            open_source(tmp_path / "noise.mp4")
+
+    def test_name_that_looks_like_an_address(self, long_clip: Path, tmp_path: Path) -> None:
+        odd = tmp_path / "http:take [2] %03d.mp4"
+        odd.write_bytes(long_clip.read_bytes())
+        assert open_source(odd).info.frame_count == 100
+        assert open_source(os.path.relpath(odd)).info.frame_count == 100
+
+
+class TestDamage:
+    @pytest.mark.parametrize("kind", ["mp4", "mkv", "avi"])
+    def test_cut_file_says_so(self, clip: Clip, long_clip: Path, tmp_path: Path, kind: str) -> None:
+        whole = long_clip if kind == "mp4" else clip(f"cuttable.{kind}", count=100, codec="mpeg4")
+        intact = open_source(whole)
+        assert (len(list(intact)), intact.losses) == (100, [])
+        data = whole.read_bytes()
+        cut = tmp_path / f"cut.{kind}"
+        cut.write_bytes(data[: len(data) * 7 // 10])
+        source = open_source(cut)
+        given = numbers(source)
+        assert 10 < len(given) < 90
+        assert given == sorted(set(given))
+        assert any("cut short" in loss for loss in source.losses)
+
+    def test_cut_behind_what_was_asked_is_no_loss(self, long_clip: Path, tmp_path: Path) -> None:
+        data = long_clip.read_bytes()
+        (tmp_path / "cut.mp4").write_bytes(data[: len(data) * 7 // 10])
+        source = open_source(tmp_path / "cut.mp4", SelectConfig(stop=8))
+        assert (numbers(source), source.losses) == (list(range(8)), [])
+
+    def test_damage_inside_is_skipped_and_counted(self, long_clip: Path, tmp_path: Path) -> None:
+        data = bytearray(long_clip.read_bytes())
+        with av.open(str(long_clip)) as container:
+            broken = [(p.pos, p.size, p.pts) for p in container.demux(video=0) if p.size][50:53]
+        for position, size, _ in broken:
+            data[position : position + size] = b"\xff" * size
+        (tmp_path / "bad.mp4").write_bytes(data)
+        timeline = probe_video(str(long_clip)).timeline
+        lost = {timeline.number_of(stamp) for _, _, stamp in broken}
+        source = open_source(tmp_path / "bad.mp4")
+        frames = list(source)
+        assert [frame.index for frame in frames] == [n for n in range(100) if n not in lost]
+        assert [frame.timestamp_s for frame in frames] == pytest.approx([frame.index / 25 for frame in frames])
+        assert source.losses == ["3 of 100 frames could not be decoded"]
+
+    def test_sound_frames_survive_at_the_end(self, long_clip: Path, tmp_path: Path) -> None:
+        """Several decoding threads would take the frames still inside them down with the last, damaged packet."""
+        data = bytearray(long_clip.read_bytes())
+        with av.open(str(long_clip)) as container:
+            position, size, stamp = [(p.pos, p.size, p.pts) for p in container.demux(video=0) if p.size][-1]
+        data[position : position + size] = b"\xff" * size
+        (tmp_path / "bad_end.mp4").write_bytes(data)
+        lost = probe_video(str(long_clip)).timeline.number_of(stamp)
+        assert numbers(open_source(tmp_path / "bad_end.mp4")) == [n for n in range(100) if n != lost]
+
+    def test_too_little_left(self, long_clip: Path, tmp_path: Path) -> None:
+        data = bytearray(long_clip.read_bytes())
+        with av.open(str(long_clip)) as container:
+            packets = [(p.pos, p.size) for p in container.demux(video=0) if p.size]
+        for position, size in packets[1:]:
+            data[position : position + size] = b"\xff" * size
+        (tmp_path / "one.mp4").write_bytes(data)
+        source = open_source(tmp_path / "one.mp4")
+        with pytest.raises(TooFewFramesError, match="only 1 of 100 frames"):
+            list(source)
+
+    def test_size_that_changes(self, clip: Clip, tmp_path: Path) -> None:
+        small, large = clip("small.ts", count=10), clip("large.ts", count=10, size=(96, 80))
+        with pytest.raises(FrameSizeError, match=r"frame 10 .* is 96x80, but the first is 64x48"):
+            list(open_source(joined(tmp_path / "grown.ts", small, large)))
+
+
+class TestLifetime:
+    def test_satisfies_the_protocol(self, long_clip: Path) -> None:
+        source = open_source(long_clip)
+        assert isinstance(source, Source)
+        assert source.decoder == "PyAV (h264)"
+
+    def test_one_pass_only(self, long_clip: Path) -> None:
+        source = open_source(long_clip)
+        next(iter(source))
+        with pytest.raises(RuntimeError, match="open it again"):
+            iter(source)
+        source.close()
+
+    @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts open files in /proc")
+    def test_closes_its_file(self, long_clip: Path) -> None:
+        def open_here() -> int:
+            links = (os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd"))
+            return sum(link == str(long_clip) for link in links)
+
+        source = open_source(long_clip)
+        assert open_here() == 0
+        frames = iter(source)
+        next(frames)
+        assert open_here() == 1
+        source.close()
+        assert open_here() == 0
+        assert list(frames) == []
+        source.close()
+
+    def test_closed_from_another_thread(self, long_clip: Path) -> None:
+        source = open_source(long_clip)
+        given: list[int] = []
+        reader = threading.Thread(target=lambda: given.extend(numbers(source)))
+        reader.start()
+        source.close()  # before, during or after the reading: it must end by itself
+        reader.join(30)
+        assert not reader.is_alive()
+        assert given == list(range(len(given)))

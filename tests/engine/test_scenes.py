@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from flowreel.engine.named_scenes import named_scene
+from flowreel.engine.outlines import bar_outline, radial_outline
+from flowreel.engine.scenes import Bend, Layer, Pose, Scene
+
+Pulled = Callable[[Tensor, Tensor], Tensor]
+HEIGHT, WIDTH = 96, 128
+
+
+def shift(x: float, y: float) -> Pose:
+    return lambda t: np.array([[1.0, 0, x * t], [0, 1.0, y * t], [0, 0, 1]])
+
+
+def placed(x: float, y: float, dx: float = 0, dy: float = 0) -> Pose:
+    return lambda t: np.array([[1.0, 0, x + dx * t], [0, 1.0, y + dy * t], [0, 0, 1]])
+
+
+def plain(value: float, pose: Pose, **fields: object) -> Layer:
+    return Layer(torch.full((1, 3, 4, 4), float(value)), 1.0, (2, 2), pose, **fields)  # type: ignore[arg-type]
+
+
+def test_front_layer_gives_the_flow_and_hides_what_it_passes_over() -> None:
+    """A bar 20 px wide and 60 high moves 10 px right over a ground that moves 2 px up."""
+    bar = plain(200, placed(50.0, 48.0, dx=10), outline=bar_outline(10.75, 30.75))
+    scene = Scene(HEIGHT, WIDTH, (plain(50, shift(0, -2)), bar))
+    frame = scene.render(0)
+    expected = torch.zeros((HEIGHT, WIDTH), dtype=torch.bool)
+    expected[18:79, 40:61] = True
+    assert torch.equal(frame[0] > 125, expected)
+    edge = functional.max_pool2d(expected[None].float(), 3, 1, 1)[0].bool() & ~expected
+    assert frame[:, edge].min() > 50  # a quarter covered: seen, but not the bar's motion
+    assert (frame[:, ~expected & ~edge] == 50).all()
+    assert (frame[:, expected] == 200).all()
+
+    flow, visible = scene.flow(0, 1)
+    assert torch.equal(flow[0], torch.where(expected, 10.0, 0.0))
+    assert torch.equal(flow[1], torch.where(expected, 0.0, -2.0))
+    hidden = torch.zeros_like(expected)
+    hidden[20:81, 61:71] = True  # ground the bar runs over; it comes from 2 px below
+    hidden[79:81, 50:61] = True  # ground that slips under the bar's lower end
+    hidden[:2] = True  # ground that leaves the frame
+    assert torch.equal(~visible, hidden)
+
+
+def test_texels_land_on_pixels_and_tiles_join() -> None:
+    tile = torch.rand(1, 3, 16, 20) * 255
+    padded = functional.pad(tile, (0, 1, 0, 1), mode="circular")
+    endless = Layer(padded, 1.0, (3, 5), shift(1, 0), wraps=True)
+    x, y = torch.arange(50), torch.arange(40)
+    expected = tile[0][:, (y + 5) % 16][:, :, (x - 7 + 3) % 20]
+    assert torch.allclose(endless.draw(7, (0, 40, 0, 50))[0], expected, atol=0.05)
+    once = Layer(tile, 1.0, (3, 5), shift(1, 0))
+    assert torch.allclose(once.draw(7, (0, 11, 4, 21))[0], tile[0][:, 5:16, 0:17], atol=0.05)
+    assert torch.allclose(once.draw(7, (11, 14, 4, 21))[0], tile[0][:, 15:, 0:17].expand(3, 3, 17), atol=0.05)
+
+
+def test_the_box_follows_what_a_bend_pushes_out() -> None:
+    """A wave of no frequency is a plain shift: here 6 px left, 4 px up."""
+    bend = Bend(np.array([[6.0, 4.0]]), np.zeros((1, 2)), np.array([math.pi / 2]), lambda t: t)
+    bar = plain(200, placed(50, 40), outline=bar_outline(10.25, 5.25), bend=bend)
+    frames = [Scene(HEIGHT, WIDTH, (plain(50, shift(0, 0)), bar)).render(t)[0] for t in (0, 1)]
+    assert (frames[0] > 125).sum() == 21 * 11
+    assert torch.equal(frames[1][:-4, :-6], frames[0][4:, 6:])
+
+
+def test_a_layer_outside_the_frame_changes_nothing() -> None:
+    ground = plain(50, shift(0, 0))
+    lost = plain(200, placed(-40, 300), outline=radial_outline(np.full(64, 20.0)))
+    assert lost.box(0, HEIGHT, WIDTH) is None
+    assert torch.equal(Scene(HEIGHT, WIDTH, (ground, lost)).render(0), Scene(HEIGHT, WIDTH, (ground,)).render(0))
+
+
+def test_the_box_holds_all_that_is_drawn() -> None:
+    """Painting only inside the boxes equals painting everywhere."""
+
+    class Everywhere(Layer):
+        def box(self, t: float, height: int, width: int) -> tuple[int, int, int, int]:
+            return 0, height, 0, width
+
+    scene = named_scene("objects", HEIGHT, WIDTH)
+    fields = [{name: getattr(layer, name) for name in Layer.__dataclass_fields__} for layer in scene.layers]
+    everywhere = replace(scene, layers=tuple(Everywhere(**values) for values in fields))
+    for t in (0, 31.5, 77):
+        assert torch.equal(scene.render(t), everywhere.render(t))
+
+
+def test_a_bend_is_undone_exactly() -> None:
+    bend = Bend(
+        np.array([[3.0, 2.0], [-2.0, 1.0]]), np.array([[0.05, 0.02], [0.01, -0.08]]), np.array([0.3, 2.0]), lambda t: t
+    )
+    x, y = torch.rand(2, 40, 50) * 100
+    for amount in (-1.0, 0.4, 1.0):
+        qx, qy = bend.undo(x, y, amount)
+        dx, dy = bend.shift(qx, qy, amount)
+        assert max((qx + dx - x).abs().max(), (qy + dy - y).abs().max()) < 2e-3
+    with pytest.raises(ValueError, match="contraction"):
+        replace(bend, strength=bend.strength * 5)
+
+
+def test_flow_ends_on_the_same_object_point() -> None:
+    """Object coordinates at a pixel equal those at the end of its flow, bend, turn and perspective included."""
+    bend = Bend(np.array([[4.0, 2.0]]), np.array([[0.04, 0.03]]), np.array([0.3]), math.sin)
+
+    def pose(t: float) -> np.ndarray:
+        c, s = math.cos(0.1 * t), math.sin(0.1 * t)
+        return np.array([[c, -s, 60 + 5 * t], [s, c, 40 - 3 * t], [2e-4 * t, -1e-4 * t, 1.0]])
+
+    layer = plain(0, pose, bend=bend)
+    box = (0, 60, 0, 90)
+    for t0, t1 in ((0.0, 1.0), (0.7, 2.0), (2.0, 0.5)):
+        flow = layer.motion(t0, t1, box).double().numpy()
+        end = np.stack((flow[0] + np.arange(90), flow[1] + np.arange(60)[:, None], np.ones((60, 90))))
+        q = np.einsum("ij,jyx->iyx", np.linalg.inv(pose(t1)), end)
+        qx, qy = torch.from_numpy(q[0] / q[2]), torch.from_numpy(q[1] / q[2])
+        dx, dy = bend.shift(qx, qy, math.sin(t1))
+        x, y = layer.object_points(t0, box)
+        assert max((qx + dx - x).abs().max(), (qy + dy - y).abs().max()) < 5e-3
+
+
+def test_smooth_pictures_agree_to_a_grey_level(pulled: Pulled) -> None:
+    """On a slow texture interpolation errs little, so a wrong flow of a twentieth of a pixel would show."""
+    ramp = torch.linspace(0, 4 * math.pi, 257)
+    texture = 127 + 120 * torch.stack(
+        (ramp.sin() + 0 * ramp[:, None], ramp.sin()[:, None] + 0 * ramp, 0 * ramp[:, None] + ramp.cos())
+    )
+    bend = Bend(
+        np.array([[3.0, 2.0], [-1, 2]]), np.array([[0.05, 0.02], [0.01, -0.06]]), np.array([0.3, 1]), lambda t: t
+    )
+    layer = Layer(texture[None], 1.0, (128, 128), placed(64, 48, 4.3, -2.6), bend=bend, wraps=True)
+    scene = Scene(HEIGHT, WIDTH, (layer,))
+    (first, _), (second, _) = scene.paint(0.2), scene.paint(1)
+    flow, visible = scene.flow(0.2, 1)
+    error = (pulled(second, flow) - first).abs().amax(0)[visible]
+    assert error.max() < 0.3
+    assert (pulled(second, flow + 0.05) - first).abs().amax(0)[visible].max() > 0.2

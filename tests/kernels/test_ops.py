@@ -1,0 +1,128 @@
+"""What every operation owes torch: correct registration, gradients, fake tensors, compilation. One line enrols it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import flowreel.kernels
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+
+class Case(NamedTuple):
+    function: Callable[..., Tensor]  # the public one
+    op: str  # its name under torch.ops.flowreel
+    shapes: tuple[tuple[int, int, int, int], ...]  # of the tensors it takes
+    settings: tuple[int, ...] = ()  # what the op takes beside them
+    public_settings: tuple[int, ...] = ()  # what the function takes beside them
+
+
+MAP = (2, 3, 6, 7)
+OPERATIONS = {
+    "correlation": Case(flowreel.kernels.correlation, "correlation", (MAP, MAP), (2, 2), (4, 1, 4, 1, 2)),
+    "correlation, windows": Case(
+        flowreel.kernels.correlation, "correlation", ((1, 2, 5, 6),) * 2, (2, 1), (3, 3, 2, 2, 1)
+    ),
+    "warp": Case(flowreel.kernels.warp, "warp", (MAP, (2, 2, 6, 7))),
+    "channel_norm": Case(flowreel.kernels.channel_norm, "channel_norm", (MAP,)),
+}
+BACKWARD_OPERATIONS = {
+    "correlation_backward": Case(
+        flowreel.kernels.correlation, "correlation_backward", ((2, 25, 6, 7), MAP, MAP), (2, 2)
+    ),
+    "warp_image_gradient": Case(flowreel.kernels.warp, "warp_image_gradient", (MAP, (2, 2, 6, 7))),
+    "warp_flow_gradient": Case(flowreel.kernels.warp, "warp_flow_gradient", (MAP, MAP, (2, 2, 6, 7))),
+}
+
+
+@pytest.fixture(params=OPERATIONS.values(), ids=OPERATIONS.keys())
+def case(request: pytest.FixtureRequest) -> Case:
+    operation: Case = request.param
+    return operation
+
+
+def tensors(case: Case, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in case.shapes]
+
+
+def test_op_is_registered_correctly(case: Case) -> None:
+    inputs = [x.requires_grad_() for x in tensors(case)]
+    torch.library.opcheck(getattr(torch.ops.flowreel, case.op).default, (*inputs, *case.settings))
+
+
+@pytest.mark.parametrize("operation", BACKWARD_OPERATIONS.values(), ids=BACKWARD_OPERATIONS.keys())
+def test_backward_op_is_registered_correctly(operation: Case) -> None:
+    op = getattr(torch.ops.flowreel, operation.op).default
+    checks = ("test_schema", "test_faketensor")  # there is no gradient of the gradient
+    torch.library.opcheck(op, (*tensors(operation), *operation.settings), test_utils=checks)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fake_tensors_foretell_shape_dtype_and_strides(
+    case: Case, memory_format: torch.memory_format, dtype: torch.dtype
+) -> None:
+    inputs = [x.to(memory_format=memory_format) for x in tensors(case, dtype)]
+    with FakeTensorMode() as mode:
+        foretold = case.function(*(mode.from_tensor(x) for x in inputs), *case.public_settings)
+    out = case.function(*inputs, *case.public_settings)
+    assert (foretold.shape, foretold.dtype, foretold.stride()) == (out.shape, out.dtype, out.stride())
+
+
+def test_gradients_are_the_slopes(case: Case) -> None:
+    inputs = tuple(x.requires_grad_() for x in tensors(case, torch.float64))
+    assert torch.autograd.gradcheck(lambda *x: case.function(*x, *case.public_settings), inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiles_whole_and_gives_the_same(case: Case, backend: str) -> None:
+    torch._dynamo.reset()
+
+    def work(*inputs: Tensor) -> Tensor:
+        return case.function(*inputs, *case.public_settings).mul(2).sin()
+
+    plain, compiled = ([x.requires_grad_() for x in tensors(case)] for _ in range(2))
+    wanted = work(*plain)
+    out = torch.compile(work, fullgraph=True, backend=backend)(*compiled)
+    torch.testing.assert_close(out, wanted)
+    wanted.sum().backward()
+    out.sum().backward()
+    for x, y in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(x.grad, y.grad)
+
+
+def test_result_can_take_part_in_training_or_not(case: Case) -> None:
+    assert not case.function(*tensors(case), *case.public_settings).requires_grad
+    with torch.inference_mode():
+        assert case.function(*tensors(case), *case.public_settings).is_inference()
+
+
+def test_names_are_functions_whatever_was_imported_first() -> None:
+    """A module and its function share a name; the package must hand out the function."""
+    code = (
+        "import flowreel.kernels.warp, flowreel.kernels.correlation, flowreel.kernels.channel_norm\n"
+        "from flowreel.kernels import warp, correlation, channel_norm\n"
+        "assert all(f.__class__.__name__ == 'function' for f in (warp, correlation, channel_norm))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="sharpen"):
+        flowreel.kernels.sharpen  # noqa: B018
+
+
+def test_flow_to_color_comes_from_its_own_file() -> None:
+    from flowreel.kernels.flow_color import flow_to_color
+
+    assert flowreel.kernels.flow_to_color is flow_to_color

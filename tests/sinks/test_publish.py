@@ -1,0 +1,157 @@
+"""Whatever step fails, what has the final name is whole and what was there before is not lost."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flowreel.engine.errors import OutputExistsError, OutputWriteError
+from flowreel.sinks import publish
+
+
+def fill(folder: Path, text: str) -> Path:
+    folder.mkdir()
+    (folder / "content").write_text(text)
+    return folder
+
+
+def test_bytes_appear_whole_with_their_parents(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "file"
+    assert publish.publish_bytes(path, b"one", b"", b"two") == 6
+    assert path.read_bytes() == b"onetwo"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_replacing_a_file_is_one_step(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    publish.publish_bytes(path, b"old")
+    with publish.atomic_file(path) as file:
+        file.write(b"new")
+        file.flush()
+        assert path.read_bytes() == b"old"
+        assert publish.partial_path(path).read_bytes() == b"new"
+    assert path.read_bytes() == b"new"
+
+
+def test_an_error_inside_the_block_leaves_nothing(tmp_path: Path) -> None:
+    def write_half() -> None:
+        with publish.atomic_file(tmp_path / "file") as file:
+            file.write(b"x")
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half"):
+        write_half()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_contents_reach_the_disk_before_the_name_and_the_name_before_returning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+    real_sync, real_replace = publish.sync_file, os.replace
+    monkeypatch.setattr(publish, "sync_file", lambda path: (steps.append(f"sync {path.name}"), real_sync(path)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (steps.append("rename"), real_replace(a, b)))
+    publish.publish_bytes(tmp_path / "file", b"x")
+    assert steps == ["sync file.partial", "rename", f"sync {tmp_path.name}"]
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_failing_step_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, step, fail)
+    with pytest.raises(OutputWriteError, match="free some space"), publish.write_errors(path):
+        publish.publish_bytes(path, b"new")
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
+
+
+def test_write_errors_name_the_path_and_keep_the_cause() -> None:
+    denied = PermissionError(errno.EACCES, "Permission denied")
+    expected = r"cannot write out\.zarr: Permission denied"
+    with pytest.raises(OutputWriteError, match=expected) as caught, publish.write_errors("out.zarr"):
+        raise denied
+    assert caught.value.__cause__ is denied
+    with pytest.raises(OutputExistsError, match="already"), publish.write_errors("out.zarr"):
+        raise OutputExistsError("already there")
+
+
+def test_require_absent(tmp_path: Path) -> None:
+    path = tmp_path / "link"
+    publish.require_absent(path, overwrite=False)
+    path.symlink_to(tmp_path / "nowhere")  # a dangling link is something, too
+    publish.require_absent(path, overwrite=True)
+    with pytest.raises(OutputExistsError, match="--overwrite"):
+        publish.require_absent(path, overwrite=False)
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_folder_gets_its_name(tmp_path: Path, replaces: bool) -> None:
+    path = tmp_path / "X.zarr"
+    if replaces:
+        fill(path, "old")
+    publish.publish_folder(fill(publish.partial_path(path), "new"), path)
+    assert (path / "content").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_old_folder_returns_when_the_new_one_cannot_take_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = fill(tmp_path / "X.zarr", "old")
+    temporary = fill(publish.partial_path(path), "new")
+    real = os.rename
+
+    def fail_for_the_new(source: Path, target: Path) -> None:
+        if source == temporary:
+            raise OSError(errno.EIO, "Input/output error")
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", fail_for_the_new)
+    with pytest.raises(OSError, match="Input/output"):
+        publish.publish_folder(temporary, path)
+    assert (path / "content").read_text() == "old"
+    assert (temporary / "content").read_text() == "new"
+
+
+@pytest.mark.parametrize("survivor", ["old", "new"])
+def test_settle_after_a_death_between_the_renames(tmp_path: Path, survivor: str) -> None:
+    path = tmp_path / "X.zarr"
+    fill(publish.replaced_path(path), "old")
+    if survivor == "new":
+        fill(path, "new")
+    publish.settle_replaced(path)
+    assert (path / "content").read_text() == survivor
+    assert list(tmp_path.iterdir()) == [path]
+    publish.settle_replaced(path)
+
+
+def test_folders_without_fsync_are_tolerated_but_io_errors_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(code: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", lambda _: fail(errno.EINVAL))
+    publish.sync_folder(Path("."))
+    monkeypatch.setattr(os, "fsync", lambda _: fail(errno.EIO))
+    with pytest.raises(OSError, match="Input/output"):
+        publish.sync_folder(Path("."))
+
+
+def test_remove_takes_anything(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "folder", "kept")
+    link = tmp_path / "link"
+    link.symlink_to(folder, target_is_directory=True)
+    publish.remove(link)
+    assert not os.path.lexists(link)
+    assert (folder / "content").exists()
+    publish.remove(folder / "content")
+    publish.remove(folder)
+    publish.remove(folder)
+    assert list(tmp_path.iterdir()) == []

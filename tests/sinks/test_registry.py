@@ -1,0 +1,65 @@
+"""Outputs are found by the end of their name, and nothing heavy loads before one is wanted."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import flowreel.sinks
+from flowreel.engine.config import SinkConfig
+from flowreel.engine.errors import UnknownOutputError
+from flowreel.sinks import known_outputs, open_sink
+from flowreel.sinks.registry import OUTPUTS, find_output
+
+
+@pytest.mark.parametrize(
+    ("name", "factory"),
+    [
+        ("X.zarr", "ZarrSink"),
+        ("a.b/clip.flow.zarr", "ZarrSink"),
+        ("X.zarr/", "ZarrSink"),
+        ("X.ZARR", "ZarrSink"),
+        ("X.mp4", "ColorVideoSink"),
+        ("X.mkv", "ColorVideoSink"),
+        ("out/%06d.flo", "FloSink"),
+    ],
+)
+def test_the_end_of_the_name_decides(name: str, factory: str) -> None:
+    assert find_output(name).factory == factory
+
+
+@pytest.mark.parametrize("name", ["X.avi", "X", "zarr", "X.zarr.partial", ""])
+def test_unknown_names_list_the_known_ones(name: str) -> None:
+    with pytest.raises(UnknownOutputError) as caught:
+        open_sink(name, SinkConfig())
+    for form, _ in known_outputs():
+        assert form in str(caught.value)
+
+
+def test_open_sink_writes_nothing(tmp_path: Path) -> None:
+    sink = open_sink(tmp_path / "X.zarr", SinkConfig())
+    assert (sink.path, sink.bytes_written, sink.notes) == (str(tmp_path / "X.zarr"), 0, [])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("output", OUTPUTS, ids=lambda output: output.suffix)
+def test_every_line_of_the_table_leads_to_a_module(output: object) -> None:
+    assert find_spec(output.module) is not None  # type: ignore[attr-defined]
+
+
+def test_importing_the_package_loads_no_format() -> None:
+    heavy = "{'numpy', 'zarr', 'numcodecs', 'av', 'torch', 'flowreel.sinks.zarr_store'}"
+    code = f"import sys, flowreel.sinks; print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_names_handed_on() -> None:
+    for name in flowreel.sinks.__all__:
+        assert callable(getattr(flowreel.sinks, name))
+    with pytest.raises(AttributeError, match="nothing_such"):
+        _ = flowreel.sinks.nothing_such

@@ -1,0 +1,340 @@
+"""Colour video: decoded again, its frames have the right size, times and colours; unfinished, it does not look done."""
+
+from __future__ import annotations
+
+import re
+import resource
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from av.video.reformatter import ColorRange, Colorspace
+
+from flowreel.engine.config import SinkConfig
+from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
+from flowreel.engine.errors import OutputExistsError, OutputWriteError, UnknownOutputError
+from flowreel.kernels.flow_color import flow_to_color
+from flowreel.sinks import video, video_writer
+from flowreel.sinks.video import ColorVideoSink
+
+FIXED = SinkConfig(max_flow=4.0)
+
+
+def info(height: int = 48, width: int = 64, rate: Fraction | None = Fraction(25)) -> FlowInfo:
+    return FlowInfo(height=height, width=width, frame_rate=rate, frame_count=None, source=SourceId("test"))
+
+
+def smooth_flow(number: int = 0, height: int = 48, width: int = 64, length: float = 3.0) -> np.ndarray:
+    """(2, H, W): a slow turn across the picture, growing to ``length`` px. 4:2:0 keeps it well; no two look alike."""
+    across = np.linspace(0, 1, width)[None, :]
+    angle = 2 * across + np.linspace(0, 1, height)[:, None] + number
+    return (length * (0.5 + 0.5 * across) * np.stack([np.cos(angle), np.sin(angle)])).astype(np.float32)
+
+
+def percentile_of(flows: list[np.ndarray]) -> float:
+    return float(np.percentile([np.hypot(*flow) for flow in flows], 95))
+
+
+def batch_of(flows: list[np.ndarray], index: int = 0, times_s: np.ndarray | None = None) -> FlowBatch:
+    frames = np.arange(index, index + len(flows))
+    times_s = frames / 25 if times_s is None else times_s
+    return FlowBatch(torch.from_numpy(np.stack(flows)), index, frames, frames + 1, times_s, times_s + 0.04)
+
+
+def record(
+    path: Path, batches: list[FlowBatch], config: SinkConfig = FIXED, header: FlowInfo | None = None
+) -> list[str]:
+    sink = ColorVideoSink(str(path), config)
+    sink.open(header or info(*batches[0].flow.shape[2:]))
+    for batch in batches:
+        sink.write(batch)
+    sink.commit()
+    assert sink.bytes_written == path.stat().st_size
+    assert names(path.parent) == [path.name]
+    return sink.notes
+
+
+def play(path: Path) -> tuple[list[np.ndarray], list[float], float]:
+    """Pictures (H, W, 3), their times in seconds, and the average rate a player reads."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert stream.codec_context.color_range == ColorRange.MPEG
+        assert stream.codec_context.colorspace == Colorspace.ITU709
+        frames = list(container.decode(stream))
+        assert {frame.format.name for frame in frames} == {"yuv420p"}
+        pictures = [
+            frame.to_ndarray(format="rgb24", src_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.JPEG)
+            for frame in frames
+        ]
+        return pictures, [frame.time for frame in frames], float(stream.average_rate)
+
+
+def colors_of(flow: np.ndarray, max_flow: float) -> np.ndarray:
+    return flow_to_color(flow.transpose(1, 2, 0), max_flow)
+
+
+def difference(one: np.ndarray, other: np.ndarray) -> float:
+    return float(np.abs(one.astype(int) - other.astype(int)).mean())
+
+
+def automatic_scale(notes: list[str]) -> tuple[float, str]:
+    """The scale in pixels that the notes tell, and where they say it comes from."""
+    (found,) = [match for note in notes if (match := re.search("full colour at (.*) px, the 95th (.*)", note))]
+    return float(found[1]), found[2]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+@pytest.mark.parametrize("name", ["x.mp4", "x.mkv", "X.MP4"])
+def test_frames_times_and_colours(tmp_path: Path, name: str) -> None:
+    flows = [smooth_flow(number) for number in range(7)]
+    record(tmp_path / name, [batch_of(flows[:3]), batch_of(flows[3:], index=3)])
+    pictures, times_s, rate = play(tmp_path / name)
+    assert len(pictures) == 7
+    assert times_s == pytest.approx([number / 25 for number in range(7)], abs=1e-9)
+    assert rate == pytest.approx(25, rel=1e-3)
+    for picture, flow in zip(pictures, flows, strict=True):
+        assert picture.shape == (48, 64, 3)
+        assert difference(picture, colors_of(flow, 4.0)) < 4
+        # The mean leaves room for 4:2:0; a wrong matrix or range would shift whole areas by 8 levels and more.
+        centre = np.s_[20:28, 28:36]
+        assert np.abs(picture[centre].mean((0, 1)) - colors_of(flow, 4.0)[centre].mean((0, 1))).max() < 4
+    assert difference(pictures[0], colors_of(flows[1], 4.0)) > 20  # the test can tell flows apart
+
+
+@pytest.mark.parametrize("direction", [(1, 0), (0, 1), (-1, 0), (0, -1), (0, 0)])
+def test_flat_colours_are_the_wheels(tmp_path: Path, direction: tuple[int, int]) -> None:
+    flow = np.empty((2, 32, 32), np.float32)
+    flow[0], flow[1] = direction
+    record(tmp_path / "x.mp4", [batch_of([flow])], SinkConfig(max_flow=1.0))
+    (picture,), _, _ = play(tmp_path / "x.mp4")
+    assert np.abs(picture.astype(int) - colors_of(flow, 1.0)).max() <= 4
+
+
+def test_mp4_starts_with_its_index(tmp_path: Path) -> None:
+    record(tmp_path / "x.mp4", [batch_of([smooth_flow(number) for number in range(3)])])
+    contents = (tmp_path / "x.mp4").read_bytes()
+    assert 0 < contents.index(b"moov") < contents.index(b"mdat")
+
+
+@pytest.mark.parametrize("rate", [Fraction(24000, 1001), Fraction(179, 6), Fraction(60), Fraction(1, 2), None])
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_players_see_the_average_rate(tmp_path: Path, rate: Fraction | None, suffix: str) -> None:
+    true_rate = rate or Fraction(25)
+    times_s = 1.4 + np.arange(10) / float(true_rate)  # the source's own clock need not start at zero
+    flow = smooth_flow(0, 16, 16)
+    record(tmp_path / f"x{suffix}", [batch_of([flow] * 10, times_s=times_s)], header=info(16, 16, rate))
+    _, shown_s, average = play(tmp_path / f"x{suffix}")
+    assert average == pytest.approx(float(true_rate), rel=1e-3)
+    assert shown_s == pytest.approx(times_s - 1.4, abs=1e-3 if suffix == ".mkv" else 2e-5)  # mkv counts milliseconds
+
+
+@pytest.mark.parametrize("name", ["x.mp4", "x.mkv"])
+@pytest.mark.parametrize("count", [1, 2, 6])
+def test_the_last_frame_is_shown_as_long_as_the_others(tmp_path: Path, name: str, count: int) -> None:
+    record(tmp_path / name, [batch_of([smooth_flow(0, 16, 16)] * count)])
+    assert len(play(tmp_path / name)[0]) == count
+    with av.open(str(tmp_path / name)) as container:
+        assert container.duration == pytest.approx(40_000 * count, abs=1000)  # microseconds
+
+
+def test_variable_rate_stays_in_step(tmp_path: Path) -> None:
+    times_s = np.array([5.0, 5.04, 5.2, 5.24, 6.5])
+    record(tmp_path / "x.mp4", [batch_of([smooth_flow(0, 16, 16)] * 5, times_s=times_s)])
+    assert play(tmp_path / "x.mp4")[1] == pytest.approx(times_s - 5.0, abs=2e-5)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_times_that_make_no_sense_still_give_a_video(tmp_path: Path, suffix: str) -> None:
+    times_s = np.array([np.nan, 0.04, 0.04, 0.02, np.nan, 0.2])
+    record(tmp_path / f"x{suffix}", [batch_of([smooth_flow(0, 16, 16)] * 6, times_s=times_s)])
+    shown_s = play(tmp_path / f"x{suffix}")[1]
+    assert len(shown_s) == 6
+    assert shown_s[0] == 0
+    assert (np.diff(shown_s) > 0).all()
+    assert shown_s[4] - shown_s[3] == pytest.approx(0.04, abs=1e-9)
+    assert shown_s[5] == pytest.approx(0.2, abs=1e-9)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 2), (5, 8), (8, 5), (33, 47)])
+def test_odd_and_tiny_sizes_are_padded_to_even(tmp_path: Path, height: int, width: int) -> None:
+    flow = np.empty((2, height, width), np.float32)
+    flow[0], flow[1] = 0, 1
+    record(tmp_path / "x.mp4", [batch_of([flow] * 2)], SinkConfig(max_flow=1.0))
+    pictures, _, _ = play(tmp_path / "x.mp4")
+    assert [picture.shape for picture in pictures] == [(height + height % 2, width + width % 2, 3)] * 2
+    # The added row and column repeat the last one: all yellow, and no seam in another colour.
+    assert np.abs(pictures[0].astype(int) - colors_of(flow, 1.0)[0, 0]).max() <= 6
+
+
+def test_automatic_scale_comes_from_the_first_32_flows_and_stays(tmp_path: Path) -> None:
+    lengths = [1.0] * 20 + [2.0] * 12 + [50.0] * 3
+    flows = [smooth_flow(number, length=length) for number, length in enumerate(lengths)]
+    notes = record(tmp_path / "x.mp4", [batch_of(flows[:30]), batch_of(flows[30:], index=30)], SinkConfig())
+    scale, origin = automatic_scale(notes)
+    assert scale == pytest.approx(percentile_of(flows[:32]), rel=2e-3)
+    assert origin == "percentile of the first 32 flows"
+    pictures, times_s, _ = play(tmp_path / "x.mp4")
+    assert times_s == pytest.approx(np.arange(35) / 25, abs=1e-9)
+    for number in (0, 19, 31, 32, 34):
+        assert difference(pictures[number], colors_of(flows[number], scale)) < 6
+
+
+def test_a_short_clip_uses_all_its_flows(tmp_path: Path) -> None:
+    flows = [smooth_flow(number, length=6.0) for number in range(2)]
+    scale, origin = automatic_scale(record(tmp_path / "x.mp4", [batch_of(flows)], SinkConfig()))
+    assert scale == pytest.approx(percentile_of(flows), rel=2e-3)
+    assert origin == "percentile of the first 2 flows"
+    assert difference(play(tmp_path / "x.mp4")[0][1], colors_of(flows[1], scale)) < 6
+
+
+def test_what_waits_for_the_scale_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video, "HELD_BYTES", 3 * 4 * 32 * 32)  # three flows of float16
+    lengths = [1.0, 1.0, 1.0, 9.0, 9.0]
+    flows = [smooth_flow(number, 32, 32, length) for number, length in enumerate(lengths)]
+    scale, origin = automatic_scale(record(tmp_path / "x.mp4", [batch_of(flows)], SinkConfig()))
+    assert scale == pytest.approx(percentile_of(flows[:3]), rel=2e-3)
+    assert origin == "percentile of the first 3 flows, all that fit"
+    monkeypatch.setattr(video, "HELD_BYTES", 1)
+    scale, origin = automatic_scale(record(tmp_path / "x.mp4", [batch_of(flows)], SinkConfig(overwrite=True)))
+    assert origin == "percentile of the first 1 flows, all that fit"
+
+
+def test_holding_back_changes_no_colour_by_more_than_a_level() -> None:
+    flow = 300 * np.random.default_rng(0).normal(size=(64, 64, 2)).astype(np.float32)
+    flow[0, :4] = [(np.nan, 0), (0, 2e9), (np.inf, 0), (1e6, -1e6)]
+    apart = flow_to_color(flow, 500.0).astype(int) - flow_to_color(video._pack(flow), 500.0)
+    assert np.abs(apart).max() <= 1
+
+
+def test_unknown_vectors_are_black_and_counted(tmp_path: Path) -> None:
+    flow = smooth_flow(0, 32, 32)
+    flow[0, :16] = 1e10
+    flow[1, 20, 20] = np.nan
+    notes = record(tmp_path / "x.mp4", [batch_of([flow, flow])], SinkConfig())
+    assert any(f"{2 * (16 * 32 + 1)} unknown vectors are black" in note for note in notes)
+    assert play(tmp_path / "x.mp4")[0][0][2:12].max() < 16
+
+
+def test_another_encoder_takes_over_and_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video_writer, "ENCODERS", ("libnothing264", "mpeg4"))
+    flows = [smooth_flow(number) for number in range(3)]
+    notes = record(tmp_path / "x.mp4", [batch_of(flows)])
+    assert any("encoded with mpeg4, as this FFmpeg has no libnothing264" in note for note in notes)
+    pictures, times_s, _ = play(tmp_path / "x.mp4")
+    assert times_s == pytest.approx([0, 0.04, 0.08], abs=1e-9)
+    assert difference(pictures[2], colors_of(flows[2], 4.0)) < 6
+
+
+def test_unfinished_never_looks_finished(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "x.mp4"
+    sink = ColorVideoSink(str(path), FIXED)
+    sink.abort()  # before open there is nothing to undo
+    assert sink.bytes_written == 0
+    sink.open(info())
+    sink.write(batch_of([smooth_flow()]))
+    assert names(path.parent) == ["x.mp4.partial"]
+    sink.abort()
+    assert names(path.parent) == []
+
+
+def test_an_incomplete_video_keeps_its_unfinished_name_and_plays(tmp_path: Path) -> None:
+    sink = ColorVideoSink(str(tmp_path / "x.mp4"), SinkConfig())
+    sink.open(info())
+    sink.write(batch_of([smooth_flow(number) for number in range(3)]))
+    sink.commit(complete=False)
+    assert names(tmp_path) == ["x.mp4.partial"]
+    assert sink.path == str(tmp_path / "x.mp4")
+    assert any("x.mp4.partial" in note for note in sink.notes)
+    assert len(play(tmp_path / "x.mp4.partial")[0]) == 3
+
+
+def test_existing_output_is_kept_until_its_successor_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "x.mp4"
+    path.write_text("old")
+    with pytest.raises(OutputExistsError, match=r"x\.mp4"):
+        ColorVideoSink(str(path), FIXED).open(info())
+    replacing = SinkConfig(max_flow=4.0, overwrite=True)
+    for finish in (ColorVideoSink.abort, lambda sink: sink.commit(complete=False)):
+        sink = ColorVideoSink(str(path), replacing)
+        sink.open(info())
+        sink.write(batch_of([smooth_flow()]))
+        finish(sink)
+        assert path.read_text() == "old"
+    record(path, [batch_of([smooth_flow()])], replacing)
+    assert len(play(path)[0]) == 1
+
+
+def test_output_that_comes_up_during_the_run_is_not_replaced(tmp_path: Path) -> None:
+    sink = ColorVideoSink(str(tmp_path / "x.mp4"), FIXED)
+    sink.open(info())
+    sink.write(batch_of([smooth_flow()]))
+    (tmp_path / "x.mp4").write_text("somebody else's")
+    with pytest.raises(OutputExistsError):
+        sink.commit()
+    sink.abort()
+    assert (tmp_path / "x.mp4").read_text() == "somebody else's"
+    assert names(tmp_path) == ["x.mp4"]
+
+
+def test_no_flow_is_no_video(tmp_path: Path) -> None:
+    sink = ColorVideoSink(str(tmp_path / "x.mp4"), SinkConfig())
+    sink.open(info())
+    with pytest.raises(OutputWriteError, match="not one flow"):
+        sink.commit()
+    sink.abort()
+    assert names(tmp_path) == []
+
+
+def test_wrong_size_and_wrong_name(tmp_path: Path) -> None:
+    with pytest.raises(UnknownOutputError, match=r"\.mp4 or \.mkv"):
+        ColorVideoSink(str(tmp_path / "x.avi"), FIXED)
+    sink = ColorVideoSink(str(tmp_path / "x.mp4"), FIXED)
+    sink.open(info(48, 64))
+    with pytest.raises(ValueError, match="opened for"):
+        sink.write(batch_of([smooth_flow(0, 48, 62)]))
+    sink.abort()
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputWriteError, match=r"x\.mp4"):
+        ColorVideoSink(str(tmp_path / "file" / "x.mp4"), FIXED).open(info())
+    (tmp_path / "y.mp4.partial").mkdir()  # a folder stands where the file should go
+    with pytest.raises(OutputWriteError, match=r"y\.mp4"):
+        ColorVideoSink(str(tmp_path / "y.mp4"), FIXED).open(info())
+
+
+@pytest.fixture
+def limit_files() -> Iterator[Callable[[int], None]]:
+    """No file may grow beyond so many bytes: as good as a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda most_bytes: resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize("most_bytes", [0, 1000, 60_000])
+def test_a_full_disk_is_an_error_and_leaves_nothing(
+    tmp_path: Path, limit_files: Callable[[int], None], suffix: str, most_bytes: int
+) -> None:
+    noise = np.random.default_rng(0).normal(size=(12, 2, 96, 96)).astype(np.float32)
+    limit_files(most_bytes)
+    sink = ColorVideoSink(str(tmp_path / f"x{suffix}"), FIXED)
+
+    def whole_run() -> None:
+        sink.open(info(96, 96))
+        for number in range(6):
+            sink.write(batch_of(list(noise), index=12 * number))
+        sink.commit()
+
+    with pytest.raises(OutputWriteError, match=f"cannot write .*x{suffix}"):
+        whole_run()
+    sink.abort()
+    assert names(tmp_path) == []
