@@ -1,7 +1,7 @@
 """The whole chain, written once: frames -> pairs -> batches -> flow -> restored flow -> outputs.
 
-    run()     a source into outputs, to the end; the command line's main job
-    stream()  the same flow, batch by batch, to the caller's own loop
+run()     a source into outputs, to the end; the command line's main job
+stream()  the same flow, batch by batch, to the caller's own loop
 """
 
 from __future__ import annotations

@@ -7,10 +7,11 @@ once, so that every later part can trust them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from flowreel.engine.errors import UsageError
 
+Part = TypeVar("Part", "SelectConfig", "ModelConfig", "SinkConfig", "QueueConfig")
 Codec = Literal["blosc", "pcodec", "zstd"]
 Precision = Literal["fp32", "tf32", "fp16", "bf16"]
 FitMode = Literal["pad", "crop", "resize"]
@@ -114,7 +115,7 @@ class RunConfig:
     tolerate_truncation: bool = False  # take what a cut file gives as the whole; otherwise its store stays unfinished
 
     @classmethod
-    def of(cls, **options: object) -> RunConfig:
+    def of(cls, **options: Any) -> RunConfig:
         """The same from the flat names of the command line, e.g. ``of(stop=12, max_error=0, queue_mb=64)``.
 
         ``"auto"`` stands for a field's None. Unknown names and impossible values raise UsageError.
@@ -122,18 +123,26 @@ class RunConfig:
         tolerate = bool(options.pop("tolerate_truncation", False))
         if "queue_mb" in options:
             options["total_bytes"] = _megabytes(options.pop("queue_mb"))
-        parts = {}
-        for name, kind in (("select", SelectConfig), ("model", ModelConfig), ("sink", SinkConfig), ("queues", QueueConfig)):
-            known = {f.name: f for f in fields(kind)}
-            chosen = {key: options.pop(key) for key in list(options) if key in known}
-            parts[name] = kind(**{key: _auto(value, known[key].default) for key, value in chosen.items()})
+        config = cls(
+            select=_taken(SelectConfig, options),
+            model=_taken(ModelConfig, options),
+            sink=_taken(SinkConfig, options),
+            queues=_taken(QueueConfig, options),
+            tolerate_truncation=tolerate,
+        )
         if options:
             raise UsageError(f"unknown option {', '.join(sorted(options))}")
-        return cls(tolerate_truncation=tolerate, **parts)
+        return config
 
 
-def _auto(value: object, default: object) -> object:
-    return default if value == "auto" else value
+def _taken(kind: type[Part], options: dict[str, Any]) -> Part:
+    """Moves the options that are fields of ``kind`` into one; ``"auto"`` leaves the default."""
+    names = [field.name for field in fields(kind) if field.name in options]
+    values = {name: options.pop(name) for name in names}
+    try:
+        return kind(**{name: value for name, value in values.items() if value != "auto"})
+    except TypeError as error:  # a value of another kind than the field's, met by the checks above
+        raise UsageError(f"among {', '.join(f'{n}={v!r}' for n, v in values.items())}: {error}") from error
 
 
 def _megabytes(value: object) -> int:

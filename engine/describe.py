@@ -8,11 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from flowreel.engine.config import SelectConfig
-from flowreel.engine.data import JSON
+from flowreel.engine.data import JSON, UNKNOWN_ABOVE
 from flowreel.engine.errors import SourceNotFoundError
 from flowreel.sinks import open_store, read_flo
-
-UNKNOWN_ABOVE = 1e9  # a .flo vector with a larger component is unknown
 
 
 def describe(name: str) -> dict[str, JSON]:

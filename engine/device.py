@@ -40,7 +40,7 @@ def resolve_device(name: str) -> torch.device:
         raise UsageError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            built = "with" if torch.backends.cuda.is_built() else "without"
+            built = "without" if torch.version.cuda is None else "with"
             raise DeviceError(f"{name} was asked for, but torch {torch.__version__} ({built} CUDA) finds no GPU")
         if device.index is not None and device.index >= torch.cuda.device_count():
             raise DeviceError(f"{name} was asked for, but there are {torch.cuda.device_count()} GPUs, from cuda:0")
@@ -71,7 +71,7 @@ class Streams:
             return stage
 
         def staged(items: Iterator[Any]) -> Any:
-            stream = torch.cuda.Stream(self.device)
+            stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
             with torch.cuda.stream(stream):
                 results = stage(self._awaited(items, lambda: stream))
             return self._stepped(results, stream) if isinstance(results, Iterator) else results

@@ -87,7 +87,7 @@ def prepare(config: ModelConfig, height: int, width: int) -> Inference:
     if precision in _DTYPES:
         cast_convolutions(net, _DTYPES[precision])
     return Inference(
-        net=net.to(device, memory_format=torch.channels_last),
+        net=net.to(device=device, memory_format=torch.channels_last),  # type: ignore[call-overload]
         model=weights.model if config.model is None else _name(config.model),
         weights=weights,
         device=device,

@@ -23,7 +23,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import GeneratorType
 from typing import Any
@@ -427,7 +427,7 @@ class Pipeline:
         if progress is not None:
             progress(self.statistics())
 
-    def stream(self) -> Iterator[Any]:
+    def stream(self) -> Generator[Any, None, None]:
         """Gives the last stage's items, in order, to the caller's own loop, which holds the stages back if it is slow.
 
         Nothing starts before the first ``next``. Leaving the loop early, closing or dropping the iterator stops all

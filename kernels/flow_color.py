@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowreel.engine.data import UNKNOWN_ABOVE
+
 if TYPE_CHECKING:
     import numpy.typing as npt
 
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     FloatArray = npt.NDArray[np.floating[Any]]
     Float32Array = npt.NDArray[np.float32]
 
-UNKNOWN_ABOVE = 1e9  # pixels; a component beyond it, NaN or infinite marks a vector that nobody knows
 BEYOND_SHADE = 0.75  # how bright a vector longer than the scale is, against its full colour
 
 # Columns between neighbouring corner colours: more where the eye tells hues apart more finely.

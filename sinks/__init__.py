@@ -13,11 +13,13 @@ from flowreel.sinks.registry import known_outputs, open_sink
 if TYPE_CHECKING:
     from flowreel.sinks.flo import read_flo, write_flo
     from flowreel.sinks.store_reader import FlowStore, open_store
+    from flowreel.sinks.video_writer import VideoWriter
 
-__all__ = ["FlowStore", "known_outputs", "open_sink", "open_store", "read_flo", "write_flo"]
+__all__ = ["FlowStore", "VideoWriter", "known_outputs", "open_sink", "open_store", "read_flo", "write_flo"]
 
 _HOME = {
     "FlowStore": "store_reader",
+    "VideoWriter": "video_writer",
     "open_store": "store_reader",
     "read_flo": "flo",
     "write_flo": "flo",

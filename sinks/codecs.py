@@ -26,6 +26,7 @@ from numcodecs.pcodec import PCodec
 from numcodecs.zstd import Zstd
 
 from flowreel.engine.config import Codec, SinkConfig
+from flowreel.engine.data import UNKNOWN_ABOVE
 from flowreel.engine.errors import DamagedStoreError, OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -44,7 +45,6 @@ BLOSC_LEVEL = 2
 ZSTD_LEVEL = 3
 PCODEC_LEVEL = 8  # 12 is slower and hardly smaller, 4 costs a sixth of the size
 
-UNKNOWN_BEYOND = 1e9  # px; Middlebury's convention for a vector that is not known
 BLOCK_VALUES = 1 << 16  # quantised at a time, so that the float32 scratch stays in a core's second-level cache
 CHECKSUM_BYTES = 4
 INDEX_MISSING = 2**64 - 1  # offset and length of a chunk that is not in the shard
@@ -143,7 +143,7 @@ class FlowCodec:
     def limit(self) -> float:
         """Largest integer step count that is stored, as a float32: neither the fill value nor an unknown vector."""
         largest = 32767.0 if self.dtype.itemsize == 2 else float(np.nextafter(np.float32(2**31), np.float32(0)))
-        return min(largest, UNKNOWN_BEYOND / self.step)
+        return min(largest, UNKNOWN_ABOVE / self.step)
 
     def encode(self, flow: Float32Array) -> EncodedFlow:
         """flow: (2, H, W) float32, any strides. Raises OutputError if the error bound were ever broken."""
@@ -184,7 +184,7 @@ class FlowCodec:
                 invalid: BoolArray | None = None  # (rows, W)
                 if not (scaled.min() >= -self.limit and scaled.max() <= self.limit):  # also when NaN
                     invalid = _outside(scaled, self.limit)
-                    not_known = _outside(part, UNKNOWN_BEYOND)
+                    not_known = _outside(part, UNKNOWN_ABOVE)
                     unknown += int(not_known.sum())
                     beyond_range += int((invalid & ~not_known).sum())
                     scaled[:, invalid] = self.fill

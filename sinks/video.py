@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flowreel.engine.data import UNKNOWN_ABOVE
 from flowreel.engine.errors import OutputWriteError, UnknownOutputError
-from flowreel.kernels.flow_color import UNKNOWN_ABOVE, flow_to_color, percentile_magnitude
+from flowreel.kernels.flow_color import flow_to_color, percentile_magnitude
 from flowreel.sinks.publish import make_folder, partial_path, publish_file, remove, require_absent
 from flowreel.sinks.video_writer import CONTAINERS, ENCODERS, VideoWriter, video_write_errors
 

@@ -33,6 +33,8 @@ def call(arguments: list[str]) -> int:
         if "--debug" in arguments:
             raise
         return _report(error)
+    if result == INTERRUPTED:  # what typer makes of Ctrl-C
+        return _say("interrupted", INTERRUPTED)
     return result if isinstance(result, int) else 0
 
 

@@ -25,10 +25,10 @@ def demo(
         report = demonstration.demo(folder, weights=weights, device=device, progress=live.show)
     if not quiet:
         print_summary(report.run)
-    outputs = report.run.outputs
+    store, video = report.run.outputs
     typer.echo(f"error against the truth: {report.epe:.2f} px; predicting no motion: {report.mean_motion:.2f} px")
     typer.echo(
-        f"sizes: clip {size(report.clip_bytes)}, {', '.join(f'{Path(o.path).name} {size(o.bytes_written)}' for o in outputs)}"
-        f"; the same flow as .flo files {size(report.run.flo_bytes)}"
+        f"sizes: the clip {size(report.clip_bytes)}, its flow {size(store.bytes_written)} "
+        f"(as .flo files {size(report.run.flo_bytes)}), the colour video {size(video.bytes_written)}"
     )
-    typer.echo(f"look at {report.clip} beside {outputs[1].path}; open {outputs[0].path} with flowreel.open_store or xarray")
+    typer.echo(f"look at {video.path} beside {report.clip}; open {store.path} with flowreel.open_store or xarray")

@@ -11,7 +11,9 @@ from flowreel.engine.cli.options import Debug
 
 
 def info(
-    path: Annotated[str, typer.Argument(help="A video, a .flo, a flow store (complete or not) or weights.", show_default=False)],
+    path: Annotated[
+        str, typer.Argument(help="A video, a .flo, a flow store (complete or not) or weights.", show_default=False)
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, for scripts.")] = False,
     debug: Debug = False,
 ) -> None:

@@ -17,7 +17,8 @@ FRAMES, NETWORK, OUTPUT, STREAM = "Which frames", "Which network, where, how", "
 
 def run(
     source: Annotated[
-        str, typer.Argument(help="A video file, a folder or quoted glob of images, or synthetic:NAME.", show_default=False)
+        str,
+        typer.Argument(help="A video file, a folder or quoted glob of images, or synthetic:NAME.", show_default=False),
     ],
     output: Annotated[
         list[str] | None,
@@ -33,7 +34,8 @@ def run(
     model: Annotated[
         str | None,
         typer.Option(
-            help="FlowNet2, FlowNet2C, FlowNet2S, FlowNet2SD, FlowNet2CS or FlowNet2CSS. \\[default: what the weights hold]",
+            help="FlowNet2, FlowNet2C, FlowNet2S, FlowNet2SD, FlowNet2CS or FlowNet2CSS. "
+            "\\[default: what the weights hold]",
             show_default=False,
             rich_help_panel=NETWORK,
         ),
@@ -44,9 +46,7 @@ def run(
     batch: Annotated[str, typer.Option(help="Pairs computed together, or auto.", rich_help_panel=NETWORK)] = "auto",
     precision: Annotated[
         str,
-        typer.Option(
-            help="auto (fp32 on a CPU, fp16 on a GPU), fp32, tf32, fp16 or bf16.", rich_help_panel=NETWORK
-        ),
+        typer.Option(help="auto (fp32 on a CPU, fp16 on a GPU), fp32, tf32, fp16 or bf16.", rich_help_panel=NETWORK),
     ] = "auto",
     fit: Annotated[
         str,
@@ -60,12 +60,16 @@ def run(
     ] = "0",
     stop: Annotated[
         str | None,
-        typer.Option(help="First frame not used, likewise. \\[default: the end]", show_default=False, rich_help_panel=FRAMES),
+        typer.Option(
+            help="First frame not used, likewise. \\[default: the end]", show_default=False, rich_help_panel=FRAMES
+        ),
     ] = None,
     step: Annotated[int, typer.Option(help="Use every N-th frame.", rich_help_panel=FRAMES)] = 1,
     stream: Annotated[
         int | None,
-        typer.Option(help="Which video stream, from 0. \\[default: the best]", show_default=False, rich_help_panel=FRAMES),
+        typer.Option(
+            help="Which video stream, from 0. \\[default: the best]", show_default=False, rich_help_panel=FRAMES
+        ),
     ] = None,
     max_error: Annotated[
         float, typer.Option(help="Largest error of stored flow, in pixels; 0 is lossless.", rich_help_panel=OUTPUT)
@@ -75,9 +79,7 @@ def run(
     ] = "blosc",
     max_flow: Annotated[
         str,
-        typer.Option(
-            help="Motion in pixels at full colour; auto measures the first flows.", rich_help_panel=OUTPUT
-        ),
+        typer.Option(help="Motion in pixels at full colour; auto measures the first flows.", rich_help_panel=OUTPUT),
     ] = "auto",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace outputs that are there.", rich_help_panel=OUTPUT)

@@ -1,4 +1,4 @@
-"""FlowNetSD: a FlowNetS for small displacements, with smaller kernels and a smoothed decoder (Ilg et al., CVPR 2017)."""
+"""FlowNetSD: a FlowNetS for small displacements: smaller kernels, a smoothed decoder (Ilg et al., CVPR 2017)."""
 
 from __future__ import annotations
 

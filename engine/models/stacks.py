@@ -1,8 +1,8 @@
 """The stacks of FlowNet 2.0 (Ilg et al., CVPR 2017): each network refines the flow of the one before it.
 
-    FlowNet2CS   C -> S
-    FlowNet2CSS  C -> S -> S
-    FlowNet2     C -> S -> S  and beside them SD, joined by the fusion network
+FlowNet2CS   C -> S
+FlowNet2CSS  C -> S -> S
+FlowNet2     C -> S -> S  and beside them SD, joined by the fusion network
 """
 
 from __future__ import annotations
@@ -86,6 +86,6 @@ class FlowNet2(FlowNet2CSS):
         flow_sd = upsample(self.flownets_d.predict(x)[0] * SD_SCALE_IN_FLOWNET2, "nearest")
         _, error_css = warped_and_error(x, flow_css)
         _, error_sd = warped_and_error(x, flow_sd)
-        magnitudes = (channel_norm(flow_sd), channel_norm(flow_css))
-        fused: Tensor = self.flownetfusion(torch.cat((x[:, :3], flow_sd, flow_css, *magnitudes, error_sd, error_css), 1))
+        parts = (x[:, :3], flow_sd, flow_css, channel_norm(flow_sd), channel_norm(flow_css), error_sd, error_css)
+        fused: Tensor = self.flownetfusion(torch.cat(parts, 1))
         return fused

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -223,12 +224,12 @@ def identify(state: Mapping[str, Tensor], name: str) -> tuple[str, bool, float]:
         elif "conv1.0.weight" in state and state["conv1.0.weight"].ndim == 4:
             inputs = state["conv1.0.weight"].shape[1]
             if inputs != 6:
-                raise WeightsMismatchError(f"{name} holds a refining FlowNetS ({inputs} inputs), which cannot run alone")
+                raise WeightsMismatchError(f"{name} holds a refining FlowNetS ({inputs} inputs): it cannot run alone")
             model = "FlowNet2S"
     widest = state.get(f"{prefix}predict_flow6.weight")
     if model is None or widest is None or widest.ndim != 4:
         some = ", ".join(sorted(map(str, state))[:3]) or "nothing"
-        raise WeightsMismatchError(f"{name} holds no FlowNet2 network that is known ({', '.join(MODELS)}): it has {some}")
+        raise WeightsMismatchError(f"{name} holds none of {', '.join(MODELS)}: its tensors are {some}, ...")
     width = widest.shape[1] / 1024
     if not 0.01 <= width <= 4:
         raise WeightsMismatchError(f"{name}: a network of {widest.shape[1]} channels is none of ours")
@@ -303,7 +304,7 @@ def _numpy_scalars_allowed() -> Iterator[None]:
 
     scalar = multiarray.scalar
     kinds = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)]
-    allowed = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *kinds]
+    allowed: list[Any] = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *kinds]
     with torch.serialization.safe_globals(allowed):
         yield
 

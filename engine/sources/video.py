@@ -28,7 +28,7 @@ from flowreel.engine.errors import (
     UnsupportedSourceError,
     UsageError,
 )
-from flowreel.engine.timecode import MOST_REORDERED, NO_STAMP, Timeline, frame_number, select_frames
+from flowreel.engine.timecode import MOST_REORDERED, NO_STAMP, Timeline, parse_seconds, select_frames
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -90,7 +90,7 @@ class VideoSource:
         times_s = probe.timeline.times_s
         self._probe = probe
         self._wanted = select_frames(select, times_s, probe.path.name)
-        self._to_the_end = select.stop is None or frame_number(select.stop, times_s) > self._wanted[-1] + select.step
+        self._to_the_end = _reaches_beyond(select.stop, probe)
         self._losses: list[str] = []
         self._notes = list(probe.notes)
         self._iteration: Generator[Frame, None, None] | None = None
@@ -168,6 +168,14 @@ class VideoSource:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _reaches_beyond(stop: int | str | None, probe: VideoProbe) -> bool:
+    """Whether ``stop`` asks for frames behind the last one found."""
+    times_s = probe.timeline.times_s
+    if isinstance(stop, str):
+        return parse_seconds(stop) > float(times_s[-1] - times_s[0] + 1 / probe.frame_rate)
+    return stop is None or stop > len(times_s)
 
 
 # -- Reading ahead: what is in the file --------------------------------------------------------------------------

@@ -62,6 +62,10 @@ class TrainConfig:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.precision not in ("fp32", "bf16"):
             raise UsageError(f"precision must be fp32 or bf16, got {self.precision!r}")
+        if self.batch_norm and self.batch * self.height * self.width_px < 2 * STRIDE**2:
+            raise UsageError(
+                f"one {self.width_px}x{self.height} sample a step is too little for BatchNorm: raise batch"
+            )
         model_name(self.model)
 
 
@@ -162,16 +166,16 @@ def train(
     Raises:
         CheckpointError: the folder holds a run that was not asked to be resumed, or one of other settings.
     """
-    out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
     model = build_model(config.model, batch_norm=config.batch_norm, width=config.width).to(device)
     if isinstance(centred := _correlating(model), FlowNetC):
         parametrize.register_parametrization(centred.conv3_1[0], "weight", _CentredCorrelation())
-    model = model.to(memory_format=torch.channels_last)
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimiser = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    out.mkdir(parents=True, exist_ok=True)
     state = _Run(config, out, model, optimiser)
     state.load(resume)
-    held_out = tuple(part.to(device) for part in render(0, HELD_OUT_SEED, 16, config.height, config.width_px))
+    held_out = render(0, HELD_OUT_SEED, 16, config.height, config.width_px)
 
     losses: list[float] = []
     started = time.monotonic() - state.seconds
@@ -191,7 +195,7 @@ def train(
         losses.append(float(loss.detach()))
         if state.step % report_every == 0 or state.step == config.steps:
             state.seconds = time.monotonic() - started
-            epe, zero = _held_out(model, held_out)
+            epe, zero = _held_out(model, held_out, device)
             rate = learning_rate(config, state.step)
             progress = Progress(state.step, state.seconds, sum(losses) / len(losses), epe, zero, rate)
             losses.clear()
@@ -241,8 +245,8 @@ def _loss(predicted: Tensor | tuple[Tensor, ...], flow: Tensor, mask: Tensor) ->
 
 
 @torch.no_grad()
-def _held_out(model: nn.Module, batch: Batch) -> tuple[float, float]:
-    first, second, flow, _ = batch
+def _held_out(model: nn.Module, batch: Batch, device: str) -> tuple[float, float]:
+    first, second, flow, _ = (part.to(device) for part in batch)
     model.eval()
     predicted = model(first.float(), second.float())
     return float(end_point_error(predicted, flow)), float(zero_flow_error(flow))
@@ -299,10 +303,8 @@ class _Run:
             parametrize.remove_parametrizations(centred.conv3_1[0], "weight", leave_parametrized=True)
         path = self.out / "weights.safetensors"
         made_by = json.loads(json.dumps(asdict(self.config))) | {
-            "trained_on": "procedural scenes of flowreel.engine.scenes alone",
+            "trained_on": "procedural scenes (flowreel.engine.training.pairs) alone",
             "seconds": round(self.seconds),
         }
-        save_weights(
-            path, folded_state(plain), licence=LICENCE, made_by=made_by, width=self.config.width, half=True
-        )
+        save_weights(path, folded_state(plain), licence=LICENCE, made_by=made_by, width=self.config.width, half=True)
         return path

@@ -1,0 +1,46 @@
+"""The losses: exact on cases that can be reckoned by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flowreel.engine.training.loss import end_point_error, multi_scale_loss, outliers, zero_flow_error
+
+
+def test_end_point_error_of_a_3_4_5_triangle() -> None:
+    flow, truth = torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 4, 4)
+    truth[:, 0], truth[:, 1] = 3, 4
+    assert end_point_error(flow, truth).item() == pytest.approx(5)
+    assert zero_flow_error(truth).item() == pytest.approx(5)
+    mask = torch.zeros(1, 4, 4, dtype=torch.bool)
+    assert end_point_error(flow, truth, mask).item() == 0
+    mask[0, 0, 0] = True
+    truth[:, :, 1:] = 100
+    assert end_point_error(flow, truth, mask).item() == pytest.approx(5)
+
+
+def test_multi_scale_is_zero_at_the_truth_and_grows_with_the_error() -> None:
+    truth = torch.full((2, 2, 64, 128), 10.0)
+    mask = torch.ones(2, 64, 128, dtype=torch.bool)
+    right = tuple(torch.full((2, 2, 64 >> level, 128 >> level), 0.5) for level in (2, 3, 4, 5, 6))
+    assert multi_scale_loss(right, truth, mask).item() == pytest.approx(0, abs=1e-4)
+    off = tuple(flow + torch.tensor([0.3, 0.4]).view(1, 2, 1, 1) for flow in right)
+    assert multi_scale_loss(off, truth, mask).item() == pytest.approx(0.5 * 9, rel=1e-4)
+
+
+def test_what_is_masked_counts_at_no_scale() -> None:
+    truth = torch.full((1, 2, 64, 64), 10.0)
+    mask = torch.ones(1, 64, 64, dtype=torch.bool)
+    mask[:, :, 32:] = False
+    truth[:, :, :, 32:] = 1e4
+    right = tuple(torch.full((1, 2, 64 >> level, 64 >> level), 0.5) for level in (2, 3, 4, 5, 6))
+    assert multi_scale_loss(right, truth, mask).item() == pytest.approx(0, abs=1e-3)
+
+
+def test_outliers_are_off_by_three_pixels_and_five_percent() -> None:
+    truth = torch.zeros(1, 2, 1, 3)
+    truth[0, 0] = torch.tensor([0.0, 100.0, 10.0])
+    flow = truth.clone()
+    flow[0, 0] += torch.tensor([2.9, 4.0, 4.0])
+    assert outliers(flow, truth).item() == pytest.approx(1 / 3)

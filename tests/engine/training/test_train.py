@@ -1,0 +1,129 @@
+"""Training: the same seed gives the same weights, stopped or not, with any number of workers; and it learns."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from flowreel.engine.errors import CheckpointError, UsageError
+from flowreel.engine.models.weights import load_model, read_weights
+from flowreel.engine.training import train as training
+from flowreel.engine.training.train import Progress, TrainConfig, augment, learning_rate, train
+
+TINY = TrainConfig(width=0.05, steps=4, batch=2, height=64, width_px=64, warm_up=1, precision="fp32")
+
+
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    return dict(read_weights(folder / "weights.safetensors").state)
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for key, tensor in a.items():
+        assert torch.equal(tensor, b[key]), key
+
+
+def test_stopped_and_resumed_ends_with_the_same_weights(tmp_path: Path) -> None:
+    train(TINY, tmp_path / "whole", workers=0, report_every=2)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(progress: Progress) -> None:
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        train(TINY, tmp_path / "parts", workers=0, report_every=2, report=stop)
+    assert not (tmp_path / "parts" / "weights.safetensors").exists()
+    train(TINY, tmp_path / "parts", workers=0, report_every=2, resume=True)
+    assert_same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
+    with (tmp_path / "parts" / "log.csv").open(newline="") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["2", "4"]
+
+
+def test_a_worker_process_changes_nothing(tmp_path: Path) -> None:
+    config = replace(TINY, steps=2, reuse=1)
+    for workers in (0, 1):
+        train(config, tmp_path / str(workers), workers=workers)
+    assert_same(weights_of(tmp_path / "0"), weights_of(tmp_path / "1"))
+
+
+def test_another_seed_gives_other_weights(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        train(replace(TINY, steps=1, seed=seed), tmp_path / str(seed), workers=0)
+    a, b = (weights_of(tmp_path / str(seed))["conv1.0.weight"] for seed in (0, 1))
+    assert not torch.equal(a, b)
+
+
+def test_the_result_is_a_plain_network_that_says_how_it_was_made(tmp_path: Path) -> None:
+    path = train(replace(TINY, steps=1), tmp_path, workers=0)
+    held = read_weights(path)
+    assert (held.model, held.batch_norm, held.width) == ("FlowNet2C", False, TINY.width)
+    assert held.made_by["steps"] == 1
+    assert "procedural" in str(held.made_by["trained_on"])
+    frames = torch.rand(2, 1, 3, 64, 64) * 255
+    assert torch.isfinite(load_model(None, path)(*frames)).all()
+
+
+@pytest.mark.parametrize("model", ["FlowNet2S", "FlowNet2SD", "FlowNet2CS"])
+def test_other_networks_train_too(model: str, tmp_path: Path) -> None:
+    assert read_weights(train(replace(TINY, steps=1, model=model), tmp_path, workers=0)).model == model
+
+
+def test_it_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one fixed batch the loss must fall: the data, the loss and the optimiser pull the same way."""
+    reports: list[Progress] = []
+    config = replace(TINY, steps=40, reuse=40, learning_rate=2e-3)
+    monkeypatch.setattr(training, "augment", lambda batch, h, w, g: tuple(part[..., :h, :w] for part in batch))
+    train(config, tmp_path, workers=0, report_every=10, report=reports.append)
+    assert reports[-1].loss < 0.7 * reports[0].loss
+
+
+def test_a_folder_is_not_overwritten_nor_mixed_up(tmp_path: Path) -> None:
+    train(replace(TINY, steps=1), tmp_path, workers=0)
+    with pytest.raises(CheckpointError, match="--resume"):
+        train(replace(TINY, steps=1), tmp_path, workers=0)
+    with pytest.raises(CheckpointError, match="learning_rate"):
+        train(replace(TINY, steps=1, learning_rate=1.0), tmp_path, workers=0, resume=True)
+    (tmp_path / "checkpoint.pt").write_bytes(b"not one")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        train(replace(TINY, steps=1), tmp_path, workers=0, resume=True)
+
+
+def test_augmentation_moves_the_flow_with_the_picture() -> None:
+    """A picture that is its own coordinates: wherever a pixel goes, its flow must still point at its match."""
+    size = 80
+    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    u, v = 3, -2
+    first = torch.stack((x, y, x + y)).to(torch.uint8).expand(1, 3, size, size).clone()
+    second = torch.stack((x - u, y - v, x - u + y - v)).remainder(256).to(torch.uint8).expand(1, 3, size, size).clone()
+    flow = torch.tensor([float(u), float(v)]).view(1, 2, 1, 1).expand(1, 2, size, size)
+    visible = torch.ones(1, size, size, dtype=torch.bool)
+    seen = set()
+    for seed in range(24):
+        a, b, moved, mask = augment((first, second, flow, visible), 64, 64, torch.Generator().manual_seed(seed))
+        assert a.shape == (1, 3, 64, 64)
+        assert mask.shape == (1, 64, 64)
+        du, dv = (int(part) for part in moved[0, :, 0, 0])
+        seen.add((du, dv))
+        inner = a[:, :, 8:56, 8:56]
+        assert torch.equal(inner, b[:, :, 8 + dv : 56 + dv, 8 + du : 56 + du])
+    assert seen == {(3, -2), (-3, -2), (3, 2), (-3, 2)}
+
+
+def test_learning_rate_warms_up_and_ends_at_zero() -> None:
+    config = TrainConfig(steps=100, warm_up=10)
+    rates = [learning_rate(config, step) for step in range(1, 101)]
+    assert rates[9] == max(rates) == config.learning_rate
+    assert rates[-1] == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("wrong", [{"height": 100}, {"steps": 0}, {"precision": "fp16"}, {"model": "x"}])
+def test_impossible_settings(wrong: dict[str, object]) -> None:
+    with pytest.raises(UsageError):
+        TrainConfig(**wrong)  # type: ignore[arg-type]

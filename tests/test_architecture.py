@@ -1,0 +1,109 @@
+"""The house rules that code can check: who may import whom, what is installed, and that importing costs nothing."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BASE_LAYER = {"flowreel.engine.data", "flowreel.engine.config", "flowreel.engine.errors"}
+SINKS_REGISTRY = {"flowreel.sinks"}  # its names load their modules on first use
+
+
+def modules(folder: str) -> list[tuple[str, Path]]:
+    return [(str(path.relative_to(ROOT)), path) for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def imports(path: Path) -> set[str]:
+    """Every flowreel module the file imports, at its top or inside functions; not those for type checkers only."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            assert node.level == 0, f"{path}: imports are absolute"
+            found.add(node.module)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text()))
+    return {name for name in found if name.split(".")[0] == "flowreel"}
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+@pytest.mark.parametrize(("name", "path"), modules("engine"))
+def test_engine_reaches_formats_only_through_the_registry(name: str, path: Path) -> None:
+    assert {i for i in imports(path) if within(i, "flowreel.sinks")} <= SINKS_REGISTRY
+
+
+@pytest.mark.parametrize(("name", "path"), modules("sinks"))
+def test_sinks_know_of_the_engine_only_the_base_layer(name: str, path: Path) -> None:
+    assert {i for i in imports(path) if within(i, "flowreel.engine")} <= BASE_LAYER
+
+
+@pytest.mark.parametrize(("name", "path"), modules("kernels"))
+def test_kernels_stand_below_everything(name: str, path: Path) -> None:
+    allowed = BASE_LAYER | {i for i in imports(path) if within(i, "flowreel.kernels")}
+    assert imports(path) <= allowed
+
+
+@pytest.mark.parametrize("name", sorted(BASE_LAYER))
+def test_the_base_layer_imports_nothing_above_it(name: str) -> None:
+    path = ROOT / "engine" / f"{name.rsplit('.', 1)[1]}.py"
+    assert imports(path) <= BASE_LAYER
+
+
+def test_one_file_knows_of_threads_and_one_moves_data_between_devices() -> None:
+    for folder in ("engine", "kernels", "sinks"):
+        for name, path in modules(folder):
+            source = path.read_text()
+            tree = ast.parse(source)
+            names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+            names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+            if name != "engine/pipeline.py":
+                assert not names & {"threading", "_thread", "concurrent.futures", "queue"}, name
+            if name != "engine/device.py":
+                assert "pin_memory" not in source, name
+                assert "torch.cuda.Stream" not in source, name
+
+
+def test_pyproject_lists_every_package() -> None:
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = set()
+    for folder, package in (
+        ("engine", "flowreel.engine"),
+        ("kernels", "flowreel.kernels"),
+        ("sinks", "flowreel.sinks"),
+    ):
+        for init in (ROOT / folder).rglob("__init__.py"):
+            inside = init.parent.relative_to(ROOT / folder).parts
+            found.add(".".join((package, *inside)) if inside != ("public",) else "flowreel")
+    assert set(config["packages"]) == found
+
+
+def test_importing_flowreel_loads_nothing_heavy() -> None:
+    code = "import flowreel, sys; print([m for m in ('torch', 'numpy', 'av', 'zarr', 'typer') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_public_name_is_there_and_documented() -> None:
+    import flowreel
+
+    assert set(flowreel.__all__) <= set(dir(flowreel))
+    for name in flowreel.__all__:
+        value = getattr(flowreel, name)
+        assert name == "__version__" or value.__doc__, name
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        flowreel.nothing_like_it  # noqa: B018
