@@ -16,7 +16,7 @@ from flowreel.engine.data import UNKNOWN_ABOVE
 from flowreel.engine.errors import OutputWriteError, UnknownOutputError
 from flowreel.kernels.flow_color import flow_to_color, percentile_magnitude
 from flowreel.sinks.publish import make_folder, partial_path, publish_file, remove, require_absent
-from flowreel.sinks.video_writer import CONTAINERS, ENCODERS, VideoWriter, video_write_errors
+from flowreel.sinks.video_writer import CONTAINERS, VideoWriter, video_write_errors
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -68,8 +68,8 @@ class ColorVideoSink:
             make_folder(self._destination.parent)
             container = self._destination.suffix.lower()
             self._encoder = VideoWriter(self._partial, container, info.height, info.width, info.frame_rate)
-        if self._encoder.codec != ENCODERS[0]:
-            self._notes.append(f"{self.path}: encoded with {self._encoder.codec}, as this FFmpeg has no {ENCODERS[0]}")
+        if self._encoder.fallback is not None:
+            self._notes.append(f"{self.path}: {self._encoder.fallback}")
         if self._max_flow is not None:
             self._notes.append(f"{self.path}: full colour at {self._max_flow:.4g} px")
 

@@ -34,6 +34,9 @@ class VideoWriter:
     def __init__(self, path: Path, suffix: str, height: int, width: int, frame_rate: Fraction | None) -> None:
         rate = frame_rate if frame_rate is not None and frame_rate > 0 else _FALLBACK_RATE
         self.codec = next(name for name in ENCODERS if _has_encoder(name))
+        self.fallback: str | None = None  # what to tell the user where the best encoder is missing
+        if self.codec != ENCODERS[0]:
+            self.fallback = f"encoded with {self.codec}, as this FFmpeg has no {ENCODERS[0]}"
         self.frames = 0
         self._ticks = _MATROSKA_TICKS if suffix == ".mkv" else _ticks_per_second(rate)
         self._frame_ticks = max(1, round(self._ticks / rate))
