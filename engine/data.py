@@ -20,9 +20,8 @@ if TYPE_CHECKING:
     Int64Array = npt.NDArray[np.int64]
     Float64Array = npt.NDArray[np.float64]
 
-UNKNOWN_ABOVE = (
-    1e9  # pixels; a component beyond it, NaN or infinite marks a vector nobody knows (Middlebury's convention)
-)
+# Pixels; a component beyond it, NaN or infinite marks a vector that nobody knows: Middlebury's convention.
+UNKNOWN_ABOVE = 1e9
 
 JSON = None | bool | int | float | str | list["JSON"] | dict[str, "JSON"]
 

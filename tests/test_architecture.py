@@ -81,14 +81,10 @@ def test_one_file_knows_of_threads_and_one_moves_data_between_devices() -> None:
 def test_pyproject_lists_every_package() -> None:
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     found = set()
-    for folder, package in (
-        ("engine", "flowreel.engine"),
-        ("kernels", "flowreel.kernels"),
-        ("sinks", "flowreel.sinks"),
-    ):
+    for folder in ("engine", "kernels", "sinks"):
         for init in (ROOT / folder).rglob("__init__.py"):
             inside = init.parent.relative_to(ROOT / folder).parts
-            found.add(".".join((package, *inside)) if inside != ("public",) else "flowreel")
+            found.add(".".join(("flowreel", folder, *inside)) if inside != ("public",) else "flowreel")
     assert set(config["packages"]) == found
 
 

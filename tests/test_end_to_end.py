@@ -307,11 +307,10 @@ def test_a_cut_video_ends_a_stream_with_an_error(tiny: str, tmp_path: Path) -> N
     whole = clip(tmp_path / "whole.mkv")
     cut = tmp_path / "cut.mkv"
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size * 2 // 3])
-    got = 0
+    flows = flowreel.stream(cut, weights=tiny, batch=1)
+    assert next(flows).index == 0
     with pytest.raises(TruncatedSourceError):
-        for batch in flowreel.stream(cut, weights=tiny):
-            got += len(batch)
-    assert got > 0
+        list(flows)
 
 
 def test_memory_in_the_queues_stays_in_its_bound(tiny: str, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Named measurements. Never installed; run from the repository root: ``python -m benchmarks NAME``."""

@@ -1,0 +1,49 @@
+"""Where the real pictures and videos are: outside the repository, in ``$FLOWREEL_DATA``."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from flowreel.sinks import read_flo
+
+FOLDER = Path(os.environ.get("FLOWREEL_DATA", Path(__file__).resolve().parents[1] / ".." / "shared" / "data")).resolve()
+
+
+@dataclass(frozen=True)
+class TruePair:
+    """Two pictures and the flow between them."""
+
+    name: str
+    first: npt.NDArray[np.uint8]  # (H, W, 3) RGB
+    second: npt.NDArray[np.uint8]
+    flow: npt.NDArray[np.float32]  # (H, W, 2) pixels
+    valid: npt.NDArray[np.bool_]  # (H, W) where the truth is known
+
+
+def true_pair(name: str) -> TruePair:
+    """One folder of ``pairs``: img1, img2, and flow.flo or KITTI's 16-bit flow.png."""
+    folder = FOLDER / "pairs" / name
+    first, second = (_picture(next(folder.glob(f"img{number}.*"))) for number in (1, 2))
+    flow = _kitti(folder / "flow.png") if (folder / "flow.png").exists() else read_flo(folder / "flow.flo")
+    valid = (np.abs(flow) < 1e9).all(-1)
+    return TruePair(name, first, second, np.where(valid[..., None], flow, 0).astype(np.float32), valid)
+
+
+def _picture(path: Path) -> npt.NDArray[np.uint8]:
+    with Image.open(path) as image:
+        return np.array(image.convert("RGB"))
+
+
+def _kitti(path: Path) -> npt.NDArray[np.float32]:
+    import cv2
+
+    stored = cv2.imread(str(path), cv2.IMREAD_UNCHANGED).astype(np.float32)  # blue = valid, green = v, red = u
+    flow = (stored[..., [2, 1]] - 32768) / 64
+    flow[stored[..., 0] == 0] = 1e10
+    return np.asarray(flow, np.float32)

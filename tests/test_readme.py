@@ -1,0 +1,69 @@
+"""The README's commands and its Python, run as they stand; its tables against the results they came from."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"<!-- run[^\n]*-->\n```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the examples speak of: dance.mp4 and a few frames."""
+    path = tmp_path_factory.mktemp("readme")
+    rng = np.random.default_rng(0)
+    texture = rng.integers(0, 255, (20, 24, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    pictures = [np.ascontiguousarray(texture[i : i + 64, 3 * i : 3 * i + 96]) for i in range(20)]
+    with av.open(str(path / "dance.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for picture in pictures:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    (path / "frames").mkdir()
+    for number, picture in enumerate(pictures[:3]):
+        Image.fromarray(picture).save(path / "frames" / f"{number}.png")
+    return path
+
+
+def test_commands_and_code(folder: Path) -> None:
+    commands, code = blocks("sh"), blocks("python")
+    assert len(commands) == len(code) == 1
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    for line in commands[0].splitlines():
+        done = subprocess.run(
+            line, shell=True, cwd=folder, capture_output=True, text=True, env={**os.environ, "PATH": path}, check=False
+        )
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+    for name in ("dance.zarr", "dance-flow.mp4", "part.zarr", "flows/000001.flo", "shown/flow.mp4"):
+        assert (folder / name).exists(), name
+    done = subprocess.run([sys.executable, "-c", code[0]], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "(19, 2, 64, 96)" in done.stdout
+
+
+@pytest.mark.parametrize("case", ["accuracy", "clips", "memory"])
+def test_tables_are_the_latest_results(case: str) -> None:
+    """Every number of a table is in the newest committed result of its case."""
+    sys.path.insert(0, str(ROOT))
+    try:
+        from benchmarks.tables import as_markdown
+    finally:
+        sys.path.remove(str(ROOT))
+    newest = max((ROOT / "benchmarks" / "results").glob(f"*-{case}.json"))
+    assert f"<!-- table: benchmarks/results {case} -->\n{as_markdown(json.loads(newest.read_text())['rows'])}\n" in README
