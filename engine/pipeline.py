@@ -489,6 +489,8 @@ class Pipeline:
             self._board.connect(after, worker)
 
     def _start(self) -> None:
+        if self._stopped:  # before there were sinks to tell: without this they would see an empty, good stream
+            raise Cancelled("the pipeline was stopped before it started")
         # A daemon thread that is inside torch when the interpreter ends can abort the process: stop it before that.
         atexit.register(self._stop_and_join)
         for worker in self._workers:

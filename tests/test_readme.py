@@ -66,4 +66,6 @@ def test_tables_are_the_latest_results(case: str) -> None:
     finally:
         sys.path.remove(str(ROOT))
     newest = max((ROOT / "benchmarks" / "results").glob(f"*-{case}.json"))
-    assert f"<!-- table: benchmarks/results {case} -->\n{as_markdown(json.loads(newest.read_text())['rows'])}\n" in README
+    assert (
+        f"<!-- table: benchmarks/results {case} -->\n{as_markdown(json.loads(newest.read_text())['rows'])}\n" in README
+    )

@@ -24,7 +24,7 @@ from flowreel.engine.errors import CheckpointError, UsageError
 from flowreel.engine.models import build_model, model_name
 from flowreel.engine.models.flownetc import DISPLACEMENTS, FlowNetC
 from flowreel.engine.models.layers import STRIDE, folded_state
-from flowreel.engine.models.weights import save_weights
+from flowreel.engine.models.weights import instantiate, read_weights, save_weights
 from flowreel.engine.training.loss import end_point_error, multi_scale_loss, zero_flow_error
 from flowreel.engine.training.pairs import sample_pair
 
@@ -51,6 +51,7 @@ class TrainConfig:
     clip: float = 1.0  # largest gradient norm
     visible_only: float = 0.33  # share of the run in which occluded pixels are left out of the loss
     seed: int = 0
+    init: str | None = None  # weights to go on from, instead of random ones
     batch_norm: bool = True  # while training; folded into the convolutions at the end
     precision: str = "bf16"  # of the convolutions; the loss and the weights stay float32
 
@@ -167,11 +168,12 @@ def train(
         CheckpointError: the folder holds a run that was not asked to be resumed, or one of other settings.
     """
     torch.manual_seed(config.seed)
-    model = build_model(config.model, batch_norm=config.batch_norm, width=config.width).to(device)
-    if isinstance(centred := _correlating(model), FlowNetC):
-        parametrize.register_parametrization(centred.conv3_1[0], "weight", _CentredCorrelation())
+    model = _fresh(config) if config.init is None else _from_weights(config)
+    model = model.to(device)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimiser = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
     out.mkdir(parents=True, exist_ok=True)
     state = _Run(config, out, model, optimiser)
     state.load(resume)
@@ -232,6 +234,22 @@ def _batches(config: TrainConfig, step: int, workers: int) -> Iterator[Batch]:
             generator.manual_seed((config.seed << 42) + step)
             yield augment(batch, config.height, config.width_px, generator)
         skip = 0
+
+
+def _fresh(config: TrainConfig) -> nn.Module:
+    model = build_model(config.model, batch_norm=config.batch_norm, width=config.width)
+    if isinstance(net := _correlating(model), FlowNetC):
+        parametrize.register_parametrization(net.conv3_1[0], "weight", _CentredCorrelation())
+    return model
+
+
+def _from_weights(config: TrainConfig) -> nn.Module:
+    """What other weights hold, as a plain network: its correlation speaks already."""
+    assert config.init is not None
+    held = read_weights(config.init)
+    if config.batch_norm or held.batch_norm or abs(held.width - config.width) > 1e-6:
+        raise UsageError(f"{held.name} goes on as it is: width {held.width:g}, without BatchNorm")
+    return instantiate(held, config.model)
 
 
 def _correlating(model: nn.Module) -> nn.Module:

@@ -665,7 +665,7 @@ def test_a_source_with_a_close_of_its_own_is_left_to_its_owner() -> None:
     assert not source.closed
 
 
-def test_stop_from_a_stage_and_before_the_start() -> None:
+def test_stop_from_a_stage() -> None:
     def sink(items: Iterator[int]) -> None:
         next(items)
         pipeline.stop()
@@ -677,11 +677,14 @@ def test_stop_from_a_stage_and_before_the_start() -> None:
         pipeline.run({"sink": sink})
     pipeline.stop()
 
-    called: list[int] = []
+
+@pytest.mark.parametrize("by_run", [True, False], ids=["run", "stream"])
+def test_nothing_is_called_after_a_stop_before_the_start(by_run: bool) -> None:
+    called: list[Any] = []
     pipeline = Pipeline("source", [1], [Stage("a", lambda items: map(called.append, items))])
     pipeline.stop()
     with pytest.raises(Cancelled):
-        list(pipeline.stream())
+        pipeline.run({"sink": called.append}) if by_run else drain(pipeline.stream())
     assert not called
 
 

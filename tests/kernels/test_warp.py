@@ -148,7 +148,7 @@ def test_strides_of_the_inputs_do_not_matter() -> None:
         torch.testing.assert_close(out, wanted, rtol=0, atol=0)
 
 
-def test_only_the_gradient_that_is_wanted_is_formed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_gradient_that_is_wanted_is_formed() -> None:
     image, flow = pictures(1, 3, 4, 5)
     flow.requires_grad_()
     calls = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])

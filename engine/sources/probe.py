@@ -1,0 +1,219 @@
+"""What is in a video file, found out before it is decoded; and reading its packets, which that and decoding share.
+
+``probe_video`` reads all packets once, which is cheap, and decodes only the first frame: it knows the count and the
+time of every frame and how the picture has to be turned.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import av
+
+from flowreel.engine.errors import SourceNotFoundError, UnsupportedSourceError, UsageError
+from flowreel.engine.sources.picture import Turn, colour_notes, shape_notes
+from flowreel.engine.timecode import NO_STAMP, Timeline
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.packet import Packet
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+_ATTACHED_PICTURE = 0x400  # FFmpeg's disposition flag of cover art
+_READ_ERRORS = 16  # in a row, before the rest of a damaged file is given up
+_TEXT_FORMATS = {"tty"}  # demuxers that would render any text file as a video of a terminal
+
+
+@dataclass(frozen=True, eq=False)
+class VideoProbe:
+    """What is known of a video file before it is decoded. Serves any number of sources of the same file."""
+
+    path: Path
+    stream_index: int  # of the chosen stream, among all streams of the container
+    codec: str  # FFmpeg's name of the decoder
+    timeline: Timeline
+    frame_rate: Fraction  # average frames per second
+    stored_size: tuple[int, int]  # (width, height) in pixels before it is turned
+    turn: Turn
+    duration_s: float | None  # as the container tells
+    cut_short: bool  # the file is smaller than it says itself
+    notes: tuple[str, ...]
+
+    @property
+    def shown_size(self) -> tuple[int, int]:
+        """(width, height) in pixels as shown."""
+        width, height = self.stored_size
+        return (height, width) if self.turn.transpose else (width, height)
+
+
+def probe_video(name: str, stream: int | None = None) -> VideoProbe:
+    """Read all packets of a video file and decode its first frame.
+
+    Args:
+        name: path of the file.
+        stream: which of its video streams, from 0, cover pictures left out; None: FFmpeg's choice.
+
+    Raises:
+        SourceNotFoundError: there is no such file.
+        UnsupportedSourceError: it is not a video that can be decoded.
+        UsageError: it has no such stream.
+    """
+    path = Path(name)
+    with opened(path) as container:
+        chosen, notes = _choose_stream(container, path, stream)
+        stamps = array("q")  # eight bytes a frame, also for a whole day of video
+        first: VideoFrame | None = None
+        for packet in packets(container, chosen):
+            if packet.size and not packet.is_discard and not _is_hidden(packet, chosen):
+                stamps.append(NO_STAMP if packet.pts is None else packet.pts)
+            if first is None:
+                first = next(iter(decoded(packet)), None)
+        if first is None:
+            raise UnsupportedSourceError(f"{path.name} holds {len(stamps)} frames, none of which could be decoded")
+        rate = chosen.average_rate or chosen.guessed_rate or Fraction(25)
+        assert chosen.time_base is not None  # only an encoder's stream may lack it
+        timeline = Timeline.from_packets(stamps, chosen.time_base, rate, trusted=container.format.name != "avi")
+        turn, turn_notes = Turn.of(first)
+        return VideoProbe(
+            path=path,
+            stream_index=chosen.index,
+            codec=chosen.codec_context.name,
+            timeline=timeline,
+            frame_rate=rate,
+            stored_size=(first.width, first.height),
+            turn=turn,
+            duration_s=None if container.duration is None else container.duration / 1e6,
+            cut_short=_is_cut_short(path),
+            notes=(*notes, *timeline.notes, *turn_notes, *colour_notes(first), *shape_notes(chosen)),
+        )
+
+
+# -- The container and its packets -------------------------------------------------------------------------------
+
+
+def opened(path: Path) -> InputContainer:
+    """The container, to be closed by the caller. Raises SourceNotFoundError or UnsupportedSourceError."""
+    if not path.exists():
+        raise SourceNotFoundError(f"there is no file {path}")
+    if not path.is_file():
+        raise UnsupportedSourceError(f"{path} is neither a file nor a folder")
+    if path.stat().st_size == 0:
+        raise UnsupportedSourceError(f"{path.name} is empty")
+    try:
+        # The prefix keeps FFmpeg from taking "take:2.mp4" for an address.
+        container = av.open(f"file:{path}")
+    except (av.FFmpegError, OSError) as error:
+        reason = error.strerror or str(error)
+        if isinstance(error, OSError):
+            raise UnsupportedSourceError(f"{path.name} cannot be opened: {reason}") from error
+        with path.open("rb") as file:
+            if file.read(8)[4:] == b"ftyp":
+                reason += " (its index, moov, is missing or damaged: was the recording or the download cut off?)"
+        raise UnsupportedSourceError(f"{path.name} is not a video that FFmpeg can read: {reason}") from error
+    if container.format.name in _TEXT_FORMATS:
+        container.close()
+        raise UnsupportedSourceError(f"{path.name} is not a video that FFmpeg can read: it looks like text")
+    return container
+
+
+def _choose_stream(container: InputContainer, path: Path, number: int | None) -> tuple[VideoStream, list[str]]:
+    videos = [video for video in container.streams.video if not _is_cover(video)]
+    if not videos:
+        cover = " (only a cover picture)" if container.streams.video else ""
+        raise UnsupportedSourceError(f"{path.name} holds no video stream{cover}")
+    if number is not None and number >= len(videos):
+        plural = "" if len(videos) == 1 else "s"
+        raise UsageError(f"stream {number} of {path.name}: it has {len(videos)} video stream{plural}, counted from 0")
+    if number is None:
+        best = container.streams.best("video")
+        number = next((n for n, video in enumerate(videos) if best is not None and video.index == best.index), 0)
+    chosen = videos[number]
+    if chosen.codec_context is None:
+        raise UnsupportedSourceError(f"video stream {number} of {path.name} has a codec that FFmpeg cannot decode")
+    return chosen, [f"video stream {number} of {len(videos)} is used"] if len(videos) > 1 else []
+
+
+def _is_cover(video: VideoStream) -> bool:
+    disposition = getattr(video, "disposition", 0)  # PyAV 14 lacks it; 15 to 17 have a Flag, 18 an IntFlag
+    return bool(getattr(disposition, "value", disposition) & _ATTACHED_PICTURE)
+
+
+def packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet[VideoStream]]:
+    """The stream's packets and the empty one that ends them, reading on after a damaged place."""
+    errors = 0
+    while errors < _READ_ERRORS:
+        try:
+            for packet in container.demux(stream):
+                yield packet
+                errors = 0
+            return
+        except av.FFmpegError:
+            errors += 1
+
+
+def _is_hidden(packet: Packet[VideoStream], stream: VideoStream) -> bool:
+    """VP8 puts frames that are only referred to, never shown, into packets of their own."""
+    return stream.codec_context.name in ("vp8", "libvpx") and not memoryview(packet)[0] & 0x10
+
+
+def decoded(packet: Packet[VideoStream]) -> list[VideoFrame]:
+    """The frames this packet completes; none when it is damaged. The source counts at its end what is missing."""
+    try:
+        return packet.decode()
+    except av.FFmpegError:
+        return []
+
+
+# -- Is the file whole? ------------------------------------------------------------------------------------------
+
+
+def _is_cut_short(path: Path) -> bool:
+    """Whether the outermost elements of an MP4/MOV, Matroska/WebM or AVI file reach beyond its end."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(64)
+        if head.startswith(b"\x1a\x45\xdf\xa3"):
+            return _matroska_end(head) > size
+        position = 0
+        riff = head.startswith(b"RIFF")
+        while position + 8 <= size:
+            file.seek(position)
+            box = file.read(16)
+            kind, length = (box[:4], _riff_length(box)) if riff else (box[4:8], int.from_bytes(box[:4], "big"))
+            if length == 1:
+                length = int.from_bytes(box[8:16], "big")
+            if length < 8 or not kind.isalnum():  # to the end of the file; or not such a file at all
+                return False
+            position += length
+        return position > size
+
+
+def _riff_length(chunk: bytes) -> int:
+    payload = int.from_bytes(chunk[4:8], "little")
+    return 8 + payload if payload else 0  # 0 is what a recording leaves that was never finished
+
+
+def _matroska_end(head: bytes) -> int:
+    """Where the segment says it ends; 0 when it does not say (a live recording)."""
+
+    def number(position: int) -> tuple[int | None, int]:
+        """A length of 1..8 bytes, the leading zeros of the first telling how many; and where it ends."""
+        width = 9 - head[position].bit_length()
+        value = int.from_bytes(head[position : position + width], "big") & ~(1 << 7 * width)
+        return (None if value == (1 << 7 * width) - 1 else value), position + width
+
+    try:
+        length, position = number(4)
+        position += length or 0
+        if head[position : position + 4] != b"\x18\x53\x80\x67":
+            return 0
+        length, position = number(position + 4)
+    except IndexError:
+        return 0
+    return 0 if length is None else position + length
