@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from flowreel.engine.models.layers import SLOPE, Refiner, conv, initialise, normalise, scaled, to_pixels
 from flowreel.kernels import correlation
 
-DISPLACEMENTS = 441  # 21 x 21: up to 20 pixels each way in steps of 2, at 1/8 resolution
+REACH = 10  # displacements each way, 2 pixels of 1/8 resolution apart: 16 pixels of the frame
+DISPLACEMENTS = (2 * REACH + 1) ** 2
 
 
 class FlowNetC(Refiner):
@@ -34,17 +35,25 @@ class FlowNetC(Refiner):
         self.conv6_1 = conv(n(1024), n(1024), batch_norm=batch_norm)
         initialise(self)
 
-    def predict(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(B, 6, H, W) normalised frames to (flow2, ..., flow6) in pixels / 20."""
+    def match(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, 6, H, W) normalised frames to the first one's features (1/4 and 1/8 size) and (B, 441, H/8, W/8) costs."""
         conv2_first = self.conv2(self.conv1(x[:, :3]))
         conv3_first = self.conv3(conv2_first)
         conv3_second = self.conv3(self.conv2(self.conv1(x[:, 3:])))
-        matched = F.leaky_relu(correlation(conv3_first, conv3_second), SLOPE)
+        return conv2_first, conv3_first, correlation(conv3_first, conv3_second)
+
+    def decode(self, conv2_first: Tensor, conv3_first: Tensor, costs: Tensor) -> tuple[Tensor, ...]:
+        """What ``match`` gives to (flow2, ..., flow6) in pixels / 20."""
+        matched = F.leaky_relu(costs, SLOPE)
         conv3 = self.conv3_1(torch.cat((self.conv_redir(conv3_first), matched), 1))
         conv4 = self.conv4_1(self.conv4(conv3))
         conv5 = self.conv5_1(self.conv5(conv4))
         conv6 = self.conv6_1(self.conv6(conv5))
         return self.refine({2: conv2_first, 3: conv3, 4: conv4, 5: conv5, 6: conv6})
+
+    def predict(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(B, 6, H, W) normalised frames to (flow2, ..., flow6) in pixels / 20."""
+        return self.decode(*self.match(x))
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor | tuple[Tensor, ...]:
         """(B, 3, H, W) RGB 0..255 twice to (B, 2, H, W) pixels; in training mode to (flow2, ..., flow6) / 20."""

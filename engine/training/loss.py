@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flowreel.engine.models.flownetc import REACH
 from flowreel.engine.models.layers import FLOW_SCALE
 
 LEVEL_WEIGHTS = (4.0, 2.0, 1.0, 1.0, 1.0)  # flow2 ... flow6: the finest counts most, the coarse ones guide
+MATCHING_SHARPNESS = 20.0  # logits per unit of cost: features of unit loudness then tell matches apart
 EPSILON = 1e-6  # keeps the gradient of the norm finite where a prediction is exact
 
 
@@ -46,6 +48,38 @@ def multi_scale_loss(flows: tuple[Tensor, ...], truth: Tensor, mask: Tensor) -> 
         distance = ((flow.float() - target).square().sum(1, keepdim=True) + EPSILON**2).sqrt()
         total = total + level_weight * (distance * share).sum() / share.sum().clamp(min=1)
     return total
+
+
+def matching_loss(costs: Tensor, truth: Tensor, mask: Tensor) -> Tensor:
+    """How surely the correlation layer alone finds the match: cross-entropy over its displacements.
+
+    It teaches the encoder of FlowNetC directly what matching features are, above all to be equally loud everywhere:
+    the correlation does not normalise, and a loud wrong match beats a quiet right one.
+
+    Args:
+        costs: (B, 441, H/8, W/8), what the correlation layer gives.
+        truth: (B, 2, H, W) pixels.
+        mask: (B, H, W), true where the match is seen in the second frame.
+
+    Returns:
+        A scalar; 6.1 where all displacements look alike. Between displacements the truth is split in proportion.
+    """
+    cell = 8 * 2  # pixels of the frame between neighbouring displacements
+    # Output i of three convolutions of stride 2 looks at pixel 8 i.
+    place = truth[:, :, ::8, ::8] / cell + REACH
+    corner = place.floor()
+    counts = mask[:, ::8, ::8] & ((corner >= 0) & (corner < 2 * REACH)).all(1)
+    corner = corner.clamp(0, 2 * REACH - 1)
+    share = place - corner
+    surety = F.log_softmax(costs.float() * MATCHING_SHARPNESS, 1)
+    total = torch.zeros_like(share[:, 0])
+    for dy in (0, 1):
+        for dx in (0, 1):
+            x, y = corner[:, 0] + dx, corner[:, 1] + dy
+            weight = (share[:, 0] if dx else 1 - share[:, 0]) * (share[:, 1] if dy else 1 - share[:, 1])
+            chosen = (y * (2 * REACH + 1) + x).long().unsqueeze(1)
+            total = total - weight * surety.gather(1, chosen)[:, 0]
+    return (total * counts).sum() / counts.sum().clamp(min=1)
 
 
 def outliers(flow: Tensor, truth: Tensor, mask: Tensor | None = None) -> Tensor:

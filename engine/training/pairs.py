@@ -24,15 +24,15 @@ from flowreel.engine.textures import Array, Rng, TextureBank, noise, texture_ban
 class SceneConfig:
     """What ``sample_pair`` draws from. Speeds hold for 256 x 192 px and grow with the frame's diagonal."""
 
-    objects: tuple[int, int] = (2, 8)  # fewest and most moving layers before the background
-    median_px: float = 6.0  # the middle of the pairs' speeds; 0.8 or so for a network of small motions
-    spread: float = 1.1  # deviation of the logarithm of a pair's speed: plenty below 1 px, a tail past 60
-    max_px: float = 80.0  # no layer's centre moves farther
+    objects: tuple[int, int] = (0, 6)  # fewest and most moving layers before the background
+    median_px: float = 5.0  # the middle of the pairs' speeds; 0.8 or so for a network of small motions
+    spread: float = 0.9  # deviation of the logarithm of a pair's speed: plenty below 1 px, a tail past 40
+    max_px: float = 48.0  # no layer's centre moves farther
     still: float = 0.10  # share of pairs whose background does not move at all
     follow: float = 0.60  # share of objects that share the camera's motion, beside their own
-    bends: float = 0.33  # share of layers that also move non-rigidly
-    photometric: float = 1.0  # strength of lighting changes, noise, blur, fog; 0: clean pictures
-    motion_blur: float = 0.08  # share of pairs with an open shutter
+    bends: float = 0.25  # share of layers that also move non-rigidly
+    photometric: float = 0.6  # strength of lighting changes, noise, blur, fog; 0: clean pictures
+    motion_blur: float = 0.04  # share of pairs with an open shutter
     bank: tuple[int, int, int] = (0, 48, 512)  # seed, count, size of the texture bank
 
 

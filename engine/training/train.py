@@ -23,9 +23,9 @@ from torch.utils.data import DataLoader, Dataset
 from flowreel.engine.errors import CheckpointError, UsageError
 from flowreel.engine.models import build_model, model_name
 from flowreel.engine.models.flownetc import DISPLACEMENTS, FlowNetC
-from flowreel.engine.models.layers import STRIDE, folded_state
+from flowreel.engine.models.layers import STRIDE, folded_state, normalise
 from flowreel.engine.models.weights import instantiate, read_weights, save_weights
-from flowreel.engine.training.loss import end_point_error, multi_scale_loss, zero_flow_error
+from flowreel.engine.training.loss import end_point_error, matching_loss, multi_scale_loss, zero_flow_error
 from flowreel.engine.training.pairs import sample_pair
 
 LICENCE = "Apache-2.0"
@@ -50,6 +50,7 @@ class TrainConfig:
     weight_decay: float = 1e-4
     clip: float = 1.0  # largest gradient norm
     visible_only: float = 0.33  # share of the run in which occluded pixels are left out of the loss
+    matching: float = 0.5  # weight of FlowNetC's matching loss beside the flow's
     seed: int = 0
     init: str | None = None  # weights to go on from, instead of random ones
     batch_norm: bool = True  # while training; folded into the convolutions at the end
@@ -188,8 +189,7 @@ def train(
         model.train()
         mask = visible if state.step <= config.visible_only * config.steps else torch.ones_like(visible)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.precision == "bf16"):
-            predicted = model(first.to(device).float(), second.to(device).float())
-        loss = _loss(predicted, flow.to(device), mask.to(device))
+            loss = _loss(config, model, *(part.to(device) for part in (first, second, flow, visible, mask)))
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), config.clip)
@@ -256,7 +256,14 @@ def _correlating(model: nn.Module) -> nn.Module:
     return getattr(model, "flownetc", model)
 
 
-def _loss(predicted: Tensor | tuple[Tensor, ...], flow: Tensor, mask: Tensor) -> Tensor:
+def _loss(
+    config: TrainConfig, model: nn.Module, first: Tensor, second: Tensor, flow: Tensor, visible: Tensor, mask: Tensor
+) -> Tensor:
+    if isinstance(model, FlowNetC):
+        conv2, conv3, costs = model.match(normalise(first.float(), second.float()))
+        matching = matching_loss(costs, flow, visible)
+        return multi_scale_loss(model.decode(conv2, conv3, costs), flow, mask) + config.matching * matching
+    predicted = model(first.float(), second.float())
     if isinstance(predicted, tuple):
         return multi_scale_loss(predicted, flow, mask)
     return end_point_error(predicted.float(), flow, mask)
