@@ -94,6 +94,7 @@ class Streams:
                         return
                     self._ready[item] = stream.record_event()
                 yield item
+                del item  # not kept alive, outside every bound, while the next one is made
         finally:
             close = getattr(results, "close", None)
             if close is not None:
@@ -108,6 +109,7 @@ class Streams:
                 if tensor.is_cuda:
                     tensor.record_stream(stream())
             yield item
+            del item
 
 
 def upload(device: torch.device) -> Stage:

@@ -133,7 +133,7 @@ class StageError(FlowreelError):
 
     def __init__(self, stage: str, frame: int | None, cause: BaseException) -> None:
         where = f"{stage}" if frame is None else f"{stage}, frame {frame}"
-        super().__init__(f"{where}: {cause}")
+        super().__init__(f"{where}: {str(cause) or type(cause).__name__}")
         self.stage = stage
         self.frame = frame
         self.__cause__ = cause

@@ -36,7 +36,7 @@ class FlowNetC(Refiner):
         initialise(self)
 
     def match(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, 6, H, W) normalised frames to the first one's features (1/4 and 1/8 size) and (B, 441, H/8, W/8) costs."""
+        """(B, 6, H, W) normalised frames to the first one's features at 1/4 and 1/8, and (B, 441, H/8, W/8) costs."""
         conv2_first = self.conv2(self.conv1(x[:, :3]))
         conv3_first = self.conv3(conv2_first)
         conv3_second = self.conv3(self.conv2(self.conv1(x[:, 3:])))

@@ -126,7 +126,7 @@ def render(seed: int, number: int, count: int, height: int, width: int) -> Batch
 
 
 def augment(batch: Batch, height: int, width: int, generator: torch.Generator) -> Batch:
-    """One crop, flips and a channel order for the whole batch, and the flow changed with them."""
+    """One crop and channel order for the whole batch, flips for each sample, and the flow changed with them."""
     first, second, flow, visible = batch
 
     def draw(count: int) -> int:
@@ -138,10 +138,12 @@ def augment(batch: Batch, height: int, width: int, generator: torch.Generator) -
     first, second = first[:, channels, rows, columns], second[:, channels, rows, columns]
     flow, visible = flow[:, :, rows, columns], visible[:, rows, columns]
     for axis in (-1, -2):  # mirror left-right, then up-down; the motion along that axis turns round
-        if draw(2):
-            first, second, flow, visible = (part.flip(axis) for part in (first, second, flow, visible))
-            sign = torch.tensor([-1.0, 1.0] if axis == -1 else [1.0, -1.0]).view(1, 2, 1, 1)
-            flow = flow * sign
+        mirrored = torch.randint(2, (len(flow),), generator=generator).bool()
+        picture = mirrored.view(-1, 1, 1, 1)
+        sign = torch.tensor([-1.0, 1.0] if axis == -1 else [1.0, -1.0]).view(1, 2, 1, 1)
+        first, second = (torch.where(picture, frames.flip(axis), frames) for frames in (first, second))
+        flow = torch.where(picture, flow.flip(axis) * sign, flow)
+        visible = torch.where(mirrored.view(-1, 1, 1), visible.flip(axis), visible)
     return first, second, flow, visible
 
 

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from flowreel.engine.training.loss import end_point_error, multi_scale_loss, outliers, zero_flow_error
+from flowreel.engine.models.flownetc import DISPLACEMENTS, REACH
+from flowreel.engine.training.loss import (
+    end_point_error,
+    matching_loss,
+    multi_scale_loss,
+    outliers,
+    zero_flow_error,
+)
 
 
 def test_end_point_error_of_a_3_4_5_triangle() -> None:
@@ -44,3 +53,30 @@ def test_outliers_are_off_by_three_pixels_and_five_percent() -> None:
     flow = truth.clone()
     flow[0, 0] += torch.tensor([2.9, 4.0, 4.0])
     assert outliers(flow, truth).item() == pytest.approx(1 / 3)
+
+
+def shifted_costs(dx: int, dy: int, sharpness: float) -> torch.Tensor:
+    """Costs of a pair whose every pixel moved by (dx, dy) displacements: one channel stands out."""
+    costs = torch.zeros(1, DISPLACEMENTS, 8, 8)
+    costs[:, (dy + REACH) * (2 * REACH + 1) + dx + REACH] = sharpness
+    return costs
+
+
+def test_matching_is_sure_where_the_right_displacement_stands_out() -> None:
+    truth = torch.zeros(1, 2, 64, 64)
+    truth[:, 0], truth[:, 1] = 3 * 16, -2 * 16
+    mask = torch.ones(1, 64, 64, dtype=torch.bool)
+    assert matching_loss(torch.zeros(1, DISPLACEMENTS, 8, 8), truth, mask).item() == pytest.approx(
+        math.log(441), rel=1e-4
+    )
+    assert matching_loss(shifted_costs(3, -2, 2.0), truth, mask).item() < 1e-3
+    assert matching_loss(shifted_costs(-2, 3, 2.0), truth, mask).item() > 10
+    truth[:, 0] += 8  # half way to the next displacement: half the truth lies there
+    assert matching_loss(shifted_costs(3, -2, 2.0), truth, mask).item() == pytest.approx(20, rel=1e-3)
+
+
+def test_matching_ignores_what_cannot_be_matched() -> None:
+    truth = torch.full((1, 2, 64, 64), 1000.0)
+    mask = torch.ones(1, 64, 64, dtype=torch.bool)
+    assert matching_loss(torch.rand(1, DISPLACEMENTS, 8, 8), truth, mask).item() == 0
+    assert matching_loss(torch.rand(1, DISPLACEMENTS, 8, 8), torch.zeros_like(truth), ~mask).item() == 0
