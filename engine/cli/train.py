@@ -21,6 +21,13 @@ def train(
     width_px: Annotated[int, typer.Option(help="Columns the network sees; a multiple of 64.")] = 256,
     learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 8e-4,
     precision: Annotated[str, typer.Option(help="Of the convolutions: bf16 or fp32.")] = "bf16",
+    init: Annotated[
+        str | None, typer.Option(help="Weights to go on from instead of random ones.", show_default=False)
+    ] = None,
+    batch_norm: Annotated[
+        bool, typer.Option(help="BatchNorm while training a network from nothing; folded away at the end.")
+    ] = True,
+    reuse: Annotated[int, typer.Option(help="Times each scene is used, each time flipped and cropped anew.")] = 3,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
     workers: Annotated[int, typer.Option(help="Processes that render scenes; does not change the result.")] = 1,
     report_every: Annotated[int, typer.Option(help="Steps between reports and checkpoints.")] = 250,
@@ -53,6 +60,9 @@ def train(
         width_px=width_px,
         learning_rate=learning_rate,
         precision=precision,
+        init=init,
+        batch_norm=batch_norm and init is None,
+        reuse=reuse,
         seed=seed,
     )
     path = training.train(config, out, resume=resume, workers=workers, report_every=report_every, report=report)

@@ -187,7 +187,7 @@ def save_weights(
     Raises:
         WeightsMismatchError: the tensors are of no FlowNet2 network.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     model, batch_norm, told = identify(state, str(path))
     about = {
@@ -204,7 +204,8 @@ def save_weights(
         for key, tensor in state.items()
     }
     temporary = Path(f"{path}.partial")
-    save_file(tensors, temporary, metadata={"format": "pt", METADATA_KEY: json.dumps(about)})
+    # Not save_file, which makes files that nobody but their owner may read.
+    temporary.write_bytes(save(tensors, metadata={"format": "pt", METADATA_KEY: json.dumps(about)}))
     temporary.replace(path)
 
 

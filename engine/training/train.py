@@ -7,7 +7,6 @@ Everything follows from ``TrainConfig``: sample *i* of a run is the scene of see
 from __future__ import annotations
 
 import csv
-import json
 import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -329,9 +328,12 @@ class _Run:
         if isinstance(centred := _correlating(plain), FlowNetC) and parametrize.is_parametrized(centred.conv3_1[0]):
             parametrize.remove_parametrizations(centred.conv3_1[0], "weight", leave_parametrized=True)
         path = self.out / "weights.safetensors"
-        made_by = json.loads(json.dumps(asdict(self.config))) | {
+        made_by = asdict(self.config) | {
             "trained_on": "procedural scenes (flowreel.engine.training.pairs) alone",
             "seconds": round(self.seconds),
         }
+        if self.config.init is not None:
+            before = read_weights(self.config.init)
+            made_by["init"] = {"sha256": before.sha256, "made_by": dict(before.made_by)}
         save_weights(path, folded_state(plain), licence=LICENCE, made_by=made_by, width=self.config.width, half=True)
         return path

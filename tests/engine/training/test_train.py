@@ -127,3 +127,16 @@ def test_learning_rate_warms_up_and_ends_at_zero() -> None:
 def test_impossible_settings(wrong: dict[str, object]) -> None:
     with pytest.raises(UsageError):
         TrainConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_run_goes_on_from_other_weights_and_says_so(tmp_path: Path) -> None:
+    first = train(replace(TINY, steps=1), tmp_path / "first", workers=0)
+    config = replace(TINY, steps=1, learning_rate=0.0, init=str(first), batch_norm=False)
+    second = train(config, tmp_path / "second", workers=0)
+    assert_same(dict(read_weights(first).state), dict(read_weights(second).state))
+    lineage = read_weights(second).made_by["init"]
+    assert isinstance(lineage, dict)
+    assert lineage["sha256"] == read_weights(first).sha256
+    assert lineage["made_by"]["steps"] == 1
+    with pytest.raises(UsageError, match="BatchNorm"):
+        train(replace(config, batch_norm=True), tmp_path / "third", workers=0)

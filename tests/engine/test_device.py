@@ -1,0 +1,54 @@
+"""Devices: never a silent CPU run, and on a CPU everything passes through untouched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from flowreel.engine.data import FlowBatch, Frame
+from flowreel.engine.device import Streams, device_name, download, resolve_device, upload
+from flowreel.engine.errors import DeviceError, UsageError
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+def test_cpu_by_name() -> None:
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert device_name(torch.device("cpu")).startswith("cpu (")
+
+
+@no_gpu
+def test_auto_takes_the_cpu_only_where_there_is_no_gpu() -> None:
+    assert resolve_device("auto").type == "cpu"
+
+
+@no_gpu
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:7"])
+def test_a_gpu_that_is_not_there_is_an_error(name: str) -> None:
+    with pytest.raises(DeviceError, match=name):
+        resolve_device(name)
+
+
+@pytest.mark.parametrize("name", ["gpu", "mps", "cuda:x", ""])
+def test_what_is_no_device(name: str) -> None:
+    with pytest.raises(UsageError, match="device must be"):
+        resolve_device(name)
+
+
+def test_on_a_cpu_stages_frames_and_flow_pass_as_they_are() -> None:
+    streams = Streams(torch.device("cpu"))
+
+    def stage(items: Iterator[int]) -> Iterator[int]:
+        yield from items
+
+    assert streams.on_stream(stage, "x") is stage
+    items = iter([1, 2])
+    assert streams.handed_over(items) is items
+    frame = Frame(torch.zeros(3, 4, 5, dtype=torch.uint8), 0, 0.0)
+    assert next(upload(torch.device("cpu"))(iter([frame]))) is frame
+    one = np.zeros(1, np.int64)
+    batch = FlowBatch(torch.zeros(1, 2, 4, 5), 0, one, one, one.astype(float), one.astype(float))
+    assert next(download(iter([batch]))) is batch

@@ -1,0 +1,62 @@
+"""The model stage: what is settled before the first frame, and that flow is in the frame's pixels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from flowreel.engine.config import ModelConfig
+from flowreel.engine.data import Frame, FramePair, PairBatch
+from flowreel.engine.errors import UsageError
+from flowreel.engine.inference import auto_batch, cast_convolutions, prepare, resolve_precision
+from flowreel.engine.models import build_model
+from flowreel.engine.models.layers import FlowHead
+from flowreel.engine.named_scenes import named_scene
+
+
+def test_the_batch_follows_from_the_frame_size_alone() -> None:
+    sizes = [(64, 64), (384, 512), (448, 1024), (1088, 1920), (2176, 3840)]
+    assert [auto_batch(*size) for size in sizes] == [8, 5, 2, 1, 1]
+
+
+def test_precision_follows_from_the_device() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert (resolve_precision(None, cpu), resolve_precision(None, gpu)) == ("fp32", "fp16")
+    assert resolve_precision("bf16", cpu) == "bf16"
+    assert resolve_precision("tf32", gpu) == "tf32"
+    for precision in ("fp16", "tf32"):
+        with pytest.raises(UsageError, match=precision):
+            resolve_precision(precision, cpu)  # type: ignore[arg-type]
+
+
+def test_flow_heads_stay_in_float32() -> None:
+    net = build_model("FlowNet2", width=0.05)
+    cast_convolutions(net, torch.bfloat16)
+    heads = [module for module in net.modules() if isinstance(module, FlowHead)]
+    assert len(heads) == 5 * 4 + 3
+    assert all(head.weight.dtype == torch.float32 for head in heads)
+    assert net.get_submodule("flownetc.conv1.0").weight.dtype == torch.bfloat16
+
+
+def frame(scene: object, number: int) -> Frame:
+    return Frame(scene.render(number), number, number / 25)  # type: ignore[attr-defined]
+
+
+def test_the_shipped_weights_know_a_known_motion() -> None:
+    """A texture moved by (3, 1) px: not exact yet, but far from no motion, and to the right side."""
+    scene = named_scene("translate", 192, 256)
+    inference = prepare(ModelConfig(device="cpu"), 192, 256)
+    batch = PairBatch((FramePair(frame(scene, 0), frame(scene, 1)),), 0)
+    (result,) = inference.stage(iter([batch]))
+    mean = result.flow[0].mean((1, 2)).numpy()
+    assert np.hypot(*(mean - (3, 1))) < 0.5 * np.hypot(3, 1)
+    assert (result.frame[0], result.frame_to[0], result.timestamp_to_s[0]) == (0, 1, 0.04)
+
+
+def test_flow_is_an_ordinary_tensor_without_gradients() -> None:
+    inference = prepare(ModelConfig(device="cpu"), 64, 64)
+    flow = inference.flow(torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 64, 64))
+    assert not flow.requires_grad
+    assert not flow.is_inference()
+    assert torch.is_grad_enabled()
