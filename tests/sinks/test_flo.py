@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import resource
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -40,13 +40,7 @@ def names(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.iterdir())
 
 
-@pytest.fixture
-def small_files_only() -> Iterator[None]:
-    """No file may grow beyond 100 bytes: as good as a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+Limit = Callable[[int], AbstractContextManager[None]]  # the fixture files_up_to
 
 
 def test_bytes_on_disk_are_the_format(tmp_path: Path) -> None:
@@ -145,10 +139,10 @@ def test_no_file_and_a_folder(tmp_path: Path) -> None:
         read_flo(tmp_path)
 
 
-def test_a_full_disk_leaves_the_old_file(tmp_path: Path, small_files_only: None) -> None:
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, files_up_to: Limit) -> None:
     small = np.ones((1, 1, 2), np.float32)
     write_flo(tmp_path / "x.flo", small)
-    with pytest.raises(OutputWriteError, match=r"x\.flo"):
+    with files_up_to(100), pytest.raises(OutputWriteError, match=r"x\.flo"):
         write_flo(tmp_path / "x.flo", some_flow(50, 50))
     assert np.array_equal(read_flo(tmp_path / "x.flo"), small)
     assert names(tmp_path) == ["x.flo"]
@@ -221,7 +215,7 @@ def test_an_unfinished_run_keeps_whole_files_and_says_so(tmp_path: Path) -> None
         assert "1 " in sink.notes[0]
 
 
-def test_sink_errors(tmp_path: Path, small_files_only: None) -> None:
+def test_sink_errors(tmp_path: Path, files_up_to: Limit) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputWriteError, match="file"):
         FloSink(str(tmp_path / "file" / "%d.flo"), SinkConfig()).open(INFO)
@@ -229,7 +223,7 @@ def test_sink_errors(tmp_path: Path, small_files_only: None) -> None:
     sink.open(INFO)
     with pytest.raises(ValueError, match="opened for"):
         sink.write(batch_of([some_flow(3, 4)]))
-    with pytest.raises(OutputWriteError, match=r"0\.flo"):
+    with files_up_to(100), pytest.raises(OutputWriteError, match=r"0\.flo"):
         sink.write(batch_of([some_flow()]))
     sink.abort()
     assert names(tmp_path) == ["file"]

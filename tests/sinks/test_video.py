@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from fractions import Fraction
 from pathlib import Path
 
@@ -311,21 +311,12 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
         ColorVideoSink(str(tmp_path / "y.mp4"), FIXED).open(info())
 
 
-@pytest.fixture
-def limit_files() -> Iterator[Callable[[int], None]]:
-    """No file may grow beyond so many bytes: as good as a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda most_bytes: resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 @pytest.mark.parametrize("most_bytes", [0, 1000, 60_000])
 def test_a_full_disk_is_an_error_and_leaves_nothing(
-    tmp_path: Path, limit_files: Callable[[int], None], suffix: str, most_bytes: int
+    tmp_path: Path, files_up_to: Callable[[int], AbstractContextManager[None]], suffix: str, most_bytes: int
 ) -> None:
     noise = np.random.default_rng(0).normal(size=(12, 2, 96, 96)).astype(np.float32)
-    limit_files(most_bytes)
     sink = ColorVideoSink(str(tmp_path / f"x{suffix}"), FIXED)
 
     def whole_run() -> None:
@@ -334,7 +325,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(
             sink.write(batch_of(list(noise), index=12 * number))
         sink.commit()
 
-    with pytest.raises(OutputWriteError, match=f"cannot write .*x{suffix}"):
+    with files_up_to(most_bytes), pytest.raises(OutputWriteError, match=f"cannot write .*x{suffix}"):
         whole_run()
     sink.abort()
     assert names(tmp_path) == []
