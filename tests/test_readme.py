@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -57,15 +56,11 @@ def test_commands_and_code(folder: Path) -> None:
     assert "(19, 2, 64, 96)" in done.stdout
 
 
-@pytest.mark.parametrize("case", ["accuracy", "clips", "memory"])
-def test_tables_are_the_latest_results(case: str) -> None:
-    """Every number of a table is in the newest committed result of its case."""
-    sys.path.insert(0, str(ROOT))
+def test_tables_are_the_latest_results() -> None:
+    sys.path.insert(0, str(ROOT))  # benchmarks are run from the root, never installed
     try:
-        from benchmarks.tables import as_markdown
+        from benchmarks.tables import with_tables
     finally:
         sys.path.remove(str(ROOT))
-    newest = max((ROOT / "benchmarks" / "results").glob(f"*-{case}.json"))
-    assert (
-        f"<!-- table: benchmarks/results {case} -->\n{as_markdown(json.loads(newest.read_text())['rows'])}\n" in README
-    )
+    assert README.count("<!-- table: ") == 3
+    assert with_tables(README) == README
