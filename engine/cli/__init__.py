@@ -23,15 +23,17 @@ def call(arguments: list[str]) -> int:
 
     ``--debug`` anywhere among the arguments lets errors through as they are, with their tracebacks.
     """
-    from flowreel.engine.cli.app import app
+    from flowreel.engine.cli.app import EndOfFile, app
 
     try:
         result = app(arguments, prog_name="flowreel", standalone_mode=False)
     except KeyboardInterrupt:
         return _say("interrupted", INTERRUPTED)
-    except Exception as error:
+    except Exception as raised:
+        error = raised.__cause__ if isinstance(raised, EndOfFile) else raised
         if "--debug" in arguments:
             raise
+        assert isinstance(error, Exception)
         return _report(error)
     if result == INTERRUPTED:  # what typer makes of Ctrl-C
         return _say("interrupted", INTERRUPTED)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -38,5 +40,20 @@ def _root(
     pass
 
 
+class EndOfFile(Exception):
+    """Carries an EOFError past typer, which would take it for Ctrl-D at a prompt. ``__cause__`` is the error."""
+
+
+def _shielded(command: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(command)
+    def shielded(*arguments: object, **options: object) -> None:
+        try:
+            command(*arguments, **options)
+        except EOFError as error:
+            raise EndOfFile from error
+
+    return shielded
+
+
 for command in (run, demo, info, train):
-    app.command(no_args_is_help=command in (run, info))(command)
+    app.command(no_args_is_help=command in (run, info))(_shielded(command))

@@ -316,7 +316,8 @@ def _sha256(path: Path) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    said = str(error).strip().split("\n")[0]
+    return said if " " in said else f"{type(error).__name__} {said}".strip()  # a bare key or number says nothing
 
 
 def _close(a: float, b: float) -> bool:

@@ -116,6 +116,17 @@ def test_wrong_input_is_one_line_and_a_code(
     assert sorted(Path().rglob("*")) == before
 
 
+def test_a_cut_video_fails_in_one_line_and_stays_unfinished(tiny: str, capsys: Capture) -> None:
+    call(["run", SOURCE, "-o", "whole.mkv", "--weights", tiny, "-q"])
+    whole = Path("whole.mkv").read_bytes()
+    Path("cut.mkv").write_bytes(whole[: len(whole) * 4 // 5])
+    assert call(["run", "cut.mkv", "-o", "a.zarr", "--weights", tiny, "-q"]) == 1
+    assert "--tolerate-truncation" in one_line(capsys)
+    assert not Path("a.zarr").exists()
+    assert call(["run", "cut.mkv", "-o", "b.zarr", "--weights", tiny, "-q", "--tolerate-truncation"]) == 0
+    assert Path("b.zarr").exists()
+
+
 def test_debug_lets_the_error_through(capsys: Capture) -> None:
     with pytest.raises(FileNotFoundError):
         call(["run", "nowhere.mp4", "--debug"])
