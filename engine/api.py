@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -112,7 +112,7 @@ def run(
         sinks = [open_sink(path, config.sink) for path in paths]
         inference = prepare(config.model, frames.info.height, frames.info.width)
         header = _header(frames.info, inference, config)
-        opened.enter_context(_published(sinks, header))
+        opened.enter_context(_opened(sinks, header))
         pipeline = _pipeline(frames, inference, header, config, to_host=True)
         tallies = [_Tally(sink) for sink in sinks]
         started_s = time.perf_counter()
@@ -219,27 +219,21 @@ def _output_names(outputs: PathLike | Iterable[PathLike] | None, info: FlowInfo)
     return paths
 
 
-class _published(ExitStack):
-    """Opens the sinks; whatever goes wrong inside, those that are open are aborted, the first error kept."""
-
-    def __init__(self, sinks: list[Sink], header: FlowInfo) -> None:
-        super().__init__()
-        try:
-            for sink in sinks:
-                sink.open(header)
-                self.push(_abort_on_error(sink))
-        except BaseException as error:
-            self.__exit__(type(error), error, error.__traceback__)
-            raise
-
-
-def _abort_on_error(sink: Sink) -> Callable[..., bool]:
-    def leave(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
-        if error is not None and not isinstance(error, TruncatedSourceError):
+@contextmanager
+def _opened(sinks: list[Sink], header: FlowInfo) -> Iterator[None]:
+    """Opens the sinks; when anything goes wrong inside, those that are open are aborted."""
+    opened: list[Sink] = []
+    try:
+        for sink in sinks:
+            sink.open(header)
+            opened.append(sink)
+        yield
+    except TruncatedSourceError:
+        raise  # they were committed as unfinished: what they hold stays
+    except BaseException:
+        for sink in opened:
             sink.abort()
-        return False
-
-    return leave
+        raise
 
 
 class _Tally:
