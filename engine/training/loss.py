@@ -82,13 +82,6 @@ def matching_loss(costs: Tensor, truth: Tensor, mask: Tensor) -> Tensor:
     return (total * counts).sum() / counts.sum().clamp(min=1)
 
 
-def outliers(flow: Tensor, truth: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Share of pixels off by more than 3 px and by more than 5 % of the true motion (KITTI's Fl)."""
-    distance = (flow - truth).square().sum(1).sqrt()
-    wrong = (distance > 3) & (distance > 0.05 * truth.square().sum(1).sqrt())
-    return wrong.float().mean() if mask is None else wrong[mask].float().mean()
-
-
 def zero_flow_error(truth: Tensor, mask: Tensor | None = None) -> Tensor:
     """The end-point error of predicting no motion at all: what any network has to beat."""
     return end_point_error(torch.zeros_like(truth), truth, mask)

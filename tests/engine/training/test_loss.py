@@ -12,7 +12,6 @@ from flowreel.engine.training.loss import (
     end_point_error,
     matching_loss,
     multi_scale_loss,
-    outliers,
     zero_flow_error,
 )
 
@@ -45,14 +44,6 @@ def test_what_is_masked_counts_at_no_scale() -> None:
     truth[:, :, :, 32:] = 1e4
     right = tuple(torch.full((1, 2, 64 >> level, 64 >> level), 0.5) for level in (2, 3, 4, 5, 6))
     assert multi_scale_loss(right, truth, mask).item() == pytest.approx(0, abs=1e-3)
-
-
-def test_outliers_are_off_by_three_pixels_and_five_percent() -> None:
-    truth = torch.zeros(1, 2, 1, 3)
-    truth[0, 0] = torch.tensor([0.0, 100.0, 10.0])
-    flow = truth.clone()
-    flow[0, 0] += torch.tensor([2.9, 4.0, 4.0])
-    assert outliers(flow, truth).item() == pytest.approx(1 / 3)
 
 
 def shifted_costs(dx: int, dy: int, sharpness: float) -> torch.Tensor:
