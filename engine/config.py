@@ -78,6 +78,7 @@ class SinkConfig:
     codec: Codec = "blosc"  # the one that every Zarr v3 reader opens
     shard_bytes: int = 128 << 20  # float32 bytes of flow in one shard: few files, each still quick to re-make
     max_flow: float | None = None  # colour scale in pixels; None: 95th percentile of the first 32 flows, then fixed
+    bound: float = 20.0  # pixels; two-stream pictures span -bound to bound: what TSN and denseflow take
     overwrite: bool = False  # replace an output that is there, keeping the old one until the new one is complete
 
     def __post_init__(self) -> None:
@@ -86,6 +87,8 @@ class SinkConfig:
         _one_of("codec", self.codec, Codec)
         if self.max_flow is not None and not 0 < self.max_flow < float("inf"):
             raise UsageError(f"max-flow must be a positive number of pixels or auto, got {self.max_flow}")
+        if not 0 < self.bound < float("inf"):
+            raise UsageError(f"bound must be a positive number of pixels, got {self.bound}")
         if self.shard_bytes < 1:
             raise UsageError(f"shard-bytes must be at least 1, got {self.shard_bytes}")
 

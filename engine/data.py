@@ -6,7 +6,7 @@ Tensors may live on any device; ``engine/device.py`` alone moves them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -186,6 +186,29 @@ class Source(Protocol):
     @property
     def notes(self) -> list[str]: ...
     def __iter__(self) -> Iterator[Frame]: ...
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class FlowReader(Protocol):
+    """Gives flow that is stored already, in order: a store or a part of it, ``.flo`` files, KITTI pictures.
+
+    Iterate once. Vectors nobody knows are NaN, or beyond ``UNKNOWN_ABOVE`` as they stand in a ``.flo``.
+    """
+
+    @property
+    def info(self) -> FlowInfo:
+        """Header of the flow itself: ``frame_count`` is one more than the flows there are."""
+        ...
+
+    @property
+    def names(self) -> Sequence[str]:
+        """A name for each flow, without folder: ``000001.flo``, or ``000001`` where it is no file of its own."""
+        ...
+
+    @property
+    def notes(self) -> list[str]: ...
+    def __iter__(self) -> Iterator[FlowBatch]: ...
     def close(self) -> None: ...
 
 

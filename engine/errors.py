@@ -9,11 +9,13 @@
     │   ├── UnsupportedSourceError (ValueError)    not a video or picture that can be decoded
     │   ├── TooFewFramesError (ValueError)         fewer than two frames: no flow
     │   ├── FrameSizeError (ValueError)            a frame's size differs from the first one's
-    │   └── TruncatedSourceError (EOFError)        fewer frames decoded than the container holds
+    │   ├── TruncatedSourceError (EOFError)        fewer frames decoded than the container holds
+    │   └── SomeSourcesFailedError                 of many sources in one run, some failed
     ├── WeightsError                      something about a weights file
     │   ├── WeightsNotFoundError (FileNotFoundError)
     │   ├── UnreadableWeightsError (ValueError)    cut, damaged, or refusing to load safely
-    │   └── WeightsMismatchError (ValueError)      readable, but not of the model asked for
+    │   ├── WeightsMismatchError (ValueError)      readable, but not of the model asked for
+    │   └── DownloadError (OSError)                a dead link, a broken connection, bytes that are not the file's
     ├── OutputError                       something about an output
     │   ├── OutputExistsError (FileExistsError)
     │   ├── OutputWriteError (OSError)             full disk, no permission, vanished folder
@@ -21,7 +23,7 @@
     ├── StoreError                        something about reading a flow store
     │   ├── StoreNotFoundError (FileNotFoundError)
     │   └── DamagedStoreError (ValueError)         a checksum or a shard is wrong
-    ├── FlowFileError (ValueError)        a .flo file that is not one
+    ├── FlowFileError (ValueError)        a .flo, KITTI picture, .npz or two-stream picture that is not one
     ├── CheckpointError (ValueError)      a training run that cannot be resumed
     └── StageError                        a pipeline stage failed; __cause__ is the error itself
 
@@ -71,6 +73,10 @@ class TruncatedSourceError(SourceError, EOFError):
     """Fewer frames decoded than the container says it holds."""
 
 
+class SomeSourcesFailedError(SourceError):
+    """A run over many sources finished, but some of them failed; the manifest says which and why."""
+
+
 class WeightsError(FlowreelError):
     """Something is wrong with a weights file."""
 
@@ -85,6 +91,10 @@ class UnreadableWeightsError(WeightsError, ValueError):
 
 class WeightsMismatchError(WeightsError, ValueError):
     """A readable weights file that does not fit the model asked for."""
+
+
+class DownloadError(WeightsError, OSError):
+    """A dead link, a connection that keeps breaking, or bytes that are not those of the file asked for."""
 
 
 class OutputError(FlowreelError):
@@ -116,7 +126,7 @@ class DamagedStoreError(StoreError, ValueError):
 
 
 class FlowFileError(FlowreelError, ValueError):
-    """A .flo file with a wrong tag, an impossible size, or too few bytes."""
+    """A file of flow (.flo, KITTI PNG, .npz, two-stream pictures) with a wrong tag, size, kind or number of bytes."""
 
 
 class CheckpointError(FlowreelError, ValueError):

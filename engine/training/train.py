@@ -26,6 +26,7 @@ from flowreel.engine.models.layers import STRIDE, folded_state, normalise
 from flowreel.engine.models.weights import instantiate, read_weights, save_weights
 from flowreel.engine.training.loss import end_point_error, matching_loss, multi_scale_loss, zero_flow_error
 from flowreel.engine.training.pairs import sample_pair
+from flowreel.engine.training.widen import widen
 
 LICENCE = "Apache-2.0"
 CORRELATION_GAIN = 5.0
@@ -86,15 +87,22 @@ class _CentredCorrelation(nn.Module):
     """conv3_1's weights as the optimiser should see them.
 
     Matching costs are small (they are divided by the channel count) and share one large mean, so at first all 441
-    displacements look alike and the network learns to predict no motion. Removing the mean over displacements and
-    scaling makes them speak from the first step. Both are linear in the input, so they can act on the
+    displacements look alike and the network learns to predict no motion. Scaling up what lies beside the mean over
+    displacements makes them speak from the first step. That is linear in the input, so it can act on the
     weights instead, and fold away when training ends: the saved network is a plain FlowNetC.
     """
 
     def forward(self, weight: Tensor) -> Tensor:
+        return self._scaled(weight, CORRELATION_GAIN)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return self._scaled(weight, 1 / CORRELATION_GAIN)
+
+    @staticmethod
+    def _scaled(weight: Tensor, gain: float) -> Tensor:
         redirected, matched = weight[:, :-DISPLACEMENTS], weight[:, -DISPLACEMENTS:]
-        centred = matched - matched.mean(1, keepdim=True)
-        return torch.cat((redirected, CORRELATION_GAIN * centred), 1)
+        mean = matched.mean(1, keepdim=True)
+        return torch.cat((redirected, mean + gain * (matched - mean)), 1)
 
 
 class _Scenes(Dataset[Batch]):
@@ -171,6 +179,8 @@ def train(
     """
     torch.manual_seed(config.seed)
     model = _fresh(config) if config.init is None else _from_weights(config)
+    if isinstance(net := _correlating(model), FlowNetC):
+        parametrize.register_parametrization(net.conv3_1[0], "weight", _CentredCorrelation())
     model = model.to(device)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimiser = torch.optim.AdamW(
@@ -240,17 +250,25 @@ def _batches(config: TrainConfig, step: int, workers: int) -> Iterator[Batch]:
 def _fresh(config: TrainConfig) -> nn.Module:
     model = build_model(config.model, batch_norm=config.batch_norm, width=config.width)
     if isinstance(net := _correlating(model), FlowNetC):
-        parametrize.register_parametrization(net.conv3_1[0], "weight", _CentredCorrelation())
+        with torch.no_grad():
+            net.conv3_1[0].weight.copy_(_CentredCorrelation()(net.conv3_1[0].weight))
     return model
 
 
 def _from_weights(config: TrainConfig) -> nn.Module:
-    """What other weights hold, as a plain network: its correlation speaks already."""
+    """What other weights hold, widened if the run's network is."""
     assert config.init is not None
     held = read_weights(config.init)
-    if config.batch_norm or held.batch_norm or abs(held.width - config.width) > 1e-6:
-        raise UsageError(f"{held.name} goes on as it is: width {held.width:g}, without BatchNorm")
-    return instantiate(held, config.model)
+    times = round(config.width / held.width)
+    if config.batch_norm or held.batch_norm or times < 1 or abs(held.width * times - config.width) > 1e-6:
+        raise UsageError(f"{held.name} goes on without BatchNorm, at width {held.width:g} or a multiple of it")
+    if times == 1:
+        return instantiate(held, config.model)
+    if config.model != "FlowNet2C":
+        raise UsageError(f"only FlowNet2C can be widened, not {config.model}")
+    model = build_model(config.model, width=config.width)
+    model.load_state_dict(widen(held.state_for(config.model), times, config.seed))
+    return model
 
 
 def _correlating(model: nn.Module) -> nn.Module:
