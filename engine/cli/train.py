@@ -22,8 +22,15 @@ def train(
     learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 8e-4,
     precision: Annotated[str, typer.Option(help="Of the convolutions: bf16 or fp32.")] = "bf16",
     init: Annotated[
-        str | None, typer.Option(help="Weights to go on from instead of random ones.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Weights to go on from instead of random ones; FlowNet2C grows wider or into FlowNet2CS.",
+            show_default=False,
+        ),
     ] = None,
+    last_only: Annotated[
+        bool, typer.Option("--last-only", help="Of FlowNet2CS, train only S, on the flow that C gives as it is.")
+    ] = False,
     batch_norm: Annotated[
         bool, typer.Option(help="BatchNorm while training a network from nothing; folded away at the end.")
     ] = True,
@@ -61,6 +68,7 @@ def train(
         learning_rate=learning_rate,
         precision=precision,
         init=init,
+        last_only=last_only,
         batch_norm=batch_norm and init is None,
         reuse=reuse,
         seed=seed,

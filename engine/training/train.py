@@ -22,8 +22,10 @@ from torch.utils.data import DataLoader, Dataset
 from flowreel.engine.errors import CheckpointError, UsageError
 from flowreel.engine.models import build_model, model_name
 from flowreel.engine.models.flownetc import DISPLACEMENTS, FlowNetC
-from flowreel.engine.models.layers import STRIDE, folded_state, normalise
+from flowreel.engine.models.layers import STRIDE, folded_state, normalise, scaled, to_pixels
+from flowreel.engine.models.stacks import FlowNet2CS, refining_input
 from flowreel.engine.models.weights import instantiate, read_weights, save_weights
+from flowreel.engine.training.identity import start_as_identity
 from flowreel.engine.training.loss import end_point_error, matching_loss, multi_scale_loss, zero_flow_error
 from flowreel.engine.training.pairs import sample_pair
 from flowreel.engine.training.widen import widen
@@ -50,6 +52,7 @@ class TrainConfig:
     weight_decay: float = 1e-4
     clip: float = 1.0  # largest gradient norm
     visible_only: float = 0.33  # share of the run in which occluded pixels are left out of the loss
+    last_only: bool = False  # of FlowNet2CS, train only S, on the flow that C gives as it is
     matching: float = 0.5  # weight of FlowNetC's matching loss beside the flow's
     seed: int = 0
     init: str | None = None  # weights to go on from, instead of random ones
@@ -87,22 +90,15 @@ class _CentredCorrelation(nn.Module):
     """conv3_1's weights as the optimiser should see them.
 
     Matching costs are small (they are divided by the channel count) and share one large mean, so at first all 441
-    displacements look alike and the network learns to predict no motion. Scaling up what lies beside the mean over
-    displacements makes them speak from the first step. That is linear in the input, so it can act on the
+    displacements look alike and the network learns to predict no motion. Removing the mean over displacements and
+    scaling makes them speak from the first step. Both are linear in the input, so they can act on the
     weights instead, and fold away when training ends: the saved network is a plain FlowNetC.
     """
 
     def forward(self, weight: Tensor) -> Tensor:
-        return self._scaled(weight, CORRELATION_GAIN)
-
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        return self._scaled(weight, 1 / CORRELATION_GAIN)
-
-    @staticmethod
-    def _scaled(weight: Tensor, gain: float) -> Tensor:
         redirected, matched = weight[:, :-DISPLACEMENTS], weight[:, -DISPLACEMENTS:]
-        mean = matched.mean(1, keepdim=True)
-        return torch.cat((redirected, mean + gain * (matched - mean)), 1)
+        centred = matched - matched.mean(1, keepdim=True)
+        return torch.cat((redirected, CORRELATION_GAIN * centred), 1)
 
 
 class _Scenes(Dataset[Batch]):
@@ -179,8 +175,6 @@ def train(
     """
     torch.manual_seed(config.seed)
     model = _fresh(config) if config.init is None else _from_weights(config)
-    if isinstance(net := _correlating(model), FlowNetC):
-        parametrize.register_parametrization(net.conv3_1[0], "weight", _CentredCorrelation())
     model = model.to(device)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimiser = torch.optim.AdamW(
@@ -250,8 +244,7 @@ def _batches(config: TrainConfig, step: int, workers: int) -> Iterator[Batch]:
 def _fresh(config: TrainConfig) -> nn.Module:
     model = build_model(config.model, batch_norm=config.batch_norm, width=config.width)
     if isinstance(net := _correlating(model), FlowNetC):
-        with torch.no_grad():
-            net.conv3_1[0].weight.copy_(_CentredCorrelation()(net.conv3_1[0].weight))
+        parametrize.register_parametrization(net.conv3_1[0], "weight", _CentredCorrelation())
     return model
 
 
@@ -260,14 +253,18 @@ def _from_weights(config: TrainConfig) -> nn.Module:
     assert config.init is not None
     held = read_weights(config.init)
     times = round(config.width / held.width)
-    if config.batch_norm or held.batch_norm or times < 1 or abs(held.width * times - config.width) > 1e-6:
+    fits = times >= 1 and all(scaled(n, config.width) == times * scaled(n, held.width) for n in (32, 64, 128, 1024))
+    if config.batch_norm or held.batch_norm or not fits:
         raise UsageError(f"{held.name} goes on without BatchNorm, at width {held.width:g} or a multiple of it")
-    if times == 1:
+    if times == 1 and config.model in held.serves():
         return instantiate(held, config.model)
-    if config.model != "FlowNet2C":
-        raise UsageError(f"only FlowNet2C can be widened, not {config.model}")
+    if held.model != "FlowNet2C" or config.model not in ("FlowNet2C", "FlowNet2CS"):
+        raise UsageError(f"{held.name} ({held.model}, width {held.width:g}) cannot grow into {config.model}")
     model = build_model(config.model, width=config.width)
-    model.load_state_dict(widen(held.state_for(config.model), times, config.seed))
+    state = held.state_for("FlowNet2C")
+    _correlating(model).load_state_dict(widen(state, times, config.seed) if times > 1 else state)
+    if isinstance(model, FlowNet2CS):
+        start_as_identity(model.flownets_1)
     return model
 
 
@@ -282,10 +279,26 @@ def _loss(
         conv2, conv3, costs = model.match(normalise(first.float(), second.float()))
         matching = matching_loss(costs, flow, visible)
         return multi_scale_loss(model.decode(conv2, conv3, costs), flow, mask) + config.matching * matching
+    if isinstance(model, FlowNet2CS):
+        return _refining_loss(config, model, normalise(first.float(), second.float()), flow, visible, mask)
     predicted = model(first.float(), second.float())
     if isinstance(predicted, tuple):
         return multi_scale_loss(predicted, flow, mask)
     return end_point_error(predicted.float(), flow, mask)
+
+
+def _refining_loss(
+    config: TrainConfig, model: FlowNet2CS, x: Tensor, flow: Tensor, visible: Tensor, mask: Tensor
+) -> Tensor:
+    """S's own loss and, unless C is held fixed, C's beside it. S learns from C's flow as it is, not through it."""
+    loss = torch.zeros(())
+    with torch.set_grad_enabled(not config.last_only):
+        conv2, conv3, costs = model.flownetc.match(x)
+        coarse = model.flownetc.decode(conv2, conv3, costs)
+        if not config.last_only:
+            loss = multi_scale_loss(coarse, flow, mask) + config.matching * matching_loss(costs, flow, visible)
+    given = to_pixels(coarse[0].detach(), "bilinear")
+    return loss + multi_scale_loss(model.flownets_1.predict(refining_input(x, given)), flow, mask)
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ def widen(state: Mapping[str, Tensor], times: int, seed: int = 0, unlike: float 
         transposed = layer.startswith("deconv")  # input channels come first
         weight = weight.transpose(0, 1) if transposed else weight
         parts = []
-        for part, source in zip(weight.split([_channels(state, source) for source in reads], 1), reads, strict=True):
+        for part, source in zip(_parts(weight, state, reads), reads, strict=True):
             if isinstance(source, str):
                 part = _shared(part, times, generator)
             parts.append(part)
@@ -64,6 +64,11 @@ def widen(state: Mapping[str, Tensor], times: int, seed: int = 0, unlike: float 
             wide[f"{layer}.bias"] = state[f"{layer}.bias"].float().repeat(times)
         wide[f"{layer}.weight"] = (weight.transpose(0, 1) if transposed else weight).contiguous()
     return wide
+
+
+def _parts(weight: Tensor, state: Mapping[str, Tensor], reads: tuple[str | int, ...]) -> tuple[Tensor, ...]:
+    """A layer's weight, cut along its input channels into what comes from each place."""
+    return torch.split(weight, [_channels(state, source) for source in reads], 1)
 
 
 def _channels(state: Mapping[str, Tensor], source: str | int) -> int:

@@ -1,0 +1,54 @@
+"""Starts a refining FlowNetS where it passes on the flow it is given, so that it only has to learn corrections.
+
+At random, such a network first unlearns the noise it adds to a flow that was good already. Here four channels of
+every encoder layer carry the flow's components and their negatives (a LeakyReLU alone would bend a signed value, the
+two together do not), averaged where the layer halves the size, and every flow head reads them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from flowreel.engine.models.flownets import FlowNetS
+from flowreel.engine.models.layers import SLOPE
+
+_ENCODER = ("conv1", "conv2", "conv3", "conv3_1", "conv4", "conv4_1", "conv5", "conv5_1", "conv6", "conv6_1")
+_HEAD_READS = {"predict_flow2": "conv2", "predict_flow3": "conv3_1", "predict_flow4": "conv4_1"}
+_HEAD_READS |= {"predict_flow5": "conv5_1", "predict_flow6": "conv6_1"}
+_FLOW_INPUT = 9  # frames 6, warped second frame 3, then the flow's x and y
+_CARRIED = 4  # x, -x, y, -y
+_BOTH_HALVES = 1 / (1 + SLOPE)  # LeakyReLU(f) - LeakyReLU(-f) = (1 + slope) f
+
+
+@torch.no_grad()
+def start_as_identity(net: FlowNetS) -> None:
+    """Changes ``net``, which has 12 input channels, so that every scale predicts the flow given, averaged to it."""
+    for name in _ENCODER:
+        convolution = net.get_submodule(name)[0]  # type: ignore[index]
+        assert isinstance(convolution, nn.Conv2d)
+        weight, bias = convolution.weight, convolution.bias
+        weight[:_CARRIED] = 0
+        if bias is not None:
+            bias[:_CARRIED] = 0
+        taps = _taps(weight.shape[-1], convolution.stride[0])
+        for out in range(_CARRIED):
+            axis, sign = out // 2, 1 - 2 * (out % 2)
+            if name == "conv1":
+                weight[out, _FLOW_INPUT + axis] = sign * taps
+            else:
+                weight[out, 2 * axis] = sign * _BOTH_HALVES * taps
+                weight[out, 2 * axis + 1] = -sign * _BOTH_HALVES * taps
+    for name in _HEAD_READS:  # what a head reads of the encoder comes first among its inputs
+        weight = net.get_submodule(name).weight  # type: ignore[assignment]
+        for axis in range(2):
+            weight[axis, 2 * axis] = _BOTH_HALVES * _taps(3, 1)
+            weight[axis, 2 * axis + 1] = -_BOTH_HALVES * _taps(3, 1)
+
+
+def _taps(kernel: int, stride: int) -> Tensor:
+    """(kernel, kernel): the middle pixel, or the mean of the 2x2 pixels that a halving layer puts into one."""
+    taps = torch.zeros(kernel, kernel)
+    middle = kernel // 2
+    taps[middle : middle + stride, middle : middle + stride] = 1 / stride**2
+    return taps
