@@ -49,6 +49,8 @@ def _report(error: Exception) -> int:
     if isinstance(error, FlowreelError):
         return _say(_one_line(error), 2 if isinstance(cause, UsageError) else 1)
     if hasattr(error, "format_message"):  # typer's own: an unknown option, a value of the wrong kind
+        if not error.format_message():  # no arguments at all: the help has been shown
+            return 2
         return _say(f"{error.format_message()} (flowreel --help shows what there is)", 2)
     if type(error).__name__ == "Abort":  # typer's, for Ctrl-C and Ctrl-D at a prompt
         return _say("interrupted", INTERRUPTED)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowreel.engine.models.layers import SLOPE, Refiner, conv, initialise, normalise, scaled, to_pixels
+from flowreel.engine.models.layers import SLOPE, Refiner, conv, initialise, scaled
 from flowreel.kernels import correlation
 
 REACH = 10  # displacements each way, 2 pixels of 1/8 resolution apart: 16 pixels of the frame
@@ -54,8 +54,3 @@ class FlowNetC(Refiner):
     def predict(self, x: Tensor) -> tuple[Tensor, ...]:
         """(B, 6, H, W) normalised frames to (flow2, ..., flow6) in pixels / 20."""
         return self.decode(*self.match(x))
-
-    def forward(self, first: Tensor, second: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """(B, 3, H, W) RGB 0..255 twice to (B, 2, H, W) pixels; in training mode to (flow2, ..., flow6) / 20."""
-        flows = self.predict(normalise(first, second))
-        return flows if self.training else to_pixels(flows[0], "bilinear")

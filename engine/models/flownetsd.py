@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from flowreel.engine.models.layers import Refiner, conv, initialise, normalise, scaled, to_pixels
+from flowreel.engine.models.layers import Refiner, conv, initialise, scaled
 
 
 class FlowNetSD(Refiner):
@@ -40,8 +40,3 @@ class FlowNetSD(Refiner):
         conv5 = self.conv5_1(self.conv5(conv4))
         conv6 = self.conv6_1(self.conv6(conv5))
         return self.refine({2: conv2, 3: conv3, 4: conv4, 5: conv5, 6: conv6})
-
-    def forward(self, first: Tensor, second: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """(B, 3, H, W) RGB 0..255 twice to (B, 2, H, W) pixels; in training mode to (flow2, ..., flow6) / 20."""
-        flows = self.predict(normalise(first, second))
-        return flows if self.training else to_pixels(flows[0], "bilinear")

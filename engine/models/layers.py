@@ -102,12 +102,14 @@ def to_pixels(flow2: Tensor, mode: Upsampling) -> Tensor:
 
 
 class Refiner(nn.Module):
-    """The coarse-to-fine decoder that FlowNetC, FlowNetS and FlowNetSD share.
+    """The coarse-to-fine decoder that FlowNetC, FlowNetS and FlowNetSD share, and how they are called alone.
 
     From level 6 (1/64) to level 2 (1/4) it predicts flow, and hands the next level its upsampled features and flow
     beside the encoder's own features: concat(skip, deconv, upsampled flow). FlowNetSD predicts from an extra
     convolution of that concatenation (``inter_conv``).
     """
+
+    final: Upsampling = "bilinear"  # how the last, quarter-resolution prediction is brought to full size
 
     def __init__(self, width: float, *, upsampled_bias: bool = True, smooth: bool = False, batch_norm: bool = False):
         super().__init__()
@@ -123,6 +125,20 @@ class Refiner(nn.Module):
         for level in (6, 5, 4, 3, 2):
             inputs = up[level] if smooth and level < 6 else channels[level]
             self.add_module(f"predict_flow{level}", FlowHead(inputs))
+
+    def predict(self, x: Tensor) -> tuple[Tensor, ...]:
+        """A network's normalised input to (flow2, ..., flow6) in pixels / 20."""
+        raise NotImplementedError
+
+    def quarter(self, first: Tensor, second: Tensor) -> Tensor:
+        """(B, 3, H, W) RGB 0..255 twice to the network's own (B, 2, H/4, W/4) flow, pixels of the full frame."""
+        return self.predict(normalise(first, second))[0] * FLOW_SCALE
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """(B, 3, H, W) RGB 0..255 twice to (B, 2, H, W) pixels; in training mode to (flow2, ..., flow6) / 20."""
+        if self.training:
+            return self.predict(normalise(first, second))
+        return upsample(self.quarter(first, second), self.final)
 
     def refine(self, encoded: dict[int, Tensor]) -> tuple[Tensor, ...]:
         """Encoder features by level, (B, C, H/2^level, W/2^level), to (flow2, ..., flow6) in pixels / 20."""

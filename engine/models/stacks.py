@@ -51,9 +51,13 @@ class FlowNet2CS(nn.Module):
         flow = to_pixels(self.flownetc.predict(x)[0], "bilinear")
         return self.flownets_1.predict(refining_input(x, flow))[0]
 
+    def quarter(self, first: Tensor, second: Tensor) -> Tensor:
+        """(B, 3, H, W) RGB 0..255 twice to the last network's (B, 2, H/4, W/4) flow, pixels of the full frame."""
+        return self.predict(normalise(first, second)) * FLOW_SCALE
+
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         """(B, 3, H, W) RGB 0..255 twice to (B, 2, H, W) pixels, in training mode too."""
-        return to_pixels(self.predict(normalise(first, second)), self.final)
+        return upsample(self.quarter(first, second), self.final)
 
 
 class FlowNet2CSS(FlowNet2CS):
@@ -72,7 +76,7 @@ class FlowNet2CSS(FlowNet2CS):
 
 
 class FlowNet2(FlowNet2CSS):
-    """CSS for large motion and SD for small, fused at full resolution."""
+    """CSS for large motion and SD for small, fused at full resolution: its flow has no quarter-resolution form."""
 
     def __init__(self, *, batch_norm: bool = False, width: float = 1.0) -> None:
         super().__init__(batch_norm=batch_norm, width=width)

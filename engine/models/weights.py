@@ -1,19 +1,21 @@
 """Weights in and out of files: NVIDIA's ``.pth.tar`` checkpoints and our ``.safetensors``.
 
 What a file holds (which model, BatchNorm, width) is told from its tensors' names and shapes alone, so that any
-checkpoint of these networks can be loaded without being told. Nothing is ever unpickled unsafely.
+checkpoint of these networks can be loaded without being told. Nothing is ever unpickled unsafely, and nothing is
+allocated that a file only claims to hold: its tensors together are no larger than the file itself.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
+import os
 import pickle
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -23,13 +25,32 @@ import torch
 from torch import Tensor, nn
 
 from flowreel.engine.data import JSON
-from flowreel.engine.errors import UnreadableWeightsError, UsageError, WeightsMismatchError, WeightsNotFoundError
+from flowreel.engine.errors import (
+    OutputExistsError,
+    OutputWriteError,
+    UnreadableWeightsError,
+    UsageError,
+    WeightsMismatchError,
+    WeightsNotFoundError,
+)
 from flowreel.engine.models import MODELS, build_model, model_name
+from flowreel.engine.models.checkpoints import (
+    BASELINE,
+    Checkpoint,
+    checkpoint_of,
+    file_sha256,
+    find_checkpoint,
+    published,
+)
 from flowreel.engine.models.layers import scaled
 
-BASELINE = "baseline"
 METADATA_KEY = "flowreel"
-RESEARCH_ONLY = "unstated; NVIDIA's FlowNet2 checkpoints are for research only"
+UNSTATED = "unstated; NVIDIA's FlowNet2 checkpoints are for research only"
+CHECKPOINT_SUFFIXES = (".pth.tar", ".pth", ".pt", ".tar")
+LARGEST_BYTES = 16 << 30  # of a file; FlowNet2 four times as wide as published has 10.4 GB
+LARGEST_HEADER = 8 << 20  # bytes of a .safetensors header; that of FlowNet2 has 25 kB
+LEAST_VALUES = 30_000_000  # at width 1, times width squared: every network has more; FlowNet2S has 38.7 million
+NO_BEST_EPE = 1e10  # pixels; what NVIDIA's own checkpoints say where nothing was measured
 
 # Which sub-network's prefix marks which stack, longest stack first.
 _STACKS = (("flownetfusion.", "FlowNet2"), ("flownets_2.", "FlowNet2CSS"), ("flownets_1.", "FlowNet2CS"))
@@ -58,6 +79,28 @@ class Weights:
     name: str  # "baseline", or the file's name
     sha256: str  # of the file
     made_by: Mapping[str, JSON] = field(default_factory=dict)  # how they were trained, as far as the file says
+
+    @property
+    def known_as(self) -> str | None:
+        """Which published checkpoint the file is, to the bit; None when it is none whose hash is known."""
+        known = checkpoint_of(self.sha256)
+        return None if known is None else known.name
+
+    def summary(self) -> dict[str, JSON]:
+        """What the file holds, in plain values."""
+        return {
+            "kind": "weights",
+            "name": self.name,
+            "known_as": self.known_as,
+            "model": self.model,
+            "also_runs": list(self.serves()[1:]),
+            "batch_norm": self.batch_norm,
+            "width": self.width,
+            "parameters": sum(tensor.numel() for tensor in self.state.values()),
+            "licence": self.licence,
+            "sha256": self.sha256,
+            "made_by": dict(self.made_by),
+        }
 
     def serves(self) -> tuple[str, ...]:
         """The models these weights can run: their own, and the sub-networks inside a stack."""
@@ -97,7 +140,8 @@ def load_model(
     Args:
         model: one of FlowNet2, FlowNet2C, FlowNet2S, FlowNet2SD, FlowNet2CS, FlowNet2CSS, in any case. None: what the
             weights hold.
-        weights: ``"baseline"``, a ``.safetensors`` or a ``.pth.tar`` file; None: initialised, not loaded.
+        weights: ``"baseline"``, a ``.safetensors`` or a ``.pth.tar`` file, or a downloaded checkpoint's name; None:
+            initialised, not loaded.
         device: where the parameters go.
         batch_norm, width: architecture; with ``weights`` they are read from the file, and giving another is an error.
 
@@ -131,6 +175,7 @@ def instantiate(weights: Weights, model: str | None = None) -> nn.Module:
     """
     name = weights.model if model is None else model_name(model)
     state = weights.state_for(name)
+    _require_enough(state, weights, name)
     net = build_model(name, batch_norm=weights.batch_norm, width=weights.width)
     expected = net.state_dict()
     problems = [f"lacks {key}" for key in expected if key not in state and not key.endswith("num_batches_tracked")]
@@ -147,26 +192,68 @@ def instantiate(weights: Weights, model: str | None = None) -> nn.Module:
     return net
 
 
+def _require_enough(state: Mapping[str, Tensor], weights: Weights, model: str) -> None:
+    """A small file that poses as a network wider than any published must not make us build one of 10 GB."""
+    values, least = sum(tensor.numel() for tensor in state.values()), LEAST_VALUES * weights.width**2
+    if weights.width > 1 and values < least:
+        raise WeightsMismatchError(
+            f"{weights.name} does not fit {model}: at width {weights.width:g} it has at least {least:.0f} values, "
+            f"the file {values}"
+        )
+
+
 def read_weights(source: str | Path) -> Weights:
     """Reads a weights file and finds out what it holds.
 
     Args:
-        source: ``"baseline"`` for the weights that come with the package, else a path.
+        source: ``"baseline"`` for the weights that come with the package (``./baseline`` for a file of that name); a
+            path; or the name of a published checkpoint that was downloaded, such as ``"FlowNet2"``.
 
     Raises:
-        WeightsNotFoundError: no such file.
-        UnreadableWeightsError: cut, damaged, not a checkpoint, or one that holds more than tensors and plain values.
+        WeightsNotFoundError: no such file, or a checkpoint that is not downloaded.
+        UnreadableWeightsError: cut, damaged, not a checkpoint, or one that holds more than tensors and plain values;
+            or a download that is no longer the file it was.
         WeightsMismatchError: readable, but not of a FlowNet2 network.
     """
-    if str(source) == BASELINE:
+    if str(source) == BASELINE:  # before any path: the default must not hang on what the working folder holds
         with as_file(files("flowreel.engine.weights") / "baseline.safetensors") as path:
             return _read(path, BASELINE)
     path = Path(source)
+    if path.is_file():
+        return _read(path, path.name)
+    known = find_checkpoint(str(source))
+    if known is not None:
+        return _read_downloaded(known)
     if not path.exists():
-        raise WeightsNotFoundError(f"no weights file at {path}; give a path, or 'baseline' for the shipped weights")
-    if not path.is_file():
-        raise UnreadableWeightsError(f"{path} is not a file")
-    return _read(path, path.name)
+        raise WeightsNotFoundError(
+            f"no weights file at {path}; give a path, 'baseline' for the shipped weights, "
+            "or a checkpoint that 'flowreel weights list' shows as downloaded"
+        )
+    raise UnreadableWeightsError(f"{path} is not a file")
+
+
+def known_weights() -> list[dict[str, JSON]]:
+    """The shipped weights and the published checkpoints, in plain values: see ``checkpoints.published``."""
+    with as_file(files("flowreel.engine.weights") / "baseline.safetensors") as path:
+        held, size_bytes = _read(path, BASELINE), path.stat().st_size
+    told: dict[str, JSON] = {"name": BASELINE, "model": held.model, "licence": held.licence, "sha256": held.sha256}
+    sizes: dict[str, JSON] = {"size_bytes": size_bytes, "about_bytes": size_bytes}
+    return [told | sizes | {"shipped": True, "downloaded": False, "path": None}, *published()]
+
+
+def _read_downloaded(known: Checkpoint) -> Weights:
+    if not known.path.is_file():
+        raise WeightsNotFoundError(
+            f"{known.name} is not downloaded: run 'flowreel weights download {known.name}' "
+            "(research only; it asks first), or give the path of a file"
+        )
+    held = _read(known.path, known.name)
+    if known.sha256 not in (None, held.sha256):
+        raise UnreadableWeightsError(
+            f"{known.path} is no longer {known.name}: expected sha256 {known.sha256}, found {held.sha256}; "
+            f"run 'flowreel weights download {known.name} --overwrite'"
+        )
+    return held
 
 
 def save_weights(
@@ -181,11 +268,13 @@ def save_weights(
     """Writes ``.safetensors`` with the model, width, licence and history in its metadata.
 
     Args:
+        path: appears whole or not at all, and replaces a file of that name; missing folders are created.
         state: a network's state_dict; the model is told from it, and the width unless given.
         half: store float16 (half the size; about 1e-3 relative error); loading gives float32 again.
 
     Raises:
-        WeightsMismatchError: the tensors are of no FlowNet2 network.
+        WeightsMismatchError: the tensors are of no FlowNet2 network, or too large for float16.
+        OutputWriteError: the file cannot be written.
     """
     from safetensors.torch import save
 
@@ -197,16 +286,103 @@ def save_weights(
         "licence": licence,
         "made_by": dict(made_by),
     }
-    tensors = {
-        key: (tensor.detach().cpu().half() if half and tensor.is_floating_point() else tensor.detach().cpu())
-        .clone()
-        .contiguous()
-        for key, tensor in state.items()
+    tensors = {key: _halved(key, tensor) if half else _own(tensor) for key, tensor in state.items()}
+    with _published(Path(path)) as temporary:
+        # Not save_file, which makes files that nobody but their owner may read.
+        temporary.write_bytes(save(tensors, metadata={"format": "pt", METADATA_KEY: json.dumps(about)}))
+
+
+def save_checkpoint(path: str | Path, weights: Weights) -> None:
+    """Writes a ``.pth.tar`` that flownet2-pytorch loads: ``epoch``, ``state_dict``, ``best_EPE``, all float32.
+
+    Licence and history go along as JSON under a key of our own, which NVIDIA's code does not look at.
+
+    Raises:
+        OutputWriteError: the file cannot be written. It appears whole or not at all.
+    """
+    trained = {key: weights.made_by[key] for key in ("arch", "epoch", "best_EPE") if key in weights.made_by}
+    about = {"width": weights.width, "licence": weights.licence, "made_by": dict(weights.made_by)}
+    content = {
+        "epoch": 0,
+        "best_EPE": NO_BEST_EPE,
+        **trained,
+        "state_dict": {key: _own(tensor) for key, tensor in weights.state.items()},
+        METADATA_KEY: json.dumps(about),
     }
-    temporary = Path(f"{path}.partial")
-    # Not save_file, which makes files that nobody but their owner may read.
-    temporary.write_bytes(save(tensors, metadata={"format": "pt", METADATA_KEY: json.dumps(about)}))
-    temporary.replace(path)
+    with _published(Path(path)) as temporary:
+        torch.save(content, temporary)
+
+
+def convert(source: str | Path, output: str | Path, *, half: bool = False, overwrite: bool = False) -> Weights:
+    """One kind of weights file to the other, which follows from ``output``'s name. float32 stays the same to the bit.
+
+    Licence and history are kept, and what it was converted from (name and sha256) is added to them.
+
+    Args:
+        source: as of ``read_weights``.
+        output: ``X.safetensors``, or ``X.pth.tar`` as flownet2-pytorch loads it.
+        half: float16 values, in ``.safetensors`` only.
+        overwrite: replace a file that is there.
+
+    Returns:
+        The new file, read back.
+
+    Raises:
+        UsageError: another ending, or half where it cannot be.
+        OutputExistsError, OutputWriteError, WeightsError: as their names say; nothing half-written remains.
+    """
+    path = Path(output)
+    ours = path.name.lower().endswith(".safetensors")
+    if not ours and not path.name.lower().endswith(CHECKPOINT_SUFFIXES):
+        raise UsageError(f"weights are written as X.safetensors or X.pth.tar, got {path.name!r}")
+    if half and not ours:
+        raise UsageError(f"flownet2-pytorch loads float32 alone: half is for .safetensors, not for {path.name!r}")
+    if os.path.lexists(path) and not overwrite:
+        raise OutputExistsError(f"{path} is already there: pass --overwrite to replace it, or choose another name")
+    held = read_weights(source)
+    before = held.made_by.get("converted_from")
+    origin: dict[str, JSON] = {"name": held.known_as or held.name, "sha256": held.sha256}
+    lineage: list[JSON] = [*(before if isinstance(before, list) else []), origin]
+    held = replace(held, made_by={**held.made_by, "converted_from": lineage})
+    if ours:
+        save_weights(path, held.state, licence=held.licence, made_by=held.made_by, width=held.width, half=half)
+    else:
+        save_checkpoint(path, held)
+    return read_weights(path)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """On the CPU, dense, and sharing its memory with no other, as files want them; copied only where it must be."""
+    dense = tensor.detach().cpu().contiguous()
+    return dense if dense.untyped_storage().nbytes() == dense.nbytes else dense.clone()
+
+
+def _halved(key: str, tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        return _own(tensor)
+    halved = _own(tensor.detach().half())
+    if not torch.equal(halved.isfinite(), tensor.detach().cpu().isfinite()):
+        raise WeightsMismatchError(f"{key} reaches {tensor.abs().max():.3g}, float16 only 65504: store it without half")
+    return halved
+
+
+@contextmanager
+def _published(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path``. When the block ends it is renamed; on an error nothing of it remains."""
+    temporary = path.with_name(f"{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError | RuntimeError):  # torch's writer tells of a full disk in its own words
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
+            raise OutputWriteError(f"cannot write {path}: {reason}") from error
+        raise
 
 
 def identify(state: Mapping[str, Tensor], name: str) -> tuple[str, bool, float]:
@@ -238,49 +414,88 @@ def identify(state: Mapping[str, Tensor], name: str) -> tuple[str, bool, float]:
 
 
 def _read(path: Path, name: str) -> Weights:
-    about: Mapping[str, JSON] = {}
-    if path.suffix == ".safetensors":
-        raw, about = _read_safetensors(path, name)
-    else:
-        raw = _read_checkpoint(path, name)
+    size_bytes = path.stat().st_size
+    if size_bytes == 0:
+        raise UnreadableWeightsError(f"{name} is empty")
+    if size_bytes > LARGEST_BYTES:
+        raise UnreadableWeightsError(f"{name} has {size_bytes} bytes; no FlowNet2 network has over {LARGEST_BYTES}")
+    ours = path.suffix.lower() == ".safetensors"
+    raw, about = _read_safetensors(path, name) if ours else _read_checkpoint(path, name)
+    _require_real(raw, size_bytes, name)
     state = {key.removeprefix("module."): tensor for key, tensor in raw.items()}
     state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
     model, batch_norm, width = identify(state, name)
     recorded = about.get("width")
     if isinstance(recorded, float) and scaled(1024, recorded) == scaled(1024, width):
         width = recorded  # exact, where the rounded channel numbers tell it only nearly
-    made_by = about.get("made_by")
+    made_by, sha256 = about.get("made_by"), file_sha256(path)
+    known = checkpoint_of(sha256)
     return Weights(
         state=state,
         model=model,
         batch_norm=batch_norm,
         width=width,
-        licence=str(about.get("licence", RESEARCH_ONLY)),
+        licence=str(about.get("licence", UNSTATED if known is None else known.licence)),
         name=name,
-        sha256=_sha256(path),
+        sha256=sha256,
         made_by=made_by if isinstance(made_by, dict) else {},
     )
+
+
+def _require_real(state: Mapping[str, Tensor], size_bytes: int, name: str) -> None:
+    """Dense tensors whose values are in the file. One value repeated a million times would grow when it is used."""
+    for key, tensor in state.items():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_complex():
+            raise UnreadableWeightsError(f"{name}: {key} is no plain tensor of numbers")
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    if claimed > size_bytes:
+        raise UnreadableWeightsError(f"{name} claims {claimed} bytes of tensors, but the file has {size_bytes}")
 
 
 def _read_safetensors(path: Path, name: str) -> tuple[dict[str, Tensor], Mapping[str, JSON]]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        _check_header(path, name)
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError) as error:
+    except UnreadableWeightsError:
+        raise
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UnreadableWeightsError(f"{name} is not a whole .safetensors file: {_first_line(error)}") from error
     return state, about if isinstance(about, dict) else {}
 
 
-def _read_checkpoint(path: Path, name: str) -> dict[str, Tensor]:
-    if path.stat().st_size == 0:
-        raise UnreadableWeightsError(f"{name} is empty")
+def _check_header(path: Path, name: str) -> None:
+    """A header that claims more than the file holds is refused before anything is made of it."""
+    size_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(size_bytes - 8, LARGEST_HEADER):
+            raise UnreadableWeightsError(
+                f"{name} is not a whole .safetensors file: it announces a header of {length} bytes and has {size_bytes}"
+            )
+        header = json.loads(file.read(length))
+    entries = header.items() if isinstance(header, dict) else ()
+    for key, entry in entries:
+        shape = entry.get("shape") if isinstance(entry, dict) and key != "__metadata__" else None
+        count = 1  # values, of at least half a byte each
+        for side in shape if isinstance(shape, list) else ():
+            count *= side if isinstance(side, int) else 1
+            if count > 2 * size_bytes:
+                some = "x".join(map(str, shape[:4])) if shape else ""
+                raise UnreadableWeightsError(f"{name} claims a tensor of {some}, but the file has {size_bytes} bytes")
+
+
+def _read_checkpoint(path: Path, name: str) -> tuple[dict[str, Tensor], Mapping[str, JSON]]:
     try:
+        _check_zip(path, name)
         with _numpy_scalars_allowed(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols; what matters is raised
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except UnreadableWeightsError:
+        raise
     except pickle.UnpicklingError as error:
         raise UnreadableWeightsError(
             f"{name} is damaged, or holds more than tensors and plain values; it was not loaded: {_first_line(error)}"
@@ -295,7 +510,34 @@ def _read_checkpoint(path: Path, name: str) -> dict[str, Tensor]:
     strange = [key for key, value in state.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
     if strange:
         raise WeightsMismatchError(f"{name} holds no state_dict of tensors: {strange[0]!r} is none")
-    return state
+    return state, _about(content)
+
+
+def _check_zip(path: Path, name: str) -> None:
+    """torch packs its tensors without compressing them; a packed one might unfold to any size."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as packed:
+        records = packed.infolist()
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+        raise UnreadableWeightsError(f"{name} is a compressed zip file; torch saves checkpoints uncompressed")
+
+
+def _about(content: Mapping[str, Any]) -> Mapping[str, JSON]:
+    """What a checkpoint says beside its tensors: ours in full, of NVIDIA's the architecture, epoch and best error."""
+    about: Any = {}
+    if isinstance(content.get(METADATA_KEY), str):
+        with suppress(ValueError, RecursionError):
+            about = json.loads(content[METADATA_KEY])
+    about = about if isinstance(about, dict) else {}
+    trained: dict[str, JSON] = {}
+    for key in ("arch", "epoch", "best_EPE"):
+        value = content.get(key)
+        value = value.item() if isinstance(value, np.generic) else value
+        if isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
+            trained[key] = value
+    recorded = about.get("made_by")
+    return {**about, "made_by": recorded if isinstance(recorded, dict) else trained}
 
 
 @contextmanager
@@ -308,11 +550,6 @@ def _numpy_scalars_allowed() -> Iterator[None]:
     allowed: list[Any] = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *kinds]
     with torch.serialization.safe_globals(allowed):
         yield
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import pickle
-from collections.abc import Callable
+import resource
+import struct
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -13,9 +20,24 @@ import pytest
 import torch
 from torch import nn
 
-from flowreel.engine.errors import UnreadableWeightsError, UsageError, WeightsMismatchError, WeightsNotFoundError
-from flowreel.engine.models import MODELS, build_model
-from flowreel.engine.models.weights import identify, instantiate, load_model, read_weights, save_weights
+from flowreel.engine.errors import (
+    OutputExistsError,
+    OutputWriteError,
+    UnreadableWeightsError,
+    UsageError,
+    WeightsMismatchError,
+    WeightsNotFoundError,
+)
+from flowreel.engine.models import MODELS, build_model, checkpoints
+from flowreel.engine.models.weights import (
+    convert,
+    identify,
+    instantiate,
+    known_weights,
+    load_model,
+    read_weights,
+    save_weights,
+)
 
 Filled = Callable[..., nn.Module]
 NARROW = 0.05
@@ -188,3 +210,275 @@ def test_tensors_of_another_shape_are_named(filled: Filled, tmp_path: Path) -> N
     torch.save(state, path)
     with pytest.raises(WeightsMismatchError, match=r"lacks conv4\.0\.bias.*conv2\.0\.weight"):
         load_model(None, path)
+
+
+@contextmanager
+def memory_up_to(more_bytes: int) -> Iterator[None]:
+    """Whoever asks for more address space than this beside what is taken gets a MemoryError."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def _safetensors(path: Path, header: object, body: bytes = b"") -> None:
+    text = json.dumps(header).encode() if not isinstance(header, bytes) else header
+    path.write_bytes(struct.pack("<Q", len(text)) + text + body)
+
+
+def _entry(*shape: int, end: int | None = None) -> dict[str, object]:
+    count = 4 * int(np.prod(shape, dtype=object))
+    return {"dtype": "F32", "shape": list(shape), "data_offsets": [0, count if end is None else end]}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"predict_flow6.weight": _entry(1 << 20, 1 << 20)},
+        {"predict_flow6.weight": _entry(1 << 20, 1 << 20, end=16)},
+        {"predict_flow6.weight": _entry(1 << 40, 1 << 40)},
+        {"predict_flow6.weight": _entry(1 << 62, 4, end=0)},
+        {"predict_flow6.weight": _entry(-1, 2, end=16)},
+        {"predict_flow6.weight": 7, "__metadata__": 5},
+        {"__metadata__": {"flowreel": "[" * 100_000}},
+        [1, 2],
+        b"[" * 100_000,
+        b"{",
+        b"\xff" * 40,
+    ],
+    ids=range(11),
+)
+def test_a_header_that_lies_allocates_nothing(header: object, tmp_path: Path) -> None:
+    path = tmp_path / "bad.safetensors"
+    _safetensors(path, header, bytes(16))
+    with memory_up_to(1 << 30), pytest.raises((UnreadableWeightsError, WeightsMismatchError), match="bad") as caught:
+        read_weights(path)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+def test_a_header_longer_than_any_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "bad.safetensors"
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", 1 << 33))
+        file.truncate((1 << 33) + 8)  # a hole: it takes no room
+    with memory_up_to(1 << 30), pytest.raises(UnreadableWeightsError, match="header of 8589934592 bytes"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize("suffix", [".pth.tar", ".safetensors"])
+def test_a_file_larger_than_any_network_is_not_read(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"huge{suffix}"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(UnreadableWeightsError, match="1099511627776 bytes; no FlowNet2"):
+        read_weights(path)
+
+
+def _repeated(path: Path) -> None:
+    """One half-precision value, said to stand for 16 billion."""
+    torch.save({"conv1.0.weight": torch.zeros(1, dtype=torch.half).expand(1 << 20, 1 << 14)}, path)
+
+
+def _sparse(path: Path) -> None:
+    index = torch.zeros(1, 1, dtype=torch.long)
+    sparse = torch.sparse_coo_tensor(index, torch.zeros(1), (1 << 40,), check_invariants=True)
+    torch.save({"conv1.0.weight": sparse}, path)
+
+
+def _meta(path: Path) -> None:
+    torch.save({"conv1.0.weight": torch.empty(1 << 40, device="meta")}, path)
+
+
+def _packed(path: Path) -> None:
+    """A zip file that unfolds to a thousand times its size."""
+    torch.save({"conv1.0.weight": torch.zeros(1 << 22)}, path)
+    with zipfile.ZipFile(path) as plain:
+        records = {record.filename: plain.read(record) for record in plain.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, content in records.items():
+            packed.writestr(name, content)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"), [(_repeated, "claims"), (_sparse, "plain"), (_meta, "plain"), (_packed, "compressed zip")]
+)
+def test_tensors_that_are_not_in_the_file(make: Callable[[Path], None], words: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.pth.tar"
+    make(path)
+    with memory_up_to(1 << 30), pytest.raises(UnreadableWeightsError, match=words):
+        read_weights(path)
+
+
+def test_a_small_file_that_poses_as_a_wide_network(tmp_path: Path) -> None:
+    path = tmp_path / "posing.safetensors"
+    wide = {"flownetfusion.conv0.0.weight": torch.zeros(1), "flownetc.predict_flow6.weight": torch.zeros(2, 4096, 3, 3)}
+    save_weights(path, wide, licence="", made_by={})
+    with memory_up_to(1 << 30), pytest.raises(WeightsMismatchError, match="width 4"):
+        load_model(None, path)
+
+
+def bits(state: dict[str, torch.Tensor]) -> dict[str, bytes]:
+    return {key: tensor.numpy().tobytes() for key, tensor in state.items()}
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_there_and_back_is_the_same_to_the_bit(batch_norm: bool, filled: Filled, tmp_path: Path) -> None:
+    state = filled("FlowNet2CS", width=0.11, batch_norm=batch_norm).state_dict()
+    odd = torch.tensor([float("nan"), float("-inf"), -0.0, 1e-45]).view(torch.int32) + torch.tensor(
+        [5, 0, 0, 0], dtype=torch.int32
+    )
+    state["flownetc.conv1.0.weight"].view(-1)[:4] = odd.view(torch.float32)  # a NaN with a payload, a subnormal
+    theirs = {"arch": "FlowNet2CS", "epoch": 3, "state_dict": state, "best_EPE": np.float64(2.5)}
+    torch.save(theirs, tmp_path / "a.pth.tar")
+    ours = convert(tmp_path / "a.pth.tar", tmp_path / "new" / "b.safetensors")
+    assert ours.licence == read_weights(tmp_path / "a.pth.tar").licence
+    assert bits(dict(ours.state)) == bits(state)
+    sha256 = hashlib.sha256((tmp_path / "a.pth.tar").read_bytes()).hexdigest()
+    assert ours.made_by["converted_from"] == [{"name": "a.pth.tar", "sha256": sha256}]
+    again = convert(tmp_path / "new" / "b.safetensors", tmp_path / "c.pth.tar")
+    assert (again.made_by["epoch"], len(again.made_by["converted_from"])) == (3, 2)
+    content = torch.load(tmp_path / "c.pth.tar", weights_only=True)
+    assert bits(content["state_dict"]) == bits(state)
+    assert (content["arch"], content["epoch"], content["best_EPE"]) == ("FlowNet2CS", 3, 2.5)
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_conversion_keeps_what_is_known(filled: Filled, tmp_path: Path) -> None:
+    """Ours to NVIDIA's layout and back: width, licence and history survive, and NVIDIA's keys are there."""
+    save_weights(
+        tmp_path / "a.safetensors",
+        filled("FlowNet2C", width=0.11).state_dict(),
+        licence="CC0-1.0",
+        made_by={"steps": 12},
+        width=0.11,
+    )
+    theirs = convert(tmp_path / "a.safetensors", tmp_path / "b.pth.tar")
+    content = torch.load(tmp_path / "b.pth.tar", weights_only=True)
+    assert (content["epoch"], content["best_EPE"]) == (0, 1e10)
+    filled("FlowNet2C", width=0.11).load_state_dict(content["state_dict"])
+    back = convert(tmp_path / "b.pth.tar", tmp_path / "c.safetensors")
+    for held in (theirs, back):
+        assert (held.width, held.licence, held.made_by["steps"]) == (0.11, "CC0-1.0", 12)
+
+
+def test_half_files(filled: Filled, tmp_path: Path) -> None:
+    state = filled("FlowNet2S", width=0.2).state_dict()
+    torch.save({"state_dict": state}, tmp_path / "a.pth.tar")
+    convert(tmp_path / "a.pth.tar", tmp_path / "full.safetensors")
+    half = convert(tmp_path / "a.pth.tar", tmp_path / "half.safetensors", half=True)
+    sizes = [(tmp_path / name).stat().st_size for name in ("half.safetensors", "full.safetensors")]
+    assert sizes[0] < 0.51 * sizes[1]
+    torch.testing.assert_close(dict(half.state), dict(state), rtol=1e-3, atol=1e-4)
+    state["conv2.0.bias"][3] = 70_000
+    torch.save({"state_dict": state}, tmp_path / "a.pth.tar")
+    with pytest.raises(WeightsMismatchError, match=r"conv2\.0\.bias reaches 7e\+04"):
+        convert(tmp_path / "a.pth.tar", tmp_path / "new.safetensors", half=True)
+    assert not list(tmp_path.glob("new*"))
+
+
+def test_conversions_that_are_refused(filled: Filled, tmp_path: Path) -> None:
+    here, there = tmp_path / "a.pth.tar", tmp_path / "b.safetensors"
+    torch.save({"state_dict": filled("FlowNet2S", width=NARROW).state_dict()}, here)
+    for output, half in ((tmp_path / "x.onnx", False), (tmp_path / "x.pth.tar", True)):
+        with pytest.raises(UsageError):
+            convert(here, output, half=half)
+    there.write_text("mine")
+    with pytest.raises(OutputExistsError, match="--overwrite"):
+        convert(here, there)
+    with pytest.raises(UnreadableWeightsError):
+        convert(there, tmp_path / "x.pth.tar", overwrite=True)
+    assert there.read_text() == "mine"
+    convert(here, there, overwrite=True)
+    convert(there, there, half=True, overwrite=True)  # onto itself
+    assert read_weights(there).model == "FlowNet2S"
+    assert {path.name for path in tmp_path.iterdir()} == {"a.pth.tar", "b.safetensors"}
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pth.tar"])
+def test_a_disk_that_is_full(name: str, tmp_path: Path, files_up_to: Callable[[int], object]) -> None:
+    (tmp_path / name).write_text("mine")
+    with files_up_to(200_000), pytest.raises(OutputWriteError, match=name):  # type: ignore[attr-defined]
+        convert("baseline", tmp_path / name, overwrite=True)
+    assert (tmp_path / name).read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(OutputWriteError, match="cannot write"):
+        convert("baseline", tmp_path / name / "x.pth.tar")
+
+
+@pytest.fixture
+def published(filled: Filled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> checkpoints.Checkpoint:
+    """A table whose only checkpoint is a narrow FlowNet2, and a cache folder without it."""
+    path = tmp_path / "made.pth.tar"
+    torch.save({"epoch": 0, "state_dict": filled("FlowNet2", width=NARROW).state_dict(), "best_EPE": 1e10}, path)
+    first = checkpoints.CHECKPOINTS[0]
+    table = (replace(first, size_bytes=path.stat().st_size, sha256=checkpoints.file_sha256(path)),)
+    monkeypatch.setenv("FLOWREEL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(checkpoints, "CHECKPOINTS", table)
+    monkeypatch.chdir(tmp_path)
+    return table[0]
+
+
+def test_a_checkpoint_by_its_name(published: checkpoints.Checkpoint) -> None:
+    with pytest.raises(WeightsNotFoundError, match="flowreel weights download FlowNet2'"):
+        read_weights("flownet2")
+    published.path.parent.mkdir(parents=True)
+    Path("made.pth.tar").rename(published.path)
+    held = read_weights("flownet2")
+    assert (held.name, held.known_as, held.licence) == ("FlowNet2", "FlowNet2", published.licence)
+    assert held.summary()["also_runs"] == ["FlowNet2C", "FlowNet2CS", "FlowNet2CSS"]
+    Path("FlowNet2").mkdir()  # a folder is in nobody's way
+    assert load_model("FlowNet2C", "FlowNet2")
+    Path("FlowNet2").rmdir()
+    Path("FlowNet2").write_text("a file by that name comes first")
+    with pytest.raises(UnreadableWeightsError):
+        read_weights("FlowNet2")
+    Path("FlowNet2").unlink()
+    with published.path.open("r+b") as file:
+        file.seek(-1000, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(UnreadableWeightsError):
+        read_weights("FlowNet2")
+
+
+def test_a_download_that_became_another_file(published: checkpoints.Checkpoint, filled: Filled) -> None:
+    published.path.parent.mkdir(parents=True)
+    torch.save({"state_dict": filled("FlowNet2S", width=NARROW).state_dict()}, published.path)
+    with pytest.raises(UnreadableWeightsError, match=f"expected sha256 {published.sha256}, found .*--overwrite"):
+        read_weights("FlowNet2")
+
+
+def test_a_file_that_is_a_known_checkpoint(published: checkpoints.Checkpoint) -> None:
+    """Known by its sha256, wherever it lies; what is made from it keeps the licence and says so."""
+    held = read_weights("made.pth.tar")
+    assert (held.known_as, held.licence) == ("FlowNet2", published.licence)
+    assert held.summary()["known_as"] == "FlowNet2"
+    made = convert("made.pth.tar", "mine.safetensors")
+    assert (made.known_as, made.licence) == (None, published.licence)
+    assert made.made_by["converted_from"] == [{"name": "FlowNet2", "sha256": published.sha256}]
+
+
+def test_the_default_does_not_hang_on_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("baseline").write_text("no weights")
+    assert read_weights("baseline").licence == "Apache-2.0"
+    with pytest.raises(UnreadableWeightsError):
+        read_weights("./baseline")
+
+
+def test_known_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLOWREEL_CACHE", str(tmp_path))
+    facts = {one["name"]: one for one in known_weights()}
+    assert list(facts)[:2] == ["baseline", "FlowNet2"]
+    assert len(facts) == 8
+    assert facts["baseline"]["sha256"] == read_weights("baseline").sha256
+    assert (facts["FlowNet2-SD"]["sha256"], facts["FlowNet2-SD"]["downloaded"]) == (None, False)
+    path = checkpoints.checkpoint("FlowNet2-SD").path
+    path.parent.mkdir()
+    path.touch()
+    assert next(one for one in known_weights() if one["name"] == "FlowNet2-SD")["path"] == str(path)

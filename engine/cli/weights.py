@@ -1,0 +1,230 @@
+"""``flowreel weights``: the published checkpoints, and weights files of both kinds."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+from flowreel.engine.cli.options import Debug, Quiet
+from flowreel.engine.data import JSON
+from flowreel.engine.errors import UsageError
+
+PLAIN_STEP = 0.1  # without a terminal, a line for every tenth of the file
+
+weights_app = typer.Typer(
+    name="weights",
+    help="Known checkpoints, and what weights files hold: list, info, convert, download.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for scripts.")]
+
+
+@weights_app.command("list")
+def list_known(as_json: AsJson = False, debug: Debug = False) -> None:
+    """List the shipped weights and NVIDIA's seven checkpoints: model, size, licence, sha256, and which are here.
+
+    [bold]Examples[/bold]
+
+      flowreel weights list
+
+      flowreel weights list --json
+    """
+    from flowreel.engine.models.weights import known_weights
+
+    facts = known_weights()
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    typer.echo(_table(facts))
+
+
+@weights_app.command(no_args_is_help=True)
+def info(
+    source: Annotated[
+        str, typer.Argument(help="A file, 'baseline', or a downloaded checkpoint's name.", show_default=False)
+    ],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Say what weights hold: model, size, licence, history, and which known checkpoint the file is, if it is one.
+
+    [bold]Examples[/bold]
+
+      flowreel weights info baseline
+
+      flowreel weights info FlowNet2-C_checkpoint.pth.tar --json
+    """
+    from flowreel.engine.models.weights import read_weights
+
+    facts = read_weights(source).summary()
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    for name, value in facts.items():
+        if value not in (None, [], {}, "weights"):
+            typer.echo(f"{name.replace('_', ' '):10}  {_plain(value)}")
+
+
+@weights_app.command(no_args_is_help=True)
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="IN", help="A .pth.tar, a .safetensors, or a downloaded checkpoint's name."),
+    ],
+    output: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", help="X.safetensors, or X.pth.tar as flownet2-pytorch loads it."),
+    ],
+    half: Annotated[
+        bool, typer.Option("--half", help="Store float16: half the size; .safetensors only. Values lose digits.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Turn NVIDIA's .pth.tar into .safetensors, or back. float32 values stay the same to the bit.
+
+    Licence and history go along, with the name and sha256 of what was converted.
+
+    [bold]Examples[/bold]
+
+      flowreel weights convert FlowNet2_checkpoint.pth.tar FlowNet2.safetensors
+
+      flowreel weights convert FlowNet2-C small.safetensors --half
+
+      flowreel weights convert mine.safetensors mine_checkpoint.pth.tar
+    """
+    from flowreel.engine.models.weights import convert as convert_file
+
+    held = convert_file(source, output, half=half, overwrite=overwrite)
+    typer.echo(f"{output}: {held.model}, licence: {_plain(held.licence)}, sha256 {held.sha256}")
+
+
+@weights_app.command(no_args_is_help=True)
+def download(
+    name: Annotated[str, typer.Argument(help="A checkpoint that 'flowreel weights list' shows.", show_default=False)],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="A file, or a folder that is there. \\[default: the cache, where --weights NAME finds it]",
+            show_default=False,
+        ),
+    ] = None,
+    accept_licence: Annotated[
+        bool, typer.Option("--accept-licence", help="Accept the licence without being asked, in scripts.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Fetch it again and replace what is there.")] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Fetch one of NVIDIA's checkpoints, once its licence (research only) is accepted, and check it.
+
+    An interrupted download goes on where it stopped. Nothing has the file's name before its size and sha256 are right;
+    of FlowNet2-SD and FlowNet2-CSS-ft-sd nobody knows the sha256: there the file must load as its model.
+    Downloads go to $FLOWREEL_CACHE/weights, else to flowreel/weights in the user's cache folder.
+
+    [bold]Examples[/bold]
+
+      flowreel weights download FlowNet2 && flowreel run dance.mp4 --weights FlowNet2
+
+      flowreel weights download FlowNet2-C -o weights/ --accept-licence
+    """
+    from flowreel.engine.models.checkpoints import LICENCE_TEXT, checkpoint
+    from flowreel.engine.models.download import download as fetch
+
+    wanted = checkpoint(name)
+    if not accept_licence:
+        _ask(LICENCE_TEXT)
+    with _Meter(quiet) as meter:
+        path = fetch(wanted, output, overwrite=overwrite, show=meter.show, tell=meter.tell)
+    typer.echo(path)
+
+
+def _ask(text: str) -> None:
+    if not sys.stdin.isatty():
+        raise UsageError(
+            "these weights have a licence to accept, and nobody is here to ask: pass --accept-licence. " + text
+        )
+    # Not typer.confirm, which puts a space on stdout: that holds the file's path alone.
+    typer.echo(f"{text}\nAccept this licence and download? [y/N] ", err=True, nl=False)
+    answer = sys.stdin.readline()
+    if not answer:
+        raise typer.Abort
+    if answer.strip().lower() not in ("y", "yes"):
+        typer.echo("not accepted: nothing was downloaded", err=True)
+        raise typer.Exit(1)
+
+
+class _Meter:
+    """How far a download is, on stderr: a bar on a terminal, now and then a line elsewhere."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        live = not quiet and self.console.is_terminal
+        self.progress = Progress(*columns, console=self.console, transient=True, disable=not live)
+        self.task = self.progress.add_task("download", total=None)
+        self._quiet = quiet
+        self._next = PLAIN_STEP
+
+    def __enter__(self) -> _Meter:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.stop()
+
+    def show(self, done: int, whole: int | None) -> None:
+        from flowreel.engine.cli.table import size
+
+        self.progress.update(self.task, completed=done, total=whole)
+        if self.progress.disable and whole and done >= self._next * whole:
+            self._next = done / whole + PLAIN_STEP
+            self.tell(f"{size(done)} of {size(whole)}")
+
+    def tell(self, line: str) -> None:
+        if not self._quiet:
+            self.console.print(line, markup=False)
+
+
+def _table(facts: list[dict[str, JSON]]) -> str:
+    """A line a checkpoint, in columns."""
+    from flowreel.engine.cli.table import size
+
+    rows = [("NAME", "MODEL", "SIZE", "HERE", "LICENCE", "SHA256")]
+    for one in facts:
+        exact, about = one["size_bytes"], one["about_bytes"]
+        bytes_there = size(exact) if isinstance(exact, int) else f"~{size(about)}" if isinstance(about, int) else "?"
+        licence = str(one["licence"]).split(";")[0]
+        rows.append(
+            (
+                str(one["name"]),
+                str(one["model"]),
+                bytes_there,
+                "shipped" if one["shipped"] else "yes" if one["downloaded"] else "no",
+                licence,
+                str(one["sha256"] or "not known"),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(lines)
+
+
+def _plain(value: object) -> str:
+    """For a person; what a file says of itself must not steer the terminal."""
+    if isinstance(value, dict):
+        return ", ".join(f"{_plain(key)} {_plain(part)}" for key, part in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value))
+    said = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return "".join(letter if letter.isprintable() else "?" for letter in said)

@@ -1,0 +1,512 @@
+"""Fetches a published checkpoint: several sources in turn, resumed where it broke off, checked before it has a name.
+
+The bytes gather in ``NAME.partial`` beside the destination, which is renamed only when size and sha256 are right (or,
+where nobody has written the sha256 down, when the file loads as the network it should hold). A source fails in one of
+two ways: ``_Broken`` may work when tried again, ``_Gone`` will not, and the next one gets its turn.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from http.client import HTTPException, HTTPMessage
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, NoReturn
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlencode, urljoin, urlsplit
+from urllib.request import HTTPCookieProcessor, HTTPRedirectHandler, Request, build_opener
+
+from flowreel.engine.errors import DownloadError, OutputExistsError, OutputWriteError, UsageError, WeightsError
+from flowreel.engine.models.checkpoints import Checkpoint, Source, file_sha256
+
+if TYPE_CHECKING:
+    from http.client import HTTPResponse
+
+CHUNK_BYTES = 1 << 18
+PAGE_BYTES = 1 << 20  # of an HTML page, where a file was expected
+GAIN_BYTES = 1 << 20  # a connection that brought this much was worth its while: the tries start anew
+
+PUBLISHED_WIDTH = 1.0  # of every published network
+
+Show = Callable[[int, int | None], None]  # bytes there, bytes of the whole file (None: not known)
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Manners:
+    """How patiently, and over what, files are asked for."""
+
+    timeout_s: float = 30  # of every connect and every read
+    tries: int = 5  # in a row, at one source, that bring nothing much
+    first_pause_s: float = 1  # before the second try; each next pause is twice as long
+    longest_pause_s: float = 30
+    schemes: tuple[str, ...] = ("https",)
+    sleep: Callable[[float], None] = time.sleep
+
+    def pause_s(self, failed: int) -> float:
+        """Before the next try, after ``failed`` tries in a row."""
+        return min(self.first_pause_s * 2.0 ** (failed - 1), self.longest_pause_s)
+
+
+MANNERS = Manners()
+
+
+class _Broken(Exception):
+    """This try failed; the next may not."""
+
+
+class _Gone(Exception):
+    """This source does not have the file, or not for us."""
+
+
+def download(
+    checkpoint: Checkpoint,
+    output: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    show: Show = lambda done, whole: None,
+    tell: Tell = lambda line: None,
+    manners: Manners | None = None,
+) -> Path:
+    """Fetches a checkpoint and gives back where it lies, checked.
+
+    Args:
+        output: a file, or a folder to put it into; None: the cache folder, where ``--weights NAME`` finds it.
+        overwrite: fetch again even if it is there, and replace what is there.
+        show: called with (bytes there, bytes of the whole or None) after every piece.
+        tell: called with a line for a person: which source, what broke, what was checked.
+        manners: None: ``MANNERS``.
+
+    Raises:
+        UsageError: a file name that is not for this kind of file.
+        DownloadError: no source gave the right bytes; says what each of them did, and what to do by hand.
+        OutputExistsError: another file is there already.
+        OutputWriteError: the file cannot be written. What has come so far stays in ``.partial``, to be resumed.
+    """
+    path = checkpoint.path if output is None else Path(output)
+    path = path / checkpoint.file_name if path.is_dir() else path
+    if path.suffix.lower() == ".safetensors":
+        raise UsageError(f"{checkpoint.name} comes as .pth.tar: download it, then 'flowreel weights convert' it")
+    if os.path.lexists(path) and not overwrite:
+        wrong = _what_is_wrong(checkpoint, path)
+        if wrong is None:
+            tell(f"{path} is already there and right")
+            return path
+        raise OutputExistsError(f"{path} is there, but not as {checkpoint.name}: {wrong}; pass --overwrite")
+    refusals: list[str] = []
+    with _Partial.open(path) as partial:
+        for source in checkpoint.sources:
+            tell(f"{checkpoint.name} from {source.label}")
+            try:
+                _Fetch(checkpoint, source, partial, show, tell, manners or MANNERS).run()
+            except _Gone as gone:
+                tell(f"{source.label}: {gone}")
+                refusals.append(f"{source.label}: {gone}")
+                continue
+            partial.publish()
+            unknown = f"nobody has written its sha256 down; it loads as {checkpoint.model}"
+            tell("size and sha256 are right" if checkpoint.sha256 else unknown)
+            return path
+    raise DownloadError(_by_hand(checkpoint, refusals))
+
+
+def _by_hand(checkpoint: Checkpoint, refusals: list[str]) -> str:
+    pages = ", or ".join(source.page or source.url for source in checkpoint.sources)
+    size = "" if checkpoint.size_bytes is None else f"{checkpoint.size_bytes} bytes, "
+    proof = "no sha256 known" if checkpoint.sha256 is None else f"sha256 {checkpoint.sha256}"
+    return (
+        f"{checkpoint.name} could not be had. Tried {'; '.join(refusals) or 'nothing: no source is known'}. "
+        f"By hand: open {pages} in a browser, save the file as {checkpoint.path} ({size}{proof}), "
+        f"or anywhere and give its path with --weights"
+    )
+
+
+def _what_is_wrong(checkpoint: Checkpoint, path: Path) -> str | None:
+    """None when the file is the checkpoint, as far as anybody can tell; else what was expected and what is there."""
+    if not path.is_file():
+        return "it is no file"
+    size_bytes = path.stat().st_size
+    if checkpoint.size_bytes not in (None, size_bytes):
+        return f"expected {checkpoint.size_bytes} bytes, got {size_bytes}"
+    if checkpoint.sha256 is not None:
+        found = file_sha256(path)
+        return None if found == checkpoint.sha256 else f"expected sha256 {checkpoint.sha256}, got {found}"
+    from flowreel.engine.models.weights import instantiate, read_weights
+
+    try:
+        held = read_weights(path)
+        instantiate(held, held.model)
+    except WeightsError as error:
+        return f"expected {checkpoint.model}, got what does not load: {error}"
+    if (held.model, held.batch_norm, held.width) != (checkpoint.model, False, PUBLISHED_WIDTH):
+        return f"expected {checkpoint.model} of width {PUBLISHED_WIDTH:g}, got {held.model} of width {held.width:g}"
+    return None
+
+
+class _Partial:
+    """The bytes so far, in ``NAME.partial``. One process at a time.
+
+    ``origin`` says where they came from: (source, what the server calls this version of it). Bytes of an unknown
+    origin may be continued only where a sha256 will tell whether they fit together.
+    """
+
+    def __init__(self, path: Path, temporary: Path, file: IO[bytes]) -> None:
+        self.path = path
+        self.temporary = temporary
+        self.size = os.fstat(file.fileno()).st_size
+        self.origin: tuple[Source, str] | None = None
+        self._file = file
+
+    @classmethod
+    @contextmanager
+    def open(cls, path: Path) -> Iterator[_Partial]:
+        temporary = path.with_name(f"{path.name}.partial")
+        with _write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = temporary.open("ab")
+        with file:
+            if not (_locked(file) and _still_named(file, temporary)):
+                raise OutputWriteError(f"{temporary} is being written by another download; wait for it to end")
+            partial = cls(path, temporary, file)
+            try:
+                yield partial
+            finally:
+                if partial.size == 0:
+                    with suppress(OSError):
+                        temporary.unlink(missing_ok=True)
+
+    def write(self, piece: bytes) -> None:
+        with _write_errors(self.path):
+            self._file.write(piece)
+            self._file.flush()
+        self.size += len(piece)
+
+    def restart(self) -> None:
+        """Forgets all bytes."""
+        with _write_errors(self.path):
+            self._file.truncate(0)
+        self.size, self.origin = 0, None
+
+    def publish(self) -> None:
+        with _write_errors(self.path):
+            os.fsync(self._file.fileno())
+            self.temporary.replace(self.path)
+        self.size = -1  # nothing of it is left under the temporary name
+
+
+def _locked(file: IO[bytes]) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # not a Unix: two downloads at a time then spoil each other, which the sha256 finds
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
+def _still_named(file: IO[bytes], temporary: Path) -> bool:
+    """Whether nobody published the file between our opening and our locking it."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), temporary.stat())
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputWriteError(f"cannot write {path}: {error.strerror or error}; what has come is kept") from error
+
+
+class _Fetch:
+    """One checkpoint from one source."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, source: Source, partial: _Partial, show: Show, tell: Tell, manners: Manners
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.source = source
+        self.partial = partial
+        self.show = show
+        self.tell = tell
+        self.manners = manners
+        self.web = _Web(manners)
+
+    def run(self) -> None:
+        """Leaves the whole, right file in ``partial``. Raises _Gone; wrong bytes are then forgotten."""
+        inherited = self._resumable() > 0
+        self._receive_all()
+        wrong = _what_is_wrong(self.checkpoint, self.partial.temporary)
+        if wrong is not None and inherited:
+            self.tell(f"what an earlier download had left is of no use ({wrong}); starting anew")
+            self.partial.restart()
+            self._receive_all()
+            wrong = _what_is_wrong(self.checkpoint, self.partial.temporary)
+        if wrong is not None:
+            self.partial.restart()
+            raise _Gone(f"gave the wrong file, which was removed: {wrong}")
+
+    def _receive_all(self) -> None:
+        failed = 0
+        while True:
+            before = self.partial.size
+            try:
+                return self._receive()
+            except _Broken as broken:
+                failed = 1 if self.partial.size - before >= GAIN_BYTES else failed + 1
+                if failed >= self.manners.tries:
+                    raise _Gone(f"{broken}, {failed} times in a row") from broken
+                pause_s = self.manners.pause_s(failed)
+                self.tell(f"{broken}; trying again in {pause_s:g} s")
+                self.manners.sleep(pause_s)
+
+    def _receive(self) -> None:
+        """Everything from where ``partial`` ends. Raises _Broken when less came, _Gone when it is another file."""
+        offset = self._resumable()
+        if offset == self.checkpoint.size_bytes:
+            return
+        version = "" if self.partial.origin is None else self.partial.origin[1]
+        with closing(self._open(offset, version)) as reply:
+            start, whole = _span(reply)
+            self._require_possible(whole)
+            if start != offset:  # a server that ignores the range, or has another version of the file by now
+                self.partial.restart()
+            if start not in (0, offset):
+                raise _Broken(f"asked for the bytes from {offset}, got those from {start}")
+            self.partial.origin = (self.source, _version_of(reply))
+            self._copy(reply, whole)
+        due = self.checkpoint.size_bytes if whole is None else whole
+        if due is not None and self.partial.size < due:
+            raise _Broken(f"the connection ended after {self.partial.size} of {due} bytes")
+
+    def _copy(self, reply: HTTPResponse, whole: int | None) -> None:
+        most = self.checkpoint.most_bytes if whole is None else whole
+        self.show(self.partial.size, whole)
+        while True:
+            try:
+                piece = reply.read1(CHUNK_BYTES)
+            except (OSError, HTTPException) as error:
+                raise _Broken(f"the connection broke after {self.partial.size} bytes ({_words(error)})") from error
+            if not piece:
+                return
+            if self.partial.size + len(piece) > most:
+                self.partial.restart()
+                raise _Gone(f"expected at most {most} bytes, got more")
+            self.partial.write(piece)
+            self.show(self.partial.size, whole)
+
+    def _open(self, offset: int, version: str) -> HTTPResponse:
+        """A reply that is the file. Drive answers large files with a page first, whose form leads to the file."""
+        try:
+            if not self.source.asks_first:
+                reply = self.web.get(self.source.url, offset, version)
+            else:
+                reply = self.web.get(self.source.url)
+                url = reply.geturl()
+                if _is_page(reply):
+                    url = self._confirmed(reply)
+                    reply = self.web.get(url, offset, version)
+                elif offset:
+                    reply.close()
+                    reply = self.web.get(url, offset, version)
+        except _RangeRefused:
+            self.partial.restart()
+            raise _Broken(f"the server has nothing from byte {offset} on") from None
+        if _is_page(reply):
+            raise _Gone(f"gave a web page instead of the file: {_read_page(reply).says}")
+        return reply
+
+    def _confirmed(self, reply: HTTPResponse) -> str:
+        url = reply.geturl()
+        page = _read_page(reply)
+        if page.target is None:
+            raise _Gone(f"gave a web page instead of the file: {page.says}")
+        return urljoin(url, page.target)
+
+    def _resumable(self) -> int:
+        """How many of the bytes that are there may stay. Where they may not, they are forgotten."""
+        size, known = self.partial.size, self.checkpoint.size_bytes
+        same = self.partial.origin is not None and self.partial.origin[0] == self.source and self.partial.origin[1]
+        fits = known is None or size <= known
+        if size and not (fits and (self.checkpoint.sha256 is not None or same)):
+            self.partial.restart()
+        return self.partial.size
+
+    def _require_possible(self, whole: int | None) -> None:
+        """Another length than the file's is another file: not worth fetching."""
+        known, most = self.checkpoint.size_bytes, self.checkpoint.most_bytes
+        if whole is not None and known is not None and whole != known:
+            raise _Gone(f"offers another file: expected {known} bytes, got {whole}")
+        if whole is not None and whole > most:
+            raise _Gone(f"offers another file: expected about {self.checkpoint.about_bytes} bytes, got {whole}")
+
+
+class _RangeRefused(Exception):
+    """HTTP 416: there are no bytes from there on."""
+
+
+class _Web:
+    """GET over allowed schemes only, with cookies, time-outs and redirects; refusals sorted into _Broken and _Gone."""
+
+    def __init__(self, manners: Manners) -> None:
+        self.manners = manners
+        self.opener = build_opener(_Redirects(manners.schemes), HTTPCookieProcessor())
+
+    def get(self, url: str, offset: int = 0, version: str = "") -> HTTPResponse:
+        """The reply to a GET, from byte ``offset`` on if the file is still the ``version`` it was."""
+        _require_scheme(url, self.manners.schemes)
+        request = Request(url, headers={"User-Agent": f"flowreel/{_own_version()}", "Accept-Encoding": "identity"})
+        if offset:
+            request.add_header("Range", f"bytes={offset}-")
+            if version:
+                request.add_header("If-Range", version)
+        try:
+            reply: HTTPResponse = self.opener.open(request, timeout=self.manners.timeout_s)
+        except HTTPError as error:
+            with error:
+                _sort(error)
+        except (OSError, HTTPException, ValueError) as error:
+            cause = error.reason if isinstance(error, URLError) else error
+            if isinstance(cause, ssl.SSLCertVerificationError):
+                raise _Gone(f"its certificate is not trusted ({_words(cause)})") from error
+            if isinstance(cause, socket.gaierror):
+                raise _Gone(f"{urlsplit(url).hostname} is not found; is there a network?") from error
+            raise _Broken(f"no connection ({_words(cause)})") from error
+        return reply
+
+
+class _Redirects(HTTPRedirectHandler):
+    def __init__(self, schemes: tuple[str, ...]) -> None:
+        self.schemes = schemes
+
+    def redirect_request(
+        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> Request | None:
+        try:
+            _require_scheme(newurl, self.schemes)
+        except _Gone:
+            fp.close()
+            raise
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _require_scheme(url: str, schemes: tuple[str, ...]) -> None:
+    if urlsplit(url).scheme not in schemes:
+        raise _Gone(f"{url} is not {' or '.join(schemes)}: not followed")
+
+
+def _sort(error: HTTPError) -> NoReturn:
+    """A refusal becomes _Broken when the server may think better of it, else _Gone."""
+    said = f"HTTP {error.code} {error.reason}"
+    if error.code == 416:
+        raise _RangeRefused from error
+    if error.code in (408, 425, 429) or error.code >= 500:
+        raise _Broken(said) from error
+    if _is_page(error):
+        with suppress(OSError, HTTPException):
+            said = f"{said}: {_read_page(error).says}"
+    raise _Gone(said) from error
+
+
+def _is_page(reply: HTTPResponse | HTTPError) -> bool:
+    return (reply.headers.get_content_type() if "Content-Type" in reply.headers else "") == "text/html"
+
+
+def _span(reply: HTTPResponse) -> tuple[int, int | None]:
+    """(first byte, bytes of the whole file) of a reply; None where the server does not say."""
+    if reply.status == 206:
+        told = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", reply.headers.get("Content-Range", "").strip())
+        if told is None:
+            raise _Broken("the server gave a part without saying which")
+        return int(told[1]), None if told[2] == "*" else int(told[2])
+    length = reply.headers.get("Content-Length", "")
+    return 0, int(length) if length.isdecimal() else None
+
+
+def _version_of(reply: HTTPResponse) -> str:
+    """What If-Range takes: a strong ETag, else the date of the last change; empty when there is neither."""
+    tag: str = reply.headers.get("ETag", "")
+    return tag if tag.startswith('"') else reply.headers.get("Last-Modified", "")
+
+
+def _read_page(reply: HTTPResponse | HTTPError) -> _Page:
+    page = _Page()
+    try:
+        with closing(reply):
+            page.feed(reply.read(PAGE_BYTES).decode("utf-8", "replace"))
+    except (OSError, HTTPException) as error:
+        raise _Broken(f"the connection broke ({_words(error)})") from error
+    return page
+
+
+class _Page(HTMLParser):
+    """What an HTML page says, and where its download form leads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.title = ""
+        self.caption = ""  # Drive's explanation of a refusal
+        self._inside = ""
+        self._action: str | None = None
+        self._in_form = False
+        self._fields: dict[str, str] = {}
+
+    @property
+    def says(self) -> str:
+        said = ": ".join(" ".join(part.split()) for part in (self.title, self.caption) if part.strip())
+        return said[:300] or "a page without a title"
+
+    @property
+    def target(self) -> str | None:
+        """The url the page's confirmation leads to, perhaps relative; None when it offers none."""
+        if self._action is None or "confirm" not in self._fields:
+            return None
+        return f"{self._action}{'&' if '?' in self._action else '?'}{urlencode(self._fields)}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        told = {name: value or "" for name, value in attrs}
+        if tag == "title":
+            self._inside = "title"
+        elif "uc-error-caption" in told.get("class", ""):
+            self._inside = "caption"
+        elif tag == "form" and told.get("id") == "download-form":
+            self._action, self._in_form = told.get("action", ""), True
+        elif tag == "input" and self._in_form and told.get("name"):
+            self._fields[told["name"]] = told.get("value", "")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "form":
+            self._in_form = False
+        if tag in ("title", "p", "div"):
+            self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "title":
+            self.title += data
+        elif self._inside == "caption":
+            self.caption += data
+
+
+def _words(error: object) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _own_version() -> str:
+    try:
+        return version("flowreel")
+    except PackageNotFoundError:
+        return "0"

@@ -1,0 +1,223 @@
+"""``flowreel weights`` as a person meets it. Downloads come from a server on this machine."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import os
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowreel.engine.cli import call
+from flowreel.engine.models import build_model, checkpoints
+from flowreel.engine.models import download as downloads
+from flowreel.engine.models.checkpoints import Checkpoint, Source
+
+Capture = pytest.CaptureFixture[str]
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLOWREEL_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    """A folder with a narrow FlowNet2C's checkpoint, and the address it is served at."""
+    folder = tmp_path_factory.mktemp("served")
+    torch.manual_seed(0)
+    state = build_model("FlowNet2C", width=0.05).state_dict()
+    torch.save({"epoch": 0, "state_dict": state, "best_EPE": 1e10}, folder / "c.pth.tar")
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder))) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield folder, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def table(served: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> list[Checkpoint]:
+    """The checkpoints known are one that is served, and one whose only link is dead."""
+    folder, address = served
+    path = folder / "c.pth.tar"
+    size, sha256 = path.stat().st_size, checkpoints.file_sha256(path)
+    known = [
+        Checkpoint(
+            name, "FlowNet2C", f"{name}.pth.tar", size, size, sha256, (Source(f"at {file}", f"{address}/{file}"),)
+        )
+        for name, file in (("Here-C", "c.pth.tar"), ("Gone-C", "nothing"))
+    ]
+    monkeypatch.setattr(checkpoints, "CHECKPOINTS", tuple(known))
+    monkeypatch.setattr(downloads, "MANNERS", downloads.Manners(schemes=("http",), sleep=lambda seconds: None))
+    return known
+
+
+def plain(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+
+
+def facts(capsys: Capture, *arguments: str) -> object:
+    assert call([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_list(capsys: Capture) -> None:
+    assert call(["weights", "list"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    lines = out.splitlines()
+    assert len(lines) == 9
+    assert lines[1].split()[:5] == ["baseline", "FlowNet2C", "1.5", "MB", "shipped"]
+    assert "bc30f54f76aa4c726faada81c9fe5e62da22bfe467f1d65bacd613ba6be53e73" in lines[2]
+    assert lines[8].endswith("not known")
+    listed = facts(capsys, "weights", "list")
+    assert isinstance(listed, list)
+    assert [one["name"] for one in listed][::7] == ["baseline", "FlowNet2-SD"]
+    assert {one["downloaded"] for one in listed} == {False}
+
+
+def test_info(capsys: Capture) -> None:
+    assert call(["weights", "info", "baseline"]) == 0
+    out = capsys.readouterr().out
+    for words in ("FlowNet2C", "Apache-2.0", "sha256", "trained_on"):
+        assert words in out
+    told = facts(capsys, "weights", "info", "baseline")
+    assert isinstance(told, dict)
+    assert (told["model"], told["also_runs"], told["batch_norm"]) == ("FlowNet2C", [], False)
+    assert told["parameters"] > 100_000
+
+
+def test_what_a_file_says_does_not_steer_the_terminal(capsys: Capture) -> None:
+    from flowreel.engine.models.weights import save_weights
+
+    state = build_model("FlowNet2S", width=0.05).state_dict()
+    save_weights("x.safetensors", state, licence="\x1b[2Jnone", made_by={"by": ["\x07"]})
+    assert call(["weights", "info", "x.safetensors"]) == 0
+    out = capsys.readouterr().out
+    assert "?[2Jnone" in out
+    assert "\x1b" not in out
+    assert "\x07" not in out
+
+
+def test_convert(capsys: Capture) -> None:
+    assert call(["weights", "convert", "baseline", "new/b.pth.tar"]) == 0
+    assert "FlowNet2C" in capsys.readouterr().out
+    assert set(torch.load("new/b.pth.tar", weights_only=True)) >= {"epoch", "state_dict", "best_EPE"}
+    assert call(["weights", "convert", "new/b.pth.tar", "c.safetensors", "--half"]) == 0
+    assert call(["weights", "convert", "new/b.pth.tar", "c.safetensors"]) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert call(["weights", "convert", "new/b.pth.tar", "c.safetensors", "--overwrite"]) == 0
+    capsys.readouterr()
+    told = facts(capsys, "weights", "info", "c.safetensors")
+    assert isinstance(told, dict)
+    assert told["licence"] == "Apache-2.0"
+    assert [one["name"] for one in told["made_by"]["converted_from"]] == ["baseline", "b.pth.tar"]
+
+
+def test_download_and_use(table: list[Checkpoint], capsys: Capture) -> None:
+    source = "synthetic:still?size=64x64&frames=3"
+    assert call(["run", source, "-o", "a.zarr", "--weights", "here-c", "-q"]) == 1
+    assert "flowreel weights download Here-C" in capsys.readouterr().err
+    assert call(["weights", "download", "Here-C", "--accept-licence"]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{table[0].path}\n"
+    for words in ("Here-C from at c.pth.tar", " kB of ", "sha256 are right"):
+        assert words in plain(err)
+    assert call(["run", source, "-o", "a.zarr", "--weights", "here-c", "-q"]) == 0
+    listed = facts(capsys, "weights", "list")
+    assert isinstance(listed, list)
+    assert [one["downloaded"] for one in listed] == [False, True, False]
+    told = facts(capsys, "weights", "info", "Here-C")
+    assert isinstance(told, dict)
+    assert (told["known_as"], told["licence"]) == ("Here-C", table[0].licence)
+    assert call(["weights", "download", "Here-C", "--accept-licence", "-q", "-o", "mine.pth.tar"]) == 0
+    assert capsys.readouterr() == ("mine.pth.tar\n", "")
+    assert Path("mine.pth.tar").read_bytes() == table[0].path.read_bytes()
+
+
+def test_a_dead_link(table: list[Checkpoint], capsys: Capture) -> None:
+    assert call(["weights", "download", "Gone-C", "--accept-licence", "-q"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    for words in ("HTTP 404", "at nothing", "By hand", str(table[1].sha256)):
+        assert words in err
+    assert not list(Path().rglob("*.pth.tar*"))
+
+
+class Answer(io.StringIO):
+    """A person at a terminal who types this."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("typed", "code"), [("y\n", 0), ("n\n", 1), ("\n", 1), ("", 130)])
+def test_the_licence_is_asked_for(
+    typed: str, code: int, table: list[Checkpoint], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", Answer(typed))
+    assert call(["weights", "download", "Here-C"]) == code
+    out, err = capsys.readouterr()
+    assert "research only" in err
+    assert "CVPR 2017" in err
+    assert table[0].path.exists() == (code == 0)
+    assert out == (f"{table[0].path}\n" if code == 0 else "")
+
+
+def test_nobody_to_ask(table: list[Checkpoint], capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open(os.devnull) as nobody:
+        monkeypatch.setattr(sys, "stdin", nobody)
+        assert call(["weights", "download", "Here-C"]) == 2
+    err = capsys.readouterr().err
+    assert "--accept-licence" in err
+    assert "research only" in err
+    assert not table[0].path.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["info", "nowhere.pth"], 1, "nowhere.pth"),
+        (["info", "FlowNet2"], 1, "weights download FlowNet2"),
+        (["info", "text.pth"], 1, "text.pth"),
+        (["convert", "nowhere.pth", "x.safetensors"], 1, "nowhere.pth"),
+        (["convert", "baseline", "x.onnx"], 2, "X.safetensors or X.pth.tar"),
+        (["convert", "baseline", "x.pth.tar", "--half"], 2, "half"),
+        (["convert", "baseline", "text.pth/x.pth.tar"], 1, "cannot write"),
+        (["download", "FlowNet3", "--accept-licence"], 2, "FlowNet2-CSS-ft-sd"),
+        (["download", "baseline", "--accept-licence"], 2, "shipped"),
+        (["download", "FlowNet2", "-o", "x.safetensors", "--accept-licence"], 2, "convert"),
+        (["download", "FlowNet2", "-o", "text.pth", "--accept-licence"], 1, "650102505"),
+        (["jump"], 2, "jump"),
+    ],
+)
+def test_wrong_input_is_one_line_and_a_code(arguments: list[str], code: int, words: str, capsys: Capture) -> None:
+    Path("text.pth").write_text("These are no weights.\n" * 20)
+    assert call(["weights", *arguments]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1, err
+    assert words in err
+    assert [path.name for path in Path().rglob("*")] == ["text.pth"]
+
+
+@pytest.mark.parametrize("command", ["list", "info", "convert", "download"])
+def test_help_has_examples(command: str, capsys: Capture) -> None:
+    assert call(["weights", command, "--help"]) == 0
+    assert f"flowreel weights {command}" in plain(capsys.readouterr().out)
