@@ -1,83 +1,233 @@
-"""What a file is, in plain values: a video, a ``.flo``, a flow store, or weights."""
+"""What a file is, in plain values: a video, images, a synthetic scene, a file of flow, a flow store, or weights.
+
+Every answer has ``path`` and ``kind`` and, for its kind, always the same further keys: None where nothing is known.
+Numbers are finite, so that the whole is strictly valid JSON.
+"""
 
 from __future__ import annotations
 
-from contextlib import closing
+import glob
+import math
+import os
+import pickle
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing, nullcontext
+from fractions import Fraction
+from importlib.resources import as_file, files
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flowreel import sinks
 from flowreel.engine.config import SelectConfig
 from flowreel.engine.data import JSON, UNKNOWN_ABOVE
-from flowreel.engine.errors import SourceNotFoundError
-from flowreel.sinks import open_store, read_flo
+from flowreel.engine.errors import SourceNotFoundError, UnsupportedSourceError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Float32Array = npt.NDArray[np.float32]
+
+Facts = dict[str, JSON]
+
+BLOCK_VECTORS = 1 << 20  # of a .flo taken at a time: 8 MiB, whatever the size of the file
+KNOWN_KINDS = (
+    "a video, images (file, folder or quoted glob), synthetic:NAME, flow (.flo, .kitti.png, .npz), "
+    "a flow store (.zarr) or weights (.safetensors, .pth.tar)"
+)
+_WEIGHTS = (".safetensors", ".pth", ".pt", ".tar", ".ckpt")
+_VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".mpg", ".flv", ".wmv"})
+_RGB_16_BIT = bytes((16, 2))  # bytes 24 and 25 of a PNG file: bits a sample, kind of colour
+_SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
 
 
-def describe(name: str) -> dict[str, JSON]:
-    """What ``name`` holds; its ``kind`` is ``video``, ``images``, ``flo``, ``store`` or ``weights``.
+def describe(name: str) -> Facts:
+    """What ``name`` holds: ``kind`` is ``video``, ``images``, ``synthetic``, ``flo``, ``kitti``, ``npz``, ``store`` or
+    ``weights``.
 
     Raises:
-        SourceNotFoundError: nothing goes by that name.
-        FlowreelError: it is there, but cannot be read as what its name says.
+        SourceNotFoundError, StoreNotFoundError: nothing goes by that name.
+        FlowreelError: it is there, but cannot be read as what it says it is, or is of no kind that is known.
     """
+    kind, reader = _kind(name)
+    return {"path": name, "kind": kind} | {key: _strict(value) for key, value in reader(name).items()}
+
+
+def _kind(name: str) -> tuple[str, Callable[[str], Facts]]:
+    """What ``name`` is taken for, and what describes that. A file's name decides, and where it does not, its start."""
     path = Path(name)
-    suffixes = path.name.removesuffix(".partial").lower()
-    if suffixes.endswith(".zarr"):
-        return _store(path)
-    if not path.exists() and not any(mark in name for mark in "*?[:"):
-        raise SourceNotFoundError(f"nothing is at {name}")
-    if suffixes.endswith(".flo"):
-        return _flo(path)
-    if suffixes.endswith((".safetensors", ".pth.tar", ".pth", ".pt", ".ckpt")):
-        return _weights(path)
-    return _source(name)
+    ending = path.name.lower()
+    if name.startswith("synthetic:"):
+        return "synthetic", _synthetic
+    if ending.removesuffix(".partial").endswith(".zarr") or (path / "zarr.json").is_file():
+        return "store", _store
+    if not os.path.lexists(path):
+        if name == "baseline":
+            return "weights", _weights
+        if glob.has_magic(name):
+            return "images", _images
+        raise SourceNotFoundError(f"nothing is at {name}: expected {KNOWN_KINDS}")
+    if path.is_dir():
+        return "images", _images
+    if not path.is_file():
+        raise UnsupportedSourceError(f"{name} is neither a file nor a folder: expected {KNOWN_KINDS}")
+    return _kind_of_file(path, ending)
 
 
-def _store(path: Path) -> dict[str, JSON]:
-    return {"kind": "store", **open_store(path).summary()}
+def _kind_of_file(path: Path, ending: str) -> tuple[str, Callable[[str], Facts]]:
+    from flowreel.engine.sources import IMAGE_SUFFIXES
+
+    with path.open("rb") as file:
+        start = file.read(26)
+    if ending.endswith(".flo") or start[:4] == b"PIEH":
+        return "flo", _flo
+    if ending.endswith(".kitti.png") or (start[1:4] == b"PNG" and start[24:] == _RGB_16_BIT and _is_kitti(path)):
+        return "kitti", _kitti
+    if ending.endswith(".npz"):
+        return "npz", _npz
+    if ending.endswith(_WEIGHTS):
+        return "weights", _weights
+    return ("images", _images) if path.suffix.lower() in IMAGE_SUFFIXES else ("video", _video)
 
 
-def _flo(path: Path) -> dict[str, JSON]:
-    flow = read_flo(path)
+def _is_kitti(path: Path) -> bool:
+    """Whether a 16-bit picture is KITTI's flow, whose own files are named like any picture (``000000_10.png``).
+
+    Its blue says valid or not, 1 or 0: nothing of that is left in the upper 8 bits, which make the picture as shown.
+    """
+    from flowreel.engine.sources.images import read_rgb
+
+    return not read_rgb(path)[..., 2].any()
+
+
+def _strict(value: Any) -> JSON:
+    """The same as JSON can say it: what is not finite becomes None."""
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _strict(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(part) for part in value]
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+# -- Flow that is stored -----------------------------------------------------------------------------------------
+
+
+def _store(name: str) -> Facts:
+    store = sinks.open_store(name)
+    attributes = dict(store.attrs)
+    source = attributes.pop("source", None)
+    facts = {"folder": store.path} | {key: value for key, value in store.summary().items() if key != "path"}
+    for key in ("format_version", "max_error", "codec"):  # said by the summary, or of no interest once it is read
+        attributes.pop(key, None)
+    for key in ("model", "weights", "software_version"):
+        facts[key] = attributes.pop(key, None)
+    rate = attributes.pop("frame_rate", None)
+    notes = []
+    if not store.complete:
+        missing = "" if Path(name) == Path(store.path) else f"{Path(name).name} is not there yet; "
+        notes = [f"{missing}{Path(store.path).name} is unfinished: {store.available} of {len(store)} flows are there"]
+    return facts | {
+        "frame_rate": None if rate is None else float(Fraction(rate)),
+        "source": source,
+        "made_by": attributes,
+        "notes": notes,
+    }
+
+
+def _flo(name: str) -> Facts:
+    height, width = sinks.read_flo(name).shape[:2]
+    rows = max(1, BLOCK_VECTORS // width)
+    # A large file is mapped by read_flo; mapping it anew for each block lets go of the pages already read.
+    blocks = (sinks.read_flo(name)[top : top + rows] for top in range(0, height, rows))
+    return {"tag": "PIEH (202021.25)"} | _flow_facts(name, height, width, blocks)
+
+
+def _kitti(name: str) -> Facts:
+    flow, valid = sinks.read_kitti(name)
+    height, width = valid.shape
+    return _flow_facts(name, height, width, [flow])
+
+
+def _npz(name: str) -> Facts:
+    flow = sinks.read_flow_npz(name)
     height, width = flow.shape[:2]
-    known = (np.abs(flow) <= UNKNOWN_ABOVE).all(-1)
-    vectors = flow[known]
+    return _flow_facts(name, height, width, [flow])
+
+
+def _flow_facts(name: str, height: int, width: int, blocks: Iterable[Float32Array]) -> Facts:
+    """Statistics of one field, from blocks of rows (R, W, 2) px, each let go before the next is taken."""
+    first: JSON = None
+    low, high = np.full(2, np.inf), np.full(2, -np.inf)
+    known, longest, total = 0, 0.0, 0.0
+    for block in blocks:
+        first = first or block[0, 0].tolist()
+        u, v = np.ascontiguousarray(block[..., 0]), np.ascontiguousarray(block[..., 1])
+        sure = (np.abs(u) <= UNKNOWN_ABOVE) & (np.abs(v) <= UNKNOWN_ABOVE)
+        if not sure.all():
+            u, v = u[sure], v[sure]
+        if u.size:
+            lengths = np.sqrt(u * u + v * v)
+            low, high = np.minimum(low, (u.min(), v.min())), np.maximum(high, (u.max(), v.max()))
+            longest, total = max(longest, float(lengths.max())), total + float(lengths.sum(dtype=np.float64))
+            known += u.size
     return {
-        "kind": "flo",
-        "tag": "PIEH (202021.25)",
         "width": width,
         "height": height,
-        "first_vector": [float(part) for part in flow[0, 0]],
-        "min": [float(part) for part in vectors.min(0)] if len(vectors) else None,
-        "max": [float(part) for part in vectors.max(0)] if len(vectors) else None,
-        "unknown": int(known.size - known.sum()),
+        "first_vector": first,
+        "min": low.tolist() if known else None,
+        "max": high.tolist() if known else None,
+        "mean_length": total / known if known else None,
+        "max_length": longest if known else None,
+        "unknown": height * width - known,
+        "size_bytes": os.path.getsize(name),
     }
 
 
-def _weights(path: Path) -> dict[str, JSON]:
+# -- Weights -----------------------------------------------------------------------------------------------------
+
+
+def _weights(name: str) -> Facts:
     from flowreel.engine.models.weights import read_weights
 
-    weights = read_weights(path)
-    return {
-        "kind": "weights",
-        "model": weights.model,
-        "also_runs": list(weights.serves()[1:]),
-        "batch_norm": weights.batch_norm,
-        "width": weights.width,
-        "parameters": sum(tensor.numel() for tensor in weights.state.values()),
-        "licence": weights.licence,
-        "sha256": weights.sha256,
-        "made_by": dict(weights.made_by),
-    }
+    weights = read_weights(name)
+    return weights.summary() | {"tensors": len(weights.state), "dtypes": _stored_dtypes(name)}
 
 
-def _source(name: str) -> dict[str, JSON]:
+def _stored_dtypes(name: str) -> JSON:
+    """How many tensors the file holds of each dtype, before loading makes them float32; None when it does not tell.
+
+    The file is known to be readable.
+    """
+    import torch
+    from safetensors import safe_open
+
+    shipped = files("flowreel.engine.weights") / "baseline.safetensors"
+    with nullcontext(Path(name)) if os.path.lexists(name) else as_file(shipped) as path:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="np") as file:
+                kinds = [file.get_slice(key).get_dtype() for key in file.keys()]  # noqa: SIM118 (not a dict)
+            return dict(Counter(_SAFETENSORS_DTYPES.get(kind, kind) for kind in kinds))
+        try:
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError):  # an old format that cannot be mapped, or values beside tensors
+            return None
+        state = content.get("state_dict", content)
+        return dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in state.values()))
+
+
+# -- Pictures ----------------------------------------------------------------------------------------------------
+
+
+def _synthetic(name: str) -> Facts:
     from flowreel.engine.sources import open_source
 
     with closing(open_source(name, SelectConfig())) as source:
         info = source.info
         return {
-            "kind": "video" if source.decoder.startswith("PyAV") else source.decoder,
             "decoder": source.decoder,
             "width": info.width,
             "height": info.height,
@@ -85,6 +235,61 @@ def _source(name: str) -> dict[str, JSON]:
             "flows": info.flow_count,
             "frame_rate": None if info.frame_rate is None else float(info.frame_rate),
             "duration_s": info.source.duration_s,
-            "size_bytes": info.source.size_bytes,
-            "notes": list(source.notes),
+            "notes": [*source.notes],
         }
+
+
+def _images(name: str) -> Facts:
+    from PIL import Image
+
+    from flowreel.engine.sources import open_source
+    from flowreel.engine.sources.images import FRAME_RATE, find_images, read_rgb
+
+    paths = _found_images(name, find_images)
+    if len(paths) > 1:
+        with closing(open_source(name, SelectConfig())) as source:  # reads every header: all are of one size
+            height, width = source.info.height, source.info.width
+            notes: list[JSON] = [*source.notes]
+    else:
+        height, width = read_rgb(paths[0]).shape[:2]
+        notes = ["one image: flow needs at least two"]
+    with Image.open(paths[0]) as image:
+        kind, mode = image.format, image.mode
+    return {
+        "format": kind,
+        "mode": mode,
+        "suffixes": dict(Counter(path.suffix.lower() for path in paths)),
+        "decoder": "Pillow",
+        "width": width,
+        "height": height,
+        "frames": len(paths),
+        "flows": len(paths) - 1,
+        "first": paths[0].name,
+        "last": paths[-1].name,
+        "frame_rate": float(FRAME_RATE),
+        "size_bytes": sum(path.stat().st_size for path in paths),
+        "notes": notes,
+    }
+
+
+def _found_images(name: str, find: Callable[[str], list[Path]]) -> list[Path]:
+    """The images, or an error that says what a folder without images holds instead."""
+    try:
+        return find(name)
+    except SourceNotFoundError as error:
+        inside = Path(name).iterdir() if Path(name).is_dir() else map(Path, glob.glob(name, recursive=True))
+        flow = sorted(path.name for path in inside if path.suffix.lower() in (".flo", ".npz", ".zarr"))
+        if flow:
+            raise SourceNotFoundError(f"{error}; there are {len(flow)} of flow: name one, such as {flow[0]}") from error
+        raise
+
+
+def _video(name: str) -> Facts:
+    from flowreel.engine.describe_video import video_facts
+
+    try:
+        return video_facts(name)
+    except UnsupportedSourceError as error:
+        if Path(name).suffix.lower() in _VIDEO_SUFFIXES:
+            raise
+        raise UnsupportedSourceError(f"{error}; looked for {KNOWN_KINDS}") from error

@@ -12,17 +12,38 @@ from flowreel.sinks.registry import known_outputs, open_sink
 
 if TYPE_CHECKING:
     from flowreel.sinks.flo import read_flo, write_flo
+    from flowreel.sinks.kitti import read_kitti, write_kitti
+    from flowreel.sinks.npz import read_flow_npz, write_flow_npz
     from flowreel.sinks.store_reader import FlowStore, open_store
+    from flowreel.sinks.two_stream import read_two_stream
     from flowreel.sinks.video_writer import VideoWriter
 
-__all__ = ["FlowStore", "VideoWriter", "known_outputs", "open_sink", "open_store", "read_flo", "write_flo"]
+__all__ = [
+    "FlowStore",
+    "VideoWriter",
+    "known_outputs",
+    "open_sink",
+    "open_store",
+    "read_flo",
+    "read_flow_npz",
+    "read_kitti",
+    "read_two_stream",
+    "write_flo",
+    "write_flow_npz",
+    "write_kitti",
+]
 
 _HOME = {
     "FlowStore": "store_reader",
     "VideoWriter": "video_writer",
     "open_store": "store_reader",
     "read_flo": "flo",
+    "read_flow_npz": "npz",
+    "read_kitti": "kitti",
+    "read_two_stream": "two_stream",
     "write_flo": "flo",
+    "write_flow_npz": "npz",
+    "write_kitti": "kitti",
 }
 
 

@@ -23,20 +23,31 @@ class Output:
     meaning: str  # one phrase for --help
     module: str
     factory: str  # called as factory(path, config)
+    prefix: str = ""  # how its last part begins, where the suffix alone does not tell
 
+    def fits(self, name: str) -> bool:
+        return name.lower().endswith(self.suffix) and name.rpartition("/")[2].startswith(self.prefix)
+
+
+_PAIRS = "two-stream pairs: x and y as 8-bit grey pictures"
 
 OUTPUTS = (
     Output(".zarr", "X.zarr", "compressed flow store, Zarr v3", "flowreel.sinks.zarr_store", "ZarrSink"),
     Output(".mp4", "X.mp4", "colour video, H.264", "flowreel.sinks.video", "ColorVideoSink"),
     Output(".mkv", "X.mkv", "colour video, H.264", "flowreel.sinks.video", "ColorVideoSink"),
     Output(".flo", "DIR/%06d.flo", "one Middlebury .flo a flow", "flowreel.sinks.flo", "FloSink"),
+    Output(".kitti.png", "DIR/%06d.kitti.png", "one 16-bit KITTI picture a flow", "flowreel.sinks.kitti", "KittiSink"),
+    Output(".npz", "DIR/%06d.npz", "one NumPy .npz a flow", "flowreel.sinks.npz", "NpzSink"),
+    Output(".jpg", "DIR/flow_x_%05d.jpg", f"{_PAIRS}, JPEG", "flowreel.sinks.two_stream", "TwoStreamSink"),
+    Output(".png", "DIR/flow_x_%05d.png", f"{_PAIRS}, PNG", "flowreel.sinks.two_stream", "TwoStreamSink", "flow_x_"),
+    Output(".png", "DIR/%06d.png", "one colour picture a flow", "flowreel.sinks.color_png", "ColorPngSink"),
 )
 
 
 def find_output(name: str) -> Output:
     """The format an output's name asks for. Raises UnknownOutputError listing the names that are known."""
     for output in OUTPUTS:
-        if name.rstrip("/").lower().endswith(output.suffix):
+        if output.fits(name.rstrip("/")):
             return output
     known = ", ".join(output.form for output in OUTPUTS)
     raise UnknownOutputError(f"no output format goes by the name {name!r}: expected one of {known}")

@@ -1,38 +1,249 @@
-"""``flowreel info``: what a file is."""
+"""``flowreel info``: what files are, for a person or, with ``--json``, for a script."""
 
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from collections.abc import Iterator
+from typing import Annotated, Any
 
 import typer
 
 from flowreel.engine.cli.options import Debug
 
+Facts = dict[str, Any]
+Rows = list[tuple[str, str]]  # label, text; rows without text are left out
+Group = tuple[str, Rows]  # heading, what stands under it
+
+FLOW_KINDS = {"flo": "Middlebury .flo", "kitti": "KITTI's 16-bit PNG", "npz": "NumPy .npz"}
+
 
 def info(
     path: Annotated[
-        str, typer.Argument(help="A video, a .flo, a flow store (complete or not) or weights.", show_default=False)
+        list[str],
+        typer.Argument(
+            help="Videos, image folders or quoted globs, synthetic:NAME, files of flow (.flo, .kitti.png, .npz), "
+            "flow stores (complete or not) or weights.",
+            show_default=False,
+        ),
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for scripts.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for scripts: a list for several PATHs.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Say what a video, a .flo file, a flow store or a weights file holds."""
+    """Say what videos, images, files of flow, flow stores or weights hold."""
     from flowreel.engine.describe import describe
 
-    facts = describe(path)
+    answers: list[Facts] = []
+    for name in path:
+        try:
+            facts = describe(name)
+        except Exception as error:
+            if len(path) == 1 or debug:
+                raise
+            facts = {"path": name, "error": " ".join(str(error).split()) or type(error).__name__}
+            typer.echo(f"flowreel: {facts['error']}", err=True)
+        answers.append(facts)
+        if not as_json and "error" not in facts:
+            _print(facts, follows=len(answers) > 1)
     if as_json:
-        typer.echo(json.dumps(facts, indent=2))
-        return
-    width = max(map(len, facts))
-    for name, value in facts.items():
-        if value not in (None, [], {}):
-            typer.echo(f"{name.replace('_', ' '):{width}}  {_plain(value)}")
+        typer.echo(json.dumps(answers if len(path) > 1 else answers[0], indent=2, allow_nan=False))
+    if any("error" in facts for facts in answers):
+        raise typer.Exit(1)
+
+
+def _print(facts: Facts, follows: bool) -> None:
+    """Headings and aligned rows on stdout; colours only on a terminal, and no line is broken."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(soft_wrap=True, highlight=False)
+    groups = [(heading, [row for row in rows if row[1]]) for heading, rows in _groups(facts)]
+    width = max((len(label) for _, rows in groups for label, _ in rows), default=0)
+    for number, (heading, rows) in enumerate(groups):
+        console.print(Text(("\n" if follows and not number else "") + ("  " if number else "") + heading, "bold"))
+        for label, text in rows:
+            style = "yellow" if label in ("note", "problem") else ""
+            console.print(Text.assemble("    " if number else "  ", (label.ljust(width), "dim"), "  ", (text, style)))
+
+
+def _groups(facts: Facts) -> Iterator[Group]:
+    """What is said of one path: first of the whole, then of its parts."""
+    kind = facts.get("kind")
+    notes = [("note", note) for note in facts.get("notes", [])]
+    if kind == "video":
+        yield f"{facts['path']}: video, {facts['format_name']}", _video_rows(facts) + notes
+        for stream in facts["streams"]:
+            yield _stream_heading(stream), _stream_rows(stream)
+    elif kind == "store":
+        state = "complete" if facts["complete"] else "unfinished"
+        yield f"{facts['folder']}: flow store, {state}", _store_rows(facts) + notes
+        yield from _other_groups({key: facts[key] or {} for key in ("source", "made_by")})
+    elif kind in FLOW_KINDS:
+        yield f"{facts['path']}: flow, {FLOW_KINDS[kind]}", _flow_rows(facts)
+    else:
+        plain = {key: value for key, value in facts.items() if key not in ("path", "kind", "name", "notes")}
+        inside = {key: plain.pop(key) for key in list(plain) if key == "made_by"}
+        yield f"{facts['path']}: {kind}", _other_rows(plain) + notes
+        yield from _other_groups(inside)
+
+
+# -- Videos ------------------------------------------------------------------------------------------------------
+
+
+def _video_rows(facts: Facts) -> Rows:
+    from flowreel.engine.cli.table import size
+
+    start = "" if facts["start_time_s"] is None else f", starting at {facts['start_time_s']:.3f} s"
+    rate = "" if facts["bit_rate"] is None else f", {facts['bit_rate'] / 1e6:.3g} Mbit/s"
+    duration = "unknown" if facts["duration_s"] is None else f"{facts['duration_s']:.3f} s"
+    whole = "cut short" if facts["cut_short"] else ""
+    flows = f"{facts['flows']} flows of {facts['width']}x{facts['height']} from stream {facts['stream_used']}"
+    return [
+        ("duration", duration + start),
+        ("size", size(facts["size_bytes"]) + rate),
+        ("state", whole),
+        ("flow", f"{flows}, {facts['frame_rate']:.6g} a second, decoded by {facts['decoder']}"),
+    ]
+
+
+def _stream_heading(stream: Facts) -> str:
+    codec = stream["codec"] or "of a codec that FFmpeg cannot decode"
+    profile = f" ({stream['profile']})" if stream["profile"] else ""
+    language = f", {stream['language']}" if stream["language"] else ""
+    used = ", the one that run takes" if stream.get("used") else ""
+    number = f", --stream {stream['number']}" if stream.get("number") is not None and not used else ""
+    cover = ", a cover picture" if stream.get("cover") else ""
+    return f"stream {stream['index']}: {stream['type']}, {codec}{profile}{language}{used}{number}{cover}"
+
+
+def _stream_rows(stream: Facts) -> Rows:
+    rows: Rows = [("bit rate", f"{stream['bit_rate'] / 1e3:.0f} kbit/s" if stream["bit_rate"] else "")]
+    if "sample_rate" in stream:
+        rows += [("sound", f"{stream['sample_rate']} Hz, {stream['channels']} channels ({stream['layout']})")]
+    if "problem" in stream:
+        rows += [("problem", stream["problem"])]
+    if "pixel_format" not in stream:
+        return rows
+    nominal = "" if stream["nominal_rate"] is None else f" (nominally {stream['nominal_rate']:.6g})"
+    return [
+        *rows,
+        ("pixels", f"{stream['pixel_format']}, {stream['bit_depth']} bits"),
+        ("picture", _size_words(stream)),
+        ("frames", f"{stream['frames']}, giving {stream['flows']} flows"),
+        ("rate", f"{stream['average_rate']:.6g} a second{nominal}{_gap_words(stream)}"),
+        ("shown", f"from {stream['first_frame_s']:.3f} s to {stream['last_frame_s']:.3f} s"),
+        ("key frames", _key_words(stream)),
+        ("colour", _colour_words(stream["colour"])),
+    ]
+
+
+def _size_words(stream: Facts) -> str:
+    turned = ""
+    if stream["mirrored"]:
+        turned += ", mirrored left to right"
+    if stream["rotation"]:
+        way = "" if stream["rotation"] == 180 else " clockwise" if stream["rotation"] < 0 else " counterclockwise"
+        turned += f", turned by {abs(stream['rotation'])} degrees{way}"
+    if turned:
+        turned += f": {stream['width']}x{stream['height']}"
+    words = f"{stream['stored_width']}x{stream['stored_height']} stored{turned}"
+    if stream["sample_aspect_ratio"] == "1:1":
+        return f"{words}; square pixels"
+    shown = f"{stream['display_width']}x{stream['display_height']}"
+    return f"{words}; pixels of {stream['sample_aspect_ratio']}, which players show as {shown}"
+
+
+def _gap_words(stream: Facts) -> str:
+    if stream["constant_rate"] is None:
+        return ""
+    kind = "constant" if stream["constant_rate"] else "variable"
+    low, high = (f"{1e3 * stream[key]:.3f}" for key in ("smallest_gap_s", "largest_gap_s"))
+    return f", {kind}: frames are {low} ms apart" if low == high else f", {kind}: frames are {low} to {high} ms apart"
+
+
+def _key_words(stream: Facts) -> str:
+    gap = stream["largest_key_gap_s"]
+    return str(stream["key_frames"]) + ("" if gap is None else f", at most {gap:.3f} s apart")
+
+
+def _colour_words(colour: Facts) -> str:
+    def stated(name: str) -> str:
+        if colour[name] is not None:
+            return f"{name} {colour[name]}"
+        assumed = colour.get(f"used_{name}")
+        return f"{name} not stated" + (f" (taken as {assumed})" if assumed else "")
+
+    return ", ".join(map(stated, ("range", "matrix", "primaries", "transfer")))
+
+
+# -- Flow and the rest -------------------------------------------------------------------------------------------
+
+
+def _store_rows(facts: Facts) -> Rows:
+    from flowreel.engine.cli.table import size
+
+    bound = f"within {facts['max_error']:g} px" if facts["max_error"] else "lossless"
+    ratio = f", {facts['ratio']:.1f}x smaller than the same as .flo" if facts["available"] else ""
+    model = " ".join(str(facts[key]) for key in ("model", "weights") if facts[key])
+    shown = {"kind", "path", "folder", "complete", "flows", "available", "width", "height", "dtype", "codec"}
+    shown |= {"max_error", "step", "disk_bytes", "flo_bytes", "ratio", "model", "weights", "source", "made_by", "notes"}
+    return [
+        ("flows", f"{facts['available']} of {facts['flows']}, {facts['width']}x{facts['height']}"),
+        ("size", size(facts["disk_bytes"]) + ratio),
+        ("stored as", f"{facts['dtype']}, {facts['codec']}, {bound}"),
+        ("model", model),
+        *_other_rows({key: value for key, value in facts.items() if key not in shown}),
+    ]
+
+
+def _flow_rows(facts: Facts) -> Rows:
+    import numpy as np
+
+    def vector(key: str) -> str:
+        """float32 numbers, none of their digits lost and none made up."""
+        parts = facts[key] or []
+        return ", ".join("NaN" if part is None else str(np.float32(part)) for part in parts)
+
+    lengths = ""
+    if facts["mean_length"] is not None:
+        lengths = f"{facts['mean_length']:.3f} px on average, {facts['max_length']:.3f} px at most"
+    return [
+        ("tag", facts.get("tag") or ""),
+        ("picture", f"{facts['width']}x{facts['height']}"),
+        ("first vector", vector("first_vector")),
+        ("smallest", vector("min")),
+        ("largest", vector("max")),
+        ("length", lengths),
+        ("unknown", f"{facts['unknown']} of {facts['width'] * facts['height']} vectors"),
+        *_other_rows({"size_bytes": facts["size_bytes"]}),
+    ]
+
+
+def _other_groups(parts: Facts) -> Iterator[Group]:
+    for name, part in parts.items():
+        if part:
+            yield name.replace("_", " "), _other_rows(part)
+
+
+def _other_rows(facts: Facts) -> Rows:
+    return [_row(key, value) for key, value in facts.items() if value not in (None, [], {})]
+
+
+def _row(key: str, value: Any) -> tuple[str, str]:
+    """A fact whose name tells its unit."""
+    from flowreel.engine.cli.table import size
+
+    for unit in ("_bytes", "_s"):
+        if key.endswith(unit) and isinstance(value, int | float):
+            text = size(value) if unit == "_bytes" else f"{value:.3f} s"
+            return key.removesuffix(unit).replace("_", " "), text
+    return key.replace("_", " "), _plain(value)
 
 
 def _plain(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_plain(part)}" for key, part in value.items())
     if isinstance(value, list):
-        return ", ".join(map(_plain, value))
+        return ("; " if any(isinstance(part, dict) for part in value) else ", ").join(map(_plain, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,22 +1,23 @@
 """What is in a video file, found out before it is decoded; and reading its packets, which that and decoding share.
 
 ``probe_video`` reads all packets once, which is cheap, and decodes only the first frame: it knows the count and the
-time of every frame and how the picture has to be turned.
+time of every frame, where decoding can start, and how the picture has to be turned and coloured.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import av
+import numpy as np
 
 from flowreel.engine.errors import SourceNotFoundError, UnsupportedSourceError, UsageError
-from flowreel.engine.sources.picture import Turn, colour_notes, shape_notes
+from flowreel.engine.sources.picture import Turn, colour_notes, is_full_range, matrix_of, shape_notes
 from flowreel.engine.timecode import NO_STAMP, Timeline
 
 if TYPE_CHECKING:
@@ -25,9 +26,53 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
+    from flowreel.engine.data import Int64Array
+
 _ATTACHED_PICTURE = 0x400  # FFmpeg's disposition flag of cover art
 _READ_ERRORS = 16  # in a row, before the rest of a damaged file is given up
 _TEXT_FORMATS = {"tty"}  # demuxers that would render any text file as a video of a terminal
+
+# What the colour code points of ITU-T H.273 mean, from 0, under FFmpeg's names; "-": unstated or unheard of.
+_RANGES = "- limited full"
+_MATRICES = "gbr bt709 - - fcc bt470bg smpte170m smpte240m ycgco bt2020nc bt2020c - - - ictcp"
+_PRIMARIES = "- bt709 - - bt470m bt470bg smpte170m smpte240m film bt2020 smpte428 smpte431 smpte432"
+_TRANSFERS = (
+    "- bt709 - - gamma22 gamma28 smpte170m smpte240m linear log100 log316 iec61966-2-4 bt1361e iec61966-2-1 "
+    "bt2020-10 bt2020-12 smpte2084 smpte428 arib-std-b67"
+)
+
+
+@dataclass(frozen=True)
+class PixelFormat:
+    """How pixels are stored, from the first frame. None: the stream does not say."""
+
+    name: str  # FFmpeg's: yuv420p, yuv420p10le, ...
+    bit_depth: int  # of the deepest component
+    matrix: str | None  # FFmpeg's names, for this and the next three
+    value_range: str | None
+    primaries: str | None
+    transfer: str | None
+    used_matrix: str  # the one that makes RGB of them: as stated, else assumed
+    used_range: str  # "full" or "limited", likewise
+
+    @classmethod
+    def of(cls, frame: VideoFrame, stream: VideoStream) -> PixelFormat:
+        context = stream.codec_context
+        return cls(
+            name=frame.format.name,
+            bit_depth=max((component.bits for component in frame.format.components), default=8),
+            matrix=_named(_MATRICES, frame.colorspace),
+            value_range=_named(_RANGES, frame.color_range),
+            primaries=_named(_PRIMARIES, context.color_primaries),
+            transfer=_named(_TRANSFERS, context.color_trc),
+            used_matrix=matrix_of(frame),
+            used_range="full" if is_full_range(frame) else "limited",
+        )
+
+
+def _named(names: str, code: int) -> str | None:
+    known = dict(enumerate(names.split())).get(int(code), "-")
+    return None if known == "-" else known
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +83,8 @@ class VideoProbe:
     stream_index: int  # of the chosen stream, among all streams of the container
     codec: str  # FFmpeg's name of the decoder
     timeline: Timeline
+    key_frames: Int64Array  # (K,) numbers of the frames that stand by themselves, ascending
+    pixel_format: PixelFormat
     frame_rate: Fraction  # average frames per second
     stored_size: tuple[int, int]  # (width, height) in pixels before it is turned
     turn: Turn
@@ -68,9 +115,12 @@ def probe_video(name: str, stream: int | None = None) -> VideoProbe:
     with opened(path) as container:
         chosen, notes = _choose_stream(container, path, stream)
         stamps = array("q")  # eight bytes a frame, also for a whole day of video
+        key_places = array("q")  # which of them belong to key frames
         first: VideoFrame | None = None
         for packet in packets(container, chosen):
             if packet.size and not packet.is_discard and not _is_hidden(packet, chosen):
+                if packet.is_keyframe:
+                    key_places.append(len(stamps))
                 stamps.append(NO_STAMP if packet.pts is None else packet.pts)
             if first is None:
                 first = next(iter(decoded(packet)), None)
@@ -85,6 +135,8 @@ def probe_video(name: str, stream: int | None = None) -> VideoProbe:
             stream_index=chosen.index,
             codec=chosen.codec_context.name,
             timeline=timeline,
+            key_frames=_numbers(key_places, stamps, timeline),
+            pixel_format=PixelFormat.of(first, chosen),
             frame_rate=rate,
             stored_size=(first.width, first.height),
             turn=turn,
@@ -92,6 +144,14 @@ def probe_video(name: str, stream: int | None = None) -> VideoProbe:
             cut_short=_is_cut_short(path),
             notes=(*notes, *timeline.notes, *turn_notes, *colour_notes(first), *shape_notes(chosen)),
         )
+
+
+def _numbers(places: Sequence[int], stamps: Sequence[int], timeline: Timeline) -> Int64Array:
+    """Frame numbers of the packets at these places in the file: by their stamps, or by the place where those fail."""
+    in_file = np.asarray(places, dtype=np.int64)
+    if timeline.stamps is None:
+        return in_file
+    return np.sort(np.searchsorted(timeline.stamps, np.asarray(stamps, dtype=np.int64)[in_file]))
 
 
 # -- The container and its packets -------------------------------------------------------------------------------
@@ -123,7 +183,7 @@ def opened(path: Path) -> InputContainer:
 
 
 def _choose_stream(container: InputContainer, path: Path, number: int | None) -> tuple[VideoStream, list[str]]:
-    videos = [video for video in container.streams.video if not _is_cover(video)]
+    videos = [video for video in container.streams.video if not is_cover(video)]
     if not videos:
         cover = " (only a cover picture)" if container.streams.video else ""
         raise UnsupportedSourceError(f"{path.name} holds no video stream{cover}")
@@ -139,7 +199,7 @@ def _choose_stream(container: InputContainer, path: Path, number: int | None) ->
     return chosen, [f"video stream {number} of {len(videos)} is used"] if len(videos) > 1 else []
 
 
-def _is_cover(video: VideoStream) -> bool:
+def is_cover(video: VideoStream) -> bool:
     disposition = getattr(video, "disposition", 0)  # PyAV 14 lacks it; 15 to 17 have a Flag, 18 an IntFlag
     return bool(getattr(disposition, "value", disposition) & _ATTACHED_PICTURE)
 

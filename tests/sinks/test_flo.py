@@ -13,13 +13,7 @@ import torch
 
 from flowreel.engine.config import SinkConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
-from flowreel.engine.errors import (
-    FlowFileError,
-    OutputExistsError,
-    OutputWriteError,
-    SourceNotFoundError,
-    UnknownOutputError,
-)
+from flowreel.engine.errors import FlowFileError, OutputWriteError, SourceNotFoundError
 from flowreel.sinks import flo
 from flowreel.sinks.flo import FloSink, read_flo, write_flo
 
@@ -162,68 +156,3 @@ def test_sink_numbers_its_files_from_zero(tmp_path: Path) -> None:
     assert sink.bytes_written == 5 * (12 + 8 * 15) == sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
     assert sink.notes == []
     assert sink.path == str(tmp_path / "out" / "%06d.flo")
-
-
-@pytest.mark.parametrize(
-    ("pattern", "name"), [("%d.flo", "12.flo"), ("a%03d_b.flo", "a012_b.flo"), ("f%4d.flo", "f  12.flo")]
-)
-def test_patterns(tmp_path: Path, pattern: str, name: str) -> None:
-    folder = tmp_path / "100%dance"  # a percent sign further up is only a name
-    sink = FloSink(str(folder / pattern), SinkConfig())
-    sink.open(INFO)
-    sink.write(batch_of([some_flow()], index=12))
-    sink.commit()
-    assert names(folder) == [name]
-    with pytest.raises(OutputExistsError):
-        FloSink(str(folder / pattern), SinkConfig()).open(INFO)
-
-
-@pytest.mark.parametrize("pattern", ["x.flo", "%06d/x.flo", "%d_%d.flo", "%s.flo"])
-def test_patterns_without_one_number(tmp_path: Path, pattern: str) -> None:
-    with pytest.raises(UnknownOutputError, match="one number"):
-        FloSink(str(tmp_path / pattern), SinkConfig())
-
-
-def test_existing_files_are_kept_unless_asked(tmp_path: Path) -> None:
-    pattern = str(tmp_path / "%06d.flo")
-    for other in ("notes.txt", "7.flo", "x000001.flo"):
-        (tmp_path / other).write_text("not of this pattern")
-    FloSink(pattern, SinkConfig()).open(INFO)
-    for number in (0, 1, 2, 1234567):
-        (tmp_path / f"{number:06d}.flo").write_text("old")
-    with pytest.raises(OutputExistsError, match=r"4 files such as 000000\.flo.*--overwrite"):
-        FloSink(pattern, SinkConfig()).open(INFO)
-    sink = FloSink(pattern, SinkConfig(overwrite=True))
-    sink.open(INFO)
-    sink.write(batch_of([some_flow(), some_flow()]))
-    assert (tmp_path / "000002.flo").exists()
-    sink.commit()
-    assert names(tmp_path) == ["000000.flo", "000001.flo", "7.flo", "notes.txt", "x000001.flo"]
-    assert "removed 2 files" in sink.notes[0]
-
-
-def test_an_unfinished_run_keeps_whole_files_and_says_so(tmp_path: Path) -> None:
-    for number, finish in enumerate((lambda sink: sink.abort(), lambda sink: sink.commit(complete=False))):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        (folder / "000009.flo").write_text("old")
-        sink = FloSink(str(folder / "%06d.flo"), SinkConfig(overwrite=True))
-        sink.open(INFO)
-        sink.write(batch_of([some_flow()]))
-        finish(sink)
-        assert names(folder) == ["000000.flo", "000009.flo"]
-        assert "1 " in sink.notes[0]
-
-
-def test_sink_errors(tmp_path: Path, files_up_to: Limit) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OutputWriteError, match="file"):
-        FloSink(str(tmp_path / "file" / "%d.flo"), SinkConfig()).open(INFO)
-    sink = FloSink(str(tmp_path / "%d.flo"), SinkConfig())
-    sink.open(INFO)
-    with pytest.raises(ValueError, match="opened for"):
-        sink.write(batch_of([some_flow(3, 4)]))
-    with files_up_to(100), pytest.raises(OutputWriteError, match=r"0\.flo"):
-        sink.write(batch_of([some_flow()]))
-    sink.abort()
-    assert names(tmp_path) == ["file"]

@@ -13,7 +13,7 @@ import flowreel.sinks
 from flowreel.engine.config import SinkConfig
 from flowreel.engine.errors import UnknownOutputError
 from flowreel.sinks import known_outputs, open_sink
-from flowreel.sinks.registry import OUTPUTS, find_output
+from flowreel.sinks.registry import OUTPUTS, Output, find_output
 
 
 @pytest.mark.parametrize(
@@ -26,13 +26,24 @@ from flowreel.sinks.registry import OUTPUTS, find_output
         ("X.mp4", "ColorVideoSink"),
         ("X.mkv", "ColorVideoSink"),
         ("out/%06d.flo", "FloSink"),
+        ("out/%06d.png", "ColorPngSink"),
+        ("out/%06d.PNG", "ColorPngSink"),
+        ("out/%06d.kitti.png", "KittiSink"),
+        ("out/%06d.Kitti.PNG", "KittiSink"),
+        ("out/flow_x_%06d.kitti.png", "KittiSink"),
+        ("out/%06d.npz", "NpzSink"),
+        ("out/flow_x_%05d.jpg", "TwoStreamSink"),
+        ("out/flow_x_%05d.png", "TwoStreamSink"),
+        ("flow_x_%05d.png", "TwoStreamSink"),
+        ("flow_x_/%05d.png", "ColorPngSink"),
+        ("out/my_flow_x_%05d.png", "ColorPngSink"),
     ],
 )
 def test_the_end_of_the_name_decides(name: str, factory: str) -> None:
     assert find_output(name).factory == factory
 
 
-@pytest.mark.parametrize("name", ["X.avi", "X", "zarr", "X.zarr.partial", ""])
+@pytest.mark.parametrize("name", ["X.avi", "X", "zarr", "out/%06d.kitti", "out/%06d.jpeg", "X.zarr.partial", ""])
 def test_unknown_names_list_the_known_ones(name: str) -> None:
     with pytest.raises(UnknownOutputError) as caught:
         open_sink(name, SinkConfig())
@@ -46,9 +57,10 @@ def test_open_sink_writes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("output", OUTPUTS, ids=lambda output: output.suffix)
-def test_every_line_of_the_table_leads_to_a_module(output: object) -> None:
-    assert find_spec(output.module) is not None  # type: ignore[attr-defined]
+@pytest.mark.parametrize("output", OUTPUTS, ids=lambda output: output.form)
+def test_every_line_of_the_table_leads_to_its_module(output: Output) -> None:
+    assert find_spec(output.module) is not None
+    assert find_output(output.form) is output  # none hides behind a line above it
 
 
 def test_importing_the_package_loads_no_format() -> None:

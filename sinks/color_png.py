@@ -1,0 +1,66 @@
+"""Colour pictures of flow, one PNG a flow, and the small PNG encoder below them and the other PNG formats.
+
+The encoder writes what PNG (W3C Recommendation, third edition) asks for and no more: one filter for all rows, one
+zlib stream. On flow it is twice as quick as Pillow at the same size, which tries every filter on every row, it lets
+other threads run, and it also writes 16-bit RGB, which Pillow cannot.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flowreel.kernels.flow_color import flow_to_color
+from flowreel.sinks.numbered import UNKNOWN, FlowFiles, NumberedFilesSink, SingleFlow, known_vectors
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from flowreel.engine.config import SinkConfig
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_GREY, PNG_RGB = 0, 2  # PNG's numbers for what a pixel is made of
+
+# Measured on the colours of FlowNet2 output, 960x540: level 1 307 kB in 11 ms, 3 269 kB in 22 ms, 6 223 kB in 57 ms.
+PNG_LEVEL = 1
+_FILTER_UP = 2  # each byte less the one above it: flow is smooth, and NumPy does a whole picture at once
+
+
+class ColorPngSink(NumberedFilesSink):
+    """One colour picture a flow: ``DIR/%06d.png``, 8-bit RGB, the Middlebury wheel. See ``NumberedFilesSink``.
+
+    Full colour stands for ``config.max_flow`` pixels, or else for each picture's own longest vector. Unknown vectors
+    are black.
+    """
+
+    example = "colors/%06d.png"
+
+    def __init__(self, path: str, config: SinkConfig) -> None:
+        super().__init__(path, config)
+        self._max_flow = config.max_flow
+
+    def encode(self, flow: SingleFlow) -> FlowFiles:
+        unknown = int(np.count_nonzero(~known_vectors(flow.flow)))
+        pieces = png_pieces(flow_to_color(flow.flow, self._max_flow))
+        return FlowFiles((pieces,), {f"{UNKNOWN} and black": unknown})
+
+
+def png_pieces(samples: npt.NDArray[Any]) -> tuple[bytes, ...]:
+    """A PNG file of grey (H, W) or RGB (H, W, 3) samples, uint8 or uint16, as the pieces of its contents."""
+    height, width = samples.shape[:2]
+    kind = PNG_GREY if samples.ndim == 2 else PNG_RGB
+    header = struct.pack(">IIBBBBB", width, height, 8 * samples.itemsize, kind, 0, 0, 0)
+    rows = np.ascontiguousarray(samples, samples.dtype.newbyteorder(">")).view(np.uint8).reshape(height, -1)
+    filtered = np.empty((height, 1 + rows.shape[1]), np.uint8)
+    filtered[:, 0] = _FILTER_UP
+    filtered[0, 1:] = rows[0]
+    np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])  # modulo 256, as the format wants it
+    body = zlib.compress(filtered.data, PNG_LEVEL)
+    return (PNG_SIGNATURE, *_chunk(b"IHDR", header), *_chunk(b"IDAT", body), *_chunk(b"IEND", b""))
+
+
+def _chunk(kind: bytes, body: bytes) -> tuple[bytes, ...]:
+    return struct.pack(">I", len(body)) + kind, body, struct.pack(">I", zlib.crc32(body, zlib.crc32(kind)))

@@ -1,0 +1,175 @@
+"""KITTI flow pictures: 16-bit RGB PNG with u, v and whether they are known, read exactly and written one a flow.
+
+The format (Menze, Geiger, "Object Scene Flow for Autonomous Vehicles", CVPR 2015, and its development kit): red is
+64 u + 32768, green 64 v + 32768, rounded; blue is 1 where the vector is valid and 0 where it is not. So steps are
+1/64 px and the range is -512 to 511.98 px.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import av
+import numpy as np
+
+from flowreel.engine.errors import FlowFileError
+from flowreel.sinks.color_png import PNG_RGB, PNG_SIGNATURE, png_pieces
+from flowreel.sinks.numbered import (
+    UNKNOWN,
+    FlowFiles,
+    NumberedFilesSink,
+    SingleFlow,
+    known_vectors,
+    publish_files,
+    read_errors,
+    require_flow,
+    require_size,
+)
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Float32Array = npt.NDArray[np.float32]
+    BoolArray = npt.NDArray[np.bool_]
+    UInt16Array = npt.NDArray[np.uint16]
+
+STEPS_PER_PIXEL = 64
+ZERO = 32768  # the sample that stands for no motion
+PNG_START_BYTES = 33  # signature and header chunk
+OTHER_CHUNKS_BYTES = 1 << 20  # beside the pixels: times, comments
+INFLATE_BLOCK_BYTES = 1 << 20
+
+
+def read_kitti(path: str | os.PathLike[str]) -> tuple[Float32Array, BoolArray]:
+    """Read a KITTI flow picture.
+
+    Returns:
+        flow (H, W, 2) float32, pixels, x (right) then y (down), NaN where invalid; and valid (H, W) bool.
+
+    Raises:
+        SourceNotFoundError: no such file.
+        FlowFileError: not a PNG, one of another kind than 16-bit RGB, an impossible size, cut short, or damaged.
+    """
+    name = os.fspath(path)
+    with read_errors(path, "KITTI flow picture"), open(path, "rb") as file:
+        start = file.read(PNG_START_BYTES)
+        height, width = _read_size(name, start)
+        pixel_bytes = height * (1 + 6 * width)
+        file_bytes = os.fstat(file.fileno()).st_size
+        data = start + file.read(min(file_bytes, 2 * pixel_bytes + OTHER_CHUNKS_BYTES))  # more is no such picture
+    _check_contents(name, data, pixel_bytes)
+    try:
+        decoder = av.CodecContext.create("png", "r")
+        decoder.thread_count = 1
+        frames = [*decoder.decode(av.Packet(data)), *decoder.decode(None)]
+    except (av.FFmpegError, ValueError) as error:
+        raise FlowFileError(f"{name}: does not decode as a PNG ({error})") from error
+    if [frame.format.name for frame in frames] != ["rgb48be"]:
+        raise FlowFileError(f"{name}: expected a 16-bit RGB PNG, found another kind of picture")
+    samples = frames[0].to_ndarray()  # (H, W, 3) uint16
+    valid: BoolArray = samples[..., 2] != 0
+    flow: Float32Array = (samples[..., :2].astype(np.float32) - ZERO) / np.float32(STEPS_PER_PIXEL)  # exact
+    flow[~valid] = np.nan
+    return flow, valid
+
+
+def write_kitti(path: str | os.PathLike[str], flow: npt.NDArray[np.floating[Any]]) -> None:
+    """Write flow as a KITTI picture, which appears whole or not at all and replaces one of that name.
+
+    Args:
+        path: missing parent folders are created.
+        flow: (H, W, 2) of any float dtype, pixels, x (right) then y (down). A vector that is unknown (NaN, infinite
+            or beyond 1e9) or beyond the format's range is stored as invalid.
+
+    Raises:
+        ValueError: another shape, or a dtype that is not a float.
+        OutputWriteError: the file cannot be written.
+    """
+    require_flow(flow)
+    publish_files({Path(path): png_pieces(_to_samples(flow))})
+
+
+class KittiSink(NumberedFilesSink):
+    """One KITTI picture a flow: ``DIR/%06d.kitti.png``. See ``NumberedFilesSink``.
+
+    Vectors that are unknown or beyond the format's range are invalid: ``notes`` counts them.
+    """
+
+    example = "flows/%06d.kitti.png"
+
+    def encode(self, flow: SingleFlow) -> FlowFiles:
+        samples = _to_samples(flow.flow)
+        unknown = int(np.count_nonzero(~known_vectors(flow.flow)))
+        invalid = int(np.count_nonzero(samples[..., 2] == 0))
+        lost = {
+            f"{UNKNOWN} and stored as invalid": unknown,
+            "beyond KITTI's range of ±512 px and stored as invalid": invalid - unknown,
+        }
+        return FlowFiles((png_pieces(samples),), lost)
+
+
+def _to_samples(flow: npt.NDArray[np.floating[Any]]) -> UInt16Array:
+    """(H, W, 2) pixels -> (H, W, 3) as they stand in the picture; 0, 0, 0 where invalid."""
+    samples = np.zeros((*flow.shape[:2], 3), np.uint16)
+    with np.errstate(over="ignore", invalid="ignore"):  # what is beyond float32 is beyond range as well
+        steps = [np.rint(flow[..., axis].astype(np.float32) * STEPS_PER_PIXEL) + ZERO for axis in (0, 1)]
+        u, v = ((plane >= 0) & (plane <= 65535) for plane in steps)
+        valid = u & v
+        for axis, plane in enumerate(steps):
+            np.copyto(samples[..., axis], plane, where=valid, casting="unsafe")
+    samples[..., 2] = valid
+    return samples
+
+
+def _read_size(name: str, start: bytes) -> tuple[int, int]:
+    """Height and width in pixels, from the first bytes of a PNG that is found to be of KITTI's kind."""
+    if not start.startswith(PNG_SIGNATURE):
+        raise FlowFileError(f"{name}: expected a PNG, found a file that starts with {start[:8]!r}")
+    if len(start) < PNG_START_BYTES or start[8:16] != b"\0\0\0\x0dIHDR":
+        raise FlowFileError(f"{name}: it is cut short or damaged, a PNG starts with its header")
+    width, height, bits, kind, _, _, interlaced = struct.unpack(">IIBBBBB", start[16:29])
+    if (bits, kind, interlaced) != (16, PNG_RGB, 0):
+        found = f"{bits} bits, colour type {kind}{', interlaced' if interlaced else ''}"
+        raise FlowFileError(f"{name}: expected a flow picture of 16 bits, colour type {PNG_RGB} (RGB), found {found}")
+    require_size(name, height, width)
+    return height, width
+
+
+def _check_contents(name: str, data: bytes, expected: int) -> None:
+    """Raises FlowFileError unless the PNG is whole and unfolds to ``expected`` bytes.
+
+    FFmpeg fills up what is missing and overlooks wrong checksums, so that is looked at here.
+    """
+    inflater, found = zlib.decompressobj(), 0
+    try:
+        for kind, body in _chunks(name, data):
+            left: bytes | memoryview = body if kind == b"IDAT" else b""
+            while left and not inflater.eof and found <= expected:
+                found += len(inflater.decompress(left, INFLATE_BLOCK_BYTES))
+                left = inflater.unconsumed_tail
+        if found <= expected:
+            found += len(inflater.flush())
+    except zlib.error as error:
+        raise FlowFileError(f"{name}: it is damaged, its pixels do not decompress ({error})") from error
+    if found != expected or not inflater.eof:
+        raise FlowFileError(f"{name}: it is damaged, expected {expected} bytes of pixels, found {found} or more")
+
+
+def _chunks(name: str, data: bytes) -> Iterator[tuple[bytes, memoryview]]:
+    """Kind and contents of every chunk to the last, each with the right checksum."""
+    kind, place = b"", len(PNG_SIGNATURE)
+    while kind != b"IEND":
+        length, kind = struct.unpack(">I4s", data[place : place + 8].ljust(8, b"\0"))
+        end = place + 12 + length
+        if end > len(data):
+            raise FlowFileError(f"{name}: it is cut short, {len(data)} bytes are not the whole PNG")
+        body = memoryview(data)[place + 8 : end - 4]
+        if zlib.crc32(body, zlib.crc32(kind)).to_bytes(4, "big") != data[end - 4 : end]:
+            raise FlowFileError(f"{name}: it is damaged, the checksum of its {kind!r} chunk is wrong")
+        yield kind, body
+        place = end

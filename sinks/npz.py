@@ -1,0 +1,209 @@
+"""NumPy's ``.npz``: one compressed archive a flow, with its frames and times, and a reader that trusts no header.
+
+An ``.npz`` is a zip of ``.npy`` files: the magic bytes, a version, the length of a header, the header as a Python
+dict (``descr``, ``fortran_order``, ``shape``), then the values.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import math
+import os
+import re
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from flowreel.engine.errors import FlowFileError
+from flowreel.sinks.numbered import (
+    FlowFiles,
+    NumberedFilesSink,
+    SingleFlow,
+    publish_files,
+    read_errors,
+    require_flow,
+    require_size,
+)
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Float32Array = npt.NDArray[np.float32]
+
+NPY_MAGIC = b"\x93NUMPY"
+HEADER_BYTES = 1024  # of an .npy, at most; NumPy's own for three dimensions take 128
+FLOAT = re.compile(r"[<>=|]?f[248]")
+READ_BYTES = 1 << 20  # at a time
+DEFLATE_MOST = 1032  # bytes that one compressed byte can become
+ENCRYPTED = 0x1  # flag of a zip's entry
+
+# What zipfile and zlib raise at a damaged archive, or at one of a kind they do not know.
+_BROKEN = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, OverflowError, RuntimeError)
+
+
+def read_flow_npz(path: str | os.PathLike[str]) -> Float32Array:
+    """Read the flow in an ``.npz``: the array ``flow``, or else the only one of its kind, whatever its name.
+
+    What the file says about itself is checked before memory is taken for it, and nothing in it is unpickled.
+
+    Returns:
+        (H, W, 2) float32, pixels, x (right) then y (down); unknown vectors as they stand in the file. An array
+        stored as (2, H, W), or as float16 or float64, is turned into that.
+
+    Raises:
+        SourceNotFoundError: no such file.
+        FlowFileError: not an ``.npz``, no array that can be flow or several, an impossible size, or damaged.
+    """
+    name = os.fspath(path)
+    with read_errors(path, ".npz file"), open(path, "rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                entry, array = _find_flow(name, archive, os.fstat(file.fileno()).st_size)
+                values = _read_values(archive, entry, array)
+        except FlowFileError:
+            raise
+        except _BROKEN as error:
+            raise FlowFileError(f"{name}: expected an .npz file, found a damaged one or none ({error})") from error
+    flow = values.reshape(array.shape, order="F" if array.fortran_order else "C")
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and so stays unknown
+        return np.ascontiguousarray(flow if array.is_interleaved else flow.transpose(1, 2, 0), np.float32)
+
+
+def write_flow_npz(
+    path: str | os.PathLike[str],
+    flow: npt.NDArray[np.floating[Any]],
+    *,
+    frame: int | None = None,
+    frame_to: int | None = None,
+    timestamp_s: float | None = None,
+    timestamp_to_s: float | None = None,
+) -> None:
+    """Write flow as a compressed ``.npz``, which appears whole or not at all and replaces one of that name.
+
+    Args:
+        path: missing parent folders are created.
+        flow: (H, W, 2) of any float dtype, pixels, x (right) then y (down); stored as float32 under ``flow``.
+        frame, frame_to, timestamp_s, timestamp_to_s: the pair's frames and their times in seconds, each a scalar
+            under its own name; None: left out.
+
+    Raises:
+        ValueError: another shape, or a dtype that is not a float.
+        OutputWriteError: the file cannot be written.
+    """
+    require_flow(flow)
+    beside = {"frame": frame, "frame_to": frame_to, "timestamp_s": timestamp_s, "timestamp_to_s": timestamp_to_s}
+    given = {name: value for name, value in beside.items() if value is not None}
+    publish_files({Path(path): (_archive(flow, given),)})
+
+
+class NpzSink(NumberedFilesSink):
+    """One ``.npz`` a flow: ``DIR/%06d.npz`` with ``flow`` and the pair's frames and times. See ``NumberedFilesSink``.
+
+    Unknown vectors are stored as they are.
+    """
+
+    example = "flows/%06d.npz"
+
+    def encode(self, flow: SingleFlow) -> FlowFiles:
+        beside = {name: getattr(flow, name) for name in ("frame", "frame_to", "timestamp_s", "timestamp_to_s")}
+        return FlowFiles(((_archive(flow.flow, beside),),))
+
+
+def _archive(flow: npt.NDArray[np.floating[Any]], beside: dict[str, float]) -> memoryview:
+    """The bytes of the ``.npz``: equal for equal flow, as NumPy dates every entry 1980."""
+    scalars = {name: np.array(value, np.float64 if "time" in name else np.int64) for name, value in beside.items()}
+    file = io.BytesIO()
+    with np.errstate(over="ignore"):
+        np.savez_compressed(file, flow=np.ascontiguousarray(flow, np.float32), **scalars)  # type: ignore[arg-type]
+    return file.getbuffer()
+
+
+class _Array(NamedTuple):
+    """What an ``.npy`` says it holds, once that is found to be flow."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, int, int]
+    fortran_order: bool
+    begins: int  # byte of the entry where the values begin
+
+    @property
+    def is_interleaved(self) -> bool:
+        """(H, W, 2), which goes before (2, H, W) where both could be meant."""
+        return self.shape[2] == 2
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _find_flow(name: str, archive: zipfile.ZipFile, file_bytes: int) -> tuple[zipfile.ZipInfo, _Array]:
+    """The entry that holds the flow, and what it says of itself; its size agrees with all that is known of it."""
+    entries = archive.infolist()
+    entries = [entry for entry in entries if entry.filename == "flow.npy"] or entries
+    read = [(entry, _read_header(archive, entry)) for entry in entries]
+    arrays = [(entry, array) for entry, array in read if array is not None]
+    if len(arrays) != 1:
+        names = ", ".join(entry.filename for entry in entries[:5]) or "nothing"
+        raise FlowFileError(
+            f"{name}: expected one float array of (H, W, 2) or (2, H, W), found {len(arrays)} among {names}"
+        )
+    entry, array = arrays[0]
+    height, width = array.shape[:2] if array.is_interleaved else array.shape[1:]
+    require_size(name, height, width)
+    packed = min(entry.compress_size, file_bytes)
+    most = packed * (DEFLATE_MOST if entry.compress_type == zipfile.ZIP_DEFLATED else 1)
+    if entry.file_size != array.begins + array.nbytes or entry.file_size > most:
+        raise FlowFileError(
+            f"{name}: {entry.filename} says that it holds {width}x{height} vectors, {array.nbytes} bytes, "
+            f"but {packed} bytes are there, for {entry.file_size} in all"
+        )
+    return entry, array
+
+
+def _read_header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> _Array | None:
+    """What an entry of the archive holds; None when that is no array of flow."""
+    # Other ways to compress can unfold without a bound, and NumPy does not use them.
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or entry.flag_bits & ENCRYPTED:
+        return None
+    with archive.open(entry) as file:
+        start = _read_up_to(file, HEADER_BYTES)
+    length_bytes = 2 if start[6:7] == b"\1" else 4
+    begins = 8 + length_bytes + int.from_bytes(start[8 : 8 + length_bytes], "little")
+    if not start.startswith(NPY_MAGIC) or begins > len(start):
+        return None
+    try:
+        header = ast.literal_eval(start[8 + length_bytes : begins].decode("latin-1").strip())
+        dtype, order, shape = header["descr"], header["fortran_order"], header["shape"]
+    except (ValueError, SyntaxError, TypeError, KeyError, MemoryError, RecursionError):
+        return None
+    is_shape = isinstance(shape, tuple) and len(shape) == 3 and all(type(side) is int and side > 0 for side in shape)
+    if not FLOAT.fullmatch(str(dtype)) or not is_shape or 2 not in (shape[0], shape[2]):
+        return None
+    return _Array(np.dtype(dtype), shape, bool(order), begins)
+
+
+def _read_values(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, array: _Array) -> npt.NDArray[Any]:
+    """The values of an entry, flat. Its size has been checked; reading to its end checks its checksum."""
+    values = np.empty(math.prod(array.shape), array.dtype)
+    room, filled = values.view(np.uint8), 0
+    with archive.open(entry) as file:
+        _read_up_to(file, array.begins)
+        while block := file.read(READ_BYTES):
+            room[filled : filled + len(block)] = np.frombuffer(block, np.uint8)
+            filled += len(block)
+    if filled != len(room):
+        raise EOFError(f"{entry.filename} ends {len(room) - filled} bytes early")
+    return values
+
+
+def _read_up_to(file: IO[bytes], most_bytes: int) -> bytes:
+    """The next bytes, fewer only where the file ends: one read of a zip's entry may give less."""
+    pieces: list[bytes] = []
+    while (left := most_bytes - sum(map(len, pieces))) and (piece := file.read(left)):
+        pieces.append(piece)
+    return b"".join(pieces)

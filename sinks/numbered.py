@@ -1,0 +1,262 @@
+"""One file a flow, numbered: what all such outputs share. A format only says how one flow becomes bytes.
+
+    batch -> its flows -> encode, side by side -> publish, one by one and in order
+
+Each file is published by itself, so every file that is there is whole. What the readers of such files share stands
+at the end.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from flowreel.engine.data import UNKNOWN_ABOVE
+from flowreel.engine.errors import FlowFileError, OutputExistsError, SourceNotFoundError, UnknownOutputError
+from flowreel.sinks.parallel import OrderedPool, encode_workers
+from flowreel.sinks.publish import atomic_file, make_folder, sync_folder, write_errors
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from flowreel.engine.config import SinkConfig
+    from flowreel.engine.data import FlowBatch, FlowInfo
+
+    Float32Array = npt.NDArray[np.float32]
+    BoolArray = npt.NDArray[np.bool_]
+
+Piece = bytes | memoryview  # of a file's contents; a view spares a copy
+
+LONGEST_SIDE = 99_999  # pixels; Middlebury's own reader draws the line here too
+MOST_PIXELS = 1 << 27  # of a compressed file, 1 GiB of flow: a few bytes can claim to be any size, video is below this
+UNKNOWN = "unknown (NaN, infinite or beyond 1e9 px)"
+
+_NUMBER = re.compile(r"%(0?)(\d*)d")
+
+
+class NumberedName:
+    """A pattern such as ``DIR/%06d.flo``: the name of each flow's file, and which of them are there.
+
+    Raises:
+        UnknownOutputError: the file name does not have exactly one number such as ``%06d``; ``example`` has one.
+    """
+
+    def __init__(self, path: str, example: str) -> None:
+        self.folder = Path(path).parent
+        name = Path(path).name
+        number = _NUMBER.search(name)
+        if number is None or _NUMBER.search(name, number.end()):
+            raise UnknownOutputError(f"expected a name with one number, such as {example}, got {path!r}")
+        self._before, self._after = name[: number.start()], name[number.end() :]
+        self._digits = int(number[2] or 1)
+        self._fill = "0" if number[1] else " "
+
+    def file(self, number: int) -> Path:
+        return self.folder / f"{self._before}{str(number).rjust(self._digits, self._fill)}{self._after}"
+
+    def present(self) -> dict[int, Path]:
+        """The files of this pattern that are in the folder, by number."""
+        pattern = re.compile(rf"{re.escape(self._before)}( *\d+){re.escape(self._after)}")
+        matches = ((pattern.fullmatch(file.name), file) for file in self.folder.iterdir())
+        numbered = ((int(match[1]), file) for match, file in matches if match)
+        return {number: file for number, file in numbered if file == self.file(number)}
+
+
+@dataclass(frozen=True)
+class SingleFlow:
+    """One flow of a batch, with the frames and times it belongs to."""
+
+    flow: Float32Array  # (H, W, 2), pixels, x (right) then y (down); a view that is not contiguous
+    frame: int  # number of the pair's first frame in the source
+    frame_to: int  # of the second
+    timestamp_s: float  # presentation time of the first frame, seconds
+    timestamp_to_s: float
+
+
+@dataclass(frozen=True)
+class FlowFiles:
+    """One flow as the bytes of its file, or of its files, and how many vectors could not be kept."""
+
+    contents: tuple[Sequence[Piece], ...]  # of each file in turn
+    lost: Mapping[str, int] = field(default_factory=dict)  # what became of them, as it completes "12 vectors are"
+
+
+class NumberedFilesSink(ABC):
+    """One file a flow under a pattern such as ``DIR/%06d.flo``, numbered from 0 by the flow's place in the output.
+
+    A format gives ``example``, ``encode``, and, where a flow becomes several files, their patterns ``beside`` the
+    first; those of one flow get their names together, the first one last.
+
+    Flows are encoded in a small pool and published in order: after ``write`` a few may still be under way, after
+    ``commit`` and ``abort`` none is. Finished files outlive an abort, each is of use by itself; ``notes`` says how
+    many. With ``overwrite``, files of a former, longer run under the same pattern are removed at ``commit``: the
+    folder then holds this run and nothing else of that pattern.
+
+    Raises:
+        UnknownOutputError: the file name does not have exactly one number such as ``%06d``.
+    """
+
+    example: ClassVar[str]  # a right name, for messages
+    encodes_in_pool: ClassVar[bool] = True  # False where encoding only copies: see ``sinks/parallel.py``
+
+    def __init__(self, path: str, config: SinkConfig, *beside: str) -> None:
+        self._path = path
+        self._overwrite = config.overwrite
+        self._folder = Path(path).parent
+        self._suffix = Path(path).suffix
+        self._names = [NumberedName(each, self.example) for each in (path, *beside)]
+        self._unfinished = [NumberedName(each + ".partial", self.example) for each in (path, *beside)]
+        self._pool = OrderedPool(self._publish, encode_workers() if self.encodes_in_pool else 0)
+        self._size = (0, 0)
+        self._flows = 0  # published
+        self._end = 0  # one more than the highest number published
+        self._bytes = 0
+        self._lost: dict[str, tuple[int, int]] = {}  # what -> vectors, first frame
+        self._notes: list[str] = []
+
+    @abstractmethod
+    def encode(self, flow: SingleFlow) -> FlowFiles:
+        """The bytes of one flow's files. May run in several threads at once: it reads ``self`` and changes nothing."""
+
+    def open(self, info: FlowInfo) -> None:
+        """Creates the folder. Raises OutputExistsError when files of this pattern are there already."""
+        self._size = (info.height, info.width)
+        with write_errors(self._folder):
+            make_folder(self._folder)
+            present = [found[number] for name in self._names for found in [name.present()] for number in sorted(found)]
+        if present and not self._overwrite:
+            raise OutputExistsError(
+                f"{self._folder} already holds {len(present)} files such as {present[0].name}: "
+                "pass --overwrite to replace them, or choose another folder"
+            )
+
+    def write(self, batch: FlowBatch) -> None:
+        """Encodes each flow and publishes those that are ready. Raises what went wrong with an earlier one, too."""
+        if tuple(batch.flow.shape[2:]) != self._size:
+            raise ValueError(f"opened for flow of (H, W) {self._size}, got {tuple(batch.flow.shape[2:])}")
+        if batch.flow.device.type != "cpu":
+            raise ValueError(f"a sink takes flow on the CPU, got {batch.flow.device}")
+        flows = batch.flow.detach().permute(0, 2, 3, 1).numpy()  # (N, H, W, 2), a view that keeps the batch alive
+        for place, flow in enumerate(flows):
+            single = SingleFlow(
+                flow,
+                int(batch.frame[place]),
+                int(batch.frame_to[place]),
+                float(batch.timestamp_s[place]),
+                float(batch.timestamp_to_s[place]),
+            )
+            self._pool.submit(self._encode_one, batch.index + place, single, nbytes=flow.nbytes)
+
+    def commit(self, complete: bool = True) -> None:
+        """Publishes what is still under way. A complete run that overwrites removes what a longer one left behind."""
+        self._pool.drain()
+        self._pool.close()
+        if not complete:
+            files = self._flows * len(self._names)
+            self._notes.append(f"{self._folder}: the run is incomplete; its {files} {self._suffix} files are whole")
+            return
+        with write_errors(self._folder):
+            names = [*self._names, *self._unfinished]
+            stale = [file for name in names for number, file in name.present().items() if number >= self._end]
+            for file in stale:
+                file.unlink()
+            if stale:
+                sync_folder(self._folder)
+                self._notes.append(f"{self._folder}: removed {len(stale)} files of a former, longer run")
+
+    def abort(self) -> None:
+        """Leaves the finished files: each is of use by itself."""
+        self._pool.close()
+        if self._flows:
+            files = self._flows * len(self._names)
+            self._notes.append(f"{self._folder}: {files} finished {self._suffix} files were kept")
+
+    @property
+    def path(self) -> str:
+        return self._path
+
+    @property
+    def bytes_written(self) -> int:
+        return self._bytes
+
+    @property
+    def notes(self) -> list[str]:
+        vectors = self._flows * self._size[0] * self._size[1]
+        return self._notes + [
+            f"{self._folder}: {lost} of {vectors} vectors ({100 * lost / vectors:.2g} %) are {what}, "
+            f"first in frame {frame}"
+            for what, (lost, frame) in self._lost.items()
+        ]
+
+    def _encode_one(self, number: int, flow: SingleFlow) -> tuple[int, int, FlowFiles]:
+        return number, flow.frame, self.encode(flow)
+
+    def _publish(self, encoded: tuple[int, int, FlowFiles]) -> None:
+        number, frame, files = encoded
+        paths = [name.file(number) for name in self._names]
+        self._bytes += publish_files(dict(zip(paths, files.contents, strict=True)))
+        self._flows += 1
+        self._end = max(self._end, number + 1)
+        for what, lost in files.lost.items():
+            if lost:
+                before, first = self._lost.get(what, (0, frame))
+                self._lost[what] = (before + lost, first)
+
+
+def publish_files(contents: Mapping[Path, Sequence[Piece]]) -> int:
+    """Writes files that belong together. Returns their size in bytes.
+
+    All are written before the first gets its name, so that a full disk leaves none of them. The first one's name
+    comes last: where it is, the others are.
+    """
+    with ExitStack() as waiting:  # unwinds backwards
+        for path, pieces in contents.items():
+            waiting.enter_context(write_errors(path))
+            file = waiting.enter_context(atomic_file(path))
+            file.writelines(pieces)
+            file.flush()
+    return sum(memoryview(piece).nbytes for pieces in contents.values() for piece in pieces)
+
+
+def require_flow(flow: npt.NDArray[Any]) -> None:
+    """Raises ValueError unless flow is (H, W, 2) of a float dtype, with sides that files can state."""
+    if flow.ndim != 3 or flow.shape[2] != 2 or not all(1 <= side <= LONGEST_SIDE for side in flow.shape[:2]):
+        raise ValueError(f"flow is (H, W, 2) with sides of 1 to {LONGEST_SIDE}, got {flow.shape}")
+    if not np.issubdtype(flow.dtype, np.floating):
+        raise ValueError(f"flow is of a float dtype, got {flow.dtype}")
+
+
+def known_vectors(flow: npt.NDArray[np.floating[Any]]) -> BoolArray:
+    """(H, W): which vectors of (H, W, 2) are known. NaN fails every comparison."""
+    known: BoolArray = (np.abs(flow[..., 0]) <= UNKNOWN_ABOVE) & (np.abs(flow[..., 1]) <= UNKNOWN_ABOVE)
+    return known
+
+
+def require_size(name: str, height: int, width: int) -> None:
+    """Raises FlowFileError for a size, in pixels, that no flow has: checked before memory is taken for it."""
+    if not (1 <= height <= LONGEST_SIDE and 1 <= width <= LONGEST_SIDE and height * width <= MOST_PIXELS):
+        raise FlowFileError(
+            f"{name}: expected sides of 1 to {LONGEST_SIDE} and at most {MOST_PIXELS} pixels, found {width}x{height}"
+        )
+
+
+@contextmanager
+def read_errors(path: str | os.PathLike[str], what: str) -> Iterator[None]:
+    """Turns the operating system's errors on reading ``what`` into SourceNotFoundError and FlowFileError."""
+    name = os.fspath(path)
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise SourceNotFoundError(f"no {what} at {name}") from error
+    except IsADirectoryError as error:
+        raise FlowFileError(f"{name}: expected a {what}, found a folder") from error
+    except OSError as error:
+        raise FlowFileError(f"{name}: cannot be read as a {what} ({error.strerror or error})") from error

@@ -1,0 +1,92 @@
+"""Encoding on several cores, results in order: a bounded pool inside one sink.
+
+This is no second pipeline: it has no stages, channels or stop of its own. It only spreads the work inside one
+``write``, and everything that has an effect (a file published, a chunk kept) happens in the thread that calls it.
+
+Only work that lets go of Python's interpreter lock gains: zlib, Blosc and NumPy on large arrays do. What merely
+copies bytes, or encodes under the lock, is as quick in the calling thread: give it 0 workers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Generic, TypeVar
+
+Result = TypeVar("Result")
+
+CORES_PER_WORKER = 2  # the decoder and the model want the other half
+MOST_WORKERS = 8  # beyond that a disk, not the encoder, is what a run waits for
+CALLS_PER_WORKER = 2  # one being worked on, one waiting, so that no worker runs dry while a result is taken
+MOST_BYTES = 256 << 20  # of input in flight; with 8 workers, 16 flows of 1920x1080 just fit
+
+
+def encode_workers() -> int:
+    """How many threads a sink encodes with on this machine: one for every two cores, at least 1, at most 8."""
+    return min(MOST_WORKERS, max(1, (os.cpu_count() or 1) // CORES_PER_WORKER))
+
+
+class OrderedPool(Generic[Result]):
+    """Runs calls on worker threads and hands each result to ``take``, in the order the calls were submitted.
+
+    ``take`` runs in the thread that calls ``submit`` or ``drain``, never in a worker. The first error, of a call or
+    of ``take``, comes out of the ``submit`` or ``drain`` that reaches its place in the order; all results before it
+    have been taken by then, none after it will be, and nothing is left running.
+    """
+
+    def __init__(self, take: Callable[[Result], None], workers: int, most_bytes: int = MOST_BYTES) -> None:
+        """workers: threads, started when there is work for them; 0: each call runs at once, in ``submit`` itself."""
+        self._take = take
+        self._executor = ThreadPoolExecutor(workers, thread_name_prefix="encode") if workers else None
+        self._most_calls = workers * CALLS_PER_WORKER
+        self._most_bytes = most_bytes
+        self._in_flight: deque[tuple[Future[Result], int]] = deque()  # oldest first, with the bytes of its input
+        self._bytes = 0
+        self._closed = False
+
+    def submit(self, function: Callable[..., Result], *args: Any, nbytes: int = 0) -> None:
+        """Starts ``function(*args)``, whose input takes ``nbytes``.
+
+        Takes the results that are ready first, and waits for as many as it needs to keep within the bounds of calls
+        and bytes; one call larger than the bound goes alone.
+        """
+        if self._closed:
+            raise ValueError("this pool is closed")
+        try:
+            while self._in_flight and (self._is_full(nbytes) or self._in_flight[0][0].done()):
+                self._take_next()
+            if self._executor is None:
+                self._take(function(*args))
+            else:
+                self._in_flight.append((self._executor.submit(function, *args), nbytes))
+                self._bytes += nbytes
+        except BaseException:
+            self.close()
+            raise
+
+    def drain(self) -> None:
+        """Waits for every call that is in flight and takes its result. More may be submitted afterwards."""
+        try:
+            while self._in_flight:
+                self._take_next()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Drops what has not been taken. Calls that wait never start; the few that run are waited for."""
+        self._closed = True
+        self._in_flight.clear()
+        self._bytes = 0
+        if self._executor is not None:
+            self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def _is_full(self, more_bytes: int) -> bool:
+        return len(self._in_flight) >= self._most_calls or self._bytes + more_bytes > self._most_bytes
+
+    def _take_next(self) -> None:
+        call, nbytes = self._in_flight.popleft()
+        self._bytes -= nbytes
+        self._take(call.result())

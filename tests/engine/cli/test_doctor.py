@@ -1,0 +1,74 @@
+"""``flowreel doctor`` as a person and a script meet it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import typer
+
+from flowreel.engine import doctor as examining
+from flowreel.engine.cli.doctor import doctor
+from flowreel.engine.doctor import Check, Finding
+
+Capture = pytest.CaptureFixture[str]
+
+
+def checks(**states: str) -> tuple[Check, ...]:
+    """One check a demand, in these states."""
+    made = []
+    for demand, status in states.items():
+        finding = Finding(status, "1.2", f"the {demand} part")  # type: ignore[arg-type]
+        made.append(Check(f"{demand} thing", demand, "a run", lambda f=finding: f, "turn it on"))  # type: ignore
+    return tuple(made)
+
+
+def code(**options: bool) -> int:
+    try:
+        doctor(**options)
+    except typer.Exit as leaving:
+        return leaving.exit_code
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("cpu", "gpu", "plain", "strict"),
+    [("ok", "ok", 0, 0), ("ok", "missing", 0, 1), ("ok", "broken", 0, 1), ("missing", "ok", 1, 1)],
+)
+def test_exit_codes(
+    cpu: str, gpu: str, plain: int, strict: int, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(examining, "CHECKS", checks(cpu=cpu, gpu=gpu, extra="missing"))
+    assert code() == plain
+    assert code(gpu=True) == strict
+    assert code(as_json=True) == plain
+
+
+def test_lines_and_advice(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setattr(examining, "CHECKS", checks(cpu="ok", gpu="missing"))
+    code()
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [
+        "ok       cpu thing  1.2, the cpu part",
+        "missing  gpu thing  1.2, the gpu part",
+        "                    for a run: turn it on",
+        "a run on the CPU has all it needs",
+        "a run on a GPU lacks gpu thing",
+    ]
+    assert err == ""
+
+
+def test_json(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setattr(examining, "CHECKS", checks(cpu="ok", gpu="broken"))
+    code(as_json=True)
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["cpu_ok"], facts["gpu_ok"]) == (True, False)
+    assert facts["checks"][1] == {
+        "name": "gpu thing",
+        "demand": "gpu",
+        "needed_for": "a run",
+        "status": "broken",
+        "version": "1.2",
+        "detail": "the gpu part",
+        "advice": "turn it on",
+    }

@@ -1,0 +1,202 @@
+""".npz files: what NumPy reads and writes, and a reader that believes nothing before it has checked it."""
+
+from __future__ import annotations
+
+import io
+import struct
+import tracemalloc
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flowreel.engine.config import SinkConfig
+from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
+from flowreel.engine.errors import FlowFileError, OutputWriteError, SourceNotFoundError
+from flowreel.sinks import open_sink, read_flow_npz, write_flow_npz
+
+
+def some_flow(height: int = 6, width: int = 5) -> np.ndarray:
+    return np.random.default_rng(3).normal(0, 9, (height, width, 2)).astype(np.float32)
+
+
+def npy(descr: str = "<f4", shape: object = (6, 5, 2), order: object = False, data: bytes = bytes(240)) -> bytes:
+    """An .npy file that says whatever it is told to."""
+    text = f"{{'descr': {descr!r}, 'fortran_order': {order!r}, 'shape': {shape!r}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + data
+
+
+def zipped(path: Path, how: int = zipfile.ZIP_DEFLATED, **entries: bytes) -> Path:
+    with zipfile.ZipFile(path, "w", how) as archive:
+        for name, data in entries.items():
+            archive.writestr(f"{name}.npy", data)
+    return path
+
+
+def test_numpy_reads_what_is_written(tmp_path: Path) -> None:
+    flow = some_flow()
+    flow[0, 0], flow[1, 1] = np.nan, 1.6666668e9
+    write_flow_npz(tmp_path / "new" / "x.npz", flow, frame=7, frame_to=9, timestamp_s=0.28, timestamp_to_s=0.36)
+    with np.load(tmp_path / "new" / "x.npz", allow_pickle=False) as stored:
+        assert {name: (stored[name].dtype.str, stored[name].item()) for name in stored if name != "flow"} == {
+            "frame": ("<i8", 7),
+            "frame_to": ("<i8", 9),
+            "timestamp_s": ("<f8", 0.28),
+            "timestamp_to_s": ("<f8", 0.36),
+        }
+        assert stored["flow"].dtype == np.float32
+        assert stored["flow"].tobytes() == flow.tobytes()
+    assert read_flow_npz(tmp_path / "new" / "x.npz").tobytes() == flow.tobytes()
+    write_flow_npz(str(tmp_path / "bare.npz"), flow.astype(np.float64)[:, ::-1])
+    with np.load(tmp_path / "bare.npz") as stored:
+        assert stored.files == ["flow"]
+    assert np.array_equal(read_flow_npz(str(tmp_path / "bare.npz")), flow[:, ::-1], equal_nan=True)
+
+
+def test_the_sink_tells_frames_and_times(tmp_path: Path) -> None:
+    flows = torch.from_numpy(np.stack([some_flow(), -some_flow()])).permute(0, 3, 1, 2)
+    sink = open_sink(tmp_path / "%06d.npz", SinkConfig())
+    sink.open(FlowInfo(6, 5, frame_rate=None, frame_count=None, source=SourceId("test")))
+    sink.write(FlowBatch(flows, 0, np.array([4, 6]), np.array([6, 8]), np.array([0.4, np.nan]), np.array([0.6, 0.8])))
+    sink.commit()
+    assert sink.notes == []
+    with np.load(tmp_path / "000001.npz") as stored:
+        assert (stored["frame"], stored["frame_to"], stored["timestamp_to_s"]) == (6, 8, 0.8)
+        assert np.isnan(stored["timestamp_s"])
+        assert np.array_equal(stored["flow"], -some_flow())
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("dtype", ["<f2", "<f4", ">f4", "<f8", ">f8"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_what_others_write(tmp_path: Path, save: Any, dtype: str, order: Any) -> None:
+    flow = some_flow()
+    expected = flow.astype(dtype).astype(np.float32)
+    save(tmp_path / "a.npz", anything=np.array(flow, dtype, order=order), frame=3, mask=np.zeros((6, 5, 2), bool))
+    save(tmp_path / "b.npz", np.array(flow.transpose(2, 0, 1), dtype, order=order))
+    for name in ("a", "b"):
+        back = read_flow_npz(tmp_path / f"{name}.npz")
+        assert (back.dtype, back.flags.c_contiguous, back.flags.writeable) == (np.float32, True, True)
+        assert np.array_equal(back, expected)
+
+
+def test_the_name_flow_goes_before_others_and_hw2_before_2hw(tmp_path: Path) -> None:
+    flow = some_flow(2, 7)
+    np.savez(tmp_path / "x.npz", other=-flow, flow=flow)
+    assert np.array_equal(read_flow_npz(tmp_path / "x.npz"), flow)
+    square = some_flow(2, 2)
+    np.savez(tmp_path / "y.npz", square)
+    assert np.array_equal(read_flow_npz(tmp_path / "y.npz"), square)
+
+
+def test_arrays_that_are_not_flow(tmp_path: Path) -> None:
+    flow = some_flow()
+    path = tmp_path / "x.npz"
+    for arrays, found in (
+        ({}, "found 0 among nothing"),
+        ({"a": flow, "b": flow}, "found 2 among a.npy, b.npy"),
+        ({"flow": flow[..., 0], "other": flow}, "found 0 among flow.npy"),
+        ({"a": flow.astype(int)}, "found 0"),
+        ({"a": flow.astype(complex)}, "found 0"),
+        ({"a": flow[:0]}, "found 0"),
+        ({"a": flow[None]}, "found 0"),
+        ({"a": np.array([flow, None], dtype=object)}, "found 0"),  # a pickle, which is not loaded
+    ):
+        np.savez(path, **arrays)
+        with pytest.raises(FlowFileError, match=found) as caught:
+            read_flow_npz(path)
+        assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (npy(data=bytes(239)), "says that it holds 5x6 vectors, 240 bytes, but"),
+        (npy(data=bytes(241)), "says that it holds 5x6"),
+        (npy(shape=(10**6, 10**6, 2)), "found 1000000x1000000"),
+        (npy(shape=(2, 99_999, 99_999)), "found 99999x99999"),
+        (npy(shape=(11_000, 11_000, 2)), "says that it holds 11000x11000"),
+        (npy(shape=(-6, 5, 2)), "found 0"),
+        (npy(shape=(6.0, 5, 2)), "found 0"),
+        (npy(shape=(True, 120, 2)), "found 0"),
+        (npy(shape=[6, 5, 2]), "found 0"),
+        (npy(descr="|O"), "found 0"),
+        (npy(descr="<f4,<f4"), "found 0"),
+        (npy(descr="__import__"), "found 0"),
+        (b"\x93NUMPY\x01\x00\x40\x00" + b"(" * 64, "found 0"),
+        (b"\x93NUMPY\x01\x00\xe8\x03" + b"-" * 1000, "found 0"),
+        (b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + bytes(100), "found 0"),
+        (b"\x93NUMPY\x01\x00\x0b\x00{[1, 2]: 3}", "found 0"),
+        (b"\x93NUMPY\x01\x00\x02\x00[]", "found 0"),
+        (b"\x93NUM", "found 0"),
+        (b"", "found 0"),
+        (b"GIF89a" + bytes(500), "found 0"),
+    ],
+)
+@pytest.mark.parametrize("how", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_headers_that_lie(tmp_path: Path, how: int, entry: bytes, message: str) -> None:
+    path = zipped(tmp_path / "x.npz", how, flow=entry)
+    with pytest.raises(FlowFileError, match=message):
+        read_flow_npz(path)
+
+
+def test_bombs_take_no_memory(tmp_path: Path) -> None:
+    size = 11_000 * 11_000 * 8  # 1 GB, still a possible size: so that the lie about it has to be found
+    short = zipped(tmp_path / "short.npz", flow=npy(shape=(11_000, 11_000, 2), data=bytes(1 << 20)))
+    bombs = [short, tmp_path / "lying.npz", tmp_path / "other_way.npz"]
+    header = len(npy(shape=(11_000, 11_000, 2), data=b""))
+    data = bytearray(short.read_bytes())
+    for mark, place in ((b"PK\x01\x02", 24), (b"PK\x03\x04", 22)):  # the unfolded size, in both places where it stands
+        at = data.rindex(mark) + place
+        data[at : at + 4] = struct.pack("<I", size + header)
+    bombs[1].write_bytes(data)
+    zipped(bombs[2], zipfile.ZIP_BZIP2, flow=npy(data=bytes(10 << 20)))
+    for bomb in bombs:
+        tracemalloc.start()
+        try:
+            with pytest.raises(FlowFileError):
+                read_flow_npz(bomb)
+            assert tracemalloc.get_traced_memory()[1] < 4 << 20
+        finally:
+            tracemalloc.stop()
+
+
+def test_damage_anywhere_is_found_or_harmless(tmp_path: Path) -> None:
+    flow = some_flow()
+    write_flow_npz(tmp_path / "x.npz", flow)
+    data = (tmp_path / "x.npz").read_bytes()
+    bad = tmp_path / "bad.npz"
+    for place in range(len(data)):
+        bad.write_bytes(data[:place] + bytes([data[place] ^ (1 << place % 8)]) + data[place + 1 :])
+        try:
+            assert np.array_equal(read_flow_npz(bad), flow)  # a date, say
+        except FlowFileError as error:
+            assert str(bad) in str(error)  # noqa: PT017
+    for length in (0, 1, 30, len(data) // 2, len(data) - 1):
+        bad.write_bytes(data[:length])
+        with pytest.raises(FlowFileError):
+            read_flow_npz(bad)
+
+
+def test_equal_flow_makes_equal_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_flow_npz(tmp_path / name, some_flow(), frame=1)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert zipfile.ZipFile(io.BytesIO((tmp_path / "a").read_bytes())).infolist()[0].date_time[0] == 1980
+
+
+def test_no_file_and_no_flow(tmp_path: Path) -> None:
+    with pytest.raises(SourceNotFoundError, match=r"none\.npz"):
+        read_flow_npz(tmp_path / "none.npz")
+    with pytest.raises(FlowFileError, match="found a folder"):
+        read_flow_npz(tmp_path)
+    with pytest.raises(ValueError, match="flow is"):
+        write_flow_npz(tmp_path / "x.npz", np.zeros((2, 3, 3)))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FlowFileError, match=r"expected an \.npz"):
+        read_flow_npz(tmp_path / "file")
+    with pytest.raises(OutputWriteError, match="file"):
+        write_flow_npz(tmp_path / "file" / "x.npz", np.zeros((2, 3, 2)))

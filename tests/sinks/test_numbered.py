@@ -1,0 +1,330 @@
+"""What every output of one file a flow promises; each line of the table that is one runs all of this."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flowreel.engine.config import SinkConfig
+from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
+from flowreel.engine.errors import OutputExistsError, OutputWriteError, UnknownOutputError
+from flowreel.sinks import numbered, open_sink, publish
+from flowreel.sinks.numbered import NumberedFilesSink, NumberedName, publish_files
+from flowreel.sinks.registry import OUTPUTS, Output
+
+HEIGHT, WIDTH = 19, 23
+INFO = FlowInfo(HEIGHT, WIDTH, frame_rate=None, frame_count=None, source=SourceId("test"))
+COUNT = 7
+WORKERS = (0, 1, 4)
+
+Limit = Callable[[int], AbstractContextManager[None]]  # the fixture files_up_to
+
+
+@pytest.fixture(autouse=True)
+def _nobody_waits_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of small files are written here; that each is durable is what ``test_publish.py`` looks at."""
+    monkeypatch.setattr(publish, "sync_file", lambda path: None)
+
+
+@pytest.fixture(params=[output for output in OUTPUTS if "%" in output.form], ids=lambda output: output.form)
+def output(request: pytest.FixtureRequest) -> Output:
+    found: Output = request.param
+    return found
+
+
+@pytest.fixture(params=WORKERS, ids=lambda workers: f"{workers} workers")
+def workers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(numbered, "encode_workers", lambda: request.param)
+    return int(request.param)
+
+
+@pytest.fixture
+def several(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numbered, "encode_workers", lambda: 3)
+
+
+def some_flows(count: int = COUNT, unknown: bool = False) -> torch.Tensor:
+    """(N, 2, H, W), each different from the others."""
+    flows = torch.from_numpy(np.random.default_rng(5).normal(0, 8, (count, 2, HEIGHT, WIDTH)).astype(np.float32))
+    if unknown:
+        flows[:, 0, 0, 0] = torch.nan
+        flows[:, 1, 1, 1] = torch.inf
+        flows[:, :, 2, 2] = 1.6666668e9
+    return flows
+
+
+def batch_of(flows: torch.Tensor, index: int = 0, frame: int | None = None) -> FlowBatch:
+    frames = np.arange(len(flows)) + (index if frame is None else frame)
+    return FlowBatch(flows, index, frames, frames + 1, frames / 25, (frames + 1) / 25)
+
+
+def sink_for(output: Output, folder: Path, **options: Any) -> NumberedFilesSink:
+    sink = open_sink(output.form.replace("DIR", str(folder)), SinkConfig(**options))
+    assert isinstance(sink, NumberedFilesSink)
+    return sink
+
+
+def written(output: Output, folder: Path, flows: torch.Tensor, sizes: Sequence[int] = (COUNT,)) -> NumberedFilesSink:
+    sink = sink_for(output, folder)
+    sink.open(INFO)
+    index = 0
+    for size in sizes:
+        sink.write(batch_of(flows[index : index + size], index))
+        index += size
+    sink.commit()
+    return sink
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def files_a_flow(output: Output) -> int:
+    return len(sink_for(output, Path("anywhere"))._names)
+
+
+def encoders() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("encode")]
+
+
+@pytest.mark.parametrize("sizes", [(COUNT,), (1,) * COUNT, (3, 1, 3)], ids=str)
+def test_each_flow_gets_its_own_file_whatever_the_batches_and_workers(
+    tmp_path: Path, output: Output, workers: int, sizes: tuple[int, ...]
+) -> None:
+    flows = some_flows(unknown=True)
+    sink = written(output, tmp_path / "all", flows, sizes)
+    assert encoders() == []
+    made = contents(tmp_path / "all")
+    numbers = sorted(made)
+    assert len(made) == COUNT * files_a_flow(output)
+    assert sink.bytes_written == sum(map(len, made.values()))
+    for number in range(COUNT):  # each alone, in a folder of its own, is the same file
+        alone = sink_for(output, tmp_path / str(number))
+        alone.open(INFO)
+        alone.write(batch_of(flows[number : number + 1], index=0, frame=number))
+        alone.commit()
+        assert list(contents(tmp_path / str(number)).values()) == [made[name] for name in numbers[number::COUNT]]
+    assert len(set(made.values())) == len(made)
+
+
+def test_names_follow_the_pattern_and_the_place_in_the_output(tmp_path: Path, output: Output) -> None:
+    sink = sink_for(output, tmp_path / "100%dance")  # a percent sign further up is only a name
+    sink.open(INFO)
+    sink.write(batch_of(some_flows(2), index=12))
+    sink.commit()
+    first = Path(output.form % 12).name
+    assert first in contents(tmp_path / "100%dance")
+    assert len(contents(tmp_path / "100%dance")) == 2 * files_a_flow(output)
+
+
+@pytest.mark.usefixtures("several")
+def test_what_is_there_is_kept_unless_asked(tmp_path: Path, output: Output) -> None:
+    written(output, tmp_path, some_flows())
+    before = contents(tmp_path)
+    with pytest.raises(OutputExistsError, match=rf"{COUNT * files_a_flow(output)} files such as .*--overwrite"):
+        sink_for(output, tmp_path).open(INFO)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.usefixtures("several")
+def test_overwriting_replaces_and_removes_what_a_longer_run_left(tmp_path: Path, output: Output) -> None:
+    written(output, tmp_path, some_flows())
+    (tmp_path / "notes.txt").write_text("not of this pattern")
+    (tmp_path / (Path(output.form % 6).name + ".partial")).write_text("of a run that was killed")
+    old = set(contents(tmp_path))
+    flows = -some_flows(2)
+    sink = sink_for(output, tmp_path, overwrite=True)
+    sink.open(INFO)
+    sink.write(batch_of(flows))
+    assert old - set(contents(tmp_path)) == set()  # all is there until the new run is complete
+    sink.commit()
+    written(output, tmp_path / "fresh", flows, (2,))
+    assert contents(tmp_path / "fresh") | {"notes.txt": b"not of this pattern"} == {
+        file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()
+    }
+    assert any(f"removed {5 * files_a_flow(output) + 1} files" in note for note in sink.notes)
+
+
+@pytest.mark.parametrize("finish", [lambda sink: sink.abort(), lambda sink: sink.commit(complete=False)])
+def test_an_unfinished_run_keeps_whole_files_and_says_so(
+    tmp_path: Path, output: Output, finish: Callable[[NumberedFilesSink], None], workers: int
+) -> None:
+    written(output, tmp_path / "old", some_flows())
+    sink = sink_for(output, tmp_path / "old", overwrite=True)
+    sink.open(INFO)
+    flows = -some_flows(3)
+    sink.write(batch_of(flows))
+    finish(sink)
+    assert encoders() == []
+    written(output, tmp_path / "whole", flows, (3,))
+    new, whole, after = 0, contents(tmp_path / "whole"), contents(tmp_path / "old")
+    written(output, tmp_path / "before", some_flows())
+    for name, data in contents(tmp_path / "before").items():
+        assert after[name] in (data, whole.get(name))
+        new += after[name] == whole.get(name)
+    assert len(after) == COUNT * files_a_flow(output)
+    assert not new or any(f" {new} " in note for note in sink.notes)
+
+
+def test_a_new_sink_that_is_aborted_leaves_an_empty_folder(tmp_path: Path, output: Output) -> None:
+    sink = sink_for(output, tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+    sink.open(INFO)
+    sink.abort()
+    assert contents(tmp_path / "new") == {}
+    assert (sink.bytes_written, sink.notes) == (0, [])
+
+
+def test_an_error_while_encoding_comes_out_and_later_flows_do_not(
+    tmp_path: Path, output: Output, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sink = sink_for(output, tmp_path)
+    encode = type(sink).encode
+
+    def faulty(self: NumberedFilesSink, flow: numbered.SingleFlow) -> numbered.FlowFiles:
+        if flow.frame in (3, 4):
+            raise MemoryError(f"frame {flow.frame}")
+        return encode(self, flow)
+
+    monkeypatch.setattr(type(sink), "encode", faulty)
+    sink.open(INFO)
+
+    def go() -> None:
+        for index, flow in enumerate(some_flows()):
+            sink.write(batch_of(flow[None], index))
+        sink.commit()
+
+    with pytest.raises(MemoryError, match="frame 3"):
+        go()
+    sink.abort()
+    assert encoders() == []
+    assert len(contents(tmp_path)) == 3 * files_a_flow(output)
+    assert any(f"{3 * files_a_flow(output)} finished" in note for note in sink.notes)
+
+
+@pytest.mark.parametrize("step", ["sync_file", "os.replace"])
+@pytest.mark.usefixtures("several")
+def test_being_stopped_while_publishing_leaves_whole_files_only(
+    tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    written(output, tmp_path / "whole", some_flows())
+    sink = sink_for(output, tmp_path / "out")
+    sink.open(INFO)
+    place: Any = publish if step == "sync_file" else os
+    real, calls = getattr(place, step.split(".")[-1]), [0]
+
+    def stopped(*args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 5:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(place, step.split(".")[-1], stopped)
+
+    def go() -> None:
+        sink.write(batch_of(some_flows()))
+        sink.commit()
+
+    with pytest.raises(KeyboardInterrupt):
+        go()
+    sink.abort()
+    assert encoders() == []
+    after, whole = contents(tmp_path / "out"), contents(tmp_path / "whole")
+    assert 0 < len(after) < len(whole)
+    assert after.items() <= whole.items()
+
+
+@pytest.mark.usefixtures("several")
+def test_a_full_disk_is_one_clear_error_and_leaves_nothing_half_written(
+    tmp_path: Path, output: Output, files_up_to: Limit
+) -> None:
+    sink = sink_for(output, tmp_path)
+    sink.open(INFO)
+
+    def go() -> None:
+        sink.write(batch_of(some_flows()))
+        sink.commit()
+
+    with files_up_to(100), pytest.raises(OutputWriteError, match=Path(output.form % 0).suffix):
+        go()
+    sink.abort()
+    assert encoders() == []
+    assert contents(tmp_path) == {}
+
+
+@pytest.mark.usefixtures("several")
+def test_flow_that_nobody_knows_is_no_trouble(tmp_path: Path, output: Output) -> None:
+    for name, value in (("nan", np.nan), ("infinite", -np.inf), ("marked", 1.6666668e9), ("huge", 3e38)):
+        sink = written(output, tmp_path / name, torch.full((1, 2, HEIGHT, WIDTH), value), (1,))
+        assert all(f"{HEIGHT * WIDTH} of {HEIGHT * WIDTH} vectors (1e+02 %)" in note for note in sink.notes)
+    flows = some_flows(3)
+    flows[1:, 0, 0, :2] = torch.nan
+    sink = written(output, tmp_path / "few", flows, (3,))
+    unknown = [note for note in sink.notes if "unknown" in note]
+    assert all(f"4 of {3 * HEIGHT * WIDTH} vectors" in note and "first in frame 1" in note for note in unknown)
+
+
+def test_flow_of_another_size_or_place_is_refused(tmp_path: Path, output: Output) -> None:
+    sink = sink_for(output, tmp_path)
+    sink.open(INFO)
+    with pytest.raises(ValueError, match="opened for"):
+        sink.write(batch_of(torch.zeros(1, 2, HEIGHT, WIDTH + 1)))
+    with pytest.raises(ValueError, match="on the CPU, got meta"):
+        sink.write(batch_of(torch.zeros(1, 2, HEIGHT, WIDTH, device="meta")))
+    sink.write(batch_of(torch.zeros(1, 2, HEIGHT, WIDTH, requires_grad=True)))
+    sink.commit()
+    assert len(contents(tmp_path)) == files_a_flow(output)
+
+
+def test_a_folder_that_cannot_be(tmp_path: Path, output: Output) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputWriteError, match="file"):
+        sink_for(output, tmp_path / "file").open(INFO)
+
+
+@pytest.mark.parametrize("number", ["7", "%s", "%d_%d"])
+def test_a_name_without_one_number(tmp_path: Path, output: Output, number: str) -> None:
+    name = output.form.replace("DIR", str(tmp_path / "%06d")).rsplit("%", 1)[0] + number + output.suffix
+    with pytest.raises(UnknownOutputError, match=r"one number, such as .*%0[56]d") as caught:
+        open_sink(name, SinkConfig())
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name"), [("%d.x", "12.x"), ("a%03d_b.x", "a012_b.x"), ("f%4d.x", "f  12.x"), ("%2d.x", "12.x")]
+)
+def test_patterns(tmp_path: Path, pattern: str, name: str) -> None:
+    numbers = NumberedName(str(tmp_path / pattern), "%06d.x")
+    assert numbers.file(12) == tmp_path / name
+    for other in (name, "012.x", "a12_b.x", "f12.x", f"{name}.partial", "x.x"):
+        (tmp_path / other).touch()
+    assert numbers.present() == {12: tmp_path / name}
+
+
+def test_files_that_belong_together_appear_together_the_first_one_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[str] = []
+    real = os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: (names.append(Path(new).name), real(old, new)))
+    both = {tmp_path / "x": [b"ab", memoryview(np.zeros((2, 3), np.float32))], tmp_path / "y": [b"c"]}
+    assert publish_files(both) == 2 + 24 + 1
+    assert names == ["y", "x"]
+    assert contents(tmp_path) == {"x": b"ab" + bytes(24), "y": b"c"}
+
+
+@pytest.mark.parametrize("too_large", ["x", "y"])
+def test_when_one_of_several_files_does_not_fit_none_is_there(
+    tmp_path: Path, files_up_to: Limit, too_large: str
+) -> None:
+    with files_up_to(100), pytest.raises(OutputWriteError, match=f"/{too_large}"):
+        publish_files({tmp_path / name: [bytes(200 if name == too_large else 1)] for name in "xy"})
+    assert contents(tmp_path) == {}

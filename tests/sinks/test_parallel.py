@@ -1,0 +1,176 @@
+"""The pool: results in order whatever finishes first, bounds kept, the first error out, nothing left running."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from flowreel.sinks import parallel
+from flowreel.sinks.parallel import OrderedPool, encode_workers
+
+LONG_S = 60.0  # an event that takes this long will not come: the test fails, rather than hangs
+
+
+def encoders() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("encode")]
+
+
+def fail(message: str) -> int:
+    raise RuntimeError(message)
+
+
+class Gate:
+    """Calls that wait until they are let through, and how many of them have begun."""
+
+    def __init__(self) -> None:
+        self.opened = threading.Event()
+        self.begun = threading.Semaphore(0)
+
+    def __call__(self, value: int) -> int:
+        self.begun.release()
+        assert self.opened.wait(LONG_S)
+        return value
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_results_come_in_order_and_in_the_callers_thread(workers: int) -> None:
+    taken: list[int] = []
+    threads: set[threading.Thread] = set()
+
+    def take(value: int) -> None:
+        taken.append(value)
+        threads.add(threading.current_thread())
+
+    pool = OrderedPool(take, workers)
+    for value in range(50):
+        pool.submit(lambda value: value * value, value)
+    pool.drain()
+    pool.submit(int, "7")  # a drained pool goes on
+    pool.close()
+    assert taken[:50] == [value * value for value in range(50)]
+    assert threads == {threading.current_thread()}
+    assert encoders() == []
+
+
+def test_a_quick_call_waits_for_a_slow_one_before_it() -> None:
+    taken: list[str] = []
+    pool = OrderedPool(taken.append, workers=2)
+    second_done = threading.Event()
+
+    def first() -> str:
+        assert second_done.wait(LONG_S)  # so it ends after the second, which runs beside it
+        return "first"
+
+    def second() -> str:
+        second_done.set()
+        return "second"
+
+    pool.submit(first)
+    pool.submit(second)
+    pool.drain()
+    pool.close()
+    assert taken == ["first", "second"]
+
+
+def test_no_more_calls_than_the_bound_are_in_flight() -> None:
+    most = [0]
+    running: list[int] = []
+    lock = threading.Lock()
+    pool: OrderedPool[int] = OrderedPool(lambda value: running.remove(value), workers=2)
+    for value in range(40):
+        pool.submit(lambda value: value, value)
+        with lock:
+            running.append(value)
+            most[0] = max(most[0], len(running))
+    pool.drain()
+    pool.close()
+    assert 1 <= most[0] <= 2 * parallel.CALLS_PER_WORKER
+
+
+def test_bytes_are_bounded_and_a_larger_call_goes_alone() -> None:
+    taken: list[int] = []
+    gate = Gate()
+    pool = OrderedPool(taken.append, workers=4, most_bytes=100)
+    pool.submit(gate, 1, nbytes=60)
+    pool.submit(gate, 2, nbytes=40)
+    assert taken == []  # both fit
+    gate.opened.set()
+    pool.submit(gate, 3, nbytes=1)  # 101 bytes: the first has to be taken
+    assert taken[:1] == [1]
+    pool.submit(gate, 4, nbytes=1000)
+    assert taken == [1, 2, 3]
+    pool.submit(gate, 5, nbytes=0)
+    assert taken == [1, 2, 3, 4]
+    pool.drain()
+    pool.close()
+    assert taken == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_the_first_error_comes_out_in_its_place(workers: int) -> None:
+    taken: list[int] = []
+    pool: OrderedPool[int] = OrderedPool(taken.append, workers)
+
+    def go() -> None:
+        for value in range(10):
+            pool.submit(*((fail, f"call {value}") if value in (3, 4) else (abs, value)))
+        pool.drain()
+
+    with pytest.raises(RuntimeError, match="call 3"):
+        go()
+    assert taken == [0, 1, 2]
+    assert encoders() == []
+    with pytest.raises(ValueError, match="closed"):
+        pool.submit(abs, 1)
+    pool.close()  # as often as one likes
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_of_the_taker_ends_it_too(workers: int) -> None:
+    def take(value: int) -> None:
+        if value == 1:
+            raise OSError("disk full")
+
+    pool = OrderedPool(take, workers)
+
+    def go() -> None:
+        for value in range(10):
+            pool.submit(abs, value)
+        pool.drain()
+
+    with pytest.raises(OSError, match="disk full"):
+        go()
+    assert encoders() == []
+
+
+def test_closing_drops_what_waits_and_waits_for_what_runs() -> None:
+    ran: list[int] = []
+    gate = Gate()
+
+    def call(value: int) -> int:
+        gate(value)
+        ran.append(value)
+        return value
+
+    taken: list[int] = []
+    pool = OrderedPool(taken.append, workers=1)
+    pool.submit(call, 1)
+    pool.submit(call, 2)
+    assert gate.begun.acquire(timeout=LONG_S)
+    closing = threading.Thread(target=pool.close)
+    closing.start()
+    gate.opened.set()
+    closing.join(LONG_S)
+    assert not closing.is_alive()
+    assert ran == [1] or ran == [1, 2]  # the second had perhaps begun before the closing did
+    assert taken == []
+    assert encoders() == []
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(None, 1), (1, 1), (2, 1), (6, 3), (16, 8), (128, 8)])
+def test_workers_leave_half_of_the_cores(monkeypatch: pytest.MonkeyPatch, cores: int | None, workers: int) -> None:
+    count: Callable[[], int | None] = lambda: cores  # noqa: E731
+    monkeypatch.setattr(parallel.os, "cpu_count", count)
+    assert encode_workers() == workers
