@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 from flowreel.sinks.registry import known_outputs, open_sink
 
 if TYPE_CHECKING:
+    from flowreel.sinks.color_png import write_color_png
     from flowreel.sinks.flo import read_flo, write_flo
     from flowreel.sinks.kitti import read_kitti, write_kitti
     from flowreel.sinks.npz import read_flow_npz, write_flow_npz
+    from flowreel.sinks.reading import StoredFlow as StoredFlow
+    from flowreel.sinks.reading import frame_rate_of, open_flows
     from flowreel.sinks.store_reader import FlowStore, open_store
     from flowreel.sinks.two_stream import read_two_stream
     from flowreel.sinks.video_writer import VideoWriter
@@ -21,13 +24,16 @@ if TYPE_CHECKING:
 __all__ = [
     "FlowStore",
     "VideoWriter",
+    "frame_rate_of",
     "known_outputs",
+    "open_flows",
     "open_sink",
     "open_store",
     "read_flo",
     "read_flow_npz",
     "read_kitti",
     "read_two_stream",
+    "write_color_png",
     "write_flo",
     "write_flow_npz",
     "write_kitti",
@@ -36,11 +42,14 @@ __all__ = [
 _HOME = {
     "FlowStore": "store_reader",
     "VideoWriter": "video_writer",
+    "frame_rate_of": "reading",
+    "open_flows": "reading",
     "open_store": "store_reader",
     "read_flo": "flo",
     "read_flow_npz": "npz",
     "read_kitti": "kitti",
     "read_two_stream": "two_stream",
+    "write_color_png": "color_png",
     "write_flo": "flo",
     "write_flow_npz": "npz",
     "write_kitti": "kitti",

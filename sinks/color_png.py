@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import struct
 import zlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flowreel.kernels.flow_color import flow_to_color
 from flowreel.sinks.numbered import UNKNOWN, FlowFiles, NumberedFilesSink, SingleFlow, known_vectors
+from flowreel.sinks.publish import publish_bytes, write_errors
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -46,6 +48,12 @@ class ColorPngSink(NumberedFilesSink):
         unknown = int(np.count_nonzero(~known_vectors(flow.flow)))
         pieces = png_pieces(flow_to_color(flow.flow, self._max_flow))
         return FlowFiles((pieces,), {f"{UNKNOWN} and black": unknown})
+
+
+def write_color_png(path: Path, rgb: npt.NDArray[np.uint8]) -> int:
+    """Writes a picture (H, W, 3) as a PNG that appears whole or not at all. Returns its size in bytes."""
+    with write_errors(path):
+        return publish_bytes(path, *png_pieces(rgb))
 
 
 def png_pieces(samples: npt.NDArray[Any]) -> tuple[bytes, ...]:

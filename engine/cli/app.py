@@ -8,10 +8,14 @@ from typing import Annotated
 
 import typer
 
+from flowreel.engine.cli.color import color
 from flowreel.engine.cli.demo import demo
+from flowreel.engine.cli.doctor import doctor
+from flowreel.engine.cli.export import export
 from flowreel.engine.cli.info import info
 from flowreel.engine.cli.run import run
 from flowreel.engine.cli.train import train
+from flowreel.engine.cli.weights import weights_app
 
 app = typer.Typer(
     name="flowreel",
@@ -55,5 +59,8 @@ def _shielded(command: Callable[..., None]) -> Callable[..., None]:
     return shielded
 
 
-for command in (run, demo, info, train):
-    app.command(no_args_is_help=command in (run, info))(_shielded(command))
+NEED_ARGUMENTS = (run, info, color, export)
+
+for command in (run, demo, info, color, export, train, doctor):
+    app.command(no_args_is_help=command in NEED_ARGUMENTS)(_shielded(command))
+app.add_typer(weights_app)

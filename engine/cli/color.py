@@ -1,0 +1,90 @@
+"""``flowreel color``: stored flow as pictures."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flowreel.engine.cli.options import Debug, Quiet
+from flowreel.engine.cli.run import _number
+from flowreel.engine.cli.table import Live, clock, size
+
+if TYPE_CHECKING:
+    from flowreel.engine.paint import ColorReport
+
+
+def color(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IN",
+            help="Files of flow (.flo, .kitti.png, .npz, flow_x_N.jpg), folders or quoted globs of them, stores, or "
+            "slices of stores (X.zarr@10:20).",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        str,
+        typer.Option(
+            "--output",
+            "-o",
+            help="A folder; or X.mp4 or X.mkv for the video alone, or X.png for one flow.",
+            show_default=False,
+        ),
+    ],
+    video: Annotated[bool, typer.Option("--video", "-v", help="Make a video in the folder, too.")] = False,
+    frame_rate: Annotated[str, typer.Option("--frame-rate", "-r", help="Of the video, in frames per second.")] = "30",
+    max_flow: Annotated[
+        str,
+        typer.Option(help="Motion in pixels at full colour; auto: each picture's longest vector, one for the video."),
+    ] = "auto",
+    bound: Annotated[float, typer.Option(help="Pixels at either end of two-stream pictures.")] = 20.0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures and videos that are there.")] = False,
+    queue_mb: Annotated[float, typer.Option(help="Most megabytes that may wait between the stages.")] = 512,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Paint stored flow with the Middlebury colours: a PNG for each flow, and a video.
+
+    [bold]Examples[/bold]
+
+      flowreel color *.flo -o colors -v -r 30
+
+      flowreel color dance.zarr@100:200 -o colors --max-flow 20
+
+      flowreel color dance.zarr -o dance-flow.mp4
+
+      flowreel color 000835.flo -o 000835.png
+    """
+    from flowreel.engine import paint
+
+    with Live(quiet) as live:
+        report = paint.color(
+            inputs,
+            output,
+            video=video,
+            frame_rate=frame_rate,
+            max_flow=_number("max-flow", max_flow, float),
+            progress=live.show,
+            bound=bound,
+            overwrite=overwrite,
+            queue_mb=queue_mb,
+        )
+    if not quiet:
+        for line in summary(report):
+            live.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def summary(report: ColorReport) -> list[str]:
+    """What was painted and how large it is."""
+    flows, pictures = _counted(report.flows, "flow"), _counted(report.pictures, "picture")
+    lines = [f"{flows} painted in {clock(report.seconds)} ({report.flows_per_s:.1f} a second)"]
+    for number, output in enumerate(report.outputs):
+        what = f"{pictures}, " if report.pictures and number == 0 else ""
+        lines += [f"{output.path}  {what}{size(output.bytes_written)}", *(f"  {note}" for note in output.notes)]
+    return [*lines, *(f"note: {note}" for note in report.notes)]
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"

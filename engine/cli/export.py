@@ -1,0 +1,109 @@
+"""``flowreel export``: stored flow into another form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flowreel.engine.cli.options import Debug, Quiet
+from flowreel.engine.cli.run import _number, _write_stats
+from flowreel.engine.cli.table import Live, clock, size
+
+if TYPE_CHECKING:
+    from flowreel.engine.export import ExportReport
+
+
+def export(
+    source: Annotated[
+        list[str],
+        typer.Argument(
+            help="A store, a slice of one (X.zarr@10:20), or a folder, quoted glob or list of files of flow "
+            "(.flo, .kitti.png, .npz, flow_x_N.jpg).",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        list[str],
+        typer.Option(
+            "--output",
+            "-o",
+            help="X.zarr, X.mp4, DIR/%06d.flo, ... as for run. May be given several times.",
+            show_default=False,
+        ),
+    ],
+    start: Annotated[
+        int | None, typer.Option(help="First flow, by number; negative: from the end.", show_default=False)
+    ] = None,
+    stop: Annotated[int | None, typer.Option(help="First flow not taken, likewise.", show_default=False)] = None,
+    max_error: Annotated[float, typer.Option(help="Largest error of stored flow, in pixels; 0 is lossless.")] = 1 / 64,
+    codec: Annotated[str, typer.Option(help="blosc (every reader opens it), pcodec (smaller) or zstd.")] = "blosc",
+    max_flow: Annotated[
+        str, typer.Option(help="Motion in pixels at full colour; auto measures the first flows.")
+    ] = "auto",
+    bound: Annotated[float, typer.Option(help="Pixels at either end of two-stream pictures, in and out.")] = 20.0,
+    frame_rate: Annotated[
+        str | None,
+        typer.Option("--frame-rate", "-r", help="Of files, which carry no times. \\[default: 25]", show_default=False),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace outputs that are there.")] = False,
+    queue_mb: Annotated[float, typer.Option(help="Most megabytes that may wait between the stages.")] = 512,
+    stats: Annotated[
+        Path | None, typer.Option(help="Write what the export did as JSON to this file.", show_default=False)
+    ] = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write stored flow to another form: out of a store, or .flo files into one.
+
+    [bold]Examples[/bold]
+
+      flowreel export dance.zarr -o flows/%06d.flo
+
+      flowreel export dance.zarr@100:200 -o part.zarr -o part.mp4
+
+      flowreel export flows -o dance.zarr --max-error 0 -r 29.97
+
+      flowreel export dance.zarr -o smaller.zarr --codec pcodec
+    """
+    from flowreel.engine import export as exporting
+
+    with Live(quiet) as live:
+        report = exporting.export(
+            source,
+            output,
+            progress=live.show,
+            start=start,
+            stop=stop,
+            max_error=max_error,
+            codec=codec,
+            max_flow=_number("max-flow", max_flow, float),
+            bound=bound,
+            frame_rate=frame_rate,
+            overwrite=overwrite,
+            queue_mb=queue_mb,
+        )
+    if stats is not None:
+        _write_stats(stats, report.as_json())
+    if not quiet:
+        for line in summary(report):
+            live.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def summary(report: ExportReport) -> list[str]:
+    """What was exported, how large it is, and how that compares with ``.flo``."""
+    flows = f"{report.flows} flow{'s' if report.flows != 1 else ''}"
+    lines = [
+        f"{flows} of {report.width}x{report.height} from {report.source} in {clock(report.seconds)} "
+        f"({report.flows_per_s:.1f} a second); as .flo {size(report.flo_bytes)}"
+    ]
+    for output in report.outputs:
+        lines += [f"{output.path}  {size(output.bytes_written)}, {_ratio(report.flo_bytes, output.bytes_written)}"]
+        lines += [f"  {note}" for note in output.notes]
+    return [*lines, *(f"note: {note}" for note in report.notes)]
+
+
+def _ratio(flo_bytes: int, written: int) -> str:
+    smaller = flo_bytes / max(written, 1)
+    return f"{smaller:.1f}x smaller than .flo" if smaller >= 1 else f"{1 / smaller:.1f}x larger than .flo"

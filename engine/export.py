@@ -1,0 +1,210 @@
+"""Stored flow into other outputs: a store, a slice of one, or files of flow, streamed through the pipeline.
+
+read ──▢▢▢▢──┬──▢▢▢▢──> write        the same channels, the same guarantees, as a run's
+             └──▢▢▢▢──> write
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from flowreel.engine.api import OutputReport, Progress, ProgressHook
+from flowreel.engine.config import RunConfig
+from flowreel.engine.data import FlowBatch, FlowInfo, Sink
+from flowreel.engine.errors import UsageError
+from flowreel.engine.pipeline import Pipeline, StageStatistics
+from flowreel.sinks import open_flows, open_sink
+
+if TYPE_CHECKING:
+    from flowreel.sinks import StoredFlow
+
+PathLike = str | os.PathLike[str]
+
+OPTIONS = ("codec", "max_error", "max_flow", "bound", "overwrite", "shard_bytes", "queue_mb")
+FLO_HEADER_BYTES = 12
+FLO_UNKNOWN = 1e10  # pixels; what Middlebury's own tools write for a vector nobody knows
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export did; ``--stats`` writes it as JSON."""
+
+    flows: int
+    seconds: float  # from the first flow asked for to the last output published
+    flows_per_s: float
+    bytes_written: int  # of all outputs
+    flo_bytes: int  # what the same flow takes as .flo files
+    width: int  # pixels
+    height: int
+    source: str
+    outputs: tuple[OutputReport, ...]
+    stages: tuple[StageStatistics, ...]
+    notes: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, object]:
+        """The report as plain values, for a file."""
+        return asdict(self)
+
+
+def export(
+    source: PathLike | Iterable[PathLike],
+    outputs: PathLike | Iterable[PathLike],
+    *,
+    progress: ProgressHook | None = None,
+    start: int | None = None,
+    stop: int | None = None,
+    **options: object,
+) -> ExportReport:
+    """Writes flow that is stored already to one or several other outputs.
+
+    Args:
+        source: a store, finished or not; a slice of one, ``X.zarr@a:b``; a folder, glob or list of files of flow, or
+            a single one (``.flo``, ``.kitti.png``, ``.npz``, two-stream pictures).
+        outputs: where to; the kind follows from each name, as for ``run``. ``{stem}`` stands for the source's name.
+        progress: called a few times a second with a ``Progress``.
+        start, stop: numbers of the flows that are taken, as a Python slice.
+        **options: ``codec``, ``max_error``, ``max_flow``, ``bound``, ``overwrite``, ``queue_mb`` as of ``run``;
+            ``frame_rate`` of files, which carry no times (default 25 a second).
+
+    Returns:
+        What was done and how large it is. Its notes tell what storing the flow had cost before: a lossless copy of a
+        lossy store keeps the store's error.
+
+    Raises:
+        UsageError: options that are impossible, or an output that would destroy what is being read.
+        SourceError, FlowFileError, StoreError, OutputError: before the first flow is read.
+        StageError: reading or writing failed on the way; nothing half-written looks finished.
+    """
+    frame_rate: Any = options.pop("frame_rate", None)
+    config = export_config(options)
+    with ExitStack() as opened:
+        flows = opened.enter_context(
+            closing(open_flows(source, frame_rate=frame_rate, bound=config.sink.bound, start=start, stop=stop))
+        )
+        paths = _output_names(outputs, flows.stem or flows.info.source.name)
+        for path in paths:
+            if flows.reads(path):
+                raise UsageError(f"{path} would replace what is being read: choose another output")
+        sinks = [open_sink(path, config.sink) for path in paths]
+        opened.enter_context(opened_sinks(sinks, flows.info))
+        tallies = [Tally(sink) for sink in sinks]
+        pipeline = Pipeline("read", flows, (), config.queues)
+        started_s = time.perf_counter()
+        pipeline.run(
+            {f"write {tally.sink.path}": tally.consume for tally in tallies},
+            teller(progress, tallies, flows.info.flow_count),
+        )
+        for sink in sinks:
+            sink.commit()
+        seconds = time.perf_counter() - started_s
+        return ExportReport(
+            flows=tallies[0].flows,
+            seconds=seconds,
+            flows_per_s=tallies[0].flows / seconds,
+            bytes_written=sum(sink.bytes_written for sink in sinks),
+            flo_bytes=tallies[0].flows * (FLO_HEADER_BYTES + flows.info.flow_bytes),
+            width=flows.info.width,
+            height=flows.info.height,
+            source=flows.info.source.name,
+            outputs=tuple(output_report(sink) for sink in sinks),
+            stages=pipeline.statistics(),
+            notes=tuple(_notes(flows, frame_rate)),
+        )
+
+
+def export_config(options: dict[str, Any]) -> RunConfig:
+    """The settings of the outputs and queues. Raises UsageError for options that concern only computing flow."""
+    if unknown := sorted(set(options) - set(OPTIONS)):
+        raise UsageError(f"unknown option {', '.join(unknown)}: flow that is stored is not computed again")
+    return RunConfig.of(**options)
+
+
+@contextmanager
+def opened_sinks(sinks: list[Sink], header: FlowInfo) -> Iterator[None]:
+    """Opens the sinks; when anything goes wrong inside, those that are open are aborted."""
+    opened: list[Sink] = []
+    try:
+        for sink in sinks:
+            sink.open(header)
+            opened.append(sink)
+        yield
+    except BaseException:
+        for sink in opened:
+            sink.abort()
+        raise
+
+
+class Counting(Protocol):
+    """What takes flows in a pipeline and knows how many it has."""
+
+    flows: int
+
+
+class Tally:
+    """Writes to one sink and counts what it took."""
+
+    def __init__(self, sink: Sink) -> None:
+        self.sink = sink
+        self.flows = 0
+        self._marks_unknown = sink.path.lower().endswith(".flo")
+
+    def consume(self, flows: Iterator[FlowBatch]) -> None:
+        for batch in flows:
+            self.sink.write(unknown_marked(batch) if self._marks_unknown else batch)
+            self.flows += len(batch)
+
+
+def unknown_marked(batch: FlowBatch) -> FlowBatch:
+    """The batch with NaN and infinity as ``.flo`` readers know unknown vectors: both components beyond 1e9.
+
+    Not all of them look for NaN. Vectors beyond 1e9 stay as they are, so that a ``.flo`` comes back to the bit.
+    """
+    unknown = ~batch.flow.isfinite().all(1, keepdim=True)  # (N, 1, H, W)
+    if not unknown.any():
+        return batch
+    return replace(batch, flow=torch.where(unknown, FLO_UNKNOWN, batch.flow))
+
+
+def teller(
+    progress: ProgressHook | None, tallies: Sequence[Counting], count: int | None
+) -> Callable[[tuple[StageStatistics, ...]], None]:
+    """A pipeline's progress hook that tells the caller's own one how many flows every output has taken."""
+    started_s = time.perf_counter()
+
+    def tell(stages: tuple[StageStatistics, ...]) -> None:
+        if progress is not None:
+            done = min(tally.flows for tally in tallies)
+            progress(Progress(stages, count, done, time.perf_counter() - started_s))
+
+    return tell
+
+
+def output_report(sink: Sink) -> OutputReport:
+    return OutputReport(sink.path, sink.bytes_written, tuple(sink.notes))
+
+
+def _output_names(outputs: PathLike | Iterable[PathLike], stem: str) -> list[str]:
+    given = [outputs] if isinstance(outputs, str | os.PathLike) else list(outputs)
+    paths = [os.fspath(path).replace("{stem}", stem) for path in given]
+    if not paths:
+        raise UsageError("give at least one output")
+    if twice := [path for path in paths if sum(Path(path) == Path(other) for other in paths) > 1]:
+        raise UsageError(f"{twice[0]} is given twice as an output")
+    return paths
+
+
+def _notes(flows: StoredFlow, frame_rate: object) -> Iterator[str]:
+    yield from flows.notes
+    error = flows.info.made_by.get("earlier_max_error")
+    if isinstance(error, float):
+        yield f"the flow was stored within {error:g} px of what had been computed; every output carries that error too"
+    if flows.has_times and frame_rate is not None:
+        yield "a store keeps its own times: the frame rate that was given does not apply"

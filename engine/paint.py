@@ -1,0 +1,264 @@
+"""Stored flow to pictures: a PNG for every flow, a video of them all, as flow2image made them from ``.flo`` files.
+
+read ──▢▢▢▢──> paint ──┬──▢▢▢▢──> write pictures
+                       └──▢▢▢▢──> write video
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from flowreel.engine.api import OutputReport, ProgressHook
+from flowreel.engine.data import FlowBatch, FlowInfo, Sink
+from flowreel.engine.errors import FrameSizeError, OutputExistsError, UnknownOutputError, UsageError
+from flowreel.engine.export import export_config, opened_sinks, output_report, teller
+from flowreel.engine.pipeline import Pipeline, Stage, StageStatistics
+from flowreel.kernels import flow_to_color
+from flowreel.sinks import frame_rate_of, open_flows, open_sink, write_color_png
+
+if TYPE_CHECKING:
+    from flowreel.sinks import StoredFlow
+
+PathLike = str | os.PathLike[str]
+
+FRAME_RATE = 30  # of the video, frames per second: flow2image's own
+VIDEO_SUFFIXES = (".mp4", ".mkv")
+OTHER_SUFFIXES = (".zarr", ".flo", ".npz", ".jpg", ".jpeg", ".gif", ".avi", ".mov", ".webm")  # surely no folders
+
+
+@dataclass(frozen=True)
+class ColorReport:
+    """What ``color`` did."""
+
+    flows: int
+    seconds: float  # from the first flow asked for to the last output published
+    flows_per_s: float
+    bytes_written: int
+    pictures: int
+    outputs: tuple[OutputReport, ...]  # the folder or the picture, then the video
+    stages: tuple[StageStatistics, ...]
+    notes: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, object]:
+        """The report as plain values, for a file."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Painted:
+    """One flow and its picture."""
+
+    batch: FlowBatch  # of this flow alone
+    rgb: torch.Tensor  # (H, W, 3) uint8, on the CPU
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (*self.batch.tensors, self.rgb)
+
+    @property
+    def last_frame(self) -> int:
+        return self.batch.last_frame
+
+
+def color(
+    inputs: PathLike | Iterable[PathLike],
+    output: PathLike,
+    *,
+    video: bool = False,
+    frame_rate: Fraction | float | str = FRAME_RATE,
+    max_flow: float | str | None = None,
+    progress: ProgressHook | None = None,
+    **options: object,
+) -> ColorReport:
+    """Paints stored flow with the Middlebury colours.
+
+    Args:
+        inputs: files of flow (``.flo``, ``.kitti.png``, ``.npz``, two-stream pictures), folders or globs of them,
+            stores, or slices of stores, ``X.zarr@a:b``.
+        output: a folder, which gets ``NAME.flo.png`` for ``NAME.flo`` and ``STEM_000012.png`` for frame 12 of the
+            store ``STEM.zarr``; or ``X.mp4`` or ``X.mkv`` for the video alone; or ``X.png`` for one single flow.
+        video: also make a video in the folder, ``NAME.flo.mp4`` after the first file (``STEM.flo.mp4`` for a store).
+        frame_rate: of the video, frames per second; every flow is shown for as long as the next.
+        max_flow: length in pixels that gets the full colour. None or "auto": in each picture its own longest vector;
+            in the video one for the whole clip, found from the first flows.
+        progress: called a few times a second with a ``Progress``.
+        **options: ``overwrite``, ``bound``, ``queue_mb`` as of ``run``.
+
+    Unknown vectors are black. The flows may differ in size, but not in a video. Each picture appears whole or not at
+    all; those that were finished before something failed stay.
+
+    Raises:
+        UsageError: options that are impossible together, or two flows whose pictures would have one name.
+        SourceError, FlowFileError, StoreError, OutputError: before the first flow is painted.
+        StageError: reading, painting or writing failed on the way.
+    """
+    rate = frame_rate_of(frame_rate)
+    config = export_config({**options, "max_flow": "auto" if max_flow is None else max_flow})
+    names = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
+    with ExitStack() as opened:
+        readers = [opened.enter_context(closing(reader)) for reader in _readers(names, rate, config.sink.bound)]
+        titles = [title for reader in readers for title in _picture_names(reader)]
+        pictures, videos = _places(os.fspath(output), video, titles, readers[0])
+        _require_free([*pictures, *videos], readers, config.sink.overwrite)
+        sinks = [open_sink(path, config.sink) for path in videos]
+        header = replace(readers[0].info, frame_rate=rate, frame_count=len(titles) + 1)
+        opened.enter_context(opened_sinks(sinks, header))
+        writers: list[PictureWriter | VideoFeed] = [VideoFeed(sink, header, titles) for sink in sinks]
+        if pictures:
+            writers.insert(0, PictureWriter(os.fspath(output), pictures))
+        stages = [Stage("paint", painted(config.sink.max_flow))] if pictures else []
+        pipeline = Pipeline("read", _one_by_one(readers), stages, config.queues)
+        started_s = time.perf_counter()
+        tell = teller(progress, writers, len(titles))
+        pipeline.run({f"write {writer.path}": writer.consume for writer in writers}, tell)
+        for sink in sinks:
+            sink.commit()
+        seconds = time.perf_counter() - started_s
+        reports = tuple(writer.report() for writer in writers)
+        return ColorReport(
+            flows=len(titles),
+            seconds=seconds,
+            flows_per_s=len(titles) / seconds,
+            bytes_written=sum(report.bytes_written for report in reports),
+            pictures=len(pictures),
+            outputs=reports,
+            stages=pipeline.statistics(),
+            notes=tuple(note for reader in readers for note in reader.notes),
+        )
+
+
+def painted(max_flow: float | None) -> Callable[[Iterator[FlowBatch]], Iterator[Painted]]:
+    """The stage that paints: one flow in, the flow and its picture out."""
+
+    def paint(flows: Iterator[FlowBatch]) -> Iterator[Painted]:
+        for batch in flows:
+            rgb = flow_to_color(batch.flow[0].permute(1, 2, 0).numpy(), max_flow)  # an array: no torch threads
+            yield Painted(batch, torch.from_numpy(rgb))
+
+    return paint
+
+
+class PictureWriter:
+    """Encodes pictures as PNG, each published by itself."""
+
+    def __init__(self, path: str, pictures: Sequence[Path]) -> None:
+        self.path = path  # the folder, or the one picture
+        self.flows = 0
+        self._pictures = pictures
+        self._bytes = 0
+
+    def consume(self, flows: Iterator[Painted]) -> None:
+        for flow in flows:
+            picture = self._pictures[self.flows]
+            self._bytes += write_color_png(picture, flow.rgb.numpy())
+            self.flows += 1
+
+    def report(self) -> OutputReport:
+        return OutputReport(self.path, self._bytes)
+
+
+class VideoFeed:
+    """Hands the flows to the video, at a steady rate whatever their own times are."""
+
+    def __init__(self, sink: Sink, header: FlowInfo, titles: Sequence[str]) -> None:
+        assert header.frame_rate is not None
+        self.path = sink.path
+        self.flows = 0
+        self._sink = sink
+        self._size = (header.height, header.width)
+        self._rate = float(header.frame_rate)
+        self._titles = titles
+
+    def consume(self, flows: Iterator[Painted | FlowBatch]) -> None:
+        for item in flows:
+            batch = item.batch if isinstance(item, Painted) else item
+            height, width = batch.flow.shape[2:]
+            if (height, width) != self._size:
+                here, first = (self._titles[number].removesuffix(".png") for number in (self.flows, 0))
+                raise FrameSizeError(
+                    f"{here} is {width}x{height}, but {first} is {self._size[1]}x{self._size[0]}: "
+                    "a video needs flow of one size; pictures do not"
+                )
+            times_s = np.array([self.flows, self.flows + 1]) / self._rate
+            self._sink.write(replace(batch, index=self.flows, timestamp_s=times_s[:1], timestamp_to_s=times_s[1:]))
+            self.flows += 1
+
+    def report(self) -> OutputReport:
+        return output_report(self._sink)
+
+
+def _readers(names: Sequence[PathLike], frame_rate: Fraction, bound: float) -> Iterator[StoredFlow]:
+    """Opens the inputs in the order given; neighbouring files of one kind go together, in natural order."""
+
+    def together(name: PathLike) -> tuple[bool, str]:
+        is_file = Path(name).is_file()
+        return is_file, Path(name).suffix.lower() if is_file else os.fspath(name)
+
+    if not names:
+        raise UsageError("name at least one store, folder or file of flow")
+    for (_, _), group in groupby(names, together):
+        yield open_flows(list(group), frame_rate=frame_rate, bound=bound, one_size=False)
+
+
+def _one_by_one(readers: Sequence[StoredFlow]) -> Iterator[FlowBatch]:
+    """The flows of all readers, each in a batch of its own; no copies."""
+    for reader in readers:
+        for batch in reader:
+            for place in range(len(batch)):
+                one = slice(place, place + 1)
+                yield FlowBatch(
+                    batch.flow[one],
+                    batch.index + place,
+                    batch.frame[one],
+                    batch.frame_to[one],
+                    batch.timestamp_s[one],
+                    batch.timestamp_to_s[one],
+                )
+
+
+def _picture_names(reader: StoredFlow) -> list[str]:
+    """``000001.flo.png`` of a file, ``dance_000001.png`` of a store's flow."""
+    return [f"{name}.png" if reader.stem is None else f"{reader.stem}_{name}.png" for name in reader.names]
+
+
+def _places(output: str, video: bool, names: list[str], first: StoredFlow) -> tuple[list[Path], list[str]]:
+    """Where each picture goes, and where the video; neither may be wanted."""
+    place = Path(output)
+    suffix = "" if place.is_dir() else place.suffix.lower()
+    if suffix in VIDEO_SUFFIXES:
+        return [], [output]
+    if suffix in OTHER_SUFFIXES or "%" in place.name:
+        raise UnknownOutputError(
+            f"expected a folder, X.png, X.mp4 or X.mkv, got {output!r}; flowreel export makes other outputs"
+        )
+    if suffix == ".png":
+        if video or len(names) > 1:
+            raise UsageError(f"{output} takes the picture of one flow, and here are {len(names)}: give a folder")
+        return [place], []
+    if len(set(names)) < len(names):
+        twice = next(name for name, before in zip(sorted(names)[1:], sorted(names), strict=False) if name == before)
+        raise UsageError(f"two of the flows would both be painted as {twice}: paint them into different folders")
+    title = f"{first.names[0] if first.stem is None else first.stem + '.flo'}.mp4"
+    return [place / name for name in names], [str(place / title)] if video else []
+
+
+def _require_free(places: Sequence[Path | str], readers: Sequence[StoredFlow], overwrite: bool) -> None:
+    """Raises OutputExistsError for what is there already, UsageError for what is being read."""
+    for place in places:
+        if any(reader.reads(str(place)) for reader in readers):
+            raise UsageError(f"{place} is being read: choose another output")
+    present = [] if overwrite else [place for place in places if os.path.lexists(place)]
+    if present:
+        others = f" and {len(present) - 1} others are" if len(present) > 1 else " is"
+        raise OutputExistsError(f"{present[0]}{others} already there: pass --overwrite to replace, or choose another")

@@ -1,0 +1,242 @@
+"""Stored flow as a stream: a store, or files of flow, a few fields at a time. ``reading.py`` opens them by name.
+
+Both are FlowReaders (see ``engine/data.py``) with three things more: ``stem`` and ``has_times``, which tell a store
+from files, and ``reads``, with which a caller makes sure not to overwrite what it is still reading.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
+from flowreel.engine.errors import FlowFileError, FlowreelError, FrameSizeError
+from flowreel.sinks.publish import partial_path
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from flowreel.sinks.store_reader import FlowStore
+
+    Float32Array = npt.NDArray[np.float32]
+
+FRAME_RATE = Fraction(25)  # of flow without times; image sequences are read at the same rate
+BATCH_BYTES = 16 << 20  # of float32 flow that travels together: one field of 1920x1080
+BATCH_FLOWS = 8  # of small fields; more would gain nothing
+
+# What a store's attributes say about the storing itself. The next store writes its own.
+_STORAGE_ATTRIBUTES = {"format_version", "software_version", "source", "frame_rate", "max_error", "codec"}
+_STORAGE_ATTRIBUTES |= {"resolution", "native"}  # what is read is full resolution, however it was stored
+_SOURCE_FIELDS = [field.name for field in fields(SourceId)]
+
+
+class StoreFlows:
+    """The flows ``numbers`` of a store, with the frame numbers and times it keeps.
+
+    ``info.made_by`` has the store's attributes, and in ``earlier_max_error`` (pixels) what storing has cost so far.
+    Iterating raises DamagedStoreError naming the flow and its frame.
+    """
+
+    has_times = True
+
+    def __init__(self, store: FlowStore, numbers: range) -> None:
+        self.stem = store_stem(store.path)
+        self._store = store
+        self._numbers = numbers
+        self._closed = False
+        attributes: dict[str, Any] = store.attrs
+        source = attributes.get("source") or {}
+        rate = attributes.get("frame_rate")
+        self.info = FlowInfo(
+            height=store.shape[2],
+            width=store.shape[3],
+            frame_rate=None if rate is None else Fraction(rate),
+            frame_count=len(numbers) + 1,
+            source=SourceId(**{"name": self.stem} | {name: source[name] for name in _SOURCE_FIELDS if name in source}),
+            made_by=_how_it_was_made(attributes),
+        )
+        self.notes: list[str] = []
+        if not store.complete:
+            self.notes.append(f"{store.path} is unfinished: {store.available} of {len(store)} flows are there")
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The number of each flow's first frame: ``000001``."""
+        return [f"{frame:06d}" for frame in self._store.frame[self._numbers.start : self._numbers.stop].tolist()]
+
+    def __iter__(self) -> Iterator[FlowBatch]:
+        store, first, last = self._store, self._numbers.start, self._numbers.stop
+        length = batch_length(self.info)
+        for start in range(first, last, length):
+            if self._closed:
+                return
+            part = slice(start, min(start + length, last))
+            yield FlowBatch(
+                flow=torch.from_numpy(store[part]),
+                index=start - first,
+                frame=store.frame[part],
+                frame_to=store.frame_to[part],
+                timestamp_s=store.timestamps_s[part],
+                timestamp_to_s=store.timestamps_to_s[part],
+            )
+
+    def reads(self, output: str) -> bool:
+        """Whether writing ``output`` would destroy flow before it is read: an unfinished store makes way at once."""
+        return not self._store.complete and _same(partial_path(Path(output)), Path(self._store.path))
+
+    def close(self) -> None:
+        self._closed = True
+
+
+class FileFlows:
+    """Files of flow, one field each, opened one at a time. Frame k of the source is the k-th file, from 0.
+
+    Args:
+        paths: in order.
+        numbers: which of them, counted from 0.
+        read: gives the flow of a file: (H, W, 2) floats, pixels.
+        frame_rate: what the times are made from; None: 25 a second, with a note.
+        one_size: whether a file of another size than the first one is a FrameSizeError. If not, ``info`` tells the
+            first one's size, and no batch holds two sizes.
+
+    Raises, at once for the first file and while iterating for the others: FlowFileError, SourceNotFoundError,
+    FrameSizeError, each naming the file.
+    """
+
+    stem = None
+    has_times = False
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        numbers: range,
+        read: Callable[[Path], npt.NDArray[Any]],
+        *,
+        frame_rate: Fraction | None = None,
+        one_size: bool = True,
+    ) -> None:
+        self._paths = paths
+        self._numbers = numbers
+        self._read_file = read
+        self._one_size = one_size
+        self._closed = False
+        self._rate = frame_rate or FRAME_RATE
+        first = paths[numbers[0]]
+        height, width = self._read(first).shape[1:]
+        self.info = FlowInfo(
+            height=height,
+            width=width,
+            frame_rate=self._rate,
+            frame_count=len(numbers) + 1,
+            source=SourceId(first.absolute().parent.name, sum(path.stat().st_size for path in paths)),
+            made_by={"imported_from": f"{len(numbers)} files such as {first.name}"},
+        )
+        self.notes: list[str] = []
+        if frame_rate is None:
+            self.notes.append(f"files of flow carry no times: {FRAME_RATE} frames per second are assumed")
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The files' names without their folders: ``000001.flo``."""
+        return [self._paths[number].name for number in self._numbers]
+
+    def __iter__(self) -> Iterator[FlowBatch]:
+        waiting: list[Float32Array] = []  # of one size
+        first = self._numbers.start
+        for number in self._numbers:
+            if self._closed:
+                return
+            flow = self._read(self._paths[number])
+            if self._one_size:
+                self._expect_size(self._paths[number], flow)
+            if waiting and (flow.shape != waiting[0].shape or _is_full(waiting)):
+                yield self._batch(waiting, first)
+                waiting, first = [], number
+            waiting.append(flow)
+        yield self._batch(waiting, first)
+
+    def reads(self, output: str) -> bool:
+        """Whether ``output`` is one of these files, or writes files of their kind beside them."""
+        place = Path(output)
+        if "%" in place.name and place.suffix.lower() == self._paths[0].suffix.lower():
+            return any(_same(place.parent, folder) for folder in {path.parent for path in self._paths})
+        return any(_same(place, path) for path in self._by_name.get(place.name, ()))
+
+    def close(self) -> None:
+        self._closed = True
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[Path]]:
+        """So that thousands of outputs can be looked up."""
+        by_name: dict[str, list[Path]] = {}
+        for path in self._paths:
+            by_name.setdefault(path.name, []).append(path)
+        return by_name
+
+    def _batch(self, flows: list[Float32Array], first: int) -> FlowBatch:
+        """The flows of the files from number ``first`` on."""
+        frame = np.arange(first, first + len(flows), dtype=np.int64)
+        rate = float(self._rate)
+        return FlowBatch(
+            flow=torch.from_numpy(np.stack(flows)),
+            index=first - self._numbers.start,
+            frame=frame,
+            frame_to=frame + 1,
+            timestamp_s=frame / rate,
+            timestamp_to_s=(frame + 1) / rate,
+        )
+
+    def _read(self, path: Path) -> Float32Array:
+        """(2, H, W) float32, pixels; a view of what the format's own reader gives."""
+        try:
+            flow = self._read_file(path)
+        except OSError as error:
+            if isinstance(error, FlowreelError):
+                raise
+            raise FlowFileError(f"{path} cannot be read: {error.strerror or error}") from error
+        return np.asarray(flow, np.float32).transpose(2, 0, 1)
+
+    def _expect_size(self, path: Path, flow: Float32Array) -> None:
+        (height, width), info = flow.shape[1:], self.info
+        if (height, width) != (info.height, info.width):
+            raise FrameSizeError(
+                f"{path} is {width}x{height}, but {self._paths[self._numbers[0]].name} is {info.width}x{info.height}: "
+                "flow that goes into one output must be of one size"
+            )
+
+
+def batch_length(info: FlowInfo) -> int:
+    """Flows of this size that travel together."""
+    return max(1, min(BATCH_FLOWS, BATCH_BYTES // info.flow_bytes))
+
+
+def store_stem(path: str) -> str:
+    """``dance`` of ``dance.zarr``, ``dance.flow.zarr`` or ``dance.flow.zarr.partial``."""
+    name = Path(path).name
+    for ending in (".partial", ".zarr", ".flow"):
+        name = name.removesuffix(ending) or name
+    return name
+
+
+def _how_it_was_made(attributes: dict[str, Any]) -> dict[str, Any]:
+    """What a copy of the store should say about its flow."""
+    made_by = {name: value for name, value in attributes.items() if name not in _STORAGE_ATTRIBUTES}
+    made_by.setdefault("first_stored_by", attributes.get("software_version"))
+    error = float(attributes["max_error"]) + float(made_by.get("earlier_max_error") or 0)
+    return made_by | ({"earlier_max_error": error} if error else {})
+
+
+def _is_full(flows: list[Float32Array]) -> bool:
+    return len(flows) >= BATCH_FLOWS or (len(flows) + 1) * flows[0].nbytes > BATCH_BYTES
+
+
+def _same(one: Path, other: Path) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)

@@ -1,0 +1,216 @@
+"""Opens stored flow by name, whatever its form: a store or a slice of one, a folder, glob or list of files of flow.
+
+A kind of file is one line in ``FLOW_FILES``; its reader is found by name and imported when the first such file is.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flowreel.engine.errors import FlowFileError, SourceNotFoundError, StoreError, UsageError
+from flowreel.sinks.flow_readers import FileFlows, StoreFlows
+from flowreel.sinks.store_reader import open_store
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+PathLike = str | os.PathLike[str]
+StoredFlow = StoreFlows | FileFlows
+
+
+@dataclass(frozen=True)
+class FlowFile:
+    """One line of the table: which files, and what reads one of them."""
+
+    form: str  # how a user writes it
+    name: str  # regular expression of the lower-case file name; the first line that fits wins
+    module: str
+    function: str  # function(path) -> (H, W, 2) float32 pixels, or a tuple that begins with it; unknown: NaN or > 1e9
+    takes_bound: bool = False  # function(path, bound), bound in pixels
+
+
+FLOW_FILES = (
+    FlowFile("X.flo", r".*\.flo", "flowreel.sinks.flo", "read_flo"),
+    FlowFile("X.kitti.png", r".*\.kitti\.png", "flowreel.sinks.kitti", "read_kitti"),
+    FlowFile("X.npz", r".*\.npz", "flowreel.sinks.npz", "read_flow_npz"),
+    FlowFile("flow_x_N.jpg", r"flow_x_[^.]*\.(jpe?g|png)", "flowreel.sinks.two_stream", "read_two_stream", True),
+)
+# KITTI's own files are named 000000_10.png, like any picture: taken for flow only where nothing else is.
+PLAIN_PNG = FlowFile("X.png as KITTI writes it", r".*\.png", "flowreel.sinks.kitti", "read_kitti")
+
+_SECOND_HALF = re.compile(r"flow_y_[^.]*\.(jpe?g|png)")  # found from its other half
+_SLICE = re.compile(r"(?P<store>.+?)/?@(?P<part>-?\d+|(-?\d+)?:(-?\d+)?)")
+
+
+def open_flows(
+    name_or_names: PathLike | Iterable[PathLike],
+    *,
+    frame_rate: Fraction | float | str | None = None,
+    bound: float = 20.0,
+    start: int | None = None,
+    stop: int | None = None,
+    one_size: bool = True,
+) -> StoredFlow:
+    """Opens stored flow for reading in order, a few fields at a time.
+
+    Args:
+        name_or_names: a store ``X.zarr`` or an unfinished ``X.zarr.partial`` (what is there of it is given, with a
+            note); a part of a store, ``X.zarr@a:b`` (flows a to b-1, as Python slices) or ``X.zarr@a`` (one flow),
+            unless a file has that very name; a folder, a glob, a single file or a list of files of flow, of one kind,
+            which are read in natural order: frame2 before frame10.
+        frame_rate: frames per second of files, which carry no times; None: 25, with a note. Stores keep their times.
+        bound: pixels that the darkest and lightest grey of two-stream pictures stand for.
+        start, stop: flow numbers within what the name gives, as a Python slice.
+        one_size: whether files of different sizes are a FrameSizeError. If not, no batch holds two sizes.
+
+    Raises:
+        SourceNotFoundError, StoreNotFoundError: nothing by that name, or no file of flow in the folder.
+        FlowFileError: a file that is not what its name says, files of several kinds, or of none that is known.
+        DamagedStoreError, StoreError: a store that cannot be read, or that holds no flow yet.
+        UsageError: a slice without flows in it, or a frame rate that is none.
+    """
+    rate = None if frame_rate is None else frame_rate_of(frame_rate)
+    given = [name_or_names] if isinstance(name_or_names, str | os.PathLike) else name_or_names
+    names = [os.fspath(name) for name in given]
+    name = names[0] if len(names) == 1 else f"the {len(names)} files given"
+    if len(names) == 1:
+        store_name, part = _store_and_part(name)
+        if store_name is not None:
+            store = open_store(store_name)
+            return StoreFlows(store, _numbers(store.available, name, part, slice(start, stop)))
+        found, strict = _find(name)
+    else:
+        found, strict = _listed(names), True
+    kind, paths = _of_one_kind(name, found, strict)
+    numbers = _numbers(len(paths), name, slice(start, stop))
+    return FileFlows(paths, numbers, _reader(kind, bound), frame_rate=rate, one_size=one_size)
+
+
+def _store_and_part(name: str) -> tuple[str | None, slice | int]:
+    """The store that ``name`` means, None if it means files, and which of its flows."""
+    if _is_store(name):
+        return name, slice(None)
+    match = None if os.path.lexists(name) else _SLICE.fullmatch(name)
+    if match is None or not _is_store(match["store"]):
+        return None, slice(None)
+    if ":" not in match["part"]:
+        return match["store"], int(match["part"])
+    start, stop = (int(number) if number else None for number in match["part"].split(":"))
+    return match["store"], slice(start, stop)
+
+
+def _is_store(name: str) -> bool:
+    named_so = name.rstrip("/").lower().endswith((".zarr", ".zarr.partial"))
+    return named_so or Path(name, "zarr.json").is_file()
+
+
+def _numbers(count: int, name: str, *parts: slice | int) -> range:
+    """Which of ``count`` flows are meant, each part counted within the one before. Never empty."""
+    if count == 0:
+        raise StoreError(f"{name} holds no flow yet")
+    numbers = range(count)
+    for part in parts:
+        if isinstance(part, int):
+            if not -len(numbers) <= part < len(numbers):
+                raise UsageError(f"{name}: there is no flow {part}, only {_counted(count)}")
+            part = slice(part % len(numbers), part % len(numbers) + 1)
+        numbers = numbers[part]
+        if not numbers:
+            ends = ("" if end is None else end for end in (part.start, part.stop))
+            raise UsageError(f"{name}: no flow lies in {':'.join(map(str, ends))}, there are only {_counted(count)}")
+    return numbers
+
+
+def _counted(count: int) -> str:
+    return "one, number 0" if count == 1 else f"{count}, numbered 0 to {count - 1}"
+
+
+def frame_rate_of(value: Fraction | float | str) -> Fraction:
+    """Frames per second as a user gives them. Raises UsageError for what is no positive number."""
+    try:
+        rate = Fraction(str(value))
+    except (ValueError, ZeroDivisionError):
+        rate = Fraction(0)
+    if rate <= 0:
+        raise UsageError(f"frame-rate must be a positive number such as 25, 29.97 or 30000/1001, got {value!r}")
+    return rate
+
+
+def _find(name: str) -> tuple[list[Path], bool]:
+    """The files of a folder or glob, or the one file; and whether each was meant by name."""
+    place = Path(name)
+    if place.is_dir():
+        found = list(place.iterdir())
+    elif os.path.lexists(place):
+        return [place], True
+    else:
+        found = [Path(match) for match in glob.glob(name, recursive=True)]
+        if not found:
+            missing = "nothing matches" if glob.has_magic(name) else "nothing is at"
+            raise SourceNotFoundError(f"{missing} {name}: expected a flow store, or files such as {_known_forms()}")
+    return [path for path in found if not path.name.startswith(".") and path.is_file()], False
+
+
+def _listed(names: list[str]) -> list[Path]:
+    """The files of a list. A store, a folder or a glob cannot be one of many: where would its flow go?"""
+    if not names:
+        raise UsageError("name at least one store, folder or file of flow")
+    for name in names:
+        if Path(name).is_dir():
+            raise UsageError(f"{name} is a folder or store: several inputs at once must all be files of flow")
+        if not Path(name).is_file():
+            raise SourceNotFoundError(f"nothing is at {name}: expected a file such as {_known_forms()}")
+    return [Path(name) for name in names]
+
+
+def _of_one_kind(name: str, found: list[Path], strict: bool) -> tuple[FlowFile, list[Path]]:
+    """The kind of the files and the files in natural order; those of no kind are left out unless ``strict``."""
+    by_kind: dict[FlowFile, list[Path]] = {}
+    for path in found:
+        kind = None if _SECOND_HALF.fullmatch(path.name.lower()) else _kind(path)
+        if kind is not None:
+            by_kind.setdefault(kind, []).append(path)
+        elif strict and not _SECOND_HALF.fullmatch(path.name.lower()):
+            raise FlowFileError(f"{path} is no kind of flow file that is known: expected {_known_forms()}")
+    if not strict and len(by_kind) > 1:
+        by_kind.pop(PLAIN_PNG, None)  # pictures beside the flow
+    if not by_kind:
+        raise SourceNotFoundError(f"{name}: no files of flow there; expected {_known_forms()}")
+    if len(by_kind) > 1:
+        kinds = ", ".join(f"{len(paths)} {kind.form}" for kind, paths in by_kind.items())
+        raise FlowFileError(f"{name}: files of one kind are expected, found {kinds}: name those that are meant")
+    ((kind, paths),) = by_kind.items()
+    return kind, sorted(paths, key=natural_order)
+
+
+def _kind(path: Path) -> FlowFile | None:
+    name = path.name.lower()
+    return next((kind for kind in (*FLOW_FILES, PLAIN_PNG) if re.fullmatch(kind.name, name)), None)
+
+
+def _reader(kind: FlowFile, bound: float) -> Callable[[Path], npt.NDArray[Any]]:
+    function = getattr(import_module(kind.module), kind.function)
+
+    def read(path: Path) -> Any:
+        result = function(path, bound) if kind.takes_bound else function(path)
+        return result[0] if isinstance(result, tuple) else result
+
+    return read
+
+
+def _known_forms() -> str:
+    return ", ".join(kind.form for kind in FLOW_FILES)
+
+
+def natural_order(path: Path) -> tuple[list[int | str], str]:
+    """Sort key under which numbers inside names count as numbers, in every part of the path."""
+    parts = re.split(r"([0-9]+)", str(path).casefold())  # text, digits, text, ...
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], str(path)
