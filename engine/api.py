@@ -1,6 +1,6 @@
 """The whole chain, written once: frames -> pairs -> batches -> flow -> restored flow -> outputs.
 
-run()     a source into outputs, to the end; the command line's main job
+run()     a source into outputs, to the end; the command line's main job. ``engine/many.py`` does it to many sources
 stream()  the same flow, batch by batch, to the caller's own loop
 """
 
@@ -12,17 +12,17 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 from flowreel.engine.config import RunConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, Sink, Source
 from flowreel.engine.device import Streams, device_name, download, upload
 from flowreel.engine.errors import TooFewFramesError, TruncatedSourceError, UsageError
-from flowreel.engine.inference import Inference, prepare
+from flowreel.engine.inference import Inference, Network, load_network
 from flowreel.engine.pairing import batches, pairs
 from flowreel.engine.pipeline import Pipeline, Stage, StageStatistics
 from flowreel.engine.restore import restore
-from flowreel.engine.sources import open_source
+from flowreel.engine.sources import STDIN, MayWait, open_source, source_stem
 from flowreel.sinks import open_sink
 
 FLO_HEADER_BYTES = 12
@@ -87,13 +87,14 @@ def run(
     """Computes the optical flow of a source and writes it to one or several outputs.
 
     Args:
-        source: a video file, a folder or glob of images, or ``synthetic:NAME``.
-        outputs: where to; the kind follows from each name (``X.zarr``, ``X.mp4``, ``DIR/%06d.flo``, ...). None:
-            ``STEM.flow.zarr`` in the working folder. Missing folders are created.
-        progress: called a few times a second with a ``Progress``.
+        source: a video file, a folder or glob of images, ``synthetic:NAME``, or ``-``: YUV4MPEG2 on stdin.
+        outputs: where to; the kind follows from each name (``X.zarr``, ``X.mp4``, ``DIR/%06d.flo``, ...), in which
+            ``{stem}`` stands for the source's name. None: ``{stem}.flow.zarr`` in the working folder. Missing folders
+            are created.
+        progress: called with a ``Progress`` when the outputs are open, and then a few times a second.
         **options: as of ``flowreel run``, by the same names: ``model``, ``weights``, ``device``, ``decoder``,
             ``batch``, ``precision``, ``fit``, ``start``, ``stop``, ``step``, ``stream``, ``direction``,
-            ``max_error``, ``codec``, ``max_flow``, ``overwrite``, ``tolerate_truncation``, ``queue_mb``.
+            ``max_error``, ``codec``, ``max_flow``, ``bound``, ``overwrite``, ``tolerate_truncation``, ``queue_mb``.
 
     Returns:
         What was done, how fast, and how large it is.
@@ -104,13 +105,23 @@ def run(
         StageError: a stage failed on the way; its ``__cause__`` is the error. Nothing half-written looks finished.
         TruncatedSourceError: the source gave less than it promised; what it gave is kept under an unfinished name.
     """
-    began_s = time.perf_counter()
     config = RunConfig.of(**options)
+    return run_one(source, output_names(outputs, source), config, lambda: load_network(config.model), progress)
+
+
+def run_one(
+    source: PathLike,
+    paths: list[str],
+    config: RunConfig,
+    network: Callable[[], Network],
+    progress: ProgressHook | None = None,
+) -> RunReport:
+    """``run`` with everything about it settled but the network, which is asked for once the source is open."""
+    began_s = time.perf_counter()
     with ExitStack() as opened:
         frames = opened.enter_context(closing(open_source(source, config.select)))
-        paths = _output_names(outputs, frames.info)
         sinks = [open_sink(path, config.sink) for path in paths]
-        inference = prepare(config.model, frames.info.height, frames.info.width)
+        inference = network().fitted(frames.info.height, frames.info.width)
         header = _header(frames.info, inference, config)
         opened.enter_context(_opened(sinks, header))
         pipeline = _pipeline(frames, inference, header, config, to_host=True)
@@ -122,16 +133,17 @@ def run(
                 done = min(tally.flows for tally in tallies)
                 progress(Progress(stages, header.flow_count, done, time.perf_counter() - started_s))
 
+        tell(pipeline.statistics())  # the outputs are open
         pipeline.run({f"write {tally.sink.path}": tally.consume for tally in tallies}, tell)
         if tallies[0].flows == 0:
-            raise TooFewFramesError(f"{source} gave fewer than two frames: there is no pair, so no flow")
+            raise TooFewFramesError(f"{_named(source)} gave fewer than two frames: there is no pair, so no flow")
         whole = not frames.losses or config.tolerate_truncation
         for sink in sinks:
             sink.commit(complete=whole)
         ended_s = time.perf_counter()
         if not whole:
             raise TruncatedSourceError(
-                f"{source}: {'; '.join(frames.losses)}. What decoded is kept, marked as unfinished, beside "
+                f"{_named(source)}: {'; '.join(frames.losses)}. What decoded is kept, marked as unfinished, beside "
                 f"{', '.join(paths)}; pass --tolerate-truncation to take it as the whole"
             )
         return _report(frames, inference, header, sinks, tallies, pipeline, (began_s, started_s, ended_s))
@@ -153,7 +165,7 @@ def stream(source: PathLike, **options: object) -> Iterator[FlowBatch]:
     config = RunConfig.of(**options)
     with ExitStack() as opened:
         frames = opened.enter_context(closing(open_source(source, config.select)))
-        inference = prepare(config.model, frames.info.height, frames.info.width)
+        inference = load_network(config.model).fitted(frames.info.height, frames.info.width)
         header = _header(frames.info, inference, config)
         closer = opened.pop_all()
 
@@ -164,7 +176,7 @@ def stream(source: PathLike, **options: object) -> Iterator[FlowBatch]:
             with closing(pipeline.stream()) as results:
                 yield from streams.handed_over(results)
             if frames.losses and not config.tolerate_truncation:
-                raise TruncatedSourceError(f"{source}: {'; '.join(frames.losses)}")
+                raise TruncatedSourceError(f"{_named(source)}: {'; '.join(frames.losses)}")
 
     return flows()
 
@@ -190,7 +202,20 @@ def _pipeline(
         Stage("restore", restore(inference.fit)),
         *([Stage("download", download)] if on_gpu and to_host else []),
     ]
-    return Pipeline("decode", frames, stages, config.queues, wrap=streams.on_stream if on_gpu else None)
+    return _Chain("decode", frames, stages, config.queues, wrap=streams.on_stream if on_gpu else None)
+
+
+class _Chain(Pipeline):
+    """Also tells a source that may be waiting for bytes that never come when the run stops."""
+
+    def __init__(self, source_name: str, source: Source, *rest: Any, **options: Any) -> None:
+        super().__init__(source_name, source, *rest, **options)
+        self._source = source
+
+    def stop(self) -> None:
+        super().stop()  # first: nobody may take the stream's end for a good one
+        if isinstance(self._source, MayWait):
+            self._source.interrupt()
 
 
 def _header(info: FlowInfo, inference: Inference, config: RunConfig) -> FlowInfo:
@@ -205,8 +230,9 @@ def _header(info: FlowInfo, inference: Inference, config: RunConfig) -> FlowInfo
     return replace(info, height=height, width=width, made_by=made_by)
 
 
-def _output_names(outputs: PathLike | Iterable[PathLike] | None, info: FlowInfo) -> list[str]:
-    stem = Path(info.source.name.removeprefix("synthetic:").split("?")[0]).stem or "flow"
+def output_names(outputs: PathLike | Iterable[PathLike] | None, source: PathLike) -> list[str]:
+    """The outputs' names with ``{stem}`` filled in. Raises UsageError for none, or for one that is given twice."""
+    stem = source_stem(source)
     if outputs is None:
         return [f"{stem}.flow.zarr"]
     given = [outputs] if isinstance(outputs, str | os.PathLike) else list(outputs)
@@ -217,6 +243,11 @@ def _output_names(outputs: PathLike | Iterable[PathLike] | None, info: FlowInfo)
         if paths.count(path) > 1:
             raise UsageError(f"{path} is given twice as an output")
     return paths
+
+
+def _named(source: PathLike) -> str:
+    """The source in a message."""
+    return "stdin" if os.fspath(source) == STDIN else os.fspath(source)
 
 
 @contextmanager

@@ -12,10 +12,11 @@ from typing import Any, Literal, TypeVar, get_args
 from flowreel.engine.errors import UsageError
 
 Part = TypeVar("Part", "SelectConfig", "ModelConfig", "SinkConfig", "QueueConfig")
-Codec = Literal["blosc", "pcodec", "zstd"]
+Codec = Literal["blosc", "pcodec", "pcodec2d", "zstd"]
 Precision = Literal["fp32", "tf32", "fp16", "bf16"]
 FitMode = Literal["pad", "crop", "resize"]
 Direction = Literal["forward", "backward"]
+Resolution = Literal["full", "native"]
 Decoder = Literal["auto", "nvdec", "pyav"]
 
 
@@ -54,7 +55,7 @@ class ModelConfig:
     """Which network runs, where, and how."""
 
     model: str | None = None  # FlowNet2, FlowNet2C, ...; None: what the weights hold
-    weights: str = "baseline"  # "baseline" (shipped), or a path
+    weights: str = "baseline"  # "baseline" (shipped), a path, or a downloaded checkpoint's name
     device: str = "auto"  # auto: CUDA when it is there, said aloud; cuda without one is an error
     batch: int | None = None  # pairs; None: chosen from the frame size alone, so that results can be repeated
     precision: Precision | None = None  # None: fp32 on a CPU, fp16 on a GPU
@@ -76,17 +77,22 @@ class SinkConfig:
 
     max_error: float = 1 / 64  # pixels; far below any network's own error, 8x smaller than float32; 0: lossless
     codec: Codec = "blosc"  # the one that every Zarr v3 reader opens
+    resolution: Resolution = "full"  # native: stores keep the network's own quarter-resolution prediction
     shard_bytes: int = 128 << 20  # float32 bytes of flow in one shard: few files, each still quick to re-make
     max_flow: float | None = None  # colour scale in pixels; None: 95th percentile of the first 32 flows, then fixed
     bound: float = 20.0  # pixels; two-stream pictures span -bound to bound: what TSN and denseflow take
+    resume: bool = False  # go on with the store an earlier run left unfinished, or one whose source has grown
     overwrite: bool = False  # replace an output that is there, keeping the old one until the new one is complete
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_error <= 1024:
             raise UsageError(f"max-error must lie between 0 (lossless) and 1024 px, got {self.max_error}")
         _one_of("codec", self.codec, Codec)
+        _one_of("resolution", self.resolution, Resolution)
         if self.max_flow is not None and not 0 < self.max_flow < float("inf"):
             raise UsageError(f"max-flow must be a positive number of pixels or auto, got {self.max_flow}")
+        if self.resume and self.overwrite:
+            raise UsageError("resume goes on with what is there and overwrite replaces it: give one of them")
         if not 0 < self.bound < float("inf"):
             raise UsageError(f"bound must be a positive number of pixels, got {self.bound}")
         if self.shard_bytes < 1:

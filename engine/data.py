@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -33,6 +33,21 @@ class SourceId:
     name: str  # file name, folder name, or "synthetic:NAME"; never a full path, so that stores can be shared
     size_bytes: int | None = None  # of the file, or of all the images together
     duration_s: float | None = None  # as the container tells
+    head_sha256: str | None = None  # of the first MiB: stays the same when a recording grows
+
+
+@dataclass(frozen=True)
+class NativeGrid:
+    """How a network's own, coarser prediction lies in the flow that is made of it."""
+
+    height: int  # of the prediction
+    width: int
+    factor: int  # each side is enlarged by this much, to the size the network saw
+    upsampling: Literal["bilinear", "nearest"]  # half-pixel centres
+    fit: Literal["pad", "crop", "resize"]  # pad: the flow is cut out of the enlarged one; crop: it is that one;
+    # resize: the enlarged one is resized to it, bilinearly
+    top: int = 0  # rows of the enlarged prediction above the flow
+    left: int = 0  # columns to the left of it
 
 
 @dataclass(frozen=True)
@@ -45,6 +60,7 @@ class FlowInfo:
     frame_count: int | None  # frames the source will give; None: unknown until it ends
     source: SourceId
     made_by: Mapping[str, JSON] = field(default_factory=dict)  # model, weights, precision, ...: kept in the store
+    native: NativeGrid | None = None  # given when ``FlowBatch.native`` will come, and stores are to keep that
 
     def __post_init__(self) -> None:
         if self.height < 1 or self.width < 1:
@@ -60,9 +76,15 @@ class FlowInfo:
         """Bytes of one flow field as float32: 2 x H x W x 4."""
         return 8 * self.height * self.width
 
+    @property
+    def stored_size(self) -> tuple[int, int]:
+        """(height, width) of what a store keeps of each flow."""
+        return (self.height, self.width) if self.native is None else (self.native.height, self.native.width)
+
     def shard_length(self, shard_bytes: int) -> int:
         """Flows in one shard of ``shard_bytes`` float32 bytes, at least one. Batches never cross shards either."""
-        return max(1, shard_bytes // self.flow_bytes)
+        height, width = self.stored_size
+        return max(1, shard_bytes // (8 * height * width))
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,6 +164,7 @@ class FlowBatch:
     frame_to: Int64Array  # (N,) number of each pair's second frame
     timestamp_s: Float64Array  # (N,) seconds, presentation time of the first frame
     timestamp_to_s: Float64Array  # (N,) seconds, of the second
+    native: Tensor | None = None  # (N, 2, h, w) float32, the network's own prediction, pixels of the source frame
 
     def __post_init__(self) -> None:
         if self.flow.ndim != 4 or self.flow.shape[1] != 2:
@@ -158,7 +181,7 @@ class FlowBatch:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return (self.flow,)
+        return (self.flow,) if self.native is None else (self.flow, self.native)
 
     @property
     def last_frame(self) -> int:
@@ -187,6 +210,29 @@ class Source(Protocol):
     def notes(self) -> list[str]: ...
     def __iter__(self) -> Iterator[Frame]: ...
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """Where an output that an earlier run left goes on."""
+
+    flows: int  # that are there and stay: the place in the output of the next one
+    frame: int  # number in the source of the frame to go on from
+    timestamp_s: float  # its time as the earlier run saw it: the source must say the same
+    complete: bool  # nothing was missing, unless the source has grown since
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """A sink that can take up what an earlier run of the same settings left."""
+
+    def resume_point(self) -> ResumePoint | None:
+        """Asked before ``open``; None: nothing is there, or not enough to be worth it."""
+        ...
+
+    def require_same(self, info: FlowInfo) -> None:
+        """Raises ResumeMismatchError unless a run with this header would have written what is there."""
+        ...
 
 
 @runtime_checkable

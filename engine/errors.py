@@ -19,7 +19,8 @@
     ├── OutputError                       something about an output
     │   ├── OutputExistsError (FileExistsError)
     │   ├── OutputWriteError (OSError)             full disk, no permission, vanished folder
-    │   └── UnknownOutputError (ValueError)        no format goes by that name
+    │   ├── UnknownOutputError (ValueError)        no format goes by that name
+    │   └── ResumeMismatchError (ValueError)       what is there was made in another way, or from something else
     ├── StoreError                        something about reading a flow store
     │   ├── StoreNotFoundError (FileNotFoundError)
     │   └── DamagedStoreError (ValueError)         a checksum or a shard is wrong
@@ -111,6 +112,10 @@ class OutputWriteError(OutputError, OSError):
 
 class UnknownOutputError(OutputError, ValueError):
     """No output format goes by that name."""
+
+
+class ResumeMismatchError(OutputError, ValueError):
+    """An unfinished output that this run cannot go on with: another source, model or encoding made it."""
 
 
 class StoreError(FlowreelError):

@@ -73,28 +73,49 @@ class Inference:
             )
 
 
-def prepare(config: ModelConfig, height: int, width: int) -> Inference:
-    """Loads the weights and settles device, precision, batch and fit for frames of one size.
+@dataclass(frozen=True)
+class Network:
+    """Loaded weights on their device, before the size of the frames is known: serves any number of sources."""
+
+    config: ModelConfig
+    net: nn.Module  # as in ``Inference``
+    weights: Weights
+    device: torch.device
+    precision: Precision
+
+    def fitted(self, height: int, width: int) -> Inference:
+        """Settles fit and batch for frames of one size. Raises UsageError when they cannot be made to fit."""
+        fit = Fit(self.config.fit, height, width)
+        return Inference(
+            net=self.net,
+            model=self.weights.model if self.config.model is None else _name(self.config.model),
+            weights=self.weights,
+            device=self.device,
+            precision=self.precision,
+            batch=self.config.batch or auto_batch(*fit.network_size),
+            fit=fit,
+        )
+
+
+def load_network(config: ModelConfig) -> Network:
+    """Loads the weights and settles device and precision.
 
     Raises:
         DeviceError, UsageError, WeightsError: as their names say, before any frame is decoded.
     """
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
-    fit = Fit(config.fit, height, width)
     weights = read_weights(config.weights)
     net = instantiate(weights, config.model).eval()
     if precision in _DTYPES:
         cast_convolutions(net, _DTYPES[precision])
-    return Inference(
-        net=net.to(device=device, memory_format=torch.channels_last),  # type: ignore[call-overload]
-        model=weights.model if config.model is None else _name(config.model),
-        weights=weights,
-        device=device,
-        precision=precision,
-        batch=config.batch or auto_batch(*fit.network_size),
-        fit=fit,
-    )
+    on_device: nn.Module = net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Network(config, on_device, weights, device, precision)
+
+
+def prepare(config: ModelConfig, height: int, width: int) -> Inference:
+    """Both at once, for frames of one size: ``load_network``, then ``Network.fitted``. Raises what they do."""
+    return load_network(config).fitted(height, width)
 
 
 def resolve_precision(precision: Precision | None, device: torch.device) -> Precision:

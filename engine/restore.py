@@ -9,10 +9,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flowreel.engine.config import FitMode
-from flowreel.engine.data import FlowBatch
+from flowreel.engine.data import FlowBatch, NativeGrid
 from flowreel.engine.errors import UsageError
+from flowreel.engine.models.layers import Upsampling
 
 MULTIPLE = 64
+PREDICTED_AT = 4  # the networks' last prediction has a quarter of their input's height and width
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,19 @@ class Fit:
         top, left = self._margins()
         return flow[:, :, top : top + self.height, left : left + self.width]
 
+    def undo_native(self, native: Tensor) -> Tensor:
+        """(N, 2, h, w) the network's own prediction, its vectors in the network's pixels, to the frame's pixels."""
+        if self.mode != "resize":
+            return native
+        height, width = self.network_size
+        return native * native.new_tensor([self.width / width, self.height / height]).view(1, 2, 1, 1)
+
+    def grid(self, upsampling: Upsampling) -> NativeGrid:
+        """Where the network's own prediction, enlarged as told, lies in the flow that ``undo`` gives."""
+        height, width = (side // PREDICTED_AT for side in self.network_size)
+        top, left = self._margins() if self.mode == "pad" else (0, 0)
+        return NativeGrid(height, width, PREDICTED_AT, upsampling, self.mode, top, left)
+
     def _margins(self) -> tuple[int, int]:
         height, width = self.network_size
         return abs(height - self.height) // 2, abs(width - self.width) // 2
@@ -83,7 +98,8 @@ def restore(fit: Fit) -> Callable[[Iterator[FlowBatch]], Iterator[FlowBatch]]:
 
     def stage(batches: Iterator[FlowBatch]) -> Iterator[FlowBatch]:
         for batch in batches:
-            yield replace(batch, flow=fit.undo(batch.flow))
+            native = None if batch.native is None else fit.undo_native(batch.native)
+            yield replace(batch, flow=fit.undo(batch.flow), native=native)
 
     return stage
 

@@ -1,55 +1,48 @@
 """Reads a flow store: ``open_store("out.zarr")[5]`` is a NumPy array. The writer is ``zarr_store.py``.
 
+    key -> which flows, which part of each (store_select) -> shard, index, chunk -> integers -> pixels
+
 Any Zarr v3 reader opens these stores. This one is small, starts at once, says which frames are damaged, and never
 takes an unfinished store for a finished one: a flow that is not there is an error, not a field of fill values.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import operator
 import os
-from collections.abc import Iterator, Sequence
+import stat
+from collections.abc import Callable, Collection, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flowreel.engine.errors import DamagedStoreError, StoreError, StoreNotFoundError
-from flowreel.sinks.codecs import INDEX_MISSING, FlowCodec, codec_of, decompress, index_bytes, unpack_index
+from flowreel.engine.data import UNKNOWN_ABOVE
+from flowreel.engine.errors import DamagedStoreError, MissingDependencyError, StoreError, StoreNotFoundError
+from flowreel.sinks.parallel import OrderedPool
 from flowreel.sinks.publish import partial_path
+from flowreel.sinks.store_files import StoreFiles
+from flowreel.sinks.store_layout import COORDINATES as COORDINATES
+from flowreel.sinks.store_layout import FORMAT_VERSION as FORMAT_VERSION
+from flowreel.sinks.store_layout import StoreLayout, read_layout
+from flowreel.sinks.store_layout import flow_shard as flow_shard
+from flowreel.sinks.store_layout import published_shards as published_shards
+from flowreel.sinks.store_select import Selection, select
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+    import xarray
 
     from flowreel.engine.data import Float64Array, Int64Array
+    from flowreel.sinks.store_check import StoreProblem
 
-    Float32Array = npt.NDArray[np.float32]
     Array = npt.NDArray[Any]
+    Float32Array = npt.NDArray[np.float32]
+    BoolArray = npt.NDArray[np.bool_]
 
-FORMAT_VERSION = 1
-
-# Arrays beside ``flow``, one value a flow: dtype, and the value for "not there yet".
-COORDINATES: dict[str, tuple[str, float]] = {
-    "timestamp_s": ("<f8", math.nan),
-    "timestamp_to_s": ("<f8", math.nan),
-    "frame": ("<i8", -1),
-    "frame_to": ("<i8", -1),
-}
-
-
-def flow_shard(folder: Path, number: int) -> Path:
-    """The file of one shard of ``flow``."""
-    return folder / "flow" / "c" / str(number) / "0" / "0" / "0"
-
-
-def published_shards(folder: Path) -> list[int]:
-    """Numbers of the flow shards that are there, ascending. Each is whole: it got its name when it was."""
-    chunks = folder / "flow" / "c"
-    names = [entry.name for entry in chunks.iterdir()] if chunks.is_dir() else []
-    return sorted(int(name) for name in names if name.isdigit() and flow_shard(folder, int(name)).is_file())
+DECODE_THREADS = min(4, os.cpu_count() or 1)  # a reader shares its machine with whatever the flow is read for
+PARALLEL_FROM_BYTES = 16 << 20  # of float32; below it, starting the threads takes longer than they save
 
 
 def open_store(path: str | os.PathLike[str]) -> FlowStore:
@@ -60,19 +53,26 @@ def open_store(path: str | os.PathLike[str]) -> FlowStore:
         DamagedStoreError: what is there is not a flow store that this version can read.
     """
     final = Path(path)
-    for folder in (final, partial_path(final)):
-        if folder.is_dir():
-            return FlowStore(folder)
-    if final.exists():
+    if os.path.isdir(final):
+        return FlowStore(final)
+    unfinished = partial_path(final)
+    if os.path.isdir(unfinished):
+        return FlowStore(unfinished)
+    if os.path.lexists(final):
         raise DamagedStoreError(f"{final} is a file: a flow store is a folder")
-    raise StoreNotFoundError(f"no flow store at {final}, and none unfinished at {partial_path(final).name}")
+    raise StoreNotFoundError(f"no flow store at {final}, and none unfinished at {unfinished.name}")
 
 
 class FlowStore:
     """A flow store, read on demand; nothing is kept but the shards' indexes.
 
     ``store[5]`` is (2, H, W) float32, pixels of the source frame, x then y, NaN where there is no vector.
-    ``store[2:9]`` and ``store[[3, 1]]`` are (N, 2, H, W). Negative numbers count from the end.
+    ``store[2:9]``, ``store[[3, 1]]`` and ``store[mask]`` with a truth value a flow are (N, 2, H, W). What follows
+    picks from each flow as from an array: ``store[5, :, 10:20, 30:40]``, ``store[2:6, 0]``, ``store[..., ::4, ::4]``.
+    Negative numbers count from the end. Only the flows named are decoded, each once, several side by side where
+    that pays.
+
+    Any number of threads may read one store. Pickling keeps the place only: the copy opens the store again.
 
     Raises, when read: IndexError; StoreError for a flow an unfinished store does not hold yet; DamagedStoreError
     naming the flow and its frame when a chunk is missing from a finished store or fails its checksum.
@@ -80,37 +80,23 @@ class FlowStore:
 
     path: str
     complete: bool  # False: the run that wrote it was cut short or is still going on
+    attrs: dict[str, Any]  # where the flow comes from and how it was made
+    folder: Path  # absolute
+    layout: StoreLayout
+    files: StoreFiles
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder.absolute()
         self.path = str(folder)
-        self.complete = folder.suffix != ".partial"
-        self.attrs = _group_attributes(folder)
-        try:
-            self._read_layout(_read_json(folder / "flow" / "zarr.json"))
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            if isinstance(error, DamagedStoreError):
-                raise
-            raise DamagedStoreError(
-                f"{folder}: the array 'flow' is not laid out as flowreel does ({error!r})"
-            ) from error
-        self._indexes: dict[int, Array] = {}
+        self.complete = self.folder.suffix != ".partial"
+        self.attrs, self.layout = read_layout(folder, self.complete)
+        self.shape: tuple[int, int, int, int] = (self.layout.count, *self.layout.flow_shape)
+        self.shard_length: int = self.layout.shard_length
+        self.files = StoreFiles(self.folder, self.layout, self.complete)
+        self._codec = self.layout.codec
 
-    def _read_layout(self, array: dict[str, Any]) -> None:
-        count, components, height, width = array["shape"]
-        sharding = array["codecs"][0]["configuration"]
-        if components != 2 or sharding["chunk_shape"] != [1, 2, height, width]:
-            raise ValueError(f"chunks of {sharding['chunk_shape']} in an array of {array['shape']}")
-        self.shape: tuple[int, int, int, int] = (count, 2, height, width)
-        self.shard_length: int = array["chunk_grid"]["configuration"]["chunk_shape"][0]
-        self._codec = FlowCodec(
-            height,
-            width,
-            np.dtype(array["data_type"]).newbyteorder("<"),
-            float(array["attributes"].get("scale_factor", 1.0)),
-            float(self.attrs["max_error"]),
-            codec_of([step["name"] for step in sharding["codecs"]]),
-        )
+    def __reduce__(self) -> tuple[type[FlowStore], tuple[Path]]:
+        return FlowStore, (self.folder,)
 
     def __len__(self) -> int:
         """Flows the store holds, or will hold when finished (those an unfinished store has: ``available``)."""
@@ -121,75 +107,95 @@ class FlowStore:
         return f"<FlowStore {self.path!r} {self.shape} {state}>"
 
     @property
+    def flow_bytes(self) -> int:
+        """Bytes of one flow as float32: 2 x H x W x 4."""
+        return 4 * math.prod(self.shape[1:])
+
+    @property
     def available(self) -> int:
         """How many flows from the first on are there. Looks at the disk: an unfinished store may be growing."""
         if self.complete:
             return len(self)
         count = 0
         for shard in range(math.ceil(len(self) / self.shard_length)):
-            present = self._index(shard)[:, 0] != INDEX_MISSING
-            count += int(present.argmin()) if not present.all() else len(present)
-            if not present.all():
+            there = self.files.published(shard)
+            count += there
+            if there < self.shard_length:
                 break
         return min(count, len(self))
 
     @cached_property
     def timestamps_s(self) -> Float64Array:
         """(N,) seconds, presentation time of each pair's first frame; NaN where not written yet."""
-        return self._coordinate("timestamp_s")
+        return self._read_coordinate("timestamp_s")
 
     @cached_property
     def timestamps_to_s(self) -> Float64Array:
         """(N,) seconds, of each pair's second frame."""
-        return self._coordinate("timestamp_to_s")
+        return self._read_coordinate("timestamp_to_s")
 
     @cached_property
     def frame(self) -> Int64Array:
         """(N,) number of each pair's first frame in the source; -1 where not written yet."""
-        return self._coordinate("frame")
+        return self._read_coordinate("frame")
 
     @cached_property
     def frame_to(self) -> Int64Array:
         """(N,) number of each pair's second frame."""
-        return self._coordinate("frame_to")
+        return self._read_coordinate("frame_to")
+
+    @property
+    def valid(self) -> ValidVectors:
+        """Where there is a vector: ``store.valid[5]`` is (H, W) bool, ``store.valid[2:9, :20]`` (N, 20, W)."""
+        return ValidVectors(self)
 
     def __getitem__(self, key: Any) -> Float32Array:
-        if isinstance(key, slice):
-            return self._read_many(range(*key.indices(len(self))))
-        if isinstance(key, (Sequence, np.ndarray)) and not isinstance(key, str):
-            if isinstance(key, np.ndarray) and (key.dtype.kind not in "iu" or key.ndim != 1):
-                raise TypeError(f"an index array is 1-D and of integers, got {key.ndim}-D {key.dtype}")
-            return self._read_many([self._position(number) for number in key])
-        flow: Float32Array = np.empty(self.shape[1:], np.float32)
-        self._read(self._position(key), flow)
-        return flow
+        chosen = select(key, self.shape)
+
+        def take(number: int, out: Float32Array) -> None:
+            if chosen.whole:
+                self._read(number, out)
+            else:
+                out[...] = self._flow(number)[chosen.inside]
+
+        return self._gather(chosen, np.dtype(np.float32), take)
 
     def __iter__(self) -> Iterator[Float32Array]:
         return (self[number] for number in range(len(self)))
 
+    def to_xarray(self) -> xarray.DataArray:
+        """The flow as an xarray.DataArray, float32, read when it is looked at and only as far as needed.
+
+        Dimensions time, component, y, x; the times and frame numbers are coordinates of time. NaN where there is no
+        vector. Of an unfinished store it holds the flows that are there now.
+
+        Raises:
+            MissingDependencyError: xarray is not installed.
+        """
+        try:
+            from flowreel.sinks.store_xarray import data_array
+        except ImportError as error:
+            raise MissingDependencyError(f"to_xarray needs xarray: pip install xarray ({error})") from error
+        return data_array(self)
+
+    def check(self, progress: Callable[[int], None] | None = None) -> Iterator[StoreProblem]:
+        """Reads everything and yields what is wrong, flow by flow; nothing when the store is sound.
+
+        Memory does not grow with the store. ``progress`` is called with the number of flows read so far.
+        """
+        from flowreel.sinks.store_check import check_store
+
+        return check_store(self, progress)
+
     def problems(self) -> Iterator[str]:
-        """Reads every chunk and yields one line for each thing that is wrong; nothing when the store is sound."""
-        if not self.complete:
-            yield f"unfinished: {self.available} of {len(self)} flows are there"
-        for name in COORDINATES:
-            try:
-                self._coordinate(name)
-            except DamagedStoreError as error:
-                yield str(error)
-        flow: Float32Array = np.empty(self.shape[1:], np.float32)
-        for number in range(self.available if self.complete else len(self)):
-            try:
-                self._read(number, flow)
-            except DamagedStoreError as error:
-                yield str(error)
-            except StoreError:
-                continue  # not written yet: said above
+        """The same, one line each."""
+        return map(str, self.check())
 
     def summary(self) -> dict[str, Any]:
         """What the store holds and what it costs: sizes in bytes, ``ratio`` against the same flows as ``.flo``."""
         _, _, height, width = self.shape
         available = self.available
-        disk_bytes = sum(file.stat().st_size for file in self._folder.rglob("*") if file.is_file())
+        disk_bytes = sum(map(_file_bytes, self.folder.rglob("*")))
         flo_bytes = available * (12 + 8 * height * width)
         return {
             "path": self.path,
@@ -208,104 +214,113 @@ class FlowStore:
             "ratio": flo_bytes / disk_bytes,
         }
 
-    def _position(self, key: Any) -> int:
-        if isinstance(key, (bool, np.bool_)):
-            raise TypeError("a flow's number is an integer, got a truth value")
-        number = operator.index(key)
-        if not -len(self) <= number < len(self):
-            raise IndexError(f"flow {number} of a store of {len(self)}")
-        return number % len(self)
+    def _gather(self, chosen: Selection, dtype: np.dtype[Any], take: Callable[[int, Array], None]) -> Array:
+        """What is chosen, in a new array. ``take(number, out)`` brings one flow's part."""
+        out = self._room((len(chosen.numbers), *chosen.inner_shape), dtype)
+        places: dict[int, list[int]] = {}  # flow -> where it goes, so that each is decoded once
+        for place, number in enumerate(chosen.numbers if out.size else ()):
+            places.setdefault(number, []).append(place)
 
-    def _read_many(self, numbers: Sequence[int]) -> Float32Array:
-        flows: Float32Array = np.empty((len(numbers), *self.shape[1:]), np.float32)
-        for number, flow in zip(numbers, flows, strict=True):
-            self._read(number, flow)
-        return flows
+        def bring(number: int) -> None:
+            first, *others = places[number]
+            take(number, out[first, ...])
+            for place in others:
+                out[place] = out[first]
+
+        self._spread(bring, places)
+        result: Array = out[0] if chosen.single else out
+        return result
+
+    def _spread(self, bring: Callable[[int], None], numbers: Collection[int]) -> None:
+        """``bring`` of each flow, side by side where that pays; the first error in order is the one that is raised."""
+        if DECODE_THREADS < 2 or len(numbers) < 2 or len(numbers) * self.flow_bytes < PARALLEL_FROM_BYTES:
+            for number in numbers:
+                bring(number)
+            return
+        pool: OrderedPool[None] = OrderedPool(lambda _: None, DECODE_THREADS)
+        try:
+            for number in numbers:
+                pool.submit(bring, number, nbytes=self.flow_bytes)
+            pool.drain()
+        finally:
+            pool.close()
+
+    def _flow(self, number: int) -> Float32Array:
+        """(2, H, W) float32, pixels."""
+        out = self._room(self.shape[1:], np.dtype(np.float32))
+        self._read(number, out)
+        return out
+
+    def _room(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        try:
+            return np.empty(shape, dtype)
+        except (MemoryError, ValueError) as error:
+            raise StoreError(f"{self.path}: an array of {shape} does not fit into memory: read less at once") from error
 
     def _read(self, number: int, out: Float32Array) -> None:
-        """Decodes one flow into out: (2, H, W)."""
-        shard, place = divmod(number, self.shard_length)
-        offset, length = (int(value) for value in self._index(shard)[place])
-        if offset == INDEX_MISSING:
-            if self.complete:
-                raise DamagedStoreError(f"{self.path}: {self._name(number)} is missing")
-            raise StoreError(
-                f"{self.path} is unfinished: {self._name(number)} is not there yet, the first {self.available} are"
-            )
+        """Decodes one flow into out: (2, H, W). Raises what the class says, naming the flow."""
         try:
-            with open(flow_shard(self._folder, shard), "rb") as file:
-                file.seek(offset)
-                self._codec.decode(file.read(length), out)
+            there = self.files.flow(number, out)
         except DamagedStoreError as error:
-            raise DamagedStoreError(f"{self.path}: {self._name(number)}: {error}") from error
-
-    def _index(self, shard: int) -> Array:
-        """(S, 2) offset and length of the shard's chunks; all missing when there is no such file."""
-        if shard in self._indexes:
-            return self._indexes[shard]
-        size = index_bytes(self.shard_length)
-        try:
-            with open(flow_shard(self._folder, shard), "rb") as file:
-                file.seek(-size, os.SEEK_END)
-                index = unpack_index(file.read())
-        except FileNotFoundError:
-            return np.full((self.shard_length, 2), INDEX_MISSING, np.uint64)
-        except (OSError, DamagedStoreError) as error:
-            first, last = shard * self.shard_length, min((shard + 1) * self.shard_length, len(self)) - 1
-            raise DamagedStoreError(
-                f"{self.path}: the index of shard {shard} is damaged: flows {first} to {last} cannot be read"
-            ) from error
-        if self.complete or (index[:, 0] != INDEX_MISSING).all():  # a ragged one may yet be replaced by a resume
-            self._indexes[shard] = index
-        return index
-
-    def _coordinate(self, name: str) -> Array:
-        """One of the arrays beside ``flow``, whole: it has one number a flow."""
-        dtype, fill = COORDINATES[name]
-        length = self.shard_length
-        values = np.full(math.ceil(len(self) / length) * length, fill, dtype)
-        for shard in range(len(values) // length):
-            try:
-                chunk = (self._folder / name / "c" / str(shard)).read_bytes()
-                values[shard * length : (shard + 1) * length] = decompress(chunk, "blosc", values.dtype, length)
-            except FileNotFoundError as error:
-                if self.complete:
-                    raise DamagedStoreError(f"{self.path}: chunk {shard} of {name} is missing") from error
-            except DamagedStoreError as error:
-                raise DamagedStoreError(f"{self.path}: chunk {shard} of {name}: {error}") from error
-        values = values[: len(self)]
-        values.flags.writeable = False
-        return values
-
-    def _name(self, number: int) -> str:
-        """ "flow 17 (frame 34)", or without the frame when that cannot be told."""
-        try:
-            frame = int(self.frame[number])
-        except DamagedStoreError:
-            frame = -1
-        return f"flow {number}" if frame < 0 else f"flow {number} (frame {frame})"
-
-
-def _group_attributes(folder: Path) -> dict[str, Any]:
-    """The group's "flowreel" attribute. Raises DamagedStoreError when it is not there or from a newer version."""
-    attributes = _read_json(folder / "zarr.json").get("attributes", {}).get("flowreel")
-    if not isinstance(attributes, dict):
-        raise DamagedStoreError(f"{folder} is a Zarr group, but not a flow store: it has no 'flowreel' attribute")
-    if attributes.get("format_version") != FORMAT_VERSION:
-        raise DamagedStoreError(
-            f"{folder} has store format {attributes.get('format_version')}, this version reads {FORMAT_VERSION}: "
-            "a newer flowreel may have written it"
+            raise DamagedStoreError(f"{self.path}: {self.name_of(number)}: {error}") from error
+        if there:
+            return
+        if not self.folder.is_dir():
+            raise StoreError(f"{self.path} is gone since it was opened (finished, moved or removed): open it again")
+        if self.complete:
+            raise DamagedStoreError(f"{self.path}: {self.name_of(number)} is missing")
+        raise StoreError(
+            f"{self.path} is unfinished: {self.name_of(number)} is not there yet, the first {self.available} are"
         )
-    return attributes
+
+    def _read_coordinate(self, name: str) -> Array:
+        try:
+            return self.files.coordinate(name)
+        except DamagedStoreError as error:
+            raise DamagedStoreError(f"{self.path}: {error}") from error
+
+    def name_of(self, number: int) -> str:
+        """ "flow 17 (frame 34)", or without the frame when that cannot be told."""
+        frame = self.frame_of(number)
+        return f"flow {number}" if frame is None else f"flow {number} (frame {frame})"
+
+    def frame_of(self, number: int) -> int | None:
+        """Number of a flow's first frame in the source, None when that cannot be told."""
+        frame = -1 if self._frames is None else int(self._frames[number])
+        return None if frame < 0 else frame
+
+    @cached_property
+    def _frames(self) -> Int64Array | None:
+        try:
+            return self.frame
+        except DamagedStoreError:
+            return None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+class ValidVectors:
+    """``store.valid``: (N, H, W) bool, True where there is a vector. Indexed as the store is, without components."""
+
+    def __init__(self, store: FlowStore) -> None:
+        self._store = store
+        self.shape: tuple[int, int, int] = (store.shape[0], *store.shape[2:])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: Any) -> BoolArray:
+        chosen = select(key, self.shape)
+
+        def take(number: int, out: BoolArray) -> None:
+            known = np.abs(self._store._flow(number)[(slice(None), *chosen.inside)]) <= UNKNOWN_ABOVE
+            np.logical_and(known[0], known[1], out=out)
+
+        return self._store._gather(chosen, np.dtype(np.bool_), take)
+
+
+def _file_bytes(path: Path) -> int:
+    """0 for a folder, and for a file that went away: an unfinished store may be growing."""
     try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise DamagedStoreError(f"{path.parent} is not a Zarr v3 store: it has no zarr.json") from error
-    except ValueError as error:
-        raise DamagedStoreError(f"{path} is not readable metadata: {error}") from error
-    if not isinstance(content, dict):
-        raise DamagedStoreError(f"{path} is not readable metadata: expected an object")
-    return content
+        status = path.lstat()
+    except OSError:
+        return 0
+    return status.st_size if stat.S_ISREG(status.st_mode) else 0

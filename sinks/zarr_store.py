@@ -5,16 +5,21 @@
       flow/c/<shard>/0/0/0             S chunks, one a flow, and their index
       timestamp_s/c/<shard>  timestamp_to_s/...  frame/...  frame_to/...      S values
 
-A flow is compressed as it arrives; only compressed bytes are held until the shard is full and published. The
-times and frame numbers of a shard go before its flow, so a flow that is there can always be placed.
+Flows are compressed as they arrive, several at a time; only compressed bytes are held until the shard is full and
+published. The times and frame numbers of a shard go before its flow, so a flow that is there can always be placed.
 The metadata is zarr-python's own; the shards are assembled here, because zarr-python rewrites a shard for each
 chunk that is added and never waits for the disk.
+
+**Resume.** Shards are published in order and each is whole, so a run that was cut short is taken up after its last
+full shard. Batches never cross shards: the resumed run computes the very batches the first one would have.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import warnings
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,37 +28,56 @@ import numpy as np
 import zarr
 from zarr.storage import MemoryStore
 
-from flowreel.engine.errors import OutputExistsError
+from flowreel.engine.data import ResumePoint
+from flowreel.engine.errors import DamagedStoreError, ResumeMismatchError
 from flowreel.sinks import publish
-from flowreel.sinks.codecs import EncodedFlow, FlowCodec, compress, flow_codec, pack_shard, zarr_codecs
-from flowreel.sinks.store_reader import COORDINATES, FORMAT_VERSION, flow_shard, published_shards
+from flowreel.sinks.codecs import (
+    INDEX_MISSING,
+    EncodedFlow,
+    FlowCodec,
+    compress,
+    flow_codec,
+    index_bytes,
+    pack_shard,
+    unpack_index,
+    zarr_arguments,
+    zarr_codecs,
+)
+from flowreel.sinks.parallel import OrderedPool, encode_workers
+from flowreel.sinks.store_reader import COORDINATES, FORMAT_VERSION, FlowStore, flow_shard, published_shards
+from flowreel.sinks.store_target import LocalTarget
 
 if TYPE_CHECKING:
     from flowreel.engine.config import SinkConfig
     from flowreel.engine.data import FlowBatch, FlowInfo
 
+# Of the group's attributes, what a resumed run may find changed: a recording that grew, another version of flowreel.
+MAY_CHANGE = ("software_version", "frame_rate", "source")
+
 
 class ZarrSink:
     """The flow store as a Sink (see ``engine/data.py``). Flows arrive in order, in batches of any size.
 
-    Errors: OutputExistsError, OutputWriteError; ValueError for flow out of order or of another size.
+    Errors: OutputExistsError, OutputWriteError, ResumeMismatchError; ValueError for flow out of order or of another
+    size.
     """
 
     def __init__(self, path: str, config: SinkConfig) -> None:
-        self._final = Path(path)
-        self._folder = publish.partial_path(self._final)
+        self._target = LocalTarget(path)
         self._config = config
         self._state = "new"  # -> "open" -> "done"
         self._bytes_written = 0
-        self._count = 0  # flows taken so far
+        self._taken = 0  # flows that arrived, those of a resumed store included
+        self._count = 0  # flows compressed and in their shard
         self._length = 0  # flows the arrays are declared to hold
         self._chunks: list[bytes] = []  # of the shard that is filling up
         self._coordinates: dict[str, list[Any]] = {name: [] for name in COORDINATES}  # of the same shard
         self._invalid: dict[str, tuple[int, int]] = {}  # what -> vectors, first frame
+        self._pool: OrderedPool[tuple[EncodedFlow, dict[str, Any]]] = OrderedPool(self._keep, encode_workers())
 
     @property
     def path(self) -> str:
-        return str(self._final)
+        return self._target.name
 
     @property
     def bytes_written(self) -> int:
@@ -69,20 +93,73 @@ class ZarrSink:
             for what, (vectors, frame) in self._invalid.items()
         ]
 
+    # -- Going on with what is there -----------------------------------------------------------------------------
+
+    def resume_point(self) -> ResumePoint | None:
+        """Where this store goes on; None: nothing is there, or no whole shard. Raises DamagedStoreError."""
+        store = self._present()
+        if store is None or len(store) == 0:
+            return None
+        flows = _whole_flows(store)
+        if not store.complete and flows >= len(store):
+            flows -= store.shard_length  # all is there but its name: the last shard is made again, and then named
+        if flows <= 0 and not store.complete:
+            return None
+        flows = max(flows, 0)
+        place, number = (flows - 1, max) if flows else (0, min)  # the later frame of the last pair; or the first one
+        frame = int(number(store.frame[place], store.frame_to[place]))
+        time_s = float(number(store.timestamps_s[place], store.timestamps_to_s[place]))
+        return ResumePoint(flows, frame, time_s, store.complete)
+
+    def require_same(self, info: FlowInfo) -> None:
+        """Raises ResumeMismatchError naming every setting that differs from those of the store that is there."""
+        store = self._present()
+        if store is None:
+            return
+        now = _attributes(info, self._config) | {"height": info.height, "width": info.width}
+        now["shard length"] = info.shard_length(self._config.shard_bytes)
+        was = store.attrs | {"height": store.shape[2], "width": store.shape[3], "shard length": store.shard_length}
+        differing = [
+            f"{name.replace('_', ' ')} was {was.get(name)}, is {now.get(name)}"
+            for name in sorted({*now, *was} - {*MAY_CHANGE, "notes"})
+            if was.get(name) != now.get(name)
+        ]
+        differing += _other_source(store.attrs.get("source") or {}, now["source"])
+        if differing:
+            raise ResumeMismatchError(
+                f"cannot go on with {store.path}: {'; '.join(differing)}. Run it as before, or start afresh with "
+                "--overwrite"
+            )
+
+    def _present(self) -> FlowStore | None:
+        """What an earlier run left: the unfinished store, else the finished one."""
+        for folder in (self._target.folder, self._target.final):
+            if all((folder / name / "zarr.json").exists() for name in ("", "flow", *COORDINATES)):
+                return FlowStore(folder)  # not so when it was killed while they were written: nothing to go on with
+        return None
+
+    # -- Writing -------------------------------------------------------------------------------------------------
+
     def open(self, info: FlowInfo) -> None:
-        """Creates ``X.zarr.partial`` with empty arrays. What is at ``X.zarr`` stays until ``commit``."""
+        """Creates ``X.zarr.partial`` with empty arrays, or goes on with the one that is there if it is to resume.
+
+        What is at ``X.zarr`` stays until ``commit``.
+        """
         if self._state != "new":
             raise ValueError(f"{self.path} was opened before: a sink is used once")
         self._codec = flow_codec(info.height, info.width, self._config)
         self._shard_length = info.shard_length(self._config.shard_bytes)
-        with publish.write_errors(self._final):
-            publish.settle_replaced(self._final)
-            self._make_way()
-            publish.make_folder(self._folder.parent)
-            self._folder.mkdir()  # fails if another run made it meanwhile
+        with publish.write_errors(self.path):
+            point = self.resume_point() if self._config.resume else None
+            if point is None or point.flows == 0:
+                self._target.start(overwrite=self._config.overwrite or point is not None, afresh=self._config.resume)
+            else:
+                self._target.reopen()
+                self._drop_from(point.flows // self._shard_length)
+                self._taken = self._count = point.flows
             self._state = "open"
             try:
-                self._length = info.flow_count or 0
+                self._length = max(info.flow_count or 0, self._count)
                 self._metadata = _metadata(info, self._config, self._codec, self._shard_length, self._length)
                 for name in self._metadata:
                     self._publish_metadata(name)
@@ -93,37 +170,35 @@ class ZarrSink:
     def write(self, batch: FlowBatch) -> None:
         """Compresses each flow, and publishes each shard that is full. The batch's tensor is on the CPU."""
         self._require_open()
-        if batch.index != self._count:
-            raise ValueError(f"flows arrive in order: expected number {self._count}, got {batch.index}")
+        if batch.index != self._taken:
+            raise ValueError(f"flows arrive in order: expected number {self._taken}, got {batch.index}")
         if batch.flow.device.type != "cpu":
             raise ValueError(f"a sink takes flow on the CPU, got {batch.flow.device}")
         flows = batch.flow.detach().numpy()
-        for place in range(len(batch)):
-            encoded = self._codec.encode(flows[place])
-            self._note_invalid(encoded, int(batch.frame[place]))
-            self._chunks.append(encoded.chunk)
-            for name, values in self._coordinates.items():
-                values.append(getattr(batch, name)[place])
-            self._count += 1
-            if len(self._chunks) == self._shard_length:
-                self._publish_shard()
+        for place, flow in enumerate(flows):
+            coordinates = {name: getattr(batch, name)[place] for name in COORDINATES}
+            self._taken += 1
+            self._pool.submit(self._encode, flow, coordinates, nbytes=flow.nbytes)
 
     def commit(self, complete: bool = True) -> None:
         """Publishes the last, perhaps ragged shard; if complete, trims the arrays to what came and names the store."""
         self._require_open()
-        with publish.write_errors(self._final):
+        self._pool.drain()
+        self._pool.close()
+        with publish.write_errors(self.path):
             if self._chunks:
                 self._publish_shard()
             if complete:
                 self._set_length(self._count)
                 self._consolidate()
-                publish.publish_folder(self._folder, self._final)
+                self._target.finish()
         self._state = "done"
 
     def abort(self) -> None:
         """Removes the unfinished store, unless it holds a whole shard: that is worth resuming from, and stays."""
-        if self._state == "open" and not published_shards(self._folder):
-            publish.remove(self._folder, ignore_errors=True)
+        self._pool.close()
+        if self._state == "open" and not published_shards(self._target.folder):
+            self._target.discard()
         self._state = "done" if self._state == "open" else self._state
         self._chunks.clear()
 
@@ -131,30 +206,37 @@ class ZarrSink:
         if self._state != "open":
             raise ValueError(f"{self.path} is not open")
 
-    def _make_way(self) -> None:
-        """Refuses what is there already; with overwrite, removes an unfinished store and leaves a finished one."""
-        final, overwrite = self._final, self._config.overwrite
-        publish.require_absent(final, overwrite)
-        if final.exists() and not (final / "zarr.json").is_file():
-            raise OutputExistsError(f"{final} is there and is not a Zarr store: remove it yourself if it can go")
-        if self._folder.exists() and not overwrite:
-            shards = len(published_shards(self._folder))
-            raise OutputExistsError(
-                f"{self._folder} is an unfinished store of an earlier run ({shards} whole shards): "
-                "pass --overwrite to start afresh"
-            )
-        publish.remove(self._folder)
+    def _drop_from(self, shard: int) -> None:
+        """Deletes every chunk file of the shards from this one on: a ragged last one, or one without its flow."""
+        for key in list(self._target.keys()):
+            _, chunks, rest = key.partition("/c/")
+            if chunks and int(rest.split("/")[0]) >= shard:
+                self._target.delete(key)
+
+    def _encode(self, flow: Any, coordinates: dict[str, Any]) -> tuple[EncodedFlow, dict[str, Any]]:
+        return self._codec.encode(flow), coordinates
+
+    def _keep(self, result: tuple[EncodedFlow, dict[str, Any]]) -> None:
+        """The next flow in order, compressed."""
+        encoded, coordinates = result
+        self._note_invalid(encoded, int(coordinates["frame"]))
+        self._chunks.append(encoded.chunk)
+        for name, value in coordinates.items():
+            self._coordinates[name].append(value)
+        self._count += 1
+        if len(self._chunks) == self._shard_length:
+            self._publish_shard()
 
     def _publish_shard(self) -> None:
         """Writes the waiting flows as the next shard: array lengths, then times and frames, then the flow."""
         number = (self._count - 1) // self._shard_length
-        with publish.write_errors(self._final):
+        with publish.write_errors(self.path):
             self._set_length(max(self._length, self._count))
             for name, (dtype, fill) in COORDINATES.items():
                 values = np.full(self._shard_length, fill, dtype)
                 values[: len(self._chunks)] = self._coordinates[name]
-                self._publish(self._folder / name / "c" / str(number), compress(values, "blosc"))
-            self._publish(flow_shard(self._folder, number), *pack_shard(self._chunks, self._shard_length))
+                self._put(f"{name}/c/{number}", compress(values, "blosc"))
+            self._put(f"flow/c/{number}/0/0/0", *pack_shard(self._chunks, self._shard_length))
         self._chunks.clear()
         for waiting in self._coordinates.values():
             waiting.clear()
@@ -177,10 +259,11 @@ class ZarrSink:
         self._publish_metadata("")
 
     def _publish_metadata(self, name: str) -> None:
-        self._publish(self._folder / name / "zarr.json", json.dumps(self._metadata[name], indent=2).encode())
+        key = f"{name}/zarr.json" if name else "zarr.json"
+        self._put(key, json.dumps(self._metadata[name], indent=2).encode())
 
-    def _publish(self, path: Path, *pieces: bytes) -> None:
-        self._bytes_written += publish.publish_bytes(path, *pieces)
+    def _put(self, key: str, *pieces: bytes) -> None:
+        self._bytes_written += self._target.put(key, *pieces)
 
     def _note_invalid(self, encoded: EncodedFlow, frame: int) -> None:
         reach = self._codec.limit * self._codec.step
@@ -193,6 +276,32 @@ class ZarrSink:
                 self._invalid[what] = (before + vectors, first)
 
 
+def _whole_flows(store: FlowStore) -> int:
+    """How many flows the full shards from the first on hold. A damaged one counts as missing."""
+    size = index_bytes(store.shard_length)
+    for shard in range(len(store) // store.shard_length):
+        try:
+            with open(flow_shard(Path(store.path), shard), "rb") as file:
+                file.seek(-size, os.SEEK_END)
+                whole = bool((unpack_index(file.read()) != INDEX_MISSING).all())
+        except (OSError, DamagedStoreError):
+            whole = False
+        if not whole:
+            return shard * store.shard_length
+    return len(store) // store.shard_length * store.shard_length
+
+
+def _other_source(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What tells that the source is not the one recorded, nor that one grown."""
+    if was.get("name") != now["name"]:
+        return [f"source was {was.get('name')}, is {now['name']}"]
+    if None not in (was.get("head_sha256"), now["head_sha256"]) and was["head_sha256"] != now["head_sha256"]:
+        return [f"{now['name']} is another file than it was"]
+    if (now["size_bytes"] or 0) < (was.get("size_bytes") or 0):
+        return [f"{now['name']} had {was['size_bytes']} bytes, has {now['size_bytes']}"]
+    return []
+
+
 def _metadata(
     info: FlowInfo, config: SinkConfig, codec: FlowCodec, shard: int, length: int
 ) -> dict[str, dict[str, Any]]:
@@ -202,15 +311,13 @@ def _metadata(
         # zarr-python warns that pcodec is not in the core specification; whoever asked for pcodec was told.
         warnings.simplefilter("ignore")
         group = zarr.create_group(MemoryStore(files), attributes={"flowreel": _attributes(info, config)})
-        serializer, *compressors = zarr_codecs(codec.codec, codec.dtype)
         group.create_array(
             "flow",
             shape=(length, 2, info.height, info.width),
             dtype=codec.dtype,
             chunks=(1, 2, info.height, info.width),
             shards=(shard, 2, info.height, info.width),
-            serializer=serializer,
-            compressors=compressors,
+            **zarr_arguments(codec.codec, codec.dtype),
             fill_value=codec.fill,
             dimension_names=("time", "component", "y", "x"),
             attributes=_flow_attributes(codec),
@@ -240,7 +347,7 @@ def _attributes(info: FlowInfo, config: SinkConfig) -> dict[str, Any]:
         **info.made_by,
         "format_version": FORMAT_VERSION,
         "software_version": software,
-        "source": {"name": source.name, "size_bytes": source.size_bytes, "duration_s": source.duration_s},
+        "source": asdict(source),
         "frame_rate": None if info.frame_rate is None else str(info.frame_rate),
         "max_error": config.max_error,
         "codec": config.codec,

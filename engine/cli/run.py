@@ -7,26 +7,32 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from flowreel.engine.cli.options import Debug, Device, Quiet, Weights
-from flowreel.engine.cli.table import Live, print_summary
+from flowreel.engine.cli.table import Live, print_many, print_summary
 from flowreel.engine.errors import OutputWriteError, UsageError
+from flowreel.sinks import known_outputs
 
 FRAMES, NETWORK, OUTPUT, STREAM = "Which frames", "Which network, where, how", "Outputs", "The run"
 
 
 def run(
-    source: Annotated[
-        str,
-        typer.Argument(help="A video file, a folder or quoted glob of images, or synthetic:NAME.", show_default=False),
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE",
+            help="Video files, folders or quoted globs of images, synthetic:NAME, or - for stdin.",
+            show_default=False,
+        ),
     ],
     output: Annotated[
         list[str] | None,
         typer.Option(
             "--output",
             "-o",
-            help="X.zarr (flow store), X.mp4 or X.mkv (colour video), DIR/%06d.flo. May be given several times. "
-            "\\[default: STEM.flow.zarr here]",
+            help="Where to; the name decides the kind (see above). May be given several times, all in one pass. "
+            "\\[default: {stem}.flow.zarr here]",
             show_default=False,
             rich_help_panel=OUTPUT,
         ),
@@ -81,6 +87,9 @@ def run(
         str,
         typer.Option(help="Motion in pixels at full colour; auto measures the first flows.", rich_help_panel=OUTPUT),
     ] = "auto",
+    bound: Annotated[
+        float, typer.Option(help="Pixels at either end of two-stream pictures' scale.", rich_help_panel=OUTPUT)
+    ] = 20.0,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace outputs that are there.", rich_help_panel=OUTPUT)
     ] = False,
@@ -95,51 +104,120 @@ def run(
         Path | None,
         typer.Option(help="Write what the run did as JSON to this file.", show_default=False, rich_help_panel=STREAM),
     ] = None,
+    manifest: Annotated[
+        Path | None,
+        typer.Option(
+            help="Of many sources: write what became of each as JSON to this file. "
+            "\\[default: flowreel-manifest.json beside the outputs]",
+            show_default=False,
+            rich_help_panel=STREAM,
+        ),
+    ] = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Compute the optical flow of SOURCE and write it.
 
+    \b
+    [bold]Sources[/bold]
+      clip.mp4           a video file, anything FFmpeg reads
+      frames/            a folder of images, in natural order
+      'frames/*.png'     the images that a glob matches, likewise
+      synthetic:objects  a procedural scene (synthetic:objects?size=640x360)
+      -                  YUV4MPEG2 on stdin, as ffmpeg -f yuv4mpegpipe - writes
+
+    With several SOURCEs every output's name must hold {stem}, which stands for
+    the source's name. The network is loaded once; a source whose outputs are
+    all there is skipped; one that fails does not stop the others. A manifest
+    tells what became of each, and the same command again does what is left.
+
+    \b
+    [bold]Outputs[/bold]
+    OUTPUTS
+
+    Missing folders are created. Until an output is complete its name ends in
+    .partial, and so does for good what a cut SOURCE gave, unless
+    --tolerate-truncation takes it as the whole.
+
+    \b
     [bold]Examples[/bold]
-
       flowreel run dance.mp4
-
       flowreel run dance.mp4 -o dance.zarr -o dance-flow.mp4
+      flowreel run dance.mp4 --start 10s --stop 1:02.5 --step 2 --max-error 0
+      flowreel run 'frames/*.png' --weights FlowNet2.pth.tar -o flows/%06d.flo
+      flowreel run synthetic:objects --direction backward -o objects.mkv
+      flowreel run *.mp4 -o 'out/{stem}.zarr' -o 'out/{stem}.mp4'
+      ffmpeg -i dance.mp4 -f yuv4mpegpipe - | flowreel run - -o dance.zarr
 
-      flowreel run 'frames/*.png' --weights FlowNet2_checkpoint.pth.tar -o flows/%06d.flo
-
-      flowreel run dance.mp4 --start 10s --stop 20s --max-error 0
+    Exit codes: 0 done, 1 failed (of many: at least one), 2 wrong usage,
+    130 interrupted.
     """
+    options: dict[str, object] = {
+        "model": model,
+        "weights": weights,
+        "device": device,
+        "decoder": decoder,
+        "batch": _number("batch", batch, int),
+        "precision": precision,
+        "fit": fit,
+        "direction": direction,
+        "start": _frame_or_time(start),
+        "stop": None if stop is None else _frame_or_time(stop),
+        "step": step,
+        "stream": stream,
+        "max_error": max_error,
+        "codec": codec,
+        "max_flow": _number("max-flow", max_flow, float),
+        "bound": bound,
+        "overwrite": overwrite,
+        "tolerate_truncation": tolerate_truncation,
+        "queue_mb": queue_mb,
+    }
+    if len(sources) == 1 and manifest is None:
+        _run_one(sources[0], output or None, options, stats, quiet)
+    else:
+        _run_many(sources, output or None, options, stats, quiet, manifest)
+
+
+def _output_lines() -> str:
+    forms = known_outputs()
+    width = max(len(form) for form, _ in forms)
+    return "\n".join(escape(f"      {form:{width}}  {meaning}") for form, meaning in forms)
+
+
+run.__doc__ = (run.__doc__ or "").replace("    OUTPUTS", _output_lines())  # every format that is registered
+
+
+def _run_one(
+    source: str, outputs: list[str] | None, options: dict[str, object], stats: Path | None, quiet: bool
+) -> None:
     from flowreel.engine import api
 
     with Live(quiet) as live:
-        report = api.run(
-            source,
-            output or None,
-            progress=live.show,
-            model=model,
-            weights=weights,
-            device=device,
-            decoder=decoder,
-            batch=_number("batch", batch, int),
-            precision=precision,
-            fit=fit,
-            direction=direction,
-            start=_frame_or_time(start),
-            stop=None if stop is None else _frame_or_time(stop),
-            step=step,
-            stream=stream,
-            max_error=max_error,
-            codec=codec,
-            max_flow=_number("max-flow", max_flow, float),
-            overwrite=overwrite,
-            tolerate_truncation=tolerate_truncation,
-            queue_mb=queue_mb,
-        )
+        report = api.run(source, outputs, progress=live.show, **options)
     if stats is not None:
         _write_stats(stats, report.as_json())
     if not quiet:
         print_summary(report)
+
+
+def _run_many(
+    sources: list[str],
+    outputs: list[str] | None,
+    options: dict[str, object],
+    stats: Path | None,
+    quiet: bool,
+    manifest: Path | None,
+) -> None:
+    from flowreel.engine.many import run_many
+
+    with Live(quiet) as live:
+        report = run_many(sources, outputs, progress=live.show_many, manifest=manifest, **options)
+    if stats is not None:
+        _write_stats(stats, report.as_json())
+    if not quiet:
+        print_many(report)
+    report.raise_if_failed()
 
 
 def _number(name: str, value: str, kind: type[int] | type[float]) -> int | float | str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console, Group
 from rich.live import Live as RichLive
@@ -11,7 +11,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from flowreel.engine.api import Progress, RunReport
+if TYPE_CHECKING:
+    from flowreel.engine.api import Progress, RunReport
+    from flowreel.engine.many import ManyProgress, ManyReport, SourceReport
 
 PLAIN_EVERY_S = 10.0  # a line in a log file now and then is enough
 
@@ -20,10 +22,11 @@ class Live:
     """``show`` is a run's progress hook. Draws on stderr, so that stdout stays free for what commands print."""
 
     def __init__(self, quiet: bool) -> None:
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, markup=False)
         self._live = None if quiet or not self.console.is_terminal else RichLive(console=self.console, transient=True)
         self._quiet = quiet
         self._next_line_s = PLAIN_EVERY_S
+        self._source = 0  # number of the one that has been named
 
     def __enter__(self) -> Self:
         if self._live is not None:
@@ -42,6 +45,19 @@ class Live:
         elif not self._quiet and progress.seconds >= self._next_line_s:
             self._next_line_s = progress.seconds + PLAIN_EVERY_S
             self.console.print(_headline(progress), highlight=False)
+
+    def show_many(self, progress: ManyProgress) -> None:
+        """The same hook for a run over many sources."""
+        if self._live is not None:
+            one = [] if progress.run is None else [stage_table(progress.run), _bar(progress.run)]
+            self._live.update(Group(*one, _sources_bar(progress)))
+            return
+        if progress.number != self._source:
+            self._source, self._next_line_s = progress.number, PLAIN_EVERY_S
+            if not self._quiet:
+                self.console.print(_place(progress), highlight=False)
+        if progress.run is not None:
+            self.show(progress.run)
 
 
 def stage_table(progress: Progress) -> Table:
@@ -62,6 +78,17 @@ def _bar(progress: Progress) -> Table:
     return line
 
 
+def _sources_bar(progress: ManyProgress) -> Table:
+    line = Table.grid(padding=(0, 1))
+    line.add_row(ProgressBar(progress.count, progress.number - 1, width=40), Text(_place(progress)))
+    return line
+
+
+def _place(progress: ManyProgress) -> str:
+    failed = f", {progress.failed} failed" if progress.failed else ""
+    return f"source {progress.number} of {progress.count}{failed}: {progress.source}"
+
+
 def _headline(progress: Progress) -> str:
     rate = progress.flows_done / max(progress.seconds, 1e-9)
     total = "" if progress.flow_count is None else f" of {progress.flow_count}"
@@ -73,15 +100,12 @@ def _headline(progress: Progress) -> str:
 
 def print_summary(report: RunReport) -> None:
     """What ran, how fast, and how large it is beside what ``.flo`` files would have taken."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     console.print(
         f"{report.pairs} flows of {report.width}x{report.height} in {clock(report.seconds)} "
         f"({report.pairs_per_s:.2f} a second; start-up {report.startup_s:.1f} s)"
     )
-    console.print(
-        f"{report.model} ({report.weights}), {report.precision}, batch {report.batch}, on {report.device}; "
-        f"decoded by {report.decoder}; kernels: {report.kernels}"
-    )
+    console.print(_how(report))
     for output in report.outputs:
         share = f", {report.flo_bytes / output.bytes_written:.1f}x smaller than .flo" if output.bytes_written else ""
         console.print(f"{output.path}  {size(output.bytes_written)}{share}")
@@ -89,6 +113,46 @@ def print_summary(report: RunReport) -> None:
             console.print(f"  {note}")
     for note in report.notes:
         console.print(f"note: {note}")
+
+
+def print_many(report: ManyReport) -> None:
+    """One line a source, what was wrong with those that failed, and where all this is written down."""
+    console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("source", "", "flows", "time", "size"):
+        table.add_column(heading, justify="left" if heading in ("source", "") else "right", overflow="fold")
+    for source in report.sources:
+        table.add_row(*map(Text, _cells(source)))
+    console.print(table)
+    for source in report.sources:
+        if source.error is not None:
+            console.print(f"{source.source}: {source.error}")
+        for note in () if source.run is None else _notes(source.run):
+            console.print(f"{source.source}: {note}")
+    runs = [source.run for source in report.sources if source.run is not None]
+    if runs:
+        console.print(_how(runs[0]))
+    counts = (f"{sum(s.status == status for s in report.sources)} {status}" for status in ("done", "skipped", "failed"))
+    console.print(f"{', '.join(counts)} in {clock(report.seconds)}; see {report.manifest}")
+
+
+def _cells(source: SourceReport) -> tuple[str, ...]:
+    status = "skipped: there already" if source.status == "skipped" else source.status
+    flows = "" if source.flows is None else str(source.flows)
+    ran = source.status != "skipped"
+    written = "" if source.run is None else size(source.run.bytes_written)
+    return source.source, status, flows, clock(source.seconds) if ran else "", written
+
+
+def _notes(report: RunReport) -> list[str]:
+    return [note for output in report.outputs for note in output.notes] + list(report.notes)
+
+
+def _how(report: RunReport) -> str:
+    return (
+        f"{report.model} ({report.weights}), {report.precision}, batch {report.batch}, on {report.device}; "
+        f"decoded by {report.decoder}; kernels: {report.kernels}"
+    )
 
 
 def clock(seconds: float) -> str:

@@ -7,12 +7,26 @@ import os
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from flowreel.engine.config import SelectConfig
 from flowreel.engine.data import Source
-from flowreel.engine.errors import UsageError
 
+STDIN = "-"
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp"})
+
+
+@runtime_checkable
+class MayWait(Protocol):
+    """A source whose input may not come for ever; the others only read what is there."""
+
+    def interrupt(self) -> None:
+        """Ends the waiting and the iteration within a moment; from any thread, any number of times."""
+        ...
+
+
+def _is_stdin(name: str) -> bool:
+    return name == STDIN
 
 
 def _is_synthetic(name: str) -> bool:
@@ -31,6 +45,7 @@ def _is_file(_: str) -> bool:
 
 # (does this kind take the name?, module, function(name, select) -> Source); the first that says yes gets it.
 _KINDS: tuple[tuple[Callable[[str], bool], str, str], ...] = (
+    (_is_stdin, "flowreel.engine.sources.y4m", "open_stdin"),
     (_is_synthetic, "flowreel.engine.sources.synthetic", "open_synthetic"),
     (_is_images, "flowreel.engine.sources.images", "open_images"),
     (_is_file, "flowreel.engine.sources.video", "open_video"),
@@ -38,7 +53,7 @@ _KINDS: tuple[tuple[Callable[[str], bool], str, str], ...] = (
 
 
 def open_source(name: str | os.PathLike[str], select: SelectConfig | None = None) -> Source:
-    """Open a video file, a folder or glob of images, or ``synthetic:NAME``; the name decides which.
+    """Open a video file, a folder or glob of images, ``synthetic:NAME`` or ``-`` (stdin); the name decides which.
 
     Args:
         name: what to open. A glob (``"frames/*.png"``) is expanded here.
@@ -51,11 +66,24 @@ def open_source(name: str | os.PathLike[str], select: SelectConfig | None = None
         UsageError: the selection makes no sense for it.
     """
     text = os.fspath(name)
-    if text == "-":
-        raise UsageError("reading YUV4MPEG2 from stdin is not available in this version")
     select = select or SelectConfig()
     for takes, module, function in _KINDS:
         if takes(text):
             source: Source = getattr(import_module(module), function)(text, select)
             return source
     raise AssertionError("the last kind takes every name")
+
+
+def source_stem(name: str | os.PathLike[str]) -> str:
+    """What outputs are called after: a file without its ending, the images' folder, the scene, ``stdin``."""
+    text = os.fspath(name)
+    if _is_stdin(text):
+        return "stdin"
+    if _is_synthetic(text):
+        return text.removeprefix("synthetic:").split("?")[0]
+    if not _is_images(text):
+        return Path(text).stem
+    folder = Path(text)
+    if not folder.is_dir():
+        folder = min(map(Path, glob.glob(text, recursive=True)), default=folder).parent
+    return Path(os.path.abspath(folder)).name or "flow"  # the root folder has no name

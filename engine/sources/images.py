@@ -15,9 +15,10 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from flowreel.engine.config import SelectConfig
-from flowreel.engine.data import FlowInfo, Frame, SourceId
+from flowreel.engine.data import FlowInfo, Frame
 from flowreel.engine.errors import FrameSizeError, SourceNotFoundError, UnsupportedSourceError, UsageError
 from flowreel.engine.sources import IMAGE_SUFFIXES
+from flowreel.engine.sources.fingerprint import source_id
 from flowreel.engine.timecode import select_frames
 
 FRAME_RATE = Fraction(25)  # pictures carry no times; FFmpeg reads image sequences at the same rate
@@ -86,7 +87,7 @@ class ImageSource:
             width=width,
             frame_rate=FRAME_RATE / select.step,
             frame_count=len(self._wanted),
-            source=SourceId(folder, sum(path.stat().st_size for path in paths)),
+            source=source_id(folder, paths),
         )
 
     def _common_size(self) -> tuple[int, int]:

@@ -13,8 +13,9 @@ import av
 import torch
 
 from flowreel.engine.config import SelectConfig
-from flowreel.engine.data import FlowInfo, Frame, SourceId
+from flowreel.engine.data import FlowInfo, Frame
 from flowreel.engine.errors import DeviceError, TooFewFramesError
+from flowreel.engine.sources.fingerprint import source_id
 from flowreel.engine.sources.picture import Converter
 from flowreel.engine.sources.probe import VideoProbe, decoded, opened, packets, probe_video
 from flowreel.engine.timecode import MOST_REORDERED, Timeline, parse_seconds, select_frames
@@ -53,7 +54,7 @@ class VideoSource:
             width=width,
             frame_rate=probe.frame_rate / select.step,
             frame_count=len(self._wanted),
-            source=SourceId(probe.path.name, probe.path.stat().st_size, probe.duration_s),
+            source=source_id(probe.path.name, [probe.path], probe.duration_s),
         )
 
     @property

@@ -9,7 +9,7 @@ import torch
 from flowreel.engine.config import ModelConfig
 from flowreel.engine.data import Frame, FramePair, PairBatch
 from flowreel.engine.errors import UsageError
-from flowreel.engine.inference import auto_batch, cast_convolutions, prepare, resolve_precision
+from flowreel.engine.inference import auto_batch, cast_convolutions, load_network, prepare, resolve_precision
 from flowreel.engine.models import build_model
 from flowreel.engine.models.layers import FlowHead
 from flowreel.engine.named_scenes import named_scene
@@ -52,6 +52,21 @@ def test_the_shipped_weights_know_a_known_motion() -> None:
     mean = result.flow[0].mean((1, 2)).numpy()
     assert np.hypot(*(mean - (3, 1))) < 0.5 * np.hypot(3, 1)
     assert (result.frame[0], result.frame_to[0], result.timestamp_to_s[0]) == (0, 1, 0.04)
+
+
+def test_one_loaded_network_serves_frames_of_any_size() -> None:
+    config = ModelConfig(device="cpu", model="flownet2c")
+    network = load_network(config)
+    for height, width in ((64, 64), (70, 130)):
+        shared, alone = network.fitted(height, width), prepare(config, height, width)
+        assert shared.net is network.net
+        assert (shared.model, shared.batch, shared.fit) == (alone.model, alone.batch, alone.fit)
+        assert shared.made_by() == alone.made_by()
+        frames = torch.randint(0, 256, (2, 1, 3, height, width), dtype=torch.uint8)
+        assert torch.equal(shared.flow(*frames), alone.flow(*frames))
+    assert load_network(ModelConfig(device="cpu", batch=3)).fitted(64, 64).batch == 3
+    with pytest.raises(UsageError, match="fit=crop"):
+        load_network(ModelConfig(device="cpu", fit="crop")).fitted(32, 64)
 
 
 def test_flow_is_an_ordinary_tensor_without_gradients() -> None:

@@ -1,4 +1,7 @@
-"""A chunk keeps every vector within the bound, marks the rest, and notices a flipped bit."""
+"""A chunk is small, the same for the same flow, read by zarr-python, and notices a flipped bit.
+
+That it keeps every vector within the bound is shown in ``test_codecs_property.py``.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +13,23 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
+import zarr
 
 from flowreel.engine.config import Codec, SinkConfig
 from flowreel.engine.errors import DamagedStoreError, OutputError, UsageError
 from flowreel.sinks import codecs
-from flowreel.sinks.codecs import FlowCodec, codec_of, compress, decompress, flow_codec, pack_shard, unpack_index
-
-CODECS: tuple[Codec, ...] = get_args(Codec)
-SHAPES = st.tuples(st.just(2), st.integers(1, 9), st.integers(1, 17))
-VALUES = st.one_of(
-    st.floats(-40, 40, width=32),
-    st.floats(width=32),  # NaN, infinities, denormals, 3e38
-    st.sampled_from([1023.96875, 1023.984, -1024.0, 1024.0, 1e9, 2e9, -1e10, 67108864.0, 67108860.0, -0.0]),
+from flowreel.sinks.codecs import (
+    FlowCodec,
+    codec_of,
+    compress,
+    decompress,
+    flow_codec,
+    pack_shard,
+    unpack_index,
+    zarr_arguments,
 )
+
+CODECS = sorted({*get_args(Codec), "pcodec2d"})
 
 
 def decoded(codec: FlowCodec, chunk: bytes) -> Any:
@@ -60,41 +64,6 @@ def test_integers_reach_across_the_longer_side(width: int, max_error: float, dty
     assert flow_codec(width, 5, SinkConfig(max_error=max_error)).dtype == dtype
 
 
-@settings(max_examples=150, deadline=None)
-@given(
-    flow=hnp.arrays(np.float32, SHAPES, elements=VALUES),
-    max_error=st.sampled_from([1 / 64, 1 / 100, 0.001, 0.3, 4.0]),
-    kind=st.sampled_from(CODECS),
-    wide=st.booleans(),
-)
-def test_every_vector_is_within_the_bound_or_missing(flow: Any, max_error: float, kind: Codec, wide: bool) -> None:
-    codec = flow_codec(*flow.shape[1:], SinkConfig(max_error=max_error, codec=kind))
-    if wide:
-        codec = replace(codec, dtype=np.dtype("<i4"))
-    given_flow = flow.copy()
-    encoded = codec.encode(flow)
-    back = decoded(codec, encoded.chunk)
-
-    exact = given_flow.astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        known = (np.abs(exact) <= 1e9).all(axis=0)
-        largest = 32767 if codec.dtype == "int16" else 2**31 - 128
-        fits = known & (np.abs(np.rint(exact / codec.step)) <= largest).all(axis=0)
-    assert np.array_equal(np.isnan(back), np.broadcast_to(~fits, flow.shape))
-    assert np.abs(back.astype(np.float64) - exact)[:, fits].max(initial=0) <= max_error
-    assert encoded.unknown == (~known).sum()
-    assert encoded.beyond_range == (known & ~fits).sum()
-    assert np.array_equal(flow, given_flow, equal_nan=True)
-
-
-@settings(max_examples=60, deadline=None)
-@given(flow=hnp.arrays(np.uint32, SHAPES), kind=st.sampled_from(CODECS))
-def test_lossless_keeps_every_bit(flow: Any, kind: Codec) -> None:
-    codec = flow_codec(*flow.shape[1:], SinkConfig(max_error=0, codec=kind))
-    back = decoded(codec, codec.encode(flow.view(np.float32)).chunk)
-    assert np.array_equal(back.view(np.uint32), flow)
-
-
 def test_row_blocks_and_strides_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(3)
     padded = rng.normal(0, 9, (2, 50, 80)).astype(np.float32)
@@ -122,35 +91,46 @@ def test_size_is_checked() -> None:
 
 
 @pytest.mark.parametrize("kind", CODECS)
-def test_threads_give_the_same_bytes(kind: Codec) -> None:
+def test_threads_give_the_same_bytes(kind: Any) -> None:
     rng = np.random.default_rng(1)
     flows = [rng.normal(0, 4, (2, 60, 70)).astype(np.float32).cumsum(axis=2) / 9 for _ in range(12)]
-    codec = flow_codec(60, 70, SinkConfig(codec=kind))
+    codec = replace(flow_codec(60, 70, SinkConfig()), codec=kind)
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(codec.encode, flows)) == [codec.encode(flow) for flow in flows]
 
 
 @pytest.mark.parametrize("kind", CODECS)
-def test_flipped_bits_are_noticed(kind: Codec) -> None:
-    values = np.arange(200, dtype="<i2")
+def test_flipped_bits_are_noticed(kind: Any) -> None:
+    values = np.arange(200, dtype="<i2").reshape(2, 20, 5)
     chunk = compress(values, kind)
     for place in range(0, len(chunk), 7):
         damaged = bytearray(chunk)
         damaged[place] ^= 1 << place % 8
         with pytest.raises(DamagedStoreError, match="checksum"):
-            decompress(bytes(damaged), kind, values.dtype, 200)
+            decompress(bytes(damaged), kind, values.dtype, values.shape)
     for wrong in (b"", b"abc", chunk[:-1]):
         with pytest.raises(DamagedStoreError):
-            decompress(wrong, kind, values.dtype, 200)
+            decompress(wrong, kind, values.dtype, values.shape)
 
 
 @pytest.mark.parametrize("kind", CODECS)
-def test_a_sound_checksum_over_wrong_contents_is_noticed_too(kind: Codec) -> None:
-    values = np.arange(200, dtype="<i2")
-    with pytest.raises(DamagedStoreError, match="200 values instead of 201"):
-        decompress(compress(values, kind), kind, values.dtype, 201)
+def test_a_sound_checksum_over_wrong_contents_is_noticed_too(kind: Any) -> None:
+    values = np.arange(200, dtype="<i2").reshape(2, 20, 5)
+    with pytest.raises(DamagedStoreError, match="200 values instead of 210"):
+        decompress(compress(values, kind), kind, values.dtype, (2, 21, 5))
     with pytest.raises(DamagedStoreError, match="decompress"):
-        decompress(codecs.with_checksum(b"\x05 no such stream \xff"), kind, values.dtype, 200)
+        decompress(codecs.with_checksum(b"\x05 no such stream \xff"), kind, values.dtype, values.shape)
+
+
+@pytest.mark.parametrize("kind", CODECS)
+def test_values_come_back_in_the_shape_asked_for(kind: Any) -> None:
+    values = np.arange(30, dtype="<i4").reshape(2, 3, 5)
+    assert np.array_equal(decompress(compress(values, kind), kind, values.dtype, (2, 3, 5)), values)
+    if kind == "pcodec2d":
+        with pytest.raises(TypeError, match="shape"):
+            decompress(compress(values, kind), kind, values.dtype, 30)
+    else:
+        assert np.array_equal(decompress(compress(values, kind), kind, values.dtype, 30), values.reshape(-1))
 
 
 def test_shard_places_chunks_in_order_and_marks_the_rest_missing() -> None:
@@ -168,23 +148,47 @@ def test_foreign_codecs_are_refused() -> None:
     for kind in CODECS:
         chain = codecs.zarr_codecs(kind, np.dtype("<i2"))
         assert codec_of([step["name"] for step in chain]) == kind
+    chain = codecs.zarr_codecs("pcodec2d", np.dtype("<f4"))  # floats are not predicted, and say so
+    assert codec_of([step["name"] for step in chain]) == "pcodec"
     with pytest.raises(DamagedStoreError, match="gzip"):
         codec_of(["bytes", "gzip"])
+
+
+@pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in the Zarr version 3")
+@pytest.mark.parametrize("dtype", ["<i2", "<i4", "<f4"])
+@pytest.mark.parametrize("kind", CODECS)
+def test_zarr_python_reads_our_shards_and_writes_the_same(tmp_path: Path, kind: Any, dtype: str) -> None:
+    values = np.random.default_rng(5).normal(0, 900, (3, 2, 13, 29)).cumsum(axis=3).astype(dtype)
+    values[1, :, 4:6, 7:9] = -32768
+    layout: dict[str, Any] = {"shape": values.shape, "chunks": (1, 2, 13, 29), "shards": (4, 2, 13, 29)}
+    layout |= {"dtype": dtype, "fill_value": 0, **zarr_arguments(kind, np.dtype(dtype))}
+    array = zarr.create_array(tmp_path / "ours", **layout)
+    shard = tmp_path / "ours" / "c" / "0" / "0" / "0" / "0"
+    shard.parent.mkdir(parents=True)
+    shard.write_bytes(b"".join(pack_shard([compress(flow, kind) for flow in values], 4)))
+    assert np.array_equal(array[:], values)
+    assert np.array_equal(array[1, 1, 3:7, 5:], values[1, 1, 3:7, 5:])
+
+    if kind == "pcodec2d" and dtype != "<f4":
+        return  # zarr-python's numcodecs.delta hands on a flat array, which its own transpose refuses
+    theirs = zarr.create_array(tmp_path / "theirs", **layout)
+    theirs[:] = values
+    assert (tmp_path / "theirs" / "c" / "0" / "0" / "0" / "0").read_bytes() == shard.read_bytes()
 
 
 @pytest.mark.parametrize(
     ("name", "bars"),
     [
-        ("flownet2_caffe_result_960x540.flo", {"blosc": 4.5, "pcodec": 7.0}),
-        ("sintel_alley_1_0002_gt_1024x436.flo", {"blosc": 20.0, "pcodec": 25.0}),
-        ("sintel_alley_1_0003_gt_1024x436.flo", {"blosc": 20.0, "pcodec": 25.0}),
+        ("flownet2_caffe_result_960x540.flo", {"blosc": 4.9, "pcodec": 7.4, "pcodec2d": 9.7}),
+        ("sintel_alley_1_0002_gt_1024x436.flo", {"blosc": 22.0, "pcodec": 29.0, "pcodec2d": 38.0}),
+        ("sintel_alley_1_0003_gt_1024x436.flo", {"blosc": 22.0, "pcodec": 29.0, "pcodec2d": 38.0}),
     ],
 )
-def test_sizes_on_the_fixed_fields(data_dir: Path, name: str, bars: dict[Codec, float]) -> None:
+def test_sizes_on_the_fixed_fields(data_dir: Path, name: str, bars: dict[Any, float]) -> None:
     path = data_dir / "flo" / name
     flow = read_flo(path)
     for kind, bar in bars.items():
-        codec = flow_codec(*flow.shape[1:], SinkConfig(codec=kind))
+        codec = replace(flow_codec(*flow.shape[1:], SinkConfig()), codec=kind)
         encoded = codec.encode(flow)
         assert path.stat().st_size / len(encoded.chunk) >= bar
         error = np.abs(decoded(codec, encoded.chunk).astype(np.float64) - flow).max()

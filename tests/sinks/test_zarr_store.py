@@ -45,6 +45,7 @@ def _no_waiting_for_the_disk() -> Iterator[None]:
     """Thousands of fsyncs would only take time here; that they happen, and when, is test_publish's matter."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)
+        patch.setattr(zarr_store, "encode_workers", lambda: 0)  # each flow is in its shard when ``write`` returns
         yield
 
 
@@ -114,6 +115,18 @@ def test_what_went_in_comes_out(tmp_path: Path, codec: Codec, max_error: float) 
     assert not [file for file in Path(store.path).rglob("*") if file.name.endswith(".partial")]
 
 
+def test_workers_change_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flows = moving(11)
+    make(tmp_path / "one.zarr", flows)
+    monkeypatch.setattr(zarr_store, "encode_workers", lambda: 3)
+    make(tmp_path / "three.zarr", flows)
+    one, three = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (tmp_path / "one.zarr", tmp_path / "three.zarr")
+    )
+    assert one == three
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     shape=st.tuples(st.integers(1, 7), st.integers(1, 8), st.integers(1, 8)),
@@ -175,7 +188,7 @@ def test_indexing_is_numpys(tmp_path: Path) -> None:
     for wrong in (7, -8, [0, 7]):
         with pytest.raises(IndexError):
             store[wrong]
-    for strange in (True, 1.0, "1", np.ones(7, bool), None):
+    for strange in (True, 1.0, "1", None):
         with pytest.raises(TypeError):
             store[strange]
 
@@ -189,7 +202,8 @@ def test_files_are_those_zarr_python_writes(tmp_path: Path, codec: Codec, max_er
     assert ours.metadata.consolidated_metadata is not None
     integers = ours["flow"][:]
     dtype, fill = ("int16", -32768) if max_error else ("float32", np.nan)
-    blosc = BloscCodec(cname="zstd", clevel=2, shuffle="bitshuffle")
+    block = (1 << 19) * np.dtype(dtype).itemsize
+    blosc = BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle", blocksize=block)
     zstd = {"name": "zstd", "configuration": {"level": 3, "checksum": False}}
     theirs = zarr.create_array(
         tmp_path / "theirs",
@@ -251,7 +265,7 @@ def test_attributes_tell_where_it_comes_from(tmp_path: Path) -> None:
     attrs = make(tmp_path / "X.zarr", moving(2)).attrs
     assert attrs["format_version"] == 1
     assert attrs["software_version"]
-    assert attrs["source"] == {"name": "clip.mp4", "size_bytes": 4096, "duration_s": 1.5}
+    assert attrs["source"] == {"name": "clip.mp4", "size_bytes": 4096, "duration_s": 1.5, "head_sha256": None}
     assert (attrs["model"], attrs["batch"]) == ("FlowNet2C", 2)
     assert (attrs["frame_rate"], attrs["max_error"], attrs["codec"]) == ("30000/1001", 1 / 64, "blosc")
     array = json.loads((tmp_path / "X.zarr" / "flow" / "zarr.json").read_text())
@@ -451,7 +465,7 @@ def test_existing_store_is_kept_unless_overwritten(tmp_path: Path) -> None:
 def test_unfinished_store_of_a_killed_run(tmp_path: Path) -> None:
     path = tmp_path / "X.zarr"
     written(ZarrSink(str(path), config()), moving(5))  # and never committed
-    with pytest.raises(OutputExistsError, match=r"unfinished store.*\(1 whole shards\).*--overwrite"):
+    with pytest.raises(OutputExistsError, match=r"unfinished store.*--resume.*--overwrite"):
         ZarrSink(str(path), config()).open(header(5))
     assert open_store(path).available == 3
     assert make(path, moving(2), overwrite=True).available == 2
@@ -541,7 +555,7 @@ def test_metadata_that_cannot_be_read(tmp_path: Path, file: str, old: str, new: 
 def test_a_flipped_bit_names_its_frame(tmp_path: Path, codec: Codec) -> None:
     store = make(tmp_path / "X.zarr", moving(8), codec=codec)
     shard = flow_shard(tmp_path / "X.zarr", 1)
-    offset, length = (int(value) for value in store._index(1)[1])
+    offset, length = (int(value) for value in store.files.index(1)[1])
     spoil(shard, offset + length // 2)
     assert store[3].shape == (2, H, W)
     with pytest.raises(DamagedStoreError, match=r"flow 4 \(frame 8\): checksum is wrong"):

@@ -1,10 +1,17 @@
-"""Numbers for a person."""
+"""What a person is shown: numbers, and the lines about many sources."""
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from flowreel.engine.cli.table import clock, size
+from flowreel.engine.api import OutputReport, Progress, RunReport
+from flowreel.engine.cli.table import Live, clock, print_many, size
+from flowreel.engine.errors import UnsupportedSourceError
+from flowreel.engine.many import ManyProgress, ManyReport, SourceReport
+
+Capture = pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize(
@@ -19,3 +26,58 @@ def test_clock(seconds: float, said: str) -> None:
 )
 def test_size(count: float, said: str) -> None:
     assert size(count) == said
+
+
+def many_progress(number: int, seconds: float | None = None, failed: int = 0) -> ManyProgress:
+    run = None if seconds is None else Progress((), flow_count=10, flows_done=4, seconds=seconds)
+    return ManyProgress(f"take[{number}].mp4", number, 3, failed, run)
+
+
+def test_each_source_is_named_once_and_then_how_far_it_is(capsys: Capture) -> None:
+    with Live(quiet=False) as live:
+        for number, seconds in ((1, None), (1, 0.0), (1, 11.0), (1, 12.0), (3, None), (3, 1.0), (3, 11.0)):
+            live.show_many(many_progress(number, seconds, failed=number // 3))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "source 1 of 3: take[1].mp4"
+    assert lines[1].startswith("4 of 10 flows")
+    assert lines[2] == "source 3 of 3, 1 failed: take[3].mp4"
+    assert lines[3].startswith("4 of 10 flows")
+    assert len(lines) == 4
+
+
+def test_quiet_says_nothing_of_sources(capsys: Capture) -> None:
+    with Live(quiet=True) as live:
+        live.show_many(many_progress(1))
+        live.show_many(many_progress(2, 20.0))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_summary_of_many_sources(capsys: Capture) -> None:
+    output = OutputReport("out/a.zarr", 1500, ("2 vectors are unknown",))
+    run = RunReport(
+        **dict.fromkeys(("decoder", "device", "kernels", "precision", "model", "weights"), ""),
+        **dict.fromkeys(("pairs", "seconds", "startup_s", "pairs_per_s", "flo_bytes", "width", "height", "batch"), 0),
+        bytes_written=1500,
+        outputs=(output,),
+        stages=(),
+        notes=("it was dark",),
+    )
+    error = UnsupportedSourceError("no video")
+    sources = (
+        SourceReport("a[1].mp4", "done", ("out/a.zarr",), 7, 65.0, run=run),
+        SourceReport("b.mp4", "skipped", ("out/b.zarr",), 9),
+        SourceReport("c.mp4", "failed", ("out/c.zarr",), None, 0.5, error=error),
+    )
+    print_many(ManyReport(sources, "out/list.json", 66.0))
+    said = capsys.readouterr().err
+    rows = [re.split(r"\s{2,}", line.strip()) for line in said.splitlines()]
+    assert ["a[1].mp4", "done", "7", "1:05", "1.5 kB"] in rows
+    assert ["b.mp4", "skipped: there already", "9"] in rows
+    assert ["c.mp4", "failed", "0.5 s"] in rows
+    for words in (
+        "c.mp4: no video",
+        "a[1].mp4: 2 vectors are unknown",
+        "a[1].mp4: it was dark",
+        "1 done, 1 skipped, 1 failed in 1:06; see out/list.json",
+    ):
+        assert words in said

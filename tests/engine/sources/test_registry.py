@@ -11,7 +11,6 @@ import pytest
 
 from flowreel.engine import sources
 from flowreel.engine.config import SelectConfig
-from flowreel.engine.errors import UsageError
 
 
 @pytest.fixture
@@ -30,6 +29,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
+        ("-", "y4m"),
+        ("./-", "video"),
         ("synthetic:objects", "synthetic"),
         ("folder", "images"),
         ("folder/*.png", "images"),
@@ -44,15 +45,38 @@ def test_name_decides(asked: list[str], tmp_path: Path, monkeypatch: pytest.Monk
     for file in ("folder/one.PNG", "take[1].mp4", "clip.mp4"):
         (tmp_path / file).touch()
     monkeypatch.chdir(tmp_path)
-    for given in (name, Path(name)) if ":" not in name else (name,):
+    for given in (name, Path(name)) if ":" not in name and name != "./-" else (name,):
         with pytest.raises(InterruptedError):
             sources.open_source(given)
     assert set(asked) == {kind}
 
 
-def test_stdin_is_refused_plainly() -> None:
-    with pytest.raises(UsageError, match="stdin is not available in this version"):
-        sources.open_source("-")
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [
+        ("-", "stdin"),
+        ("synthetic:objects?size=64x64", "objects"),
+        ("clips/dance.mp4", "dance"),
+        ("dance.v2.mkv", "dance.v2"),
+        ("missing", "missing"),
+        ("shots/take.1", "take.1"),
+        ("shots/take.1/", "take.1"),
+        ("shots/take.1/0.png", "take.1"),
+        ("shots/take.1/*.png", "take.1"),
+        ("shots/*/0.png", "take.1"),
+        ("nothing/*.png", "nothing"),
+        ("shots/..", "here"),
+        (".", "here"),
+        ("*.png", "here"),
+        ("/", "flow"),
+    ],
+)
+def test_what_outputs_are_called_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, stem: str) -> None:
+    here = tmp_path / "here"
+    (here / "shots" / "take.1").mkdir(parents=True)
+    (here / "shots" / "take.1" / "0.png").touch()
+    monkeypatch.chdir(here)
+    assert sources.source_stem(name) == stem
 
 
 def test_selection_reaches_the_source(clip: Callable[..., Path]) -> None:

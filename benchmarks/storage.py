@@ -1,0 +1,177 @@
+"""What stored flow costs: size, error and speed for each bound and codec, and how often a store's bytes are written.
+
+Fields: the published FlowNet2 result and Sintel's ground truth, which judge the codecs, and real clips with the
+baseline weights. Speeds are of one core: float32 bytes of flow by CPU seconds of the one thread that works.
+
+**Write amplification** is ``wchar`` of ``/proc/self/io``, the bytes this process handed to write calls while a whole
+store was made, over the bytes of the finished store. It counts what is written again (a shard for each flow that is
+added, metadata for each shard) on any file system; ``write_bytes`` beside it, what went on to the disk, rounds each
+file up to pages and is 0 where the folder lies in memory.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+import flowreel
+from benchmarks.data import FOLDER
+from flowreel.engine.config import Codec, SinkConfig
+from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
+from flowreel.sinks import open_sink, read_flo
+from flowreel.sinks.codecs import FlowCodec, flow_codec
+from flowreel.sinks.flo import flo_bytes
+
+Flow = npt.NDArray[np.float32]  # (2, H, W) pixels
+
+FIXED = {
+    "FlowNet2 (Caffe) 960x540": ("flownet2_caffe_result_960x540.flo",),
+    "Sintel truth 1024x436": ("sintel_alley_1_0002_gt_1024x436.flo", "sintel_alley_1_0003_gt_1024x436.flo"),
+}
+CLIPS = ("bbb_1080p60.mp4", "person_asl_walk_640x480.mkv", "sintel_cave_1024x436.mp4")
+CLIP_FLOWS = 24
+BOUNDS = {"1/128": 1 / 128, "1/64": 1 / 64, "1/32": 1 / 32, "1/16": 1 / 16, "lossless": 0.0}  # px
+SHOWN = "1/64"  # the default bound, whose speed and error the table shows; the others' are in "measurements"
+LEAST_TIMINGS = 9  # the median is taken of at least so many
+
+
+def run() -> dict[str, object]:
+    """One row a field and codec: times smaller than ``.flo`` at each bound; speed, error and writes at 1/64 px."""
+    measurements: list[dict[str, Any]] = []
+    stores: list[dict[str, Any]] = []
+    for name, files in FIXED.items():
+        flows = [np.ascontiguousarray(read_flo(FOLDER / "flo" / file).transpose(2, 0, 1)) for file in files]
+        measurements += measure_all(name, flows)
+    for clip in CLIPS:
+        batches = [
+            replace(batch, flow=batch.flow.cpu())
+            for batch in flowreel.stream(FOLDER / "videos" / clip, stop=CLIP_FLOWS + 1)
+        ]
+        measurements += measure_all(clip, [flow for batch in batches for flow in batch.flow.numpy()])
+        stores += [whole_store(clip, batches, codec) for codec in get_args(Codec)]
+    return {
+        "clip_flows": CLIP_FLOWS,
+        "rows": rows(measurements, stores),
+        "measurements": measurements,
+        "stores": stores,
+    }
+
+
+def rows(measurements: Sequence[dict[str, Any]], stores: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each field and codec."""
+    table = []
+    for shown in (found for found in measurements if found["bound"] == SHOWN):
+        same = [found for found in measurements if (found["field"], found["codec"]) == (shown["field"], shown["codec"])]
+        store = [found for found in stores if (found["field"], found["codec"]) == (shown["field"], shown["codec"])]
+        table.append(
+            {
+                "flow": shown["field"],
+                "codec": shown["codec"],
+                **{f".flo / {found['bound']}": found["ratio"] for found in same},
+                f"encode GB/s at {SHOWN}": shown["encode GB/s"],
+                "decode GB/s": shown["decode GB/s"],
+                "mean error px": f"{shown['mean error px']:.4f}",
+                "max error px": f"{shown['max error px']:.6f}",
+                "write amplification": f"{store[0]['wchar / store']:.4f}" if store and store[0]["wchar"] else None,
+            }
+        )
+    return table
+
+
+def measure_all(field: str, flows: Sequence[Flow]) -> list[dict[str, Any]]:
+    """Every bound and codec on the flows of one field or clip."""
+    height, width = flows[0].shape[1:]
+    found = []
+    for bound, max_error in BOUNDS.items():
+        for kind in get_args(Codec):
+            codec = flow_codec(height, width, SinkConfig(max_error=max_error, codec=kind))
+            cost = measure(codec, flows)
+            found.append(
+                {
+                    "field": field,
+                    "codec": kind,
+                    "bound": bound,
+                    "ratio": cost.ratio,
+                    "mean error px": cost.mean_error,
+                    "max error px": cost.max_error,
+                    "encode GB/s": cost.encode_gb_per_s,
+                    "decode GB/s": cost.decode_gb_per_s,
+                }
+            )
+    return found
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a codec makes of some flows."""
+
+    ratio: float  # bytes as .flo files, over the bytes of the chunks
+    mean_error: float  # px, of a component of a vector
+    max_error: float  # px
+    encode_gb_per_s: float  # of float32 flow and CPU second, median
+    decode_gb_per_s: float
+
+
+def measure(codec: FlowCodec, flows: Sequence[Flow]) -> Cost:
+    """Encodes and decodes each flow, several times when they are few. The first time around only warms up."""
+    out: Flow = np.empty((2, codec.height, codec.width), np.float32)
+    gigabytes = out.nbytes / 1e9
+    codec.decode(codec.encode(flows[0]).chunk, out)
+    stored_bytes, means, most = 0, [], 0.0
+    encode_s: list[float] = []
+    decode_s: list[float] = []
+    for again in range(-(-LEAST_TIMINGS // len(flows))):
+        for flow in flows:
+            began_s = time.thread_time()
+            chunk = codec.encode(flow).chunk
+            encoded_s = time.thread_time()
+            codec.decode(chunk, out)
+            decode_s.append(time.thread_time() - encoded_s)
+            encode_s.append(encoded_s - began_s)
+            if not again:
+                error = np.abs(out - flow)
+                stored_bytes += len(chunk)
+                means.append(float(np.nanmean(error)))
+                most = max(most, float(np.nanmax(error)))
+    ratio = len(flows) * flo_bytes(codec.height, codec.width) / stored_bytes
+    return Cost(ratio, sum(means) / len(means), most, gigabytes / median(encode_s), gigabytes / median(decode_s))
+
+
+def whole_store(name: str, batches: Sequence[FlowBatch], codec: Codec) -> dict[str, Any]:
+    """Writes the batches as a store, and what the operating system counted meanwhile."""
+    height, width = batches[0].flow.shape[2:]
+    count = sum(len(batch) for batch in batches)
+    with tempfile.TemporaryDirectory() as folder:
+        sink = open_sink(Path(folder) / "x.zarr", SinkConfig(codec=codec))
+        before = io_counters()
+        sink.open(FlowInfo(height, width, None, count + 1, SourceId(name)))
+        for batch in batches:
+            sink.write(batch)
+        sink.commit()
+        after = io_counters()
+        store_bytes = sum(file.stat().st_size for file in Path(folder, "x.zarr").rglob("*") if file.is_file())
+    spent = {what: after[what] - before[what] for what in ("wchar", "write_bytes", "rchar") if what in before}
+    return {
+        "field": name,
+        "codec": codec,
+        "flows": count,
+        "store bytes": store_bytes,
+        "bytes the sink counted": sink.bytes_written,
+        **{what: spent.get(what) for what in ("wchar", "write_bytes", "rchar")},
+        "wchar / store": spent["wchar"] / store_bytes if spent else None,
+    }
+
+
+def io_counters() -> dict[str, int]:
+    """This process's counters since it began, all threads together; empty on systems that have none."""
+    path = Path("/proc/self/io")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {name: int(value) for name, value in (line.split(": ") for line in lines)}

@@ -1,0 +1,72 @@
+"""``flowreel verify``: whether stores are still what was written."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flowreel.engine.cli.options import Debug, Quiet
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from flowreel.engine.verify import Verification
+
+
+def verify(
+    stores: Annotated[
+        list[str], typer.Argument(metavar="STORE...", help="Flow stores, finished or not.", show_default=False)
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for scripts.")] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Read stores whole: checksums, metadata, times, and whether every flow is there.
+
+    Exit code 0 when all is sound, 1 with the list of what is wrong.
+
+    [bold]Examples[/bold]
+
+      flowreel verify dance.flow.zarr
+
+      flowreel verify --json flows/*.zarr
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from flowreel.engine import verify as verifying
+
+    done = []
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+        for store in stores:
+            task = bar.add_task(store, total=None)
+            done.append(verifying.verify(store, partial(_show, bar, task)))
+            bar.remove_task(task)
+            if not as_json and not (quiet and done[-1].sound):
+                typer.echo("\n".join(_lines(done[-1])))
+    if as_json:
+        typer.echo(json.dumps([one.as_json() for one in done], indent=2))
+    if not all(one.sound for one in done):
+        raise typer.Exit(1)
+
+
+def _show(bar: Progress, task: TaskID, flows: int, available: int) -> None:
+    bar.update(task, completed=flows, total=available)
+
+
+def _lines(one: Verification) -> list[str]:
+    """What a person reads about one store."""
+    if one.sound:
+        return [f"{one.path}: sound, {one.flows} {_plural(one.flows, 'flow')} of {one.width}x{one.height}"]
+    if len(one.findings) == 1 and one.findings[0].first_flow is None:
+        return [f"{one.path}: {one.findings[0]}"]
+    heading = f"{one.path}: {len(one.findings)} {_plural(len(one.findings), 'thing')} wrong"
+    return [heading, *(f"  {finding}" for finding in one.findings)]
+
+
+def _plural(count: int, noun: str) -> str:
+    return noun if count == 1 else f"{noun}s"

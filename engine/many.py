@@ -1,0 +1,342 @@
+"""Many sources, one network: each source to outputs of its own, what is done already skipped, failures collected.
+
+A manifest beside the outputs tells at every moment how far it is. It is replaced as a whole when a source's outputs
+have been opened and when it has ended; between the two it says interrupted, so that a killed process leaves the truth.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from flowreel.engine.api import PathLike, Progress, RunReport, output_names, run_one
+from flowreel.engine.config import RunConfig
+from flowreel.engine.errors import (
+    FlowreelError,
+    OutputExistsError,
+    OutputWriteError,
+    SomeSourcesFailedError,
+    StageError,
+    UsageError,
+)
+from flowreel.engine.inference import Network, load_network
+from flowreel.engine.sources import source_stem
+from flowreel.sinks import open_sink
+
+MANIFEST = "flowreel-manifest.json"
+FORMAT = "flowreel_manifest"  # the key that marks the file as ours; its value is the format's version
+
+Status = Literal["done", "skipped", "failed", "interrupted"]
+_NUMBER = re.compile(r"%0?\d*d")  # in a name that stands for one file a flow
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """What became of one source."""
+
+    source: str
+    status: Status
+    outputs: tuple[str, ...]
+    flows: int | None = None  # None: unknown, as of outputs that were made by an earlier run
+    seconds: float = 0.0  # opening the source included
+    began: bool = False  # its outputs were opened, so what lies there unfinished is this run's own
+    error: Exception | None = None
+    run: RunReport | None = None  # of a source that was done now
+
+    def as_json(self) -> dict[str, object]:
+        """The manifest's entry."""
+        # A stage's error only says where; its cause is what went wrong.
+        cause = self.error.__cause__ if isinstance(self.error, StageError) else self.error
+        error = None if self.error is None else {"type": type(cause).__name__, "message": str(self.error)}
+        return {
+            "source": self.source,
+            "status": self.status,
+            "outputs": list(self.outputs),
+            "flows": self.flows,
+            "seconds": round(self.seconds, 3),
+            "began": self.began,
+            "error": error,
+        }
+
+
+@dataclass(frozen=True)
+class ManyReport:
+    """What a run over many sources did."""
+
+    sources: tuple[SourceReport, ...]  # in the order they were given
+    manifest: str  # path of the file that says the same
+    seconds: float
+
+    @property
+    def failed(self) -> tuple[SourceReport, ...]:
+        return tuple(report for report in self.sources if report.status == "failed")
+
+    def raise_if_failed(self) -> None:
+        """Raises SomeSourcesFailedError naming how many, the first of them and the manifest; nothing if none did."""
+        if self.failed:
+            first = self.failed[0]
+            raise SomeSourcesFailedError(
+                f"{len(self.failed)} of {len(self.sources)} sources failed, the first {first.source}: {first.error}; "
+                f"{self.manifest} tells of each, and the same command again redoes only these"
+            ) from first.error
+
+    def as_json(self) -> dict[str, object]:
+        """The report as plain values, for a file; a source that was done has its RunReport under ``run``."""
+        runs = [report.run and report.run.as_json() for report in self.sources]
+        sources = [report.as_json() | {"run": run} for report, run in zip(self.sources, runs, strict=True)]
+        return {"seconds": self.seconds, "manifest": self.manifest, "sources": sources}
+
+
+@dataclass(frozen=True)
+class ManyProgress:
+    """What a run over many sources tells while it is under way."""
+
+    source: str
+    number: int  # of this source among all, from 1
+    count: int  # sources given
+    failed: int  # so far
+    run: Progress | None  # of this source; None: it has only begun
+
+
+@dataclass(frozen=True)
+class _Job:
+    source: str
+    outputs: tuple[str, ...]
+
+
+def run_many(
+    sources: Iterable[PathLike],
+    outputs: PathLike | Iterable[PathLike] | None = None,
+    *,
+    progress: Callable[[ManyProgress], None] | None = None,
+    manifest: PathLike | None = None,
+    **options: object,
+) -> ManyReport:
+    """Computes the flow of many sources with one network, one source after another.
+
+    A source whose outputs are all there is skipped; where some are missing, only those are made. What a source left
+    unfinished in an earlier run with the same manifest is made anew. ``overwrite`` makes everything anew.
+
+    Args:
+        sources: as ``source`` of ``flowreel.run``.
+        outputs: as of ``flowreel.run``; with more than one source each must contain ``{stem}``, which stands for the
+            source's name without folder and ending.
+        progress: called a few times a second with a ``ManyProgress``, and once as each source begins.
+        manifest: where to write what became of each source, as JSON. None: ``flowreel-manifest.json`` in the folder
+            of the first output, or the one above where the folder's own name holds ``{stem}``.
+        **options: as of ``flowreel.run``.
+
+    Returns:
+        What became of each source. Failures of single sources are in it and are not raised: see ``raise_if_failed``.
+
+    Raises:
+        UsageError, UnknownOutputError: before anything is written; also for two sources of one name.
+        WeightsError, DeviceError: before the first source that has something left to do.
+        OutputExistsError, OutputWriteError: of the manifest: something else is in its place, or it cannot be written.
+        KeyboardInterrupt: after the source at work was stopped; the manifest says so.
+    """
+    began_s = time.perf_counter()
+    config = RunConfig.of(**options)
+    jobs = _jobs([os.fspath(source) for source in sources], outputs)
+    for path in jobs[0].outputs:
+        open_sink(path, config.sink)  # writes nothing yet: a name that no format goes by is told of at once
+    ledger = _Ledger(_manifest_path(manifest, outputs), jobs)
+    network: Network | None = None
+    for number, job in enumerate(jobs, 1):
+        missing = [path for path in job.outputs if config.sink.overwrite or not ledger.is_finished(job, path)]
+        if not missing:
+            ledger.note(SourceReport(job.source, "skipped", job.outputs, ledger.flows_before(job)))
+            continue
+        network = network or load_network(config.model)
+
+        def tell(run: Progress | None, number: int = number, source: str = job.source) -> None:
+            if progress is not None:
+                progress(ManyProgress(source, number, len(jobs), ledger.failed, run))
+
+        tell(None)
+        ours = ledger.left_unfinished(job) and not config.sink.resume
+        again = replace(config, sink=replace(config.sink, overwrite=True)) if ours else config
+        _attempt(job, missing, again, network, ledger, tell)
+    ledger.write(ended=True)
+    return ManyReport(tuple(ledger.reports), str(ledger.path), time.perf_counter() - began_s)
+
+
+def _jobs(sources: list[str], outputs: PathLike | Iterable[PathLike] | None) -> list[_Job]:
+    """Each source with its outputs' names. Raises UsageError when two sources would meet in one output."""
+    if not sources:
+        raise UsageError("give at least one source")
+    templates = _templates(outputs)
+    if len(sources) > 1:
+        for template in templates:
+            if "{stem}" not in template:
+                raise UsageError(
+                    f"with {len(sources)} sources each output's name must hold {{stem}}, which stands for the "
+                    f"source's: got {template!r}, expected something like 'out/{{stem}}.zarr'"
+                )
+    by_stem: dict[str, str] = {}
+    for source in sources:
+        stem = source_stem(source)
+        if stem in by_stem:
+            raise UsageError(
+                f"{by_stem[stem]} and {source} both go by the name {stem!r}, so their outputs would meet: "
+                "rename one, or run them apart"
+            )
+        by_stem[stem] = source
+    return [_Job(source, tuple(output_names(templates, source))) for source in sources]
+
+
+def _templates(outputs: PathLike | Iterable[PathLike] | None) -> list[str]:
+    if outputs is None:
+        return ["{stem}.flow.zarr"]
+    given = [outputs] if isinstance(outputs, str | os.PathLike) else outputs
+    return [os.fspath(path) for path in given]
+
+
+def _attempt(
+    job: _Job,
+    missing: list[str],
+    config: RunConfig,
+    network: Network,
+    ledger: _Ledger,
+    tell: Callable[[Progress | None], None],
+) -> None:
+    """Runs one source and records what became of it. Only what is nobody's fault but ours, and Ctrl-C, get out."""
+    began_s = time.perf_counter()
+    # Until something better is known. What an earlier run began stays ours, whether or not this one gets as far.
+    report = SourceReport(job.source, "interrupted", job.outputs, began=ledger.left_unfinished(job))
+
+    def follow(run: Progress) -> None:
+        nonlocal report
+        if not ledger.has(job):  # this is the first call: the outputs have just been opened
+            report = replace(report, began=True)
+            ledger.note(report)
+        tell(run)
+
+    try:
+        run = run_one(job.source, missing, config, lambda: network, follow)
+        report = replace(report, status="done", flows=run.pairs, run=run)
+    except Exception as error:
+        report = replace(report, status="failed", error=error)
+        if not isinstance(error, FlowreelError):
+            raise
+        _forget_traceback(error)
+    finally:
+        ledger.note(replace(report, seconds=time.perf_counter() - began_s))
+
+
+def _forget_traceback(error: BaseException | None) -> None:
+    """A traceback keeps alive whatever its frames held: pictures, sinks, the whole chain, for each failed source."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
+# -- The manifest ------------------------------------------------------------------------------------------------
+
+
+def _manifest_path(manifest: PathLike | None, outputs: PathLike | Iterable[PathLike] | None) -> Path:
+    if manifest is not None:
+        return Path(manifest)
+    folder = Path(_templates(outputs)[0]).parent
+    while "{stem}" in str(folder):
+        folder = folder.parent
+    return folder / MANIFEST
+
+
+class _Ledger:
+    """The reports so far, and the file that says the same."""
+
+    def __init__(self, path: Path, jobs: list[_Job]) -> None:
+        self.path = path
+        self._jobs = jobs
+        self._reports: dict[str, SourceReport] = {}
+        self._former = _former_entries(path)
+
+    @property
+    def reports(self) -> list[SourceReport]:
+        return list(self._reports.values())
+
+    @property
+    def failed(self) -> int:
+        return sum(report.status == "failed" for report in self.reports)
+
+    def has(self, job: _Job) -> bool:
+        return job.source in self._reports
+
+    def note(self, report: SourceReport) -> None:
+        """What is known of a source now, in place of what was known before."""
+        self._reports[report.source] = report
+        self.write()
+
+    def write(self, ended: bool = False) -> None:
+        """Replaces the file in one step."""
+        content = {
+            FORMAT: 1,
+            "ended": ended,
+            "sources": [report.as_json() for report in self.reports],
+            "not_reached": [job.source for job in self._jobs if not self.has(job)],
+            "earlier": [entry for source, entry in self._former.items() if source not in self._reports],
+        }
+        temporary = Path(f"{self.path}.partial")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(json.dumps(content, indent=2) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.path)
+        except OSError as error:
+            raise OutputWriteError(f"cannot write the manifest {self.path}: {error.strerror or error}") from error
+
+    def is_finished(self, job: _Job, path: str) -> bool:
+        """Whether the output is there and whole.
+
+        Most outputs get their name only when they are. One file a flow is different: there the manifest of the run
+        that wrote them must say so, and as many files be there.
+        """
+        if not _NUMBER.search(path):
+            return os.path.lexists(path)
+        flows = self.flows_before(job)
+        if flows is None or path not in self._former[job.source].get("outputs", ()):
+            return False
+        file = re.compile(r" *\d+".join(map(re.escape, _NUMBER.split(Path(path).name))))
+        folder = Path(path).parent
+        names = os.listdir(folder) if folder.is_dir() else []
+        return sum(file.fullmatch(name) is not None for name in names) >= flows
+
+    def flows_before(self, job: _Job) -> int | None:
+        """Flows of a source that the former manifest says is done; None where it does not."""
+        entry = self._former.get(job.source, {})
+        flows = entry.get("flows")
+        return flows if entry.get("status") in ("done", "skipped") and isinstance(flows, int) else None
+
+    def left_unfinished(self, job: _Job) -> bool:
+        """Whether what lies unfinished at the source's outputs was left there by the run of the former manifest."""
+        entry = self._former.get(job.source, {})
+        ended_early = entry.get("status") in ("interrupted", "failed") and entry.get("began") is True
+        return ended_early and set(job.outputs) <= set(entry.get("outputs", ()))
+
+
+def _former_entries(path: Path) -> Mapping[str, dict[str, Any]]:
+    """What an earlier run left, by source. Raises OutputExistsError for a file that is no manifest of ours."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}  # the first run; or no such folder can be, as will be said on writing
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict) or FORMAT not in content or not isinstance(content.get("sources"), list):
+        raise OutputExistsError(f"{path} is there and is no manifest of flowreel's: name another with --manifest")
+    earlier = content.get("earlier")  # what runs before that one left, of sources it did not get to
+    entries = [
+        entry
+        for entry in (*(earlier if isinstance(earlier, list) else ()), *content["sources"])
+        if isinstance(entry, dict)
+    ]
+    return {str(entry.get("source")): entry for entry in entries}

@@ -1,0 +1,356 @@
+"""YUV4MPEG2 on stdin: uncompressed pictures behind a line of text, as ``ffmpeg ... -f yuv4mpegpipe -`` writes them.
+
+    YUV4MPEG2 W640 H480 F25:1 Ip A1:1 C420jpeg XCOLORRANGE=LIMITED     the header, a line
+    FRAME                                                              a line, then one picture's planes: Y', Cb, Cr
+    FRAME                                                              and so on until the stream ends
+
+How many frames come is not known before the end. Whoever writes into the pipe may pause for as long as it likes, so
+every wait is cut into moments, and between two of them the source looks whether it is still wanted.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import select
+import sys
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+import av
+import torch
+
+from flowreel.engine.config import SelectConfig
+from flowreel.engine.data import FlowInfo, Frame, SourceId
+from flowreel.engine.errors import TooFewFramesError, UnsupportedSourceError, UsageError
+from flowreel.engine.sources.picture import Converter, Turn, colour_notes
+from flowreel.engine.timecode import parse_seconds
+
+MAGIC = b"YUV4MPEG2"
+MARKER = b"FRAME"
+LONGEST_LINE = 4096  # bytes of a header or a frame's marker; what programs write stays far below
+LONGEST_SIDE = 32_768  # pixels
+MOST_FRAME_BYTES = 1 << 30
+RECIPE = "ffmpeg -i CLIP -f yuv4mpegpipe - | flowreel run -"
+
+_TICK_S = 0.2  # a wait in one piece
+_CHUNK_BYTES = 1 << 16  # what a pipe holds
+# Colour tag -> FFmpeg's pixel format, and where the chroma samples lie where the tag tells.
+_FORMATS = {
+    "420": ("yuv420p", "center"),
+    "420jpeg": ("yuv420p", "center"),
+    "420mpeg2": ("yuv420p", "left"),
+    "420paldv": ("yuv420p", "topleft"),
+    "411": ("yuv411p", ""),
+    "422": ("yuv422p", ""),
+    "444": ("yuv444p", ""),
+    "444alpha": ("yuva444p", ""),
+    "mono": ("gray", ""),
+    **{f"{kind}p{bits}": (f"yuv{kind}p{bits}le", "") for kind in ("420", "422", "444") for bits in (9, 10, 12, 14, 16)},
+    **{f"mono{bits}": (f"gray{bits}le", "") for bits in (9, 10, 12, 16)},
+}
+_RANGES = {"FULL": "pc", "LIMITED": "tv"}  # to FFmpeg's names
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the first line says."""
+
+    width: int  # pixels
+    height: int
+    rate: Fraction  # frames per second
+    colour: str  # a key of the table of formats
+    value_range: str  # "FULL", "LIMITED", or "" when it is not said
+    notes: tuple[str, ...]  # what was assumed or ignored
+
+    @classmethod
+    def parse(cls, line: bytes) -> Header:
+        """Read the line without its newline. Raises UnsupportedSourceError naming the part that is wrong."""
+        fields: dict[str, str] = {}
+        for word in line.decode("ascii", "replace").split()[1:]:
+            key, value = (word[0], word[1:]) if word[0] != "X" else word.partition("=")[::2]
+            fields[key] = value
+        rate, notes = _rate(fields.get("F", ""))
+        colour = (fields.get("C") or fields.get("XYSCSS") or "420").lower()
+        if colour not in _FORMATS:
+            known = ", ".join(_FORMATS)
+            raise UnsupportedSourceError(
+                f"stdin: pictures of the kind C{colour} are not known; expected one of {known}"
+            )
+        return cls(
+            width=_side(fields, "W", line),
+            height=_side(fields, "H", line),
+            rate=rate,
+            colour=colour,
+            value_range=fields.get("XCOLORRANGE", "").upper(),
+            notes=(*notes, *_interlace_notes(fields.get("I", "?")), *_aspect_notes(fields.get("A", "0:0"))),
+        )
+
+    @property
+    def pixel_format(self) -> str:
+        """FFmpeg's name."""
+        return _FORMATS[self.colour][0]
+
+    @property
+    def frame_bytes(self) -> int:
+        """Bytes of one picture: its planes one after another, without gaps."""
+        planes = av.VideoFormat(self.pixel_format, self.width, self.height).components
+        return sum(plane.width * plane.height * -(-plane.bits // 8) for plane in planes)
+
+    def decoder(self) -> av.VideoCodecContext:
+        """FFmpeg's for raw pictures, set up as its own reader of ``.y4m`` files does, so that colours agree."""
+        decoder = av.CodecContext.create("rawvideo", "r")
+        assert isinstance(decoder, av.VideoCodecContext)
+        decoder.width, decoder.height, decoder.pix_fmt = self.width, self.height, self.pixel_format
+        said = {"chroma_sample_location": _FORMATS[self.colour][1], "color_range": _RANGES.get(self.value_range, "")}
+        decoder.options = {name: value for name, value in said.items() if value}
+        return decoder
+
+
+def _side(fields: dict[str, str], key: str, line: bytes) -> int:
+    text = fields.get(key, "")
+    if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or not 1 <= int(text) <= LONGEST_SIDE:
+        raise UnsupportedSourceError(
+            f"stdin: expected {key} with 1 to {LONGEST_SIDE} pixels in the YUV4MPEG2 header, found {_excerpt(line)}"
+        )
+    return int(text)
+
+
+def _rate(text: str) -> tuple[Fraction, list[str]]:
+    match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text, re.ASCII)
+    if match is not None and int(match[1]) and int(match[2]):
+        return Fraction(int(match[1]), int(match[2])), []
+    return Fraction(25), ["stdin does not tell its frame rate: 25 frames per second are assumed"]
+
+
+def _interlace_notes(text: str) -> list[str]:
+    if text in ("", "p", "?"):
+        return []
+    return ["stdin is interlaced: frames are taken as they are, two moments in each; ffmpeg -vf bwdif undoes it"]
+
+
+def _aspect_notes(text: str) -> list[str]:
+    across, _, down = text.partition(":")
+    return [] if across == down else [f"pixels are not square ({text}): flow is in stored pixels"]
+
+
+def open_stdin(_: str, select: SelectConfig) -> Y4MSource:
+    """Read the header from stdin; waits until it has come.
+
+    Raises:
+        UsageError: stdin is a terminal, or the selection makes no sense for it.
+        UnsupportedSourceError: stdin is closed, empty, or no YUV4MPEG2 that this version can read.
+        TooFewFramesError: the selection leaves fewer than two frames, however many come.
+    """
+    if select.stream not in (None, 0):
+        raise UsageError(f"stdin holds one video stream, so there is no stream {select.stream}")
+    try:
+        descriptor = sys.stdin.fileno()
+    except (AttributeError, ValueError, OSError) as error:  # None, closed, or something without a descriptor
+        raise UnsupportedSourceError(f"stdin cannot be read; expected a pipe: {RECIPE}") from error
+    if os.isatty(descriptor):
+        raise UsageError(f"the source - reads YUV4MPEG2 from a pipe, but stdin is a terminal: try {RECIPE}")
+    return Y4MSource(descriptor, select)
+
+
+class Y4MSource:
+    """Selected frames of a YUV4MPEG2 stream; those between are read and dropped.
+
+    Reading ends with the last frame that ``select`` takes, so whoever writes may see a broken pipe. A stream that ends
+    inside a frame gives what came before it, and ``losses`` says so.
+    """
+
+    def __init__(self, descriptor: int, select: SelectConfig) -> None:
+        """Raises what :func:`open_stdin` does. ``descriptor``: of a file or pipe, which stays open."""
+        self._bytes = _PolledBytes(descriptor)
+        self._header = header = _read_header(self._bytes)
+        if header.frame_bytes > MOST_FRAME_BYTES:
+            raise UnsupportedSourceError(
+                f"stdin: frames of {header.width}x{header.height} pixels, C{header.colour}, take "
+                f"{header.frame_bytes} bytes each; at most {MOST_FRAME_BYTES} are accepted"
+            )
+        self._wanted = _wanted(select, header.rate)
+        self._losses: list[str] = []
+        look = av.VideoFrame(header.width, header.height, header.pixel_format)
+        self._notes = [*header.notes, *colour_notes(look)]
+        self._started = False
+        self._info = FlowInfo(
+            height=header.height,
+            width=header.width,
+            frame_rate=header.rate / select.step,
+            frame_count=None,
+            source=SourceId("stdin"),
+        )
+
+    @property
+    def info(self) -> FlowInfo:
+        return self._info
+
+    @property
+    def decoder(self) -> str:
+        return f"YUV4MPEG2 ({self._header.colour})"
+
+    @property
+    def losses(self) -> list[str]:
+        return self._losses
+
+    @property
+    def notes(self) -> list[str]:
+        return self._notes
+
+    def __iter__(self) -> Iterator[Frame]:
+        """At the end TooFewFramesError when fewer than two came; UnsupportedSourceError when frames are out of step."""
+        if self._started:
+            raise RuntimeError("stdin is already being read, and can be read only once")
+        self._started = True
+        return self._frames()
+
+    def _frames(self) -> Generator[Frame, None, None]:
+        header = self._header
+        convert = Converter("stdin", (header.width, header.height), Turn())
+        decoder = header.decoder()
+        picture = bytearray(header.frame_bytes)
+        number = given = 0
+        try:
+            while number <= self._wanted[-1] and self._read(picture, number):
+                if number in self._wanted:
+                    (frame,) = decoder.decode(av.Packet(bytes(picture)))
+                    rgb = torch.from_numpy(convert(frame, number)).permute(2, 0, 1)
+                    yield Frame(rgb, number, float(number / header.rate))
+                    given += 1
+                number += 1
+        except _Interrupted:
+            return
+        if given < 2:
+            left = "" if given == number else f", of which start, stop and step leave {given}"
+            lost = f" ({self._losses[0]})" if self._losses else ""
+            raise TooFewFramesError(
+                f"stdin gave {number} frame{'' if number == 1 else 's'}{left}{lost}: flow needs at least two"
+            )
+
+    def _read(self, picture: bytearray, number: int) -> bool:
+        """Reads frame ``number``; False when the stream ends before it, or inside it, which is a loss."""
+        marker = self._bytes.line()
+        if not marker:
+            return False
+        whole = marker.endswith(b"\n")
+        if marker.split(maxsplit=1)[:1] == [MARKER] and whole:
+            came = self._bytes.into(memoryview(picture))
+            if came == len(picture):
+                return True
+            self._losses.append(f"the stream ends inside frame {number}: {came} of {len(picture)} bytes came")
+            return False
+        if not whole and (marker.startswith(MARKER) or MARKER.startswith(marker)) and len(marker) < LONGEST_LINE:
+            self._losses.append(f"the stream ends inside the marker of frame {number}")
+            return False
+        raise UnsupportedSourceError(
+            f"stdin: expected {MARKER.decode()} before frame {number}, found {_excerpt(marker)}: "
+            f"are the frames {self._header.width}x{self._header.height}, C{self._header.colour}, as the header says?"
+        )
+
+    def interrupt(self) -> None:
+        """Ends the iteration within a moment, even while nothing comes; from any thread."""
+        self._bytes.wanted = False
+
+    def close(self) -> None:
+        """The same; stdin itself stays open, it belongs to the process."""
+        self.interrupt()
+
+
+def _read_header(stream: _PolledBytes) -> Header:
+    expected = MAGIC + b" "
+    head = bytearray(len(expected))
+    came = stream.into(memoryview(head))  # before the line, so that nobody waits for a newline in an MP4
+    if not came:
+        raise UnsupportedSourceError(f"nothing came on stdin: did the program before the pipe fail? Expected {RECIPE}")
+    if head[:came] != expected[:came]:
+        raise UnsupportedSourceError(
+            f"stdin: expected a stream that begins with {MAGIC.decode()}, found {_excerpt(head[:came])}: "
+            f"make it with {RECIPE}"
+        )
+    line = bytes(head) + stream.line() if came == len(head) else bytes(head[:came])
+    if not line.endswith(b"\n"):
+        trouble = "ends inside" if len(line) < LONGEST_LINE else f"has more than {LONGEST_LINE} bytes in"
+        raise UnsupportedSourceError(f"stdin {trouble} its YUV4MPEG2 header: {_excerpt(line)}")
+    return Header.parse(line.rstrip(b"\n"))
+
+
+def _wanted(select: SelectConfig, rate: Fraction) -> range:
+    """Numbers of the frames to give, as far as they come."""
+    start, stop = (_frame_number(where, rate) for where in (select.start, select.stop))
+    assert start is not None
+    if isinstance(select.start, str) and isinstance(select.stop, str) and (stop or 0) <= start:
+        raise UsageError(f"stop ({select.stop}) must be later than start ({select.start})")
+    wanted = range(start, sys.maxsize if stop is None else stop, select.step)
+    if len(wanted) < 2:
+        raise TooFewFramesError(f"start, stop and step leave {len(wanted)} frames of stdin: flow needs at least two")
+    return wanted
+
+
+def _frame_number(where: int | str | None, rate: Fraction) -> int | None:
+    """First frame at or after ``where``, with the microsecond of grace that video files have."""
+    if where is None or isinstance(where, int):
+        return where
+    return max(math.ceil((Fraction(parse_seconds(where)) - Fraction(1, 10**6)) * rate), 0)
+
+
+def _excerpt(found: bytes | bytearray) -> str:
+    shown = bytes(found[:80].rstrip(b"\n"))
+    return f"{shown.decode()!r}" if shown.isascii() and shown.decode().isprintable() else f"{shown[:16]!r}"
+
+
+# -- Waiting for bytes -------------------------------------------------------------------------------------------
+
+
+class _Interrupted(Exception):
+    """Nobody wants the bytes any more."""
+
+
+class _PolledBytes:
+    """Reads a descriptor and never waits for more than a moment in one piece."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.wanted = True  # set to False from another thread, it ends every wait
+        self._descriptor = descriptor
+        self._poll = select.poll()
+        self._poll.register(descriptor, select.POLLIN)
+        self._ahead = bytearray()  # read, but not yet taken
+
+    def line(self) -> bytes:
+        """The next line with its newline. Without one: the stream has ended, or the line is too long."""
+        while (end := self._ahead.find(b"\n", 0, LONGEST_LINE)) < 0 and len(self._ahead) < LONGEST_LINE:
+            chunk = bytearray(_CHUNK_BYTES)
+            came = self._some(memoryview(chunk))
+            if not came:
+                break
+            self._ahead += chunk[:came]
+        length = end + 1 if end >= 0 else min(len(self._ahead), LONGEST_LINE)
+        line = bytes(self._ahead[:length])
+        del self._ahead[:length]
+        return line
+
+    def into(self, target: memoryview) -> int:
+        """Fills ``target``; fewer bytes come only where the stream ends."""
+        came = min(len(target), len(self._ahead))
+        target[:came] = self._ahead[:came]
+        del self._ahead[:came]
+        while came < len(target):
+            more = self._some(target[came:])
+            if not more:
+                break
+            came += more
+        return came
+
+    def _some(self, target: memoryview) -> int:
+        """Reads what there is; 0 at the end of the stream."""
+        while self.wanted:
+            if self._poll.poll(1000 * _TICK_S):
+                try:
+                    return os.readv(self._descriptor, [target])
+                except BlockingIOError:
+                    continue  # somebody else was quicker
+                except OSError as error:
+                    raise UnsupportedSourceError(f"stdin cannot be read: {error.strerror or error}") from error
+        raise _Interrupted

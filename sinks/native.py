@@ -1,0 +1,71 @@
+"""From the network's own quarter-resolution flow, as a store keeps it, to flow of the frame.
+
+The networks end in a prediction at a quarter of their input's size, which is enlarged and then cut or scaled to the
+frame. A store that keeps the prediction itself is 16 times smaller before compression; this is the rest of the way,
+in NumPy, equal to what the networks do to a few float32 roundings.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from flowreel.engine.data import NativeGrid
+
+    Float32Array = npt.NDArray[np.float32]
+
+
+def enlarge(coarse: Float32Array, grid: NativeGrid, height: int, width: int) -> Float32Array:
+    """A stored prediction to the flow of the frame.
+
+    Args:
+        coarse: (2, h, w) float32, pixels of the source frame; NaN where there is no vector.
+        grid: how it lies in the frame.
+        height, width: of the flow that is wanted.
+
+    Returns:
+        (2, height, width) float32, pixels of the source frame; NaN where any vector it is made of is missing.
+    """
+    network = (grid.height * grid.factor, grid.width * grid.factor)
+    if grid.fit == "resize":
+        whole = _resize(coarse, network, (0, 0), network, grid.upsampling)
+        return _resize(whole, (height, width), (0, 0), (height, width), "bilinear")
+    return _resize(coarse, network, (grid.top, grid.left), (height, width), grid.upsampling)
+
+
+def _resize(
+    flow: Float32Array, size: tuple[int, int], corner: tuple[int, int], part: tuple[int, int], mode: str
+) -> Float32Array:
+    """``flow`` (2, h, w) resized to ``size``, of which the ``part`` (rows, columns) from ``corner`` on is made."""
+    for axis in (0, 1):
+        before, after, share = _places(flow.shape[axis + 1], size[axis], corner[axis], part[axis], mode)
+        near = np.take(flow, before, axis + 1)
+        if share is None:
+            flow = near
+            continue
+        weight = share[:, None] if axis == 0 else share
+        far = np.take(flow, after, axis + 1)
+        far -= near
+        far *= weight
+        near += far
+        flow = near
+    return flow
+
+
+@lru_cache(maxsize=16)
+def _places(count: int, size: int, first: int, length: int, mode: str) -> tuple[Any, Any, Any]:
+    """For outputs ``first`` ... of ``size`` along one axis of ``count``: both neighbours, and the second's share.
+
+    Pixels are areas: centres lie at halves, and beyond the outermost ones the border value goes on.
+    """
+    if mode == "nearest":
+        return np.arange(first, first + length) * count // size, None, None
+    half, step = np.float32(0.5), np.float32(count / size)  # in float32, as torch places its pixels
+    place = np.clip((np.arange(first, first + length, dtype=np.float32) + half) * step - half, 0, count - 1)
+    before = np.floor(place).astype(np.int64)
+    return before, np.minimum(before + 1, count - 1), place - before.astype(np.float32)

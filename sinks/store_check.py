@@ -1,0 +1,141 @@
+"""Is a store sound? Reads every chunk, and says of each flow that cannot be used what is wrong with it.
+
+In order: whether the store is finished, whether times and frame numbers can be read and run forward, every flow, and
+files that do not belong. Memory: the times and frame numbers, the shards' indexes and a few flows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flowreel.engine.errors import DamagedStoreError
+from flowreel.sinks.codecs import INDEX_MISSING
+from flowreel.sinks.parallel import OrderedPool
+from flowreel.sinks.store_layout import COORDINATES, numbers_in
+from flowreel.sinks.store_reader import DECODE_THREADS
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from flowreel.sinks.store_reader import FlowStore
+
+    Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class StoreProblem:
+    """One thing that is wrong with a store."""
+
+    what: str
+    flow: int | None = None  # which flow is concerned, None: the store as a whole
+    frame: int | None = None  # number of that flow's first frame in the source, None when that cannot be told
+
+    def __str__(self) -> str:
+        if self.flow is None:
+            return self.what
+        return f"flow {self.flow}{'' if self.frame is None else f' (frame {self.frame})'}: {self.what}"
+
+
+def check_store(store: FlowStore, progress: Callable[[int], None] | None = None) -> Iterator[StoreProblem]:
+    """Everything that is wrong with the store; nothing when it is sound.
+
+    Args:
+        progress: is called with the number of flows read so far.
+    """
+    if not store.complete:
+        yield StoreProblem(f"unfinished: {store.available} of {len(store)} flows are there")
+    try:
+        yield from _check_coordinates(store)
+        yield from _check_flows(store, progress or (lambda flows: None))
+        if store.complete:
+            yield from _check_files(store)
+    except DamagedStoreError as error:  # a folder that cannot be listed: there is no reading on
+        yield StoreProblem(str(error))
+
+
+def _check_coordinates(store: FlowStore) -> Iterator[StoreProblem]:
+    """Times and frame numbers of the flows that are there: readable, known, and running forward."""
+    count = store.available
+    arrays: dict[str, Array] = {}
+    for name in COORDINATES:
+        try:
+            arrays[name] = store.files.coordinate(name)[:count]
+        except DamagedStoreError as error:
+            yield StoreProblem(str(error))
+    for name, values in arrays.items():
+        unknown = ~np.isfinite(values) | (values < 0 if name.startswith("frame") else False)
+        yield from _at(store, unknown, f"its {name} is not known")
+        with np.errstate(invalid="ignore"):  # infinite times, told above
+            back = np.diff(values) < 0 if name.startswith("timestamp") else np.diff(values) <= 0
+        yield from _at(store, np.concatenate([[False], back & ~unknown[1:]]), f"its {name} is not after the one before")
+    if {"frame", "frame_to"} <= arrays.keys():
+        yield from _at(store, (arrays["frame"] == arrays["frame_to"]) & (arrays["frame"] >= 0), "it leads nowhere")
+
+
+def _at(store: FlowStore, wrong: Array, what: str) -> Iterator[StoreProblem]:
+    for number in np.flatnonzero(wrong).tolist():
+        yield StoreProblem(what, number, store.frame_of(number))
+
+
+def _check_flows(store: FlowStore, progress: Callable[[int], None]) -> Iterator[StoreProblem]:
+    """Decodes every flow that should be there, a few side by side, and reports on them in order."""
+    found: list[StoreProblem] = []
+    done = 0
+
+    def examine(number: int) -> tuple[int, str | None]:
+        try:
+            there = store.files.flow(number, np.empty(store.shape[1:], np.float32))
+        except DamagedStoreError as error:
+            return number, str(error)
+        return number, None if there else "missing"
+
+    def take(result: tuple[int, str | None]) -> None:
+        nonlocal done
+        number, what = result
+        if what is not None:
+            found.append(StoreProblem(what, number, store.frame_of(number)))
+        done += 1
+        progress(done)
+
+    pool: OrderedPool[tuple[int, str | None]] = OrderedPool(take, DECODE_THREADS)
+    try:
+        for number in _expected(store):
+            pool.submit(examine, number, nbytes=store.flow_bytes)
+            yield from found
+            found.clear()
+        pool.drain()
+        yield from found
+    finally:
+        pool.close()
+
+
+def _expected(store: FlowStore) -> Iterator[int]:
+    """The flows to read: all; of an unfinished store, those that have been published."""
+    if store.complete:
+        yield from range(len(store))
+        return
+    length = store.shard_length
+    for shard in numbers_in(store.folder / "flow" / "c"):
+        numbers = np.arange(shard * length, min((shard + 1) * length, len(store)))
+        try:
+            index = store.files.index(shard)
+        except DamagedStoreError:
+            yield from numbers.tolist()  # each of them will be found damaged
+            continue
+        if index is not None:
+            yield from numbers[index[: len(numbers), 0] != INDEX_MISSING].tolist()
+
+
+def _check_files(store: FlowStore) -> Iterator[StoreProblem]:
+    """A finished store holds no shards behind its last flow, and nothing that a killed run left."""
+    shards = math.ceil(len(store) / store.shard_length)
+    for name in ("flow", *COORDINATES):
+        surplus = [number for number in numbers_in(store.folder / name / "c") if number >= shards]
+        yield from (StoreProblem(f"{name}/c/{number} lies behind the last flow") for number in surplus)
+    for path in sorted(store.folder.rglob("*.partial")):
+        yield StoreProblem(f"{path.relative_to(store.folder).as_posix()} is a leftover of a run that was cut short")

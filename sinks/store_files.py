@@ -1,0 +1,126 @@
+"""The files of a flow store as arrays: shards with their indexes, and the arrays beside ``flow``.
+
+Every file is doubted: what is cut, longer than it can be, or no file at all is a DamagedStoreError that says what is
+wrong with it, before memory is set aside for what it claims to hold.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flowreel.engine.errors import DamagedStoreError
+from flowreel.sinks.codecs import INDEX_MISSING, decompress, index_bytes, unpack_index
+from flowreel.sinks.store_layout import (
+    COORDINATES,
+    StoreLayout,
+    check_coordinate,
+    coordinate_chunk,
+    flow_shard,
+    open_file,
+    published_shards,
+)
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Array = npt.NDArray[Any]
+    Float32Array = npt.NDArray[np.float32]
+
+SPARE_BYTES = 4096  # no codec makes a chunk longer than twice what it holds and this
+
+
+class StoreFiles:
+    """Nothing is kept but the indexes of shards that cannot change any more. Threads may share one."""
+
+    def __init__(self, folder: Path, layout: StoreLayout, complete: bool) -> None:
+        self._folder = folder
+        self._layout = layout
+        self._complete = complete
+        self._indexes: dict[int, Array] = {}
+
+    def flow(self, number: int, out: Float32Array) -> bool:
+        """Decodes one flow into out: (2, H, W) float32 pixels, NaN where there is no vector. False: it is not there."""
+        shard, place = divmod(number, self._layout.shard_length)
+        index = self.index(shard)
+        if index is None or index[place, 0] == INDEX_MISSING:
+            return False
+        try:
+            chunk = self._chunk(shard, *(int(value) for value in index[place]))
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise DamagedStoreError(f"cannot be read ({error.strerror or error})") from error
+        self._layout.codec.decode(chunk, out)
+        return True
+
+    def published(self, shard: int) -> int:
+        """How many of a shard's flows are there, from its first one on."""
+        try:
+            index = self.index(shard)
+        except DamagedStoreError:
+            return self._layout.shard_length  # they are there, for whoever reads them to hear what is wrong
+        return 0 if index is None else int(np.append(index[:, 0] == INDEX_MISSING, True).argmax())
+
+    def index(self, shard: int) -> Array | None:
+        """(S, 2) offset and length of the shard's chunks; None when there is no such file."""
+        if shard in self._indexes:
+            return self._indexes[shard]
+        length = self._layout.shard_length
+        size = index_bytes(length)
+        try:
+            with open_file(flow_shard(self._folder, shard)) as file:
+                file.seek(-size, os.SEEK_END)
+                index = unpack_index(file.read(size))
+        except FileNotFoundError:
+            return None
+        except (OSError, DamagedStoreError) as error:
+            raise DamagedStoreError(
+                f"the index of shard {shard} is damaged: {self._flows_of(shard)} cannot be read"
+            ) from error
+        if self._complete or (index[:, 0] != INDEX_MISSING).all():  # a ragged one may yet be replaced by a resume
+            self._indexes[shard] = index
+        return index
+
+    def coordinate(self, name: str) -> Array:
+        """(N,) one of the arrays beside ``flow``, read-only; its fill value where an unfinished store has no flow."""
+        dtype, fill = COORDINATES[name]
+        count, length = self._layout.count, self._layout.shard_length
+        check_coordinate(self._folder, name, self._layout, self._complete)
+        values = np.empty(count, dtype) if self._complete else np.full(count, fill, dtype)
+        shards = range(math.ceil(count / length))
+        for shard in shards if self._complete else published_shards(self._folder):
+            try:
+                if shard in shards:
+                    part = values[shard * length : (shard + 1) * length]
+                    part[:] = self._coordinate_chunk(name, shard)[: len(part)]
+            except FileNotFoundError as error:
+                raise DamagedStoreError(f"chunk {shard} of {name} is missing ({self._flows_of(shard)})") from error
+            except (OSError, DamagedStoreError) as error:
+                raise DamagedStoreError(f"chunk {shard} of {name}: {error} ({self._flows_of(shard)})") from error
+        values.flags.writeable = False
+        return values
+
+    def _chunk(self, shard: int, offset: int, length: int) -> bytes:
+        with open_file(flow_shard(self._folder, shard)) as file:
+            end = os.fstat(file.fileno()).st_size - index_bytes(self._layout.shard_length)
+            if offset + length > end or length > 2 * self._layout.stored_bytes + SPARE_BYTES:
+                raise DamagedStoreError(f"its {length} bytes at {offset} are not in the {end} bytes of its shard")
+            file.seek(offset)
+            return file.read(length)
+
+    def _coordinate_chunk(self, name: str, shard: int) -> Array:
+        """(S,) the values of one shard's flows, and of the places behind the last one."""
+        length = self._layout.shard_length
+        with open_file(coordinate_chunk(self._folder, name, shard)) as file:
+            if os.fstat(file.fileno()).st_size > 16 * length + SPARE_BYTES:
+                raise DamagedStoreError(f"it is longer than {length} values can be")
+            return decompress(file.read(), "blosc", np.dtype(COORDINATES[name][0]), length)
+
+    def _flows_of(self, shard: int) -> str:
+        length = self._layout.shard_length
+        return f"flows {shard * length} to {min((shard + 1) * length, self._layout.count) - 1}"

@@ -1,0 +1,273 @@
+"""Where things lie in a flow store, and what its metadata says, once every number in it has been checked.
+
+Metadata is believed only where it describes a store that flowreel writes: a changed scale would give wrong pixels,
+a changed shape other frames, and an absurd one would ask for more memory than there is. What only adds to it
+(attributes of one's own, other arrays, another compression level) is welcome.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import reprlib
+import stat
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from flowreel.engine.config import SinkConfig
+from flowreel.engine.errors import DamagedStoreError
+from flowreel.sinks.codecs import FlowCodec, codec_of, flow_codec, zarr_codecs
+
+FORMAT_VERSION = 1
+
+# Arrays beside ``flow``, one value a flow: dtype, and the value for "not there yet".
+COORDINATES: dict[str, tuple[str, float]] = {
+    "timestamp_s": ("<f8", math.nan),
+    "timestamp_to_s": ("<f8", math.nan),
+    "frame": ("<i8", -1),
+    "frame_to": ("<i8", -1),
+}
+
+MOST_FLOWS = 1 << 26  # a month of video; four arrays of times and frames are made as long as the store claims to be
+MOST_PIXELS = 1 << 27  # of one flow, 1 GiB as float32: a few bytes can claim to be any size, video is below this
+MOST_METADATA = 64 << 20  # bytes of one zarr.json
+
+BYTES: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
+CHECKSUM: dict[str, Any] = {"name": "crc32c"}
+SETTINGS_MATTER = ("bytes", "transpose", "numcodecs.delta")  # of the others, the bytes themselves tell
+
+_MALFORMED = (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError)  # taking metadata apart
+
+
+@dataclass(frozen=True)
+class StoreLayout:
+    """What a reader must know of the array ``flow``."""
+
+    count: int  # flows the array holds, or will hold when finished
+    shard_length: int  # flows in one shard, and values in one chunk of each array beside ``flow``
+    codec: FlowCodec  # with the height and width of a flow
+
+    @property
+    def flow_shape(self) -> tuple[int, int, int]:
+        return (2, self.codec.height, self.codec.width)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of one flow as it is stored, before compression."""
+        return self.codec.dtype.itemsize * math.prod(self.flow_shape)
+
+
+def flow_shard(folder: Path, number: int) -> Path:
+    """The file of one shard of ``flow``."""
+    return folder / "flow" / "c" / str(number) / "0" / "0" / "0"
+
+
+def coordinate_chunk(folder: Path, name: str, number: int) -> Path:
+    """The file of one chunk of an array beside ``flow``: the values of one shard's flows."""
+    return folder / name / "c" / str(number)
+
+
+def published_shards(folder: Path) -> list[int]:
+    """Numbers of the flow shards that are there, ascending. Each is whole: it got its name when it was."""
+    return [number for number in numbers_in(folder / "flow" / "c") if os.path.isfile(flow_shard(folder, number))]
+
+
+def numbers_in(folder: Path) -> list[int]:
+    """The entries of a folder whose names are plain numbers, ascending; none when there is no such folder."""
+    try:
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+    except OSError as error:
+        raise DamagedStoreError(f"{folder} cannot be listed ({error.strerror or error})") from error
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit() and name == str(int(name)))
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Opens a file to read it, and only a file: a pipe in its place would be waited for without end.
+
+    Raises FileNotFoundError, and DamagedStoreError when something else is there or it cannot be opened.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise DamagedStoreError(f"{path.name} cannot be read ({error.strerror or error})") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise DamagedStoreError(f"{path.name} is not a file")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_layout(folder: Path, complete: bool) -> tuple[dict[str, Any], StoreLayout]:
+    """The group's "flowreel" attribute, and the layout of its array ``flow``.
+
+    A finished store has its arrays' metadata twice, in the group for readers over a network. Both must say the same,
+    or two readers would see two stores.
+
+    Raises:
+        DamagedStoreError: no flow store, one of another version, or metadata that does not describe what we write.
+    """
+    group = _read_json(folder / "zarr.json")
+    attributes = _flowreel_attributes(folder, group)
+    try:
+        layout = _flow_layout(_read_json(folder / "flow" / "zarr.json"), attributes)
+        if complete and _consolidated(group, "flow", layout) != layout:
+            raise ValueError("its own metadata and the group's copy of it disagree")
+    except _MALFORMED as error:
+        if isinstance(error, DamagedStoreError):
+            raise
+        raise DamagedStoreError(f"{folder}: the array 'flow' is not laid out as flowreel does ({error!r})") from error
+    return attributes, layout
+
+
+def check_coordinate(folder: Path, name: str, layout: StoreLayout, complete: bool) -> None:
+    """Raises DamagedStoreError unless the metadata of one array beside ``flow`` fits it."""
+    try:
+        array = _read_json(folder / name / "zarr.json")
+        length = _coordinate_length(array, name, layout)
+        if complete:  # while a store grows or is trimmed, its arrays get their new length one after the other
+            _expect("length", length, layout.count)
+            copy = _consolidated_metadata(_read_json(folder / "zarr.json"), name)
+            _expect("length in the group's copy", _coordinate_length(copy or array, name, layout), length)
+    except _MALFORMED as error:
+        if isinstance(error, DamagedStoreError):
+            raise
+        raise DamagedStoreError(f"the array '{name}' is not laid out as flowreel does ({error!r})") from error
+
+
+def _flow_layout(array: dict[str, Any], attributes: dict[str, Any]) -> StoreLayout:
+    """Layout from an array's metadata. Raises KeyError, TypeError, ValueError, saying what is not as it should be."""
+    shape = array["shape"]
+    _expect("number of dimensions", len(shape), 4)
+    count, _, height, width = (_whole("shape", size, 0, MOST_FLOWS) for size in shape)
+    _expect("shape", shape, [count, 2, height, width])
+    _whole("pixels of a flow", height * width, 1, MOST_PIXELS)
+    shard_length = _whole("flows in a shard", array["chunk_grid"]["configuration"]["chunk_shape"][0], 1, MOST_FLOWS)
+    _expect_array(array, [shard_length, 2, height, width])
+
+    sharding, *others = array["codecs"]
+    _expect("codecs", [sharding["name"], *others], ["sharding_indexed"])
+    inner, index = sharding["configuration"]["codecs"], sharding["configuration"]["index_codecs"]
+    _expect("chunk shape", sharding["configuration"]["chunk_shape"], [1, 2, height, width])
+    _expect("place of the shard index", sharding["configuration"].get("index_location", "end"), "end")
+    _expect_codecs("codecs of the shard index", index, [BYTES, CHECKSUM])
+    config = SinkConfig(max_error=_number("max_error", attributes["max_error"]))
+    dtype = np.dtype(_one_of("data type", array["data_type"], ["int16", "int32"] if config.max_error else ["float32"]))
+    codec = replace(
+        flow_codec(height, width, config),
+        dtype=dtype.newbyteorder("<"),
+        codec=codec_of([step["name"] for step in inner]),
+    )
+    _expect_codecs("codecs", inner, zarr_codecs(codec.codec, codec.dtype))
+    _expect("fill value", array["fill_value"], "NaN" if codec.lossless else codec.fill)
+    scaling = {name: array["attributes"].get(name) for name in ("scale_factor", "add_offset", "_FillValue")}
+    if codec.lossless:
+        _expect("scaling", scaling, {"scale_factor": None, "add_offset": None, "_FillValue": None})
+    else:
+        _expect("scaling", scaling, {"scale_factor": codec.step, "add_offset": 0.0, "_FillValue": codec.fill})
+    return StoreLayout(count, shard_length, codec)
+
+
+def _coordinate_length(array: dict[str, Any], name: str, layout: StoreLayout) -> int:
+    """How many values the array declares, once everything else about it has been checked."""
+    dtype, fill = COORDINATES[name]
+    (length,) = array["shape"]
+    _expect_array(array, [layout.shard_length])
+    _expect("data type", array["data_type"], np.dtype(dtype).name)
+    _expect("fill value", array["fill_value"], "NaN" if math.isnan(fill) else fill)
+    _expect_codecs("codecs", array["codecs"], zarr_codecs("blosc", np.dtype(dtype)))
+    return _whole("length", length, 0, MOST_FLOWS)
+
+
+def _expect_array(array: dict[str, Any], chunk_shape: list[int]) -> None:
+    """What holds for every array of a store."""
+    _expect("kind", [array["zarr_format"], array["node_type"]], [3, "array"])
+    _expect("chunk grid", array["chunk_grid"]["name"], "regular")
+    _expect("chunk grid", array["chunk_grid"]["configuration"]["chunk_shape"], chunk_shape)
+    naming = array["chunk_key_encoding"]
+    _expect("chunk names", [naming["name"], naming.get("configuration", {}).get("separator", "/")], ["default", "/"])
+    _expect("storage transformers", array.get("storage_transformers") or [], [])
+
+
+def _expect_codecs(what: str, found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
+    """The same steps, and equal settings of those whose settings decide what the bytes mean when they are read."""
+    _expect(what, [step["name"] for step in found], [step["name"] for step in wanted])
+    for step, other in zip(found, wanted, strict=True):
+        if other["name"] in SETTINGS_MATTER:
+            wanted_settings = other["configuration"]
+            _expect(
+                f"{what}: {other['name']}",
+                {key: step["configuration"].get(key) for key in wanted_settings},
+                wanted_settings,
+            )
+
+
+def _expect(what: str, found: object, wanted: object) -> None:
+    if found != wanted:
+        raise ValueError(f"{what}: expected {wanted}, found {reprlib.repr(found)}")
+
+
+def _whole(what: str, value: object, least: int, most: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"{what}: expected a whole number from {least} to {most}, found {reprlib.repr(value)}")
+    return value
+
+
+def _one_of(what: str, value: object, allowed: list[str]) -> str:
+    if value not in allowed:
+        raise ValueError(f"{what}: expected {' or '.join(allowed)}, found {reprlib.repr(value)}")
+    return str(value)
+
+
+def _number(what: str, value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError(f"{what}: expected a number, found {reprlib.repr(value)}")
+    return float(value)
+
+
+def _consolidated(group: dict[str, Any], name: str, layout: StoreLayout) -> StoreLayout:
+    """The layout as the group's copy of the metadata tells it; the given one when the group has no copy."""
+    metadata = _consolidated_metadata(group, name)
+    return layout if metadata is None else _flow_layout(metadata, group["attributes"]["flowreel"])
+
+
+def _consolidated_metadata(group: dict[str, Any], name: str) -> dict[str, Any] | None:
+    copies = group.get("consolidated_metadata")
+    return None if copies is None else dict(copies["metadata"][name])
+
+
+def _flowreel_attributes(folder: Path, group: dict[str, Any]) -> dict[str, Any]:
+    """The group's "flowreel" attribute. Raises DamagedStoreError when it is not there or from a newer version."""
+    everything = group.get("attributes")
+    attributes = everything.get("flowreel") if isinstance(everything, dict) else None
+    if not isinstance(attributes, dict) or group.get("zarr_format") != 3 or group.get("node_type") != "group":
+        raise DamagedStoreError(
+            f"{folder} is not a flow store: its zarr.json is not that of a Zarr v3 group with a 'flowreel' attribute"
+        )
+    version = attributes.get("format_version")
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise DamagedStoreError(
+            f"{folder} has store format {version}, this version reads {FORMAT_VERSION}: a newer flowreel may have "
+            "written it"
+        )
+    return attributes
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        with open_file(path) as file:
+            data = file.read(MOST_METADATA + 1)
+        if len(data) > MOST_METADATA:
+            raise DamagedStoreError(f"more than {MOST_METADATA >> 20} MiB")
+        content = json.loads(data)
+    except FileNotFoundError as error:
+        raise DamagedStoreError(f"{path.parent} is not a Zarr v3 store: it has no zarr.json") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedStoreError(f"{path} is not readable metadata: {error}") from error
+    if not isinstance(content, dict):
+        raise DamagedStoreError(f"{path} is not readable metadata: expected an object")
+    return content

@@ -1,0 +1,88 @@
+"""What a key such as ``[5, :, 10:20]`` picks from a store: NumPy's indexing, worked out before anything is read."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import EllipsisType
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which flows, in which order, and which part of each."""
+
+    numbers: Sequence[int]  # of flows, from 0; may repeat
+    single: bool  # one flow by its number: the result has no axis for it
+    inside: tuple[int | slice, ...]  # what is taken of each flow, one entry an axis
+    inner_shape: tuple[int, ...]  # of what is taken of each flow
+    whole: bool  # it is all of each flow, as it is
+
+
+def select(key: Any, shape: tuple[int, ...]) -> Selection:
+    """Reads a key as NumPy does for an array of ``shape``, whose first axis counts flows.
+
+    Every axis takes numbers, slices and ``...``; the first one also takes lists, integer arrays and truth masks.
+
+    Raises:
+        IndexError: out of range, too many entries, or a mask of another length.
+        TypeError: anything else that is no index, also ``None`` and truth values as numbers.
+    """
+    first, *others = _one_an_axis(key if isinstance(key, tuple) else (key,), len(shape))
+    inside = tuple(other if isinstance(other, slice) else _whole(other) for other in others)
+    # NumPy itself judges the rest, on an array that has the shape and no memory.
+    inner_shape = np.broadcast_to(np.int8(0), shape)[(slice(None), *inside)].shape[1:]
+    all_of_it = [slice(0, size, 1) for size in shape[1:]]
+    whole = all_of_it == [
+        slice(*part.indices(size)) if isinstance(part, slice) else part
+        for part, size in zip(inside, shape[1:], strict=True)
+    ]
+    if isinstance(first, slice):
+        return Selection(range(*first.indices(shape[0])), False, inside, inner_shape, whole)
+    if getattr(first, "ndim", 0) or (isinstance(first, Sequence) and not isinstance(first, str | bytes)):
+        return Selection(_listed(first, shape[0]), False, inside, inner_shape, whole)
+    return Selection([_position(first, shape[0])], True, inside, inner_shape, whole)
+
+
+def _one_an_axis(parts: tuple[Any, ...], axes: int) -> list[Any]:
+    """The entries of a key with ``...`` and what is left out at the end written as full slices."""
+    dots = [place for place, part in enumerate(parts) if isinstance(part, EllipsisType)]
+    given = len(parts) - len(dots)
+    if len(dots) > 1:
+        raise IndexError("an index has at most one '...'")
+    if given > axes:
+        raise IndexError(f"too many indices: {given} for {axes} axes")
+    place = dots[0] if dots else len(parts)
+    return [*parts[:place], *[slice(None)] * (axes - given), *parts[place + 1 :]]
+
+
+def _listed(key: Any, count: int) -> list[int]:
+    """The flows that a list, an array of integers or a mask names."""
+    if not isinstance(key, Sequence):
+        key = np.asarray(key)
+        if key.ndim != 1 or key.dtype.kind not in "iub":
+            raise TypeError(f"an index array is 1-D, of integers or truth values, got {key.ndim}-D {key.dtype}")
+        is_mask, key = key.dtype.kind == "b", key.tolist()
+    else:
+        is_mask = len(key) > 0 and all(isinstance(part, bool | np.bool_) for part in key)
+    if is_mask:
+        if len(key) != count:
+            raise IndexError(f"a mask of {len(key)} truth values for {count} flows")
+        return [number for number, wanted in enumerate(key) if wanted]
+    return [_position(part, count) for part in key]
+
+
+def _position(key: Any, count: int) -> int:
+    number = _whole(key)
+    if not -count <= number < count:
+        raise IndexError(f"flow {number} of a store of {count}")
+    return number % count
+
+
+def _whole(key: Any) -> int:
+    if isinstance(key, bool | np.bool_):
+        raise TypeError("a number is an integer, got a truth value")
+    return operator.index(key)

@@ -1,0 +1,55 @@
+"""A flow store as an xarray.DataArray that reads what is looked at. Loaded by ``FlowStore.to_xarray`` alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray
+from xarray.backends import BackendArray
+from xarray.core import indexing
+
+from flowreel.sinks.store_layout import COORDINATES
+
+if TYPE_CHECKING:
+    from flowreel.sinks.store_reader import FlowStore
+
+DIMENSIONS = ("time", "component", "y", "x")
+
+
+def data_array(store: FlowStore) -> xarray.DataArray:
+    """The flows that are there, (time, component, y, x) float32, under the names other readers of the store see."""
+    count = store.available
+    arrays = dict(
+        zip(COORDINATES, (store.timestamps_s, store.timestamps_to_s, store.frame, store.frame_to), strict=True)
+    )
+    coordinates = {name: ("time", values[:count]) for name, values in arrays.items()}
+    flow = indexing.LazilyIndexedArray(_LazyFlow(store, count))
+    attributes = {"units": "pixel", "long_name": "optical flow: component 0 right, component 1 down"}
+    return xarray.DataArray(xarray.Variable(DIMENSIONS, flow), coords=coordinates, name="flow", attrs=attributes)
+
+
+class _LazyFlow(BackendArray):
+    """What xarray asks of an array on disk: a shape, a dtype, and reading by numbers, slices and 1-D arrays."""
+
+    def __init__(self, store: FlowStore, count: int) -> None:
+        self._store = store
+        self.shape = (count, *store.shape[1:])
+        self.dtype = np.dtype(np.float32)
+
+    def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
+        outer = indexing.IndexingSupport.OUTER
+        return indexing.explicit_indexing_adapter(key, self.shape, outer, self._read)
+
+    def _read(self, key: tuple[Any, ...]) -> Any:
+        """Each axis by itself. The store takes arrays for the first one only; the others are picked afterwards."""
+        first, *inside = key
+        if isinstance(first, slice):
+            first = np.arange(self.shape[0])[first]  # of an unfinished store, only what is there
+        flow = self._store[(first, *(slice(None) if isinstance(part, np.ndarray) else part for part in inside))]
+        axis = flow.ndim
+        for part in reversed(inside):
+            axis -= 0 if isinstance(part, int | np.integer) else 1
+            if isinstance(part, np.ndarray):
+                flow = np.take(flow, part, axis=axis)
+        return flow

@@ -1,0 +1,64 @@
+"""The storage case measures what it says: sizes from bytes, errors from what is read back, writes from the system."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+
+from flowreel.engine.config import Codec, SinkConfig
+from flowreel.engine.data import FlowBatch
+from flowreel.sinks.codecs import flow_codec
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def storage(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT))  # benchmarks are run from the root, never installed
+    import benchmarks.storage
+
+    return benchmarks.storage
+
+
+def ramp(height: int, width: int) -> Any:
+    x = np.linspace(-9, 9, width, dtype=np.float32)
+    return np.stack([np.tile(x, (height, 1)), np.tile(x[::-1] / 3, (height, 1))])
+
+
+def test_cost_is_that_of_the_chunk(storage: ModuleType) -> None:
+    flow = ramp(30, 40)
+    codec = flow_codec(30, 40, SinkConfig())
+    cost = storage.measure(codec, [flow, flow])
+    assert cost.ratio == (12 + 8 * 30 * 40) / len(codec.encode(flow).chunk)
+    error = np.abs(np.rint(flow * 32) / 32 - flow)
+    assert cost.max_error == pytest.approx(error.max(), rel=1e-6)
+    assert cost.mean_error == pytest.approx(error.mean(), rel=1e-5)
+    assert min(cost.encode_gb_per_s, cost.decode_gb_per_s) > 0
+
+
+def test_every_field_and_codec_has_its_row(storage: ModuleType) -> None:
+    found = storage.measure_all("ramp", [ramp(10, 12)])
+    assert all(one["max error px"] <= storage.BOUNDS[one["bound"]] for one in found)
+    rows = storage.rows(found, [])
+    assert [row["codec"] for row in rows] == list(get_args(Codec))
+    for row in rows:
+        assert row[".flo / lossless"] < row[".flo / 1/16"]
+        assert row["write amplification"] is None
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="this system does not count a process's writes")
+def test_writes_are_those_of_the_whole_store(storage: ModuleType) -> None:
+    count = 40
+    flow = torch.from_numpy(np.random.default_rng(0).normal(0, 9, (count, 2, 60, 80)).astype(np.float32))
+    frames = np.arange(count)
+    batch = FlowBatch(flow, 0, frames, frames + 1, frames / 25, (frames + 1) / 25)
+    store = storage.whole_store("noise", [batch], "blosc")
+    assert store["flows"] == count
+    assert store["store bytes"] > flow.numel()  # noise fills at least a byte a value
+    assert store["wchar"] >= store["store bytes"]
+    assert store["wchar / store"] < 1.05  # metadata is written twice, the flow once

@@ -1,0 +1,140 @@
+"""Several sources on one command line: what is printed, exit codes, the manifest, and what is usage."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowreel.engine import many
+from flowreel.engine.cli import call
+from flowreel.engine.models import build_model
+from flowreel.engine.models.weights import save_weights
+from flowreel.sinks import open_store
+
+A, B = "synthetic:objects?size=64x64&frames=3", "synthetic:still?size=96x64&frames=4"
+STORE = ["-o", "out/{stem}.zarr"]
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_weights(path, build_model("FlowNet2S", width=0.02).state_dict(), licence="none", made_by={}, width=0.02)
+    return ["--weights", str(path)]
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_all_done(tiny: list[str], capsys: Capture) -> None:
+    assert call(["run", A, B, *STORE, *tiny, "--stats", "stats.json"]) == 0
+    out, err = capsys.readouterr()
+    assert out == ""
+    for words in (f"source 1 of 2: {A}", f"source 2 of 2: {B}", "FlowNet2S", "2 done, 0 skipped, 0 failed"):
+        assert words in err
+    assert [len(open_store(f"out/{stem}.zarr")) for stem in ("objects", "still")] == [2, 3]
+    stats = json.loads(Path("stats.json").read_text())
+    assert [source["run"]["pairs"] for source in stats["sources"]] == [2, 3]
+    assert call(["run", A, B, *STORE, *tiny]) == 0
+    assert "0 done, 2 skipped, 0 failed" in capsys.readouterr().err
+
+
+def test_default_outputs_and_quiet(tiny: list[str], capsys: Capture) -> None:
+    assert call(["run", A, B, *tiny, "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert {path.name for path in Path().iterdir()} == {
+        "objects.flow.zarr",
+        "still.flow.zarr",
+        "flowreel-manifest.json",
+    }
+
+
+def test_a_failure_is_told_of_and_the_rest_done(tiny: list[str], capsys: Capture) -> None:
+    assert call(["run", "no[where].mp4", B, *STORE, *tiny, "--manifest", "list.json"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    *table, last = err.splitlines()
+    assert last.startswith("flowreel: 1 of 2 sources failed, the first no[where].mp4: ")
+    assert "list.json" in last
+    assert "Traceback" not in err
+    assert any(line.split()[:2] == ["no[where].mp4", "failed"] for line in table)
+    assert "1 done, 0 skipped, 1 failed" in err
+    statuses = [entry["status"] for entry in json.loads(Path("list.json").read_text())["sources"]]
+    assert statuses == ["failed", "done"]
+
+
+def test_quiet_prints_the_error_alone(tiny: list[str], capsys: Capture) -> None:
+    assert call(["run", "nowhere.mp4", B, *STORE, *tiny, "-q"]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ([A, B, "-o", "x.zarr"], 2, "{stem}"),
+        ([A, A + "&seed=2", *STORE], 2, "'objects'"),
+        ([A, B, "-o", "{stem}.gif"], 1, ".zarr"),
+        ([A, B, *STORE, "--weights", "nowhere.pth"], 1, "nowhere.pth"),
+        ([A, B, *STORE, "--step", "0"], 2, "step"),
+        ([A, B, *STORE, "--manifest", "text"], 1, "text"),
+        ([], 2, ""),
+    ],
+)
+def test_what_is_wrong_with_the_whole_is_one_line(
+    arguments: list[str], code: int, words: str, tiny: list[str], capsys: Capture
+) -> None:
+    Path("text").write_text("no manifest")
+    given = arguments if "--weights" in arguments or not arguments else [*arguments, *tiny]
+    assert call(["run", *given]) == code
+    if arguments:
+        out, err = capsys.readouterr()
+        assert (out, len(err.splitlines())) == ("", 1)
+        assert words in err
+    assert [path.name for path in Path().iterdir()] == ["text"]
+
+
+def test_ctrl_c_ends_all_with_130(tiny: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = many.run_one, []
+
+    def interrupted(source: str, *rest: object) -> object:
+        calls.append(source)
+        if source == B:
+            raise KeyboardInterrupt
+        return real(source, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(many, "run_one", interrupted)
+    assert call(["run", A, B, "synthetic:parallax?size=64x64", *STORE, *tiny]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "flowreel: interrupted"
+    assert calls == [A, B]
+    manifest = json.loads(Path("out/flowreel-manifest.json").read_text())
+    assert [entry["status"] for entry in manifest["sources"]] == ["done", "interrupted"]
+    assert manifest["not_reached"] == ["synthetic:parallax?size=64x64"]
+
+
+def test_a_terminal_shows_one_bar_for_all(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    parent, child = pty.openpty()
+    monkeypatch.setenv("TERM", "xterm")
+    with os.fdopen(child, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        assert call(["run", A, "nowhere.mp4", B, *STORE, *tiny]) == 1
+    seen = b""
+    while True:
+        try:
+            seen += os.read(parent, 65536)
+        except OSError:
+            break
+    os.close(parent)
+    said = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen.decode(errors="replace"))
+    assert "source 3 of 3, 1 failed" in said
+    assert "waits for input" in said
+    assert "2 done, 0 skipped, 1 failed" in said

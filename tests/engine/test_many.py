@@ -1,0 +1,384 @@
+"""Many sources in one run: one network, what is done skipped, failures collected, a manifest that is always true."""
+
+from __future__ import annotations
+
+import gc
+import json
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from flowreel.engine import api, many
+from flowreel.engine.config import ModelConfig
+from flowreel.engine.data import Frame, Source
+from flowreel.engine.errors import (
+    DeviceError,
+    OutputExistsError,
+    OutputWriteError,
+    SomeSourcesFailedError,
+    UnknownOutputError,
+    UnsupportedSourceError,
+    UsageError,
+    WeightsNotFoundError,
+)
+from flowreel.engine.inference import Network
+from flowreel.engine.many import ManyProgress, ManyReport, run_many
+from flowreel.engine.models import build_model
+from flowreel.engine.models.weights import save_weights
+from flowreel.engine.sources import open_source
+from flowreel.sinks import open_store
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_weights(path, build_model("FlowNet2S", width=0.02).state_dict(), licence="none", made_by={}, width=0.02)
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[ModelConfig]:
+    """One entry for each time a network is loaded."""
+    loaded: list[ModelConfig] = []
+    real = many.load_network
+
+    def load(config: ModelConfig) -> Network:
+        loaded.append(config)
+        return real(config)
+
+    monkeypatch.setattr(many, "load_network", load)
+    return loaded
+
+
+def clip(name: str, frames: int = 3, size: tuple[int, int] = (64, 48)) -> str:
+    """A small film of noise."""
+    rng = np.random.default_rng(frames)
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    with av.open(name, "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        for _ in range(frames):
+            picture = rng.integers(0, 256, (size[1], size[0], 3), np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return name
+
+
+def manifest(path: str = "out/flowreel-manifest.json") -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(Path(path).read_text())
+    return content
+
+
+def statuses(report: ManyReport) -> list[str]:
+    return [source.status for source in report.sources]
+
+
+def stamps(*names: str) -> list[int]:
+    return [Path(name).stat().st_mtime_ns for name in names]
+
+
+STORE, VIDEO, FLO = "out/{stem}.zarr", "out/{stem}.mkv", "out/{stem}/%04d.flo"
+
+
+def test_every_source_gets_what_a_run_of_its_own_would_give(tiny: str, loads: list[ModelConfig]) -> None:
+    sources = [clip("a.mp4"), clip("in/b.mp4", 4, (80, 64)), "synthetic:objects?size=64x64&frames=2"]
+    report = run_many(sources, STORE, weights=tiny, max_error=0)
+    assert statuses(report) == ["done"] * 3
+    assert [source.flows for source in report.sources] == [2, 3, 1]
+    assert len(loads) == 1
+    report.raise_if_failed()
+    for source, stem in zip(sources, ("a", "b", "objects"), strict=True):
+        api.run(source, "alone.zarr", weights=tiny, max_error=0, overwrite=True)
+        np.testing.assert_array_equal(open_store(f"out/{stem}.zarr")[:], open_store("alone.zarr")[:])
+
+
+def test_one_failure_does_not_stop_the_others(tiny: str) -> None:
+    sources = [clip("a.mp4"), "missing.mp4", clip("one.mp4", 1), clip("b.mp4")]
+    report = run_many(sources, [STORE, VIDEO], weights=tiny)
+    assert statuses(report) == ["done", "failed", "failed", "done"]
+    with pytest.raises(SomeSourcesFailedError) as caught:
+        report.raise_if_failed()
+    for words in ("2 of 4 sources failed", "missing.mp4", "out/flowreel-manifest.json"):
+        assert words in str(caught.value)
+    written = manifest()
+    assert (written["ended"], written["not_reached"]) == (True, [])
+    a, missing, one, _ = written["sources"]
+    assert (a["source"], a["status"], a["outputs"], a["flows"]) == ("a.mp4", "done", ["out/a.zarr", "out/a.mkv"], 2)
+    assert a["error"] is None
+    assert a["seconds"] > 0
+    assert missing["error"]["type"] == "SourceNotFoundError"
+    assert "missing.mp4" in missing["error"]["message"]
+    assert one["error"]["type"] == "TooFewFramesError"
+    json.dumps(report.as_json())
+    assert report.as_json()["sources"][0]["run"]["pairs"] == 2  # type: ignore[index]
+
+
+def test_the_same_again_does_only_what_is_left(tiny: str, loads: list[ModelConfig]) -> None:
+    sources = [clip("a.mp4"), "b.mp4", clip("c.mp4")]
+    run_many(sources, [STORE, VIDEO], weights=tiny)
+    before = stamps("out/a.zarr", "out/a.mkv", "out/c.zarr", "out/c.mkv")
+    clip("b.mp4")
+    report = run_many(sources, [STORE, VIDEO], weights=tiny)
+    assert statuses(report) == ["skipped", "done", "skipped"]
+    assert [source.flows for source in report.sources] == [2, 2, 2]
+    loads.clear()
+    assert statuses(run_many(sources, [STORE, VIDEO], weights="nowhere.pth")) == ["skipped"] * 3
+    assert not loads
+    assert stamps("out/a.zarr", "out/a.mkv", "out/c.zarr", "out/c.mkv") == before
+
+
+def test_only_the_outputs_that_are_missing_are_made(tiny: str) -> None:
+    sources = [clip("a.mp4"), clip("b.mp4")]
+    run_many(sources, [STORE, VIDEO], weights=tiny)
+    before = stamps("out/a.zarr")
+    Path("out/a.mkv").unlink()
+    assert statuses(run_many(sources, [STORE, VIDEO], weights=tiny)) == ["done", "skipped"]
+    assert Path("out/a.mkv").exists()
+    assert stamps("out/a.zarr") == before
+
+
+def test_overwrite_makes_all_anew(tiny: str) -> None:
+    sources = [clip("a.mp4"), clip("b.mp4")]
+    run_many(sources, STORE, weights=tiny)
+    clip("a.mp4", 5)
+    assert statuses(run_many(sources, STORE, weights=tiny, overwrite=True)) == ["done", "done"]
+    assert len(open_store("out/a.zarr")) == 4
+
+
+def test_single_files_count_as_done_when_the_manifest_says_so(tiny: str) -> None:
+    sources = [clip("a.mp4"), clip("b.mp4", 4)]
+    run_many(sources, FLO, weights=tiny)
+    assert Path("out/b/0002.flo").exists()
+    for _ in range(2):  # the second time it is the manifest of a run that skipped them
+        assert statuses(run_many(sources, FLO, weights=tiny)) == ["skipped", "skipped"]
+    Path("out/b/0001.flo").unlink()
+    report = run_many(sources, FLO, weights=tiny)
+    assert statuses(report) == ["skipped", "failed"]
+    assert isinstance(report.failed[0].error, OutputExistsError)
+    Path("out/flowreel-manifest.json").unlink()
+    assert statuses(run_many(sources, FLO, weights=tiny)) == ["failed", "failed"]
+
+
+def test_what_earlier_runs_did_is_not_forgotten(tiny: str) -> None:
+    """Another batch, or one that ends before it gets there, keeps the entries of sources it does not touch."""
+    run_many([clip("a.mp4"), clip("b.mp4")], FLO, weights=tiny)
+    run_many([clip("c.mp4"), clip("d.mp4")], FLO, weights=tiny)
+    assert statuses(run_many(["a.mp4", "b.mp4", "c.mp4"], FLO, weights=tiny)) == ["skipped"] * 3
+
+
+def interrupt_at(number: int) -> Any:
+    def hook(progress: ManyProgress) -> None:
+        if progress.number == number and progress.run is not None:
+            raise KeyboardInterrupt
+
+    return hook
+
+
+def test_ctrl_c_stops_all_and_the_manifest_says_where(tiny: str) -> None:
+    sources = [clip("a.mp4"), clip("b.mp4"), clip("c.mp4")]
+    with pytest.raises(KeyboardInterrupt):
+        run_many(sources, STORE, weights=tiny, progress=interrupt_at(2))
+    written = manifest()
+    assert [entry["status"] for entry in written["sources"]] == ["done", "interrupted"]
+    assert (written["ended"], written["not_reached"]) == (False, ["c.mp4"])
+    assert not Path("out/b.zarr").exists()
+    assert statuses(run_many(sources, STORE, weights=tiny)) == ["skipped", "done", "done"]
+
+
+def test_the_manifest_is_true_while_a_source_is_at_work(tiny: str) -> None:
+    """What a process that is killed at that moment would leave."""
+    seen: list[dict[str, Any]] = []
+
+    def look(progress: ManyProgress) -> None:
+        if progress.number == 2 and progress.run is not None:
+            seen.append(manifest())
+
+    run_many([clip("a.mp4"), clip("b.mp4"), clip("c.mp4")], STORE, weights=tiny, progress=look)
+    first = seen[0]
+    assert [(entry["source"], entry["status"]) for entry in first["sources"]] == [
+        ("a.mp4", "done"),
+        ("b.mp4", "interrupted"),
+    ]
+    assert (first["ended"], first["not_reached"]) == (False, ["c.mp4"])
+    assert not list(Path("out").glob("*.partial"))
+
+
+@pytest.mark.parametrize("template", [STORE, VIDEO, FLO])
+def test_what_a_killed_run_left_is_made_anew(template: str, tiny: str) -> None:
+    sources = [clip("a.mp4"), clip("b.mp4", 4)]
+    killed = Path(template.replace("{stem}", "b").replace("%04d", "0000"))
+    left: dict[str, bytes] = {}
+
+    def remember(progress: ManyProgress) -> None:
+        if progress.number == 2 and progress.run is not None and not left:
+            left["manifest"] = Path("out/flowreel-manifest.json").read_bytes()
+
+    run_many(sources, template, weights=tiny, progress=remember)
+    Path("out/flowreel-manifest.json").write_bytes(left["manifest"])  # back to that moment
+    if template == FLO:
+        Path("out/b/0002.flo").unlink()
+    else:
+        killed.rename(f"{killed}.partial")
+    assert statuses(run_many(sources, template, weights=tiny)) == ["skipped", "done"]
+    assert killed.exists()
+    assert not Path(f"{killed}.partial").exists()
+
+
+def test_files_of_somebody_else_are_never_replaced(tiny: str) -> None:
+    """Also not the second time, when the manifest knows that this source failed."""
+    sources = [clip("a.mp4"), clip("b.mp4")]
+    Path("out/b").mkdir(parents=True)
+    Path("out/b/0000.flo").write_text("mine")
+    for _ in range(2):
+        report = run_many(sources, FLO, weights=tiny)
+        assert report.sources[1].status == "failed"
+        assert Path("out/b/0000.flo").read_text() == "mine"
+
+
+def test_a_cut_source_stays_unfinished(tiny: str) -> None:
+    data = Path(clip("cut.mkv", 9)).read_bytes()
+    Path("cut.mkv").write_bytes(data[: len(data) * 4 // 5])
+    sources = [clip("a.mp4"), "cut.mkv"]
+    for _ in range(2):  # again: what it left is in nobody's way
+        report = run_many(sources, STORE, weights=tiny)
+        assert report.sources[1].status == "failed"
+        assert type(report.sources[1].error).__name__ == "TruncatedSourceError"
+        assert not open_store("out/cut.zarr").complete
+    assert statuses(run_many(sources, STORE, weights=tiny, tolerate_truncation=True)) == ["skipped", "done"]
+
+
+@pytest.mark.parametrize(
+    ("sources", "outputs", "error", "words"),
+    [
+        ([], STORE, UsageError, "at least one source"),
+        (["a.mp4", "b.mp4"], "x.zarr", UsageError, "{stem}"),
+        (["a.mp4", "b.mp4"], [STORE, "x.mp4"], UsageError, "x.mp4"),
+        (["a.mp4", "b.mp4"], [], UsageError, "at least one output"),
+        (["a.mp4", "b.mp4"], "{stem}.gif", UnknownOutputError, ".zarr"),
+        (["in/a.mkv", "b.mp4", "a.mp4"], STORE, UsageError, "in/a.mkv and a.mp4"),
+        (["a.mp4", "a.mp4"], STORE, UsageError, "a.mp4 and a.mp4"),
+        (["-", "stdin.mp4"], STORE, UsageError, "- and stdin.mp4"),
+    ],
+)
+def test_usage_is_checked_before_anything_runs(
+    sources: list[str],
+    outputs: str | list[str],
+    error: type[Exception],
+    words: str,
+    tiny: str,
+    loads: list[ModelConfig],
+) -> None:
+    clip("a.mp4")
+    clip("b.mp4")
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(error) as caught:
+        run_many(sources, outputs, weights=tiny)
+    assert words in str(caught.value)
+    assert sorted(Path().rglob("*")) == before
+    assert not loads
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"weights": "nowhere.pth"}, WeightsNotFoundError),
+        ({"device": "cuda:99"}, DeviceError),
+        ({"step": 0}, UsageError),
+        ({"colour": 1}, UsageError),
+    ],
+)
+def test_what_is_wrong_with_all_sources_is_raised_at_once(
+    options: dict[str, Any], error: type[Exception], tiny: str
+) -> None:
+    sources = [clip("a.mp4"), clip("b.mp4")]
+    with pytest.raises(error):
+        run_many(sources, STORE, **({"weights": tiny} | options))
+    assert not Path("out").exists()
+
+
+def test_one_source_needs_no_stem(tiny: str) -> None:
+    assert statuses(run_many([clip("a.mp4")], "x.zarr", weights=tiny, manifest="new/list.json")) == ["done"]
+    assert manifest("new/list.json")["sources"][0]["outputs"] == ["x.zarr"]
+
+
+@pytest.mark.parametrize(
+    ("outputs", "expected"),
+    [
+        (None, "flowreel-manifest.json"),
+        (["deep/out/{stem}.zarr", "other/{stem}.mp4"], "deep/out/flowreel-manifest.json"),
+        ("deep/{stem}/flow/%06d.flo", "deep/flowreel-manifest.json"),
+        ("{stem}/x.zarr", "flowreel-manifest.json"),
+    ],
+)
+def test_where_the_manifest_is(outputs: str | list[str] | None, expected: str, tiny: str) -> None:
+    report = run_many(["missing.mp4", "neither.mp4"], outputs, weights=tiny)
+    assert report.manifest == expected
+    assert len(manifest(expected)["sources"]) == 2
+
+
+@pytest.mark.parametrize("content", ["", "[1, 2]", '{"sources": []}', "not JSON"])
+def test_a_file_that_is_no_manifest_is_left_alone(content: str, tiny: str) -> None:
+    Path("notes.json").write_text(content)
+    with pytest.raises(OutputExistsError, match=r"notes\.json"):
+        run_many([clip("a.mp4")], STORE, weights=tiny, manifest="notes.json")
+    assert Path("notes.json").read_text() == content
+
+
+def test_a_manifest_that_cannot_be_written_is_an_error(tiny: str) -> None:
+    Path("file").touch()
+    with pytest.raises(OutputWriteError, match="file/list"):
+        run_many(["missing.mp4"], STORE, weights=tiny, manifest="file/list.json")
+
+
+def test_a_fault_of_our_own_is_written_down_and_gets_out(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> Source:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(api, "open_source", broken)
+    with pytest.raises(ZeroDivisionError):
+        run_many([clip("a.mp4"), clip("b.mp4")], STORE, weights=tiny)
+    written = manifest()
+    assert [entry["status"] for entry in written["sources"]] == ["failed"]
+    assert written["sources"][0]["error"] == {"type": "ZeroDivisionError", "message": "a bug"}
+
+
+def test_failed_sources_keep_no_memory(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error remembers the frames of its traceback, and they whatever was in them."""
+    opened: list[weakref.ref[Any]] = []
+
+    class Failing:
+        def __init__(self, source: Source) -> None:
+            self._source = source
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._source, name)
+
+        def __iter__(self) -> Iterator[Frame]:
+            picture = next(iter(self._source))
+            yield picture
+            raise UnsupportedSourceError("and here it ends")
+
+    def open_failing(name: str, select: Any) -> Failing:
+        source = Failing(open_source(name, select))
+        opened.append(weakref.ref(source))
+        return source
+
+    monkeypatch.setattr(api, "open_source", open_failing)
+    report = run_many([clip("a.mp4"), clip("b.mp4")], STORE, weights=tiny)
+    gc.collect()
+    assert statuses(report) == ["failed", "failed"]
+    assert "and here it ends" in str(report.sources[0].error)
+    assert manifest()["sources"][0]["error"]["type"] == "UnsupportedSourceError"
+    assert [reference() for reference in opened] == [None, None]

@@ -1,0 +1,184 @@
+"""Stores as other programs see them: zarr-python, xarray, tensorstore, zarrs and zarrita.js give our very values.
+
+The packages are part of the test extra and must be there; zarrita.js needs node and is optional.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+import warnings
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorstore
+import torch
+import xarray as xr
+import zarr
+import zarrs  # noqa: F401  (its absence must fail here, not be mistaken for a codec it does not know)
+
+from flowreel.engine.config import Codec, SinkConfig
+from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
+from flowreel.sinks.store_layout import COORDINATES, flow_shard
+from flowreel.sinks.store_reader import FlowStore, open_store
+from flowreel.sinks.zarr_store import ZarrSink
+
+COUNT = 5  # flows, in shards of two: the last one is ragged
+CODECS: tuple[Codec, ...] = ("blosc", "zstd", "pcodec")
+EVERYWHERE: tuple[Codec, ...] = ("blosc", "zstd")  # codecs of the core specification
+KINDS = {"int16": (1 / 64, 6, 9), "int32": (1 / 64, 2, 1040), "float32": (0, 6, 9)}  # max error px, height, width
+STORES = [(codec, kind) for codec in CODECS for kind in KINDS]
+Open = Callable[[Codec, str], FlowStore]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Open]:
+    """One store of each codec and kind of number, with an invalid vector in it; each written once, and only read."""
+    folder = tmp_path_factory.mktemp("stores")
+
+    @functools.cache
+    def make(codec: Codec, kind: str) -> FlowStore:
+        max_error, height, width = KINDS[kind]
+        flows = torch.empty(COUNT, 2, height, width).uniform_(-20, 20, generator=torch.Generator().manual_seed(0))
+        flows[1, :, 1, 2] = torch.nan
+        settings = SinkConfig(max_error=max_error, codec=codec, shard_bytes=2 * 8 * height * width)
+        sink = ZarrSink(str(folder / f"{codec}-{kind}.zarr"), settings)
+        sink.open(FlowInfo(height, width, Fraction(25), COUNT + 1, SourceId("clip.mp4")))
+        frame = np.arange(COUNT)
+        sink.write(FlowBatch(flows, 0, frame, frame + 1, frame / 25, (frame + 1) / 25))
+        sink.commit()
+        store = open_store(sink.path)
+        assert store.summary()["dtype"] == kind
+        return store
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield make
+
+
+def pixels(stored: Any, store: FlowStore) -> Any:
+    """What another reader's raw numbers mean: its integers are ours when these are our pixels, to the bit."""
+    if stored.dtype.kind == "f":
+        return stored
+    fill = np.iinfo(stored.dtype).min
+    return np.where(stored == fill, np.float32(np.nan), stored.astype(np.float32) * np.float32(store.summary()["step"]))
+
+
+def same(one: Any, other: Any) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and np.array_equal(one, other, equal_nan=True)
+
+
+def with_zarr_python(store: FlowStore, name: str) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that pcodec is not in the core specification
+        return zarr.open_group(store.path, mode="r")[name][:]
+
+
+def with_zarrs(store: FlowStore, name: str) -> Any:
+    """The same through the Rust library; strict: what it cannot do is an error, not left to zarr-python."""
+    pipeline = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline", "codec_pipeline.strict": True}
+    with zarr.config.set(pipeline), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        array = zarr.open_group(store.path, mode="r")[name]
+        assert type(array._async_array.codec_pipeline).__name__ == "ZarrsCodecPipeline"
+        return array[:]
+
+
+def with_tensorstore(store: FlowStore, name: str) -> Any:
+    place = {"driver": "file", "path": f"{store.path}/{name}/"}
+    return tensorstore.open({"driver": "zarr3", "kvstore": place}, read=True).result().read().result()
+
+
+READERS = {"zarr-python": with_zarr_python, "zarrs": with_zarrs, "tensorstore": with_tensorstore}
+
+
+@pytest.mark.parametrize(("codec", "kind"), STORES)
+@pytest.mark.parametrize("reader", READERS)
+def test_values_are_ours(made: Open, reader: str, codec: Codec, kind: str) -> None:
+    store = made(codec, kind)
+    if reader == "tensorstore" and codec not in EVERYWHERE:
+        with pytest.raises(ValueError, match=r"numcodecs\.pcodec.*is not registered"):
+            with_tensorstore(store, "flow")
+        return
+    flow = READERS[reader](store, "flow")
+    assert flow.dtype == kind
+    assert same(pixels(flow, store), store[:])
+    assert np.isnan(store[1][:, 1, 2]).all()
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_times_and_frames_are_ours(made: Open, reader: str) -> None:
+    store = made("pcodec", "int16")  # their own codec is always blosc
+    ours = (store.timestamps_s, store.timestamps_to_s, store.frame, store.frame_to)
+    for name, values in zip(COORDINATES, ours, strict=True):
+        assert same(READERS[reader](store, name), values)
+
+
+@pytest.mark.parametrize(("codec", "kind"), STORES)
+def test_xarray_decodes_pixels_and_coordinates(made: Open, codec: Codec, kind: str) -> None:
+    store = made(codec, kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        with xr.open_zarr(store.path) as data:
+            flow = data["flow"].load()
+    assert same(flow.values.astype(np.float32), store[:])
+    assert np.array_equal(flow.coords["timestamp_s"], store.timestamps_s)
+    assert np.array_equal(flow.coords["frame_to"], store.frame_to)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_flipped_bit_is_noticed_by_all(made: Open, tmp_path: Path, reader: str) -> None:
+    sound = made("blosc", "int16")
+    shutil.copytree(sound.path, tmp_path / "X.zarr")
+    store = open_store(tmp_path / "X.zarr")
+    shard = flow_shard(tmp_path / "X.zarr", 1)
+    data = bytearray(shard.read_bytes())
+    data[40] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises((ValueError, RuntimeError), match=r"(?i)checksum|crc32c|digest"):
+        READERS[reader](store, "flow")
+
+
+# zarrita.js
+
+SCRIPT = """
+import FileSystemStore from '@zarrita/storage/fs'
+import * as zarr from 'zarrita'
+const group = await zarr.open(new FileSystemStore(process.argv[1]), { kind: 'group' })
+const { data } = await zarr.get(await zarr.open(group.resolve('flow'), { kind: 'array' }))
+process.stdout.write(new Uint8Array(data.buffer, data.byteOffset, data.byteLength))
+"""
+
+
+def node(script: str, *arguments: str) -> subprocess.CompletedProcess[bytes]:
+    """Runs a module in the folder of FLOWREEL_NODE, where its packages are."""
+    folder = os.environ.get("FLOWREEL_NODE", ".")
+    command = ["node", "--input-type=module", "--eval", script, "--", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def _zarrita() -> None:
+    if shutil.which("node") is None:
+        pytest.skip("node is not installed")
+    if node("import 'zarrita'; import '@zarrita/storage/fs'").returncode:
+        pytest.skip("no zarrita.js: 'npm install zarrita' in some folder, and name that in FLOWREEL_NODE")
+
+
+@pytest.mark.usefixtures("_zarrita")
+@pytest.mark.parametrize(("codec", "kind"), STORES)
+def test_zarrita_in_javascript(made: Open, codec: Codec, kind: str) -> None:
+    store = made(codec, kind)
+    done = node(SCRIPT, store.path)
+    if codec not in EVERYWHERE:
+        assert done.returncode
+        assert b"Unknown codec: numcodecs.pcodec" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr.decode()
+    assert same(pixels(np.frombuffer(done.stdout, kind).reshape(store.shape), store), store[:])

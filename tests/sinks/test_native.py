@@ -1,0 +1,38 @@
+"""A stored prediction, enlarged by the reader, equals what the network itself would have given."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from flowreel.engine.config import FitMode
+from flowreel.engine.models.layers import Upsampling, upsample
+from flowreel.engine.restore import Fit
+from flowreel.sinks.native import enlarge
+
+
+@pytest.mark.parametrize("upsampling", ["bilinear", "nearest"])
+@pytest.mark.parametrize("size", [(64, 128), (70, 100), (135, 190), (97, 65)])
+@pytest.mark.parametrize("mode", ["pad", "crop", "resize"])
+def test_equals_the_direct_flow(mode: FitMode, size: tuple[int, int], upsampling: Upsampling) -> None:
+    fit = Fit(mode, *size)
+    height, width = fit.network_size
+    predicted = 5 * torch.randn(2, 2, height // 4, width // 4, generator=torch.Generator().manual_seed(0))
+    direct = fit.undo(upsample(predicted, upsampling)).numpy()
+    stored = fit.undo_native(predicted).numpy()
+    grid = fit.grid(upsampling)
+    for flow, expected in zip(stored, direct, strict=True):
+        made = enlarge(flow, grid, *fit.flow_size)
+        assert made.dtype == np.float32
+        np.testing.assert_allclose(made, expected, atol=1e-4, rtol=0)
+
+
+def test_a_missing_vector_spoils_just_what_it_is_part_of() -> None:
+    fit = Fit("pad", 64, 64)
+    flow = np.zeros((2, 16, 16), np.float32)
+    flow[:, 8, 8] = np.nan
+    missing = np.isnan(enlarge(flow, fit.grid("bilinear"), 64, 64))
+    assert missing[:, 32:36, 32:36].all()
+    assert missing.sum() == 2 * 8 * 8
+    assert np.isnan(enlarge(flow, fit.grid("nearest"), 64, 64)).sum() == 2 * 4 * 4

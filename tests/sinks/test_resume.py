@@ -1,0 +1,232 @@
+"""A store that was cut short goes on: to the very bytes an uninterrupted run writes, or with a clear refusal."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flowreel.engine.config import SinkConfig
+from flowreel.engine.data import FlowBatch, FlowInfo, Resumable, SourceId
+from flowreel.engine.errors import OutputExistsError, ResumeMismatchError
+from flowreel.sinks import open_store, zarr_store
+from flowreel.sinks.store_reader import flow_shard
+from flowreel.sinks.zarr_store import ZarrSink
+
+H, W, SHARD, FLOWS = 6, 8, 3, 11
+INFO = FlowInfo(
+    H, W, Fraction(25), FLOWS + 1, SourceId("clip.mkv", 1000, 0.5, "aa"), {"model": "FlowNet2C", "batch": 2}
+)
+
+
+def config(**changes: Any) -> SinkConfig:
+    return SinkConfig(**{"shard_bytes": SHARD * 8 * H * W, **changes})
+
+
+def flow_of(number: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(number).uniform(-9, 9, (2, H, W)).astype(np.float32))
+
+
+def batches(first: int, last: int) -> Iterator[FlowBatch]:
+    for index in range(first, last):
+        frame = np.array([index])
+        yield FlowBatch(flow_of(index)[None], index, frame, frame + 1, frame / 25, (frame + 1) / 25)
+
+
+def run(path: Path, flows: int = FLOWS, info: FlowInfo = INFO, **changes: Any) -> ZarrSink:
+    """What ``flowreel run`` does to the sink: ask where to go on, check, open, write the rest, commit."""
+    sink = ZarrSink(str(path), config(**changes))
+    point = sink.resume_point() if changes.get("resume") else None
+    if point is not None:
+        sink.require_same(info)
+    sink.open(info)
+    for batch in batches(0 if point is None else point.flows, flows):
+        sink.write(batch)
+    sink.commit()
+    return sink
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def cut_after(path: Path, flows: int) -> None:
+    """A run that dies after so many flows."""
+    sink = ZarrSink(str(path), config())
+    sink.open(INFO)
+    for batch in batches(0, flows):
+        sink.write(batch)
+    sink._pool.drain()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("whole")
+    run(folder / "X.zarr")
+    return contents(folder / "X.zarr")
+
+
+@pytest.mark.parametrize("flows", range(FLOWS + 1))
+def test_any_cut_ends_in_the_same_bytes(tmp_path: Path, flows: int, whole: dict[str, bytes]) -> None:
+    cut_after(tmp_path / "X.zarr", flows)
+    point = ZarrSink(str(tmp_path / "X.zarr"), config()).resume_point()
+    assert (0 if point is None else point.flows) == flows // SHARD * SHARD
+    if point is not None:
+        assert (point.frame, point.timestamp_s, point.complete) == (point.flows, point.flows / 25, False)
+    run(tmp_path / "X.zarr", resume=True)
+    assert contents(tmp_path / "X.zarr") == whole
+    assert sorted(os.listdir(tmp_path)) == ["X.zarr"]
+
+
+def test_nothing_there_starts_and_it_is_resumable(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    assert isinstance(ZarrSink(str(tmp_path / "X.zarr"), config()), Resumable)
+    run(tmp_path / "X.zarr", resume=True)
+    assert contents(tmp_path / "X.zarr") == whole
+
+
+def test_killed_before_its_name_was_given(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    """Nine flows make three full shards: all is there but the name, and no pair is left to start from."""
+    info = replace(INFO, frame_count=10)
+    run(tmp_path / "Y.zarr", 9, info)
+    expected = contents(tmp_path / "Y.zarr")
+    os.rename(tmp_path / "Y.zarr", tmp_path / "Y.zarr.partial")
+    point = ZarrSink(str(tmp_path / "Y.zarr"), config()).resume_point()
+    assert point is not None
+    assert point.flows == 6
+    run(tmp_path / "Y.zarr", 9, info, resume=True)
+    assert contents(tmp_path / "Y.zarr") == expected
+
+
+def test_temporaries_and_a_damaged_shard_are_made_again(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    cut_after(tmp_path / "X.zarr", 10)
+    partial = tmp_path / "X.zarr.partial"
+    (partial / "flow" / "c" / "3.partial").write_bytes(b"half")
+    (partial / "frame" / "c" / "3").write_bytes(b"a shard's frames without its flow")
+    shard = flow_shard(partial, 1)
+    shard.write_bytes(shard.read_bytes()[:-7])
+    point = ZarrSink(str(tmp_path / "X.zarr"), config()).resume_point()
+    assert point is not None
+    assert point.flows == SHARD
+    run(tmp_path / "X.zarr", resume=True)
+    assert contents(tmp_path / "X.zarr") == whole
+
+
+@pytest.mark.parametrize("announced", [True, False])
+@pytest.mark.parametrize(("before", "after"), [(2, 7), (3, 11), (7, 8), (9, 11)])
+def test_a_recording_that_grew_is_appended_to(tmp_path: Path, before: int, after: int, announced: bool) -> None:
+    def info(flows: int) -> FlowInfo:
+        source = SourceId("clip.mkv", 100 * flows, flows / 25, "aa")
+        return replace(INFO, frame_count=flows + 1 if announced else None, source=source)
+
+    run(tmp_path / "grown.zarr", before, info(before))
+    old = contents(tmp_path / "grown.zarr")
+    sink = ZarrSink(str(tmp_path / "grown.zarr"), config(resume=True))
+    point = sink.resume_point()
+    assert point is not None
+    assert (point.complete, point.flows, point.frame) == (True, before // SHARD * SHARD, before // SHARD * SHARD)
+    sink.open(info(after))
+    assert contents(tmp_path / "grown.zarr") == old  # until the new one is whole
+    for batch in batches(point.flows, after):
+        sink.write(batch)
+    sink.commit()
+    run(tmp_path / "straight.zarr", after, info(after))
+    assert contents(tmp_path / "grown.zarr") == contents(tmp_path / "straight.zarr")
+    assert sorted(os.listdir(tmp_path)) == ["grown.zarr", "straight.zarr"]
+
+
+@pytest.mark.parametrize(
+    ("info", "changes", "words"),
+    [
+        (replace(INFO, made_by={"model": "FlowNet2S", "batch": 2}), {}, "model was FlowNet2C, is FlowNet2S"),
+        (replace(INFO, made_by={"model": "FlowNet2C", "batch": 4}), {}, "batch was 2, is 4"),
+        (INFO, {"max_error": 0.25}, "max error was 0.015625, is 0.25"),
+        (INFO, {"codec": "pcodec"}, "codec was blosc, is pcodec"),
+        (INFO, {"shard_bytes": 5 * 8 * H * W}, "shard length was 3, is 5"),
+        (replace(INFO, source=SourceId("other.mkv", 1000, 0.5)), {}, "source was clip.mkv, is other.mkv"),
+        (replace(INFO, source=SourceId("clip.mkv", 1000, 0.5, "bb")), {}, "another file"),
+        (replace(INFO, source=SourceId("clip.mkv", 999, 0.5, "aa")), {}, "had 1000 bytes, has 999"),
+        (replace(INFO, width=16), {}, "width was 8, is 16"),
+    ],
+)
+def test_what_differs_is_named(tmp_path: Path, info: FlowInfo, changes: dict[str, Any], words: str) -> None:
+    cut_after(tmp_path / "X.zarr", 7)
+    before = contents(tmp_path)
+    with pytest.raises(ResumeMismatchError, match=words):
+        ZarrSink(str(tmp_path / "X.zarr"), config(resume=True, **changes)).require_same(info)
+    assert contents(tmp_path) == before
+
+
+def test_without_resume_an_unfinished_store_is_left_alone(tmp_path: Path) -> None:
+    cut_after(tmp_path / "X.zarr", 7)
+    with pytest.raises(OutputExistsError, match="--resume"):
+        ZarrSink(str(tmp_path / "X.zarr"), config()).open(INFO)
+
+
+def in_a_child(action: Any) -> int:
+    """Runs ``action`` in a forked process and returns the signal that ended it, or 0."""
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+
+
+def killed_at(path: Path, call: int, resume: bool) -> bool:
+    """A run that is killed by the system at its n-th call that changes the disk. False: it got through before."""
+
+    def die_at_last() -> None:
+        left = call
+
+        def dying(real: Any) -> Any:
+            def wrapped(*args: Any, **options: Any) -> Any:
+                nonlocal left
+                left -= 1
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*args, **options)
+
+            return wrapped
+
+        for name in ("replace", "rename", "fsync", "mkdir", "link", "unlink"):
+            setattr(os, name, dying(getattr(os, name)))
+        zarr_store.encode_workers = lambda: 0  # type: ignore[assignment]
+        run(path, resume=resume)
+
+    return in_a_child(die_at_last) == signal.SIGKILL
+
+
+def test_killed_at_every_step_then_resumed_gives_the_same_bytes(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    """Also killed again, at a random step, while it resumes."""
+    rng = random.Random(0)
+    calls = 0
+    for call in range(1, 1000):
+        folder = tmp_path / str(call)
+        folder.mkdir()
+        if not killed_at(folder / "X.zarr", call, resume=False):
+            break
+        calls = call
+        if not is_complete(folder / "X.zarr"):
+            killed_at(folder / "X.zarr", rng.randrange(1, 40), resume=True)
+        if not is_complete(folder / "X.zarr"):
+            run(folder / "X.zarr", resume=True)
+        assert contents(folder / "X.zarr") == whole
+        assert sorted(os.listdir(folder)) == ["X.zarr"]
+        shutil.rmtree(folder)
+    assert calls > 50
+
+
+def is_complete(path: Path) -> bool:
+    return path.exists() and open_store(path).complete

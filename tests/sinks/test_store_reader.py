@@ -1,0 +1,625 @@
+"""Reading a store: NumPy's indexing without needless decoding, and damage that is told, never guessed over."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from flowreel.engine.config import SinkConfig
+from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
+from flowreel.engine.errors import (
+    DamagedStoreError,
+    FlowreelError,
+    MissingDependencyError,
+    StoreError,
+    StoreNotFoundError,
+)
+from flowreel.sinks import store_check, store_reader
+from flowreel.sinks.codecs import FlowCodec, compress, pack_shard, with_checksum
+from flowreel.sinks.store_check import StoreProblem
+from flowreel.sinks.store_layout import COORDINATES, coordinate_chunk, flow_shard
+from flowreel.sinks.store_reader import FlowStore, open_store
+from flowreel.sinks.zarr_store import ZarrSink
+
+T, H, W = 7, 6, 9
+SHARD = 3  # flows
+ARRAYS = ("flow", *COORDINATES)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_waiting_for_the_disk() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
+def moving(count: int = T, height: int = H, width: int = W) -> Any:
+    """(N, 2, H, W) float32 on the steps of 1/32 px, so that storing changes nothing; with a hole and a border."""
+    flows = np.random.default_rng(count).integers(-600, 600, (count, 2, height, width)) / np.float32(32)
+    flows[1:2, :, 2, 3] = np.nan
+    flows[:, :, :, 0] = np.nan
+    return flows.astype(np.float32)
+
+
+def make(path: Path, flows: Any, *, announced: int | None = None, complete: bool = True, **changes: Any) -> FlowStore:
+    """A store of 25 frames a second, of which every second one is used."""
+    count, _, height, width = flows.shape
+    sink = ZarrSink(str(path), SinkConfig(**{"shard_bytes": SHARD * 8 * height * width, **changes}))
+    sink.open(
+        FlowInfo(height, width, Fraction(25), (announced or count) + 1, SourceId("clip.mp4", 9, 1.0), {"batch": 2})
+    )
+    frame = 2 * np.arange(count)
+    sink.write(FlowBatch(torch.from_numpy(flows), 0, frame, frame + 2, frame / 25, (frame + 2) / 25))
+    sink.commit(complete)
+    return open_store(path)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> FlowStore:
+    """Read-only for everybody."""
+    return make(tmp_path_factory.mktemp("store") / "X.zarr", moving())
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one entry, the thread's number, for each chunk that is decoded."""
+    threads: list[int] = []
+    real = FlowCodec.decode
+
+    def decode(self: FlowCodec, chunk: bytes, out: Any) -> None:
+        threads.append(threading.get_ident())
+        real(self, chunk, out)
+
+    monkeypatch.setattr(FlowCodec, "decode", decode)
+    return threads
+
+
+def same(one: Any, other: Any) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and np.array_equal(one, other, equal_nan=True)
+
+
+def spoil(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 4
+    path.write_bytes(data)
+
+
+# Indexing
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(key=hnp.basic_indices((T, 2, H, W), allow_newaxis=False))
+def test_basic_indexing_is_numpys(store: FlowStore, decoded: list[int], key: Any) -> None:
+    decoded.clear()
+    expected = moving()[key]
+    assert same(store[key], expected)
+    numbers = np.broadcast_to(np.arange(T)[:, None, None, None], (T, 2, H, W))[key]
+    assert len(decoded) == len(np.unique(numbers))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    numbers=st.lists(st.integers(-T, T - 1), max_size=9),
+    inside=hnp.basic_indices((2, H, W), allow_newaxis=False, allow_ellipsis=False),
+    form=st.sampled_from([list, np.array, lambda numbers: np.array(numbers, np.int8), range]),
+)
+def test_flows_by_number_and_crops_of_them(store: FlowStore, numbers: list[int], inside: Any, form: Any) -> None:
+    key = (
+        range(len(numbers)) if form is range and len(numbers) <= T else form(numbers) if form is not range else numbers
+    )
+    if isinstance(key, np.ndarray) and not len(key):
+        key = key.astype(int)
+    inside = inside if isinstance(inside, tuple) else (inside,)
+    assert same(store[(key, *inside)], moving()[np.array(key, int)][(slice(None), *inside)])
+
+
+@pytest.mark.parametrize("form", [list, np.array])
+def test_masks_pick_flows(store: FlowStore, decoded: list[int], form: Any) -> None:
+    mask = form([False, True, False, False, True, True, False])
+    assert same(store[mask], moving()[[1, 4, 5]])
+    assert same(store[mask, 1, 2:4], moving()[[1, 4, 5], 1, 2:4])
+    assert len(decoded) == 6
+    assert store[form([False] * T)].shape == (0, 2, H, W)
+    for wrong in ([True] * (T - 1), [True] * (T + 1)):
+        with pytest.raises(IndexError, match="truth values for 7 flows"):
+            store[form(wrong)]
+    with pytest.raises(IndexError):
+        store[np.zeros(0, bool)]
+
+
+def test_what_is_named_twice_is_decoded_once(store: FlowStore, decoded: list[int]) -> None:
+    assert same(store[[3, 1, 3, -4]], moving()[[3, 1, 3, 3]])
+    assert len(decoded) == 2
+
+
+def test_keys_that_are_none(store: FlowStore) -> None:
+    for outside in (T, -T - 1, (0, 2), (0, 0, H), (0, 0, 0, -W - 1), [0, T], (0, 0, 0, 0, 0), (..., 0, ...)):
+        with pytest.raises(IndexError):
+            store[outside]
+    for strange in (True, 1.5, "1", b"1", None, (0, None), (0, [1]), (0, np.array([1])), [1.5], [[1]], [True, 2]):
+        with pytest.raises(TypeError):
+            store[strange]
+    for array in (np.ones((2, 2), int), np.ones(2)):
+        with pytest.raises(TypeError, match="an index array is 1-D"):
+            store[array]
+
+
+@pytest.mark.parametrize("max_error", [1 / 64, 0])
+def test_valid_tells_where_there_is_a_vector(tmp_path: Path, decoded: list[int], max_error: float) -> None:
+    flows = moving()
+    if max_error == 0:
+        flows[3, 1, 4, 5] = 2e9  # stored as it came, and still unknown
+    expected = ~(np.isnan(flows) | (flows > 1e9)).any(axis=1)
+    valid = make(tmp_path / "X.zarr", flows, max_error=max_error).valid
+    assert (valid.shape, len(valid)) == ((T, H, W), T)
+    for key in (5, slice(1, 4), [3, 1, 3], (3, 4, 5), (slice(0, 5), slice(1, 4), slice(None, None, -2)), ...):
+        assert same(valid[key], expected[key])
+    decoded.clear()
+    assert same(valid[1:3, 2], expected[1:3, 2])
+    assert len(decoded) == 2
+    with pytest.raises(IndexError):
+        valid[0, H]
+
+
+# Many at once
+
+
+def test_threads_are_used_only_where_they_pay(
+    store: FlowStore, decoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = threading.get_ident()
+    monkeypatch.setattr(store_reader, "DECODE_THREADS", 3)
+    assert same(store[::-1], moving()[::-1])
+    assert set(decoded) == {here}
+    decoded.clear()
+    monkeypatch.setattr(store_reader, "PARALLEL_FROM_BYTES", 1)
+    assert same(store[2], moving()[2])
+    assert set(decoded) == {here}
+    decoded.clear()
+    assert same(store[[5, 0, 6, 0, 2, 1]], moving()[[5, 0, 6, 0, 2, 1]])
+    assert here not in decoded
+    assert 1 <= len(set(decoded)) <= 3
+    assert len(decoded) == 5
+
+
+def test_the_first_damaged_flow_is_the_one_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever thread is quicker; and no thread is left behind."""
+    monkeypatch.setattr(store_reader, "DECODE_THREADS", 3)
+    monkeypatch.setattr(store_reader, "PARALLEL_FROM_BYTES", 1)
+    store = make(tmp_path / "X.zarr", moving())
+    for number in (2, 4, 5):
+        index = store.files.index(number // SHARD)
+        assert index is not None
+        spoil(flow_shard(store.folder, number // SHARD), int(index[number % SHARD, 0]) + 9)
+    before = threading.active_count()
+    for _ in range(5):
+        with pytest.raises(DamagedStoreError, match=r"flow 4 \(frame 8\): checksum"):
+            store[[6, 0, 4, 2, 5]]
+    assert threading.active_count() == before
+
+
+def test_many_threads_may_read_one_store(tmp_path: Path) -> None:
+    flows = moving(23)
+    store = make(tmp_path / "X.zarr", flows, max_error=0)
+
+    def read(seed: int) -> bool:
+        numbers = np.random.default_rng(seed).integers(0, 23, 10)
+        return same(store[numbers], flows[numbers]) and store.frame[numbers].tolist() == (2 * numbers).tolist()
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(read, range(60)))
+
+
+def test_pickled_stores_open_again_wherever_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = make(Path("X.zarr"), moving())
+    assert same(store[0], moving()[0])
+    data = pickle.dumps(store)
+    assert len(data) < 500  # a place, not its contents
+    monkeypatch.chdir("/")
+    again = pickle.loads(data)
+    assert same(again[:], moving())
+    assert again.attrs == store.attrs
+    assert same(store[1], moving()[1])  # nor does the first one mind where the process is
+    assert same(next(iter(torch.utils.data.DataLoader(again, batch_size=None))).numpy(), moving()[0])
+
+
+# xarray
+
+
+def test_xarray_sees_what_open_zarr_sees(store: FlowStore) -> None:
+    ours = store.to_xarray()
+    assert ours.dims == ("time", "component", "y", "x")
+    assert (ours.name, ours.dtype, ours.attrs["units"]) == ("flow", np.float32, "pixel")
+    with xr.open_zarr(store.path) as data:
+        theirs = data["flow"]
+        assert set(ours.coords) == set(theirs.coords)
+        for name in theirs.coords:
+            assert np.array_equal(ours.coords[name], theirs.coords[name])
+        assert np.array_equal(ours, theirs.astype(np.float32), equal_nan=True)
+    assert np.isnan(ours[0, 0, 0, 0])
+
+
+def test_xarray_reads_what_is_looked_at(store: FlowStore, decoded: list[int]) -> None:
+    lazy = store.to_xarray()
+    part = lazy.isel(time=slice(2, 6), component=0)[{"time": [3, 0], "y": slice(1, 4)}]
+    assert part.shape == (2, 3, W)
+    assert decoded == []
+    assert np.array_equal(part, moving()[[5, 2], 0, 1:4], equal_nan=True)
+    assert len(decoded) == 2
+    moved = lazy.isel(time=[6, 1], component=1, y=[5, 0, 0], x=[3, 2])
+    assert np.array_equal(moved, moving()[[6, 1], 1][:, [5, 0, 0]][:, :, [3, 2]], equal_nan=True)
+    assert np.array_equal(lazy.isel(y=[2, 1], x=4), moving()[:, :, [2, 1], 4], equal_nan=True)
+    by_time = lazy.swap_dims(time="timestamp_s").sel(timestamp_s=0.24, method="nearest")
+    assert int(by_time.frame) == 6
+    assert np.array_equal(pickle.loads(pickle.dumps(lazy))[-1], moving()[-1], equal_nan=True)
+
+
+def test_xarray_of_an_unfinished_store_ends_where_the_flow_does(tmp_path: Path) -> None:
+    lazy = make(tmp_path / "X.zarr", moving(4), announced=20, complete=False).to_xarray()
+    assert lazy.shape == (4, 2, H, W)
+    assert np.array_equal(lazy, moving(4), equal_nan=True)
+    assert "flow" in repr(lazy)
+
+
+def test_without_xarray_the_error_says_what_to_install(store: FlowStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "flowreel.sinks.store_xarray", raising=False)
+    monkeypatch.setitem(sys.modules, "xarray", None)
+    with pytest.raises(MissingDependencyError, match="pip install xarray"):
+        store.to_xarray()
+
+
+# Damage
+
+
+@pytest.fixture(scope="module")
+def victims(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A finished and an unfinished store, with the sound contents of every file. Checked without threads: quicker."""
+    folder = tmp_path_factory.mktemp("victims")
+    stores = {
+        "finished": make(folder / "whole.zarr", moving()),
+        "unfinished": make(folder / "cut.zarr", moving(5), announced=9, complete=False, codec="zstd"),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store_check, "DECODE_THREADS", 0)
+        yield {name: (store, contents(store.folder)) for name, store in stores.items()}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def right_or_refused(folder: Path, flows: Any) -> int:
+    """Reads all there is to read. Each part is exactly right or a FlowreelError; returns how many were refused.
+
+    ``check`` has to find something whenever a part of it was refused.
+    """
+    count, refused = len(flows), 0
+    try:
+        store = FlowStore(folder)
+    except FlowreelError:
+        return 1
+    frame = 2 * np.arange(count)
+    parts: list[tuple[Callable[[], Any], Any]] = [
+        (lambda: store[:count], flows),
+        (lambda: store[1, :, 2:4], flows[1, :, 2:4]),
+        (lambda: store.valid[count - 1], ~np.isnan(flows[-1, 0])),
+        (lambda: store.frame[:count], frame),
+        (lambda: store.frame_to[:count], frame + 2),
+        (lambda: store.timestamps_s[:count], frame / 25),
+        (lambda: store.timestamps_to_s[:count], (frame + 2) / 25),
+    ]
+    parts += [(partial(store.__getitem__, number), flows[number]) for number in range(count)]
+    allowed = FlowreelError if len(store) >= count else (FlowreelError, IndexError)
+    for read, expected in parts:
+        try:
+            assert same(read(), expected)
+        except allowed:
+            refused += 1
+    repr(store)
+    store.summary()
+    found = list(store.check())
+    assert found or not refused or not store.complete
+    return refused
+
+
+@settings(max_examples=120, deadline=None)
+@given(data=st.data())
+def test_any_damage_to_any_file_is_told(victims: Any, data: st.DataObject) -> None:
+    """Flipped bits, cut ends, bytes put in or taken out, files that are gone, emptied, or another file's."""
+    store, files = victims[data.draw(st.sampled_from(sorted(victims)))]
+    name = data.draw(st.sampled_from(sorted(files)))
+    sound, foreign = files[name], files["zarr.json" if name != "zarr.json" else "flow/zarr.json"]
+    place = data.draw(st.integers(0, len(sound) - 1))
+    flipped = sound[:place] + bytes([sound[place] ^ 1 << place % 8]) + sound[place + 1 :]
+    cut, shorter, longer = sound[:place], sound[:place] + sound[place + 1 :], sound[:place] + b"\0" + sound[place:]
+    damaged = data.draw(st.sampled_from([flipped, cut, shorter, longer, sound + sound, foreign, b"", None]))
+    assume(store.complete or damaged is not None or not name.startswith("flow/c/"))  # that is one not written yet
+    path = store.folder / name
+    try:
+        path.unlink() if damaged is None else path.write_bytes(damaged)
+        refused = right_or_refused(store.folder, moving(T if store.complete else 5))
+        assert refused or damaged != flipped or name.endswith("zarr.json")
+    finally:
+        path.write_bytes(sound)
+
+
+def paths_in(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where every part of a JSON document lies."""
+    if path:
+        yield path
+    for key, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from paths_in(part, (*path, key))
+
+
+STRANGE = [None, True, 0, 1, -1, 3, 10**6, 10**18, 10**400, 0.5, 1e308, "", "int32", "big", [], [1], {}, {"a": 1}]
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_change_of_metadata_reads_right_or_is_refused(victims: Any, data: st.DataObject) -> None:
+    store, files = victims[data.draw(st.sampled_from(sorted(victims)))]
+    name = data.draw(st.sampled_from([name for name in sorted(files) if name.endswith("zarr.json")]))
+    document = json.loads(files[name])
+    *way, last = data.draw(st.sampled_from(list(paths_in(document))))
+    parent = document
+    for key in way:
+        parent = parent[key]
+    strange = data.draw(st.sampled_from([*STRANGE, "delete", "double"]))
+    if strange == "delete":
+        del parent[last]
+    elif strange == "double":
+        try:
+            parent[last] = 2 * parent[last]
+        except TypeError:
+            parent[last] = [parent[last]] * 2
+    else:
+        parent[last] = strange
+    path = store.folder / name
+    try:
+        path.write_text(json.dumps(document))
+        right_or_refused(store.folder, moving(T if store.complete else 5))
+    finally:
+        path.write_bytes(files[name])
+
+
+@pytest.mark.parametrize(
+    ("array", "field", "value"),
+    [
+        ("flow", "attributes.scale_factor", 1 / 16),
+        ("flow", "attributes.add_offset", 1.0),
+        ("flow", "attributes._FillValue", 0),
+        ("flow", "fill_value", 0),
+        ("flow", "data_type", "uint16"),
+        ("flow", "shape", [5, 3, H, W]),
+        ("flow", "chunk_grid.configuration.chunk_shape", [SHARD, 2, W, H]),
+        ("flow", "chunk_key_encoding.configuration.separator", "."),
+        ("flow", "codecs.0.configuration.chunk_shape", [1, 2, W, H]),
+        ("flow", "codecs.0.configuration.index_location", "start"),
+        ("flow", "codecs.0.configuration.codecs.0.configuration.endian", "big"),
+        ("flow", "codecs.0.configuration.index_codecs", [{"name": "crc32c"}]),
+        ("flow", "storage_transformers", [{"name": "other"}]),
+        ("flow", "node_type", "group"),
+        ("frame", "data_type", "uint64"),
+        ("frame", "fill_value", 0),
+        ("frame", "chunk_grid.configuration.chunk_shape", [SHARD + 1]),
+        ("frame", "codecs.0.configuration.endian", "big"),
+    ],
+)
+def test_metadata_that_would_mislead_others_is_refused(tmp_path: Path, array: str, field: str, value: Any) -> None:
+    """This reader would give the right numbers nevertheless; one that goes by the metadata would not."""
+    store = make(tmp_path / "X.zarr", moving(5), announced=9, complete=False)  # no second copy that would differ
+    path = store.folder / array / "zarr.json"
+    document = part = json.loads(path.read_text())
+    *way, last = [int(key) if key.isdigit() else key for key in field.split(".")]
+    for key in way:
+        part = part[key]
+    part[last] = value
+    path.write_text(json.dumps(document))
+    with pytest.raises(DamagedStoreError, match=f"array '{array}' is not laid out as flowreel does"):
+        _ = open_store(tmp_path / "X.zarr").frame
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("shape", [10**15, 2, H, W]),
+        ("shape", [T, 2, 10**9, 10**9]),
+        ("shape", [T, 2, H, 2**62]),
+        ("shard", 10**15),
+        ("shard", 2**26),
+        ("flows", 2**26),
+        ("side", 11_000),
+    ],
+)
+def test_absurd_sizes_take_no_memory(tmp_path: Path, field: str, value: Any) -> None:
+    """Even when every copy of the metadata agrees on them."""
+    store = make(tmp_path / "X.zarr", moving())
+    group = json.loads((store.folder / "zarr.json").read_text())
+    arrays = group["consolidated_metadata"]["metadata"]
+    sharding = arrays["flow"]["codecs"][0]["configuration"]
+    if field == "shape":
+        arrays["flow"]["shape"], sharding["chunk_shape"] = value, [1, *value[1:]]
+        arrays["flow"]["chunk_grid"]["configuration"]["chunk_shape"] = [SHARD, *value[1:]]
+    elif field == "side":
+        arrays["flow"]["shape"], sharding["chunk_shape"] = [T, 2, value, value], [1, 2, value, value]
+        arrays["flow"]["chunk_grid"]["configuration"]["chunk_shape"] = [SHARD, 2, value, value]
+    for name, array in arrays.items():
+        if field == "shard":
+            array["chunk_grid"]["configuration"]["chunk_shape"][0] = value
+        if field == "flows":
+            array["shape"][0] = value
+        (store.folder / name / "zarr.json").write_text(json.dumps(array))
+    (store.folder / "zarr.json").write_text(json.dumps(group))
+    before = resident_bytes()
+    for read in (
+        lambda: open_store(store.path)[T - 1],
+        lambda: open_store(store.path)[0, 0, 0, 0],
+        lambda: open_store(store.path)[:],
+        lambda: open_store(store.path).timestamps_s,
+    ):
+        try:
+            result = read()
+        except FlowreelError:
+            continue
+        assert field in ("side", "flows")
+        assert same(result, moving()[T - 1]) or np.array_equal(result, 2 * np.arange(T) / 25) or np.isnan(result)
+    assert resident_bytes() - before < 32 << 20
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_sound_checksums_over_nonsense_are_no_trap(tmp_path: Path) -> None:
+    """Offsets and lengths that lead out of the shard, and chunks of another flow's size."""
+    store = make(tmp_path / "X.zarr", moving())
+    chunk = compress(np.zeros(2 * H * W, "<i2"), "blosc")
+    short = compress(np.zeros(5, "<i2"), "blosc")
+    shard = flow_shard(store.folder, 1)
+    shard.write_bytes(b"".join(pack_shard([chunk, short, chunk], SHARD)))
+    store = open_store(store.path)
+    assert same(store[3], np.zeros((2, H, W), np.float32))
+    with pytest.raises(DamagedStoreError, match=r"flow 4 \(frame 8\): holds 5 values instead of 108"):
+        store[3:6]
+    sizes = [(0, 2**63), (2**62, 9), (2**64 - 2, 2**64 - 1), (10**6, 10)]
+    for offset, length in sizes:
+        index = np.array([[0, len(chunk)], [offset, length], [0, len(chunk)]], "<u8").tobytes()
+        shard.write_bytes(chunk + with_checksum(index))
+        with pytest.raises(DamagedStoreError, match=r"flow 4 \(frame 8\): its \d+ bytes"):
+            open_store(store.path)[4]
+        assert len(list(open_store(store.path).check())) == 1
+
+
+@pytest.mark.parametrize("place", ["zarr.json", "flow/zarr.json", "flow/c/1/0/0/0", "frame/c/1", "flow/c", "flow/c/1"])
+@pytest.mark.parametrize("kind", ["folder", "pipe", "loop", "file"])
+def test_other_things_in_the_place_of_files(tmp_path: Path, place: str, kind: str) -> None:
+    """A pipe would be waited for without end, a link may lead to itself, and a file may stand where a folder was."""
+    store = make(tmp_path / "X.zarr", moving())
+    path = store.folder / place
+    path.rename(tmp_path / "aside")
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "loop":
+        path.symlink_to(path)
+    else:
+        path.write_bytes(b"nothing of ours")
+    assert right_or_refused(store.folder, moving()) or place == "frame/c/1"
+    if place == "frame/c/1":
+        with pytest.raises(DamagedStoreError, match=r"chunk 1 of frame.*flows 3 to 5"):
+            _ = FlowStore(store.folder).frame
+
+
+def test_a_store_that_goes_away_while_it_is_read(tmp_path: Path) -> None:
+    unfinished = make(tmp_path / "X.zarr", moving(5), complete=False)
+    unfinished.folder.rename(tmp_path / "X.zarr")
+    with pytest.raises(StoreError, match="open it again"):
+        unfinished[0]
+
+
+def test_places_without_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place in (".", "/", ""):
+        with pytest.raises(DamagedStoreError, match=r"zarr\.json"):
+            open_store(place)
+    for place in ("nothing", "x" * 5000, "nothing/deeper"):
+        with pytest.raises(StoreNotFoundError):
+            open_store(place)
+    (tmp_path / "zarr.json").write_text("[" * 100_000)
+    with pytest.raises(DamagedStoreError, match="not readable metadata"):
+        open_store(".")
+
+
+# Check
+
+
+def test_check_names_flows_and_frames(tmp_path: Path) -> None:
+    store = make(tmp_path / "X.zarr", moving())
+    flow_shard(store.folder, 1).unlink()
+    spoil(flow_shard(store.folder, 2), 3)
+    seen: list[int] = []
+    found = list(open_store(store.path).check(seen.append))
+    missing = [StoreProblem("missing", number, 2 * number) for number in (3, 4, 5)]
+    assert found == [*missing, StoreProblem("checksum is wrong", 6, 12)]
+    assert str(found[0]) == "flow 3 (frame 6): missing"
+    assert seen == list(range(1, T + 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value", "problem"),
+    [
+        ("timestamp_s", 4, np.nan, "flow 4 (frame 8): its timestamp_s is not known"),
+        ("timestamp_to_s", 1, np.inf, "flow 1 (frame 2): its timestamp_to_s is not known"),
+        ("timestamp_s", 3, 0.01, "flow 3 (frame 6): its timestamp_s is not after the one before"),
+        ("frame", 2, 2, "flow 2 (frame 2): its frame is not after the one before"),
+        ("frame", 5, -1, "flow 5: its frame is not known"),
+        ("frame_to", 0, 0, "flow 0 (frame 0): it leads nowhere"),
+    ],
+)
+def test_check_looks_at_times_and_frames(tmp_path: Path, name: str, place: int, value: float, problem: str) -> None:
+    store = make(tmp_path / "X.zarr", moving())
+    shard = place // SHARD
+    values = np.zeros(SHARD, COORDINATES[name][0])
+    known = store.files.coordinate(name)[shard * SHARD : (shard + 1) * SHARD]
+    values[: len(known)] = known
+    values[place % SHARD] = value
+    coordinate_chunk(store.folder, name, shard).write_bytes(compress(values, "blosc"))
+    assert problem in list(open_store(store.path).problems())
+
+
+def test_check_finds_what_does_not_belong(tmp_path: Path) -> None:
+    store = make(tmp_path / "X.zarr", moving())
+    (store.folder / "notes.txt").write_text("mine")
+    assert list(store.check()) == []
+    (store.folder / "flow" / "c" / "7").mkdir()
+    (store.folder / "frame" / "c" / "3").touch()
+    (store.folder / "flow" / "zarr.json.partial").touch()
+    assert list(store.problems()) == [
+        "flow/c/7 lies behind the last flow",
+        "frame/c/3 lies behind the last flow",
+        "flow/zarr.json.partial is a leftover of a run that was cut short",
+    ]
+
+
+def test_check_of_an_unfinished_store_reads_what_is_there(tmp_path: Path, decoded: list[int]) -> None:
+    store = make(tmp_path / "X.zarr", moving(5), announced=40, complete=False)
+    assert list(store.problems()) == ["unfinished: 5 of 40 flows are there"]
+    assert len(decoded) == 5
+    spoil(flow_shard(store.folder, 0), -1)
+    _, *damaged = FlowStore(store.folder).problems()
+    assert [line.split(":")[0] for line in damaged] == ["flow 0 (frame 0)", "flow 1 (frame 2)", "flow 2 (frame 4)"]
+
+
+def test_metadata_copies_must_agree(tmp_path: Path) -> None:
+    """A reader over a network believes the group's copy, one on a disk perhaps the array's own."""
+    store = make(tmp_path / "X.zarr", moving())
+    path = store.folder / "zarr.json"
+    group = json.loads(path.read_text())
+    changed = copy.deepcopy(group)
+    changed["consolidated_metadata"]["metadata"]["flow"]["shape"][0] = 6
+    path.write_text(json.dumps(changed))
+    with pytest.raises(DamagedStoreError, match="disagree"):
+        open_store(store.path)
+    del group["consolidated_metadata"]  # whoever wants none may have none
+    path.write_text(json.dumps(group))
+    assert same(open_store(store.path)[:], moving())
