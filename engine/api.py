@@ -9,44 +9,34 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from flowreel.engine.config import RunConfig
-from flowreel.engine.data import FlowBatch, FlowInfo, Sink, Source
+from flowreel.engine.data import FlowBatch, FlowInfo, Resumable, Sink, Source
 from flowreel.engine.device import Streams, device_name, download, upload
 from flowreel.engine.errors import TooFewFramesError, TruncatedSourceError, UsageError
+from flowreel.engine.export import export
 from flowreel.engine.inference import Inference, Network, load_network
+from flowreel.engine.outputs import (
+    FLO_HEADER_BYTES,
+    OutputReport,
+    PathLike,
+    ProgressHook,
+    Tally,
+    named_outputs,
+    opened_sinks,
+    output_report,
+    teller,
+)
 from flowreel.engine.pairing import batches, pairs
 from flowreel.engine.pipeline import Pipeline, Stage, StageStatistics
 from flowreel.engine.restore import restore
+from flowreel.engine.resume import Resumption, take_up
 from flowreel.engine.sources import STDIN, MayWait, open_source, source_stem
-from flowreel.sinks import open_sink
-
-FLO_HEADER_BYTES = 12
-PathLike = str | os.PathLike[str]
-ProgressHook = Callable[["Progress"], None]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a run tells while it is under way."""
-
-    stages: tuple[StageStatistics, ...]
-    flow_count: int | None  # flows the run will give; None: unknown
-    flows_done: int  # flows that every output has taken
-    seconds: float  # since the first frame was asked for
-
-
-@dataclass(frozen=True)
-class OutputReport:
-    """One output of a run."""
-
-    path: str
-    bytes_written: int
-    notes: tuple[str, ...] = ()  # e.g. how many vectors were beyond range
+from flowreel.sinks import open_sink, open_store
 
 
 @dataclass(frozen=True)
@@ -94,7 +84,8 @@ def run(
         progress: called with a ``Progress`` when the outputs are open, and then a few times a second.
         **options: as of ``flowreel run``, by the same names: ``model``, ``weights``, ``device``, ``decoder``,
             ``batch``, ``precision``, ``fit``, ``start``, ``stop``, ``step``, ``stream``, ``direction``,
-            ``max_error``, ``codec``, ``max_flow``, ``bound``, ``overwrite``, ``tolerate_truncation``, ``queue_mb``.
+            ``max_error``, ``codec``, ``resolution``, ``max_flow``, ``bound``, ``resume``, ``overwrite``,
+            ``tolerate_truncation``, ``queue_mb``.
 
     Returns:
         What was done, how fast, and how large it is.
@@ -118,21 +109,24 @@ def run_one(
 ) -> RunReport:
     """``run`` with everything about it settled but the network, which is asked for once the source is open."""
     began_s = time.perf_counter()
+    sinks = [open_sink(path, config.sink) for path in paths]
+    native = _wants_native(config, sinks)
+    resumed = take_up(source, config.select, sinks) if config.sink.resume else None
+    if resumed is not None and resumed.frames is None:
+        return _complete_already(resumed, paths, config)
     with ExitStack() as opened:
-        frames = opened.enter_context(closing(open_source(source, config.select)))
-        sinks = [open_sink(path, config.sink) for path in paths]
-        inference = network().fitted(frames.info.height, frames.info.width)
-        header = _header(frames.info, inference, config)
-        opened.enter_context(_opened(sinks, header))
-        pipeline = _pipeline(frames, inference, header, config, to_host=True)
-        tallies = [_Tally(sink) for sink in sinks]
+        given = open_source(source, config.select) if resumed is None or resumed.frames is None else resumed.frames
+        frames = opened.enter_context(closing(given))
+        inference = network().fitted(frames.info.height, frames.info.width, native=native)
+        header = _header(frames.info if resumed is None else resumed.info, inference, config)
+        if resumed is not None:
+            resumed.store.require_same(header)
+            sinks = [resumed.store]  # the other outputs are made from it when it is complete
+        opened.enter_context(opened_sinks(sinks, header))
+        pipeline = _pipeline(frames, inference, header, config, to_host=True, resumed=resumed)
+        tallies = [Tally(sink) for sink in sinks]
         started_s = time.perf_counter()
-
-        def tell(stages: tuple[StageStatistics, ...]) -> None:
-            if progress is not None:
-                done = min(tally.flows for tally in tallies)
-                progress(Progress(stages, header.flow_count, done, time.perf_counter() - started_s))
-
+        tell = teller(progress, tallies, header.flow_count)
         tell(pipeline.statistics())  # the outputs are open
         pipeline.run({f"write {tally.sink.path}": tally.consume for tally in tallies}, tell)
         if tallies[0].flows == 0:
@@ -146,7 +140,8 @@ def run_one(
                 f"{_named(source)}: {'; '.join(frames.losses)}. What decoded is kept, marked as unfinished, beside "
                 f"{', '.join(paths)}; pass --tolerate-truncation to take it as the whole"
             )
-        return _report(frames, inference, header, sinks, tallies, pipeline, (began_s, started_s, ended_s))
+        report = _report(frames, inference, header, sinks, tallies, pipeline, (began_s, started_s, ended_s))
+    return report if resumed is None else _with_others(report, resumed, paths, config)
 
 
 def stream(source: PathLike, **options: object) -> Iterator[FlowBatch]:
@@ -189,15 +184,18 @@ def _pipeline(
     *,
     to_host: bool,
     streams: Streams | None = None,
+    resumed: Resumption | None = None,
 ) -> Pipeline:
     """The chain itself, left to right. On a GPU two stages more move the data, each frame once."""
     streams = streams or Streams(inference.device)
+    first = 0 if resumed is None else resumed.point.flows
     on_gpu = inference.device.type == "cuda"
     shard = header.shard_length(config.sink.shard_bytes)
     stages = [
         *([Stage("upload", upload(inference.device))] if on_gpu else []),
+        *([Stage("resume", resumed.checked)] if resumed is not None else []),
         Stage("pairs", partial(pairs, direction=config.model.direction)),
-        Stage("batches", batches(inference.batch, shard)),
+        Stage("batches", batches(inference.batch, shard, first)),
         Stage("model", inference.stage),
         Stage("restore", restore(inference.fit)),
         *([Stage("download", download)] if on_gpu and to_host else []),
@@ -226,23 +224,23 @@ def _header(info: FlowInfo, inference: Inference, config: RunConfig) -> FlowInfo
         "start": config.select.start,
         "stop": config.select.stop,
         "step": config.select.step,
+        "stream": config.select.stream,
     }
-    return replace(info, height=height, width=width, made_by=made_by)
+    return replace(info, height=height, width=width, made_by=made_by, native=inference.grid)
+
+
+def _wants_native(config: RunConfig, sinks: list[Sink]) -> bool:
+    """Whether stores are to keep the network's own prediction. Raises UsageError when no output is a store."""
+    if config.sink.resolution == "full":
+        return False
+    if not any(isinstance(sink, Resumable) for sink in sinks):
+        raise UsageError("resolution native is for flow stores, and no output is one: add -o X.zarr")
+    return True
 
 
 def output_names(outputs: PathLike | Iterable[PathLike] | None, source: PathLike) -> list[str]:
-    """The outputs' names with ``{stem}`` filled in. Raises UsageError for none, or for one that is given twice."""
-    stem = source_stem(source)
-    if outputs is None:
-        return [f"{stem}.flow.zarr"]
-    given = [outputs] if isinstance(outputs, str | os.PathLike) else list(outputs)
-    paths = [os.fspath(path).replace("{stem}", stem) for path in given]
-    if not paths:
-        raise UsageError("give at least one output")
-    for path in paths:
-        if paths.count(path) > 1:
-            raise UsageError(f"{path} is given twice as an output")
-    return paths
+    """The outputs of a source, by name. Raises UsageError for none, or for one that is given twice."""
+    return named_outputs("{stem}.flow.zarr" if outputs is None else outputs, source_stem(source))
 
 
 def _named(source: PathLike) -> str:
@@ -250,34 +248,46 @@ def _named(source: PathLike) -> str:
     return "stdin" if os.fspath(source) == STDIN else os.fspath(source)
 
 
-@contextmanager
-def _opened(sinks: list[Sink], header: FlowInfo) -> Iterator[None]:
-    """Opens the sinks; when anything goes wrong inside, those that are open are aborted."""
-    opened: list[Sink] = []
-    try:
-        for sink in sinks:
-            sink.open(header)
-            opened.append(sink)
-        yield
-    except TruncatedSourceError:
-        raise  # they were committed as unfinished: what they hold stays
-    except BaseException:
-        for sink in opened:
-            sink.abort()
-        raise
+def _complete_already(resumed: Resumption, paths: list[str], config: RunConfig) -> RunReport:
+    """What a run tells that found its store complete. Other outputs that are missing are made from it."""
+    store = open_store(resumed.store.path)
+    made_by = {name: str(store.attrs.get(name)) for name in ("model", "weights", "precision")}
+    report = RunReport(
+        pairs=0,
+        seconds=0.0,
+        startup_s=0.0,
+        pairs_per_s=0.0,
+        bytes_written=0,
+        flo_bytes=0,
+        width=store.shape[3],
+        height=store.shape[2],
+        decoder="none",
+        device="none",
+        kernels="none",
+        batch=int(store.attrs.get("batch") or 0),
+        **made_by,
+        outputs=(OutputReport(store.path, 0),),
+        stages=(),
+        notes=(f"{store.path} is complete already, with {len(store)} flows",),
+    )
+    missing = [path for path in paths if path == resumed.store.path or not os.path.lexists(path)]
+    return _with_others(report, resumed, missing, config)
 
 
-class _Tally:
-    """Writes to one sink and counts what it took."""
-
-    def __init__(self, sink: Sink) -> None:
-        self.sink = sink
-        self.flows = 0
-
-    def consume(self, flows: Iterator[FlowBatch]) -> None:
-        for batch in flows:
-            self.sink.write(batch)
-            self.flows += len(batch)
+def _with_others(report: RunReport, resumed: Resumption, paths: list[str], config: RunConfig) -> RunReport:
+    """Makes the outputs beside the store from it, once it is complete."""
+    others = [path for path in paths if path != resumed.store.path]
+    notes = list(report.notes)
+    if report.pairs:
+        notes.append(f"went on after {resumed.point.flows} flows of an earlier run")
+    outputs = report.outputs
+    if others:
+        options = {name: getattr(config.sink, name) for name in ("max_flow", "bound")}
+        queue_mb = config.queues.total_bytes / (1 << 20)
+        made = export(resumed.store.path, others, overwrite=True, queue_mb=queue_mb, **options)
+        outputs = (*outputs, *made.outputs)
+        notes.append(f"made from the store: {', '.join(others)}")
+    return replace(report, outputs=outputs, bytes_written=sum(o.bytes_written for o in outputs), notes=tuple(notes))
 
 
 def _report(
@@ -285,7 +295,7 @@ def _report(
     inference: Inference,
     header: FlowInfo,
     sinks: list[Sink],
-    tallies: list[_Tally],
+    tallies: list[Tally],
     pipeline: Pipeline,
     times_s: tuple[float, float, float],
 ) -> RunReport:
@@ -310,7 +320,7 @@ def _report(
         batch=inference.batch,
         model=inference.model,
         weights=inference.weights.name,
-        outputs=tuple(OutputReport(sink.path, sink.bytes_written, tuple(sink.notes)) for sink in sinks),
+        outputs=tuple(map(output_report, sinks)),
         stages=pipeline.statistics(),
         notes=tuple(notes),
     )

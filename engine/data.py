@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # Pixels; a component beyond it, NaN or infinite marks a vector that nobody knows: Middlebury's convention.
 UNKNOWN_ABOVE = 1e9
+MOST_FLOWS_A_SHARD = 512
 
 JSON = None | bool | int | float | str | list["JSON"] | dict[str, "JSON"]
 
@@ -82,9 +83,12 @@ class FlowInfo:
         return (self.height, self.width) if self.native is None else (self.native.height, self.native.width)
 
     def shard_length(self, shard_bytes: int) -> int:
-        """Flows in one shard of ``shard_bytes`` float32 bytes, at least one. Batches never cross shards either."""
+        """Flows in one shard of ``shard_bytes`` float32 bytes, at least one. Batches never cross shards either.
+
+        Of small fields not more than 512: a shard's index has room for each, and a crash costs a shard's work.
+        """
         height, width = self.stored_size
-        return max(1, shard_bytes // (8 * height * width))
+        return max(1, min(MOST_FLOWS_A_SHARD, shard_bytes // (8 * height * width)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,14 +224,18 @@ class ResumePoint:
     frame: int  # number in the source of the frame to go on from
     timestamp_s: float  # its time as the earlier run saw it: the source must say the same
     complete: bool  # nothing was missing, unless the source has grown since
+    stored: int  # flows that are there in all, those that will be made again included
 
 
 @runtime_checkable
 class Resumable(Protocol):
     """A sink that can take up what an earlier run of the same settings left."""
 
-    def resume_point(self) -> ResumePoint | None:
-        """Asked before ``open``; None: nothing is there, or not enough to be worth it."""
+    def resume_point(self, below: int | None = None) -> ResumePoint | None:
+        """Asked before ``open``, which goes on at the point last given; None: nothing is there that is worth it.
+
+        below: keep fewer flows than this.
+        """
         ...
 
     def require_same(self, info: FlowInfo) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from flowreel.engine import api
 from flowreel.engine.config import SelectConfig
+from flowreel.engine.outputs import ProgressHook
 from flowreel.engine.sources.synthetic import SyntheticConfig, SyntheticSource
 from flowreel.sinks import VideoWriter, open_store
 
@@ -32,7 +33,7 @@ def demo(
     *,
     weights: str = "baseline",
     device: str = "auto",
-    progress: api.ProgressHook | None = None,
+    progress: ProgressHook | None = None,
 ) -> DemoReport:
     """Renders ``scene.mp4``, computes ``scene.zarr`` and ``flow.mp4`` from it, and compares with the truth.
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
 from flowreel.engine.data import FlowBatch, Frame
 from flowreel.engine.errors import DeviceError, UsageError
@@ -132,7 +133,13 @@ def download(batches: Iterator[FlowBatch]) -> Iterator[FlowBatch]:
         if batch.flow.device.type == "cpu":
             yield batch
         else:
-            host = torch.empty(batch.flow.shape, dtype=batch.flow.dtype, pin_memory=True)
-            host.copy_(batch.flow, non_blocking=True)
+            flow = _begun(batch.flow)
+            native = None if batch.native is None else _begun(batch.native)
             torch.cuda.current_stream(batch.flow.device).synchronize()  # this stage's stream alone
-            yield replace(batch, flow=host)
+            yield replace(batch, flow=flow, native=native)
+
+
+def _begun(tensor: Tensor) -> Tensor:
+    """A pinned copy on the host that is under way on the current stream."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)

@@ -6,30 +6,35 @@ read ──▢▢▢▢──┬──▢▢▢▢──> write        the same 
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flowreel.engine.api import OutputReport, Progress, ProgressHook
 from flowreel.engine.config import RunConfig
-from flowreel.engine.data import FlowBatch, FlowInfo, Sink
+from flowreel.engine.data import FlowBatch, Sink
 from flowreel.engine.errors import UsageError
+from flowreel.engine.outputs import (
+    FLO_HEADER_BYTES,
+    OutputReport,
+    PathLike,
+    ProgressHook,
+    Tally,
+    named_outputs,
+    opened_sinks,
+    output_report,
+    teller,
+)
 from flowreel.engine.pipeline import Pipeline, StageStatistics
 from flowreel.sinks import open_flows, open_sink
 
 if TYPE_CHECKING:
     from flowreel.sinks import StoredFlow
 
-PathLike = str | os.PathLike[str]
-
 OPTIONS = ("codec", "max_error", "max_flow", "bound", "overwrite", "shard_bytes", "queue_mb")
-FLO_HEADER_BYTES = 12
 FLO_UNKNOWN = 1e10  # pixels; what Middlebury's own tools write for a vector nobody knows
 
 
@@ -89,13 +94,13 @@ def export(
         flows = opened.enter_context(
             closing(open_flows(source, frame_rate=frame_rate, bound=config.sink.bound, start=start, stop=stop))
         )
-        paths = _output_names(outputs, flows.stem or flows.info.source.name)
+        paths = named_outputs(outputs, flows.stem or flows.info.source.name)
         for path in paths:
             if flows.reads(path):
                 raise UsageError(f"{path} would replace what is being read: choose another output")
         sinks = [open_sink(path, config.sink) for path in paths]
         opened.enter_context(opened_sinks(sinks, flows.info))
-        tallies = [Tally(sink) for sink in sinks]
+        tallies = [Tally(sink, unknown_marked) if _is_flo(sink) else Tally(sink) for sink in sinks]
         pipeline = Pipeline("read", flows, (), config.queues)
         started_s = time.perf_counter()
         pipeline.run(
@@ -127,39 +132,8 @@ def export_config(options: dict[str, Any]) -> RunConfig:
     return RunConfig.of(**options)
 
 
-@contextmanager
-def opened_sinks(sinks: list[Sink], header: FlowInfo) -> Iterator[None]:
-    """Opens the sinks; when anything goes wrong inside, those that are open are aborted."""
-    opened: list[Sink] = []
-    try:
-        for sink in sinks:
-            sink.open(header)
-            opened.append(sink)
-        yield
-    except BaseException:
-        for sink in opened:
-            sink.abort()
-        raise
-
-
-class Counting(Protocol):
-    """What takes flows in a pipeline and knows how many it has."""
-
-    flows: int
-
-
-class Tally:
-    """Writes to one sink and counts what it took."""
-
-    def __init__(self, sink: Sink) -> None:
-        self.sink = sink
-        self.flows = 0
-        self._marks_unknown = sink.path.lower().endswith(".flo")
-
-    def consume(self, flows: Iterator[FlowBatch]) -> None:
-        for batch in flows:
-            self.sink.write(unknown_marked(batch) if self._marks_unknown else batch)
-            self.flows += len(batch)
+def _is_flo(sink: Sink) -> bool:
+    return sink.path.lower().endswith(".flo")
 
 
 def unknown_marked(batch: FlowBatch) -> FlowBatch:
@@ -171,34 +145,6 @@ def unknown_marked(batch: FlowBatch) -> FlowBatch:
     if not unknown.any():
         return batch
     return replace(batch, flow=torch.where(unknown, FLO_UNKNOWN, batch.flow))
-
-
-def teller(
-    progress: ProgressHook | None, tallies: Sequence[Counting], count: int | None
-) -> Callable[[tuple[StageStatistics, ...]], None]:
-    """A pipeline's progress hook that tells the caller's own one how many flows every output has taken."""
-    started_s = time.perf_counter()
-
-    def tell(stages: tuple[StageStatistics, ...]) -> None:
-        if progress is not None:
-            done = min(tally.flows for tally in tallies)
-            progress(Progress(stages, count, done, time.perf_counter() - started_s))
-
-    return tell
-
-
-def output_report(sink: Sink) -> OutputReport:
-    return OutputReport(sink.path, sink.bytes_written, tuple(sink.notes))
-
-
-def _output_names(outputs: PathLike | Iterable[PathLike], stem: str) -> list[str]:
-    given = [outputs] if isinstance(outputs, str | os.PathLike) else list(outputs)
-    paths = [os.fspath(path).replace("{stem}", stem) for path in given]
-    if not paths:
-        raise UsageError("give at least one output")
-    if twice := [path for path in paths if sum(Path(path) == Path(other) for other in paths) > 1]:
-        raise UsageError(f"{twice[0]} is given twice as an output")
-    return paths
 
 
 def _notes(flows: StoredFlow, frame_rate: object) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from flowreel.engine.config import ModelConfig, Precision
-from flowreel.engine.data import JSON, FlowBatch, PairBatch
+from flowreel.engine.data import JSON, FlowBatch, NativeGrid, PairBatch
 from flowreel.engine.device import resolve_device
 from flowreel.engine.errors import UsageError
-from flowreel.engine.models.layers import FlowHead
+from flowreel.engine.models.layers import FlowHead, upsample
 from flowreel.engine.models.weights import Weights, instantiate, read_weights
 from flowreel.engine.restore import Fit
 
@@ -34,6 +34,12 @@ class Inference:
     precision: Precision
     batch: int  # pairs
     fit: Fit
+    native: bool = False  # the network's own quarter-resolution prediction goes along with the flow
+
+    @property
+    def grid(self) -> NativeGrid | None:
+        """How the prediction that goes along lies in the flow."""
+        return self.fit.grid(self.net.final) if self.native else None  # type: ignore[arg-type]
 
     def made_by(self) -> dict[str, JSON]:
         """What a store records of how its flow was made."""
@@ -53,23 +59,31 @@ class Inference:
 
         Gradients are off, but the result is an ordinary tensor: it can take part in training.
         """
+        return self._computed(self.net, first, second)
+
+    def quarter(self, first: Tensor, second: Tensor) -> Tensor:
+        """The same before it is enlarged: (N, 2, h, w) at a quarter of the network's size, the network's pixels."""
+        return self._computed(self.net.quarter, first, second)  # type: ignore[arg-type]
+
+    def _computed(self, network: Callable[[Tensor, Tensor], Tensor], first: Tensor, second: Tensor) -> Tensor:
         with torch.no_grad(), _math(self.device, self.precision):
             frames = (self.fit.apply(frames.to(self.device).float()) for frames in (first, second))
-            flow: Tensor = self.net(*frames)
-        return flow.float()
+            return network(*frames).float()
 
     def stage(self, batches: Iterator[PairBatch]) -> Iterator[FlowBatch]:
         """Batches of pairs to batches of flow at the network's size; ``restore`` brings it to the frame's."""
         for batch in batches:
             first = torch.stack([pair.first.rgb for pair in batch.pairs])
             second = torch.stack([pair.second.rgb for pair in batch.pairs])
+            native = self.quarter(first, second) if self.native else None
             yield FlowBatch(
-                flow=self.flow(first, second),
+                flow=self.flow(first, second) if native is None else upsample(native, self.net.final),  # type: ignore[arg-type]
                 index=batch.index,
                 frame=np.array([pair.first.index for pair in batch.pairs], np.int64),
                 frame_to=np.array([pair.second.index for pair in batch.pairs], np.int64),
                 timestamp_s=np.array([pair.first.timestamp_s for pair in batch.pairs], np.float64),
                 timestamp_to_s=np.array([pair.second.timestamp_s for pair in batch.pairs], np.float64),
+                native=native,
             )
 
 
@@ -83,17 +97,25 @@ class Network:
     device: torch.device
     precision: Precision
 
-    def fitted(self, height: int, width: int) -> Inference:
-        """Settles fit and batch for frames of one size. Raises UsageError when they cannot be made to fit."""
+    def fitted(self, height: int, width: int, *, native: bool = False) -> Inference:
+        """Settles fit and batch for frames of one size.
+
+        native: give the network's own prediction as well. Raises UsageError when frames cannot be made to fit, or
+        when there is no such prediction.
+        """
         fit = Fit(self.config.fit, height, width)
+        model = self.weights.model if self.config.model is None else _name(self.config.model)
+        if native and model == "FlowNet2":
+            raise UsageError("FlowNet2 ends at full resolution, so it has no native one: use resolution full")
         return Inference(
             net=self.net,
-            model=self.weights.model if self.config.model is None else _name(self.config.model),
+            model=model,
             weights=self.weights,
             device=self.device,
             precision=self.precision,
             batch=self.config.batch or auto_batch(*fit.network_size),
             fit=fit,
+            native=native,
         )
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from flowreel.engine.api import PathLike, Progress, RunReport, output_names, run_one
+from flowreel.engine.api import RunReport, output_names, run_one
 from flowreel.engine.config import RunConfig
 from flowreel.engine.errors import (
     FlowreelError,
@@ -26,6 +26,7 @@ from flowreel.engine.errors import (
     UsageError,
 )
 from flowreel.engine.inference import Network, load_network
+from flowreel.engine.outputs import PathLike, Progress
 from flowreel.engine.sources import source_stem
 from flowreel.sinks import open_sink
 

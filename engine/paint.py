@@ -19,18 +19,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from flowreel.engine.api import OutputReport, ProgressHook
 from flowreel.engine.data import FlowBatch, FlowInfo, Sink
 from flowreel.engine.errors import FrameSizeError, OutputExistsError, UnknownOutputError, UsageError
-from flowreel.engine.export import export_config, opened_sinks, output_report, teller
+from flowreel.engine.export import export_config
+from flowreel.engine.outputs import OutputReport, PathLike, ProgressHook, opened_sinks, output_report, teller
 from flowreel.engine.pipeline import Pipeline, Stage, StageStatistics
 from flowreel.kernels import flow_to_color
 from flowreel.sinks import frame_rate_of, open_flows, open_sink, write_color_png
 
 if TYPE_CHECKING:
     from flowreel.sinks import StoredFlow
-
-PathLike = str | os.PathLike[str]
 
 FRAME_RATE = 30  # of the video, frames per second: flow2image's own
 VIDEO_SUFFIXES = (".mp4", ".mkv")

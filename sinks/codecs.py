@@ -83,7 +83,7 @@ def decompress(chunk: bytes, codec: Codec, dtype: np.dtype[Any], shape: int | tu
     decoder = {"blosc": numcodecs.blosc.Blosc, "zstd": Zstd, "pcodec": PCodec, "pcodec2d": PCodec}[codec]()
     try:
         values = np.frombuffer(decoder.decode(body), dtype)
-    except (RuntimeError, ValueError, TypeError) as error:
+    except (RuntimeError, ValueError, TypeError, SystemError, MemoryError) as error:
         raise DamagedStoreError(f"does not decompress ({error})") from error
     if values.size != (count := math.prod(shape) if isinstance(shape, tuple) else shape):
         raise DamagedStoreError(f"holds {values.size} values instead of {count}")

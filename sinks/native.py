@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from flowreel.engine.data import NativeGrid
 
     Float32Array = npt.NDArray[np.float32]
+    Float64Array = npt.NDArray[np.float64]
 
 
 def enlarge(coarse: Float32Array, grid: NativeGrid, height: int, width: int) -> Float32Array:
@@ -36,6 +37,16 @@ def enlarge(coarse: Float32Array, grid: NativeGrid, height: int, width: int) -> 
         whole = _resize(coarse, network, (0, 0), network, grid.upsampling)
         return _resize(whole, (height, width), (0, 0), (height, width), "bilinear")
     return _resize(coarse, network, (grid.top, grid.left), (height, width), grid.upsampling)
+
+
+def vector_places(grid: NativeGrid, height: int, width: int) -> tuple[Float64Array, Float64Array]:
+    """y (h,) and x (w,) of the prediction's vectors in the frame's pixels: the middles of what each stands for."""
+
+    def places(count: int, before: int, size: int) -> Float64Array:
+        scale = size / (count * grid.factor) if grid.fit == "resize" else 1.0
+        return np.asarray((np.arange(count) + 0.5) * grid.factor * scale - (before + 0.5), np.float64)
+
+    return places(grid.height, grid.top, height), places(grid.width, grid.left, width)
 
 
 def _resize(

@@ -39,7 +39,7 @@ class OrderedPool(Generic[Result]):
     def __init__(self, take: Callable[[Result], None], workers: int, most_bytes: int = MOST_BYTES) -> None:
         """workers: threads, started when there is work for them; 0: each call runs at once, in ``submit`` itself."""
         self._take = take
-        self._executor = ThreadPoolExecutor(workers, thread_name_prefix="encode") if workers else None
+        self._executor = ThreadPoolExecutor(workers, thread_name_prefix="pool") if workers else None
         self._most_calls = workers * CALLS_PER_WORKER
         self._most_bytes = most_bytes
         self._in_flight: deque[tuple[Future[Result], int]] = deque()  # oldest first, with the bytes of its input

@@ -15,6 +15,7 @@ import numpy as np
 
 from flowreel.engine.errors import DamagedStoreError
 from flowreel.sinks.codecs import INDEX_MISSING, decompress, index_bytes, unpack_index
+from flowreel.sinks.native import enlarge
 from flowreel.sinks.store_layout import (
     COORDINATES,
     StoreLayout,
@@ -55,7 +56,12 @@ class StoreFiles:
             return False
         except OSError as error:
             raise DamagedStoreError(f"cannot be read ({error.strerror or error})") from error
-        self._layout.codec.decode(chunk, out)
+        if self._layout.native is None:
+            self._layout.codec.decode(chunk, out)
+        else:
+            coarse = np.empty(self._layout.stored_shape, np.float32)
+            self._layout.codec.decode(chunk, coarse)
+            out[...] = enlarge(coarse, self._layout.native, *out.shape[1:])
         return True
 
     def published(self, shard: int) -> int:

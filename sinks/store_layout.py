@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from flowreel.engine.config import SinkConfig
+from flowreel.engine.data import NativeGrid
 from flowreel.engine.errors import DamagedStoreError
 from flowreel.sinks.codecs import FlowCodec, codec_of, flow_codec, zarr_codecs
 
@@ -49,16 +50,23 @@ class StoreLayout:
 
     count: int  # flows the array holds, or will hold when finished
     shard_length: int  # flows in one shard, and values in one chunk of each array beside ``flow``
-    codec: FlowCodec  # with the height and width of a flow
+    codec: FlowCodec  # with the height and width of what is stored of a flow
+    native: NativeGrid | None  # how that lies in the frame, when it is the network's own coarser prediction
+    height: int  # pixels of a flow as it is read
+    width: int
 
     @property
     def flow_shape(self) -> tuple[int, int, int]:
+        return (2, self.height, self.width)
+
+    @property
+    def stored_shape(self) -> tuple[int, int, int]:
         return (2, self.codec.height, self.codec.width)
 
     @property
     def stored_bytes(self) -> int:
         """Bytes of one flow as it is stored, before compression."""
-        return self.codec.dtype.itemsize * math.prod(self.flow_shape)
+        return self.codec.dtype.itemsize * math.prod(self.stored_shape)
 
 
 def flow_shard(folder: Path, number: int) -> Path:
@@ -157,8 +165,9 @@ def _flow_layout(array: dict[str, Any], attributes: dict[str, Any]) -> StoreLayo
     _expect_codecs("codecs of the shard index", index, [BYTES, CHECKSUM])
     config = SinkConfig(max_error=_number("max_error", attributes["max_error"]))
     dtype = np.dtype(_one_of("data type", array["data_type"], ["int16", "int32"] if config.max_error else ["float32"]))
+    native, full_height, full_width = _native_grid(attributes, height, width)
     codec = replace(
-        flow_codec(height, width, config),
+        flow_codec(height, width, config, max(full_height, full_width)),
         dtype=dtype.newbyteorder("<"),
         codec=codec_of([step["name"] for step in inner]),
     )
@@ -169,7 +178,26 @@ def _flow_layout(array: dict[str, Any], attributes: dict[str, Any]) -> StoreLayo
         _expect("scaling", scaling, {"scale_factor": None, "add_offset": None, "_FillValue": None})
     else:
         _expect("scaling", scaling, {"scale_factor": codec.step, "add_offset": 0.0, "_FillValue": codec.fill})
-    return StoreLayout(count, shard_length, codec)
+    return StoreLayout(count, shard_length, codec, native, full_height, full_width)
+
+
+def _native_grid(attributes: dict[str, Any], height: int, width: int) -> tuple[NativeGrid | None, int, int]:
+    """How stored fields of this size become flow, and the flow's height and width. Raises as ``_flow_layout`` does."""
+    told = attributes.get("native")
+    if told is None:
+        return None, height, width
+    grid = NativeGrid(**told)
+    _expect("size of the prediction", [grid.height, grid.width], [height, width])
+    _one_of("upsampling", grid.upsampling, ["bilinear", "nearest"])
+    _one_of("fit", grid.fit, ["pad", "crop", "resize"])
+    factor = _whole("factor", grid.factor, 1, 64)
+    full_height, full_width = (_whole(side, attributes[side], 1, MOST_FLOWS) for side in ("height", "width"))
+    _whole("pixels of a flow", full_height * full_width, 1, MOST_PIXELS)
+    _whole("pixels of a network's flow", height * width * factor**2, 1, MOST_PIXELS)
+    if grid.fit != "resize":
+        _whole("rows above", grid.top, 0, factor * height - full_height)
+        _whole("columns to the left", grid.left, 0, factor * width - full_width)
+    return grid, full_height, full_width
 
 
 def _coordinate_length(array: dict[str, Any], name: str, layout: StoreLayout) -> int:

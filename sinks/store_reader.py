@@ -207,6 +207,7 @@ class FlowStore:
             "dtype": str(self._codec.dtype),
             "codec": self._codec.codec,
             "max_error": self._codec.max_error,
+            "resolution": "full" if self.layout.native is None else "native",
             "step": None if self._codec.lossless else self._codec.step,
             "shard_length": self.shard_length,
             "disk_bytes": disk_bytes,

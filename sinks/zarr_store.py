@@ -43,6 +43,7 @@ from flowreel.sinks.codecs import (
     zarr_arguments,
     zarr_codecs,
 )
+from flowreel.sinks.native import vector_places
 from flowreel.sinks.parallel import OrderedPool, encode_workers
 from flowreel.sinks.store_reader import COORDINATES, FORMAT_VERSION, FlowStore, flow_shard, published_shards
 from flowreel.sinks.store_target import LocalTarget
@@ -66,6 +67,8 @@ class ZarrSink:
         self._target = LocalTarget(path)
         self._config = config
         self._state = "new"  # -> "open" -> "done"
+        self._point: ResumePoint | None = None  # where to go on, as last asked for
+        self._asked = False
         self._bytes_written = 0
         self._taken = 0  # flows that arrived, those of a resumed store included
         self._count = 0  # flows compressed and in their shard
@@ -95,29 +98,35 @@ class ZarrSink:
 
     # -- Going on with what is there -----------------------------------------------------------------------------
 
-    def resume_point(self) -> ResumePoint | None:
-        """Where this store goes on; None: nothing is there, or no whole shard. Raises DamagedStoreError."""
+    def resume_point(self, below: int | None = None) -> ResumePoint | None:
+        """Where this store goes on; None: nothing is there, or no whole shard. Raises DamagedStoreError.
+
+        below: keep fewer flows than this.
+        """
         store = self._present()
+        self._point, self._asked = None, True
         if store is None or len(store) == 0:
             return None
         flows = _whole_flows(store)
-        if not store.complete and flows >= len(store):
-            flows -= store.shard_length  # all is there but its name: the last shard is made again, and then named
+        # All is there but its name, or the caller wants to go farther back: the last shard is made again.
+        while flows > 0 and ((not store.complete and flows >= len(store)) or (below is not None and flows >= below)):
+            flows -= store.shard_length
         if flows <= 0 and not store.complete:
             return None
-        flows = max(flows, 0)
-        place, number = (flows - 1, max) if flows else (0, min)  # the later frame of the last pair; or the first one
-        frame = int(number(store.frame[place], store.frame_to[place]))
-        time_s = float(number(store.timestamps_s[place], store.timestamps_to_s[place]))
-        return ResumePoint(flows, frame, time_s, store.complete)
+        place, later = (flows - 1, max) if flows > 0 else (0, min)  # after the last pair; or the first frame of all
+        frame = int(later(store.frame[place], store.frame_to[place]))
+        time_s = float(later(store.timestamps_s[place], store.timestamps_to_s[place]))
+        self._point = ResumePoint(max(flows, 0), frame, time_s, store.complete, store.available)
+        return self._point
 
     def require_same(self, info: FlowInfo) -> None:
         """Raises ResumeMismatchError naming every setting that differs from those of the store that is there."""
         store = self._present()
         if store is None:
             return
-        now = _attributes(info, self._config) | {"height": info.height, "width": info.width}
-        now["shard length"] = info.shard_length(self._config.shard_bytes)
+        shard_length = info.shard_length(self._config.shard_bytes)
+        now = _attributes(info, self._config)
+        now |= {"height": info.height, "width": info.width, "shard length": shard_length}
         was = store.attrs | {"height": store.shape[2], "width": store.shape[3], "shard length": store.shard_length}
         differing = [
             f"{name.replace('_', ' ')} was {was.get(name)}, is {now.get(name)}"
@@ -147,10 +156,13 @@ class ZarrSink:
         """
         if self._state != "new":
             raise ValueError(f"{self.path} was opened before: a sink is used once")
-        self._codec = flow_codec(info.height, info.width, self._config)
+        self._codec = flow_codec(*info.stored_size, self._config, max(info.height, info.width))
+        self._native = info.native is not None
         self._shard_length = info.shard_length(self._config.shard_bytes)
         with publish.write_errors(self.path):
-            point = self.resume_point() if self._config.resume else None
+            if self._config.resume and not self._asked:
+                self.resume_point()
+            point = self._point if self._config.resume else None
             if point is None or point.flows == 0:
                 self._target.start(overwrite=self._config.overwrite or point is not None, afresh=self._config.resume)
             else:
@@ -163,6 +175,8 @@ class ZarrSink:
                 self._metadata = _metadata(info, self._config, self._codec, self._shard_length, self._length)
                 for name in self._metadata:
                     self._publish_metadata(name)
+                for name, places in _places(info).items():
+                    self._put(f"{name}/c/0", compress(places, "blosc"))
             except BaseException:
                 self.abort()
                 raise
@@ -172,10 +186,12 @@ class ZarrSink:
         self._require_open()
         if batch.index != self._taken:
             raise ValueError(f"flows arrive in order: expected number {self._taken}, got {batch.index}")
-        if batch.flow.device.type != "cpu":
+        if any(tensor.device.type != "cpu" for tensor in batch.tensors):
             raise ValueError(f"a sink takes flow on the CPU, got {batch.flow.device}")
-        flows = batch.flow.detach().numpy()
-        for place, flow in enumerate(flows):
+        flows = batch.native if self._native else batch.flow
+        if flows is None:
+            raise ValueError("opened for the network's own prediction, which did not come with the flow")
+        for place, flow in enumerate(flows.detach().numpy()):
             coordinates = {name: getattr(batch, name)[place] for name in COORDINATES}
             self._taken += 1
             self._pool.submit(self._encode, flow, coordinates, nbytes=flow.nbytes)
@@ -313,14 +329,14 @@ def _metadata(
         group = zarr.create_group(MemoryStore(files), attributes={"flowreel": _attributes(info, config)})
         group.create_array(
             "flow",
-            shape=(length, 2, info.height, info.width),
+            shape=(length, 2, codec.height, codec.width),
             dtype=codec.dtype,
-            chunks=(1, 2, info.height, info.width),
-            shards=(shard, 2, info.height, info.width),
+            chunks=(1, 2, codec.height, codec.width),
+            shards=(shard, 2, codec.height, codec.width),
             **zarr_arguments(codec.codec, codec.dtype),
             fill_value=codec.fill,
             dimension_names=("time", "component", "y", "x"),
-            attributes=_flow_attributes(codec),
+            attributes=_flow_attributes(codec, info.native is not None),
         )
         for name, (dtype, fill) in COORDINATES.items():
             group.create_array(
@@ -333,7 +349,24 @@ def _metadata(
                 dimension_names=("time",),
                 attributes={"units": "s"} if name.startswith("timestamp") else {},
             )
+        for name, places in _places(info).items():
+            group.create_array(
+                name,
+                shape=places.shape,
+                dtype=places.dtype,
+                chunks=places.shape,
+                compressors=zarr_codecs("blosc", places.dtype)[1:],
+                dimension_names=(name,),
+                attributes={"units": "pixel", "long_name": f"{name} of each vector in the frame"},
+            )
     return {key.removesuffix("zarr.json").rstrip("/"): json.loads(files[key].to_bytes()) for key in sorted(files)}
+
+
+def _places(info: FlowInfo) -> dict[str, Any]:
+    """Of a coarse prediction, the arrays that say where its vectors lie in the frame; none of a full field."""
+    if info.native is None:
+        return {}
+    return dict(zip(("y", "x"), vector_places(info.native, info.height, info.width), strict=True))
 
 
 def _attributes(info: FlowInfo, config: SinkConfig) -> dict[str, Any]:
@@ -351,14 +384,16 @@ def _attributes(info: FlowInfo, config: SinkConfig) -> dict[str, Any]:
         "frame_rate": None if info.frame_rate is None else str(info.frame_rate),
         "max_error": config.max_error,
         "codec": config.codec,
-    }
+        "resolution": "full" if info.native is None else "native",
+    } | ({} if info.native is None else {"native": asdict(info.native), "height": info.height, "width": info.width})
 
 
-def _flow_attributes(codec: FlowCodec) -> dict[str, Any]:
+def _flow_attributes(codec: FlowCodec, native: bool) -> dict[str, Any]:
     """What CF-aware readers such as xarray need to give pixels, and which arrays are coordinates."""
+    what = "the network's own coarse prediction of optical flow" if native else "optical flow"
     attributes: dict[str, Any] = {
         "units": "pixel",
-        "long_name": "optical flow from one frame to the next: component 0 right, component 1 down",
+        "long_name": f"{what} from one frame to the next: component 0 right, component 1 down",
         "coordinates": " ".join(COORDINATES),
     }
     if not codec.lossless:  # a NaN _FillValue attribute makes xarray fail on floats

@@ -15,6 +15,7 @@ from flowreel.engine.cli.export import export
 from flowreel.engine.cli.info import info
 from flowreel.engine.cli.run import run
 from flowreel.engine.cli.train import train
+from flowreel.engine.cli.verify import verify
 from flowreel.engine.cli.weights import weights_app
 
 app = typer.Typer(
@@ -59,8 +60,8 @@ def _shielded(command: Callable[..., None]) -> Callable[..., None]:
     return shielded
 
 
-NEED_ARGUMENTS = (run, info, color, export)
+NEED_ARGUMENTS = (run, info, color, export, verify)
 
-for command in (run, demo, info, color, export, train, doctor):
+for command in (run, demo, info, color, export, verify, train, doctor):
     app.command(no_args_is_help=command in NEED_ARGUMENTS)(_shielded(command))
 app.add_typer(weights_app)

@@ -90,6 +90,22 @@ def run(
     bound: Annotated[
         float, typer.Option(help="Pixels at either end of two-stream pictures' scale.", rich_help_panel=OUTPUT)
     ] = 20.0,
+    resolution: Annotated[
+        str,
+        typer.Option(
+            help="full, or native: the store keeps the network's own quarter-resolution flow, 16 times less, and "
+            "gives back the full one. Not with FlowNet2.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = "full",
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with the store an earlier run left, or whose source has grown.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace outputs that are there.", rich_help_panel=OUTPUT)
     ] = False,
@@ -169,6 +185,8 @@ def run(
         "codec": codec,
         "max_flow": _number("max-flow", max_flow, float),
         "bound": bound,
+        "resolution": resolution,
+        "resume": resume,
         "overwrite": overwrite,
         "tolerate_truncation": tolerate_truncation,
         "queue_mb": queue_mb,

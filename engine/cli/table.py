@@ -12,8 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from flowreel.engine.api import Progress, RunReport
+    from flowreel.engine.api import RunReport
     from flowreel.engine.many import ManyProgress, ManyReport, SourceReport
+    from flowreel.engine.outputs import Progress
 
 PLAIN_EVERY_S = 10.0  # a line in a log file now and then is enough
 

@@ -233,6 +233,9 @@ def decoded(packet: Packet[VideoStream]) -> list[VideoFrame]:
 # -- Is the file whole? ------------------------------------------------------------------------------------------
 
 
+MP4_FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp", b"uuid")
+
+
 def _is_cut_short(path: Path) -> bool:
     """Whether the outermost elements of an MP4/MOV, Matroska/WebM or AVI file reach beyond its end."""
     size = path.stat().st_size
@@ -242,6 +245,8 @@ def _is_cut_short(path: Path) -> bool:
             return _matroska_end(head) > size
         position = 0
         riff = head.startswith(b"RIFF")
+        if not riff and head[4:8] not in MP4_FIRST_BOXES:
+            return False
         while position + 8 <= size:
             file.seek(position)
             box = file.read(16)

@@ -92,7 +92,7 @@ def files_a_flow(output: Output) -> int:
 
 
 def encoders() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("encode")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("pool")]
 
 
 @pytest.mark.parametrize("sizes", [(COUNT,), (1,) * COUNT, (3, 1, 3)], ids=str)

@@ -14,7 +14,7 @@ LONG_S = 60.0  # an event that takes this long will not come: the test fails, ra
 
 
 def encoders() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("encode")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("pool")]
 
 
 def fail(message: str) -> int:

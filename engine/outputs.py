@@ -1,0 +1,105 @@
+"""What every command that writes flow shares: naming its outputs, opening and ending them, counting, telling."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from flowreel.engine.data import FlowBatch, FlowInfo, Sink
+from flowreel.engine.errors import TruncatedSourceError, UsageError
+from flowreel.engine.pipeline import StageStatistics
+
+PathLike = str | os.PathLike[str]
+ProgressHook = Callable[["Progress"], None]
+FLO_HEADER_BYTES = 12
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is told while flow is on its way."""
+
+    stages: tuple[StageStatistics, ...]
+    flow_count: int | None  # flows there will be; None: unknown
+    flows_done: int  # flows that every output has taken
+    seconds: float  # since the first frame or flow was asked for
+
+
+@dataclass(frozen=True)
+class OutputReport:
+    """One output that was written."""
+
+    path: str
+    bytes_written: int
+    notes: tuple[str, ...] = ()  # e.g. how many vectors were beyond range
+
+
+def output_report(sink: Sink) -> OutputReport:
+    """What a sink says of itself when it is done."""
+    return OutputReport(sink.path, sink.bytes_written, tuple(sink.notes))
+
+
+def named_outputs(outputs: PathLike | Iterable[PathLike], stem: str) -> list[str]:
+    """The outputs' names with ``{stem}`` filled in. Raises UsageError for none, or for one that is given twice."""
+    given = [outputs] if isinstance(outputs, str | os.PathLike) else list(outputs)
+    paths = [os.fspath(path).replace("{stem}", stem) for path in given]
+    if not paths:
+        raise UsageError("give at least one output")
+    if twice := [path for path in paths if sum(Path(path) == Path(other) for other in paths) > 1]:
+        raise UsageError(f"{twice[0]} is given twice as an output")
+    return paths
+
+
+@contextmanager
+def opened_sinks(sinks: Sequence[Sink], header: FlowInfo) -> Iterator[None]:
+    """Opens the sinks; when anything goes wrong inside, those that are open are aborted."""
+    opened: list[Sink] = []
+    try:
+        for sink in sinks:
+            sink.open(header)
+            opened.append(sink)
+        yield
+    except TruncatedSourceError:
+        raise  # they were committed as unfinished: what they hold stays
+    except BaseException:
+        for sink in opened:
+            sink.abort()
+        raise
+
+
+class Counting(Protocol):
+    """What takes flows in a pipeline and knows how many it has."""
+
+    flows: int
+
+
+class Tally:
+    """Writes to one sink and counts what it took."""
+
+    def __init__(self, sink: Sink, change: Callable[[FlowBatch], FlowBatch] = lambda batch: batch) -> None:
+        self.sink = sink
+        self.flows = 0
+        self._change = change
+
+    def consume(self, flows: Iterator[FlowBatch]) -> None:
+        for batch in flows:
+            self.sink.write(self._change(batch))
+            self.flows += len(batch)
+
+
+def teller(
+    progress: ProgressHook | None, tallies: Sequence[Counting], count: int | None
+) -> Callable[[tuple[StageStatistics, ...]], None]:
+    """A pipeline's progress hook that tells the caller's own one how many flows every output has taken."""
+    started_s = time.perf_counter()
+
+    def tell(stages: tuple[StageStatistics, ...]) -> None:
+        if progress is not None:
+            done = min(tally.flows for tally in tallies)
+            progress(Progress(stages, count, done, time.perf_counter() - started_s))
+
+    return tell

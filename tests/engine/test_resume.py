@@ -1,0 +1,212 @@
+"""A run that was cut short goes on, and a store may keep the network's own prediction: both end in the same flow."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import flowreel
+from flowreel.engine.cli import call
+from flowreel.engine.errors import ResumeMismatchError, StageError, UsageError
+from flowreel.engine.models import build_model
+from flowreel.engine.models.weights import save_weights
+from flowreel.engine.outputs import Progress
+from flowreel.engine.sources.images import ImageSource
+from flowreel.sinks import open_store
+
+H, W = 64, 96
+SHARD_BYTES = 4 * 8 * H * W  # four flows
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    model = build_model("FlowNet2C", width=0.05)
+    save_weights(path, model.state_dict(), licence="none", made_by={}, width=0.05)
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def pictures(folder: str, first: int, last: int) -> None:
+    Path(folder).mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    texture = rng.integers(0, 255, (H, W + 80, 3), np.uint8)
+    for number in range(first, last):
+        Image.fromarray(texture[:, 2 * number : 2 * number + W]).save(f"{folder}/{number:03}.png")
+
+
+def contents(folder: str) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+class Cut(Exception):
+    pass
+
+
+def cut_run(source: str, outputs: list[str], flows: int, **options: Any) -> None:
+    """A run that dies once the outputs have taken so many flows."""
+
+    def stop(progress: Progress) -> None:
+        if progress.flows_done >= flows:
+            raise Cut
+
+    with pytest.raises(Cut):
+        flowreel.run(source, outputs, progress=stop, **options)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("step", [1, 2])
+def test_resumed_is_the_same_to_the_byte(tiny: str, step: int, direction: str) -> None:
+    pictures("frames", 0, 38)
+    options: dict[str, Any] = {
+        "weights": tiny, "shard_bytes": SHARD_BYTES, "batch": 3, "step": step, "direction": direction, "start": 1,
+    }  # fmt: skip
+    flowreel.run("frames", "whole.zarr", **options)
+    cut_run("frames", ["X.zarr"], 9, **options)
+    assert 4 <= open_store("X.zarr").available < len(open_store("whole.zarr"))
+    report = flowreel.run("frames", ["X.zarr", "X.mp4", "flo/%03d.flo"], resume=True, **options)
+    assert contents("X.zarr") == contents("whole.zarr")
+    assert report.pairs == len(open_store("X.zarr")) - 4 * (len(open_store("X.zarr")) - report.pairs) // 4
+    assert any("went on after" in note for note in report.notes)
+    assert Path("X.mp4").exists()
+    assert len(list(Path("flo").iterdir())) == len(open_store("X.zarr"))
+    before = contents("X.zarr")
+    again = flowreel.run("frames", ["X.zarr"], resume=True, **options)
+    assert again.pairs == 0
+    assert contents("X.zarr") == before
+
+
+def test_frames_that_came_later_are_appended(tiny: str) -> None:
+    options: dict[str, Any] = {"weights": tiny, "shard_bytes": SHARD_BYTES}
+    pictures("frames", 0, 8)
+    flowreel.run("frames", "X.zarr", resume=True, **options)  # nothing is there: it starts
+    assert len(open_store("X.zarr")) == 7
+    pictures("frames", 8, 15)
+    assert flowreel.run("frames", "X.zarr", resume=True, **options).pairs == 10  # the ragged shard of three is redone
+    flowreel.run("frames", "whole.zarr", **options)
+    assert contents("X.zarr") == contents("whole.zarr")
+
+
+def test_another_recording_of_that_name_is_refused(tiny: str) -> None:
+    options: dict[str, Any] = {"weights": tiny, "shard_bytes": SHARD_BYTES}
+    pictures("frames", 0, 20)
+    cut_run("frames", ["X.zarr"], 9, **options)
+    Image.fromarray(np.zeros((H, W, 3), np.uint8)).save("frames/000.png")
+    with pytest.raises(ResumeMismatchError, match="another file"):
+        flowreel.run("frames", "X.zarr", resume=True, **options)
+    pictures("frames", 0, 20)
+    with pytest.raises(ResumeMismatchError, match="batch was"):
+        flowreel.run("frames", "X.zarr", resume=True, batch=2, **options)
+    Path("frames/002.png").unlink()  # everything after it moves forward by one
+    Path("frames/zzz.png").write_bytes(Path("frames/019.png").read_bytes())
+    Path("frames/zzzz.png").write_bytes(Path("frames/019.png").read_bytes())
+    flowreel.run("frames", "X.zarr", resume=True, **options)  # not told apart: images carry no times
+
+
+def test_a_wrong_landing_is_noticed(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"weights": tiny, "shard_bytes": SHARD_BYTES}
+    pictures("frames", 0, 20)
+    cut_run("frames", ["X.zarr"], 9, **options)
+    real = ImageSource.__iter__
+    monkeypatch.setattr(
+        ImageSource,
+        "__iter__",
+        lambda self: (replace(frame, timestamp_s=frame.timestamp_s + 1) for frame in real(self)),
+    )
+    with pytest.raises(StageError) as caught:
+        flowreel.run("frames", "X.zarr", resume=True, **options)
+    assert isinstance(caught.value.__cause__, ResumeMismatchError)
+    assert open_store("X.zarr").available >= 4
+
+
+def test_resume_wants_a_store(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pictures("frames", 0, 3)
+    assert call(["run", "frames", "-o", "x.mp4", "--weights", tiny, "--resume"]) == 2
+    assert "flow store" in capsys.readouterr().err
+    assert call(["run", "frames", "-o", "x.zarr", "--weights", tiny, "--resume", "--overwrite"]) == 2
+
+
+def test_killed_again_and_again(tiny: str) -> None:
+    """SIGKILL at random moments; whenever it is run again with --resume it gets farther, and ends the same."""
+    pictures("frames", 0, 40)
+    code = (
+        "import sys, torch; torch.set_num_threads(1); import flowreel; "
+        f"flowreel.run('frames', sys.argv[1], weights={tiny!r}, shard_bytes={SHARD_BYTES}, resume=True)"
+    )
+    rng = random.Random(1)
+    flowreel.run("frames", "whole.zarr", weights=tiny, shard_bytes=SHARD_BYTES)
+    kills = 0
+    while not Path("X.zarr").exists():
+        process = subprocess.Popen([sys.executable, "-c", code, "X.zarr"])
+        aim = None if kills == 3 else rng.randrange(0, 9)  # shards that are there when it is killed
+        while process.poll() is None:
+            shards = len(list(Path("X.zarr.partial/flow/c").glob("*/0/0/0"))) if Path("X.zarr.partial").exists() else -1
+            if aim is not None and shards >= aim:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.001)
+        process.wait()
+    assert kills == 3
+    assert contents("X.zarr") == contents("whole.zarr")
+    assert sorted(name for name in os.listdir() if name.startswith("X")) == ["X.zarr"]
+
+
+# The network's own resolution
+
+
+@pytest.mark.parametrize("fit", ["pad", "crop", "resize"])
+@pytest.mark.parametrize(("max_error", "bound"), [(0, 1e-4), (1 / 64, 1 / 64 + 1e-4)])
+def test_native_stores_give_back_the_full_flow(tiny: str, fit: str, max_error: float, bound: float) -> None:
+    source = "synthetic:objects?size=150x100&frames=6"
+    options: dict[str, Any] = {"weights": tiny, "fit": fit}
+    report = flowreel.run(source, ["n.zarr", "n.mp4"], resolution="native", max_error=max_error, **options)
+    store = open_store("n.zarr")
+    assert store.shape[1:] == (2, report.height, report.width)
+    for batch in flowreel.stream(source, **options):
+        for flow, number in zip(batch.flow.numpy(), range(batch.index, 99), strict=False):
+            np.testing.assert_allclose(store[number], flow, atol=bound, rtol=0)
+    assert store.attrs["native"]["factor"] == 4
+    assert list(store.problems()) == []
+    flowreel.run(source, "f.zarr", max_error=max_error, **options)
+    native, full = (Path(name, "flow/c/0/0/0/0").stat().st_size - 16 * 512 for name in ("n.zarr", "f.zarr"))
+    assert full > 4 * native
+
+
+def test_xarray_sees_where_native_vectors_lie(tiny: str) -> None:
+    import xarray as xr
+
+    flowreel.run("synthetic:objects?size=150x100&frames=3", "n.zarr", resolution="native", weights=tiny)
+    with xr.open_zarr("n.zarr") as seen:
+        assert seen["flow"].shape == (2, 2, 32, 48)  # a quarter of 128x192, to which 100x150 is padded
+        np.testing.assert_allclose(seen["y"][:2], [1.5 - 14, 5.5 - 14])
+        np.testing.assert_allclose(seen["x"][:2], [1.5 - 21, 5.5 - 21])
+
+
+def test_native_has_its_limits(tmp_path: Path) -> None:
+    path = tmp_path / "whole.safetensors"
+    model = build_model("FlowNet2", width=0.02)
+    save_weights(path, model.state_dict(), licence="none", made_by={}, width=0.02)
+    source = "synthetic:objects?size=64x64&frames=3"
+    with pytest.raises(UsageError, match="full resolution"):
+        flowreel.run(source, "x.zarr", resolution="native", weights=str(path))
+    flowreel.run(source, "x.zarr", resolution="native", weights=str(path), model="FlowNet2CSS")
+    with pytest.raises(UsageError, match="no output is one"):
+        flowreel.run(source, "x.mp4", resolution="native", weights=str(path), model="FlowNet2CSS")
