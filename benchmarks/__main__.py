@@ -1,6 +1,6 @@
 """``python -m benchmarks [NAME ...] [--out DIR]``: runs named cases and writes what they measured as JSON.
 
-``python -m benchmarks readme`` puts the newest results into the README's tables.
+``python -m benchmarks readme`` puts the newest results into the tables of README and docs.
 
 Each case is a module beside this one with ``run() -> dict`` and a first docstring line that says what it measures.
 """
@@ -13,9 +13,9 @@ from importlib import import_module
 from pathlib import Path
 
 from benchmarks.machine import machine
-from benchmarks.tables import ROOT, as_markdown, with_tables
+from benchmarks.tables import PAGES, as_markdown, with_tables
 
-CASES = ("accuracy", "memory", "clips")
+CASES = ("accuracy", "memory", "clips", "storage", "old_way")
 
 
 def main() -> None:
@@ -26,8 +26,8 @@ def main() -> None:
     if unknown := set(arguments.names) - {*CASES, "readme"}:
         parser.error(f"no case is called {', '.join(sorted(unknown))}; there are {', '.join(CASES)} and readme")
     if arguments.names == ["readme"]:
-        readme = ROOT / "README.md"
-        readme.write_text(with_tables(readme.read_text()))
+        for page in PAGES:
+            page.write_text(with_tables(page.read_text()))
         return
     arguments.out.mkdir(parents=True, exist_ok=True)
     where = machine()

@@ -31,6 +31,7 @@ from flowreel.engine.errors import (
 from flowreel.engine.inference import prepare
 from flowreel.engine.models import build_model
 from flowreel.engine.models.weights import save_weights
+from flowreel.engine.outputs import Progress
 from flowreel.engine.pairing import batches, pairs
 from flowreel.engine.pipeline import Stage, compose
 from flowreel.engine.restore import restore
@@ -261,7 +262,7 @@ def test_an_output_below_a_file_is_named(tiny: str, tmp_path: Path) -> None:
 
 
 def test_an_interrupt_stops_everything_and_finishes_nothing(tiny: str, tmp_path: Path) -> None:
-    def interrupt(progress: api.Progress) -> None:
+    def interrupt(progress: Progress) -> None:
         if progress.stages[0].items:
             signal.raise_signal(signal.SIGINT)
 

@@ -34,6 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for picture in pictures:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
+    (path / "other.mp4").write_bytes((path / "dance.mp4").read_bytes())
     (path / "frames").mkdir()
     for number, picture in enumerate(pictures[:3]):
         Image.fromarray(picture).save(path / "frames" / f"{number}.png")
@@ -49,7 +50,8 @@ def test_commands_and_code(folder: Path) -> None:
             line, shell=True, cwd=folder, capture_output=True, text=True, env={**os.environ, "PATH": path}, check=False
         )
         assert done.returncode == 0, f"{line}\n{done.stderr}"
-    for name in ("dance.zarr", "dance-flow.mp4", "part.zarr", "flows/000001.flo", "shown/flow.mp4"):
+    made = ("dance.zarr", "dance-flow.mp4", "part.zarr", "flows/000001.flo", "shown/flow.mp4", "out/other.zarr")
+    for name in (*made, "colour/000001.flo.png", "colour/000000.flo.mp4", "kitti/000004.kitti.png"):
         assert (folder / name).exists(), name
     done = subprocess.run([sys.executable, "-c", code[0]], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -59,8 +61,10 @@ def test_commands_and_code(folder: Path) -> None:
 def test_tables_are_the_latest_results() -> None:
     sys.path.insert(0, str(ROOT))  # benchmarks are run from the root, never installed
     try:
-        from benchmarks.tables import with_tables
+        from benchmarks.tables import PAGES, with_tables
     finally:
         sys.path.remove(str(ROOT))
-    assert README.count("<!-- table: ") == 3
-    assert with_tables(README) == README
+    assert README.count("<!-- table: ") == 4
+    for page in PAGES:
+        text = page.read_text()
+        assert with_tables(text) == text, page.name

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flowreel.engine.cli.options import Debug, Quiet
-from flowreel.engine.cli.run import _number
+from flowreel.engine.cli.options import Debug, Quiet, number_or_auto
 from flowreel.engine.cli.table import Live, clock, size
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ def color(
             output,
             video=video,
             frame_rate=frame_rate,
-            max_flow=_number("max-flow", max_flow, float),
+            max_flow=number_or_auto("max-flow", max_flow, float),
             progress=live.show,
             bound=bound,
             overwrite=overwrite,

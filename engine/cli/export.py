@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flowreel.engine.cli.options import Debug, Quiet
-from flowreel.engine.cli.run import _number, _write_stats
+from flowreel.engine.cli.options import Debug, Quiet, number_or_auto, write_stats
 from flowreel.engine.cli.table import Live, clock, size
 
 if TYPE_CHECKING:
@@ -78,14 +77,14 @@ def export(
             stop=stop,
             max_error=max_error,
             codec=codec,
-            max_flow=_number("max-flow", max_flow, float),
+            max_flow=number_or_auto("max-flow", max_flow, float),
             bound=bound,
             frame_rate=frame_rate,
             overwrite=overwrite,
             queue_mb=queue_mb,
         )
     if stats is not None:
-        _write_stats(stats, report.as_json())
+        write_stats(stats, report.as_json())
     if not quiet:
         for line in summary(report):
             live.console.print(line, highlight=False, markup=False, soft_wrap=True)

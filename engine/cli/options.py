@@ -1,10 +1,14 @@
-"""Options that several commands share, each with its words for ``--help`` in one place."""
+"""Options that several commands share, each with its words for ``--help`` in one place, and what they come to."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from flowreel.engine.errors import OutputWriteError, UsageError
 
 Weights = Annotated[
     str, typer.Option(help="'baseline' (shipped), a .safetensors, NVIDIA's .pth.tar, or a downloaded one's name.")
@@ -12,3 +16,22 @@ Weights = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N. auto takes CUDA when it is there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
+
+
+def number_or_auto(name: str, value: str, kind: type[int] | type[float]) -> int | float | str:
+    """The value of an option that is ``auto`` or a number. Raises UsageError for anything else."""
+    if value == "auto":
+        return value
+    try:
+        return kind(value)
+    except ValueError:
+        raise UsageError(f"{name} must be auto or a number, got {value!r}") from None
+
+
+def write_stats(path: Path, report: dict[str, object]) -> None:
+    """``--stats``: a report as JSON. Raises OutputWriteError; by then the outputs are done."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=2) + "\n")
+    except OSError as error:
+        raise OutputWriteError(f"cannot write {path}: {error.strerror or error}; the outputs are done") from error

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 
-from flowreel.engine.cli.options import Debug, Device, Quiet, Weights
+from flowreel.engine.cli.options import Debug, Device, Quiet, Weights, number_or_auto, write_stats
 from flowreel.engine.cli.table import Live, print_many, print_summary
-from flowreel.engine.errors import OutputWriteError, UsageError
 from flowreel.sinks import known_outputs
 
 FRAMES, NETWORK, OUTPUT, STREAM = "Which frames", "Which network, where, how", "Outputs", "The run"
@@ -173,7 +171,7 @@ def run(
         "weights": weights,
         "device": device,
         "decoder": decoder,
-        "batch": _number("batch", batch, int),
+        "batch": number_or_auto("batch", batch, int),
         "precision": precision,
         "fit": fit,
         "direction": direction,
@@ -183,7 +181,7 @@ def run(
         "stream": stream,
         "max_error": max_error,
         "codec": codec,
-        "max_flow": _number("max-flow", max_flow, float),
+        "max_flow": number_or_auto("max-flow", max_flow, float),
         "bound": bound,
         "resolution": resolution,
         "resume": resume,
@@ -214,7 +212,7 @@ def _run_one(
     with Live(quiet) as live:
         report = api.run(source, outputs, progress=live.show, **options)
     if stats is not None:
-        _write_stats(stats, report.as_json())
+        write_stats(stats, report.as_json())
     if not quiet:
         print_summary(report)
 
@@ -232,19 +230,10 @@ def _run_many(
     with Live(quiet) as live:
         report = run_many(sources, outputs, progress=live.show_many, manifest=manifest, **options)
     if stats is not None:
-        _write_stats(stats, report.as_json())
+        write_stats(stats, report.as_json())
     if not quiet:
         print_many(report)
     report.raise_if_failed()
-
-
-def _number(name: str, value: str, kind: type[int] | type[float]) -> int | float | str:
-    if value == "auto":
-        return value
-    try:
-        return kind(value)
-    except ValueError:
-        raise UsageError(f"{name} must be auto or a number, got {value!r}") from None
 
 
 def _frame_or_time(value: str) -> int | str:
@@ -252,11 +241,3 @@ def _frame_or_time(value: str) -> int | str:
         return int(value)
     except ValueError:
         return value
-
-
-def _write_stats(path: Path, report: dict[str, object]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=2) + "\n")
-    except OSError as error:
-        raise OutputWriteError(f"cannot write {path}: {error.strerror or error}; the outputs are done") from error

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from flowreel.engine.api import run as run
     from flowreel.engine.api import stream as stream
     from flowreel.engine.data import FlowBatch as FlowBatch
+    from flowreel.engine.export import export as export
+    from flowreel.engine.many import run_many as run_many
     from flowreel.engine.models.weights import load_model as load_model
     from flowreel.kernels import flow_to_color as flow_to_color
     from flowreel.sinks.flo import read_flo as read_flo
@@ -25,11 +27,13 @@ _HOME = {
     "FlowBatch": "flowreel.engine.data",
     "FlowStore": "flowreel.sinks.store_reader",
     "RunReport": "flowreel.engine.api",
+    "export": "flowreel.engine.export",
     "flow_to_color": "flowreel.kernels",
     "load_model": "flowreel.engine.models.weights",
     "open_store": "flowreel.sinks.store_reader",
     "read_flo": "flowreel.sinks.flo",
     "run": "flowreel.engine.api",
+    "run_many": "flowreel.engine.many",
     "stream": "flowreel.engine.api",
     "write_flo": "flowreel.sinks.flo",
 }
