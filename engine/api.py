@@ -118,7 +118,7 @@ def run_one(
         given = open_source(source, config.select) if resumed is None or resumed.frames is None else resumed.frames
         frames = opened.enter_context(closing(given))
         inference = network().fitted(frames.info.height, frames.info.width, native=native)
-        header = _header(frames.info if resumed is None else resumed.info, inference, config)
+        header = flow_header(frames.info if resumed is None else resumed.info, inference, config)
         if resumed is not None:
             resumed.store.require_same(header)
             sinks = [resumed.store]  # the other outputs are made from it when it is complete
@@ -161,7 +161,7 @@ def stream(source: PathLike, **options: object) -> Iterator[FlowBatch]:
     with ExitStack() as opened:
         frames = opened.enter_context(closing(open_source(source, config.select)))
         inference = load_network(config.model).fitted(frames.info.height, frames.info.width)
-        header = _header(frames.info, inference, config)
+        header = flow_header(frames.info, inference, config)
         closer = opened.pop_all()
 
     def flows() -> Iterator[FlowBatch]:
@@ -200,10 +200,10 @@ def _pipeline(
         Stage("restore", restore(inference.fit)),
         *([Stage("download", download)] if on_gpu and to_host else []),
     ]
-    return _Chain("decode", frames, stages, config.queues, wrap=streams.on_stream if on_gpu else None)
+    return Chain("decode", frames, stages, config.queues, wrap=streams.on_stream if on_gpu else None)
 
 
-class _Chain(Pipeline):
+class Chain(Pipeline):
     """Also tells a source that may be waiting for bytes that never come when the run stops."""
 
     def __init__(self, source_name: str, source: Source, *rest: Any, **options: Any) -> None:
@@ -216,7 +216,7 @@ class _Chain(Pipeline):
             self._source.interrupt()
 
 
-def _header(info: FlowInfo, inference: Inference, config: RunConfig) -> FlowInfo:
+def flow_header(info: FlowInfo, inference: Inference, config: RunConfig) -> FlowInfo:
     """What the sinks are opened with: the flow's own size, and how it is made."""
     height, width = inference.fit.flow_size
     made_by = inference.made_by() | {

@@ -121,7 +121,15 @@ def _store(name: str) -> Facts:
     attributes = dict(store.attrs)
     source = attributes.pop("source", None)
     facts = {"folder": store.path} | {key: value for key, value in store.summary().items() if key != "path"}
-    for key in ("format_version", "max_error", "codec"):  # said by the summary, or of no interest once it is read
+    said = (
+        "format_version",
+        "max_error",
+        "codec",
+        "resolution",
+        "flow_height",
+        "flow_width",
+    )  # by the summary, or once read
+    for key in said:
         attributes.pop(key, None)
     for key in ("model", "weights", "software_version"):
         facts[key] = attributes.pop(key, None)

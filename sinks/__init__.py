@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from flowreel.sinks.reading import StoredFlow as StoredFlow
     from flowreel.sinks.reading import frame_rate_of, open_flows
     from flowreel.sinks.store_reader import FlowStore, open_store
+    from flowreel.sinks.store_repair import ShardRewriter
     from flowreel.sinks.two_stream import read_two_stream
     from flowreel.sinks.video_writer import VideoWriter
 
 __all__ = [
     "FlowStore",
+    "ShardRewriter",
     "VideoWriter",
     "frame_rate_of",
     "known_outputs",
@@ -41,6 +43,7 @@ __all__ = [
 
 _HOME = {
     "FlowStore": "store_reader",
+    "ShardRewriter": "store_repair",
     "VideoWriter": "video_writer",
     "frame_rate_of": "reading",
     "open_flows": "reading",

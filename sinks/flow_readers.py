@@ -34,7 +34,7 @@ BATCH_FLOWS = 8  # of small fields; more would gain nothing
 
 # What a store's attributes say about the storing itself. The next store writes its own.
 _STORAGE_ATTRIBUTES = {"format_version", "software_version", "source", "frame_rate", "max_error", "codec"}
-_STORAGE_ATTRIBUTES |= {"resolution", "native", "height", "width"}  # what is read is full resolution, however it was stored
+_STORAGE_ATTRIBUTES |= {"resolution", "native", "flow_height", "flow_width"}  # what is read is full resolution
 _SOURCE_FIELDS = [field.name for field in fields(SourceId)]
 
 

@@ -51,7 +51,7 @@ class StoreFiles:
         if index is None or index[place, 0] == INDEX_MISSING:
             return False
         try:
-            chunk = self._chunk(shard, *(int(value) for value in index[place]))
+            chunk = self.chunk(shard, *(int(value) for value in index[place]))
         except FileNotFoundError:
             return False
         except OSError as error:
@@ -103,7 +103,7 @@ class StoreFiles:
             try:
                 if shard in shards:
                     part = values[shard * length : (shard + 1) * length]
-                    part[:] = self._coordinate_chunk(name, shard)[: len(part)]
+                    part[:] = self.coordinate_chunk(name, shard)[: len(part)]
             except FileNotFoundError as error:
                 raise DamagedStoreError(f"chunk {shard} of {name} is missing ({self._flows_of(shard)})") from error
             except (OSError, DamagedStoreError) as error:
@@ -111,7 +111,7 @@ class StoreFiles:
         values.flags.writeable = False
         return values
 
-    def _chunk(self, shard: int, offset: int, length: int) -> bytes:
+    def chunk(self, shard: int, offset: int, length: int) -> bytes:
         with open_file(flow_shard(self._folder, shard)) as file:
             end = os.fstat(file.fileno()).st_size - index_bytes(self._layout.shard_length)
             if offset + length > end or length > 2 * self._layout.stored_bytes + SPARE_BYTES:
@@ -119,7 +119,7 @@ class StoreFiles:
             file.seek(offset)
             return file.read(length)
 
-    def _coordinate_chunk(self, name: str, shard: int) -> Array:
+    def coordinate_chunk(self, name: str, shard: int) -> Array:
         """(S,) the values of one shard's flows, and of the places behind the last one."""
         length = self._layout.shard_length
         with open_file(coordinate_chunk(self._folder, name, shard)) as file:

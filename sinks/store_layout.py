@@ -191,7 +191,7 @@ def _native_grid(attributes: dict[str, Any], height: int, width: int) -> tuple[N
     _one_of("upsampling", grid.upsampling, ["bilinear", "nearest"])
     _one_of("fit", grid.fit, ["pad", "crop", "resize"])
     factor = _whole("factor", grid.factor, 1, 64)
-    full_height, full_width = (_whole(side, attributes[side], 1, MOST_FLOWS) for side in ("height", "width"))
+    full_height, full_width = (_whole(side, attributes[side], 1, MOST_FLOWS) for side in ("flow_height", "flow_width"))
     _whole("pixels of a flow", full_height * full_width, 1, MOST_PIXELS)
     _whole("pixels of a network's flow", height * width * factor**2, 1, MOST_PIXELS)
     if grid.fit != "resize":

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flowreel.engine.data import UNKNOWN_ABOVE
-from flowreel.engine.errors import OutputWriteError, UnknownOutputError
+from flowreel.engine.errors import OutputError, OutputWriteError, UnknownOutputError
 from flowreel.kernels.flow_color import flow_to_color, percentile_magnitude
 from flowreel.sinks.publish import make_folder, partial_path, publish_file, remove, require_absent
 from flowreel.sinks.video_writer import CONTAINERS, VideoWriter, video_write_errors
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 SCALE_FLOWS = 32  # flows that the automatic scale is found from: about a second of motion
 SCALE_PERCENTILE = 95.0
+MOST_PIXELS = 1 << 25  # of a frame: more has no level of H.264, and takes its encoder gigabytes
 HELD_BYTES = 256 << 20  # of flow waiting for its scale; as float16, 32 flows of 1920x1080 just fit
 
 
@@ -60,9 +61,14 @@ class ColorVideoSink:
         """Starts the file under its unfinished name.
 
         Raises OutputExistsError when the output is there and is not to be replaced, OutputWriteError when nothing
-        can be written there.
+        can be written there, and OutputError for flow larger than a video's frame can be.
         """
         self._size = (info.height, info.width)
+        if info.height * info.width > MOST_PIXELS:
+            raise OutputError(
+                f"{self.path}: a frame of an H.264 video has at most {MOST_PIXELS} pixels, the flow is "
+                f"{info.width}x{info.height}: write colour pictures instead, such as colors/%06d.png"
+            )
         require_absent(self._destination, self._overwrite)
         with video_write_errors(self._destination):
             make_folder(self._destination.parent)

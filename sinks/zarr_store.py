@@ -124,16 +124,10 @@ class ZarrSink:
         store = self._present()
         if store is None:
             return
+        differing = other_settings(store, info, self._config)
         shard_length = info.shard_length(self._config.shard_bytes)
-        now = _attributes(info, self._config)
-        now |= {"height": info.height, "width": info.width, "shard length": shard_length}
-        was = store.attrs | {"height": store.shape[2], "width": store.shape[3], "shard length": store.shard_length}
-        differing = [
-            f"{name.replace('_', ' ')} was {was.get(name)}, is {now.get(name)}"
-            for name in sorted({*now, *was} - {*MAY_CHANGE, "notes"})
-            if was.get(name) != now.get(name)
-        ]
-        differing += _other_source(store.attrs.get("source") or {}, now["source"])
+        if shard_length != store.shard_length:
+            differing.append(f"shard length was {store.shard_length}, is {shard_length}")
         if differing:
             raise ResumeMismatchError(
                 f"cannot go on with {store.path}: {'; '.join(differing)}. Run it as before, or start afresh with "
@@ -307,7 +301,23 @@ def _whole_flows(store: FlowStore) -> int:
     return len(store) // store.shard_length * store.shard_length
 
 
-def _other_source(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def other_settings(store: FlowStore, info: FlowInfo, config: SinkConfig) -> list[str]:
+    """What tells that a run with this header and these settings would not have written this store, each in words."""
+    size = ("flow_height", "flow_width")
+    now = store_attributes(info, config) | dict(zip(size, (info.height, info.width), strict=True))
+    was = store.attrs | dict(zip(size, store.shape[2:], strict=True))
+    ignored = {*MAY_CHANGE, "notes"}
+    if was.get("weights_sha256") == now.get("weights_sha256"):
+        ignored |= {"weights", "weights_licence"}  # the same file by another name
+    differing = [
+        f"{name.replace('_', ' ')} was {was.get(name)}, is {now.get(name)}"
+        for name in sorted({*now, *was} - ignored)
+        if was.get(name) != now.get(name)
+    ]
+    return differing + other_source(store.attrs.get("source") or {}, now["source"])
+
+
+def other_source(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What tells that the source is not the one recorded, nor that one grown."""
     if was.get("name") != now["name"]:
         return [f"source was {was.get('name')}, is {now['name']}"]
@@ -326,7 +336,7 @@ def _metadata(
     with warnings.catch_warnings():
         # zarr-python warns that pcodec is not in the core specification; whoever asked for pcodec was told.
         warnings.simplefilter("ignore")
-        group = zarr.create_group(MemoryStore(files), attributes={"flowreel": _attributes(info, config)})
+        group = zarr.create_group(MemoryStore(files), attributes={"flowreel": store_attributes(info, config)})
         group.create_array(
             "flow",
             shape=(length, 2, codec.height, codec.width),
@@ -369,7 +379,7 @@ def _places(info: FlowInfo) -> dict[str, Any]:
     return dict(zip(("y", "x"), vector_places(info.native, info.height, info.width), strict=True))
 
 
-def _attributes(info: FlowInfo, config: SinkConfig) -> dict[str, Any]:
+def store_attributes(info: FlowInfo, config: SinkConfig) -> dict[str, Any]:
     """The group's "flowreel" attribute: where the flow comes from and how it was made and stored."""
     try:
         software = version("flowreel")
@@ -385,7 +395,15 @@ def _attributes(info: FlowInfo, config: SinkConfig) -> dict[str, Any]:
         "max_error": config.max_error,
         "codec": config.codec,
         "resolution": "full" if info.native is None else "native",
-    } | ({} if info.native is None else {"native": asdict(info.native), "height": info.height, "width": info.width})
+        **_native_attributes(info),
+    }
+
+
+def _native_attributes(info: FlowInfo) -> dict[str, Any]:
+    """What a reader needs to make the frame's flow of the network's own prediction."""
+    if info.native is None:
+        return {}
+    return {"native": asdict(info.native), "flow_height": info.height, "flow_width": info.width}
 
 
 def _flow_attributes(codec: FlowCodec, native: bool) -> dict[str, Any]:

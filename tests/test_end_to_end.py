@@ -321,7 +321,7 @@ def test_memory_in_the_queues_stays_in_its_bound(tiny: str, tmp_path: Path) -> N
     config = RunConfig.of(weights=tiny, batch=2, queue_mb=0.1)
     frames = open_source("synthetic:still?size=64x64&frames=60", config.select)
     inference = prepare(config.model, 64, 64)
-    header = api._header(frames.info, inference, config)
+    header = api.flow_header(frames.info, inference, config)
     pipeline: Pipeline = api._pipeline(frames, inference, header, config, to_host=True)
 
     def slow(flows: Iterator[FlowBatch]) -> None:

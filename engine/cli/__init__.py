@@ -47,20 +47,21 @@ def call(arguments: list[str]) -> int:
 def _report(error: Exception) -> int:
     cause = error.__cause__ if isinstance(error, StageError) else error
     if isinstance(error, FlowreelError):
-        return _say(_one_line(error), 2 if isinstance(cause, UsageError) else 1)
+        return _say(str(error) or type(error).__name__, 2 if isinstance(cause, UsageError) else 1)
     if hasattr(error, "format_message"):  # typer's own: an unknown option, a value of the wrong kind
         if not error.format_message():  # no arguments at all: the help has been shown
             return 2
         return _say(f"{error.format_message()} (flowreel --help shows what there is)", 2)
     if type(error).__name__ == "Abort":  # typer's, for Ctrl-C and Ctrl-D at a prompt
         return _say("interrupted", INTERRUPTED)
-    return _say(f"unexpected {type(error).__name__}: {_one_line(error)} (--debug shows where)", 1)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return _say(f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1)
 
 
 def _say(message: str, code: int) -> int:
-    print(f"flowreel: {message}", file=sys.stderr)
+    print(f"flowreel: {printable(' '.join(message.split()))}", file=sys.stderr)
     return code
+
+
+def printable(text: str) -> str:
+    """The text on one line, with whatever could steer a terminal written out: names and files may hold anything."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

@@ -13,6 +13,7 @@ from flowreel.engine.cli.demo import demo
 from flowreel.engine.cli.doctor import doctor
 from flowreel.engine.cli.export import export
 from flowreel.engine.cli.info import info
+from flowreel.engine.cli.repair import repair
 from flowreel.engine.cli.run import run
 from flowreel.engine.cli.train import train
 from flowreel.engine.cli.verify import verify
@@ -60,8 +61,8 @@ def _shielded(command: Callable[..., None]) -> Callable[..., None]:
     return shielded
 
 
-NEED_ARGUMENTS = (run, info, color, export, verify)
+NEED_ARGUMENTS = (run, info, color, export, verify, repair)
 
-for command in (run, demo, info, color, export, verify, train, doctor):
+for command in (run, demo, info, color, export, verify, repair, train, doctor):
     app.command(no_args_is_help=command in NEED_ARGUMENTS)(_shielded(command))
 app.add_typer(weights_app)

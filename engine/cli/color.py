@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flowreel.engine.cli import printable
 from flowreel.engine.cli.options import Debug, Quiet, number_or_auto
 from flowreel.engine.cli.table import Live, clock, size
 
@@ -72,7 +73,7 @@ def color(
         )
     if not quiet:
         for line in summary(report):
-            live.console.print(line, highlight=False, markup=False, soft_wrap=True)
+            live.console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
 
 
 def summary(report: ColorReport) -> list[str]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flowreel.engine.cli import printable
 from flowreel.engine.cli.options import Debug, Quiet, number_or_auto, write_stats
 from flowreel.engine.cli.table import Live, clock, size
 
@@ -87,7 +88,7 @@ def export(
         write_stats(stats, report.as_json())
     if not quiet:
         for line in summary(report):
-            live.console.print(line, highlight=False, markup=False, soft_wrap=True)
+            live.console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
 
 
 def summary(report: ExportReport) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from flowreel.engine.cli import printable
 from flowreel.engine.cli.options import Debug
 
 Facts = dict[str, Any]
@@ -39,8 +40,9 @@ def info(
         except Exception as error:
             if len(path) == 1 or debug:
                 raise
-            facts = {"path": name, "error": " ".join(str(error).split()) or type(error).__name__}
-            typer.echo(f"flowreel: {facts['error']}", err=True)
+            said = " ".join(str(error).split()) or type(error).__name__
+            facts = {"path": name, "error": said}
+            typer.echo(f"flowreel: {printable(said)}", err=True)
         answers.append(facts)
         if not as_json and "error" not in facts:
             _print(facts, follows=len(answers) > 1)
@@ -56,13 +58,17 @@ def _print(facts: Facts, follows: bool) -> None:
     from rich.text import Text
 
     console = Console(soft_wrap=True, highlight=False)
-    groups = [(heading, [row for row in rows if row[1]]) for heading, rows in _groups(facts)]
+    groups = [(printable(heading), [_shown(row) for row in rows if row[1]]) for heading, rows in _groups(facts)]
     width = max((len(label) for _, rows in groups for label, _ in rows), default=0)
     for number, (heading, rows) in enumerate(groups):
         console.print(Text(("\n" if follows and not number else "") + ("  " if number else "") + heading, "bold"))
         for label, text in rows:
             style = "yellow" if label in ("note", "problem") else ""
             console.print(Text.assemble("    " if number else "  ", (label.ljust(width), "dim"), "  ", (text, style)))
+
+
+def _shown(row: tuple[str, str]) -> tuple[str, str]:
+    return printable(row[0]), printable(row[1])
 
 
 def _groups(facts: Facts) -> Iterator[Group]:

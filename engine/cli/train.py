@@ -24,12 +24,12 @@ def train(
     init: Annotated[
         str | None,
         typer.Option(
-            help="Weights to go on from instead of random ones; FlowNet2C grows wider or into FlowNet2CS.",
+            help="Weights to go on from instead of random ones; FlowNet2C grows wider or into CS, that into CSS.",
             show_default=False,
         ),
     ] = None,
     last_only: Annotated[
-        bool, typer.Option("--last-only", help="Of FlowNet2CS, train only S, on the flow that C gives as it is.")
+        bool, typer.Option("--last-only", help="Of FlowNet2CS and CSS, train only the last network.")
     ] = False,
     batch_norm: Annotated[
         bool, typer.Option(help="BatchNorm while training a network from nothing; folded away at the end.")

@@ -11,6 +11,8 @@ import json
 import math
 import os
 import pickle
+import re
+import reprlib
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -50,6 +52,7 @@ CHECKPOINT_SUFFIXES = (".pth.tar", ".pth", ".pt", ".tar")
 LARGEST_BYTES = 16 << 30  # of a file; FlowNet2 four times as wide as published has 10.4 GB
 LARGEST_HEADER = 8 << 20  # bytes of a .safetensors header; that of FlowNet2 has 25 kB
 LEAST_VALUES = 30_000_000  # at width 1, times width squared: every network has more; FlowNet2S has 38.7 million
+MOST_SHOWN = 200  # characters of what a file itself says, in a message
 NO_BEST_EPE = 1e10  # pixels; what NVIDIA's own checkpoints say where nothing was measured
 
 # Which sub-network's prefix marks which stack, longest stack first.
@@ -179,9 +182,9 @@ def instantiate(weights: Weights, model: str | None = None) -> nn.Module:
     net = build_model(name, batch_norm=weights.batch_norm, width=weights.width)
     expected = net.state_dict()
     problems = [f"lacks {key}" for key in expected if key not in state and not key.endswith("num_batches_tracked")]
-    problems += [f"has an unexpected {key}" for key in state if key not in expected]
+    problems += [f"has an unexpected {key[:MOST_SHOWN]}" for key in state if key not in expected]
     problems += [
-        f"{key} is {tuple(state[key].shape)} instead of {tuple(tensor.shape)}"
+        f"{key} is {reprlib.repr(tuple(state[key].shape))} instead of {tuple(tensor.shape)}"
         for key, tensor in expected.items()
         if key in state and state[key].shape != tensor.shape
     ]
@@ -405,7 +408,7 @@ def identify(state: Mapping[str, Tensor], name: str) -> tuple[str, bool, float]:
             model = "FlowNet2S"
     widest = state.get(f"{prefix}predict_flow6.weight")
     if model is None or widest is None or widest.ndim != 4:
-        some = ", ".join(sorted(map(str, state))[:3]) or "nothing"
+        some = ", ".join(key[:MOST_SHOWN] for key in sorted(state)[:3]) or "nothing"
         raise WeightsMismatchError(f"{name} holds none of {', '.join(MODELS)}: its tensors are {some}, ...")
     width = widest.shape[1] / 1024
     if not 0.01 <= width <= 4:
@@ -426,7 +429,7 @@ def _read(path: Path, name: str) -> Weights:
     state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
     model, batch_norm, width = identify(state, name)
     recorded = about.get("width")
-    if isinstance(recorded, float) and scaled(1024, recorded) == scaled(1024, width):
+    if isinstance(recorded, float) and math.isfinite(recorded) and scaled(1024, recorded) == scaled(1024, width):
         width = recorded  # exact, where the rounded channel numbers tell it only nearly
     made_by, sha256 = about.get("made_by"), file_sha256(path)
     known = checkpoint_of(sha256)
@@ -446,7 +449,7 @@ def _require_real(state: Mapping[str, Tensor], size_bytes: int, name: str) -> No
     """Dense tensors whose values are in the file. One value repeated a million times would grow when it is used."""
     for key, tensor in state.items():
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_complex():
-            raise UnreadableWeightsError(f"{name}: {key} is no plain tensor of numbers")
+            raise UnreadableWeightsError(f"{name}: {key[:MOST_SHOWN]} is no plain tensor of numbers")
     claimed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     if claimed > size_bytes:
         raise UnreadableWeightsError(f"{name} claims {claimed} bytes of tensors, but the file has {size_bytes}")
@@ -498,7 +501,7 @@ def _read_checkpoint(path: Path, name: str) -> tuple[dict[str, Tensor], Mapping[
         raise
     except pickle.UnpicklingError as error:
         raise UnreadableWeightsError(
-            f"{name} is damaged, or holds more than tensors and plain values; it was not loaded: {_first_line(error)}"
+            f"{name} is damaged, or holds more than tensors and plain values; it was not loaded: {_met(error)}"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise UnreadableWeightsError(f"{name} is cut, damaged, or no checkpoint: {_first_line(error)}") from error
@@ -509,7 +512,7 @@ def _read_checkpoint(path: Path, name: str) -> tuple[dict[str, Tensor], Mapping[
         raise WeightsMismatchError(f"{name} holds no state_dict, but {type(content).__name__}")
     strange = [key for key, value in state.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
     if strange:
-        raise WeightsMismatchError(f"{name} holds no state_dict of tensors: {strange[0]!r} is none")
+        raise WeightsMismatchError(f"{name} holds no state_dict of tensors: {reprlib.repr(strange[0])} is none")
     return state, _about(content)
 
 
@@ -552,8 +555,14 @@ def _numpy_scalars_allowed() -> Iterator[None]:
         yield
 
 
+def _met(error: pickle.UnpicklingError) -> str:
+    """What torch met. Its words begin with how to load the file all the same, which nobody should be told here."""
+    met = re.search(r"unsupported [^\n]*", str(error), re.IGNORECASE)
+    return _first_line(error) if met is None else met[0][:MOST_SHOWN].partition(" was not")[0]
+
+
 def _first_line(error: BaseException) -> str:
-    said = str(error).strip().split("\n")[0]
+    said = str(error).strip().split("\n")[0][:MOST_SHOWN]
     return said if " " in said else f"{type(error).__name__} {said}".strip()  # a bare key or number says nothing
 
 

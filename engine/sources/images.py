@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import glob
+import logging
 import re
+import struct
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -22,6 +25,10 @@ from flowreel.engine.sources.fingerprint import source_id
 from flowreel.engine.timecode import select_frames
 
 FRAME_RATE = Fraction(25)  # pictures carry no times; FFmpeg reads image sequences at the same rate
+
+# What Pillow has to say of a file is either told by an error of ours or of no concern.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 _ORIENTATION = 0x0112  # the EXIF tag
 _UPRIGHT = {
@@ -178,7 +185,10 @@ def _orientation(image: Image.Image) -> int:
         return 1  # Pillow turns these itself
     if image.format == "PNG" and "exif" not in image.info:
         return 1  # asking for it would decode the whole picture
-    return int(image.getexif().get(_ORIENTATION, 1))
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except (SyntaxError, ValueError, TypeError, KeyError, EOFError, OSError, struct.error):
+        return 1  # the picture itself may well be sound
 
 
 def _shown_size(path: Path) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from flowreel.engine.errors import CheckpointError, UsageError
 from flowreel.engine.models import build_model, model_name
 from flowreel.engine.models.flownetc import DISPLACEMENTS, FlowNetC
 from flowreel.engine.models.layers import STRIDE, folded_state, normalise, scaled, to_pixels
-from flowreel.engine.models.stacks import FlowNet2CS, refining_input
+from flowreel.engine.models.stacks import FlowNet2, FlowNet2CS, FlowNet2CSS, refining_input
 from flowreel.engine.models.weights import instantiate, read_weights, save_weights
 from flowreel.engine.training.identity import start_as_identity
 from flowreel.engine.training.loss import end_point_error, matching_loss, multi_scale_loss, zero_flow_error
@@ -52,7 +52,7 @@ class TrainConfig:
     weight_decay: float = 1e-4
     clip: float = 1.0  # largest gradient norm
     visible_only: float = 0.33  # share of the run in which occluded pixels are left out of the loss
-    last_only: bool = False  # of FlowNet2CS, train only S, on the flow that C gives as it is
+    last_only: bool = False  # of FlowNet2CS and CSS, train only the last network, on the flow it is given as it is
     matching: float = 0.5  # weight of FlowNetC's matching loss beside the flow's
     seed: int = 0
     init: str | None = None  # weights to go on from, instead of random ones
@@ -249,7 +249,7 @@ def _fresh(config: TrainConfig) -> nn.Module:
 
 
 def _from_weights(config: TrainConfig) -> nn.Module:
-    """What other weights hold, widened if the run's network is."""
+    """What other weights hold, made wider or longer where the run's network is."""
     assert config.init is not None
     held = read_weights(config.init)
     times = round(config.width / held.width)
@@ -258,13 +258,19 @@ def _from_weights(config: TrainConfig) -> nn.Module:
         raise UsageError(f"{held.name} goes on without BatchNorm, at width {held.width:g} or a multiple of it")
     if times == 1 and config.model in held.serves():
         return instantiate(held, config.model)
-    if held.model != "FlowNet2C" or config.model not in ("FlowNet2C", "FlowNet2CS"):
-        raise UsageError(f"{held.name} ({held.model}, width {held.width:g}) cannot grow into {config.model}")
+    grows = (held.model, config.model)
     model = build_model(config.model, width=config.width)
-    state = held.state_for("FlowNet2C")
-    _correlating(model).load_state_dict(widen(state, times, config.seed) if times > 1 else state)
-    if isinstance(model, FlowNet2CS):
-        start_as_identity(model.flownets_1)
+    if held.model == "FlowNet2C" and isinstance(model, FlowNetC | FlowNet2CS) and not isinstance(model, FlowNet2CSS):
+        state = held.state_for("FlowNet2C")
+        _correlating(model).load_state_dict(widen(state, times, config.seed) if times > 1 else state)
+        if isinstance(model, FlowNet2CS):
+            start_as_identity(model.flownets_1)
+    elif grows == ("FlowNet2CS", "FlowNet2CSS") and times == 1:
+        first = {key: tensor for key, tensor in held.state.items() if key.startswith("flownets_1.")}
+        again = {key.replace("flownets_1.", "flownets_2."): tensor for key, tensor in first.items()}
+        model.load_state_dict(dict(held.state) | again)  # who refines once can refine twice
+    else:
+        raise UsageError(f"{held.name} ({held.model}, width {held.width:g}) cannot grow into {config.model}")
     return model
 
 
@@ -279,7 +285,7 @@ def _loss(
         conv2, conv3, costs = model.match(normalise(first.float(), second.float()))
         matching = matching_loss(costs, flow, visible)
         return multi_scale_loss(model.decode(conv2, conv3, costs), flow, mask) + config.matching * matching
-    if isinstance(model, FlowNet2CS):
+    if isinstance(model, FlowNet2CS) and not isinstance(model, FlowNet2):
         return _refining_loss(config, model, normalise(first.float(), second.float()), flow, visible, mask)
     predicted = model(first.float(), second.float())
     if isinstance(predicted, tuple):
@@ -290,15 +296,24 @@ def _loss(
 def _refining_loss(
     config: TrainConfig, model: FlowNet2CS, x: Tensor, flow: Tensor, visible: Tensor, mask: Tensor
 ) -> Tensor:
-    """S's own loss and, unless C is held fixed, C's beside it. S learns from C's flow as it is, not through it."""
+    """The loss of the last network and, unless they are held fixed, of those before it.
+
+    Each learns from the flow it is given as it is, not through the network that gave it.
+    """
     loss = torch.zeros(())
     with torch.set_grad_enabled(not config.last_only):
         conv2, conv3, costs = model.flownetc.match(x)
-        coarse = model.flownetc.decode(conv2, conv3, costs)
+        flows = model.flownetc.decode(conv2, conv3, costs)
         if not config.last_only:
-            loss = multi_scale_loss(coarse, flow, mask) + config.matching * matching_loss(costs, flow, visible)
-    given = to_pixels(coarse[0].detach(), "bilinear")
-    return loss + multi_scale_loss(model.flownets_1.predict(refining_input(x, given)), flow, mask)
+            loss = multi_scale_loss(flows, flow, mask) + config.matching * matching_loss(costs, flow, visible)
+    refiners = [model.flownets_1, model.flownets_2] if isinstance(model, FlowNet2CSS) else [model.flownets_1]
+    for refiner in refiners:
+        with torch.set_grad_enabled(not config.last_only or refiner is refiners[-1]):
+            given = to_pixels(flows[0].detach(), "bilinear")
+            flows = refiner.predict(refining_input(x, given))
+            if torch.is_grad_enabled():
+                loss = loss + multi_scale_loss(flows, flow, mask)
+    return loss
 
 
 @torch.no_grad()

@@ -157,7 +157,7 @@ def test_a_recording_that_grew_is_appended_to(tmp_path: Path, before: int, after
         (replace(INFO, source=SourceId("other.mkv", 1000, 0.5)), {}, "source was clip.mkv, is other.mkv"),
         (replace(INFO, source=SourceId("clip.mkv", 1000, 0.5, "bb")), {}, "another file"),
         (replace(INFO, source=SourceId("clip.mkv", 999, 0.5, "aa")), {}, "had 1000 bytes, has 999"),
-        (replace(INFO, width=16), {}, "width was 8, is 16"),
+        (replace(INFO, width=16), {}, "flow width was 8, is 16"),
     ],
 )
 def test_what_differs_is_named(tmp_path: Path, info: FlowInfo, changes: dict[str, Any], words: str) -> None:

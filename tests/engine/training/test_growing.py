@@ -76,6 +76,21 @@ def test_a_stack_grows_from_its_first_network(tmp_path: Path) -> None:
     )
 
 
+def test_who_refines_once_refines_twice(tmp_path: Path) -> None:
+    first = train(TINY, tmp_path / "c", workers=0)
+    config = replace(TINY, model="FlowNet2CS", init=str(first), batch_norm=False, last_only=True)
+    second = train(config, tmp_path / "cs", workers=0)
+    third = replace(config, model="FlowNet2CSS", init=str(second), learning_rate=0.0)
+    grown = read_weights(train(third, tmp_path / "css", workers=0))
+    assert grown.model == "FlowNet2CSS"
+    for key, tensor in read_weights(second).state.items():
+        assert torch.equal(grown.state[key], tensor)
+        assert torch.equal(grown.state[key.replace("flownets_1.", "flownets_2.")], tensor)
+    trained = read_weights(train(replace(third, learning_rate=1e-3), tmp_path / "trained", workers=0))
+    changed = {key.split(".")[0] for key, tensor in trained.state.items() if not torch.equal(tensor, grown.state[key])}
+    assert changed == {"flownets_2"}
+
+
 @pytest.mark.parametrize("changes", [{"width": 0.09}, {"model": "FlowNet2S"}, {"batch_norm": True}])
 def test_what_cannot_grow_says_so(changes: dict[str, object], tmp_path: Path) -> None:
     first = train(TINY, tmp_path / "c", workers=0)

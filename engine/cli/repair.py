@@ -1,0 +1,70 @@
+"""``flowreel repair``: damaged shards of a store, computed again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flowreel.engine.cli.options import Debug, Device, Quiet, Weights
+from flowreel.engine.cli.table import Live, clock, size
+from flowreel.engine.cli.verify import _lines, _plural
+
+if TYPE_CHECKING:
+    from flowreel.engine.repair import RepairReport
+
+
+def repair(
+    store: Annotated[str, typer.Argument(metavar="STORE", help="A finished flow store.", show_default=False)],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="What it was made of, as given to run.", show_default=False)
+    ],
+    weights: Weights = "baseline",
+    device: Device = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only list what is wrong and what would be computed again.")
+    ] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Compute damaged shards of STORE again from the SOURCE it was made of.
+
+    Finds what verify finds: wrong bits, shards and chunks that are cut or missing. The settings are those the store
+    records; what can be read stays as it is. On a CPU the new shards are the old ones, byte for byte.
+
+    Exit code 0 when all is sound in the end, 1 when something is still wrong.
+
+    [bold]Examples[/bold]
+
+      flowreel repair dance.flow.zarr dance.mp4 --dry-run
+
+      flowreel repair dance.flow.zarr dance.mp4
+    """
+    from flowreel.engine import repair as repairing
+
+    with Live(quiet) as live:
+        report = repairing.repair(store, source, weights=weights, device=device, dry_run=dry_run, progress=live.show)
+    if not quiet:
+        for line in summary(report, dry_run):
+            live.console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if not (quiet and report.after.sound):
+        typer.echo("\n".join(_lines(report.after)))
+    if not report.after.sound:
+        raise typer.Exit(1)
+
+
+def summary(report: RepairReport, dry_run: bool = False) -> list[str]:
+    """What was wrong and what was done about it."""
+    if report.before.sound:
+        return []
+    if dry_run:
+        return [f"to be made again: {shard}" for shard in report.shards] or ["nothing that can be computed again"]
+    lines = [*_lines(report.before), *(f"made again: {shard}" for shard in report.shards)]
+    if report.shards:
+        flows, shards = _plural(report.flows, "flow"), _plural(len(report.shards), "shard")
+        lines += [
+            f"{report.flows} {flows} of {len(report.shards)} {shards} computed in {clock(report.seconds)}, "
+            f"{size(report.bytes_written)} written",
+            report.how,
+        ]
+    return [*lines, *(f"note: {note}" for note in report.notes)]

@@ -1,0 +1,283 @@
+"""Mending a finished store: what cannot be read of it is computed again from the source, just as it was the first time.
+
+    read it all -> which shards are damaged -> their frames, network, shards -> read it all again
+
+Only damaged shards are computed, each whole: batches start at multiples of B within a shard and never cross one, so
+the very batches come again that made it, and on a CPU the very bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import groupby, islice
+from typing import TYPE_CHECKING, Any
+
+from flowreel.engine.api import Chain, flow_header
+from flowreel.engine.config import RunConfig, SelectConfig
+from flowreel.engine.data import FlowBatch, FramePair, PairBatch, Source
+from flowreel.engine.device import Streams, device_name, download, resolve_device, upload
+from flowreel.engine.errors import (
+    DamagedStoreError,
+    DeviceError,
+    ResumeMismatchError,
+    TruncatedSourceError,
+    UsageError,
+    WeightsMismatchError,
+)
+from flowreel.engine.inference import Inference, Network, load_network, resolve_precision
+from flowreel.engine.models.weights import read_weights
+from flowreel.engine.outputs import PathLike, Progress, ProgressHook, teller
+from flowreel.engine.pairing import batches, pairs
+from flowreel.engine.pipeline import Stage, StageStatistics
+from flowreel.engine.restore import restore
+from flowreel.engine.sources import STDIN, open_source
+from flowreel.engine.verify import Verification, verify
+from flowreel.sinks import ShardRewriter
+
+if TYPE_CHECKING:
+    from flowreel.engine.pipeline import StageFunction
+    from flowreel.sinks.store_repair import ShardDamage
+
+# What a store must tell of how it was made, by the names of ``run``'s options.
+SETTINGS = (
+    "model", "precision", "batch", "fit", "direction", "start", "stop", "step", "stream", "max_error", "codec",
+    "resolution",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """What was wrong with a store, what was done about it, and what is wrong with it now."""
+
+    before: Verification
+    shards: tuple[ShardDamage, ...]  # that were, or on a dry run would be, made again
+    after: Verification  # of a dry run and of a sound store: ``before``
+    flows: int = 0  # computed
+    seconds: float = 0.0  # from the first frame asked for to the last shard published
+    bytes_written: int = 0
+    how: str = ""  # the network and what it ran on, for people
+    notes: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, object]:
+        """The report as plain values, for a file."""
+        return asdict(self)
+
+
+def repair(
+    store: PathLike,
+    source: PathLike,
+    *,
+    weights: str = "baseline",
+    device: str = "auto",
+    dry_run: bool = False,
+    progress: ProgressHook | None = None,
+) -> RepairReport:
+    """Finds what ``verify`` finds, and computes the damaged shards again from the source the store was made of.
+
+    All settings but ``weights`` and ``device`` are those the store records. What can be read stays as it is: sound
+    shards are not touched, and sound flows of a damaged shard go into the new one as they are. Each file is published
+    over the damaged one in one step, so whenever it is stopped, the store is no worse than before.
+
+    Args:
+        store: a finished flow store.
+        source: what it was made of, as given to ``run``.
+        weights: those it was made with.
+        device: where to compute. Byte for byte the first result comes only on the same kind of device.
+        dry_run: only find out what would be computed; source and weights are not looked at.
+        progress: called a few times a second, while the store is read and while flow is computed.
+
+    Returns:
+        What was wrong, what was done, and what remains: ``report.after.sound``.
+
+    Raises:
+        StoreNotFoundError, StoreError: no store, or an unfinished one.
+        DamagedStoreError: its metadata is damaged, or does not say how the flow was computed.
+        ResumeMismatchError: another source, other weights or settings than it was made with, naming what differs.
+        SourceError, WeightsError, DeviceError, OutputError: as of ``run``.
+        StageError: a stage failed on the way; shards that were done by then are mended.
+    """
+    rewriter = ShardRewriter(store)
+    before = verify(store, _reading("verify", progress))
+    length = rewriter.store.shard_length
+    suspected = {
+        shard
+        for finding in before.findings
+        if finding.first_flow is not None and finding.last_flow is not None
+        for shard in range(finding.first_flow // length, finding.last_flow // length + 1)
+    }
+    shards = rewriter.damage(suspected)
+    if dry_run or before.sound:
+        return RepairReport(before, shards, before)
+    computed = None
+    if shards:
+        computed = _Recomputing(rewriter, source, recorded_config(rewriter, weights, device), progress)
+        computed.run(shards)
+    rewriter.remove_leftovers()
+    after = verify(store, _reading("verify", progress))
+    report = RepairReport(before, shards, after, rewriter.flows, bytes_written=rewriter.bytes_written)
+    if computed is None:
+        return report
+    return replace(report, seconds=computed.seconds, how=computed.how, notes=tuple(_notes(computed.notes, rewriter)))
+
+
+class _Recomputing:
+    """The way from the source into the damaged shards, and what is to be told of it."""
+
+    def __init__(
+        self, rewriter: ShardRewriter, source: PathLike, config: RunConfig, progress: ProgressHook | None
+    ) -> None:
+        self._rewriter, self._source, self._config, self._progress = rewriter, source, config, progress
+        self.seconds = 0.0
+        self.how = ""
+        self.notes: list[str] = []
+
+    def run(self, shards: Sequence[ShardDamage]) -> None:
+        if self._source != STDIN:  # which can be opened only once
+            with closing(open_source(self._source, self._config.select)) as whole:
+                self._rewriter.require_source(whole.info.source)
+        network = _load(self._config, self._rewriter)
+        self._tell = teller(self._progress, [self._rewriter], sum(map(len, shards)))
+        began_s = time.perf_counter()
+        for group in [shards] if self._source == STDIN else _neighbours(shards):
+            self._group(group, network)
+        self.seconds = time.perf_counter() - began_s
+
+    def _group(self, shards: Sequence[ShardDamage], network: Network) -> None:
+        """Shards that are computed in one go through the source, from the first one's frames to the last one's."""
+        rewriter, config = self._rewriter, self._config
+        select, first = self._frames(shards)
+        before, wanted = rewriter.flows, sum(map(len, shards))
+        with closing(open_source(self._source, select)) as frames:
+            inference = network.fitted(frames.info.height, frames.info.width, native=config.sink.resolution == "native")
+            rewriter.require_same(flow_header(frames.info, inference, config), config.sink)
+            stage = batches_of(shards, inference.batch, rewriter.store.shard_length, first)
+            self._pipeline(frames, inference, stage).run({f"write {rewriter.store.path}": self._consume}, self._tell)
+            if rewriter.flows < before + wanted:
+                lost = "".join(f"; {loss}" for loss in frames.losses)
+                raise TruncatedSourceError(
+                    f"{frames.info.source.name} gives {rewriter.flows - before} of the {wanted} flows that the damaged "
+                    f"shards from flow {shards[0].first_flow} to {shards[-1].last_flow} hold{lost}"
+                )
+            self.how = (
+                f"{inference.model} ({inference.weights.name}), {inference.precision}, batch {inference.batch}, on "
+                f"{device_name(inference.device)}; decoded by {frames.decoder}"
+            )
+            self.notes += [note for note in frames.notes if note not in self.notes]
+
+    def _frames(self, shards: Sequence[ShardDamage]) -> tuple[SelectConfig, int]:
+        """Which frames the shards need, and the number of the flow that the first two of them give."""
+        select = self._config.select
+        start, end = (
+            self._rewriter.frame_at(
+                place,
+                backward=self._config.model.direction == "backward",
+                start=select.start if isinstance(select.start, int) else None,
+                step=select.step,
+            )
+            for place in (shards[0].first_flow, shards[-1].last_flow + 1)
+        )
+        if start is None or end is None:  # no frame number is left, and the first one is known by its time alone
+            return select, 0
+        return replace(select, start=start, stop=end + 1), shards[0].first_flow
+
+    def _pipeline(self, frames: Source, inference: Inference, batched: StageFunction) -> Chain:
+        """A run's own chain, with the batches of the damaged shards alone."""
+        streams = Streams(inference.device)
+        on_gpu = inference.device.type == "cuda"
+        stages = [
+            *([Stage("upload", upload(inference.device))] if on_gpu else []),
+            Stage("pairs", partial(pairs, direction=self._config.model.direction)),
+            Stage("batches", batched),
+            Stage("model", inference.stage),
+            Stage("restore", restore(inference.fit)),
+            *([Stage("download", download)] if on_gpu else []),
+        ]
+        return Chain("decode", frames, stages, self._config.queues, wrap=streams.on_stream if on_gpu else None)
+
+    def _consume(self, flows: Iterator[FlowBatch]) -> None:
+        for batch in flows:
+            self._rewriter.write(batch)
+
+
+def recorded_config(rewriter: ShardRewriter, weights: str, device: str) -> RunConfig:
+    """The settings of the run that made a store, as it records them.
+
+    Raises DamagedStoreError when it does not, because the flow was imported, exported or cut out of another store.
+    """
+    store = rewriter.store
+    told: dict[str, Any] = {name: store.attrs[name] for name in SETTINGS if name in store.attrs}
+    missing = [name for name in SETTINGS if name not in told]
+    if missing or "first_stored_by" in store.attrs:
+        why = f"it does not tell {missing[0]}" if missing else "it was exported from another store"
+        raise DamagedStoreError(f"{store.path} cannot be computed again from a source: {why}; export it anew")
+    flow_bytes = 8 * store.layout.codec.height * store.layout.codec.width
+    told |= {"codec": store.layout.codec.codec, "shard_bytes": store.shard_length * flow_bytes}
+    try:
+        return RunConfig.of(weights=weights, device=device, **told)
+    except UsageError as error:
+        raise DamagedStoreError(f"{store.path} records settings that make no sense: {error}") from error
+
+
+def batches_of(shards: Iterable[ShardDamage], batch: int, length: int, first: int) -> StageFunction:
+    """A stage that gathers batches as ``pairing.batches`` does, of the flows of some shards alone.
+
+    first: number of the first pair's flow.
+    """
+    wanted = {shard.shard for shard in shards}
+    end = max((shard.last_flow + 1 for shard in shards), default=0)
+
+    def gather(pairs: Iterator[FramePair]) -> Iterator[PairBatch]:
+        numbered = enumerate(islice(pairs, end - first), first)
+        for shard, members in groupby(numbered, lambda item: item[0] // length):
+            if shard in wanted:
+                yield from batches(batch, length, shard * length)(pair for _, pair in members)
+
+    return gather
+
+
+def _neighbours(shards: Sequence[ShardDamage]) -> Iterator[list[ShardDamage]]:
+    """Runs of shards that follow each other: one pass through the source each."""
+    for _, group in groupby(enumerate(shards), lambda item: item[1].shard - item[0]):
+        yield [shard for _, shard in group]
+
+
+def _load(config: RunConfig, rewriter: ShardRewriter) -> Network:
+    """The network. Weights of another model are told of as other weights, a precision not as a wrong option."""
+    store, device = rewriter.store, resolve_device(config.model.device)
+    try:
+        resolve_precision(config.model.precision, device)
+    except UsageError as error:
+        raise DeviceError(f"{store.path} was computed in {config.model.precision}, but {error}") from error
+    try:
+        return load_network(config.model)
+    except WeightsMismatchError as error:
+        found = read_weights(config.model.weights).sha256
+        raise ResumeMismatchError(
+            f"cannot repair {store.path}: weights sha256 was {store.attrs.get('weights_sha256')}, is {found}: {error}"
+        ) from error
+
+
+def _reading(name: str, progress: ProgressHook | None) -> Callable[[int, int], None] | None:
+    """``verify``'s progress hook, as one stage to a run's."""
+    if progress is None:
+        return None
+    began_s = time.perf_counter()
+
+    def tell(flows: int, available: int) -> None:
+        seconds = time.perf_counter() - began_s
+        progress(Progress((StageStatistics(name, flows, seconds, 0.0, 0.0, 0, 0),), available, flows, seconds))
+
+    return tell
+
+
+def _notes(notes: list[str], rewriter: ShardRewriter) -> Iterator[str]:
+    yield from notes
+    if rewriter.others:
+        yield (
+            f"{rewriter.others} of {rewriter.others + rewriter.same} flows that could be read come out differently "
+            f"here, by up to {rewriter.farthest:.3g} px; they stayed as they were, the others are as computed here"
+        )

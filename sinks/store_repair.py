@@ -1,0 +1,256 @@
+"""Mends a finished flow store: puts whole files in the place of those that are damaged, and leaves the others alone.
+
+A flow that can still be read stays as it was written, to the byte, although its shard's file is made anew. When it is
+computed again, because its neighbours are, it shows whether they come from the same pictures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flowreel.engine.errors import DamagedStoreError, ResumeMismatchError, StoreError
+from flowreel.sinks import publish
+from flowreel.sinks.codecs import INDEX_MISSING, compress, pack_shard
+from flowreel.sinks.store_layout import COORDINATES, check_coordinate, coordinate_chunk, flow_shard
+from flowreel.sinks.store_reader import open_store
+from flowreel.sinks.zarr_store import other_settings, other_source
+
+if TYPE_CHECKING:
+    import os
+
+    import numpy.typing as npt
+
+    from flowreel.engine.config import SinkConfig
+    from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
+
+    Array = npt.NDArray[Any]
+    Float32Array = npt.NDArray[np.float32]
+
+SAME_TIME_S = 1e-6
+# How far a flow may be off on another processor, as a share of its own mean: bf16 makes it one or two hundredths,
+# another pair of pictures about 1.
+MOST_DIFFERENCE = 0.1
+ANEW = "make the store anew with flowreel run --overwrite"
+
+
+@dataclass(frozen=True)
+class ShardDamage:
+    """What cannot be read of one shard and of its chunks in the arrays beside it."""
+
+    shard: int
+    first_flow: int  # of the shard
+    last_flow: int  # of the shard, inclusive
+    flows: tuple[int, ...]  # those that cannot be read
+    arrays: tuple[str, ...]  # ``timestamp_s``, ``frame``, ...: those whose chunk cannot be read
+
+    def __len__(self) -> int:
+        """Flows in the shard."""
+        return self.last_flow - self.first_flow + 1
+
+    def __str__(self) -> str:
+        flows = f"{len(self.flows)} of {len(self)} flows" if self.flows else ""
+        what = ", ".join(filter(None, (flows, *self.arrays)))
+        return f"shard {self.shard}, flows {self.first_flow} to {self.last_flow}: {what}"
+
+
+class ShardRewriter:
+    """Takes the flows of damaged shards, computed again, and publishes each file over the damaged one.
+
+    Errors: StoreNotFoundError; StoreError for a store that is unfinished, or that a run is about to replace;
+    DamagedStoreError for metadata that cannot be believed; OutputWriteError.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        try:
+            self.store = open_store(path)
+            if self.store.complete:
+                for name in COORDINATES:
+                    check_coordinate(self.store.folder, name, self.store.layout, complete=True)
+        except DamagedStoreError as error:
+            raise DamagedStoreError(f"{error}. Only shards and chunks can be repaired, not metadata: {ANEW}") from error
+        unfinished = publish.partial_path(self.store.folder)
+        if not self.store.complete:
+            raise StoreError(f"{self.store.path} is unfinished: go on with it by flowreel run --resume, then repair it")
+        if unfinished.exists():
+            raise StoreError(
+                f"beside {self.store.path} lies {unfinished.name}, which is to replace it: end that run with flowreel "
+                "run --resume, or remove it, and repair afterwards"
+            )
+        self.flows = 0  # taken so far
+        self.bytes_written = 0
+        self.same = 0  # flows that could be read and came out the same to the byte
+        self.others = 0  # flows that could be read and came out a little different: they stayed as they were
+        self.farthest = 0.0  # pixels, the largest difference among those
+        self._damaged: dict[int, ShardDamage] = {}
+        self._chunks: list[bytes] = []  # of the shard that is filling up
+        self._coordinates: dict[str, list[Any]] = {name: [] for name in COORDINATES}  # of the same shard
+
+    def damage(self, suspected: Collection[int]) -> tuple[ShardDamage, ...]:
+        """What is damaged: among the flows of the suspected shards, and in the arrays beside ``flow``."""
+        count, length = len(self.store), self.store.shard_length
+        for shard in range(math.ceil(count / length)):
+            flows = range(shard * length, min((shard + 1) * length, count))
+            unreadable = tuple(flow for flow in flows if shard in suspected and self._stored(flow) is None)
+            arrays = tuple(name for name in COORDINATES if self._values(name, shard) is None)
+            if unreadable or arrays:
+                self._damaged[shard] = ShardDamage(shard, flows[0], flows[-1], unreadable, arrays)
+        return tuple(self._damaged.values())
+
+    # -- Where the flow comes from ---------------------------------------------------------------------------------
+
+    def frame_at(self, place: int, *, backward: bool, start: int | None, step: int) -> int | None:
+        """Number in the source of frame ``place`` of those the run took; flow n lies between frames n and n + 1.
+
+        As recorded; where that is damaged, counted from the nearest that is, or from the run's ``start``. None: there
+        is nothing to count from.
+        """
+        earlier, later = map(self._known, ("frame_to", "frame") if backward else ("frame", "frame_to"))
+        frames = np.append(earlier, -1)  # (N + 1,)
+        ends = np.insert(later, 0, -1)  # a flow ends where the next one begins
+        frames[frames < 0] = ends[frames < 0]
+        known = np.flatnonzero(frames >= 0)
+        if known.size:
+            nearest = int(known[np.abs(known - place).argmin()])
+            return int(frames[nearest]) + step * (place - nearest)
+        return None if start is None else start + step * place
+
+    def require_source(self, source: SourceId) -> None:
+        """Raises ResumeMismatchError unless this is the source the store was made of, or that one grown."""
+        now = {"name": source.name, "size_bytes": source.size_bytes, "head_sha256": source.head_sha256}
+        self._refuse(other_source(self.store.attrs.get("source") or {}, now))
+
+    def require_same(self, info: FlowInfo, config: SinkConfig) -> None:
+        """Raises ResumeMismatchError naming what differs, unless a run with this header would write this store."""
+        self._refuse(other_settings(self.store, info, config))
+
+    def _refuse(self, differing: list[str]) -> None:
+        if differing:
+            raise ResumeMismatchError(
+                f"cannot repair {self.store.path}: {'; '.join(differing)}. Give the source and the weights that it was "
+                f"made with, or {ANEW}"
+            )
+
+    # -- Writing ---------------------------------------------------------------------------------------------------
+
+    def write(self, batch: FlowBatch) -> None:
+        """Takes flows of damaged shards, on the CPU, in order; publishes what is damaged once a shard has them all.
+
+        Raises ResumeMismatchError when they are of other frames than recorded, or differ from what can be read.
+        """
+        shard, place = divmod(batch.index, self.store.shard_length)
+        damage = self._damaged[shard]
+        if place == 0:
+            self._forget()
+        if place != len(self._chunks):
+            raise ValueError(f"flows arrive in order: expected place {len(self._chunks)} of the shard, got {place}")
+        flows = batch.flow if self.store.layout.native is None else batch.native
+        if flows is None:
+            raise ValueError("the store holds the network's own prediction, which did not come with the flow")
+        self._require_recorded(batch, shard, place)
+        for name, values in self._coordinates.items():
+            values.extend(getattr(batch, name))
+        for number, flow in enumerate(flows.detach().numpy(), batch.index):
+            self._chunks.append(self._kept(number, flow))
+            self.flows += 1
+        if batch.index + len(batch) == damage.last_flow + 1:
+            self._publish(damage)
+            self._forget()
+
+    def remove_leftovers(self) -> None:
+        """Deletes what a killed run or repair left inside the store under a temporary name."""
+        with publish.write_errors(self.store.path):
+            for path in list(self.store.folder.rglob("*.partial")):
+                if path.is_symlink() or not path.is_dir():
+                    path.unlink(missing_ok=True)
+
+    def _forget(self) -> None:
+        self._chunks.clear()
+        for values in self._coordinates.values():
+            values.clear()
+
+    def _publish(self, damage: ShardDamage) -> None:
+        """As the run did: times and frames first, then the flow."""
+        folder, length = self.store.folder, self.store.shard_length
+        files: list[tuple[Path, list[bytes]]] = []
+        for name in damage.arrays:
+            dtype, fill = COORDINATES[name]
+            values = np.full(length, fill, dtype)
+            values[: len(self._chunks)] = self._coordinates[name]
+            files.append((coordinate_chunk(folder, name, damage.shard), [compress(values, "blosc")]))
+        if damage.flows:
+            files.append((flow_shard(folder, damage.shard), pack_shard(self._chunks, length)))
+        with publish.write_errors(self.store.path):
+            for path, pieces in files:
+                self.bytes_written += publish.publish_bytes(path, *pieces)
+
+    def _require_recorded(self, batch: FlowBatch, shard: int, place: int) -> None:
+        """The frames and times that came are those that can still be read of the shard."""
+        for name in COORDINATES:
+            came, values = getattr(batch, name), self._values(name, shard)
+            if values is None:
+                continue
+            recorded = values[place : place + len(batch)]
+            off = ~(np.abs(recorded - came) <= SAME_TIME_S) & ~(np.isnan(recorded) & np.isnan(came))
+            if off.any():
+                first = int(off.argmax())
+                raise ResumeMismatchError(
+                    f"{name} of flow {batch.index + first} is {recorded[first]} in the store, but {came[first]} in the "
+                    "source: it is another recording than the store was made of"
+                )
+
+    def _kept(self, number: int, flow: Float32Array) -> bytes:
+        """The chunk of a flow: as it is in the store if it can be read, else of what was computed."""
+        chunk = self.store.layout.codec.encode(flow).chunk
+        stored = self._stored(number)
+        if stored is None or stored[0] == chunk:
+            self.same += stored is not None
+            return chunk
+        with np.errstate(all="ignore"):
+            off = np.abs(stored[1] - flow)
+        off = off[np.isfinite(off)]
+        length = np.abs(stored[1][np.isfinite(stored[1])])
+        if off.size and off.mean() > self.store.layout.codec.max_error + MOST_DIFFERENCE * length.mean():
+            raise ResumeMismatchError(
+                f"{self.store.name_of(number)} can be read, and what comes of the source differs from it by "
+                f"{off.mean():.3g} px on average, of {length.mean():.3g} px: the source, or what computes, is not what "
+                "the store was made with"
+            )
+        self.others += 1
+        self.farthest = max(self.farthest, float(off.max(initial=0)))
+        return stored[0]
+
+    # -- What is there ---------------------------------------------------------------------------------------------
+
+    def _stored(self, number: int) -> tuple[bytes, Float32Array] | None:
+        """A flow's chunk and what it holds, (2, h, w) float32; None: it cannot be read."""
+        files, layout = self.store.files, self.store.layout
+        shard, place = divmod(number, layout.shard_length)
+        values = np.empty(layout.stored_shape, np.float32)
+        try:
+            index = files.index(shard)
+            if index is None or index[place, 0] == INDEX_MISSING:
+                return None
+            chunk = files.chunk(shard, *(int(value) for value in index[place]))
+            layout.codec.decode(chunk, values)
+        except (OSError, DamagedStoreError):
+            return None
+        return chunk, values
+
+    def _values(self, name: str, shard: int) -> Array | None:
+        """(S,) one shard's values of an array beside ``flow``; None: they cannot be read."""
+        try:
+            return self.store.files.coordinate_chunk(name, shard)
+        except (OSError, DamagedStoreError):
+            return None
+
+    def _known(self, name: str) -> Array:
+        """(N,) frame numbers, -1 where they cannot be read."""
+        count, length = len(self.store), self.store.shard_length
+        parts = [self._values(name, shard) for shard in range(math.ceil(count / length))]
+        return np.concatenate([np.full(length, -1) if part is None else part for part in parts])[:count]
