@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flowreel.engine.errors import DamagedStoreError
-from flowreel.sinks.codecs import INDEX_MISSING
+from flowreel.sinks.codecs import INDEX_MISSING, decompress
+from flowreel.sinks.native import vector_places
 from flowreel.sinks.parallel import OrderedPool
-from flowreel.sinks.store_layout import COORDINATES, numbers_in
+from flowreel.sinks.store_files import SPARE_BYTES
+from flowreel.sinks.store_layout import COORDINATES, coordinate_chunk, numbers_in, open_file
 from flowreel.sinks.store_reader import DECODE_THREADS
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ def check_store(store: FlowStore, progress: Callable[[int], None] | None = None)
         yield StoreProblem(f"unfinished: {store.available} of {len(store)} flows are there")
     try:
         yield from _check_coordinates(store)
+        yield from _check_places(store)
         yield from _check_flows(store, progress or (lambda flows: None))
         if store.complete:
             yield from _check_files(store)
@@ -75,6 +78,24 @@ def _check_coordinates(store: FlowStore) -> Iterator[StoreProblem]:
         yield from _at(store, np.concatenate([[False], back & ~unknown[1:]]), f"its {name} is not after the one before")
     if {"frame", "frame_to"} <= arrays.keys():
         yield from _at(store, (arrays["frame"] == arrays["frame_to"]) & (arrays["frame"] >= 0), "it leads nowhere")
+
+
+def _check_places(store: FlowStore) -> Iterator[StoreProblem]:
+    """Of a store of coarse predictions: where other readers are told that the vectors lie."""
+    layout = store.layout
+    if layout.native is None:
+        return
+    for name, expected in zip(("y", "x"), vector_places(layout.native, layout.height, layout.width), strict=True):
+        try:
+            with open_file(coordinate_chunk(store.folder, name, 0)) as file:
+                places = decompress(file.read(16 * len(expected) + SPARE_BYTES), "blosc", expected.dtype, len(expected))
+        except FileNotFoundError:
+            yield StoreProblem(f"chunk 0 of {name} is missing")
+        except (OSError, DamagedStoreError) as error:
+            yield StoreProblem(f"chunk 0 of {name}: {error}")
+        else:
+            if not np.array_equal(places, expected):
+                yield StoreProblem(f"{name} does not say where the vectors lie")
 
 
 def _at(store: FlowStore, wrong: Array, what: str) -> Iterator[StoreProblem]:

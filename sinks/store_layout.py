@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import reprlib
 import stat
 from dataclasses import dataclass, replace
@@ -41,6 +42,7 @@ BYTES: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
 CHECKSUM: dict[str, Any] = {"name": "crc32c"}
 SETTINGS_MATTER = ("bytes", "transpose", "numcodecs.delta")  # of the others, the bytes themselves tell
 
+_RATE = r"[1-9]\d{0,18}(/[1-9]\d{0,18})?"
 _MALFORMED = (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError)  # taking metadata apart
 
 
@@ -279,10 +281,23 @@ def _flowreel_attributes(folder: Path, group: dict[str, Any]) -> dict[str, Any]:
     version = attributes.get("format_version")
     if version != FORMAT_VERSION or isinstance(version, bool):
         raise DamagedStoreError(
-            f"{folder} has store format {version}, this version reads {FORMAT_VERSION}: a newer flowreel may have "
+            f"{folder} has store format {reprlib.repr(version)}, this version reads {FORMAT_VERSION}: a newer flowreel may have "
             "written it"
         )
+    for name, is_right in (("source", _is_source), ("frame_rate", _is_rate)):
+        if not is_right(attributes.get(name)):
+            found = reprlib.repr(attributes[name])
+            raise DamagedStoreError(f"{folder}: its attribute {name} is not what flowreel writes: {found}")
     return attributes
+
+
+def _is_source(value: object) -> bool:
+    return value is None or isinstance(value, dict)
+
+
+def _is_rate(value: object) -> bool:
+    """None, or frames per second as a fraction: ``25``, ``30000/1001``."""
+    return value is None or (isinstance(value, str) and re.fullmatch(_RATE, value, re.ASCII) is not None)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

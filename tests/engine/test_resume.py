@@ -198,6 +198,10 @@ def test_xarray_sees_where_native_vectors_lie(tiny: str) -> None:
         assert seen["flow"].shape == (2, 2, 32, 48)  # a quarter of 128x192, to which 100x150 is padded
         np.testing.assert_allclose(seen["y"][:2], [1.5 - 14, 5.5 - 14])
         np.testing.assert_allclose(seen["x"][:2], [1.5 - 21, 5.5 - 21])
+    place = Path("n.zarr/y/c/0")
+    place.write_bytes(place.read_bytes()[:-1] + b"!")
+    (problem,) = open_store("n.zarr").problems()
+    assert problem == "chunk 0 of y: checksum is wrong"
 
 
 def test_native_has_its_limits(tmp_path: Path) -> None:
