@@ -17,7 +17,7 @@ from typing import Any
 from flowreel.engine.config import RunConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, Resumable, Sink, Source
 from flowreel.engine.device import Streams, device_name, download, upload
-from flowreel.engine.errors import TooFewFramesError, TruncatedSourceError, UsageError
+from flowreel.engine.errors import OutputExistsError, TooFewFramesError, TruncatedSourceError, UsageError
 from flowreel.engine.export import export
 from flowreel.engine.inference import Inference, Network, load_network
 from flowreel.engine.outputs import (
@@ -141,7 +141,7 @@ def run_one(
                 f"{', '.join(paths)}; pass --tolerate-truncation to take it as the whole"
             )
         report = _report(frames, inference, header, sinks, tallies, pipeline, (began_s, started_s, ended_s))
-    return report if resumed is None else _with_others(report, resumed, paths, config)
+    return report if resumed is None else _with_others(report, resumed, paths, config, overwrite=True)
 
 
 def stream(source: PathLike, **options: object) -> Iterator[FlowBatch]:
@@ -270,24 +270,28 @@ def _complete_already(resumed: Resumption, paths: list[str], config: RunConfig) 
         stages=(),
         notes=(f"{store.path} is complete already, with {len(store)} flows",),
     )
-    missing = [path for path in paths if path == resumed.store.path or not os.path.lexists(path)]
-    return _with_others(report, resumed, missing, config)
+    return _with_others(report, resumed, paths, config, overwrite=False)
 
 
-def _with_others(report: RunReport, resumed: Resumption, paths: list[str], config: RunConfig) -> RunReport:
+def _with_others(
+    report: RunReport, resumed: Resumption, paths: list[str], config: RunConfig, *, overwrite: bool
+) -> RunReport:
     """Makes the outputs beside the store from it, once it is complete."""
-    others = [path for path in paths if path != resumed.store.path]
-    notes = list(report.notes)
+    outputs, notes = list(report.outputs), list(report.notes)
     if report.pairs:
         notes.append(f"went on after {resumed.point.flows} flows of an earlier run")
-    outputs = report.outputs
-    if others:
-        options = {name: getattr(config.sink, name) for name in ("max_flow", "bound")}
-        queue_mb = config.queues.total_bytes / (1 << 20)
-        made = export(resumed.store.path, others, overwrite=True, queue_mb=queue_mb, **options)
-        outputs = (*outputs, *made.outputs)
-        notes.append(f"made from the store: {', '.join(others)}")
-    return replace(report, outputs=outputs, bytes_written=sum(o.bytes_written for o in outputs), notes=tuple(notes))
+    options = {name: getattr(config.sink, name) for name in ("max_flow", "bound")}
+    options["queue_mb"] = config.queues.total_bytes / (1 << 20)
+    for path in paths:
+        if path == resumed.store.path:
+            continue
+        try:
+            outputs += export(resumed.store.path, path, overwrite=overwrite, **options).outputs
+            notes.append(f"{path} was made from the store")
+        except OutputExistsError:
+            notes.append(f"{path} is there already")
+    written = sum(output.bytes_written for output in outputs)
+    return replace(report, outputs=tuple(outputs), bytes_written=written, notes=tuple(notes))
 
 
 def _report(

@@ -281,8 +281,8 @@ def _flowreel_attributes(folder: Path, group: dict[str, Any]) -> dict[str, Any]:
     version = attributes.get("format_version")
     if version != FORMAT_VERSION or isinstance(version, bool):
         raise DamagedStoreError(
-            f"{folder} has store format {reprlib.repr(version)}, this version reads {FORMAT_VERSION}: a newer flowreel may have "
-            "written it"
+            f"{folder} has store format {reprlib.repr(version)}, this version reads {FORMAT_VERSION}: a newer flowreel "
+            "may have written it"
         )
     for name, is_right in (("source", _is_source), ("frame_rate", _is_rate)):
         if not is_right(attributes.get(name)):

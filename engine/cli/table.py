@@ -102,6 +102,10 @@ def _headline(progress: Progress) -> str:
 def print_summary(report: RunReport) -> None:
     """What ran, how fast, and how large it is beside what ``.flo`` files would have taken."""
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    if not report.pairs:  # a resumed run that found all done
+        for note in report.notes:
+            console.print(note)
+        return
     console.print(
         f"{report.pairs} flows of {report.width}x{report.height} in {clock(report.seconds)} "
         f"({report.pairs_per_s:.2f} a second; start-up {report.startup_s:.1f} s)"

@@ -77,7 +77,7 @@ class Header:
         if colour not in _FORMATS:
             known = ", ".join(_FORMATS)
             raise UnsupportedSourceError(
-                f"stdin: pictures of the kind C{colour} are not known; expected one of {known}"
+                f"stdin: pictures of the kind C{colour[:40]} are not known; expected one of {known}"
             )
         return cls(
             width=_side(fields, "W", line),

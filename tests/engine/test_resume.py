@@ -88,8 +88,12 @@ def test_resumed_is_the_same_to_the_byte(tiny: str, step: int, direction: str) -
     assert Path("X.mp4").exists()
     assert len(list(Path("flo").iterdir())) == len(open_store("X.zarr"))
     before = contents("X.zarr")
-    again = flowreel.run("frames", ["X.zarr"], resume=True, **options)
+    Path("X.mp4").unlink()
+    flo = contents("flo")
+    again = flowreel.run("frames", ["X.zarr", "X.mp4", "flo/%03d.flo"], resume=True, **options)
     assert again.pairs == 0
+    assert Path("X.mp4").exists()
+    assert contents("flo") == flo
     assert contents("X.zarr") == before
 
 
