@@ -20,6 +20,7 @@ from flowreel.engine.cli import call
 from flowreel.engine.models import build_model, checkpoints
 from flowreel.engine.models import download as downloads
 from flowreel.engine.models.checkpoints import Checkpoint, Source
+from flowreel.engine.models.weights import read_weights
 
 Capture = pytest.CaptureFixture[str]
 
@@ -82,7 +83,10 @@ def test_list(capsys: Capture) -> None:
     assert err == ""
     lines = out.splitlines()
     assert len(lines) == 9
-    assert lines[1].split()[:5] == ["baseline", "FlowNet2C", "1.5", "MB", "shipped"]
+    shipped = read_weights("baseline")
+    assert lines[1].split()[:2] == ["baseline", shipped.model]
+    assert lines[1].split()[4] == "shipped"
+    assert shipped.sha256 in lines[1]
     assert "bc30f54f76aa4c726faada81c9fe5e62da22bfe467f1d65bacd613ba6be53e73" in lines[2]
     assert lines[8].endswith("not known")
     listed = facts(capsys, "weights", "list")
@@ -98,7 +102,7 @@ def test_info(capsys: Capture) -> None:
         assert words in out
     told = facts(capsys, "weights", "info", "baseline")
     assert isinstance(told, dict)
-    assert (told["model"], told["also_runs"], told["batch_norm"]) == ("FlowNet2C", [], False)
+    assert (told["model"], told["also_runs"], told["batch_norm"]) == ("FlowNet2CSS", ["FlowNet2C", "FlowNet2CS"], False)
     assert told["parameters"] > 100_000
 
 
