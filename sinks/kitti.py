@@ -42,6 +42,7 @@ STEPS_PER_PIXEL = 64
 ZERO = 32768  # the sample that stands for no motion
 PNG_START_BYTES = 33  # signature and header chunk
 OTHER_CHUNKS_BYTES = 1 << 20  # beside the pixels: times, comments
+FILTERS = {0, 1, 2, 3, 4}  # each row begins with the number of its own
 INFLATE_BLOCK_BYTES = 1 << 20
 
 
@@ -62,7 +63,7 @@ def read_kitti(path: str | os.PathLike[str]) -> tuple[Float32Array, BoolArray]:
         pixel_bytes = height * (1 + 6 * width)
         file_bytes = os.fstat(file.fileno()).st_size
         data = start + file.read(min(file_bytes, 2 * pixel_bytes + OTHER_CHUNKS_BYTES))  # more is no such picture
-    _check_contents(name, data, pixel_bytes)
+    _check_contents(name, data, height, 1 + 6 * width)
     try:
         decoder = av.CodecContext.create("png", "r")
         decoder.thread_count = 1
@@ -140,17 +141,20 @@ def _read_size(name: str, start: bytes) -> tuple[int, int]:
     return height, width
 
 
-def _check_contents(name: str, data: bytes, expected: int) -> None:
-    """Raises FlowFileError unless the PNG is whole and unfolds to ``expected`` bytes.
+def _check_contents(name: str, data: bytes, rows: int, row_bytes: int) -> None:
+    """Raises FlowFileError unless the PNG is whole and unfolds to so many rows of so many bytes.
 
-    FFmpeg fills up what is missing and overlooks wrong checksums, so that is looked at here.
+    FFmpeg fills up what is missing, and overlooks wrong checksums and unknown filters, so that is looked at here.
     """
-    inflater, found = zlib.decompressobj(), 0
+    inflater, found, expected = zlib.decompressobj(), 0, rows * row_bytes
+    filters: set[int] = set()
     try:
         for kind, body in _chunks(name, data):
             left: bytes | memoryview = body if kind == b"IDAT" else b""
             while left and not inflater.eof and found <= expected:
-                found += len(inflater.decompress(left, INFLATE_BLOCK_BYTES))
+                block = inflater.decompress(left, INFLATE_BLOCK_BYTES)
+                filters.update(block[-found % row_bytes :: row_bytes])
+                found += len(block)
                 left = inflater.unconsumed_tail
         if found <= expected:
             found += len(inflater.flush())
@@ -158,6 +162,8 @@ def _check_contents(name: str, data: bytes, expected: int) -> None:
         raise FlowFileError(f"{name}: it is damaged, its pixels do not decompress ({error})") from error
     if found != expected or not inflater.eof:
         raise FlowFileError(f"{name}: it is damaged, expected {expected} bytes of pixels, found {found} or more")
+    if not filters <= FILTERS:
+        raise FlowFileError(f"{name}: it is damaged, a row of its pixels is filtered in no way that PNG knows")
 
 
 def _chunks(name: str, data: bytes) -> Iterator[tuple[bytes, memoryview]]:

@@ -39,6 +39,7 @@ NPY_MAGIC = b"\x93NUMPY"
 HEADER_BYTES = 1024  # of an .npy, at most; NumPy's own for three dimensions take 128
 FLOAT = re.compile(r"[<>=|]?f[248]")
 READ_BYTES = 1 << 20  # at a time
+SHOWN = 200  # characters of what the file itself says, in a message: an entry's name may have 65535
 DEFLATE_MOST = 1032  # bytes that one compressed byte can become
 ENCRYPTED = 0x1  # flag of a zip's entry
 
@@ -68,7 +69,8 @@ def read_flow_npz(path: str | os.PathLike[str]) -> Float32Array:
         except FlowFileError:
             raise
         except _BROKEN as error:
-            raise FlowFileError(f"{name}: expected an .npz file, found a damaged one or none ({error})") from error
+            reason = str(error)[:SHOWN]
+            raise FlowFileError(f"{name}: expected an .npz file, found a damaged one or none ({reason})") from error
     flow = values.reshape(array.shape, order="F" if array.fortran_order else "C")
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and so stays unknown
         return np.ascontiguousarray(flow if array.is_interleaved else flow.transpose(1, 2, 0), np.float32)
@@ -148,7 +150,7 @@ def _find_flow(name: str, archive: zipfile.ZipFile, file_bytes: int) -> tuple[zi
     read = [(entry, _read_header(archive, entry)) for entry in entries]
     arrays = [(entry, array) for entry, array in read if array is not None]
     if len(arrays) != 1:
-        names = ", ".join(entry.filename for entry in entries[:5]) or "nothing"
+        names = ", ".join(entry.filename[:SHOWN] for entry in entries[:5]) or "nothing"
         raise FlowFileError(
             f"{name}: expected one float array of (H, W, 2) or (2, H, W), found {len(arrays)} among {names}"
         )
@@ -159,7 +161,7 @@ def _find_flow(name: str, archive: zipfile.ZipFile, file_bytes: int) -> tuple[zi
     most = packed * (DEFLATE_MOST if entry.compress_type == zipfile.ZIP_DEFLATED else 1)
     if entry.file_size != array.begins + array.nbytes or entry.file_size > most:
         raise FlowFileError(
-            f"{name}: {entry.filename} says that it holds {width}x{height} vectors, {array.nbytes} bytes, "
+            f"{name}: {entry.filename[:SHOWN]} says that it holds {width}x{height} vectors, {array.nbytes} bytes, "
             f"but {packed} bytes are there, for {entry.file_size} in all"
         )
     return entry, array

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -250,9 +251,15 @@ def require_size(name: str, height: int, width: int) -> None:
 
 @contextmanager
 def read_errors(path: str | os.PathLike[str], what: str) -> Iterator[None]:
-    """Turns the operating system's errors on reading ``what`` into SourceNotFoundError and FlowFileError."""
+    """Turns the operating system's errors on reading ``what`` into SourceNotFoundError and FlowFileError.
+
+    Also raises FlowFileError, before anything is opened, for what is no file.
+    """
     name = os.fspath(path)
     try:
+        # A pipe would be waited for without end, and a device read without end.
+        if not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):
+            raise FlowFileError(f"{name}: expected a {what}, found something that is no file")
         yield
     except FileNotFoundError as error:
         raise SourceNotFoundError(f"no {what} at {name}") from error

@@ -92,6 +92,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """
     make_folder(path.parent)
     temporary = partial_path(path)
+    remove_leftover(temporary)
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -141,6 +142,15 @@ def settle_replaced(path: Path) -> None:
     else:
         os.rename(aside, path)
         sync_folder(path.parent)
+
+
+def remove_leftover(path: Path) -> None:
+    """Removes what lies under an unfinished name, so that no link there is followed and no pipe waited for.
+
+    A folder stays: it is an error to whoever opens a file of that name.
+    """
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
 
 
 def remove(path: Path, ignore_errors: bool = False) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from flowreel.engine.data import UNKNOWN_ABOVE
 from flowreel.engine.errors import OutputError, OutputWriteError, UnknownOutputError
 from flowreel.kernels.flow_color import flow_to_color, percentile_magnitude
-from flowreel.sinks.publish import make_folder, partial_path, publish_file, remove, require_absent
+from flowreel.sinks.publish import make_folder, partial_path, publish_file, remove, remove_leftover, require_absent
 from flowreel.sinks.video_writer import CONTAINERS, VideoWriter, video_write_errors
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ class ColorVideoSink:
         require_absent(self._destination, self._overwrite)
         with video_write_errors(self._destination):
             make_folder(self._destination.parent)
+            remove_leftover(self._partial)
             container = self._destination.suffix.lower()
             self._encoder = VideoWriter(self._partial, container, info.height, info.width, info.frame_rate)
         if self._encoder.fallback is not None:

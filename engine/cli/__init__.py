@@ -29,6 +29,8 @@ def call(arguments: list[str]) -> int:
     """
     from flowreel.engine.cli.app import EndOfFile, app
 
+    if any("\0" in argument for argument in arguments):  # no shell can give it, and no file system takes it
+        return _say("an argument holds a NUL character: no file or option goes by such a name", 2)
     try:
         result = app(arguments, prog_name="flowreel", standalone_mode=False)
     except KeyboardInterrupt:
@@ -48,6 +50,8 @@ def _report(error: Exception) -> int:
     cause = error.__cause__ if isinstance(error, StageError) else error
     if isinstance(error, FlowreelError):
         return _say(str(error) or type(error).__name__, 2 if isinstance(cause, UsageError) else 1)
+    if isinstance(error, OSError) and error.strerror:  # met where nobody looked for it: a name too long, a lost disk
+        return _say(f"{error.strerror}: {error.filename}" if error.filename else error.strerror, 1)
     if hasattr(error, "format_message"):  # typer's own: an unknown option, a value of the wrong kind
         if not error.format_message():  # no arguments at all: the help has been shown
             return 2

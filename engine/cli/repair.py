@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flowreel.engine.cli import printable
 from flowreel.engine.cli.options import Debug, Device, Quiet, Weights
 from flowreel.engine.cli.table import Live, clock, size
 from flowreel.engine.cli.verify import _lines, _plural
@@ -46,9 +47,9 @@ def repair(
         report = repairing.repair(store, source, weights=weights, device=device, dry_run=dry_run, progress=live.show)
     if not quiet:
         for line in summary(report, dry_run):
-            live.console.print(line, highlight=False, markup=False, soft_wrap=True)
+            live.console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
     if not (quiet and report.after.sound):
-        typer.echo("\n".join(_lines(report.after)))
+        typer.echo("\n".join(map(printable, _lines(report.after))))
     if not report.after.sound:
         raise typer.Exit(1)
 

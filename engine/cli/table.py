@@ -11,6 +11,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from flowreel.engine.cli import printable
+
 if TYPE_CHECKING:
     from flowreel.engine.api import RunReport
     from flowreel.engine.many import ManyProgress, ManyReport, SourceReport
@@ -69,7 +71,7 @@ def stage_table(progress: Progress) -> Table:
     for stage in progress.stages:
         whole_s = max(stage.busy_s + stage.wait_in_s + stage.wait_out_s, 1e-9)
         shares = (f"{part / whole_s:.0%}" for part in (stage.busy_s, stage.wait_in_s, stage.wait_out_s))
-        table.add_row(stage.name, str(stage.items), *shares, str(stage.queue))
+        table.add_row(printable(stage.name), str(stage.items), *shares, str(stage.queue))
     return table
 
 
@@ -87,7 +89,7 @@ def _sources_bar(progress: ManyProgress) -> Table:
 
 def _place(progress: ManyProgress) -> str:
     failed = f", {progress.failed} failed" if progress.failed else ""
-    return f"source {progress.number} of {progress.count}{failed}: {progress.source}"
+    return f"source {progress.number} of {progress.count}{failed}: {printable(progress.source)}"
 
 
 def _headline(progress: Progress) -> str:
@@ -110,14 +112,14 @@ def print_summary(report: RunReport) -> None:
         f"{report.pairs} flows of {report.width}x{report.height} in {clock(report.seconds)} "
         f"({report.pairs_per_s:.2f} a second; start-up {report.startup_s:.1f} s)"
     )
-    console.print(_how(report))
+    console.print(printable(_how(report)))
     for output in report.outputs:
         share = f", {report.flo_bytes / output.bytes_written:.1f}x smaller than .flo" if output.bytes_written else ""
-        console.print(f"{output.path}  {size(output.bytes_written)}{share}")
+        console.print(f"{printable(output.path)}  {size(output.bytes_written)}{share}")
         for note in output.notes:
-            console.print(f"  {note}")
+            console.print(f"  {printable(note)}")
     for note in report.notes:
-        console.print(f"note: {note}")
+        console.print(f"note: {printable(note)}")
 
 
 def print_many(report: ManyReport) -> None:
@@ -127,18 +129,18 @@ def print_many(report: ManyReport) -> None:
     for heading in ("source", "", "flows", "time", "size"):
         table.add_column(heading, justify="left" if heading in ("source", "") else "right", overflow="fold")
     for source in report.sources:
-        table.add_row(*map(Text, _cells(source)))
+        table.add_row(*(Text(printable(cell)) for cell in _cells(source)))
     console.print(table)
     for source in report.sources:
         if source.error is not None:
-            console.print(f"{source.source}: {source.error}")
+            console.print(printable(f"{source.source}: {source.error}"))
         for note in () if source.run is None else _notes(source.run):
-            console.print(f"{source.source}: {note}")
+            console.print(printable(f"{source.source}: {note}"))
     runs = [source.run for source in report.sources if source.run is not None]
     if runs:
-        console.print(_how(runs[0]))
+        console.print(printable(_how(runs[0])))
     counts = (f"{sum(s.status == status for s in report.sources)} {status}" for status in ("done", "skipped", "failed"))
-    console.print(f"{', '.join(counts)} in {clock(report.seconds)}; see {report.manifest}")
+    console.print(f"{', '.join(counts)} in {clock(report.seconds)}; see {printable(report.manifest)}")
 
 
 def _cells(source: SourceReport) -> tuple[str, ...]:

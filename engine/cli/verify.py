@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flowreel.engine.cli import printable
 from flowreel.engine.cli.options import Debug, Quiet
 
 if TYPE_CHECKING:
@@ -43,11 +44,11 @@ def verify(
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
         for store in stores:
-            task = bar.add_task(store, total=None)
+            task = bar.add_task(printable(store), total=None)
             done.append(verifying.verify(store, partial(_show, bar, task)))
             bar.remove_task(task)
             if not as_json and not (quiet and done[-1].sound):
-                typer.echo("\n".join(_lines(done[-1])))
+                typer.echo("\n".join(map(printable, _lines(done[-1]))))
     if as_json:
         typer.echo(json.dumps([one.as_json() for one in done], indent=2))
     if not all(one.sound for one in done):

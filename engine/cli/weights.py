@@ -104,7 +104,7 @@ def convert(
     from flowreel.engine.models.weights import convert as convert_file
 
     held = convert_file(source, output, half=half, overwrite=overwrite)
-    typer.echo(f"{output}: {held.model}, licence: {_plain(held.licence)}, sha256 {held.sha256}")
+    typer.echo(f"{_plain(str(output))}: {held.model}, licence: {_plain(held.licence)}, sha256 {held.sha256}")
 
 
 @weights_app.command(no_args_is_help=True)

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 _ATTACHED_PICTURE = 0x400  # FFmpeg's disposition flag of cover art
 _READ_ERRORS = 16  # in a row, before the rest of a damaged file is given up
 _TEXT_FORMATS = {"tty"}  # demuxers that would render any text file as a video of a terminal
+# Demuxers of lists, not of videos: FFmpeg would open whatever files a list names, and wait for a playlist to grow.
+_LISTS = {"avisynth", "concat", "dash", "hls", "imf", "lavfi", "rtsp", "sdp", "vapoursynth", "webm_dash_manifest"}
+_FORMATS = ",".join(sorted(av.formats_available - _LISTS))
 
 # What the colour code points of ITU-T H.273 mean, from 0, under FFmpeg's names; "-": unstated or unheard of.
 _RANGES = "- limited full"
@@ -167,14 +170,17 @@ def opened(path: Path) -> InputContainer:
         raise UnsupportedSourceError(f"{path.name} is empty")
     try:
         # The prefix keeps FFmpeg from taking "take:2.mp4" for an address.
-        container = av.open(f"file:{path}")
+        container = av.open(f"file:{path}", options={"format_whitelist": _FORMATS}, metadata_errors="replace")
     except (av.FFmpegError, OSError) as error:
         reason = error.strerror or str(error)
         if isinstance(error, OSError):
             raise UnsupportedSourceError(f"{path.name} cannot be opened: {reason}") from error
         with path.open("rb") as file:
-            if file.read(8)[4:] == b"ftyp":
-                reason += " (its index, moov, is missing or damaged: was the recording or the download cut off?)"
+            head = file.read(8)
+        if head[4:] == b"ftyp":
+            reason += " (its index, moov, is missing or damaged: was the recording or the download cut off?)"
+        if head.startswith((b"#EXTM3U", b"ffconcat")):
+            reason = "it is a list of other files; name one of those"
         raise UnsupportedSourceError(f"{path.name} is not a video that FFmpeg can read: {reason}") from error
     if container.format.name in _TEXT_FORMATS:
         container.close()
