@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,8 @@ OURS = "flowreel"
 PIXELS = (448, 1024)  # rows, columns of a frame
 FEATURES = (1, 256, 56, 128)  # what FlowNetC correlates of such frames
 RADIUS, STRIDE = 10, 2  # 21 x 21 displacements, every second pixel
+BEYOND_CACHES = 256 << 20  # bytes of different inputs; the largest last-level caches in use hold less
+MOST_INPUTS = 64
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -75,25 +78,34 @@ def kernels(device: str) -> list[Kernel]:
     return [*made, _color(device)]
 
 
-def _without_gradients(function: Callable[..., Any], *arguments: Any) -> Action:
+def _without_gradients(function: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> Action:
+    """Calls that take the inputs in turn, so that none is still in a cache when it comes again."""
+    turns = itertools.cycle(inputs)
+
     def call() -> None:
         with torch.no_grad():
-            function(*arguments)
+            function(*next(turns))
 
     return call
 
 
-def _ways(functions: Mapping[str, Callable[..., Any]], *arguments: Any) -> dict[str, Action]:
-    return {name: _without_gradients(function, *arguments) for name, function in functions.items()}
+def _ways(functions: Mapping[str, Callable[..., Any]], inputs: Sequence[tuple[Any, ...]]) -> dict[str, Action]:
+    return {name: _without_gradients(function, inputs) for name, function in functions.items()}
+
+
+def _many(make: Callable[[], tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+    """As many different inputs as together outgrow every cache."""
+    first = make()
+    size = sum(tensor.numel() * tensor.element_size() for tensor in first)
+    return [first, *(make() for _ in range(min(MOST_INPUTS, BEYOND_CACHES // size)))]
 
 
 def _shape(*tensors: Tensor) -> str:
     return " ".join("x".join(map(str, tensor.shape)) for tensor in tensors)
 
 
-def _features(device: str, precision: str) -> tuple[Tensor, Tensor]:
-    a, b = (torch.randn(FEATURES, device=device).to(DTYPES[precision]) for _ in range(2))
-    return a, b
+def _features(device: str, precision: str) -> tuple[Tensor, ...]:
+    return tuple(torch.randn(FEATURES, device=device).to(DTYPES[precision]) for _ in range(2))
 
 
 def _correlation_flops() -> float:
@@ -105,69 +117,89 @@ def _volume_values() -> int:
 
 
 def _correlation(device: str, precision: str) -> Kernel:
-    a, b = _features(device, precision)
-    ways = _ways({OURS: correlation, "torch definition": correlation_definition}, a, b)
+    inputs = _many(lambda: _features(device, precision))
+    ways = _ways({OURS: correlation, "torch definition": correlation_definition}, inputs)
+    a = inputs[0][0]
     moved = a.element_size() * (2 * a.numel() + _volume_values())
     return Kernel("correlation", _shape(a), precision, ways, _correlation_flops(), moved)
 
 
 def _correlation_backward(device: str) -> Kernel:
-    a, b = _features(device, "fp32")
-    grad = torch.randn(FEATURES[0], (2 * RADIUS + 1) ** 2, *FEATURES[2:], device=device)
-    ours = torch.ops.flowreel.correlation_backward.default
-    ways = _ways({OURS: ours, "torch definition": pixel_correlation_backward_definition}, grad, a, b, RADIUS, STRIDE)
+    volume = (FEATURES[0], (2 * RADIUS + 1) ** 2, *FEATURES[2:])
+    inputs = _many(lambda: (torch.randn(volume, device=device), *_features(device, "fp32")))
+    functions = {OURS: torch.ops.flowreel.correlation_backward.default}
+    functions["torch definition"] = pixel_correlation_backward_definition
+    ways = _ways(functions, [(*tensors, RADIUS, STRIDE) for tensors in inputs])
+    grad, a, _ = inputs[0]
     moved = 4 * (4 * a.numel() + grad.numel())
     return Kernel("correlation, backward", _shape(a), "fp32", ways, 2 * _correlation_flops(), moved)
 
 
 def _warp(device: str, precision: str) -> Kernel:
     """OpenCV's remap rounds coordinates to 1/32 px; ours does not."""
-    image = torch.rand(1, 3, *PIXELS, device=device).to(DTYPES[precision])
-    flow = torch.randn(1, 2, *PIXELS, device=device) * 8
-    ways = _ways({OURS: warp, "torch definition": warp_definition}, image, flow)
+    def make() -> tuple[Tensor, ...]:
+        return torch.rand(1, 3, *PIXELS, device=device).to(DTYPES[precision]), _flow(device)
+
+    inputs = _many(make)
+    ways = _ways({OURS: warp, "torch definition": warp_definition}, inputs)
     if device == "cpu" and precision == "fp32":
-        ways["OpenCV remap"] = _remap(image, flow)
+        ways["OpenCV remap"] = _remap(inputs)
+    image, flow = inputs[0]
     moved = 2 * image.element_size() * image.numel() + 4 * flow.numel()
     return Kernel("warp", _shape(image), precision, ways, 8.0 * image.numel(), moved)
 
 
-def _remap(image: Tensor, flow: Tensor) -> Action:
-    picture = np.ascontiguousarray(image[0].permute(1, 2, 0).numpy())
+def _remap(inputs: Sequence[tuple[Tensor, ...]]) -> Action:
     x, y = (np.ascontiguousarray(grid, np.float32) for grid in np.meshgrid(*map(np.arange, PIXELS[::-1])))
-    u, v = flow[0].numpy()
-    return lambda: cv2.remap(picture, x + u, y + v, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+
+    def remap(picture: Any, u: Any, v: Any) -> Any:
+        return cv2.remap(picture, x + u, y + v, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+
+    pictures = [(_last(image), *flow[0].numpy()) for image, flow in inputs]
+    return _without_gradients(remap, pictures)
+
+
+def _flow(device: str) -> Tensor:
+    return torch.randn(1, 2, *PIXELS, device=device) * 8
+
+
+def _last(x: Tensor) -> Any:
+    """(1, C, H, W) -> (H, W, C) NumPy, C order."""
+    return np.ascontiguousarray(x[0].permute(1, 2, 0).numpy())
 
 
 def _channel_norm(device: str, channels: int) -> Kernel:
     """On a CPU the definition is what runs; torch's own norm is the other way to write it."""
-    x = torch.randn(1, channels, *PIXELS, device=device)
-    ways = _ways({OURS: channel_norm, "torch vector_norm": lambda x: torch.linalg.vector_norm(x, dim=1)}, x)
+    inputs = _many(lambda: (torch.randn(1, channels, *PIXELS, device=device),))
+    functions = {OURS: channel_norm, "torch vector_norm": lambda x: torch.linalg.vector_norm(x, dim=1)}
+    if device == "cuda":
+        functions["torch definition"] = channel_norm_definition
+    ways = _ways(functions, inputs)
     if device == "cpu" and channels == 2:
-        u, v = x[0].numpy()
-        ways["OpenCV magnitude"] = lambda: cv2.magnitude(u, v)
-    elif device == "cuda":
-        ways |= _ways({"torch definition": channel_norm_definition}, x)
-    pixels = PIXELS[0] * PIXELS[1]
+        ways["OpenCV magnitude"] = _without_gradients(cv2.magnitude, [tuple(x[0].numpy()) for (x,) in inputs])
+    x, pixels = inputs[0][0], PIXELS[0] * PIXELS[1]
     return Kernel("channel_norm", _shape(x), "fp32", ways, 2.0 * x.numel(), 4 * (x.numel() + pixels))
 
 
 def _color(device: str) -> Kernel:
-    """OpenCV has no Middlebury wheel; hue from the angle, as its tutorials paint flow, stands in for it."""
-    flow = torch.randn(1, 2, *PIXELS, device=device) * 8
-    ways: dict[str, Action]
+    """OpenCV has no Middlebury wheel; hue from the angle, as its tutorials paint flow, stands in for it.
+
+    The limit is that of reading the flow and writing the picture.
+    """
+    inputs = _many(lambda: (_flow(device),))
+    as_tensors = [(flow, 20.0) for (flow,) in inputs]
     if device == "cpu":
-        array = np.ascontiguousarray(flow[0].permute(1, 2, 0).numpy())
-        ways = {OURS: lambda: flow_to_color(array, 20.0), "OpenCV HSV (another wheel)": lambda: _hsv(array)}
-        ways["flowreel, as a tensor"] = _without_gradients(flow_to_color, flow, 20.0)
+        arrays = [(_last(flow), 20.0) for (flow,) in inputs]
+        ways = _ways({OURS: flow_to_color, "OpenCV HSV (another wheel)": _hsv}, arrays)
+        ways["flowreel, as a tensor"] = _without_gradients(flow_to_color, as_tensors)
     else:
-        ways = _ways({OURS: flow_to_color}, flow, 20.0)
-    pixels = PIXELS[0] * PIXELS[1]
-    return Kernel("flow_to_color", _shape(flow), "fp32", ways, 60.0 * pixels, (8 + 3) * pixels)
+        ways = _ways({OURS: flow_to_color}, as_tensors)
+    return Kernel("flow_to_color", _shape(inputs[0][0]), "fp32", ways, 0.0, (8 + 3) * PIXELS[0] * PIXELS[1])
 
 
-def _hsv(flow: Any) -> Any:
+def _hsv(flow: Any, max_flow: float) -> Any:
     length, angle = cv2.cartToPolar(flow[..., 0], flow[..., 1], angleInDegrees=True)
     hsv = np.full((*flow.shape[:2], 3), 255, np.uint8)
     hsv[..., 0] = angle / 2
-    hsv[..., 1] = np.minimum(length * (255 / 20), 255)
+    hsv[..., 1] = np.minimum(length * (255 / max_flow), 255)
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
