@@ -59,7 +59,7 @@ def compare(before: str, after: str) -> Comparison:
     a, b = _results(before), _results(after)
     both = [case for case in a if case in b]
     if not both:
-        raise ValueError(f"{before} has {', '.join(sorted(a))} and {after} has {', '.join(sorted(b))}: nothing in common")
+        raise ValueError(f"nothing in common: {before} has {', '.join(sorted(a))}; {after} has {', '.join(sorted(b))}")
     changes: list[Change] = []
     gone = [case for case in a if case not in b]
     come = [case for case in b if case not in a]
@@ -86,7 +86,7 @@ def _results(what: str) -> dict[str, Result]:
     else:
         files = sorted(RESULTS.glob(f"{what}-*.json")) if re.fullmatch(r"\d{4}-\d\d-\d\d", what) else []
     if not files:
-        raise FileNotFoundError(f"no results at {what}: expected a file, a folder of results, or a date such as 2026-01-31")
+        raise FileNotFoundError(f"no results at {what}: expected a file, a folder of results, or a date (2026-01-31)")
     return {result["case"] if len(files) == 1 else filed_as(result): result for result in map(load, files)}
 
 

@@ -1,4 +1,4 @@
-"""Decoding the shared clips on the CPU: the bare decoder, to RGB, and as the engine's source, with one thread and more."""
+"""Decoding the shared clips on the CPU: as the engine's source, to RGB, and bare with one thread and more."""
 
 from __future__ import annotations
 

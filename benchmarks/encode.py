@@ -1,4 +1,4 @@
-"""Writing flow: every output and store codec on the same fields, in wall time, CPU time and bytes, and on more cores."""
+"""Writing flow: every output and store codec on the same fields: wall time, CPU time, bytes, more cores."""
 
 from __future__ import annotations
 
@@ -78,9 +78,7 @@ def _batch(flow: Flow, number: int) -> FlowBatch:
     return FlowBatch(torch.from_numpy(flow)[None], number, frame, frame + 1, frame / 25, (frame + 1) / 25)
 
 
-def _row(
-    name: str, flows: Sequence[Flow], spent: Sequence[Mapping[str, float]], ceilings: Ceilings
-) -> dict[str, Any]:
+def _row(name: str, flows: Sequence[Flow], spent: Sequence[Mapping[str, float]], ceilings: Ceilings) -> dict[str, Any]:
     gigabytes, count = sum(flow.nbytes for flow in flows) / 1e9, len(flows)
     seconds = Sample.of([one["seconds"] for one in spent])
     disk = ceilings.get("disk", {}).get("write and fsync")
@@ -112,7 +110,7 @@ def codec_rows(flows: Sequence[Flow], effort: Effort) -> list[dict[str, Any]]:
                 action: Action = encode
                 seconds = Sample.of(alternated({"": action}, effort)[""])
             rate = seconds.rate(gigabytes).cell()
-            rows.append({"what": f"codec {kind}, {threads} thread{"s" * (threads > 1)}", "GB/s of flow": rate})
+            rows.append({"what": f"codec {kind}, {threads} thread{'s' * (threads > 1)}", "GB/s of flow": rate})
     return rows
 
 

@@ -51,9 +51,7 @@ def run(short: bool = False, ceilings: Ceilings | None = None) -> dict[str, obje
     return {"settings": {"effort": vars(effort)}, "rows": rows}
 
 
-def _row(
-    kernel: Kernel, device: str, way: str, found: Mapping[str, list[float]], ceilings: Ceilings
-) -> dict[str, Any]:
+def _row(kernel: Kernel, device: str, way: str, found: Mapping[str, list[float]], ceilings: Ceilings) -> dict[str, Any]:
     seconds = Sample.of(found[way])
     return {
         "op": kernel.name,
@@ -137,6 +135,7 @@ def _correlation_backward(device: str) -> Kernel:
 
 def _warp(device: str, precision: str) -> Kernel:
     """OpenCV's remap rounds coordinates to 1/32 px; ours does not."""
+
     def make() -> tuple[Tensor, ...]:
         return torch.rand(1, 3, *PIXELS, device=device).to(DTYPES[precision]), _flow(device)
 

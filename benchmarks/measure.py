@@ -124,7 +124,8 @@ def alternated(
     """Seconds a call of several things, taken in turn, so that whatever slows the machine slows them all alike.
 
     Each round times every action once, every second round in the opposite order. ``effort`` counts rounds; its time
-    cap is for all of them together, but two rounds are always made.
+    cap is for all of them together; up to three times of it go into the least number of rounds, and two rounds are
+    always made.
     """
     effort = effort or Effort()
     calls = {name: _calls_per_timing(action, effort, sync) for name, action in actions.items()}
@@ -134,8 +135,9 @@ def alternated(
         for name in reversed(list(actions)) if round_number % 2 else list(actions):
             found[name].append(seconds_of(actions[name], sync, calls[name]))
         rounds, spent_s = round_number + 1, time.perf_counter() - began_s
-        enough = rounds >= effort.least and all(settled(values, effort.settled) for values in found.values())
-        if enough or (rounds >= 2 and spent_s >= effort.cap_s and (rounds >= effort.least or spent_s >= 3 * effort.cap_s)):
+        if rounds >= effort.least and all(settled(values, effort.settled) for values in found.values()):
+            break
+        if rounds >= 2 and spent_s >= effort.cap_s * (1 if rounds >= effort.least else 3):
             break
     return found
 

@@ -1,4 +1,4 @@
-"""Each network alone, as the engine runs it: every variant, precision, batch and size; time, arithmetic, peak memory."""
+"""Each network alone, as the engine runs it: variants, precisions, batches, sizes; time, arithmetic, peak memory."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def run(short: bool = False, ceilings: Ceilings | None = None) -> dict[str, obje
     """One process a row, so that its peak memory is its own. Published width: random weights; baseline: the shipped."""
     from benchmarks.measure import devices
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for device in devices():
-            for settings in _short(device) if short else _full(device):
-                rows.append(_row(settings | {"device": device}, Path(folder), short, ceilings or {}))
+            every = _short(device) if short else _full(device)
+            rows += [_row(one | {"device": device}, Path(folder), short, ceilings or {}) for one in every]
     return {"rows": rows}
 
 

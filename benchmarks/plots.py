@@ -52,9 +52,8 @@ def _scaling(axis: str, x_label: str, figure: str, y_label: str) -> Callable[[Re
 
     def plot(result: Result) -> str:
         points = [(float(row["x"]), _number(row, figure)) for row in _rows(result, axis)]
-        return svg.lines(
-            f"{y_label} against {x_label}", {_under(result): points}, x_label, y_label, log_x=True, log_y=figure != "peak MB"
-        )
+        title, speed = f"{y_label} against {x_label}", figure == "pairs/s"
+        return svg.lines(title, {_under(result): points}, x_label, y_label, log_x=True, log_y=speed)
 
     return plot
 

@@ -14,7 +14,7 @@ Result = dict[str, Any]
 
 
 def filed_as(result: Result) -> str:
-    """The case, and what sets this result apart from those the pages show: ``model``, ``model-gpu``, ``model-short``."""
+    """The case, and what sets the result apart: ``model``, ``model-gpu``, ``model-short``."""
     gpu = "-gpu" if result["machine"].get("gpu") else ""
     return f"{result['case']}{gpu}{'-short' if result.get('short') else ''}"
 

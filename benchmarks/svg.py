@@ -79,7 +79,9 @@ class _Axis:
             decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             found = [m * 10.0**d for d in decades for m in (1, 2, 5)]
             inside = [tick for tick in found if self.low <= tick <= self.high]
-            return inside if len(inside) <= 9 else [t for t in inside if math.isclose(math.log10(t) % 1, 0, abs_tol=1e-9)]
+            return (
+                inside if len(inside) <= 9 else [t for t in inside if math.isclose(math.log10(t) % 1, 0, abs_tol=1e-9)]
+            )
         raw = (self.high - self.low) / 6
         size = 10.0 ** math.floor(math.log10(raw))
         step = next(m * size for m in (1, 2, 5, 10) if m * size >= raw)
@@ -116,5 +118,7 @@ def _text(x: float, y: float, text: str, anchor: str, colour: str = "#222222", s
 
 
 def _svg(parts: Sequence[str], height: int) -> str:
-    opening = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}">'
+    opening = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}">'
+    )
     return "\n".join((opening, f'<rect width="{WIDTH}" height="{height}" fill="white"/>', *parts, "</svg>")) + "\n"
