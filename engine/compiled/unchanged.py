@@ -25,12 +25,11 @@ class _Place:
         module = self.module()
         if module is None:
             return False
-        now = module._parameters.get(self.key)
-        if now is None:
-            now = module._buffers.get(self.key)
-        return (
-            now is not None and now is self.tensor() and (now.data_ptr(), _version(now)) == (self.address, self.version)
-        )
+        now: Tensor | None = module._parameters.get(self.key)
+        now = module._buffers.get(self.key) if now is None else now
+        if now is None or now is not self.tensor():
+            return False
+        return (now.data_ptr(), _version(now)) == (self.address, self.version)
 
 
 class Unchanged:
