@@ -91,3 +91,18 @@ def _pulled(second: Tensor, flow: Tensor) -> Tensor:
     y = (flow[1] + torch.arange(height)[:, None]) * 2 / (height - 1) - 1
     grid = torch.stack((x, y), -1)[None]
     return functional.grid_sample(second[None].float(), grid, padding_mode="border", align_corners=True)[0]
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Weights of a network that is quick and moves with its input."""
+    from flowreel.engine.models import build_model
+    from flowreel.engine.models.weights import save_weights
+
+    torch.manual_seed(0)
+    model = build_model("FlowNet2S", width=0.05)
+    with torch.no_grad():
+        model.get_submodule("predict_flow2").weight.mul_(300)  # type: ignore[operator, union-attr]
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_weights(path, model.state_dict(), licence="none", made_by={}, width=0.05)
+    return str(path)
