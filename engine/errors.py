@@ -25,6 +25,7 @@
     │   ├── StoreNotFoundError (FileNotFoundError)
     │   └── DamagedStoreError (ValueError)         a checksum or a shard is wrong
     ├── FlowFileError (ValueError)        a .flo, KITTI picture, .npz or two-stream picture that is not one
+    ├── StaleModelError (RuntimeError)    a network's weights changed after it was compiled
     ├── CheckpointError (ValueError)      a training run that cannot be resumed
     └── StageError                        a pipeline stage failed; __cause__ is the error itself
 
@@ -132,6 +133,10 @@ class DamagedStoreError(StoreError, ValueError):
 
 class FlowFileError(FlowreelError, ValueError):
     """A file of flow (.flo, KITTI PNG, .npz, two-stream pictures) with a wrong tag, size, kind or number of bytes."""
+
+
+class StaleModelError(FlowreelError, RuntimeError):
+    """The weights of a network changed after it was compiled; the compiled form holds the old ones."""
 
 
 class CheckpointError(FlowreelError, ValueError):

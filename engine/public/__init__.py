@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from flowreel.engine.api import RunReport as RunReport
     from flowreel.engine.api import run as run
     from flowreel.engine.api import stream as stream
+    from flowreel.engine.compiled import CompiledModel as CompiledModel
+    from flowreel.engine.compiled import compile as compile
     from flowreel.engine.data import FlowBatch as FlowBatch
     from flowreel.engine.export import export as export
     from flowreel.engine.many import run_many as run_many
@@ -24,9 +26,11 @@ if TYPE_CHECKING:
     from flowreel.sinks.store_reader import open_store as open_store
 
 _HOME = {
+    "CompiledModel": "flowreel.engine.compiled",
     "FlowBatch": "flowreel.engine.data",
     "FlowStore": "flowreel.sinks.store_reader",
     "RunReport": "flowreel.engine.api",
+    "compile": "flowreel.engine.compiled",
     "export": "flowreel.engine.export",
     "flow_to_color": "flowreel.kernels",
     "load_model": "flowreel.engine.models.weights",
