@@ -79,9 +79,9 @@ class _Axis:
             decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             found = [m * 10.0**d for d in decades for m in (1, 2, 5)]
             inside = [tick for tick in found if self.low <= tick <= self.high]
-            return (
-                inside if len(inside) <= 9 else [t for t in inside if math.isclose(math.log10(t) % 1, 0, abs_tol=1e-9)]
-            )
+            if len(inside) <= 9:
+                return inside
+            return [10.0**decade for decade in decades if self.low <= 10.0**decade <= self.high]
         raw = (self.high - self.low) / 6
         size = 10.0 ** math.floor(math.log10(raw))
         step = next(m * size for m in (1, 2, 5, 10) if m * size >= raw)
