@@ -153,6 +153,16 @@ def download(batches: Iterator[FlowBatch]) -> Iterator[FlowBatch]:
             yield replace(batch, flow=flow, native=native)
 
 
+def to_device(flow: Tensor, device: torch.device) -> Tensor:
+    """Flow that was read from a disk, on the device; the tensor itself where it is there already."""
+    return flow if flow.device == device else flow.to(device)
+
+
+def to_host(flow: Tensor) -> Tensor:
+    """Flow on the host; waits for it. The tensor itself where it is there already."""
+    return flow if flow.device.type == "cpu" else flow.cpu()
+
+
 def _begun(tensor: Tensor) -> Tensor:
     """A pinned copy on the host that is under way on the current stream."""
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

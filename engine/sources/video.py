@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING
 
@@ -13,15 +15,21 @@ import av
 import torch
 
 from flowreel.engine.config import SelectConfig
-from flowreel.engine.data import FlowInfo, Frame
-from flowreel.engine.errors import DeviceError, TooFewFramesError
+from flowreel.engine.data import FlowInfo, Frame, Picture
+from flowreel.engine.errors import DeviceError, SourceChangedError, SourceNotFoundError, TooFewFramesError
 from flowreel.engine.sources.fingerprint import source_id
 from flowreel.engine.sources.picture import Converter
 from flowreel.engine.sources.probe import VideoProbe, decoded, opened, packets, probe_video
 from flowreel.engine.timecode import MOST_REORDERED, Timeline, parse_seconds, select_frames
 
 if TYPE_CHECKING:
+    from av.packet import Packet
     from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+    from flowreel.engine.data import Float64Array
+
+REOPENING_FRAMES = 32  # decoding on past so many frames is quicker than opening the file again and seeking
 
 
 def open_video(name: str, select: SelectConfig) -> VideoSource:
@@ -38,10 +46,13 @@ class VideoSource:
     many, and whether the file itself ends too early.
     """
 
+    reopening_frames = REOPENING_FRAMES
+
     def __init__(self, probe: VideoProbe, select: SelectConfig) -> None:
         """Raises TooFewFramesError or UsageError when ``select`` leaves nothing to pair or makes no sense."""
         times_s = probe.timeline.times_s
         self._probe = probe
+        self._stat = _identity(probe)
         self._wanted = select_frames(select, times_s, probe.path.name)
         self._to_the_end = _reaches_beyond(select.stop, probe)
         self._losses: list[str] = []
@@ -73,6 +84,41 @@ class VideoSource:
     def notes(self) -> list[str]:
         return self._notes
 
+    @property
+    def wanted(self) -> range:
+        return self._wanted
+
+    @property
+    def times_s(self) -> Float64Array:
+        return self._probe.timeline.times_s
+
+    def standing_before(self, number: int) -> int:
+        return _key_frame_before(self._probe, number)
+
+    def pictures_from(self, number: int) -> Generator[Picture, None, None]:
+        """Raises SourceNotFoundError and SourceChangedError when the file is no longer the one that was opened."""
+        name = self._probe.path.name
+        try:
+            changed = _identity(self._probe) != self._stat
+        except OSError as error:
+            raise SourceNotFoundError(f"{self._probe.path} is gone since it was opened") from error
+        if changed:
+            raise SourceChangedError(f"{name} is another file than the one that was opened: open it again")
+        return self._pictures_from(number, Converter(name, self._probe.stored_size, self._probe.turn))
+
+    def _pictures_from(self, first: int, convert: Converter) -> Generator[Picture, None, None]:
+        def developed(number: int, picture: VideoFrame) -> Callable[[], Frame]:
+            return lambda: self._frame(number, convert, picture)
+
+        with closing(_numbered(self._probe, first)) as numbered:
+            for number, picture in numbered:
+                size = sum(plane.buffer_size for plane in picture.planes)
+                yield Picture(number, size, developed(number, picture))
+
+    def _frame(self, number: int, convert: Converter, picture: VideoFrame) -> Frame:
+        rgb = torch.from_numpy(convert(picture, number)).permute(2, 0, 1)
+        return Frame(rgb, number, float(self._probe.timeline.times_s[number]))
+
     def __iter__(self) -> Iterator[Frame]:
         """Decode. At the end TooFewFramesError when fewer than two came; FrameSizeError when the size changes."""
         if self._iteration is not None:
@@ -88,8 +134,7 @@ class VideoSource:
                 if self._closed:
                     return
                 if number in self._wanted:
-                    rgb = torch.from_numpy(convert(picture, number)).permute(2, 0, 1)
-                    yield Frame(rgb, number, float(self._probe.timeline.times_s[number]))
+                    yield self._frame(number, convert, picture)
                     given += 1
                 if number >= self._wanted[-1]:
                     break
@@ -135,31 +180,41 @@ def _reaches_beyond(stop: int | str | None, probe: VideoProbe) -> bool:
 
 
 def _numbered(probe: VideoProbe, first: int) -> Generator[tuple[int, VideoFrame], None, None]:
-    """Decoded frames with their numbers, in rising order, from ``first`` on.
+    """Decoded frames with their numbers, in rising order, from ``first`` or somewhat before it on.
 
-    When one does not come, decoding starts over near that place on one thread: with several, how many sound frames
-    go down with a damaged one would depend on the number of cores, and FFmpeg may keep the error to itself.
+    When one from ``first`` on does not come, decoding starts over near that place on one thread: with several, how
+    many sound frames go down with a damaged one would depend on the number of cores, and FFmpeg may keep the error to
+    itself.
     """
     due = first
     with suppress(av.FFmpegError):
         for number, frame in _from(probe, first, careful=False):
             if number > due:
                 break
-            if number == due:
-                yield number, frame
-                due += 1
+            yield number, frame
+            due = max(due, number + 1)
     if due < len(probe.timeline):
         for number, frame in _from(probe, due, careful=True):
             if number >= due:
                 yield number, frame
 
 
+def _key_frame_before(probe: VideoProbe, number: int) -> int:
+    """The frame where decoding has to start for this one: the nearest that stands by itself, at it or before."""
+    place = bisect_right(probe.key_frames, number) - 1
+    return int(probe.key_frames[place]) if place >= 0 and probe.timeline.stamps is not None else 0
+
+
 def _from(probe: VideoProbe, first: int, careful: bool) -> Iterator[tuple[int, VideoFrame]]:
-    """Decoded frames with their numbers, from ``first`` or somewhat before it."""
-    # Frames that precede a key frame may lean on what came before it, so aim well ahead of the frame that is needed.
-    aim = first - MOST_REORDERED
-    if aim > 0 and probe.timeline.stamps is not None:
-        with closing(_pass(probe, int(probe.timeline.stamps[aim]), careful)) as frames:
+    """Decoded frames with their numbers, from ``first`` or somewhat before it.
+
+    What follows a key frame on the screen leans on nothing before it. What precedes it there may, although it comes
+    after it in the file: a frame's own key frame is the last one that is shown no later. Near damage a whole stretch
+    of frames in front is decoded as well.
+    """
+    start = _key_frame_before(probe, max(first - MOST_REORDERED, 0) if careful else first)
+    if start > 0 and probe.timeline.stamps is not None:
+        with closing(_pass(probe, int(probe.timeline.stamps[start]), careful, latest=first)) as frames:
             head = next(frames, None)
             number = None if head is None else probe.timeline.number_of(head.pts)
             if head is not None and number is not None and number <= first:
@@ -184,8 +239,12 @@ def _count(timeline: Timeline, frames: Iterator[VideoFrame], last: int) -> Itera
         last = number
 
 
-def _pass(probe: VideoProbe, seek_stamp: int | None, careful: bool) -> Generator[VideoFrame, None, None]:
-    """One pass of the decoder, from the start or from the key frame before a stamp.
+def _pass(
+    probe: VideoProbe, seek_stamp: int | None, careful: bool, latest: int = 0
+) -> Generator[VideoFrame, None, None]:
+    """One pass of the decoder, from the start or from the key frame at a stamp; empty when that is not to be found.
+
+    latest: number of the last frame whose key frame will do: containers that seek by decoding order may go too far.
 
     On a damaged packet FFmpeg's error gets out, unless the pass is ``careful``: then it is skipped.
     """
@@ -201,5 +260,19 @@ def _pass(probe: VideoProbe, seek_stamp: int | None, careful: bool) -> Generator
                 container.seek(seek_stamp, stream=stream)
             except av.FFmpegError:
                 return  # cannot seek: the caller decodes from the start
-        for packet in packets(container, stream):
+        for place, packet in enumerate(packets(container, stream)):
+            if seek_stamp is not None and place == 0 and not _is_key(packet, probe, latest):
+                return
             yield from decoded(packet) if careful else packet.decode()
+
+
+def _is_key(packet: Packet[VideoStream], probe: VideoProbe, latest: int) -> bool:
+    """Whether decoding can start with this packet for a frame with this number."""
+    number = probe.timeline.number_of(packet.pts)
+    return packet.is_keyframe and number is not None and number <= latest
+
+
+def _identity(probe: VideoProbe) -> tuple[int, int]:
+    """Bytes and time of the last change: enough to see that a file was replaced while it is being used."""
+    status = os.stat(probe.path)
+    return status.st_size, status.st_mtime_ns

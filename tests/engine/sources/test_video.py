@@ -154,11 +154,11 @@ class TestSelection:
         probe = probe_video(str(long_clip))
         stamps: list[int | None] = []
         real = video._pass
-        monkeypatch.setattr(video, "_pass", lambda *args: (stamps.append(frame.pts) or frame for frame in real(*args)))
+        monkeypatch.setattr(
+            video, "_pass", lambda *a, **k: (stamps.append(frame.pts) or frame for frame in real(*a, **k))
+        )
         assert numbers(VideoSource(probe, SelectConfig(start=90, stop=92))) == [90, 91]
-        first = probe.timeline.number_of(stamps[0])
-        assert first is not None
-        assert 30 <= first <= 90
+        assert probe.timeline.number_of(stamps[0]) == 80  # the key frame before it
 
     @pytest.mark.parametrize("select", [SelectConfig(start=99), SelectConfig(start=400), SelectConfig(step=100)])
     def test_fewer_than_two_are_refused_at_once(self, long_clip: Path, select: SelectConfig) -> None:
