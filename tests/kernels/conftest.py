@@ -1,13 +1,15 @@
 """The two places our CUDA kernels run in tests: a GPU where there is one, and a CPU that acts the GPU everywhere.
 
 The launch code is the same in both. On the CPU the ``.cu`` files are compiled with ``cuda_on_cpu/cuda_on_cpu.h``, and
-every tensor a kernel is given lies, during the launch, between fences: a read beyond it finds NaN, a write is noticed.
+every tensor a kernel is given lies, during the launch, between a fence, where a read finds NaN and a write is noticed,
+and a page that can be neither read nor written.
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import mmap
 import os
 import re
 import shutil
@@ -28,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 SHIM = HERE / "cuda_on_cpu"
 FLAGS = ("-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-fPIC", "-shared", "-w", f"-I{SHIM}", "-include", "cuda_on_cpu.h")
 ORDERS = ("forward", "backward", "shuffled")  # whose turn is next
-FENCE = np.full(1 << 14, 0x7FA07DA5, np.uint32).view(np.uint8)  # NaN in every type, and of a kind no sum leaves
+FENCE = np.full(1 << 12, 0x7FA07DA5, np.uint32).view(np.uint8)  # NaN in every type, and of a kind no sum leaves
 CUDA_DIR = Path(os.environ.get("FLOWREEL_CUDA_DIR", launch.SOURCES)).resolve()
 
 
@@ -43,29 +45,48 @@ class CPU:
         self.order = ORDERS.index(order)
         self._sources = sources
         self._built = built
-        self._fenced: dict[int, tuple[np.ndarray, Tensor]] = {}
+        self._fenced: dict[int, tuple[Fenced, Tensor]] = {}  # the tensor, so that its memory stays
 
     def load(self, name: str, device: torch.device) -> Module:
         return Module(self, shared_library(name, self._built))
 
     def pointer_of(self, tensor: Tensor) -> int:
-        """A copy of the tensor's whole memory between fences."""
+        """Where a copy of the tensor's whole memory lies fenced in."""
         storage = tensor.untyped_storage()
         key = storage.data_ptr()
         if key not in self._fenced:
-            buffer = np.concatenate([FENCE, np.empty(storage.nbytes(), np.uint8), FENCE])
-            ctypes.memmove(buffer.ctypes.data + FENCE.size, key, storage.nbytes())
-            self._fenced[key] = buffer, tensor
-        return self._fenced[key][0].ctypes.data + FENCE.size + tensor.data_ptr() - key
+            self._fenced[key] = Fenced(key, storage.nbytes()), tensor
+        return self._fenced[key][0].start + tensor.data_ptr() - key
 
     def taken_back(self) -> bool:
         """Copies the memory back where it came from; false when a fence was written to."""
-        whole = True
-        for key, (buffer, _) in self._fenced.items():
-            whole &= np.array_equal(buffer[: FENCE.size], FENCE) and np.array_equal(buffer[-FENCE.size :], FENCE)
-            ctypes.memmove(key, buffer.ctypes.data + FENCE.size, buffer.size - 2 * FENCE.size)
+        broken = [fenced for fenced, _ in self._fenced.values() if not fenced.taken_back()]
         self._fenced.clear()
-        return whole
+        return not broken
+
+
+class Fenced:
+    """A copy of some memory: a fence before it, a forbidden page behind, as close as the alignment lets it be."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self._origin, self._size = address, size
+        page = mmap.PAGESIZE
+        body = FENCE.size + -(-(size + 16) // page) * page
+        self._map = mmap.mmap(-1, body + page)
+        self._memory = np.frombuffer(self._map, np.uint8)[:body]
+        self._memory[:] = np.resize(FENCE, body)
+        base = self._memory.ctypes.data
+        self._offset = body - size - (body - size - address) % 16
+        self.start = base + self._offset
+        ctypes.memmove(self.start, address, size)
+        forbidden = ctypes.CDLL(None).mprotect(ctypes.c_void_p(base + body), ctypes.c_size_t(page), 0)
+        assert forbidden == 0
+
+    def taken_back(self) -> bool:
+        ctypes.memmove(self._origin, self.start, self._size)
+        changed = self._memory != np.resize(FENCE, self._memory.size)
+        changed[self._offset : self._offset + self._size] = False
+        return not changed.any()
 
 
 class Module:
@@ -195,6 +216,22 @@ def acting(built: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..
         return cpu
 
     return start
+
+
+@pytest.fixture
+def plant(acting: Callable[..., CPU], tmp_path: Path) -> Callable[[str, str, str], torch.device]:
+    """``plant(file, right, wrong)`` replaces text in a copy of our sources, and the CPU acts as a GPU that runs it."""
+
+    def planted(file: str, right: str, wrong: str) -> torch.device:
+        sources = tmp_path / "cuda"
+        shutil.copytree(launch.SOURCES, sources)
+        text = (sources / file).read_text()
+        assert right in text
+        (sources / file).write_text(text.replace(right, wrong))
+        acting(sources)
+        return torch.device("cpu")
+
+    return planted
 
 
 @pytest.fixture(params=[*(f"cpu {order}" for order in ORDERS), "gpu"])

@@ -3,12 +3,14 @@
 // Included before a .cu file. A turn lasts until the thread ends or meets a barrier or a warp operation; whose turn is
 // next is forward, backward or shuffled. Blocks run one after another. What it catches: a missing barrier (a thread
 // reads what others have not written yet), shared memory read before it is written (it starts as NaN) or overrun
-// (fences), barriers and warp operations that not all threads reach, entries called with arguments of other types.
+// (fences), barriers and warp operations that not all threads reach, entries called with arguments of other types, and
+// memory touched beyond a tensor, where whoever launches has put a page behind it that nobody may touch.
 // It tests logic: neither speed, nor the order in which memory becomes visible on a GPU.
 #pragma once
 
 #include <math.h>
 #include <setjmp.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -309,6 +311,8 @@ struct Caller<function> {
 
 #define ENTRY(name) {#name, shim::Caller<name>::call, shim::Caller<name>::kinds}
 
+static void touched(int) { fail("memory beyond a tensor is touched"); }
+
 // Runs one entry over a whole grid; nullptr, or what went wrong. grid and block are x, y, z.
 static const char* launch(
     const Entry& entry, const unsigned* grid, const unsigned* block, void** values, int order, unsigned seed
@@ -321,13 +325,19 @@ static const char* launch(
     if (grid[0] > 0x7fffffff || grid[1] > 65535 || grid[2] > 65535) return "the grid is larger than a GPU allows";
     body = entry.call;
     arguments = values;
+    struct sigaction mine = {}, before;
+    mine.sa_handler = touched;
+    mine.sa_flags = SA_NODEFER;
+    sigaction(SIGSEGV, &mine, &before);
     if (_setjmp(bail)) {
         for (Fiber& fiber : fibers) fiber.started = false;  // they stand somewhere in the middle
+        sigaction(SIGSEGV, &before, nullptr);
         return failure;
     }
     for (blockIdx.z = 0; blockIdx.z < gridDim.z; ++blockIdx.z)
         for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y)
             for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) run_block(count, (Order)order, seed);
+    sigaction(SIGSEGV, &before, nullptr);
     return nullptr;
 }
 
