@@ -25,12 +25,15 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from types import GeneratorType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from flowreel.engine.config import QueueConfig
 from flowreel.engine.errors import StageError
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 StageFunction = Callable[[Iterator[Any]], Iterator[Any]]
 Consumer = Callable[[Iterator[Any]], object]  # runs to its end; what it yields or returns is dropped
 Wrap = Callable[[Consumer, str], Consumer]
@@ -62,6 +65,18 @@ class StageStatistics:
     wait_out_s: float  # seconds held back by the next stage or by the byte budget
     peak_queue: int  # most items that ever waited in front of it
     queue: int  # items that wait in front of it now
+
+
+def one_at_a_time(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """The same function, never run twice at once in this process: for what libraries do not bear from two threads."""
+    lock = threading.Lock()
+
+    @wraps(function)
+    def alone(*args: Arguments.args, **options: Arguments.kwargs) -> Result:
+        with lock:
+            return function(*args, **options)
+
+    return alone
 
 
 def compose(source: Iterable[Any], stages: Sequence[Stage]) -> Iterator[Any]:

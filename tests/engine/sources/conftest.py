@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import av
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
+
+from flowreel.engine.sources import nvdec, video
+from tests.fakes.pynvvideocodec import fake_module
 
 RATE = 25
 
@@ -73,3 +80,40 @@ def long_clip(clip: Callable[..., Path]) -> Path:
     """100 frames with B-frames, a key frame every 20, and its index in front so that it can be cut."""
     options = {"g": "20", "keyint_min": "20", "x264-params": "open-gop=1:scenecut=0:bframes=3"}
     return clip("long.mp4", count=100, options=options, container_options={"movflags": "faststart"})
+
+
+STREAM = 0x5EED  # handle of the decoder's stream
+
+
+@pytest.fixture
+def nvc(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The stand-in for PyNvVideoCodec, with streams that only write down what is asked of them in ``behaviour.log``."""
+    module = fake_module()
+
+    class Stream:
+        handle = STREAM
+
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def run(self, work: Callable[[], Tensor]) -> Tensor:
+            return work()
+
+        def finish(self) -> None:
+            module.behaviour.log.append("finished")
+
+    monkeypatch.setitem(sys.modules, "PyNvVideoCodec", module)
+    monkeypatch.setattr(nvdec, "WorkStream", Stream)
+    monkeypatch.setattr(nvdec, "free_bytes", lambda device: 80 << 30)
+    return module
+
+
+@pytest.fixture(params=["PyAV", "NVDEC"])
+def each_decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every video source that a test opens is decoded by this one, and by nobody instead of it; gives its name."""
+    if request.param == "NVDEC":
+        request.getfixturevalue("nvc")
+        no_one = None
+        monkeypatch.setattr(video, "PyAVDecoder", lambda probe: nvdec.NvdecDecoder(probe, "cuda:0", no_one, print))
+    name: str = request.param
+    return name
