@@ -86,7 +86,8 @@ class Behaviour:
     dropped: frozenset[int] = frozenset()  # stamps whose frames never come
     packets: int | None = None  # that come before the demuxer finds the file broken
     seek_error: bool = False
-    seek_shift: int = 0  # packets by which a seek goes wrong
+    seek_shift: int = 0  # packets by which a seek misses the key frame
+    seek_late: bool = False  # it lands on the last key frame
     stream_id: int | None = None
     time_base: Fraction | None = None
     log: list[str] = field(default_factory=list)
@@ -145,8 +146,9 @@ class Demuxer:
         stamps = [packet.pts for packet in self._demuxed() if packet.size]
         if self._behaviour.seek_error or index >= len(stamps) or None in stamps:
             raise _error("Seek", "Seek target index is out of range (no matching index entry).")
-        place = max(n for n, packet in enumerate(self._demuxed()) if packet.is_keyframe and n <= index)
-        place = max(place + self._behaviour.seek_shift, 0)
+        keys = [n for n, packet in enumerate(self._demuxed()) if packet.is_keyframe]
+        place = keys[-1] if self._behaviour.seek_late else max(n for n in keys if n <= index)
+        place += self._behaviour.seek_shift
         self._packets = (packet for n, packet in enumerate(self._demuxed()) if n >= place)
         return next(self)
 

@@ -72,6 +72,11 @@ class TestSameFramesAsOnTheCpu:
         path = clip(f"nv_{pix_fmt}.mp4", pix_fmt=pix_fmt, count=4)
         assert levels_apart(list(on_gpu(path)), list(on_cpu(path))) <= 1
 
+    def test_ten_bits_over_the_full_range(self, nvc: ModuleType, clip: Clip) -> None:
+        path = clip("nv_full.mp4", pix_fmt="yuv420p10le", count=4, colour={"color_range": 2, "colorspace": 9})
+        assert probe_video(str(path)).pixel_format.used_range == "full"
+        assert levels_apart(list(on_gpu(path)), list(on_cpu(path))) <= 1
+
     @pytest.mark.parametrize(
         "select",
         [{}, {"start": 3, "stop": 9}, {"start": 60, "step": 7}, {"start": "2s", "stop": "3s"}, {"start": 98}],
@@ -134,11 +139,15 @@ class TestSeeking:
         assert self.started(nvc) == ["seek 58"]
         assert len(nvc.behaviour.sessions) == 1
 
+    def test_gives_nothing_before_the_first(self, nvc: ModuleType, long_clip: Path) -> None:
+        pictures = NvdecDecoder(probe_video(str(long_clip)), GPU, None, print).pictures(90)
+        assert [number for number, _ in pictures] == list(range(90, 100))
+
     def test_near_the_start_nothing_is_sought(self, nvc: ModuleType, long_clip: Path) -> None:
         list(on_gpu(long_clip, start=20, stop=24))
         assert self.started(nvc) == []
 
-    @pytest.mark.parametrize("fault", [{"seek_error": True}, {"seek_shift": 60}, {"seek_shift": 7}])
+    @pytest.mark.parametrize("fault", [{"seek_error": True}, {"seek_late": True}, {"seek_shift": 45}])
     def test_a_seek_that_goes_wrong_means_from_the_start(
         self, nvc: ModuleType, long_clip: Path, fault: dict[str, Any]
     ) -> None:
