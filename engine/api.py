@@ -2,6 +2,7 @@
 
 run()     a source into outputs, to the end; the command line's main job. ``engine/many.py`` does it to many sources
 stream()  the same flow, batch by batch, to the caller's own loop
+``engine/lazy.py`` computes by the same stages what is asked for by number: ``flowreel.open``
 """
 
 from __future__ import annotations

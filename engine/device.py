@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from flowreel.engine.config import Precision
 from flowreel.engine.data import FlowBatch, Frame
 from flowreel.engine.errors import DeviceError, UsageError
 
@@ -47,6 +48,19 @@ def resolve_device(name: str) -> torch.device:
             raise DeviceError(f"{name} was asked for, but there are {torch.cuda.device_count()} GPUs, from cuda:0")
         return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     return device
+
+
+def resolve_precision(precision: Precision | None, device: torch.device) -> Precision:
+    """auto is fp32 on a CPU and fp16 on a GPU; a CPU also takes bf16.
+
+    Raises:
+        UsageError: the device has no such precision.
+    """
+    if precision is None:
+        return "fp16" if device.type == "cuda" else "fp32"
+    if device.type == "cpu" and precision not in ("fp32", "bf16"):
+        raise UsageError(f"a CPU runs fp32 or bf16, not {precision}")
+    return precision
 
 
 def device_name(device: torch.device) -> str:
@@ -137,6 +151,16 @@ def download(batches: Iterator[FlowBatch]) -> Iterator[FlowBatch]:
             native = None if batch.native is None else _begun(batch.native)
             torch.cuda.current_stream(batch.flow.device).synchronize()  # this stage's stream alone
             yield replace(batch, flow=flow, native=native)
+
+
+def to_device(flow: Tensor, device: torch.device) -> Tensor:
+    """Flow that was read from a disk, on the device; the tensor itself where it is there already."""
+    return flow if flow.device == device else flow.to(device)
+
+
+def to_host(flow: Tensor) -> Tensor:
+    """Flow on the host; waits for it. The tensor itself where it is there already."""
+    return flow if flow.device.type == "cpu" else flow.cpu()
 
 
 def _begun(tensor: Tensor) -> Tensor:

@@ -25,15 +25,12 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import wraps
 from types import GeneratorType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 from flowreel.engine.config import QueueConfig
 from flowreel.engine.errors import StageError
 
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
 StageFunction = Callable[[Iterator[Any]], Iterator[Any]]
 Consumer = Callable[[Iterator[Any]], object]  # runs to its end; what it yields or returns is dropped
 Wrap = Callable[[Consumer, str], Consumer]
@@ -65,18 +62,6 @@ class StageStatistics:
     wait_out_s: float  # seconds held back by the next stage or by the byte budget
     peak_queue: int  # most items that ever waited in front of it
     queue: int  # items that wait in front of it now
-
-
-def one_at_a_time(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """The same function, never run twice at once in this process: for what libraries do not bear from two threads."""
-    lock = threading.Lock()
-
-    @wraps(function)
-    def alone(*args: Arguments.args, **options: Arguments.kwargs) -> Result:
-        with lock:
-            return function(*args, **options)
-
-    return alone
 
 
 def compose(source: Iterable[Any], stages: Sequence[Stage]) -> Iterator[Any]:
@@ -368,6 +353,19 @@ class _Worker(_Party):
             peak_queue=0 if self.inlet is None else self.inlet.peak,
             queue=0 if self.inlet is None else len(self.inlet),
         )
+
+
+class OneAtATime:
+    """A ``with`` block that threads go through one at a time, for what is shared by callers outside any pipeline."""
+
+    def __init__(self) -> None:
+        self._free = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._free.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._free.release()
 
 
 class Pipeline:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from flowreel.engine.api import Chain, flow_header
 from flowreel.engine.config import RunConfig, SelectConfig
 from flowreel.engine.data import FlowBatch, FramePair, PairBatch, Source
-from flowreel.engine.device import Streams, device_name, download, resolve_device, upload
+from flowreel.engine.device import Streams, device_name, download, resolve_device, resolve_precision, upload
 from flowreel.engine.errors import (
     DamagedStoreError,
     DeviceError,
@@ -28,7 +28,7 @@ from flowreel.engine.errors import (
     UsageError,
     WeightsMismatchError,
 )
-from flowreel.engine.inference import Inference, Network, load_network, resolve_precision
+from flowreel.engine.inference import Inference, Network, load_network
 from flowreel.engine.models.weights import read_weights
 from flowreel.engine.outputs import PathLike, Progress, ProgressHook, teller
 from flowreel.engine.pairing import batches, pairs

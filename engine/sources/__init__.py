@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from flowreel.engine.config import SelectConfig
-from flowreel.engine.data import Source
+from flowreel.engine.data import RandomAccess, Source
+from flowreel.engine.errors import UsageError
 
 STDIN = "-"
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp"})
@@ -29,7 +30,8 @@ def _is_stdin(name: str) -> bool:
     return name == STDIN
 
 
-def _is_synthetic(name: str) -> bool:
+def is_synthetic(name: str) -> bool:
+    """Whether the name is of a scene that is rendered, and of no file."""
     return name.startswith("synthetic:")
 
 
@@ -46,7 +48,7 @@ def _is_file(_: str) -> bool:
 # (does this kind take the name?, module, function(name, select, device) -> Source); the first that says yes gets it.
 _KINDS: tuple[tuple[Callable[[str], bool], str, str], ...] = (
     (_is_stdin, "flowreel.engine.sources.y4m", "open_stdin"),
-    (_is_synthetic, "flowreel.engine.sources.synthetic", "open_synthetic"),
+    (is_synthetic, "flowreel.engine.sources.synthetic", "open_synthetic"),
     (_is_images, "flowreel.engine.sources.images", "open_images"),
     (_is_file, "flowreel.engine.sources.video", "open_video"),
 )
@@ -76,12 +78,21 @@ def open_source(name: str | os.PathLike[str], select: SelectConfig | None = None
     raise AssertionError("the last kind takes every name")
 
 
+def open_random_access(name: str | os.PathLike[str], select: SelectConfig | None = None) -> RandomAccess:
+    """``open_source`` of what can be read in any order. Raises UsageError for stdin, which passes by only once."""
+    if os.fspath(name) == STDIN:
+        raise UsageError("stdin passes by only once, so its flow cannot be had in any order: use stream or run")
+    source = open_source(name, select)
+    assert isinstance(source, RandomAccess)
+    return source
+
+
 def source_stem(name: str | os.PathLike[str]) -> str:
     """What outputs are called after: a file without its ending, the images' folder, the scene, ``stdin``."""
     text = os.fspath(name)
     if _is_stdin(text):
         return "stdin"
-    if _is_synthetic(text):
+    if is_synthetic(text):
         return text.removeprefix("synthetic:").split("?")[0]
     if not _is_images(text):
         return Path(text).stem

@@ -34,8 +34,9 @@ from torch.utils.dlpack import from_dlpack
 
 from flowreel.engine.device import WorkStream, free_bytes
 from flowreel.engine.errors import DeviceError, FlowreelError, FrameSizeError
-from flowreel.engine.pipeline import one_at_a_time
+from flowreel.engine.pipeline import OneAtATime
 from flowreel.engine.sources import nvcodec
+from flowreel.engine.sources.pyav import PyAVDecoder, key_frame_before
 from flowreel.engine.timecode import MOST_REORDERED
 from flowreel.kernels import yuv_to_rgb
 
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from flowreel.engine.sources.probe import VideoProbe
-    from flowreel.engine.sources.pyav import PyAVDecoder
 
 SESSION_BYTES = 412 << 20  # of device memory that a session was seen to take
 LEAST_FREE_BYTES = 2 * SESSION_BYTES  # a session begun with too little has been seen to crash the process
@@ -162,7 +162,8 @@ class NvdecDecoder:
                 del surface
         self._relieved = True
         self._say(f"NVDEC failed at frame {due}: {why}. From there on the CPU decoded")
-        yield from self._instead.pictures(due)
+        with closing(self._instead.pictures(due)) as pictures:
+            yield from ((number, picture) for number, picture in pictures if number >= due)
 
     def rgb(self, picture: Any, number: int) -> Tensor:
         """See ``VideoDecoder``."""
@@ -217,7 +218,9 @@ class NvdecDecoder:
 # -- Sessions ----------------------------------------------------------------------------------------------------
 
 
-@one_at_a_time
+_beginning = OneAtATime()
+
+
 def _begin(codec: ModuleType, probe: VideoProbe, stream: WorkStream, first: int) -> Iterator[Any]:
     """Surfaces of a new session, from a key frame at or before frame ``first``, else from the start of the file.
 
@@ -225,6 +228,11 @@ def _begin(codec: ModuleType, probe: VideoProbe, stream: WorkStream, first: int)
     at once have been seen to crash. Raises DeviceError when too little device memory is free, and what PyNvVideoCodec
     raises.
     """
+    with _beginning:
+        return _begun(codec, probe, stream, first)
+
+
+def _begun(codec: ModuleType, probe: VideoProbe, stream: WorkStream, first: int) -> Iterator[Any]:
     free = free_bytes(stream.device)
     if free < LEAST_FREE_BYTES:
         raise DeviceError(f"{free >> 20} MiB of device memory are free, a session needs {LEAST_FREE_BYTES >> 20}")
@@ -247,16 +255,18 @@ def _started(codec: ModuleType, probe: VideoProbe) -> tuple[Any, Any]:
 
 def _sought(codec: ModuleType, probe: VideoProbe, first: int) -> tuple[Any, Any] | None:
     """A demuxer, and the packet of a key frame from which ``first`` can be decoded; None: seeking does not find it."""
-    aim = first - MOST_REORDERED  # as on the CPU: frames behind a key frame may lean on what came before it
-    if aim <= 0 or probe.timeline.stamps is None:
+    if key_frame_before(probe, first) == 0:
         return None
-    demuxer = codec.CreateDemuxer(filename=_plain(probe.path))
-    try:
-        packet = demuxer.Seek(aim)
-    except Exception:  # no index, or not of so many packets
-        return None
-    landed = probe.timeline.number_of(packet.pts)
-    return (demuxer, packet) if packet.key and landed is not None and landed <= first else None
+    for aim in (first, first - MOST_REORDERED):  # packets are not in the order of the screen: the first may go too far
+        demuxer = codec.CreateDemuxer(filename=_plain(probe.path))
+        try:
+            packet = demuxer.Seek(max(aim, 0))
+        except Exception:  # no index, or not of so many packets
+            return None
+        landed = probe.timeline.number_of(packet.pts)
+        if packet.key and landed is not None and landed <= first:
+            return demuxer, packet
+    return None
 
 
 def _rest(demuxer: Any, decoder: Any, surfaces: list[Any]) -> Iterator[Any]:

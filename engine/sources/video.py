@@ -6,20 +6,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+import os
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 from flowreel.engine.config import SelectConfig
-from flowreel.engine.data import JSON, FlowInfo, Frame
-from flowreel.engine.errors import DeviceError, TooFewFramesError
+from flowreel.engine.data import JSON, FlowInfo, Frame, Picture
+from flowreel.engine.errors import DeviceError, SourceChangedError, SourceNotFoundError, TooFewFramesError
 from flowreel.engine.sources.fingerprint import source_id
 from flowreel.engine.sources.probe import VideoProbe, probe_video
-from flowreel.engine.sources.pyav import PyAVDecoder
+from flowreel.engine.sources.pyav import PyAVDecoder, key_frame_before
 from flowreel.engine.timecode import parse_seconds, select_frames
 
 if TYPE_CHECKING:
+    from av.video.frame import VideoFrame
     from torch import Tensor
+
+    from flowreel.engine.data import Float64Array
+
+REOPENING_FRAMES = 32  # decoding on past so many frames is quicker than opening the file again and seeking
 
 
 class VideoDecoder(Protocol):
@@ -31,9 +37,9 @@ class VideoDecoder(Protocol):
         ...
 
     def pictures(self, first: int) -> Generator[tuple[int, Any], None, None]:
-        """Pictures with their numbers, in rising order, from ``first`` on; one that cannot be decoded is left out.
+        """Pictures with their numbers, in rising order, from ``first`` or somewhat before it on.
 
-        A picture is good until the next one is asked for.
+        One that cannot be decoded is left out. A picture is good until the next one is asked for.
         """
         ...
 
@@ -77,6 +83,8 @@ class VideoSource:
     many, and whether the file itself ends too early.
     """
 
+    reopening_frames = REOPENING_FRAMES
+
     def __init__(
         self,
         probe: VideoProbe,
@@ -91,6 +99,7 @@ class VideoSource:
         """
         times_s = probe.timeline.times_s
         self._probe = probe
+        self._stat = _identity(probe)
         self._wanted = select_frames(select, times_s, probe.path.name)
         self._to_the_end = _reaches_beyond(select.stop, probe)
         self._losses: list[str] = []
@@ -124,6 +133,43 @@ class VideoSource:
     def notes(self) -> list[str]:
         return [*self._probe.notes, *self._decoder_notes]
 
+    @property
+    def wanted(self) -> range:
+        return self._wanted
+
+    @property
+    def times_s(self) -> Float64Array:
+        return self._probe.timeline.times_s
+
+    def standing_before(self, number: int) -> int:
+        return key_frame_before(self._probe, number)
+
+    def pictures_from(self, number: int) -> Generator[Picture, None, None]:
+        """Decoded by PyAV, whose pictures may be kept.
+
+        Raises SourceNotFoundError and SourceChangedError when the file is no longer the one that was opened.
+        """
+        name = self._probe.path.name
+        try:
+            changed = _identity(self._probe) != self._stat
+        except OSError as error:
+            raise SourceNotFoundError(f"{self._probe.path} is gone since it was opened") from error
+        if changed:
+            raise SourceChangedError(f"{name} is another file than the one that was opened: open it again")
+        return self._pictures_from(number, PyAVDecoder(self._probe))
+
+    def _pictures_from(self, first: int, decoder: PyAVDecoder) -> Generator[Picture, None, None]:
+        def developed(number: int, picture: VideoFrame) -> Callable[[], Frame]:
+            return lambda: self._frame(number, decoder.rgb(picture, number))
+
+        with closing(decoder.pictures(first)) as numbered:
+            for number, picture in numbered:
+                size = sum(plane.buffer_size for plane in picture.planes)
+                yield Picture(number, size, developed(number, picture))
+
+    def _frame(self, number: int, rgb: Tensor) -> Frame:
+        return Frame(rgb, number, float(self._probe.timeline.times_s[number]))
+
     def __iter__(self) -> Iterator[Frame]:
         """Decode. At the end TooFewFramesError when fewer than two came; FrameSizeError when the size changes."""
         if self._iteration is not None:
@@ -138,8 +184,7 @@ class VideoSource:
                 if self._closed:
                     return
                 if number in self._wanted:
-                    time_s = float(self._probe.timeline.times_s[number])
-                    yield Frame(self._decoder.rgb(picture, number), number, time_s)
+                    yield self._frame(number, self._decoder.rgb(picture, number))
                     given += 1
                 if number >= self._wanted[-1]:
                     break
@@ -179,3 +224,9 @@ def _reaches_beyond(stop: int | str | None, probe: VideoProbe) -> bool:
     if isinstance(stop, str):
         return parse_seconds(stop) > float(times_s[-1] - times_s[0] + 1 / probe.frame_rate)
     return stop is None or stop > len(times_s)
+
+
+def _identity(probe: VideoProbe) -> tuple[int, int]:
+    """Bytes and time of the last change: enough to see that a file was replaced while it is being used."""
+    status = os.stat(probe.path)
+    return status.st_size, status.st_mtime_ns

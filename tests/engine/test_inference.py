@@ -9,34 +9,13 @@ import torch
 from flowreel.engine.config import ModelConfig
 from flowreel.engine.data import Frame, FramePair, PairBatch
 from flowreel.engine.errors import UsageError
-from flowreel.engine.inference import auto_batch, cast_convolutions, load_network, prepare, resolve_precision
-from flowreel.engine.models import build_model
-from flowreel.engine.models.layers import FlowHead
+from flowreel.engine.inference import auto_batch, load_network, prepare
 from flowreel.engine.named_scenes import named_scene
 
 
 def test_the_batch_follows_from_the_frame_size_alone() -> None:
     sizes = [(64, 64), (384, 512), (448, 1024), (1088, 1920), (2176, 3840)]
     assert [auto_batch(*size) for size in sizes] == [8, 5, 2, 1, 1]
-
-
-def test_precision_follows_from_the_device() -> None:
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert (resolve_precision(None, cpu), resolve_precision(None, gpu)) == ("fp32", "fp16")
-    assert resolve_precision("bf16", cpu) == "bf16"
-    assert resolve_precision("tf32", gpu) == "tf32"
-    for precision in ("fp16", "tf32"):
-        with pytest.raises(UsageError, match=precision):
-            resolve_precision(precision, cpu)  # type: ignore[arg-type]
-
-
-def test_flow_heads_stay_in_float32() -> None:
-    net = build_model("FlowNet2", width=0.05)
-    cast_convolutions(net, torch.bfloat16)
-    heads = [module for module in net.modules() if isinstance(module, FlowHead)]
-    assert len(heads) == 5 * 4 + 3
-    assert all(head.weight.dtype == torch.float32 for head in heads)
-    assert net.get_submodule("flownetc.conv1.0").weight.dtype == torch.bfloat16
 
 
 def frame(scene: object, number: int) -> Frame:
@@ -59,7 +38,7 @@ def test_one_loaded_network_serves_frames_of_any_size() -> None:
     network = load_network(config)
     for height, width in ((64, 64), (70, 130)):
         shared, alone = network.fitted(height, width), prepare(config, height, width)
-        assert shared.net is network.net
+        assert shared.packed is network.packed
         assert (shared.model, shared.batch, shared.fit) == (alone.model, alone.batch, alone.fit)
         assert shared.made_by() == alone.made_by()
         frames = torch.randint(0, 256, (2, 1, 3, height, width), dtype=torch.uint8)

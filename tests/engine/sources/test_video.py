@@ -169,11 +169,9 @@ def test_seeking_really_skips(long_clip: Path, monkeypatch: pytest.MonkeyPatch) 
     probe = probe_video(str(long_clip))
     stamps: list[int | None] = []
     real = pyav._pass
-    monkeypatch.setattr(pyav, "_pass", lambda *args: (stamps.append(frame.pts) or frame for frame in real(*args)))
+    monkeypatch.setattr(pyav, "_pass", lambda *a, **k: (stamps.append(frame.pts) or frame for frame in real(*a, **k)))
     assert numbers(VideoSource(probe, SelectConfig(start=90, stop=92))) == [90, 91]
-    first = probe.timeline.number_of(stamps[0])
-    assert first is not None
-    assert 30 <= first <= 90
+    assert probe.timeline.number_of(stamps[0]) == 80  # the key frame before it
 
 
 @pytest.mark.usefixtures("each_decoder")
