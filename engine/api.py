@@ -17,7 +17,7 @@ from typing import Any
 
 from flowreel.engine.config import RunConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, Resumable, Sink, Source
-from flowreel.engine.device import Streams, device_name, download, upload
+from flowreel.engine.device import Streams, device_name, download, resolve_device, upload
 from flowreel.engine.errors import OutputExistsError, TooFewFramesError, TruncatedSourceError, UsageError
 from flowreel.engine.export import export
 from flowreel.engine.inference import Inference, Network, load_network
@@ -112,12 +112,13 @@ def run_one(
     began_s = time.perf_counter()
     sinks = [open_sink(path, config.sink) for path in paths]
     native = _wants_native(config, sinks)
-    resumed = take_up(source, config.select, sinks) if config.sink.resume else None
+    device = str(resolve_device(config.model.device))
+    resumed = take_up(source, config.select, sinks, device) if config.sink.resume else None
     if resumed is not None and resumed.frames is None:
         return _complete_already(resumed, paths, config)
     with ExitStack() as opened:
-        given = open_source(source, config.select) if resumed is None or resumed.frames is None else resumed.frames
-        frames = opened.enter_context(closing(given))
+        going_on = None if resumed is None else resumed.frames
+        frames = opened.enter_context(closing(going_on or open_source(source, config.select, device)))
         inference = network().fitted(frames.info.height, frames.info.width, native=native)
         header = flow_header(frames.info if resumed is None else resumed.info, inference, config)
         if resumed is not None:
@@ -160,7 +161,8 @@ def stream(source: PathLike, **options: object) -> Iterator[FlowBatch]:
     """
     config = RunConfig.of(**options)
     with ExitStack() as opened:
-        frames = opened.enter_context(closing(open_source(source, config.select)))
+        device = str(resolve_device(config.model.device))
+        frames = opened.enter_context(closing(open_source(source, config.select, device)))
         inference = load_network(config.model).fitted(frames.info.height, frames.info.width)
         header = flow_header(frames.info, inference, config)
         closer = opened.pop_all()
@@ -220,13 +222,17 @@ class Chain(Pipeline):
 def flow_header(info: FlowInfo, inference: Inference, config: RunConfig) -> FlowInfo:
     """What the sinks are opened with: the flow's own size, and how it is made."""
     height, width = inference.fit.flow_size
-    made_by = inference.made_by() | {
-        "direction": config.model.direction,
-        "start": config.select.start,
-        "stop": config.select.stop,
-        "step": config.select.step,
-        "stream": config.select.stream,
-    }
+    made_by = (
+        dict(info.made_by)
+        | inference.made_by()
+        | {
+            "direction": config.model.direction,
+            "start": config.select.start,
+            "stop": config.select.stop,
+            "step": config.select.step,
+            "stream": config.select.stream,
+        }
+    )
     return replace(info, height=height, width=width, made_by=made_by, native=inference.grid)
 
 

@@ -167,3 +167,37 @@ def _begun(tensor: Tensor) -> Tensor:
     """A pinned copy on the host that is under way on the current stream."""
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)
+
+
+class WorkStream:
+    """One stream for a library that takes a stream's handle: what it does and what is done with it stay in order."""
+
+    def __init__(self, device: torch.device) -> None:
+        """The stream that is current on ``device``; a new one where that is the default one, which has no handle."""
+        self.device = device
+        current = torch.cuda.current_stream(device)
+        self._stream = current if current.cuda_stream else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    @property
+    def handle(self) -> int:
+        """Its cudaStream_t, never 0."""
+        return int(self._stream.cuda_stream)
+
+    def run(self, work: Callable[[], Tensor]) -> Tensor:
+        """Does ``work`` on the stream; its result is ready on the stream that is current outside."""
+        with torch.cuda.stream(self._stream):
+            result = work()
+        outside = torch.cuda.current_stream(self.device)
+        if outside != self._stream:
+            outside.wait_stream(self._stream)
+            result.record_stream(outside)
+        return result
+
+    def finish(self) -> None:
+        """Waits for the work on this stream alone."""
+        self._stream.synchronize()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that other programs and torch's allocator have left on a GPU."""
+    return int(torch.cuda.mem_get_info(device)[0])

@@ -45,7 +45,7 @@ def _is_file(_: str) -> bool:
     return True  # what is left; says so itself when it is not there
 
 
-# (does this kind take the name?, module, function(name, select) -> Source); the first that says yes gets it.
+# (does this kind take the name?, module, function(name, select, device) -> Source); the first that says yes gets it.
 _KINDS: tuple[tuple[Callable[[str], bool], str, str], ...] = (
     (_is_stdin, "flowreel.engine.sources.y4m", "open_stdin"),
     (is_synthetic, "flowreel.engine.sources.synthetic", "open_synthetic"),
@@ -54,24 +54,26 @@ _KINDS: tuple[tuple[Callable[[str], bool], str, str], ...] = (
 )
 
 
-def open_source(name: str | os.PathLike[str], select: SelectConfig | None = None) -> Source:
+def open_source(name: str | os.PathLike[str], select: SelectConfig | None = None, device: str = "cpu") -> Source:
     """Open a video file, a folder or glob of images, ``synthetic:NAME`` or ``-`` (stdin); the name decides which.
 
     Args:
         name: what to open. A glob (``"frames/*.png"``) is expanded here.
         select: which of its frames; None: all of them.
+        device: where they are wanted, cpu or cuda:N; a decoder that cannot put them there gives them on the CPU.
 
     Raises:
         SourceNotFoundError: nothing goes by that name.
         UnsupportedSourceError: it holds no picture that can be decoded.
         TooFewFramesError: fewer than two frames are left to give.
         UsageError: the selection makes no sense for it.
+        DeviceError, MissingDependencyError: NVDEC was asked for by name and cannot decode it.
     """
     text = os.fspath(name)
     select = select or SelectConfig()
     for takes, module, function in _KINDS:
         if takes(text):
-            source: Source = getattr(import_module(module), function)(text, select)
+            source: Source = getattr(import_module(module), function)(text, select, device)
             return source
     raise AssertionError("the last kind takes every name")
 

@@ -45,7 +45,7 @@ _UPRIGHT = {
 }
 
 
-def open_images(name: str, select: SelectConfig) -> ImageSource:
+def open_images(name: str, select: SelectConfig, device: str = "cpu") -> ImageSource:
     """Open the images of a folder, those a glob matches, or a single one.
 
     The headers of all files are read at once, so a missing, foreign or differently sized image is told of before the

@@ -94,7 +94,7 @@ def _seed(text: str) -> dict[str, int] | None:
 _PARAMETERS = {"size": _size, "frames": _frames, "rate": _rate, "seed": _seed}
 
 
-def open_synthetic(name: str, select: SelectConfig) -> SyntheticSource:
+def open_synthetic(name: str, select: SelectConfig, device: str = "cpu") -> SyntheticSource:
     """Open ``synthetic:SCENE`` with optional parameters, as the module's docstring shows.
 
     Raises:

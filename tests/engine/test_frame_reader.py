@@ -19,7 +19,7 @@ from flowreel.engine.config import SelectConfig
 from flowreel.engine.data import RandomAccess
 from flowreel.engine.errors import SourceChangedError, SourceNotFoundError, TruncatedSourceError, UsageError
 from flowreel.engine.frame_reader import FrameReader
-from flowreel.engine.sources import open_random_access, open_source, video
+from flowreel.engine.sources import open_random_access, open_source, pyav
 from flowreel.engine.sources.probe import probe_video
 
 Clip = Callable[..., Path]
@@ -183,8 +183,8 @@ class TestWhatGoesWrong:
                 assert torch.equal(reader.frame(number).rgb, expected[number])
 
     def test_fewer_frames_than_the_packets_promise(self, keyed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        real = video._count
-        monkeypatch.setattr(video, "_count", lambda *a: itertools.takewhile(lambda item: item[0] < 57, real(*a)))
+        real = pyav._count
+        monkeypatch.setattr(pyav, "_count", lambda *a: itertools.takewhile(lambda item: item[0] < 57, real(*a)))
         reader = reader_of(open_random_access(keyed))
         assert reader.frame(56).index == 56
         for number in (57, 59, 58):
@@ -225,6 +225,6 @@ def test_a_key_frame_behind_the_wanted_one_will_not_do(keyed: Path) -> None:
     """Containers that seek by decoding order may land there; what is shown before it would come out wrong."""
     probe = probe_video(str(keyed))
     stamp = int(probe.timeline.stamps[40])  # type: ignore[index]
-    assert list(video._pass(probe, stamp, False, latest=39)) == []
-    head = next(video._pass(probe, stamp, False, latest=40))
+    assert list(pyav._pass(probe, stamp, False, latest=39)) == []
+    head = next(pyav._pass(probe, stamp, False, latest=40))
     assert probe.timeline.number_of(head.pts) == 40

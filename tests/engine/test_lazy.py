@@ -425,7 +425,7 @@ class TestWhatGoesWrong:
     def test_frames_that_the_packets_promise_and_the_decoder_does_not_give(
         self, opened: Callable[..., LazyFlow], video: Path, tiny_weights: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from flowreel.engine.sources import video as decoding
+        from flowreel.engine.sources import pyav as decoding
 
         expected = streamed(video, weights=tiny_weights, batch=4)
         real = decoding._count
