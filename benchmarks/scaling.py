@@ -47,7 +47,7 @@ def points(short: bool = False) -> Iterator[Point]:
 
 
 def run(short: bool = False) -> dict[str, object]:
-    """Each run in a process of its own; a synthetic source, the same scene throughout, on the CPU or the GPU there is."""
+    """Each run in a process of its own; a synthetic source, one scene throughout, on the CPU or the GPU there is."""
     rows = [_row(point, 1 if short else 3) for point in points(short)]
     return {"model": MODEL, "rows": rows}
 
