@@ -166,7 +166,7 @@ class _Recomputing:
                 f"{inference.model} ({inference.weights.name}), {inference.precision}, batch {inference.batch}, on "
                 f"{device_name(inference.device)}; decoded by {frames.decoder}"
             )
-            self.notes += [note for note in frames.notes if note not in self.notes]
+            self.notes += [note for note in (*frames.notes, *inference.notes) if note not in self.notes]
 
     def _frames(self, shards: Sequence[ShardDamage]) -> tuple[SelectConfig, int]:
         """Which frames the shards need, and the number of the flow that the first two of them give."""
