@@ -22,9 +22,10 @@ from flowreel.engine.data import FlowBatch, Frame, PairBatch
 from flowreel.engine.inference import Inference, prepare
 from flowreel.engine.outputs import Tally
 from flowreel.engine.pairing import batches, pairs
-from flowreel.engine.pipeline import Pipeline, Stage
+from flowreel.engine.pipeline import Pipeline
 from flowreel.engine.restore import restore
 from flowreel.engine.sources import open_source
+from flowreel.engine.stages import Stage
 from flowreel.sinks import open_sink
 
 Slow = Literal["source", "model", "sink"]

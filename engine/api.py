@@ -33,10 +33,11 @@ from flowreel.engine.outputs import (
     teller,
 )
 from flowreel.engine.pairing import batches, pairs
-from flowreel.engine.pipeline import Pipeline, Stage, StageStatistics
+from flowreel.engine.pipeline import Pipeline
 from flowreel.engine.restore import restore
 from flowreel.engine.resume import Resumption, take_up
 from flowreel.engine.sources import STDIN, MayWait, open_source, source_stem
+from flowreel.engine.stages import Stage, StageStatistics
 from flowreel.sinks import open_sink, open_store
 
 

@@ -31,9 +31,10 @@ from flowreel.engine.frame_reader import FrameReader
 from flowreel.engine.inference import Network, load_network
 from flowreel.engine.outputs import PathLike
 from flowreel.engine.pairing import batches_of, pairs, planned
-from flowreel.engine.pipeline import OneAtATime, Pipeline, Stage, compose
+from flowreel.engine.pipeline import OneAtATime, Pipeline
 from flowreel.engine.restore import restore
 from flowreel.engine.sources import is_synthetic, open_random_access
+from flowreel.engine.stages import Stage, compose
 from flowreel.sinks import select
 
 if TYPE_CHECKING:

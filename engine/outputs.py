@@ -13,7 +13,7 @@ from typing import Protocol
 from flowreel.engine.data import ColorSink, FlowBatch, FlowInfo, Sink
 from flowreel.engine.device import download
 from flowreel.engine.errors import TruncatedSourceError, UsageError
-from flowreel.engine.pipeline import StageStatistics
+from flowreel.engine.stages import StageStatistics
 
 PathLike = str | os.PathLike[str]
 ProgressHook = Callable[["Progress"], None]

@@ -15,7 +15,8 @@ from flowreel.engine.config import QueueConfig
 from flowreel.engine.data import FlowBatch, Frame
 from flowreel.engine.device import MOST_UPLOADS, Streams, WorkStream, download, upload
 from flowreel.engine.pinned import PinnedRing
-from flowreel.engine.pipeline import Pipeline, Stage, compose
+from flowreel.engine.pipeline import Pipeline
+from flowreel.engine.stages import Stage, compose
 from tests.fakes.cuda_streams import GPU, Card, Event, LateCopies, OnCard, Stream
 
 
