@@ -9,9 +9,8 @@ from typing import Any
 from benchmarks import svg
 from benchmarks.measure import cell_value
 from benchmarks.results import RESULTS, Result, load, newest
+from benchmarks.tables import PLOTS
 
-ROOT = Path(__file__).resolve().parents[1]
-PLOTS = ROOT / "docs" / "plots"
 Row = Mapping[str, Any]
 
 
