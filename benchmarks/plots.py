@@ -77,3 +77,4 @@ _PLOTS: dict[str, dict[str, Callable[[Result], str]]] = {
         for kind, figure, name in (("speed", "pairs/s", "Pairs a second"), ("memory", "peak MB", "Peak memory, MB"))
     },
 }
+NAMES = tuple(name for plots in _PLOTS.values() for name in plots)

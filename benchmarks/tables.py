@@ -1,7 +1,7 @@
 """Rows of a result as a Markdown table, and what README and docs show of the newest results.
 
-A line ``<!-- KIND: CASE -->`` in a page is a marker; the lines below it, up to the next empty one, are made from the
-newest result of that case, and stay as they are while there is none. KIND is
+A line ``<!-- KIND: CASE -->`` in a page is a marker; the lines below it, up to an empty one or the next marker, are
+made from the newest result of that case, and stay as they are while there is none. KIND is
 
 - ``table``: its rows. ``<!-- table: model | size=1024x448 | batch=1 -->`` keeps the rows that have these cells, and
   leaves out the columns that are named so;
@@ -21,7 +21,7 @@ from benchmarks.results import RESULTS, Result, load, newest
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))  # where markers stand
 PLOTS = ROOT / "docs" / "plots"
-_MARKED = re.compile(r"(?P<marker><!-- (?P<kind>table|where|plot): (?P<asked>[^\n]*?) -->)\n(?:[^\n]+\n)*")
+_MARKED = re.compile(r"(?P<marker><!-- (?P<kind>table|where|plot): (?P<asked>[^\n]*?) -->)\n(?:(?!<!-- )[^\n]+\n)*")
 
 Row = Mapping[str, object]
 
