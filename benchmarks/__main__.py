@@ -18,7 +18,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from benchmarks import compare as comparing
-from benchmarks.cases import CASES, SKIPPED, describe, has_short
+from benchmarks.cases import CASES, SKIPPED, describe, has_short, takes_ceilings
 from benchmarks.plots import draw
 from benchmarks.processes import ROOT
 from benchmarks.results import RESULTS, file_name, load
@@ -75,7 +75,8 @@ def _run(names: list[str], out: Path, short: bool) -> int:
     notes = [f"{name}: has no short form" for name in left_out]
     failed: list[str] = []
     ceilings: dict[str, dict[str, float]] = {}
-    for name in dict.fromkeys(("ceilings", *wanted)):  # once, first, and the others divide by them
+    first = ("ceilings",) if any(map(takes_ceilings, wanted)) else ()  # once, and the others divide by them
+    for name in dict.fromkeys((*first, *wanted)):
         with tempfile.TemporaryDirectory() as folder:
             made = Path(folder) / "result.json"
             settings = json.dumps({"short": short, "ceilings": ceilings})

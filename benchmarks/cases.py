@@ -51,6 +51,10 @@ def has_short(name: str) -> bool:
     return "short" in _parameters(name)
 
 
+def takes_ceilings(name: str) -> bool:
+    return "ceilings" in _parameters(name)
+
+
 def _source(name: str) -> ast.Module:
     """Read, not imported: a list of cases must not take torch's seconds, nor fail where an extra is missing."""
     return ast.parse((Path(__file__).parent / f"{name}.py").read_text())

@@ -33,7 +33,7 @@ def run(short: bool = False) -> dict[str, object]:
 
     How exact each is stands in the accuracy case; speed alone says little.
     """
-    effort = Effort(least=2, most=4, cap_s=6.0) if short else Effort(least=5, most=20, cap_s=60.0)
+    effort = Effort(least=2, most=4, cap_s=6.0) if short else Effort(least=5, most=20, cap_s=25.0)
     rows: list[dict[str, Any]] = []
     for clip in CLIPS[1:] if short else CLIPS:
         frames = [frame.rgb for frame in open_source(found("videos", clip), SelectConfig(stop=FRAMES))]
