@@ -122,6 +122,7 @@ def test_share_of_the_limit_is_that_of_the_nearer_limit() -> None:
     assert share(0.1, 9e9, 0.5e9, CEILINGS, "cpu", "fp32") == pytest.approx(0.9)
     assert share(0.1, 9e9, 0.5e9, CEILINGS, "cuda", "fp32") is None
     assert share(0.1, 9e9, 0.5e9, CEILINGS, "cpu", "fp16") is None
+    assert share(0.1, 0, 0.5e9, CEILINGS, "cpu", "8 bits") == pytest.approx(0.5)
 
 
 def test_kernels(monkeypatch: pytest.MonkeyPatch, checked: Any) -> None:
@@ -135,7 +136,10 @@ def test_kernels(monkeypatch: pytest.MonkeyPatch, checked: Any) -> None:
         assert same[0]["by"] == "flowreel"
         assert len(same) >= 2, f"{op}: nothing to compare with"
         assert all((row["its time / ours"] is None) == (row["by"] == "flowreel") for row in same)
-    assert {"correlation", "correlation, backward", "warp", "channel_norm", "flow_to_color"} == {op for op, _ in ops}
+    listed = {"correlation", "correlation, backward", "warp", "channel_norm", "flow_to_color"}
+    assert {op for op, _ in ops} == listed  # on a GPU yuv_to_rgb as well
+    for way in kernels._yuv_to_rgb("cpu").ways.values():
+        way()
     assert all(row["of the limit"] > 0 for row in rows if row["precision"] == "fp32")
 
 
