@@ -126,7 +126,7 @@ def _correlation(device: str, precision: str) -> Kernel:
 def _correlation_backward(device: str) -> Kernel:
     volume = (FEATURES[0], (2 * RADIUS + 1) ** 2, *FEATURES[2:])
     inputs = _many(lambda: (torch.randn(volume, device=device), *_features(device, "fp32")))
-    functions = {OURS: torch.ops.flowreel.correlation_backward.default}
+    functions: dict[str, Callable[..., Any]] = {OURS: torch.ops.flowreel.correlation_backward.default}
     functions["torch definition"] = pixel_correlation_backward_definition
     ways = _ways(functions, [(*tensors, RADIUS, STRIDE) for tensors in inputs])
     grad, a, _ = inputs[0]

@@ -64,7 +64,7 @@ def test_tables_are_the_latest_results() -> None:
         from benchmarks.tables import PAGES, filled
     finally:
         sys.path.remove(str(ROOT))
-    assert README.count("<!-- table: ") == 4
+    assert README.count("<!-- table: ") >= 4
     for page in PAGES:
         text = page.read_text()
         assert filled(text, page) == text, page.name
