@@ -77,6 +77,7 @@ def _run(names: list[str], out: Path, short: bool) -> int:
     ceilings: dict[str, dict[str, float]] = {}
     first = ("ceilings",) if any(map(takes_ceilings, wanted)) else ()  # once, and the others divide by them
     for name in dict.fromkeys((*first, *wanted)):
+        print(f"{name} ...", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory() as folder:
             made = Path(folder) / "result.json"
             settings = json.dumps({"short": short, "ceilings": ceilings})

@@ -97,7 +97,7 @@ def _measure(settings: dict[str, Any]) -> dict[str, Any]:
     shape = (batch, 3, height, width)
     frames = [torch.randint(0, 256, shape, dtype=torch.uint8, device=device) for _ in range(INPUTS)]
     turns = itertools.cycle(itertools.pairwise([*frames, frames[0]]))
-    effort = Effort(least=3, most=5, cap_s=5.0) if settings["short"] else Effort(least=5, most=30, cap_s=6.0)
+    effort = Effort(least=3, most=5, cap_s=5.0) if settings["short"] else Effort(least=5, most=30, cap_s=4.0)
     seconds = alternated({"": lambda: inference.flow(*next(turns))}, effort, device_sync(device))[""]
     gpu_mb = torch.cuda.max_memory_allocated() / 1e6 if device == "cuda" else None
     return {"seconds": seconds, "gpu_mb": gpu_mb}

@@ -14,7 +14,7 @@ from benchmarks.measure import Sample
 from benchmarks.processes import in_module
 
 MODEL = "FlowNet2C"  # of the shipped weights: the lightest, so that what lies around it shows
-RESOLUTIONS = {(256, 256): 400, (512, 384): 160, (1024, 448): 64, (1280, 720): 32, (1920, 1080): 16, (3840, 2160): 6}
+RESOLUTIONS = {(256, 256): 240, (512, 384): 96, (1024, 448): 40, (1280, 720): 20, (1920, 1080): 10, (3840, 2160): 5}
 BATCHES = (1, 2, 4, 8)
 LENGTHS = (10, 100, 1000, 10_000)
 REPEATS = 2
