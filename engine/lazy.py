@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property, partial
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from torch import Tensor
 from flowreel.engine.api import flow_header
 from flowreel.engine.config import RunConfig
 from flowreel.engine.data import FlowBatch, SourceId
-from flowreel.engine.device import Streams, to_host, upload
+from flowreel.engine.device import Streams, download, to_device, to_host, upload
 from flowreel.engine.errors import DeviceError, MissingDependencyError, SourceChangedError, StageError, UsageError
 from flowreel.engine.frame_reader import FrameReader
 from flowreel.engine.inference import Network, load_network
@@ -34,14 +34,17 @@ from flowreel.engine.pairing import batches_of, pairs, planned
 from flowreel.engine.pipeline import OneAtATime, Pipeline, Stage, compose
 from flowreel.engine.restore import restore
 from flowreel.engine.sources import is_synthetic, open_random_access
-from flowreel.sinks import select
+from flowreel.sinks import open_cache, select
 
 if TYPE_CHECKING:
     import numpy.typing as npt
     import xarray
 
     from flowreel.engine.data import Float64Array, Int64Array
+    from flowreel.engine.pipeline import StageFunction
+    from flowreel.sinks import FlowCache
 
+_STRETCH_BATCHES = 32  # looked up in the cache at a time, when all is read through
 FRAMES_MB = 256.0  # of decoded frames that are kept: 700 of 640x360, 80 of 1920x1080
 _RUNS_ONLY = ("resume", "overwrite", "tolerate_truncation")
 
@@ -52,7 +55,9 @@ def open(source: PathLike, *, cache: PathLike | None = None, frames_mb: float = 
     Args:
         source: a video file, a folder or glob of images, or ``synthetic:NAME``. All packets of a video are read, which
             is quick, and one frame is decoded, which tells how the picture is turned; no flow is computed.
-        cache: a folder where flow is kept once it has been computed. None: nothing is kept.
+        cache: a folder where flow is kept once it has been computed, encoded as a store is; any number of threads
+            and processes may fill one. What comes out of the model is then given as it was kept, so that the first
+            reading equals the second. None: nothing is kept.
         frames_mb: megabytes of decoded frames that are kept for reading in any order.
         **options: as of ``run``, by the same names: ``model``, ``weights``, ``device``, ``decoder``, ``batch``,
             ``precision``, ``fit``, ``start``, ``stop``, ``step``, ``stream``, ``direction``, ``queue_mb``; of a cache
@@ -61,6 +66,7 @@ def open(source: PathLike, *, cache: PathLike | None = None, frames_mb: float = 
     Raises:
         UsageError: options that are impossible together, or stdin.
         SourceError, WeightsError, DeviceError: as of ``run``.
+        CacheMismatchError: the cache holds flow of another source, model, precision, fit, encoding or selection.
     """
     return LazyFlow(source, cache=cache, frames_mb=frames_mb, **options)
 
@@ -127,8 +133,9 @@ class LazyFlow:
         self._inference = network.fitted(info.height, info.width)
         self.info = flow_header(info, self._inference, config)
         self.device = self._inference.device
-        self.shape = (len(self._source.wanted) - 1, 2, self.info.height, self.info.width)
+        self.shape: tuple[int, int, int, int] = (len(self._source.wanted) - 1, 2, self.info.height, self.info.width)
         self._shard = self.info.shard_length(config.sink.shard_bytes)
+        self._cache = None if cache is None else open_cache(cache, self.info, config.sink, self._beside())
         self._closed = False
         self._start_here()
 
@@ -148,11 +155,17 @@ class LazyFlow:
     def __repr__(self) -> str:
         inference = self._inference
         how = f"{inference.model} ({inference.weights.name}), {inference.precision}, batch {inference.batch}"
-        return f"<LazyFlow {self.path!r} {self.shape} float32 on {self.device}: {how}>"
+        kept = "" if self._cache is None else f"; {self._cache.stored} of {len(self)} flows in {self._cache.path}"
+        return f"<LazyFlow {self.path!r} {self.shape} float32 on {self.device}: {how}{kept}>"
 
     @property
     def notes(self) -> list[str]:
         return [*self._source.notes]
+
+    @property
+    def cached(self) -> int:
+        """How many flows the cache holds; looks at the disk. 0 without one."""
+        return 0 if self._cache is None else self._cache.stored
 
     @property
     def statistics(self) -> LazyStatistics:
@@ -183,6 +196,11 @@ class LazyFlow:
         earlier, later = _fixed(wanted[:-1]), _fixed(wanted[1:])
         return (earlier, later) if self._config.model.direction == "forward" else (later, earlier)
 
+    def _beside(self) -> dict[str, npt.NDArray[Any]]:
+        """The arrays that a store keeps beside its flow, by its names for them."""
+        times = {"timestamp_s": self.timestamps_s, "timestamp_to_s": self.timestamps_to_s}
+        return {**times, "frame": self.frame, "frame_to": self.frame_to}
+
     # -- Reading -------------------------------------------------------------------------------------------------
 
     def __getitem__(self, key: Any) -> Tensor:
@@ -202,9 +220,21 @@ class LazyFlow:
     def __iter__(self) -> Iterator[Tensor]:
         """Each flow in order, with a decoder of its own: other reading may go on meanwhile."""
         self._require_usable()
-        with closing(FrameReader(self._source, 0)) as reader:
-            for _, flow in self._computed(range(len(self)), reader):
-                yield flow.clone()  # of its own memory, not its batch's
+        stretch = len(self) if self._cache is None else _STRETCH_BATCHES * self._inference.batch
+        info = self._source.info
+        with closing(FrameReader(self._source, 3 * info.height * info.width)) as reader:  # the frame between stretches
+            for first in range(0, len(self), stretch):
+                yield from self._in_order(range(first, min(first + stretch, len(self))), reader)
+
+    def _in_order(self, numbers: range, reader: FrameReader) -> Iterator[Tensor]:
+        missing = [number for number in numbers if self._cache is None or not self._cache.has(number)]
+        to_compute = set(missing)
+        with closing(self._computed(missing, reader)) as computed:
+            for number in numbers:
+                if number in to_compute:
+                    yield next(computed)[1].clone()  # of its own memory, not its batch's
+                else:
+                    yield self[number]
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
         """All of it, computed, as NumPy's ``asarray`` asks for it."""
@@ -260,19 +290,39 @@ class LazyFlow:
     # -- Computing -----------------------------------------------------------------------------------------------
 
     def _read(self, numbers: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-        """The flows with these ascending numbers, in order, each (2, H, W); for a caller that takes them at once."""
-        if numbers:
+        """The flows with these ascending numbers, each (2, H, W); for a caller that takes them at once."""
+        missing: list[int] = []
+        yield from self._found(numbers, missing)
+        if missing:
             with self._turn:
-                yield from self._computed(numbers, self._reader)
+                still_missing: list[int] = []  # in their turn others may have computed them
+                yield from self._found(missing, still_missing)
+                yield from self._computed(still_missing, self._reader)
 
-    def _computed(self, numbers: Sequence[int], reader: FrameReader) -> Iterator[tuple[int, Tensor]]:
-        """The same, out of the model. Each is a part of its batch's memory."""
+    def _found(self, numbers: Sequence[int], missing: list[int]) -> Iterator[tuple[int, Tensor]]:
+        """Those that the cache holds; the others are added to ``missing``."""
+        if self._cache is None:
+            missing += numbers
+            return
+        for number in numbers:
+            flow = self._cache.find(number)
+            if flow is None:
+                missing.append(number)
+            else:
+                self._count(LazyStatistics(from_cache=1))
+                yield number, to_device(torch.from_numpy(flow), self.device)
+
+    def _computed(self, numbers: Sequence[int], reader: FrameReader) -> Generator[tuple[int, Tensor], None, None]:
+        """Those out of the model, in order. Each is a part of its batch's memory."""
+        if not numbers:
+            return
         plan = planned(numbers, self._inference.batch, self._shard, len(self))
         order = iter(numbers)
         with self._counted(reader), closing(self._batches(plan, reader)) as batches, _plain_errors():
             for batch in batches:
                 self._count(LazyStatistics(computed=len(batch)))
-                yield from zip(islice(order, len(batch)), batch.flow, strict=True)
+                flows = to_device(batch.flow, self.device)
+                yield from zip(islice(order, len(batch)), flows, strict=True)
 
     def _batches(self, plan: Sequence[Sequence[int]], reader: FrameReader) -> Generator[FlowBatch, None, None]:
         """The planned batches of flow: a run's own stages, on the frames that are needed."""
@@ -285,6 +335,8 @@ class LazyFlow:
             Stage("batches", batches_of(plan)),
             Stage("model", self._inference.stage),
             Stage("restore", restore(self._inference.fit)),
+            *([Stage("download", download)] if on_gpu and self._cache is not None else []),
+            *([Stage("keep", _kept(self._cache, plan))] if self._cache is not None else []),
         ]
         if len(plan) == 1:
             yield from compose(frames, stages)
@@ -318,7 +370,10 @@ class LazyFlow:
 
     def __reduce__(self) -> tuple[Any, ...]:
         path = self.path if is_synthetic(self.path) else os.path.abspath(self.path)
-        return _reopened, (path, self._most_bytes / (1 << 20), self._options, self.info.source, len(self))
+        options = self._options | {"frames_mb": self._most_bytes / (1 << 20)}
+        if self._cache is not None:
+            options["cache"] = str(self._cache.folder)
+        return _reopened, (path, options, self.info.source, len(self))
 
     def _require_usable(self) -> None:
         if self._closed:
@@ -351,9 +406,9 @@ class LazyFlow:
 _ABANDONED: list[FrameReader] = []
 
 
-def _reopened(path: str, frames_mb: float, options: dict[str, Any], source: SourceId, count: int) -> LazyFlow:
+def _reopened(path: str, options: dict[str, Any], source: SourceId, count: int) -> LazyFlow:
     """A pickled one in the process that unpickles it."""
-    flow = LazyFlow(path, frames_mb=frames_mb, **options)
+    flow = LazyFlow(path, **options)
     if (flow.info.source, len(flow)) != (source, count):
         raise SourceChangedError(f"{path} is not what it was when its flow was pickled: open it again")
     return flow
@@ -372,6 +427,17 @@ class _OnHost:
     def __getitem__(self, key: Any) -> npt.NDArray[np.float32]:
         array: npt.NDArray[np.float32] = to_host(self._flow[key]).numpy()
         return array
+
+
+def _kept(cache: FlowCache, plan: Sequence[Sequence[int]]) -> StageFunction:
+    """A stage that keeps each flow and passes it on as it will be read: first and second time are equal."""
+
+    def stage(batches: Iterator[FlowBatch]) -> Iterator[FlowBatch]:
+        for numbers, batch in zip(plan, batches, strict=True):
+            flows = [cache.keep(number, flow) for number, flow in zip(numbers, batch.flow.numpy(), strict=True)]
+            yield replace(batch, flow=torch.from_numpy(np.stack(flows)))
+
+    return stage
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from flowreel.sinks.registry import known_outputs, open_sink
 if TYPE_CHECKING:
     from flowreel.sinks.color_png import write_color_png
     from flowreel.sinks.flo import read_flo, write_flo
+    from flowreel.sinks.flow_cache import FlowCache, open_cache
     from flowreel.sinks.kitti import read_kitti, write_kitti
     from flowreel.sinks.npz import read_flow_npz, write_flow_npz
     from flowreel.sinks.reading import StoredFlow as StoredFlow
@@ -25,12 +26,14 @@ if TYPE_CHECKING:
     from flowreel.sinks.video_writer import VideoWriter
 
 __all__ = [
+    "FlowCache",
     "FlowStore",
     "ShardRewriter",
     "VideoWriter",
     "data_array",
     "frame_rate_of",
     "known_outputs",
+    "open_cache",
     "open_flows",
     "open_sink",
     "open_store",
@@ -46,11 +49,13 @@ __all__ = [
 ]
 
 _HOME = {
+    "FlowCache": "flow_cache",
     "FlowStore": "store_reader",
     "ShardRewriter": "store_repair",
     "VideoWriter": "video_writer",
     "data_array": "store_xarray",
     "frame_rate_of": "reading",
+    "open_cache": "flow_cache",
     "open_flows": "reading",
     "open_store": "store_reader",
     "read_flo": "flo",

@@ -85,6 +85,11 @@ def open_flows(
         store_name, part = _store_and_part(name)
         if store_name is not None:
             store = open_store(store_name)
+            if store.layout.cache and not store.complete:
+                raise StoreError(
+                    f"{store.path} is a cache with {store.stored} of {len(store)} flows in it: only a full one can be "
+                    "exported; reading flowreel.open(SOURCE, cache=...) through fills it"
+                )
             return StoreFlows(store, _numbers(store.available, name, part, slice(start, stop)))
         found, strict = _find(name)
     else:
