@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowreel import sinks
 from flowreel.engine.api import flow_header
 from flowreel.engine.config import RunConfig
 from flowreel.engine.data import FlowBatch, SourceId
@@ -34,7 +35,7 @@ from flowreel.engine.pairing import batches_of, pairs, planned
 from flowreel.engine.pipeline import OneAtATime, Pipeline, Stage, compose
 from flowreel.engine.restore import restore
 from flowreel.engine.sources import is_synthetic, open_random_access
-from flowreel.sinks import open_cache, select
+from flowreel.sinks import select
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
     from flowreel.engine.data import Float64Array, Int64Array
     from flowreel.engine.pipeline import StageFunction
-    from flowreel.sinks import FlowCache
+    from flowreel.sinks import ComputedStore, FlowCache
 
 _STRETCH_BATCHES = 32  # looked up in the cache at a time, when all is read through
 FRAMES_MB = 256.0  # of decoded frames that are kept: 700 of 640x360, 80 of 1920x1080
@@ -135,7 +136,7 @@ class LazyFlow:
         self.device = self._inference.device
         self.shape: tuple[int, int, int, int] = (len(self._source.wanted) - 1, 2, self.info.height, self.info.width)
         self._shard = self.info.shard_length(config.sink.shard_bytes)
-        self._cache = None if cache is None else open_cache(cache, self.info, config.sink, self._beside())
+        self._cache = None if cache is None else sinks.open_cache(cache, self.info, config.sink, self)
         self._closed = False
         self._start_here()
 
@@ -195,11 +196,6 @@ class LazyFlow:
         wanted = np.array(self._source.wanted, np.int64)
         earlier, later = _fixed(wanted[:-1]), _fixed(wanted[1:])
         return (earlier, later) if self._config.model.direction == "forward" else (later, earlier)
-
-    def _beside(self) -> dict[str, npt.NDArray[Any]]:
-        """The arrays that a store keeps beside its flow, by its names for them."""
-        times = {"timestamp_s": self.timestamps_s, "timestamp_to_s": self.timestamps_to_s}
-        return {**times, "frame": self.frame, "frame_to": self.frame_to}
 
     # -- Reading -------------------------------------------------------------------------------------------------
 
@@ -273,10 +269,19 @@ class LazyFlow:
         MissingDependencyError: xarray is not installed.
         """
         try:
-            from flowreel.sinks import data_array
+            data_array = sinks.data_array
         except ImportError as error:
             raise MissingDependencyError(f"to_xarray needs xarray: pip install xarray ({error})") from error
         return data_array(_OnHost(self))
+
+    def store(self) -> ComputedStore:
+        """A read-only Zarr store, a group laid out like ``X.zarr``, whose chunks are computed when they are read.
+
+        ``zarr.open_group(s)["flow"]``, ``xarray.open_zarr(s)``, ``dask.array.from_zarr(s, component="flow")``: float32
+        pixels, the same values as here. Each chunk is one flow, so that one pixel costs a whole one; what is read
+        concurrently is computed together. What goes wrong while computing comes out of the read.
+        """
+        return sinks.ComputedStore(self.info, _OnHost(self))
 
     def rgb(self, number: int) -> Tensor:
         """The frame in which flow ``number`` begins: (3, H, W) uint8 RGB on the host, cut as the flow is."""
@@ -423,6 +428,18 @@ class _OnHost:
         self.available = len(flow)
         self.timestamps_s, self.timestamps_to_s = flow.timestamps_s, flow.timestamps_to_s
         self.frame, self.frame_to = flow.frame, flow.frame_to
+
+    def __reduce__(self) -> tuple[type[_OnHost], tuple[LazyFlow]]:
+        return _OnHost, (self._flow,)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _OnHost) and other._flow is self._flow
+
+    def __hash__(self) -> int:
+        return hash((_OnHost, id(self._flow)))
+
+    def __repr__(self) -> str:
+        return repr(self._flow)
 
     def __getitem__(self, key: Any) -> npt.NDArray[np.float32]:
         array: npt.NDArray[np.float32] = to_host(self._flow[key]).numpy()

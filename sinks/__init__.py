@@ -12,6 +12,7 @@ from flowreel.sinks.registry import known_outputs, open_sink
 
 if TYPE_CHECKING:
     from flowreel.sinks.color_png import write_color_png
+    from flowreel.sinks.computed_store import ComputedStore
     from flowreel.sinks.flo import read_flo, write_flo
     from flowreel.sinks.flow_cache import FlowCache, open_cache
     from flowreel.sinks.kitti import read_kitti, write_kitti
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from flowreel.sinks.video_writer import VideoWriter
 
 __all__ = [
+    "ComputedStore",
     "FlowCache",
     "FlowStore",
     "ShardRewriter",
@@ -49,6 +51,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "ComputedStore": "computed_store",
     "FlowCache": "flow_cache",
     "FlowStore": "store_reader",
     "ShardRewriter": "store_repair",

@@ -19,7 +19,6 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +27,9 @@ import numpy as np
 from flowreel.engine.errors import CacheMismatchError, DamagedStoreError, StoreError
 from flowreel.sinks import publish
 from flowreel.sinks.codecs import compress, flow_codec
+from flowreel.sinks.flows import Placed, coordinates
 from flowreel.sinks.store_files import SPARE_BYTES, StoreFiles
-from flowreel.sinks.store_layout import COORDINATES, open_file
+from flowreel.sinks.store_layout import open_file
 from flowreel.sinks.store_reader import FlowStore
 from flowreel.sinks.zarr_store import MAY_CHANGE, other_settings, store_metadata
 
@@ -51,15 +51,13 @@ _FLOW = re.compile(r"c\.(\d+)\.0\.0\.0")
 _STALE_S = 3600.0  # a file that has been unfinished for so long is of a process that was killed
 
 
-def open_cache(
-    path: str | os.PathLike[str], info: FlowInfo, config: SinkConfig, beside: Mapping[str, Array]
-) -> FlowCache:
+def open_cache(path: str | os.PathLike[str], info: FlowInfo, config: SinkConfig, flows: Placed) -> FlowCache:
     """Opens a cache, or makes an empty one where nothing is.
 
     Args:
         info: header of the flow that will be kept.
         config: how it is encoded.
-        beside: by name, the arrays beside ``flow``, (N,) each, with the frames and times of all flows.
+        flows: tells the frames and times of all flows there will be.
 
     Raises:
         CacheMismatchError: what is there is no cache, or one that was filled in another way: says what differs.
@@ -68,11 +66,11 @@ def open_cache(
     """
     folder = Path(path)
     if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
-        _create(folder, info, config, beside)
+        _create(folder, info, config, flows)
     if not folder.is_dir():
         raise CacheMismatchError(f"{folder} is a file: a cache is a folder")
     cache = FlowCache(folder)
-    if differing := _differences(cache, info, config, beside):
+    if differing := _differences(cache, info, config, flows):
         raise CacheMismatchError(
             f"the flow in the cache {folder} is not what this would compute: {'; '.join(differing)}. Open it as "
             "before, or choose another cache"
@@ -177,7 +175,7 @@ def _file_of(folder: Path, number: int) -> Path:
     return folder / "flow" / f"c.{number}.0.0.0"
 
 
-def _create(folder: Path, info: FlowInfo, config: SinkConfig, beside: Mapping[str, Array]) -> None:
+def _create(folder: Path, info: FlowInfo, config: SinkConfig, flows: Placed) -> None:
     """An empty cache, made beside its place and then given its name, unless another process was faster."""
     assert info.flow_count is not None
     codec = flow_codec(info.height, info.width, config)
@@ -187,8 +185,8 @@ def _create(folder: Path, info: FlowInfo, config: SinkConfig, beside: Mapping[st
         try:
             for name, content in metadata.items():
                 publish.publish_bytes(temporary / name / "zarr.json", json.dumps(content, indent=2).encode())
-            for name, (dtype, _) in COORDINATES.items():
-                publish.publish_bytes(temporary / name / "c" / "0", compress(np.asarray(beside[name], dtype), "blosc"))
+            for name, values in coordinates(flows).items():
+                publish.publish_bytes(temporary / name / "c" / "0", compress(values, "blosc"))
             try:
                 os.rename(temporary, folder)
             except OSError:
@@ -199,10 +197,10 @@ def _create(folder: Path, info: FlowInfo, config: SinkConfig, beside: Mapping[st
             publish.remove(temporary, ignore_errors=True)
 
 
-def _differences(cache: FlowCache, info: FlowInfo, config: SinkConfig, beside: Mapping[str, Array]) -> list[str]:
+def _differences(cache: FlowCache, info: FlowInfo, config: SinkConfig, flows: Placed) -> list[str]:
     """What tells that the cache holds other flow than would be computed now, each in words."""
-    arrays = zip(COORDINATES, (cache.timestamps_s, cache.timestamps_to_s, cache.frame, cache.frame_to), strict=True)
-    same_frames = all(np.array_equal(values, beside[name]) for name, values in arrays)
+    now = coordinates(flows)
+    same_frames = all(np.array_equal(values, now[name]) for name, values in coordinates(cache).items())
     differing = other_settings(cache, info, config, (*_MAY_DIFFER, *(_SELECTION if same_frames else ())))
     was = cache.attrs.get("source") or {}
     if not differing and was.get("size_bytes") != info.source.size_bytes:

@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -341,15 +342,15 @@ class TestRefusal:
     @pytest.mark.parametrize("size_bytes", [99, 101])
     def test_a_source_of_the_same_beginning(self, cache: Path, size_bytes: int) -> None:
         info = FlowInfo(6, 9, Fraction(25), 3, SourceId("clip.mp4", 100, 1.0, "abc"))
-        times = {"timestamp_s": [0.0, 0.1], "timestamp_to_s": [0.1, 0.2], "frame": [0, 1], "frame_to": [1, 2]}
-        beside = {name: np.array(values) for name, values in times.items()}
-        open_cache(cache, info, SinkConfig(), beside)
+        times = {"timestamps_s": [0.0, 0.1], "timestamps_to_s": [0.1, 0.2], "frame": [0, 1], "frame_to": [1, 2]}
+        flows: Any = SimpleNamespace(**{name: np.array(values) for name, values in times.items()})
+        open_cache(cache, info, SinkConfig(), flows)
         other = replace(info, source=replace(info.source, size_bytes=size_bytes))
         with pytest.raises(CacheMismatchError, match=rf"clip\.mp4 had 100 bytes, has {size_bytes}"):
-            open_cache(cache, other, SinkConfig(), beside)
-        later = {"timestamp_s": beside["timestamp_s"] + 1}
+            open_cache(cache, other, SinkConfig(), flows)
+        flows.timestamps_s = flows.timestamps_s + 1
         with pytest.raises(CacheMismatchError, match="its frames or their times were others"):
-            open_cache(cache, info, SinkConfig(), beside | later)
+            open_cache(cache, info, SinkConfig(), flows)
 
     def test_other_words_for_the_same(self, opened: Open, tiny_weights: str, tmp_path: Path) -> None:
         opened()[:2]
