@@ -385,11 +385,7 @@ class LazyFlow:
             raise ValueError(f"{self.path} is closed: open it again")
         if os.getpid() == self._process:
             return
-        if self.device.type == "cuda":
-            raise DeviceError(
-                f"{self.path} was opened on {self.device} before this process was forked, and CUDA does not survive a "
-                "fork: start the workers by spawn, as in DataLoader(..., multiprocessing_context='spawn')"
-            )
+        refuse_fork(self.path, self.device)
         _ABANDONED.append(self._reader)
         self._start_here()
 
@@ -409,6 +405,15 @@ class LazyFlow:
 
 # Readers that a fork brought along. Their decoder's threads stayed behind, and closing it would wait for them.
 _ABANDONED: list[FrameReader] = []
+
+
+def refuse_fork(path: str, device: torch.device) -> None:
+    """Raises DeviceError in a forked process, where a network that was loaded onto a GPU is of no use."""
+    if device.type == "cuda":
+        raise DeviceError(
+            f"{path} was opened on {device} before this process was forked, and CUDA does not survive a fork: start "
+            "the workers by spawn, as in DataLoader(..., multiprocessing_context='spawn')"
+        )
 
 
 def _reopened(path: str, options: dict[str, Any], source: SourceId, count: int) -> LazyFlow:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from flowreel.sinks.kitti import read_kitti, write_kitti
     from flowreel.sinks.npz import read_flow_npz, write_flow_npz
     from flowreel.sinks.reading import StoredFlow as StoredFlow
-    from flowreel.sinks.reading import frame_rate_of, open_flows
+    from flowreel.sinks.reading import frame_rate_of, is_store, open_flows
     from flowreel.sinks.store_reader import FlowStore, open_store
     from flowreel.sinks.store_repair import ShardRewriter
     from flowreel.sinks.store_select import select
@@ -34,6 +34,7 @@ __all__ = [
     "VideoWriter",
     "data_array",
     "frame_rate_of",
+    "is_store",
     "known_outputs",
     "open_cache",
     "open_flows",
@@ -58,6 +59,7 @@ _HOME = {
     "VideoWriter": "video_writer",
     "data_array": "store_xarray",
     "frame_rate_of": "reading",
+    "is_store": "reading",
     "open_cache": "flow_cache",
     "open_flows": "reading",
     "open_store": "store_reader",
