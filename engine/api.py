@@ -312,7 +312,7 @@ def _report(
 ) -> RunReport:
     began_s, started_s, ended_s = times_s
     flows, seconds = tallies[0].flows, ended_s - started_s
-    notes = list(frames.notes)
+    notes = [*frames.notes, *inference.notes]
     if frames.losses:
         notes += [f"taken as the whole although {loss}" for loss in frames.losses]
     return RunReport(

@@ -13,7 +13,7 @@ from flowreel.engine.compiled import Packed, Program, pack, quarter_upsampling
 from flowreel.engine.config import ModelConfig, Precision
 from flowreel.engine.data import JSON, FlowBatch, NativeGrid, PairBatch
 from flowreel.engine.device import resolve_device, resolve_precision
-from flowreel.engine.errors import UsageError
+from flowreel.engine.errors import DeviceError, UsageError
 from flowreel.engine.models.layers import Upsampling, upsample
 from flowreel.engine.models.weights import Weights, instantiate, read_weights
 from flowreel.engine.restore import Fit
@@ -35,6 +35,7 @@ class Inference:
     batch: int  # pairs
     fit: Fit
     native: bool = False  # the network's own quarter-resolution prediction goes along with the flow
+    notes: list[str] = field(default_factory=list, repr=False)  # what the user should know when all is done
     _programs: dict[int, Program] = field(default_factory=dict, repr=False)  # by pairs: full batches, and short ones
 
     @property
@@ -86,20 +87,60 @@ class Inference:
         return upsample(native, self.upsampling)
 
     def stage(self, batches: Iterator[PairBatch]) -> Iterator[FlowBatch]:
-        """Batches of pairs to batches of flow at the network's size; ``restore`` brings it to the frame's."""
+        """Batches of pairs to batches of flow at the network's size; ``restore`` brings it to the frame's.
+
+        A batch that does not fit in the device's memory is done in halves, as are all that follow; no pair is lost.
+        Raises DeviceError when not even one pair fits.
+        """
+        most = self.batch
         for batch in batches:
-            first = torch.stack([pair.first.rgb for pair in batch.pairs])
-            second = torch.stack([pair.second.rgb for pair in batch.pairs])
-            native = self.quarter(first, second) if self.native else None
-            yield FlowBatch(
-                flow=self.flow(first, second) if native is None else self._enlarged(native),
-                index=batch.index,
-                frame=np.array([pair.first.index for pair in batch.pairs], np.int64),
-                frame_to=np.array([pair.second.index for pair in batch.pairs], np.int64),
-                timestamp_s=np.array([pair.first.timestamp_s for pair in batch.pairs], np.float64),
-                timestamp_to_s=np.array([pair.second.timestamp_s for pair in batch.pairs], np.float64),
-                native=native,
-            )
+            done = 0
+            while done < len(batch):
+                part = PairBatch(batch.pairs[done : done + most], batch.index + done)
+                flows = self._flows_that_fit(part)
+                if flows is None:
+                    most = self._fewer(part)
+                else:
+                    done += len(part)
+                    yield flows
+                del flows
+
+    def _flows_that_fit(self, batch: PairBatch) -> FlowBatch | None:
+        """None: memory ended, and all that was made of it is free again, the error and what hangs on it included."""
+        try:
+            return self._flows(batch)
+        except torch.OutOfMemoryError as error:
+            if len(batch) > 1:
+                return None
+            height, width = self.fit.network_size
+            raise DeviceError(
+                f"{self.device} has too little free memory for one pair of {width}x{height} with {self.model}: end "
+                "what else runs there, take --precision fp16 or a smaller --model, or --device cpu"
+            ) from error
+
+    def _fewer(self, batch: PairBatch) -> int:
+        """Half as many pairs. What was made ready for more holds memory, too: it goes."""
+        most = len(batch) // 2
+        for pairs in [pairs for pairs in self._programs if pairs > most]:
+            self._programs.pop(pairs, None)
+        self.notes.append(
+            f"{len(batch)} pairs a batch did not fit in the memory of {self.device}: {most} from flow {batch.index} on"
+        )
+        return most
+
+    def _flows(self, batch: PairBatch) -> FlowBatch:
+        first = torch.stack([pair.first.rgb for pair in batch.pairs])
+        second = torch.stack([pair.second.rgb for pair in batch.pairs])
+        native = self.quarter(first, second) if self.native else None
+        return FlowBatch(
+            flow=self.flow(first, second) if native is None else self._enlarged(native),
+            index=batch.index,
+            frame=np.array([pair.first.index for pair in batch.pairs], np.int64),
+            frame_to=np.array([pair.second.index for pair in batch.pairs], np.int64),
+            timestamp_s=np.array([pair.first.timestamp_s for pair in batch.pairs], np.float64),
+            timestamp_to_s=np.array([pair.second.timestamp_s for pair in batch.pairs], np.float64),
+            native=native,
+        )
 
 
 @dataclass(frozen=True)
