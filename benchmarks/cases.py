@@ -25,6 +25,7 @@ CASES = (
     "model",
     "decode",
     "encode",
+    "lazy",
     "classical",
     "gpu_peers",
     "backpressure",

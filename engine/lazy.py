@@ -15,7 +15,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property, partial
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -99,6 +99,7 @@ class LazyFlow:
 
     Attributes:
         shape: (T-1, 2, H, W).
+        batch: pairs that go through the network together: slices of whole batches are what ``stream`` gives to the bit.
         timestamps_s, timestamps_to_s: (T-1,) float64, seconds: presentation times of each pair's two frames.
         frame, frame_to: (T-1,) int64, their numbers in the source.
         notes: what the user should know of the source.
@@ -134,6 +135,7 @@ class LazyFlow:
         self._inference = network.fitted(info.height, info.width)
         self.info = flow_header(info, self._inference, config)
         self.device = self._inference.device
+        self.batch = self._inference.batch
         self.shape: tuple[int, int, int, int] = (len(self._source.wanted) - 1, 2, self.info.height, self.info.width)
         self._shard = self.info.shard_length(config.sink.shard_bytes)
         self._cache = None if cache is None else sinks.open_cache(cache, self.info, config.sink, self)
@@ -341,13 +343,13 @@ class LazyFlow:
             Stage("model", self._inference.stage),
             Stage("restore", restore(self._inference.fit)),
             *([Stage("download", download)] if on_gpu and self._cache is not None else []),
-            *([Stage("keep", _kept(self._cache, plan))] if self._cache is not None else []),
+            *([Stage("keep", _kept(self._cache, chain.from_iterable(plan)))] if self._cache is not None else []),
         ]
         if len(plan) == 1:
             yield from compose(frames, stages)
             return
-        chain = Pipeline("decode", frames, stages, self._config.queues, wrap=streams.on_stream if on_gpu else None)
-        with closing(chain.stream()) as results:
+        pipeline = Pipeline("decode", frames, stages, self._config.queues, wrap=streams.on_stream if on_gpu else None)
+        with closing(pipeline.stream()) as results:
             yield from streams.handed_over(results)
 
     def _stretches(self, plan: Sequence[Sequence[int]]) -> Iterator[range]:
@@ -451,12 +453,15 @@ class _OnHost:
         return array
 
 
-def _kept(cache: FlowCache, plan: Sequence[Sequence[int]]) -> StageFunction:
-    """A stage that keeps each flow and passes it on as it will be read: first and second time are equal."""
+def _kept(cache: FlowCache, numbers: Iterator[int]) -> StageFunction:
+    """A stage that keeps each flow and passes it on as it will be read: first and second time are equal.
+
+    numbers: of the flows that will come, however many there are in a batch: a device short of memory makes halves.
+    """
 
     def stage(batches: Iterator[FlowBatch]) -> Iterator[FlowBatch]:
-        for numbers, batch in zip(plan, batches, strict=True):
-            flows = [cache.keep(number, flow) for number, flow in zip(numbers, batch.flow.numpy(), strict=True)]
+        for batch in batches:
+            flows = [cache.keep(next(numbers), flow) for flow in batch.flow.numpy()]
             yield replace(batch, flow=torch.from_numpy(np.stack(flows)))
 
     return stage

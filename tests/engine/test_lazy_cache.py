@@ -142,6 +142,20 @@ class TestReading:
             assert net.weight.grad is not None
             assert net.weight.grad.abs().sum() > 0
 
+    def test_batches_that_come_in_halves_keep_their_numbers(
+        self, opened: Open, expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As a device gives them whose memory is too small for whole ones."""
+        from flowreel.engine.inference import Inference
+
+        whole = Inference._flows_that_fit
+        monkeypatch.setattr(Inference, "_flows_that_fit", lambda *a: None if len(a[1]) > 2 else whole(*a))
+        flow = opened()
+        for key in (slice(5, 11), [30, 2, 31, 3, 4]):
+            assert (flow[key] - expected[key]).abs().max() <= 1 / 64 + 1e-4
+        assert (flow[key] - expected[key]).abs().max() <= 1 / 64 + 1e-4
+        assert flow.statistics.computed == flow.statistics.from_cache + 6
+
     def test_it_says_how_full_it_is(self, opened: Open, cache: Path) -> None:
         flow = opened()
         assert flow.cached == 0

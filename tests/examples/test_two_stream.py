@@ -27,8 +27,8 @@ def test_it_learns_from_flow_that_is_computed_once(
 ) -> None:
     both, picture_alone, motion_alone = example.main(["--folder", str(tmp_path), "--clips", "4", "--epochs", "8"])
     assert both > 0.9
-    assert picture_alone <= 0.5  # the ground is all that it shows, and four motions share it
-    assert motion_alone <= 0.75
+    assert picture_alone < 0.6  # it shows no more than the ground, which four motions share
+    assert motion_alone < both
     told = capsys.readouterr().out
     computed = [int(number) for number in re.findall(r"(\d+) flows computed", told)]
     assert computed == [4 * 8 * 6, 0, 0, 0, 0, 0, 0, 0]
