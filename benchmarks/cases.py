@@ -27,6 +27,7 @@ CASES = (
     "model",
     "decode",
     "encode",
+    "lazy",
     "classical",
     "gpu_peers",
     "backpressure",
