@@ -26,6 +26,8 @@ CASES = (
     "decode",
     "encode",
     "classical",
+    "peers",
+    "end_to_end",
     "gpu_peers",
     "backpressure",
     "memory",
