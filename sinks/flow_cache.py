@@ -106,13 +106,13 @@ class FlowCache(FlowStore):
         """Whether a flow has been computed."""
         return os.path.exists(_file_of(self.folder, number))
 
-    def find(self, number: int) -> Float32Array | None:
-        """(2, H, W) float32 pixels; None where it has not been computed, or is damaged and must be computed again."""
-        flow = np.empty(self.layout.flow_shape, np.float32)
+    def find(self, number: int, out: Float32Array) -> bool:
+        """Reads a flow into out: (2, H, W) float32 pixels. False: it has not been computed, or must be computed again
+        because it is damaged."""
         try:
-            return flow if self.files.flow(number, flow) else None
+            return self.files.flow(number, out)
         except DamagedStoreError:
-            return None
+            return False
 
     def keep(self, number: int, flow: Float32Array) -> Float32Array:
         """Keeps a flow, (2, H, W) float32 pixels, and returns it as every reader will see it from now on.
@@ -120,16 +120,15 @@ class FlowCache(FlowStore):
         Raises OutputWriteError.
         """
         encoded = self.layout.codec.encode(flow)
+        kept = np.empty_like(flow)
         path = _file_of(self.folder, number)
         with publish.write_errors(path):
             if not publish.publish_first(path, encoded.chunk):
-                earlier = self.find(number)
-                if earlier is not None:
-                    return earlier
+                if self.find(number, kept):
+                    return kept
                 path.unlink(missing_ok=True)  # damaged
                 if not publish.publish_first(path, encoded.chunk):
                     return self.keep(number, flow)  # somebody else has mended it meanwhile
-        kept = np.empty_like(flow)
         self.layout.codec.decode(encoded.chunk, kept)
         return kept
 
