@@ -461,8 +461,8 @@ def _kept(cache: FlowCache, numbers: Iterator[int]) -> StageFunction:
 
     def stage(batches: Iterator[FlowBatch]) -> Iterator[FlowBatch]:
         for batch in batches:
-            flows = [cache.keep(next(numbers), flow) for flow in batch.flow.numpy()]
-            yield replace(batch, flow=torch.from_numpy(np.stack(flows)))
+            kept = cache.keep(list(islice(numbers, len(batch))), batch.flow.numpy())
+            yield replace(batch, flow=torch.from_numpy(kept))
 
     return stage
 
