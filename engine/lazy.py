@@ -32,9 +32,10 @@ from flowreel.engine.frame_reader import FrameReader
 from flowreel.engine.inference import Network, load_network
 from flowreel.engine.outputs import PathLike
 from flowreel.engine.pairing import batches_of, pairs, planned
-from flowreel.engine.pipeline import OneAtATime, Pipeline, Stage, compose
+from flowreel.engine.pipeline import OneAtATime, Pipeline
 from flowreel.engine.restore import restore
 from flowreel.engine.sources import is_synthetic, open_random_access
+from flowreel.engine.stages import Stage, compose
 from flowreel.sinks import select
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     import xarray
 
     from flowreel.engine.data import Float64Array, Int64Array
-    from flowreel.engine.pipeline import StageFunction
+    from flowreel.engine.stages import StageFunction
     from flowreel.sinks import ComputedStore, FlowCache
 
 _STRETCH_BATCHES = 32  # looked up in the cache at a time, when all is read through
