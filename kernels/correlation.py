@@ -1,12 +1,15 @@
 """Cost volume: how well each pixel of one feature map matches each displaced pixel of another.
 
-Every use is reduced to one operation, the *pixel correlation*: out[dy, dx, y, x] = mean over c of a[c, y, x] times
-b[c, y + dy, x + dx], for displacements that are multiples of a stride. Padding, windows and output strides follow from
-it by a pad and an average.
+Every use is reduced to one operation, the *pixel correlation*: out[dy, dx, y, x] = scale times the sum over c of
+a[c, y, x] b[c, y + dy, x + dx], for displacements that are multiples of a stride. Padding, windows and output strides
+follow from it by a pad and an average. A LeakyReLU and the place of the result, which may be a part of a concatenation,
+go along with it.
 """
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,17 +51,24 @@ def correlation_definition(
     return (volume / kernel_size**2).to(dtype)
 
 
-def pixel_correlation_definition(a: Tensor, b: Tensor, radius: int, stride: int) -> Tensor:
-    """(B, C, H, W) twice -> (B, (2 radius + 1)^2, H, W): the pixel correlation, zero where b ends."""
-    return correlation_definition(a, b, radius * stride, 1, radius * stride, 1, stride)
+def pixel_correlation_definition(
+    a: Tensor, b: Tensor, radius: int, stride: int, scale: float | None = None, slope: float = 1.0
+) -> Tensor:
+    """(B, C, H, W) twice -> (B, (2 radius + 1)^2, H, W): the pixel correlation, zero where b ends.
+
+    scale None: 1 / C. slope: of what is negative; 1 leaves it as it is.
+    """
+    reach = radius * stride
+    mean = correlation_definition(_widened(a), _widened(b), reach, 1, reach, 1, stride)
+    return F.leaky_relu(mean * (a.shape[1] * _scale(a, scale)), slope).to(a.dtype)
 
 
 def pixel_correlation_backward_definition(
-    grad: Tensor, a: Tensor, b: Tensor, radius: int, stride: int
+    grad: Tensor, a: Tensor, b: Tensor, radius: int, stride: int, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients for ``a`` and ``b``, one displacement at a time."""
+    """Gradients for ``a`` and ``b``, from that of the volume before its LeakyReLU; one displacement at a time."""
     edge, (height, width) = radius * stride, a.shape[2:]
-    grad, wide_a, padded_b = _widened(grad) / a.shape[1], _widened(a), F.pad(_widened(b), (edge,) * 4)
+    grad, wide_a, padded_b = _widened(grad) * _scale(a, scale), _widened(a), F.pad(_widened(b), (edge,) * 4)
     grad_a, padded_grad_b = torch.zeros_like(wide_a), torch.zeros_like(padded_b)
     for channel, (dy, dx) in enumerate(_displacements(radius, stride)):
         shifted = (..., slice(edge + dy, edge + dy + height), slice(edge + dx, edge + dx + width))
@@ -75,44 +85,96 @@ def _displacements(radius: int, stride: int) -> list[tuple[int, int]]:
     return [(dy, dx) for dy in steps for dx in steps]
 
 
+def _scale(a: Tensor, scale: float | None) -> float:
+    return 1 / a.shape[1] if scale is None else scale
+
+
 def _widened(x: Tensor) -> Tensor:
     """Half types as float32, in which sums are formed."""
     return x.float() if x.element_size() < 4 else x
+
+
+# --- a CPU and a GPU --------------------------------------------------------------------------------------------------
+
+
+def _pixel_correlation_cpu(
+    a: Tensor, b: Tensor, radius: int, stride: int, scale: float | None = None, slope: float = 1.0
+) -> Tensor:
+    return correlation_bands.pixel_correlation(a, b, radius, stride, _scale(a, scale), slope)
+
+
+def _pixel_correlation_backward_cpu(
+    grad: Tensor, a: Tensor, b: Tensor, radius: int, stride: int, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    return correlation_bands.pixel_correlation_backward(grad, a, b, radius, stride, _scale(a, scale))
+
+
+def _into(
+    made_by: Callable[..., Tensor],
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    radius: int,
+    stride: int,
+    scale: float | None = None,
+    slope: float = 1.0,
+) -> None:
+    """What is made elsewhere, copied to where it belongs."""
+    out.copy_(made_by(a, b, radius, stride, scale, slope))
 
 
 # --- registration -----------------------------------------------------------------------------------------------------
 
 _torch_library: Any = torch.library  # its functions carry no types
 _LIBRARY = _torch_library.Library("flowreel", "FRAGMENT")
-_LIBRARY.define("correlation(Tensor a, Tensor b, int radius, int stride) -> Tensor")
-_LIBRARY.define("correlation_backward(Tensor grad, Tensor a, Tensor b, int radius, int stride) -> (Tensor, Tensor)")
+_MAPS, _HOW = "Tensor a, Tensor b, int radius, int stride, float? scale=None", "float slope=1."
+_LIBRARY.define(f"correlation({_MAPS}, {_HOW}) -> Tensor")
+_LIBRARY.define(f"correlation_into(Tensor(a!) out, {_MAPS}, {_HOW}) -> ()")
+_LIBRARY.define(f"correlation_backward(Tensor grad, {_MAPS}) -> (Tensor, Tensor)")
 _LIBRARY.impl("correlation", pixel_correlation_definition, "CompositeExplicitAutograd")  # any device without its own
+_LIBRARY.impl("correlation_into", partial(_into, pixel_correlation_definition), "CompositeExplicitAutograd")
 _LIBRARY.impl("correlation_backward", pixel_correlation_backward_definition, "CompositeExplicitAutograd")
-_LIBRARY.impl("correlation", correlation_bands.pixel_correlation, "CPU")
-_LIBRARY.impl("correlation_backward", correlation_bands.pixel_correlation_backward, "CPU")
+_LIBRARY.impl("correlation", _pixel_correlation_cpu, "CPU")
+_LIBRARY.impl("correlation_into", partial(_into, _pixel_correlation_cpu), "CPU")
+_LIBRARY.impl("correlation_backward", _pixel_correlation_backward_cpu, "CPU")
 
 
-def _shape_of_correlation(a: Tensor, b: Tensor, radius: int, stride: int) -> Tensor:
+def _shape_of_correlation(
+    a: Tensor, b: Tensor, radius: int, stride: int, scale: float | None = None, slope: float = 1.0
+) -> Tensor:
     return a.new_empty(a.shape[0], (2 * radius + 1) ** 2, *a.shape[2:])
 
 
-def _shapes_of_backward(grad: Tensor, a: Tensor, b: Tensor, radius: int, stride: int) -> tuple[Tensor, Tensor]:
+def _nothing_comes_back(
+    out: Tensor, a: Tensor, b: Tensor, radius: int, stride: int, scale: float | None = None, slope: float = 1.0
+) -> None:
+    pass
+
+
+def _shapes_of_backward(
+    grad: Tensor, a: Tensor, b: Tensor, radius: int, stride: int, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
     return a.new_empty(a.shape), b.new_empty(b.shape)
 
 
 _torch_library.register_fake("flowreel::correlation", _shape_of_correlation, lib=_LIBRARY)
 
+_torch_library.register_fake("flowreel::correlation_into", _nothing_comes_back, lib=_LIBRARY)
+
 _torch_library.register_fake("flowreel::correlation_backward", _shapes_of_backward, lib=_LIBRARY)
 
 
-def _remember(ctx: Any, inputs: tuple[Tensor, Tensor, int, int], output: Tensor) -> None:
-    a, b, ctx.radius, ctx.stride = inputs
-    ctx.save_for_backward(a, b)
+def _remember(ctx: Any, inputs: tuple[Tensor, Tensor, int, int, float | None, float], output: Tensor) -> None:
+    a, b, ctx.radius, ctx.stride, ctx.scale, ctx.slope = inputs
+    ctx.save_for_backward(a, b, *([output] if ctx.slope != 1 else []))
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-    grad_a, grad_b = torch.ops.flowreel.correlation_backward(grad, *ctx.saved_tensors, ctx.radius, ctx.stride)
-    return grad_a, grad_b, None, None
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    a, b, *activated = ctx.saved_tensors
+    if activated:  # it has the sign of what came before it
+        grad = torch.where(activated[0] > 0, grad, grad * ctx.slope)
+    grads = torch.ops.flowreel.correlation_backward(grad, a, b, ctx.radius, ctx.stride, ctx.scale)
+    return (*grads, None, None, None, None)
 
 
 _torch_library.register_autograd("flowreel::correlation", _backward, setup_context=_remember, lib=_LIBRARY)
@@ -129,6 +191,10 @@ def correlation(
     max_displacement: int = 20,
     stride1: int = 1,
     stride2: int = 2,
+    *,
+    scale: float | None = None,
+    negative_slope: float = 1.0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Cost volume of two feature maps: the mean over channels (and over a window) of a times a displaced b.
 
@@ -143,40 +209,56 @@ def correlation(
         max_displacement: largest displacement in x and in y, pixels.
         stride1: step from one output pixel to the next, pixels.
         stride2: step from one displacement to the next, pixels.
+        scale: what the sum over channels is multiplied with, for the mean 1 / C, which None stands for. Maps that are
+            padded with channels of zeros want 1 / (their real channels).
+        negative_slope: of a LeakyReLU on the result, not negative; 1: none.
+        out: where the result goes: (B, D * D, Ho, Wo) of the inputs' dtype and device, any strides, such as some
+            channels of a concatenation; no memory of ``a`` or ``b``. There are no gradients then. None: a new tensor.
 
     Returns:
-        (B, D * D, Ho, Wo) in the inputs' dtype, with r = max_displacement // stride2, D = 2 r + 1,
-        Ho = ceil((H + 2 pad_size - 2 max_displacement - (kernel_size - 1)) / stride1), Wo likewise.
-        Channel (j + r) D + (i + r) holds the displacement (i, j) * stride2 in (x, y). Contiguous.
+        ``out``, or (B, D * D, Ho, Wo) in the inputs' dtype, contiguous, with r = max_displacement // stride2,
+        D = 2 r + 1, Ho = ceil((H + 2 pad_size - 2 max_displacement - (kernel_size - 1)) / stride1), Wo likewise.
+        Channel (j + r) D + (i + r) holds the displacement (i, j) * stride2 in (x, y).
 
-    Sums are formed in float32 (float64 for float64). Against the definition: 1e-5 absolute for float32 maps of unit
-    variance; for half types one rounding of 1/C and one of the result.
+    Sums are formed in float32 (float64 for float64), and scaled and activated before they are rounded. Against the
+    definition: 1e-5 absolute for float32 maps of unit variance; for half types one rounding of the result, on a CPU
+    also one of ``a`` times the scale and one before the LeakyReLU.
 
     Raises:
-        TypeError: an input is not a floating point tensor, or the two dtypes differ.
+        TypeError: an input is not a floating point tensor, or the dtypes differ.
         ValueError: shapes or devices differ, a size is zero, a parameter is out of range, or nothing remains to
             compare (Ho or Wo below 1).
+        RuntimeError: ``out`` is given where a gradient is asked for.
 
     Source: Fischer et al., FlowNet: Learning Optical Flow with Convolutional Networks, ICCV 2015, section 3. Windows
     larger than one pixel are centred as in its Caffe layer.
     """
-    _check(a, b, pad_size, kernel_size, max_displacement, stride1, stride2)
-    plain = pad_size == max_displacement and kernel_size == stride1 == 1
+    size = _checked(a, b, pad_size, kernel_size, max_displacement, stride1, stride2)
+    if not 0 <= negative_slope < math.inf:
+        raise ValueError(f"negative_slope must not be negative, got {negative_slope}")
+    if out is not None:
+        _check_out(out, a, b, size)
     radius = max_displacement // stride2
-    if plain:
-        return _pixel_correlation(a, b, radius, stride2)
+    if pad_size == max_displacement and kernel_size == stride1 == 1:
+        if out is None:
+            return _pixel_correlation(a, b, radius, stride2, scale, negative_slope)
+        _pixel_correlation_into(out, a, b, radius, stride2, scale, negative_slope)
+        return out
     # With p zeros around a and b, the volume itself is zero there; and the window's sum is an average of the volume.
     border = pad_size - max_displacement
-    volume = F.pad(_pixel_correlation(_widened(a), _widened(b), radius, stride2), (border,) * 4)
-    return F.avg_pool2d(volume, kernel_size, stride1).to(a.dtype)
+    volume = F.pad(_pixel_correlation(_widened(a), _widened(b), radius, stride2, scale), (border,) * 4)
+    costs = F.leaky_relu(F.avg_pool2d(volume, kernel_size, stride1), negative_slope).to(a.dtype)
+    return costs if out is None else out.copy_(costs)
 
 
-_pixel_correlation: Callable[[Tensor, Tensor, int, int], Tensor] = torch.ops.flowreel.correlation.default
+_pixel_correlation: Callable[..., Tensor] = torch.ops.flowreel.correlation.default
+_pixel_correlation_into: Callable[..., None] = torch.ops.flowreel.correlation_into.default
 
 
-def _check(
+def _checked(
     a: Tensor, b: Tensor, pad_size: int, kernel_size: int, max_displacement: int, stride1: int, stride2: int
-) -> None:
+) -> tuple[int, ...]:
+    """The result's shape."""
     if not a.is_floating_point() or a.dtype != b.dtype:
         raise TypeError(f"correlation takes two floating point maps of one dtype, got {a.dtype} and {b.dtype}")
     if a.ndim != 4 or a.shape != b.shape:
@@ -197,3 +279,14 @@ def _check(
             f"a map of {a.shape[2]}x{a.shape[3]} is too small: pad_size {pad_size}, max_displacement "
             f"{max_displacement} and kernel_size {kernel_size} need at least {needed} pixels each way; raise pad_size"
         )
+    rows, columns = (-(-(size - needed + 1) // stride1) for size in a.shape[2:])
+    return a.shape[0], (2 * (max_displacement // stride2) + 1) ** 2, rows, columns
+
+
+def _check_out(out: Tensor, a: Tensor, b: Tensor, size: tuple[int, ...]) -> None:
+    if out.dtype != a.dtype:
+        raise TypeError(f"out is {a.dtype} as the maps are, got {out.dtype}")
+    if out.shape != size or out.device != a.device:
+        raise ValueError(f"out is {size} on {a.device}, got {tuple(out.shape)} on {out.device}")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (out, a, b)):
+        raise RuntimeError("correlation with out= has no gradients: leave it out, or use torch.no_grad()")

@@ -66,19 +66,19 @@ class _Layout:
         """Padding that completes the last row of phases and the last tile."""
         return (0, self.full_width - self.width, 0, self.rows * self.stride - self.height)
 
-    def lefts(self, a: Tensor) -> Tensor:
-        """a / C, (B, C, H, W) -> (phase row, row, products, tile, C)."""
+    def lefts(self, a: Tensor, scale: float) -> Tensor:
+        """scale a, (B, C, H, W) -> (phase row, row, products, tile, C)."""
         a = F.pad(a, self.fill()) if any(self.fill()) else a
         a = a.reshape(self.batch, self.channels, self.rows, self.stride, self.tiles, self.tile, self.stride)
         a = a.permute(3, 2, 0, 6, 4, 5, 1)  # (phase row, row, B, phase column, tile, pixel, C)
-        scaled = torch.mul(a, 1 / self.channels, out=a.new_empty(a.shape))
+        scaled = torch.mul(a, scale, out=a.new_empty(a.shape))
         return scaled.view(self.stride, self.rows, self.products, self.tile, self.channels)
 
-    def from_lefts(self, lefts: Tensor) -> Tensor:
-        """The transpose of ``lefts``: gradients back in place, divided by C, (B, C, H, W)."""
+    def from_lefts(self, lefts: Tensor, scale: float) -> Tensor:
+        """The transpose of ``lefts``: gradients back in place, scaled, (B, C, H, W)."""
         s = self.stride
         x = lefts.view(s, self.rows, self.batch, s, self.tiles, self.tile, self.channels).permute(2, 6, 1, 0, 4, 5, 3)
-        a = torch.mul(x, 1 / self.channels, out=x.new_empty(x.shape))
+        a = torch.mul(x, scale, out=x.new_empty(x.shape))
         a = a.view(self.batch, self.channels, self.rows * s, self.full_width)
         return a[..., : self.height, : self.width].contiguous()
 
@@ -125,12 +125,12 @@ class _Layout:
             yield y, phase, row, inside, slice(first * self.pitch, last * self.pitch)
 
 
-def pixel_correlation(a: Tensor, b: Tensor, radius: int, stride: int) -> Tensor:
+def pixel_correlation(a: Tensor, b: Tensor, radius: int, stride: int, scale: float, slope: float) -> Tensor:
     """(B, C, H, W) twice -> (B, (2 radius + 1)^2, H, W), as ``pixel_correlation_definition``."""
     if a.dtype == torch.float16 or (a.dtype == torch.bfloat16 and not _FAST_BFLOAT16):
-        return pixel_correlation(a.float(), b.float(), radius, stride).to(a.dtype)
+        return pixel_correlation(a.float(), b.float(), radius, stride, scale, slope).to(a.dtype)
     layout = _Layout.of(a, radius, stride)
-    lefts, windows = layout.lefts(a), layout.windows(b)
+    lefts, windows = layout.lefts(a, scale), layout.windows(b)
     out = a.new_zeros(layout.batch, layout.side**2, layout.height, layout.full_width)
     volume = layout.volume(out)
     scratch = a.new_empty(layout.products * layout.tile * layout.side * layout.pitch)
@@ -141,16 +141,20 @@ def pixel_correlation(a: Tensor, b: Tensor, radius: int, stride: int) -> Tensor:
         source, target = layout.band(product), volume[y, ..., inside, :]
         for column in range(stride):  # apart, so that the innermost run is over pixels
             target[:, column].copy_(source[:, column])
+    if slope != 1:
+        F.leaky_relu(out, slope, inplace=True)
     return out if layout.full_width == layout.width else out[..., : layout.width].contiguous()
 
 
-def pixel_correlation_backward(grad: Tensor, a: Tensor, b: Tensor, radius: int, stride: int) -> tuple[Tensor, Tensor]:
+def pixel_correlation_backward(
+    grad: Tensor, a: Tensor, b: Tensor, radius: int, stride: int, scale: float
+) -> tuple[Tensor, Tensor]:
     """Gradients for both; the volume's gradient becomes a banded matrix, multiplied with b and with a."""
     if a.element_size() < 4:
-        grads = pixel_correlation_backward(grad.float(), a.float(), b.float(), radius, stride)
+        grads = pixel_correlation_backward(grad.float(), a.float(), b.float(), radius, stride, scale)
         return grads[0].to(a.dtype), grads[1].to(b.dtype)
     layout = _Layout.of(a, radius, stride)
-    lefts, windows = layout.lefts(a), layout.windows(b)
+    lefts, windows = layout.lefts(a, scale), layout.windows(b)
     missing = layout.full_width - layout.width
     volume = layout.volume((F.pad(grad, (0, missing)) if missing else grad).contiguous())
     grad_lefts, grad_windows = torch.empty_like(lefts), torch.zeros_like(windows)
@@ -164,4 +168,4 @@ def pixel_correlation_backward(grad: Tensor, a: Tensor, b: Tensor, radius: int, 
             target[:, column].copy_(source[:, column])
         torch.bmm(matrix, windows[phase, :, :, columns].transpose(1, 2), out=grad_lefts[phase, row])
         grad_windows[phase, :, :, columns].baddbmm_(lefts[phase, row].transpose(1, 2), matrix)
-    return layout.from_lefts(grad_lefts), layout.from_windows(grad_windows)
+    return layout.from_lefts(grad_lefts, scale), layout.from_windows(grad_windows)
