@@ -12,11 +12,13 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flowreel.kernels import correlation_bands
+from flowreel.kernels.launch import SUFFIXES, blocks_for, implement, launch, sizes, view
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -94,7 +96,12 @@ def _widened(x: Tensor) -> Tensor:
     return x.float() if x.element_size() < 4 else x
 
 
-# --- a CPU and a GPU --------------------------------------------------------------------------------------------------
+def _into(made_by: Callable[..., Tensor], out: Tensor, *arguments: Any) -> None:
+    """What is made elsewhere, copied to where it belongs."""
+    out.copy_(made_by(*arguments))
+
+
+# --- the CPU version --------------------------------------------------------------------------------------------------
 
 
 def _pixel_correlation_cpu(
@@ -109,18 +116,55 @@ def _pixel_correlation_backward_cpu(
     return correlation_bands.pixel_correlation_backward(grad, a, b, radius, stride, _scale(a, scale))
 
 
-def _into(
-    made_by: Callable[..., Tensor],
-    out: Tensor,
-    a: Tensor,
-    b: Tensor,
-    radius: int,
-    stride: int,
-    scale: float | None = None,
-    slope: float = 1.0,
+# --- the CUDA version -------------------------------------------------------------------------------------------------
+
+_TILE, _ROWS, _SHIFTS, _COLUMNS = 64, 3, 7, (21, 9)  # what a block computes, and
+_BLOCK, _GROUP = 384, 8  # by how many threads; channels of a gradient that a thread computes: all as in the source
+_MOST_DEEP = (1 << 16) - 1  # blocks of a grid in its third direction
+
+
+def _pixel_correlation_cuda(
+    a: Tensor, b: Tensor, radius: int, stride: int, scale: float | None = None, slope: float = 1.0
+) -> Tensor:
+    out = _shape_of_correlation(a, b, radius, stride)
+    _pixel_correlation_into_cuda(out, a, b, radius, stride, scale, slope)
+    return out
+
+
+def _pixel_correlation_into_cuda(
+    out: Tensor, a: Tensor, b: Tensor, radius: int, stride: int, scale: float | None = None, slope: float = 1.0
 ) -> None:
-    """What is made elsewhere, copied to where it belongs."""
-    out.copy_(made_by(a, b, radius, stride, scale, slope))
+    batch, channels, height, width = a.shape
+    side, phases = 2 * radius + 1, 2 if stride == 2 else 1  # phases in x that one block computes
+    columns = min(_COLUMNS, key=lambda n: -(-side // n) * n)  # the least that is computed in vain
+    across = stride // phases * _parts(_parts(width, stride), _TILE // phases)
+    down = stride * _parts(_parts(height, stride), _ROWS)
+    deep = _parts(side, columns) * _parts(side, _SHIFTS)
+    entry = f"correlation_{columns}_{SUFFIXES[a.dtype]}"
+    for first in range(0, batch, _MOST_DEEP // deep):
+        some = slice(first, first + _MOST_DEEP // deep)
+        count = len(range(batch)[some])
+        views = (*view(a[some]), *view(b[some]), *view(out[some]))
+        numbers = sizes(count, channels, height, width, radius, stride)
+        arguments = (*views, *numbers, np.float32(_scale(a, scale)), np.float32(slope))
+        launch("correlation", entry, (across, down, deep * count), arguments, (_BLOCK,))
+
+
+def _pixel_correlation_backward_cuda(
+    grad: Tensor, a: Tensor, b: Tensor, radius: int, stride: int, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    batch, channels, height, width = a.shape
+    grads = a.new_empty(a.shape), b.new_empty(b.shape)
+    grid = (*blocks_for(batch * height * width), _parts(channels, _GROUP))
+    for of_b, (out, other) in enumerate(zip(grads, (b, a), strict=True)):
+        numbers = sizes(batch, channels, height, width, radius, stride)
+        arguments = (*view(grad), *view(other), *view(out), *numbers, np.float32(_scale(a, scale)), np.int32(of_b))
+        launch("correlation", f"correlation_gradient_{SUFFIXES[a.dtype]}", grid, arguments)
+    return grads
+
+
+def _parts(count: int, size: int) -> int:
+    return -(-count // size)
 
 
 # --- registration -----------------------------------------------------------------------------------------------------
@@ -131,12 +175,27 @@ _MAPS, _HOW = "Tensor a, Tensor b, int radius, int stride, float? scale=None", "
 _LIBRARY.define(f"correlation({_MAPS}, {_HOW}) -> Tensor")
 _LIBRARY.define(f"correlation_into(Tensor(a!) out, {_MAPS}, {_HOW}) -> ()")
 _LIBRARY.define(f"correlation_backward(Tensor grad, {_MAPS}) -> (Tensor, Tensor)")
-_LIBRARY.impl("correlation", pixel_correlation_definition, "CompositeExplicitAutograd")  # any device without its own
-_LIBRARY.impl("correlation_into", partial(_into, pixel_correlation_definition), "CompositeExplicitAutograd")
-_LIBRARY.impl("correlation_backward", pixel_correlation_backward_definition, "CompositeExplicitAutograd")
-_LIBRARY.impl("correlation", _pixel_correlation_cpu, "CPU")
-_LIBRARY.impl("correlation_into", partial(_into, _pixel_correlation_cpu), "CPU")
-_LIBRARY.impl("correlation_backward", _pixel_correlation_backward_cpu, "CPU")
+implement(
+    _LIBRARY,
+    "correlation",
+    pixel_correlation_definition,
+    on_cpu=_pixel_correlation_cpu,
+    on_cuda=_pixel_correlation_cuda,
+)
+implement(
+    _LIBRARY,
+    "correlation_into",
+    partial(_into, pixel_correlation_definition),
+    on_cpu=partial(_into, _pixel_correlation_cpu),
+    on_cuda=_pixel_correlation_into_cuda,
+)
+implement(
+    _LIBRARY,
+    "correlation_backward",
+    pixel_correlation_backward_definition,
+    on_cpu=_pixel_correlation_backward_cpu,
+    on_cuda=_pixel_correlation_backward_cuda,
+)
 
 
 def _shape_of_correlation(
