@@ -34,6 +34,7 @@ CASES = (
     "accuracy",
     "clips",
     "storage",
+    "kills",
 )
 
 
