@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ H, W, FRAMES, SHARD = 64, 96, 15, 4  # 14 flows: three shards and a ragged one
 class Disk:
     """Takes so many bytes, then some of what is written, then none."""
 
-    def __init__(self, free: int) -> None:
+    def __init__(self, free: int, error: int = errno.ENOSPC) -> None:
         self.free = free
+        self.error = error  # what it says then
 
     def open(self, path: Path, mode: str) -> io.BufferedWriter:
         assert mode == "wb"
@@ -41,7 +43,7 @@ class OnDisk(io.FileIO):
 
     def write(self, data: Any) -> int:
         if not self._disk.free:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(self._disk.error, os.strerror(self._disk.error))
         written = super().write(memoryview(data)[: self._disk.free])
         self._disk.free -= written
         return written
@@ -58,8 +60,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     for number in range(FRAMES):
         Image.fromarray(texture[:, 2 * number : 2 * number + W]).save(f"frames/{number:03}.png")
 
-    def on(free: int, *arguments: str, store: str = "X.zarr") -> int:
-        monkeypatch.setattr(publish, "open", Disk(free).open, raising=False)
+    def on(free: int, *arguments: str, store: str = "X.zarr", error: int = errno.ENOSPC) -> int:
+        monkeypatch.setattr(publish, "open", Disk(free, error).open, raising=False)
         return call(["run", "frames", "-o", store, "--weights", "tiny.safetensors", "--batch", "2", "-q", *arguments])
 
     monkeypatch.setattr(os, "fsync", lambda _: None)
@@ -101,8 +103,23 @@ def test_a_full_disk_ends_a_run_that_goes_on_when_there_is_room(
         assert run(plenty, "--resume") == 0
         assert contents("X.zarr") == whole
         kept.append(available)
-        for path in sorted(Path("X.zarr").rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
-        Path("X.zarr").rmdir()
+        shutil.rmtree("X.zarr")
     assert kept[0] == 0
     assert kept[-1] >= 3 * SHARD
+
+
+@pytest.mark.parametrize("error", [errno.EROFS, errno.EACCES, errno.EIO])
+def test_a_disk_that_takes_nothing_any_more(
+    run: Callable[..., int], capsys: pytest.CaptureFixture[str], error: int
+) -> None:
+    """Mounted anew to be read only, permission withdrawn, broken: before the run or while it goes on."""
+    assert run(1 << 40, store="whole.zarr") == 0
+    whole = contents("whole.zarr")
+    for free in (0, 2 * sum(map(len, whole.values())) // 3):
+        capsys.readouterr()
+        assert run(free, error=error) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"cannot write X.zarr: {os.strerror(error)}" in line
+        assert Path("X.zarr.partial").exists() == bool(free)
+    assert run(1 << 40, "--resume") == 0
+    assert contents("X.zarr") == whole
