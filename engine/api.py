@@ -117,7 +117,8 @@ def run_one(
     with ExitStack() as opened:
         given = open_source(source, config.select) if resumed is None or resumed.frames is None else resumed.frames
         frames = opened.enter_context(closing(given))
-        inference = network().fitted(frames.info.height, frames.info.width, native=native)
+        recorded = None if resumed is None else resumed.point.batch
+        inference = network().fitted(frames.info.height, frames.info.width, native=native, recorded_batch=recorded)
         header = flow_header(frames.info if resumed is None else resumed.info, inference, config)
         if resumed is not None:
             resumed.store.require_same(header)

@@ -116,7 +116,9 @@ class ZarrSink:
         place, later = (flows - 1, max) if flows > 0 else (0, min)  # after the last pair; or the first frame of all
         frame = int(later(store.frame[place], store.frame_to[place]))
         time_s = float(later(store.timestamps_s[place], store.timestamps_to_s[place]))
-        self._point = ResumePoint(max(flows, 0), frame, time_s, store.complete, store.available)
+        batch = store.attrs.get("batch")
+        recorded = batch if isinstance(batch, int) and batch > 0 else None
+        self._point = ResumePoint(max(flows, 0), frame, time_s, store.complete, store.available, recorded)
         return self._point
 
     def require_same(self, info: FlowInfo) -> None:
