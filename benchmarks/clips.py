@@ -6,13 +6,13 @@ import tempfile
 from pathlib import Path
 
 import flowreel
-from benchmarks.data import FOLDER
+from benchmarks.data import found
 
 
 def run() -> dict[str, object]:
     """Store and colour video of each clip in ``videos``, one run each."""
     rows = []
-    for clip in sorted((FOLDER / "videos").iterdir()):
+    for clip in sorted(found("videos").iterdir()):
         with tempfile.TemporaryDirectory() as folder:
             report = flowreel.run(clip, [Path(folder) / "x.zarr", Path(folder) / "x.mp4"])
         store, video = report.outputs

@@ -17,15 +17,16 @@ import av
 from PIL import Image
 
 import flowreel
-from benchmarks.data import FOLDER
+from benchmarks.data import found
 from flowreel.engine.paint import color
 
 CLIP = "sintel_cave_1024x436.mp4"
 
 
-def run(clip: str = CLIP, repeats: int = 3) -> dict[str, object]:
-    """Both ways in turn, ``repeats`` times; medians."""
-    source = FOLDER / "videos" / clip
+def run(clip: str = CLIP, repeats: int = 3, short: bool = False) -> dict[str, object]:
+    """Both ways in turn, ``repeats`` times (once in a short run); medians."""
+    repeats = 1 if short else repeats
+    source = found("videos", clip)
     measured: dict[tuple[str, str], list[tuple[float, int]]] = {}
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as folder:

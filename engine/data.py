@@ -6,7 +6,7 @@ Tensors may live on any device; ``engine/device.py`` alone moves them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
@@ -214,6 +214,41 @@ class Source(Protocol):
     def notes(self) -> list[str]: ...
     def __iter__(self) -> Iterator[Frame]: ...
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A frame as it was decoded, before it is made a ``Frame``: what is not asked for is never converted."""
+
+    number: int  # of the frame in the source
+    size_bytes: int  # that it keeps in memory
+    develop: Callable[[], Frame]
+
+
+@runtime_checkable
+class RandomAccess(Source, Protocol):
+    """A source whose frames can be had in any order. Any number of readings may go on side by side."""
+
+    reopening_frames: int  # so many frames are decoded in the time starting over takes; 0: each stands by itself
+
+    @property
+    def wanted(self) -> range:
+        """Numbers of the frames that the selection takes."""
+        ...
+
+    @property
+    def times_s(self) -> Float64Array:
+        """(T,) seconds, presentation time of every frame of the source, ascending."""
+        ...
+
+    def standing_before(self, number: int) -> int:
+        """The frame that has to be decoded first to get this one: itself, or one before it."""
+        ...
+
+    def pictures_from(self, number: int) -> Generator[Picture, None, None]:
+        """Frames in rising order, from this one or somewhat before it to the last one, those between the wanted ones
+        included. One that cannot be decoded is left out. Raises SourceError when the source has gone or changed."""
+        ...
 
 
 @dataclass(frozen=True)

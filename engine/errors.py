@@ -9,6 +9,7 @@
     │   ├── UnsupportedSourceError (ValueError)    not a video or picture that can be decoded
     │   ├── TooFewFramesError (ValueError)         fewer than two frames: no flow
     │   ├── FrameSizeError (ValueError)            a frame's size differs from the first one's
+    │   ├── SourceChangedError (ValueError)        another file has come in the place of the one that was opened
     │   ├── TruncatedSourceError (EOFError)        fewer frames decoded than the container holds
     │   └── SomeSourcesFailedError                 of many sources in one run, some failed
     ├── WeightsError                      something about a weights file
@@ -71,6 +72,10 @@ class TooFewFramesError(SourceError, ValueError):
 
 class FrameSizeError(SourceError, ValueError):
     """A frame's size differs from the size of the first one."""
+
+
+class SourceChangedError(SourceError, ValueError):
+    """The file is not the one any more that was opened under its name."""
 
 
 class TruncatedSourceError(SourceError, EOFError):

@@ -12,8 +12,8 @@ from torch import Tensor
 from flowreel.engine.compiled import Packed, Program, pack, quarter_upsampling
 from flowreel.engine.config import ModelConfig, Precision
 from flowreel.engine.data import JSON, FlowBatch, NativeGrid, PairBatch
-from flowreel.engine.device import resolve_device, resolve_precision
-from flowreel.engine.errors import UsageError
+from flowreel.engine.device import free_bytes, resolve_device, resolve_precision
+from flowreel.engine.errors import DeviceError, UsageError
 from flowreel.engine.models.layers import Upsampling, upsample
 from flowreel.engine.models.weights import Weights, instantiate, read_weights
 from flowreel.engine.restore import Fit
@@ -39,6 +39,7 @@ class Inference:
     batch: int  # pairs
     fit: Fit
     native: bool = False  # the network's own quarter-resolution prediction goes along with the flow
+    notes: list[str] = field(default_factory=list, repr=False)  # what the user should know when all is done
     _programs: dict[int, Program] = field(default_factory=dict, repr=False)  # by pairs: full batches, and short ones
 
     @property
@@ -90,20 +91,60 @@ class Inference:
         return upsample(native, self.upsampling)
 
     def stage(self, batches: Iterator[PairBatch]) -> Iterator[FlowBatch]:
-        """Batches of pairs to batches of flow at the network's size; ``restore`` brings it to the frame's."""
+        """Batches of pairs to batches of flow at the network's size; ``restore`` brings it to the frame's.
+
+        A batch that does not fit in the device's memory is done in halves, as are all that follow; no pair is lost.
+        Raises DeviceError when not even one pair fits.
+        """
+        most = self.batch
         for batch in batches:
-            first = torch.stack([pair.first.rgb for pair in batch.pairs])
-            second = torch.stack([pair.second.rgb for pair in batch.pairs])
-            native = self.quarter(first, second) if self.native else None
-            yield FlowBatch(
-                flow=self.flow(first, second) if native is None else self._enlarged(native),
-                index=batch.index,
-                frame=np.array([pair.first.index for pair in batch.pairs], np.int64),
-                frame_to=np.array([pair.second.index for pair in batch.pairs], np.int64),
-                timestamp_s=np.array([pair.first.timestamp_s for pair in batch.pairs], np.float64),
-                timestamp_to_s=np.array([pair.second.timestamp_s for pair in batch.pairs], np.float64),
-                native=native,
-            )
+            done = 0
+            while done < len(batch):
+                part = PairBatch(batch.pairs[done : done + most], batch.index + done)
+                flows = self._flows_that_fit(part)
+                if flows is None:
+                    most = self._fewer(part)
+                else:
+                    done += len(part)
+                    yield flows
+                del flows
+
+    def _flows_that_fit(self, batch: PairBatch) -> FlowBatch | None:
+        """None: memory ended, and all that was made of it is free again, the error and what hangs on it included."""
+        try:
+            return self._flows(batch)
+        except torch.OutOfMemoryError as error:
+            if len(batch) > 1:
+                return None
+            height, width = self.fit.network_size
+            raise DeviceError(
+                f"{self.device} has too little free memory for one pair of {width}x{height} with {self.model}: end "
+                "what else runs there, take --precision fp16 or a smaller --model, or --device cpu"
+            ) from error
+
+    def _fewer(self, batch: PairBatch) -> int:
+        """Half as many pairs. What was made ready for more holds memory, too: it goes."""
+        most = len(batch) // 2
+        for pairs in [pairs for pairs in self._programs if pairs > most]:
+            self._programs.pop(pairs, None)
+        self.notes.append(
+            f"{len(batch)} pairs a batch did not fit in the memory of {self.device}: {most} from flow {batch.index} on"
+        )
+        return most
+
+    def _flows(self, batch: PairBatch) -> FlowBatch:
+        first = torch.stack([pair.first.rgb for pair in batch.pairs])
+        second = torch.stack([pair.second.rgb for pair in batch.pairs])
+        native = self.quarter(first, second) if self.native else None
+        return FlowBatch(
+            flow=self.flow(first, second) if native is None else self._enlarged(native),
+            index=batch.index,
+            frame=np.array([pair.first.index for pair in batch.pairs], np.int64),
+            frame_to=np.array([pair.second.index for pair in batch.pairs], np.int64),
+            timestamp_s=np.array([pair.first.timestamp_s for pair in batch.pairs], np.float64),
+            timestamp_to_s=np.array([pair.second.timestamp_s for pair in batch.pairs], np.float64),
+            native=native,
+        )
 
 
 @dataclass(frozen=True)
@@ -142,8 +183,7 @@ class Network:
     def _auto_batch(self, height: int, width: int) -> int:
         if self.device.type != "cuda":
             return auto_batch(height, width)
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return auto_batch(height, width, self.precision, free)
+        return auto_batch(height, width, self.precision, free_bytes(self.device))
 
 
 def load_network(config: ModelConfig) -> Network:
@@ -165,16 +205,16 @@ def prepare(config: ModelConfig, height: int, width: int) -> Inference:
     return load_network(config).fitted(height, width)
 
 
-def auto_batch(height: int, width: int, precision: Precision = "fp32", free_bytes: int | None = None) -> int:
+def auto_batch(height: int, width: int, precision: Precision = "fp32", free: int | None = None) -> int:
     """Pairs a batch.
 
-    On a CPU from the frame size alone: free memory would make results depend on luck. On a GPU ``free_bytes`` of its
+    On a CPU from the frame size alone: free memory would make results depend on luck. On a GPU ``free`` bytes of its
     memory bound it as well; what was chosen is recorded, and a resumed run takes that.
     """
     pixels = height * width
-    if free_bytes is None:
+    if free is None:
         return max(1, min(_MOST, _BATCH_PIXELS["cpu"] // pixels))
-    fitting = int(_SHARE * free_bytes) // (_BYTES_A_PIXEL[precision] * pixels)
+    fitting = int(_SHARE * free) // (_BYTES_A_PIXEL[precision] * pixels)
     return max(1, min(_MOST, _BATCH_PIXELS["cuda"] // pixels, fitting))
 
 

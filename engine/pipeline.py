@@ -355,6 +355,19 @@ class _Worker(_Party):
         )
 
 
+class OneAtATime:
+    """A ``with`` block that threads go through one at a time, for what is shared by callers outside any pipeline."""
+
+    def __init__(self) -> None:
+        self._free = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._free.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._free.release()
+
+
 class Pipeline:
     """Runs a source and its stages with one thread each, once.
 

@@ -151,7 +151,7 @@ class _Recomputing:
         rewriter, config = self._rewriter, self._config
         select, first = self._frames(shards)
         before, wanted = rewriter.flows, sum(map(len, shards))
-        with closing(open_source(self._source, select)) as frames:
+        with closing(open_source(self._source, select, str(network.device))) as frames:
             inference = network.fitted(frames.info.height, frames.info.width, native=config.sink.resolution == "native")
             rewriter.require_same(flow_header(frames.info, inference, config), config.sink)
             stage = batches_of(shards, inference.batch, rewriter.store.shard_length, first)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from flowreel.kernels.launch import blocks_for, implement, launch, sizes, view
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -99,12 +102,26 @@ def _repeated(inner: int, outer: int, device: torch.device) -> Tensor:
     return (torch.arange(outer, device=device) - (outer - inner) // 2).clamp(0, inner - 1)
 
 
+# --- the CUDA version -------------------------------------------------------------------------------------------------
+
+
+def _yuv_to_rgb_cuda(out: Tensor, luma: Tensor, chroma: Tensor, matrix: str, full_range: bool, bits: int) -> None:
+    stored_bits = 8 * luma.element_size()
+    picture, samples = luma.shape, chroma.shape[:2]
+    scales = (np.float32(count / side) for count, side in zip(samples, picture, strict=True))
+    weights = map(np.float32, coefficients(matrix, full_range, bits, stored_bits))
+    views = (*view(luma[None, None]), *view(chroma.permute(2, 0, 1)[None]), *view(out[None]))
+    arguments = (*views, *sizes(*picture, *samples, *out.shape[1:]), *scales, *weights)
+    launch("yuv_to_rgb", f"yuv_to_rgb_{stored_bits}", blocks_for(out[0].numel()), arguments)
+
+
 # --- registration -----------------------------------------------------------------------------------------------------
 
 _torch_library: Any = torch.library  # its functions carry no types
 _LIBRARY = _torch_library.Library("flowreel", "FRAGMENT")
 _LIBRARY.define("yuv_to_rgb(Tensor(a!) out, Tensor luma, Tensor chroma, str matrix, bool full_range, int bits) -> ()")
 _LIBRARY.impl("yuv_to_rgb", yuv_to_rgb_definition, "CompositeExplicitAutograd")  # any device without its own
+implement(_LIBRARY, "yuv_to_rgb", _yuv_to_rgb_cuda, yuv_to_rgb_definition)
 
 
 def _nothing_comes_back(out: Tensor, luma: Tensor, chroma: Tensor, matrix: str, full_range: bool, bits: int) -> None:
@@ -144,7 +161,7 @@ def yuv_to_rgb(
 
     Chroma is enlarged bilinearly, as if it lay in the middle of its pixels whatever the stream says of that: so does
     the CPU path (``engine/sources/picture.py``, FFmpeg's scaler), whose pictures are met within one level, from 8
-    pixels a side on. Versions for other devices: within one level of the definition.
+    pixels a side on. The CUDA kernel: within one level of the definition, and that where rounding decides.
 
     Raises:
         TypeError: a dtype is none of these.

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from flowreel.sinks.reading import frame_rate_of, open_flows
     from flowreel.sinks.store_reader import FlowStore, open_store
     from flowreel.sinks.store_repair import ShardRewriter
+    from flowreel.sinks.store_select import select
+    from flowreel.sinks.store_xarray import data_array
     from flowreel.sinks.two_stream import read_two_stream
     from flowreel.sinks.video_writer import VideoWriter
 
@@ -26,6 +28,7 @@ __all__ = [
     "FlowStore",
     "ShardRewriter",
     "VideoWriter",
+    "data_array",
     "frame_rate_of",
     "known_outputs",
     "open_flows",
@@ -35,6 +38,7 @@ __all__ = [
     "read_flow_npz",
     "read_kitti",
     "read_two_stream",
+    "select",
     "write_color_png",
     "write_flo",
     "write_flow_npz",
@@ -45,6 +49,7 @@ _HOME = {
     "FlowStore": "store_reader",
     "ShardRewriter": "store_repair",
     "VideoWriter": "video_writer",
+    "data_array": "store_xarray",
     "frame_rate_of": "reading",
     "open_flows": "reading",
     "open_store": "store_reader",
@@ -52,6 +57,7 @@ _HOME = {
     "read_flow_npz": "npz",
     "read_kitti": "kitti",
     "read_two_stream": "two_stream",
+    "select": "store_select",
     "write_color_png": "color_png",
     "write_flo": "flo",
     "write_flow_npz": "npz",

@@ -26,13 +26,16 @@ from flowreel.sinks.codecs import FlowCodec, codec_of, flow_codec, zarr_codecs
 
 FORMAT_VERSION = 1
 
-# Arrays beside ``flow``, one value a flow: dtype, and the value for "not there yet".
+# Arrays beside ``flow``, one value a flow. Times and frame numbers: dtype, and the value for "not there yet".
 COORDINATES: dict[str, tuple[str, float]] = {
     "timestamp_s": ("<f8", math.nan),
     "timestamp_to_s": ("<f8", math.nan),
     "frame": ("<i8", -1),
     "frame_to": ("<i8", -1),
 }
+# And what tells that a flow and its times are in their place (``store_checksums.py``); older stores have none.
+CHECKSUMS: dict[str, tuple[str, float]] = {"flow_crc32c": ("<u4", 0), "time_crc32c": ("<u4", 0)}
+BESIDE_FLOW = COORDINATES | CHECKSUMS
 
 MOST_FLOWS = 1 << 26  # a month of video; four arrays of times and frames are made as long as the store claims to be
 MOST_PIXELS = 1 << 27  # of one flow, 1 GiB as float32: a few bytes can claim to be any size, video is below this
@@ -56,6 +59,12 @@ class StoreLayout:
     native: NativeGrid | None  # how that lies in the frame, when it is the network's own coarser prediction
     height: int  # pixels of a flow as it is read
     width: int
+    checksums: bool  # whether flows and times can be told to be in their place
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """The arrays beside ``flow``, one value a flow."""
+        return tuple(BESIDE_FLOW if self.checksums else COORDINATES)
 
     @property
     def flow_shape(self) -> tuple[int, int, int]:
@@ -180,7 +189,10 @@ def _flow_layout(array: dict[str, Any], attributes: dict[str, Any]) -> StoreLayo
         _expect("scaling", scaling, {"scale_factor": None, "add_offset": None, "_FillValue": None})
     else:
         _expect("scaling", scaling, {"scale_factor": codec.step, "add_offset": 0.0, "_FillValue": codec.fill})
-    return StoreLayout(count, shard_length, codec, native, full_height, full_width)
+    named = str(array["attributes"].get("ancillary_variables", "")).split()
+    checksums = [name for name in CHECKSUMS if name in named]
+    _expect("ancillary variables", checksums, [*CHECKSUMS] if checksums else [])
+    return StoreLayout(count, shard_length, codec, native, full_height, full_width, bool(checksums))
 
 
 def _native_grid(attributes: dict[str, Any], height: int, width: int) -> tuple[NativeGrid | None, int, int]:
@@ -204,7 +216,7 @@ def _native_grid(attributes: dict[str, Any], height: int, width: int) -> tuple[N
 
 def _coordinate_length(array: dict[str, Any], name: str, layout: StoreLayout) -> int:
     """How many values the array declares, once everything else about it has been checked."""
-    dtype, fill = COORDINATES[name]
+    dtype, fill = BESIDE_FLOW[name]
     (length,) = array["shape"]
     _expect_array(array, [layout.shard_length])
     _expect("data type", array["data_type"], np.dtype(dtype).name)

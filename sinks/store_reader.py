@@ -23,6 +23,7 @@ from flowreel.engine.errors import DamagedStoreError, MissingDependencyError, St
 from flowreel.sinks.parallel import OrderedPool
 from flowreel.sinks.publish import partial_path
 from flowreel.sinks.store_files import StoreFiles
+from flowreel.sinks.store_layout import BESIDE_FLOW as BESIDE_FLOW
 from flowreel.sinks.store_layout import COORDINATES as COORDINATES
 from flowreel.sinks.store_layout import FORMAT_VERSION as FORMAT_VERSION
 from flowreel.sinks.store_layout import StoreLayout, read_layout
@@ -64,7 +65,7 @@ def open_store(path: str | os.PathLike[str]) -> FlowStore:
 
 
 class FlowStore:
-    """A flow store, read on demand; nothing is kept but the shards' indexes.
+    """A flow store, read on demand; nothing is kept but the shards' indexes and checksums.
 
     ``store[5]`` is (2, H, W) float32, pixels of the source frame, x then y, NaN where there is no vector.
     ``store[2:9]``, ``store[[3, 1]]`` and ``store[mask]`` with a truth value a flow are (N, 2, H, W). What follows
@@ -75,7 +76,8 @@ class FlowStore:
     Any number of threads may read one store. Pickling keeps the place only: the copy opens the store again.
 
     Raises, when read: IndexError; StoreError for a flow an unfinished store does not hold yet; DamagedStoreError
-    naming the flow and its frame when a chunk is missing from a finished store or fails its checksum.
+    naming the flow and its frame when a chunk is missing from a finished store, fails its checksum, or is another
+    flow's.
     """
 
     path: str
@@ -287,15 +289,11 @@ class FlowStore:
 
     def frame_of(self, number: int) -> int | None:
         """Number of a flow's first frame in the source, None when that cannot be told."""
-        frame = -1 if self._frames is None else int(self._frames[number])
-        return None if frame < 0 else frame
-
-    @cached_property
-    def _frames(self) -> Int64Array | None:
         try:
-            return self.frame
+            frame = int(self.files.value("frame", number))
         except DamagedStoreError:
             return None
+        return None if frame < 0 else frame
 
 
 class ValidVectors:

@@ -1,8 +1,8 @@
-"""A flow store as an xarray.DataArray that reads what is looked at. Loaded by ``FlowStore.to_xarray`` alone."""
+"""Flow as an xarray.DataArray that reads, or computes, what is looked at. Loaded by ``to_xarray`` alone."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import xarray
@@ -12,12 +12,35 @@ from xarray.core import indexing
 from flowreel.sinks.store_layout import COORDINATES
 
 if TYPE_CHECKING:
-    from flowreel.sinks.store_reader import FlowStore
+    import numpy.typing as npt
+
+    from flowreel.engine.data import Float64Array, Int64Array
 
 DIMENSIONS = ("time", "component", "y", "x")
 
 
-def data_array(store: FlowStore) -> xarray.DataArray:
+class Flows(Protocol):
+    """A flow store, or what is indexed like one."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]: ...
+    @property
+    def available(self) -> int:
+        """How many flows from the first on can be read."""
+        ...
+
+    @property
+    def timestamps_s(self) -> Float64Array: ...
+    @property
+    def timestamps_to_s(self) -> Float64Array: ...
+    @property
+    def frame(self) -> Int64Array: ...
+    @property
+    def frame_to(self) -> Int64Array: ...
+    def __getitem__(self, key: Any) -> npt.NDArray[np.float32]: ...
+
+
+def data_array(store: Flows) -> xarray.DataArray:
     """The flows that are there, (time, component, y, x) float32, under the names other readers of the store see."""
     count = store.available
     arrays = dict(
@@ -32,7 +55,7 @@ def data_array(store: FlowStore) -> xarray.DataArray:
 class _LazyFlow(BackendArray):
     """What xarray asks of an array on disk: a shape, a dtype, and reading by numbers, slices and 1-D arrays."""
 
-    def __init__(self, store: FlowStore, count: int) -> None:
+    def __init__(self, store: Flows, count: int) -> None:
         self._store = store
         self.shape = (count, *store.shape[1:])
         self.dtype = np.dtype(np.float32)

@@ -4,11 +4,12 @@
       zarr.json                        group attribute "flowreel"; consolidated metadata from commit on
       flow/c/<shard>/0/0/0             S chunks, one a flow, and their index
       timestamp_s/c/<shard>  timestamp_to_s/...  frame/...  frame_to/...      S values
+      flow_crc32c/c/<shard>  time_crc32c/...      S checksums (``store_checksums.py``)
 
 Flows are compressed as they arrive, several at a time; only compressed bytes are held until the shard is full and
-published. The times and frame numbers of a shard go before its flow, so a flow that is there can always be placed.
-The metadata is zarr-python's own; the shards are assembled here, because zarr-python rewrites a shard for each
-chunk that is added and never waits for the disk.
+published. The times, frame numbers and checksums of a shard go before its flow, so a flow that is there can always be
+placed. The metadata is zarr-python's own; the shards are assembled here, because zarr-python rewrites a shard for
+each chunk that is added and never waits for the disk.
 
 **Resume.** Shards are published in order and each is whole, so a run that was cut short is taken up after its last
 full shard. Batches never cross shards: the resumed run computes the very batches the first one would have.
@@ -17,11 +18,10 @@ full shard. Batches never cross shards: the resumed run computes the very batche
 from __future__ import annotations
 
 import json
-import os
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,23 +29,22 @@ import zarr
 from zarr.storage import MemoryStore
 
 from flowreel.engine.data import ResumePoint
-from flowreel.engine.errors import DamagedStoreError, ResumeMismatchError
+from flowreel.engine.errors import ResumeMismatchError
 from flowreel.sinks import publish
 from flowreel.sinks.codecs import (
-    INDEX_MISSING,
     EncodedFlow,
     FlowCodec,
     compress,
     flow_codec,
-    index_bytes,
     pack_shard,
-    unpack_index,
     zarr_arguments,
     zarr_codecs,
 )
 from flowreel.sinks.native import vector_places
 from flowreel.sinks.parallel import OrderedPool, encode_workers
-from flowreel.sinks.store_reader import COORDINATES, FORMAT_VERSION, FlowStore, flow_shard, published_shards
+from flowreel.sinks.store_checksums import COVERED, flow_checksums, time_checksums
+from flowreel.sinks.store_layout import BESIDE_FLOW, CHECKSUMS, COORDINATES, FORMAT_VERSION, published_shards
+from flowreel.sinks.store_reader import FlowStore
 from flowreel.sinks.store_target import LocalTarget
 
 if TYPE_CHECKING:
@@ -114,11 +113,17 @@ class ZarrSink:
         if flows <= 0 and not store.complete:
             return None
         place, later = (flows - 1, max) if flows > 0 else (0, min)  # after the last pair; or the first frame of all
-        frame = int(later(store.frame[place], store.frame_to[place]))
-        time_s = float(later(store.timestamps_s[place], store.timestamps_to_s[place]))
+        frame, frame_to, time_s, time_to_s = (store.files.value(name, place) for name in COVERED)
         batch = store.attrs.get("batch")
         recorded = batch if isinstance(batch, int) and batch > 0 else None
-        self._point = ResumePoint(max(flows, 0), frame, time_s, store.complete, store.available, recorded)
+        self._point = ResumePoint(
+            max(flows, 0),
+            int(later(frame, frame_to)),
+            later(time_s, time_to_s),
+            store.complete,
+            store.available,
+            recorded,
+        )
         return self._point
 
     def require_same(self, info: FlowInfo) -> None:
@@ -130,6 +135,8 @@ class ZarrSink:
         shard_length = info.shard_length(self._config.shard_bytes)
         if shard_length != store.shard_length:
             differing.append(f"shard length was {store.shard_length}, is {shard_length}")
+        if not store.layout.checksums:
+            differing.append("it is of an older version and has no checksums of its flows")
         if differing:
             raise ResumeMismatchError(
                 f"cannot go on with {store.path}: {'; '.join(differing)}. Run it as before, or start afresh with "
@@ -220,7 +227,7 @@ class ZarrSink:
 
     def _drop_from(self, shard: int) -> None:
         """Deletes every chunk file of the shards from this one on: a ragged last one, or one without its flow."""
-        for key in list(self._target.keys()):
+        for key in sorted(self._target.keys()):  # the flow first: what is there can always be placed
             _, chunks, rest = key.partition("/c/")
             if chunks and int(rest.split("/")[0]) >= shard:
                 self._target.delete(key)
@@ -240,14 +247,13 @@ class ZarrSink:
             self._publish_shard()
 
     def _publish_shard(self) -> None:
-        """Writes the waiting flows as the next shard: array lengths, then times and frames, then the flow."""
+        """Writes the waiting flows as the next shard: array lengths, then times and checksums, then the flow."""
         number = (self._count - 1) // self._shard_length
+        beside = values_beside(number * self._shard_length, self._chunks, self._coordinates)
         with publish.write_errors(self.path):
             self._set_length(max(self._length, self._count))
-            for name, (dtype, fill) in COORDINATES.items():
-                values = np.full(self._shard_length, fill, dtype)
-                values[: len(self._chunks)] = self._coordinates[name]
-                self._put(f"{name}/c/{number}", compress(values, "blosc"))
+            for name, values in beside.items():
+                self._put(f"{name}/c/{number}", pack_values(name, values, self._shard_length))
             self._put(f"flow/c/{number}/0/0/0", *pack_shard(self._chunks, self._shard_length))
         self._chunks.clear()
         for waiting in self._coordinates.values():
@@ -256,7 +262,7 @@ class ZarrSink:
     def _set_length(self, length: int) -> None:
         """Declares every array this long, ``flow`` last: its length is the one that readers go by."""
         if length != self._length:
-            for name in [*COORDINATES, "flow"]:
+            for name in [*BESIDE_FLOW, "flow"]:
                 self._metadata[name]["shape"][0] = length
                 self._publish_metadata(name)
             self._length = length
@@ -288,19 +294,24 @@ class ZarrSink:
                 self._invalid[what] = (before + vectors, first)
 
 
+def values_beside(first: int, chunks: Sequence[bytes], times: Mapping[str, Any]) -> dict[str, Any]:
+    """What goes into the arrays beside ``flow`` for the flows of one shard, the first of which has number ``first``."""
+    checksums = {"flow_crc32c": flow_checksums(first, chunks), "time_crc32c": time_checksums(first, times)}
+    return {name: times[name] for name in COORDINATES} | checksums
+
+
+def pack_values(name: str, values: Sequence[Any], length: int) -> bytes:
+    """One chunk of an array beside ``flow``: the values, and its fill value in the places behind them."""
+    dtype, fill = BESIDE_FLOW[name]
+    padded = np.full(length, fill, dtype)
+    padded[: len(values)] = values
+    return compress(padded, "blosc")
+
+
 def _whole_flows(store: FlowStore) -> int:
-    """How many flows the full shards from the first on hold. A damaged one counts as missing."""
-    size = index_bytes(store.shard_length)
-    for shard in range(len(store) // store.shard_length):
-        try:
-            with open(flow_shard(Path(store.path), shard), "rb") as file:
-                file.seek(-size, os.SEEK_END)
-                whole = bool((unpack_index(file.read()) != INDEX_MISSING).all())
-        except (OSError, DamagedStoreError):
-            whole = False
-        if not whole:
-            return shard * store.shard_length
-    return len(store) // store.shard_length * store.shard_length
+    """How many flows the full shards from the first on hold. One that is damaged or misplaced counts as missing."""
+    shards = len(store) // store.shard_length
+    return store.shard_length * next((shard for shard in range(shards) if not store.files.whole(shard)), shards)
 
 
 def other_settings(store: FlowStore, info: FlowInfo, config: SinkConfig) -> list[str]:
@@ -350,7 +361,7 @@ def _metadata(
             dimension_names=("time", "component", "y", "x"),
             attributes=_flow_attributes(codec, info.native is not None),
         )
-        for name, (dtype, fill) in COORDINATES.items():
+        for name, (dtype, fill) in BESIDE_FLOW.items():
             group.create_array(
                 name,
                 shape=(length,),
@@ -415,6 +426,7 @@ def _flow_attributes(codec: FlowCodec, native: bool) -> dict[str, Any]:
         "units": "pixel",
         "long_name": f"{what} from one frame to the next: component 0 right, component 1 down",
         "coordinates": " ".join(COORDINATES),
+        "ancillary_variables": " ".join(CHECKSUMS),
     }
     if not codec.lossless:  # a NaN _FillValue attribute makes xarray fail on floats
         attributes |= {"scale_factor": codec.step, "add_offset": 0.0, "_FillValue": codec.fill}

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from flowreel.engine.compiled import Shape, quarter_upsampling
+from flowreel.engine.compiled.graphs import Turns, captured
 from flowreel.engine.compiled.padded import DTYPES, Watch, pack_layer, padded
 from flowreel.engine.compiled.parts import Layers, MatchingPart, Part
 from flowreel.engine.config import Precision
-from flowreel.engine.device import Turns, captured
 from flowreel.engine.errors import PrecisionWarning
 from flowreel.engine.models.flownetc import FlowNetC
 from flowreel.engine.models.fusion import FlowNetFusion
@@ -43,7 +43,7 @@ FUSION_CHANNELS = 11  # first frame 3, both flows 4, their magnitudes 2, both br
 
 
 def pack(net: nn.Module, precision: Precision, capture: Capture = captured) -> PackedNetwork:
-    """The network's layers, padded and cast. ``capture`` makes a program's work repeatable, as ``device.captured``."""
+    """The network's layers, padded and cast. ``capture`` makes a program's work repeatable, as ``graphs.captured``."""
     parts = {
         name: {child: pack_layer(layer, precision) for child, layer in module.named_children()}
         for name, module in net.named_modules()

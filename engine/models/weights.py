@@ -45,6 +45,7 @@ from flowreel.engine.models.checkpoints import (
     published,
 )
 from flowreel.engine.models.layers import scaled
+from flowreel.engine.models.pickles import MOST_BYTES, check_checkpoint
 
 METADATA_KEY = "flowreel"
 UNSTATED = "unstated; NVIDIA's FlowNet2 checkpoints are for research only"
@@ -494,6 +495,7 @@ def _check_header(path: Path, name: str) -> None:
 def _read_checkpoint(path: Path, name: str) -> tuple[dict[str, Tensor], Mapping[str, JSON]]:
     try:
         _check_zip(path, name)
+        check_checkpoint(path)
         with _numpy_scalars_allowed(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols; what matters is raised
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -524,6 +526,9 @@ def _check_zip(path: Path, name: str) -> None:
         records = packed.infolist()
     if any(record.compress_type != zipfile.ZIP_STORED for record in records):
         raise UnreadableWeightsError(f"{name} is a compressed zip file; torch saves checkpoints uncompressed")
+    largest = max((record.file_size for record in records if record.filename.endswith(".pkl")), default=0)
+    if largest > MOST_BYTES:
+        raise UnreadableWeightsError(f"{name} holds a pickle of {largest} bytes; no checkpoint needs over {MOST_BYTES}")
 
 
 def _about(content: Mapping[str, Any]) -> Mapping[str, JSON]:

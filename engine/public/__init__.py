@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from flowreel.engine.compiled import compile as compile
     from flowreel.engine.data import FlowBatch as FlowBatch
     from flowreel.engine.export import export as export
+    from flowreel.engine.lazy import LazyFlow as LazyFlow
+    from flowreel.engine.lazy import open as open
     from flowreel.engine.many import run_many as run_many
     from flowreel.engine.models.weights import load_model as load_model
     from flowreel.kernels import flow_to_color as flow_to_color
@@ -29,11 +31,13 @@ _HOME = {
     "CompiledModel": "flowreel.engine.compiled",
     "FlowBatch": "flowreel.engine.data",
     "FlowStore": "flowreel.sinks.store_reader",
+    "LazyFlow": "flowreel.engine.lazy",
     "RunReport": "flowreel.engine.api",
     "compile": "flowreel.engine.compiled",
     "export": "flowreel.engine.export",
     "flow_to_color": "flowreel.kernels",
     "load_model": "flowreel.engine.models.weights",
+    "open": "flowreel.engine.lazy",
     "open_store": "flowreel.sinks.store_reader",
     "read_flo": "flowreel.sinks.flo",
     "run": "flowreel.engine.api",
@@ -42,7 +46,7 @@ _HOME = {
     "write_flo": "flowreel.sinks.flo",
 }
 
-__all__ = [*_HOME, "__version__", "errors"]
+__all__ = [*(name for name in _HOME if name != "open"), "__version__", "errors"]  # ``import *`` leaves Python's open
 
 
 def __getattr__(name: str) -> Any:

@@ -332,7 +332,8 @@ class TestNvrtc:
     def test_without_cupy(
         self, libraries: dict[str, Any], monkeypatch: pytest.MonkeyPatch, compiled: int, status: str
     ) -> None:
-        monkeypatch.setitem(sys.modules, "cupy", None)
+        for name in ("cupy", "cupy.cuda"):  # the latter is found without the former once it has been imported
+            monkeypatch.setitem(sys.modules, name, None)
         assert found("NVRTC").status == "missing"
 
         def version(major: Any, minor: Any) -> None:
