@@ -1,15 +1,18 @@
 """What follows a convolution: its bias and LeakyReLU, stored where the next layers want it.
 
-The convolution's result has to be read and written once more anyway, so the copy into a concatenation comes free.
+The convolution's result is read and written once more anyway, so the copy into a concatenation costs its writes alone.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from flowreel.kernels.launch import SUFFIXES, THREADS, implement, launch, sizes, view
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +34,34 @@ def bias_leaky_relu_in_place_definition(x: Tensor, bias: Tensor, slope: float, a
         also.copy_(x[:, : also.shape[1]])
 
 
+# --- the CUDA version -------------------------------------------------------------------------------------------------
+
+_TOGETHER = 8  # channels a thread computes
+
+
+def _bias_leaky_relu_cuda(x: Tensor, bias: Tensor, slope: float, out: Tensor) -> None:
+    if x.dtype in (out.dtype, torch.float32):  # enlarged flow goes into a concatenation of a half type
+        _launched(x, bias, slope, out, None)
+    else:
+        bias_leaky_relu_definition(x, bias, slope, out)
+
+
+def _bias_leaky_relu_in_place_cuda(x: Tensor, bias: Tensor, slope: float, also: Tensor | None) -> None:
+    if also is None or also.dtype == x.dtype:
+        _launched(x, bias, slope, x, also)
+    else:
+        bias_leaky_relu_in_place_definition(x, bias, slope, also)
+
+
+def _launched(x: Tensor, bias: Tensor, slope: float, out: Tensor, also: Tensor | None) -> None:
+    batch, channels, height, width = x.shape
+    blocks_a_row = -(-width * -(-channels // _TOGETHER) // THREADS)
+    counts = sizes(channels, out.shape[1], 0 if also is None else also.shape[1], height, width)
+    views = (*view(x), bias.contiguous(), *view(out), *view(out if also is None else also))
+    entry = f"bias_leaky_relu_{SUFFIXES[x.dtype]}_to_{SUFFIXES[out.dtype]}"
+    launch("bias_leaky_relu", entry, (batch * height * blocks_a_row,), (*views, *counts, np.float32(slope)))
+
+
 # --- registration -----------------------------------------------------------------------------------------------------
 
 _torch_library: Any = torch.library  # its functions carry no types
@@ -39,6 +70,8 @@ _LIBRARY.define("bias_leaky_relu(Tensor x, Tensor bias, float slope, Tensor(a!) 
 _LIBRARY.define("bias_leaky_relu_(Tensor(a!) x, Tensor bias, float slope, Tensor(b!)? also) -> ()")
 _LIBRARY.impl("bias_leaky_relu", bias_leaky_relu_definition, "CompositeExplicitAutograd")
 _LIBRARY.impl("bias_leaky_relu_", bias_leaky_relu_in_place_definition, "CompositeExplicitAutograd")
+implement(_LIBRARY, "bias_leaky_relu", _bias_leaky_relu_cuda, bias_leaky_relu_definition)
+implement(_LIBRARY, "bias_leaky_relu_", _bias_leaky_relu_in_place_cuda, bias_leaky_relu_in_place_definition)
 
 
 def _nothing_of(x: Tensor, bias: Tensor, slope: float, out: Tensor | None) -> None:
