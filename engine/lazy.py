@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     import xarray
 
     from flowreel.engine.data import Float64Array, Int64Array
-    from flowreel.engine.pipeline import StageFunction
+    from flowreel.engine.stages import StageFunction
     from flowreel.sinks import ComputedStore, FlowCache
 
 _STRETCH_BATCHES = 32  # looked up in the cache at a time, when all is read through

@@ -18,13 +18,21 @@ import torch
 from PIL import Image
 
 import flowreel
-from flowreel.engine import api
+from flowreel.engine import api, compiled
 from flowreel.engine.inference import Inference, Network
 from flowreel.sinks import VideoWriter
 from tests.fakes.cuda_streams import GPU, Card, LateCopies, Stream
 
 SOURCE = "synthetic:objects?size=100x70&frames=9"
 PIXELS = 100 * 70
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _the_network_as_it_is() -> Iterator[None]:
+    """The CPU's own form of it fills buffers that the stand-in card would take for memory of the host."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "_BACKENDS", {})
+        yield
 
 
 @pytest.fixture
