@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import flowreel.kernels
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
@@ -22,8 +22,12 @@ class Case(NamedTuple):
     function: Callable[..., Tensor]  # the public one
     op: str  # its name under torch.ops.flowreel
     shapes: tuple[tuple[int, int, int, int], ...]  # of the tensors it takes
-    settings: tuple[int, ...] = ()  # what the op takes beside them
+    settings: tuple[float, ...] = ()  # what the op takes beside them
     public_settings: tuple[int, ...] = ()  # what the function takes beside them
+    options: Mapping[str, float] = {}  # and by name
+
+    def call(self, *inputs: Tensor) -> Tensor:
+        return self.function(*inputs, *self.public_settings, **self.options)
 
 
 MAP = (2, 3, 6, 7)
@@ -31,6 +35,14 @@ OPERATIONS = {
     "correlation": Case(flowreel.kernels.correlation, "correlation", (MAP, MAP), (2, 2), (4, 1, 4, 1, 2)),
     "correlation, windows": Case(
         flowreel.kernels.correlation, "correlation", ((1, 2, 5, 6),) * 2, (2, 1), (3, 3, 2, 2, 1)
+    ),
+    "correlation, activated": Case(
+        flowreel.kernels.correlation,
+        "correlation",
+        (MAP, MAP),
+        (2, 2, 0.5, 0.1),
+        (4, 1, 4, 1, 2),
+        {"scale": 0.5, "negative_slope": 0.1},
     ),
     "warp": Case(flowreel.kernels.warp, "warp", (MAP, (2, 2, 6, 7))),
     "channel_norm": Case(flowreel.kernels.channel_norm, "channel_norm", (MAP,)),
@@ -74,14 +86,14 @@ def test_fake_tensors_foretell_shape_dtype_and_strides(
 ) -> None:
     inputs = [x.to(memory_format=memory_format) for x in tensors(case, dtype)]
     with FakeTensorMode() as mode:
-        foretold = case.function(*(mode.from_tensor(x) for x in inputs), *case.public_settings)
-    out = case.function(*inputs, *case.public_settings)
+        foretold = case.call(*(mode.from_tensor(x) for x in inputs))
+    out = case.call(*inputs)
     assert (foretold.shape, foretold.dtype, foretold.stride()) == (out.shape, out.dtype, out.stride())
 
 
 def test_gradients_are_the_slopes(case: Case) -> None:
     inputs = tuple(x.requires_grad_() for x in tensors(case, torch.float64))
-    assert torch.autograd.gradcheck(lambda *x: case.function(*x, *case.public_settings), inputs, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda *x: case.call(*x), inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -89,7 +101,7 @@ def test_compiles_whole_and_gives_the_same(case: Case, backend: str) -> None:
     torch._dynamo.reset()
 
     def work(*inputs: Tensor) -> Tensor:
-        return case.function(*inputs, *case.public_settings).mul(2).sin()
+        return case.call(*inputs).mul(2).sin()
 
     plain, compiled = ([x.requires_grad_() for x in tensors(case)] for _ in range(2))
     wanted = work(*plain)
@@ -102,9 +114,9 @@ def test_compiles_whole_and_gives_the_same(case: Case, backend: str) -> None:
 
 
 def test_result_can_take_part_in_training_or_not(case: Case) -> None:
-    assert not case.function(*tensors(case), *case.public_settings).requires_grad
+    assert not case.call(*tensors(case)).requires_grad
     with torch.inference_mode():
-        assert case.function(*tensors(case), *case.public_settings).is_inference()
+        assert case.call(*tensors(case)).is_inference()
 
 
 def test_names_are_functions_whatever_was_imported_first() -> None:
