@@ -68,10 +68,8 @@ _torch_library: Any = torch.library  # its functions carry no types
 _LIBRARY = _torch_library.Library("flowreel", "FRAGMENT")
 _LIBRARY.define("bias_leaky_relu(Tensor x, Tensor bias, float slope, Tensor(a!) out) -> ()")
 _LIBRARY.define("bias_leaky_relu_(Tensor(a!) x, Tensor bias, float slope, Tensor(b!)? also) -> ()")
-_LIBRARY.impl("bias_leaky_relu", bias_leaky_relu_definition, "CompositeExplicitAutograd")
-_LIBRARY.impl("bias_leaky_relu_", bias_leaky_relu_in_place_definition, "CompositeExplicitAutograd")
-implement(_LIBRARY, "bias_leaky_relu", _bias_leaky_relu_cuda, bias_leaky_relu_definition)
-implement(_LIBRARY, "bias_leaky_relu_", _bias_leaky_relu_in_place_cuda, bias_leaky_relu_in_place_definition)
+implement(_LIBRARY, "bias_leaky_relu", bias_leaky_relu_definition, on_cuda=_bias_leaky_relu_cuda)
+implement(_LIBRARY, "bias_leaky_relu_", bias_leaky_relu_in_place_definition, on_cuda=_bias_leaky_relu_in_place_cuda)
 
 
 def _nothing_of(x: Tensor, bias: Tensor, slope: float, out: Tensor | None) -> None:

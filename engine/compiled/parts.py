@@ -17,7 +17,6 @@ from flowreel.engine.compiled.padded import Convolution, Watch
 from flowreel.engine.models.flownetc import DISPLACEMENTS
 from flowreel.engine.models.layers import SLOPE
 from flowreel.kernels import correlation
-from flowreel.kernels.bias_leaky_relu import bias_leaky_relu
 
 Layers = dict[str, Convolution]
 
@@ -89,7 +88,6 @@ class MatchingPart(Part):
         self.both = room(3, batch=2 * pairs)
         self.matched = self._concatenated(["conv_redir"], room, 3, DISPLACEMENTS)
         self.skip = self.places.pop("conv2")  # takes the first frame's features alone
-        self.no_bias = layers["conv1"].bias.new_zeros(DISPLACEMENTS)
 
     def __call__(self, x: Tensor) -> Tensor:
         self.both[: self.pairs, :3].copy_(x[:, :3])
@@ -99,8 +97,8 @@ class MatchingPart(Part):
         conv3 = self.through(conv2, ["conv3"])
         first, second = conv3[: self.pairs], conv3[self.pairs :]
         self.layers["conv_redir"].into(first, self.places["conv_redir"], self.watch)
-        channels = self.layers["conv3"].outputs  # the mean is over the real ones
-        costs = correlation(first[:, :channels], second[:, :channels])
         start = self.places["conv_redir"].shape[1]
-        bias_leaky_relu(costs, self.no_bias, SLOPE, self.matched[:, start : start + DISPLACEMENTS])
+        costs = self.matched[:, start : start + DISPLACEMENTS]
+        mean = 1 / self.layers["conv3"].outputs  # over the real channels
+        correlation(first, second, scale=mean, negative_slope=SLOPE, out=costs)
         return self.refined(self.through(self.matched, self.encoder[self.encoder.index("conv3") + 1 :]))
