@@ -123,7 +123,7 @@ def times(findings: Findings, settings: Settings) -> None:
         cells = _timed(net, one, effort, settings)
         findings.row(**one._asdict(), **cells)
         if number == 0:
-            rate = cells["pairs_s"]["median"]
+            rate = cells["pairs/s"]["median"]
             findings.add(
                 headline=f"{one.model} {one.precision} {one.size}: {rate:.0f} pairs/s, {one.aim:.0f} asked for"
             )
@@ -145,12 +145,12 @@ def _timed(net: nn.Module, one: Timed, effort: Effort, settings: Settings) -> di
     sync = device_sync(settings.device)
     sample = Sample.of(alternated({"": lambda: fast(*next(turns))}, effort, sync)[""])
     rate = sample.rate(one.batch)
-    cells: dict[str, Any] = {"pairs_s": rate.cell(), "ms_a_pair": sample.times(1e3 / one.batch).cell()}
+    cells: dict[str, Any] = {"pairs/s": rate.cell(), "ms/pair": sample.times(1e3 / one.batch).cell()}
     if one.aim is not None:
-        cells["of_the_aim"] = rate.median / one.aim
+        cells["of the aim"] = rate.median / one.aim
     if on_gpu:
         taken = torch.cuda.max_memory_reserved() - before
-        cells |= {"gpu_mb": taken / 1e6, "bytes_a_pixel": taken / (one.batch * height * width)}
+        cells |= {"GPU MB": taken / 1e6, "bytes/pixel": taken / (one.batch * height * width)}
     return cells
 
 
@@ -168,7 +168,7 @@ CALLS = 5
 
 def profile(findings: Findings, settings: Settings) -> None:
     """The network whose speed is asked for, under torch's profiler; the whole table goes to a file of its own."""
-    one = (DRY if settings.dry else TIMED)[0]
+    one = DRY[-1] if settings.dry else TIMED[0]
     height, width = SIZES[one.size]
     fast = flowreel.compile(
         filled(one.model, settings.device, 0.05 if settings.dry else 1.0), (one.batch, height, width), one.precision
@@ -193,7 +193,7 @@ def profile(findings: Findings, settings: Settings) -> None:
     total_us = sum(us for us, _ in spent.values())
     shares = by_kind({name: us for name, (us, _) in spent.items()})
     for kind, share in shares.items():
-        findings.row(kind=kind, ms_a_pair=share * total_us / 1e3 / CALLS / one.batch, share=share)
+        findings.row(kind=kind, **{"ms/pair": share * total_us / 1e3 / CALLS / one.batch}, share=share)
     for name, (us, count) in sorted(spent.items(), key=lambda item: -item[1][0])[:25]:
         findings.row(kernel=name[:120], us_a_call=us / CALLS, calls=count / CALLS, share=us / total_us)
     findings.add(headline=bound(shares, total_us / CALLS, wall_s * 1e6))

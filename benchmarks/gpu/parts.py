@@ -18,7 +18,11 @@ class Part:
 
 PARTS = (
     Part(
-        "machine", "machine", "describe", 30, "which card, driver and versions, and whether our kernels compile there"
+        "machine",
+        "benchmarks.gpu.machine",
+        "describe",
+        30,
+        "which card, driver and versions, and whether our kernels compile there",
     ),
     Part("tests", "benchmarks.gpu.tests", "run", 90, "every test that takes a GPU, with pytest"),
     Part(
