@@ -18,6 +18,7 @@ FitMode = Literal["pad", "crop", "resize"]
 Direction = Literal["forward", "backward"]
 Resolution = Literal["full", "native"]
 Decoder = Literal["auto", "nvdec", "pyav"]
+MOST_QUEUE_MB = 1 << 40  # more than any machine has, and still a number of bytes
 
 
 def _one_of(name: str, value: str, kind: object) -> None:
@@ -155,6 +156,6 @@ def _taken(kind: type[Part], options: dict[str, Any]) -> Part:
 
 
 def _megabytes(value: object) -> int:
-    if not isinstance(value, int | float) or value <= 0:
-        raise UsageError(f"queue-mb must be a positive number, got {value!r}")
+    if not isinstance(value, int | float) or not 0 < value <= MOST_QUEUE_MB:
+        raise UsageError(f"queue-mb must be a positive number up to {MOST_QUEUE_MB}, got {value!r}")
     return int(value * (1 << 20))

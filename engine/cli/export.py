@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flowreel.engine.cli import printable
-from flowreel.engine.cli.options import Debug, Quiet, number_or_auto, write_stats
+from flowreel.engine.cli.options import Debug, Quiet, number_or_auto, require_report_free, write_stats
 from flowreel.engine.cli.table import Live, clock, size
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def export(
     """
     from flowreel.engine import export as exporting
 
+    require_report_free(stats, output, source)
     with Live(quiet) as live:
         report = exporting.export(
             source,

@@ -47,6 +47,7 @@ class Case:
     right: Right | None  # of an answer without an error: whether it is right; None: it must be an error
     may_write: tuple[str, ...]  # names in the folder that may change, or appear even if it fails
     wordy: bool  # of a command line: it tells of each of several inputs, in more than a line
+    code: int | None  # of a command line: the exit code it must have; None: whatever is right
     before: Mapping[str, tuple[int, int]]  # what lies in the folder
 
 
@@ -128,9 +129,10 @@ class Catalogue:
         right: Right | None = None,
         may_write: Sequence[str] = (),
         wordy: bool = False,
+        code: int | None = None,
     ) -> None:
         """A command line, run in a folder that holds these files. stdin: its bytes, or the path of what gives them."""
-        self._add(name, {"call": list(arguments)}, files or {}, stdin, right, tuple(may_write), wordy)
+        self._add(name, {"call": list(arguments)}, files or {}, stdin, right, tuple(may_write), wordy, code)
 
     def read(
         self,
@@ -154,6 +156,7 @@ class Catalogue:
         right: Right | None,
         may_write: tuple[str, ...] = (),
         wordy: bool = False,
+        code: int | None = None,
     ) -> None:
         folder = self.place()
         for file, data in files.items():
@@ -162,7 +165,7 @@ class Catalogue:
         if isinstance(stdin, bytes):
             (folder / "stdin").write_bytes(stdin)
             stdin = str(folder / "stdin")
-        case = Case(name, folder, task, stdin, right, may_write, wordy, listing(folder))
+        case = Case(name, folder, task, stdin, right, may_write, wordy, code, listing(folder))
         self._running.append((case, self._pool.submit(self._run, case)))
 
     def _run(self, case: Case) -> Answer:
@@ -231,11 +234,13 @@ def _wrong_words(case: Case, answer: Answer, failed: bool) -> Iterator[str]:
     for text in (out, err):
         if raw := [char for char in text if not char.isprintable() and char != "\n"]:
             yield f"control characters reach the terminal: {raw[:5]!r} in {text[:200]!r}"
+    if case.code is not None and answer["code"] != case.code:
+        yield f"exit code {answer['code']}, not {case.code}: {err!r}"
     if not failed:
         return
     if answer["code"] not in (1, 2):
         yield f"exit code {answer['code']}"
-    if "Traceback" in out + err or "unexpected" in out + err:
+    if "Traceback" in out + err or "flowreel: unexpected" in out + err:
         yield f"an error that nobody foresaw: {err!r}"
     if case.wordy:
         return

@@ -101,9 +101,11 @@ def test_too_many_instructions_are_refused() -> None:
         check_pickle(io.BytesIO(b"\x80\x02" + b"N" * MOST_INSTRUCTIONS + b"."))
 
 
-@pytest.mark.parametrize("data", [b"", b"\x80\x02", b"a.", b"s.", b"(t", b"t.", b"h\0.", b".", b"\x86.", b"X\xff.", b"\xff"])
+@pytest.mark.parametrize(
+    "data", [b"", b"\x80\x02", b"a.", b"s.", b"(t", b"t.", b"h\0.", b".", b"\x86.", b"X\xff.", b"\xff"]
+)
 def test_what_is_cut_or_damaged_is_said_to_be(data: bytes) -> None:
-    with pytest.raises(ValueError, match="pickle|opcode|expected|not enough|exhausted"):
+    with pytest.raises(ValueError, match=r"pickle|opcode|expected|not enough|exhausted"):
         check_pickle(io.BytesIO(data))
 
 
