@@ -10,9 +10,18 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from benchmarks.measure import Skipped
 from flowreel.sinks import read_flo
 
 FOLDER = Path(os.environ.get("FLOWREEL_DATA", Path(__file__).resolve().parents[1] / ".." / "shared" / "data")).resolve()
+
+
+def found(*parts: str) -> Path:
+    """A file or folder of the data. Raises ``Skipped`` where it is not there."""
+    path = FOLDER.joinpath(*parts)
+    if not path.exists():
+        raise Skipped(f"{'/'.join(parts)} is not in the data folder: set FLOWREEL_DATA")
+    return path
 
 
 @dataclass(frozen=True)
@@ -28,10 +37,10 @@ class TruePair:
 
 def true_pair(name: str) -> TruePair:
     """One folder of ``pairs``: img1, img2, and flow.flo or KITTI's 16-bit flow.png."""
-    folder = FOLDER / "pairs" / name
+    folder = found("pairs", name)
     first, second = (_picture(next(folder.glob(f"img{number}.*"))) for number in (1, 2))
     flow = _kitti(folder / "flow.png") if (folder / "flow.png").exists() else read_flo(folder / "flow.flo")
-    valid = (np.abs(flow) < 1e9).all(-1)
+    valid = np.asarray((np.abs(flow) < 1e9).all(-1), np.bool_)
     return TruePair(name, first, second, np.where(valid[..., None], flow, 0).astype(np.float32), valid)
 
 
@@ -43,7 +52,7 @@ def _picture(path: Path) -> npt.NDArray[np.uint8]:
 def _kitti(path: Path) -> npt.NDArray[np.float32]:
     import cv2
 
-    stored = cv2.imread(str(path), cv2.IMREAD_UNCHANGED).astype(np.float32)  # blue = valid, green = v, red = u
+    stored = np.asarray(cv2.imread(str(path), cv2.IMREAD_UNCHANGED), np.float32)  # blue = valid, green = v, red = u
     flow = (stored[..., [2, 1]] - 32768) / 64
     flow[stored[..., 0] == 0] = 1e10
     return np.asarray(flow, np.float32)

@@ -1,4 +1,4 @@
-"""What a result was measured on: hardware, versions, commit, date."""
+"""What a result was measured on: hardware, versions, commit, date, how busy the machine was."""
 
 from __future__ import annotations
 
@@ -11,7 +11,21 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("flowreel", "torch", "numpy", "av", "zarr", "numcodecs", "pcodec", "opencv-python-headless", "cupy-cuda13x")
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = (
+    "flowreel",
+    "torch",
+    "numpy",
+    "av",
+    "zarr",
+    "numcodecs",
+    "pcodec",
+    "opencv-python-headless",
+    "torchvision",
+    "cupy-cuda12x",
+    "cupy-cuda13x",
+    "PyNvVideoCodec",
+)
 
 
 def machine() -> dict[str, object]:
@@ -20,18 +34,46 @@ def machine() -> dict[str, object]:
         "date": datetime.date.today().isoformat(),
         "cpu": _cpu(),
         "cores": os.cpu_count(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "bf16_instructions": "avx512_bf16" in _flags() or "amx_bf16" in _flags(),
+        "memory_gb": _memory_gb(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := _version(name)) is not None},
         "commit": _commit(),
+        "torch_threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "load": load(),
     }
 
 
+def load() -> float | None:
+    """Processes that wanted to run, mean of the last minute: what else went on. None where the system does not say."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def _proc(name: str) -> list[str]:
+    path = Path("/proc") / name
+    return path.read_text().splitlines() if path.exists() else []
+
+
 def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+    for line in _proc("cpuinfo"):
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def _flags() -> set[str]:
+    return next((set(line.split(":", 1)[1].split()) for line in _proc("cpuinfo") if line.startswith("flags")), set())
+
+
+def _memory_gb() -> float | None:
+    for line in _proc("meminfo"):
+        if line.startswith("MemTotal"):
+            return round(int(line.split()[1]) * 1024 / 1e9, 1)
+    return None
 
 
 def _version(name: str) -> str | None:
@@ -41,8 +83,15 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _commit() -> str:
+def _commit() -> str | None:
+    """The checkout's commit; None when the flowreel that runs was installed from somewhere else."""
+    import flowreel.engine
+
+    if not Path(str(flowreel.engine.__file__)).resolve().is_relative_to(ROOT):
+        return None
+
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
     return git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")

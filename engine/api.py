@@ -2,6 +2,7 @@
 
 run()     a source into outputs, to the end; the command line's main job. ``engine/many.py`` does it to many sources
 stream()  the same flow, batch by batch, to the caller's own loop
+``engine/lazy.py`` computes by the same stages what is asked for by number: ``flowreel.open``
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from functools import partial
 from typing import Any
 
 from flowreel.engine.config import RunConfig
-from flowreel.engine.data import FlowBatch, FlowInfo, Resumable, Sink, Source
-from flowreel.engine.device import Streams, device_name, download, upload
+from flowreel.engine.data import ColorSink, FlowBatch, FlowInfo, Resumable, Sink, Source
+from flowreel.engine.device import Streams, device_name, download, resolve_device, upload
 from flowreel.engine.errors import OutputExistsError, TooFewFramesError, TruncatedSourceError, UsageError
 from flowreel.engine.export import export
 from flowreel.engine.inference import Inference, Network, load_network
@@ -33,10 +34,11 @@ from flowreel.engine.outputs import (
     teller,
 )
 from flowreel.engine.pairing import batches, pairs
-from flowreel.engine.pipeline import Pipeline, Stage, StageStatistics
+from flowreel.engine.pipeline import Pipeline
 from flowreel.engine.restore import restore
 from flowreel.engine.resume import Resumption, take_up
 from flowreel.engine.sources import STDIN, MayWait, open_source, source_stem
+from flowreel.engine.stages import Stage, StageStatistics
 from flowreel.sinks import open_sink, open_store
 
 
@@ -112,20 +114,22 @@ def run_one(
     began_s = time.perf_counter()
     sinks = [open_sink(path, config.sink) for path in paths]
     native = _wants_native(config, sinks)
-    resumed = take_up(source, config.select, sinks) if config.sink.resume else None
+    device = str(resolve_device(config.model.device))
+    resumed = take_up(source, config.select, sinks, device) if config.sink.resume else None
     if resumed is not None and resumed.frames is None:
         return _complete_already(resumed, paths, config)
     with ExitStack() as opened:
-        given = open_source(source, config.select) if resumed is None or resumed.frames is None else resumed.frames
-        frames = opened.enter_context(closing(given))
+        going_on = None if resumed is None else resumed.frames
+        frames = opened.enter_context(closing(going_on or open_source(source, config.select, device)))
         inference = network().fitted(frames.info.height, frames.info.width, native=native)
         header = flow_header(frames.info if resumed is None else resumed.info, inference, config)
         if resumed is not None:
             resumed.store.require_same(header)
             sinks = [resumed.store]  # the other outputs are made from it when it is complete
         opened.enter_context(opened_sinks(sinks, header))
-        pipeline = _pipeline(frames, inference, header, config, to_host=True, resumed=resumed)
-        tallies = [Tally(sink) for sink in sinks]
+        to_host = not any(isinstance(sink, ColorSink) for sink in sinks)  # else each output takes what it wants
+        pipeline = _pipeline(frames, inference, header, config, to_host=to_host, resumed=resumed)
+        tallies = [Tally(sink, on_gpu=inference.device.type == "cuda") for sink in sinks]
         started_s = time.perf_counter()
         tell = teller(progress, tallies, header.flow_count)
         tell(pipeline.statistics())  # the outputs are open
@@ -160,7 +164,8 @@ def stream(source: PathLike, **options: object) -> Iterator[FlowBatch]:
     """
     config = RunConfig.of(**options)
     with ExitStack() as opened:
-        frames = opened.enter_context(closing(open_source(source, config.select)))
+        device = str(resolve_device(config.model.device))
+        frames = opened.enter_context(closing(open_source(source, config.select, device)))
         inference = load_network(config.model).fitted(frames.info.height, frames.info.width)
         header = flow_header(frames.info, inference, config)
         closer = opened.pop_all()
@@ -187,7 +192,10 @@ def _pipeline(
     streams: Streams | None = None,
     resumed: Resumption | None = None,
 ) -> Pipeline:
-    """The chain itself, left to right. On a GPU two stages more move the data, each frame once."""
+    """The chain itself, left to right. On a GPU two stages more move the data, each frame once.
+
+    to_host: flow is wanted there, and nowhere else: not where some output paints it on the GPU.
+    """
     streams = streams or Streams(inference.device)
     first = 0 if resumed is None else resumed.point.flows
     on_gpu = inference.device.type == "cuda"
@@ -220,13 +228,17 @@ class Chain(Pipeline):
 def flow_header(info: FlowInfo, inference: Inference, config: RunConfig) -> FlowInfo:
     """What the sinks are opened with: the flow's own size, and how it is made."""
     height, width = inference.fit.flow_size
-    made_by = inference.made_by() | {
-        "direction": config.model.direction,
-        "start": config.select.start,
-        "stop": config.select.stop,
-        "step": config.select.step,
-        "stream": config.select.stream,
-    }
+    made_by = (
+        dict(info.made_by)
+        | inference.made_by()
+        | {
+            "direction": config.model.direction,
+            "start": config.select.start,
+            "stop": config.select.stop,
+            "step": config.select.step,
+            "stream": config.select.stream,
+        }
+    )
     return replace(info, height=height, width=width, made_by=made_by, native=inference.grid)
 
 
@@ -309,7 +321,7 @@ def _report(
 ) -> RunReport:
     began_s, started_s, ended_s = times_s
     flows, seconds = tallies[0].flows, ended_s - started_s
-    notes = list(frames.notes)
+    notes = [*frames.notes, *inference.notes]
     if frames.losses:
         notes += [f"taken as the whole although {loss}" for loss in frames.losses]
     return RunReport(

@@ -6,8 +6,8 @@ Tensors may live on any device; ``engine/device.py`` alone moves them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
@@ -191,6 +191,32 @@ class FlowBatch:
     def last_frame(self) -> int:
         return int(self.frame_to[-1])
 
+    def moved(self, copy: Callable[[Tensor], Tensor]) -> FlowBatch:
+        """The same with a copy of each tensor in its place."""
+        return replace(self, flow=copy(self.flow), native=None if self.native is None else copy(self.native))
+
+
+@dataclass(frozen=True, eq=False)
+class ColorBatch:
+    """Flow fields in order, as pictures."""
+
+    rgb: Tensor  # (N, H, W, 3) uint8
+    unknown: Tensor  # (N,) int64, vectors of each field that nobody knows
+    index: int  # place of rgb[0] in the output, from 0
+    frame: Int64Array  # (N,) number of each pair's first frame in the source
+    timestamp_s: Float64Array  # (N,) seconds, presentation time of that frame
+
+    def __len__(self) -> int:
+        return int(self.rgb.shape[0])
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.rgb, self.unknown)
+
+    def moved(self, copy: Callable[[Tensor], Tensor]) -> ColorBatch:
+        """The same with a copy of each tensor in its place."""
+        return replace(self, rgb=copy(self.rgb), unknown=copy(self.unknown))
+
 
 @runtime_checkable
 class Source(Protocol):
@@ -214,6 +240,41 @@ class Source(Protocol):
     def notes(self) -> list[str]: ...
     def __iter__(self) -> Iterator[Frame]: ...
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A frame as it was decoded, before it is made a ``Frame``: what is not asked for is never converted."""
+
+    number: int  # of the frame in the source
+    size_bytes: int  # that it keeps in memory
+    develop: Callable[[], Frame]
+
+
+@runtime_checkable
+class RandomAccess(Source, Protocol):
+    """A source whose frames can be had in any order. Any number of readings may go on side by side."""
+
+    reopening_frames: int  # so many frames are decoded in the time starting over takes; 0: each stands by itself
+
+    @property
+    def wanted(self) -> range:
+        """Numbers of the frames that the selection takes."""
+        ...
+
+    @property
+    def times_s(self) -> Float64Array:
+        """(T,) seconds, presentation time of every frame of the source, ascending."""
+        ...
+
+    def standing_before(self, number: int) -> int:
+        """The frame that has to be decoded first to get this one: itself, or one before it."""
+        ...
+
+    def pictures_from(self, number: int) -> Generator[Picture, None, None]:
+        """Frames in rising order, from this one or somewhat before it to the last one, those between the wanted ones
+        included. One that cannot be decoded is left out. Raises SourceError when the source has gone or changed."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -292,4 +353,17 @@ class Sink(Protocol):
     @property
     def notes(self) -> list[str]:
         """What the user should know, e.g. how many vectors were unknown or beyond range."""
+        ...
+
+
+@runtime_checkable
+class ColorSink(Protocol):
+    """A sink of pictures that can also have them painted where the flow is, so that only they come to the host."""
+
+    def paint(self, batches: Iterator[FlowBatch]) -> Iterator[ColorBatch]:
+        """A stage: flow on any device to pictures of it on that device, one each, in order."""
+        ...
+
+    def show(self, pictures: ColorBatch) -> None:
+        """Takes them, on the host, in place of what ``write`` takes."""
         ...

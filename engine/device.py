@@ -3,12 +3,14 @@
 On a GPU each stage works on its own CUDA stream. What orders them is one event per item, *the hand-off*: the stage
 that makes an item records an event after its work; the stage that takes it makes its own stream wait for that event
 and marks the item's tensors as used there, so that the allocator does not hand their memory out too early. The CPU
-never waits for the device except in ``download``, where the bytes are needed. On a CPU all of this is nothing.
+never waits for the device except in ``download``, where the bytes are needed, and then for that copy's event alone. On
+a CPU all of this is nothing.
 """
 
 from __future__ import annotations
 
 import platform
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -17,11 +19,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from flowreel.engine.data import FlowBatch, Frame
+from flowreel.engine.config import Precision
+from flowreel.engine.data import ColorBatch, FlowBatch, Frame
 from flowreel.engine.errors import DeviceError, UsageError
+from flowreel.engine.pinned import PinnedRing
 
 Item = TypeVar("Item")
+Batch = TypeVar("Batch", FlowBatch, ColorBatch)
 Stage = Callable[[Iterator[Any]], Any]
+MOST_UPLOADS = 4  # frames on their way to the device at once: each holds a pinned buffer
 
 
 def resolve_device(name: str) -> torch.device:
@@ -47,6 +53,19 @@ def resolve_device(name: str) -> torch.device:
             raise DeviceError(f"{name} was asked for, but there are {torch.cuda.device_count()} GPUs, from cuda:0")
         return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     return device
+
+
+def resolve_precision(precision: Precision | None, device: torch.device) -> Precision:
+    """auto is fp32 on a CPU and fp16 on a GPU; a CPU also takes bf16.
+
+    Raises:
+        UsageError: the device has no such precision.
+    """
+    if precision is None:
+        return "fp16" if device.type == "cuda" else "fp32"
+    if device.type == "cpu" and precision not in ("fp32", "bf16"):
+        raise UsageError(f"a CPU runs fp32 or bf16, not {precision}")
+    return precision
 
 
 def device_name(device: torch.device) -> str:
@@ -102,44 +121,128 @@ class Streams:
                 close()
 
     def _awaited(self, items: Iterator[Item], stream: Callable[[], torch.cuda.Stream]) -> Iterator[Item]:
-        for item in items:
+        def taken(item: Item) -> Item:
             event = self._ready.get(item)
             if event is not None:
                 stream().wait_event(event)
             for tensor in getattr(item, "tensors", ()):
                 if tensor.is_cuda:
                     tensor.record_stream(stream())
-            yield item
-            del item
+            return item
+
+        return map(taken, items)  # a map keeps no item alive while whoever took it works
 
 
 def upload(device: torch.device) -> Stage:
     """A stage that puts each frame on the device once, before pairs share it; frames already there pass."""
 
     def stage(frames: Iterator[Frame]) -> Iterator[Frame]:
-        for frame in frames:
-            if frame.rgb.device == device:
-                yield frame
-            else:
-                pinned = frame.rgb.contiguous().pin_memory() if device.type == "cuda" else frame.rgb
-                yield replace(frame, rgb=pinned.to(device, non_blocking=True))
+        sender = _Sender(device)
+        try:
+            for frame in frames:
+                yield frame if frame.rgb.device == device else replace(frame, rgb=sender.begun(frame.rgb))
+        finally:
+            sender.finish()
 
     return stage
 
 
-def download(batches: Iterator[FlowBatch]) -> Iterator[FlowBatch]:
-    """A stage that brings flow to the host; flow already there passes untouched."""
+class _Sender:
+    """Copies from the host, begun in order on the current stream; each buffer is kept until its copy is over."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._ring = PinnedRing(_pinned)
+        self._under_way: deque[tuple[torch.cuda.Event, Tensor]] = deque()  # the end of each copy, and its buffer
+
+    def begun(self, tensor: Tensor) -> Tensor:
+        """The tensor on the device once the current stream has got there. The device sorts its bytes, if at all."""
+        while self._under_way and (_is_over(self._under_way[0][0]) or len(self._under_way) == MOST_UPLOADS):
+            self._under_way.popleft()[0].synchronize()
+        buffer = self._ring.take(tensor).copy_(tensor)
+        sent = buffer.to(self._device, non_blocking=True)
+        self._under_way.append((_recorded(self._device), buffer))
+        return sent
+
+    def finish(self) -> None:
+        while self._under_way:
+            self._under_way.popleft()[0].synchronize()
+
+
+def download(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """A stage that brings flow, or pictures of it, to the host; what is there already passes untouched.
+
+    It lands in a ring of pinned buffers, none of which is filled again while anybody still holds what was in it.
+    """
+    ring = PinnedRing(_pinned)
+
+    def begun(tensor: Tensor) -> Tensor:
+        tensor = tensor.contiguous()
+        return ring.take(tensor).copy_(tensor, non_blocking=True)
+
     for batch in batches:
-        if batch.flow.device.type == "cpu":
-            yield batch
-        else:
-            flow = _begun(batch.flow)
-            native = None if batch.native is None else _begun(batch.native)
-            torch.cuda.current_stream(batch.flow.device).synchronize()  # this stage's stream alone
-            yield replace(batch, flow=flow, native=native)
+        device = batch.tensors[0].device
+        if device.type != "cpu":
+            batch = batch.moved(begun)  # its memory on the device is free from here on
+            _recorded(device).synchronize()
+        yield batch
+        del batch
 
 
-def _begun(tensor: Tensor) -> Tensor:
-    """A pinned copy on the host that is under way on the current stream."""
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)
+def _recorded(device: torch.device) -> torch.cuda.Event:
+    """What the current stream has been given so far, to wait for asleep: a thread that spins takes a core."""
+    event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _is_over(event: torch.cuda.Event) -> bool:
+    return bool(event.query())  # type: ignore[no-untyped-call]
+
+
+def _pinned(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
+def to_device(flow: Tensor, device: torch.device) -> Tensor:
+    """Flow that was read from a disk, on the device; the tensor itself where it is there already."""
+    return flow if flow.device == device else flow.to(device)
+
+
+def to_host(flow: Tensor) -> Tensor:
+    """Flow on the host; waits for it. The tensor itself where it is there already."""
+    return flow if flow.device.type == "cpu" else flow.cpu()
+
+
+class WorkStream:
+    """One stream for a library that takes a stream's handle: what it does and what is done with it stay in order."""
+
+    def __init__(self, device: torch.device) -> None:
+        """The stream that is current on ``device``; a new one where that is the default one, which has no handle."""
+        self.device = device
+        current = torch.cuda.current_stream(device)
+        self._stream = current if current.cuda_stream else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    @property
+    def handle(self) -> int:
+        """Its cudaStream_t, never 0."""
+        return int(self._stream.cuda_stream)
+
+    def run(self, work: Callable[[], Tensor]) -> Tensor:
+        """Does ``work`` on the stream; its result is ready on the stream that is current outside."""
+        with torch.cuda.stream(self._stream):
+            result = work()
+        outside = torch.cuda.current_stream(self.device)
+        if outside != self._stream:
+            outside.wait_stream(self._stream)
+            result.record_stream(outside)
+        return result
+
+    def finish(self) -> None:
+        """Waits for the work on this stream alone."""
+        self._stream.synchronize()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that other programs and torch's allocator have left on a GPU."""
+    return int(torch.cuda.mem_get_info(device)[0])

@@ -9,6 +9,7 @@
     │   ├── UnsupportedSourceError (ValueError)    not a video or picture that can be decoded
     │   ├── TooFewFramesError (ValueError)         fewer than two frames: no flow
     │   ├── FrameSizeError (ValueError)            a frame's size differs from the first one's
+    │   ├── SourceChangedError (ValueError)        another file has come in the place of the one that was opened
     │   ├── TruncatedSourceError (EOFError)        fewer frames decoded than the container holds
     │   └── SomeSourcesFailedError                 of many sources in one run, some failed
     ├── WeightsError                      something about a weights file
@@ -23,8 +24,10 @@
     │   └── ResumeMismatchError (ValueError)       what is there was made in another way, or from something else
     ├── StoreError                        something about reading a flow store
     │   ├── StoreNotFoundError (FileNotFoundError)
-    │   └── DamagedStoreError (ValueError)         a checksum or a shard is wrong
+    │   ├── DamagedStoreError (ValueError)         a checksum or a shard is wrong
+    │   └── CacheMismatchError (ValueError)        a cache that was filled in another way, or that is none
     ├── FlowFileError (ValueError)        a .flo, KITTI picture, .npz or two-stream picture that is not one
+    ├── StaleModelError (RuntimeError)    a network's weights changed after it was compiled
     ├── CheckpointError (ValueError)      a training run that cannot be resumed
     └── StageError                        a pipeline stage failed; __cause__ is the error itself
 
@@ -68,6 +71,10 @@ class TooFewFramesError(SourceError, ValueError):
 
 class FrameSizeError(SourceError, ValueError):
     """A frame's size differs from the size of the first one."""
+
+
+class SourceChangedError(SourceError, ValueError):
+    """The file is not the one any more that was opened under its name."""
 
 
 class TruncatedSourceError(SourceError, EOFError):
@@ -130,8 +137,16 @@ class DamagedStoreError(StoreError, ValueError):
     """A chunk, shard or attribute of a store is missing or fails its checksum."""
 
 
+class CacheMismatchError(StoreError, ValueError):
+    """What is at a cache's path is none, or holds flow of another source, model or encoding."""
+
+
 class FlowFileError(FlowreelError, ValueError):
     """A file of flow (.flo, KITTI PNG, .npz, two-stream pictures) with a wrong tag, size, kind or number of bytes."""
+
+
+class StaleModelError(FlowreelError, RuntimeError):
+    """The weights of a network changed after it was compiled; the compiled form holds the old ones."""
 
 
 class CheckpointError(FlowreelError, ValueError):

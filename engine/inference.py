@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from flowreel.engine.compiled import Packed, Program, pack, quarter_upsampling
 from flowreel.engine.config import ModelConfig, Precision
 from flowreel.engine.data import JSON, FlowBatch, NativeGrid, PairBatch
-from flowreel.engine.device import resolve_device
-from flowreel.engine.errors import UsageError
-from flowreel.engine.models.layers import FlowHead, upsample
+from flowreel.engine.device import resolve_device, resolve_precision
+from flowreel.engine.errors import DeviceError, UsageError
+from flowreel.engine.models.layers import Upsampling, upsample
 from flowreel.engine.models.weights import Weights, instantiate, read_weights
 from flowreel.engine.restore import Fit
 
-_DTYPES: dict[Precision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _BATCH_PIXELS = 1 << 20  # a million pixels a batch keeps two cores or a small GPU busy; more only adds latency
 _MOST = 8
 
@@ -27,19 +26,22 @@ _MOST = 8
 class Inference:
     """A network ready to run: resolved once, recorded in the store, the same after a resume."""
 
-    net: nn.Module  # evaluation mode, on ``device``, convolutions already in ``precision``
+    packed: Packed  # the network in the form ``device`` runs, in ``precision``
+    upsampling: Upsampling | None  # how its quarter-resolution prediction is enlarged; None: it has none
     model: str
-    weights: Weights
+    weights: Weights  # what is known of them; the tensors themselves are in ``packed``
     device: torch.device
     precision: Precision
     batch: int  # pairs
     fit: Fit
     native: bool = False  # the network's own quarter-resolution prediction goes along with the flow
+    notes: list[str] = field(default_factory=list, repr=False)  # what the user should know when all is done
+    _programs: dict[int, Program] = field(default_factory=dict, repr=False)  # by pairs: full batches, and short ones
 
     @property
     def grid(self) -> NativeGrid | None:
         """How the prediction that goes along lies in the flow."""
-        return self.fit.grid(self.net.final) if self.native else None  # type: ignore[arg-type]
+        return self.fit.grid(self.upsampling) if self.native and self.upsampling is not None else None
 
     def made_by(self) -> dict[str, JSON]:
         """What a store records of how its flow was made."""
@@ -59,32 +61,86 @@ class Inference:
 
         Gradients are off, but the result is an ordinary tensor: it can take part in training.
         """
-        return self._computed(self.net, first, second)
+        program = self._program(len(first))
+        with torch.no_grad():
+            return program.flow(self._fitted(first), self._fitted(second))
 
     def quarter(self, first: Tensor, second: Tensor) -> Tensor:
         """The same before it is enlarged: (N, 2, h, w) at a quarter of the network's size, the network's pixels."""
-        return self._computed(self.net.quarter, first, second)  # type: ignore[arg-type]
+        program = self._program(len(first))
+        with torch.no_grad():
+            return program.quarter(self._fitted(first), self._fitted(second))
 
-    def _computed(self, network: Callable[[Tensor, Tensor], Tensor], first: Tensor, second: Tensor) -> Tensor:
-        with torch.no_grad(), _math(self.device, self.precision):
-            frames = (self.fit.apply(frames.to(self.device).float()) for frames in (first, second))
-            return network(*frames).float()
+    def _fitted(self, frames: Tensor) -> Tensor:
+        return self.fit.apply(frames.to(self.device).float())
+
+    def _program(self, pairs: int) -> Program:
+        """Made once for full batches and once for each length of a short one, so that equal batches run equally."""
+        program = self._programs.get(pairs)
+        if program is None:
+            with torch.no_grad():
+                program = self._programs.setdefault(pairs, self.packed.program((pairs, *self.fit.network_size)))
+        return program
+
+    def _enlarged(self, native: Tensor) -> Tensor:
+        assert self.upsampling is not None  # or ``fitted`` would have refused native
+        return upsample(native, self.upsampling)
 
     def stage(self, batches: Iterator[PairBatch]) -> Iterator[FlowBatch]:
-        """Batches of pairs to batches of flow at the network's size; ``restore`` brings it to the frame's."""
+        """Batches of pairs to batches of flow at the network's size; ``restore`` brings it to the frame's.
+
+        A batch that does not fit in the device's memory is done in halves, as are all that follow; no pair is lost.
+        Raises DeviceError when not even one pair fits.
+        """
+        most = self.batch
         for batch in batches:
-            first = torch.stack([pair.first.rgb for pair in batch.pairs])
-            second = torch.stack([pair.second.rgb for pair in batch.pairs])
-            native = self.quarter(first, second) if self.native else None
-            yield FlowBatch(
-                flow=self.flow(first, second) if native is None else upsample(native, self.net.final),  # type: ignore[arg-type]
-                index=batch.index,
-                frame=np.array([pair.first.index for pair in batch.pairs], np.int64),
-                frame_to=np.array([pair.second.index for pair in batch.pairs], np.int64),
-                timestamp_s=np.array([pair.first.timestamp_s for pair in batch.pairs], np.float64),
-                timestamp_to_s=np.array([pair.second.timestamp_s for pair in batch.pairs], np.float64),
-                native=native,
-            )
+            done = 0
+            while done < len(batch):
+                part = PairBatch(batch.pairs[done : done + most], batch.index + done)
+                flows = self._flows_that_fit(part)
+                if flows is None:
+                    most = self._fewer(part)
+                else:
+                    done += len(part)
+                    yield flows
+                del flows
+
+    def _flows_that_fit(self, batch: PairBatch) -> FlowBatch | None:
+        """None: memory ended, and all that was made of it is free again, the error and what hangs on it included."""
+        try:
+            return self._flows(batch)
+        except torch.OutOfMemoryError as error:
+            if len(batch) > 1:
+                return None
+            height, width = self.fit.network_size
+            raise DeviceError(
+                f"{self.device} has too little free memory for one pair of {width}x{height} with {self.model}: end "
+                "what else runs there, take --precision fp16 or a smaller --model, or --device cpu"
+            ) from error
+
+    def _fewer(self, batch: PairBatch) -> int:
+        """Half as many pairs. What was made ready for more holds memory, too: it goes."""
+        most = len(batch) // 2
+        for pairs in [pairs for pairs in self._programs if pairs > most]:
+            self._programs.pop(pairs, None)
+        self.notes.append(
+            f"{len(batch)} pairs a batch did not fit in the memory of {self.device}: {most} from flow {batch.index} on"
+        )
+        return most
+
+    def _flows(self, batch: PairBatch) -> FlowBatch:
+        first = torch.stack([pair.first.rgb for pair in batch.pairs])
+        second = torch.stack([pair.second.rgb for pair in batch.pairs])
+        native = self.quarter(first, second) if self.native else None
+        return FlowBatch(
+            flow=self.flow(first, second) if native is None else self._enlarged(native),
+            index=batch.index,
+            frame=np.array([pair.first.index for pair in batch.pairs], np.int64),
+            frame_to=np.array([pair.second.index for pair in batch.pairs], np.int64),
+            timestamp_s=np.array([pair.first.timestamp_s for pair in batch.pairs], np.float64),
+            timestamp_to_s=np.array([pair.second.timestamp_s for pair in batch.pairs], np.float64),
+            native=native,
+        )
 
 
 @dataclass(frozen=True)
@@ -92,7 +148,8 @@ class Network:
     """Loaded weights on their device, before the size of the frames is known: serves any number of sources."""
 
     config: ModelConfig
-    net: nn.Module  # as in ``Inference``
+    packed: Packed  # as in ``Inference``
+    upsampling: Upsampling | None
     weights: Weights
     device: torch.device
     precision: Precision
@@ -105,10 +162,11 @@ class Network:
         """
         fit = Fit(self.config.fit, height, width)
         model = self.weights.model if self.config.model is None else _name(self.config.model)
-        if native and model == "FlowNet2":
+        if native and self.upsampling is None:
             raise UsageError("FlowNet2 ends at full resolution, so it has no native one: use resolution full")
         return Inference(
-            net=self.net,
+            packed=self.packed,
+            upsampling=self.upsampling,
             model=model,
             weights=self.weights,
             device=self.device,
@@ -128,11 +186,9 @@ def load_network(config: ModelConfig) -> Network:
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
     weights = read_weights(config.weights)
-    net = instantiate(weights, config.model).eval()
-    if precision in _DTYPES:
-        cast_convolutions(net, _DTYPES[precision])
-    on_device: nn.Module = net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Network(config, on_device, weights, device, precision)
+    net = instantiate(weights, config.model).eval().to(device)
+    known = replace(weights, state={})  # the tensors would else be in memory twice
+    return Network(config, pack(net, precision), quarter_upsampling(net), known, device, precision)
 
 
 def prepare(config: ModelConfig, height: int, width: int) -> Inference:
@@ -140,40 +196,9 @@ def prepare(config: ModelConfig, height: int, width: int) -> Inference:
     return load_network(config).fitted(height, width)
 
 
-def resolve_precision(precision: Precision | None, device: torch.device) -> Precision:
-    """auto is fp32 on a CPU and fp16 on a GPU; a CPU also takes bf16.
-
-    Raises:
-        UsageError: the device has no such precision.
-    """
-    if precision is None:
-        return "fp16" if device.type == "cuda" else "fp32"
-    if device.type == "cpu" and precision not in ("fp32", "bf16"):
-        raise UsageError(f"a CPU runs fp32 or bf16, not {precision}")
-    return precision
-
-
 def auto_batch(height: int, width: int) -> int:
     """Pairs a batch, from the frame size alone: free memory would make results depend on luck."""
     return max(1, min(_MOST, _BATCH_PIXELS // (height * width)))
-
-
-def cast_convolutions(net: nn.Module, dtype: torch.dtype) -> None:
-    """Convolutions and their norms to a half type, in place. Flow heads stay float32; autocast meets them there."""
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and not isinstance(module, FlowHead):
-            module.to(dtype)
-
-
-def _math(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
-    """The arithmetic of one call, entered and left inside it: modes belong to threads, generators do not."""
-    if precision in _DTYPES:
-        return torch.autocast(device.type, _DTYPES[precision])
-    if device.type == "cpu":
-        return nullcontext()
-    modes = ExitStack()
-    modes.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=precision == "tf32"))
-    return modes
 
 
 def _name(model: str) -> str:

@@ -23,7 +23,8 @@ from flowreel.engine.data import FlowBatch, FlowInfo, Sink
 from flowreel.engine.errors import FrameSizeError, OutputExistsError, UnknownOutputError, UsageError
 from flowreel.engine.export import export_config
 from flowreel.engine.outputs import OutputReport, PathLike, ProgressHook, opened_sinks, output_report, teller
-from flowreel.engine.pipeline import Pipeline, Stage, StageStatistics
+from flowreel.engine.pipeline import Pipeline
+from flowreel.engine.stages import Stage, StageStatistics
 from flowreel.kernels import flow_to_color
 from flowreel.sinks import frame_rate_of, open_flows, open_sink, write_color_png
 
@@ -32,10 +33,8 @@ if TYPE_CHECKING:
 
 FRAME_RATE = 30  # of the video, frames per second: flow2image's own
 VIDEO_SUFFIXES = (".mp4", ".mkv")
-OTHER_SUFFIXES = frozenset(  # surely no folders
-    (".zarr", ".flo", ".npz", ".jpg", ".jpeg", ".gif", ".avi", ".mov", ".webm", ".bmp", ".tif", ".tiff", ".webp")
-    + (".m4v", ".txt", ".json", ".pdf")
-)
+OTHER_SUFFIXES = (".zarr", ".flo", ".npz", ".jpg", ".jpeg", ".gif", ".avi", ".mov", ".webm", ".bmp", ".tif", ".tiff")
+OTHER_SUFFIXES += (".webp", ".m4v", ".txt", ".json", ".pdf")  # surely no folders
 
 
 @dataclass(frozen=True)

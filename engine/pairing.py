@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby, islice
 
 from flowreel.engine.config import Direction
 from flowreel.engine.data import Frame, FramePair, PairBatch
@@ -52,5 +53,45 @@ def batches(batch: int, shard: int, first_index: int = 0) -> Callable[[Iterator[
             waiting.append(pair)
         if waiting:
             yield PairBatch(tuple(waiting), start)
+
+    return gather
+
+
+def planned(numbers: Sequence[int], batch: int, shard: int, count: int) -> list[list[int]]:
+    """Which flows go through the model together, when only some are wanted: in the batches of a run where it can be.
+
+    A run's batch that is wanted whole stays as it is, so that its flows come out the same to the bit. Of those wanted
+    in part, neighbours share a batch while they fit.
+
+    Args:
+        numbers: of the flows that are wanted, ascending.
+        batch, shard: as of ``batches``.
+        count: flows there are in all.
+    """
+
+    def start(number: int) -> int:
+        place = number % shard
+        return number - place % batch
+
+    plan: list[list[int]] = []
+    open_end = False  # whether the last batch is of parts, and may take more
+    for first, group in groupby(numbers, start):
+        part = list(group)
+        end = min(first + batch, first // shard * shard + shard, count)
+        whole = len(part) == end - first
+        if open_end and not whole and len(plan[-1]) + len(part) <= batch:
+            plan[-1] += part
+        else:
+            plan.append(part)
+        open_end = not whole
+    return plan
+
+
+def batches_of(plan: Sequence[Sequence[int]]) -> Callable[[Iterator[FramePair]], Iterator[PairBatch]]:
+    """A stage that gathers pairs as they come into batches of the planned lengths."""
+
+    def gather(pairs: Iterator[FramePair]) -> Iterator[PairBatch]:
+        for numbers in plan:
+            yield PairBatch(tuple(islice(pairs, len(numbers))), numbers[0])
 
     return gather

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from flowreel.engine.api import Chain, flow_header
 from flowreel.engine.config import RunConfig, SelectConfig
 from flowreel.engine.data import FlowBatch, FramePair, PairBatch, Source
-from flowreel.engine.device import Streams, device_name, download, resolve_device, upload
+from flowreel.engine.device import Streams, device_name, download, resolve_device, resolve_precision, upload
 from flowreel.engine.errors import (
     DamagedStoreError,
     DeviceError,
@@ -28,18 +28,18 @@ from flowreel.engine.errors import (
     UsageError,
     WeightsMismatchError,
 )
-from flowreel.engine.inference import Inference, Network, load_network, resolve_precision
+from flowreel.engine.inference import Inference, Network, load_network
 from flowreel.engine.models.weights import read_weights
 from flowreel.engine.outputs import PathLike, Progress, ProgressHook, teller
 from flowreel.engine.pairing import batches, pairs
-from flowreel.engine.pipeline import Stage, StageStatistics
 from flowreel.engine.restore import restore
 from flowreel.engine.sources import STDIN, open_source
+from flowreel.engine.stages import Stage, StageStatistics
 from flowreel.engine.verify import Verification, verify
 from flowreel.sinks import ShardRewriter
 
 if TYPE_CHECKING:
-    from flowreel.engine.pipeline import StageFunction
+    from flowreel.engine.stages import StageFunction
     from flowreel.sinks.store_repair import ShardDamage
 
 # What a store must tell of how it was made, by the names of ``run``'s options.
@@ -151,7 +151,7 @@ class _Recomputing:
         rewriter, config = self._rewriter, self._config
         select, first = self._frames(shards)
         before, wanted = rewriter.flows, sum(map(len, shards))
-        with closing(open_source(self._source, select)) as frames:
+        with closing(open_source(self._source, select, str(network.device))) as frames:
             inference = network.fitted(frames.info.height, frames.info.width, native=config.sink.resolution == "native")
             rewriter.require_same(flow_header(frames.info, inference, config), config.sink)
             stage = batches_of(shards, inference.batch, rewriter.store.shard_length, first)
@@ -166,7 +166,7 @@ class _Recomputing:
                 f"{inference.model} ({inference.weights.name}), {inference.precision}, batch {inference.batch}, on "
                 f"{device_name(inference.device)}; decoded by {frames.decoder}"
             )
-            self.notes += [note for note in frames.notes if note not in self.notes]
+            self.notes += [note for note in (*frames.notes, *inference.notes) if note not in self.notes]
 
     def _frames(self, shards: Sequence[ShardDamage]) -> tuple[SelectConfig, int]:
         """Which frames the shards need, and the number of the flow that the first two of them give."""

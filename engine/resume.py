@@ -56,8 +56,10 @@ class Resumption:
         yield from frames
 
 
-def take_up(source: PathLike, select: SelectConfig, sinks: Sequence[Sink]) -> Resumption | None:
+def take_up(source: PathLike, select: SelectConfig, sinks: Sequence[Sink], device: str = "cpu") -> Resumption | None:
     """Opens the source where the store among the outputs goes on; None: there is nothing to go on with.
+
+    ``device``: as of ``open_source``.
 
     Raises:
         UsageError: no output is a store.
@@ -74,7 +76,7 @@ def take_up(source: PathLike, select: SelectConfig, sinks: Sequence[Sink]) -> Re
         return Resumption(store, point, None)
     while True:
         try:
-            return Resumption(store, point, open_source(source, replace(select, start=point.frame)))
+            return Resumption(store, point, open_source(source, replace(select, start=point.frame), device))
         except TooFewFramesError:  # the source ends where the store does, which was never given its name
             earlier = store.resume_point(below=point.flows)
             if earlier is None:

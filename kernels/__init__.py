@@ -1,7 +1,7 @@
 """Operations on torch tensors, one file each. The tensor's device decides which version runs.
 
 ``correlation``, ``warp`` and ``channel_norm`` are FlowNet2's three layers, registered with torch as
-``torch.ops.flowreel.*``; ``flow_to_color`` paints flow.
+``torch.ops.flowreel.*``; so is ``yuv_to_rgb``, which makes pictures of decoded surfaces. ``flow_to_color`` paints flow.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 from flowreel.kernels.channel_norm import channel_norm
 from flowreel.kernels.correlation import correlation
 from flowreel.kernels.warp import warp
+from flowreel.kernels.yuv_to_rgb import yuv_to_rgb
 
 if TYPE_CHECKING:
     from flowreel.kernels.flow_color import flow_to_color
 
-__all__ = ["channel_norm", "correlation", "flow_to_color", "warp"]
+__all__ = ["channel_norm", "correlation", "flow_to_color", "warp", "yuv_to_rgb"]
 
 
 def __getattr__(name: str) -> object:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from flowreel.kernels.launch import SUFFIXES, blocks_for, implement, launch, sizes, view
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -134,6 +136,34 @@ def _grid(flow: Tensor, top: int, height: int, width: int, dtype: torch.dtype) -
     return grid
 
 
+# --- the CUDA version -------------------------------------------------------------------------------------------------
+
+
+def _warp_cuda(image: Tensor, flow: Tensor) -> Tensor:
+    out = image.new_empty(image.shape)
+    _launch_each_pixel("warp", image.dtype, image, flow.float(), out)
+    return out
+
+
+def _warp_image_gradient_cuda(grad: Tensor, flow: Tensor) -> Tensor:
+    total = torch.zeros(grad.shape, dtype=torch.float32, device=grad.device)  # added to in any order
+    _launch_each_pixel("warp_image_gradient", grad.dtype, grad, flow.float(), total)
+    return total.to(grad.dtype)
+
+
+def _warp_flow_gradient_cuda(grad: Tensor, image: Tensor, flow: Tensor) -> Tensor:
+    gradient = torch.empty(flow.shape, dtype=torch.float32, device=flow.device)
+    _launch_each_pixel("warp_flow_gradient", image.dtype, grad.to(image.dtype), image, flow.float(), gradient)
+    return gradient.to(flow.dtype)
+
+
+def _launch_each_pixel(entry: str, dtype: torch.dtype, *tensors: Tensor) -> None:
+    batch, channels, height, width = tensors[0].shape
+    arguments = [argument for tensor in tensors for argument in view(tensor)]
+    arguments += sizes(batch, channels, height, width)
+    launch("warp", f"{entry}_{SUFFIXES[dtype]}", blocks_for(batch * height * width), arguments)
+
+
 # --- registration -----------------------------------------------------------------------------------------------------
 
 _torch_library: Any = torch.library  # its functions carry no types
@@ -147,6 +177,9 @@ _LIBRARY.impl("warp_flow_gradient", warp_flow_gradient_definition, "CompositeExp
 _LIBRARY.impl("warp", _warp_cpu, "CPU")
 _LIBRARY.impl("warp_image_gradient", _warp_image_gradient_cpu, "CPU")
 _LIBRARY.impl("warp_flow_gradient", _warp_flow_gradient_cpu, "CPU")
+implement(_LIBRARY, "warp", _warp_cuda, warp_definition)
+implement(_LIBRARY, "warp_image_gradient", _warp_image_gradient_cuda, warp_image_gradient_definition)
+implement(_LIBRARY, "warp_flow_gradient", _warp_flow_gradient_cuda, warp_flow_gradient_definition)
 
 
 def _shape_of_warp(image: Tensor, flow: Tensor) -> Tensor:

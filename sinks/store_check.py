@@ -1,7 +1,8 @@
 """Is a store sound? Reads every chunk, and says of each flow that cannot be used what is wrong with it.
 
-In order: whether the store is finished, whether times and frame numbers can be read and run forward, every flow, and
-files that do not belong. Memory: the times and frame numbers, the shards' indexes and a few flows.
+In order: whether the store is finished; whether times and frame numbers can be read, run forward, fit each other and
+are those that were written; every flow; and files that do not belong. Memory: the times and frame numbers, the shards'
+indexes and checksums, and a few flows.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ from flowreel.sinks.codecs import INDEX_MISSING, decompress
 from flowreel.sinks.native import vector_places
 from flowreel.sinks.parallel import OrderedPool
 from flowreel.sinks.store_files import SPARE_BYTES
-from flowreel.sinks.store_layout import COORDINATES, coordinate_chunk, numbers_in, open_file
+from flowreel.sinks.store_layout import (
+    BESIDE_FLOW,
+    COORDINATES,
+    check_coordinate,
+    coordinate_chunk,
+    numbers_in,
+    open_file,
+)
 from flowreel.sinks.store_reader import DECODE_THREADS
 
 if TYPE_CHECKING:
@@ -49,13 +57,14 @@ def check_store(store: FlowStore, progress: Callable[[int], None] | None = None)
     Args:
         progress: is called with the number of flows read so far.
     """
-    if not store.complete:
+    is_cache = store.layout.cache  # which is whole with any flows in it
+    if not store.complete and not is_cache:
         yield StoreProblem(f"unfinished: {store.available} of {len(store)} flows are there")
     try:
         yield from _check_coordinates(store)
         yield from _check_places(store)
         yield from _check_flows(store, progress or (lambda flows: None))
-        if store.complete:
+        if store.complete and not is_cache:
             yield from _check_files(store)
     except DamagedStoreError as error:  # a folder that cannot be listed: there is no reading on
         yield StoreProblem(str(error))
@@ -63,21 +72,61 @@ def check_store(store: FlowStore, progress: Callable[[int], None] | None = None)
 
 def _check_coordinates(store: FlowStore) -> Iterator[StoreProblem]:
     """Times and frame numbers of the flows that are there: readable, known, and running forward."""
-    count = store.available
+    count = len(store) if store.layout.cache else store.available
+    shards = range(math.ceil(count / store.layout.chunk_length))
     arrays: dict[str, Array] = {}
-    for name in COORDINATES:
-        try:
-            arrays[name] = store.files.coordinate(name)[:count]
-        except DamagedStoreError as error:
-            yield StoreProblem(str(error))
+    for name in store.layout.arrays:
+        problems, values = _read_array(store, name, shards)
+        yield from map(StoreProblem, problems)
+        if name in COORDINATES and not problems:
+            arrays[name] = values[:count]
     for name, values in arrays.items():
         unknown = ~np.isfinite(values) | (values < 0 if name.startswith("frame") else False)
         yield from _at(store, unknown, f"its {name} is not known")
         with np.errstate(invalid="ignore"):  # infinite times, told above
             back = np.diff(values) < 0 if name.startswith("timestamp") else np.diff(values) <= 0
         yield from _at(store, np.concatenate([[False], back & ~unknown[1:]]), f"its {name} is not after the one before")
-    if {"frame", "frame_to"} <= arrays.keys():
-        yield from _at(store, (arrays["frame"] == arrays["frame_to"]) & (arrays["frame"] >= 0), "it leads nowhere")
+    if len(arrays) == len(COORDINATES):
+        yield from _check_pairs(
+            store, *(arrays[name] for name in ("frame", "frame_to", "timestamp_s", "timestamp_to_s"))
+        )
+    misplaced = np.zeros(count, bool)
+    for shard in shards:
+        misplaced[[flow for flow in store.files.misplaced_times(shard) if flow < count]] = True
+    yield from _at(store, misplaced, "its times and frame numbers are not those written")
+
+
+def _read_array(store: FlowStore, name: str, shards: range) -> tuple[list[str], Array]:
+    """One array beside ``flow``, and what is wrong with its metadata and with each chunk that cannot be read."""
+    dtype, fill = BESIDE_FLOW[name]
+    length = store.layout.chunk_length
+    values = np.full(len(shards) * length, fill, dtype)
+    problems = []
+    try:
+        check_coordinate(store.folder, name, store.layout, store.complete or store.layout.cache)
+    except DamagedStoreError as error:
+        return [str(error)], values
+    for shard in shards:
+        try:
+            values[shard * length :][:length] = store.files.coordinate_part(name, shard)
+        except DamagedStoreError as error:
+            problems.append(str(error))
+    return problems, values
+
+
+def _check_pairs(
+    store: FlowStore, frame: Array, frame_to: Array, time_s: Array, time_to_s: Array
+) -> Iterator[StoreProblem]:
+    """Each flow leads from one frame to another, in time as in number; and a frame has one time, in all its pairs."""
+    yield from _at(store, (frame == frame_to) & (frame >= 0), "it leads nowhere")
+    known = (frame >= 0) & (frame_to >= 0) & np.isfinite(time_s) & np.isfinite(time_to_s)
+    with np.errstate(invalid="ignore"):
+        ahead = np.sign(time_to_s - time_s) * np.sign(frame_to - frame) < 0
+        same = np.zeros_like(known)
+        for end, begin, end_s, begin_s in ((frame_to, frame, time_to_s, time_s), (frame, frame_to, time_s, time_to_s)):
+            same[1:] |= (end[:-1] == begin[1:]) & (end_s[:-1] != begin_s[1:]) & known[:-1]
+    yield from _at(store, ahead & known, "its times run the other way than its frames")
+    yield from _at(store, same & known, "it begins at another time than the one before ends")
 
 
 def _check_places(store: FlowStore) -> Iterator[StoreProblem]:
@@ -136,9 +185,12 @@ def _check_flows(store: FlowStore, progress: Callable[[int], None]) -> Iterator[
 
 
 def _expected(store: FlowStore) -> Iterator[int]:
-    """The flows to read: all; of an unfinished store, those that have been published."""
+    """The flows to read: all; of an unfinished store or a cache, those that have been published."""
     if store.complete:
         yield from range(len(store))
+        return
+    if store.layout.cache:
+        yield from (number for number in range(len(store)) if store.files.index(number) is not None)
         return
     length = store.shard_length
     for shard in numbers_in(store.folder / "flow" / "c"):
@@ -155,7 +207,7 @@ def _expected(store: FlowStore) -> Iterator[int]:
 def _check_files(store: FlowStore) -> Iterator[StoreProblem]:
     """A finished store holds no shards behind its last flow, and nothing that a killed run left."""
     shards = math.ceil(len(store) / store.shard_length)
-    for name in ("flow", *COORDINATES):
+    for name in ("flow", *store.layout.arrays):
         surplus = [number for number in numbers_in(store.folder / name / "c") if number >= shards]
         yield from (StoreProblem(f"{name}/c/{number} lies behind the last flow") for number in surplus)
     for path in sorted(store.folder.rglob("*.partial")):

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flowreel.engine.errors import DamagedStoreError
-from flowreel.sinks.codecs import INDEX_MISSING, decompress, index_bytes, unpack_index
+from flowreel.sinks.codecs import CHECKSUM_BYTES, INDEX_MISSING, decompress, index_bytes, unpack_index
 from flowreel.sinks.native import enlarge
+from flowreel.sinks.store_checksums import COVERED, flow_checksums, time_checksums
 from flowreel.sinks.store_layout import (
-    COORDINATES,
+    BESIDE_FLOW,
     StoreLayout,
     check_coordinate,
     coordinate_chunk,
@@ -36,33 +37,61 @@ SPARE_BYTES = 4096  # no codec makes a chunk longer than twice what it holds and
 
 
 class StoreFiles:
-    """Nothing is kept but the indexes of shards that cannot change any more. Threads may share one."""
+    """Nothing is kept but the indexes and checksums of shards that cannot change any more. Threads may share one."""
 
     def __init__(self, folder: Path, layout: StoreLayout, complete: bool) -> None:
         self._folder = folder
         self._layout = layout
         self._complete = complete
         self._indexes: dict[int, Array] = {}
+        self._flow_checksums: dict[int, Array] = {}
+        self._times_in_place: set[int] = set()  # shards
 
     def flow(self, number: int, out: Float32Array) -> bool:
         """Decodes one flow into out: (2, H, W) float32 pixels, NaN where there is no vector. False: it is not there."""
+        if self._layout.native is None:
+            return self.stored_flow(number, out) is not None
+        coarse = np.empty(self._layout.stored_shape, np.float32)
+        there = self.stored_flow(number, coarse) is not None
+        if there:
+            out[...] = enlarge(coarse, self._layout.native, *out.shape[1:])
+        return there
+
+    def stored_flow(self, number: int, out: Float32Array) -> bytes | None:
+        """Decodes one flow as it is stored into out, (2, h, w) float32; returns its chunk. None: it is not there."""
         shard, place = divmod(number, self._layout.shard_length)
         index = self.index(shard)
         if index is None or index[place, 0] == INDEX_MISSING:
-            return False
+            return None
         try:
             chunk = self.chunk(shard, *(int(value) for value in index[place]))
         except FileNotFoundError:
-            return False
+            return None
         except OSError as error:
             raise DamagedStoreError(f"cannot be read ({error.strerror or error})") from error
-        if self._layout.native is None:
-            self._layout.codec.decode(chunk, out)
-        else:
-            coarse = np.empty(self._layout.stored_shape, np.float32)
-            self._layout.codec.decode(chunk, coarse)
-            out[...] = enlarge(coarse, self._layout.native, *out.shape[1:])
-        return True
+        self._layout.codec.decode(chunk, out)
+        checksums = self._checksums_of_flows(shard)
+        if checksums is not None and checksums[place] != flow_checksums(number, [chunk])[0]:
+            raise DamagedStoreError("another flow than was written here")
+        return chunk
+
+    def whole(self, shard: int) -> bool:
+        """Whether a shard holds all its flows and they and their times are in their place, as far as is seen quickly.
+
+        Reads of each flow the last four bytes: damage inside one is for ``check`` to find.
+        """
+        length = self._layout.shard_length
+        try:
+            index = self.index(shard)
+            if index is None or (index == INDEX_MISSING).any() or self.misplaced_times(shard):
+                return False
+            for name in self._layout.arrays:
+                self.coordinate_chunk(name, shard)
+            checksums = self._checksums_of_flows(shard)
+            ends = [self.chunk(shard, int(offset + size) - CHECKSUM_BYTES, CHECKSUM_BYTES) for offset, size in index]
+        except (OSError, OverflowError, DamagedStoreError):
+            return False
+        return checksums is None or bool((checksums == flow_checksums(shard * length, ends)).all())
 
     def published(self, shard: int) -> int:
         """How many of a shard's flows are there, from its first one on."""
@@ -93,23 +122,56 @@ class StoreFiles:
         return index
 
     def coordinate(self, name: str) -> Array:
-        """(N,) one of the arrays beside ``flow``, read-only; its fill value where an unfinished store has no flow."""
-        dtype, fill = COORDINATES[name]
-        count, length = self._layout.count, self._layout.shard_length
+        """(N,) one of the arrays of times and frames, read-only; its fill value where an unfinished store has no flow.
+
+        Raises DamagedStoreError when it, or what it says of a flow, is not as it was written.
+        """
+        dtype, fill = BESIDE_FLOW[name]
+        count, length = self._layout.count, self._layout.chunk_length
         check_coordinate(self._folder, name, self._layout, self._complete)
         values = np.empty(count, dtype) if self._complete else np.full(count, fill, dtype)
         shards = range(math.ceil(count / length))
         for shard in shards if self._complete else published_shards(self._folder):
-            try:
-                if shard in shards:
-                    part = values[shard * length : (shard + 1) * length]
-                    part[:] = self.coordinate_chunk(name, shard)[: len(part)]
-            except FileNotFoundError as error:
-                raise DamagedStoreError(f"chunk {shard} of {name} is missing ({self._flows_of(shard)})") from error
-            except (OSError, DamagedStoreError) as error:
-                raise DamagedStoreError(f"chunk {shard} of {name}: {error} ({self._flows_of(shard)})") from error
+            if shard in shards:
+                part = values[shard * length : (shard + 1) * length]
+                part[:] = self.coordinate_part(name, shard)[: len(part)]
+                self._require_times_in_place(shard)
         values.flags.writeable = False
         return values
+
+    def value(self, name: str, number: int) -> Any:
+        """What an array of times and frames says of one flow. Raises DamagedStoreError as ``coordinate`` does."""
+        shard, place = divmod(number, self._layout.chunk_length)
+        value = self.coordinate_part(name, shard)[place].item()
+        self._require_times_in_place(shard)
+        return value
+
+    def coordinate_part(self, name: str, shard: int) -> Array:
+        """``coordinate_chunk``, with a DamagedStoreError that names the chunk and its flows."""
+        try:
+            return self.coordinate_chunk(name, shard)
+        except FileNotFoundError as error:
+            raise DamagedStoreError(f"chunk {shard} of {name} is missing ({self._flows_of(shard)})") from error
+        except (OSError, DamagedStoreError) as error:
+            raise DamagedStoreError(f"chunk {shard} of {name}: {error} ({self._flows_of(shard)})") from error
+
+    def misplaced_times(self, shard: int) -> list[int]:
+        """The flows of a shard whose times and frame numbers are readable and not those that were written."""
+        if not self._layout.checksums or shard in self._times_in_place:
+            return []
+        first, length = shard * self._layout.shard_length, self._layout.shard_length
+        count = min(length, self._layout.count - first)
+        try:
+            times = {name: self.coordinate_chunk(name, shard)[:count] for name in COVERED}
+            written = self.coordinate_chunk("time_crc32c", shard)[:count]
+        except (OSError, DamagedStoreError):
+            return []  # cannot be told
+        differs = time_checksums(first, times) != written
+        if not self._complete:  # behind the last flow of a ragged shard there are no times
+            differs &= (times["frame"] != -1) | (written != 0)
+        elif not differs.any():
+            self._times_in_place.add(shard)
+        return (first + np.flatnonzero(differs)).tolist()
 
     def chunk(self, shard: int, offset: int, length: int) -> bytes:
         with open_file(flow_shard(self._folder, shard)) as file:
@@ -120,13 +182,29 @@ class StoreFiles:
             return file.read(length)
 
     def coordinate_chunk(self, name: str, shard: int) -> Array:
-        """(S,) the values of one shard's flows, and of the places behind the last one."""
-        length = self._layout.shard_length
+        """(S,) the values of one shard's flows, and of the places behind the last one; of a cache, those of all."""
+        length = self._layout.chunk_length
         with open_file(coordinate_chunk(self._folder, name, shard)) as file:
             if os.fstat(file.fileno()).st_size > 16 * length + SPARE_BYTES:
                 raise DamagedStoreError(f"it is longer than {length} values can be")
-            return decompress(file.read(), "blosc", np.dtype(COORDINATES[name][0]), length)
+            return decompress(file.read(), "blosc", np.dtype(BESIDE_FLOW[name][0]), length)
+
+    def _require_times_in_place(self, shard: int) -> None:
+        if misplaced := self.misplaced_times(shard):
+            raise DamagedStoreError(f"the times and frame numbers of flow {misplaced[0]} are not those written")
+
+    def _checksums_of_flows(self, shard: int) -> Array | None:
+        """(S,) of one shard; None: there are none, or they cannot be read."""
+        if shard in self._flow_checksums or not self._layout.checksums:
+            return self._flow_checksums.get(shard)
+        try:
+            checksums = self.coordinate_chunk("flow_crc32c", shard)
+        except (OSError, DamagedStoreError):
+            return None
+        if shard in self._indexes:  # it cannot change any more
+            self._flow_checksums[shard] = checksums
+        return checksums
 
     def _flows_of(self, shard: int) -> str:
-        length = self._layout.shard_length
+        length = self._layout.chunk_length
         return f"flows {shard * length} to {min((shard + 1) * length, self._layout.count) - 1}"

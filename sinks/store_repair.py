@@ -16,10 +16,10 @@ import numpy as np
 
 from flowreel.engine.errors import DamagedStoreError, ResumeMismatchError, StoreError
 from flowreel.sinks import publish
-from flowreel.sinks.codecs import INDEX_MISSING, compress, pack_shard
-from flowreel.sinks.store_layout import COORDINATES, check_coordinate, coordinate_chunk, flow_shard
+from flowreel.sinks.codecs import pack_shard
+from flowreel.sinks.store_layout import COORDINATES, check_coordinate, coordinate_chunk, flow_shard, open_file
 from flowreel.sinks.store_reader import open_store
-from flowreel.sinks.zarr_store import other_settings, other_source
+from flowreel.sinks.zarr_store import other_settings, other_source, pack_values, values_beside
 
 if TYPE_CHECKING:
     import os
@@ -46,8 +46,8 @@ class ShardDamage:
     shard: int
     first_flow: int  # of the shard
     last_flow: int  # of the shard, inclusive
-    flows: tuple[int, ...]  # those that cannot be read
-    arrays: tuple[str, ...]  # ``timestamp_s``, ``frame``, ...: those whose chunk cannot be read
+    flows: tuple[int, ...]  # those that cannot be read, or are not the ones that were written there
+    arrays: tuple[str, ...]  # ``timestamp_s``, ``frame``, ...: those whose chunk cannot be read or does not fit
 
     def __len__(self) -> int:
         """Flows in the shard."""
@@ -70,10 +70,15 @@ class ShardRewriter:
         try:
             self.store = open_store(path)
             if self.store.complete:
-                for name in COORDINATES:
+                for name in self.store.layout.arrays:
                     check_coordinate(self.store.folder, name, self.store.layout, complete=True)
         except DamagedStoreError as error:
             raise DamagedStoreError(f"{error}. Only shards and chunks can be repaired, not metadata: {ANEW}") from error
+        if self.store.layout.cache:
+            raise StoreError(
+                f"{self.store.path} is a cache: what is damaged in it is computed again when it is next read by "
+                "flowreel.open"
+            )
         unfinished = publish.partial_path(self.store.folder)
         if not self.store.complete:
             raise StoreError(f"{self.store.path} is unfinished: go on with it by flowreel run --resume, then repair it")
@@ -97,7 +102,7 @@ class ShardRewriter:
         for shard in range(math.ceil(count / length)):
             flows = range(shard * length, min((shard + 1) * length, count))
             unreadable = tuple(flow for flow in flows if shard in suspected and self._stored(flow) is None)
-            arrays = tuple(name for name in COORDINATES if self._values(name, shard) is None)
+            arrays = tuple(name for name in self.store.layout.arrays if self._values(name, shard) is None)
             if unreadable or arrays:
                 self._damaged[shard] = ShardDamage(shard, flows[0], flows[-1], unreadable, arrays)
         return tuple(self._damaged.values())
@@ -175,19 +180,24 @@ class ShardRewriter:
             values.clear()
 
     def _publish(self, damage: ShardDamage) -> None:
-        """As the run did: times and frames first, then the flow."""
+        """As the run did: times and checksums first, then the flow. What is sound stays as it is."""
         folder, length = self.store.folder, self.store.shard_length
-        files: list[tuple[Path, list[bytes]]] = []
-        for name in damage.arrays:
-            dtype, fill = COORDINATES[name]
-            values = np.full(length, fill, dtype)
-            values[: len(self._chunks)] = self._coordinates[name]
-            files.append((coordinate_chunk(folder, name, damage.shard), [compress(values, "blosc")]))
+        times = {
+            name: came if (stored := self._values(name, damage.shard)) is None else stored[: len(came)]
+            for name, came in self._coordinates.items()
+        }
+        beside = values_beside(damage.first_flow, self._chunks, times)
+        files = [
+            (coordinate_chunk(folder, name, damage.shard), [pack_values(name, beside[name], length)])
+            for name in self.store.layout.arrays
+            if name in damage.arrays or not self._agrees(name, damage.shard, beside[name])
+        ]
         if damage.flows:
             files.append((flow_shard(folder, damage.shard), pack_shard(self._chunks, length)))
         with publish.write_errors(self.store.path):
             for path, pieces in files:
-                self.bytes_written += publish.publish_bytes(path, *pieces)
+                if not _holds(path, pieces):
+                    self.bytes_written += publish.publish_bytes(path, *pieces)
 
     def _require_recorded(self, batch: FlowBatch, shard: int, place: int) -> None:
         """The frames and times that came are those that can still be read of the shard."""
@@ -229,28 +239,38 @@ class ShardRewriter:
 
     def _stored(self, number: int) -> tuple[bytes, Float32Array] | None:
         """A flow's chunk and what it holds, (2, h, w) float32; None: it cannot be read."""
-        files, layout = self.store.files, self.store.layout
-        shard, place = divmod(number, layout.shard_length)
-        values = np.empty(layout.stored_shape, np.float32)
+        values = np.empty(self.store.layout.stored_shape, np.float32)
         try:
-            index = files.index(shard)
-            if index is None or index[place, 0] == INDEX_MISSING:
-                return None
-            chunk = files.chunk(shard, *(int(value) for value in index[place]))
-            layout.codec.decode(chunk, values)
-        except (OSError, DamagedStoreError):
+            chunk = self.store.files.stored_flow(number, values)
+        except DamagedStoreError:
             return None
-        return chunk, values
+        return None if chunk is None else (chunk, values)
 
     def _values(self, name: str, shard: int) -> Array | None:
-        """(S,) one shard's values of an array beside ``flow``; None: they cannot be read."""
+        """(S,) one shard's values of an array beside ``flow``; None: they cannot be read, or are not those written."""
+        if name != "flow_crc32c" and self.store.files.misplaced_times(shard):
+            return None
         try:
             return self.store.files.coordinate_chunk(name, shard)
         except (OSError, DamagedStoreError):
             return None
+
+    def _agrees(self, name: str, shard: int, values: Array) -> bool:
+        """Whether an array holds these values for the first flows of a shard."""
+        stored = self._values(name, shard)
+        return stored is not None and np.array_equal(stored[: len(values)], values, equal_nan=True)
 
     def _known(self, name: str) -> Array:
         """(N,) frame numbers, -1 where they cannot be read."""
         count, length = len(self.store), self.store.shard_length
         parts = [self._values(name, shard) for shard in range(math.ceil(count / length))]
         return np.concatenate([np.full(length, -1) if part is None else part for part in parts])[:count]
+
+
+def _holds(path: Path, pieces: list[bytes]) -> bool:
+    """Whether a file is there and holds just these pieces."""
+    try:
+        with open_file(path) as file:
+            return all(file.read(len(piece)) == piece for piece in pieces) and not file.read(1)
+    except (OSError, DamagedStoreError):
+        return False

@@ -78,7 +78,7 @@ def _listed(key: Any, count: int) -> list[int]:
 def _position(key: Any, count: int) -> int:
     number = _whole(key)
     if not -count <= number < count:
-        raise IndexError(f"flow {number} of a store of {count}")
+        raise IndexError(f"flow {number} of {count}")
     return number % count
 
 

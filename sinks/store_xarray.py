@@ -1,38 +1,32 @@
-"""A flow store as an xarray.DataArray that reads what is looked at. Loaded by ``FlowStore.to_xarray`` alone."""
+"""Flow as an xarray.DataArray that reads, or computes, what is looked at. Loaded by ``to_xarray`` alone."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import xarray
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-from flowreel.sinks.store_layout import COORDINATES
-
-if TYPE_CHECKING:
-    from flowreel.sinks.store_reader import FlowStore
+from flowreel.sinks.flows import Flows, coordinates
 
 DIMENSIONS = ("time", "component", "y", "x")
 
 
-def data_array(store: FlowStore) -> xarray.DataArray:
+def data_array(store: Flows) -> xarray.DataArray:
     """The flows that are there, (time, component, y, x) float32, under the names other readers of the store see."""
     count = store.available
-    arrays = dict(
-        zip(COORDINATES, (store.timestamps_s, store.timestamps_to_s, store.frame, store.frame_to), strict=True)
-    )
-    coordinates = {name: ("time", values[:count]) for name, values in arrays.items()}
+    coords = {name: ("time", values[:count]) for name, values in coordinates(store).items()}
     flow = indexing.LazilyIndexedArray(_LazyFlow(store, count))
     attributes = {"units": "pixel", "long_name": "optical flow: component 0 right, component 1 down"}
-    return xarray.DataArray(xarray.Variable(DIMENSIONS, flow), coords=coordinates, name="flow", attrs=attributes)
+    return xarray.DataArray(xarray.Variable(DIMENSIONS, flow), coords=coords, name="flow", attrs=attributes)
 
 
 class _LazyFlow(BackendArray):
     """What xarray asks of an array on disk: a shape, a dtype, and reading by numbers, slices and 1-D arrays."""
 
-    def __init__(self, store: FlowStore, count: int) -> None:
+    def __init__(self, store: Flows, count: int) -> None:
         self._store = store
         self.shape = (count, *store.shape[1:])
         self.dtype = np.dtype(np.float32)

@@ -4,11 +4,12 @@
       zarr.json                        group attribute "flowreel"; consolidated metadata from commit on
       flow/c/<shard>/0/0/0             S chunks, one a flow, and their index
       timestamp_s/c/<shard>  timestamp_to_s/...  frame/...  frame_to/...      S values
+      flow_crc32c/c/<shard>  time_crc32c/...      S checksums (``store_checksums.py``)
 
 Flows are compressed as they arrive, several at a time; only compressed bytes are held until the shard is full and
-published. The times and frame numbers of a shard go before its flow, so a flow that is there can always be placed.
-The metadata is zarr-python's own; the shards are assembled here, because zarr-python rewrites a shard for each
-chunk that is added and never waits for the disk.
+published. The times, frame numbers and checksums of a shard go before its flow, so a flow that is there can always be
+placed. The metadata is zarr-python's own; the shards are assembled here, because zarr-python rewrites a shard for
+each chunk that is added and never waits for the disk.
 
 **Resume.** Shards are published in order and each is whole, so a run that was cut short is taken up after its last
 full shard. Batches never cross shards: the resumed run computes the very batches the first one would have.
@@ -17,11 +18,10 @@ full shard. Batches never cross shards: the resumed run computes the very batche
 from __future__ import annotations
 
 import json
-import os
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,23 +29,22 @@ import zarr
 from zarr.storage import MemoryStore
 
 from flowreel.engine.data import ResumePoint
-from flowreel.engine.errors import DamagedStoreError, ResumeMismatchError
+from flowreel.engine.errors import ResumeMismatchError
 from flowreel.sinks import publish
 from flowreel.sinks.codecs import (
-    INDEX_MISSING,
     EncodedFlow,
     FlowCodec,
     compress,
     flow_codec,
-    index_bytes,
     pack_shard,
-    unpack_index,
     zarr_arguments,
     zarr_codecs,
 )
 from flowreel.sinks.native import vector_places
 from flowreel.sinks.parallel import OrderedPool, encode_workers
-from flowreel.sinks.store_reader import COORDINATES, FORMAT_VERSION, FlowStore, flow_shard, published_shards
+from flowreel.sinks.store_checksums import COVERED, flow_checksums, time_checksums
+from flowreel.sinks.store_layout import BESIDE_FLOW, CHECKSUMS, COORDINATES, FORMAT_VERSION, published_shards
+from flowreel.sinks.store_reader import FlowStore
 from flowreel.sinks.store_target import LocalTarget
 
 if TYPE_CHECKING:
@@ -114,9 +113,10 @@ class ZarrSink:
         if flows <= 0 and not store.complete:
             return None
         place, later = (flows - 1, max) if flows > 0 else (0, min)  # after the last pair; or the first frame of all
-        frame = int(later(store.frame[place], store.frame_to[place]))
-        time_s = float(later(store.timestamps_s[place], store.timestamps_to_s[place]))
-        self._point = ResumePoint(max(flows, 0), frame, time_s, store.complete, store.available)
+        frame, frame_to, time_s, time_to_s = (store.files.value(name, place) for name in COVERED)
+        self._point = ResumePoint(
+            max(flows, 0), int(later(frame, frame_to)), later(time_s, time_to_s), store.complete, store.available
+        )
         return self._point
 
     def require_same(self, info: FlowInfo) -> None:
@@ -128,6 +128,8 @@ class ZarrSink:
         shard_length = info.shard_length(self._config.shard_bytes)
         if shard_length != store.shard_length:
             differing.append(f"shard length was {store.shard_length}, is {shard_length}")
+        if not store.layout.checksums:
+            differing.append("it is of an older version and has no checksums of its flows")
         if differing:
             raise ResumeMismatchError(
                 f"cannot go on with {store.path}: {'; '.join(differing)}. Run it as before, or start afresh with "
@@ -138,7 +140,12 @@ class ZarrSink:
         """What an earlier run left: the unfinished store, else the finished one."""
         for folder in (self._target.folder, self._target.final):
             if all((folder / name / "zarr.json").exists() for name in ("", "flow", *COORDINATES)):
-                return FlowStore(folder)  # not so when it was killed while they were written: nothing to go on with
+                store = FlowStore(folder)
+                if store.layout.cache:
+                    raise ResumeMismatchError(
+                        f"{folder} is a cache of flowreel.open: flowreel export makes a store of a full one"
+                    )
+                return store  # not so when it was killed while they were written: nothing to go on with
         return None
 
     # -- Writing -------------------------------------------------------------------------------------------------
@@ -166,7 +173,7 @@ class ZarrSink:
             self._state = "open"
             try:
                 self._length = max(info.flow_count or 0, self._count)
-                self._metadata = _metadata(info, self._config, self._codec, self._shard_length, self._length)
+                self._metadata = store_metadata(info, self._config, self._codec, self._shard_length, self._length)
                 for name in self._metadata:
                     self._publish_metadata(name)
                 for name, places in _places(info).items():
@@ -218,7 +225,7 @@ class ZarrSink:
 
     def _drop_from(self, shard: int) -> None:
         """Deletes every chunk file of the shards from this one on: a ragged last one, or one without its flow."""
-        for key in list(self._target.keys()):
+        for key in sorted(self._target.keys()):  # the flow first: what is there can always be placed
             _, chunks, rest = key.partition("/c/")
             if chunks and int(rest.split("/")[0]) >= shard:
                 self._target.delete(key)
@@ -238,14 +245,13 @@ class ZarrSink:
             self._publish_shard()
 
     def _publish_shard(self) -> None:
-        """Writes the waiting flows as the next shard: array lengths, then times and frames, then the flow."""
+        """Writes the waiting flows as the next shard: array lengths, then times and checksums, then the flow."""
         number = (self._count - 1) // self._shard_length
+        beside = values_beside(number * self._shard_length, self._chunks, self._coordinates)
         with publish.write_errors(self.path):
             self._set_length(max(self._length, self._count))
-            for name, (dtype, fill) in COORDINATES.items():
-                values = np.full(self._shard_length, fill, dtype)
-                values[: len(self._chunks)] = self._coordinates[name]
-                self._put(f"{name}/c/{number}", compress(values, "blosc"))
+            for name, values in beside.items():
+                self._put(f"{name}/c/{number}", pack_values(name, values, self._shard_length))
             self._put(f"flow/c/{number}/0/0/0", *pack_shard(self._chunks, self._shard_length))
         self._chunks.clear()
         for waiting in self._coordinates.values():
@@ -254,7 +260,7 @@ class ZarrSink:
     def _set_length(self, length: int) -> None:
         """Declares every array this long, ``flow`` last: its length is the one that readers go by."""
         if length != self._length:
-            for name in [*COORDINATES, "flow"]:
+            for name in [*BESIDE_FLOW, "flow"]:
                 self._metadata[name]["shape"][0] = length
                 self._publish_metadata(name)
             self._length = length
@@ -286,27 +292,34 @@ class ZarrSink:
                 self._invalid[what] = (before + vectors, first)
 
 
+def values_beside(first: int, chunks: Sequence[bytes], times: Mapping[str, Any]) -> dict[str, Any]:
+    """What goes into the arrays beside ``flow`` for the flows of one shard, the first of which has number ``first``."""
+    checksums = {"flow_crc32c": flow_checksums(first, chunks), "time_crc32c": time_checksums(first, times)}
+    return {name: times[name] for name in COORDINATES} | checksums
+
+
+def pack_values(name: str, values: Sequence[Any], length: int) -> bytes:
+    """One chunk of an array beside ``flow``: the values, and its fill value in the places behind them."""
+    dtype, fill = BESIDE_FLOW[name]
+    padded = np.full(length, fill, dtype)
+    padded[: len(values)] = values
+    return compress(padded, "blosc")
+
+
 def _whole_flows(store: FlowStore) -> int:
-    """How many flows the full shards from the first on hold. A damaged one counts as missing."""
-    size = index_bytes(store.shard_length)
-    for shard in range(len(store) // store.shard_length):
-        try:
-            with open(flow_shard(Path(store.path), shard), "rb") as file:
-                file.seek(-size, os.SEEK_END)
-                whole = bool((unpack_index(file.read()) != INDEX_MISSING).all())
-        except (OSError, DamagedStoreError):
-            whole = False
-        if not whole:
-            return shard * store.shard_length
-    return len(store) // store.shard_length * store.shard_length
+    """How many flows the full shards from the first on hold. One that is damaged or misplaced counts as missing."""
+    shards = len(store) // store.shard_length
+    return store.shard_length * next((shard for shard in range(shards) if not store.files.whole(shard)), shards)
 
 
-def other_settings(store: FlowStore, info: FlowInfo, config: SinkConfig) -> list[str]:
+def other_settings(
+    store: FlowStore, info: FlowInfo, config: SinkConfig, may_change: Sequence[str] = MAY_CHANGE
+) -> list[str]:
     """What tells that a run with this header and these settings would not have written this store, each in words."""
     size = ("flow_height", "flow_width")
     now = store_attributes(info, config) | dict(zip(size, (info.height, info.width), strict=True))
     was = store.attrs | dict(zip(size, store.shape[2:], strict=True))
-    ignored = {*MAY_CHANGE, "notes"}
+    ignored = {*may_change, "notes"}
     if was.get("weights_sha256") == now.get("weights_sha256"):
         ignored |= {"weights", "weights_licence"}  # the same file by another name
     differing = [
@@ -328,32 +341,42 @@ def other_source(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return []
 
 
-def _metadata(
-    info: FlowInfo, config: SinkConfig, codec: FlowCodec, shard: int, length: int
+def store_metadata(
+    info: FlowInfo, config: SinkConfig, codec: FlowCodec, shard: int | None, length: int, **attributes: Any
 ) -> dict[str, dict[str, Any]]:
-    """The ``zarr.json`` of the group (under "") and of each array, as zarr-python itself writes them."""
+    """The ``zarr.json`` of the group (under "") and of each array, as zarr-python itself writes them.
+
+    shard: flows in a shard; None: each flow is a file ``flow/c.NUMBER.0.0.0``, the arrays of times and frames are one
+        chunk each, and there are no checksums of them.
+    attributes: more that is to be said in the group's attribute.
+    """
     files: dict[str, Any] = {}
+    layout: dict[str, Any] = {"shards": (shard, 2, codec.height, codec.width)}
+    if shard is None:
+        layout = {"chunk_key_encoding": {"name": "default", "separator": "."}}
     with warnings.catch_warnings():
         # zarr-python warns that pcodec is not in the core specification; whoever asked for pcodec was told.
         warnings.simplefilter("ignore")
-        group = zarr.create_group(MemoryStore(files), attributes={"flowreel": store_attributes(info, config)})
+        group = zarr.create_group(
+            MemoryStore(files), attributes={"flowreel": store_attributes(info, config) | attributes}
+        )
         group.create_array(
             "flow",
             shape=(length, 2, codec.height, codec.width),
             dtype=codec.dtype,
             chunks=(1, 2, codec.height, codec.width),
-            shards=(shard, 2, codec.height, codec.width),
+            **layout,
             **zarr_arguments(codec.codec, codec.dtype),
             fill_value=codec.fill,
             dimension_names=("time", "component", "y", "x"),
-            attributes=_flow_attributes(codec, info.native is not None),
+            attributes=_flow_attributes(codec, info.native is not None, checksums=shard is not None),
         )
-        for name, (dtype, fill) in COORDINATES.items():
+        for name, (dtype, fill) in (COORDINATES if shard is None else BESIDE_FLOW).items():
             group.create_array(
                 name,
                 shape=(length,),
                 dtype=dtype,
-                chunks=(shard,),
+                chunks=(shard or max(length, 1),),
                 compressors=zarr_codecs("blosc", np.dtype(dtype))[1:],
                 fill_value=fill,
                 dimension_names=("time",),
@@ -406,7 +429,7 @@ def _native_attributes(info: FlowInfo) -> dict[str, Any]:
     return {"native": asdict(info.native), "flow_height": info.height, "flow_width": info.width}
 
 
-def _flow_attributes(codec: FlowCodec, native: bool) -> dict[str, Any]:
+def _flow_attributes(codec: FlowCodec, native: bool, checksums: bool) -> dict[str, Any]:
     """What CF-aware readers such as xarray need to give pixels, and which arrays are coordinates."""
     what = "the network's own coarse prediction of optical flow" if native else "optical flow"
     attributes: dict[str, Any] = {
@@ -414,6 +437,8 @@ def _flow_attributes(codec: FlowCodec, native: bool) -> dict[str, Any]:
         "long_name": f"{what} from one frame to the next: component 0 right, component 1 down",
         "coordinates": " ".join(COORDINATES),
     }
+    if checksums:
+        attributes["ancillary_variables"] = " ".join(CHECKSUMS)
     if not codec.lossless:  # a NaN _FillValue attribute makes xarray fail on floats
         attributes |= {"scale_factor": codec.step, "add_offset": 0.0, "_FillValue": codec.fill}
     return attributes

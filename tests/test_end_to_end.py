@@ -28,14 +28,14 @@ from flowreel.engine.errors import (
     UsageError,
     WeightsMismatchError,
 )
-from flowreel.engine.inference import prepare
+from flowreel.engine.inference import Inference, prepare
 from flowreel.engine.models import build_model
 from flowreel.engine.models.weights import save_weights
 from flowreel.engine.outputs import Progress
 from flowreel.engine.pairing import batches, pairs
-from flowreel.engine.pipeline import Stage, compose
 from flowreel.engine.restore import restore
 from flowreel.engine.sources import open_source
+from flowreel.engine.stages import Stage, compose
 
 SOURCE = "synthetic:objects?size=100x70&frames=9"
 
@@ -73,6 +73,25 @@ def composed(source: str, weights: str, **options: Any) -> list[FlowBatch]:
         Stage("restore", restore(inference.fit)),
     ]
     return list(compose(frames, stages))
+
+
+def test_a_run_that_is_out_of_memory_loses_no_flow(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = Inference.flow
+
+    def for_one_pair(self: Inference, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        if len(first) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return flow(self, first, second)
+
+    options = {"weights": tiny, "device": "cpu", "max_error": 0.0}
+    flowreel.run(SOURCE, tmp_path / "one.zarr", batch=1, **options)
+    monkeypatch.setattr(Inference, "flow", for_one_pair)
+    report = flowreel.run(SOURCE, tmp_path / "four.zarr", batch=4, **options)
+    assert report.pairs == 8
+    assert [note for note in report.notes if "did not fit" in note][-1].endswith("1 from flow 0 on")
+    one, four = (flowreel.open_store(tmp_path / f"{name}.zarr") for name in ("one", "four"))
+    assert np.array_equal(one[:], four[:])
+    assert four.complete
 
 
 def test_stream_equals_the_plain_composition(tiny: str) -> None:

@@ -13,8 +13,13 @@ if TYPE_CHECKING:
     from flowreel.engine.api import RunReport as RunReport
     from flowreel.engine.api import run as run
     from flowreel.engine.api import stream as stream
+    from flowreel.engine.clips import FlowClips as FlowClips
+    from flowreel.engine.compiled import CompiledModel as CompiledModel
+    from flowreel.engine.compiled import compile as compile
     from flowreel.engine.data import FlowBatch as FlowBatch
     from flowreel.engine.export import export as export
+    from flowreel.engine.lazy import LazyFlow as LazyFlow
+    from flowreel.engine.lazy import open as open
     from flowreel.engine.many import run_many as run_many
     from flowreel.engine.models.weights import load_model as load_model
     from flowreel.kernels import flow_to_color as flow_to_color
@@ -24,12 +29,17 @@ if TYPE_CHECKING:
     from flowreel.sinks.store_reader import open_store as open_store
 
 _HOME = {
+    "CompiledModel": "flowreel.engine.compiled",
     "FlowBatch": "flowreel.engine.data",
+    "FlowClips": "flowreel.engine.clips",
     "FlowStore": "flowreel.sinks.store_reader",
+    "LazyFlow": "flowreel.engine.lazy",
     "RunReport": "flowreel.engine.api",
+    "compile": "flowreel.engine.compiled",
     "export": "flowreel.engine.export",
     "flow_to_color": "flowreel.kernels",
     "load_model": "flowreel.engine.models.weights",
+    "open": "flowreel.engine.lazy",
     "open_store": "flowreel.sinks.store_reader",
     "read_flo": "flowreel.sinks.flo",
     "run": "flowreel.engine.api",
@@ -38,7 +48,7 @@ _HOME = {
     "write_flo": "flowreel.sinks.flo",
 }
 
-__all__ = [*_HOME, "__version__", "errors"]
+__all__ = [*(name for name in _HOME if name != "open"), "__version__", "errors"]  # ``import *`` leaves Python's open
 
 
 def __getattr__(name: str) -> Any:

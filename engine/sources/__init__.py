@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from flowreel.engine.config import SelectConfig
-from flowreel.engine.data import Source
+from flowreel.engine.data import RandomAccess, Source
+from flowreel.engine.errors import UsageError
 
 STDIN = "-"
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp"})
@@ -29,7 +30,8 @@ def _is_stdin(name: str) -> bool:
     return name == STDIN
 
 
-def _is_synthetic(name: str) -> bool:
+def is_synthetic(name: str) -> bool:
+    """Whether the name is of a scene that is rendered, and of no file."""
     return name.startswith("synthetic:")
 
 
@@ -42,7 +44,7 @@ def _is_images(name: str) -> bool:
 def image_folder(name: str | os.PathLike[str]) -> str | None:
     """The folder whose images a source is, by its name; None for a source of another kind."""
     name = os.fspath(name)
-    if _is_stdin(name) or _is_synthetic(name) or not _is_images(name):
+    if _is_stdin(name) or is_synthetic(name) or not _is_images(name):
         return None
     return name if os.path.isdir(name) else os.path.dirname(name) or "."
 
@@ -51,35 +53,46 @@ def _is_file(_: str) -> bool:
     return True  # what is left; says so itself when it is not there
 
 
-# (does this kind take the name?, module, function(name, select) -> Source); the first that says yes gets it.
+# (does this kind take the name?, module, function(name, select, device) -> Source); the first that says yes gets it.
 _KINDS: tuple[tuple[Callable[[str], bool], str, str], ...] = (
     (_is_stdin, "flowreel.engine.sources.y4m", "open_stdin"),
-    (_is_synthetic, "flowreel.engine.sources.synthetic", "open_synthetic"),
+    (is_synthetic, "flowreel.engine.sources.synthetic", "open_synthetic"),
     (_is_images, "flowreel.engine.sources.images", "open_images"),
     (_is_file, "flowreel.engine.sources.video", "open_video"),
 )
 
 
-def open_source(name: str | os.PathLike[str], select: SelectConfig | None = None) -> Source:
+def open_source(name: str | os.PathLike[str], select: SelectConfig | None = None, device: str = "cpu") -> Source:
     """Open a video file, a folder or glob of images, ``synthetic:NAME`` or ``-`` (stdin); the name decides which.
 
     Args:
         name: what to open. A glob (``"frames/*.png"``) is expanded here.
         select: which of its frames; None: all of them.
+        device: where they are wanted, cpu or cuda:N; a decoder that cannot put them there gives them on the CPU.
 
     Raises:
         SourceNotFoundError: nothing goes by that name.
         UnsupportedSourceError: it holds no picture that can be decoded.
         TooFewFramesError: fewer than two frames are left to give.
         UsageError: the selection makes no sense for it.
+        DeviceError, MissingDependencyError: NVDEC was asked for by name and cannot decode it.
     """
     text = os.fspath(name)
     select = select or SelectConfig()
     for takes, module, function in _KINDS:
         if takes(text):
-            source: Source = getattr(import_module(module), function)(text, select)
+            source: Source = getattr(import_module(module), function)(text, select, device)
             return source
     raise AssertionError("the last kind takes every name")
+
+
+def open_random_access(name: str | os.PathLike[str], select: SelectConfig | None = None) -> RandomAccess:
+    """``open_source`` of what can be read in any order. Raises UsageError for stdin, which passes by only once."""
+    if os.fspath(name) == STDIN:
+        raise UsageError("stdin passes by only once, so its flow cannot be had in any order: use stream or run")
+    source = open_source(name, select)
+    assert isinstance(source, RandomAccess)
+    return source
 
 
 def source_stem(name: str | os.PathLike[str]) -> str:
@@ -87,7 +100,7 @@ def source_stem(name: str | os.PathLike[str]) -> str:
     text = os.fspath(name)
     if _is_stdin(text):
         return "stdin"
-    if _is_synthetic(text):
+    if is_synthetic(text):
         return text.removeprefix("synthetic:").split("?")[0]
     if not _is_images(text):
         return Path(text).stem

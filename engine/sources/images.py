@@ -7,22 +7,25 @@ import logging
 import re
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
 from flowreel.engine.config import SelectConfig
-from flowreel.engine.data import FlowInfo, Frame
+from flowreel.engine.data import FlowInfo, Frame, Picture
 from flowreel.engine.errors import FrameSizeError, SourceNotFoundError, UnsupportedSourceError, UsageError
 from flowreel.engine.sources import IMAGE_SUFFIXES
 from flowreel.engine.sources.fingerprint import source_id
 from flowreel.engine.timecode import select_frames
+
+if TYPE_CHECKING:
+    from flowreel.engine.data import Float64Array
 
 FRAME_RATE = Fraction(25)  # pictures carry no times; FFmpeg reads image sequences at the same rate
 
@@ -42,7 +45,7 @@ _UPRIGHT = {
 }
 
 
-def open_images(name: str, select: SelectConfig) -> ImageSource:
+def open_images(name: str, select: SelectConfig, device: str = "cpu") -> ImageSource:
     """Open the images of a folder, those a glob matches, or a single one.
 
     The headers of all files are read at once, so a missing, foreign or differently sized image is told of before the
@@ -79,11 +82,14 @@ def natural_order(path: Path) -> tuple[list[int | str], str]:
 class ImageSource:
     """Frames from image files, one clip. Opens one file at a time and keeps none open."""
 
+    reopening_frames = 0
+
     def __init__(self, paths: list[Path], select: SelectConfig) -> None:
         """``paths`` in the order of the frames; see :func:`open_images`."""
         folder = paths[0].absolute().parent.name
         times_s = np.arange(len(paths)) / float(FRAME_RATE)
         self._paths = paths
+        self._times_s = times_s
         self._wanted = select_frames(select, times_s, folder)
         self._losses: list[str] = []
         self._notes = [f"images carry no times: {FRAME_RATE} frames per second are assumed"]
@@ -121,15 +127,37 @@ class ImageSource:
     def notes(self) -> list[str]:
         return self._notes
 
+    @property
+    def wanted(self) -> range:
+        return self._wanted
+
+    @property
+    def times_s(self) -> Float64Array:
+        return self._times_s
+
+    def standing_before(self, number: int) -> int:
+        return number
+
+    def pictures_from(self, number: int) -> Generator[Picture, None, None]:
+        for place in range(number, self._wanted[-1] + 1):
+            frame = self._frame(place)
+            yield Picture(place, frame.rgb.nbytes, lambda frame=frame: frame)  # type: ignore[misc]
+
     def __iter__(self) -> Iterator[Frame]:
-        first = self._paths[self._wanted[0]]
         for number in self._wanted:
             if self._closed:
                 return
-            path = self._paths[number]
+            yield self._frame(number)
+
+    def _frame(self, number: int) -> Frame:
+        path = self._paths[number]
+        try:
             rgb = read_rgb(path)
-            _expect_size(path, (rgb.shape[1], rgb.shape[0]), first, (self._info.width, self._info.height))
-            yield Frame(torch.from_numpy(rgb).permute(2, 0, 1), number, number / float(FRAME_RATE))
+        except FileNotFoundError as error:
+            raise SourceNotFoundError(f"{path} is gone since the images were looked through") from error
+        first = self._paths[self._wanted[0]]
+        _expect_size(path, (rgb.shape[1], rgb.shape[0]), first, (self._info.width, self._info.height))
+        return Frame(torch.from_numpy(rgb).permute(2, 0, 1), number, float(self._times_s[number]))
 
     def close(self) -> None:
         self._closed = True

@@ -89,6 +89,8 @@ class VideoProbe:
     key_frames: Int64Array  # (K,) numbers of the frames that stand by themselves, ascending
     pixel_format: PixelFormat
     frame_rate: Fraction  # average frames per second
+    time_base: Fraction  # seconds, the unit of the timeline's stamps
+    interlaced: bool  # two moments in each frame, as the first one says
     stored_size: tuple[int, int]  # (width, height) in pixels before it is turned
     turn: Turn
     duration_s: float | None  # as the container tells
@@ -141,6 +143,8 @@ def probe_video(name: str, stream: int | None = None) -> VideoProbe:
             key_frames=_numbers(key_places, stamps, timeline),
             pixel_format=PixelFormat.of(first, chosen),
             frame_rate=rate,
+            time_base=chosen.time_base,
+            interlaced=bool(first.interlaced_frame),
             stored_size=(first.width, first.height),
             turn=turn,
             duration_s=None if container.duration is None else container.duration / 1e6,

@@ -7,7 +7,7 @@ synthetic:objects?size=640x360&frames=48&rate=25&seed=3
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flowreel.engine.config import SelectConfig
-from flowreel.engine.data import FlowInfo, Frame, SourceId
+from flowreel.engine.data import FlowInfo, Frame, Picture, SourceId
 from flowreel.engine.errors import UsageError
 from flowreel.engine.named_scenes import SCENES, named_scene
 from flowreel.engine.timecode import select_frames
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from flowreel.engine.data import Float64Array
 
 PREFIX = "synthetic:"
 SMALLEST, LARGEST = 16, 8192  # px: room for something to move; what a frame may sensibly be
@@ -92,7 +94,7 @@ def _seed(text: str) -> dict[str, int] | None:
 _PARAMETERS = {"size": _size, "frames": _frames, "rate": _rate, "seed": _seed}
 
 
-def open_synthetic(name: str, select: SelectConfig) -> SyntheticSource:
+def open_synthetic(name: str, select: SelectConfig, device: str = "cpu") -> SyntheticSource:
     """Open ``synthetic:SCENE`` with optional parameters, as the module's docstring shows.
 
     Raises:
@@ -104,6 +106,8 @@ def open_synthetic(name: str, select: SelectConfig) -> SyntheticSource:
 
 class SyntheticSource:
     """Renders each frame as it is asked for; nothing is kept."""
+
+    reopening_frames = 0
 
     def __init__(self, config: SyntheticConfig, select: SelectConfig | None = None) -> None:
         select = select or SelectConfig()
@@ -135,11 +139,30 @@ class SyntheticSource:
     def notes(self) -> list[str]:
         return []
 
+    @property
+    def wanted(self) -> range:
+        return self._wanted
+
+    @property
+    def times_s(self) -> Float64Array:
+        return self._times_s
+
+    def standing_before(self, number: int) -> int:
+        return number
+
+    def pictures_from(self, number: int) -> Generator[Picture, None, None]:
+        for place in range(number, self._wanted[-1] + 1):
+            frame = self._frame(place)
+            yield Picture(place, frame.rgb.nbytes, lambda frame=frame: frame)  # type: ignore[misc]
+
     def __iter__(self) -> Iterator[Frame]:
         for number in self._wanted:
             if self._closed:
                 return
-            yield Frame(self._scene.render(number), number, float(self._times_s[number]))
+            yield self._frame(number)
+
+    def _frame(self, number: int) -> Frame:
+        return Frame(self._scene.render(number), number, float(self._times_s[number]))
 
     def flow(self, frame: int, frame_to: int) -> tuple[Tensor, Tensor]:
         """The truth between two frames, by their numbers in the source.

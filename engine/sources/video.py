@@ -1,34 +1,79 @@
-"""Video files through PyAV (FFmpeg), decoded on the CPU.
+"""Video files: which of their frames are given, what was promised and did not come, and who decodes them.
 
-``probe_video`` has read ahead and knows every frame's number and time; ``VideoSource`` decodes in a second pass.
+``probe_video`` has read ahead and knows every frame's number and time; a ``VideoDecoder`` decodes in a second pass:
+``pyav.py`` on the CPU, ``nvdec.py`` on the GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+import os
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
-from typing import TYPE_CHECKING
-
-import av
-import torch
+from typing import TYPE_CHECKING, Any, Protocol
 
 from flowreel.engine.config import SelectConfig
-from flowreel.engine.data import FlowInfo, Frame
-from flowreel.engine.errors import DeviceError, TooFewFramesError
+from flowreel.engine.data import JSON, FlowInfo, Frame, Picture
+from flowreel.engine.errors import DeviceError, SourceChangedError, SourceNotFoundError, TooFewFramesError
 from flowreel.engine.sources.fingerprint import source_id
-from flowreel.engine.sources.picture import Converter
-from flowreel.engine.sources.probe import VideoProbe, decoded, opened, packets, probe_video
-from flowreel.engine.timecode import MOST_REORDERED, Timeline, parse_seconds, select_frames
+from flowreel.engine.sources.probe import VideoProbe, probe_video
+from flowreel.engine.sources.pyav import PyAVDecoder, key_frame_before
+from flowreel.engine.timecode import parse_seconds, select_frames
 
 if TYPE_CHECKING:
     from av.video.frame import VideoFrame
+    from torch import Tensor
+
+    from flowreel.engine.data import Float64Array
+
+REOPENING_FRAMES = 32  # decoding on past so many frames is quicker than opening the file again and seeking
 
 
-def open_video(name: str, select: SelectConfig) -> VideoSource:
-    """Open a video file. Raises what :func:`probe_video` and :class:`VideoSource` raise."""
+class VideoDecoder(Protocol):
+    """Decodes the chosen stream of one file, once."""
+
+    @property
+    def name(self) -> str:
+        """For the summary: ``"PyAV (h264)"``; what really decoded, once it has."""
+        ...
+
+    def pictures(self, first: int) -> Generator[tuple[int, Any], None, None]:
+        """Pictures with their numbers, in rising order, from ``first`` or somewhat before it on.
+
+        One that cannot be decoded is left out. A picture is good until the next one is asked for.
+        """
+        ...
+
+    def rgb(self, picture: Any, number: int) -> Tensor:
+        """The picture as shown, (3, H, W) uint8 full-range RGB, in memory of its own.
+
+        Raises FrameSizeError when it is not of the first one's size.
+        """
+        ...
+
+
+def open_video(name: str, select: SelectConfig, device: str = "cpu") -> VideoSource:
+    """Open a video file; with NVDEC where frames are wanted on a GPU and it can decode them.
+
+    Raises what :func:`probe_video` and :class:`VideoSource` raise, and DeviceError or MissingDependencyError where
+    NVDEC was asked for by name and cannot decode the file. ``auto`` then takes PyAV, and the source's notes say why.
+    """
+    probe = probe_video(name, select.stream)
+    on_gpu = device.startswith("cuda")
+    if select.decoder == "nvdec" and not on_gpu:
+        raise DeviceError(f"NVDEC decodes on a GPU, but this run is on {device}: use --decoder auto or pyav")
+    if select.decoder == "pyav" or not on_gpu:
+        return VideoSource(probe, select)
+    from flowreel.engine.sources.nvdec import NvdecDecoder, why_not
+
+    refusal = why_not(probe, device)
+    if refusal is None:
+        notes: list[str] = []
+        instead = PyAVDecoder(probe) if select.decoder == "auto" else None
+        decoder = NvdecDecoder(probe, device, instead, notes.append)
+        return VideoSource(probe, select, decoder, notes, made_by={"decoder": "nvdec"})
     if select.decoder == "nvdec":
-        raise DeviceError("decoding with NVDEC is not available in this version; use --decoder auto or pyav")
-    return VideoSource(probe_video(name, select.stream), select)
+        raise refusal
+    return VideoSource(probe, select, notes=[f"decoded on the CPU, not with NVDEC: {refusal}"])
 
 
 class VideoSource:
@@ -38,14 +83,28 @@ class VideoSource:
     many, and whether the file itself ends too early.
     """
 
-    def __init__(self, probe: VideoProbe, select: SelectConfig) -> None:
-        """Raises TooFewFramesError or UsageError when ``select`` leaves nothing to pair or makes no sense."""
+    reopening_frames = REOPENING_FRAMES
+
+    def __init__(
+        self,
+        probe: VideoProbe,
+        select: SelectConfig,
+        decoder: VideoDecoder | None = None,
+        notes: list[str] | None = None,
+        made_by: dict[str, JSON] | None = None,
+    ) -> None:
+        """Raises TooFewFramesError or UsageError when ``select`` leaves nothing to pair or makes no sense.
+
+        decoder: None: PyAV. notes: to which the decoder may add while it works. made_by: what a store records of it.
+        """
         times_s = probe.timeline.times_s
         self._probe = probe
+        self._stat = _identity(probe)
         self._wanted = select_frames(select, times_s, probe.path.name)
         self._to_the_end = _reaches_beyond(select.stop, probe)
         self._losses: list[str] = []
-        self._notes = list(probe.notes)
+        self._decoder: VideoDecoder = decoder or PyAVDecoder(probe)
+        self._decoder_notes = [] if notes is None else notes
         self._iteration: Generator[Frame, None, None] | None = None
         self._closed = False
         width, height = probe.shown_size
@@ -55,6 +114,7 @@ class VideoSource:
             frame_rate=probe.frame_rate / select.step,
             frame_count=len(self._wanted),
             source=source_id(probe.path.name, [probe.path], probe.duration_s),
+            made_by=made_by or {},
         )
 
     @property
@@ -63,7 +123,7 @@ class VideoSource:
 
     @property
     def decoder(self) -> str:
-        return f"PyAV ({self._probe.codec})"
+        return self._decoder.name
 
     @property
     def losses(self) -> list[str]:
@@ -71,7 +131,44 @@ class VideoSource:
 
     @property
     def notes(self) -> list[str]:
-        return self._notes
+        return [*self._probe.notes, *self._decoder_notes]
+
+    @property
+    def wanted(self) -> range:
+        return self._wanted
+
+    @property
+    def times_s(self) -> Float64Array:
+        return self._probe.timeline.times_s
+
+    def standing_before(self, number: int) -> int:
+        return key_frame_before(self._probe, number)
+
+    def pictures_from(self, number: int) -> Generator[Picture, None, None]:
+        """Decoded by PyAV, whose pictures may be kept.
+
+        Raises SourceNotFoundError and SourceChangedError when the file is no longer the one that was opened.
+        """
+        name = self._probe.path.name
+        try:
+            changed = _identity(self._probe) != self._stat
+        except OSError as error:
+            raise SourceNotFoundError(f"{self._probe.path} is gone since it was opened") from error
+        if changed:
+            raise SourceChangedError(f"{name} is another file than the one that was opened: open it again")
+        return self._pictures_from(number, PyAVDecoder(self._probe))
+
+    def _pictures_from(self, first: int, decoder: PyAVDecoder) -> Generator[Picture, None, None]:
+        def developed(number: int, picture: VideoFrame) -> Callable[[], Frame]:
+            return lambda: self._frame(number, decoder.rgb(picture, number))
+
+        with closing(decoder.pictures(first)) as numbered:
+            for number, picture in numbered:
+                size = sum(plane.buffer_size for plane in picture.planes)
+                yield Picture(number, size, developed(number, picture))
+
+    def _frame(self, number: int, rgb: Tensor) -> Frame:
+        return Frame(rgb, number, float(self._probe.timeline.times_s[number]))
 
     def __iter__(self) -> Iterator[Frame]:
         """Decode. At the end TooFewFramesError when fewer than two came; FrameSizeError when the size changes."""
@@ -82,14 +179,12 @@ class VideoSource:
 
     def _frames(self) -> Generator[Frame, None, None]:
         given = 0
-        convert = Converter(self._probe.path.name, self._probe.stored_size, self._probe.turn)
-        with closing(_numbered(self._probe, self._wanted[0])) as numbered:
-            for number, picture in numbered:
+        with closing(self._decoder.pictures(self._wanted[0])) as pictures:
+            for number, picture in pictures:
                 if self._closed:
                     return
                 if number in self._wanted:
-                    rgb = torch.from_numpy(convert(picture, number)).permute(2, 0, 1)
-                    yield Frame(rgb, number, float(self._probe.timeline.times_s[number]))
+                    yield self._frame(number, self._decoder.rgb(picture, number))
                     given += 1
                 if number >= self._wanted[-1]:
                     break
@@ -131,75 +226,7 @@ def _reaches_beyond(stop: int | str | None, probe: VideoProbe) -> bool:
     return stop is None or stop > len(times_s)
 
 
-# -- Decoding ----------------------------------------------------------------------------------------------------
-
-
-def _numbered(probe: VideoProbe, first: int) -> Generator[tuple[int, VideoFrame], None, None]:
-    """Decoded frames with their numbers, in rising order, from ``first`` on.
-
-    When one does not come, decoding starts over near that place on one thread: with several, how many sound frames
-    go down with a damaged one would depend on the number of cores, and FFmpeg may keep the error to itself.
-    """
-    due = first
-    with suppress(av.FFmpegError):
-        for number, frame in _from(probe, first, careful=False):
-            if number > due:
-                break
-            if number == due:
-                yield number, frame
-                due += 1
-    if due < len(probe.timeline):
-        for number, frame in _from(probe, due, careful=True):
-            if number >= due:
-                yield number, frame
-
-
-def _from(probe: VideoProbe, first: int, careful: bool) -> Iterator[tuple[int, VideoFrame]]:
-    """Decoded frames with their numbers, from ``first`` or somewhat before it."""
-    # Frames that precede a key frame may lean on what came before it, so aim well ahead of the frame that is needed.
-    aim = first - MOST_REORDERED
-    if aim > 0 and probe.timeline.stamps is not None:
-        with closing(_pass(probe, int(probe.timeline.stamps[aim]), careful)) as frames:
-            head = next(frames, None)
-            number = None if head is None else probe.timeline.number_of(head.pts)
-            if head is not None and number is not None and number <= first:
-                yield number, head
-                yield from _count(probe.timeline, frames, number)
-                return
-    with closing(_pass(probe, None, careful)) as frames:
-        yield from _count(probe.timeline, frames, -1)
-
-
-def _count(timeline: Timeline, frames: Iterator[VideoFrame], last: int) -> Iterator[tuple[int, VideoFrame]]:
-    """Number frames by their stamps, or by counting where those do not tell. ``last``: number before the first."""
-    for frame in frames:
-        number = timeline.number_of(frame.pts)
-        if number is None:
-            number = last + 1
-        if number <= last:
-            continue  # the same frame again
-        if number >= len(timeline):
-            return
-        yield number, frame
-        last = number
-
-
-def _pass(probe: VideoProbe, seek_stamp: int | None, careful: bool) -> Generator[VideoFrame, None, None]:
-    """One pass of the decoder, from the start or from the key frame before a stamp.
-
-    On a damaged packet FFmpeg's error gets out, unless the pass is ``careful``: then it is skipped.
-    """
-    with opened(probe.path) as container:
-        stream = container.streams[probe.stream_index]
-        assert isinstance(stream, av.VideoStream)
-        if careful:
-            stream.thread_count = 1
-        else:
-            stream.thread_type = "AUTO"
-        if seek_stamp is not None:
-            try:
-                container.seek(seek_stamp, stream=stream)
-            except av.FFmpegError:
-                return  # cannot seek: the caller decodes from the start
-        for packet in packets(container, stream):
-            yield from decoded(packet) if careful else packet.decode()
+def _identity(probe: VideoProbe) -> tuple[int, int]:
+    """Bytes and time of the last change: enough to see that a file was replaced while it is being used."""
+    status = os.stat(probe.path)
+    return status.st_size, status.st_mtime_ns

@@ -136,7 +136,7 @@ def _aspect_notes(text: str) -> list[str]:
     return [] if across == down else [f"pixels are not square ({text}): flow is in stored pixels"]
 
 
-def open_stdin(_: str, select: SelectConfig) -> Y4MSource:
+def open_stdin(_: str, select: SelectConfig, device: str = "cpu") -> Y4MSource:
     """Read the header from stdin; waits until it has come.
 
     Raises:

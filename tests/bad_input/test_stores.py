@@ -123,8 +123,8 @@ def test_damaged_files(store: Files, catalogue: Catalogue, mangled: Mangled, tmp
         catalogue.read(f"{name} empty", "store", "x.zarr", {**store, name: b""}, right=right)
         catalogue.read(f"{name} a folder", "store", "x.zarr", {**files, f"{name}/x": b""}, right=right)
         other = random.Random(name).choice(names)
-        swapped = {**store, name: store[other]}  # a checksum does not know its place: numbers may pass for others
-        catalogue.read(f"{name} as {other}", "store", "x.zarr", swapped, right=lambda answer: True)
+        swapped = {**store, name: store[other]}  # sound, and not in its place
+        catalogue.read(f"{name} as {other}", "store", "x.zarr", swapped, right=right)
     catalogue.judge(130)
 
 
@@ -157,6 +157,8 @@ def test_edited_metadata(one_store: Files, catalogue: Catalogue, tmp_path: Path)
         for path in paths_in(metadata):
             if "consolidated_metadata" in path and len(path) > 3 and hash_of(name, path) % 8:
                 continue  # the same again: a few will do
+            if "_crc32c" in name and hash_of(path, name) % 4:
+                continue  # as the arrays of times are
             number = hash_of(path, name) % (2 * len(LIES))
             gone = number >= len(LIES)
             lie = LIES[number % len(LIES)]

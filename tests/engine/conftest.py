@@ -1,11 +1,85 @@
+"""Small clips that tell their own frames' numbers, frames pulled back along flow, and networks filled with numbers that
+anybody can make again, which the goldens were computed with."""
+
 from __future__ import annotations
 
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
+import av
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as functional
-from torch import Tensor
+from torch import Tensor, nn
+
+from flowreel.engine.models import build_model
+
+RATE = 25
+
+
+def numbered_picture(number: int, width: int = 64, height: int = 48) -> np.ndarray:
+    """(H, W, 3) uint8: the number in binary, eight pixels a digit, over a bar that moves two pixels a frame."""
+    picture = np.full((height, width, 3), 30, np.uint8)
+    for digit in range(8):
+        if number >> digit & 1:
+            picture[: height // 2, 8 * digit : 8 * digit + 8] = 220
+    left = 2 * number % (width - 8)
+    picture[height // 2 :, left : left + 8] = 220
+    return picture
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``clip("name.mp4", count=12, ...)`` writes a video and gives its path."""
+    folder = tmp_path_factory.mktemp("clips")
+
+    def write(
+        name: str,
+        *,
+        count: int = 12,
+        size: tuple[int, int] = (64, 48),
+        codec: str = "libx264",
+        pix_fmt: str = "yuv420p",
+        pictures: list[av.VideoFrame] | None = None,
+        stamps: Callable[[int], int] = lambda number: number,
+        options: dict[str, str] | None = None,
+        container_options: dict[str, str] | None = None,
+        b_frames: int | None = None,
+        colour: dict[str, int] | None = None,
+    ) -> Path:
+        path = folder / name
+        frames: Iterator[av.VideoFrame] = iter(pictures or ())
+        if pictures is None:
+            frames = (av.VideoFrame.from_ndarray(numbered_picture(n, *size), "rgb24") for n in range(count))
+        with av.open(str(path), "w", options=container_options or {}) as container:
+            stream: Any = container.add_stream(codec, rate=RATE, options=options or {})
+            stream.width, stream.height = size
+            stream.pix_fmt = pix_fmt
+            stream.codec_context.time_base = Fraction(1, RATE)
+            if b_frames is not None:
+                stream.codec_context.max_b_frames = b_frames
+            for field, value in (colour or {}).items():
+                setattr(stream.codec_context, field, value)
+            for number, frame in enumerate(frames):
+                frame.pts, frame.time_base = stamps(number), Fraction(1, RATE)
+                for field, value in (colour or {}).items():
+                    setattr(frame, field, value)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def long_clip(clip: Callable[..., Path]) -> Path:
+    """100 frames with B-frames, a key frame every 20, and its index in front so that it can be cut."""
+    options = {"g": "20", "keyint_min": "20", "x264-params": "open-gop=1:scenecut=0:bframes=3"}
+    return clip("long.mp4", count=100, options=options, container_options={"movflags": "faststart"})
 
 
 @pytest.fixture
@@ -21,3 +95,49 @@ def _pulled(second: Tensor, flow: Tensor) -> Tensor:
     y = (flow[1] + torch.arange(height)[:, None]) * 2 / (height - 1) - 1
     grid = torch.stack((x, y), -1)[None]
     return functional.grid_sample(second[None].float(), grid, padding_mode="border", align_corners=True)[0]
+
+
+def fill(key: str, shape: torch.Size) -> np.ndarray:
+    """The value of one tensor, from its name alone."""
+    noise = np.random.Generator(np.random.PCG64(zlib.crc32(key.encode()))).standard_normal(tuple(shape), np.float32)
+    if len(shape) >= 2:
+        taps = shape[2] * shape[3]
+        transposed = any(part.startswith(("deconv", "upsampled_flow")) for part in key.split("."))
+        fan_in = shape[0] * taps / 4 if transposed else shape[1] * taps
+        return noise * np.float32(np.sqrt(2 / (1.01 * fan_in)))
+    if key.endswith("running_var"):
+        return 1 + 0.01 * np.abs(noise)
+    if key.endswith(".1.weight"):
+        return 1 + 0.01 * noise
+    return 0.01 * noise
+
+
+@pytest.fixture(scope="session")
+def filled() -> Callable[..., nn.Module]:
+    """``filled(name, **options)``: a network in evaluation mode with reproducible weights."""
+
+    def build(name: str, **options: object) -> nn.Module:
+        model = build_model(name, **options)  # type: ignore[arg-type]
+        state: dict[str, Tensor] = {
+            key: tensor if key.endswith("num_batches_tracked") else torch.from_numpy(fill(key, tensor.shape))
+            for key, tensor in model.state_dict().items()
+        }
+        model.load_state_dict(state)
+        return model.eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Weights of a network that is quick and moves with its input."""
+    from flowreel.engine.models import build_model
+    from flowreel.engine.models.weights import save_weights
+
+    torch.manual_seed(0)
+    model = build_model("FlowNet2S", width=0.05)
+    with torch.no_grad():
+        model.get_submodule("predict_flow2").weight.mul_(300)  # type: ignore[operator, union-attr]
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_weights(path, model.state_dict(), licence="none", made_by={}, width=0.05)
+    return str(path)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flowreel.engine.data import FlowBatch, Frame
-from flowreel.engine.device import Streams, device_name, download, resolve_device, upload
+from flowreel.engine.device import Streams, device_name, download, resolve_device, resolve_precision, upload
 from flowreel.engine.errors import DeviceError, UsageError
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -52,3 +52,13 @@ def test_on_a_cpu_stages_frames_and_flow_pass_as_they_are() -> None:
     one = np.zeros(1, np.int64)
     batch = FlowBatch(torch.zeros(1, 2, 4, 5), 0, one, one, one.astype(float), one.astype(float))
     assert next(download(iter([batch]))) is batch
+
+
+def test_precision_follows_from_the_device() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert (resolve_precision(None, cpu), resolve_precision(None, gpu)) == ("fp32", "fp16")
+    assert resolve_precision("bf16", cpu) == "bf16"
+    assert resolve_precision("tf32", gpu) == "tf32"
+    for precision in ("fp16", "tf32"):
+        with pytest.raises(UsageError, match=precision):
+            resolve_precision(precision, cpu)  # type: ignore[arg-type]

@@ -2,41 +2,25 @@
 
 from __future__ import annotations
 
+import weakref
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from flowreel.engine.config import ModelConfig
-from flowreel.engine.data import Frame, FramePair, PairBatch
-from flowreel.engine.errors import UsageError
-from flowreel.engine.inference import auto_batch, cast_convolutions, load_network, prepare, resolve_precision
-from flowreel.engine.models import build_model
-from flowreel.engine.models.layers import FlowHead
+from flowreel.engine.data import FlowBatch, Frame, FramePair, PairBatch
+from flowreel.engine.errors import DeviceError, UsageError
+from flowreel.engine.inference import Inference, auto_batch, load_network, prepare
 from flowreel.engine.named_scenes import named_scene
 
 
 def test_the_batch_follows_from_the_frame_size_alone() -> None:
     sizes = [(64, 64), (384, 512), (448, 1024), (1088, 1920), (2176, 3840)]
     assert [auto_batch(*size) for size in sizes] == [8, 5, 2, 1, 1]
-
-
-def test_precision_follows_from_the_device() -> None:
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert (resolve_precision(None, cpu), resolve_precision(None, gpu)) == ("fp32", "fp16")
-    assert resolve_precision("bf16", cpu) == "bf16"
-    assert resolve_precision("tf32", gpu) == "tf32"
-    for precision in ("fp16", "tf32"):
-        with pytest.raises(UsageError, match=precision):
-            resolve_precision(precision, cpu)  # type: ignore[arg-type]
-
-
-def test_flow_heads_stay_in_float32() -> None:
-    net = build_model("FlowNet2", width=0.05)
-    cast_convolutions(net, torch.bfloat16)
-    heads = [module for module in net.modules() if isinstance(module, FlowHead)]
-    assert len(heads) == 5 * 4 + 3
-    assert all(head.weight.dtype == torch.float32 for head in heads)
-    assert net.get_submodule("flownetc.conv1.0").weight.dtype == torch.bfloat16
 
 
 def frame(scene: object, number: int) -> Frame:
@@ -59,7 +43,7 @@ def test_one_loaded_network_serves_frames_of_any_size() -> None:
     network = load_network(config)
     for height, width in ((64, 64), (70, 130)):
         shared, alone = network.fitted(height, width), prepare(config, height, width)
-        assert shared.net is network.net
+        assert shared.packed is network.packed
         assert (shared.model, shared.batch, shared.fit) == (alone.model, alone.batch, alone.fit)
         assert shared.made_by() == alone.made_by()
         frames = torch.randint(0, 256, (2, 1, 3, height, width), dtype=torch.uint8)
@@ -75,3 +59,104 @@ def test_flow_is_an_ordinary_tensor_without_gradients() -> None:
     assert not flow.requires_grad
     assert not flow.is_inference()
     assert torch.is_grad_enabled()
+
+
+class LittleMemory:
+    """A network in whose memory only so many pairs fit: others fail half-way, as on a GPU."""
+
+    def __init__(self, inference: Inference, fits: int, when_made: bool = False) -> None:
+        self.packed = inference.packed
+        self.fits = fits
+        self.when_made = when_made  # already making the program takes too much
+        self.attempts: list[int] = []  # pairs
+        self.held: list[weakref.ref[torch.Tensor]] = []  # what an attempt that failed had in memory
+
+    def program(self, shape: tuple[int, int, int]) -> Any:
+        pairs = shape[0]
+        if self.when_made:
+            self._need(pairs)
+        return _Program(self, self.packed.program(shape))
+
+    def _need(self, pairs: int) -> None:
+        assert not any(one() is not None for one in self.held), "what had failed is still in memory"
+        self.attempts.append(pairs)
+        if pairs > self.fits:
+            activations = torch.zeros(pairs)
+            self.held.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+class _Program:
+    def __init__(self, memory: LittleMemory, inner: Any) -> None:
+        self.memory = memory
+        self.inner = inner
+
+    def flow(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        self.memory._need(len(first))
+        flow: torch.Tensor = self.inner.flow(first, second)
+        return flow
+
+    def quarter(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        self.memory._need(len(first))
+        quarter: torch.Tensor = self.inner.quarter(first, second)
+        return quarter
+
+
+class TestOutOfMemory:
+    def pair_batches(self, lengths: list[int]) -> list[PairBatch]:
+        generator = torch.Generator().manual_seed(0)
+        count = sum(lengths) + 1
+        pictures = torch.randint(0, 256, (count, 3, 64, 64), dtype=torch.uint8, generator=generator)
+        frames = [Frame(picture, number, number / 25) for number, picture in enumerate(pictures)]
+        pairs = [FramePair(one, two) for one, two in pairwise(frames)]
+        starts = [sum(lengths[:place]) for place in range(len(lengths))]
+        return [PairBatch(tuple(pairs[s : s + n]), s) for s, n in zip(starts, lengths, strict=True)]
+
+    def run(
+        self, weights: str, lengths: list[int], fits: int, when_made: bool = False, native: bool = False
+    ) -> tuple[list[FlowBatch], LittleMemory, Inference]:
+        network = load_network(ModelConfig(device="cpu", weights=weights, batch=lengths[0]))
+        plenty = network.fitted(64, 64, native=native)
+        memory = LittleMemory(plenty, fits, when_made)
+        little = replace(plenty, packed=memory, notes=[], _programs={})
+        return list(little.stage(iter(self.pair_batches(lengths)))), memory, little
+
+    @pytest.mark.parametrize("native", [False, True])
+    @pytest.mark.parametrize("when_made", [False, True])
+    def test_batches_are_halved_and_no_pair_is_lost(self, tiny_weights: str, when_made: bool, native: bool) -> None:
+        given, memory, inference = self.run(tiny_weights, [8, 8, 3], fits=3, when_made=when_made, native=native)
+        if not when_made:
+            assert memory.attempts == [8, 4, *[2] * 8, 2, 1]  # learnt once
+        assert [batch.index for batch in given] == list(range(0, 19, 2))
+        assert [int(number) for batch in given for number in batch.frame] == list(range(19))
+        assert [int(number) for batch in given for number in batch.frame_to] == list(range(1, 20))
+        assert inference.notes == [
+            "8 pairs a batch did not fit in the memory of cpu: 4 from flow 0 on",
+            "4 pairs a batch did not fit in the memory of cpu: 2 from flow 0 on",
+        ]
+        whole, _, _ = self.run(tiny_weights, [2] * 9 + [1], fits=2, native=native)
+        assert all(torch.equal(a.flow, b.flow) for a, b in zip(given, whole, strict=True))
+
+    def test_memory_that_ends_later(self, tiny_weights: str) -> None:
+        """Another program took some of it: what was made ready for more pairs is given up."""
+        network = load_network(ModelConfig(device="cpu", weights=tiny_weights, batch=4)).fitted(64, 64)
+        memory = LittleMemory(network, fits=4)
+        inference = replace(network, packed=memory, notes=[], _programs={})
+        stage = inference.stage(iter(self.pair_batches([4, 4, 4])))
+        assert len(next(stage)) == 4
+        memory.fits = 2
+        assert [len(batch) for batch in stage] == [2] * 4
+        assert list(inference._programs) == [2]
+        assert inference.notes == ["4 pairs a batch did not fit in the memory of cpu: 2 from flow 4 on"]
+
+    def test_not_even_one_pair(self, tiny_weights: str) -> None:
+        with pytest.raises(DeviceError, match=r"cpu has too little free memory for one pair of 64x64.*--precision"):
+            self.run(tiny_weights, [4], fits=0)
+
+    def test_other_errors_pass(self, tiny_weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        def broken(*_: object) -> torch.Tensor:
+            raise RuntimeError("an illegal memory access was encountered")
+
+        monkeypatch.setattr(Inference, "flow", broken)
+        with pytest.raises(RuntimeError, match="illegal"):
+            self.run(tiny_weights, [4], fits=4)

@@ -370,8 +370,8 @@ def test_failed_sources_keep_no_memory(tiny: str, monkeypatch: pytest.MonkeyPatc
             yield picture
             raise UnsupportedSourceError("and here it ends")
 
-    def open_failing(name: str, select: Any) -> Failing:
-        source = Failing(open_source(name, select))
+    def open_failing(name: str, select: Any, device: str) -> Failing:
+        source = Failing(open_source(name, select, device))
         opened.append(weakref.ref(source))
         return source
 

@@ -25,7 +25,7 @@ import zarrs  # noqa: F401  (its absence must fail here, not be mistaken for a c
 
 from flowreel.engine.config import Codec, SinkConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
-from flowreel.sinks.store_layout import COORDINATES, flow_shard
+from flowreel.sinks.store_layout import CHECKSUMS, COORDINATES, flow_shard
 from flowreel.sinks.store_reader import FlowStore, open_store
 from flowreel.sinks.zarr_store import ZarrSink
 
@@ -118,6 +118,9 @@ def test_times_and_frames_are_ours(made: Open, reader: str) -> None:
     ours = (store.timestamps_s, store.timestamps_to_s, store.frame, store.frame_to)
     for name, values in zip(COORDINATES, ours, strict=True):
         assert same(READERS[reader](store, name), values)
+    for name in CHECKSUMS:
+        chunks = [store.files.coordinate_chunk(name, shard) for shard in range(3)]
+        assert same(READERS[reader](store, name), np.concatenate(chunks)[:COUNT])
 
 
 @pytest.mark.parametrize(("codec", "kind"), STORES)

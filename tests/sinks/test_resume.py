@@ -21,7 +21,7 @@ from flowreel.engine.config import SinkConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, Resumable, SourceId
 from flowreel.engine.errors import OutputExistsError, ResumeMismatchError
 from flowreel.sinks import open_store, zarr_store
-from flowreel.sinks.codecs import flow_codec
+from flowreel.sinks.codecs import flow_codec, pack_shard
 from flowreel.sinks.store_reader import flow_shard
 from flowreel.sinks.zarr_store import ZarrSink
 
@@ -29,6 +29,9 @@ H, W, SHARD, FLOWS = 6, 8, 3, 11
 INFO = FlowInfo(
     H, W, Fraction(25), FLOWS + 1, SourceId("clip.mkv", 1000, 0.5, "aa"), {"model": "FlowNet2C", "batch": 2}
 )
+
+KILLED_FLOWS = 7
+KILLED_INFO = replace(INFO, frame_count=KILLED_FLOWS + 1)
 
 
 def config(**changes: Any) -> SinkConfig:
@@ -123,6 +126,33 @@ def test_temporaries_and_a_damaged_shard_are_made_again(tmp_path: Path, whole: d
     assert contents(tmp_path / "X.zarr") == whole
 
 
+@pytest.mark.parametrize("what", ["swapped shards", "swapped chunks", "times of elsewhere", "no checksums"])
+def test_what_is_not_in_its_place_is_made_again(tmp_path: Path, whole: dict[str, bytes], what: str) -> None:
+    """Sound files, at the wrong place: the run goes on before the first of them."""
+    cut_after(tmp_path / "X.zarr", 10)
+    partial = tmp_path / "X.zarr.partial"
+    second, third = flow_shard(partial, 1), flow_shard(partial, 2)
+    if what == "swapped shards":
+        kept = second.read_bytes()
+        second.write_bytes(third.read_bytes())
+        third.write_bytes(kept)
+    elif what == "swapped chunks":
+        files = open_store(tmp_path / "X.zarr").files
+        index = files.index(1)
+        assert index is not None
+        chunks = [files.chunk(1, int(offset), int(size)) for offset, size in index]
+        second.write_bytes(b"".join(pack_shard(chunks[::-1], SHARD)))
+    elif what == "times of elsewhere":
+        shutil.copy(partial / "timestamp_s/c/2", partial / "timestamp_s/c/1")
+    else:
+        (partial / "flow_crc32c/c/1").write_bytes(b"")
+    point = ZarrSink(str(tmp_path / "X.zarr"), config()).resume_point()
+    assert point is not None
+    assert point.flows == SHARD
+    run(tmp_path / "X.zarr", resume=True)
+    assert contents(tmp_path / "X.zarr") == whole
+
+
 @pytest.mark.parametrize("announced", [True, False])
 @pytest.mark.parametrize(("before", "after"), [(2, 7), (3, 11), (7, 8), (9, 11)])
 def test_a_recording_that_grew_is_appended_to(tmp_path: Path, before: int, after: int, announced: bool) -> None:
@@ -205,18 +235,20 @@ def killed_at(path: Path, call: int, resume: bool) -> bool:
         for name in ("replace", "rename", "fsync", "mkdir", "link", "unlink"):
             setattr(os, name, dying(getattr(os, name)))
         zarr_store.encode_workers = lambda: 0  # type: ignore[assignment]
-        run(path, resume=resume)
+        run(path, KILLED_FLOWS, KILLED_INFO, resume=resume)
 
     return in_a_child(die_at_last) == signal.SIGKILL
 
 
 def test_killed_at_every_step_then_resumed_gives_the_same_bytes(
-    tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also killed again, at a random step, while it resumes."""
+    """Also killed again, at a random step, while it resumes. Two full shards and a ragged one."""
+    run(tmp_path / "whole.zarr", KILLED_FLOWS, KILLED_INFO)
+    whole = contents(tmp_path / "whole.zarr")
     monkeypatch.setattr(os, "fsync", lambda _: None)  # a killed process loses nothing that was written
-    metadata = zarr_store._metadata(INFO, config(), flow_codec(H, W, config()), SHARD, FLOWS)  # the slow part, once
-    monkeypatch.setattr(zarr_store, "_metadata", lambda *_: copy.deepcopy(metadata))
+    metadata = zarr_store.store_metadata(INFO, config(), flow_codec(H, W, config()), SHARD, KILLED_FLOWS)  # slow
+    monkeypatch.setattr(zarr_store, "store_metadata", lambda *_: copy.deepcopy(metadata))
     rng = random.Random(0)
     calls = 0
     for call in range(1, 1000):
@@ -228,7 +260,7 @@ def test_killed_at_every_step_then_resumed_gives_the_same_bytes(
         if not is_complete(folder / "X.zarr"):
             killed_at(folder / "X.zarr", rng.randrange(1, 40), resume=True)
         if not is_complete(folder / "X.zarr"):
-            run(folder / "X.zarr", resume=True)
+            run(folder / "X.zarr", KILLED_FLOWS, KILLED_INFO, resume=True)
         assert contents(folder / "X.zarr") == whole
         assert sorted(os.listdir(folder)) == ["X.zarr"]
         shutil.rmtree(folder)

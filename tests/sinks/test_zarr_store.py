@@ -32,7 +32,8 @@ from flowreel.engine.errors import (
 )
 from flowreel.sinks import publish, zarr_store
 from flowreel.sinks.codecs import flow_codec
-from flowreel.sinks.store_reader import COORDINATES, FlowStore, flow_shard, open_store, published_shards
+from flowreel.sinks.store_layout import BESIDE_FLOW, COORDINATES
+from flowreel.sinks.store_reader import FlowStore, flow_shard, open_store, published_shards
 from flowreel.sinks.zarr_store import ZarrSink
 
 CODECS: tuple[Codec, ...] = get_args(Codec)
@@ -389,8 +390,8 @@ def test_times_go_before_flow_and_lengths_before_both(tmp_path: Path, monkeypatc
     monkeypatch.setattr(publish, "publish_bytes", record)
     for batch in batches(moving(4)):
         sink.write(batch)
-    lengths = [*(f"{name}/zarr.json" for name in COORDINATES), "flow/zarr.json"]
-    assert order == [*lengths, *(f"{name}/c/0" for name in COORDINATES), "flow/c/0/0/0/0"]
+    lengths = [*(f"{name}/zarr.json" for name in BESIDE_FLOW), "flow/zarr.json"]
+    assert order == [*lengths, *(f"{name}/c/0" for name in BESIDE_FLOW), "flow/c/0/0/0/0"]
 
 
 def test_failure_at_any_step_leaves_whole_shards_and_the_old_store(
@@ -399,8 +400,10 @@ def test_failure_at_any_step_leaves_whole_shards_and_the_old_store(
     """Lets the n-th call that changes the disk fail, for every n until the run gets through."""
     old, flows = moving(2), moving(5)
     make(tmp_path / "old.zarr", old, max_error=0)
-    metadata = zarr_store._metadata(header(6), config(max_error=0), flow_codec(H, W, config(max_error=0)), SHARD, 6)
-    monkeypatch.setattr(zarr_store, "_metadata", lambda *_: copy.deepcopy(metadata))  # the slow part, made once
+    metadata = zarr_store.store_metadata(
+        header(6), config(max_error=0), flow_codec(H, W, config(max_error=0)), SHARD, 6
+    )
+    monkeypatch.setattr(zarr_store, "store_metadata", lambda *_: copy.deepcopy(metadata))  # the slow part, made once
     real = {name: getattr(os, name) for name in ("fsync", "replace", "rename", "mkdir")}
     left: dict[str, int] = {}
 

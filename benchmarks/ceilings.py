@@ -1,0 +1,123 @@
+"""The machine's own limits, measured: arithmetic, memory bandwidth, disk. Figures are given as fractions of them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure import Effort, Sample, alternated, device_sync, devices
+
+GEMM = 2048  # rows and columns
+CONV = (1, 256, 56, 128)  # FlowNetC's features at 1024x448, into as many channels by 3x3
+COPY_BYTES = 256 << 20  # far beyond any cache
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ON_CPU = ("fp32", "bf16")
+
+Ceilings = dict[str, dict[str, float]]
+
+
+def run(short: bool = False) -> dict[str, object]:
+    """One row a limit; ``ceilings`` has the numbers other cases divide by: the best that was reached."""
+    effort = Effort(least=3, most=8, cap_s=1.0) if short else Effort(least=8, most=40, cap_s=5.0)
+    rows: list[dict[str, Any]] = []
+    for device in devices():
+        names = ON_CPU if device == "cpu" else tuple(PRECISIONS)
+        for precision in names:
+            for what, action, work in (_gemm(device, precision), _conv(device, precision)):
+                seconds = _timed(action, effort, device)
+                rows.append(_row(device, f"{what} {precision}", seconds, work / 1e9, "GFLOP/s"))
+        action, moved = _copy(device)
+        rows.append(_row(device, "memory copy", _timed(action, effort, device), moved / 1e9, "GB/s"))
+    rows.append(_row("disk", "write and fsync", _disk(4 if short else 10), _DISK_BYTES / 1e9, "GB/s"))
+    found: Ceilings = {}
+    for row in rows:
+        found.setdefault(row["device"], {})[row["limit"]] = row["best"]
+    return {"rows": rows, "ceilings": found}
+
+
+def _timed(action: Callable[[], object], effort: Effort, device: str) -> list[float]:
+    return alternated({"": action}, effort, device_sync(device))[""]
+
+
+def _row(device: str, limit: str, seconds: list[float], work: float, unit: str) -> dict[str, Any]:
+    return {
+        "device": device,
+        "limit": limit,
+        "unit": unit,
+        "reached": Sample.of(seconds).rate(work).cell(),
+        "best": work / min(seconds),
+    }
+
+
+def _gemm(device: str, precision: str) -> tuple[str, Callable[[], object], float]:
+    a, b = (torch.randn(GEMM, GEMM, device=device).to(PRECISIONS[precision]) for _ in range(2))
+    out = torch.empty_like(a)
+    return "matrix product", lambda: torch.mm(a, b, out=out), 2.0 * GEMM**3
+
+
+def _conv(device: str, precision: str) -> tuple[str, Callable[[], object], float]:
+    channels, dtype = CONV[1], PRECISIONS[precision]
+    x = torch.randn(CONV, device=device).to(dtype, memory_format=torch.channels_last)
+    weight = torch.randn(channels, channels, 3, 3, device=device).to(dtype, memory_format=torch.channels_last)
+
+    def convolve() -> object:
+        with torch.no_grad():
+            return torch.nn.functional.conv2d(x, weight, padding=1)
+
+    return "3x3 convolution", convolve, 2.0 * 9 * channels * x.numel()
+
+
+def _copy(device: str) -> tuple[Callable[[], object], float]:
+    source = torch.ones(COPY_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source), 2.0 * COPY_BYTES  # read once, written once
+
+
+_DISK_BYTES = 128 << 20
+
+
+def _disk(times: int) -> list[float]:
+    """Seconds to put one shard's worth of bytes on the disk that holds temporary files, for good."""
+    block = os.urandom(_DISK_BYTES)
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(times):
+            began_s = time.perf_counter()
+            with (Path(folder) / str(number % 2)).open("wb") as file:
+                file.write(block)
+                file.flush()
+                os.fsync(file.fileno())
+            found.append(time.perf_counter() - began_s)
+    return found
+
+
+def flops_per_s(ceilings: Ceilings, device: str, precision: str) -> float | None:
+    """The most arithmetic the device was seen to do in that precision; None when it was not measured."""
+    found = ceilings.get(device, {})
+    rates = [found[name] for name in (f"matrix product {precision}", f"3x3 convolution {precision}") if name in found]
+    return max(rates) * 1e9 if rates else None
+
+
+def bytes_per_s(ceilings: Ceilings, device: str) -> float | None:
+    """Memory traffic, reads and writes together; None when it was not measured."""
+    rate = ceilings.get(device, {}).get("memory copy")
+    return None if rate is None else rate * 1e9
+
+
+def share_of_limit(
+    seconds: float, flops: float, moved_bytes: float, ceilings: Ceilings, device: str, precision: str
+) -> float | None:
+    """Least time the measured ceilings allow, over the time taken: 1.0 is the limit. None without ceilings.
+
+    flops: 0 where memory alone is the limit, whatever the precision.
+    """
+    arithmetic, memory = flops_per_s(ceilings, device, precision), bytes_per_s(ceilings, device)
+    if memory is None or (flops and arithmetic is None):
+        return None
+    return max(flops / arithmetic if arithmetic else 0.0, moved_bytes / memory) / seconds

@@ -1,0 +1,223 @@
+"""Each kernel against the plain torch definition, and OpenCV where it has the same operation."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.ceilings import Ceilings, share_of_limit
+from benchmarks.measure import Action, Effort, Sample, alternated, device_sync, devices, ratio
+from flowreel.kernels import channel_norm, correlation, flow_to_color, warp, yuv_to_rgb
+from flowreel.kernels.channel_norm import channel_norm_definition
+from flowreel.kernels.correlation import correlation_definition, pixel_correlation_backward_definition
+from flowreel.kernels.warp import warp_definition
+from flowreel.kernels.yuv_to_rgb import yuv_to_rgb_definition
+
+OURS = "flowreel"
+PIXELS = (448, 1024)  # rows, columns of a frame
+FEATURES = (1, 256, 56, 128)  # what FlowNetC correlates of such frames
+RADIUS, STRIDE = 10, 2  # 21 x 21 displacements, every second pixel
+BEYOND_CACHES = 256 << 20  # bytes of different inputs; the largest last-level caches in use hold less
+MOST_INPUTS = 64
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One operation on one input, done in several ways. Each gives the same numbers within its stated tolerance."""
+
+    name: str
+    shape: str
+    precision: str
+    ways: Mapping[str, Action]  # ours first
+    flops: float  # additions and multiplications; 0 where only memory can be the limit
+    moved_bytes: float  # each input read once, each output written once
+
+
+def run(short: bool = False, ceilings: Ceilings | None = None) -> dict[str, object]:
+    """All ways of one operation in turn, so that the ratios are of one run. Random input, never zeros."""
+    effort = Effort.of(short)
+    rows: list[dict[str, Any]] = []
+    for device in devices():
+        for kernel in kernels(device):
+            found = alternated(kernel.ways, effort, device_sync(device))
+            rows += [_row(kernel, device, way, found, ceilings or {}) for way in kernel.ways]
+    return {"settings": {"effort": vars(effort)}, "rows": rows}
+
+
+def _row(kernel: Kernel, device: str, way: str, found: Mapping[str, list[float]], ceilings: Ceilings) -> dict[str, Any]:
+    seconds = Sample.of(found[way])
+    return {
+        "op": kernel.name,
+        "shape": kernel.shape,
+        "precision": kernel.precision,
+        "device": device,
+        "by": way,
+        "ms": seconds.times(1e3).cell(),
+        "of the limit": share_of_limit(
+            seconds.median, kernel.flops, kernel.moved_bytes, ceilings, device, kernel.precision
+        ),
+        "its time / ours": None if way == OURS else ratio(found[way], found[OURS]),
+    }
+
+
+def kernels(device: str) -> list[Kernel]:
+    """Every operation and precision that is worth a row on that device."""
+    torch.manual_seed(0)
+    half = "bf16" if device == "cpu" else "fp16"
+    made = [_correlation(device, "fp32"), _correlation(device, half), _correlation_backward(device)]
+    made += [_warp(device, "fp32"), _warp(device, half), _channel_norm(device, 3), _channel_norm(device, 2)]
+    return [*made, _color(device), *([_yuv_to_rgb(device)] if device == "cuda" else [])]
+
+
+def _without_gradients(function: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> Action:
+    """Calls that take the inputs in turn, so that none is still in a cache when it comes again."""
+    turns = itertools.cycle(inputs)
+
+    def call() -> None:
+        with torch.no_grad():
+            function(*next(turns))
+
+    return call
+
+
+def _ways(functions: Mapping[str, Callable[..., Any]], inputs: Sequence[tuple[Any, ...]]) -> dict[str, Action]:
+    return {name: _without_gradients(function, inputs) for name, function in functions.items()}
+
+
+def _many(make: Callable[[], tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+    """As many different inputs as together outgrow every cache."""
+    first = make()
+    size = sum(tensor.numel() * tensor.element_size() for tensor in first)
+    return [first, *(make() for _ in range(min(MOST_INPUTS, BEYOND_CACHES // size)))]
+
+
+def _shape(*tensors: Tensor) -> str:
+    return " ".join("x".join(map(str, tensor.shape)) for tensor in tensors)
+
+
+def _features(device: str, precision: str) -> tuple[Tensor, ...]:
+    return tuple(torch.randn(FEATURES, device=device).to(DTYPES[precision]) for _ in range(2))
+
+
+def _correlation_flops() -> float:
+    return 2.0 * (2 * RADIUS + 1) ** 2 * FEATURES[0] * FEATURES[1] * FEATURES[2] * FEATURES[3]
+
+
+def _volume_values() -> int:
+    return FEATURES[0] * (2 * RADIUS + 1) ** 2 * FEATURES[2] * FEATURES[3]
+
+
+def _correlation(device: str, precision: str) -> Kernel:
+    inputs = _many(lambda: _features(device, precision))
+    ways = _ways({OURS: correlation, "torch definition": correlation_definition}, inputs)
+    a = inputs[0][0]
+    moved = a.element_size() * (2 * a.numel() + _volume_values())
+    return Kernel("correlation", _shape(a), precision, ways, _correlation_flops(), moved)
+
+
+def _correlation_backward(device: str) -> Kernel:
+    volume = (FEATURES[0], (2 * RADIUS + 1) ** 2, *FEATURES[2:])
+    inputs = _many(lambda: (torch.randn(volume, device=device), *_features(device, "fp32")))
+    functions: dict[str, Callable[..., Any]] = {OURS: torch.ops.flowreel.correlation_backward.default}
+    functions["torch definition"] = pixel_correlation_backward_definition
+    ways = _ways(functions, [(*tensors, RADIUS, STRIDE) for tensors in inputs])
+    grad, a, _ = inputs[0]
+    moved = 4 * (4 * a.numel() + grad.numel())
+    return Kernel("correlation, backward", _shape(a), "fp32", ways, 2 * _correlation_flops(), moved)
+
+
+def _warp(device: str, precision: str) -> Kernel:
+    """OpenCV's remap rounds coordinates to 1/32 px; ours does not."""
+
+    def make() -> tuple[Tensor, ...]:
+        return torch.rand(1, 3, *PIXELS, device=device).to(DTYPES[precision]), _flow(device)
+
+    inputs = _many(make)
+    ways = _ways({OURS: warp, "torch definition": warp_definition}, inputs)
+    if device == "cpu" and precision == "fp32":
+        ways["OpenCV remap"] = _remap(inputs)
+    image, flow = inputs[0]
+    moved = 2 * image.element_size() * image.numel() + 4 * flow.numel()
+    return Kernel("warp", _shape(image), precision, ways, 8.0 * image.numel(), moved)
+
+
+def _remap(inputs: Sequence[tuple[Tensor, ...]]) -> Action:
+    x, y = (np.ascontiguousarray(grid, np.float32) for grid in np.meshgrid(*map(np.arange, PIXELS[::-1])))
+
+    def remap(picture: Any, u: Any, v: Any) -> Any:
+        return cv2.remap(picture, x + u, y + v, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+
+    pictures = [(_last(image), *flow[0].numpy()) for image, flow in inputs]
+    return _without_gradients(remap, pictures)
+
+
+def _flow(device: str) -> Tensor:
+    return torch.randn(1, 2, *PIXELS, device=device) * 8
+
+
+def _last(x: Tensor) -> Any:
+    """(1, C, H, W) -> (H, W, C) NumPy, C order."""
+    return np.ascontiguousarray(x[0].permute(1, 2, 0).numpy())
+
+
+def _channel_norm(device: str, channels: int) -> Kernel:
+    """On a CPU the definition is what runs; torch's own norm is the other way to write it."""
+    inputs = _many(lambda: (torch.randn(1, channels, *PIXELS, device=device),))
+    functions = {OURS: channel_norm, "torch vector_norm": lambda x: torch.linalg.vector_norm(x, dim=1)}
+    if device == "cuda":
+        functions["torch definition"] = channel_norm_definition
+    ways = _ways(functions, inputs)
+    if device == "cpu" and channels == 2:
+        ways["OpenCV magnitude"] = _without_gradients(cv2.magnitude, [tuple(x[0].numpy()) for (x,) in inputs])
+    x, pixels = inputs[0][0], PIXELS[0] * PIXELS[1]
+    return Kernel("channel_norm", _shape(x), "fp32", ways, 2.0 * x.numel(), 4 * (x.numel() + pixels))
+
+
+def _color(device: str) -> Kernel:
+    """OpenCV has no Middlebury wheel; hue from the angle, as its tutorials paint flow, stands in for it.
+
+    The limit is that of reading the flow and writing the picture.
+    """
+    inputs = _many(lambda: (_flow(device),))
+    as_tensors = [(flow, 20.0) for (flow,) in inputs]
+    if device == "cpu":
+        arrays = [(_last(flow), 20.0) for (flow,) in inputs]
+        ways = _ways({OURS: flow_to_color, "OpenCV HSV (another wheel)": _hsv}, arrays)
+        ways["flowreel, as a tensor"] = _without_gradients(flow_to_color, as_tensors)
+    else:
+        ways = _ways({OURS: flow_to_color}, as_tensors)
+    return Kernel("flow_to_color", _shape(inputs[0][0]), "fp32", ways, 0.0, (8 + 3) * PIXELS[0] * PIXELS[1])
+
+
+def _yuv_to_rgb(device: str) -> Kernel:
+    """NV12, as NVDEC gives it. No row on a CPU: frames that are decoded there come through FFmpeg's scaler."""
+    height, width = PIXELS
+
+    def make() -> tuple[Tensor, ...]:
+        luma = torch.randint(16, 236, PIXELS, dtype=torch.uint8, device=device)
+        return luma, torch.randint(16, 241, (height // 2, width // 2, 2), dtype=torch.uint8, device=device)
+
+    def definition(luma: Tensor, chroma: Tensor) -> None:
+        yuv_to_rgb_definition(
+            torch.empty(3, *PIXELS, dtype=torch.uint8, device=device), luma, chroma, "bt709", False, 8
+        )
+
+    inputs = _many(make)
+    ways = _ways({OURS: yuv_to_rgb, "torch definition": definition}, inputs)
+    return Kernel("yuv_to_rgb", f"{_shape(inputs[0][0])} NV12", "8 bits", ways, 0.0, 4.5 * height * width)
+
+
+def _hsv(flow: Any, max_flow: float) -> Any:
+    length, angle = cv2.cartToPolar(flow[..., 0], flow[..., 1], angleInDegrees=True)
+    hsv = np.full((*flow.shape[:2], 3), 255, np.uint8)
+    hsv[..., 0] = angle / 2
+    hsv[..., 1] = np.minimum(length * (255 / max_flow), 255)
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)

@@ -1,0 +1,187 @@
+"""Timing that can be trusted: warm-up, repeats until the median is settled, alternation, and honest intervals.
+
+A figure in a result is a *sample*: ``{"median": m, "low": q1, "high": q3, "n": count}`` with the quartiles of what was
+measured. A ratio of two things is measured by alternating them in one run; its ``low`` and ``high`` are a 95 %
+bootstrap interval over the rounds. ``benchmarks.tables`` prints either, ``benchmarks.compare`` judges by them.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Action = Callable[[], object]
+Cell = dict[str, float]  # a sample as it stands in a result
+
+SHORTEST_S = 0.005  # a timing below this is mostly the clock and the call: such actions are timed several at once
+RESAMPLES = 2000
+
+
+class Skipped(Exception):
+    """A case, or a part of one, that cannot run here. Its text says why, for the result."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure one thing."""
+
+    least: int = 5  # timings, whatever they take
+    most: int = 60
+    settled: float = 0.01  # stop once the median's 95 % interval is within this share of it, up and down
+    cap_s: float = 10.0  # or once so much time has gone into it
+    warm_up: int = 1  # calls before the first timing
+
+    @classmethod
+    def of(cls, short: bool) -> Effort:
+        """What a case uses unless it knows better."""
+        return cls(least=3, most=20, settled=0.02, cap_s=1.5) if short else cls()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What several timings of one thing say."""
+
+    median: float
+    low: float  # first quartile
+    high: float  # third quartile
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Sample:
+        if not values:
+            raise ValueError("a sample needs at least one value")
+        low, median, high = quartiles(values)
+        return cls(median, low, high, len(values))
+
+    def times(self, factor: float) -> Sample:
+        """In another unit; ``factor`` is positive."""
+        return Sample(self.median * factor, self.low * factor, self.high * factor, self.count)
+
+    def rate(self, work: float) -> Sample:
+        """Of seconds for some work: the work a second. The slow quartile becomes the low one."""
+        return Sample(work / self.median, work / self.high, work / self.low, self.count)
+
+    def cell(self) -> Cell:
+        """As it stands in a result."""
+        return {"median": self.median, "low": self.low, "high": self.high, "n": self.count}
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """First quartile, median, third, linear between the values as NumPy's default has it."""
+    if len(values) == 1:
+        return (values[0],) * 3
+    first, median, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, median, third
+
+
+def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Where the true median lies with at least that confidence, whatever the distribution: the sign test's interval.
+
+    With too few values for the confidence (fewer than 6 for 95 %) it is simply the smallest and the largest.
+    """
+    ordered, count = sorted(values), len(values)
+    tail, drop = 0.0, 0
+    while True:
+        tail += math.comb(count, drop) / 2**count  # the chance that at most ``drop`` values lie below the median
+        if 2 * tail > 1 - confidence or drop >= count // 2:
+            break
+        drop += 1
+    drop = max(drop - 1, 0)
+    return ordered[drop], ordered[count - 1 - drop]
+
+
+def settled(values: Sequence[float], within: float) -> bool:
+    """Whether the median is known to a share of ``within`` either way."""
+    low, high = median_interval(values)
+    middle = statistics.median(values)
+    return len(values) > 5 and max(high - middle, middle - low) <= within * middle
+
+
+def seconds_of(action: Action, sync: Action = lambda: None, calls: int = 1) -> float:
+    """Wall time of one call, the mean of ``calls`` in a row. ``sync`` waits for a device's work to end."""
+    sync()
+    began_s = time.perf_counter()
+    for _ in range(calls):
+        action()
+    sync()
+    return (time.perf_counter() - began_s) / calls
+
+
+def timed(action: Action, effort: Effort | None = None, sync: Action = lambda: None) -> Sample:
+    """Seconds a call of one thing."""
+    return Sample.of(alternated({"": action}, effort, sync)[""])
+
+
+def alternated(
+    actions: Mapping[str, Action], effort: Effort | None = None, sync: Action = lambda: None
+) -> dict[str, list[float]]:
+    """Seconds a call of several things, taken in turn, so that whatever slows the machine slows them all alike.
+
+    Each round times every action once, every second round in the opposite order. ``effort`` counts rounds; its time
+    cap is for all of them together; up to three times of it go into the least number of rounds, and two rounds are
+    always made.
+    """
+    effort = effort or Effort()
+    calls = {name: _calls_per_timing(action, effort, sync) for name, action in actions.items()}
+    found: dict[str, list[float]] = {name: [] for name in actions}
+    began_s = time.perf_counter()
+    for round_number in range(effort.most):
+        for name in reversed(list(actions)) if round_number % 2 else list(actions):
+            found[name].append(seconds_of(actions[name], sync, calls[name]))
+        rounds, spent_s = round_number + 1, time.perf_counter() - began_s
+        if rounds >= effort.least and all(settled(values, effort.settled) for values in found.values()):
+            break
+        if rounds >= 2 and spent_s >= effort.cap_s * (1 if rounds >= effort.least else 3):
+            break
+    return found
+
+
+def _calls_per_timing(action: Action, effort: Effort, sync: Action) -> int:
+    """Warms up, and finds how many calls make one timing long enough for the clock."""
+    for _ in range(effort.warm_up):
+        action()
+    once_s = seconds_of(action, sync)
+    return 1 if once_s >= SHORTEST_S else max(1, math.ceil(SHORTEST_S / max(once_s, 1e-9)))
+
+
+def ratio(over: Sequence[float], under: Sequence[float], seed: int = 0) -> Cell:
+    """Median of ``over`` by median of ``under``, two series measured in the same rounds, with a 95 % interval.
+
+    The interval is a bootstrap over rounds: whole rounds are drawn again, so what both series shared stays shared.
+    """
+    a, b = np.asarray(over, float), np.asarray(under, float)
+    if a.shape != b.shape or a.size == 0:
+        raise ValueError(f"a ratio needs two series of the same rounds, got {a.size} and {b.size} values")
+    drawn = np.random.default_rng(seed).integers(0, a.size, (RESAMPLES, a.size))
+    ratios = np.median(a[drawn], axis=1) / np.median(b[drawn], axis=1)
+    low, high = np.quantile(ratios, (0.025, 0.975))
+    return {"median": float(np.median(a) / np.median(b)), "low": float(low), "high": float(high), "n": int(a.size)}
+
+
+def device_sync(device: str) -> Action:
+    """Waits until everything given to the device is done; nothing on a CPU."""
+    if device != "cuda":
+        return lambda: None
+    import torch
+
+    return torch.cuda.synchronize
+
+
+def devices() -> tuple[str, ...]:
+    """``cpu``, and ``cuda`` where there is one."""
+    import torch
+
+    return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
+def cell_value(cell: Any) -> float | None:
+    """The number a table cell stands for: a sample's median, a float, or None for names, counts and blanks."""
+    if isinstance(cell, Mapping) and "median" in cell:
+        return float(cell["median"])
+    return cell if isinstance(cell, float) else None

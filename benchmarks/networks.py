@@ -1,0 +1,49 @@
+"""Published networks at full width with weights drawn at random, as files that ``--weights`` takes; and their work."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from flowreel.engine.models import MODELS, build_model
+from flowreel.engine.models.layers import initialise
+from flowreel.engine.models.weights import save_weights
+
+SEED = 0
+
+
+def random_weights(model: str, folder: Path, width: float = 1.0) -> Path:
+    """Writes weights of that network. Speed and memory do not depend on the values, as long as they are ordinary ones.
+
+    The file stays in ``folder`` for whoever asks next.
+    """
+    path = folder / f"{model}-{width:g}.safetensors"
+    if not path.exists():
+        torch.manual_seed(SEED)
+        net = build_model(model, width=width)
+        initialise(net)
+        save_weights(path, net.state_dict(), licence="none: random numbers", made_by={"seed": SEED})
+    return path
+
+
+def flops(model: str, height: int, width: int, channels: float = 1.0) -> float:
+    """Multiplications and additions of one pair: convolutions and correlations. Sides are multiples of 64.
+
+    Counted on tensors without data, so any size costs nothing. channels: width factor of the network.
+    """
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.flowreel.correlation: _correlation_flops})
+    with FakeTensorMode(), counter, torch.no_grad():
+        net = MODELS[model](width=channels).eval()
+        frame = torch.empty(1, 3, height, width)
+        net(frame, frame)
+    return float(counter.get_total_flops())
+
+
+def _correlation_flops(a: Any, b: Any, radius: int, stride: int, *, out_shape: Any = None, **_: Any) -> int:
+    """``a``: its shape. One product a displacement, channel and pixel."""
+    return int(2 * (2 * radius + 1) ** 2 * math.prod(a))

@@ -1,0 +1,70 @@
+"""A command in a process of its own: how long it took, and the most memory it ever held.
+
+**Whose peak it is.** ``ru_maxrss`` of a process that a large process started is at least that large process's own peak:
+between fork and exec the child *is* its parent, and Linux keeps the larger number. So a launcher of 10 MB stands
+between, which starts the command, waits for it, and tells what the system counted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+_LAUNCHER = """
+import json, os, sys, time
+began_s = time.perf_counter()
+child = os.posix_spawn(sys.argv[2], sys.argv[2:], os.environ)
+_, status, used = os.wait4(child, 0)
+seconds = time.perf_counter() - began_s
+told = [os.waitstatus_to_exitcode(status), used.ru_maxrss, used.ru_utime + used.ru_stime, seconds]
+with open(sys.argv[1], "w") as file:
+    json.dump(told, file)
+"""
+
+
+class CommandFailedError(RuntimeError):
+    """A measured command did not end well; the text has what it said."""
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a command took."""
+
+    seconds: float  # from its start to its end
+    peak_bytes: int  # most resident memory of it or of a process it waited for
+    cpu_s: float  # of all its threads
+    stdout: str
+
+
+def measured(command: Sequence[str], env: Mapping[str, str] | None = None) -> Spent:
+    """Runs a command to its end, from the repository's root. Raises CommandFailedError when it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder) / "told.json"
+        launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(told), *command]
+        done = subprocess.run(
+            launcher, capture_output=True, text=True, check=False, cwd=ROOT, env={**os.environ, **(env or {})}
+        )
+        code, peak, cpu_s, seconds = json.loads(told.read_text()) if told.exists() else (1, 0, 0.0, 0.0)
+    if code:
+        raise CommandFailedError(f"{' '.join(command)} ended with {code}: {done.stderr.strip()[-2000:]}")
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    return Spent(seconds, peak * unit, cpu_s, done.stdout)
+
+
+def flowreel(*arguments: str) -> list[str]:
+    """The command line of ``flowreel ARGUMENTS`` with this interpreter's flowreel."""
+    return [sys.executable, "-m", "flowreel", *arguments]
+
+
+def in_module(module: str, settings: Mapping[str, object]) -> tuple[dict[str, object], Spent]:
+    """Runs ``python -m MODULE`` of this folder with settings as JSON; the last line it prints is its result."""
+    spent = measured([sys.executable, "-m", module, json.dumps(settings)])
+    return json.loads(spent.stdout.splitlines()[-1]), spent

@@ -1,0 +1,39 @@
+"""Where results lie: ``YYYY-MM-DD-CASE.json``, ``-gpu`` from a machine with a GPU, ``-short`` of a short run."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+_NAME = re.compile(r"(?P<date>\d{4}-\d\d-\d\d)-(?P<case>[\w-]+)\.json")
+
+Result = dict[str, Any]
+
+
+def filed_as(result: Result) -> str:
+    """The case, and what sets the result apart: ``model``, ``model-gpu``, ``model-short``."""
+    gpu = "-gpu" if result["machine"].get("gpu") else ""
+    return f"{result['case']}{gpu}{'-short' if result.get('short') else ''}"
+
+
+def file_name(result: Result) -> str:
+    return f"{result['machine']['date']}-{filed_as(result)}.json"
+
+
+def load(path: Path) -> Result:
+    result: Result = json.loads(path.read_text())
+    return result
+
+
+def newest(case: str, folder: Path = RESULTS) -> Path | None:
+    """The latest result filed as ``case``, or None."""
+    found = [path for path in folder.glob("*.json") if (match := _NAME.fullmatch(path.name)) and match["case"] == case]
+    return max(found, default=None)
+
+
+def cases_in(folder: Path) -> list[str]:
+    """Everything that has a result there, as ``filed_as`` names it."""
+    return sorted({match["case"] for path in folder.glob("*.json") if (match := _NAME.fullmatch(path.name))})

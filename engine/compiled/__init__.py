@@ -1,0 +1,154 @@
+"""The inference form of a network: weights packed for one device, then programs for inputs of one shape each.
+
+``compile`` is the library's way in: a network and a shape to a callable. The engine takes the same two steps apart,
+since one network serves frames of many sizes: ``pack`` once, then ``Packed.program`` for each shape.
+
+How a device joins in: it has a file here with a function ``pack(net, precision) -> Packed``, named in ``_BACKENDS``.
+What that file may rely on, and what it owes:
+
+- ``net`` is one of ``engine.models.MODELS``, its parameters on the device. ``pack`` neither changes it nor keeps it;
+  the caller may drop it, so that its weights are not in memory twice. BatchNorm means its evaluation form.
+- ``Packed.program((B, H, W))`` settles everything that depends on the shape: buffers, layouts, a captured graph. H and
+  W are multiples of 64. Programs of one packed network share its weights.
+- ``Program.flow`` and ``Program.quarter`` are called with gradients off, on whatever thread and current stream, with
+  two (B, 3, H, W) float32 tensors on the device, of any strides, whose shape was checked. They give a tensor of its
+  own: ordinary, contiguous, never memory that a later call writes to. Two threads may call one program at once.
+- Modes (autocast, cuDNN flags, streams) are entered and left within a call.
+- Accuracy: fp32 equals the module to 2e-4 px; the other precisions differ by at most .05 px on average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from flowreel.engine.compiled.unchanged import Unchanged
+from flowreel.engine.config import Precision, RunConfig
+from flowreel.engine.device import resolve_precision
+from flowreel.engine.errors import UsageError
+from flowreel.engine.models import MODELS
+from flowreel.engine.models.layers import STRIDE, Refiner, Upsampling
+from flowreel.engine.models.stacks import FlowNet2, FlowNet2CS
+
+Shape = tuple[int, int, int]  # pairs, height, width
+
+
+class Program(Protocol):
+    """One network for inputs of one shape."""
+
+    def flow(self, first: Tensor, second: Tensor) -> Tensor:
+        """(B, 3, H, W) float32 RGB 0..255 twice to (B, 2, H, W) float32 pixels."""
+        ...
+
+    def quarter(self, first: Tensor, second: Tensor) -> Tensor:
+        """The same before it is enlarged: (B, 2, H/4, W/4). Never asked where ``quarter_upsampling`` gives None."""
+        ...
+
+
+class Packed(Protocol):
+    """One network on one device in one precision, its weights in the form that device likes best."""
+
+    def program(self, shape: Shape) -> Program:
+        """Makes it ready for B pairs of H x W pixels, both multiples of 64."""
+        ...
+
+
+_BACKENDS: dict[str, str] = {"cpu": "cpu"}  # device type to module here; any other device runs the module as it is
+
+
+def pack(net: nn.Module, precision: Precision) -> Packed:
+    """The weights of one of the six networks in the form its device runs. ``net`` stays as it is; it may be dropped."""
+    backend = import_module(f"flowreel.engine.compiled.{_BACKENDS.get(_device_of(net).type, 'plain')}")
+    with torch.no_grad():
+        packed: Packed = backend.pack(net, precision)
+        return packed
+
+
+def quarter_upsampling(net: nn.Module) -> Upsampling | None:
+    """How a network's quarter-resolution prediction is enlarged; None for FlowNet2, whose flow is not made that way."""
+    return None if isinstance(net, FlowNet2) else net.final  # type: ignore[return-value]
+
+
+class CompiledModel:
+    """What ``compile`` gives: called as the network itself, for inputs of ``shape`` only."""
+
+    def __init__(self, net: nn.Module, shape: Shape, precision: Precision) -> None:
+        self.shape = shape  # pairs, height, width
+        self.precision = precision
+        self.device = _device_of(net)
+        self._weights = Unchanged(net)
+        self._has_quarter = quarter_upsampling(net) is not None
+        with torch.no_grad():
+            self._program = pack(net, precision).program(shape)
+
+    def __call__(self, first: Tensor, second: Tensor) -> Tensor:
+        """(B, 3, H, W) floating point RGB 0..255 twice to (B, 2, H, W) float32 pixels, x (right) then y (down).
+
+        The result is an ordinary tensor without gradients. Several threads may call at once.
+
+        Raises:
+            ValueError: an input of another shape, or on another device.
+            TypeError: an input that is not floating point.
+            StaleModelError: the network's weights have changed since it was compiled.
+        """
+        return self._run(self._program.flow, first, second)
+
+    def quarter(self, first: Tensor, second: Tensor) -> Tensor:
+        """The network's own prediction, before it is enlarged: (B, 2, H/4, W/4) float32, pixels of the full frame.
+
+        Raises:
+            UsageError: FlowNet2, whose flow is made at full resolution.
+            ValueError, TypeError, StaleModelError: as when called.
+        """
+        if not self._has_quarter:
+            raise UsageError("FlowNet2 ends at full resolution, so it has no quarter-resolution form")
+        return self._run(self._program.quarter, first, second)
+
+    def _run(self, form: Callable[[Tensor, Tensor], Tensor], first: Tensor, second: Tensor) -> Tensor:
+        batch, height, width = self.shape
+        for frames in (first, second):
+            if frames.shape != (batch, 3, height, width):
+                raise ValueError(
+                    f"compiled for two ({batch}, 3, {height}, {width}) tensors, got {tuple(frames.shape)}: "
+                    "compile again for inputs of another shape"
+                )
+            if not frames.is_floating_point():
+                raise TypeError(f"frames are floating point, 0..255, got {frames.dtype}: convert them with .float()")
+            if frames.device != self.device:
+                raise ValueError(f"compiled for {self.device}, got a tensor on {frames.device}")
+        self._weights.require()
+        with torch.no_grad():
+            return form(first.float(), second.float())
+
+
+def compile(model: nn.Module, shape: Shape, precision: str = "auto") -> CompiledModel:
+    """The inference form of a network for inputs of one shape: weights folded and packed, buffers settled.
+
+    Args:
+        model: a network as ``load_model`` gives it, on the device it is to run on. It is not changed, and not kept
+            alive. BatchNorm is taken in its evaluation form.
+        shape: (B, H, W): pairs in a batch, and their height and width in pixels, multiples of 64.
+        precision: ``auto`` (fp32 on a CPU, fp16 on a GPU), ``fp32``, ``bf16``; on a GPU also ``tf32`` and ``fp16``.
+            Half types differ from fp32 by at most .05 px on average; coordinates and flow are float32 in all of them.
+
+    Returns:
+        A callable like the network: two (B, 3, H, W) float tensors to (B, 2, H, W) float32 pixels, without gradients.
+        When the network's weights change later, by training or loading others, it says so instead of answering.
+
+    Raises:
+        UsageError: not one of the six networks, an impossible shape, or a precision the device does not have.
+    """
+    if len(shape) != 3 or min(shape) < 1 or shape[1] % STRIDE or shape[2] % STRIDE:
+        raise UsageError(f"shape is (pairs, height, width), height and width multiples of {STRIDE}, got {shape}")
+    if not isinstance(model, Refiner | FlowNet2CS):
+        raise UsageError(f"only the networks {', '.join(MODELS)} can be compiled, not {type(model).__name__}")
+    asked = RunConfig.of(precision=precision).model.precision
+    return CompiledModel(model, shape, resolve_precision(asked, _device_of(model)))
+
+
+def _device_of(net: nn.Module) -> torch.device:
+    return next(net.parameters()).device

@@ -1,0 +1,116 @@
+"""Frames by number, in any order: decoding reads forward where it can, and what was decoded is kept for a while.
+
+    wanted: 103          kept 96..101 | decoder stands at 102 ──▶ 102 103           reads on
+    wanted: 98           kept 96..101                                               nothing is decoded
+    wanted: 310          key frame 300 ──▶ 300 ... 310, all kept                    starts over there, once
+
+What the decoder gives on its way to a frame is kept as well, in the decoder's own format, and only made RGB when it
+is asked for: reading backwards then costs one pass through each stretch between key frames.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import replace
+
+from flowreel.engine.data import Frame, Picture, RandomAccess
+from flowreel.engine.errors import TruncatedSourceError
+
+
+class FrameReader:
+    """Gives frames of one source by number. For one thread at a time.
+
+    Args:
+        source: is left open; several readers may share it.
+        most_bytes: of decoded frames that are kept. Those used longest ago go first; 0 keeps none.
+    """
+
+    def __init__(self, source: RandomAccess, most_bytes: int) -> None:
+        self.decoded = 0  # frames that were decoded, those on the way to the ones asked for included
+        self.seeks = 0  # times that decoding began elsewhere than at the first frame or where it stood; of pictures: 0
+        self.kept_bytes = 0
+        self._source = source
+        self._most_bytes = most_bytes
+        self._kept: OrderedDict[int, Picture] = OrderedDict()  # longest unused first
+        self._decoder: Generator[Picture, None, None] | None = None
+        self._stands_at = 0  # number of the frame the decoder gives next
+
+    def frame(self, number: int) -> Frame:
+        """Raises TruncatedSourceError for a frame that the container promised and that does not decode; SourceError
+        when the source is gone or another one."""
+        frame = (self._kept.get(number) or self._decode(number)).develop()
+        self._keep(Picture(number, frame.rgb.nbytes, lambda: frame))
+        return frame
+
+    def stretches(self, stretches: Iterable[Sequence[int]]) -> Iterator[Frame]:
+        """The frames of each stretch, one after the other; those of different stretches will not be paired."""
+        for clip, numbers in enumerate(stretches):
+            for number in numbers:
+                yield replace(self.frame(number), clip=clip)
+
+    def close(self) -> None:
+        """Closes the decoder and forgets what was kept. Reading goes on afterwards, from the start."""
+        self._leave()
+        self._kept.clear()
+        self.kept_bytes = 0
+
+    def _decode(self, wanted: int) -> Picture:
+        if self._decoder is None or not self._reads_on(wanted):
+            self._start(wanted)
+        assert self._decoder is not None
+        found: Picture | None = None
+        try:
+            while found is None and self._stands_at <= wanted:
+                picture = next(self._decoder, None)
+                if picture is None:
+                    break
+                self.decoded += 1
+                self._stands_at = picture.number + 1
+                if picture.number == wanted:
+                    found = picture
+                else:
+                    self._keep(picture)
+        except BaseException:
+            self._leave()
+            raise
+        if found is None:
+            name = self._source.info.source.name
+            raise TruncatedSourceError(
+                f"frame {wanted} of {name} does not decode, although the file lists it: its flow cannot be computed. "
+                "flowreel run --tolerate-truncation takes what is left as the whole"
+            )
+        return found
+
+    def _reads_on(self, wanted: int) -> bool:
+        """Whether going on costs less than starting over."""
+        if wanted < self._stands_at:
+            return False
+        return self._source.standing_before(wanted) < self._stands_at + self._patience
+
+    @property
+    def _patience(self) -> int:
+        """Frames that are decoded rather than jumped over: reading forward at the selection's own step never seeks."""
+        few = self._source.reopening_frames
+        return max(few, self._source.wanted.step) if few else 1
+
+    def _start(self, wanted: int) -> None:
+        start = self._source.standing_before(wanted)
+        if self._source.reopening_frames and (start > 0 or self._decoder is not None):
+            self.seeks += 1
+        self._leave()
+        self._decoder = self._source.pictures_from(wanted)
+        self._stands_at = start
+
+    def _leave(self) -> None:
+        decoder, self._decoder = self._decoder, None
+        if decoder is not None:
+            decoder.close()
+
+    def _keep(self, picture: Picture) -> None:
+        old = self._kept.pop(picture.number, None)
+        self.kept_bytes += picture.size_bytes - (0 if old is None else old.size_bytes)
+        self._kept[picture.number] = picture
+        while self._kept and self.kept_bytes > self._most_bytes:
+            _, dropped = self._kept.popitem(last=False)
+            self.kept_bytes -= dropped.size_bytes

@@ -1,0 +1,53 @@
+"""Pinned host memory, lent and taken back: what copies between host and device pass through.
+
+A copy from or to other memory holds up the thread that asks for it; but pinning memory is slow and holds up the whole
+device, so a buffer is pinned once and used for all of a run. It may be filled again only when nobody reads what it
+holds. On the way to the device that is when the copy's event says so. On the way back it is when the last tensor, view
+or array that lies in it has gone, which only Python knows: so buffers are lent, and a loan ends by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class PinnedRing:
+    """Buffers that are lent and come back with the last tensor, view or array that lies in them.
+
+    There are as many as were ever lent at once, which the pipeline's channels bound; after that nothing is allocated.
+    One thread takes; any thread may be the one that lets go.
+    """
+
+    def __init__(self, pinned: Callable[[int], Tensor]) -> None:
+        """Args: pinned: gives new memory of so many bytes, (bytes,) uint8."""
+        self.buffers = 0  # made so far
+        self._pinned = pinned
+        self._free: list[Tensor] = []
+
+    def take(self, like: Tensor) -> Tensor:
+        """Memory of this shape, dtype and order of dimensions, which nobody else holds. Its content is arbitrary."""
+        size = like.numel() * like.element_size()
+        fitting = [(buffer.numel(), place) for place, buffer in enumerate(self._free) if buffer.numel() >= size]
+        if fitting:
+            buffer = self._free.pop(min(fitting)[1])  # others only append meanwhile, so the place still holds it
+        else:
+            buffer = self._pinned(size)
+            self.buffers += 1
+        lent = torch.from_numpy(np.asarray(_Loan(buffer, size, self._free))).view(like.dtype)
+        return lent.as_strided(like.shape, torch.empty_like(like, device="meta").stride())
+
+
+class _Loan:
+    """What NumPy keeps alive for as long as any array, and so any tensor, uses the buffer."""
+
+    def __init__(self, buffer: Tensor, size: int, back_to: list[Tensor]) -> None:
+        self.__array_interface__ = buffer[:size].numpy().__array_interface__
+        self._buffer = buffer
+        self._back_to = back_to
+
+    def __del__(self) -> None:
+        self._back_to.append(self._buffer)

@@ -1,0 +1,58 @@
+// What the kernels share: element types that are summed in float, tensors with strides, entries by element type.
+//
+// Every .cu file here compiles by itself (nvcc -std=c++17, or NVRTC) and instantiates all that the library launches.
+// Its entries are `extern "C"` and named after the operation and the element type: warp_float, warp_half, ...
+//
+// The tests also compile these files for a CPU, where one block's threads run by turns. So that they can:
+//   - shared memory is declared with SHARED;
+//   - no thread returns before a barrier that others reach;
+//   - what only a GPU has (PTX) stands in an #ifdef __CUDA_ARCH__ with a twin in plain C++.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#ifndef SHARED  // the tests' own declares it poisoned and fenced
+#define SHARED(type, name, count) __shared__ type name[count]
+#endif
+
+// --- element types: read wide, sum wide, round once --------------------------------------------------------------
+
+__device__ __forceinline__ float widened(float x) { return x; }
+__device__ __forceinline__ float widened(__half x) { return __half2float(x); }
+__device__ __forceinline__ float widened(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+__device__ __forceinline__ void store(float* place, float x) { *place = x; }
+__device__ __forceinline__ void store(__half* place, float x) { *place = __float2half_rn(x); }
+__device__ __forceinline__ void store(__nv_bfloat16* place, float x) { *place = __float2bfloat16_rn(x); }
+
+#define FOR_EACH_TYPE(ENTRY) ENTRY(float, float) ENTRY(half, __half) ENTRY(bfloat16, __nv_bfloat16)
+
+// --- tensors: (N, C, H, W) with the strides of each axis in elements, whatever their order in memory --------------
+
+template <class T>
+struct View {
+    T* data;
+    long long n, c, y, x;
+
+    __device__ __forceinline__ T* at(long long in, long long ic, long long iy, long long ix) const {
+        return data + in * n + ic * c + iy * y + ix * x;
+    }
+};
+
+// A view as five parameters of an entry, and the view made from them.
+#define VIEW(T, name) T *name##_data, long long name##_n, long long name##_c, long long name##_y, long long name##_x
+#define AS_VIEW(T, name) (View<T>{name##_data, name##_n, name##_c, name##_y, name##_x})
+
+// --- one thread a pixel: along x, then y, then the batch ----------------------------------------------------------
+
+struct Pixel {
+    int n, y, x;
+    bool inside;  // the last block's threads may lie beyond the last pixel
+};
+
+__device__ __forceinline__ Pixel this_pixel(int batch, int height, int width) {
+    const long long number = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    const long long row = number / width;
+    return {(int)(row / height), (int)(row % height), (int)(number % width), number < (long long)batch * height * width};
+}

@@ -1,0 +1,269 @@
+"""CUDA sources to running kernels: NVRTC compiles, CuPy loads and launches, torch owns the memory and the stream.
+
+    cuda/NAME.cu -> its includes written out -> NVRTC -> cubin, kept on disk -> CuPy module, kept per device -> launch
+
+Nothing of CuPy is imported before the first launch. A launch allocates nothing and waits for nothing, so it may be
+captured in a CUDA graph once its module is loaded: ``prepare`` loads them all.
+
+Without CuPy, and for float64, the plain torch definitions run on the GPU as well; ``kernels_on`` says which it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowreel.engine.errors import DeviceError, MissingDependencyError
+
+SOURCES = Path(__file__).resolve().parent / "cuda"
+OPTIONS = ("-std=c++17", "--ptxas-options=-v")  # -v: the log tells of registers and spills
+SUFFIXES = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat16"}  # of an entry's name
+THREADS = 256  # of a block, where nothing speaks for another number
+
+Argument = Tensor | np.int32 | np.int64 | np.float32
+Size = tuple[int, ...]
+
+
+class Kernel(Protocol):
+    """One entry of a loaded module, called the way CuPy's are."""
+
+    def __call__(self, grid: Size, block: Size, args: tuple[object, ...]) -> None: ...
+
+
+class Module(Protocol):
+    """A compiled source on its device."""
+
+    def get_function(self, name: str) -> Kernel: ...
+
+
+# --- launching --------------------------------------------------------------------------------------------------------
+
+
+def launch(source: str, entry: str, grid: Size, arguments: Sequence[Argument], block: Size = (THREADS,)) -> None:
+    """Runs one kernel on torch's current stream of the device that its tensors are on.
+
+    Args:
+        source: name of the ``.cu`` file, without the suffix.
+        entry: name of the kernel in it.
+        grid: blocks, 1 to 3 numbers.
+        arguments: tensors, and numbers of the very type the kernel takes: a plain int would go as 64 bits whatever
+            the kernel expects.
+        block: threads of each block, 1 to 3 numbers.
+
+    Raises:
+        MissingDependencyError: CuPy is not there, or does not load.
+        DeviceError: the source does not compile for this device.
+    """
+    device = next(x.device for x in arguments if isinstance(x, Tensor))
+    kernel = _kernel(source, entry, device)
+    passed = tuple(pointer_of(x) if isinstance(x, Tensor) else x for x in arguments)
+    with _current(device):
+        kernel(grid, block, passed)
+
+
+def view(x: Tensor) -> tuple[Argument, ...]:
+    """A (N, C, H, W) tensor as the five arguments that ``VIEW`` in the sources declares: any strides."""
+    return x, *map(np.int64, x.stride())
+
+
+def sizes(*numbers: int) -> tuple[np.int32, ...]:
+    return tuple(map(np.int32, numbers))
+
+
+def blocks_for(count: int, threads: int = THREADS) -> Size:
+    """The grid of one thread for each of ``count`` items."""
+    return (-(-count // threads),)
+
+
+def prepare(device: torch.device) -> None:
+    """Loads every kernel onto a GPU, so that none is compiled or loaded while a CUDA graph is being captured."""
+    if kernels_on(device) == "cuda":
+        for path in sorted(SOURCES.glob("*.cu")):
+            _module(path.stem, device)
+
+
+def kernels_on(device: torch.device) -> str:
+    """``cuda`` where our own kernels run, ``torch`` where torch's operations do their work."""
+    return "cuda" if device.type == "cuda" and _cupy_is_there() else "torch"
+
+
+def implement(library: Any, name: str, on_cuda: Callable[..., Any], definition: Callable[..., Any]) -> None:
+    """Registers what runs on CUDA tensors: our kernel where it can, else the definition."""
+
+    def chosen(*arguments: Any) -> Any:
+        ours = all(x.dtype in SUFFIXES for x in arguments if isinstance(x, Tensor) and x.is_floating_point())
+        return (on_cuda if ours and _cupy_is_there() else definition)(*arguments)
+
+    library.impl(name, chosen, "CUDA")
+
+
+@cache
+def _cupy_is_there() -> bool:
+    return find_spec("cupy") is not None
+
+
+pointer_of: Callable[[Tensor], int] = Tensor.data_ptr  # the tests put fences around what it points to
+_modules: dict[tuple[str, torch.device], Module] = {}
+_kernels: dict[tuple[str, str, torch.device], Kernel] = {}
+
+
+def _kernel(source: str, entry: str, device: torch.device) -> Kernel:
+    key = source, entry, device
+    if key not in _kernels:
+        _kernels[key] = _module(source, device).get_function(entry)
+    return _kernels[key]
+
+
+def _module(source: str, device: torch.device) -> Module:
+    key = source, device
+    if key not in _modules:
+        with _current(device):
+            _modules[key] = loaders[device.type](source, device)
+    return _modules[key]
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """CuPy on the device, and on the stream that torch works on there."""
+    if device.type != "cuda":
+        return nullcontext()
+    cupy = _cupy()
+    stream: Any = torch.cuda.current_stream(device)
+    entered = ExitStack()
+    entered.enter_context(cupy.cuda.Device(device.index))
+    if hasattr(stream, "__cuda_stream__"):
+        entered.enter_context(cupy.cuda.Stream.from_external(stream))
+    else:  # torch before 2.9
+        entered.enter_context(cupy.cuda.ExternalStream(stream.cuda_stream, device.index))
+    return entered
+
+
+# --- compiling --------------------------------------------------------------------------------------------------------
+
+
+def read_source(name: str) -> str:
+    """One ``.cu`` file with the files it includes from our folder written out: what is compiled, and what is hashed."""
+
+    def written_out(path: Path, seen: set[Path]) -> str:
+        def included(match: re.Match[str]) -> str:
+            inner = path.parent / match[1]
+            if inner in seen:
+                return ""
+            seen.add(inner)
+            return written_out(inner, seen)
+
+        return re.sub(r'^#include "([^"]+)"$', included, path.read_text().replace("#pragma once\n", ""), flags=re.M)
+
+    return written_out(SOURCES / f"{name}.cu", set())
+
+
+def compile_source(name: str, architecture: str) -> tuple[bytes, str]:
+    """One ``.cu`` file to a program for ``sm_90`` (a cubin) or ``compute_90`` (PTX), and the compiler's log.
+
+    Needs no GPU.
+
+    Raises:
+        DeviceError: it does not compile.
+        MissingDependencyError: neither CuPy nor NVRTC can be loaded.
+    """
+    nvrtc = _cupy().cuda.nvrtc
+    try:
+        program = nvrtc.createProgram(read_source(name), f"{name}.cu", [], [])
+    except Exception as error:  # CuPy looks for the library now
+        raise MissingDependencyError(f"NVRTC cannot be loaded ({error}): install flowreel[cuda]") from error
+    options = (f"--gpu-architecture={architecture}", *OPTIONS, f"-I{_header_folder()}")
+    try:
+        nvrtc.compileProgram(program, options)
+        log = nvrtc.getProgramLog(program)
+        virtual = architecture.startswith("compute_")
+        return nvrtc.getPTX(program) if virtual else nvrtc.getCUBIN(program), log
+    except nvrtc.NVRTCError as error:
+        log = nvrtc.getProgramLog(program)
+        raise DeviceError(f"kernel {name}.cu does not compile for {architecture}: {error}\n{log}") from error
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def _load_with_cupy(name: str, device: torch.device) -> Module:
+    """Loads a source's program for this GPU, compiled now or on an earlier run."""
+    cupy = _cupy()
+    architecture = _architecture(*torch.cuda.get_device_capability(device), cupy.cuda.nvrtc.getSupportedArchs())
+    key = repr((read_source(name), architecture, OPTIONS, cupy.cuda.nvrtc.getVersion()))
+    kept = _cache_folder() / f"{name}-{architecture}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.bin"
+    if not kept.is_file():
+        program, _ = compile_source(name, architecture)
+        _publish(kept, program)
+    module: Module = cupy.RawModule(path=str(kept))
+    return module
+
+
+def _architecture(major: int, minor: int, supported: Sequence[int]) -> str:
+    """The GPU's own, or for one newer than the compiler the newest virtual one, which its driver translates."""
+    own = 10 * major + minor
+    if own in supported:
+        return f"sm_{own}"
+    older = [number for number in supported if number < own]
+    if not older:
+        raise DeviceError(f"this NVRTC compiles for compute capability {min(supported) / 10} and newer, not {own / 10}")
+    return f"compute_{max(older)}"
+
+
+def _cache_folder() -> Path:
+    """Where programs are kept: the user's cache, or for one who has none a folder of this process's own."""
+    wanted = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flowreel" / "kernels"
+    try:
+        wanted.mkdir(parents=True, exist_ok=True)
+        if os.access(wanted, os.W_OK):
+            return wanted
+    except OSError:
+        pass
+    return _own_folder()
+
+
+@cache
+def _own_folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="flowreel-kernels-"))
+
+
+def _publish(path: Path, content: bytes) -> None:
+    """Whole or not at all, whoever else compiles the same."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(content)
+    os.replace(file.name, path)
+
+
+@cache
+def _header_folder() -> str:
+    """Where cuda_fp16.h is: in pip's package of CUDA's runtime, or in an installed toolkit."""
+    from cuda.pathfinder import find_nvidia_header_directory
+
+    found = find_nvidia_header_directory("cudart")
+    if found is None:
+        raise MissingDependencyError("the CUDA runtime's headers (cuda_fp16.h) cannot be found: install flowreel[cuda]")
+    return str(found)
+
+
+@cache
+def _cupy() -> Any:
+    try:
+        import cupy
+    except Exception as error:  # of any kind: it loads libraries that load others
+        raise MissingDependencyError(
+            f"our CUDA kernels need CuPy, which does not load ({error}): pip install 'flowreel[cuda]', "
+            "or 'flowreel[cuda12]' for a CUDA 12 driver"
+        ) from error
+    return cupy
+
+
+loaders: dict[str, Callable[[str, torch.device], Module]] = {"cuda": _load_with_cupy}  # the tests add one for the CPU

@@ -1,0 +1,201 @@
+"""Decoded video surfaces to planar RGB: matrix, value range, chroma enlarging and the networks' padding in one pass."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowreel.kernels.launch import blocks_for, implement, launch, sizes, view
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# Matrix -> weights of red and blue in luma. Sources: ITU-R BT.601-7, BT.709-6, BT.2020-2 (non-constant luminance),
+# SMPTE 240M, 47 CFR 73.682 (fcc); the names are those of FFmpeg's scale filter.
+LUMA_WEIGHTS = {
+    "bt601": (0.299, 0.114),
+    "bt709": (0.2126, 0.0722),
+    "bt2020": (0.2627, 0.0593),
+    "smpte240m": (0.212, 0.087),
+    "fcc": (0.30, 0.11),
+}
+
+
+class Coefficients(NamedTuple):
+    """What turns stored values, as they stand in memory, into RGB from 0 to 255.
+
+    y = luma_scale (Y - black), cb = Cb - grey, cr = Cr - grey;
+    red = y + red_cr cr, green = y + green_cb cb + green_cr cr, blue = y + blue_cb cb.
+    """
+
+    black: float
+    luma_scale: float
+    grey: float
+    red_cr: float
+    green_cb: float
+    green_cr: float
+    blue_cb: float
+
+
+def coefficients(matrix: str, full_range: bool, bits: int, stored_bits: int) -> Coefficients:
+    """For values of ``bits`` that lie in the high bits of ``stored_bits`` (8 or 16)."""
+    red, blue = LUMA_WEIGHTS[matrix]
+    green = 1 - red - blue
+    shift = 1 << (stored_bits - bits)  # a step of the value, as it stands in memory
+    unit = shift << (bits - 8)  # a step of an 8-bit value
+    top = shift * ((1 << bits) - 1)
+    luma_span, chroma_span = (top, top) if full_range else (219 * unit, 224 * unit)
+    cr, cb = 255 * 2 * (1 - red) / chroma_span, 255 * 2 * (1 - blue) / chroma_span
+    return Coefficients(
+        black=0 if full_range else 16 * unit,
+        luma_scale=255 / luma_span,
+        grey=128 * unit,
+        red_cr=cr,
+        green_cb=-cb * blue / green,
+        green_cr=-cr * red / green,
+        blue_cb=cb,
+    )
+
+
+# --- the definition: any device ---------------------------------------------------------------------------------------
+
+
+def yuv_to_rgb_definition(out: Tensor, luma: Tensor, chroma: Tensor, matrix: str, full_range: bool, bits: int) -> None:
+    """What ``yuv_to_rgb`` means. Writes all of ``out``."""
+    height, width = luma.shape
+    c = coefficients(matrix, full_range, bits, 8 * luma.element_size())
+    y = (luma.float() - c.black) * c.luma_scale
+    cb, cr = _enlarged(chroma.float() - c.grey, height, width).unbind(2)
+    rgb = torch.stack((y + c.red_cr * cr, y + c.green_cb * cb + c.green_cr * cr, y + c.blue_cb * cb))
+    rgb = rgb.round().clamp(0, 255).to(torch.uint8)
+    rows, columns = (_repeated(*sides, luma.device) for sides in zip((height, width), out.shape[1:], strict=True))
+    out.copy_(rgb[:, rows[:, None], columns])
+
+
+def _enlarged(chroma: Tensor, height: int, width: int) -> Tensor:
+    """(h, w, 2) -> (height, width, 2): bilinear, half-pixel centres, edges repeated.
+
+    The plane as a whole is stretched over the picture. With even sides that puts each sample in the middle of its
+    2x2 pixels; with an odd side the factor is a little below two, as in FFmpeg's scaler.
+    """
+    rows, columns = _between(chroma.shape[0], height, chroma.device), _between(chroma.shape[1], width, chroma.device)
+    above, below, part = rows
+    part = part[:, None, None]
+    chroma = chroma[above] * (1 - part) + chroma[below] * part
+    before, after, part = columns
+    part = part[:, None]
+    return chroma[:, before] * (1 - part) + chroma[:, after] * part
+
+
+def _between(samples: int, pixels: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """For each pixel of one side: the sample before it, the one after it, and how far it is on the way."""
+    place = ((torch.arange(pixels, device=device) + 0.5) * (samples / pixels) - 0.5).clamp(0, samples - 1)
+    before = place.floor()
+    return before.long(), (before.long() + 1).clamp(max=samples - 1), place - before
+
+
+def _repeated(inner: int, outer: int, device: torch.device) -> Tensor:
+    """For each place of a padded side, the place inside: the border repeats the edge, split as ``Fit`` splits it."""
+    return (torch.arange(outer, device=device) - (outer - inner) // 2).clamp(0, inner - 1)
+
+
+# --- the CUDA version -------------------------------------------------------------------------------------------------
+
+
+def _yuv_to_rgb_cuda(out: Tensor, luma: Tensor, chroma: Tensor, matrix: str, full_range: bool, bits: int) -> None:
+    stored_bits = 8 * luma.element_size()
+    picture, samples = luma.shape, chroma.shape[:2]
+    scales = (np.float32(count / side) for count, side in zip(samples, picture, strict=True))
+    weights = map(np.float32, coefficients(matrix, full_range, bits, stored_bits))
+    views = (*view(luma[None, None]), *view(chroma.permute(2, 0, 1)[None]), *view(out[None]))
+    arguments = (*views, *sizes(*picture, *samples, *out.shape[1:]), *scales, *weights)
+    launch("yuv_to_rgb", f"yuv_to_rgb_{stored_bits}", blocks_for(out[0].numel()), arguments)
+
+
+# --- registration -----------------------------------------------------------------------------------------------------
+
+_torch_library: Any = torch.library  # its functions carry no types
+_LIBRARY = _torch_library.Library("flowreel", "FRAGMENT")
+_LIBRARY.define("yuv_to_rgb(Tensor(a!) out, Tensor luma, Tensor chroma, str matrix, bool full_range, int bits) -> ()")
+_LIBRARY.impl("yuv_to_rgb", yuv_to_rgb_definition, "CompositeExplicitAutograd")  # any device without its own
+implement(_LIBRARY, "yuv_to_rgb", _yuv_to_rgb_cuda, yuv_to_rgb_definition)
+
+
+def _nothing_comes_back(out: Tensor, luma: Tensor, chroma: Tensor, matrix: str, full_range: bool, bits: int) -> None:
+    pass
+
+
+_torch_library.register_fake("flowreel::yuv_to_rgb", _nothing_comes_back, lib=_LIBRARY)
+
+
+# --- the public function ----------------------------------------------------------------------------------------------
+
+
+def yuv_to_rgb(
+    luma: Tensor,
+    chroma: Tensor,
+    *,
+    matrix: str = "bt709",
+    full_range: bool = False,
+    bits: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """One picture as a decoder stores it, to full-range RGB.
+
+    Args:
+        luma: (H, W) uint8, or uint16 with the value in the high bits, as P010 has it. Any strides, so a pitch too.
+        chroma: (h, w, 2) of luma's dtype, Cb then Cr, any strides: h is H (4:4:4, 4:2:2) or ceil(H / 2) (4:2:0), w is
+            W or ceil(W / 2). The second plane of NV12 is that; separate planes are as a view ``(2, h, w)`` permuted.
+        matrix: bt601, bt709, bt2020, smpte240m or fcc.
+        full_range: values run over 0..255 (at 8 bits), and not over 16..235 (chroma: 240).
+        bits: of a value; None: 8 of uint8, 10 of uint16.
+        out: (3, H', W') uint8 to write into, any strides, H' >= H and W' >= W; None: a new one (3, H, W). What it has
+            more is filled by repeating the edge, the half of it (rounded down) above and to the left: padding as in
+            ``engine/restore.py``.
+
+    Returns:
+        ``out``: red, green, blue planes, rounded to whole levels.
+
+    Chroma is enlarged bilinearly, as if it lay in the middle of its pixels whatever the stream says of that: so does
+    the CPU path (``engine/sources/picture.py``, FFmpeg's scaler), whose pictures are met within one level, from 8
+    pixels a side on. The CUDA kernel: within one level of the definition, and that where rounding decides.
+
+    Raises:
+        TypeError: a dtype is none of these.
+        ValueError: shapes or devices do not fit together, there is no such matrix, or the bits cannot be.
+    """
+    if luma.dtype not in (torch.uint8, torch.uint16) or chroma.dtype != luma.dtype:
+        raise TypeError(f"luma and chroma are both uint8 or both uint16, got {luma.dtype} and {chroma.dtype}")
+    if luma.ndim != 2 or luma.numel() == 0:
+        raise ValueError(f"luma is (H, W) and holds something, got {tuple(luma.shape)}")
+    height, width = luma.shape
+    if chroma.ndim != 3 or not (
+        chroma.shape[0] in (height, -(-height // 2))
+        and chroma.shape[1] in (width, -(-width // 2))
+        and chroma.shape[2] == 2
+    ):
+        raise ValueError(
+            f"chroma for luma {tuple(luma.shape)} is (h, w, 2), as large or half as large, got {tuple(chroma.shape)}"
+        )
+    if matrix not in LUMA_WEIGHTS:
+        raise ValueError(f"matrix is one of {', '.join(LUMA_WEIGHTS)}, got {matrix!r}")
+    stored_bits = 8 * luma.element_size()
+    bits = min(10, stored_bits) if bits is None else bits
+    if not 8 <= bits <= stored_bits:
+        raise ValueError(f"values in {luma.dtype} have 8 to {stored_bits} bits, got {bits}")
+    if out is None:
+        out = torch.empty((3, height, width), dtype=torch.uint8, device=luma.device)
+    elif out.dtype != torch.uint8:
+        raise TypeError(f"out is uint8, got {out.dtype}")
+    elif out.ndim != 3 or out.shape[0] != 3 or out.shape[1] < height or out.shape[2] < width:
+        raise ValueError(f"out for luma {tuple(luma.shape)} is (3, H, W), at least as large, got {tuple(out.shape)}")
+    if not luma.device == chroma.device == out.device:
+        raise ValueError(f"all on one device, got {luma.device}, {chroma.device} and {out.device}")
+    _convert(out, luma, chroma, matrix, full_range, bits)
+    return out
+
+
+_convert: Callable[[Tensor, Tensor, Tensor, str, bool, int], None] = torch.ops.flowreel.yuv_to_rgb.default

@@ -1,0 +1,44 @@
+"""Is it the flow that was written there? A chunk's own checksum tells that it is whole, not that it is in its place.
+
+Two shards that changed places, or one of another store of the same size, hold sound chunks only. So two arrays beside
+``flow`` hold, for each flow n,
+
+    flow_crc32c[n]   crc32c of n and of the crc32c in which the chunk of flow n ends
+    time_crc32c[n]   crc32c of n, frame[n], frame_to[n], timestamp_s[n] and timestamp_to_s[n]
+
+each number as the 8 little-endian bytes that its array has, n as an integer, the chunk's crc32c as its 4 bytes. They
+are in no flow's way: with one of them gone the flow can still be read, but is no longer known to be in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import google_crc32c
+import numpy as np
+
+from flowreel.sinks.codecs import CHECKSUM_BYTES
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Array = npt.NDArray[Any]
+
+COVERED = ("frame", "frame_to", "timestamp_s", "timestamp_to_s")
+
+
+def flow_checksums(first: int, chunks: Sequence[bytes]) -> Array:
+    """(N,) uint32 of the flows from number ``first`` on; of their chunks, the last four bytes will do."""
+    values = [
+        google_crc32c.value(number.to_bytes(8, "little") + chunk[-CHECKSUM_BYTES:])
+        for number, chunk in enumerate(chunks, first)
+    ]
+    return np.array(values, "<u4")
+
+
+def time_checksums(first: int, times: Mapping[str, Any]) -> Array:
+    """(N,) uint32 of the flows from number ``first`` on; times: the arrays of the names above, (N,) each."""
+    columns = [np.asarray(times[name], "<i8" if name.startswith("frame") else "<f8").view("<i8") for name in COVERED]
+    rows = np.stack([np.arange(first, first + len(columns[0]), dtype="<i8"), *columns], axis=1)
+    return np.array([google_crc32c.value(row.tobytes()) for row in rows], "<u4")

@@ -1,0 +1,233 @@
+"""The inference form against the network it is made of, and what it refuses."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import flowreel
+from flowreel.engine.compiled import plain
+from flowreel.engine.config import Precision
+from flowreel.engine.errors import StaleModelError, UsageError
+from flowreel.engine.models import MODELS, build_model
+from flowreel.engine.models.layers import FlowHead
+
+Filled = Callable[..., nn.Module]
+TOLERANCE_PX = 2e-4  # of the goldens
+HALF = 0.02  # of the flow, on average: what a half type may differ by; random weights give wild flow of 10 to 30 px
+NATIVE = [name for name in MODELS if name != "FlowNet2"]
+
+
+def smooth_frames(seed: int, count: int, height: int = 64, width: int = 128) -> tuple[Tensor, Tensor]:
+    """Frames without noise: the stacks warp by the flow of random weights, which tears noise apart."""
+    coarse = torch.rand(2 * count, 3, 3, 4, generator=torch.Generator().manual_seed(seed)) * 255
+    fine = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic", align_corners=True)
+    return fine[:count], fine[count:]
+
+
+def apart(flow: Tensor, expected: Tensor) -> float:
+    """Mean difference over mean length."""
+    return float((flow - expected).norm(dim=1).mean() / expected.norm(dim=1).mean())
+
+
+@pytest.mark.parametrize("name", ["FlowNet2C", "FlowNet2S", "FlowNet2"])
+def test_the_goldens(name: str, filled: Filled, golden_dir: Path) -> None:
+    images = np.load(golden_dir / "inputs.npz")["images_128x192"]  # (B, T, H, W, 3)
+    frames = torch.from_numpy(images).permute(1, 0, 4, 2, 3).float()
+    fast = flowreel.compile(filled(name), (2, 128, 192))
+    expected = np.load(golden_dir / f"{name}.npz")["flow_128x192"]
+    np.testing.assert_allclose(fast(*frames).numpy(), expected, rtol=0, atol=TOLERANCE_PX)
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_network_an_odd_batch_and_both_forms(name: str, batch_norm: bool, filled: Filled) -> None:
+    model = filled(name, width=0.15, batch_norm=batch_norm)
+    frames = smooth_frames(1, 3)
+    fast = flowreel.compile(model, (3, 64, 128))
+    with torch.no_grad():
+        expected = model(*frames)
+    flow = fast(*frames)
+    assert (flow.dtype, flow.shape, flow.is_contiguous()) == (torch.float32, (3, 2, 64, 128), True)
+    torch.testing.assert_close(flow, expected, rtol=0, atol=1e-4)
+    if name in NATIVE:
+        with torch.no_grad():
+            expected = model.quarter(*frames)  # type: ignore[operator]
+        torch.testing.assert_close(fast.quarter(*frames), expected, rtol=0, atol=1e-4)
+    else:
+        with pytest.raises(UsageError, match="full resolution"):
+            fast.quarter(*frames)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_half_precision_stays_close(name: str, filled: Filled) -> None:
+    model = filled(name, width=0.25)
+    frames = smooth_frames(2, 2)
+    whole, half = (flowreel.compile(model, (2, 64, 128), precision)(*frames) for precision in ("fp32", "bf16"))
+    assert half.dtype == torch.float32
+    assert 0 < apart(half, whole) < HALF
+
+
+def test_the_result_is_an_ordinary_tensor_that_later_calls_leave_alone() -> None:
+    fast = flowreel.compile(build_model("FlowNet2", width=0.05), (1, 64, 64))
+    frames, others = smooth_frames(3, 1, 64, 64), smooth_frames(4, 1, 64, 64)
+    flow = fast(*frames)
+    kept = flow.clone()
+    assert not flow.requires_grad
+    assert not flow.is_inference()
+    assert not torch.equal(fast(*others), kept)
+    assert torch.equal(flow, kept)
+    (flow * torch.ones(1, requires_grad=True)).sum().backward()  # may take part in training
+
+
+def test_modes_of_the_caller_stay_and_do_not_matter(filled: Filled) -> None:
+    model = filled("FlowNet2CS", width=0.1)
+    frames = smooth_frames(5, 1)
+    fast = flowreel.compile(model.train(), (1, 64, 128), "bf16")
+    expected = fast(*frames)
+    assert torch.is_grad_enabled()
+    assert not torch.is_autocast_enabled("cpu")
+    with torch.inference_mode():
+        assert torch.equal(fast(*frames), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fast(*frames), expected)
+    assert model.training
+
+
+def test_several_threads_at_once(filled: Filled) -> None:
+    fast = flowreel.compile(filled("FlowNet2CS", width=0.1), (1, 64, 128))
+    inputs = [smooth_frames(seed, 1) for seed in range(4)]
+    expected = [fast(*frames) for frames in inputs]
+    found: dict[int, list[bool]] = {}
+
+    def work(number: int) -> None:
+        found[number] = [torch.equal(fast(*inputs[number]), expected[number]) for _ in range(5)]
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {number: [True] * 5 for number in range(4)}
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "flipped", "float64"])
+def test_inputs_of_any_strides_and_float_type(layout: str, filled: Filled) -> None:
+    fast = flowreel.compile(filled("FlowNet2S", width=0.1), (2, 64, 128))
+    frames = smooth_frames(6, 2)
+    expected = fast(*frames)
+    forms: dict[str, Callable[[Tensor], Tensor]] = {
+        "channels_last": lambda x: x.to(memory_format=torch.channels_last),
+        "flipped": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+        "float64": lambda x: x.double(),
+    }
+    torch.testing.assert_close(fast(*map(forms[layout], frames)), expected, rtol=0, atol=1e-4)
+
+
+def test_other_inputs_are_refused() -> None:
+    fast = flowreel.compile(build_model("FlowNet2S", width=0.05), (2, 64, 64))
+    good = torch.zeros(2, 3, 64, 64)
+    for bad in (good[:1], torch.zeros(2, 3, 64, 128), torch.zeros(3, 64, 64)):
+        with pytest.raises(ValueError, match=r"\(2, 3, 64, 64\).*compile again"):
+            fast(good, bad)
+        with pytest.raises(ValueError, match="compile again"):
+            fast.quarter(bad, good)
+    with pytest.raises(TypeError, match="uint8"):
+        fast(good.byte(), good)
+    with pytest.raises(ValueError, match="meta"):
+        fast(good.to("meta"), good)
+
+
+def test_what_cannot_be_compiled() -> None:
+    model = build_model("FlowNet2S", width=0.05)
+    for shape in ((1, 64), (1, 60, 64), (0, 64, 64), (1, 64, 0)):
+        with pytest.raises(UsageError, match="shape"):
+            flowreel.compile(model, shape)  # type: ignore[arg-type]
+    for precision in ("fp16", "tf32", "fp64"):
+        with pytest.raises(UsageError, match=precision):
+            flowreel.compile(model, (1, 64, 64), precision)
+    with pytest.raises(UsageError, match="Linear"):
+        flowreel.compile(nn.Linear(2, 2), (1, 64, 64))
+
+
+def trained(model: nn.Module) -> None:
+    first, second = smooth_frames(7, 1, 64, 64)
+    model(first, second).sum().backward()
+    torch.optim.SGD(model.parameters(), lr=1e-3).step()
+
+
+def loaded(model: nn.Module) -> None:
+    model.load_state_dict(model.state_dict())
+
+
+def replaced(model: nn.Module) -> None:
+    head = model.get_submodule("predict_flow2")
+    head.weight = nn.Parameter(head.weight.detach().clone())
+
+
+def rebuilt(model: nn.Module) -> None:
+    model.add_module("predict_flow2", FlowHead(model.get_submodule("predict_flow2").in_channels))  # type: ignore[arg-type]
+
+
+def cast(model: nn.Module) -> None:
+    model.double()
+
+
+@pytest.mark.parametrize("change", [trained, loaded, replaced, rebuilt, cast])
+def test_weights_that_change_afterwards_are_noticed(change: Callable[[nn.Module], None]) -> None:
+    model = build_model("FlowNet2SD", width=0.05).eval()
+    frames = smooth_frames(8, 1, 64, 64)
+    fast = flowreel.compile(model, (1, 64, 64))
+    fast(*frames)
+    change(model)
+    for form in (fast, fast.quarter):
+        with pytest.raises(StaleModelError, match=r"call flowreel\.compile again"):
+            form(*frames)
+    flowreel.compile(model, (1, 64, 64))(*frames)
+
+
+def test_statistics_of_batch_norm_are_weights_too() -> None:
+    model = build_model("FlowNet2S", width=0.05, batch_norm=True)
+    frames = smooth_frames(9, 1)
+    fast = flowreel.compile(model, (1, 64, 128))
+    fast(*frames)
+    model.train()(*frames)
+    with pytest.raises(StaleModelError, match=r"conv1\.1"):
+        fast(*frames)
+
+
+def test_the_network_may_go() -> None:
+    model = build_model("FlowNet2S", width=0.05)
+    frames = smooth_frames(10, 1)
+    fast = flowreel.compile(model, (1, 64, 128))
+    expected = fast(*frames)
+    del model
+    gc.collect()
+    assert torch.equal(fast(*frames), expected)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["FlowNet2", "FlowNet2C"])
+def test_the_form_that_runs_anywhere(name: str, precision: Precision, filled: Filled) -> None:
+    model = filled(name, width=0.15, batch_norm=True)
+    frames = smooth_frames(11, 1)
+    program = plain.pack(model, precision).program((1, 64, 128))
+    with torch.no_grad():
+        assert apart(program.flow(*frames), model(*frames)) < (1e-5 if precision == "fp32" else HALF)
+    assert next(model.parameters()).dtype == torch.float32
+
+
+def test_flow_heads_stay_in_float32() -> None:
+    net = build_model("FlowNet2", width=0.05)
+    plain.cast_convolutions(net, torch.bfloat16)
+    heads = [module for module in net.modules() if isinstance(module, FlowHead)]
+    assert len(heads) == 5 * 4 + 3
+    assert all(head.weight.dtype == torch.float32 for head in heads)
+    assert net.get_submodule("flownetc.conv1.0").weight.dtype == torch.bfloat16

@@ -1,0 +1,401 @@
+"""NVDEC's logic against a stand-in: the same frames as on the CPU, surfaces that are only lent, seeks that go wrong,
+sessions that fail, and telling aloud why the CPU decodes instead. No GPU has run any of it."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import threading
+from collections.abc import Callable, Generator, Iterator
+from fractions import Fraction
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from flowreel.engine.config import SelectConfig
+from flowreel.engine.data import Frame, Source
+from flowreel.engine.errors import DeviceError, FrameSizeError, MissingDependencyError, TooFewFramesError
+from flowreel.engine.sources import nvcodec, nvdec, open_source
+from flowreel.engine.sources.nvdec import NvdecDecoder
+from flowreel.engine.sources.probe import probe_video
+from flowreel.engine.sources.pyav import PyAVDecoder
+from flowreel.engine.sources.video import VideoSource, open_video
+
+Clip = Callable[..., Path]
+GPU = "cuda:0"
+
+CLIPS = {  # and how many frames are looked at
+    "videos/bbb_1080p60.mp4": 4,
+    "videos/sintel_cave_1024x436.mp4": 6,
+    "videos/person_asl_walk_640x480.mkv": 12,  # full range
+    "videos_corner/av1_640x360.mkv": 12,
+    "videos_corner/bbb_vfr_640x360.mp4": None,
+    "videos_corner/hevc_main10_320x240.mp4": None,  # 10 bits, BT.2020
+    "videos_corner/nasa_rotated90_480x270.mp4": None,
+    "videos_corner/non_zero_start_200x112.mp4": None,
+}
+
+
+def on_gpu(path: Path, **select: Any) -> VideoSource:
+    """Decoded by the stand-in, or an error."""
+    return open_video(str(path), SelectConfig(decoder="nvdec", **select), GPU)
+
+
+def on_cpu(path: Path, **select: Any) -> VideoSource:
+    return open_video(str(path), SelectConfig(**select))
+
+
+def levels_apart(got: list[Frame], expected: list[Frame]) -> int:
+    """Largest difference of any colour; numbers and times must be the same."""
+    assert [frame.index for frame in got] == [frame.index for frame in expected]
+    assert [frame.timestamp_s for frame in got] == [frame.timestamp_s for frame in expected]
+    assert [frame.rgb.shape for frame in got] == [frame.rgb.shape for frame in expected]
+    pairs = zip(got, expected, strict=True)
+    return max(int((one.rgb.int() - other.rgb.int()).abs().max()) for one, other in pairs)
+
+
+class TestSameFramesAsOnTheCpu:
+    @pytest.mark.parametrize("name", CLIPS)
+    def test_real_clips(self, nvc: ModuleType, data_dir: Path, name: str) -> None:
+        path, stop = data_dir / name, CLIPS[name]
+        with on_gpu(path, stop=stop) as gpu, on_cpu(path, stop=stop) as cpu:
+            assert (gpu.info.height, gpu.info.width) == (cpu.info.height, cpu.info.width)
+            assert levels_apart(list(gpu), list(cpu)) <= 1
+            assert gpu.decoder == cpu.decoder.replace("PyAV", "NVDEC")
+            assert (gpu.losses, gpu.notes) == (cpu.losses, cpu.notes)
+
+    @pytest.mark.parametrize("pix_fmt", ["yuv444p", "yuv444p10le", "yuv420p10le", "yuvj420p"])
+    def test_other_kinds_of_surfaces(self, nvc: ModuleType, clip: Clip, pix_fmt: str) -> None:
+        path = clip(f"nv_{pix_fmt}.mp4", pix_fmt=pix_fmt, count=4)
+        assert levels_apart(list(on_gpu(path)), list(on_cpu(path))) <= 1
+
+    def test_ten_bits_over_the_full_range(self, nvc: ModuleType, clip: Clip) -> None:
+        path = clip("nv_full.mp4", pix_fmt="yuv420p10le", count=4, colour={"color_range": 2, "colorspace": 9})
+        assert probe_video(str(path)).pixel_format.used_range == "full"
+        assert levels_apart(list(on_gpu(path)), list(on_cpu(path))) <= 1
+
+    @pytest.mark.parametrize(
+        "select",
+        [{}, {"start": 3, "stop": 9}, {"start": 60, "step": 7}, {"start": "2s", "stop": "3s"}, {"start": 98}],
+    )
+    def test_selection(self, nvc: ModuleType, long_clip: Path, select: dict[str, Any]) -> None:
+        assert levels_apart(list(on_gpu(long_clip, **select)), list(on_cpu(long_clip, **select))) <= 1
+
+    def test_frames_that_an_edit_list_hides(self, nvc: ModuleType, clip: Clip) -> None:
+        options = {"avoid_negative_ts": "disabled"}
+        path = clip("nv_edited.mp4", count=30, stamps=lambda n: n - 7, container_options=options)
+        assert len(list(on_cpu(path))) == 23
+        assert levels_apart(list(on_gpu(path)), list(on_cpu(path))) <= 1
+
+    @pytest.mark.parametrize("name", ["nv_raw.h264", "nv_packed.avi"])
+    def test_no_stamps_to_tell_frames_by(self, nvc: ModuleType, clip: Clip, name: str) -> None:
+        path = clip(name, count=20, b_frames=2)
+        assert levels_apart(list(on_gpu(path)), list(on_cpu(path))) <= 1
+        assert levels_apart(list(on_gpu(path, start=15)), list(on_cpu(path, start=15))) <= 1
+
+    def test_stamps_that_start_over(self, nvc: ModuleType, clip: Clip, tmp_path: Path) -> None:
+        path = tmp_path / "twice.ts"
+        path.write_bytes(2 * clip("nv_part.ts", count=60).read_bytes())
+        assert levels_apart(list(on_gpu(path)), list(on_cpu(path))) <= 1
+
+
+class Late(NvdecDecoder):
+    """A planted fault: asks for the next picture before the last one is converted."""
+
+    def pictures(self, first: int) -> Generator[tuple[int, Any], None, None]:
+        ahead = super().pictures(first)
+        held = next(ahead)
+        for item in ahead:
+            yield held
+            held = item
+        yield held
+
+
+class TestSurfacesAreLent:
+    def test_a_late_copy_is_found_out(self, nvc: ModuleType, long_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Else the tests above would prove little."""
+        monkeypatch.setattr(nvdec, "NvdecDecoder", Late)
+        assert levels_apart(list(on_gpu(long_clip)), list(on_cpu(long_clip))) > 20
+
+    def test_no_frame_shares_memory_with_another(self, nvc: ModuleType, long_clip: Path) -> None:
+        frames = list(on_gpu(long_clip, stop=30))
+        assert len({frame.rgb.untyped_storage().data_ptr() for frame in frames}) == 30
+
+    def test_the_decoder_works_on_our_stream_in_device_memory(self, nvc: ModuleType, long_clip: Path) -> None:
+        list(open_video(str(long_clip), SelectConfig(decoder="nvdec"), "cuda:3"))
+        assert nvc.behaviour.sessions == [{"gpuid": 3, "cudastream": 0x5EED, "usedevicememory": True}]
+
+
+class TestSeeking:
+    def started(self, nvc: ModuleType) -> list[str]:
+        return [entry for entry in nvc.behaviour.log if entry.startswith("seek")]
+
+    @pytest.mark.parametrize(("start", "sought"), [(90, ["seek 90"]), (58, ["seek 58", "seek 26"]), (10, [])])
+    def test_to_the_key_frame_before(self, nvc: ModuleType, long_clip: Path, start: int, sought: list[str]) -> None:
+        """Frame 60 is a key frame, the 57th packet of the file: for frame 58 that is too late."""
+        frames = list(on_gpu(long_clip, start=start))
+        assert levels_apart(frames, list(on_cpu(long_clip, start=start))) <= 1
+        assert self.started(nvc) == sought
+        assert len(nvc.behaviour.sessions) == 1
+
+    def test_gives_nothing_before_the_first(self, nvc: ModuleType, long_clip: Path) -> None:
+        pictures = NvdecDecoder(probe_video(str(long_clip)), GPU, None, print).pictures(90)
+        assert [number for number, _ in pictures] == list(range(90, 100))
+
+    @pytest.mark.parametrize("fault", [{"seek_error": True}, {"seek_late": True}, {"seek_shift": 45}])
+    def test_a_seek_that_goes_wrong_means_from_the_start(
+        self, nvc: ModuleType, long_clip: Path, fault: dict[str, Any]
+    ) -> None:
+        """It raises, or lands behind the frame that is wanted, or on one that is no key frame."""
+        vars(nvc.behaviour).update(fault)
+        frames = list(on_gpu(long_clip, start=70, stop=80))
+        assert levels_apart(frames, list(on_cpu(long_clip, start=70, stop=80))) <= 1
+        assert len(nvc.behaviour.sessions) == 1  # decided before one is begun
+
+
+class TestWhatDoesNotCome:
+    def test_silent_drops_are_counted(self, nvc: ModuleType, long_clip: Path) -> None:
+        stamps = probe_video(str(long_clip)).timeline.stamps
+        assert stamps is not None
+        nvc.behaviour.dropped = frozenset({int(stamps[5]), int(stamps[50])})
+        source = on_gpu(long_clip)
+        frames = list(source)
+        assert [frame.index for frame in frames] == [n for n in range(100) if n not in (5, 50)]
+        assert source.losses == ["2 of 100 frames could not be decoded"]
+        expected = [frame for frame in on_cpu(long_clip) if frame.index not in (5, 50)]
+        assert levels_apart(frames, expected) <= 1
+
+    def test_a_cut_file(self, nvc: ModuleType, long_clip: Path, tmp_path: Path) -> None:
+        data = long_clip.read_bytes()
+        (tmp_path / "cut.mp4").write_bytes(data[: len(data) * 7 // 10])
+        nvc.behaviour.packets = 30
+        source = on_gpu(tmp_path / "cut.mp4")
+        given = len(list(source))
+        assert 20 < given <= 30
+        assert any("could not be decoded" in loss for loss in source.losses)
+        assert any("cut short" in loss for loss in source.losses)
+
+    def test_too_little(self, nvc: ModuleType, long_clip: Path) -> None:
+        nvc.behaviour.packets = 1
+        with pytest.raises(TooFewFramesError, match="only 1 of 100 frames"):
+            list(on_gpu(long_clip))
+
+    def test_size_that_changes(self, nvc: ModuleType, clip: Clip, tmp_path: Path) -> None:
+        small, large = clip("nv_small.ts", count=10), clip("nv_large.ts", count=10, size=(96, 80))
+        (tmp_path / "grown.ts").write_bytes(small.read_bytes() + large.read_bytes())
+        with pytest.raises(FrameSizeError, match="the first is 64x48"):
+            list(on_gpu(tmp_path / "grown.ts"))
+
+
+class TestSessionsThatFail:
+    @pytest.mark.parametrize("bare", [False, True])
+    @pytest.mark.parametrize("packet", [0, 1, 40])
+    def test_the_cpu_takes_over_and_it_is_said(self, nvc: ModuleType, long_clip: Path, packet: int, bare: bool) -> None:
+        nvc.behaviour.fail_at, nvc.behaviour.fail_bare = packet, bare
+        source = open_video(str(long_clip), SelectConfig(), GPU)
+        frames = list(source)
+        assert levels_apart(frames, list(on_cpu(long_clip))) <= 1
+        assert source.losses == []
+        (note,) = [note for note in source.notes if "NVDEC" in note]
+        assert "From there on the CPU decoded" in note
+        assert ("HW decoder faced error" if bare else "it is broken") in note
+        assert source.decoder == "NVDEC (h264), then PyAV (h264)"
+        assert len(nvc.behaviour.sessions) == 1  # and the stand-in asserts that it is not used again
+        assert nvc.behaviour.alive == 0
+
+    def test_asked_for_by_name_it_is_an_error(self, nvc: ModuleType, long_clip: Path) -> None:
+        nvc.behaviour.fail_at = 40
+        frames = iter(on_gpu(long_clip))
+        with pytest.raises(DeviceError, match=r"NVDEC failed at frame \d+ of long\.mp4: it is broken"):
+            list(frames)
+
+    def test_too_little_memory(self, nvc: ModuleType, long_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(nvdec, "free_bytes", lambda device: 300 << 20)
+        with pytest.raises(DeviceError, match="300 MiB of device memory are free, a session needs 824"):
+            list(on_gpu(long_clip))
+        assert nvc.behaviour.sessions == []
+
+    def test_the_last_work_is_waited_for_before_the_session_is_freed(self, nvc: ModuleType, long_clip: Path) -> None:
+        list(on_gpu(long_clip, stop=5))
+        assert nvc.behaviour.log == ["finished", "freed"]
+
+    def test_leaving_early_frees_the_session(self, nvc: ModuleType, long_clip: Path) -> None:
+        source = on_gpu(long_clip)
+        frames = iter(source)
+        next(frames)
+        assert nvc.behaviour.alive == 1
+        source.close()
+        assert nvc.behaviour.log == ["finished", "freed"]
+        assert list(frames) == []
+
+    def test_two_are_never_begun_at_once(self, nvc: ModuleType, long_clip: Path) -> None:
+        given: list[int] = []
+
+        def read() -> None:
+            given.append(len(list(on_gpu(long_clip, stop=3))))
+
+        other = threading.Thread(target=read)
+        create = nvc.CreateDecoder
+
+        def slowly(**options: Any) -> Any:
+            nvc.behaviour.log.append("begins")
+            if other.ident is None:
+                other.start()
+                other.join(timeout=0.3)  # time enough to begin as well, if nothing held it back
+            nvc.behaviour.log.append("has begun")
+            return create(**options)
+
+        nvc.CreateDecoder = slowly  # type: ignore[attr-defined]
+        read()
+        other.join()
+        assert given == [3, 3]
+        assert [entry for entry in nvc.behaviour.log if "beg" in entry] == 2 * ["begins", "has begun"]
+
+
+def put_aside(nvc: ModuleType, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """``import PyNvVideoCodec`` raises ``error``."""
+
+    class Finder:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "PyNvVideoCodec":
+                raise error
+
+    monkeypatch.delitem(sys.modules, "PyNvVideoCodec")
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+
+
+class TestFallingBack:
+    def refused(self, path: Path, stream: int | None = None) -> str:
+        """Why, as the notes of an automatic choice tell it and as the error of a choice by name does."""
+        source = open_video(str(path), SelectConfig(stream=stream), GPU)
+        assert source.decoder.startswith("PyAV")
+        assert "decoder" not in source.info.made_by
+        first = next(iter(source))
+        assert first.rgb.equal(next(iter(on_cpu(path, stream=stream))).rgb)
+        source.close()
+        (note,) = [note for note in source.notes if "NVDEC" in note]
+        with pytest.raises((DeviceError, MissingDependencyError)) as caught:
+            on_gpu(path, stream=stream)
+        assert note == f"decoded on the CPU, not with NVDEC: {caught.value}"
+        assert "\n" not in note
+        return note
+
+    def test_an_odd_size(self, nvc: ModuleType, data_dir: Path) -> None:
+        assert "odd size, 321x241" in self.refused(data_dir / "videos_corner/odd_321x241_vp9.mp4")
+
+    @pytest.mark.parametrize(
+        ("error", "says"),
+        [
+            (ModuleNotFoundError("No module named 'PyNvVideoCodec'", name="PyNvVideoCodec"), "is not installed: pip"),
+            (ModuleNotFoundError("No module named 'numpy'", name="numpy"), "cannot load: No module named 'numpy'"),
+            (RuntimeError("libnvidia-encode.so.1: cannot open\n\n=== STEPS ==="), "cannot load: libnvidia-encode.so.1"),
+            (OSError("libcuda.so.1: cannot open shared object file"), "cannot load: libcuda.so.1"),
+            (ImportError("undefined symbol: x"), "cannot load: undefined symbol"),
+        ],
+    )
+    def test_a_package_that_does_not_load(
+        self, nvc: ModuleType, long_clip: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, says: str
+    ) -> None:
+        put_aside(nvc, monkeypatch, error)
+        assert says in self.refused(long_clip)
+
+    @pytest.mark.parametrize(
+        ("version", "good"), [("2.2.3", False), ("2.2", False), ("1.0", False), ("dev", False), ("2.2.4", True)]
+    )
+    def test_old_versions(self, nvc: ModuleType, long_clip: Path, version: str, good: bool) -> None:
+        nvc.__version__ = version
+        if good:
+            assert on_gpu(long_clip).decoder == "NVDEC (h264)"
+        else:
+            assert f"PyNvVideoCodec {version} is too old, 2.2.4 is needed" in self.refused(long_clip)
+
+    @pytest.mark.parametrize("version", ["2.2.10", "2.3.0", "3.0", "2.2.4.post1", "2.2.5rc1"])
+    def test_newer_versions(self, nvc: ModuleType, version: str) -> None:
+        nvc.__version__ = version
+        assert nvcodec.load() is nvc
+
+    @pytest.mark.parametrize(
+        ("behaviour", "says"),
+        [
+            ({"engines_for": {("HEVC", "420", 8)}}, "this GPU decodes no h264 with 420 chroma and 8 bits"),
+            ({"caps": {}}, "this GPU decodes no h264"),
+            ({"caps": {"num_decoder_engines": 1, "width_min": 144, "height_min": 48}}, "smaller than the 144x48"),
+            ({"caps": {"num_decoder_engines": 1, "width_max": 60, "height_max": 4096}}, "larger than it goes (60x4096"),
+            ({"caps": {"num_decoder_engines": 1, "mb_num_max": 11}}, "11 macroblocks"),
+            ({"stream_id": 1}, "its demuxer takes stream 1 of the file, not 0"),
+            ({"time_base": Fraction(1, 90000)}, "units of 1/90000 s"),
+        ],
+    )
+    def test_what_the_gpu_or_the_demuxer_says(
+        self, nvc: ModuleType, long_clip: Path, behaviour: dict[str, Any], says: str
+    ) -> None:
+        vars(nvc.behaviour).update(behaviour)
+        assert says in self.refused(long_clip)
+
+    def test_ten_bits_are_asked_for_as_ten(self, nvc: ModuleType, clip: Clip) -> None:
+        """The demuxer would say eight."""
+        nvc.behaviour.engines_for = {("H264", "420", 8)}
+        assert "10 bits" in self.refused(clip("nv_ten.mp4", pix_fmt="yuv420p10le", count=3))
+
+    @pytest.mark.parametrize(("pix_fmt", "codec"), [("yuv422p", "libx264"), ("bgr0", "ffv1"), ("gray", "ffv1")])
+    def test_surfaces_of_another_kind(self, nvc: ModuleType, clip: Clip, pix_fmt: str, codec: str) -> None:
+        assert f"pictures of the kind {pix_fmt}" in self.refused(
+            clip(f"nv_{pix_fmt}.mkv", pix_fmt=pix_fmt, codec=codec)
+        )
+
+    def test_a_codec_it_has_never_heard_of(self, nvc: ModuleType, clip: Clip) -> None:
+        assert "decodes no ffv1" in self.refused(clip("nv_ffv1.mkv", codec="ffv1"))
+
+    def test_interlaced(self, nvc: ModuleType, clip: Clip) -> None:
+        path = clip("nv_interlaced.mp4", options={"x264-params": "interlaced=1:tff=1"})
+        assert "interlaced" in self.refused(path)
+
+    def test_a_file_its_demuxer_cannot_open(
+        self, nvc: ModuleType, long_clip: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(nvdec, "_plain", lambda path: "nowhere.mp4")
+        assert "avformat_open_input" in self.refused(long_clip)
+
+
+class TestChoosing:
+    def test_auto_on_a_gpu_is_nvdec_and_a_store_records_it(self, nvc: ModuleType, long_clip: Path) -> None:
+        source = open_source(long_clip, device=GPU)
+        assert isinstance(source, Source)
+        assert source.decoder == "NVDEC (h264)"
+        assert source.info.made_by == {"decoder": "nvdec"}
+        assert not any("NVDEC" in note for note in source.notes)
+        assert nvc.behaviour.sessions == []  # before it is iterated
+
+    @pytest.mark.parametrize(("decoder", "device"), [("auto", "cpu"), ("pyav", GPU)])
+    def test_elsewhere_it_is_the_cpu_and_nothing_to_be_said(
+        self, nvc: ModuleType, long_clip: Path, decoder: Any, device: str
+    ) -> None:
+        source = open_source(long_clip, SelectConfig(decoder=decoder), device)
+        assert source.decoder == "PyAV (h264)"
+        assert source.notes == open_source(long_clip).notes
+
+    def test_names_that_look_like_addresses(
+        self, nvc: ModuleType, long_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        odd = "http:take [2] %03d.mp4"
+        (tmp_path / odd).write_bytes(long_clip.read_bytes())
+        monkeypatch.chdir(tmp_path)
+        assert len(list(open_source(odd, SelectConfig(decoder="nvdec", stop=3), GPU))) == 3
+
+
+def test_the_layout_of_a_p016_surface_is_read_as_such(nvc: ModuleType, data_dir: Path) -> None:
+    """A surface read as 8 bits, or with its rows one after the other, would be far off: no luck in the test above."""
+    path = data_dir / "videos_corner/hevc_main10_320x240.mp4"
+    probe = probe_video(str(path))
+    decoder = NvdecDecoder(probe, GPU, None, print)
+    number, surface = next(decoder.pictures(0))
+    memory = torch.from_dlpack(surface)
+    assert (memory.dtype, tuple(memory.shape)) == (torch.uint16, (360, 320))
+    assert memory.stride(0) > 320
+    cpu = PyAVDecoder(probe)
+    expected: Iterator[tuple[int, Any]] = itertools.islice(cpu.pictures(0), 1)
+    ((_, picture),) = expected
+    assert (decoder.rgb(surface, number).int() - cpu.rgb(picture, 0).int()).abs().max() <= 1

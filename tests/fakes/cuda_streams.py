@@ -1,0 +1,303 @@
+"""CUDA streams that compute nothing and find every race: what may run at once is known from who waited for whom.
+
+Each stream has a clock of all streams' work it comes after (a vector clock): an event copies it, waiting merges it.
+Reading or writing memory checks that what must have come before did; a block that is freed goes back to the stream it
+was allocated on, which then comes after the work of those streams alone that ``record_stream`` told of, as in torch.
+
+Copies that nobody waits for happen as late as they may (``LateCopies``): on real numbers, so that a buffer that is
+filled again too early is seen in what arrives.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+Clock = dict[int, int]
+
+
+def _merge(into: Clock, other: Clock) -> None:
+    for stream, tick in other.items():
+        into[stream] = max(into.get(stream, 0), tick)
+
+
+class Stream:
+    def __init__(self, card: Card, number: int) -> None:
+        self.card = card
+        self.cuda_stream = number  # the default one is 0
+        self.clock: Clock = {}
+        self.late: list[Callable[[], object]] = []  # work that is put off
+        self.done = 0  # of what was ever put off
+
+    def tick(self) -> int:
+        self.clock[self.cuda_stream] = self.clock.get(self.cuda_stream, 0) + 1
+        return self.clock[self.cuda_stream]
+
+    def record_event(self) -> Event:
+        event = Event()
+        event.record(self)
+        return event
+
+    def wait_event(self, event: Event) -> None:
+        with self.card.lock:
+            _merge(self.clock, event.clock)
+            self.put_off(event.work_off)
+
+    def wait_stream(self, other: Stream) -> None:
+        self.wait_event(other.record_event())
+
+    def synchronize(self) -> None:
+        self.record_event().synchronize()
+
+    def put_off(self, work: Callable[[], object]) -> None:
+        self.late.append(work)
+
+    def work_off(self, until: int | None = None) -> None:
+        """Does what was put off, in order; ``until``: so much of all that ever was."""
+        with self.card.lock:
+            while self.late and (until is None or self.done < until):
+                self.late.pop(0)()
+                self.done += 1
+
+
+class Event:
+    """One recorded on nothing is over."""
+
+    def __init__(self, *, blocking: bool = False) -> None:
+        self.blocking = blocking
+        self.clock: Clock = {}
+        self.stream: Stream | None = None
+        self.until = 0
+
+    def record(self, stream: Stream) -> None:
+        with stream.card.lock:
+            self.stream, self.clock = stream, dict(stream.clock)
+            self.until = stream.done + len(stream.late)
+
+    def query(self) -> bool:
+        return self.stream is None or self.stream.done >= self.until
+
+    def synchronize(self) -> None:
+        if self.stream is not None and not self.query():
+            self.stream.card.waits.append(self)
+            self.work_off()
+
+    def work_off(self) -> None:
+        if self.stream is not None:
+            self.stream.work_off(self.until)
+
+
+class Block:
+    """Device memory."""
+
+    def __init__(self, owner: Stream) -> None:
+        self.owner = owner
+        self.used_on: set[Stream] = set()
+        self.written: tuple[int, int] | None = None  # stream, tick
+        self.read: Clock = {}
+        self.safe: Clock = {}  # since it was last freed
+
+
+class OnCard:
+    """A tensor: as much of one as the streams and channels look at."""
+
+    is_cuda = True
+
+    def __init__(self, card: Card, block: Block) -> None:
+        self.card = card
+        self.block = block
+
+    def record_stream(self, stream: Stream) -> None:
+        self.block.used_on.add(stream)
+
+    def untyped_storage(self) -> Any:
+        return SimpleNamespace(data_ptr=lambda: id(self.block), nbytes=lambda: 1000)
+
+    def __del__(self) -> None:
+        with self.card.lock:
+            self.block.safe = {}
+            for stream in self.block.used_on:
+                _merge(self.block.safe, stream.clock)
+            self.block.used_on = set()
+            self.card.free.append(self.block)
+
+
+class Card:
+    """Stands for ``torch.cuda``; ``races`` says what could have gone wrong."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.lock = threading.RLock()
+        self.races: list[str] = []
+        self.waits: list[Event] = []  # those that the CPU waited for
+        self.copies: LateCopies | None = None  # entered with every stream
+        self.free: list[Block] = []
+        self.blocks = 0
+        self.streams = [Stream(self, 0)]
+        self._here = threading.local()
+        monkeypatch.setattr(torch.cuda, "Stream", self._new_stream)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)  # ``OnCard`` looks at it
+        monkeypatch.setattr(torch.cuda, "stream", self._entered)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: self.current)
+
+        def never(*_: object) -> None:
+            raise AssertionError("the whole device is waited for")
+
+        monkeypatch.setattr(torch.cuda, "synchronize", never)
+
+    @property
+    def current(self) -> Stream:
+        """Of the thread that asks."""
+        return getattr(self._here, "stream", self.streams[0])
+
+    def _new_stream(self, device: object = None) -> Stream:
+        with self.lock:
+            self.streams.append(Stream(self, len(self.streams)))
+            return self.streams[-1]
+
+    @contextmanager
+    def _entered(self, stream: Stream) -> Iterator[None]:
+        before = self.current
+        self._here.stream = stream
+        try:
+            with nullcontext() if self.copies is None or self.copies in _modes() else self.copies:
+                yield
+        finally:
+            self._here.stream = before
+
+    def made(self) -> OnCard:
+        """A new tensor, written on the current stream."""
+        with self.lock:
+            place = next((n for n, block in enumerate(self.free) if block.owner is self.current), None)
+            if place is None:
+                self.blocks += 1
+                block = Block(self.current)
+            else:
+                block = self.free.pop(place)
+                _merge(self.current.clock, block.safe)
+            tensor = OnCard(self, block)
+            self.write(tensor)
+            return tensor
+
+    def write(self, tensor: OnCard) -> None:
+        with self.lock:
+            block, stream = tensor.block, self.current
+            tick = stream.tick()
+            for reader, when in block.read.items():
+                self._after(stream, (reader, when), "written while stream {0} may still read it")
+            self._after(stream, block.written, "written while stream {0} may still write it")
+            block.written, block.read = (stream.cuda_stream, tick), {}
+
+    def read(self, *tensors: OnCard) -> None:
+        with self.lock:
+            stream = self.current
+            tick = stream.tick()
+            for tensor in tensors:
+                self._after(stream, tensor.block.written, "read while stream {0} may still write it")
+                tensor.block.read[stream.cuda_stream] = tick
+
+    def _after(self, stream: Stream, other: tuple[int, int] | None, what: str) -> None:
+        if other is not None and stream.clock.get(other[0], 0) < other[1]:
+            self.races.append(f"on stream {stream.cuda_stream}: {what.format(other[0])}")
+
+
+GPU = torch.device("cuda", 0)
+_JUNK = 0xAA
+
+
+class LateCopies(TorchFunctionMode):
+    """While entered, and on every stream: what torch puts on the card is kept on the CPU but says that it is there.
+
+    Copies with ``non_blocking`` are put off until their stream is waited for, by the CPU or by work on a stream that
+    waits for theirs; before that there is junk in their place. All other work is done at once.
+    """
+
+    def __init__(self, card: Card) -> None:
+        super().__init__()
+        self.card = card
+        card.copies = self
+        self.brought: list[int] = []  # bytes of each copy to the host
+        self._pinned: list[torch.Tensor] = []  # kept, whoever gives it up
+        self._there: dict[int, torch.UntypedStorage] = {}  # by address, which none of them gives up
+
+    def put(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same tensor, which from now on is on the card."""
+        storage = tensor.untyped_storage()
+        self._there[storage.data_ptr()] = storage
+        return tensor
+
+    def finish(self) -> None:
+        """All that was put off is done."""
+        for stream in self.card.streams:
+            stream.work_off()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.pop("pin_memory", False):
+            self._pinned.append(func(*args, **kwargs))
+            return self._pinned[-1]
+        name = getattr(func, "__name__", "")
+        if func == torch.Tensor.device.__get__:  # type: ignore[attr-defined]
+            return GPU if self._on_card(args[0]) else func(*args)
+        if func == torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
+            return self._on_card(args[0])
+        if name == "to" and GPU in args:
+            return args[0] if self._on_card(args[0]) else self._copied(torch.empty_like(args[0]), args[0], **kwargs)
+        if name == "copy_":
+            return self._copied(*args, **kwargs)
+        if name in ("numpy", "__array__") and self._on_card(args[0]):
+            raise TypeError("can't convert cuda:0 device type tensor to numpy")
+        if not any(map(self._on_card, _tensors(args, kwargs))) or name in _LOOKS or kwargs.get("device") == "meta":
+            return func(*args, **kwargs)
+        self.card.current.work_off()
+        if name == "cpu":
+            self.brought.append(args[0].nbytes)
+            return func(*args, **kwargs).clone()
+        result = func(*args, **kwargs)
+        for tensor in _tensors((result,), {}):
+            self.put(tensor)
+        return result
+
+    def _on_card(self, tensor: torch.Tensor) -> bool:
+        known = tensor.layout is torch.strided and tensor.device.type != "meta"
+        return known and tensor.untyped_storage().data_ptr() in self._there
+
+    def _copied(self, into: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        leaves = self._on_card(source) and not self._on_card(into)
+        arrives = self._on_card(into) or (non_blocking and not leaves)
+        if leaves:
+            self.brought.append(source.nbytes)
+        if arrives:
+            self.put(into)
+        if non_blocking:
+            # By addresses, as the device sees memory: without keeping anybody from using it again.
+            late, early, size = into.data_ptr(), source.data_ptr(), source.nbytes
+            ctypes.memset(late, _JUNK, size)
+            self.card.current.put_off(lambda: ctypes.memmove(late, early, size))
+        else:
+            if leaves or arrives:
+                self.card.current.work_off()
+            into.copy_(source)
+        return into
+
+
+_modes = torch.overrides._get_current_function_mode_stack  # of this thread
+_LOOKS = {"__get__", "__len__", "data_ptr", "dim", "element_size", "numel", "size", "stride", "untyped_storage"}
+
+
+def _tensors(args: Any, kwargs: Any) -> list[torch.Tensor]:
+    found = []
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _tensors(value, {})
+    return found

@@ -1,0 +1,253 @@
+"""The two places our CUDA kernels run in tests: a GPU where there is one, and a CPU that acts the GPU everywhere.
+
+The launch code is the same in both. On the CPU the ``.cu`` files are compiled with ``cuda_on_cpu/cuda_on_cpu.h``, and
+every tensor a kernel is given lies, during the launch, between a fence, where a read finds NaN and a write is noticed,
+and a page that can be neither read nor written.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import mmap
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from flowreel.kernels import launch
+
+HERE = Path(__file__).resolve().parent
+SHIM = HERE / "cuda_on_cpu"
+FLAGS = ("-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-fPIC", "-shared", "-w", f"-I{SHIM}", "-include", "cuda_on_cpu.h")
+ORDERS = ("forward", "backward", "shuffled")  # whose turn is next
+FENCE = np.full(1 << 12, 0x7FA07DA5, np.uint32).view(np.uint8)  # NaN in every type, and of a kind no sum leaves
+CUDA_DIR = Path(os.environ.get("FLOWREEL_CUDA_DIR", launch.SOURCES)).resolve()
+
+
+class KernelFailure(AssertionError):
+    """A kernel did what a GPU forbids or leaves undefined."""
+
+
+class CPU:
+    """Acts as a GPU: compiles sources, loads them, and launches their kernels on CPU tensors."""
+
+    def __init__(self, sources: Path, built: Path, order: str = "forward") -> None:
+        self.order = ORDERS.index(order)
+        self._sources = sources
+        self._built = built
+        self._fenced: dict[int, tuple[Fenced, Tensor]] = {}  # the tensor, so that its memory stays
+
+    def load(self, name: str, device: torch.device) -> Module:
+        return Module(self, shared_library(name, self._built))
+
+    def pointer_of(self, tensor: Tensor) -> int:
+        """Where a copy of the tensor's whole memory lies fenced in."""
+        storage = tensor.untyped_storage()
+        key = storage.data_ptr()
+        if key not in self._fenced:
+            self._fenced[key] = Fenced(key, storage.nbytes()), tensor
+        return self._fenced[key][0].start + tensor.data_ptr() - key
+
+    def taken_back(self) -> bool:
+        """Copies the memory back where it came from; false when a fence was written to."""
+        broken = [fenced for fenced, _ in self._fenced.values() if not fenced.taken_back()]
+        self._fenced.clear()
+        return not broken
+
+
+class Fenced:
+    """A copy of some memory: a fence before it, a forbidden page behind, as close as the alignment lets it be."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self._origin, self._size = address, size
+        page = mmap.PAGESIZE
+        body = FENCE.size + -(-(size + 16) // page) * page
+        self._map = mmap.mmap(-1, body + page)
+        self._memory = np.frombuffer(self._map, np.uint8)[:body]
+        self._memory[:] = np.resize(FENCE, body)
+        base = self._memory.ctypes.data
+        self._offset = body - size - (body - size - address) % 16
+        self.start = base + self._offset
+        ctypes.memmove(self.start, address, size)
+        forbidden = ctypes.CDLL(None).mprotect(ctypes.c_void_p(base + body), ctypes.c_size_t(page), 0)
+        assert forbidden == 0
+
+    def taken_back(self) -> bool:
+        ctypes.memmove(self._origin, self.start, self._size)
+        changed = self._memory != np.resize(FENCE, self._memory.size)
+        changed[self._offset : self._offset + self._size] = False
+        return not changed.any()
+
+
+class Module:
+    """One source, compiled for the CPU."""
+
+    def __init__(self, cpu: CPU, library: ctypes.CDLL) -> None:
+        self._cpu = cpu
+        self._library = library
+        library.entry_name.restype = library.entry_kinds.restype = library.launch_entry.restype = ctypes.c_char_p
+        names = iter(lambda: library.entry_name(next(numbers)), None)
+        numbers = iter(range(1000))
+        self.entries = {name.decode(): number for number, name in enumerate(names)}
+
+    def get_function(self, name: str) -> Callable[..., None]:
+        number = self.entries[name]
+        kinds = self._library.entry_kinds(number).decode()
+
+        def kernel(grid: tuple[int, ...], block: tuple[int, ...], args: tuple[object, ...]) -> None:
+            """Takes what a CuPy kernel takes, and passes it on as CuPy does."""
+            given = "".join(passed_as(x, kind) for x, kind in zip(args, kinds, strict=True))
+            assert given == kinds, f"{name} takes {kinds}, got {given}"
+            cells = [np.array(x, np.int64) if isinstance(x, int) else np.array(x) for x in args]
+            pointers = (ctypes.c_void_p * len(cells))(*(cell.ctypes.data for cell in cells))
+            dims = [(ctypes.c_uint * 3)(*(*size, 1, 1)[:3]) for size in (grid, block)]
+            error = self._library.launch_entry(number, *dims, pointers, self._cpu.order, 1)
+            inside = self._cpu.taken_back()
+            if error is not None:
+                raise KernelFailure(f"{name}: {error.decode()}")
+            if not inside:
+                raise KernelFailure(f"{name} writes beyond a tensor's memory")
+
+        return kernel
+
+
+def passed_as(x: object, expected: str) -> str:
+    """How CuPy passes it: a plain int as 64 bits, which is what a pointer is."""
+    if type(x) is int:
+        return "p" if expected == "p" else "l"
+    return {np.int32: "i", np.int64: "l", np.float32: "f"}[type(x)]
+
+
+# --- compiling --------------------------------------------------------------------------------------------------------
+
+
+def shared_library(name: str, built: Path) -> ctypes.CDLL:
+    """One source for the CPU; compiled once a session, as long as nothing in it changes."""
+    text = launch.read_source(name)
+    key = hashlib.sha256("\0".join((text, *((SHIM / "cuda_on_cpu.h").read_text(), *FLAGS))).encode()).hexdigest()[:16]
+    library = built / f"{name}-{key}.so"
+    if not library.exists():
+        source = built / f"{name}-{key}.cpp"
+        source.write_text(text)
+        entries = [f"ENTRY({entry})" for entry in entries_of(source)]
+        source.write_text(f"{text}\nstatic const shim::Entry entries[] = {{{', '.join(entries)}}};\n{ACCESS}")
+        part = library.with_suffix(".part")
+        compile_cpp(str(source), "-o", str(part))
+        part.rename(library)
+    return ctypes.CDLL(str(library))
+
+
+ACCESS = """
+static const unsigned entry_count = sizeof entries / sizeof *entries;
+extern "C" const char* entry_name(unsigned number) { return number < entry_count ? entries[number].name : nullptr; }
+extern "C" const char* entry_kinds(unsigned number) { return entries[number].kinds; }
+extern "C" const char* launch_entry(
+    unsigned number, const unsigned* grid, const unsigned* block, void** values, int order, unsigned seed
+) {
+    return shim::launch(entries[number], grid, block, values, order, seed);
+}
+"""
+
+
+def entries_of(source: Path) -> list[str]:
+    """The names of all entries, those that macros make included: the preprocessor leaves a mark at each."""
+    plain = [flag for flag in FLAGS if flag not in ("-include", "cuda_on_cpu.h")]
+    text = subprocess.run(
+        [*compiler(), *plain, "-E", "-P", "-D__global__=@entry@", "-D__launch_bounds__(...)=", str(source)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    ).stdout
+    return re.findall(r"@entry@\s+void\s+(\w+)\s*\(", text)
+
+
+def compile_cpp(*arguments: str) -> None:
+    done = subprocess.run([*compiler(), *FLAGS, *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def compiler() -> list[str]:
+    """A C++ compiler: $CXX, the machine's own, or the one that pip installs."""
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and shutil.which(name):
+            return [name]
+    if find_spec("ziglang") is not None:
+        return [sys.executable, "-m", "ziglang", "c++", "-nostdlib++"]
+    pytest.fail("these tests need a C++ compiler: install g++ or clang, or pip install ziglang")
+
+
+# --- fixtures ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where this session keeps what it compiled."""
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture(scope="session")
+def cuda_dir() -> Path:
+    """The folder of CUDA sources to test: ours, or the one that FLOWREEL_CUDA_DIR names."""
+    return CUDA_DIR
+
+
+@pytest.fixture
+def acting(built: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., CPU]]:
+    """``acting(folder, order)`` makes the CPU act as a GPU that runs the sources of that folder."""
+
+    def start(sources: Path = CUDA_DIR, order: str = "forward") -> CPU:
+        cpu = CPU(sources, built, order)
+        monkeypatch.setattr(launch, "SOURCES", sources)
+        monkeypatch.setattr(launch, "pointer_of", cpu.pointer_of)
+        monkeypatch.setitem(launch.loaders, "cpu", cpu.load)
+        monkeypatch.setattr(launch, "_modules", {})
+        monkeypatch.setattr(launch, "_kernels", {})
+        return cpu
+
+    return start
+
+
+@pytest.fixture
+def plant(acting: Callable[..., CPU], tmp_path: Path) -> Callable[[str, str, str], torch.device]:
+    """``plant(file, right, wrong)`` replaces text in a copy of our sources, and the CPU acts as a GPU that runs it."""
+
+    def planted(file: str, right: str, wrong: str) -> torch.device:
+        sources = tmp_path / "cuda"
+        shutil.copytree(launch.SOURCES, sources)
+        text = (sources / file).read_text()
+        assert right in text
+        (sources / file).write_text(text.replace(right, wrong))
+        acting(sources)
+        return torch.device("cpu")
+
+    return planted
+
+
+@pytest.fixture(params=[*(f"cpu {order}" for order in ORDERS), "gpu"])
+def card(request: pytest.FixtureRequest, acting: Callable[..., CPU]) -> torch.device:
+    """The device whose tensors the CUDA versions take: the acting CPU in each order of threads, then a real GPU."""
+    name, _, order = request.param.partition(" ")
+    if name == "cpu":
+        acting(order=order)
+        return torch.device("cpu")
+    return request.getfixturevalue("gpu")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A real one."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    monkeypatch.setattr(launch, "SOURCES", CUDA_DIR)
+    return torch.device("cuda", torch.cuda.current_device())

@@ -1,0 +1,373 @@
+// CUDA on a CPU, for tests: the threads of a block run by turns, each on a stack of its own (a fiber).
+//
+// Included before a .cu file. A turn lasts until the thread ends or meets a barrier or a warp operation; whose turn is
+// next is forward, backward or shuffled. Blocks run one after another. What it catches: a missing barrier (a thread
+// reads what others have not written yet), shared memory read before it is written (it starts as NaN) or overrun
+// (fences), barriers and warp operations that not all threads reach, entries called with arguments of other types, and
+// memory touched beyond a tensor, where whoever launches has put a page behind it that nobody may touch.
+// It tests logic: neither speed, nor the order in which memory becomes visible on a GPU.
+#pragma once
+
+#include <math.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include <utility>
+
+// --- the language ------------------------------------------------------------------------------------------------
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __syncthreads() shim::barrier(__LINE__)
+#define __syncwarp(...) shim::together(0, 0xffffffffu, __LINE__)
+#define __shfl_sync(mask, value, lane) shim::together(value, mask, __LINE__)[(lane) & 31]
+#define __shfl_xor_sync(mask, value, other) shim::together(value, mask, __LINE__)[shim::lane() ^ (other)]
+#define __shfl_down_sync(mask, value, by) \
+    shim::together(value, mask, __LINE__)[shim::lane() + (by) < 32 ? shim::lane() + (by) : shim::lane()]
+#define SHARED(type, name, count)                                                                    \
+    static char name##_tag;                                                                          \
+    type* const name = (type*)shim::shared(&name##_tag, sizeof(type) * (count), #name)
+
+struct uint3 {
+    unsigned x, y, z;
+};
+static uint3 threadIdx, blockIdx, blockDim, gridDim;
+
+struct float4 {
+    float x, y, z, w;
+};
+
+// --- half types: bits, converted to and from float as the hardware does (to the nearest, ties to even) ---------------
+
+static inline unsigned bits_of(float x) {
+    unsigned bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+static inline float float_of(unsigned bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+struct alignas(2) __half {
+    uint16_t bits;
+};
+struct alignas(2) __nv_bfloat16 {
+    uint16_t bits;
+};
+
+static inline float __bfloat162float(__nv_bfloat16 x) { return float_of((unsigned)x.bits << 16); }
+static inline __nv_bfloat16 __float2bfloat16_rn(float x) {
+    const unsigned bits = bits_of(x);
+    if (x != x) return {0x7fff};
+    return {(uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+
+static inline float __half2float(__half x) {
+    const unsigned sign = (unsigned)(x.bits & 0x8000) << 16, exponent = (x.bits >> 10) & 31, fraction = x.bits & 1023;
+    if (exponent == 31) return float_of(sign | 0x7f800000 | fraction << 13);
+    if (exponent == 0) return (sign ? -1.0f : 1.0f) * (float)fraction * 0x1p-24f;
+    return float_of(sign | (exponent + 112) << 23 | fraction << 13);
+}
+static inline __half __float2half_rn(float x) {
+    const uint16_t sign = (uint16_t)((bits_of(x) >> 16) & 0x8000);
+    const float size = fabsf(x);
+    if (x != x) return {0x7fff};
+    if (size >= 65520.0f) return {(uint16_t)(sign | 0x7c00)};
+    if (size < 0x1p-14f) return {(uint16_t)(sign | (uint16_t)rintf(size * 0x1p24f))};
+    const unsigned bits = bits_of(size);
+    return {(uint16_t)(sign | ((bits + 0xfff + ((bits >> 13) & 1) - (112u << 23)) >> 13))};
+}
+
+// --- the threads of one block ------------------------------------------------------------------------------------
+
+namespace shim {
+
+enum State { READY, AT_BARRIER, IN_WARP, DONE };
+enum { MOST_THREADS = 1024, STACK_BYTES = 64 << 10, SHARED_BYTES = 228 << 10, FENCE_BYTES = 64, MOST_ARRAYS = 16 };
+
+struct Fiber {
+    jmp_buf place;
+    ucontext_t start;
+    char* stack;
+    bool started;
+    State state;
+    uint3 index;
+    int line;       // of the barrier or warp operation it waits in
+    unsigned mask;  // of the lanes it waits for
+    unsigned turns; // warp operations so far
+};
+struct Array {
+    const void* tag;
+    const char* name;
+    size_t offset, bytes;
+};
+
+static Fiber fibers[MOST_THREADS];
+static Fiber* running;
+static jmp_buf scheduler, bail;
+static char failure[256];
+static void (*body)(void**);
+static void** arguments;
+alignas(16) static char exchange[MOST_THREADS][2][32];  // what each lane gave to its last two warp operations
+alignas(16) static char arena[SHARED_BYTES];
+static Array arrays[MOST_ARRAYS];
+static int array_count;
+static size_t arena_used;
+
+[[noreturn]] static void fail(const char* format, ...) {
+    va_list values;
+    va_start(values, format);
+    vsnprintf(failure, sizeof failure, format, values);
+    va_end(values);
+    _longjmp(bail, 1);
+}
+
+static void __attribute__((noinline)) pause(State state) {
+    running->state = state;
+    if (!_setjmp(running->place)) _longjmp(scheduler, 1);
+}
+
+static void fiber_main() {
+    for (;;) {
+        body(arguments);
+        pause(DONE);
+    }
+}
+
+static void __attribute__((noinline)) resume(Fiber& fiber) {
+    running = &fiber;
+    threadIdx = fiber.index;
+    if (_setjmp(scheduler)) return;
+    if (fiber.started) _longjmp(fiber.place, 1);
+    fiber.started = true;
+    if (!fiber.stack) fiber.stack = (char*)malloc(STACK_BYTES);
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = fiber.stack;
+    fiber.start.uc_stack.ss_size = STACK_BYTES;
+    fiber.start.uc_link = nullptr;
+    makecontext(&fiber.start, fiber_main, 0);
+    setcontext(&fiber.start);
+}
+
+static inline void barrier(int line) {
+    running->line = line;
+    pause(AT_BARRIER);
+}
+
+static inline int number() { return (int)(running - fibers); }
+static inline int lane() { return number() & 31; }
+
+// What every lane of the warp gave: valid until this lane's next but one warp operation.
+template <class V>
+struct Given {
+    int first, side;
+    V operator[](int lane) const {
+        V value;
+        memcpy(&value, exchange[first + lane][side], sizeof value);
+        return value;
+    }
+};
+template <class V>
+static Given<V> together(V value, unsigned mask, int line) {
+    static_assert(sizeof(V) <= 32, "too much for one exchange");
+    const int side = running->turns++ & 1;
+    memcpy(exchange[number()][side], &value, sizeof value);
+    running->line = line;
+    running->mask = mask;
+    pause(IN_WARP);
+    return {number() & ~31, side};
+}
+
+static void* shared(const void* tag, size_t bytes, const char* name) {
+    for (int i = 0; i < array_count; ++i)
+        if (arrays[i].tag == tag) return arena + arrays[i].offset;
+    if (array_count == MOST_ARRAYS || arena_used + bytes + FENCE_BYTES > SHARED_BYTES) fail("too much shared memory");
+    arrays[array_count++] = {tag, name, arena_used, bytes};
+    memset(arena + arena_used, 0xff, bytes);  // NaN in every floating point type
+    memset(arena + arena_used + bytes, 0xa5, FENCE_BYTES);
+    void* place = arena + arena_used;
+    arena_used = (arena_used + bytes + FENCE_BYTES + 15) / 16 * 16;
+    return place;
+}
+
+static void check_fences() {
+    for (int i = 0; i < array_count; ++i)
+        for (int j = 0; j < FENCE_BYTES; ++j)
+            if (arena[arrays[i].offset + arrays[i].bytes + j] != (char)0xa5)
+                fail("shared array %s is written beyond its end", arrays[i].name);
+}
+
+// Lets warps go on whose lanes have all arrived at one operation.
+static bool release_warps(int count) {
+    bool released = false;
+    for (int first = 0; first < count; first += 32) {
+        const int last = first + 32 < count ? first + 32 : count;
+        for (int i = first; i < last; ++i) {
+            if (fibers[i].state != IN_WARP) continue;
+            const unsigned mask = fibers[i].mask;
+            bool all = mask >> (i - first) & 1;
+            if (!all) fail("line %d: a lane takes part that its own mask leaves out", fibers[i].line);
+            for (int j = first; j < last; ++j) {
+                if (!(mask >> (j - first) & 1)) continue;
+                if (fibers[j].state == DONE) fail("line %d: a lane of the warp has ended before", fibers[i].line);
+                all &= fibers[j].state == IN_WARP && fibers[j].line == fibers[i].line && fibers[j].mask == mask;
+            }
+            if (!all) continue;
+            for (int j = first; j < last; ++j)
+                if (mask >> (j - first) & 1) fibers[j].state = READY;
+            released = true;
+        }
+    }
+    return released;
+}
+
+// Lets all threads go on if all wait at one barrier; false when all have ended.
+static bool release_barrier(int count) {
+    int waiting = 0, ended = 0, line = 0;
+    for (int i = 0; i < count; ++i) {
+        ended += fibers[i].state == DONE;
+        if (fibers[i].state == IN_WARP) fail("line %d: some lanes of a warp never come", fibers[i].line);
+        if (fibers[i].state != AT_BARRIER) continue;
+        if (waiting++ && fibers[i].line != line) fail("threads wait at barriers %d and %d", line, fibers[i].line);
+        line = fibers[i].line;
+    }
+    if (waiting && ended) fail("line %d: %d threads ended without reaching this barrier", line, ended);
+    for (int i = 0; i < count; ++i)
+        if (waiting) fibers[i].state = READY;
+    return waiting > 0;
+}
+
+enum Order { FORWARD, BACKWARD, SHUFFLED };
+
+static void run_block(int count, Order order, unsigned& seed) {
+    static int turn[MOST_THREADS];
+    array_count = 0;
+    arena_used = 0;
+    for (int i = 0; i < count; ++i) {
+        const unsigned x = i % blockDim.x, y = i / blockDim.x % blockDim.y, z = i / blockDim.x / blockDim.y;
+        fibers[i].state = READY;
+        fibers[i].index = {x, y, z};
+        fibers[i].turns = 0;
+        turn[i] = order == BACKWARD ? count - 1 - i : i;
+    }
+    do {
+        do {
+            for (int i = count - 1; order == SHUFFLED && i > 0; --i) {
+                seed = seed * 1664525u + 1013904223u;
+                const int j = (int)((seed >> 8) % (unsigned)(i + 1)), kept = turn[i];
+                turn[i] = turn[j];
+                turn[j] = kept;
+            }
+            for (int i = 0; i < count; ++i)
+                if (fibers[turn[i]].state == READY) resume(fibers[turn[i]]);
+        } while (release_warps(count));
+    } while (release_barrier(count));
+    check_fences();
+}
+
+// --- entries -------------------------------------------------------------------------------------------------------
+
+struct Entry {
+    const char* name;
+    void (*call)(void**);
+    const char* kinds;  // of its parameters: p pointer, i 32 bit, l 64 bit, f float
+};
+
+template <class P>
+constexpr char kind() {
+    static_assert(sizeof(P) == 8 || sizeof(P) == 4, "parameters have 4 or 8 bytes");
+    return P(0.5f) != P(0) ? 'f' : sizeof(P) == 8 ? 'l' : 'i';
+}
+template <class P>
+struct Kind {
+    static constexpr char value = kind<P>();
+};
+template <class P>
+struct Kind<P*> {
+    static constexpr char value = 'p';
+};
+
+template <auto function>
+struct Caller;
+template <class... P, void (*function)(P...)>
+struct Caller<function> {
+    static constexpr char kinds[] = {Kind<P>::value..., 0};
+    template <size_t... I>
+    static void spread(void** values, std::index_sequence<I...>) {
+        function(*(P*)values[I]...);
+    }
+    static void call(void** values) { spread(values, std::index_sequence_for<P...>()); }
+};
+
+#define ENTRY(name) {#name, shim::Caller<name>::call, shim::Caller<name>::kinds}
+
+static void touched(int) { fail("memory beyond a tensor is touched"); }
+
+// Runs one entry over a whole grid; nullptr, or what went wrong. grid and block are x, y, z.
+static const char* launch(
+    const Entry& entry, const unsigned* grid, const unsigned* block, void** values, int order, unsigned seed
+) {
+    gridDim = {grid[0], grid[1], grid[2]};
+    blockDim = {block[0], block[1], block[2]};
+    const int count = (int)(block[0] * block[1] * block[2]);
+    if (count < 1 || count > MOST_THREADS) return "a block has 1 to 1024 threads";
+    if (grid[0] < 1 || grid[1] < 1 || grid[2] < 1) return "an empty grid";
+    if (grid[0] > 0x7fffffff || grid[1] > 65535 || grid[2] > 65535) return "the grid is larger than a GPU allows";
+    body = entry.call;
+    arguments = values;
+    struct sigaction mine = {}, before;
+    mine.sa_handler = touched;
+    mine.sa_flags = SA_NODEFER;
+    sigaction(SIGSEGV, &mine, &before);
+    if (_setjmp(bail)) {
+        for (Fiber& fiber : fibers) fiber.started = false;  // they stand somewhere in the middle
+        sigaction(SIGSEGV, &before, nullptr);
+        return failure;
+    }
+    for (blockIdx.z = 0; blockIdx.z < gridDim.z; ++blockIdx.z)
+        for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y)
+            for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) run_block(count, (Order)order, seed);
+    sigaction(SIGSEGV, &before, nullptr);
+    return nullptr;
+}
+
+}  // namespace shim
+
+// --- the library: what kernels call --------------------------------------------------------------------------------
+
+template <class T>
+static inline T atomicAdd(T* place, T value) {
+    const T before = *place;
+    *place += value;
+    return before;
+}
+template <class T>
+static inline T atomicMax(T* place, T value) {
+    const T before = *place;
+    if (value > before) *place = value;
+    return before;
+}
+static inline int __float_as_int(float x) { return (int)bits_of(x); }
+static inline float __int_as_float(int x) { return float_of((unsigned)x); }
+template <class T>
+static inline T min(T a, T b) {
+    return b < a ? b : a;
+}
+template <class T>
+static inline T max(T a, T b) {
+    return a < b ? b : a;
+}
+template <class T>
+static inline T __ldg(const T* place) {
+    return *place;
+}

@@ -1,0 +1,90 @@
+"""Every CUDA source compiles for every GPU it is meant for, without a GPU, and stays within its budget.
+
+The budget, ``cuda_budget.json``, says per entry how many registers a thread and how many bytes of shared memory a block
+may take; both decide how many blocks a GPU runs at once. Raise a number there knowingly, never to make a test pass.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from flowreel.engine.errors import DeviceError
+from flowreel.kernels import launch
+
+HERE = Path(__file__).resolve().parent
+BUDGET: dict[str, dict[str, dict[str, int]]] = json.loads((HERE / "cuda_budget.json").read_text())
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+SOURCES = sorted(path.stem for path in launch.SOURCES.glob("*.cu"))
+
+
+class Use(NamedTuple):
+    registers: int  # a thread
+    shared_bytes: int  # a block
+    spilled_bytes: int  # a thread, registers that had to go to memory
+
+
+def uses(log: str) -> dict[str, Use]:
+    """What each entry takes, from the assembler's log."""
+    found = {}
+    for part in log.split("Compiling entry function '")[1:]:
+        shared = re.search(r"(\d+) bytes smem", part)
+        spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part)
+        registers = re.search(r"Used (\d+) registers", part)
+        assert spilled, part
+        assert registers, part
+        spills = int(spilled[1]) + int(spilled[2])
+        found[part.split("'")[0]] = Use(int(registers[1]), int(shared[1]) if shared else 0, spills)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _chosen_sources(monkeypatch: pytest.MonkeyPatch, cuda_dir: Path) -> None:
+    monkeypatch.setattr(launch, "SOURCES", cuda_dir)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_source_compiles_within_its_budget(source: str, architecture: str) -> None:
+    program, log = launch.compile_source(source, architecture)
+    assert program[:4] == b"\x7fELF"
+    taken = uses(log)
+    assert set(taken) == set(BUDGET[source])
+    assert {name: use for name, use in taken.items() if use.spilled_bytes} == {}
+    over = {
+        name: use
+        for name, use in taken.items()
+        if use.registers > BUDGET[source][name]["registers"] or use.shared_bytes > BUDGET[source][name]["shared_bytes"]
+    }
+    assert over == {}
+
+
+def test_budget_names_every_source() -> None:
+    assert sorted(BUDGET) == SOURCES
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_newer_gpus_get_a_program_their_driver_translates(source: str) -> None:
+    program, _ = launch.compile_source(source, "compute_80")
+    assert b".target sm_80" in program
+
+
+def test_an_error_in_a_source_is_told_with_the_compilers_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "wrong.cu").write_text('extern "C" __global__ void wrong(float* x) { *x = unheard_of; }\n')
+    monkeypatch.setattr(launch, "SOURCES", tmp_path)
+    with pytest.raises(DeviceError, match=r"(?s)wrong\.cu does not compile for sm_90.*unheard_of"):
+        launch.compile_source("wrong", "sm_90")
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc: NVRTC has compiled the same sources")
+@pytest.mark.parametrize("source", SOURCES)
+def test_source_stands_alone_under_nvcc(source: str, cuda_dir: Path, tmp_path: Path) -> None:
+    command = ["nvcc", "-std=c++17", "-arch=sm_90", "-ptx", "-o", str(tmp_path / "out.ptx"), f"{source}.cu"]
+    done = subprocess.run(command, cwd=cuda_dir, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
