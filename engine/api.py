@@ -56,7 +56,7 @@ class RunReport:
     height: int
     decoder: str
     device: str
-    kernels: str
+    kernels: dict[str, str]  # by what each operation of ours ran: cuda, torch (its operations, on any device), or both
     precision: str
     batch: int
     model: str
@@ -279,7 +279,7 @@ def _complete_already(resumed: Resumption, paths: list[str], config: RunConfig) 
         height=store.shape[2],
         decoder="none",
         device="none",
-        kernels="none",
+        kernels={},
         batch=int(store.attrs.get("batch") or 0),
         **made_by,
         outputs=(OutputReport(store.path, 0),),
@@ -335,7 +335,7 @@ def _report(
         height=header.height,
         decoder=frames.decoder,
         device=device_name(inference.device),
-        kernels="torch",
+        kernels=dict(inference.kernels),
         precision=inference.precision,
         batch=inference.batch,
         model=inference.model,

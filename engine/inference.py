@@ -17,6 +17,7 @@ from flowreel.engine.errors import DeviceError, UsageError
 from flowreel.engine.models.layers import Upsampling, upsample
 from flowreel.engine.models.weights import Weights, instantiate, read_weights
 from flowreel.engine.restore import Fit
+from flowreel.kernels.launch import recording
 
 _BATCH_PIXELS = 1 << 20  # a million pixels a batch keeps two cores or a small GPU busy; more only adds latency
 _MOST = 8
@@ -36,6 +37,7 @@ class Inference:
     fit: Fit
     native: bool = False  # the network's own quarter-resolution prediction goes along with the flow
     notes: list[str] = field(default_factory=list, repr=False)  # what the user should know when all is done
+    kernels: dict[str, str] = field(default_factory=dict, repr=False)  # by what each operation of ours ran so far
     _programs: dict[int, Program] = field(default_factory=dict, repr=False)  # by pairs: full batches, and short ones
 
     @property
@@ -62,13 +64,13 @@ class Inference:
         Gradients are off, but the result is an ordinary tensor: it can take part in training.
         """
         program = self._program(len(first))
-        with torch.no_grad():
+        with torch.no_grad(), recording(self.kernels):
             return program.flow(self._fitted(first), self._fitted(second))
 
     def quarter(self, first: Tensor, second: Tensor) -> Tensor:
         """The same before it is enlarged: (N, 2, h, w) at a quarter of the network's size, the network's pixels."""
         program = self._program(len(first))
-        with torch.no_grad():
+        with torch.no_grad(), recording(self.kernels):
             return program.quarter(self._fitted(first), self._fitted(second))
 
     def _fitted(self, frames: Tensor) -> Tensor:
@@ -78,7 +80,7 @@ class Inference:
         """Made once for full batches and once for each length of a short one, so that equal batches run equally."""
         program = self._programs.get(pairs)
         if program is None:
-            with torch.no_grad():
+            with torch.no_grad(), recording(self.kernels):  # what is captured now is only replayed later
                 program = self._programs.setdefault(pairs, self.packed.program((pairs, *self.fit.network_size)))
         return program
 

@@ -53,6 +53,17 @@ def test_one_loaded_network_serves_frames_of_any_size() -> None:
         load_network(ModelConfig(device="cpu", fit="crop")).fitted(32, 64)
 
 
+def test_it_knows_by_what_each_operation_ran() -> None:
+    frames = torch.zeros(2, 1, 3, 64, 64)
+    inference = prepare(ModelConfig(device="cpu", model="flownet2c"), 64, 64)
+    assert inference.kernels == {}
+    inference.flow(*frames)
+    assert inference.kernels == {"correlation": "torch"}
+    inference.kernels.clear()
+    inference.quarter(*frames)
+    assert inference.kernels == {"correlation": "torch"}
+
+
 def test_flow_is_an_ordinary_tensor_without_gradients() -> None:
     inference = prepare(ModelConfig(device="cpu"), 64, 64)
     flow = inference.flow(torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 64, 64))
