@@ -18,6 +18,7 @@ FitMode = Literal["pad", "crop", "resize"]
 Direction = Literal["forward", "backward"]
 Resolution = Literal["full", "native"]
 Decoder = Literal["auto", "nvdec", "pyav"]
+MOST_FRAMES = (1 << 62) - 1  # numbers of frames, and their sums, are of 64 bits
 MOST_QUEUE_MB = 1 << 40  # more than any machine has, and still a number of bytes
 
 
@@ -44,6 +45,10 @@ class SelectConfig:
             value = getattr(self, name)
             if isinstance(value, int) and value < 0:
                 raise UsageError(f"{name} must not be negative, got {value}")
+        for name in ("start", "stop", "step"):
+            value = getattr(self, name)
+            if isinstance(value, int) and value > MOST_FRAMES:
+                raise UsageError(f"{name} is beyond {MOST_FRAMES}, the last frame there can be")
         if isinstance(self.start, int) and isinstance(self.stop, int) and self.stop <= self.start:
             raise UsageError(f"stop ({self.stop}) must be greater than start ({self.start})")
         if self.stream is not None and self.stream < 0:

@@ -60,7 +60,10 @@ def run(
     ] = "pad",
     direction: Annotated[str, typer.Option(help="forward or backward.", rich_help_panel=NETWORK)] = "forward",
     start: Annotated[
-        str, typer.Option(help="First frame, as a number or a time: 120, 10s, 1:02.5.", rich_help_panel=FRAMES)
+        str,
+        typer.Option(
+            help="First frame, as a number or a time since the first: 120, 10s, 1:02.5.", rich_help_panel=FRAMES
+        ),
     ] = "0",
     stop: Annotated[
         str | None,

@@ -7,6 +7,7 @@ anything that looks like a finished output; or, where the damage left it valid, 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import queue
@@ -107,11 +108,13 @@ class Worker:
 class Catalogue:
     """What a test adds cases to. They start to run at once; ``judge`` waits for them and tells which broke a rule."""
 
-    def __init__(self, folder: Path, workers: queue.Queue[Worker]) -> None:
+    def __init__(self, folder: Path, workers: queue.Queue[Worker], judged: set[bytes]) -> None:
         self._folder = folder
         self._workers = workers
+        self._judged = judged  # of the whole session, by ``identity``: a case that is given twice counts once
         self._pool = ThreadPoolExecutor(WORKERS)
         self._running: list[tuple[Case, Future[Answer]]] = []
+        self._identities: list[bytes] = []
 
     def place(self) -> Path:
         """The folder of the next case, for a test that fills it itself."""
@@ -165,6 +168,7 @@ class Catalogue:
         if isinstance(stdin, bytes):
             (folder / "stdin").write_bytes(stdin)
             stdin = str(folder / "stdin")
+        self._identities.append(identity(task, stdin, folder, files))
         case = Case(name, folder, task, stdin, right, may_write, wordy, code, listing(folder))
         self._running.append((case, self._pool.submit(self._run, case)))
 
@@ -176,8 +180,11 @@ class Catalogue:
             self._workers.put(worker)
 
     def judge(self, least: int) -> list[Answer]:
-        """Waits for all cases, at least ``least``, and fails with those that broke a rule. Gives their answers."""
-        assert len(self._running) >= least, f"only {len(self._running)} cases"
+        """Waits for all cases, at least ``least`` different ones, and fails with those that broke a rule.
+
+        Gives their answers.
+        """
+        assert len(set(self._identities)) >= least, f"only {len(set(self._identities))} different cases"
         answers, broken = [], []
         for case, running in self._running:
             answer = running.result() | {"folder": case.folder}
@@ -190,7 +197,9 @@ class Catalogue:
         more = f"\n... and {len(broken) - SHOWN} more" if len(broken) > SHOWN else ""
         if broken:
             pytest.fail(f"{len(broken)} of {len(answers)} cases:\n" + "\n".join(broken[:SHOWN]) + more, pytrace=False)
+        self._judged.update(self._identities)
         self._running.clear()
+        self._identities.clear()
         return answers
 
     def close(self) -> None:
@@ -266,6 +275,22 @@ def _wrong_files(case: Case, failed: bool) -> Iterator[str]:
         yield f"left {finished[:3]}"
 
 
+def identity(task: Mapping[str, Any], stdin: str | None, folder: Path, files: Mapping[str, bytes]) -> bytes:
+    """The same for cases that are the same: what is asked, of which bytes. Their names and folders do not matter."""
+    found = hashlib.sha256(repr(sorted(task.items())).encode("utf-8", "surrogatepass"))
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        found.update(name.encode("utf-8", "surrogateescape"))
+        if name in files:
+            found.update(files[name])
+        elif path.is_symlink():
+            found.update(os.fsencode(path.readlink()))
+        elif path.is_file():  # the test's own; more of it would only tell more cases apart
+            with path.open("rb") as file:
+                found.update(file.read(1 << 16) + str(path.stat().st_size).encode())
+    return found.digest() + (stdin or "").removeprefix(str(folder)).encode()
+
+
 def listing(folder: Path) -> dict[str, tuple[int, int]]:
     """Every file below a folder, with its size and the time of its last change."""
     found = {}
@@ -324,8 +349,14 @@ def _workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[queue.Queue[W
         worker.close()
 
 
+@pytest.fixture(scope="session")
+def judged() -> set[bytes]:
+    """The cases that were judged in this session and kept the rules."""
+    return set()
+
+
 @pytest.fixture
-def catalogue(tmp_path: Path, _workers: queue.Queue[Worker]) -> Iterator[Catalogue]:
-    catalogue = Catalogue(tmp_path, _workers)
+def catalogue(tmp_path: Path, _workers: queue.Queue[Worker], judged: set[bytes]) -> Iterator[Catalogue]:
+    catalogue = Catalogue(tmp_path, _workers, judged)
     yield catalogue
     catalogue.close()
