@@ -22,6 +22,7 @@ def info(
     path: Annotated[
         list[str],
         typer.Argument(
+            metavar="PATH",
             help="Videos, image folders or quoted globs, synthetic:NAME, files of flow (.flo, .kitti.png, .npz), "
             "flow stores (complete or not) or weights.",
             show_default=False,
