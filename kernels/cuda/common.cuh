@@ -82,7 +82,7 @@ __device__ __forceinline__ V total_of_block(V mine) {
         __syncthreads();
         if (thread < half) parts[thread] = parts[thread].with(parts[thread + half]);
     }
-    return parts[0];
+    return thread == 0 ? parts[0] : mine;  // the others must not read what it has just written
 }
 
 // The largest of floats that are not negative: their bits are in their order. *place is 0 before.
