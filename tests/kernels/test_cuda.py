@@ -176,6 +176,16 @@ def test_correlation_goes_into_its_part_of_a_concatenation_and_nowhere_else(
         assert torch.equal(whole[:, others], wanted[:, others])
 
 
+def test_correlation_takes_a_gradient_that_is_one_number(card: torch.device) -> None:
+    module: Any = _module(correlation)
+    random = random_tensors(card, torch.float32)
+    a, b = random(1, 3, 6, 7), random(1, 3, 6, 7)
+    grad = torch.ones(1, 1, 1, 1, device=card).expand(1, 25, 6, 7)
+    found = module._pixel_correlation_backward_cuda(grad, a, b, 2, 2)
+    for x, y in zip(found, module.pixel_correlation_backward_definition(grad, a, b, 2, 2), strict=True):
+        assert_close(x, y, 1e-5)
+
+
 def test_correlation_of_more_pairs_than_a_grid_is_deep(card: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     module: Any = _module(correlation)
     monkeypatch.setattr(module, "_MOST_DEEP", 7)  # 3 parts of a pair: 2 pairs at a time
