@@ -1,4 +1,5 @@
-// What the kernels share: element types that are summed in float, tensors with strides, entries by element type.
+// What the kernels share: element types that are summed in float, tensors with strides, entries by element type, and how
+// threads share pixels, and blocks pictures.
 //
 // Every .cu file here compiles by itself (nvcc -std=c++17, or NVRTC) and instantiates all that the library launches.
 // Its entries are `extern "C"` and named after the operation and the element type: warp_float, warp_half, ...
