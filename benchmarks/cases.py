@@ -39,6 +39,7 @@ CASES = (
     "accuracy",
     "clips",
     "storage",
+    "kills",
 )
 
 

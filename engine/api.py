@@ -120,7 +120,8 @@ def run_one(
     with ExitStack() as opened:
         going_on = None if resumed is None else resumed.frames
         frames = opened.enter_context(closing(going_on or open_source(source, config.select, device)))
-        inference = network().fitted(frames.info.height, frames.info.width, native=native)
+        recorded = None if resumed is None else resumed.point.batch
+        inference = network().fitted(frames.info.height, frames.info.width, native=native, recorded_batch=recorded)
         header = flow_header(frames.info if resumed is None else resumed.info, inference, config)
         if resumed is not None:
             resumed.store.require_same(header)
