@@ -1,7 +1,7 @@
-"""``python -m benchmarks [NAME ...] [--short] [--out DIR]`` runs named cases and writes what they measured as JSON.
+"""Runs named measurements and writes what they found as JSON.
 
-``python -m benchmarks --list`` says what there is; ``compare A B`` sets two results side by side; ``readme`` puts the
-newest results into the tables of README and docs and draws the plots. ``flowreel bench`` is the same from anywhere.
+``list`` says which there are. ``compare A B`` sets two results side by side: files, folders of results, or dates.
+``readme`` puts the newest results into the tables of README and docs, and draws the plots.
 """
 
 from __future__ import annotations
@@ -18,45 +18,51 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from benchmarks import compare as comparing
-from benchmarks.cases import CASES, SKIPPED, describe, has_short
+from benchmarks.cases import CASES, SKIPPED, describe, has_short, takes_ceilings
 from benchmarks.plots import draw
 from benchmarks.processes import ROOT
 from benchmarks.results import RESULTS, file_name, load
-from benchmarks.tables import PAGES, as_markdown, with_tables
+from benchmarks.tables import PAGES, as_markdown, filled
 
-OTHERS = ("compare A B", "readme")
+OTHERS = ("list", "compare A B", "readme")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """0: all is well. 1: a case failed, or ``compare`` found a regression. 2: wrong usage."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"cases, or {' or '.join(OTHERS)}; none: every case")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
+def main(arguments: list[str] | None = None, prog: str = "python -m benchmarks") -> int:
+    """0: all is well. 1: a case failed, or ``compare`` found a regression. 2: wrong usage, or not to be compared."""
+    parser = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").replace("``", "'"))
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"cases, or one of: {', '.join(OTHERS)}; none: every case"
+    )
     parser.add_argument("--short", action="store_true", help="the small set: under ten minutes on two cores")
-    parser.add_argument("--list", action="store_true", help="name the cases and what they measure")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
+    parser.add_argument("--anyway", action="store_true", help="compare even what was measured on other machines")
     given = parser.parse_args(arguments)
-    if given.list:
+    if given.names == ["list"]:
         print("\n".join(f"{name:14}{'short  ' if has_short(name) else '       '}{describe(name)}" for name in CASES))
         return 0
     if given.names[:1] == ["compare"]:
         if len(given.names) != 3:
             parser.error("compare takes two results: files, folders, or dates")
-        return _compare(*given.names[1:])
+        return _compare(*given.names[1:], anyway=given.anyway)
     if given.names == ["readme"]:
-        for page in PAGES:
-            page.write_text(with_tables(page.read_text()))
         draw()
+        for page in PAGES:
+            page.write_text(filled(page.read_text(), page))
         return 0
     if unknown := set(given.names) - set(CASES):
         parser.error(f"no case is called {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
     return _run(given.names or list(CASES), given.out, given.short)
 
 
-def _compare(before: str, after: str) -> int:
+def _compare(before: str, after: str, *, anyway: bool) -> int:
     try:
         comparison = comparing.compare(before, after)
     except (OSError, ValueError) as error:
         print(f"compare: {error}", file=sys.stderr)
+        return 2
+    if comparison.incomparable and not anyway:
+        reasons = "; ".join(comparison.incomparable)
+        print(f"compare: these were not measured alike: {reasons} (--anyway shows them all the same)", file=sys.stderr)
         return 2
     print(comparing.as_text(comparison))
     return 1 if comparison.regressions else 0
@@ -69,7 +75,9 @@ def _run(names: list[str], out: Path, short: bool) -> int:
     notes = [f"{name}: has no short form" for name in left_out]
     failed: list[str] = []
     ceilings: dict[str, dict[str, float]] = {}
-    for name in dict.fromkeys(("ceilings", *wanted)):  # once, first, and the others divide by them
+    first = ("ceilings",) if any(map(takes_ceilings, wanted)) else ()  # once, and the others divide by them
+    for name in dict.fromkeys((*first, *wanted)):
+        print(f"{name} ...", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory() as folder:
             made = Path(folder) / "result.json"
             settings = json.dumps({"short": short, "ceilings": ceilings})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import cv2
 import numpy as np
@@ -13,6 +14,7 @@ from benchmarks.data import TruePair, true_pair
 from flowreel.engine.config import ModelConfig
 from flowreel.engine.inference import prepare
 
+FRESH: Any = None  # where OpenCV would begin from, or write to
 Flow = npt.NDArray[np.float32]
 JUDGED = ("chairs_1", "chairs_3", "exact_translate_bbb_512x384", "exact_rotzoom_bbb_640x448", "sintel_alley_1_0001")
 ALSO = ("middlebury_rubberwhale_gray", "kitti2015")
@@ -20,7 +22,7 @@ ALSO = ("middlebury_rubberwhale_gray", "kitti2015")
 
 def run(weights: str = "baseline") -> dict[str, object]:
     """One row a pair, and the mean of those that the shipped weights are judged by. None was trained on."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in (*JUDGED, *ALSO):
         pair = true_pair(name)
         methods: dict[str, Callable[[TruePair], Flow]] = {
@@ -30,7 +32,7 @@ def run(weights: str = "baseline") -> dict[str, object]:
             "flowreel baseline": lambda pair: network(pair, weights),
         }
         rows.append({"pair": name} | {method: epe(compute(pair), pair) for method, compute in methods.items()})
-    mean = {"pair": f"mean of the first {len(JUDGED)}"}
+    mean: dict[str, Any] = {"pair": f"mean of the first {len(JUDGED)}"}
     mean |= {key: float(np.mean([row[key] for row in rows[: len(JUDGED)]])) for key in rows[0] if key != "pair"}
     rows.insert(len(JUDGED), mean)
     cut = 1 - mean["flowreel baseline"] / mean["no motion"]
@@ -49,11 +51,11 @@ def network(pair: TruePair, weights: str) -> Flow:
 
 
 def farneback(pair: TruePair) -> Flow:
-    return np.asarray(cv2.calcOpticalFlowFarneback(*grey(pair), None, 0.5, 5, 15, 3, 5, 1.2, 0))
+    return np.asarray(cv2.calcOpticalFlowFarneback(*grey(pair), FRESH, 0.5, 5, 15, 3, 5, 1.2, 0))
 
 
 def dis(pair: TruePair) -> Flow:
-    return np.asarray(cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(*grey(pair), None))
+    return np.asarray(cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(*grey(pair), FRESH))
 
 
 def grey(pair: TruePair) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:

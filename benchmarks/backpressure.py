@@ -22,9 +22,10 @@ from flowreel.engine.data import FlowBatch, Frame, PairBatch
 from flowreel.engine.inference import Inference, prepare
 from flowreel.engine.outputs import Tally
 from flowreel.engine.pairing import batches, pairs
-from flowreel.engine.pipeline import Pipeline, Stage
+from flowreel.engine.pipeline import Pipeline
 from flowreel.engine.restore import restore
 from flowreel.engine.sources import open_source
+from flowreel.engine.stages import Stage
 from flowreel.sinks import open_sink
 
 Slow = Literal["source", "model", "sink"]
@@ -139,7 +140,7 @@ def resident_bytes() -> int:
 
 def run(short: bool = False) -> dict[str, object]:
     """One row for each slow stage."""
-    flows, rounds = (30, 2) if short else (120, 5)
+    flows, rounds = (60, 1) if short else (100, 3)
     natural_s = {stage: median(alone(new_job(flows), stage) for _ in range(3)) / flows for stage in get_args(Slow)}
     slowest_s = max(natural_s.values())
     rows = [_row(stage, flows, rounds, FACTOR * slowest_s - natural_s[stage]) for stage in get_args(Slow)]

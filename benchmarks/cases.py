@@ -18,6 +18,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measure import Skipped
+
 CASES = (
     "ceilings",
     "startup",
@@ -25,6 +27,7 @@ CASES = (
     "model",
     "decode",
     "encode",
+    "lazy",
     "classical",
     "gpu_peers",
     "backpressure",
@@ -50,6 +53,10 @@ def has_short(name: str) -> bool:
     return "short" in _parameters(name)
 
 
+def takes_ceilings(name: str) -> bool:
+    return "ceilings" in _parameters(name)
+
+
 def _source(name: str) -> ast.Module:
     """Read, not imported: a list of cases must not take torch's seconds, nor fail where an extra is missing."""
     return ast.parse((Path(__file__).parent / f"{name}.py").read_text())
@@ -64,8 +71,13 @@ def _parameters(name: str) -> list[str]:
 
 
 def measure(name: str, short: bool, ceilings: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Runs one case in this process. Raises what it raises, ``Skipped`` included."""
-    run = import_module(f"benchmarks.{name}").run
+    """Runs one case in this process. Raises what it raises; ``Skipped`` also where a package is missing."""
+    try:
+        run = import_module(f"benchmarks.{name}").run
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("benchmarks", "flowreel"):
+            raise
+        raise Skipped(f"{error.name} is not installed: pip install 'flowreel[test]' has everything") from error
     offered: dict[str, Any] = {"short": short, "ceilings": ceilings}
     result: dict[str, Any] = run(**{key: offered[key] for key in _parameters(name) if key in offered})
     return result

@@ -113,8 +113,11 @@ def bytes_per_s(ceilings: Ceilings, device: str) -> float | None:
 def share_of_limit(
     seconds: float, flops: float, moved_bytes: float, ceilings: Ceilings, device: str, precision: str
 ) -> float | None:
-    """Least time the measured ceilings allow, over the time taken: 1.0 is the limit. None without ceilings."""
+    """Least time the measured ceilings allow, over the time taken: 1.0 is the limit. None without ceilings.
+
+    flops: 0 where memory alone is the limit, whatever the precision.
+    """
     arithmetic, memory = flops_per_s(ceilings, device, precision), bytes_per_s(ceilings, device)
-    if arithmetic is None or memory is None:
+    if memory is None or (flops and arithmetic is None):
         return None
-    return max(flops / arithmetic, moved_bytes / memory) / seconds
+    return max(flops / arithmetic if arithmetic else 0.0, moved_bytes / memory) / seconds

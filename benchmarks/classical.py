@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.accuracy import FRESH
 from benchmarks.data import found
 from benchmarks.measure import Action, Effort, Sample, alternated, ratio
 from flowreel.engine.config import ModelConfig, SelectConfig
@@ -33,7 +34,7 @@ def run(short: bool = False) -> dict[str, object]:
 
     How exact each is stands in the accuracy case; speed alone says little.
     """
-    effort = Effort(least=2, most=4, cap_s=6.0) if short else Effort(least=5, most=20, cap_s=60.0)
+    effort = Effort(least=2, most=4, cap_s=6.0) if short else Effort(least=5, most=20, cap_s=25.0)
     rows: list[dict[str, Any]] = []
     for clip in CLIPS[1:] if short else CLIPS:
         frames = [frame.rgb for frame in open_source(found("videos", clip), SelectConfig(stop=FRAMES))]
@@ -69,11 +70,11 @@ def _in_opencv(pictures: Sequence[Any], flow: Callable[[Any, Any], Any]) -> Acti
 
 def _dis(preset: int) -> Callable[[Any, Any], Any]:
     dis = cv2.DISOpticalFlow.create(preset)
-    return lambda first, second: dis.calc(first, second, None)
+    return lambda first, second: dis.calc(first, second, FRESH)
 
 
 def _farneback(first: Any, second: Any) -> Any:
-    return cv2.calcOpticalFlowFarneback(first, second, None, 0.5, 5, 15, 3, 5, 1.2, 0)
+    return cv2.calcOpticalFlowFarneback(first, second, FRESH, 0.5, 5, 15, 3, 5, 1.2, 0)
 
 
 def _network(model: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Action:

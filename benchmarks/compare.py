@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from benchmarks.results import RESULTS, Result, cases_in, filed_as, load, newest
 
 WITHOUT_SPREAD = 0.10  # figures recorded without a spread are flagged from this change on
 LEAST = 0.01  # nobody is told of less
+HARDWARE = ("cpu", "cores", "cpu_capability", "gpu", "torch_threads")
+SETTINGS = ("memory_gb", "python", "cuda", "omp_wait_policy")
 # A figure's name says which way is better, by its unit or its words; where neither is known it is shown, not judged.
 _HIGHER = re.compile(r"/s\b|\bof (the )?limit|\.flo /|\bthroughput|\bbest\b|\breached\b|/ slowest")
 _LOWER = re.compile(r"\b(s|ms|us|seconds|MB|GB|px|CPU s|lowest|highest)\b|error|amplification|\bratio\b")
@@ -44,7 +46,8 @@ class Comparison:
     changes: tuple[Change, ...]
     only_before: tuple[str, ...]
     only_after: tuple[str, ...]
-    machines_differ: tuple[str, ...]  # what of hardware, versions, settings is not the same
+    incomparable: tuple[str, ...]  # what of hardware or effort is not the same: a ratio would speak of that
+    versions_differ: tuple[str, ...]  # of Python, packages, settings: what a comparison may be about
 
     @property
     def regressions(self) -> tuple[Change, ...]:
@@ -63,18 +66,21 @@ def compare(before: str, after: str) -> Comparison:
     changes: list[Change] = []
     gone = [case for case in a if case not in b]
     come = [case for case in b if case not in a]
-    differ: dict[str, None] = {}
+    unlike: dict[str, None] = {}
+    versions: dict[str, None] = {}
     for case in both:
         rows_a, rows_b = _rows(a[case]), _rows(b[case])
         for key in rows_a:
             if key in rows_b:
-                changes += _changes(case, key, rows_a[key], rows_b[key])
+                changes += _changes(case, key, rows_a[key], rows_b[key], b[case].get("unit", ""))
         gone += [f"{case}: {_shown(key)}" for key in rows_a if key not in rows_b]
         come += [f"{case}: {_shown(key)}" for key in rows_b if key not in rows_a]
-        differ |= dict.fromkeys(_differences(a[case]["machine"], b[case]["machine"]))
+        unlike |= dict.fromkeys(_differences(a[case]["machine"], b[case]["machine"], HARDWARE))
         if bool(a[case].get("short")) != bool(b[case].get("short")):
-            differ[f"{case}: one of the two is a short run"] = None
-    return Comparison(tuple(changes), tuple(gone), tuple(come), tuple(differ))
+            unlike[f"{case}: one of the two is a short run"] = None
+        versions |= dict.fromkeys(_differences(a[case]["machine"], b[case]["machine"], SETTINGS))
+        versions |= dict.fromkeys(_versions(a[case]["machine"]["versions"], b[case]["machine"]["versions"]))
+    return Comparison(tuple(changes), tuple(gone), tuple(come), tuple(unlike), tuple(versions))
 
 
 def _results(what: str) -> dict[str, Result]:
@@ -94,21 +100,37 @@ def _rows(result: Result) -> dict[Key, Mapping[str, Any]]:
     """Rows by what they are about; of several about the same the first."""
     found: dict[Key, Mapping[str, Any]] = {}
     for row in result["rows"]:
-        found.setdefault(tuple((k, v) for k, v in row.items() if isinstance(v, str | int) and k != "skipped"), row)
+        row = {name: _figure(name, cell) for name, cell in row.items() if name != "skipped"}
+        found.setdefault(tuple((name, v) for name, v in row.items() if isinstance(v, str | int)), row)
     return found
+
+
+def _figure(name: str, cell: Any) -> Any:
+    """A measured number that was written out as text, for its digits, as a number again."""
+    if isinstance(cell, str) and _judged(name):
+        try:
+            return float(cell)
+        except ValueError:
+            return cell
+    return cell
+
+
+def _judged(name: str) -> bool:
+    return _HIGHER.search(name) is not None or _LOWER.search(name) is not None
 
 
 def _shown(key: Key) -> str:
     return " ".join(str(value) for _, value in key) or "all"
 
 
-def _changes(case: str, key: Key, before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[Change]:
+def _changes(case: str, key: Key, before: Mapping[str, Any], after: Mapping[str, Any], unit: str) -> Iterator[Change]:
+    """unit: what a result says of all its figures, where their names do not."""
     for figure in before:
         a, b = cell_value(before[figure]), cell_value(after.get(figure))
         if a is None or b is None:
             continue
         spreads = isinstance(before[figure], Mapping) and isinstance(after[figure], Mapping)
-        verdict = _verdict(figure, before[figure], after[figure], spreads)
+        verdict = _verdict(f"{figure} {unit}", before[figure], after[figure], spreads)
         yield Change(case, _shown(key), figure, a, b, verdict, spreads)
 
 
@@ -118,7 +140,7 @@ def _verdict(figure: str, before: Any, after: Any, spreads: bool) -> str:
     assert a is not None
     assert b is not None
     higher = _HIGHER.search(figure) is not None
-    if not higher and _LOWER.search(figure) is None:
+    if not _judged(figure):
         return ""
     apart = (after["low"] > before["high"] or after["high"] < before["low"]) if spreads else True
     least = LEAST if spreads else WITHOUT_SPREAD
@@ -127,24 +149,28 @@ def _verdict(figure: str, before: Any, after: Any, spreads: bool) -> str:
     return "better" if (b > a) == higher else "worse"
 
 
-def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
-    for name in ("cpu", "cores", "gpu", "python", "torch_threads", "omp_wait_policy"):
+def _differences(a: Mapping[str, Any], b: Mapping[str, Any], names: Sequence[str]) -> Iterator[str]:
+    for name in names:
         if name in a and name in b and a[name] != b[name]:
             yield f"{name}: {a[name]} and {b[name]}"
-    for name in sorted({*a["versions"], *b["versions"]}):
-        if (one := a["versions"].get(name)) != (other := b["versions"].get(name)):
-            yield f"{name}: {one} and {other}"
+
+
+def _versions(a: Mapping[str, str], b: Mapping[str, str]) -> Iterator[str]:
+    for name in sorted({*a, *b}):
+        if a.get(name) != b.get(name):
+            yield f"{name}: {a.get(name)} and {b.get(name)}"
 
 
 def as_text(comparison: Comparison) -> str:
     """For a terminal: what differs about the machines, every figure, and the regressions again at the end."""
-    lines = [f"not the same: {difference}" for difference in comparison.machines_differ]
+    lines = [f"not measured alike: {difference}" for difference in comparison.incomparable]
+    lines += [f"not the same: {difference}" for difference in comparison.versions_differ]
     lines += [f"only in the first: {what}" for what in comparison.only_before]
     lines += [f"only in the second: {what}" for what in comparison.only_after]
     lines += ["", *map(_line, comparison.changes), ""]
     worse = comparison.regressions
     lines += [f"{len(worse)} of {len(comparison.changes)} figures got worse beyond their spread", *map(_line, worse)]
-    return "\n".join(lines).strip()
+    return "\n".join(lines).strip("\n")
 
 
 def _line(change: Change) -> str:

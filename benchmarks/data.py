@@ -40,7 +40,7 @@ def true_pair(name: str) -> TruePair:
     folder = found("pairs", name)
     first, second = (_picture(next(folder.glob(f"img{number}.*"))) for number in (1, 2))
     flow = _kitti(folder / "flow.png") if (folder / "flow.png").exists() else read_flo(folder / "flow.flo")
-    valid = (np.abs(flow) < 1e9).all(-1)
+    valid = np.asarray((np.abs(flow) < 1e9).all(-1), np.bool_)
     return TruePair(name, first, second, np.where(valid[..., None], flow, 0).astype(np.float32), valid)
 
 
@@ -52,7 +52,7 @@ def _picture(path: Path) -> npt.NDArray[np.uint8]:
 def _kitti(path: Path) -> npt.NDArray[np.float32]:
     import cv2
 
-    stored = cv2.imread(str(path), cv2.IMREAD_UNCHANGED).astype(np.float32)  # blue = valid, green = v, red = u
+    stored = np.asarray(cv2.imread(str(path), cv2.IMREAD_UNCHANGED), np.float32)  # blue = valid, green = v, red = u
     flow = (stored[..., [2, 1]] - 32768) / 64
     flow[stored[..., 0] == 0] = 1e10
     return np.asarray(flow, np.float32)

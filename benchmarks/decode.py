@@ -6,6 +6,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def _ways(clip: Path, count: int) -> dict[str, Action]:
 
     ways: dict[str, Action] = {OURS: ours}
     for threads in dict.fromkeys((1, cores)):
-        ways[f"PyAV, {threads} thread{'s' * (threads > 1)}, no RGB"] = lambda n=threads: consume(_bare(clip, count, n))
+        name = f"PyAV, {threads} thread{'s' * (threads > 1)}, no RGB"
+        ways[name] = partial(lambda n: consume(_bare(clip, count, n)), threads)
     ways["PyAV, to_ndarray(rgb24)"] = lambda: consume(f.to_ndarray(format="rgb24") for f in _bare(clip, count, 0))
     ways["OpenCV VideoCapture"] = lambda: consume(_opencv(clip))
     return ways

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from benchmarks.ceilings import Ceilings, share_of_limit
 from benchmarks.measure import Action, Effort, Sample, alternated, device_sync, devices, ratio
-from flowreel.kernels import channel_norm, correlation, flow_to_color, warp
+from flowreel.kernels import channel_norm, correlation, flow_to_color, warp, yuv_to_rgb
 from flowreel.kernels.channel_norm import channel_norm_definition
 from flowreel.kernels.correlation import correlation_definition, pixel_correlation_backward_definition
 from flowreel.kernels.warp import warp_definition
+from flowreel.kernels.yuv_to_rgb import yuv_to_rgb_definition
 
 OURS = "flowreel"
 PIXELS = (448, 1024)  # rows, columns of a frame
@@ -36,7 +37,7 @@ class Kernel:
     shape: str
     precision: str
     ways: Mapping[str, Action]  # ours first
-    flops: float  # additions and multiplications
+    flops: float  # additions and multiplications; 0 where only memory can be the limit
     moved_bytes: float  # each input read once, each output written once
 
 
@@ -73,7 +74,7 @@ def kernels(device: str) -> list[Kernel]:
     half = "bf16" if device == "cpu" else "fp16"
     made = [_correlation(device, "fp32"), _correlation(device, half), _correlation_backward(device)]
     made += [_warp(device, "fp32"), _warp(device, half), _channel_norm(device, 3), _channel_norm(device, 2)]
-    return [*made, _color(device)]
+    return [*made, _color(device), *([_yuv_to_rgb(device)] if device == "cuda" else [])]
 
 
 def _without_gradients(function: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> Action:
@@ -125,7 +126,7 @@ def _correlation(device: str, precision: str) -> Kernel:
 def _correlation_backward(device: str) -> Kernel:
     volume = (FEATURES[0], (2 * RADIUS + 1) ** 2, *FEATURES[2:])
     inputs = _many(lambda: (torch.randn(volume, device=device), *_features(device, "fp32")))
-    functions = {OURS: torch.ops.flowreel.correlation_backward.default}
+    functions: dict[str, Callable[..., Any]] = {OURS: torch.ops.flowreel.correlation_backward.default}
     functions["torch definition"] = pixel_correlation_backward_definition
     ways = _ways(functions, [(*tensors, RADIUS, STRIDE) for tensors in inputs])
     grad, a, _ = inputs[0]
@@ -194,6 +195,24 @@ def _color(device: str) -> Kernel:
     else:
         ways = _ways({OURS: flow_to_color}, as_tensors)
     return Kernel("flow_to_color", _shape(inputs[0][0]), "fp32", ways, 0.0, (8 + 3) * PIXELS[0] * PIXELS[1])
+
+
+def _yuv_to_rgb(device: str) -> Kernel:
+    """NV12, as NVDEC gives it. No row on a CPU: frames that are decoded there come through FFmpeg's scaler."""
+    height, width = PIXELS
+
+    def make() -> tuple[Tensor, ...]:
+        luma = torch.randint(16, 236, PIXELS, dtype=torch.uint8, device=device)
+        return luma, torch.randint(16, 241, (height // 2, width // 2, 2), dtype=torch.uint8, device=device)
+
+    def definition(luma: Tensor, chroma: Tensor) -> None:
+        yuv_to_rgb_definition(
+            torch.empty(3, *PIXELS, dtype=torch.uint8, device=device), luma, chroma, "bt709", False, 8
+        )
+
+    inputs = _many(make)
+    ways = _ways({OURS: yuv_to_rgb, "torch definition": definition}, inputs)
+    return Kernel("yuv_to_rgb", f"{_shape(inputs[0][0])} NV12", "8 bits", ways, 0.0, 4.5 * height * width)
 
 
 def _hsv(flow: Any, max_flow: float) -> Any:

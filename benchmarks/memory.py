@@ -9,7 +9,7 @@ from benchmarks.processes import flowreel, measured
 
 CLIP = "conveyor_640x360.mp4"
 LENGTHS = (120, 1189)  # frames; the second is the whole clip
-REPEATS = 3
+REPEATS = 2
 MODEL = "--model=FlowNet2C"  # the lightest network of the baseline: what could grow lies around it
 
 

@@ -14,9 +14,9 @@ from benchmarks.ceilings import Ceilings, flops_per_s
 from benchmarks.processes import in_module
 
 FULL = ("FlowNet2", "FlowNet2CSS", "FlowNet2CS", "FlowNet2C", "FlowNet2S", "FlowNet2SD")
-BASELINE = ("FlowNet2CSS", "FlowNet2C")  # what the shipped weights run as
-SIZES = {"512x384": (384, 512), "1024x448": (448, 1024)}
-LARGE = {"1920x1088": (1088, 1920)}
+BASELINE = ("FlowNet2CSS", "FlowNet2CS", "FlowNet2C")  # what the shipped weights run as
+SIZES = {"512x384": (384, 512), "1024x448": (448, 1024), "1920x1088": (1088, 1920)}
+USUAL, BATCH = "1024x448", 4
 PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "tf32", "fp16")}
 INPUTS = 4  # different batches, in turn
 
@@ -35,17 +35,27 @@ def run(short: bool = False, ceilings: Ceilings | None = None) -> dict[str, obje
 
 def _short(device: str) -> Iterator[dict[str, Any]]:
     for model in ("FlowNet2", "FlowNet2C", "FlowNet2S"):
-        yield {"model": model, "weights": "width 1", "precision": PRECISIONS[device][0], "batch": 1, "size": "1024x448"}
-    yield {"model": "FlowNet2CSS", "weights": "baseline", "precision": "fp32", "batch": 1, "size": "1024x448"}
+        yield _settings(model, PRECISIONS[device][0])
+    yield _settings("FlowNet2CSS", "fp32", weights="baseline")
 
 
 def _full(device: str) -> Iterator[dict[str, Any]]:
-    for model, precision, size, batch in itertools.product(FULL, PRECISIONS[device], SIZES, (1, 4)):
-        yield {"model": model, "weights": "width 1", "precision": precision, "batch": batch, "size": size}
-    for model, precision, size in itertools.product(("FlowNet2", "FlowNet2C"), PRECISIONS[device], LARGE):
-        yield {"model": model, "weights": "width 1", "precision": precision, "batch": 1, "size": size}
-    for model, precision, size, batch in itertools.product(BASELINE, PRECISIONS[device], SIZES, (1, 4)):
-        yield {"model": model, "weights": "baseline", "precision": precision, "batch": batch, "size": size}
+    """Every network in every precision at one size; of the heaviest and a light one also other sizes and a batch."""
+    for weights, models in (("width 1", FULL), ("baseline", BASELINE)):
+        for model, precision in itertools.product(models, PRECISIONS[device]):
+            yield _settings(model, precision, weights=weights)
+    for model, precision in itertools.product(("FlowNet2", "FlowNet2C"), PRECISIONS[device]):
+        yield _settings(model, precision, batch=BATCH)
+        for size in SIZES:
+            if size != USUAL:
+                yield _settings(model, precision, size=size)
+    yield _settings("FlowNet2CSS", PRECISIONS[device][0], batch=BATCH, weights="baseline")
+
+
+def _settings(
+    model: str, precision: str, *, size: str = USUAL, batch: int = 1, weights: str = "width 1"
+) -> dict[str, Any]:
+    return {"model": model, "weights": weights, "precision": precision, "batch": batch, "size": size}
 
 
 def _row(settings: dict[str, Any], folder: Path, short: bool, ceilings: Ceilings) -> dict[str, Any]:
@@ -53,7 +63,7 @@ def _row(settings: dict[str, Any], folder: Path, short: bool, ceilings: Ceilings
     from benchmarks.networks import flops, random_weights
 
     baseline = settings["weights"] == "baseline"
-    height, width = (SIZES | LARGE)[settings["size"]]
+    height, width = SIZES[settings["size"]]
     # The file is written here, in this process: the one that is measured only reads it, as a user's would.
     weights = "baseline" if baseline else str(random_weights(settings["model"], folder))
     found, spent = in_module("benchmarks.model", settings | {"weights": weights, "short": short})
@@ -79,7 +89,7 @@ def _measure(settings: dict[str, Any]) -> dict[str, Any]:
     from flowreel.engine.config import ModelConfig
     from flowreel.engine.inference import prepare
 
-    height, width = (SIZES | LARGE)[settings["size"]]
+    height, width = SIZES[settings["size"]]
     device, batch = settings["device"], settings["batch"]
     given = {name: settings[name] for name in ("model", "weights", "precision", "batch", "device")}
     inference = prepare(ModelConfig(**given), height, width)
@@ -87,7 +97,7 @@ def _measure(settings: dict[str, Any]) -> dict[str, Any]:
     shape = (batch, 3, height, width)
     frames = [torch.randint(0, 256, shape, dtype=torch.uint8, device=device) for _ in range(INPUTS)]
     turns = itertools.cycle(itertools.pairwise([*frames, frames[0]]))
-    effort = Effort(least=3, most=5, cap_s=5.0) if settings["short"] else Effort(least=5, most=30, cap_s=10.0)
+    effort = Effort(least=3, most=5, cap_s=5.0) if settings["short"] else Effort(least=5, most=30, cap_s=4.0)
     seconds = alternated({"": lambda: inference.flow(*next(turns))}, effort, device_sync(device))[""]
     gpu_mb = torch.cuda.max_memory_allocated() / 1e6 if device == "cuda" else None
     return {"seconds": seconds, "gpu_mb": gpu_mb}

@@ -18,48 +18,61 @@ from PIL import Image
 
 import flowreel
 from benchmarks.data import found
+from benchmarks.measure import Sample, ratio
 from flowreel.engine.paint import color
 
 CLIP = "sintel_cave_1024x436.mp4"
+ALL = "all of it"
 
 
 def run(clip: str = CLIP, repeats: int = 3, short: bool = False) -> dict[str, object]:
-    """Both ways in turn, ``repeats`` times (once in a short run); medians."""
+    """Both ways in turn, either first, ``repeats`` times (once in a short run)."""
     repeats = 1 if short else repeats
     source = found("videos", clip)
-    measured: dict[tuple[str, str], list[tuple[float, int]]] = {}
-    for _ in range(repeats):
+    seconds: dict[tuple[str, str], list[float]] = {}
+    written: dict[tuple[str, str], int] = {}
+    for number in range(repeats):
         with tempfile.TemporaryDirectory() as folder:
-            for way, step, action, made in _steps(source, Path(folder)):
-                began_s = time.perf_counter()
-                action()
-                seconds = time.perf_counter() - began_s
-                written = sum(file.stat().st_size for place in made for file in _files(place))
-                measured.setdefault((way, step), []).append((seconds, written))
-    rows = [_row(way, step, runs) for (way, step), runs in measured.items()]
-    for way in ("old", "flowreel"):
-        parts = [row for row in rows if row["way"] == way]
-        total = {"way": way, "step": "all of it"}
-        rows.append(total | {key: sum(row[key] for row in parts) for key in ("seconds", "MB on disk")})
-    old, new = rows[-2:]
-    ratios = {key: old[key] / new[key] for key in ("seconds", "MB on disk")}
-    rows.append({"way": "old / flowreel", "step": "", **ratios})
-    return {"clip": clip, "repeats": repeats, "rows": rows}
+            ways = _steps(source, Path(folder))
+            for way in reversed(ways) if number % 2 else ways:
+                for step, action, made in ways[way]:
+                    began_s = time.perf_counter()
+                    action()
+                    seconds.setdefault((way, step), []).append(time.perf_counter() - began_s)
+                    written[way, step] = sum(file.stat().st_size for place in made for file in _files(place))
+    for way in ways:
+        parts = [key for key in seconds if key[0] == way]
+        seconds[way, ALL] = [sum(one) for one in zip(*(seconds[key] for key in parts), strict=True)]
+        written[way, ALL] = sum(written[key] for key in parts)
+    rows = [
+        {"way": way, "step": step, "seconds": Sample.of(spent).cell(), "MB on disk": written[way, step] / 1e6}
+        for (way, step), spent in sorted(seconds.items(), key=lambda item: (item[0][1] == ALL, item[0][0] != "old"))
+    ]
+    less = {
+        "seconds": ratio(seconds["old", ALL], seconds["flowreel", ALL]),
+        "MB on disk": written["old", ALL] / written["flowreel", ALL],
+    }
+    return {"clip": clip, "repeats": repeats, "rows": [*rows, {"way": "old / flowreel", "step": "", **less}]}
 
 
-def _steps(source: Path, folder: Path) -> list[tuple[str, str, Callable[[], Any], list[Path]]]:
+def _steps(source: Path, folder: Path) -> dict[str, list[tuple[str, Callable[[], Any], list[Path]]]]:
+    """Of each way: what is done, how, and what it leaves on disk."""
     frames, flows, pictures = folder / "frames", folder / "flows", folder / "colour"
     store, video = folder / "x.zarr", folder / "x.mp4"
 
     def paint() -> None:
         color([flows], pictures, video=True, frame_rate=30)
 
-    return [
-        ("old", "video to PNG frames", lambda: _to_pictures(source, frames), [frames]),
-        ("old", "frames to .flo", lambda: flowreel.run(frames, [flows / "%06d.flo"]), [flows]),
-        ("old", ".flo to colour PNGs and video", paint, [pictures]),
-        ("flowreel", "video to store and colour video", lambda: flowreel.run(source, [store, video]), [store, video]),
-    ]
+    return {
+        "old": [
+            ("video to PNG frames", lambda: _to_pictures(source, frames), [frames]),
+            ("frames to .flo", lambda: flowreel.run(frames, [flows / "%06d.flo"]), [flows]),
+            (".flo to colour PNGs and video", paint, [pictures]),
+        ],
+        "flowreel": [
+            ("video to store and colour video", lambda: flowreel.run(source, [store, video]), [store, video]),
+        ],
+    }
 
 
 def _to_pictures(source: Path, folder: Path) -> None:
@@ -72,8 +85,3 @@ def _to_pictures(source: Path, folder: Path) -> None:
 
 def _files(place: Path) -> list[Path]:
     return [place] if place.is_file() else [path for path in place.rglob("*") if path.is_file()]
-
-
-def _row(way: str, step: str, runs: list[tuple[float, int]]) -> dict[str, Any]:
-    seconds = sorted(run[0] for run in runs)
-    return {"way": way, "step": step, "seconds": seconds[len(seconds) // 2], "MB on disk": runs[0][1] / 1e6}

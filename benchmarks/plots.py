@@ -9,9 +9,8 @@ from typing import Any
 from benchmarks import svg
 from benchmarks.measure import cell_value
 from benchmarks.results import RESULTS, Result, load, newest
+from benchmarks.tables import PLOTS
 
-ROOT = Path(__file__).resolve().parents[1]
-PLOTS = ROOT / "docs" / "plots"
 Row = Mapping[str, Any]
 
 
@@ -42,9 +41,9 @@ def _sizes(result: Result) -> str:
 
 
 def _models(result: Result) -> str:
-    rows = [row for row in result["rows"] if cell_value(row.get("pairs/s")) is not None]
-    values = {f"{r['model']}, {r['size']}, {r['precision']}, batch {r['batch']}": _number(r, "pairs/s") for r in rows}
-    return svg.bars("Networks alone: pairs a second", values, _under(result))
+    rows = [row for row in result["rows"] if (row["size"], row["batch"]) == ("1024x448", 1)]
+    values = {f"{row['model']}, {row['weights']}, {row['precision']}": _number(row, "pairs/s") for row in rows}
+    return svg.bars("Networks alone at 1024x448, pair by pair: pairs a second", values, _under(result))
 
 
 def _scaling(axis: str, x_label: str, figure: str, y_label: str) -> Callable[[Result], str]:
@@ -53,7 +52,7 @@ def _scaling(axis: str, x_label: str, figure: str, y_label: str) -> Callable[[Re
     def plot(result: Result) -> str:
         points = [(float(row["x"]), _number(row, figure)) for row in _rows(result, axis)]
         title, speed = f"{y_label} against {x_label}", figure == "pairs/s"
-        return svg.lines(title, {_under(result): points}, x_label, y_label, log_x=True, log_y=speed)
+        return svg.lines(title, {"": points}, f"{x_label} ({_under(result)})", y_label, log_x=True, log_y=speed)
 
     return plot
 
@@ -78,3 +77,4 @@ _PLOTS: dict[str, dict[str, Callable[[Result], str]]] = {
         for kind, figure, name in (("speed", "pairs/s", "Pairs a second"), ("memory", "peak MB", "Peak memory, MB"))
     },
 }
+NAMES = tuple(name for plots in _PLOTS.values() for name in plots)

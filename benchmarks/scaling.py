@@ -14,9 +14,10 @@ from benchmarks.measure import Sample
 from benchmarks.processes import in_module
 
 MODEL = "FlowNet2C"  # of the shipped weights: the lightest, so that what lies around it shows
-RESOLUTIONS = {(256, 256): 400, (512, 384): 160, (1024, 448): 64, (1280, 720): 32, (1920, 1080): 16, (3840, 2160): 6}
+RESOLUTIONS = {(256, 256): 240, (512, 384): 96, (1024, 448): 40, (1280, 720): 20, (1920, 1080): 10, (3840, 2160): 5}
 BATCHES = (1, 2, 4, 8)
 LENGTHS = (10, 100, 1000, 10_000)
+REPEATS = 2
 OUTPUTS = ("x.zarr", "x.mp4", "flo/%06d.flo", "colour/%06d.png", "kitti/%06d.kitti.png", "npz/%06d.npz")
 
 
@@ -48,7 +49,7 @@ def points(short: bool = False) -> Iterator[Point]:
 
 def run(short: bool = False) -> dict[str, object]:
     """Each run in a process of its own; a synthetic source, one scene throughout, on the CPU or the GPU there is."""
-    rows = [_row(point, 1 if short else 3) for point in points(short)]
+    rows = [_row(point, 1 if short else REPEATS) for point in points(short)]
     return {"model": MODEL, "rows": rows}
 
 
@@ -69,12 +70,15 @@ def _row(point: Point, repeats: int) -> dict[str, Any]:
         "pairs/s": rate.cell(),
         "megapixels/s": rate.times(point.width * point.height / 1e6).cell(),
         "peak MB": Sample.of([spent.peak_bytes / 1e6 for _, spent in runs]).cell(),
+        "GPU MB": told[0]["gpu_mb"],
         "the model is at work": Sample.of([found["model_share"] for found in told]).median,
     }
 
 
 def _measure(settings: dict[str, Any]) -> dict[str, Any]:
     """In the measured process: one run into a temporary folder."""
+    import torch
+
     import flowreel
 
     size, frames = f"{settings['width']}x{settings['height']}", settings["frames"]
@@ -86,6 +90,7 @@ def _measure(settings: dict[str, Any]) -> dict[str, Any]:
         "pairs/s": report.pairs_per_s,
         "batch": report.batch,
         "device": report.device.split(" ")[0],
+        "gpu_mb": torch.cuda.max_memory_allocated() / 1e6 if torch.cuda.is_available() else None,
         "model_share": next(stage.busy_s for stage in report.stages if stage.name == "model") / report.seconds,
     }
 

@@ -15,7 +15,7 @@ SCENE = "synthetic:translate?size=512x384&frames=2"
 
 def run(short: bool = False) -> dict[str, object]:
     """Each command in a process of its own, all of them in turn; bytecode and files are warm after the first round."""
-    rounds = 3 if short else 15
+    rounds = 3 if short else 9
     spent: dict[str, list[Spent]] = {}
     for round_number in range(rounds + 1):
         with tempfile.TemporaryDirectory() as folder:

@@ -17,7 +17,7 @@ Points = Sequence[tuple[float, float]]
 def lines(
     title: str, series: Mapping[str, Points], x_label: str, y_label: str, *, log_x: bool = False, log_y: bool = False
 ) -> str:
-    """A chart of named series of (x, y). Logarithmic axes take positive numbers only."""
+    """A chart of named series of (x, y); one series needs no name. Logarithmic axes take positive numbers only."""
     xs = [x for points in series.values() for x, _ in points]
     ys = [y for points in series.values() for _, y in points]
     across = _Axis.around(xs, LEFT, WIDTH - RIGHT, log_x)
@@ -29,7 +29,8 @@ def lines(
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
         parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{path}"/>')
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in placed]
-        parts.append(_text(WIDTH - RIGHT - 4, TOP + 16 * (number + 1), name, "end", colour))
+        if name:
+            parts.append(_text(WIDTH - RIGHT - 4, TOP + 16 * (number + 1), name, "end", colour))
     return _svg(parts, HEIGHT)
 
 

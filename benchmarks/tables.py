@@ -1,20 +1,37 @@
-"""Rows of a result as a Markdown table, and the tables of README and docs made from the newest results."""
+"""Rows of a result as a Markdown table, and what README and docs show of the newest results.
+
+A line ``<!-- KIND: CASE -->`` in a page is a marker; the lines below it, up to an empty one or the next marker, are
+made from the newest result of that case, and stay as they are while there is none. KIND is
+
+- ``table``: its rows. ``<!-- table: model | size=1024x448 | batch=1 -->`` keeps the rows that have these cells, and
+  leaves out the columns that are named so;
+- ``where``: one line that says on what and when it was measured;
+- ``plot``: the picture ``docs/plots/CASE.svg``, once it is drawn (``benchmarks.plots``).
+"""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.results import RESULTS, load, newest
+from benchmarks.results import RESULTS, Result, load, newest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))  # where tables stand
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))  # where markers stand
+PLOTS = ROOT / "docs" / "plots"
+_MARKED = re.compile(r"(?P<marker><!-- (?P<kind>table|where|plot): (?P<asked>[^\n]*?) -->)\n(?:(?!<!-- )[^\n]+\n)*")
+
+Row = Mapping[str, object]
 
 
-def as_markdown(rows: Sequence[Mapping[str, object]]) -> str:
-    """One column a key, in the order in which the keys first appear; a sample as its median and half its spread."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+def as_markdown(rows: Sequence[Row]) -> str:
+    """One column a key, in the order in which the keys first appear; a sample as its median and half its spread.
+
+    Columns that are blank throughout are left out.
+    """
+    columns = list(dict.fromkeys(key for row in rows for key, cell in row.items() if cell is not None))
     lines = [columns, ["---"] * len(columns), *([_cell(row.get(column)) for column in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -24,6 +41,8 @@ def _cell(value: object) -> str:
         return ""
     if isinstance(value, Mapping):
         return _sample(value)
+    if isinstance(value, float) and 0 < abs(value) < 0.1:
+        return f"{value:.2g}"
     if isinstance(value, float):
         return f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
     return str(value)
@@ -38,14 +57,47 @@ def _sample(cell: Mapping[str, float]) -> str:
     return f"{shown} ±{abs(50 * (cell['high'] - cell['low']) / middle):.1f} %"
 
 
-def with_tables(text: str, results: Path = RESULTS) -> str:
-    """The text with every table below a ``<!-- table: NAME -->`` line replaced by the newest result of that name.
+def filled(text: str, page: Path, results: Path = RESULTS, plots: Path = PLOTS) -> str:
+    """The text of ``page`` with what stands below each marker made anew.
 
-    A case that has no result yet leaves what stands there.
+    Raises:
+        ValueError: a marker whose conditions no row of the result meets.
     """
 
-    def table(match: re.Match[str]) -> str:
-        path = newest(match["name"], results)
-        return match[0] if path is None else f"{match['marker']}\n{as_markdown(load(path)['rows'])}\n"
+    def below(match: re.Match[str]) -> str:
+        case, *conditions = (part.strip() for part in match["asked"].split("|"))
+        if match["kind"] == "plot":
+            made = _picture(plots / f"{case}.svg", page)
+        else:
+            path = newest(case, results)
+            made = None if path is None else _made(match["kind"], load(path), conditions, match["asked"])
+        return match[0] if made is None else f"{match['marker']}\n{made}\n"
 
-    return re.sub(r"(?P<marker><!-- table: (?P<name>[\w-]+) -->)\n(?:[^\n]+\n)*", table, text)
+    return _MARKED.sub(below, text)
+
+
+def _made(kind: str, result: Result, conditions: Sequence[str], asked: str) -> str:
+    if kind == "where":
+        return measured_on(result)
+    wanted = dict(condition.split("=", 1) for condition in conditions)
+    rows = [row for row in result["rows"] if all(str(row.get(name)) == cell for name, cell in wanted.items())]
+    if not rows:
+        raise ValueError(f"no row of the result meets <!-- table: {asked} -->")
+    return as_markdown([{name: cell for name, cell in row.items() if name not in wanted} for row in rows])
+
+
+def measured_on(result: Result) -> str:
+    """Hardware, versions, commit, date, and how busy the machine was, in one line."""
+    machine = result["machine"]
+    what = [f"{machine['gpu']}, " if machine.get("gpu") else "", f"{machine['cpu']}, {machine['cores']} cores"]
+    torch = f"torch {machine['versions']['torch']}"
+    said = [f"{''.join(what)}, {torch}, {machine['date']}, commit {machine.get('commit') or 'unknown'}"]
+    if machine.get("load") is not None:
+        said.append(f"load {machine['load']:.1f} before and {result['load_after']:.1f} after")
+    return f"*{'; '.join(said)}.*"
+
+
+def _picture(plot: Path, page: Path) -> str | None:
+    if not plot.exists():
+        return None
+    return f"![{plot.stem.replace('-', ' ')}]({Path(os.path.relpath(plot, page.parent)).as_posix()})"

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from flowreel.engine.config import RunConfig
-from flowreel.engine.data import FlowBatch, FlowInfo, Resumable, Sink, Source
+from flowreel.engine.data import ColorSink, FlowBatch, FlowInfo, Resumable, Sink, Source
 from flowreel.engine.device import Streams, device_name, download, resolve_device, upload
 from flowreel.engine.errors import OutputExistsError, TooFewFramesError, TruncatedSourceError, UsageError
 from flowreel.engine.export import export
@@ -33,10 +33,11 @@ from flowreel.engine.outputs import (
     teller,
 )
 from flowreel.engine.pairing import batches, pairs
-from flowreel.engine.pipeline import Pipeline, Stage, StageStatistics
+from flowreel.engine.pipeline import Pipeline
 from flowreel.engine.restore import restore
 from flowreel.engine.resume import Resumption, take_up
 from flowreel.engine.sources import STDIN, MayWait, open_source, source_stem
+from flowreel.engine.stages import Stage, StageStatistics
 from flowreel.sinks import open_sink, open_store
 
 
@@ -125,8 +126,9 @@ def run_one(
             resumed.store.require_same(header)
             sinks = [resumed.store]  # the other outputs are made from it when it is complete
         opened.enter_context(opened_sinks(sinks, header))
-        pipeline = _pipeline(frames, inference, header, config, to_host=True, resumed=resumed)
-        tallies = [Tally(sink) for sink in sinks]
+        to_host = not any(isinstance(sink, ColorSink) for sink in sinks)  # else each output takes what it wants
+        pipeline = _pipeline(frames, inference, header, config, to_host=to_host, resumed=resumed)
+        tallies = [Tally(sink, on_gpu=inference.device.type == "cuda") for sink in sinks]
         started_s = time.perf_counter()
         tell = teller(progress, tallies, header.flow_count)
         tell(pipeline.statistics())  # the outputs are open
@@ -189,7 +191,10 @@ def _pipeline(
     streams: Streams | None = None,
     resumed: Resumption | None = None,
 ) -> Pipeline:
-    """The chain itself, left to right. On a GPU two stages more move the data, each frame once."""
+    """The chain itself, left to right. On a GPU two stages more move the data, each frame once.
+
+    to_host: flow is wanted there, and nowhere else: not where some output paints it on the GPU.
+    """
     streams = streams or Streams(inference.device)
     first = 0 if resumed is None else resumed.point.flows
     on_gpu = inference.device.type == "cuda"

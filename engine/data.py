@@ -7,7 +7,7 @@ Tensors may live on any device; ``engine/device.py`` alone moves them.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
@@ -191,6 +191,32 @@ class FlowBatch:
     def last_frame(self) -> int:
         return int(self.frame_to[-1])
 
+    def moved(self, copy: Callable[[Tensor], Tensor]) -> FlowBatch:
+        """The same with a copy of each tensor in its place."""
+        return replace(self, flow=copy(self.flow), native=None if self.native is None else copy(self.native))
+
+
+@dataclass(frozen=True, eq=False)
+class ColorBatch:
+    """Flow fields in order, as pictures."""
+
+    rgb: Tensor  # (N, H, W, 3) uint8
+    unknown: Tensor  # (N,) int64, vectors of each field that nobody knows
+    index: int  # place of rgb[0] in the output, from 0
+    frame: Int64Array  # (N,) number of each pair's first frame in the source
+    timestamp_s: Float64Array  # (N,) seconds, presentation time of that frame
+
+    def __len__(self) -> int:
+        return int(self.rgb.shape[0])
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.rgb, self.unknown)
+
+    def moved(self, copy: Callable[[Tensor], Tensor]) -> ColorBatch:
+        """The same with a copy of each tensor in its place."""
+        return replace(self, rgb=copy(self.rgb), unknown=copy(self.unknown))
+
 
 @runtime_checkable
 class Source(Protocol):
@@ -327,4 +353,17 @@ class Sink(Protocol):
     @property
     def notes(self) -> list[str]:
         """What the user should know, e.g. how many vectors were unknown or beyond range."""
+        ...
+
+
+@runtime_checkable
+class ColorSink(Protocol):
+    """A sink of pictures that can also have them painted where the flow is, so that only they come to the host."""
+
+    def paint(self, batches: Iterator[FlowBatch]) -> Iterator[ColorBatch]:
+        """A stage: flow on any device to pictures of it on that device, one each, in order."""
+        ...
+
+    def show(self, pictures: ColorBatch) -> None:
+        """Takes them, on the host, in place of what ``write`` takes."""
         ...

@@ -135,7 +135,7 @@ def _store(name: str) -> Facts:
         facts[key] = attributes.pop(key, None)
     rate = attributes.pop("frame_rate", None)
     notes = []
-    if not store.complete:
+    if not store.complete and not store.layout.cache:
         missing = "" if Path(name) == Path(store.path) else f"{Path(name).name} is not there yet; "
         notes = [f"{missing}{Path(store.path).name} is unfinished: {store.available} of {len(store)} flows are there"]
     return facts | {

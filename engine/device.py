@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from flowreel.engine.config import Precision
-from flowreel.engine.data import FlowBatch, Frame
+from flowreel.engine.data import ColorBatch, FlowBatch, Frame
 from flowreel.engine.errors import DeviceError, UsageError
 from flowreel.engine.pinned import PinnedRing
 
 Item = TypeVar("Item")
+Batch = TypeVar("Batch", FlowBatch, ColorBatch)
 Stage = Callable[[Iterator[Any]], Any]
 MOST_UPLOADS = 4  # frames on their way to the device at once: each holds a pinned buffer
 
@@ -168,27 +169,24 @@ class _Sender:
             self._under_way.popleft()[0].synchronize()
 
 
-def download(batches: Iterator[FlowBatch]) -> Iterator[FlowBatch]:
-    """A stage that brings flow to the host; flow already there passes untouched.
+def download(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """A stage that brings flow, or pictures of it, to the host; what is there already passes untouched.
 
     It lands in a ring of pinned buffers, none of which is filled again while anybody still holds what was in it.
     """
     ring = PinnedRing(_pinned)
-    for batch in batches:
-        if batch.flow.device.type != "cpu":
-            batch = _on_host(batch, ring)  # its memory on the device is free from here on
-        yield batch
-        del batch
 
-
-def _on_host(batch: FlowBatch, ring: PinnedRing) -> FlowBatch:
     def begun(tensor: Tensor) -> Tensor:
         tensor = tensor.contiguous()
         return ring.take(tensor).copy_(tensor, non_blocking=True)
 
-    flow, native = begun(batch.flow), None if batch.native is None else begun(batch.native)
-    _recorded(batch.flow.device).synchronize()
-    return replace(batch, flow=flow, native=native)
+    for batch in batches:
+        device = batch.tensors[0].device
+        if device.type != "cpu":
+            batch = batch.moved(begun)  # its memory on the device is free from here on
+            _recorded(device).synchronize()
+        yield batch
+        del batch
 
 
 def _recorded(device: torch.device) -> torch.cuda.Event:

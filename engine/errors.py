@@ -24,7 +24,8 @@
     │   └── ResumeMismatchError (ValueError)       what is there was made in another way, or from something else
     ├── StoreError                        something about reading a flow store
     │   ├── StoreNotFoundError (FileNotFoundError)
-    │   └── DamagedStoreError (ValueError)         a checksum or a shard is wrong
+    │   ├── DamagedStoreError (ValueError)         a checksum or a shard is wrong
+    │   └── CacheMismatchError (ValueError)        a cache that was filled in another way, or that is none
     ├── FlowFileError (ValueError)        a .flo, KITTI picture, .npz or two-stream picture that is not one
     ├── StaleModelError (RuntimeError)    a network's weights changed after it was compiled
     ├── CheckpointError (ValueError)      a training run that cannot be resumed
@@ -134,6 +135,10 @@ class StoreNotFoundError(StoreError, FileNotFoundError):
 
 class DamagedStoreError(StoreError, ValueError):
     """A chunk, shard or attribute of a store is missing or fails its checksum."""
+
+
+class CacheMismatchError(StoreError, ValueError):
+    """What is at a cache's path is none, or holds flow of another source, model or encoding."""
 
 
 class FlowFileError(FlowreelError, ValueError):

@@ -28,7 +28,8 @@ from flowreel.engine.outputs import (
     output_report,
     teller,
 )
-from flowreel.engine.pipeline import Pipeline, StageStatistics
+from flowreel.engine.pipeline import Pipeline
+from flowreel.engine.stages import StageStatistics
 from flowreel.sinks import open_flows, open_sink
 
 if TYPE_CHECKING:

@@ -13,27 +13,29 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property, partial
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flowreel import sinks
 from flowreel.engine.api import flow_header
 from flowreel.engine.config import RunConfig
 from flowreel.engine.data import FlowBatch, SourceId
-from flowreel.engine.device import Streams, to_host, upload
+from flowreel.engine.device import Streams, download, to_device, to_host, upload
 from flowreel.engine.errors import DeviceError, MissingDependencyError, SourceChangedError, StageError, UsageError
 from flowreel.engine.frame_reader import FrameReader
 from flowreel.engine.inference import Network, load_network
 from flowreel.engine.outputs import PathLike
 from flowreel.engine.pairing import batches_of, pairs, planned
-from flowreel.engine.pipeline import OneAtATime, Pipeline, Stage, compose
+from flowreel.engine.pipeline import OneAtATime, Pipeline
 from flowreel.engine.restore import restore
 from flowreel.engine.sources import is_synthetic, open_random_access
+from flowreel.engine.stages import Stage, compose
 from flowreel.sinks import select
 
 if TYPE_CHECKING:
@@ -41,7 +43,10 @@ if TYPE_CHECKING:
     import xarray
 
     from flowreel.engine.data import Float64Array, Int64Array
+    from flowreel.engine.stages import StageFunction
+    from flowreel.sinks import ComputedStore, FlowCache
 
+_STRETCH_BATCHES = 32  # looked up in the cache at a time, when all is read through
 FRAMES_MB = 256.0  # of decoded frames that are kept: 700 of 640x360, 80 of 1920x1080
 _RUNS_ONLY = ("resume", "overwrite", "tolerate_truncation")
 
@@ -52,7 +57,9 @@ def open(source: PathLike, *, cache: PathLike | None = None, frames_mb: float = 
     Args:
         source: a video file, a folder or glob of images, or ``synthetic:NAME``. All packets of a video are read, which
             is quick, and one frame is decoded, which tells how the picture is turned; no flow is computed.
-        cache: a folder where flow is kept once it has been computed. None: nothing is kept.
+        cache: a folder where flow is kept once it has been computed, encoded as a store is; any number of threads
+            and processes may fill one. What comes out of the model is then given as it was kept, so that the first
+            reading equals the second. None: nothing is kept.
         frames_mb: megabytes of decoded frames that are kept for reading in any order.
         **options: as of ``run``, by the same names: ``model``, ``weights``, ``device``, ``decoder``, ``batch``,
             ``precision``, ``fit``, ``start``, ``stop``, ``step``, ``stream``, ``direction``, ``queue_mb``; of a cache
@@ -61,6 +68,7 @@ def open(source: PathLike, *, cache: PathLike | None = None, frames_mb: float = 
     Raises:
         UsageError: options that are impossible together, or stdin.
         SourceError, WeightsError, DeviceError: as of ``run``.
+        CacheMismatchError: the cache holds flow of another source, model, precision, fit, encoding or selection.
     """
     return LazyFlow(source, cache=cache, frames_mb=frames_mb, **options)
 
@@ -92,6 +100,7 @@ class LazyFlow:
 
     Attributes:
         shape: (T-1, 2, H, W).
+        batch: pairs that go through the network together: slices of whole batches are what ``stream`` gives to the bit.
         timestamps_s, timestamps_to_s: (T-1,) float64, seconds: presentation times of each pair's two frames.
         frame, frame_to: (T-1,) int64, their numbers in the source.
         notes: what the user should know of the source.
@@ -127,8 +136,10 @@ class LazyFlow:
         self._inference = network.fitted(info.height, info.width)
         self.info = flow_header(info, self._inference, config)
         self.device = self._inference.device
-        self.shape = (len(self._source.wanted) - 1, 2, self.info.height, self.info.width)
+        self.batch = self._inference.batch
+        self.shape: tuple[int, int, int, int] = (len(self._source.wanted) - 1, 2, self.info.height, self.info.width)
         self._shard = self.info.shard_length(config.sink.shard_bytes)
+        self._cache = None if cache is None else sinks.open_cache(cache, self.info, config.sink, self)
         self._closed = False
         self._start_here()
 
@@ -148,11 +159,17 @@ class LazyFlow:
     def __repr__(self) -> str:
         inference = self._inference
         how = f"{inference.model} ({inference.weights.name}), {inference.precision}, batch {inference.batch}"
-        return f"<LazyFlow {self.path!r} {self.shape} float32 on {self.device}: {how}>"
+        kept = "" if self._cache is None else f"; {self._cache.stored} of {len(self)} flows in {self._cache.path}"
+        return f"<LazyFlow {self.path!r} {self.shape} float32 on {self.device}: {how}{kept}>"
 
     @property
     def notes(self) -> list[str]:
         return [*self._source.notes]
+
+    @property
+    def cached(self) -> int:
+        """How many flows the cache holds; looks at the disk. 0 without one."""
+        return 0 if self._cache is None else self._cache.stored
 
     @property
     def statistics(self) -> LazyStatistics:
@@ -202,9 +219,21 @@ class LazyFlow:
     def __iter__(self) -> Iterator[Tensor]:
         """Each flow in order, with a decoder of its own: other reading may go on meanwhile."""
         self._require_usable()
-        with closing(FrameReader(self._source, 0)) as reader:
-            for _, flow in self._computed(range(len(self)), reader):
-                yield flow.clone()  # of its own memory, not its batch's
+        stretch = len(self) if self._cache is None else _STRETCH_BATCHES * self._inference.batch
+        info = self._source.info
+        with closing(FrameReader(self._source, 3 * info.height * info.width)) as reader:  # the frame between stretches
+            for first in range(0, len(self), stretch):
+                yield from self._in_order(range(first, min(first + stretch, len(self))), reader)
+
+    def _in_order(self, numbers: range, reader: FrameReader) -> Iterator[Tensor]:
+        missing = [number for number in numbers if self._cache is None or not self._cache.has(number)]
+        to_compute = set(missing)
+        with closing(self._computed(missing, reader)) as computed:
+            for number in numbers:
+                if number in to_compute:
+                    yield next(computed)[1].clone()  # of its own memory, not its batch's
+                else:
+                    yield self[number]
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
         """All of it, computed, as NumPy's ``asarray`` asks for it."""
@@ -243,10 +272,19 @@ class LazyFlow:
         MissingDependencyError: xarray is not installed.
         """
         try:
-            from flowreel.sinks import data_array
+            data_array = sinks.data_array
         except ImportError as error:
             raise MissingDependencyError(f"to_xarray needs xarray: pip install xarray ({error})") from error
         return data_array(_OnHost(self))
+
+    def store(self) -> ComputedStore:
+        """A read-only Zarr store, a group laid out like ``X.zarr``, whose chunks are computed when they are read.
+
+        ``zarr.open_group(s)["flow"]``, ``xarray.open_zarr(s)``, ``dask.array.from_zarr(s, component="flow")``: float32
+        pixels, the same values as here. Each chunk is one flow, so that one pixel costs a whole one; what is read
+        concurrently is computed together. What goes wrong while computing comes out of the read.
+        """
+        return sinks.ComputedStore(self.info, _OnHost(self))
 
     def rgb(self, number: int) -> Tensor:
         """The frame in which flow ``number`` begins: (3, H, W) uint8 RGB on the host, cut as the flow is."""
@@ -260,19 +298,39 @@ class LazyFlow:
     # -- Computing -----------------------------------------------------------------------------------------------
 
     def _read(self, numbers: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-        """The flows with these ascending numbers, in order, each (2, H, W); for a caller that takes them at once."""
-        if numbers:
+        """The flows with these ascending numbers, each (2, H, W); for a caller that takes them at once."""
+        missing: list[int] = []
+        yield from self._found(numbers, missing)
+        if missing:
             with self._turn:
-                yield from self._computed(numbers, self._reader)
+                still_missing: list[int] = []  # in their turn others may have computed them
+                yield from self._found(missing, still_missing)
+                yield from self._computed(still_missing, self._reader)
 
-    def _computed(self, numbers: Sequence[int], reader: FrameReader) -> Iterator[tuple[int, Tensor]]:
-        """The same, out of the model. Each is a part of its batch's memory."""
+    def _found(self, numbers: Sequence[int], missing: list[int]) -> Iterator[tuple[int, Tensor]]:
+        """Those that the cache holds; the others are added to ``missing``."""
+        if self._cache is None:
+            missing += numbers
+            return
+        for number in numbers:
+            flow = self._cache.find(number)
+            if flow is None:
+                missing.append(number)
+            else:
+                self._count(LazyStatistics(from_cache=1))
+                yield number, to_device(torch.from_numpy(flow), self.device)
+
+    def _computed(self, numbers: Sequence[int], reader: FrameReader) -> Generator[tuple[int, Tensor], None, None]:
+        """Those out of the model, in order. Each is a part of its batch's memory."""
+        if not numbers:
+            return
         plan = planned(numbers, self._inference.batch, self._shard, len(self))
         order = iter(numbers)
         with self._counted(reader), closing(self._batches(plan, reader)) as batches, _plain_errors():
             for batch in batches:
                 self._count(LazyStatistics(computed=len(batch)))
-                yield from zip(islice(order, len(batch)), batch.flow, strict=True)
+                flows = to_device(batch.flow, self.device)
+                yield from zip(islice(order, len(batch)), flows, strict=True)
 
     def _batches(self, plan: Sequence[Sequence[int]], reader: FrameReader) -> Generator[FlowBatch, None, None]:
         """The planned batches of flow: a run's own stages, on the frames that are needed."""
@@ -285,12 +343,14 @@ class LazyFlow:
             Stage("batches", batches_of(plan)),
             Stage("model", self._inference.stage),
             Stage("restore", restore(self._inference.fit)),
+            *([Stage("download", download)] if on_gpu and self._cache is not None else []),
+            *([Stage("keep", _kept(self._cache, chain.from_iterable(plan)))] if self._cache is not None else []),
         ]
         if len(plan) == 1:
             yield from compose(frames, stages)
             return
-        chain = Pipeline("decode", frames, stages, self._config.queues, wrap=streams.on_stream if on_gpu else None)
-        with closing(chain.stream()) as results:
+        pipeline = Pipeline("decode", frames, stages, self._config.queues, wrap=streams.on_stream if on_gpu else None)
+        with closing(pipeline.stream()) as results:
             yield from streams.handed_over(results)
 
     def _stretches(self, plan: Sequence[Sequence[int]]) -> Iterator[range]:
@@ -318,18 +378,17 @@ class LazyFlow:
 
     def __reduce__(self) -> tuple[Any, ...]:
         path = self.path if is_synthetic(self.path) else os.path.abspath(self.path)
-        return _reopened, (path, self._most_bytes / (1 << 20), self._options, self.info.source, len(self))
+        options = self._options | {"frames_mb": self._most_bytes / (1 << 20)}
+        if self._cache is not None:
+            options["cache"] = str(self._cache.folder)
+        return _reopened, (path, options, self.info.source, len(self))
 
     def _require_usable(self) -> None:
         if self._closed:
             raise ValueError(f"{self.path} is closed: open it again")
         if os.getpid() == self._process:
             return
-        if self.device.type == "cuda":
-            raise DeviceError(
-                f"{self.path} was opened on {self.device} before this process was forked, and CUDA does not survive a "
-                "fork: start the workers by spawn, as in DataLoader(..., multiprocessing_context='spawn')"
-            )
+        refuse_fork(self.path, self.device)
         _ABANDONED.append(self._reader)
         self._start_here()
 
@@ -351,9 +410,18 @@ class LazyFlow:
 _ABANDONED: list[FrameReader] = []
 
 
-def _reopened(path: str, frames_mb: float, options: dict[str, Any], source: SourceId, count: int) -> LazyFlow:
+def refuse_fork(path: str, device: torch.device) -> None:
+    """Raises DeviceError in a forked process, where a network that was loaded onto a GPU is of no use."""
+    if device.type == "cuda":
+        raise DeviceError(
+            f"{path} was opened on {device} before this process was forked, and CUDA does not survive a fork: start "
+            "the workers by spawn, as in DataLoader(..., multiprocessing_context='spawn')"
+        )
+
+
+def _reopened(path: str, options: dict[str, Any], source: SourceId, count: int) -> LazyFlow:
     """A pickled one in the process that unpickles it."""
-    flow = LazyFlow(path, frames_mb=frames_mb, **options)
+    flow = LazyFlow(path, **options)
     if (flow.info.source, len(flow)) != (source, count):
         raise SourceChangedError(f"{path} is not what it was when its flow was pickled: open it again")
     return flow
@@ -369,9 +437,35 @@ class _OnHost:
         self.timestamps_s, self.timestamps_to_s = flow.timestamps_s, flow.timestamps_to_s
         self.frame, self.frame_to = flow.frame, flow.frame_to
 
+    def __reduce__(self) -> tuple[type[_OnHost], tuple[LazyFlow]]:
+        return _OnHost, (self._flow,)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _OnHost) and other._flow is self._flow
+
+    def __hash__(self) -> int:
+        return hash((_OnHost, id(self._flow)))
+
+    def __repr__(self) -> str:
+        return repr(self._flow)
+
     def __getitem__(self, key: Any) -> npt.NDArray[np.float32]:
         array: npt.NDArray[np.float32] = to_host(self._flow[key]).numpy()
         return array
+
+
+def _kept(cache: FlowCache, numbers: Iterator[int]) -> StageFunction:
+    """A stage that keeps each flow and passes it on as it will be read: first and second time are equal.
+
+    numbers: of the flows that will come, however many there are in a batch: a device short of memory makes halves.
+    """
+
+    def stage(batches: Iterator[FlowBatch]) -> Iterator[FlowBatch]:
+        for batch in batches:
+            flows = [cache.keep(next(numbers), flow) for flow in batch.flow.numpy()]
+            yield replace(batch, flow=torch.from_numpy(np.stack(flows)))
+
+    return stage
 
 
 @contextmanager

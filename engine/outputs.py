@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from flowreel.engine.data import FlowBatch, FlowInfo, Sink
+from flowreel.engine.data import ColorSink, FlowBatch, FlowInfo, Sink
+from flowreel.engine.device import download
 from flowreel.engine.errors import TruncatedSourceError, UsageError
-from flowreel.engine.pipeline import StageStatistics
+from flowreel.engine.stages import StageStatistics
 
 PathLike = str | os.PathLike[str]
 ProgressHook = Callable[["Progress"], None]
@@ -78,17 +79,25 @@ class Counting(Protocol):
 
 
 class Tally:
-    """Writes to one sink and counts what it took."""
+    """Writes to one sink and counts what it took. Flow on a GPU is brought to the host here, or pictures of it are."""
 
-    def __init__(self, sink: Sink, change: Callable[[FlowBatch], FlowBatch] = lambda batch: batch) -> None:
+    def __init__(
+        self, sink: Sink, change: Callable[[FlowBatch], FlowBatch] = lambda batch: batch, *, on_gpu: bool = False
+    ) -> None:
         self.sink = sink
         self.flows = 0
         self._change = change
+        self._on_gpu = on_gpu
 
     def consume(self, flows: Iterator[FlowBatch]) -> None:
-        for batch in flows:
-            self.sink.write(self._change(batch))
-            self.flows += len(batch)
+        if self._on_gpu and isinstance(self.sink, ColorSink):
+            for pictures in download(self.sink.paint(flows)):
+                self.sink.show(pictures)
+                self.flows += len(pictures)
+        else:
+            for batch in download(flows):
+                self.sink.write(self._change(batch))
+                self.flows += len(batch)
 
 
 def teller(

@@ -23,7 +23,8 @@ from flowreel.engine.data import FlowBatch, FlowInfo, Sink
 from flowreel.engine.errors import FrameSizeError, OutputExistsError, UnknownOutputError, UsageError
 from flowreel.engine.export import export_config
 from flowreel.engine.outputs import OutputReport, PathLike, ProgressHook, opened_sinks, output_report, teller
-from flowreel.engine.pipeline import Pipeline, Stage, StageStatistics
+from flowreel.engine.pipeline import Pipeline
+from flowreel.engine.stages import Stage, StageStatistics
 from flowreel.kernels import flow_to_color
 from flowreel.sinks import frame_rate_of, open_flows, open_sink, write_color_png
 

@@ -3,8 +3,7 @@
     source ──▢▢▢▢──> stage ──▢▢▢▢──> stage ──┬──▢▢▢▢──> sink        ▢▢▢▢  a channel, bounded in items and in bytes
                                              └──▢▢▢▢──> sink        ───>  one thread each
 
-A stage is a plain generator function, an iterator in and an iterator out; ``compose`` chains the same stages without
-threads and is what the threaded pipeline must equal.
+What a stage is, and the same chain without threads, which this one must equal, is in ``engine/stages.py``.
 
 Why nothing deadlocks. A thread that puts waits only while its channel holds something: the byte budget is shared by all
 channels, but a channel that is empty takes any item. So whoever waits to put has a reader with work to do, branches of
@@ -24,16 +23,12 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from types import GeneratorType
 from typing import Any
 
+from flowreel.engine.budget import Budget, storages_of
 from flowreel.engine.config import QueueConfig
 from flowreel.engine.errors import StageError
-
-StageFunction = Callable[[Iterator[Any]], Iterator[Any]]
-Consumer = Callable[[Iterator[Any]], object]  # runs to its end; what it yields or returns is dropped
-Wrap = Callable[[Consumer, str], Consumer]
+from flowreel.engine.stages import Consumer, Stage, StageStatistics, Wrap, is_ours_to_close
 
 TICK_S = 0.2  # how long the caller sleeps before it looks for Ctrl-C and shows progress
 JOIN_S = 30.0  # how long a thread may take over its last item after a stop: a large batch on a slow processor
@@ -41,90 +36,6 @@ JOIN_S = 30.0  # how long a thread may take over its last item after a stop: a l
 
 class Cancelled(BaseException):
     """The run is stopping, or nobody wants this stage's items any more. Raised by take and put; let it pass."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One step of the chain."""
-
-    name: str  # unique in its pipeline; names the thread, the statistics and the errors
-    function: StageFunction
-
-
-@dataclass(frozen=True)
-class StageStatistics:
-    """What one stage has done so far. Its thread's time is busy + waiting in + waiting out."""
-
-    name: str
-    items: int  # given on; of a sink: taken
-    busy_s: float
-    wait_in_s: float  # seconds without anything to take
-    wait_out_s: float  # seconds held back by the next stage or by the byte budget
-    peak_queue: int  # most items that ever waited in front of it
-    queue: int  # items that wait in front of it now
-
-
-def compose(source: Iterable[Any], stages: Sequence[Stage]) -> Iterator[Any]:
-    """Gives what ``Pipeline(...).stream()`` gives, one item at a time and without threads. Errors pass as they are."""
-    opened: list[Any] = [iter(source)]
-    try:
-        for stage in stages:
-            opened.append(stage.function(opened[-1]))
-        yield from opened[-1]
-    finally:
-        for iterator in reversed(opened):
-            if _is_ours_to_close(iterator, source):
-                iterator.close()
-
-
-def _is_ours_to_close(iterator: object, source: object) -> bool:
-    """Whether who runs the iterator closes it too; a source that iterates itself belongs to whoever opened it."""
-    return hasattr(iterator, "close") and (iterator is not source or isinstance(iterator, GeneratorType))
-
-
-def _storages(item: object) -> dict[int, int]:
-    """Bytes of each storage the item's tensors keep alive, by address: views and shared frames count once."""
-    tensors = getattr(item, "tensors", None)
-    if not tensors:
-        return {}
-    storages = [tensor.untyped_storage() for tensor in tensors]
-    return {storage.data_ptr(): storage.nbytes() for storage in storages}
-
-
-class _Budget:
-    """Bytes that lie in all channels together."""
-
-    def __init__(self, total: int) -> None:
-        self.total = total
-        self.used = 0
-        self.peak = 0
-        self._held: dict[int, list[int]] = {}  # storage address -> [places it lies in, bytes]
-
-    def fits(self, storages: dict[int, int]) -> bool:
-        """While the budget is overdrawn nothing with tensors fits, even if it adds no bytes: what a fast branch of a
-        tee has let in and passed on would otherwise pile up before a slow one."""
-        extra = sum(size for address, size in storages.items() if address not in self._held)
-        return not storages or self.used + extra <= self.total
-
-    def hold(self, storages: dict[int, int]) -> None:
-        for address, size in storages.items():
-            if address in self._held:
-                self._held[address][0] += 1
-            else:
-                self._held[address] = [1, size]
-                self.used += size
-        self.peak = max(self.peak, self.used)
-
-    def release(self, storages: dict[int, int]) -> bool:
-        """True when bytes came free."""
-        before = self.used
-        for address in storages:
-            held = self._held[address]
-            held[0] -= 1
-            if held[0] == 0:
-                self.used -= held[1]
-                del self._held[address]
-        return self.used < before
 
 
 class _Gate:
@@ -190,7 +101,7 @@ class _Party:
         """Puts the item into every channel that leads on from here, waiting for room in each."""
         self.saw(item)
         if self.outlets:
-            storages = _storages(item)
+            storages = storages_of(item)
             for channel in self.outlets:
                 channel.put(item, storages)
         elif self.cancelled:
@@ -204,7 +115,7 @@ class _Switchboard:
     def __init__(self, queues: QueueConfig) -> None:
         # Re-entrant: a garbage collection inside it may finalise an abandoned stream, which takes it to stop the run.
         self.lock = threading.RLock()
-        self.budget = _Budget(queues.total_bytes)
+        self.budget = Budget(queues.total_bytes)
         self.items = queues.items
         self.parties: list[_Party] = []  # the source first
 
@@ -323,7 +234,7 @@ class _Worker(_Party):
 
     def _remember(self, result: object) -> object:
         known = any(result is iterator for iterator in self.opened)
-        if isinstance(result, Iterator) and _is_ours_to_close(result, self._source) and not known:
+        if isinstance(result, Iterator) and is_ours_to_close(result, self._source) and not known:
             self.opened.append(result)
         return result
 

@@ -32,14 +32,14 @@ from flowreel.engine.inference import Inference, Network, load_network
 from flowreel.engine.models.weights import read_weights
 from flowreel.engine.outputs import PathLike, Progress, ProgressHook, teller
 from flowreel.engine.pairing import batches, pairs
-from flowreel.engine.pipeline import Stage, StageStatistics
 from flowreel.engine.restore import restore
 from flowreel.engine.sources import STDIN, open_source
+from flowreel.engine.stages import Stage, StageStatistics
 from flowreel.engine.verify import Verification, verify
 from flowreel.sinks import ShardRewriter
 
 if TYPE_CHECKING:
-    from flowreel.engine.pipeline import StageFunction
+    from flowreel.engine.stages import StageFunction
     from flowreel.sinks.store_repair import ShardDamage
 
 # What a store must tell of how it was made, by the names of ``run``'s options.
@@ -166,7 +166,7 @@ class _Recomputing:
                 f"{inference.model} ({inference.weights.name}), {inference.precision}, batch {inference.batch}, on "
                 f"{device_name(inference.device)}; decoded by {frames.decoder}"
             )
-            self.notes += [note for note in frames.notes if note not in self.notes]
+            self.notes += [note for note in (*frames.notes, *inference.notes) if note not in self.notes]
 
     def _frames(self, shards: Sequence[ShardDamage]) -> tuple[SelectConfig, int]:
         """Which frames the shards need, and the number of the flow that the first two of them give."""

@@ -71,7 +71,7 @@ def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> Ve
         store = open_store(path)
     except StoreError as error:
         return Verification(name, None, False, 0, 0, 0, 0, (Finding(str(error)),))
-    available = store.available
+    available = store.stored
     report = (lambda flows: progress(flows, available)) if progress else None
     findings = tuple(merged(store.check(report)))
     _, _, height, width = store.shape

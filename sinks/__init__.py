@@ -12,11 +12,13 @@ from flowreel.sinks.registry import known_outputs, open_sink
 
 if TYPE_CHECKING:
     from flowreel.sinks.color_png import write_color_png
+    from flowreel.sinks.computed_store import ComputedStore
     from flowreel.sinks.flo import read_flo, write_flo
+    from flowreel.sinks.flow_cache import FlowCache, open_cache
     from flowreel.sinks.kitti import read_kitti, write_kitti
     from flowreel.sinks.npz import read_flow_npz, write_flow_npz
     from flowreel.sinks.reading import StoredFlow as StoredFlow
-    from flowreel.sinks.reading import frame_rate_of, open_flows
+    from flowreel.sinks.reading import frame_rate_of, is_store, open_flows
     from flowreel.sinks.store_reader import FlowStore, open_store
     from flowreel.sinks.store_repair import ShardRewriter
     from flowreel.sinks.store_select import select
@@ -25,12 +27,16 @@ if TYPE_CHECKING:
     from flowreel.sinks.video_writer import VideoWriter
 
 __all__ = [
+    "ComputedStore",
+    "FlowCache",
     "FlowStore",
     "ShardRewriter",
     "VideoWriter",
     "data_array",
     "frame_rate_of",
+    "is_store",
     "known_outputs",
+    "open_cache",
     "open_flows",
     "open_sink",
     "open_store",
@@ -46,11 +52,15 @@ __all__ = [
 ]
 
 _HOME = {
+    "ComputedStore": "computed_store",
+    "FlowCache": "flow_cache",
     "FlowStore": "store_reader",
     "ShardRewriter": "store_repair",
     "VideoWriter": "video_writer",
     "data_array": "store_xarray",
     "frame_rate_of": "reading",
+    "is_store": "reading",
+    "open_cache": "flow_cache",
     "open_flows": "reading",
     "open_store": "store_reader",
     "read_flo": "flo",

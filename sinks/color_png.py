@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +17,14 @@ import numpy as np
 
 from flowreel.kernels.flow_color import flow_to_color
 from flowreel.sinks.numbered import UNKNOWN, FlowFiles, NumberedFilesSink, SingleFlow, known_vectors
+from flowreel.sinks.painting import painted
 from flowreel.sinks.publish import publish_bytes, write_errors
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from flowreel.engine.config import SinkConfig
+    from flowreel.engine.data import ColorBatch, FlowBatch
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_GREY, PNG_RGB = 0, 2  # PNG's numbers for what a pixel is made of
@@ -46,8 +49,26 @@ class ColorPngSink(NumberedFilesSink):
 
     def encode(self, flow: SingleFlow) -> FlowFiles:
         unknown = int(np.count_nonzero(~known_vectors(flow.flow)))
-        pieces = png_pieces(flow_to_color(flow.flow, self._max_flow))
-        return FlowFiles((pieces,), {f"{UNKNOWN} and black": unknown})
+        return _picture_file(flow_to_color(flow.flow, self._max_flow), unknown)
+
+    def paint(self, batches: Iterator[FlowBatch]) -> Iterator[ColorBatch]:
+        """See ``ColorSink``."""
+        for batch in batches:
+            yield painted(
+                batch.flow, self._max_flow, index=batch.index, frame=batch.frame, timestamp_s=batch.timestamp_s
+            )
+
+    def show(self, pictures: ColorBatch) -> None:
+        """See ``ColorSink``. Raises what went wrong with an earlier one, too."""
+        for place, (rgb, unknown) in enumerate(
+            zip(pictures.rgb.numpy(), pictures.unknown.tolist(), strict=True)  # views that keep the batch alive
+        ):
+            number, frame = pictures.index + place, int(pictures.frame[place])
+            self.submit(number, frame, _picture_file, rgb, unknown, nbytes=rgb.nbytes)
+
+
+def _picture_file(rgb: npt.NDArray[np.uint8], unknown: int) -> FlowFiles:
+    return FlowFiles((png_pieces(rgb),), {f"{UNKNOWN} and black": unknown})
 
 
 def write_color_png(path: Path, rgb: npt.NDArray[np.uint8]) -> int:

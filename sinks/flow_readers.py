@@ -33,7 +33,7 @@ BATCH_BYTES = 16 << 20  # of float32 flow that travels together: one field of 19
 BATCH_FLOWS = 8  # of small fields; more would gain nothing
 
 # What a store's attributes say about the storing itself. The next store writes its own.
-_STORAGE_ATTRIBUTES = {"format_version", "software_version", "source", "frame_rate", "max_error", "codec"}
+_STORAGE_ATTRIBUTES = {"format_version", "software_version", "source", "frame_rate", "max_error", "codec", "cache"}
 _STORAGE_ATTRIBUTES |= {"resolution", "native", "flow_height", "flow_width"}  # what is read is full resolution
 _SOURCE_FIELDS = [field.name for field in fields(SourceId)]
 

@@ -12,7 +12,7 @@ import os
 import re
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,7 +154,13 @@ class NumberedFilesSink(ABC):
                 float(batch.timestamp_s[place]),
                 float(batch.timestamp_to_s[place]),
             )
-            self._pool.submit(self._encode_one, batch.index + place, single, nbytes=flow.nbytes)
+            self.submit(batch.index + place, single.frame, self.encode, single, nbytes=flow.nbytes)
+
+    def submit(
+        self, number: int, frame: int, encode: Callable[..., FlowFiles], *arguments: object, nbytes: int
+    ) -> None:
+        """Has one flow's files encoded, and publishes those that are ready. ``nbytes`` are held until it is done."""
+        self._pool.submit(self._encode_one, number, frame, encode, *arguments, nbytes=nbytes)
 
     def commit(self, complete: bool = True) -> None:
         """Publishes what is still under way. A complete run that overwrites removes what a longer one left behind."""
@@ -197,8 +203,11 @@ class NumberedFilesSink(ABC):
             for what, (lost, frame) in self._lost.items()
         ]
 
-    def _encode_one(self, number: int, flow: SingleFlow) -> tuple[int, int, FlowFiles]:
-        return number, flow.frame, self.encode(flow)
+    @staticmethod
+    def _encode_one(
+        number: int, frame: int, encode: Callable[..., FlowFiles], *arguments: object
+    ) -> tuple[int, int, FlowFiles]:
+        return number, frame, encode(*arguments)
 
     def _publish(self, encoded: tuple[int, int, FlowFiles]) -> None:
         number, frame, files = encoded

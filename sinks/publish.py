@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -108,6 +109,30 @@ def publish_bytes(path: Path, *pieces: bytes) -> int:
     with atomic_file(path) as file:
         file.writelines(pieces)
     return sum(len(piece) for piece in pieces)
+
+
+def publish_first(path: Path, *pieces: bytes) -> bool:
+    """Like ``publish_bytes``, for a file that several threads and processes may make at once: the first one stays.
+
+    False: it was there already, and is as it was.
+    """
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
+    try:
+        with open(temporary, "xb") as file:
+            file.writelines(pieces)
+        sync_file(temporary)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system that knows no links: whoever comes last stays, and both are whole
+            if path.exists():
+                return False
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+    return True
 
 
 def publish_folder(temporary: Path, path: Path) -> None:

@@ -85,6 +85,11 @@ def open_flows(
         store_name, part = _store_and_part(name)
         if store_name is not None:
             store = open_store(store_name)
+            if store.layout.cache and not store.complete:
+                raise StoreError(
+                    f"{store.path} is a cache with {store.stored} of {len(store)} flows in it: only a full one can be "
+                    "exported; reading flowreel.open(SOURCE, cache=...) through fills it"
+                )
             return StoreFlows(store, _numbers(store.available, name, part, slice(start, stop)))
         found, strict = _find(name)
     else:
@@ -96,10 +101,10 @@ def open_flows(
 
 def _store_and_part(name: str) -> tuple[str | None, slice | int]:
     """The store that ``name`` means, None if it means files, and which of its flows."""
-    if _is_store(name):
+    if is_store(name):
         return name, slice(None)
     match = None if os.path.lexists(name) else _SLICE.fullmatch(name)
-    if match is None or not _is_store(match["store"]):
+    if match is None or not is_store(match["store"]):
         return None, slice(None)
     if ":" not in match["part"]:
         return match["store"], int(match["part"])
@@ -107,7 +112,8 @@ def _store_and_part(name: str) -> tuple[str | None, slice | int]:
     return match["store"], slice(start, stop)
 
 
-def _is_store(name: str) -> bool:
+def is_store(name: str) -> bool:
+    """Whether a path means a flow store, there or not, rather than a file or folder of files."""
     named_so = name.rstrip("/").lower().endswith((".zarr", ".zarr.partial"))
     return named_so or Path(name, "zarr.json").is_file()
 

@@ -60,14 +60,15 @@ def check_store(store: FlowStore, progress: Callable[[int], None] | None = None)
     Args:
         progress: is called with the number of flows read so far.
     """
-    if not store.complete:
+    is_cache = store.layout.cache  # which is whole with any flows in it
+    if not store.complete and not is_cache:
         yield StoreProblem(f"unfinished: {store.available} of {len(store)} flows are there")
     try:
         yield from _check_metadata(store)
         yield from _check_coordinates(store)
         yield from _check_places(store)
         yield from _check_flows(store, progress or (lambda flows: None))
-        if store.complete:
+        if store.complete and not is_cache:
             yield from _check_files(store)
     except DamagedStoreError as error:  # a folder that cannot be listed: there is no reading on
         yield StoreProblem(str(error))
@@ -77,7 +78,7 @@ def _check_metadata(store: FlowStore) -> Iterator[StoreProblem]:
     """What is not needed to read flow, and so was believed when the store was opened."""
     group = read_json(store.folder / "zarr.json")
     written = group["attributes"].get(ATTRIBUTES_CHECKSUM)
-    if store.layout.checksums and written != attributes_checksum(store.attrs):
+    if (store.layout.checksums or store.layout.cache) and written != attributes_checksum(store.attrs):
         yield StoreProblem("its attribute flowreel, which tells where the flow comes from, is not what was written")
     for name in sorted(group.keys() - {"zarr_format", "node_type", "attributes", "consolidated_metadata"}):
         yield StoreProblem(f"zarr.json has an entry that Zarr does not know: {reprlib.repr(name)}")
@@ -112,8 +113,8 @@ def _entries(metadata: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _check_coordinates(store: FlowStore) -> Iterator[StoreProblem]:
     """Times and frame numbers of the flows that are there: readable, known, and running forward."""
-    count = store.available
-    shards = range(math.ceil(count / store.shard_length))
+    count = len(store) if store.layout.cache else store.available
+    shards = range(math.ceil(count / store.layout.chunk_length))
     arrays: dict[str, Array] = {}
     for name in store.layout.arrays:
         problems, values = _read_array(store, name, shards)
@@ -139,15 +140,16 @@ def _check_coordinates(store: FlowStore) -> Iterator[StoreProblem]:
 def _read_array(store: FlowStore, name: str, shards: range) -> tuple[list[str], Array]:
     """One array beside ``flow``, and what is wrong with its metadata and with each chunk that cannot be read."""
     dtype, fill = BESIDE_FLOW[name]
-    values = np.full(len(shards) * store.shard_length, fill, dtype)
+    length = store.layout.chunk_length
+    values = np.full(len(shards) * length, fill, dtype)
     problems = []
     try:
-        check_coordinate(store.folder, name, store.layout, store.complete)
+        check_coordinate(store.folder, name, store.layout, store.complete or store.layout.cache)
     except DamagedStoreError as error:
         return [str(error)], values
     for shard in shards:
         try:
-            values[shard * store.shard_length :][: store.shard_length] = store.files.coordinate_part(name, shard)
+            values[shard * length :][:length] = store.files.coordinate_part(name, shard)
         except DamagedStoreError as error:
             problems.append(str(error))
     return problems, values
@@ -224,9 +226,12 @@ def _check_flows(store: FlowStore, progress: Callable[[int], None]) -> Iterator[
 
 
 def _expected(store: FlowStore) -> Iterator[int]:
-    """The flows to read: all; of an unfinished store, those that have been published."""
+    """The flows to read: all; of an unfinished store or a cache, those that have been published."""
     if store.complete:
         yield from range(len(store))
+        return
+    if store.layout.cache:
+        yield from (number for number in range(len(store)) if store.files.index(number) is not None)
         return
     length = store.shard_length
     for shard in numbers_in(store.folder / "flow" / "c"):

@@ -127,7 +127,7 @@ class StoreFiles:
         Raises DamagedStoreError when it, or what it says of a flow, is not as it was written.
         """
         dtype, fill = BESIDE_FLOW[name]
-        count, length = self._layout.count, self._layout.shard_length
+        count, length = self._layout.count, self._layout.chunk_length
         check_coordinate(self._folder, name, self._layout, self._complete)
         values = np.empty(count, dtype) if self._complete else np.full(count, fill, dtype)
         shards = range(math.ceil(count / length))
@@ -141,7 +141,7 @@ class StoreFiles:
 
     def value(self, name: str, number: int) -> Any:
         """What an array of times and frames says of one flow. Raises DamagedStoreError as ``coordinate`` does."""
-        shard, place = divmod(number, self._layout.shard_length)
+        shard, place = divmod(number, self._layout.chunk_length)
         value = self.coordinate_part(name, shard)[place].item()
         self._require_times_in_place(shard)
         return value
@@ -182,8 +182,8 @@ class StoreFiles:
             return file.read(length)
 
     def coordinate_chunk(self, name: str, shard: int) -> Array:
-        """(S,) the values of one shard's flows, and of the places behind the last one."""
-        length = self._layout.shard_length
+        """(S,) the values of one shard's flows, and of the places behind the last one; of a cache, those of all."""
+        length = self._layout.chunk_length
         with open_file(coordinate_chunk(self._folder, name, shard)) as file:
             if os.fstat(file.fileno()).st_size > 16 * length + SPARE_BYTES:
                 raise DamagedStoreError(f"it is longer than {length} values can be")
@@ -206,5 +206,5 @@ class StoreFiles:
         return checksums
 
     def _flows_of(self, shard: int) -> str:
-        length = self._layout.shard_length
+        length = self._layout.chunk_length
         return f"flows {shard * length} to {min((shard + 1) * length, self._layout.count) - 1}"

@@ -54,17 +54,23 @@ class StoreLayout:
     """What a reader must know of the array ``flow``."""
 
     count: int  # flows the array holds, or will hold when finished
-    shard_length: int  # flows in one shard, and values in one chunk of each array beside ``flow``
+    shard_length: int  # flows in one shard; 1 in a cache, which has none
     codec: FlowCodec  # with the height and width of what is stored of a flow
     native: NativeGrid | None  # how that lies in the frame, when it is the network's own coarser prediction
     height: int  # pixels of a flow as it is read
     width: int
     checksums: bool  # whether flows and times can be told to be in their place
+    cache: bool = False  # each flow is a file of its own, and they come in any order: ``flow_cache.py``
 
     @property
     def arrays(self) -> tuple[str, ...]:
         """The arrays beside ``flow``, one value a flow."""
         return tuple(BESIDE_FLOW if self.checksums else COORDINATES)
+
+    @property
+    def chunk_length(self) -> int:
+        """Values in one chunk of each array beside ``flow``."""
+        return max(self.count, 1) if self.cache else self.shard_length
 
     @property
     def flow_shape(self) -> tuple[int, int, int]:
@@ -166,14 +172,9 @@ def _flow_layout(array: dict[str, Any], attributes: dict[str, Any]) -> StoreLayo
     _expect("shape", shape, [count, 2, height, width])
     _whole("pixels of a flow", height * width, 1, MOST_PIXELS)
     shard_length = _whole("flows in a shard", array["chunk_grid"]["configuration"]["chunk_shape"][0], 1, MOST_FLOWS)
-    _expect_array(array, [shard_length, 2, height, width])
-
-    sharding, *others = array["codecs"]
-    _expect("codecs", [sharding["name"], *others], ["sharding_indexed"])
-    inner, index = sharding["configuration"]["codecs"], sharding["configuration"]["index_codecs"]
-    _expect("chunk shape", sharding["configuration"]["chunk_shape"], [1, 2, height, width])
-    _expect("place of the shard index", sharding["configuration"].get("index_location", "end"), "end")
-    _expect_codecs("codecs of the shard index", index, [BYTES, CHECKSUM])
+    is_cache = attributes.get("cache") is True
+    _expect_array(array, [1 if is_cache else shard_length, 2, height, width], "." if is_cache else "/")
+    inner = array["codecs"] if is_cache else _inside_shards(array["codecs"], height, width)
     config = SinkConfig(max_error=_number("max_error", attributes["max_error"]))
     dtype = np.dtype(_one_of("data type", array["data_type"], ["int16", "int32"] if config.max_error else ["float32"]))
     native, full_height, full_width = _native_grid(attributes, height, width)
@@ -192,7 +193,18 @@ def _flow_layout(array: dict[str, Any], attributes: dict[str, Any]) -> StoreLayo
     named = str(array["attributes"].get("ancillary_variables", "")).split()
     checksums = [name for name in CHECKSUMS if name in named]
     _expect("ancillary variables", checksums, [*CHECKSUMS] if checksums else [])
-    return StoreLayout(count, shard_length, codec, native, full_height, full_width, bool(checksums))
+    return StoreLayout(count, shard_length, codec, native, full_height, full_width, bool(checksums), is_cache)
+
+
+def _inside_shards(codecs: list[dict[str, Any]], height: int, width: int) -> list[dict[str, Any]]:
+    """The codecs of each chunk in a shard. Raises as ``_flow_layout`` does."""
+    sharding, *others = codecs
+    _expect("codecs", [sharding["name"], *others], ["sharding_indexed"])
+    inner: list[dict[str, Any]] = sharding["configuration"]["codecs"]
+    _expect("chunk shape", sharding["configuration"]["chunk_shape"], [1, 2, height, width])
+    _expect("place of the shard index", sharding["configuration"].get("index_location", "end"), "end")
+    _expect_codecs("codecs of the shard index", sharding["configuration"]["index_codecs"], [BYTES, CHECKSUM])
+    return inner
 
 
 def _native_grid(attributes: dict[str, Any], height: int, width: int) -> tuple[NativeGrid | None, int, int]:
@@ -218,20 +230,22 @@ def _coordinate_length(array: dict[str, Any], name: str, layout: StoreLayout) ->
     """How many values the array declares, once everything else about it has been checked."""
     dtype, fill = BESIDE_FLOW[name]
     (length,) = array["shape"]
-    _expect_array(array, [layout.shard_length])
+    _expect_array(array, [layout.chunk_length])
     _expect("data type", array["data_type"], np.dtype(dtype).name)
     _expect("fill value", array["fill_value"], "NaN" if math.isnan(fill) else fill)
     _expect_codecs("codecs", array["codecs"], zarr_codecs("blosc", np.dtype(dtype)))
     return _whole("length", length, 0, MOST_FLOWS)
 
 
-def _expect_array(array: dict[str, Any], chunk_shape: list[int]) -> None:
+def _expect_array(array: dict[str, Any], chunk_shape: list[int], separator: str = "/") -> None:
     """What holds for every array of a store."""
     _expect("kind", [array["zarr_format"], array["node_type"]], [3, "array"])
     _expect("chunk grid", array["chunk_grid"]["name"], "regular")
     _expect("chunk grid", array["chunk_grid"]["configuration"]["chunk_shape"], chunk_shape)
     naming = array["chunk_key_encoding"]
-    _expect("chunk names", [naming["name"], naming.get("configuration", {}).get("separator", "/")], ["default", "/"])
+    _expect(
+        "chunk names", [naming["name"], naming.get("configuration", {}).get("separator", "/")], ["default", separator]
+    )
     _expect("storage transformers", array.get("storage_transformers") or [], [])
 
 

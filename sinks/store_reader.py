@@ -47,7 +47,8 @@ PARALLEL_FROM_BYTES = 16 << 20  # of float32; below it, starting the threads tak
 
 
 def open_store(path: str | os.PathLike[str]) -> FlowStore:
-    """Opens a flow store, or the unfinished ``X.zarr.partial`` when there is no ``X.zarr``.
+    """Opens a flow store, or the unfinished ``X.zarr.partial`` when there is no ``X.zarr``; also a cache of
+    ``flowreel.open``, of which the flows that have been computed can be read.
 
     Raises:
         StoreNotFoundError: neither is there.
@@ -55,7 +56,12 @@ def open_store(path: str | os.PathLike[str]) -> FlowStore:
     """
     final = Path(path)
     if os.path.isdir(final):
-        return FlowStore(final)
+        store = FlowStore(final)
+        if not store.layout.cache:
+            return store
+        from flowreel.sinks.flow_cache import FlowCache
+
+        return FlowCache(final)
     unfinished = partial_path(final)
     if os.path.isdir(unfinished):
         return FlowStore(unfinished)
@@ -81,7 +87,6 @@ class FlowStore:
     """
 
     path: str
-    complete: bool  # False: the run that wrote it was cut short or is still going on
     attrs: dict[str, Any]  # where the flow comes from and how it was made
     folder: Path  # absolute
     layout: StoreLayout
@@ -90,15 +95,20 @@ class FlowStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute()
         self.path = str(folder)
-        self.complete = self.folder.suffix != ".partial"
-        self.attrs, self.layout = read_layout(folder, self.complete)
+        self._finished = self.folder.suffix != ".partial"
+        self.attrs, self.layout = read_layout(folder, self._finished)
         self.shape: tuple[int, int, int, int] = (self.layout.count, *self.layout.flow_shape)
         self.shard_length: int = self.layout.shard_length
-        self.files = StoreFiles(self.folder, self.layout, self.complete)
+        self.files = StoreFiles(self.folder, self.layout, self._finished)
         self._codec = self.layout.codec
 
     def __reduce__(self) -> tuple[type[FlowStore], tuple[Path]]:
-        return FlowStore, (self.folder,)
+        return type(self), (self.folder,)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all its flows are there. If not, the run that wrote it was cut short or is still going on."""
+        return self._finished
 
     def __len__(self) -> int:
         """Flows the store holds, or will hold when finished (those an unfinished store has: ``available``)."""
@@ -125,6 +135,11 @@ class FlowStore:
             if there < self.shard_length:
                 break
         return min(count, len(self))
+
+    @property
+    def stored(self) -> int:
+        """How many flows are there in all: of a cache, wherever they lie."""
+        return self.available
 
     @cached_property
     def timestamps_s(self) -> Float64Array:
@@ -196,12 +211,13 @@ class FlowStore:
     def summary(self) -> dict[str, Any]:
         """What the store holds and what it costs: sizes in bytes, ``ratio`` against the same flows as ``.flo``."""
         _, _, height, width = self.shape
-        available = self.available
+        available = self.stored
         disk_bytes = sum(map(_file_bytes, self.folder.rglob("*")))
         flo_bytes = available * (12 + 8 * height * width)
         return {
             "path": self.path,
             "complete": self.complete,
+            "cache": self.layout.cache,
             "flows": len(self),
             "available": available,
             "width": width,
@@ -270,9 +286,13 @@ class FlowStore:
             return
         if not self.folder.is_dir():
             raise StoreError(f"{self.path} is gone since it was opened (finished, moved or removed): open it again")
+        raise self._missing(number)
+
+    def _missing(self, number: int) -> StoreError:
+        """What to say of a flow that is not there."""
         if self.complete:
-            raise DamagedStoreError(f"{self.path}: {self.name_of(number)} is missing")
-        raise StoreError(
+            return DamagedStoreError(f"{self.path}: {self.name_of(number)} is missing")
+        return StoreError(
             f"{self.path} is unfinished: {self.name_of(number)} is not there yet, the first {self.available} are"
         )
 

@@ -74,6 +74,11 @@ class ShardRewriter:
                     check_coordinate(self.store.folder, name, self.store.layout, complete=True)
         except DamagedStoreError as error:
             raise DamagedStoreError(f"{error}. Only shards and chunks can be repaired, not metadata: {ANEW}") from error
+        if self.store.layout.cache:
+            raise StoreError(
+                f"{self.store.path} is a cache: what is damaged in it is computed again when it is next read by "
+                "flowreel.open"
+            )
         unfinished = publish.partial_path(self.store.folder)
         if not self.store.complete:
             raise StoreError(f"{self.store.path} is unfinished: go on with it by flowreel run --resume, then repair it")

@@ -2,54 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import numpy as np
 import xarray
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-from flowreel.sinks.store_layout import COORDINATES
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
-
-    from flowreel.engine.data import Float64Array, Int64Array
+from flowreel.sinks.flows import Flows, coordinates
 
 DIMENSIONS = ("time", "component", "y", "x")
-
-
-class Flows(Protocol):
-    """A flow store, or what is indexed like one."""
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]: ...
-    @property
-    def available(self) -> int:
-        """How many flows from the first on can be read."""
-        ...
-
-    @property
-    def timestamps_s(self) -> Float64Array: ...
-    @property
-    def timestamps_to_s(self) -> Float64Array: ...
-    @property
-    def frame(self) -> Int64Array: ...
-    @property
-    def frame_to(self) -> Int64Array: ...
-    def __getitem__(self, key: Any) -> npt.NDArray[np.float32]: ...
 
 
 def data_array(store: Flows) -> xarray.DataArray:
     """The flows that are there, (time, component, y, x) float32, under the names other readers of the store see."""
     count = store.available
-    arrays = dict(
-        zip(COORDINATES, (store.timestamps_s, store.timestamps_to_s, store.frame, store.frame_to), strict=True)
-    )
-    coordinates = {name: ("time", values[:count]) for name, values in arrays.items()}
+    coords = {name: ("time", values[:count]) for name, values in coordinates(store).items()}
     flow = indexing.LazilyIndexedArray(_LazyFlow(store, count))
     attributes = {"units": "pixel", "long_name": "optical flow: component 0 right, component 1 down"}
-    return xarray.DataArray(xarray.Variable(DIMENSIONS, flow), coords=coordinates, name="flow", attrs=attributes)
+    return xarray.DataArray(xarray.Variable(DIMENSIONS, flow), coords=coords, name="flow", attrs=attributes)
 
 
 class _LazyFlow(BackendArray):

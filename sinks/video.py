@@ -1,20 +1,24 @@
 """Colour video: every flow painted with the Middlebury wheel, one scale for the whole clip, as H.264.
 
 The scale comes first: a fixed one in pixels, or one found from the first flows, which wait in memory until it is
-known. After that every flow is painted, encoded and forgotten.
+known. After that every flow is painted, encoded and forgotten. Flow on a GPU waits and is painted there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import Tensor
 
 from flowreel.engine.data import UNKNOWN_ABOVE
 from flowreel.engine.errors import OutputError, OutputWriteError, UnknownOutputError
 from flowreel.kernels.flow_color import flow_to_color, percentile_magnitude
+from flowreel.sinks.painting import packed, painted
 from flowreel.sinks.publish import make_folder, partial_path, publish_file, remove, remove_leftover, require_absent
 from flowreel.sinks.video_writer import CONTAINERS, VideoWriter, video_write_errors
 
@@ -22,7 +26,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from flowreel.engine.config import SinkConfig
-    from flowreel.engine.data import FlowBatch, FlowInfo
+    from flowreel.engine.data import ColorBatch, FlowBatch, FlowInfo
 
 SCALE_FLOWS = 32  # flows that the automatic scale is found from: about a second of motion
 SCALE_PERCENTILE = 95.0
@@ -51,7 +55,7 @@ class ColorVideoSink:
         self._partial = partial_path(self._destination)
         self._overwrite = config.overwrite
         self._max_flow = config.max_flow
-        self._held: list[tuple[npt.NDArray[np.float16], float]] = []
+        self._held: list[_Held] = []
         self._size = (0, 0)
         self._encoder: VideoWriter | None = None
         self._unknown = 0  # vectors
@@ -82,24 +86,45 @@ class ColorVideoSink:
 
     def write(self, batch: FlowBatch) -> None:
         """Paints and encodes, or holds back what has no scale yet."""
-        if tuple(batch.flow.shape[2:]) != self._size:
-            raise ValueError(f"opened for flow of (H, W) {self._size}, got {tuple(batch.flow.shape[2:])}")
-        for planes, time_s in zip(batch.flow.numpy(), batch.timestamp_s.tolist(), strict=True):
+        self._require_size(batch)
+        for place, planes in enumerate(batch.flow.numpy()):
             known = (np.abs(planes) <= UNKNOWN_ABOVE).all(axis=0)
             self._unknown += known.size - int(np.count_nonzero(known))
             flow = planes.transpose(1, 2, 0)  # (H, W, 2), a view
             if self._max_flow is not None:
-                self._encode(flow, time_s)
+                self._encode(flow_to_color(flow, self._max_flow), float(batch.timestamp_s[place]))
+            elif self._hold(_pack(flow), batch, place):
+                self._encode_held()
+
+    def paint(self, batches: Iterator[FlowBatch]) -> Iterator[ColorBatch]:
+        """See ``ColorSink``."""
+        for batch in batches:
+            self._require_size(batch)
+            if self._max_flow is not None:
+                yield painted(
+                    batch.flow, self._max_flow, index=batch.index, frame=batch.frame, timestamp_s=batch.timestamp_s
+                )
                 continue
-            self._held.append((_pack(flow), time_s))
-            if len(self._held) == SCALE_FLOWS or (len(self._held) + 1) * self._held[0][0].nbytes > HELD_BYTES:
-                self._settle_scale()
+            for place, flow in enumerate(batch.flow):
+                if self._hold(packed(flow), batch, place) and self._max_flow is None:
+                    self._settle_scale()
+            if self._max_flow is not None:
+                yield from self._paint_held()
+        if self._held:
+            self._settle_scale()
+            yield from self._paint_held()
+
+    def show(self, pictures: ColorBatch) -> None:
+        """See ``ColorSink``."""
+        self._unknown += int(pictures.unknown.sum())
+        for colors, time_s in zip(pictures.rgb.numpy(), pictures.timestamp_s.tolist(), strict=True):
+            self._encode(colors, time_s)
 
     def commit(self, complete: bool = True) -> None:
         """Ends the file and publishes it; incomplete, it stays playable under its unfinished name."""
         assert self._encoder is not None, "open comes before commit"
         if self._held:
-            self._settle_scale()
+            self._encode_held()
         with video_write_errors(self._destination):
             if self._encoder.frames == 0:
                 raise OutputWriteError(f"{self.path}: not one flow came, and a video needs a frame")
@@ -137,24 +162,60 @@ class ColorVideoSink:
     def notes(self) -> list[str]:
         return list(self._notes)
 
+    def _require_size(self, batch: FlowBatch) -> None:
+        if tuple(batch.flow.shape[2:]) != self._size:
+            raise ValueError(f"opened for flow of (H, W) {self._size}, got {tuple(batch.flow.shape[2:])}")
+
+    def _hold(self, flow: npt.NDArray[np.float16] | Tensor, batch: FlowBatch, place: int) -> bool:
+        """True when there are as many now as the scale is found from, or fit."""
+        number, frame = batch.index + place, int(batch.frame[place])
+        self._held.append(_Held(flow, number, frame, float(batch.timestamp_s[place])))
+        return len(self._held) == SCALE_FLOWS or (len(self._held) + 1) * flow.nbytes > HELD_BYTES
+
     def _settle_scale(self) -> None:
-        """Fixes the clip's scale from the flows that are held, then encodes them in order and lets them go."""
-        count = len(self._held)
-        self._max_flow = percentile_magnitude((flow for flow, _ in self._held), SCALE_PERCENTILE)
-        limit = "" if count == SCALE_FLOWS or self._held[0][0].nbytes * (count + 1) <= HELD_BYTES else ", all that fit"
+        """Fixes the clip's scale from the flows that are held."""
+        count, nbytes = len(self._held), self._held[0].flow.nbytes
+        self._max_flow = percentile_magnitude((held.flow for held in self._held), SCALE_PERCENTILE)
+        limit = "" if count == SCALE_FLOWS or nbytes * (count + 1) <= HELD_BYTES else ", all that fit"
         self._notes.append(
             f"{self.path}: full colour at {self._max_flow:.4g} px, "
             f"the {SCALE_PERCENTILE:g}th percentile of the first {count} flows{limit}"
         )
-        for flow, time_s in self._held:
-            self._encode(flow, time_s)
+
+    def _encode_held(self) -> None:
+        """Settles the scale, then encodes what was held, in order, and lets it go."""
+        self._settle_scale()
+        for held in self._held:
+            assert isinstance(held.flow, np.ndarray)
+            self._encode(flow_to_color(held.flow, self._max_flow), held.time_s)
         self._held.clear()
 
-    def _encode(self, flow: npt.NDArray[np.floating[Any]], time_s: float) -> None:
+    def _paint_held(self) -> Iterator[ColorBatch]:
+        while self._held:
+            held = self._held.pop(0)
+            assert isinstance(held.flow, Tensor)
+            yield painted(
+                held.flow[None],
+                self._max_flow,
+                index=held.index,
+                frame=np.array([held.frame]),
+                timestamp_s=np.array([held.time_s]),
+            )
+
+    def _encode(self, colors: npt.NDArray[np.uint8], time_s: float) -> None:
         assert self._encoder is not None, "open comes before write"
-        colors = flow_to_color(flow, self._max_flow)
         with video_write_errors(self._destination):
             self._encoder.encode(colors, time_s)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A flow that waits for its scale."""
+
+    flow: npt.NDArray[np.float16] | Tensor  # (H, W, 2) on the host, (2, H, W) on a GPU
+    index: int
+    frame: int
+    time_s: float
 
 
 def _pack(flow: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:

@@ -146,7 +146,12 @@ class ZarrSink:
         """What an earlier run left: the unfinished store, else the finished one."""
         for folder in (self._target.folder, self._target.final):
             if all((folder / name / "zarr.json").exists() for name in ("", "flow", *COORDINATES)):
-                return FlowStore(folder)  # not so when it was killed while they were written: nothing to go on with
+                store = FlowStore(folder)
+                if store.layout.cache:
+                    raise ResumeMismatchError(
+                        f"{folder} is a cache of flowreel.open: flowreel export makes a store of a full one"
+                    )
+                return store  # not so when it was killed while they were written: nothing to go on with
         return None
 
     # -- Writing -------------------------------------------------------------------------------------------------
@@ -174,7 +179,7 @@ class ZarrSink:
             self._state = "open"
             try:
                 self._length = max(info.flow_count or 0, self._count)
-                self._metadata = _metadata(info, self._config, self._codec, self._shard_length, self._length)
+                self._metadata = store_metadata(info, self._config, self._codec, self._shard_length, self._length)
                 for name in self._metadata:
                     self._publish_metadata(name)
                 for name, places in _places(info).items():
@@ -313,12 +318,14 @@ def _whole_flows(store: FlowStore) -> int:
     return store.shard_length * next((shard for shard in range(shards) if not store.files.whole(shard)), shards)
 
 
-def other_settings(store: FlowStore, info: FlowInfo, config: SinkConfig) -> list[str]:
+def other_settings(
+    store: FlowStore, info: FlowInfo, config: SinkConfig, may_change: Sequence[str] = MAY_CHANGE
+) -> list[str]:
     """What tells that a run with this header and these settings would not have written this store, each in words."""
     size = ("flow_height", "flow_width")
     now = store_attributes(info, config) | dict(zip(size, (info.height, info.width), strict=True))
     was = store.attrs | dict(zip(size, store.shape[2:], strict=True))
-    ignored = {*MAY_CHANGE, "notes"}
+    ignored = {*may_change, "notes"}
     if was.get("weights_sha256") == now.get("weights_sha256"):
         ignored |= {"weights", "weights_licence"}  # the same file by another name
     differing = [
@@ -340,34 +347,43 @@ def other_source(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return []
 
 
-def _metadata(
-    info: FlowInfo, config: SinkConfig, codec: FlowCodec, shard: int, length: int
+def store_metadata(
+    info: FlowInfo, config: SinkConfig, codec: FlowCodec, shard: int | None, length: int, **attributes: Any
 ) -> dict[str, dict[str, Any]]:
-    """The ``zarr.json`` of the group (under "") and of each array, as zarr-python itself writes them."""
+    """The ``zarr.json`` of the group (under "") and of each array, as zarr-python itself writes them.
+
+    shard: flows in a shard; None: each flow is a file ``flow/c.NUMBER.0.0.0``, the arrays of times and frames are one
+        chunk each, and there are no checksums of them.
+    attributes: more that is to be said in the group's attribute.
+    """
     files: dict[str, Any] = {}
+    layout: dict[str, Any] = {"shards": (shard, 2, codec.height, codec.width)}
+    if shard is None:
+        layout = {"chunk_key_encoding": {"name": "default", "separator": "."}}
     with warnings.catch_warnings():
         # zarr-python warns that pcodec is not in the core specification; whoever asked for pcodec was told.
         warnings.simplefilter("ignore")
-        about = store_attributes(info, config)
-        attributes = {"flowreel": about, ATTRIBUTES_CHECKSUM: attributes_checksum(about)}
-        group = zarr.create_group(MemoryStore(files), attributes=attributes)
+        about = store_attributes(info, config) | attributes
+        group = zarr.create_group(
+            MemoryStore(files), attributes={"flowreel": about, ATTRIBUTES_CHECKSUM: attributes_checksum(about)}
+        )
         group.create_array(
             "flow",
             shape=(length, 2, codec.height, codec.width),
             dtype=codec.dtype,
             chunks=(1, 2, codec.height, codec.width),
-            shards=(shard, 2, codec.height, codec.width),
+            **layout,
             **zarr_arguments(codec.codec, codec.dtype),
             fill_value=codec.fill,
             dimension_names=("time", "component", "y", "x"),
-            attributes=_flow_attributes(codec, info.native is not None),
+            attributes=_flow_attributes(codec, info.native is not None, checksums=shard is not None),
         )
-        for name, (dtype, fill) in BESIDE_FLOW.items():
+        for name, (dtype, fill) in (COORDINATES if shard is None else BESIDE_FLOW).items():
             group.create_array(
                 name,
                 shape=(length,),
                 dtype=dtype,
-                chunks=(shard,),
+                chunks=(shard or max(length, 1),),
                 compressors=zarr_codecs("blosc", np.dtype(dtype))[1:],
                 fill_value=fill,
                 dimension_names=("time",),
@@ -420,15 +436,16 @@ def _native_attributes(info: FlowInfo) -> dict[str, Any]:
     return {"native": asdict(info.native), "flow_height": info.height, "flow_width": info.width}
 
 
-def _flow_attributes(codec: FlowCodec, native: bool) -> dict[str, Any]:
+def _flow_attributes(codec: FlowCodec, native: bool, checksums: bool) -> dict[str, Any]:
     """What CF-aware readers such as xarray need to give pixels, and which arrays are coordinates."""
     what = "the network's own coarse prediction of optical flow" if native else "optical flow"
     attributes: dict[str, Any] = {
         "units": "pixel",
         "long_name": f"{what} from one frame to the next: component 0 right, component 1 down",
         "coordinates": " ".join(COORDINATES),
-        "ancillary_variables": " ".join(CHECKSUMS),
     }
+    if checksums:
+        attributes["ancillary_variables"] = " ".join(CHECKSUMS)
     if not codec.lossless:  # a NaN _FillValue attribute makes xarray fail on floats
         attributes |= {"scale_factor": codec.step, "add_offset": 0.0, "_FillValue": codec.fill}
     return attributes

@@ -33,9 +33,9 @@ from flowreel.engine.models import build_model
 from flowreel.engine.models.weights import save_weights
 from flowreel.engine.outputs import Progress
 from flowreel.engine.pairing import batches, pairs
-from flowreel.engine.pipeline import Stage, compose
 from flowreel.engine.restore import restore
 from flowreel.engine.sources import open_source
+from flowreel.engine.stages import Stage, compose
 
 SOURCE = "synthetic:objects?size=100x70&frames=9"
 

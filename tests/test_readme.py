@@ -61,10 +61,10 @@ def test_commands_and_code(folder: Path) -> None:
 def test_tables_are_the_latest_results() -> None:
     sys.path.insert(0, str(ROOT))  # benchmarks are run from the root, never installed
     try:
-        from benchmarks.tables import PAGES, with_tables
+        from benchmarks.tables import PAGES, filled
     finally:
         sys.path.remove(str(ROOT))
-    assert README.count("<!-- table: ") == 4
+    assert README.count("<!-- table: ") >= 4
     for page in PAGES:
         text = page.read_text()
-        assert with_tables(text) == text, page.name
+        assert filled(text, page) == text, page.name

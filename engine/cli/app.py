@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from flowreel.engine.cli.bench import bench
 from flowreel.engine.cli.color import color
 from flowreel.engine.cli.demo import demo
 from flowreel.engine.cli.doctor import doctor
@@ -65,4 +66,8 @@ NEED_ARGUMENTS = (run, info, color, export, verify, repair)
 
 for command in (run, demo, info, color, export, verify, repair, train, doctor):
     app.command(no_args_is_help=command in NEED_ARGUMENTS)(_shielded(command))
+# Its words and flags are those of ``python -m benchmarks``, --help included.
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(
+    _shielded(bench)
+)
 app.add_typer(weights_app)

@@ -80,8 +80,7 @@ def _groups(facts: Facts) -> Iterator[Group]:
         for stream in facts["streams"]:
             yield _stream_heading(stream), _stream_rows(stream)
     elif kind == "store":
-        state = "complete" if facts["complete"] else "unfinished"
-        yield f"{facts['folder']}: flow store, {state}", _store_rows(facts) + notes
+        yield f"{facts['folder']}: {_store_words(facts)}", _store_rows(facts) + notes
         yield from _other_groups({key: facts[key] or {} for key in ("source", "made_by")})
     elif kind in FLOW_KINDS:
         yield f"{facts['path']}: flow, {FLOW_KINDS[kind]}", _flow_rows(facts)
@@ -184,6 +183,12 @@ def _colour_words(colour: Facts) -> str:
 # -- Flow and the rest -------------------------------------------------------------------------------------------
 
 
+def _store_words(facts: Facts) -> str:
+    if not facts["cache"]:
+        return "flow store, " + ("complete" if facts["complete"] else "unfinished")
+    return "cache of lazy flow, " + ("full" if facts["complete"] else f"{facts['available'] / facts['flows']:.0%} full")
+
+
 def _store_rows(facts: Facts) -> Rows:
     from flowreel.engine.cli.table import size
 
@@ -191,7 +196,19 @@ def _store_rows(facts: Facts) -> Rows:
     ratio = f", {facts['ratio']:.1f}x smaller than the same as .flo" if facts["available"] else ""
     model = " ".join(str(facts[key]) for key in ("model", "weights") if facts[key])
     shown = {"kind", "path", "folder", "complete", "flows", "available", "width", "height", "dtype", "codec"}
-    shown |= {"max_error", "step", "disk_bytes", "flo_bytes", "ratio", "model", "weights", "source", "made_by", "notes"}
+    shown |= {
+        "cache",
+        "max_error",
+        "step",
+        "disk_bytes",
+        "flo_bytes",
+        "ratio",
+        "model",
+        "weights",
+        "source",
+        "made_by",
+        "notes",
+    }
     return [
         ("flows", f"{facts['available']} of {facts['flows']}, {facts['width']}x{facts['height']}"),
         ("size", size(facts["disk_bytes"]) + ratio),

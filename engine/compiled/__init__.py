@@ -57,7 +57,7 @@ class Packed(Protocol):
         ...
 
 
-_BACKENDS: dict[str, str] = {}  # device type to module here; any other device runs the module as it is
+_BACKENDS: dict[str, str] = {"cpu": "cpu"}  # device type to module here; any other device runs the module as it is
 
 
 def pack(net: nn.Module, precision: Precision) -> Packed:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from flowreel.engine.api import RunReport as RunReport
     from flowreel.engine.api import run as run
     from flowreel.engine.api import stream as stream
+    from flowreel.engine.clips import FlowClips as FlowClips
     from flowreel.engine.compiled import CompiledModel as CompiledModel
     from flowreel.engine.compiled import compile as compile
     from flowreel.engine.data import FlowBatch as FlowBatch
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _HOME = {
     "CompiledModel": "flowreel.engine.compiled",
     "FlowBatch": "flowreel.engine.data",
+    "FlowClips": "flowreel.engine.clips",
     "FlowStore": "flowreel.sinks.store_reader",
     "LazyFlow": "flowreel.engine.lazy",
     "RunReport": "flowreel.engine.api",

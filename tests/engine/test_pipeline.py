@@ -23,7 +23,8 @@ import flowreel.engine.pipeline as module
 from flowreel.engine.config import QueueConfig
 from flowreel.engine.data import Frame, FramePair
 from flowreel.engine.errors import StageError
-from flowreel.engine.pipeline import Cancelled, Pipeline, Stage, StageStatistics, compose
+from flowreel.engine.pipeline import Cancelled, Pipeline
+from flowreel.engine.stages import Stage, StageStatistics, compose
 
 Function = Callable[[Iterator[Any]], Iterator[Any]]
 Ints = tuple[int, ...]
@@ -788,7 +789,8 @@ def test_a_thread_that_will_not_end_is_named(with_error: bool, monkeypatch: pyte
 def test_a_stream_still_open_when_the_interpreter_ends_is_closed_in_order() -> None:
     script = """if True:
         import itertools
-        from flowreel.engine.pipeline import Pipeline, Stage
+        from flowreel.engine.pipeline import Pipeline
+        from flowreel.engine.stages import Stage
         def stage(items):
             try:
                 yield from map(abs, items)

@@ -15,7 +15,8 @@ from flowreel.engine.config import QueueConfig
 from flowreel.engine.data import FlowBatch, Frame
 from flowreel.engine.device import MOST_UPLOADS, Streams, WorkStream, download, upload
 from flowreel.engine.pinned import PinnedRing
-from flowreel.engine.pipeline import Pipeline, Stage, compose
+from flowreel.engine.pipeline import Pipeline
+from flowreel.engine.stages import Stage, compose
 from tests.fakes.cuda_streams import GPU, Card, Event, LateCopies, OnCard, Stream
 
 
@@ -294,7 +295,7 @@ class TestDownload:
     def test_flow_that_is_not_waited_for_is_found_out(self, late: LateCopies, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Event, "synchronize", lambda self: None)
         (batch,) = download(iter([batch_of(late, 1)]))
-        assert not bool((batch.flow == 1).any())
+        assert not bool((batch.native == 1).any())
 
     def test_memory_on_the_device_is_not_held_while_the_host_works(self, late: LateCopies) -> None:
         alive: list[weakref.ref[FlowBatch]] = []

@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,6 +49,7 @@ class Stream:
     def wait_event(self, event: Event) -> None:
         with self.card.lock:
             _merge(self.clock, event.clock)
+            self.put_off(event.work_off)
 
     def wait_stream(self, other: Stream) -> None:
         self.wait_event(other.record_event())
@@ -59,10 +60,12 @@ class Stream:
     def put_off(self, work: Callable[[], object]) -> None:
         self.late.append(work)
 
-    def work_off(self, until: int) -> None:
-        while self.done < until:
-            self.late.pop(0)()
-            self.done += 1
+    def work_off(self, until: int | None = None) -> None:
+        """Does what was put off, in order; ``until``: so much of all that ever was."""
+        with self.card.lock:
+            while self.late and (until is None or self.done < until):
+                self.late.pop(0)()
+                self.done += 1
 
 
 class Event:
@@ -85,6 +88,10 @@ class Event:
     def synchronize(self) -> None:
         if self.stream is not None and not self.query():
             self.stream.card.waits.append(self)
+            self.work_off()
+
+    def work_off(self) -> None:
+        if self.stream is not None:
             self.stream.work_off(self.until)
 
 
@@ -130,14 +137,14 @@ class Card:
         self.lock = threading.RLock()
         self.races: list[str] = []
         self.waits: list[Event] = []  # those that the CPU waited for
-        self.told: list[Stream] = []  # what ``record_stream`` was told of real tensors
+        self.copies: LateCopies | None = None  # entered with every stream
         self.free: list[Block] = []
         self.blocks = 0
         self.streams = [Stream(self, 0)]
         self._here = threading.local()
         monkeypatch.setattr(torch.cuda, "Stream", self._new_stream)
         monkeypatch.setattr(torch.cuda, "Event", Event)
-        monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: self.told.append(stream))
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)  # ``OnCard`` looks at it
         monkeypatch.setattr(torch.cuda, "stream", self._entered)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: self.current)
 
@@ -161,7 +168,8 @@ class Card:
         before = self.current
         self._here.stream = stream
         try:
-            yield
+            with nullcontext() if self.copies is None or self.copies in _modes() else self.copies:
+                yield
         finally:
             self._here.stream = before
 
@@ -206,15 +214,16 @@ _JUNK = 0xAA
 
 
 class LateCopies(TorchFunctionMode):
-    """While entered, in this thread: what torch puts on the card is kept on the CPU but says that it is there.
+    """While entered, and on every stream: what torch puts on the card is kept on the CPU but says that it is there.
 
-    Copies with ``non_blocking`` are put off until their stream is waited for; before that there is junk in their place.
-    Everything else that is done to tensors on the card is done at once.
+    Copies with ``non_blocking`` are put off until their stream is waited for, by the CPU or by work on a stream that
+    waits for theirs; before that there is junk in their place. All other work is done at once.
     """
 
     def __init__(self, card: Card) -> None:
         super().__init__()
         self.card = card
+        card.copies = self
         self.brought: list[int] = []  # bytes of each copy to the host
         self._pinned: list[torch.Tensor] = []  # kept, whoever gives it up
         self._there: dict[int, torch.UntypedStorage] = {}  # by address, which none of them gives up
@@ -228,7 +237,7 @@ class LateCopies(TorchFunctionMode):
     def finish(self) -> None:
         """All that was put off is done."""
         for stream in self.card.streams:
-            stream.work_off(stream.done + len(stream.late))
+            stream.work_off()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -241,37 +250,54 @@ class LateCopies(TorchFunctionMode):
         if func == torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
             return self._on_card(args[0])
         if name == "to" and GPU in args:
-            return self._copied(torch.empty_like(args[0]), args[0], **kwargs)
+            return args[0] if self._on_card(args[0]) else self._copied(torch.empty_like(args[0]), args[0], **kwargs)
         if name == "copy_":
             return self._copied(*args, **kwargs)
         if name in ("numpy", "__array__") and self._on_card(args[0]):
             raise TypeError("can't convert cuda:0 device type tensor to numpy")
+        if not any(map(self._on_card, _tensors(args, kwargs))) or name in _LOOKS or kwargs.get("device") == "meta":
+            return func(*args, **kwargs)
+        self.card.current.work_off()
         if name == "cpu":
             self.brought.append(args[0].nbytes)
             return func(*args, **kwargs).clone()
         result = func(*args, **kwargs)
-        if any(map(self._on_card, args)) and isinstance(result, torch.Tensor) and name != "empty_like":
-            self.put(result)
+        for tensor in _tensors((result,), {}):
+            self.put(tensor)
         return result
 
-    def _on_card(self, value: object) -> bool:
-        known = isinstance(value, torch.Tensor) and value.layout is torch.strided and value.device.type != "meta"
-        return known and value.untyped_storage().data_ptr() in self._there
+    def _on_card(self, tensor: torch.Tensor) -> bool:
+        known = tensor.layout is torch.strided and tensor.device.type != "meta"
+        return known and tensor.untyped_storage().data_ptr() in self._there
 
     def _copied(self, into: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-        if self._on_card(source) and not self._on_card(into):
+        leaves = self._on_card(source) and not self._on_card(into)
+        arrives = self._on_card(into) or (non_blocking and not leaves)
+        if leaves:
             self.brought.append(source.nbytes)
-        elif not self._on_card(source) and non_blocking:
+        if arrives:
             self.put(into)
         if non_blocking:
-            late, early = _unheld(into), _unheld(source)
-            late.fill_(_JUNK)
-            self.card.current.put_off(lambda: late.copy_(early))
+            # By addresses, as the device sees memory: without keeping anybody from using it again.
+            late, early, size = into.data_ptr(), source.data_ptr(), source.nbytes
+            ctypes.memset(late, _JUNK, size)
+            self.card.current.put_off(lambda: ctypes.memmove(late, early, size))
         else:
+            if leaves or arrives:
+                self.card.current.work_off()
             into.copy_(source)
         return into
 
 
-def _unheld(tensor: torch.Tensor) -> torch.Tensor:
-    """Its bytes as they lie in memory, as the device sees them: without keeping anybody from using them again."""
-    return torch.frombuffer((ctypes.c_uint8 * tensor.nbytes).from_address(tensor.data_ptr()), dtype=torch.uint8)
+_modes = torch.overrides._get_current_function_mode_stack  # of this thread
+_LOOKS = {"__get__", "__len__", "data_ptr", "dim", "element_size", "numel", "size", "stride", "untyped_storage"}
+
+
+def _tensors(args: Any, kwargs: Any) -> list[torch.Tensor]:
+    found = []
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _tensors(value, {})
+    return found

@@ -247,8 +247,8 @@ def test_killed_at_every_step_then_resumed_gives_the_same_bytes(
     run(tmp_path / "whole.zarr", KILLED_FLOWS, KILLED_INFO)
     whole = contents(tmp_path / "whole.zarr")
     monkeypatch.setattr(os, "fsync", lambda _: None)  # a killed process loses nothing that was written
-    metadata = zarr_store._metadata(INFO, config(), flow_codec(H, W, config()), SHARD, KILLED_FLOWS)  # slow
-    monkeypatch.setattr(zarr_store, "_metadata", lambda *_: copy.deepcopy(metadata))
+    metadata = zarr_store.store_metadata(INFO, config(), flow_codec(H, W, config()), SHARD, KILLED_FLOWS)  # slow
+    monkeypatch.setattr(zarr_store, "store_metadata", lambda *_: copy.deepcopy(metadata))
     rng = random.Random(0)
     calls = 0
     for call in range(1, 1000):

@@ -1,0 +1,297 @@
+"""Stacks of flow to train on: ``FlowClips(videos, length=10, cache="flow")`` is a torch Dataset.
+
+    index -> source, first flow -> flow[first : first + length] -> resized, cut, mirrored -> (2L, h, w)
+
+A stack is what two-stream networks take: x and y of each flow alternate as channels, clipped to ``bound`` and divided
+by it (Simonyan, Zisserman, "Two-Stream Convolutional Networks for Action Recognition in Videos", NeurIPS 2014).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from bisect import bisect_right
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from flowreel import sinks
+from flowreel.engine.clip_view import ClipView, Size, ViewRule, random_below
+from flowreel.engine.config import RunConfig
+from flowreel.engine.data import SourceId
+from flowreel.engine.device import to_device
+from flowreel.engine.errors import SourceChangedError, StoreError, UsageError
+from flowreel.engine.inference import Network, load_network
+from flowreel.engine.lazy import LazyFlow, refuse_fork
+from flowreel.engine.outputs import PathLike
+from flowreel.sinks import FlowStore
+
+Source = PathLike | LazyFlow | FlowStore
+
+
+@dataclass(frozen=True)
+class _Extent:
+    """What a source offers, as found when the clips were laid out."""
+
+    source: SourceId | None  # of a video
+    count: int  # flows
+    height: int  # pixels of a flow
+    width: int
+    starts: tuple[int, ...]  # first flow of each fixed clip; of random ones only their number counts
+
+    def differs(self, flows: LazyFlow | FlowStore) -> bool:
+        """Whether what was opened again is something else."""
+        source = flows.info.source if isinstance(flows, LazyFlow) else None
+        return source != self.source or len(flows) < self.count or flows.shape[2:] != (self.height, self.width)
+
+
+class FlowClips(Dataset[Any]):
+    """Clips of flow as items for a ``torch.utils.data.DataLoader``; what is not there yet is computed.
+
+    Each item is a dict, unless ``transform`` makes something else of it:
+
+    - ``flow``: (2L, h, w) float32, channels x, y of the first flow, x, y of the second, ...; in units of ``bound``,
+      from -1 to 1, or pixels of the resized frame when there is none. Where a vector is not known, 0.
+    - ``source``: number of the source; ``first``: of the clip's first flow in it; ``timestamp_s``: when that begins.
+    - ``rgb``: (3, h, w) uint8, the frame in which the clip begins, seen as the flow is; if asked for.
+    - ``label``: the source's, if there are labels.
+
+    Works in DataLoader with workers that are spawned (or forked, without a GPU), and in one process on a GPU. With a
+    seed, an item depends on seed, epoch and index alone, however many workers there are; without, chance is torch's
+    own, which DataLoader seeds for each worker and epoch. For one thread at a time.
+
+    Raises, when read, what ``LazyFlow`` and ``FlowStore`` raise.
+
+    Attributes:
+        shape: (2L, h, w) of every ``flow``; None where sources of different sizes make it differ.
+    """
+
+    def __init__(
+        self,
+        sources: Source | Iterable[Source],
+        length: int = 10,
+        stride: int | None = None,
+        transform: Callable[[dict[str, Any]], Any] | None = None,
+        *,
+        bound: float | None = 20.0,
+        random: bool = False,
+        clips: int | None = None,
+        size: Size | None = None,
+        crop: Size | None = None,
+        mirror: bool = False,
+        rgb: bool = False,
+        labels: Sequence[Any] | None = None,
+        seed: int | None = None,
+        cache: PathLike | None = None,
+        open_at_once: int = 8,
+        **options: Any,
+    ) -> None:
+        """Opens every source once, to know how long it is.
+
+        Args:
+            sources: videos (files, folders of images, ``synthetic:NAME``), flow stores and full caches, by path; or
+                what ``flowreel.open`` and ``open_store`` gave.
+            length: flows in a clip, L.
+            stride: flows from the beginning of one clip to the next one's; None: ``length``, so that they do not
+                overlap.
+            transform: called with each item last; what it returns is what the Dataset gives.
+            bound: pixels of the resized frame that become 1; None: flow stays in pixels.
+            random: each clip begins anywhere in its source, is cut out anywhere, and may be mirrored. If not, clips
+                lie where ``stride`` or ``clips`` puts them, and their middle is cut out.
+            clips: this many of each source, from its first flow to its last; instead of ``stride``.
+            size: pixels (height, width) that frames are resized to; one number: their shorter side.
+            crop: pixels (height, width) that are cut out of that; one number: a square.
+            mirror: half of the random clips are seen in a mirror; what goes right there goes left.
+            rgb: give the frame as well. Stores have none.
+            labels: one for each source.
+            seed: of what is random; ``set_epoch`` changes it. None: torch's own generator.
+            cache: a folder for one cache a video, by its file name.
+            open_at_once: videos whose decoder and decoded frames are kept, of those given by path.
+            **options: for videos given by path, as of ``flowreel.open``. ``frames_mb``, 64 here, is of each open video.
+
+        Raises:
+            UsageError: impossible settings, a source shorter than a clip, ``rgb`` of a store, two videos of one name
+                with a cache.
+            StoreError: a cache that is not full; opening the source by ``flowreel.open(..., cache=...)`` fills it.
+            SourceError, WeightsError, DeviceError, CacheMismatchError: as of ``flowreel.open``.
+        """
+        given = [sources] if isinstance(sources, str | os.PathLike | LazyFlow | FlowStore) else list(sources)
+        self._given = [source if isinstance(source, LazyFlow | FlowStore) else os.fspath(source) for source in given]
+        if not self._given:
+            raise UsageError("give at least one source of clips")
+        _check_whole("length", length, 1)
+        _check_whole("stride", stride, 1)
+        _check_whole("clips", clips, 1)
+        _check_whole("open_at_once", open_at_once, 1)
+        if stride is not None and clips is not None:
+            raise UsageError("stride and clips both say where clips lie: give one of them")
+        if bound is not None and not 0 < bound < float("inf"):
+            raise UsageError(f"bound must be a positive number of pixels or None, got {bound!r}")
+        if mirror and not random:
+            raise UsageError("mirror is for random clips: fixed ones are the same every time")
+        if labels is not None and len(labels) != len(self._given):
+            raise UsageError(f"{len(labels)} labels were given for {len(self._given)} sources")
+        self.length, self.bound, self.random, self.seed = length, bound, random, seed
+        self.transform = transform
+        self._rule = ViewRule(size, crop, mirror)
+        self._rgb = rgb
+        self._labels = None if labels is None else list(labels)
+        self._open_at_once = open_at_once
+        self._options = {"frames_mb": 64.0} | options
+        self._caches = None if cache is None else _caches(Path(cache), self._given)
+        self._epoch = torch.zeros((), dtype=torch.int64)  # shared with workers, which may stay from epoch to epoch
+        self._epoch.share_memory_()  # type: ignore[no-untyped-call]
+        self._start_here()
+        self._extents: list[_Extent] = []
+        for number in range(len(self._given)):
+            self._extents.append(self._extent(number, stride, clips))
+        self._ends = list(accumulate(len(extent.starts) for extent in self._extents))
+        cuts = {self._rule.sizes(extent.height, extent.width)[1] for extent in self._extents}
+        self.shape = (2 * length, *cuts.pop()) if len(cuts) == 1 else None
+
+    def _start_here(self) -> None:
+        self._opened: OrderedDict[int, LazyFlow | FlowStore] = OrderedDict()  # by path; longest unused first
+        self._network: tuple[int, Network] | None = None  # and the process that loaded it
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __repr__(self) -> str:
+        kind = "random" if self.random else "fixed"
+        size = "of different sizes" if self.shape is None else str(self.shape)
+        return f"<FlowClips {len(self)} {kind} clips of {self.length} flows, {size}, from {len(self._given)} sources>"
+
+    def __getitem__(self, index: int) -> Any:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"clip {index} of {len(self)}")
+        index %= len(self)
+        number = bisect_right(self._ends, index)
+        extent, flows = self._extents[number], self._open(number)
+        first, view = self._chosen(extent, index, index - self._ends[number] + len(extent.starts))
+        item = {
+            "flow": self._stack(flows[first : first + self.length], view),
+            "source": number,
+            "first": first,
+            "timestamp_s": float(flows.timestamps_s[first]),
+        }
+        if self._rgb:
+            assert isinstance(flows, LazyFlow)
+            item["rgb"] = to_device(view.rgb(flows.rgb(first)), flows.device)
+        if self._labels is not None:
+            item["label"] = self._labels[number]
+        return item if self.transform is None else self.transform(item)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Other random clips: call it before each pass over them, when there is a seed. Workers hear of it, too."""
+        self._epoch.fill_(epoch)
+
+    # -- One clip ------------------------------------------------------------------------------------------------
+
+    def _chosen(self, extent: _Extent, index: int, place: int) -> tuple[int, ClipView]:
+        """The clip's first flow, and how it is looked at."""
+        if not self.random:
+            return extent.starts[place], self._rule.middle(extent.height, extent.width)
+        generator = None
+        if self.seed is not None:
+            state = np.random.SeedSequence([self.seed, int(self._epoch), index]).generate_state(1, np.uint64)
+            generator = torch.Generator().manual_seed(int(state[0]))
+        first = random_below(extent.count - self.length + 1, generator)
+        return first, self._rule.random(extent.height, extent.width, generator)
+
+    def _stack(self, flows: Any, view: ClipView) -> Tensor:
+        """(L, 2, H, W) pixels of the source, a tensor or an array, to a (2L, h, w) stack."""
+        seen = view.flow(torch.nan_to_num(torch.as_tensor(flows), nan=0.0))
+        if self.bound is not None:
+            seen = (seen / self.bound).clamp(-1, 1)
+        return seen.flatten(0, 1)
+
+    # -- Sources -------------------------------------------------------------------------------------------------
+
+    def _extent(self, number: int, stride: int | None, clips: int | None) -> _Extent:
+        flows = self._open(number)
+        name = flows.path
+        count = len(flows)
+        if isinstance(flows, FlowStore):
+            if self._rgb:
+                raise UsageError(f"{name} is a flow store, which holds no frames: give the video instead, with a cache")
+            if flows.layout.cache and not flows.complete:
+                raise StoreError(
+                    f"{name} is a cache with {flows.stored} of {count} flows in it: give the video, opened with it"
+                )
+            count = flows.available
+        if count < self.length:
+            raise UsageError(
+                f"{name} has {count} flows, a clip takes {self.length}: leave it out, or take shorter clips"
+            )
+        last = count - self.length
+        starts = np.arange(0, last + 1, stride or self.length)
+        if clips is not None:
+            starts = np.linspace(0, last, clips).round().astype(int) if clips > 1 else np.array([last // 2])
+        source = flows.info.source if isinstance(flows, LazyFlow) else None
+        return _Extent(source, count, *flows.shape[2:], tuple(starts.tolist()))
+
+    def _open(self, number: int) -> LazyFlow | FlowStore:
+        given = self._given[number]
+        if not isinstance(given, str):
+            return given
+        flows = self._opened.pop(number, None)
+        if flows is None:
+            flows = self._open_path(given)
+            known = self._extents
+            if number < len(known) and known[number].differs(flows):
+                raise SourceChangedError(f"{given} is not what it was when the clips were laid out: make them anew")
+        self._opened[number] = flows
+        while len(self._opened) > self._open_at_once:
+            _, oldest = self._opened.popitem(last=False)
+            if isinstance(oldest, LazyFlow):
+                oldest.close()
+        return flows
+
+    def _open_path(self, path: str) -> LazyFlow | FlowStore:
+        if sinks.is_store(path):
+            return sinks.open_store(path)
+        cache = None if self._caches is None else self._caches[path]
+        return LazyFlow(path, cache=cache, network=self._loaded(path), **self._options)
+
+    def _loaded(self, path: str) -> Network:
+        """The network, loaded once a process for all videos."""
+        if self._network is None:
+            options = {name: value for name, value in self._options.items() if name != "frames_mb"}
+            self._network = os.getpid(), load_network(RunConfig.of(**options).model)
+        process, network = self._network
+        if process != os.getpid():
+            refuse_fork(path, network.device)
+        return network
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_opened", "_network")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = state
+        self._start_here()
+
+
+def _check_whole(name: str, value: object, least: int) -> None:
+    if value is not None and not (isinstance(value, int) and not isinstance(value, bool) and value >= least):
+        raise UsageError(f"{name} must be a whole number from {least} on, got {value!r}")
+
+
+def _caches(folder: Path, given: Sequence[Source]) -> dict[str, Path]:
+    """The cache of each video that is given by path. Raises UsageError for two of the same name."""
+    videos = dict.fromkeys(source for source in given if isinstance(source, str) and not sinks.is_store(source))
+    names = {video: re.sub(r"[^\w.-]+", "_", os.path.basename(os.path.abspath(video))) for video in videos}
+    if twice := [name for name, count in Counter(names.values()).items() if count > 1]:
+        same = [video for video in videos if names[video] == twice[0]]
+        raise UsageError(
+            f"{same[0]} and {same[1]} would share the cache {folder / twice[0]}: give what flowreel.open(..., "
+            "cache=...) makes of each"
+        )
+    return {video: folder / name for video, name in names.items()}

@@ -1,0 +1,194 @@
+"""Any of the networks on a CPU: oneDNN's packed convolutions, channels last, concatenations written in place.
+
+What each network computes is defined in ``engine.models``; this is the same, arranged for the caches. Two thirds of
+FlowNet2's arithmetic is at low resolution, where oneDNN reaches the machine's limit by itself; the rest is a matter of
+memory, see ``onednn`` and ``buffers``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flowreel.engine.compiled import Packed, Shape, plain, quarter_upsampling
+from flowreel.engine.compiled.buffers import Buffers
+from flowreel.engine.compiled.onednn import Convolution, available, chained
+from flowreel.engine.config import Precision
+from flowreel.engine.models.flownetc import FlowNetC
+from flowreel.engine.models.flownetsd import FlowNetSD
+from flowreel.engine.models.layers import FLOW_SCALE, SLOPE, FlowHead, Upsampling, folded_state, normalise, upsample
+from flowreel.engine.models.stacks import (
+    SD_SCALE_IN_FLOWNET2,
+    FlowNet2,
+    FlowNet2CS,
+    FlowNet2CSS,
+    refining_input,
+    warped_and_error,
+)
+from flowreel.kernels import channel_norm, correlation
+
+_DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def pack(net: nn.Module, precision: Precision) -> Packed:
+    """The network's weights, packed; where there is no oneDNN, a copy of the module."""
+    dtype = _DTYPES[precision]
+    if not available(dtype):
+        return plain.pack(net, precision)
+    return CpuNetwork(type(net), Layers.of(net, dtype), quarter_upsampling(net))
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The convolutions of a network or of a part of it, by the names they have in its state."""
+
+    convolutions: Mapping[str, Convolution]
+    buffers: Buffers
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, net: nn.Module, dtype: torch.dtype) -> Layers:
+        state, found = folded_state(net), {}
+        for path, module in net.named_modules():
+            inner = module[0] if isinstance(module, nn.Sequential) else module
+            if not isinstance(inner, nn.Conv2d | nn.ConvTranspose2d) or path.endswith(".0"):
+                continue
+            key = f"{path}.0" if inner is not module else path
+            leaky = isinstance(module, nn.Sequential) and isinstance(module[-1], nn.LeakyReLU)
+            own = torch.float32 if isinstance(inner, FlowHead) else dtype
+            found[path] = Convolution(inner, state[f"{key}.weight"], state.get(f"{key}.bias"), leaky, own)
+        return cls(found, Buffers(), dtype)
+
+    def part(self, name: str) -> Layers:
+        """Those of one network inside a stack."""
+        start = f"{name}."
+        inside = {key.removeprefix(start): value for key, value in self.convolutions.items() if key.startswith(start)}
+        return Layers(inside, self.buffers, self.dtype)
+
+    def __getitem__(self, name: str) -> Convolution:
+        return self.convolutions[name]
+
+    def __call__(self, x: Tensor, *names: str) -> Tensor:
+        """Through these layers, one after the other."""
+        for name in names:
+            x = self[name](x, self.buffers)
+        return x
+
+    def side_by_side(self, *parts: Tensor | tuple[str, Tensor]) -> Tensor:
+        """A concatenation of channels: tensors as they are, and layers with what they are to be given."""
+        sizes = [p.shape[1] if isinstance(p, Tensor) else self[p[0]].outputs for p in parts]
+        whole = parts[0]
+        assert isinstance(whole, Tensor)
+        out = self.buffers.empty(whole.shape[0], sum(sizes), *whole.shape[2:], self.dtype)
+        for part, slot in zip(parts, out.split(sizes, 1), strict=True):
+            if isinstance(part, Tensor):
+                slot.copy_(part)
+            else:
+                self[part[0]].into(slot, part[1])
+        return out
+
+
+def refine(layers: Layers, encoded: dict[int, Tensor], smooth: bool = False) -> Tensor:
+    """``Refiner.refine``, only its last prediction: (B, 2, H/4, W/4) float32, pixels / 20."""
+    features = encoded[6]
+    flow = layers(features, "predict_flow6")
+    for level in (5, 4, 3, 2):
+        up, grown = (f"deconv{level}", features), (f"upsampled_flow{level + 1}_to_{level}", flow)
+        features = layers.side_by_side(encoded[level], up, grown)
+        seen = layers(features, f"inter_conv{level}") if smooth else features
+        flow = layers(seen, f"predict_flow{level}")
+    return flow
+
+
+def encode_on(layers: Layers, conv2: Tensor, conv3: Tensor) -> dict[int, Tensor]:
+    """From level 3 on all encoders are the same."""
+    conv4 = layers(conv3, "conv4", "conv4_1")
+    conv5 = layers(conv4, "conv5", "conv5_1")
+    return {2: conv2, 3: conv3, 4: conv4, 5: conv5, 6: layers(conv5, "conv6", "conv6_1")}
+
+
+def flownet_s(layers: Layers, x: Tensor) -> Tensor:
+    """``FlowNetS.predict``: its last prediction."""
+    conv2 = layers(x, "conv1", "conv2")
+    return refine(layers, encode_on(layers, conv2, layers(conv2, "conv3", "conv3_1")))
+
+
+def flownet_sd(layers: Layers, x: Tensor) -> Tensor:
+    """``FlowNetSD.predict``: its last prediction."""
+    conv1 = chained(layers["conv0"], layers["conv1"], x, layers.buffers)
+    conv2 = layers(conv1, "conv1_1", "conv2", "conv2_1")
+    return refine(layers, encode_on(layers, conv2, layers(conv2, "conv3", "conv3_1")), smooth=True)
+
+
+def flownet_c(layers: Layers, x: Tensor) -> Tensor:
+    """``FlowNetC.predict``: its last prediction."""
+    conv2 = layers(x[:, :3], "conv1", "conv2")
+    first, second = layers(conv2, "conv3"), layers(x[:, 3:], "conv1", "conv2", "conv3")
+    matched = F.leaky_relu_(correlation(first, second), SLOPE)
+    conv3 = layers(layers.side_by_side(layers(first, "conv_redir"), matched), "conv3_1")
+    return refine(layers, encode_on(layers, conv2, conv3))
+
+
+def fuse(layers: Layers, x: Tensor) -> Tensor:
+    """``FlowNetFusion``: (B, 11, H, W) to (B, 2, H, W) float32 pixels."""
+    batch, _, height, width = x.shape
+    sizes = (layers["conv0"].outputs, layers["deconv0"].outputs, 2)
+    concat0 = layers.buffers.empty(batch, sum(sizes), height, width, layers.dtype)
+    conv0, deconv0, up0 = concat0.split(sizes, 1)
+    conv1 = layers(chained(layers["conv0"], layers["conv1"], x, layers.buffers, keep=conv0), "conv1_1")
+    conv2 = layers(conv1, "conv2", "conv2_1")
+    flow2 = layers(conv2, "predict_flow2")
+    concat1 = layers.side_by_side(conv1, ("deconv1", conv2), ("upsampled_flow2_to_1", flow2))
+    flow1 = layers(concat1, "inter_conv1", "predict_flow1")
+    layers["deconv0"].into(deconv0, concat1)
+    layers["upsampled_flow1_to_0"].into(up0, flow1)
+    return layers(concat0, "inter_conv0", "predict_flow0")
+
+
+@dataclass(frozen=True)
+class CpuNetwork:
+    """Both the packed network and its programs: each layer settles what a new shape needs when it first meets it."""
+
+    kind: type[nn.Module]
+    layers: Layers
+    upsampling: Upsampling | None
+
+    def program(self, shape: Shape) -> CpuNetwork:
+        return self
+
+    def flow(self, first: Tensor, second: Tensor) -> Tensor:
+        if self.upsampling is not None:
+            return upsample(self.quarter(first, second), self.upsampling).contiguous()
+        x = normalise(first, second)
+        flow_css = upsample(self._refined(x, "flownetc", "flownets_1", "flownets_2") * FLOW_SCALE, "nearest")
+        flow_sd = upsample(flownet_sd(self.layers.part("flownets_d"), x) * SD_SCALE_IN_FLOWNET2, "nearest")
+        _, error_css = warped_and_error(x, flow_css)
+        _, error_sd = warped_and_error(x, flow_sd)
+        parts = (x[:, :3], flow_sd, flow_css, channel_norm(flow_sd), channel_norm(flow_css), error_sd, error_css)
+        return fuse(self.layers.part("flownetfusion"), torch.cat(parts, 1)).contiguous()
+
+    def quarter(self, first: Tensor, second: Tensor) -> Tensor:
+        x = normalise(first, second)
+        if issubclass(self.kind, FlowNet2CSS):
+            flow = self._refined(x, "flownetc", "flownets_1", "flownets_2")
+        elif issubclass(self.kind, FlowNet2CS):
+            flow = self._refined(x, "flownetc", "flownets_1")
+        elif issubclass(self.kind, FlowNetC):
+            flow = flownet_c(self.layers, x)
+        elif issubclass(self.kind, FlowNetSD):
+            flow = flownet_sd(self.layers, x)
+        else:
+            flow = flownet_s(self.layers, x)
+        return (flow * FLOW_SCALE).contiguous()
+
+    def _refined(self, x: Tensor, first: str, *others: str) -> Tensor:
+        """A stack's last prediction, pixels / 20."""
+        flow = flownet_c(self.layers.part(first), x)
+        for name in others:
+            full = upsample(flow * FLOW_SCALE, "bilinear")
+            flow = flownet_s(self.layers.part(name), refining_input(x, full))
+        return flow

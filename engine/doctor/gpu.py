@@ -1,0 +1,226 @@
+"""What a run on a GPU needs beside: the driver and its video libraries, torch for CUDA, CuPy, NVRTC, PyNvVideoCodec."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from flowreel.engine.doctor.checking import Finding, expect, first_line
+from flowreel.engine.errors import MissingDependencyError
+from flowreel.engine.sources import nvcodec
+
+NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
+SMALL_KERNEL = b'extern "C" __global__ void add_one(float* values) { values[threadIdx.x] += 1.0f; }'
+CUPYS = ("cupy-cuda13x", "cupy-cuda12x", "cupy-cuda11x", "cupy")  # distributions of one package
+NVDEC_CODECS = (("H264", 8), ("HEVC", 8), ("HEVC", 10), ("AV1", 8), ("AV1", 10), ("VP9", 8))  # name, bits
+
+GPU_EXTRA = nvcodec.INSTALL
+DRIVER = "install NVIDIA's driver; in a container, pass the GPU in (docker run --gpus all)"
+TORCH = "install torch for CUDA: pytorch.org/get-started/locally"
+VIDEO_DRIVER = (
+    "in a container, set NVIDIA_DRIVER_CAPABILITIES=compute,utility,video; else install all of NVIDIA's driver, the "
+    "libraries for decoding and encoding too"
+)
+
+
+def driver() -> Finding:
+    cuda = _library("libcuda.so.1")
+    if cuda is None:
+        return Finding("missing", detail="no NVIDIA driver library (libcuda) can be found")
+    code = cuda.cuInit(0)
+    if code == NO_DEVICE:
+        return Finding("missing", detail="the NVIDIA driver is installed, but sees no GPU")
+    expect(code == 0, f"the NVIDIA driver does not start: cuInit gives error {code}")
+    newest, count = ctypes.c_int(), ctypes.c_int()
+    expect(cuda.cuDriverGetVersion(ctypes.byref(newest)) == 0, "cuDriverGetVersion fails")
+    expect(cuda.cuDeviceGetCount(ctypes.byref(count)) == 0, "cuDeviceGetCount fails")
+    gpus = "1 GPU" if count.value == 1 else f"{count.value} GPUs"
+    return Finding("ok", f"CUDA {newest.value // 1000}.{newest.value % 1000 // 10}", f"{gpus}, {_kernel_module()}")
+
+
+def _driver_is_older_than(major: int) -> bool:
+    """Whether there is a driver, but not for what is built for CUDA ``major``. Of one major version it runs all."""
+    newest = ctypes.c_int()
+    try:
+        cuda = _library("libcuda.so.1")
+    except OSError:  # the driver has a check of its own
+        return False
+    return cuda is not None and cuda.cuDriverGetVersion(ctypes.byref(newest)) == 0 and newest.value // 1000 < major
+
+
+def _kernel_module() -> str:
+    try:
+        words = Path("/proc/driver/nvidia/version").read_text().split()
+    except OSError:
+        return "driver version unknown"
+    numbers = [word for word in words if word.count(".") >= 1 and word.replace(".", "").isdigit()]
+    return f"driver {numbers[0]}" if numbers else "driver version unknown"
+
+
+def torch_cuda() -> Finding:
+    import torch
+
+    if torch.version.cuda is None:
+        return Finding("missing", torch.__version__, "this torch is built without CUDA")
+    with warnings.catch_warnings(record=True) as said:  # torch says in a warning why it sees no GPU
+        warnings.simplefilter("always")
+        there = torch.cuda.is_available()
+    if not there:
+        why = f": {str(said[0].message).splitlines()[0]}" if said else ""
+        too_new = _driver_is_older_than(int(torch.version.cuda.split(".")[0]))
+        advice = f"update NVIDIA's driver, or {TORCH}, for the CUDA that the driver runs"
+        return Finding("missing", torch.version.cuda, f"torch finds no GPU{why}", advice if too_new else DRIVER)
+    expect(torch.ones(4, device="cuda").sum().item() == 4, "a sum on the GPU is wrong")
+    devices = []
+    for number in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(number)
+        memory = f"{about.total_memory / 1e9:.0f} GB"
+        devices.append(f"cuda:{number} {about.name}, compute capability {about.major}.{about.minor}, {memory}")
+    return Finding("ok", torch.version.cuda, "; ".join(devices))
+
+
+def cupy() -> Finding:
+    import cupy
+
+    there = [name for name in CUPYS if _installed(name)]
+    if len(there) > 1:
+        advice = f"pip uninstall {' '.join(there)}, then {GPU_EXTRA}"
+        return Finding("broken", cupy.__version__, f"{' and '.join(there)} are one package, installed twice", advice)
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        why = f"installed, but it finds no GPU: {first_line(error)}"
+        too_new = there == ["cupy-cuda13x"] and _driver_is_older_than(13)
+        advice = "pip uninstall cupy-cuda13x, then pip install 'flowreel[cuda12]': the driver is of CUDA 12"
+        return Finding("missing", cupy.__version__, why, advice if too_new else DRIVER)
+    expect(int(cupy.arange(4).sum()) == 6, "a sum on the GPU is wrong")
+    return Finding("ok", cupy.__version__, f"{count} GPU{'' if count == 1 else 's'}")
+
+
+def nvrtc() -> Finding:
+    """Compiles a kernel, which needs no GPU: by way of CuPy, as the kernels are, or of the library alone."""
+    try:
+        from cupy.cuda import nvrtc as compiler
+    except Exception:  # CuPy has a check of its own
+        return _bare_nvrtc()
+    try:
+        found = ".".join(map(str, compiler.getVersion()))
+    except Exception as error:  # CuPy looks for the library now
+        return Finding("missing", detail=f"CuPy finds no NVRTC: {first_line(error)}")
+    program = compiler.createProgram(SMALL_KERNEL.decode(), "add_one.cu", [], [])
+    compiler.compileProgram(program, ("--gpu-architecture=compute_75",))
+    expect(compiler.getPTX(program), "a kernel compiles to nothing")
+    compiler.destroyProgram(program)
+    return Finding("ok", found, "compiled a kernel through CuPy")
+
+
+def _bare_nvrtc() -> Finding:
+    library = _library("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
+    if library is None:
+        return Finding("missing", detail="neither CuPy nor NVRTC's library (libnvrtc) can be found")
+    program, option = ctypes.c_void_p(), (ctypes.c_char_p * 1)(b"--gpu-architecture=compute_75")
+    made = library.nvrtcCreateProgram(ctypes.byref(program), SMALL_KERNEL, b"add_one.cu", 0, None, None)
+    expect(made == 0, f"nvrtcCreateProgram gives error {made}")
+    compiled = library.nvrtcCompileProgram(program, 1, option)
+    library.nvrtcDestroyProgram(ctypes.byref(program))
+    expect(compiled == 0, f"nvrtcCompileProgram gives error {compiled}")
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return Finding("ok", f"{major.value}.{minor.value}", "compiled a kernel without CuPy")
+
+
+def kernels() -> Finding:
+    """One of flowreel's own, compiled with CUDA's headers, which needs no GPU; on one it also runs."""
+    import torch
+
+    from flowreel.kernels import channel_norm
+    from flowreel.kernels.launch import compile_source
+
+    try:
+        compile_source("channel_norm", "compute_80")
+    except MissingDependencyError as error:
+        return Finding("missing", detail=first_line(error))
+    if not torch.cuda.is_available():
+        return Finding("ok", detail="compiled; there is no GPU to run them on")
+    x = torch.arange(24.0).view(1, 2, 3, 4)
+    expect(torch.allclose(channel_norm(x.to("cuda")).cpu(), channel_norm(x)), "a kernel computes something else")
+    return Finding("ok", detail="compiled, and run on the GPU")
+
+
+def libnvcuvid() -> Finding:
+    return _video_library("libnvcuvid.so.1")
+
+
+def libnvidia_encode() -> Finding:
+    return _video_library("libnvidia-encode.so.1")
+
+
+def _video_library(name: str) -> Finding:
+    if _library(name) is not None:
+        return Finding("ok", detail=f"{name} loads")
+    given = os.environ.get("NVIDIA_DRIVER_CAPABILITIES")  # set in a container, it says what of the driver is passed in
+    left_out = given is not None and not {"all", "video"} & set(given.split(","))
+    advice = f"NVIDIA_DRIVER_CAPABILITIES is {given}: start the container with compute,utility,video"
+    return Finding(
+        "missing", detail=f"the driver's {name} cannot be found", advice=advice if left_out else VIDEO_DRIVER
+    )
+
+
+def pynvvideocodec() -> Finding:
+    try:
+        codec = nvcodec.load()
+    except MissingDependencyError as error:
+        found, cause = _installed("PyNvVideoCodec"), error.__cause__
+        if isinstance(cause, ModuleNotFoundError) and cause.name == "PyNvVideoCodec":
+            raise cause from None
+        if cause is None:
+            return Finding("broken", found, str(error), "pip install --upgrade PyNvVideoCodec")
+        return Finding("broken", found, str(error), VIDEO_DRIVER)  # without its libraries it does not even load
+    return Finding("ok", codec.__version__)
+
+
+def nvdec() -> Finding:
+    """What the first GPU decodes, asked as a run asks."""
+    try:
+        codec = nvcodec.load()
+    except MissingDependencyError:  # it has a check of its own
+        return Finding("missing", detail="PyNvVideoCodec, to ask the GPU by, does not load", advice="mend that first")
+    engines = 0
+    found: list[str] = []
+    lacking: list[str] = []
+    for name, bits in NVDEC_CODECS:
+        caps = nvcodec.decodes(codec, 0, getattr(codec.cudaVideoCodec, name), "420", bits)
+        count = caps.get("num_decoder_engines", 0)
+        (found if count else lacking).append(f"{name} {bits} bit")
+        engines = max(engines, count)
+    if not found:
+        return Finding("broken", detail="the GPU decodes no video at all: it has no NVDEC, or may not be asked")
+    without = f"; not {', '.join(lacking)}" if lacking else ""
+    return Finding("ok", detail=f"{engines} engine{'' if engines == 1 else 's'}: {', '.join(found)}{without}")
+
+
+def _library(*names: str) -> Any:
+    """The first of these libraries that is there; None when none is. One that is there but does not load raises."""
+    for name in names:
+        try:
+            return ctypes.CDLL(name)
+        except OSError as error:
+            if not _is_absent(error, name):
+                raise
+    return None
+
+
+def _is_absent(error: OSError, name: str) -> bool:
+    """Not so when it is a library it needs that cannot be found."""
+    return name in str(error) and "no such file" in str(error).lower()
+
+
+def _installed(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return ""

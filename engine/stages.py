@@ -1,0 +1,55 @@
+"""What a stage is, and the chain without threads: the reference that the pipeline must equal.
+
+A stage is a plain generator function, an iterator in and an iterator out. It owns no thread, queue or stream, so a test
+calls it on a list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from types import GeneratorType
+from typing import Any
+
+StageFunction = Callable[[Iterator[Any]], Iterator[Any]]
+Consumer = Callable[[Iterator[Any]], object]  # runs to its end; what it yields or returns is dropped
+Wrap = Callable[[Consumer, str], Consumer]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the chain."""
+
+    name: str  # unique in its pipeline; names the thread, the statistics and the errors
+    function: StageFunction
+
+
+@dataclass(frozen=True)
+class StageStatistics:
+    """What one stage has done so far. Its thread's time is busy + waiting in + waiting out."""
+
+    name: str
+    items: int  # given on; of a sink: taken
+    busy_s: float
+    wait_in_s: float  # seconds without anything to take
+    wait_out_s: float  # seconds held back by the next stage or by the byte budget
+    peak_queue: int  # most items that ever waited in front of it
+    queue: int  # items that wait in front of it now
+
+
+def compose(source: Iterable[Any], stages: Sequence[Stage]) -> Iterator[Any]:
+    """Gives what ``Pipeline(...).stream()`` gives, one item at a time and without threads. Errors pass as they are."""
+    opened: list[Any] = [iter(source)]
+    try:
+        for stage in stages:
+            opened.append(stage.function(opened[-1]))
+        yield from opened[-1]
+    finally:
+        for iterator in reversed(opened):
+            if is_ours_to_close(iterator, source):
+                iterator.close()
+
+
+def is_ours_to_close(iterator: object, source: object) -> bool:
+    """Whether who runs the iterator closes it too; a source that iterates itself belongs to whoever opened it."""
+    return hasattr(iterator, "close") and (iterator is not source or isinstance(iterator, GeneratorType))

@@ -1,0 +1,208 @@
+"""Keeps flow that ``flowreel.open`` has computed: a flow store that fills in any order, by any number of processes.
+
+    CACHE/
+      zarr.json                            as a store's, marked as a cache
+      flow/c.NUMBER.0.0.0                  one flow, compressed, with its checksum
+      timestamp_s/c/0  timestamp_to_s/...  frame/...  frame_to/...      of all flows, from the beginning
+
+A flow's file is written under a name of its own, brought to the disk and then given its name, which only the first one
+gets: whoever computes the same flow at the same time takes the one that is there. So nothing is locked, a process that
+is killed loses what it had not finished, and every reader sees one value for ever.
+
+Other Zarr readers open a cache, too, but see fill values where no flow has been computed yet.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flowreel.engine.errors import CacheMismatchError, DamagedStoreError, StoreError
+from flowreel.sinks import publish
+from flowreel.sinks.codecs import compress, flow_codec
+from flowreel.sinks.flows import Placed, coordinates
+from flowreel.sinks.store_files import SPARE_BYTES, StoreFiles
+from flowreel.sinks.store_layout import open_file
+from flowreel.sinks.store_reader import FlowStore
+from flowreel.sinks.zarr_store import MAY_CHANGE, other_settings, store_metadata
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from flowreel.engine.config import SinkConfig
+    from flowreel.engine.data import FlowInfo
+    from flowreel.sinks.store_layout import StoreLayout
+
+    Array = npt.NDArray[Any]
+    Float32Array = npt.NDArray[np.float32]
+
+# What may differ from reading to reading: how flows are put together in batches is up to what is asked for, and the
+# selection is compared by the frames it takes.
+_MAY_DIFFER = (*MAY_CHANGE, "batch", "cache")
+_SELECTION = ("start", "stop", "step", "stream")
+_FLOW = re.compile(r"c\.(\d+)\.0\.0\.0")
+_STALE_S = 3600.0  # a file that has been unfinished for so long is of a process that was killed
+
+
+def open_cache(path: str | os.PathLike[str], info: FlowInfo, config: SinkConfig, flows: Placed) -> FlowCache:
+    """Opens a cache, or makes an empty one where nothing is.
+
+    Args:
+        info: header of the flow that will be kept.
+        config: how it is encoded.
+        flows: tells the frames and times of all flows there will be.
+
+    Raises:
+        CacheMismatchError: what is there is no cache, or one that was filled in another way: says what differs.
+        DamagedStoreError: its metadata cannot be read.
+        OutputWriteError: it cannot be made.
+    """
+    folder = Path(path)
+    if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
+        _create(folder, info, config, flows)
+    if not folder.is_dir():
+        raise CacheMismatchError(f"{folder} is a file: a cache is a folder")
+    cache = FlowCache(folder)
+    if differing := _differences(cache, info, config, flows):
+        raise CacheMismatchError(
+            f"the flow in the cache {folder} is not what this would compute: {'; '.join(differing)}. Open it as "
+            "before, or choose another cache"
+        )
+    cache.remove_stale()
+    return cache
+
+
+class FlowCache(FlowStore):
+    """A cache as the flow store it is, as far as it has been filled; and ``keep``, which fills it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        if not self.layout.cache:
+            raise CacheMismatchError(f"{folder} is a flow store and no cache: flowreel.open_store reads it")
+        self.files = _CacheFiles(self.folder, self.layout, complete=True)
+
+    def __repr__(self) -> str:
+        return f"<FlowCache {self.path!r} {self.shape} {self.stored} flows computed>"
+
+    @property
+    def complete(self) -> bool:
+        """Whether every flow has been computed."""
+        return self.stored == len(self)
+
+    @property
+    def stored(self) -> int:
+        """How many flows have been computed. Looks at the disk: others may be filling it."""
+        names = map(_FLOW.fullmatch, os.listdir(self.folder / "flow"))
+        return sum(1 for name in names if name is not None and int(name[1]) < len(self))
+
+    def has(self, number: int) -> bool:
+        """Whether a flow has been computed."""
+        return os.path.exists(_file_of(self.folder, number))
+
+    def find(self, number: int) -> Float32Array | None:
+        """(2, H, W) float32 pixels; None where it has not been computed, or is damaged and must be computed again."""
+        flow = np.empty(self.layout.flow_shape, np.float32)
+        try:
+            return flow if self.files.flow(number, flow) else None
+        except DamagedStoreError:
+            return None
+
+    def keep(self, number: int, flow: Float32Array) -> Float32Array:
+        """Keeps a flow, (2, H, W) float32 pixels, and returns it as every reader will see it from now on.
+
+        Raises OutputWriteError.
+        """
+        encoded = self.layout.codec.encode(flow)
+        path = _file_of(self.folder, number)
+        with publish.write_errors(path):
+            if not publish.publish_first(path, encoded.chunk):
+                earlier = self.find(number)
+                if earlier is not None:
+                    return earlier
+                path.unlink(missing_ok=True)  # damaged
+                if not publish.publish_first(path, encoded.chunk):
+                    return self.keep(number, flow)  # somebody else has mended it meanwhile
+        kept = np.empty_like(flow)
+        self.layout.codec.decode(encoded.chunk, kept)
+        return kept
+
+    def remove_stale(self) -> None:
+        """Removes what killed processes left; a process that is writing now loses nothing."""
+        oldest_s = time.time() - _STALE_S
+        for path in (self.folder / "flow").glob("*.partial"):
+            try:
+                if path.stat().st_mtime < oldest_s:
+                    path.unlink()
+            except OSError:  # its own process was faster, or it is not ours to remove
+                continue
+
+    def _missing(self, number: int) -> StoreError:
+        return StoreError(
+            f"{self.path} is a cache, and {self.name_of(number)} has not been computed yet: "
+            "flowreel.open(SOURCE, cache=...) does it"
+        )
+
+
+class _CacheFiles(StoreFiles):
+    """A cache's files as those of a store whose every shard is one flow without an index."""
+
+    def __init__(self, folder: Path, layout: StoreLayout, complete: bool) -> None:
+        super().__init__(folder, layout, complete)
+
+    def index(self, shard: int) -> Array | None:
+        try:
+            return np.array([[0, os.stat(_file_of(self._folder, shard)).st_size]], "<u8")
+        except FileNotFoundError:
+            return None
+
+    def chunk(self, shard: int, offset: int, length: int) -> bytes:
+        most = 2 * self._layout.stored_bytes + SPARE_BYTES
+        with open_file(_file_of(self._folder, shard)) as file:
+            data = file.read(most + 1)
+        if len(data) > most:
+            raise DamagedStoreError(f"its file is longer than {most} bytes")
+        return data
+
+
+def _file_of(folder: Path, number: int) -> Path:
+    return folder / "flow" / f"c.{number}.0.0.0"
+
+
+def _create(folder: Path, info: FlowInfo, config: SinkConfig, flows: Placed) -> None:
+    """An empty cache, made beside its place and then given its name, unless another process was faster."""
+    assert info.flow_count is not None
+    codec = flow_codec(info.height, info.width, config)
+    metadata = store_metadata(info, config, codec, None, info.flow_count, cache=True)
+    temporary = folder.with_name(f"{folder.name}.{secrets.token_hex(8)}.partial")
+    with publish.write_errors(folder):
+        try:
+            for name, content in metadata.items():
+                publish.publish_bytes(temporary / name / "zarr.json", json.dumps(content, indent=2).encode())
+            for name, values in coordinates(flows).items():
+                publish.publish_bytes(temporary / name / "c" / "0", compress(values, "blosc"))
+            try:
+                os.rename(temporary, folder)
+            except OSError:
+                if not (folder / "zarr.json").exists():
+                    raise
+            publish.sync_folder(folder.parent)
+        finally:
+            publish.remove(temporary, ignore_errors=True)
+
+
+def _differences(cache: FlowCache, info: FlowInfo, config: SinkConfig, flows: Placed) -> list[str]:
+    """What tells that the cache holds other flow than would be computed now, each in words."""
+    now = coordinates(flows)
+    same_frames = all(np.array_equal(values, now[name]) for name, values in coordinates(cache).items())
+    differing = other_settings(cache, info, config, (*_MAY_DIFFER, *(_SELECTION if same_frames else ())))
+    was = cache.attrs.get("source") or {}
+    if not differing and was.get("size_bytes") != info.source.size_bytes:
+        differing.append(f"{info.source.name} had {was.get('size_bytes')} bytes, has {info.source.size_bytes}")
+    return differing or ([] if same_frames else ["its frames or their times were others"])

@@ -1,0 +1,279 @@
+"""Checks of what a GPU run needs, in worlds where it is there, is not there, and is broken. No GPU has seen them."""
+
+from __future__ import annotations
+
+import sys
+import types
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flowreel.engine.doctor import Finding, gpu
+from flowreel.engine.errors import DeviceError, MissingDependencyError
+from flowreel.kernels import launch
+from tests.engine.doctor.looking import found, raising
+
+Fake = Callable[..., types.ModuleType]
+
+
+class Driver:
+    """Stands for libcuda."""
+
+    def __init__(self, init: int = 0, cuda: int = 13010, gpus: int = 2) -> None:
+        self.cuInit = lambda flags: init
+        self.cuDriverGetVersion = lambda into: self._set(into, cuda)
+        self.cuDeviceGetCount = lambda into: self._set(into, gpus)
+
+    def _set(self, into: Any, value: int) -> int:
+        into._obj.value = value
+        return 0
+
+
+class TestDriver:
+    @pytest.mark.parametrize(
+        ("library", "status", "says"),
+        [
+            (Driver(), "ok", "2 GPUs"),
+            (Driver(init=100), "missing", "sees no GPU"),
+            (Driver(init=999), "broken", "error 999"),
+            (OSError("libcuda.so.1: invalid ELF header"), "broken", "ELF"),
+            (OSError("libnvrm.so: cannot open shared object file: No such file or directory"), "broken", "libnvrm"),
+        ],
+    )
+    def test_driver(self, libraries: dict[str, Any], library: object, status: str, says: str) -> None:
+        assert found("NVIDIA driver").status == "missing"
+        libraries["libcuda.so.1"] = library
+        finding = found("NVIDIA driver")
+        assert finding.status == status
+        assert says in finding.detail
+        assert finding.version == ("CUDA 13.1" if status == "ok" else "")
+
+
+class TestTorchCuda:
+    def test_says_why_it_sees_no_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def is_available() -> bool:
+            warnings.warn("The NVIDIA driver on your system is too old\nmore", stacklevel=1)
+            return False
+
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "is_available", is_available)
+        finding = found("torch CUDA")
+        assert (finding.status, finding.version) == ("missing", "13.0")
+        assert finding.detail == "torch finds no GPU: The NVIDIA driver on your system is too old"
+
+    @pytest.mark.parametrize(("newest", "says"), [(12090, "update NVIDIA's driver, or install"), (13000, "--gpus")])
+    def test_a_driver_that_is_older_than_torch(
+        self, libraries: dict[str, Any], monkeypatch: pytest.MonkeyPatch, newest: int, says: str
+    ) -> None:
+        libraries["libcuda.so.1"] = Driver(cuda=newest)
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert says in found("torch CUDA").advice
+
+    def test_names_devices(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        about = types.SimpleNamespace(name="NVIDIA H200", major=9, minor=0, total_memory=150e9)
+        ones = torch.ones
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: about)
+        monkeypatch.setattr(torch, "ones", lambda *size, device=None: ones(*size))
+        finding = found("torch CUDA")
+        assert finding.status == "ok"
+        assert finding.detail == "cuda:0 NVIDIA H200, compute capability 9.0, 150 GB"
+
+
+class NoGpuError(Exception):
+    pass
+
+
+class TestCupy:
+    def fake(self, module: Fake, count: Callable[[], int], total: float) -> None:
+        runtime = types.SimpleNamespace(getDeviceCount=count, CUDARuntimeError=NoGpuError)
+        zeros = types.SimpleNamespace(sum=lambda: total)
+        cuda = module("cupy.cuda", runtime=runtime)
+        module("cupy", cuda=cuda, __version__="14.0.1", arange=lambda stop: zeros)
+
+    def test_cupy(self, module: Fake) -> None:
+        self.fake(module, lambda: 1, 6)
+        assert found("CuPy") == Finding("ok", "14.0.1", "1 GPU")
+        self.fake(module, lambda: 1, 5)
+        assert found("CuPy").status == "broken"
+        self.fake(module, raising(NoGpuError("no CUDA-capable device")), 6)
+        finding = found("CuPy")
+        assert (finding.status, finding.version) == ("missing", "14.0.1")
+        assert "no CUDA-capable device" in finding.detail
+        assert "driver" in finding.advice
+
+    def test_installed_twice(self, module: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fake(module, lambda: 1, 6)
+        monkeypatch.setattr(gpu, "_installed", lambda name: "14" if name in ("cupy-cuda12x", "cupy-cuda13x") else "")
+        finding = found("CuPy")
+        assert finding.status == "broken"
+        assert finding.detail.startswith("cupy-cuda13x and cupy-cuda12x are one package")
+        assert finding.advice.startswith("pip uninstall cupy-cuda13x cupy-cuda12x, then pip install")
+
+    @pytest.mark.parametrize(("newest", "says"), [(12090, "flowreel[cuda12]"), (13000, "--gpus")])
+    def test_a_driver_that_is_older(
+        self, module: Fake, libraries: dict[str, Any], monkeypatch: pytest.MonkeyPatch, newest: int, says: str
+    ) -> None:
+        libraries["libcuda.so.1"] = Driver(cuda=newest)
+        monkeypatch.setattr(gpu, "_installed", lambda name: "14" if name == "cupy-cuda13x" else "")
+        self.fake(module, raising(NoGpuError("cudaErrorInsufficientDriver")), 6)
+        assert says in found("CuPy").advice
+
+
+class TestNvrtc:
+    def through_cupy(self, module: Fake, **functions: Any) -> None:
+        made: dict[str, Any] = {
+            "getVersion": lambda: (13, 0),
+            "createProgram": lambda source, name, headers, names: source,
+            "compileProgram": lambda program, options: None,
+            "getPTX": lambda program: b"// ptx",
+            "destroyProgram": lambda program: None,
+        }
+        module("cupy").__path__ = []
+        module("cupy.cuda", nvrtc=types.SimpleNamespace(**(made | functions)))
+
+    def test_through_cupy(self, module: Fake) -> None:
+        self.through_cupy(module)
+        assert found("NVRTC") == Finding("ok", "13.0", "compiled a kernel through CuPy")
+        self.through_cupy(module, getVersion=raising(RuntimeError("no libnvrtc")))
+        assert found("NVRTC").status == "missing"
+        self.through_cupy(module, compileProgram=raising(ValueError("NVRTC_ERROR_COMPILATION")))
+        assert found("NVRTC").status == "broken"
+
+    @pytest.mark.parametrize(("compiled", "status"), [(0, "ok"), (6, "broken")])
+    def test_without_cupy(
+        self, libraries: dict[str, Any], monkeypatch: pytest.MonkeyPatch, compiled: int, status: str
+    ) -> None:
+        for name in ("cupy", "cupy.cuda"):  # which another test may have imported
+            monkeypatch.setitem(sys.modules, name, None)
+        assert found("NVRTC").status == "missing"
+
+        def version(major: Any, minor: Any) -> None:
+            major._obj.value, minor._obj.value = 12, 9
+
+        libraries["libnvrtc.so.12"] = types.SimpleNamespace(
+            nvrtcCreateProgram=lambda *_: 0,
+            nvrtcCompileProgram=lambda *_: compiled,
+            nvrtcDestroyProgram=lambda *_: 0,
+            nvrtcVersion=version,
+        )
+        finding = found("NVRTC")
+        assert finding.status == status
+        assert finding.version == ("12.9" if status == "ok" else "")
+
+
+class TestKernels:
+    def test_compile_here(self) -> None:
+        """With the NVRTC and the headers that the tests' extra brings."""
+        finding = found("CUDA kernels")
+        assert finding.status == "ok"
+        assert finding.detail.startswith("compiled")
+
+    @pytest.mark.parametrize(
+        ("error", "status"),
+        [(MissingDependencyError("no headers"), "missing"), (DeviceError("does not compile\nlog"), "broken")],
+    )
+    def test_what_does_not_compile(self, monkeypatch: pytest.MonkeyPatch, error: Exception, status: str) -> None:
+        monkeypatch.setattr(launch, "compile_source", raising(error))
+        finding = found("CUDA kernels")
+        assert finding.status == status
+        assert finding.detail.endswith(str(error).splitlines()[0])
+        assert "flowreel[cuda]" in finding.advice
+
+    @pytest.mark.parametrize(("factor", "status"), [(1.0, "ok"), (1.5, "broken")])
+    def test_run_on_a_gpu(self, monkeypatch: pytest.MonkeyPatch, factor: float, status: str) -> None:
+        to = torch.Tensor.to
+        monkeypatch.setattr(launch, "compile_source", lambda *_: (b"", ""))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.Tensor, "to", lambda x, *a, **k: factor * x if a == ("cuda",) else to(x, *a, **k))
+        finding = found("CUDA kernels")
+        assert finding.status == status
+        assert finding.detail.endswith("run on the GPU" if status == "ok" else "computes something else")
+
+
+LIBRARIES = {"libnvcuvid": "libnvcuvid.so.1", "libnvidia-encode": "libnvidia-encode.so.1"}
+
+
+class TestVideoLibraries:
+    @pytest.mark.parametrize("name", LIBRARIES)
+    def test_each(self, name: str, libraries: dict[str, Any]) -> None:
+        finding = found(name)
+        assert (finding.status, finding.detail) == ("missing", f"the driver's {LIBRARIES[name]} cannot be found")
+        libraries[LIBRARIES[name]] = types.SimpleNamespace()
+        assert found(name) == Finding("ok", "", f"{LIBRARIES[name]} loads")
+        libraries[LIBRARIES[name]] = OSError(f"{LIBRARIES[name]}: file too short")
+        assert found(name).status == "broken"
+
+    @pytest.mark.parametrize(
+        ("given", "says"),
+        [
+            (None, "in a container, set NVIDIA_DRIVER_CAPABILITIES=compute,utility,video"),
+            ("compute,utility", "NVIDIA_DRIVER_CAPABILITIES is compute,utility: start the container with"),
+            ("all", "else install all of NVIDIA's driver"),
+            ("compute,video", "else install all of NVIDIA's driver"),
+        ],
+    )
+    def test_what_a_container_was_given(
+        self, libraries: dict[str, Any], monkeypatch: pytest.MonkeyPatch, given: str | None, says: str
+    ) -> None:
+        if given is None:
+            monkeypatch.delenv("NVIDIA_DRIVER_CAPABILITIES", raising=False)
+        else:
+            monkeypatch.setenv("NVIDIA_DRIVER_CAPABILITIES", given)
+        assert says in found("libnvcuvid").advice
+
+
+class TestPyNvVideoCodec:
+    def test_installed_but_it_cannot_load(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        (tmp_path / "PyNvVideoCodec.py").write_text(
+            "print('Error importing')\nraise RuntimeError('Failed to load NVENC library: x\\n\\n=== STEPS ===')"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "PyNvVideoCodec", raising=False)
+        finding = found("PyNvVideoCodec")
+        assert finding.status == "broken"
+        assert finding.detail == "PyNvVideoCodec is installed, but cannot load: Failed to load NVENC library: x"
+        assert "NVIDIA_DRIVER_CAPABILITIES" in finding.advice
+
+    @pytest.mark.parametrize(("version", "status"), [("2.2.4", "ok"), ("2.0.3", "broken")])
+    def test_versions(self, module: Fake, version: str, status: str) -> None:
+        module("PyNvVideoCodec", __version__=version)
+        finding = found("PyNvVideoCodec")
+        assert finding.status == status
+        assert ("2.2.4 is needed" in finding.detail) == (status == "broken")
+        assert ("--upgrade" in finding.advice) == (status == "broken")
+
+
+class TestNvdec:
+    def fake(self, module: Fake, **functions: Any) -> None:
+        codecs = types.SimpleNamespace(H264="h264", HEVC="hevc", AV1="av1", VP9="vp9")
+        chroma = types.SimpleNamespace(**{"420": "420"})
+        module("PyNvVideoCodec", __version__="2.2.4", cudaVideoCodec=codecs, cudaVideoChromaFormat=chroma, **functions)
+
+    def test_what_it_decodes(self, module: Fake) -> None:
+        def capabilities(gpuid: int, codec: str, chromaformat: str, bitdepth: int) -> dict[str, int]:
+            if codec == "av1":
+                raise NoGpuError("unsupported")
+            return {} if codec == "vp9" else {"num_decoder_engines": 7}
+
+        self.fake(module, GetDecoderCaps=capabilities)
+        says = "7 engines: H264 8 bit, HEVC 8 bit, HEVC 10 bit; not AV1 8 bit, AV1 10 bit, VP9 8 bit"
+        assert found("NVDEC") == Finding("ok", "", says)
+
+    def test_what_decodes_nothing(self, module: Fake) -> None:
+        self.fake(module, GetDecoderCaps=raising(NoGpuError("no context")))
+        finding = found("NVDEC")
+        assert finding.status == "broken"
+        assert "--decoder pyav" in finding.advice
+
+    def test_nobody_to_ask(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "PyNvVideoCodec", None)
+        finding = found("NVDEC")
+        assert (finding.status, finding.advice) == ("missing", "mend that first")

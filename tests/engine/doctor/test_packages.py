@@ -1,0 +1,96 @@
+"""Checks of the packages that every run needs: absent, and broken."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from flowreel.engine.doctor import packages
+from tests.engine.doctor.looking import found, raising
+
+Fake = Callable[..., types.ModuleType]
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [
+        ("torch", "torch"),
+        ("baseline weights", "torch"),
+        ("PyAV", "av"),
+        ("decoders", "av"),
+        ("encoders", "av"),
+        ("Pillow", "PIL"),
+        ("zarr", "zarr"),
+        ("blosc zstd", "numcodecs"),
+        ("pcodec", "pcodec"),
+        ("crc32c", "google_crc32c"),
+        ("torch CUDA", "torch"),
+        ("CuPy", "cupy"),
+        ("PyNvVideoCodec", "PyNvVideoCodec"),
+    ],
+)
+def test_absent(name: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    finding = found(name)
+    assert (finding.status, finding.detail) == ("missing", f"{package} is not installed")
+    assert finding.advice
+
+
+def test_a_codec_that_loses_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    from numcodecs.pcodec import PCodec
+
+    monkeypatch.setattr(PCodec, "decode", lambda self, data: bytes(8192))
+    assert "does not come back" in found("pcodec").detail
+
+
+def test_a_wrong_checksum(module: Fake) -> None:
+    module("google_crc32c", value=lambda data: 1, implementation="c")
+    assert found("crc32c").status == "broken"
+
+
+@pytest.mark.parametrize(
+    ("absent", "status", "says"),
+    [({"h264"}, "missing", "cannot decode h264"), ({"libdav1d", "libaom-av1"}, "ok", "cannot decode av1")],
+)
+def test_decoders(absent: set[str], status: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages, "_has_codec", lambda names, mode: bool(set(names) - absent))
+    finding = found("decoders")
+    assert finding.status == status
+    assert says in finding.detail
+
+
+def test_codecs_are_really_asked_for() -> None:
+    assert packages._has_codec(["h264"], "r")
+    assert not packages._has_codec(["h265000"], "r")
+
+
+@pytest.mark.parametrize(
+    ("there", "status", "says"),
+    [({"mpeg4"}, "ok", "no H.264"), (set(), "missing", ""), ({"libx264", "mpeg4"}, "ok", "libx264")],
+)
+def test_encoders(there: set[str], status: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages, "_has_codec", lambda names, mode: bool(there & set(names)))
+    finding = found("encoders")
+    assert finding.status == status
+    assert says in finding.detail
+
+
+def test_weights_that_give_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flowreel.engine.models import weights
+
+    net = torch.nn.Module()
+    net.forward = lambda first, second: torch.full((1, 2, 64, 64), torch.nan)  # type: ignore[method-assign]
+    monkeypatch.setattr(weights, "instantiate", lambda held: net)
+    assert "not finite" in found("baseline weights").detail
+
+
+def test_weights_that_are_damaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flowreel.engine.models import weights
+
+    monkeypatch.setattr(weights, "read_weights", raising(weights.UnreadableWeightsError("cut in half")))
+    finding = found("baseline weights")
+    assert (finding.status, finding.detail) == ("broken", "UnreadableWeightsError: cut in half")

@@ -1,0 +1,322 @@
+"""FlowClips: the right flows in the right channels, from every kind of source, in every kind of loader."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import flowreel
+from flowreel.engine import clips
+from flowreel.engine.clip_view import ViewRule
+from flowreel.engine.config import SinkConfig
+from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
+from flowreel.engine.errors import DeviceError, SourceChangedError, SourceNotFoundError, StoreError, UsageError
+from flowreel.sinks import open_sink
+
+Clip = Callable[..., Path]
+Make = Callable[..., flowreel.FlowClips]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_waiting_for_the_disk() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def videos(clip: Clip) -> list[Path]:
+    """13 and 8 flows."""
+    return [clip("clips-a.mp4", count=14), clip("clips-b.mp4", count=9)]
+
+
+@pytest.fixture
+def make(videos: list[Path], tiny_weights: str) -> Make:
+    return lambda **options: flowreel.FlowClips(videos, **{"weights": tiny_weights, "batch": 4, "length": 3} | options)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """7 flows of 6x8: flow n is (n, -n) px everywhere, but for a vector that nobody knows."""
+    flows = torch.arange(7.0)[:, None, None, None] * torch.tensor([1.0, -1.0])[:, None, None] + torch.zeros(7, 2, 6, 8)
+    flows[4, :, 1, 2] = torch.nan
+    sink = open_sink(tmp_path_factory.mktemp("clips") / "X.zarr", SinkConfig())
+    sink.open(FlowInfo(6, 8, Fraction(25), 8, SourceId("clip.mp4")))
+    frame = np.arange(7)
+    sink.write(FlowBatch(flows, 0, frame, frame + 1, frame / 25, (frame + 1) / 25))
+    sink.commit()
+    return Path(sink.path)
+
+
+def places(dataset: Any) -> list[tuple[int, int]]:
+    return [(item["source"], item["first"]) for item in (dataset[index] for index in range(len(dataset)))]
+
+
+class TestStacks:
+    def test_x_and_y_alternate_in_units_of_the_bound(self, store: Path) -> None:
+        dataset = flowreel.FlowClips(store, 3, bound=4.0)
+        assert len(dataset) == 2
+        assert dataset.shape == (6, 6, 8)
+        item = dataset[1]  # flows 3, 4, 5
+        assert item["flow"].shape == (6, 6, 8)
+        assert item["flow"].dtype == torch.float32
+        assert item["flow"][:, 5, 5].tolist() == [0.75, -0.75, 1, -1, 1, -1]  # 5 px are clipped
+        assert item["flow"][:, 1, 2].tolist() == [0.75, -0.75, 0, 0, 1, -1]  # unknown: no motion
+        assert (item["source"], item["first"], item["timestamp_s"]) == (0, 3, 0.12)
+        assert set(item) == {"flow", "source", "first", "timestamp_s"}
+
+    def test_in_pixels(self, store: Path) -> None:
+        assert flowreel.FlowClips(store, 2, bound=None)[2]["flow"][:, 0, 0].tolist() == [4, -4, 5, -5]
+
+    def test_resized_and_cut(self, store: Path) -> None:
+        dataset = flowreel.FlowClips(store, 2, bound=None, size=(12, 4), crop=(5, 3))
+        assert dataset.shape == (4, 5, 3)
+        np.testing.assert_allclose(dataset[1]["flow"][:, 0, 0], [1, -4, 1.5, -6])
+
+    def test_they_are_the_flow_of_open(self, make: Make, videos: list[Path], tiny_weights: str) -> None:
+        dataset = make(bound=None)
+        flow = flowreel.open(videos[1], weights=tiny_weights, batch=4)
+        item = dataset[5]
+        assert (item["source"], item["first"]) == (1, 3)
+        torch.testing.assert_close(item["flow"], flow[3:6].flatten(0, 1), rtol=0, atol=1e-4)
+        assert item["timestamp_s"] == flow.timestamps_s[3]
+
+    def test_the_frame_beside_it(self, make: Make, videos: list[Path], tiny_weights: str) -> None:
+        flow = flowreel.open(videos[0], weights=tiny_weights)
+        item = make(rgb=True, crop=(40, 50))[2]
+        assert torch.equal(item["rgb"], flow.rgb(6)[:, 4:44, 7:57])
+        mirrored = make(rgb=True, random=True, mirror=True, seed=0)
+        for index in range(6):
+            item, view = mirrored[index], mirrored._chosen(mirrored._extents[0 if index < 4 else 1], index, 0)[1]
+            whole = flowreel.open(videos[item["source"]], weights=tiny_weights).rgb(item["first"])
+            assert torch.equal(item["rgb"], whole.flip(-1) if view.mirrored else whole)
+
+    def test_labels_and_transform(self, make: Make) -> None:
+        labelled = make(labels=["a", "b"])
+        assert [labelled[index]["label"] for index in range(len(labelled))] == ["a"] * 4 + ["b"] * 2
+        assert make(labels=[0, 1], transform=lambda item: (item["flow"].shape, item["label"]))[5] == ((6, 48, 64), 1)
+
+    def test_gradients_flow_from_a_loss_on_them(self, make: Make) -> None:
+        net = torch.nn.Conv2d(6, 2, 3)
+        item = next(iter(DataLoader(make(), batch_size=2)))
+        net(item["flow"]).square().mean().backward()
+        assert net.weight.grad is not None
+        assert net.weight.grad.abs().sum() > 0
+
+
+class TestPlaces:
+    @pytest.mark.parametrize(
+        ("options", "expected"),
+        [
+            ({}, [(0, 0), (0, 3), (0, 6), (0, 9), (1, 0), (1, 3)]),
+            ({"stride": 5}, [(0, 0), (0, 5), (0, 10), (1, 0), (1, 5)]),
+            ({"stride": 100}, [(0, 0), (1, 0)]),
+            ({"clips": 3}, [(0, 0), (0, 5), (0, 10), (1, 0), (1, 2), (1, 5)]),
+            ({"clips": 1}, [(0, 5), (1, 2)]),
+            ({"length": 8}, [(0, 0), (1, 0)]),
+            ({"length": 2, "stride": 1, "stop": 4}, [(0, 0), (0, 1), (1, 0), (1, 1)]),
+        ],
+    )
+    def test_fixed(self, make: Make, options: dict[str, Any], expected: list[tuple[int, int]]) -> None:
+        dataset = make(**options)
+        assert places(dataset) == expected
+        assert len(dataset) == len(expected)
+        assert dataset[-1]["first"] == expected[-1][1]
+
+    def test_random_ones_reach_every_place(self, make: Make) -> None:
+        dataset = make(random=True, clips=150, seed=1)
+        chosen = [
+            (number, dataset._chosen(dataset._extents[number], index, 0)[0])
+            for index in range(300)
+            for number in [index // 150]
+        ]
+        assert {first for number, first in chosen if number == 0} == set(range(11))
+        assert {first for number, first in chosen if number == 1} == set(range(6))
+
+    def test_a_seed_and_an_epoch_make_the_same_clips(self, make: Make) -> None:
+        one, other = (make(random=True, clips=6, seed=3, crop=32) for _ in range(2))
+        first = places(one)
+        assert places(other) == first
+        assert torch.equal(one[2]["flow"], other[2]["flow"])
+        one.set_epoch(1)
+        assert places(one) != first
+        one.set_epoch(0)
+        assert places(one) == first
+        assert places(make(random=True, clips=6, seed=4)) != first
+
+    def test_without_a_seed_chance_is_torchs(self, make: Make) -> None:
+        dataset = make(random=True, clips=6)
+        torch.manual_seed(0)
+        first = places(dataset)
+        assert places(dataset) != first
+        torch.manual_seed(0)
+        assert places(dataset) == first
+
+    @pytest.mark.parametrize("index", [6, -7, 100])
+    def test_indices_out_of_range(self, make: Make, index: int) -> None:
+        with pytest.raises(IndexError, match=rf"clip {index} of 6"):
+            make()[index]
+
+
+class TestSources:
+    def test_videos_stores_and_what_was_opened_before(self, videos: list[Path], store: Path, tiny_weights: str) -> None:
+        options = {"weights": tiny_weights, "batch": 4}
+        opened = flowreel.open(videos[1], **options)
+        dataset = flowreel.FlowClips([videos[0], store, opened, flowreel.open_store(store)], 4, **options)
+        assert dataset.shape is None
+        assert places(dataset) == [(0, 0), (0, 4), (0, 8), (1, 0), (2, 0), (2, 4), (3, 0)]
+        assert opened.statistics.computed == 8
+        assert repr(dataset) == "<FlowClips 7 fixed clips of 4 flows, of different sizes, from 4 sources>"
+
+    def test_a_cache_a_video(self, make: Make, tmp_path: Path, videos: list[Path], tiny_weights: str) -> None:
+        first = [item["flow"] for item in make(cache=tmp_path)]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["clips-a.mp4", "clips-b.mp4"]
+        with flowreel.open(videos[0], weights=tiny_weights, cache=tmp_path / "clips-a.mp4") as flow:
+            assert flow.cached == 12
+            flow[:]
+        again = make(cache=tmp_path)
+        assert all(torch.equal(one, other["flow"]) for one, other in zip(first, again, strict=True))
+        assert all(flow.statistics.computed == 0 for flow in again._opened.values())  # type: ignore[union-attr]
+        alone = flowreel.FlowClips(tmp_path / "clips-a.mp4", 3)
+        assert torch.equal(alone[2]["flow"], first[2])
+        with pytest.raises(StoreError, match=r"clips-b\.mp4 is a cache with 6 of 8 flows in it: give the video"):
+            flowreel.FlowClips(tmp_path / "clips-b.mp4", 3)
+
+    def test_synthetic_scenes_get_caches_too(self, tiny_weights: str, tmp_path: Path) -> None:
+        scene = "synthetic:objects?size=64x48&frames=5"
+        assert len(flowreel.FlowClips(scene, 2, weights=tiny_weights, cache=tmp_path)) == 2
+        assert [path.name for path in tmp_path.iterdir()] == ["synthetic_objects_size_64x48_frames_5"]
+
+    def test_only_so_many_are_open(self, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+        opened: list[str] = []
+        open_path = clips.FlowClips._open_path
+        monkeypatch.setattr(
+            clips.FlowClips, "_open_path", lambda self, path: opened.append(path) or open_path(self, path)
+        )
+        dataset = make(open_at_once=1)
+        assert len(opened) == 2
+        for index in (4, 5, 0, 1, 4):
+            dataset[index]
+        assert len(opened) == 4
+        assert len(dataset._opened) == 1
+
+    def test_the_network_is_loaded_once(self, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+        loads: list[Any] = []
+        real = clips.load_network
+        monkeypatch.setattr(clips, "load_network", lambda config: loads.append(config) or real(config))
+        list(make(open_at_once=1))
+        assert len(loads) == 1
+
+
+class TestLoaders:
+    def test_two_spawned_workers_that_stay(self, make: Make, tmp_path: Path) -> None:
+        """The same clips as in one process, in every epoch, and none computed twice."""
+        dataset = make(random=True, clips=4, seed=7, crop=32, rgb=True, labels=[0, 1], cache=tmp_path, mirror=True)
+        workers: dict[str, Any] = {
+            "num_workers": 2, "multiprocessing_context": "spawn", "persistent_workers": True,
+        }  # fmt: skip
+        loader = DataLoader(dataset, batch_size=3, **workers)
+        alone = DataLoader(dataset, batch_size=3)
+        epochs = []
+        for epoch in range(2):
+            dataset.set_epoch(epoch)
+            got, expected = list(loader), list(alone)
+            for one, other in zip(got, expected, strict=True):
+                assert set(one) == set(other)
+                assert all(torch.equal(one[name], other[name]) for name in one)
+            epochs.append(torch.cat([batch["first"] for batch in got]))
+        assert not torch.equal(*epochs)
+
+    def test_forked_workers(self, make: Make) -> None:
+        dataset = make()
+        dataset[0]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+            (batch,) = DataLoader(dataset, batch_size=6, num_workers=1, multiprocessing_context="fork")
+        assert torch.equal(batch["flow"], torch.stack([item["flow"] for item in dataset]))
+
+    def test_a_fork_on_a_gpu_is_refused(self, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+        dataset = make(open_at_once=1)
+        process, network = dataset._network or (0, None)
+        monkeypatch.setattr(dataset, "_network", (process - 1, _On(torch.device("cuda:0"))))
+        assert network is not None
+        with pytest.raises(DeviceError, match=r"cuda:0 before this process was forked.*spawn"):
+            dataset[0]
+
+    def test_pickled(self, make: Make) -> None:
+        dataset = make()
+        copy = pickle.loads(pickle.dumps(dataset))
+        assert not copy._opened
+        assert torch.equal(copy[3]["flow"], dataset[3]["flow"])
+
+
+class _On:
+    """A network of which only the device is asked."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+
+class TestWhatGoesWrong:
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [
+            ({"length": 0}, "length must be a whole number from 1 on, got 0"),
+            ({"length": 2.5}, "length must be"),
+            ({"stride": 0}, "stride must be"),
+            ({"clips": 0}, "clips must be"),
+            ({"open_at_once": 0}, "open_at_once must be"),
+            ({"stride": 2, "clips": 2}, "give one of them"),
+            ({"bound": 0}, "bound must be"),
+            ({"bound": float("nan")}, "bound must be"),
+            ({"mirror": True}, "mirror is for random clips"),
+            ({"labels": [1]}, "1 labels were given for 2 sources"),
+            ({"crop": 100}, "100x100 cannot be cut out of 64x48"),
+            ({"size": "big"}, "size must be"),
+            ({"colour": 3}, "colour"),
+            ({"length": 9}, r"clips-b\.mp4 has 8 flows, a clip takes 9"),
+        ],
+    )
+    def test_settings(self, make: Make, options: dict[str, Any], said: str) -> None:
+        with pytest.raises(UsageError, match=said):
+            make(**options)
+
+    def test_no_source(self) -> None:
+        with pytest.raises(UsageError, match="at least one source"):
+            flowreel.FlowClips([], 3)
+
+    def test_frames_of_a_store(self, store: Path) -> None:
+        with pytest.raises(UsageError, match=r"X\.zarr is a flow store, which holds no frames"):
+            flowreel.FlowClips(store, 3, rgb=True)
+
+    def test_two_of_one_name_cannot_share_a_cache(self, videos: list[Path], tmp_path: Path, tiny_weights: str) -> None:
+        shutil.copy(videos[1], tmp_path / videos[0].name)
+        with pytest.raises(UsageError, match=r"would share the cache .*clips-a\.mp4"):
+            flowreel.FlowClips([videos[0], tmp_path / videos[0].name], 3, weights=tiny_weights, cache=tmp_path / "c")
+
+    def test_a_source_that_changes_or_vanishes(self, videos: list[Path], tmp_path: Path, tiny_weights: str) -> None:
+        path = tmp_path / "x.mp4"
+        shutil.copy(videos[0], path)
+        dataset = flowreel.FlowClips([path, videos[1]], 3, weights=tiny_weights, open_at_once=1)
+        shutil.copy(videos[1], path)
+        with pytest.raises(SourceChangedError, match=r"x\.mp4 is not what it was when the clips were laid out"):
+            dataset[0]
+        path.unlink()
+        with pytest.raises(SourceNotFoundError, match=r"x\.mp4"):
+            dataset[0]
+        assert dataset[-1]["source"] == 1
+
+
+def test_views_are_asked_of_the_rule(make: Make) -> None:
+    assert make(size=24, crop=20)._rule == ViewRule(24, 20)

@@ -1,0 +1,138 @@
+"""A whole run on a card that is none: its streams and copies are fakes that are as late as they may be.
+
+What is proven is the order: that frames arrive before they are used, that flow is on the host before it is written,
+and what is brought there. What a GPU computes is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import flowreel
+from flowreel.engine import api, compiled
+from flowreel.engine.inference import Inference, Network
+from flowreel.sinks import VideoWriter
+from tests.fakes.cuda_streams import GPU, Card, LateCopies, Stream
+
+SOURCE = "synthetic:objects?size=100x70&frames=9"
+PIXELS = 100 * 70
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _the_network_as_it_is() -> Iterator[None]:
+    """The CPU's own form of it fills buffers that the stand-in card would take for memory of the host."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "_BACKENDS", {})
+        yield
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> LateCopies:
+    """Runs are on the card from here on."""
+    fitted = Network.fitted
+
+    def on_card(self: Network, *arguments: Any, **options: Any) -> Inference:
+        return replace(fitted(self, *arguments, **options), device=GPU)
+
+    monkeypatch.setattr(Network, "fitted", on_card)
+    monkeypatch.setattr(api, "device_name", str)
+    return LateCopies(Card(monkeypatch))
+
+
+def run(folder: Path, weights: str, *names: str, **options: Any) -> api.RunReport:
+    paths = [folder / name for name in names]
+    return flowreel.run(SOURCE, paths, weights=weights, batch=3, device="cpu", max_error=0.0, **options)
+
+
+@contextmanager
+def encoded() -> Iterator[list[np.ndarray]]:
+    """The pictures that are given to the video's encoder, (H, W, 3)."""
+    pictures: list[np.ndarray] = []
+    encode = VideoWriter.encode
+
+    def noted(self: VideoWriter, colors: np.ndarray, time_s: float) -> None:
+        pictures.append(colors.astype(int))
+        encode(self, colors, time_s)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VideoWriter, "encode", noted)
+        yield pictures
+
+
+def pictures_in(folder: Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.iterdir())]).astype(int)
+
+
+NAMES = ("x.zarr", "x.mp4", "png/%06d.png", "flo/%06d.flo")
+
+
+@pytest.fixture(scope="module")
+def on_cpu(tmp_path_factory: pytest.TempPathFactory, tiny_weights: str) -> Path:
+    folder = tmp_path_factory.mktemp("cpu")
+    with encoded() as pictures:
+        run(folder, tiny_weights, *NAMES)
+    np.save(folder / "video.npy", np.stack(pictures))
+    return folder
+
+
+def test_flow_and_pictures_are_those_of_a_cpu(
+    late: LateCopies, on_cpu: Path, tmp_path: Path, tiny_weights: str
+) -> None:
+    with encoded() as pictures:
+        report = run(tmp_path, tiny_weights, *NAMES)
+    assert report.device == "cuda:0"
+    assert "download" not in [stage.name for stage in report.stages]  # each output takes what it wants
+    expected, got = (flowreel.open_store(folder / "x.zarr")[:] for folder in (on_cpu, tmp_path))
+    assert np.array_equal(got, expected)
+    assert np.abs(np.stack(pictures) - np.load(on_cpu / "video.npy")).max() <= 1
+    assert np.abs(pictures_in(tmp_path / "png") - pictures_in(on_cpu / "png")).max() <= 1
+    for path in (tmp_path / "flo").iterdir():
+        assert path.read_bytes() == (on_cpu / "flo" / path.name).read_bytes()
+
+
+def test_pictures_alone_bring_pictures_alone_to_the_host(late: LateCopies, tmp_path: Path, tiny_weights: str) -> None:
+    run(tmp_path, tiny_weights, "x.mp4", max_flow=5.0)
+    assert sum(late.brought) == 8 * (3 * PIXELS + 8)  # 8 flows; a count of unknown vectors goes with each
+    late.brought.clear()
+    run(tmp_path, tiny_weights, "png/%06d.png")
+    assert sum(late.brought) == 8 * (3 * PIXELS + 8)
+
+
+def test_flow_alone_is_brought_once_for_all_outputs(late: LateCopies, tmp_path: Path, tiny_weights: str) -> None:
+    report = run(tmp_path, tiny_weights, "x.zarr", "flo/%06d.flo")
+    assert "download" in [stage.name for stage in report.stages]
+    assert sum(late.brought) == 8 * 8 * PIXELS
+
+
+def test_a_hand_off_that_is_forgotten_is_found_out(
+    late: LateCopies, on_cpu: Path, tmp_path: Path, tiny_weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Stream, "wait_event", lambda self, event: None)  # a planted fault
+    run(tmp_path, tiny_weights, "x.zarr")
+    expected, got = (flowreel.open_store(folder / "x.zarr")[:] for folder in (on_cpu, tmp_path))
+    assert not np.array_equal(got, expected)
+
+
+def test_memory_that_ends_on_the_card_loses_no_flow(
+    late: LateCopies, on_cpu: Path, tmp_path: Path, tiny_weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flow = Inference.flow
+
+    def for_two(self: Inference, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        if len(first) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return flow(self, first, second)
+
+    monkeypatch.setattr(Inference, "flow", for_two)
+    run(tmp_path, tiny_weights, "x.zarr")
+    expected, got = (flowreel.open_store(folder / "x.zarr")[:] for folder in (on_cpu, tmp_path))
+    assert np.allclose(got, expected, atol=1e-3)

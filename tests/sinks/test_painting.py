@@ -1,0 +1,113 @@
+"""Outputs of pictures give the same whether they are handed flow, or pictures that were painted where the flow was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flowreel.engine.config import SinkConfig
+from flowreel.engine.data import ColorBatch, ColorSink, FlowBatch, FlowInfo, SourceId
+from flowreel.sinks import VideoWriter, open_sink, video
+from flowreel.sinks.painting import packed, painted
+from flowreel.sinks.video import _pack
+
+SIZE = (32, 48)
+
+
+def flows(count: int) -> torch.Tensor:
+    """(N, 2, H, W) that turns and grows, with unknown vectors here and there."""
+    height, width = SIZE
+    number = torch.arange(count).view(-1, 1, 1)
+    angle = torch.linspace(0, 2, width) + torch.linspace(0, 1, height)[:, None] + number
+    flow = torch.stack([angle.cos(), angle.sin()], 1) * (1 + number % 7)[:, None]
+    flow[::3, 0, 2, 2] = torch.nan
+    flow[::4, 1, :3, 5] = 1e10
+    return flow
+
+
+def batches(count: int, length: int) -> list[FlowBatch]:
+    made = []
+    for index, flow in zip(range(0, count, length), flows(count).split(length), strict=True):
+        frames = np.arange(index, index + len(flow)) * 2
+        made.append(FlowBatch(flow, index, frames, frames + 2, frames / 50, frames / 50 + 0.04))
+    return made
+
+
+def write(
+    path: Path, config: SinkConfig, given: list[FlowBatch], *, paint: bool
+) -> tuple[list[str], list[np.ndarray], list[float]]:
+    """What the sink notes, without its path, the pictures (H, W, 3) it encodes, and a video's times in seconds."""
+    sink = open_sink(str(path), config)
+    sink.open(FlowInfo(*SIZE, frame_rate=None, frame_count=None, source=SourceId("test")))
+    pictures: list[np.ndarray] = []
+    times: list[float] = []
+    encode = VideoWriter.encode
+
+    def noted(self: VideoWriter, colors: np.ndarray, time_s: float) -> None:
+        pictures.append(colors.astype(int))
+        times.append(time_s)
+        encode(self, colors, time_s)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VideoWriter, "encode", noted)
+        if paint:
+            assert isinstance(sink, ColorSink)
+            for painting in sink.paint(iter(given)):
+                sink.show(painting)
+        else:
+            for batch in given:
+                sink.write(batch)
+        sink.commit()
+    if path.suffix == ".png":
+        pictures = [np.asarray(Image.open(file)).astype(int) for file in sorted(path.parent.iterdir())]
+    return [note.partition(": ")[2] for note in sink.notes], pictures, times
+
+
+@pytest.mark.parametrize("max_flow", [None, 4.0])
+@pytest.mark.parametrize(("count", "length"), [(1, 1), (7, 3), (32, 8), (40, 3), (33, 33)])
+@pytest.mark.parametrize("name", ["x.mkv", "%03d.png"])
+def test_the_same_either_way(tmp_path: Path, name: str, count: int, length: int, max_flow: float | None) -> None:
+    given, config = batches(count, length), SinkConfig(max_flow=max_flow)
+    notes, pictures, times = write(tmp_path / "flow" / name, config, given, paint=False)
+    its_notes, its_pictures, its_times = write(tmp_path / "pictures" / name, config, given, paint=True)
+    assert its_notes == notes
+    assert any("unknown" in note for note in notes)
+    assert its_times == times
+    assert len(its_pictures) == count
+    assert np.abs(np.stack(its_pictures) - np.stack(pictures)).max() <= 1
+
+
+def test_what_waits_on_the_device_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video, "HELD_BYTES", 3 * 4 * SIZE[0] * SIZE[1])  # three flows of float16
+    notes, _, _ = write(tmp_path / "x.mp4", SinkConfig(), batches(9, 2), paint=True)
+    assert "percentile of the first 3 flows, all that fit" in notes[0]
+    assert len([note for note in notes if "percentile" in note]) == 1
+
+
+def test_flow_of_another_size(tmp_path: Path) -> None:
+    sink = open_sink(str(tmp_path / "x.mp4"), SinkConfig())
+    sink.open(FlowInfo(64, 64, frame_rate=None, frame_count=None, source=SourceId("test")))
+    assert isinstance(sink, ColorSink)
+    with pytest.raises(ValueError, match="opened for"):
+        next(sink.paint(iter(batches(1, 1))))
+    sink.abort()
+
+
+def test_pictures_lie_as_an_encoder_takes_them() -> None:
+    one = np.zeros(2)
+    pictures = painted(flows(2), None, index=5, frame=one.astype(np.int64), timestamp_s=one)
+    assert isinstance(pictures, ColorBatch)
+    assert (pictures.rgb.shape, pictures.rgb.dtype) == ((2, *SIZE, 3), torch.uint8)
+    assert pictures.rgb.is_contiguous()
+    assert pictures.unknown.tolist() == [4, 0]
+
+
+def test_held_flow_is_packed_as_on_a_cpu() -> None:
+    flow = 300 * torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(0))
+    flow[:, 0, :4] = torch.tensor([[torch.nan, 0, torch.inf, 1e6], [0, 2e9, 0, -1e6]])
+    expected = _pack(flow.permute(1, 2, 0).numpy())
+    assert np.array_equal(packed(flow).permute(1, 2, 0).numpy(), expected, equal_nan=True)
