@@ -7,18 +7,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks.ceilings import Ceilings, share_of_limit
 from benchmarks.measure import Action, Effort, Sample, alternated, device_sync, devices, ratio
-from flowreel.kernels import channel_norm, correlation, flow_to_color, warp, yuv_to_rgb
+from flowreel.engine.config import SinkConfig
+from flowreel.kernels import channel_norm, correlation, flow_to_color, quantise, warp, yuv_to_rgb
+from flowreel.kernels.bias_leaky_relu import bias_leaky_relu_, bias_leaky_relu_in_place_definition
 from flowreel.kernels.channel_norm import channel_norm_definition
 from flowreel.kernels.correlation import correlation_definition, pixel_correlation_backward_definition
+from flowreel.kernels.flow_color import flow_to_color_definition
+from flowreel.kernels.launch import recording
+from flowreel.kernels.quantise import quantise_definition
 from flowreel.kernels.warp import warp_definition
 from flowreel.kernels.yuv_to_rgb import yuv_to_rgb_definition
+from flowreel.sinks.codecs import flow_codec
 
 OURS = "flowreel"
 PIXELS = (448, 1024)  # rows, columns of a frame
@@ -54,12 +59,15 @@ def run(short: bool = False, ceilings: Ceilings | None = None) -> dict[str, obje
 
 def _row(kernel: Kernel, device: str, way: str, found: Mapping[str, list[float]], ceilings: Ceilings) -> dict[str, Any]:
     seconds = Sample.of(found[way])
+    with recording(ran := {}):
+        kernel.ways[way]()
     return {
         "op": kernel.name,
         "shape": kernel.shape,
         "precision": kernel.precision,
         "device": device,
         "by": way,
+        "run by": " and ".join(sorted(set(ran.values()))) or None,  # of our operations: our kernel, or torch's
         "ms": seconds.times(1e3).cell(),
         "of the limit": share_of_limit(
             seconds.median, kernel.flops, kernel.moved_bytes, ceilings, device, kernel.precision
@@ -73,8 +81,11 @@ def kernels(device: str) -> list[Kernel]:
     torch.manual_seed(0)
     half = "bf16" if device == "cpu" else "fp16"
     made = [_correlation(device, "fp32"), _correlation(device, half), _correlation_backward(device)]
+    made += [_correlation_into(device, "fp32"), _correlation_into(device, half), _quantise(device)]
     made += [_warp(device, "fp32"), _warp(device, half), _channel_norm(device, 3), _channel_norm(device, 2)]
-    return [*made, _color(device), *([_yuv_to_rgb(device)] if device == "cuda" else [])]
+    if device == "cuda":
+        made += [_yuv_to_rgb(device), _bias_leaky_relu(device, "fp32"), _bias_leaky_relu(device, half)]
+    return [*made, _color(device)]
 
 
 def _without_gradients(function: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> Action:
@@ -123,6 +134,28 @@ def _correlation(device: str, precision: str) -> Kernel:
     return Kernel("correlation", _shape(a), precision, ways, _correlation_flops(), moved)
 
 
+def _correlation_into(device: str, precision: str) -> Kernel:
+    """As FlowNetC wants it: with its LeakyReLU, in 441 of the 473 channels of a concatenation."""
+    side = (2 * RADIUS + 1) ** 2
+
+    def make() -> tuple[Tensor, ...]:
+        whole = torch.zeros(FEATURES[0], 32 + side, *FEATURES[2:], dtype=DTYPES[precision], device=device)
+        kind = torch.channels_last if device == "cuda" else torch.contiguous_format
+        return *(x.to(memory_format=kind) for x in _features(device, precision)), whole.to(memory_format=kind)
+
+    def in_one(a: Tensor, b: Tensor, whole: Tensor) -> None:
+        correlation(a, b, negative_slope=0.1, out=whole[:, 32:])
+
+    def one_by_one(a: Tensor, b: Tensor, whole: Tensor) -> None:
+        whole[:, 32:] = torch.nn.functional.leaky_relu(correlation(a, b), 0.1)
+
+    inputs = _many(make)
+    ways = _ways({OURS: in_one, "flowreel, then torch": one_by_one}, inputs)
+    a = inputs[0][0]
+    moved = a.element_size() * (2 * a.numel() + _volume_values())
+    return Kernel("correlation, activated, into a part", _shape(a), precision, ways, _correlation_flops(), moved)
+
+
 def _correlation_backward(device: str) -> Kernel:
     volume = (FEATURES[0], (2 * RADIUS + 1) ** 2, *FEATURES[2:])
     inputs = _many(lambda: (torch.randn(volume, device=device), *_features(device, "fp32")))
@@ -150,6 +183,8 @@ def _warp(device: str, precision: str) -> Kernel:
 
 
 def _remap(inputs: Sequence[tuple[Tensor, ...]]) -> Action:
+    import cv2  # here: compared with on a CPU only
+
     x, y = (np.ascontiguousarray(grid, np.float32) for grid in np.meshgrid(*map(np.arange, PIXELS[::-1])))
 
     def remap(picture: Any, u: Any, v: Any) -> Any:
@@ -176,9 +211,28 @@ def _channel_norm(device: str, channels: int) -> Kernel:
         functions["torch definition"] = channel_norm_definition
     ways = _ways(functions, inputs)
     if device == "cpu" and channels == 2:
+        import cv2
+
         ways["OpenCV magnitude"] = _without_gradients(cv2.magnitude, [tuple(x[0].numpy()) for (x,) in inputs])
     x, pixels = inputs[0][0], PIXELS[0] * PIXELS[1]
     return Kernel("channel_norm", _shape(x), "fp32", ways, 2.0 * x.numel(), 4 * (x.numel() + pixels))
+
+
+def _bias_leaky_relu(device: str, precision: str) -> Kernel:
+    """In place, and into a concatenation of three times as many channels: as after FlowNetC's first convolution."""
+    channels, (height, width) = 64, (side // 2 for side in PIXELS)
+
+    def map_of(count: int) -> Tensor:
+        made = torch.randn(1, count, height, width, device=device).to(DTYPES[precision])
+        return made.contiguous(memory_format=torch.channels_last)
+
+    inputs = _many(lambda: (map_of(channels), torch.randn(channels, device=device), map_of(3 * channels)))
+    given = [(x, bias, 0.1, whole[:, channels : 2 * channels]) for x, bias, whole in inputs]
+    functions = {OURS: bias_leaky_relu_, "torch definition": bias_leaky_relu_in_place_definition}
+    x = inputs[0][0]
+    return Kernel(
+        "bias_leaky_relu", _shape(x), precision, _ways(functions, given), 0.0, 3 * x.element_size() * x.numel()
+    )
 
 
 def _color(device: str) -> Kernel:
@@ -193,7 +247,7 @@ def _color(device: str) -> Kernel:
         ways = _ways({OURS: flow_to_color, "OpenCV HSV (another wheel)": _hsv}, arrays)
         ways["flowreel, as a tensor"] = _without_gradients(flow_to_color, as_tensors)
     else:
-        ways = _ways({OURS: flow_to_color}, as_tensors)
+        ways = _ways({OURS: flow_to_color, "torch definition": flow_to_color_definition}, as_tensors)
     return Kernel("flow_to_color", _shape(inputs[0][0]), "fp32", ways, 0.0, (8 + 3) * PIXELS[0] * PIXELS[1])
 
 
@@ -215,7 +269,20 @@ def _yuv_to_rgb(device: str) -> Kernel:
     return Kernel("yuv_to_rgb", f"{_shape(inputs[0][0])} NV12", "8 bits", ways, 0.0, 4.5 * height * width)
 
 
+def _quantise(device: str) -> Kernel:
+    """To int16 at 1/64 px. What the store itself does on a CPU is the other way; it works in place, block by block."""
+    inputs = _many(lambda: (_flow(device),))
+    given = [(flow, 1 / 64, 32767.0, torch.int16) for (flow,) in inputs]
+    ways = _ways({OURS: quantise} | ({"torch definition": quantise_definition} if device == "cuda" else {}), given)
+    if device == "cpu":
+        codec = flow_codec(*PIXELS, SinkConfig(max_error=1 / 128))
+        ways["the store's, NumPy"] = _without_gradients(codec.quantise, [(flow[0].numpy(),) for (flow,) in inputs])
+    return Kernel("quantise", _shape(inputs[0][0]), "fp32", ways, 0.0, 2 * (4 + 2) * PIXELS[0] * PIXELS[1])
+
+
 def _hsv(flow: Any, max_flow: float) -> Any:
+    import cv2
+
     length, angle = cv2.cartToPolar(flow[..., 0], flow[..., 1], angleInDegrees=True)
     hsv = np.full((*flow.shape[:2], 3), 255, np.uint8)
     hsv[..., 0] = angle / 2

@@ -55,7 +55,7 @@ class RunReport:
     height: int
     decoder: str
     device: str
-    kernels: str
+    kernels: dict[str, str]  # by what each operation of ours ran: cuda, torch (its operations, on any device), or both
     precision: str
     batch: int
     model: str
@@ -120,7 +120,8 @@ def run_one(
     with ExitStack() as opened:
         going_on = None if resumed is None else resumed.frames
         frames = opened.enter_context(closing(going_on or open_source(source, config.select, device)))
-        inference = network().fitted(frames.info.height, frames.info.width, native=native)
+        recorded = None if resumed is None else resumed.point.batch
+        inference = network().fitted(frames.info.height, frames.info.width, native=native, recorded_batch=recorded)
         header = flow_header(frames.info if resumed is None else resumed.info, inference, config)
         if resumed is not None:
             resumed.store.require_same(header)
@@ -275,7 +276,7 @@ def _complete_already(resumed: Resumption, paths: list[str], config: RunConfig) 
         height=store.shape[2],
         decoder="none",
         device="none",
-        kernels="none",
+        kernels={},
         batch=int(store.attrs.get("batch") or 0),
         **made_by,
         outputs=(OutputReport(store.path, 0),),
@@ -331,7 +332,7 @@ def _report(
         height=header.height,
         decoder=frames.decoder,
         device=device_name(inference.device),
-        kernels="torch",
+        kernels=dict(inference.kernels),
         precision=inference.precision,
         batch=inference.batch,
         model=inference.model,

@@ -58,10 +58,8 @@ _torch_library: Any = torch.library  # its functions carry no types
 _LIBRARY = _torch_library.Library("flowreel", "FRAGMENT")
 _LIBRARY.define("channel_norm(Tensor x) -> Tensor")
 _LIBRARY.define("channel_norm_backward(Tensor grad, Tensor x, Tensor norm) -> Tensor")
-_LIBRARY.impl("channel_norm", channel_norm_definition, "CompositeExplicitAutograd")
-_LIBRARY.impl("channel_norm_backward", channel_norm_backward_definition, "CompositeExplicitAutograd")
-implement(_LIBRARY, "channel_norm", _channel_norm_cuda, channel_norm_definition)
-implement(_LIBRARY, "channel_norm_backward", _channel_norm_backward_cuda, channel_norm_backward_definition)
+implement(_LIBRARY, "channel_norm", channel_norm_definition, on_cuda=_channel_norm_cuda)
+implement(_LIBRARY, "channel_norm_backward", channel_norm_backward_definition, on_cuda=_channel_norm_backward_cuda)
 
 
 def _shape_of_norm(x: Tensor) -> Tensor:

@@ -1,22 +1,27 @@
 """Cost volume: how well each pixel of one feature map matches each displaced pixel of another.
 
-Every use is reduced to one operation, the *pixel correlation*: out[dy, dx, y, x] = mean over c of a[c, y, x] times
-b[c, y + dy, x + dx], for displacements that are multiples of a stride. Padding, windows and output strides follow from
-it by a pad and an average.
+Every use is reduced to one operation, the *pixel correlation*: out[dy, dx, y, x] = scale times the sum over c of
+a[c, y, x] b[c, y + dy, x + dx], for displacements that are multiples of a stride. Padding, windows and output strides
+follow from it by a pad and an average. A LeakyReLU and the place of the result, which may be a part of a concatenation,
+go along with it.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flowreel.kernels import correlation_bands
+from flowreel.kernels.launch import SUFFIXES, blocks_for, implement, launch, sizes, view
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 # --- the definition: any device, any parameters -----------------------------------------------------------------------
 
@@ -48,17 +53,24 @@ def correlation_definition(
     return (volume / kernel_size**2).to(dtype)
 
 
-def pixel_correlation_definition(a: Tensor, b: Tensor, radius: int, stride: int) -> Tensor:
-    """(B, C, H, W) twice -> (B, (2 radius + 1)^2, H, W): the pixel correlation, zero where b ends."""
-    return correlation_definition(a, b, radius * stride, 1, radius * stride, 1, stride)
+def pixel_correlation_definition(
+    a: Tensor, b: Tensor, radius: int, stride: int, scale: float | None = None, slope: float = 1.0
+) -> Tensor:
+    """(B, C, H, W) twice -> (B, (2 radius + 1)^2, H, W): the pixel correlation, zero where b ends.
+
+    scale None: 1 / C. slope: of what is negative; 1 leaves it as it is.
+    """
+    reach = radius * stride
+    mean = correlation_definition(_widened(a), _widened(b), reach, 1, reach, 1, stride)
+    return F.leaky_relu(mean * (a.shape[1] * _scale(a, scale)), slope).to(a.dtype)
 
 
 def pixel_correlation_backward_definition(
-    grad: Tensor, a: Tensor, b: Tensor, radius: int, stride: int
+    grad: Tensor, a: Tensor, b: Tensor, radius: int, stride: int, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients for ``a`` and ``b``, one displacement at a time."""
+    """Gradients for ``a`` and ``b``, from that of the volume before its LeakyReLU; one displacement at a time."""
     edge, (height, width) = radius * stride, a.shape[2:]
-    grad, wide_a, padded_b = _widened(grad) / a.shape[1], _widened(a), F.pad(_widened(b), (edge,) * 4)
+    grad, wide_a, padded_b = _widened(grad) * _scale(a, scale), _widened(a), F.pad(_widened(b), (edge,) * 4)
     grad_a, padded_grad_b = torch.zeros_like(wide_a), torch.zeros_like(padded_b)
     for channel, (dy, dx) in enumerate(_displacements(radius, stride)):
         shifted = (..., slice(edge + dy, edge + dy + height), slice(edge + dx, edge + dx + width))
@@ -75,200 +87,153 @@ def _displacements(radius: int, stride: int) -> list[tuple[int, int]]:
     return [(dy, dx) for dy in steps for dx in steps]
 
 
+def _scale(a: Tensor, scale: float | None) -> float:
+    return 1 / a.shape[1] if scale is None else scale
+
+
 def _widened(x: Tensor) -> Tensor:
     """Half types as float32, in which sums are formed."""
     return x.float() if x.element_size() < 4 else x
 
 
-# --- the fast CPU version ---------------------------------------------------------------------------------------------
-#
-# Bands of matrix products. Pixels whose coordinates agree modulo the stride meet only each other, so the maps fall
-# apart into stride x stride *phases*, in which neighbouring displacements are neighbouring pixels. `tile` pixels in a
-# row of a, times all rows of b within the radius, each `pitch` = tile + 2 radius wide (a *window*), is one matrix
-# product (tile, C) x (C, rows * pitch). Wanted of it are the diagonals column - pixel = 0 .. 2 radius of each row,
-# which strides can name. The rest is thrown away, the less the narrower the tile; below about 16 the products
-# themselves become slow. Rows of b beyond the map are left out, columns beyond it are zeros in the windows.
-
-_FAST_BFLOAT16 = torch.backends.cpu.get_cpu_capability() == "AVX512"  # elsewhere its products are scalar loops
+def _into(made_by: Callable[..., Tensor], out: Tensor, *arguments: Any) -> None:
+    """What is made elsewhere, copied to where it belongs."""
+    out.copy_(made_by(*arguments))
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """How the maps are cut up, and the views and copies that cut them. D = 2 radius + 1."""
-
-    batch: int
-    channels: int
-    height: int
-    width: int
-    radius: int
-    stride: int
-    rows: int  # of one phase
-    tile: int  # pixels of a in one product
-    tiles: int  # products that cover one row of one phase
-
-    @classmethod
-    def of(cls, a: Tensor, radius: int, stride: int) -> _Layout:
-        batch, channels, height, width = a.shape
-        columns = -(-width // stride)
-        whole = [size for size in range(12, 25) if columns % size == 0]
-        tile = columns if columns <= 24 else min(whole, key=lambda size: abs(size - 16), default=16)
-        return cls(batch, channels, height, width, radius, stride, -(-height // stride), tile, -(-columns // tile))
-
-    @property
-    def side(self) -> int:
-        return 2 * self.radius + 1
-
-    @property
-    def pitch(self) -> int:
-        return self.tile + 2 * self.radius
-
-    @property
-    def products(self) -> int:
-        return self.batch * self.stride * self.tiles
-
-    @property
-    def full_width(self) -> int:
-        return self.tiles * self.tile * self.stride
-
-    def fill(self) -> tuple[int, int, int, int]:
-        """Padding that completes the last row of phases and the last tile."""
-        return (0, self.full_width - self.width, 0, self.rows * self.stride - self.height)
-
-    def lefts(self, a: Tensor) -> Tensor:
-        """a / C, (B, C, H, W) -> (phase row, row, products, tile, C)."""
-        a = F.pad(a, self.fill()) if any(self.fill()) else a
-        a = a.reshape(self.batch, self.channels, self.rows, self.stride, self.tiles, self.tile, self.stride)
-        a = a.permute(3, 2, 0, 6, 4, 5, 1)  # (phase row, row, B, phase column, tile, pixel, C)
-        scaled = torch.mul(a, 1 / self.channels, out=a.new_empty(a.shape))
-        return scaled.view(self.stride, self.rows, self.products, self.tile, self.channels)
-
-    def from_lefts(self, lefts: Tensor) -> Tensor:
-        """The transpose of ``lefts``: gradients back in place, divided by C, (B, C, H, W)."""
-        s = self.stride
-        x = lefts.view(s, self.rows, self.batch, s, self.tiles, self.tile, self.channels).permute(2, 6, 1, 0, 4, 5, 3)
-        a = torch.mul(x, 1 / self.channels, out=x.new_empty(x.shape))
-        a = a.view(self.batch, self.channels, self.rows * s, self.full_width)
-        return a[..., : self.height, : self.width].contiguous()
-
-    def windows(self, b: Tensor) -> Tensor:
-        """(B, C, H, W) -> (phase row, products, C, rows * pitch)."""
-        edge, (_, right, _, bottom) = self.radius * self.stride, self.fill()
-        x = F.pad(b, (edge, edge + right, 0, bottom))
-        x = x.reshape(self.batch, self.channels, self.rows, self.stride, -1, self.stride)
-        x = x.unfold(4, self.pitch, self.tile)  # (B, C, row, phase row, tile, phase column, pitch)
-        x = x.permute(3, 0, 5, 4, 1, 2, 6)
-        return x.reshape(self.stride, self.products, self.channels, self.rows * self.pitch)
-
-    def from_windows(self, windows: Tensor) -> Tensor:
-        """The transpose of ``windows``: gradients summed where windows overlap, (B, C, H, W)."""
-        s, width = self.stride, self.tiles * self.tile
-        x = windows.view(s, self.batch, s, self.tiles, self.channels, self.rows, self.pitch)
-        x = x.permute(3, 1, 4, 5, 0, 6, 2)  # (tile, B, C, row, phase row, pitch, phase column)
-        total = x.new_zeros(self.batch, self.channels, self.rows, s, width + 2 * self.radius, s)
-        for tile in range(self.tiles):
-            total[..., tile * self.tile : tile * self.tile + self.pitch, :] += x[tile]
-        b = total[..., self.radius : self.radius + width, :]
-        b = b.reshape(self.batch, self.channels, self.rows * s, self.full_width)
-        return b[..., : self.height, : self.width].contiguous()
-
-    def band(self, product: Tensor) -> Tensor:
-        """(products, tile, n * pitch) -> view (B, phase column, tile, pixel, n of the dy, dx): the wanted diagonals."""
-        row = product.shape[2]
-        shape = (self.batch, self.stride, self.tiles, self.tile, row // self.pitch, self.side)
-        product_size = self.tile * row
-        places = (self.stride * self.tiles * product_size, self.tiles * product_size, product_size)
-        return product.as_strided(shape, (*places, row + 1, self.pitch, 1))
-
-    def volume(self, x: Tensor) -> Tensor:
-        """(B, D * D, H, full width) -> view (H, B, phase column, tile, pixel, dy, dx), to meet ``band``."""
-        shape = (self.batch, self.side, self.side, self.height, self.tiles, self.tile, self.stride)
-        return x.view(shape).permute(3, 0, 6, 4, 5, 1, 2)
-
-    def steps(self) -> Iterator[tuple[int, int, int, slice, slice]]:
-        """For each y: its phase, its row there, the dy that stay inside the map, and their columns in ``windows``."""
-        for y in range(self.height):
-            row, phase = divmod(y, self.stride)
-            first, last = max(0, row - self.radius), min(self.rows, row + self.radius + 1)
-            inside = slice(first - row + self.radius, last - row + self.radius)
-            yield y, phase, row, inside, slice(first * self.pitch, last * self.pitch)
+# --- the CPU version --------------------------------------------------------------------------------------------------
 
 
-def _pixel_correlation_cpu(a: Tensor, b: Tensor, radius: int, stride: int) -> Tensor:
-    if a.dtype == torch.float16 or (a.dtype == torch.bfloat16 and not _FAST_BFLOAT16):
-        return _pixel_correlation_cpu(a.float(), b.float(), radius, stride).to(a.dtype)
-    layout = _Layout.of(a, radius, stride)
-    lefts, windows = layout.lefts(a), layout.windows(b)
-    out = a.new_zeros(layout.batch, layout.side**2, layout.height, layout.full_width)
-    volume = layout.volume(out)
-    scratch = a.new_empty(layout.products * layout.tile * layout.side * layout.pitch)
-    for y, phase, row, inside, columns in layout.steps():
-        shape = (layout.products, layout.tile, columns.stop - columns.start)
-        product = scratch[: math.prod(shape)].view(shape)
-        torch.bmm(lefts[phase, row], windows[phase, :, :, columns], out=product)
-        source, target = layout.band(product), volume[y, ..., inside, :]
-        for column in range(stride):  # apart, so that the innermost run is over pixels
-            target[:, column].copy_(source[:, column])
-    return out if layout.full_width == layout.width else out[..., : layout.width].contiguous()
+def _pixel_correlation_cpu(
+    a: Tensor, b: Tensor, radius: int, stride: int, scale: float | None = None, slope: float = 1.0
+) -> Tensor:
+    return correlation_bands.pixel_correlation(a, b, radius, stride, _scale(a, scale), slope)
 
 
 def _pixel_correlation_backward_cpu(
-    grad: Tensor, a: Tensor, b: Tensor, radius: int, stride: int
+    grad: Tensor, a: Tensor, b: Tensor, radius: int, stride: int, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The same bands the other way: the volume's gradient becomes a banded matrix, multiplied with b and with a."""
-    if a.element_size() < 4:
-        grads = _pixel_correlation_backward_cpu(grad.float(), a.float(), b.float(), radius, stride)
-        return grads[0].to(a.dtype), grads[1].to(b.dtype)
-    layout = _Layout.of(a, radius, stride)
-    lefts, windows = layout.lefts(a), layout.windows(b)
-    missing = layout.full_width - layout.width
-    volume = layout.volume((F.pad(grad, (0, missing)) if missing else grad).contiguous())
-    grad_lefts, grad_windows = torch.empty_like(lefts), torch.zeros_like(windows)
-    matrix = a.new_empty(0, 0, 0)
-    for y, phase, row, inside, columns in layout.steps():
-        shape = (layout.products, layout.tile, columns.stop - columns.start)
-        if matrix.shape != shape:
-            matrix = a.new_zeros(shape)  # outside the band it stays zero from row to row
-        target, source = layout.band(matrix), volume[y, ..., inside, :]
-        for column in range(stride):
-            target[:, column].copy_(source[:, column])
-        torch.bmm(matrix, windows[phase, :, :, columns].transpose(1, 2), out=grad_lefts[phase, row])
-        grad_windows[phase, :, :, columns].baddbmm_(lefts[phase, row].transpose(1, 2), matrix)
-    return layout.from_lefts(grad_lefts), layout.from_windows(grad_windows)
+    return correlation_bands.pixel_correlation_backward(grad, a, b, radius, stride, _scale(a, scale))
+
+
+# --- the CUDA version -------------------------------------------------------------------------------------------------
+
+_TILE, _ROWS, _SHIFTS, _COLUMNS = 64, 3, 7, (21, 9)  # what a block computes, and
+_BLOCK, _GROUP = 384, 8  # by how many threads; channels of a gradient that a thread computes: all as in the source
+_MOST_DEEP = (1 << 16) - 1  # blocks of a grid in its third direction
+
+
+def _pixel_correlation_cuda(
+    a: Tensor, b: Tensor, radius: int, stride: int, scale: float | None = None, slope: float = 1.0
+) -> Tensor:
+    out = _shape_of_correlation(a, b, radius, stride)
+    _pixel_correlation_into_cuda(out, a, b, radius, stride, scale, slope)
+    return out
+
+
+def _pixel_correlation_into_cuda(
+    out: Tensor, a: Tensor, b: Tensor, radius: int, stride: int, scale: float | None = None, slope: float = 1.0
+) -> None:
+    batch, channels, height, width = a.shape
+    side, phases = 2 * radius + 1, 2 if stride == 2 else 1  # phases in x that one block computes
+    columns = min(_COLUMNS, key=lambda n: -(-side // n) * n)  # the least that is computed in vain
+    across = stride // phases * _parts(_parts(width, stride), _TILE // phases)
+    down = stride * _parts(_parts(height, stride), _ROWS)
+    deep = _parts(side, columns) * _parts(side, _SHIFTS)
+    entry = f"correlation_{columns}_{SUFFIXES[a.dtype]}"
+    for first in range(0, batch, _MOST_DEEP // deep):
+        some = slice(first, first + _MOST_DEEP // deep)
+        count = len(range(batch)[some])
+        views = (*view(a[some]), *view(b[some]), *view(out[some]))
+        numbers = sizes(count, channels, height, width, radius, stride)
+        arguments = (*views, *numbers, np.float32(_scale(a, scale)), np.float32(slope))
+        launch("correlation", entry, (across, down, deep * count), arguments, (_BLOCK,))
+
+
+def _pixel_correlation_backward_cuda(
+    grad: Tensor, a: Tensor, b: Tensor, radius: int, stride: int, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    batch, channels, height, width = a.shape
+    grads = a.new_empty(a.shape), b.new_empty(b.shape)
+    grid = (*blocks_for(batch * height * width), _parts(channels, _GROUP))
+    for of_b, (out, other) in enumerate(zip(grads, (b, a), strict=True)):
+        numbers = sizes(batch, channels, height, width, radius, stride)
+        arguments = (*view(grad), *view(other), *view(out), *numbers, np.float32(_scale(a, scale)), np.int32(of_b))
+        launch("correlation", f"correlation_gradient_{SUFFIXES[a.dtype]}", grid, arguments)
+    return grads
+
+
+def _parts(count: int, size: int) -> int:
+    return -(-count // size)
 
 
 # --- registration -----------------------------------------------------------------------------------------------------
 
 _torch_library: Any = torch.library  # its functions carry no types
 _LIBRARY = _torch_library.Library("flowreel", "FRAGMENT")
-_LIBRARY.define("correlation(Tensor a, Tensor b, int radius, int stride) -> Tensor")
-_LIBRARY.define("correlation_backward(Tensor grad, Tensor a, Tensor b, int radius, int stride) -> (Tensor, Tensor)")
-_LIBRARY.impl("correlation", pixel_correlation_definition, "CompositeExplicitAutograd")  # any device without its own
-_LIBRARY.impl("correlation_backward", pixel_correlation_backward_definition, "CompositeExplicitAutograd")
-_LIBRARY.impl("correlation", _pixel_correlation_cpu, "CPU")
-_LIBRARY.impl("correlation_backward", _pixel_correlation_backward_cpu, "CPU")
+_MAPS, _HOW = "Tensor a, Tensor b, int radius, int stride, float? scale=None", "float slope=1."
+_LIBRARY.define(f"correlation({_MAPS}, {_HOW}) -> Tensor")
+_LIBRARY.define(f"correlation_into(Tensor(a!) out, {_MAPS}, {_HOW}) -> ()")
+_LIBRARY.define(f"correlation_backward(Tensor grad, {_MAPS}) -> (Tensor, Tensor)")
+implement(
+    _LIBRARY,
+    "correlation",
+    pixel_correlation_definition,
+    on_cpu=_pixel_correlation_cpu,
+    on_cuda=_pixel_correlation_cuda,
+)
+implement(
+    _LIBRARY,
+    "correlation_into",
+    partial(_into, pixel_correlation_definition),
+    on_cpu=partial(_into, _pixel_correlation_cpu),
+    on_cuda=_pixel_correlation_into_cuda,
+)
+implement(
+    _LIBRARY,
+    "correlation_backward",
+    pixel_correlation_backward_definition,
+    on_cpu=_pixel_correlation_backward_cpu,
+    on_cuda=_pixel_correlation_backward_cuda,
+)
 
 
-def _shape_of_correlation(a: Tensor, b: Tensor, radius: int, stride: int) -> Tensor:
+def _shape_of_correlation(
+    a: Tensor, b: Tensor, radius: int, stride: int, scale: float | None = None, slope: float = 1.0
+) -> Tensor:
     return a.new_empty(a.shape[0], (2 * radius + 1) ** 2, *a.shape[2:])
 
 
-def _shapes_of_backward(grad: Tensor, a: Tensor, b: Tensor, radius: int, stride: int) -> tuple[Tensor, Tensor]:
+def _nothing_comes_back(
+    out: Tensor, a: Tensor, b: Tensor, radius: int, stride: int, scale: float | None = None, slope: float = 1.0
+) -> None:
+    pass
+
+
+def _shapes_of_backward(
+    grad: Tensor, a: Tensor, b: Tensor, radius: int, stride: int, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
     return a.new_empty(a.shape), b.new_empty(b.shape)
 
 
 _torch_library.register_fake("flowreel::correlation", _shape_of_correlation, lib=_LIBRARY)
 
+_torch_library.register_fake("flowreel::correlation_into", _nothing_comes_back, lib=_LIBRARY)
+
 _torch_library.register_fake("flowreel::correlation_backward", _shapes_of_backward, lib=_LIBRARY)
 
 
-def _remember(ctx: Any, inputs: tuple[Tensor, Tensor, int, int], output: Tensor) -> None:
-    a, b, ctx.radius, ctx.stride = inputs
-    ctx.save_for_backward(a, b)
+def _remember(ctx: Any, inputs: tuple[Tensor, Tensor, int, int, float | None, float], output: Tensor) -> None:
+    a, b, ctx.radius, ctx.stride, ctx.scale, ctx.slope = inputs
+    ctx.save_for_backward(a, b, *([output] if ctx.slope != 1 else []))
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-    grad_a, grad_b = torch.ops.flowreel.correlation_backward(grad, *ctx.saved_tensors, ctx.radius, ctx.stride)
-    return grad_a, grad_b, None, None
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    a, b, *activated = ctx.saved_tensors
+    if activated:  # it has the sign of what came before it
+        grad = torch.where(activated[0] > 0, grad, grad * ctx.slope)
+    grads = torch.ops.flowreel.correlation_backward(grad, a, b, ctx.radius, ctx.stride, ctx.scale)
+    return (*grads, None, None, None, None)
 
 
 _torch_library.register_autograd("flowreel::correlation", _backward, setup_context=_remember, lib=_LIBRARY)
@@ -285,6 +250,10 @@ def correlation(
     max_displacement: int = 20,
     stride1: int = 1,
     stride2: int = 2,
+    *,
+    scale: float | None = None,
+    negative_slope: float = 1.0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Cost volume of two feature maps: the mean over channels (and over a window) of a times a displaced b.
 
@@ -299,40 +268,56 @@ def correlation(
         max_displacement: largest displacement in x and in y, pixels.
         stride1: step from one output pixel to the next, pixels.
         stride2: step from one displacement to the next, pixels.
+        scale: what the sum over channels is multiplied with, for the mean 1 / C, which None stands for. Maps that are
+            padded with channels of zeros want 1 / (their real channels).
+        negative_slope: of a LeakyReLU on the result, not negative; 1: none.
+        out: where the result goes: (B, D * D, Ho, Wo) of the inputs' dtype and device, any strides, such as some
+            channels of a concatenation; no memory of ``a`` or ``b``. There are no gradients then. None: a new tensor.
 
     Returns:
-        (B, D * D, Ho, Wo) in the inputs' dtype, with r = max_displacement // stride2, D = 2 r + 1,
-        Ho = ceil((H + 2 pad_size - 2 max_displacement - (kernel_size - 1)) / stride1), Wo likewise.
-        Channel (j + r) D + (i + r) holds the displacement (i, j) * stride2 in (x, y). Contiguous.
+        ``out``, or (B, D * D, Ho, Wo) in the inputs' dtype, contiguous, with r = max_displacement // stride2,
+        D = 2 r + 1, Ho = ceil((H + 2 pad_size - 2 max_displacement - (kernel_size - 1)) / stride1), Wo likewise.
+        Channel (j + r) D + (i + r) holds the displacement (i, j) * stride2 in (x, y).
 
-    Sums are formed in float32 (float64 for float64). Against the definition: 1e-5 absolute for float32 maps of unit
-    variance; for half types one rounding of 1/C and one of the result.
+    Sums are formed in float32 (float64 for float64), and scaled and activated before they are rounded. Against the
+    definition: 1e-5 absolute for float32 maps of unit variance; for half types one rounding of the result, on a CPU
+    also one of ``a`` times the scale and one before the LeakyReLU.
 
     Raises:
-        TypeError: an input is not a floating point tensor, or the two dtypes differ.
+        TypeError: an input is not a floating point tensor, or the dtypes differ.
         ValueError: shapes or devices differ, a size is zero, a parameter is out of range, or nothing remains to
             compare (Ho or Wo below 1).
+        RuntimeError: ``out`` is given where a gradient is asked for.
 
     Source: Fischer et al., FlowNet: Learning Optical Flow with Convolutional Networks, ICCV 2015, section 3. Windows
     larger than one pixel are centred as in its Caffe layer.
     """
-    _check(a, b, pad_size, kernel_size, max_displacement, stride1, stride2)
-    plain = pad_size == max_displacement and kernel_size == stride1 == 1
+    size = _checked(a, b, pad_size, kernel_size, max_displacement, stride1, stride2)
+    if not 0 <= negative_slope < math.inf:
+        raise ValueError(f"negative_slope must not be negative, got {negative_slope}")
+    if out is not None:
+        _check_out(out, a, b, size)
     radius = max_displacement // stride2
-    if plain:
-        return _pixel_correlation(a, b, radius, stride2)
+    if pad_size == max_displacement and kernel_size == stride1 == 1:
+        if out is None:
+            return _pixel_correlation(a, b, radius, stride2, scale, negative_slope)
+        _pixel_correlation_into(out, a, b, radius, stride2, scale, negative_slope)
+        return out
     # With p zeros around a and b, the volume itself is zero there; and the window's sum is an average of the volume.
     border = pad_size - max_displacement
-    volume = F.pad(_pixel_correlation(_widened(a), _widened(b), radius, stride2), (border,) * 4)
-    return F.avg_pool2d(volume, kernel_size, stride1).to(a.dtype)
+    volume = F.pad(_pixel_correlation(_widened(a), _widened(b), radius, stride2, scale), (border,) * 4)
+    costs = F.leaky_relu(F.avg_pool2d(volume, kernel_size, stride1), negative_slope).to(a.dtype)
+    return costs if out is None else out.copy_(costs)
 
 
-_pixel_correlation: Callable[[Tensor, Tensor, int, int], Tensor] = torch.ops.flowreel.correlation.default
+_pixel_correlation: Callable[..., Tensor] = torch.ops.flowreel.correlation.default
+_pixel_correlation_into: Callable[..., None] = torch.ops.flowreel.correlation_into.default
 
 
-def _check(
+def _checked(
     a: Tensor, b: Tensor, pad_size: int, kernel_size: int, max_displacement: int, stride1: int, stride2: int
-) -> None:
+) -> tuple[int, ...]:
+    """The result's shape."""
     if not a.is_floating_point() or a.dtype != b.dtype:
         raise TypeError(f"correlation takes two floating point maps of one dtype, got {a.dtype} and {b.dtype}")
     if a.ndim != 4 or a.shape != b.shape:
@@ -353,3 +338,14 @@ def _check(
             f"a map of {a.shape[2]}x{a.shape[3]} is too small: pad_size {pad_size}, max_displacement "
             f"{max_displacement} and kernel_size {kernel_size} need at least {needed} pixels each way; raise pad_size"
         )
+    rows, columns = (-(-(size - needed + 1) // stride1) for size in a.shape[2:])
+    return a.shape[0], (2 * (max_displacement // stride2) + 1) ** 2, rows, columns
+
+
+def _check_out(out: Tensor, a: Tensor, b: Tensor, size: tuple[int, ...]) -> None:
+    if out.dtype != a.dtype:
+        raise TypeError(f"out is {a.dtype} as the maps are, got {out.dtype}")
+    if out.shape != size or out.device != a.device:
+        raise ValueError(f"out is {size} on {a.device}, got {tuple(out.shape)} on {out.device}")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (out, a, b)):
+        raise RuntimeError("correlation with out= has no gradients: leave it out, or use torch.no_grad()")

@@ -5,7 +5,7 @@
 Nothing of CuPy is imported before the first launch. A launch allocates nothing and waits for nothing, so it may be
 captured in a CUDA graph once its module is loaded: ``prepare`` loads them all.
 
-Without CuPy, and for float64, the plain torch definitions run on the GPU as well; ``kernels_on`` says which it is.
+Without CuPy, and for float64, the plain torch definitions run on the GPU as well; ``recording`` tells what ran.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -87,6 +88,11 @@ def blocks_for(count: int, threads: int = THREADS) -> Size:
     return (-(-count // threads),)
 
 
+def blocks_for_picture(height: int, width: int) -> int:
+    """How many blocks share a picture, where each ends by adding what it found to a total: few, 16 pixels a thread."""
+    return -(-height * width // (16 * THREADS))
+
+
 def prepare(device: torch.device) -> None:
     """Loads every kernel onto a GPU, so that none is compiled or loaded while a CUDA graph is being captured."""
     if kernels_on(device) == "cuda":
@@ -99,14 +105,60 @@ def kernels_on(device: torch.device) -> str:
     return "cuda" if device.type == "cuda" and _cupy_is_there() else "torch"
 
 
-def implement(library: Any, name: str, on_cuda: Callable[..., Any], definition: Callable[..., Any]) -> None:
-    """Registers what runs on CUDA tensors: our kernel where it can, else the definition."""
+# --- which version runs -----------------------------------------------------------------------------------------------
 
-    def chosen(*arguments: Any) -> Any:
-        ours = all(x.dtype in SUFFIXES for x in arguments if isinstance(x, Tensor) and x.is_floating_point())
-        return (on_cuda if ours and _cupy_is_there() else definition)(*arguments)
+_ran: ContextVar[dict[str, str] | None] = ContextVar("_ran", default=None)
 
-    library.impl(name, chosen, "CUDA")
+
+def implement(
+    library: Any,
+    name: str,
+    definition: Callable[..., Any],
+    *,
+    on_cpu: Callable[..., Any] | None = None,
+    on_cuda: Callable[..., Any] | None = None,
+) -> None:
+    """Registers the versions of one operation: our kernel on CUDA tensors where it can run, else the definition."""
+
+    def run(on: Callable[..., Any], how: str) -> Callable[..., Any]:
+        def noted(*arguments: Any) -> Any:
+            note(name, how)
+            return on(*arguments)
+
+        return noted
+
+    plain = run(definition, "torch")
+    library.impl(name, plain, "CompositeExplicitAutograd")  # any device without its own
+    if on_cpu is not None:
+        library.impl(name, run(on_cpu, "torch"), "CPU")
+    if on_cuda is not None:
+        ours = run(on_cuda, "cuda")
+
+        def chosen(*arguments: Any) -> Any:
+            fits = all(x.dtype in SUFFIXES for x in arguments if isinstance(x, Tensor) and x.is_floating_point())
+            return (ours if fits and _cupy_is_there() else plain)(*arguments)
+
+        library.impl(name, chosen, "CUDA")
+
+
+@contextmanager
+def recording(into: dict[str, str]) -> Iterator[None]:
+    """Notes by what each operation of ours runs meanwhile, in this thread: ``cuda``, ``torch``, or both.
+
+    What a CUDA graph replays is not seen: record while it is captured.
+    """
+    before = _ran.set(into)
+    try:
+        yield
+    finally:
+        _ran.reset(before)
+
+
+def note(name: str, how: str) -> None:
+    """One operation is about to run, by our kernel (``cuda``) or by torch's own (``torch``)."""
+    ran = _ran.get()
+    if ran is not None:
+        ran[name] = how if ran.get(name, how) == how else "cuda and torch"
 
 
 @cache

@@ -171,15 +171,21 @@ _LIBRARY = _torch_library.Library("flowreel", "FRAGMENT")
 _LIBRARY.define("warp(Tensor image, Tensor flow) -> Tensor")
 _LIBRARY.define("warp_image_gradient(Tensor grad, Tensor flow) -> Tensor")
 _LIBRARY.define("warp_flow_gradient(Tensor grad, Tensor image, Tensor flow) -> Tensor")
-_LIBRARY.impl("warp", warp_definition, "CompositeExplicitAutograd")  # any device without its own
-_LIBRARY.impl("warp_image_gradient", warp_image_gradient_definition, "CompositeExplicitAutograd")
-_LIBRARY.impl("warp_flow_gradient", warp_flow_gradient_definition, "CompositeExplicitAutograd")
-_LIBRARY.impl("warp", _warp_cpu, "CPU")
-_LIBRARY.impl("warp_image_gradient", _warp_image_gradient_cpu, "CPU")
-_LIBRARY.impl("warp_flow_gradient", _warp_flow_gradient_cpu, "CPU")
-implement(_LIBRARY, "warp", _warp_cuda, warp_definition)
-implement(_LIBRARY, "warp_image_gradient", _warp_image_gradient_cuda, warp_image_gradient_definition)
-implement(_LIBRARY, "warp_flow_gradient", _warp_flow_gradient_cuda, warp_flow_gradient_definition)
+implement(_LIBRARY, "warp", warp_definition, on_cpu=_warp_cpu, on_cuda=_warp_cuda)
+implement(
+    _LIBRARY,
+    "warp_image_gradient",
+    warp_image_gradient_definition,
+    on_cpu=_warp_image_gradient_cpu,
+    on_cuda=_warp_image_gradient_cuda,
+)
+implement(
+    _LIBRARY,
+    "warp_flow_gradient",
+    warp_flow_gradient_definition,
+    on_cpu=_warp_flow_gradient_cpu,
+    on_cuda=_warp_flow_gradient_cuda,
+)
 
 
 def _shape_of_warp(image: Tensor, flow: Tensor) -> Tensor:

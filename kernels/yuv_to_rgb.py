@@ -120,8 +120,7 @@ def _yuv_to_rgb_cuda(out: Tensor, luma: Tensor, chroma: Tensor, matrix: str, ful
 _torch_library: Any = torch.library  # its functions carry no types
 _LIBRARY = _torch_library.Library("flowreel", "FRAGMENT")
 _LIBRARY.define("yuv_to_rgb(Tensor(a!) out, Tensor luma, Tensor chroma, str matrix, bool full_range, int bits) -> ()")
-_LIBRARY.impl("yuv_to_rgb", yuv_to_rgb_definition, "CompositeExplicitAutograd")  # any device without its own
-implement(_LIBRARY, "yuv_to_rgb", _yuv_to_rgb_cuda, yuv_to_rgb_definition)
+implement(_LIBRARY, "yuv_to_rgb", yuv_to_rgb_definition, on_cuda=_yuv_to_rgb_cuda)
 
 
 def _nothing_comes_back(out: Tensor, luma: Tensor, chroma: Tensor, matrix: str, full_range: bool, bits: int) -> None:

@@ -120,8 +120,15 @@ class ZarrSink:
             return None
         place, later = (flows - 1, max) if flows > 0 else (0, min)  # after the last pair; or the first frame of all
         frame, frame_to, time_s, time_to_s = (store.files.value(name, place) for name in COVERED)
+        batch = store.attrs.get("batch")
+        recorded = batch if isinstance(batch, int) and batch > 0 else None
         self._point = ResumePoint(
-            max(flows, 0), int(later(frame, frame_to)), later(time_s, time_to_s), store.complete, store.available
+            max(flows, 0),
+            int(later(frame, frame_to)),
+            later(time_s, time_to_s),
+            store.complete,
+            store.available,
+            recorded,
         )
         return self._point
 
@@ -364,9 +371,8 @@ def store_metadata(
         # zarr-python warns that pcodec is not in the core specification; whoever asked for pcodec was told.
         warnings.simplefilter("ignore")
         about = store_attributes(info, config) | attributes
-        group = zarr.create_group(
-            MemoryStore(files), attributes={"flowreel": about, ATTRIBUTES_CHECKSUM: attributes_checksum(about)}
-        )
+        checked = {"flowreel": about, ATTRIBUTES_CHECKSUM: attributes_checksum(about)}
+        group = zarr.create_group(MemoryStore(files), attributes=checked)
         group.create_array(
             "flow",
             shape=(length, 2, codec.height, codec.width),

@@ -119,6 +119,7 @@ def test_run_writes_what_stream_gives(tiny: str, tmp_path: Path) -> None:
     with av.open(str(outputs[1])) as video:
         assert sum(1 for _ in video.decode(video=0)) == 8
     assert (report.pairs, report.batch, report.precision, report.model) == (8, 2, "fp32", "FlowNet2S")
+    assert report.kernels == {}  # that network uses none
     assert report.flo_bytes == 8 * (12 + 100 * 70 * 8)
     assert report.bytes_written == sum(output.bytes_written for output in report.outputs)
     names = [stage.name for stage in report.stages]

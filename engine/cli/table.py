@@ -14,6 +14,8 @@ from rich.text import Text
 from flowreel.engine.cli import printable
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from flowreel.engine.api import RunReport
     from flowreel.engine.many import ManyProgress, ManyReport, SourceReport
     from flowreel.engine.outputs import Progress
@@ -158,8 +160,16 @@ def _notes(report: RunReport) -> list[str]:
 def _how(report: RunReport) -> str:
     return (
         f"{report.model} ({report.weights}), {report.precision}, batch {report.batch}, on {report.device}; "
-        f"decoded by {report.decoder}; kernels: {report.kernels}"
+        f"decoded by {report.decoder}; kernels: {_which(report.kernels)}"
     )
+
+
+def _which(kernels: Mapping[str, str]) -> str:
+    """``cuda``; ``none``; or where they differ ``cuda (correlation), torch (channel_norm, warp)``."""
+    by = {how: sorted(name for name in kernels if kernels[name] == how) for how in sorted(set(kernels.values()))}
+    if len(by) < 2:
+        return "".join(by) or "none"
+    return ", ".join(f"{how} ({', '.join(names)})" for how, names in by.items())
 
 
 def clock(seconds: float) -> str:

@@ -28,7 +28,8 @@ from flowreel.kernels import launch
 
 HERE = Path(__file__).resolve().parent
 SHIM = HERE / "cuda_on_cpu"
-FLAGS = ("-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-fPIC", "-shared", "-w", f"-I{SHIM}", "-include", "cuda_on_cpu.h")
+FLAGS = ("-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-fPIC", "-shared", "-w")
+FLAGS += (f"-I{SHIM}", "-include", "cuda_on_cpu.h")
 ORDERS = ("forward", "backward", "shuffled")  # whose turn is next
 FENCE = np.full(1 << 12, 0x7FA07DA5, np.uint32).view(np.uint8)  # NaN in every type, and of a kind no sum leaves
 CUDA_DIR = Path(os.environ.get("FLOWREEL_CUDA_DIR", launch.SOURCES)).resolve()
@@ -174,7 +175,8 @@ def entries_of(source: Path) -> list[str]:
 
 def compile_cpp(*arguments: str) -> None:
     done = subprocess.run([*compiler(), *FLAGS, *arguments], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    if done.returncode != 0:
+        raise RuntimeError(done.stderr)  # not an assertion: a fault that does not compile was not caught
 
 
 def compiler() -> list[str]:
@@ -228,6 +230,10 @@ def plant(acting: Callable[..., CPU], tmp_path: Path) -> Callable[[str, str, str
         text = (sources / file).read_text()
         assert right in text
         (sources / file).write_text(text.replace(right, wrong))
+        common = sources / "common.cuh"  # only float is compared with it: the rest need not be compiled
+        common.write_text(
+            re.sub(r"(#define FOR_EACH_TYPE\(ENTRY\) ENTRY\(float, float\)).*", r"\1", common.read_text())
+        )
         acting(sources)
         return torch.device("cpu")
 
@@ -245,9 +251,7 @@ def card(request: pytest.FixtureRequest, acting: Callable[..., CPU]) -> torch.de
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """A real one."""
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+def gpu(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A real one, which runs the chosen sources."""
     monkeypatch.setattr(launch, "SOURCES", CUDA_DIR)
-    return torch.device("cuda", torch.cuda.current_device())
+    return gpu

@@ -147,6 +147,41 @@ def test_strides_of_the_input_do_not_matter() -> None:
         torch.testing.assert_close(out, wanted, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("windows", [(4, 1, 4, 1, 2), (5, 3, 4, 2, 1)])
+def test_scaled_activated_and_written_into_a_concatenation(
+    windows: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    first, second = maps(2, 6, 12, 15, dtype=dtype)
+    wanted = torch.nn.functional.leaky_relu(3 * correlation_definition(first.double(), second.double(), *windows), 0.1)
+    alone = correlation(first, second, *windows, scale=0.5, negative_slope=0.1)
+    whole = wanted.new_full((2, 5 + wanted.shape[1] + 3, *wanted.shape[2:]), 7).to(dtype).to(memory_format=layout)
+    place = whole[:, 5:-3]
+    given = correlation(first, second, *windows, scale=0.5, negative_slope=0.1, out=place)
+    assert given is place
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}[dtype]
+    for out in (alone, place):
+        torch.testing.assert_close(out.double(), wanted, rtol=tolerance, atol=tolerance)
+    assert (whole[:, :5] == 7).all()
+    assert (whole[:, -3:] == 7).all()
+
+
+def test_channels_of_zeros_do_not_count_when_the_scale_says_so() -> None:
+    first, second = maps(1, 5, 6, 7)
+    more = [torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 3)) for x in (first, second)]
+    torch.testing.assert_close(correlation(*more, scale=1 / 5), correlation(first, second), rtol=0, atol=1e-6)
+
+
+def test_a_result_that_goes_elsewhere_has_no_gradients() -> None:
+    first, second = maps(1, 2, 4, 4)
+    out = torch.zeros(1, 441, 4, 4)
+    with pytest.raises(RuntimeError, match="no_grad"):
+        correlation(first.requires_grad_(), second, out=out)
+    with torch.no_grad():
+        assert correlation(first, second, out=out) is out
+
+
 def test_a_spoilt_pixel_spoils_only_what_it_takes_part_in() -> None:
     first, second = maps(1, 4, 8, 40)
     second[0, 0, 3, 20] = torch.nan
@@ -181,6 +216,9 @@ def test_gradients_survive_expanded_and_half_inputs() -> None:
         ({"a": torch.zeros(2, 4, 4), "b": torch.zeros(2, 4, 4)}, "B, C, H, W"),
         ({"a": torch.zeros(0, 2, 4, 4), "b": torch.zeros(0, 2, 4, 4)}, "hold something"),
         ({"b": torch.zeros(1, 2, 4, 4, device="meta")}, "one device"),
+        ({"negative_slope": -0.1}, "negative_slope"),
+        ({"out": torch.zeros(1, 440, 4, 4)}, r"out is \(1, 441, 4, 4\)"),
+        ({"out": torch.zeros(1, 441, 4, 4, device="meta")}, "out is"),
     ],
 )
 def test_impossible_arguments_are_refused(change: dict[str, object], message: str) -> None:
@@ -194,3 +232,5 @@ def test_mixed_and_whole_number_types_are_refused() -> None:
     for a, b in ((x, x.double()), (x.int(), x.int())):
         with pytest.raises(TypeError, match="floating point"):
             correlation(a, b)
+    with pytest.raises(TypeError, match="out is"):
+        correlation(x, x, out=torch.zeros(1, 441, 4, 4).half())

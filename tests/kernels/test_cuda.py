@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from flowreel.kernels import channel_norm, warp
+from flowreel.kernels import channel_norm, correlation, warp
 from flowreel.kernels import launch as launching
 
 Shape = tuple[int, int, int, int]
@@ -47,7 +47,33 @@ def flow_for(random: Callable[..., Tensor], shape: Shape) -> Tensor:
     return flow
 
 
+WIDE: Shape = (2, 8, 5, 131)  # columns in several tiles, the last of them ragged; channels in three turns
+
+
+def for_correlation(radius: int, stride: int, *how: float) -> Callable[..., tuple[object, ...]]:
+    """Two maps and the settings: radius, stride, scale, slope."""
+    return lambda random, shape: (random(*shape), random(*shape), radius, stride, *how)
+
+
+def for_its_gradient(radius: int, stride: int, *how: float) -> Callable[..., tuple[object, ...]]:
+    def inputs(random: Callable[..., Tensor], shape: Shape) -> tuple[object, ...]:
+        volume = shape[0], (2 * radius + 1) ** 2, *shape[2:]
+        return random(*volume), random(*shape), random(*shape), radius, stride, *how
+
+    return inputs
+
+
+def of_correlation(name: str, inputs: Callable[..., tuple[object, ...]], *more: Shape) -> Case:
+    return Case(_module(correlation), f"pixel_{name}", inputs, (*SHAPES, *more))
+
+
 CASES = {
+    "correlation": of_correlation("correlation", for_correlation(10, 2), WIDE),
+    "correlation, activated": of_correlation("correlation", for_correlation(4, 1, 0.7, 0.1), WIDE),
+    "correlation, in two parts": of_correlation("correlation", for_correlation(5, 3, None, 0.1)),
+    "correlation, one displacement": of_correlation("correlation", for_correlation(0, 5)),
+    "correlation_backward": of_correlation("correlation_backward", for_its_gradient(10, 2)),
+    "correlation_backward, scaled": of_correlation("correlation_backward", for_its_gradient(2, 1, 0.7), (1, 17, 3, 5)),
     "channel_norm": Case(_module(channel_norm), "channel_norm", lambda random, shape: (random(*shape),)),
     "channel_norm_backward": Case(_module(channel_norm), "channel_norm_backward", of_norm),
     "warp": Case(_module(warp), "warp", lambda random, shape: (random(*shape), flow_for(random, shape))),
@@ -126,6 +152,33 @@ def test_far_coordinates_stay_exact(card: torch.device) -> None:
     torch.testing.assert_close(out[0, 0, 0, 4000].item(), 0.0001, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_correlation_goes_into_its_part_of_a_concatenation_and_nowhere_else(
+    card: torch.device, dtype: torch.dtype, memory_format: torch.memory_format
+) -> None:
+    random = random_tensors(card, dtype)
+    a, b = random(2, 6, 9, 14), random(2, 6, 9, 14)
+    whole = random(2, 3 + 441 + 4, 9, 14).to(memory_format=memory_format)
+    wanted = whole.clone()
+    module: Any = _module(correlation)
+    module._pixel_correlation_into_cuda(whole[:, 3:444], a, b, 10, 2, 0.5, 0.1)
+    wanted[:, 3:444] = module.pixel_correlation_definition(a, b, 10, 2, 0.5, 0.1)
+    rough = TOLERANCE[dtype]
+    torch.testing.assert_close(whole[:, 3:444], wanted[:, 3:444], rtol=rough, atol=rough / 4)
+    for others in (slice(0, 3), slice(444, None)):
+        assert torch.equal(whole[:, others], wanted[:, others])
+
+
+def test_correlation_of_more_pairs_than_a_grid_is_deep(card: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = _module(correlation)
+    monkeypatch.setattr(module, "_MOST_DEEP", 7)  # 3 parts of a pair: 2 pairs at a time
+    random = random_tensors(card, torch.float32)
+    a, b = random(5, 2, 3, 4), random(5, 2, 3, 4)
+    wanted = module.pixel_correlation_definition(a, b, 10, 2)
+    torch.testing.assert_close(module._pixel_correlation_cuda(a, b, 10, 2), wanted, rtol=0, atol=1e-5)
+
+
 def test_every_dtype_has_its_suffix() -> None:
     assert set(launching.SUFFIXES.items()) == {(dtype, name) for name, dtype in DTYPES.items()}
 
@@ -140,6 +193,58 @@ FAULTS = {
     "warp: no border at all": ("warp.cu", "place < 0 ? 0 : ", "", "warp"),
     "warp: wrong corner": ("warp.cu", "bottom + left, bottom + right", "bottom + right, bottom + left", "warp"),
     "warp: wrong sign": ("warp.cu", "(bottom_left - top_left)", "(top_left - bottom_left)", "warp_flow_gradient"),
+    "correlation: no barrier before the first turn": (
+        "correlation.cu",
+        "keep(buffers);\n    __syncthreads();",
+        "keep(buffers);",
+        "correlation",
+    ),
+    "correlation: no barrier between turns": (
+        "correlation.cu",
+        "__syncthreads();  // the one",
+        "// the one",
+        "correlation",
+    ),
+    "correlation: one buffer for two": ("correlation.cu", "turn ^= 1", "turn ^= 0", "correlation"),
+    "correlation: one column too many": ("correlation.cu", "&& x < size.width", "&& x <= size.width", "correlation"),
+    "correlation: one row too many": (
+        "correlation.cu",
+        "row_inside = fetched_row >= 0 && fetched_y < size",
+        "row_inside = fetched_row >= 0 && fetched_y <= size",
+        "correlation",
+    ),
+    "correlation: one channel too many": ("correlation.cu", "channel < size", "channel <= size", "correlation"),
+    "correlation: one dy too many": ("correlation.cu", "dy >= side", "dy > side", "correlation, in two parts"),
+    "correlation: one dx too many": ("correlation.cu", "k >= side", "k > side", "correlation, in two parts"),
+    "correlation: wrong displacement": ("correlation.cu", "window[k + j]", "window[k + 3 - j]", "correlation"),
+    "correlation: phases not apart": ("correlation.cu", "p % phases * phase_pitch", "0", "correlation"),
+    "correlation: not activated": (
+        "correlation.cu",
+        "mean < 0 ? mean * slope : mean",
+        "mean",
+        "correlation, activated",
+    ),
+    "correlation: not scaled": ("correlation.cu", "sums[k][j] * scale", "sums[k][j]", "correlation"),
+    "correlation: fewer rows than its caller knows": ("correlation.cu", "ROWS = 3", "ROWS = 2", "correlation"),
+    "correlation: b's gradient from the wrong side": ("correlation.cu", "p.x - dx", "p.x + dx", "correlation_backward"),
+    "correlation: gradient from beyond the map": (
+        "correlation.cu",
+        "y >= size.height) continue",
+        "y > size.height) continue",
+        "correlation_backward",
+    ),
+    "correlation: one channel's gradient too many": (
+        "correlation.cu",
+        "c <= last",
+        "c <= last + 1",
+        "correlation_backward",
+    ),
+    "correlation: groups of channels too small": (
+        "correlation.cu",
+        "GROUP = 8",
+        "GROUP = 4",
+        "correlation_backward, scaled",
+    ),
     "warp: a share lost": (
         "warp.cu",
         "atomicAdd(plane + at.top_left",

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import flowreel.kernels
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
@@ -22,8 +22,12 @@ class Case(NamedTuple):
     function: Callable[..., Tensor]  # the public one
     op: str  # its name under torch.ops.flowreel
     shapes: tuple[tuple[int, int, int, int], ...]  # of the tensors it takes
-    settings: tuple[int, ...] = ()  # what the op takes beside them
+    settings: tuple[float, ...] = ()  # what the op takes beside them
     public_settings: tuple[int, ...] = ()  # what the function takes beside them
+    options: Mapping[str, float] = {}  # and by name
+
+    def call(self, *inputs: Tensor) -> Tensor:
+        return self.function(*inputs, *self.public_settings, **self.options)
 
 
 MAP = (2, 3, 6, 7)
@@ -31,6 +35,14 @@ OPERATIONS = {
     "correlation": Case(flowreel.kernels.correlation, "correlation", (MAP, MAP), (2, 2), (4, 1, 4, 1, 2)),
     "correlation, windows": Case(
         flowreel.kernels.correlation, "correlation", ((1, 2, 5, 6),) * 2, (2, 1), (3, 3, 2, 2, 1)
+    ),
+    "correlation, activated": Case(
+        flowreel.kernels.correlation,
+        "correlation",
+        (MAP, MAP),
+        (2, 2, 0.5, 0.1),
+        (4, 1, 4, 1, 2),
+        {"scale": 0.5, "negative_slope": 0.1},
     ),
     "warp": Case(flowreel.kernels.warp, "warp", (MAP, (2, 2, 6, 7))),
     "channel_norm": Case(flowreel.kernels.channel_norm, "channel_norm", (MAP,)),
@@ -67,6 +79,27 @@ def test_backward_op_is_registered_correctly(operation: Case) -> None:
     torch.library.opcheck(op, (*tensors(operation), *operation.settings), test_utils=checks)
 
 
+def test_ops_without_gradients_are_registered_correctly() -> None:
+    a, b, out = torch.randn(2, 3, 5, 6), torch.randn(2, 3, 5, 6), torch.zeros(2, 9, 5, 6)
+    checks = ("test_schema", "test_faketensor")
+    into, paint = (getattr(torch.ops.flowreel, name).default for name in ("correlation_into", "flow_to_color"))
+    torch.library.opcheck(into, (out, a, b, 1, 1, None, 0.1), test_utils=checks)
+    for max_flow in (None, 3.0):
+        torch.library.opcheck(paint, (torch.randn(2, 2, 5, 6), max_flow), test_utils=checks)
+
+
+def test_correlation_into_a_part_compiles_whole() -> None:
+    torch._dynamo.reset()
+    a, b = (torch.randn(2, 3, 5, 6) for _ in range(2))
+
+    def work(whole: Tensor) -> Tensor:
+        flowreel.kernels.correlation(a, b, 1, 1, 1, 1, 1, negative_slope=0.1, out=whole[:, 2:11])
+        return whole * 2
+
+    out = torch.compile(work, fullgraph=True, backend="aot_eager")(torch.ones(2, 12, 5, 6))
+    torch.testing.assert_close(out, work(torch.ones(2, 12, 5, 6)))
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fake_tensors_foretell_shape_dtype_and_strides(
@@ -74,14 +107,14 @@ def test_fake_tensors_foretell_shape_dtype_and_strides(
 ) -> None:
     inputs = [x.to(memory_format=memory_format) for x in tensors(case, dtype)]
     with FakeTensorMode() as mode:
-        foretold = case.function(*(mode.from_tensor(x) for x in inputs), *case.public_settings)
-    out = case.function(*inputs, *case.public_settings)
+        foretold = case.call(*(mode.from_tensor(x) for x in inputs))
+    out = case.call(*inputs)
     assert (foretold.shape, foretold.dtype, foretold.stride()) == (out.shape, out.dtype, out.stride())
 
 
 def test_gradients_are_the_slopes(case: Case) -> None:
     inputs = tuple(x.requires_grad_() for x in tensors(case, torch.float64))
-    assert torch.autograd.gradcheck(lambda *x: case.function(*x, *case.public_settings), inputs, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda *x: case.call(*x), inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -89,7 +122,7 @@ def test_compiles_whole_and_gives_the_same(case: Case, backend: str) -> None:
     torch._dynamo.reset()
 
     def work(*inputs: Tensor) -> Tensor:
-        return case.function(*inputs, *case.public_settings).mul(2).sin()
+        return case.call(*inputs).mul(2).sin()
 
     plain, compiled = ([x.requires_grad_() for x in tensors(case)] for _ in range(2))
     wanted = work(*plain)
@@ -102,17 +135,19 @@ def test_compiles_whole_and_gives_the_same(case: Case, backend: str) -> None:
 
 
 def test_result_can_take_part_in_training_or_not(case: Case) -> None:
-    assert not case.function(*tensors(case), *case.public_settings).requires_grad
+    assert not case.call(*tensors(case)).requires_grad
     with torch.inference_mode():
-        assert case.function(*tensors(case), *case.public_settings).is_inference()
+        assert case.call(*tensors(case)).is_inference()
 
 
 def test_names_are_functions_whatever_was_imported_first() -> None:
     """A module and its function share a name; the package must hand out the function."""
     code = (
         "import flowreel.kernels.warp, flowreel.kernels.correlation, flowreel.kernels.channel_norm\n"
-        "from flowreel.kernels import warp, correlation, channel_norm\n"
-        "assert all(f.__class__.__name__ == 'function' for f in (warp, correlation, channel_norm))\n"
+        "import flowreel.kernels.quantise, flowreel.kernels.yuv_to_rgb\n"
+        "from flowreel.kernels import warp, correlation, channel_norm, quantise, yuv_to_rgb\n"
+        "functions = (warp, correlation, channel_norm, quantise, yuv_to_rgb)\n"
+        "assert all(f.__class__.__name__ == 'function' for f in functions)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 

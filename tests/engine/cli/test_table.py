@@ -56,7 +56,8 @@ def test_quiet_says_nothing_of_sources(capsys: Capture) -> None:
 def test_the_summary_of_many_sources(capsys: Capture) -> None:
     output = OutputReport("out/a.zarr", 1500, ("2 vectors are unknown",))
     run = RunReport(
-        **dict.fromkeys(("decoder", "device", "kernels", "precision", "model", "weights"), ""),
+        **dict.fromkeys(("decoder", "device", "precision", "model", "weights"), ""),
+        kernels={"correlation": "cuda", "warp": "torch", "channel_norm": "torch"},
         **dict.fromkeys(("pairs", "seconds", "startup_s", "pairs_per_s", "flo_bytes", "width", "height", "batch"), 0),
         bytes_written=1500,
         outputs=(output,),
@@ -79,6 +80,7 @@ def test_the_summary_of_many_sources(capsys: Capture) -> None:
         "c.mp4: no video",
         "a[1].mp4: 2 vectors are unknown",
         "a[1].mp4: it was dark",
+        "kernels: cuda (correlation), torch (channel_norm, warp)",
         "1 done, 1 skipped, 1 failed in 1:06; see out/list.json",
     ):
         assert words in said
