@@ -26,6 +26,7 @@ from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Sto
 from flowreel.engine.config import SinkConfig
 from flowreel.sinks.codecs import compress, flow_codec
 from flowreel.sinks.flows import Flows, coordinates
+from flowreel.sinks.store_checksums import ATTRIBUTES_CHECKSUM, attributes_checksum
 from flowreel.sinks.store_layout import BYTES
 from flowreel.sinks.zarr_store import store_metadata
 
@@ -238,7 +239,9 @@ def _files(info: FlowInfo, flows: Flows) -> dict[str, bytes]:
     """Everything but the flow, by key: metadata, times and frame numbers."""
     config = SinkConfig(max_error=0)
     metadata = store_metadata(info, config, flow_codec(info.height, info.width, config), None, flows.shape[0])
-    del metadata[""]["attributes"]["flowreel"]["codec"]
+    attributes = metadata[""]["attributes"]
+    del attributes["flowreel"]["codec"]
+    attributes[ATTRIBUTES_CHECKSUM] = attributes_checksum(attributes["flowreel"])
     metadata["flow"]["codecs"] = [BYTES]
     arrays = {name: metadata[name] for name in sorted(metadata) if name}
     metadata[""]["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": arrays}
