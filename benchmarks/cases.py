@@ -29,6 +29,8 @@ CASES = (
     "encode",
     "lazy",
     "classical",
+    "peers",
+    "end_to_end",
     "gpu_peers",
     "backpressure",
     "memory",
@@ -37,6 +39,7 @@ CASES = (
     "accuracy",
     "clips",
     "storage",
+    "kills",
 )
 
 

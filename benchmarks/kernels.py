@@ -13,10 +13,13 @@ from torch import Tensor
 
 from benchmarks.ceilings import Ceilings, share_of_limit
 from benchmarks.measure import Action, Effort, Sample, alternated, device_sync, devices, ratio
-from flowreel.kernels import channel_norm, correlation, flow_to_color, warp, yuv_to_rgb
+from flowreel.kernels import channel_norm, correlation, flow_to_color, quantise, warp, yuv_to_rgb
 from flowreel.kernels.bias_leaky_relu import bias_leaky_relu_, bias_leaky_relu_in_place_definition
 from flowreel.kernels.channel_norm import channel_norm_definition
 from flowreel.kernels.correlation import correlation_definition, pixel_correlation_backward_definition
+from flowreel.kernels.flow_color import flow_to_color_definition
+from flowreel.kernels.launch import recording
+from flowreel.kernels.quantise import quantise_definition
 from flowreel.kernels.warp import warp_definition
 from flowreel.kernels.yuv_to_rgb import yuv_to_rgb_definition
 
@@ -54,12 +57,15 @@ def run(short: bool = False, ceilings: Ceilings | None = None) -> dict[str, obje
 
 def _row(kernel: Kernel, device: str, way: str, found: Mapping[str, list[float]], ceilings: Ceilings) -> dict[str, Any]:
     seconds = Sample.of(found[way])
+    with recording(ran := {}):
+        kernel.ways[way]()
     return {
         "op": kernel.name,
         "shape": kernel.shape,
         "precision": kernel.precision,
         "device": device,
         "by": way,
+        "run by": " and ".join(sorted(set(ran.values()))) or None,  # of our operations: our kernel, or torch's
         "ms": seconds.times(1e3).cell(),
         "of the limit": share_of_limit(
             seconds.median, kernel.flops, kernel.moved_bytes, ceilings, device, kernel.precision
@@ -73,6 +79,7 @@ def kernels(device: str) -> list[Kernel]:
     torch.manual_seed(0)
     half = "bf16" if device == "cpu" else "fp16"
     made = [_correlation(device, "fp32"), _correlation(device, half), _correlation_backward(device)]
+    made += [_correlation_into(device, "fp32"), _correlation_into(device, half), _quantise(device)]
     made += [_warp(device, "fp32"), _warp(device, half), _channel_norm(device, 3), _channel_norm(device, 2)]
     if device == "cuda":
         made += [_yuv_to_rgb(device), _bias_leaky_relu(device, "fp32"), _bias_leaky_relu(device, half)]
@@ -123,6 +130,28 @@ def _correlation(device: str, precision: str) -> Kernel:
     a = inputs[0][0]
     moved = a.element_size() * (2 * a.numel() + _volume_values())
     return Kernel("correlation", _shape(a), precision, ways, _correlation_flops(), moved)
+
+
+def _correlation_into(device: str, precision: str) -> Kernel:
+    """As FlowNetC wants it: with its LeakyReLU, in 441 of the 473 channels of a concatenation."""
+    side = (2 * RADIUS + 1) ** 2
+
+    def make() -> tuple[Tensor, ...]:
+        whole = torch.zeros(FEATURES[0], 32 + side, *FEATURES[2:], dtype=DTYPES[precision], device=device)
+        kind = torch.channels_last if device == "cuda" else torch.contiguous_format
+        return *(x.to(memory_format=kind) for x in _features(device, precision)), whole.to(memory_format=kind)
+
+    def in_one(a: Tensor, b: Tensor, whole: Tensor) -> None:
+        correlation(a, b, negative_slope=0.1, out=whole[:, 32:])
+
+    def one_by_one(a: Tensor, b: Tensor, whole: Tensor) -> None:
+        whole[:, 32:] = torch.nn.functional.leaky_relu(correlation(a, b), 0.1)
+
+    inputs = _many(make)
+    ways = _ways({OURS: in_one, "flowreel, then torch": one_by_one}, inputs)
+    a = inputs[0][0]
+    moved = a.element_size() * (2 * a.numel() + _volume_values())
+    return Kernel("correlation, activated, into a part", _shape(a), precision, ways, _correlation_flops(), moved)
 
 
 def _correlation_backward(device: str) -> Kernel:
@@ -216,7 +245,7 @@ def _color(device: str) -> Kernel:
         ways = _ways({OURS: flow_to_color, "OpenCV HSV (another wheel)": _hsv}, arrays)
         ways["flowreel, as a tensor"] = _without_gradients(flow_to_color, as_tensors)
     else:
-        ways = _ways({OURS: flow_to_color}, as_tensors)
+        ways = _ways({OURS: flow_to_color, "torch definition": flow_to_color_definition}, as_tensors)
     return Kernel("flow_to_color", _shape(inputs[0][0]), "fp32", ways, 0.0, (8 + 3) * PIXELS[0] * PIXELS[1])
 
 
@@ -236,6 +265,20 @@ def _yuv_to_rgb(device: str) -> Kernel:
     inputs = _many(make)
     ways = _ways({OURS: yuv_to_rgb, "torch definition": definition}, inputs)
     return Kernel("yuv_to_rgb", f"{_shape(inputs[0][0])} NV12", "8 bits", ways, 0.0, 4.5 * height * width)
+
+
+def _quantise(device: str) -> Kernel:
+    """To int16 at 1/64 px. What the store itself does on a CPU is the other way; it works in place, block by block."""
+    inputs = _many(lambda: (_flow(device),))
+    given = [(flow, 1 / 64, 32767.0, torch.int16) for (flow,) in inputs]
+    ways = _ways({OURS: quantise} | ({"torch definition": quantise_definition} if device == "cuda" else {}), given)
+    if device == "cpu":
+        from flowreel.engine.config import SinkConfig
+        from flowreel.sinks.codecs import flow_codec
+
+        codec = flow_codec(*PIXELS, SinkConfig(max_error=1 / 128))
+        ways["the store's, NumPy"] = _without_gradients(codec.quantise, [(flow[0].numpy(),) for (flow,) in inputs])
+    return Kernel("quantise", _shape(inputs[0][0]), "fp32", ways, 0.0, 2 * (4 + 2) * PIXELS[0] * PIXELS[1])
 
 
 def _hsv(flow: Any, max_flow: float) -> Any:

@@ -308,17 +308,17 @@ class LazyFlow:
                 yield from self._computed(still_missing, self._reader)
 
     def _found(self, numbers: Sequence[int], missing: list[int]) -> Iterator[tuple[int, Tensor]]:
-        """Those that the cache holds; the others are added to ``missing``."""
+        """Those that the cache holds; the others are added to ``missing``. Each lies where the one before did."""
         if self._cache is None:
             missing += numbers
             return
+        flow = torch.empty(self.shape[1:])
         for number in numbers:
-            flow = self._cache.find(number)
-            if flow is None:
-                missing.append(number)
-            else:
+            if self._cache.find(number, flow.numpy()):
                 self._count(LazyStatistics(from_cache=1))
-                yield number, to_device(torch.from_numpy(flow), self.device)
+                yield number, to_device(flow, self.device)
+            else:
+                missing.append(number)
 
     def _computed(self, numbers: Sequence[int], reader: FrameReader) -> Generator[tuple[int, Tensor], None, None]:
         """Those out of the model, in order. Each is a part of its batch's memory."""
@@ -462,8 +462,8 @@ def _kept(cache: FlowCache, numbers: Iterator[int]) -> StageFunction:
 
     def stage(batches: Iterator[FlowBatch]) -> Iterator[FlowBatch]:
         for batch in batches:
-            flows = [cache.keep(next(numbers), flow) for flow in batch.flow.numpy()]
-            yield replace(batch, flow=torch.from_numpy(np.stack(flows)))
+            kept = cache.keep(list(islice(numbers, len(batch))), batch.flow.numpy())
+            yield replace(batch, flow=torch.from_numpy(kept))
 
     return stage
 

@@ -1,7 +1,8 @@
 """Operations on torch tensors, one file each. The tensor's device decides which version runs.
 
 ``correlation``, ``warp`` and ``channel_norm`` are FlowNet2's three layers, registered with torch as
-``torch.ops.flowreel.*``; so is ``yuv_to_rgb``, which makes pictures of decoded surfaces. ``flow_to_color`` paints flow.
+``torch.ops.flowreel.*``. So are ``yuv_to_rgb``, which makes pictures of decoded surfaces, ``flow_to_color``, which
+paints flow, and ``quantise``, which makes whole numbers of it.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from typing import TYPE_CHECKING
 # Not lazily: functions that share their module's name would be replaced by the module when that is imported first.
 from flowreel.kernels.channel_norm import channel_norm
 from flowreel.kernels.correlation import correlation
+from flowreel.kernels.quantise import quantise
 from flowreel.kernels.warp import warp
 from flowreel.kernels.yuv_to_rgb import yuv_to_rgb
 
 if TYPE_CHECKING:
     from flowreel.kernels.flow_color import flow_to_color
 
-__all__ = ["channel_norm", "correlation", "flow_to_color", "warp", "yuv_to_rgb"]
+__all__ = ["channel_norm", "correlation", "flow_to_color", "quantise", "warp", "yuv_to_rgb"]
 
 
 def __getattr__(name: str) -> object:

@@ -6,7 +6,7 @@ met within one grey level.
 
 The formula stands in ``_paint``, once, in functions that NumPy and torch spell alike. Around it are the two ways in:
 arrays are painted in blocks of rows that stay in the processor's cache and never start a thread, tensors in one go on
-their device.
+their device, where a CUDA kernel does the same.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from flowreel.engine.data import UNKNOWN_ABOVE
+from flowreel.kernels.launch import SUFFIXES, blocks_for_picture, implement, launch, sizes, view
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -142,13 +143,13 @@ def _magnitude(xp: Any, u: Any, v: Any) -> Any:
 
 @lru_cache(maxsize=1)
 def _wheel_tables() -> Float32Array:
-    """(6, 56) float32: how far each of R, G, B lies below 255 in each column, then how much that changes to the next.
+    """(6, 56) float32, C order: how far R, G, B lie below 255 in each column, then how much that changes to the next.
 
     The column after the last is the first again; one more repeats it, for a full turn that rounding made fuller.
     """
     missing = 255 - color_wheel().astype(np.float32).T  # (3, 55)
     missing = np.concatenate([missing, missing[:, :2]], axis=1)  # (3, 57)
-    return np.concatenate([missing[:, :-1], np.diff(missing, axis=1)])
+    return np.ascontiguousarray(np.concatenate([missing[:, :-1], np.diff(missing, axis=1)]))
 
 
 @lru_cache(maxsize=16)
@@ -160,7 +161,13 @@ def _wheel_tensor(device: torch.device) -> Tensor:
 def _color_tensor(flow: Tensor, max_flow: float | None) -> Tensor:
     if flow.ndim not in (3, 4) or flow.shape[-3] != 2 or 0 in flow.shape[-2:]:
         raise ValueError(f"a tensor of flow is (2, H, W) or (N, 2, H, W), got {tuple(flow.shape)}")
-    u, v = flow.detach().float().unbind(-3)  # each (H, W) or (N, H, W)
+    pictures: Tensor = torch.ops.flowreel.flow_to_color(flow.detach().reshape(-1, *flow.shape[-3:]), max_flow)
+    return pictures[0] if flow.ndim == 3 else pictures
+
+
+def flow_to_color_definition(flow: Tensor, max_flow: float | None) -> Tensor:
+    """(N, 2, H, W) pixels -> (N, 3, H, W) uint8: what ``flow_to_color`` means, for tensors."""
+    u, v = flow.float().unbind(-3)  # each (N, H, W)
     scale: float | Tensor
     if max_flow is None:
         longest = _magnitude(torch, *_known(torch, u, v)[:2]).amax(dim=(-2, -1), keepdim=True)
@@ -168,6 +175,30 @@ def _color_tensor(flow: Tensor, max_flow: float | None) -> Tensor:
     else:
         scale = max_flow
     return torch.stack(_paint(torch, Tensor.to, u, v, scale, _wheel_tensor(flow.device)), dim=-3)
+
+
+def _flow_to_color_cuda(flow: Tensor, max_flow: float | None) -> Tensor:
+    count, _, height, width = flow.shape
+    out = _shape_of_pictures(flow, max_flow)
+    scales = torch.full((count,), max_flow or 0.0, dtype=torch.float32, device=flow.device)
+    blocks, suffix = blocks_for_picture(height, width), SUFFIXES[flow.dtype]
+    size, grid = sizes(height, width, blocks), (blocks * count,)
+    if max_flow is None:
+        launch("flow_color", f"flow_longest_{suffix}", grid, (*view(flow), scales, *size))
+    arguments = (*view(flow), *view(out), _wheel_tensor(flow.device), scales, *size, np.float32(BEYOND_SHADE))
+    launch("flow_color", f"flow_color_{suffix}", grid, arguments)
+    return out
+
+
+def _shape_of_pictures(flow: Tensor, max_flow: float | None) -> Tensor:
+    return torch.empty((flow.shape[0], 3, *flow.shape[2:]), dtype=torch.uint8, device=flow.device)
+
+
+_torch_library: Any = torch.library  # its functions carry no types
+_LIBRARY = _torch_library.Library("flowreel", "FRAGMENT")
+_LIBRARY.define("flow_to_color(Tensor flow, float? max_flow) -> Tensor")
+implement(_LIBRARY, "flow_to_color", flow_to_color_definition, on_cuda=_flow_to_color_cuda)
+_torch_library.register_fake("flowreel::flow_to_color", _shape_of_pictures, lib=_LIBRARY)
 
 
 def _color_array(flow: FloatArray, max_flow: float | None) -> UInt8Array:

@@ -55,6 +55,11 @@ PCODEC_LEVEL = 8  # 12 is slower and hardly smaller, 4 costs a sixth of the size
 # Of integers: no search for common factors, which flow has not, and small pages, which fit themselves to a still
 # background. 5 % faster, and up to 6 % smaller (10 % with prediction). Floats keep the search: KITTI's are multiples.
 PCODEC_PAGE_VALUES = 1 << 16
+# After prediction it is known which differences pcodec is to take, those to the value before: not searching for better
+# ones saves a quarter of its time. Of the fields measured, one became 1 % larger, the others stayed or shrank.
+PCODEC_PREDICTED = {"delta_spec": "try_consecutive", "delta_encoding_order": 1}
+
+CACHE_LINE_BYTES = 64
 
 BLOCK_VALUES = 1 << 17  # quantised at a time, so that the float32 scratch stays in a core's second-level cache
 CHECKSUM_BYTES = 4
@@ -69,9 +74,10 @@ def compress(values: Array, codec: Codec) -> bytes:
         return with_checksum(blosc.encode(values))
     if codec == "zstd":
         return with_checksum(Zstd(ZSTD_LEVEL).encode(values))
+    options = _pcodec_options(codec, values.dtype)
     if _predicts(codec, values.dtype):
         values = differences(values)
-    return with_checksum(PCodec(**_pcodec_options(values.dtype)).encode(values))
+    return with_checksum(PCodec(**options).encode(values))
 
 
 def decompress(chunk: bytes, codec: Codec, dtype: np.dtype[Any], shape: int | tuple[int, ...]) -> Array:
@@ -99,10 +105,11 @@ def _predicts(codec: Codec, dtype: np.dtype[Any]) -> bool:
     return codec == "pcodec2d" and dtype.kind != "f"
 
 
-def _pcodec_options(dtype: np.dtype[Any]) -> dict[str, Any]:
+def _pcodec_options(codec: Codec, dtype: np.dtype[Any]) -> dict[str, Any]:
     if dtype.kind == "f":
         return {"level": PCODEC_LEVEL}
-    return {"level": PCODEC_LEVEL, "mode_spec": "classic", "equal_pages_up_to": PCODEC_PAGE_VALUES}
+    options = {"level": PCODEC_LEVEL, "mode_spec": "classic", "equal_pages_up_to": PCODEC_PAGE_VALUES}
+    return options | PCODEC_PREDICTED if _predicts(codec, dtype) else options
 
 
 def differences(steps: Array) -> Array:
@@ -115,14 +122,25 @@ def differences(steps: Array) -> Array:
     change = np.empty_like(flat)
     change[:1] = flat[:1]
     np.subtract(flat[1:], flat[:-1], out=change[1:])
-    return np.ascontiguousarray(change.reshape(steps.shape).swapaxes(-1, -2))
+    return _turned(change.reshape(steps.shape))
 
 
 def from_differences(change: Array, shape: tuple[int, ...]) -> Array:
     """Undoes ``differences``: its values, flat or not, to the steps in their shape (..., H, W)."""
     *planes, height, width = shape
-    rows = change.reshape(*planes, width, height).swapaxes(-1, -2)
-    return np.cumsum(rows, dtype=change.dtype).reshape(shape)
+    rows = _turned(change.reshape(*planes, width, height))
+    steps = np.cumsum(rows, dtype=np.int32)  # NumPy sums int16 four times slower; both wrap around to the same end
+    return steps.astype(change.dtype, copy=False).reshape(shape)
+
+
+def _turned(planes: Array) -> Array:
+    """(..., H, W) -> (..., W, H), C order, in strips of a cache line: whole lines are written, none twice."""
+    *others, height, width = planes.shape
+    turned: Array = np.empty((*others, width, height), planes.dtype)
+    strip = CACHE_LINE_BYTES // planes.itemsize
+    for top in range(0, height, strip):
+        turned[..., top : top + strip] = planes[..., top : top + strip, :].swapaxes(-1, -2)
+    return turned
 
 
 def with_checksum(body: bytes) -> bytes:
@@ -141,7 +159,7 @@ def zarr_codecs(codec: Codec, dtype: np.dtype[Any]) -> list[dict[str, Any]]:
     """The same chain as ``compress``, in the words of Zarr's metadata."""
     checksum: dict[str, Any] = {"name": "crc32c"}
     if codec in ("pcodec", "pcodec2d"):
-        pcodec: dict[str, Any] = {"name": "numcodecs.pcodec", "configuration": _pcodec_options(dtype)}
+        pcodec: dict[str, Any] = {"name": "numcodecs.pcodec", "configuration": _pcodec_options(codec, dtype)}
         if not _predicts(codec, dtype):
             return [pcodec, checksum]
         delta: dict[str, Any] = {"name": "numcodecs.delta", "configuration": {"dtype": dtype.str}}

@@ -19,6 +19,7 @@ import os
 import re
 import secrets
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from flowreel.engine.errors import CacheMismatchError, DamagedStoreError, StoreE
 from flowreel.sinks import publish
 from flowreel.sinks.codecs import compress, flow_codec
 from flowreel.sinks.flows import Placed, coordinates
+from flowreel.sinks.parallel import OrderedPool, encode_workers
 from flowreel.sinks.store_files import SPARE_BYTES, StoreFiles
 from flowreel.sinks.store_layout import open_file
 from flowreel.sinks.store_reader import FlowStore
@@ -69,6 +71,8 @@ def open_cache(path: str | os.PathLike[str], info: FlowInfo, config: SinkConfig,
         _create(folder, info, config, flows)
     if not folder.is_dir():
         raise CacheMismatchError(f"{folder} is a file: a cache is a folder")
+    if not (folder / "zarr.json").is_file():
+        raise CacheMismatchError(f"{folder} is no cache and not empty: choose another folder")
     cache = FlowCache(folder)
     if differing := _differences(cache, info, config, flows):
         raise CacheMismatchError(
@@ -106,32 +110,43 @@ class FlowCache(FlowStore):
         """Whether a flow has been computed."""
         return os.path.exists(_file_of(self.folder, number))
 
-    def find(self, number: int) -> Float32Array | None:
-        """(2, H, W) float32 pixels; None where it has not been computed, or is damaged and must be computed again."""
-        flow = np.empty(self.layout.flow_shape, np.float32)
+    def find(self, number: int, out: Float32Array) -> bool:
+        """Reads a flow into out: (2, H, W) float32 pixels. False: it has not been computed, or must be computed again
+        because it is damaged."""
         try:
-            return flow if self.files.flow(number, flow) else None
+            return self.files.flow(number, out)
         except DamagedStoreError:
-            return None
+            return False
 
-    def keep(self, number: int, flow: Float32Array) -> Float32Array:
-        """Keeps a flow, (2, H, W) float32 pixels, and returns it as every reader will see it from now on.
+    def keep(self, numbers: Sequence[int], flows: Float32Array) -> Float32Array:
+        """Keeps flows, (N, 2, H, W) float32 pixels, and returns them as every reader will see them from now on.
 
-        Raises OutputWriteError.
+        Several are encoded side by side where there are cores for it. They are on the disk when this returns. Raises
+        OutputWriteError.
         """
-        encoded = self.layout.codec.encode(flow)
+        kept = np.empty_like(flows)
+        workers = encode_workers() if len(numbers) > 1 else 0
+        pool: OrderedPool[None] = OrderedPool(lambda _: None, workers if workers > 1 else 0)
+        try:
+            for number, flow, out in zip(numbers, flows, kept, strict=True):
+                pool.submit(self._keep_one, number, flow, out, nbytes=flow.nbytes)
+            pool.drain()
+        finally:
+            pool.close()
+        with publish.write_errors(self.path):
+            publish.sync_folder(self.folder / "flow")
+        return kept
+
+    def _keep_one(self, number: int, flow: Float32Array, out: Float32Array) -> None:
+        """Gives one flow its name, and out what is under that name from now on."""
+        chunk = self.layout.codec.encode(flow).chunk
         path = _file_of(self.folder, number)
         with publish.write_errors(path):
-            if not publish.publish_first(path, encoded.chunk):
-                earlier = self.find(number)
-                if earlier is not None:
-                    return earlier
-                path.unlink(missing_ok=True)  # damaged
-                if not publish.publish_first(path, encoded.chunk):
-                    return self.keep(number, flow)  # somebody else has mended it meanwhile
-        kept = np.empty_like(flow)
-        self.layout.codec.decode(encoded.chunk, kept)
-        return kept
+            while not publish.publish_first(path, chunk):
+                if self.find(number, out):
+                    return  # somebody else was faster
+                path.unlink(missing_ok=True)  # it is damaged
+        self.layout.codec.decode(chunk, out)
 
     def remove_stale(self) -> None:
         """Removes what killed processes left; a process that is writing now loses nothing."""

@@ -114,7 +114,7 @@ def publish_bytes(path: Path, *pieces: bytes) -> int:
 def publish_first(path: Path, *pieces: bytes) -> bool:
     """Like ``publish_bytes``, for a file that several threads and processes may make at once: the first one stays.
 
-    False: it was there already, and is as it was.
+    False: it was there already, and is as it was. Its name is on the disk after ``sync_folder``, its contents before.
     """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
     try:
@@ -131,7 +131,6 @@ def publish_first(path: Path, *pieces: bytes) -> bool:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
     return True
 
 

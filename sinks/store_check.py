@@ -1,13 +1,14 @@
 """Is a store sound? Reads every chunk, and says of each flow that cannot be used what is wrong with it.
 
-In order: whether the store is finished; whether times and frame numbers can be read, run forward, fit each other and
-are those that were written; every flow; and files that do not belong. Memory: the times and frame numbers, the shards'
-indexes and checksums, and a few flows.
+In order: whether the store is finished; whether it says of itself what was written, and twice the same; whether times
+and frame numbers can be read, run forward, fit each other and are those that were written; every flow; and files that
+do not belong. Memory: the times and frame numbers, the shards' indexes and checksums, and a few flows.
 """
 
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from flowreel.engine.errors import DamagedStoreError
 from flowreel.sinks.codecs import INDEX_MISSING, decompress
 from flowreel.sinks.native import vector_places
 from flowreel.sinks.parallel import OrderedPool
+from flowreel.sinks.store_checksums import ATTRIBUTES_CHECKSUM, attributes_checksum
 from flowreel.sinks.store_files import SPARE_BYTES
 from flowreel.sinks.store_layout import (
     BESIDE_FLOW,
@@ -26,6 +28,7 @@ from flowreel.sinks.store_layout import (
     coordinate_chunk,
     numbers_in,
     open_file,
+    read_json,
 )
 from flowreel.sinks.store_reader import DECODE_THREADS
 
@@ -61,6 +64,7 @@ def check_store(store: FlowStore, progress: Callable[[int], None] | None = None)
     if not store.complete and not is_cache:
         yield StoreProblem(f"unfinished: {store.available} of {len(store)} flows are there")
     try:
+        yield from _check_metadata(store)
         yield from _check_coordinates(store)
         yield from _check_places(store)
         yield from _check_flows(store, progress or (lambda flows: None))
@@ -68,6 +72,43 @@ def check_store(store: FlowStore, progress: Callable[[int], None] | None = None)
             yield from _check_files(store)
     except DamagedStoreError as error:  # a folder that cannot be listed: there is no reading on
         yield StoreProblem(str(error))
+
+
+def _check_metadata(store: FlowStore) -> Iterator[StoreProblem]:
+    """What is not needed to read flow, and so was believed when the store was opened."""
+    group = read_json(store.folder / "zarr.json")
+    written = group["attributes"].get(ATTRIBUTES_CHECKSUM)
+    if store.layout.checksums and written != attributes_checksum(store.attrs):
+        yield StoreProblem("its attribute flowreel, which tells where the flow comes from, is not what was written")
+    for name in sorted(group.keys() - {"zarr_format", "node_type", "attributes", "consolidated_metadata"}):
+        yield StoreProblem(f"zarr.json has an entry that Zarr does not know: {reprlib.repr(name)}")
+    copies = group.get("consolidated_metadata")
+    if copies is None or not store.complete:
+        return
+    if (copies.get("kind"), copies.get("must_understand")) != ("inline", False):
+        yield StoreProblem("zarr.json does not say of its copies of the arrays' metadata that they are that")
+    for name in ("flow", *store.layout.arrays, *(() if store.layout.native is None else ("y", "x"))):
+        try:
+            own = read_json(store.folder / name / "zarr.json")
+        except DamagedStoreError as error:
+            if name in ("y", "x"):  # the others are told with their values
+                yield StoreProblem(str(error))
+            continue
+        if differing := _differing(own, _entries(copies["metadata"], name)):
+            yield StoreProblem(f"the metadata of {name} and the group's copy of it differ: {', '.join(differing)}")
+
+
+def _differing(own: dict[str, Any], copy: dict[str, Any]) -> list[str]:
+    """Which entries are not the same in both. Attributes that somebody added to an array need not be in the copy."""
+    attributes, copied = _entries(own, "attributes"), _entries(copy, "attributes")
+    differing = {key for key in own.keys() | copy.keys() if own.get(key) != copy.get(key)} - {"attributes"}
+    return sorted(differing | {key for key in copied if key not in attributes or attributes[key] != copied[key]})
+
+
+def _entries(metadata: dict[str, Any], name: str) -> dict[str, Any]:
+    """An object in a JSON object; an empty one when it is something else or not there."""
+    value = metadata.get(name)
+    return value if isinstance(value, dict) else {}
 
 
 def _check_coordinates(store: FlowStore) -> Iterator[StoreProblem]:

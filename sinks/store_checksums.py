@@ -8,10 +8,15 @@ Two shards that changed places, or one of another store of the same size, hold s
 
 each number as the 8 little-endian bytes that its array has, n as an integer, the chunk's crc32c as its 4 bytes. They
 are in no flow's way: with one of them gone the flow can still be read, but is no longer known to be in its place.
+
+What the group says of the store, its attribute ``flowreel``, has its crc32c beside it: ``flowreel_crc32c``, of the
+attribute as JSON without spaces, its keys sorted, in ASCII. The arrays' own metadata needs none: a finished store has
+it twice.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +30,13 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
+ATTRIBUTES_CHECKSUM = "flowreel_crc32c"  # its name among the group's attributes
 COVERED = ("frame", "frame_to", "timestamp_s", "timestamp_to_s")
+
+
+def attributes_checksum(attributes: Mapping[str, Any]) -> int:
+    """The crc32c of the group's attribute ``flowreel``."""
+    return int(google_crc32c.value(json.dumps(attributes, sort_keys=True, separators=(",", ":")).encode("ascii")))
 
 
 def flow_checksums(first: int, chunks: Sequence[bytes]) -> Array:

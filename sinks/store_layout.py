@@ -136,10 +136,10 @@ def read_layout(folder: Path, complete: bool) -> tuple[dict[str, Any], StoreLayo
     Raises:
         DamagedStoreError: no flow store, one of another version, or metadata that does not describe what we write.
     """
-    group = _read_json(folder / "zarr.json")
+    group = read_json(folder / "zarr.json")
     attributes = _flowreel_attributes(folder, group)
     try:
-        layout = _flow_layout(_read_json(folder / "flow" / "zarr.json"), attributes)
+        layout = _flow_layout(read_json(folder / "flow" / "zarr.json"), attributes)
         if complete and _consolidated(group, "flow", layout) != layout:
             raise ValueError("its own metadata and the group's copy of it disagree")
     except _MALFORMED as error:
@@ -152,11 +152,11 @@ def read_layout(folder: Path, complete: bool) -> tuple[dict[str, Any], StoreLayo
 def check_coordinate(folder: Path, name: str, layout: StoreLayout, complete: bool) -> None:
     """Raises DamagedStoreError unless the metadata of one array beside ``flow`` fits it."""
     try:
-        array = _read_json(folder / name / "zarr.json")
+        array = read_json(folder / name / "zarr.json")
         length = _coordinate_length(array, name, layout)
         if complete:  # while a store grows or is trimmed, its arrays get their new length one after the other
             _expect("length", length, layout.count)
-            copy = _consolidated_metadata(_read_json(folder / "zarr.json"), name)
+            copy = _consolidated_metadata(read_json(folder / "zarr.json"), name)
             _expect("length in the group's copy", _coordinate_length(copy or array, name, layout), length)
     except _MALFORMED as error:
         if isinstance(error, DamagedStoreError):
@@ -326,7 +326,8 @@ def _is_rate(value: object) -> bool:
     return value is None or (isinstance(value, str) and re.fullmatch(_RATE, value, re.ASCII) is not None)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """One zarr.json. Raises DamagedStoreError when it is not there or is no JSON object."""
     try:
         with open_file(path) as file:
             data = file.read(MOST_METADATA + 1)

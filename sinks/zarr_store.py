@@ -1,7 +1,7 @@
 """Writes flow into ``X.zarr``: a Zarr v3 group of whole, durable shards.
 
     X.zarr.partial/                    renamed to X.zarr by commit
-      zarr.json                        group attribute "flowreel"; consolidated metadata from commit on
+      zarr.json                        group attribute "flowreel" and its checksum; consolidated from commit on
       flow/c/<shard>/0/0/0             S chunks, one a flow, and their index
       timestamp_s/c/<shard>  timestamp_to_s/...  frame/...  frame_to/...      S values
       flow_crc32c/c/<shard>  time_crc32c/...      S checksums (``store_checksums.py``)
@@ -42,7 +42,13 @@ from flowreel.sinks.codecs import (
 )
 from flowreel.sinks.native import vector_places
 from flowreel.sinks.parallel import OrderedPool, encode_workers
-from flowreel.sinks.store_checksums import COVERED, flow_checksums, time_checksums
+from flowreel.sinks.store_checksums import (
+    ATTRIBUTES_CHECKSUM,
+    COVERED,
+    attributes_checksum,
+    flow_checksums,
+    time_checksums,
+)
 from flowreel.sinks.store_layout import BESIDE_FLOW, CHECKSUMS, COORDINATES, FORMAT_VERSION, published_shards
 from flowreel.sinks.store_reader import FlowStore
 from flowreel.sinks.store_target import LocalTarget
@@ -364,9 +370,9 @@ def store_metadata(
     with warnings.catch_warnings():
         # zarr-python warns that pcodec is not in the core specification; whoever asked for pcodec was told.
         warnings.simplefilter("ignore")
-        group = zarr.create_group(
-            MemoryStore(files), attributes={"flowreel": store_attributes(info, config) | attributes}
-        )
+        about = store_attributes(info, config) | attributes
+        checked = {"flowreel": about, ATTRIBUTES_CHECKSUM: attributes_checksum(about)}
+        group = zarr.create_group(MemoryStore(files), attributes=checked)
         group.create_array(
             "flow",
             shape=(length, 2, codec.height, codec.width),

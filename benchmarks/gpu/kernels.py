@@ -14,10 +14,11 @@ from benchmarks.ceilings import Ceilings, best, rows_of
 from benchmarks.gpu.findings import Findings, Settings
 from benchmarks.gpu.original import OriginalCorrelation
 from benchmarks.measure import Effort, Sample, alternated, device_sync, ratio
-from flowreel.kernels import channel_norm, correlation, flow_to_color, warp, yuv_to_rgb
+from flowreel.kernels import channel_norm, correlation, flow_to_color, quantise, warp, yuv_to_rgb
 from flowreel.kernels.bias_leaky_relu import bias_leaky_relu_, bias_leaky_relu_in_place_definition
 from flowreel.kernels.channel_norm import channel_norm_definition
 from flowreel.kernels.correlation import correlation_definition
+from flowreel.kernels.quantise import quantise_definition
 from flowreel.kernels.warp import warp_definition
 from flowreel.kernels.yuv_to_rgb import yuv_to_rgb_definition
 
@@ -35,6 +36,8 @@ def check(findings: Findings, settings: Settings) -> None:
     rgb, wanted = _decoded(settings.device)
     _check_levels(findings, "yuv_to_rgb", rgb, wanted)
     flow = torch.randn(1, 2, *cases.PIXELS, device=settings.device) * 8
+    steps, exact = quantise(flow, 1 / 64), quantise_definition(flow, 1 / 64, 32767.0, torch.int16)
+    findings.check("quantise", all(torch.equal(ours, wanted) for ours, wanted in zip(steps, exact, strict=True)))
     _check_levels(findings, "flow_to_color", flow_to_color(flow, 20.0).cpu(), flow_to_color(flow.cpu(), 20.0))
 
 

@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from flowreel.kernels import channel_norm, correlation, flow_to_color, warp, yuv_to_rgb
+from flowreel.kernels import channel_norm, correlation, flow_to_color, quantise, warp, yuv_to_rgb
 from flowreel.kernels.bias_leaky_relu import bias_leaky_relu, bias_leaky_relu_
 
 HEIGHT, WIDTH = 21, 37
@@ -30,7 +30,10 @@ def main(device: str) -> None:
                 bias_leaky_relu_(made(24), bias, 0.1, whole[:, 8:32])
                 bias_leaky_relu(made(24), bias, 0.1, whole[:, 5:22])
                 bias_leaky_relu(made(24).float(), bias, 0.1, whole[:, 5:22])
+            with torch.no_grad():
+                correlation(made(24), made(24), scale=1 / 19, negative_slope=0.1, out=made(480)[:, 32:473])
     flow_to_color(flow, 20.0)
+    quantise(flow, 1 / 64)
     for dtype in (torch.uint8, torch.uint16):
         luma, chroma = (torch.zeros(shape, dtype=dtype, device=device) for shape in ((21, 37), (11, 19, 2)))
         yuv_to_rgb(luma, chroma, out=torch.empty(3, 64, 64, dtype=torch.uint8, device=device))

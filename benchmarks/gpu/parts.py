@@ -24,7 +24,7 @@ PARTS = (
         30,
         "which card, driver and versions, and whether our kernels compile there",
     ),
-    Part("tests", "benchmarks.gpu.tests", "run", 90, "every test that takes a GPU, with pytest"),
+    Part("tests", "benchmarks.gpu.tests", "run", 120, "every test that takes a GPU, with pytest"),
     Part(
         "kernels",
         "benchmarks.gpu.kernels",

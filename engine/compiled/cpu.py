@@ -7,7 +7,7 @@ memory, see ``onednn`` and ``buffers``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,6 @@ from flowreel.engine.models.flownetsd import FlowNetSD
 from flowreel.engine.models.layers import FLOW_SCALE, SLOPE, FlowHead, Upsampling, folded_state, normalise, upsample
 from flowreel.engine.models.stacks import (
     SD_SCALE_IN_FLOWNET2,
-    FlowNet2,
     FlowNet2CS,
     FlowNet2CSS,
     refining_input,
@@ -31,6 +30,7 @@ from flowreel.engine.models.stacks import (
 )
 from flowreel.kernels import channel_norm, correlation
 
+GROUP_PIXELS = 1 << 19  # of frames at a time: one pair of 1024x448, four of 256x512. More at once is no faster
 _DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -83,8 +83,9 @@ class Layers:
         sizes = [p.shape[1] if isinstance(p, Tensor) else self[p[0]].outputs for p in parts]
         whole = parts[0]
         assert isinstance(whole, Tensor)
-        out = self.buffers.empty(whole.shape[0], sum(sizes), *whole.shape[2:], self.dtype)
-        for part, slot in zip(parts, out.split(sizes, 1), strict=True):
+        batch, _, height, width = whole.shape
+        out = self.buffers.empty(batch, sum(sizes), height, width, self.dtype)
+        for part, slot in zip(parts, torch.split(out, sizes, 1), strict=True):
             if isinstance(part, Tensor):
                 slot.copy_(part)
             else:
@@ -136,9 +137,9 @@ def flownet_c(layers: Layers, x: Tensor) -> Tensor:
 def fuse(layers: Layers, x: Tensor) -> Tensor:
     """``FlowNetFusion``: (B, 11, H, W) to (B, 2, H, W) float32 pixels."""
     batch, _, height, width = x.shape
-    sizes = (layers["conv0"].outputs, layers["deconv0"].outputs, 2)
+    sizes = [layers["conv0"].outputs, layers["deconv0"].outputs, 2]
     concat0 = layers.buffers.empty(batch, sum(sizes), height, width, layers.dtype)
-    conv0, deconv0, up0 = concat0.split(sizes, 1)
+    conv0, deconv0, up0 = torch.split(concat0, sizes, 1)
     conv1 = layers(chained(layers["conv0"], layers["conv1"], x, layers.buffers, keep=conv0), "conv1_1")
     conv2 = layers(conv1, "conv2", "conv2_1")
     flow2 = layers(conv2, "predict_flow2")
@@ -163,15 +164,21 @@ class CpuNetwork:
     def flow(self, first: Tensor, second: Tensor) -> Tensor:
         if self.upsampling is not None:
             return upsample(self.quarter(first, second), self.upsampling).contiguous()
+        return _in_groups(self._fused, first, second)
+
+    def quarter(self, first: Tensor, second: Tensor) -> Tensor:
+        return _in_groups(self._quarter, first, second)
+
+    def _fused(self, first: Tensor, second: Tensor) -> Tensor:
         x = normalise(first, second)
         flow_css = upsample(self._refined(x, "flownetc", "flownets_1", "flownets_2") * FLOW_SCALE, "nearest")
         flow_sd = upsample(flownet_sd(self.layers.part("flownets_d"), x) * SD_SCALE_IN_FLOWNET2, "nearest")
         _, error_css = warped_and_error(x, flow_css)
         _, error_sd = warped_and_error(x, flow_sd)
         parts = (x[:, :3], flow_sd, flow_css, channel_norm(flow_sd), channel_norm(flow_css), error_sd, error_css)
-        return fuse(self.layers.part("flownetfusion"), torch.cat(parts, 1)).contiguous()
+        return fuse(self.layers.part("flownetfusion"), torch.cat(parts, 1))
 
-    def quarter(self, first: Tensor, second: Tensor) -> Tensor:
+    def _quarter(self, first: Tensor, second: Tensor) -> Tensor:
         x = normalise(first, second)
         if issubclass(self.kind, FlowNet2CSS):
             flow = self._refined(x, "flownetc", "flownets_1", "flownets_2")
@@ -183,7 +190,7 @@ class CpuNetwork:
             flow = flownet_sd(self.layers, x)
         else:
             flow = flownet_s(self.layers, x)
-        return (flow * FLOW_SCALE).contiguous()
+        return flow * FLOW_SCALE
 
     def _refined(self, x: Tensor, first: str, *others: str) -> Tensor:
         """A stack's last prediction, pixels / 20."""
@@ -192,3 +199,12 @@ class CpuNetwork:
             full = upsample(flow * FLOW_SCALE, "bilinear")
             flow = flownet_s(self.layers.part(name), refining_input(x, full))
         return flow
+
+
+def _in_groups(form: Callable[[Tensor, Tensor], Tensor], first: Tensor, second: Tensor) -> Tensor:
+    """Few pairs at a time: memory is that of a group, however many pairs a batch has."""
+    pairs, _, height, width = first.shape
+    most = max(1, GROUP_PIXELS // (height * width))
+    if pairs <= most:
+        return form(first, second).contiguous()
+    return torch.cat([form(*group) for group in zip(torch.split(first, most), torch.split(second, most), strict=True)])

@@ -19,12 +19,11 @@ from flowreel.engine.models.layers import SLOPE
 _ops: Any = torch.ops.mkldnn
 STRIP = 4 << 20  # bytes of output a strip
 WHOLE = 16 << 20  # bytes of output up to which a layer is done in one piece
-_USUAL = (1, 32, 64)  # batch, height and width that weights are packed for at first: that form serves most sizes
 
 
 def available(dtype: torch.dtype) -> bool:
     """Whether this CPU and this torch have it, in that type."""
-    if not torch.backends.mkldnn.is_available() or torch.ops.mkldnn._is_mkldnn_acl_supported():
+    if not torch._C._has_mkldnn or _ops._is_mkldnn_acl_supported():
         return False
     return dtype == torch.float32 or bool(_ops._is_mkldnn_bf16_supported())
 
@@ -40,16 +39,15 @@ class Convolution:
         leaky: bool,
         dtype: torch.dtype,
     ) -> None:
-        """``layer`` says of what kind; the numbers are ``weight`` and ``bias``, which are not kept."""
+        """``layer`` says of what kind; the numbers are copied from ``weight`` and ``bias``."""
         self.transposed = isinstance(layer, nn.ConvTranspose2d)
         self.kernel, self.stride, self.padding = layer.kernel_size[0], layer.stride[0], int(layer.padding[0])
         self.inputs, self.outputs, self.dtype = layer.in_channels, layer.out_channels, dtype
         self._bias = None if bias is None else bias.detach().to(dtype, copy=True)
         self._activation: tuple[str, list[float], str] = ("leaky_relu", [SLOPE], "") if leaky else ("none", [], "")
+        self._plain: Tensor | None = weight.detach().to(dtype, copy=True).contiguous()  # until there is a packed form
         self._forms: dict[bytes, Tensor] = {}  # by memory layout
         self._chosen: dict[tuple[int, ...], Tensor] = {}  # by the input's size and the rows of padding
-        batch, height, width = _USUAL
-        self._pack(weight.detach().to(dtype), (batch, self.inputs, height, width), self.padding)
 
     def __call__(self, x: Tensor, buffers: Buffers) -> Tensor:
         """(B, inputs, H, W) of any type and strides to (B, outputs, H', W') in this layer's type, channels last."""
@@ -97,9 +95,7 @@ class Convolution:
         key = (*x.shape, padding)
         weight = self._chosen.get(key)
         if weight is None:
-            plain = next(iter(self._forms.values())).to_dense()
-            weight = self._pack(plain.transpose(0, 1) if self.transposed else plain, x.shape, padding)
-            self._chosen[key] = weight
+            weight = self._chosen[key] = self._pack(x.shape, padding)
         around, step, close = [padding, self.padding], [self.stride] * 2, [1, 1]
         if self.transposed:
             made: Tensor = _ops._convolution_transpose_pointwise(
@@ -109,15 +105,21 @@ class Convolution:
         made = _ops._convolution_pointwise(x, weight, self._bias, around, step, close, 1, *self._activation)
         return made
 
-    def _pack(self, weight: Tensor, size: Any, padding: int) -> Tensor:
-        """The weights in the layout oneDNN chooses for that input; layouts that agree share memory."""
+    def _pack(self, size: torch.Size, padding: int) -> Tensor:
+        """The weights in the layout oneDNN chooses for that input; sizes that agree in it share memory."""
+        plain = self._plain
+        if plain is None:
+            plain = next(iter(self._forms.values())).to_dense()
+            plain = plain.transpose(0, 1).contiguous() if self.transposed else plain
         around, step, close = [padding, self.padding], [self.stride] * 2, [1, 1]
         if self.transposed:
-            form = _ops._reorder_convolution_transpose_weight(weight, around, [0, 0], step, close, 1, list(size))
+            form = _ops._reorder_convolution_transpose_weight(plain, around, [0, 0], step, close, 1, list(size))
         else:
-            form = _ops._reorder_convolution_weight(weight, around, step, close, 1, list(size))
+            form = _ops._reorder_convolution_weight(plain, around, step, close, 1, list(size))
         layout = bytes(_ops._get_mkldnn_serialized_md(form).numpy())
-        return self._forms.setdefault(layout, form)
+        form = self._forms.setdefault(layout, form)
+        self._plain = None
+        return form
 
 
 def strips(height: int, width: int, bytes_a_pixel: int) -> Iterator[tuple[int, int]]:

@@ -56,3 +56,43 @@ __device__ __forceinline__ Pixel this_pixel(int batch, int height, int width) {
     const long long row = number / width;
     return {(int)(row / height), (int)(row % height), (int)(number % width), number < (long long)batch * height * width};
 }
+
+// --- pictures: `blocks` blocks share the pixels of each, so that what they find can be put together ----------------
+
+constexpr int BLOCK = 256;  // threads of a block, in all kernels that use what follows
+
+struct Share {
+    int n;             // picture
+    long long first;   // pixel of this thread
+    long long stride;  // from one of its pixels to the next
+};
+
+__device__ __forceinline__ Share share_of_picture(int blocks) {
+    const int n = (int)(blockIdx.x / blocks), block = (int)(blockIdx.x % blocks);
+    return {n, (long long)block * BLOCK + threadIdx.x, (long long)blocks * BLOCK};
+}
+
+// What all threads of the block found, put together by V::with; thread 0 gets it. All must come here, once.
+template <class V>
+__device__ __forceinline__ V total_of_block(V mine) {
+    SHARED(V, parts, BLOCK);
+    const int thread = (int)threadIdx.x;
+    parts[thread] = mine;
+    for (int half = BLOCK / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (thread < half) parts[thread] = parts[thread].with(parts[thread + half]);
+    }
+    return parts[0];
+}
+
+// The largest of floats that are not negative: their bits are in their order. *place is 0 before.
+__device__ __forceinline__ void raise(float* place, float x) { atomicMax((int*)place, __float_as_int(x)); }
+
+// --- vectors of flow -------------------------------------------------------------------------------------------------
+
+constexpr float UNKNOWN_ABOVE = 1e9f;  // pixels, as in engine/data.py
+
+// NaN fails every comparison.
+__device__ __forceinline__ bool is_known(float u, float v) {
+    return fabsf(u) <= UNKNOWN_ABOVE && fabsf(v) <= UNKNOWN_ABOVE;
+}

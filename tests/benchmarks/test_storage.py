@@ -33,7 +33,7 @@ def ramp(height: int, width: int) -> Any:
 def test_cost_is_that_of_the_chunk(storage: ModuleType) -> None:
     flow = ramp(30, 40)
     codec = flow_codec(30, 40, SinkConfig())
-    cost = storage.measure(codec, [flow, flow])
+    cost = storage.measure(codec, [flow, flow], 12 + 8 * 30 * 40)
     assert cost.ratio == (12 + 8 * 30 * 40) / len(codec.encode(flow).chunk)
     error = np.abs(np.rint(flow * 32) / 32 - flow)
     assert cost.max_error == pytest.approx(error.max(), rel=1e-6)
@@ -49,6 +49,17 @@ def test_every_field_and_codec_has_its_row(storage: ModuleType) -> None:
     for row in rows:
         assert row[".flo / lossless"] < row[".flo / 1/16"]
         assert row["write amplification"] is None
+        errors = [float(error) for error in row["max error px at each"].split(", ")]
+        assert [row[f".flo / {bound}"] > 0 for bound in storage.BOUNDS] == [True] * len(errors)
+        assert all(0 < error <= bound for error, bound in zip(errors[:-1], storage.BOUNDS.values(), strict=False))
+        assert errors[-1] == 0
+
+
+def test_a_coarse_field_counts_as_the_flow_made_of_it(storage: ModuleType) -> None:
+    (alone, *_), (coarse, *_) = (
+        storage.measure_all("ramp", [ramp(8, 16)], ["blosc"], *size) for size in ((), ((32, 64),))
+    )
+    assert coarse["ratio"] == pytest.approx(alone["ratio"] * (12 + 8 * 32 * 64) / (12 + 8 * 8 * 16))
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="this system does not count a process's writes")

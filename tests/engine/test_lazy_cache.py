@@ -200,9 +200,9 @@ class TestSharing:
         assert wait is not None
         keep = wait.keep
 
-        def kept_late(number: int, flow: Any) -> Any:
-            first = fast[number].numpy()
-            late = keep(number, flow + 1)
+        def kept_late(numbers: list[int], flows: Any) -> Any:
+            first = fast[numbers].numpy()
+            late = keep(numbers, flows + 1)
             np.testing.assert_array_equal(late, first)
             return late
 
@@ -386,7 +386,7 @@ class TestRefusal:
             opened(cache=tmp_path / "run.zarr")
         (tmp_path / "photos").mkdir()
         (tmp_path / "photos/cat.png").write_bytes(b"")
-        with pytest.raises(DamagedStoreError, match="not a Zarr v3 store"):
+        with pytest.raises(CacheMismatchError, match="is no cache and not empty"):
             opened(cache=tmp_path / "photos")
         (tmp_path / "empty").mkdir()
         assert opened(cache=tmp_path / "empty").cached == 0
@@ -503,6 +503,27 @@ class TestDamage:
         assert not list((cache / "flow").glob("*.partial"))
         assert flow[7].shape == (2, 48, 64)
         assert flow.cached == 2
+
+    def test_several_are_encoded_side_by_side(
+        self, opened: Open, cache: Path, expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As on a machine with more cores; one that fails is told, those before it are there."""
+        monkeypatch.setattr("flowreel.sinks.flow_cache.encode_workers", lambda: 4)
+        flow = opened()
+        assert (flow[:16] - expected[:16]).abs().max() <= 1 / 64
+        real = FlowCache._keep_one
+
+        def fails(self: FlowCache, number: int, *others: Any) -> None:
+            if number == 22:
+                raise OutputWriteError("no more room")
+            real(self, number, *others)
+
+        monkeypatch.setattr(FlowCache, "_keep_one", fails)
+        with pytest.raises(OutputWriteError, match="no more room"):
+            flow[20:24]
+        store = flowreel.open_store(cache)
+        assert isinstance(store, FlowCache)
+        assert [number for number in range(16, COUNT) if store.has(number)] in ([20, 21], [20, 21, 23])
 
     def test_a_cache_that_goes_away(self, opened: Open, cache: Path) -> None:
         flow = opened()

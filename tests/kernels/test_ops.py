@@ -79,6 +79,27 @@ def test_backward_op_is_registered_correctly(operation: Case) -> None:
     torch.library.opcheck(op, (*tensors(operation), *operation.settings), test_utils=checks)
 
 
+def test_ops_without_gradients_are_registered_correctly() -> None:
+    a, b, out = torch.randn(2, 3, 5, 6), torch.randn(2, 3, 5, 6), torch.zeros(2, 9, 5, 6)
+    checks = ("test_schema", "test_faketensor")
+    into, paint = (getattr(torch.ops.flowreel, name).default for name in ("correlation_into", "flow_to_color"))
+    torch.library.opcheck(into, (out, a, b, 1, 1, None, 0.1), test_utils=checks)
+    for max_flow in (None, 3.0):
+        torch.library.opcheck(paint, (torch.randn(2, 2, 5, 6), max_flow), test_utils=checks)
+
+
+def test_correlation_into_a_part_compiles_whole() -> None:
+    torch._dynamo.reset()
+    a, b = (torch.randn(2, 3, 5, 6) for _ in range(2))
+
+    def work(whole: Tensor) -> Tensor:
+        flowreel.kernels.correlation(a, b, 1, 1, 1, 1, 1, negative_slope=0.1, out=whole[:, 2:11])
+        return whole * 2
+
+    out = torch.compile(work, fullgraph=True, backend="aot_eager")(torch.ones(2, 12, 5, 6))
+    torch.testing.assert_close(out, work(torch.ones(2, 12, 5, 6)))
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fake_tensors_foretell_shape_dtype_and_strides(
@@ -123,8 +144,10 @@ def test_names_are_functions_whatever_was_imported_first() -> None:
     """A module and its function share a name; the package must hand out the function."""
     code = (
         "import flowreel.kernels.warp, flowreel.kernels.correlation, flowreel.kernels.channel_norm\n"
-        "from flowreel.kernels import warp, correlation, channel_norm\n"
-        "assert all(f.__class__.__name__ == 'function' for f in (warp, correlation, channel_norm))\n"
+        "import flowreel.kernels.quantise, flowreel.kernels.yuv_to_rgb\n"
+        "from flowreel.kernels import warp, correlation, channel_norm, quantise, yuv_to_rgb\n"
+        "functions = (warp, correlation, channel_norm, quantise, yuv_to_rgb)\n"
+        "assert all(f.__class__.__name__ == 'function' for f in functions)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 

@@ -6,8 +6,10 @@ import copy
 import json
 import os
 import shutil
+import tracemalloc
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, get_args
@@ -317,6 +319,28 @@ def test_bytes_are_written_once(tmp_path: Path) -> None:
     root = (tmp_path / "X.zarr.partial" / "zarr.json").stat().st_size
     sink.commit()
     assert sink.bytes_written == open_store(tmp_path / "X.zarr").summary()["disk_bytes"] + root
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_memory_never_holds_a_raw_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    """Only what is compressed waits for its shard to be full, and as many flows as the workers have at hand."""
+    monkeypatch.setattr(zarr_store, "encode_workers", lambda: workers)
+    count, height, width = 200, 64, 128
+    smooth = np.linspace(-20, 20, width, dtype=np.float32)
+    sink = ZarrSink(str(tmp_path / "X.zarr"), config(shard_bytes=count * 8 * height * width))
+    sink.open(header(count, height, width))
+    tracemalloc.start()
+    try:
+        for number in range(count):
+            flow = np.broadcast_to(smooth + number / 8, (1, 2, height, width)).copy()
+            sink.write(next(replace(batch, index=number) for batch in batches(flow)))
+        sink.commit()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    store = open_store(tmp_path / "X.zarr")
+    assert store.shard_length == count
+    assert peak < store.summary()["disk_bytes"] * 2 + 12 * store.flow_bytes < count * store.flow_bytes / 4
 
 
 # Unfinished never looks finished

@@ -6,7 +6,7 @@ import itertools
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ from flowreel.engine.errors import (
 )
 from flowreel.engine.sources import open_source
 from flowreel.engine.sources.picture import Turn
-from flowreel.engine.sources.probe import probe_video
+from flowreel.engine.sources.probe import VideoProbe, probe_video
 from flowreel.engine.sources.video import VideoSource, open_video
 
 Clip = Callable[..., Path]
@@ -172,6 +172,33 @@ def test_seeking_really_skips(long_clip: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(pyav, "_pass", lambda *a, **k: (stamps.append(frame.pts) or frame for frame in real(*a, **k)))
     assert numbers(VideoSource(probe, SelectConfig(start=90, stop=92))) == [90, 91]
     assert probe.timeline.number_of(stamps[0]) == 80  # the key frame before it
+
+
+@pytest.mark.parametrize("lands", ["at a later key frame", "at the end", "nowhere"])
+def test_a_seek_that_lands_wrong_is_made_good_from_the_start(
+    long_clip: Path, monkeypatch: pytest.MonkeyPatch, lands: str
+) -> None:
+    from flowreel.engine.sources import pyav
+
+    probe = probe_video(str(long_clip))
+    assert probe.timeline.stamps is not None
+    whole = [frame.rgb for frame in VideoSource(probe, SelectConfig())]
+    later = probe.timeline.stamps[{"at a later key frame": 90, "at the end": 99, "nowhere": 99}[lands]]
+    begun: list[int | None] = []
+    real = pyav._pass
+
+    def misled(probe: VideoProbe, seek_stamp: int | None, careful: bool, latest: int = 0) -> Iterator[Any]:
+        begun.append(seek_stamp)
+        frames: Iterator[Any] = real(probe, seek_stamp, careful, latest)
+        if seek_stamp is not None:
+            frames = (frame for frame in frames if lands != "nowhere" and frame.pts >= later)
+        yield from frames
+
+    monkeypatch.setattr(pyav, "_pass", misled)
+    frames = list(VideoSource(probe, SelectConfig(start=85, stop=88)))
+    assert begun == [probe.timeline.stamps[80], None]
+    assert [frame.index for frame in frames] == [85, 86, 87]
+    assert all(frame.rgb.equal(whole[frame.index]) for frame in frames)
 
 
 @pytest.mark.usefixtures("each_decoder")

@@ -357,6 +357,8 @@ static inline T atomicMax(T* place, T value) {
     if (value > before) *place = value;
     return before;
 }
+static inline float __fadd_rn(float a, float b) { return a + b; }
+static inline float __fmul_rn(float a, float b) { return a * b; }
 static inline int __float_as_int(float x) { return (int)bits_of(x); }
 static inline float __int_as_float(int x) { return float_of((unsigned)x); }
 template <class T>

@@ -1,0 +1,120 @@
+"""Flow to whole numbers of steps, as the store keeps it, with what could not be kept counted and the error found."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowreel.engine.data import UNKNOWN_ABOVE
+from flowreel.kernels.launch import SUFFIXES, blocks_for_picture, implement, launch, sizes, view
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Quantised(NamedTuple):
+    """N flows in steps, all on their device."""
+
+    steps: Tensor  # (N, 2, H, W) int16 or int32; the type's smallest number, twice, where there is no vector
+    unknown: Tensor  # (N,) int32: vectors that were NaN, infinite or beyond 1e9 px
+    beyond_range: Tensor  # (N,) int32: vectors that were known but are longer than the limit, in x or in y
+    worst: Tensor  # (N,) float32 pixels: the largest error of what was kept, in x or in y
+
+
+# --- the definition: any device ---------------------------------------------------------------------------------------
+
+
+def quantise_definition(
+    flow: Tensor, step: float, limit: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What ``quantise`` means; the four tensors of ``Quantised``."""
+    wide = flow.float()
+    steps = (wide * (1 / step)).round()
+    known = (wide.abs() <= UNKNOWN_ABOVE).all(1, keepdim=True)
+    kept = known & (steps.abs() <= limit).all(1, keepdim=True)
+    stored = torch.where(kept, steps, torch.iinfo(dtype).min).to(dtype)
+    error = torch.where(kept, stored.float() * step - wide, 0).abs()
+    unknown, beyond = (vectors.sum((1, 2, 3), dtype=torch.int32) for vectors in (~known, known & ~kept))
+    return stored, unknown, beyond, error.amax((1, 2, 3))
+
+
+# --- the CUDA version -------------------------------------------------------------------------------------------------
+
+
+def _quantise_cuda(
+    flow: Tensor, step: float, limit: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    count, _, height, width = flow.shape
+    out = torch.empty(flow.shape, dtype=dtype, device=flow.device)
+    unknown, beyond, worst = (
+        torch.zeros(count, dtype=kind, device=flow.device) for kind in (torch.int32, torch.int32, torch.float32)
+    )
+    blocks = blocks_for_picture(height, width)
+    scales = map(np.float32, (step, 1 / step, limit))
+    arguments = (*view(flow), *view(out), unknown, beyond, worst, *sizes(height, width, blocks), *scales)
+    entry = f"quantise_{8 * dtype.itemsize}_{SUFFIXES[flow.dtype]}"
+    launch("quantise", entry, (blocks * count,), (*arguments, np.int32(torch.iinfo(dtype).min)))
+    return out, unknown, beyond, worst
+
+
+# --- registration -----------------------------------------------------------------------------------------------------
+
+_torch_library: Any = torch.library  # its functions carry no types
+_LIBRARY = _torch_library.Library("flowreel", "FRAGMENT")
+_LIBRARY.define("quantise(Tensor flow, float step, float limit, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)")
+implement(_LIBRARY, "quantise", quantise_definition, on_cuda=_quantise_cuda)
+
+
+def _shapes(flow: Tensor, step: float, limit: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def made(kind: torch.dtype, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=kind, device=flow.device)
+
+    count = flow.shape[0]
+    return made(dtype, *flow.shape), made(torch.int32, count), made(torch.int32, count), made(torch.float32, count)
+
+
+_torch_library.register_fake("flowreel::quantise", _shapes, lib=_LIBRARY)
+
+
+# --- the public function ----------------------------------------------------------------------------------------------
+
+
+def quantise(flow: Tensor, step: float, limit: float | None = None, dtype: torch.dtype = torch.int16) -> Quantised:
+    """Each vector to the nearest whole numbers of steps, and proof of how near that is.
+
+    Args:
+        flow: (N, 2, H, W) float32, bfloat16 or float16, pixels, any strides, none of the sizes zero.
+        step: pixels of one step, a power of two: then scaling is exact, and no error is beyond half a step.
+        limit: the largest number of steps that is kept; None: the largest the type holds beside its smallest number,
+            and of float32's.
+        dtype: torch.int16 or torch.int32.
+
+    Returns:
+        What ``sinks.codecs.FlowCodec.quantise`` makes of the same flow, value by value and count by count, and the
+        largest error. That the error is within a promised bound is for the caller to check: to do so here would make
+        the CPU wait. On a GPU: equal to the definition.
+
+    Raises:
+        TypeError: flow is not floating point, or the dtype is none of these.
+        ValueError: a shape, step or limit that cannot be.
+    """
+    if not flow.is_floating_point() or flow.dtype == torch.float64:
+        raise TypeError(f"flow to quantise is float32, bfloat16 or float16, got {flow.dtype}")
+    if dtype not in (torch.int16, torch.int32):
+        raise TypeError(f"steps are int16 or int32, got {dtype}")
+    if flow.ndim != 4 or flow.shape[1] != 2 or flow.numel() == 0:
+        raise ValueError(f"flow is (N, 2, H, W) and holds something, got {tuple(flow.shape)}")
+    if not 0 < step < math.inf or math.frexp(step)[0] != 0.5:
+        raise ValueError(f"a step is a power of two, got {step}")
+    most = 32767.0 if dtype == torch.int16 else 2147483520.0  # float32's largest below 2^31
+    limit = most if limit is None else limit
+    if not 0 < limit <= most:
+        raise ValueError(f"the limit for {dtype} is up to {most:.0f} steps, got {limit}")
+    return Quantised(*_quantise(flow, step, limit, dtype))
+
+
+_quantise: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = torch.ops.flowreel.quantise.default

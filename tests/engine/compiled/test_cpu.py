@@ -1,0 +1,54 @@
+"""The CPU's own form: everything in strips, pairs in groups, and what it falls back to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import flowreel
+from flowreel.engine.compiled import buffers, cpu, onednn, pack, plain
+from flowreel.engine.models import MODELS
+
+Filled = Callable[..., nn.Module]
+
+
+def frames(count: int, height: int = 128, width: int = 64) -> tuple[Tensor, Tensor]:
+    """Smooth ones: the stacks warp by the flow of random weights, which tears noise apart."""
+    coarse = torch.rand(2 * count, 3, 4, 3, generator=torch.Generator().manual_seed(0)) * 255
+    fine = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic", align_corners=True)
+    return fine[:count], fine[count:]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_network_in_strips_and_in_kept_memory(name: str, filled: Filled, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As large frames are done; twice, so that the second time all memory has been used before."""
+    monkeypatch.setattr(onednn, "WHOLE", 0)
+    monkeypatch.setattr(onednn, "STRIP", 16 << 10)
+    monkeypatch.setattr(buffers, "SMALLEST", 0)
+    model = filled(name, width=0.15, batch_norm=True)
+    fast = flowreel.compile(model, (2, 128, 64))
+    with torch.no_grad():
+        expected = model(*frames(2))
+    for _ in range(2):
+        torch.testing.assert_close(fast(*frames(2)), expected, rtol=0, atol=1e-4)
+
+
+def test_a_pair_does_not_depend_on_its_batch(filled: Filled, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "GROUP_PIXELS", 128 * 64)
+    model = filled("FlowNet2", width=0.1)
+    first, second = frames(3)
+    together = flowreel.compile(model, (3, 128, 64))(first, second)
+    alone = flowreel.compile(model, (1, 128, 64))
+    for number in range(3):
+        assert torch.equal(alone(first[number, None], second[number, None])[0], together[number])
+
+
+@pytest.mark.skipif(not onednn.available(torch.float32), reason="this torch has no oneDNN for this CPU")
+def test_without_onednn_the_module_runs(filled: Filled, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = filled("FlowNet2S", width=0.1)
+    assert isinstance(pack(model, "fp32"), cpu.CpuNetwork)
+    monkeypatch.setattr(cpu, "available", lambda dtype: False)
+    assert isinstance(pack(model, "fp32"), plain.PlainNetwork)

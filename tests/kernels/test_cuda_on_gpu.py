@@ -1,0 +1,172 @@
+"""On a card: each kernel in a captured CUDA graph and under torch.compile, forward and backward, beside its definition.
+
+The definitions run on the CPU, in float32, on the values that the kernels are given. What the kernels compute when
+called plainly is in test_cuda.py and its neighbours, which run on a card as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from flowreel.kernels import channel_norm, correlation, flow_to_color, launch, quantise, warp, yuv_to_rgb
+from flowreel.kernels.channel_norm import channel_norm_definition
+from flowreel.kernels.correlation import pixel_correlation_definition
+from flowreel.kernels.flow_color import flow_to_color_definition
+from flowreel.kernels.quantise import quantise_definition
+from flowreel.kernels.warp import warp_definition
+from flowreel.kernels.yuv_to_rgb import yuv_to_rgb_definition
+
+Results = tuple[Tensor, ...]
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+
+
+class Differentiable(NamedTuple):
+    """An operation with gradients: the result, then the gradients of all inputs."""
+
+    function: Callable[..., Tensor]
+    definition: Callable[..., Tensor]
+    shapes: tuple[tuple[int, ...], ...]
+    full: tuple[int, ...] = ()  # inputs that are float32 whatever the others are
+
+
+def activated(a: Tensor, b: Tensor) -> Tensor:
+    return correlation(a, b, scale=0.3, negative_slope=0.1)
+
+
+def activated_definition(a: Tensor, b: Tensor) -> Tensor:
+    return pixel_correlation_definition(a, b, 10, 2, 0.3, 0.1)
+
+
+MAP = (2, 5, 11, 19)
+DIFFERENTIABLE = {
+    "correlation": Differentiable(activated, activated_definition, (MAP, MAP)),
+    "warp": Differentiable(warp, warp_definition, (MAP, (2, 2, 11, 19)), full=(1,)),
+    "channel_norm": Differentiable(channel_norm, channel_norm_definition, (MAP,)),
+}
+
+
+@pytest.fixture(params=DIFFERENTIABLE.keys())
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    chosen: torch.dtype = request.param
+    return chosen
+
+
+def random(case: Differentiable, dtype: torch.dtype, seed: int) -> list[Tensor]:
+    """Inputs on the CPU; warps stay away from whole pixels, where the slope jumps."""
+    generator = torch.Generator().manual_seed(seed)
+    made = [torch.randn(shape, generator=generator) for shape in case.shapes]
+    made = [x.round() + 0.5 + 0.4 * torch.tanh(x) if n in case.full else x for n, x in enumerate(made)]
+    return [x if n in case.full else x.to(dtype) for n, x in enumerate(made)]
+
+
+def with_gradients(function: Callable[..., Tensor], inputs: list[Tensor]) -> Results:
+    """The result, and the gradients of the sum of its values, each weighted with its place."""
+    out = function(*inputs)
+    weights = torch.linspace(-1, 1, out.numel(), device=out.device).view(out.shape).to(out.dtype)
+    return out, *torch.autograd.grad(out, inputs, weights)
+
+
+def wanted(case: Differentiable, inputs: list[Tensor]) -> Results:
+    return with_gradients(case.definition, [x.float().cpu().detach().requires_grad_() for x in inputs])
+
+
+def compare(found: Results, expected: Results, tolerance: float) -> None:
+    for x, y in zip(found, expected, strict=True):
+        size = max(1.0, y.abs().max().item())
+        torch.testing.assert_close(x.float().cpu(), y, rtol=2 * tolerance, atol=2 * tolerance * size)
+
+
+def captured(work: Callable[[], Results]) -> tuple[torch.cuda.CUDAGraph, Results]:
+    """A graph of the work, and the tensors that it fills on each replay."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = work()
+    return graph, results
+
+
+def test_in_a_captured_graph(gpu: torch.device, name: str, dtype: torch.dtype) -> None:
+    case = DIFFERENTIABLE[name]
+    inputs = [x.to(gpu).requires_grad_() for x in random(case, dtype, 1)]
+    with launch.recording(ran := {}):
+        graph, results = captured(lambda: with_gradients(case.function, inputs))
+    assert ran[name] == "cuda"
+    for seed in (2, 3):
+        others = random(case, dtype, seed)
+        with torch.no_grad():
+            for place, values in zip(inputs, others, strict=True):
+                place.copy_(values)
+        graph.replay()
+        compare(results, wanted(case, others), TOLERANCE[dtype])
+
+
+def test_under_torch_compile(gpu: torch.device, name: str, dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+    case = DIFFERENTIABLE[name]
+    inputs = random(case, dtype, 1)
+    compiled = torch.compile(case.function, fullgraph=True)
+    compare(
+        with_gradients(compiled, [x.to(gpu).requires_grad_() for x in inputs]), wanted(case, inputs), TOLERANCE[dtype]
+    )
+
+
+def test_correlation_into_a_concatenation_in_a_graph_and_compiled(gpu: torch.device) -> None:
+    torch._dynamo.reset()
+    a, b = torch.randn(2, *MAP)
+    expected = torch.ones(2, 446, 11, 19)
+    expected[:, 3:444] = activated_definition(a, b)
+    a, b = a.to(gpu), b.to(gpu)
+
+    def work() -> Results:
+        whole = torch.ones(2, 446, 11, 19, device=gpu).to(memory_format=torch.channels_last)
+        correlation(a, b, scale=0.3, negative_slope=0.1, out=whole[:, 3:444])
+        return (whole,)
+
+    graph, results = captured(work)
+    graph.replay()
+    compare(results, (expected,), 1e-5)
+    compare(torch.compile(work, fullgraph=True)(), (expected,), 1e-5)
+
+
+def test_pictures_and_steps_in_a_graph_and_compiled(gpu: torch.device) -> None:
+    torch._dynamo.reset()
+    flow = torch.randn(2, 2, 37, 130, generator=torch.Generator().manual_seed(1)) * 300
+    luma = torch.randint(0, 256, (36, 52), dtype=torch.uint8)
+    chroma = torch.randint(0, 256, (18, 26, 2), dtype=torch.uint8)
+    rgb = torch.zeros(3, 36, 52, dtype=torch.uint8)
+    yuv_to_rgb_definition(rgb, luma, chroma, "bt709", False, 8)
+    expected = (*quantise_definition(flow, 1 / 64, 32767.0, torch.int16), flow_to_color_definition(flow, None), rgb)
+    given = [x.to(gpu) for x in (flow, luma, chroma)]
+
+    def work() -> Results:
+        on_card, y, c = given
+        return (*quantise(on_card, 1 / 64), flow_to_color(on_card), yuv_to_rgb(y, c))
+
+    graph, results = captured(work)
+    graph.replay()
+    for found in (results, torch.compile(work, fullgraph=True)()):
+        for x, y in zip(found[:4], expected[:4], strict=True):
+            assert torch.equal(x.cpu(), y)
+        for x, y in zip(found[4:], expected[4:], strict=True):
+            assert (x.cpu().int() - y.int()).abs().max() <= 1
+
+
+def test_all_kernels_load(gpu: torch.device) -> None:
+    assert launch.kernels_on(gpu) == "cuda"
+    launch.prepare(gpu)
+    assert {source for source, _ in launch._modules} == {path.stem for path in launch.SOURCES.glob("*.cu")}

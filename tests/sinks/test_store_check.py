@@ -1,0 +1,131 @@
+"""A flipped bit anywhere in a finished store is found, and what is known of flow and frame is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flowreel.engine.config import SinkConfig
+from flowreel.engine.data import FlowBatch, FlowInfo, NativeGrid, SourceId
+from flowreel.engine.verify import verify
+from flowreel.sinks import store_check
+from flowreel.sinks.store_reader import FlowStore, open_store
+from flowreel.sinks.zarr_store import ZarrSink
+
+T, H, W, SHARD = 5, 8, 12, 2  # flows; the last shard is ragged
+GRID = NativeGrid(height=16, width=16, factor=4, upsampling="bilinear", fit="pad", top=0, left=0)
+KINDS: dict[str, tuple[SinkConfig, NativeGrid | None]] = {
+    "blosc": (SinkConfig(codec="blosc"), None),
+    "lossless zstd": (SinkConfig(codec="zstd", max_error=0), None),
+    "pcodec2d": (SinkConfig(codec="pcodec2d"), None),
+    "native pcodec": (SinkConfig(codec="pcodec"), GRID),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FlowStore]:
+    """A finished store of every second frame of a clip of 25 frames a second, checked without threads: quicker."""
+    config, native = KINDS[request.param]
+    height, width = (60, 61) if native else (H, W)
+    stored = (native.height, native.width) if native else (H, W)
+    config = replace(config, shard_bytes=SHARD * 8 * stored[0] * stored[1])
+    made_by = {"model": "FlowNet2C", "weights": "a \u00e9 b", "max_flow": 1.5e-7, "batch": 2}
+    info = FlowInfo(height, width, Fraction(25), T + 1, SourceId("clip.mp4", 9, 1.0), made_by, native)
+    values = np.random.default_rng(0).normal(0, 5, (T, 2, *stored)).astype(np.float32)
+    frame = 2 * np.arange(T)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        patch.setattr(store_check, "DECODE_THREADS", 0)
+        sink = ZarrSink(str(tmp_path_factory.mktemp("store") / "X.zarr"), config)
+        sink.open(info)
+        flow = torch.zeros(T, 2, height, width) if native else torch.from_numpy(values)
+        times = frame / 25, (frame + 2) / 25
+        sink.write(FlowBatch(flow, 0, frame, frame + 2, *times, native=torch.from_numpy(values) if native else None))
+        sink.commit()
+        yield open_store(sink.path)
+
+
+def files_of(store: FlowStore) -> list[Path]:
+    return sorted(path for path in store.folder.rglob("*") if path.is_file())
+
+
+def reads_the_same(one: bytes, other: bytes) -> bool:
+    """JSON can be written in more than one way: the e of a number in either case."""
+    try:
+        return bool(json.loads(one) == json.loads(other))
+    except ValueError:
+        return False
+
+
+def test_nothing_is_wrong_with_a_sound_store(store: FlowStore) -> None:
+    assert list(store.check()) == []
+
+
+def test_a_flipped_bit_anywhere_is_found(store: FlowStore) -> None:
+    """A few of every file; in a file of flow or values, what is found names what it belongs to."""
+    chance = random.Random(0)
+    for path in files_of(store):
+        sound = path.read_bytes()
+        name = path.relative_to(store.folder).as_posix()
+        for bit in chance.sample(range(8 * len(sound)), min(24 if name.endswith(".json") else 8, 8 * len(sound))):
+            damaged = bytearray(sound)
+            damaged[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(damaged)
+            found = verify(store.path)
+            path.write_bytes(sound)
+            if name.endswith(".json"):
+                assert not found.sound or reads_the_same(sound, damaged), (name, bit)
+                continue
+            told = "\n".join(map(str, found.findings))
+            if name.startswith("flow/"):
+                shard = int(name.split("/")[2])
+                flows = [int(number) for number in re.findall(r"flows? (\d+)", told)]
+                assert flows, (name, bit)
+                assert all(number // SHARD == shard for number in flows), (name, bit, told)
+                assert all(f"frame {2 * n}" in told or f"frames {2 * n} to" in told for n in flows), (name, bit, told)
+            else:
+                assert name.split("/")[0] in told, (name, bit, told)
+
+
+def test_what_a_store_says_of_its_source_is_that_which_was_written(store: FlowStore) -> None:
+    path = store.folder / "zarr.json"
+    sound = path.read_text()
+    for was, now in (("FlowNet2C", "FlowNet2S"), ("clip.mp4", "clap.mp4"), ("flowreel_crc32c", "flowreel_crc32b")):
+        path.write_text(sound.replace(was, now))
+        assert any("is not what was written" in problem for problem in FlowStore(store.folder).problems())
+    path.write_text(sound)
+
+
+@pytest.mark.parametrize("which", ["own", "copy"])
+def test_metadata_that_only_others_read_is_compared(store: FlowStore, which: str) -> None:
+    path = store.folder / ("flow/zarr.json" if which == "own" else "zarr.json")
+    sound = path.read_text()
+    path.write_text(sound.replace('"component"', '"compinent"').replace('"units": "pixel"', '"units": "qixel"'))
+    told = list(FlowStore(store.folder).problems())
+    path.write_text(sound)
+    assert "the metadata of flow and the group's copy of it differ: dimension_names, units" in told
+
+
+def test_attributes_of_ones_own_are_no_damage(store: FlowStore) -> None:
+    documents: list[tuple[Path, str]] = []
+    for name in ("zarr.json", "flow/zarr.json", "frame/zarr.json"):
+        path = store.folder / name
+        documents.append((path, path.read_text()))
+        content: dict[str, Any] = json.loads(documents[-1][1])
+        content["attributes"]["mine"] = [1, {"a": None}]
+        path.write_text(json.dumps(content))
+    found = list(FlowStore(store.folder).check())
+    for path, text in documents:
+        path.write_text(text)
+    assert found == []

@@ -1,0 +1,69 @@
+"""The Python and the commands on the pages for users, run as they stand and in their order."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+
+import flowreel
+
+ROOT = Path(__file__).resolve().parent.parent
+LAZY = (ROOT / "docs/lazy.md").read_text()
+FRAMES = 40
+
+
+@pytest.fixture(scope="module")
+def dance(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """dance.mp4: 40 frames, a key frame every 12, nothing reordered."""
+    path = tmp_path_factory.mktemp("docs") / "dance.mp4"
+    rng = np.random.default_rng(0)
+    texture = rng.integers(0, 255, (20, 40, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    options = {"x264-params": "keyint=12:min-keyint=12:scenecut=0:bframes=0"}
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("libx264", rate=25, options=options)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for number in range(FRAMES):
+            picture = np.ascontiguousarray(texture[number : number + 64, 3 * number : 3 * number + 96])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def test_lazy(dance: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(dance.parent)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    names: dict[str, Any] = {"__name__": "__main__"}
+    blocks = re.findall(r"```(python|sh)\n(.*?)```", LAZY, re.DOTALL)
+    assert len(blocks) > 8
+    for language, block in blocks:
+        if language == "python":
+            exec(compile(block, "docs/lazy.md", "exec"), names)
+            continue
+        for line in block.splitlines():
+            subprocess.run(line, shell=True, check=True, capture_output=True, env={**os.environ, "PATH": path})
+    told = capsys.readouterr().out
+    assert "(39, 2, 64, 96)" in told
+    assert "LazyStatistics(decoded=0, seeks=0, computed=0, from_cache=0)" in told
+    assert "20 10 30" in told
+    assert "fit was pad, is resize. Open it as before" in told
+    assert flowreel.open_store("dance.zarr").complete
+    assert flowreel.open_store("cache/dance.mp4").layout.cache
+    assert names["batch"]["flow"].shape[1:] == (20, 48, 64)
+
+
+def test_what_lazy_reading_costs(dance: Path) -> None:
+    """The page's table."""
+    rows = re.findall(r"^\| `(flow\[.+\])` \| (\d+).* \| (\d+) \|$", LAZY, re.MULTILINE)
+    assert len(rows) == 3
+    for read, decoded, computed in rows:
+        flow = flowreel.open(dance, model="FlowNet2C")
+        eval(read, {"flow": flow})
+        assert (flow.statistics.decoded, flow.statistics.computed) == (int(decoded), int(computed)), read
