@@ -123,7 +123,10 @@ def times(findings: Findings, settings: Settings) -> None:
     for kernel in cases.kernels(settings.device):
         ways = dict(kernel.ways)
         if settings.original is not None and kernel.name == "correlation":
-            _add_original(findings, settings, kernel, ways)
+            try:
+                _add_original(findings, settings, kernel, ways)
+            except Exception as error:  # of any kind: the file is not ours
+                findings.skip(ORIGINAL, error)
         found = alternated(ways, effort, sync)
         for way, seconds in found.items():
             sample = Sample.of(seconds)
@@ -132,12 +135,14 @@ def times(findings: Findings, settings: Settings) -> None:
                 shape=kernel.shape,
                 precision=kernel.precision,
                 by=way,
-                us=sample.times(1e6).cell(),
-                gb_s=sample.rate(kernel.moved_bytes / 1e9).cell(),
-                of_the_limit=cases.share_of_limit(
-                    sample.median, kernel.flops, kernel.moved_bytes, limits, settings.device, kernel.precision
-                ),
-                its_time_by_ours=None if way == cases.OURS else ratio(seconds, found[cases.OURS]),
+                **{
+                    "us": sample.times(1e6).cell(),
+                    "GB/s": sample.rate(kernel.moved_bytes / 1e9).cell(),
+                    "of the limit": cases.share_of_limit(
+                        sample.median, kernel.flops, kernel.moved_bytes, limits, settings.device, kernel.precision
+                    ),
+                    "its time / ours": None if way == cases.OURS else ratio(seconds, found[cases.OURS]),
+                },
             )
         if kernel.name == "correlation":
             slowest = max(found, key=lambda way: Sample.of(found[way]).median)
