@@ -13,7 +13,6 @@ from torch import Tensor
 
 from benchmarks.ceilings import Ceilings, share_of_limit
 from benchmarks.measure import Action, Effort, Sample, alternated, device_sync, devices, ratio
-from flowreel.engine.config import SinkConfig
 from flowreel.kernels import channel_norm, correlation, flow_to_color, quantise, warp, yuv_to_rgb
 from flowreel.kernels.bias_leaky_relu import bias_leaky_relu_, bias_leaky_relu_in_place_definition
 from flowreel.kernels.channel_norm import channel_norm_definition
@@ -23,7 +22,6 @@ from flowreel.kernels.launch import recording
 from flowreel.kernels.quantise import quantise_definition
 from flowreel.kernels.warp import warp_definition
 from flowreel.kernels.yuv_to_rgb import yuv_to_rgb_definition
-from flowreel.sinks.codecs import flow_codec
 
 OURS = "flowreel"
 PIXELS = (448, 1024)  # rows, columns of a frame
@@ -275,6 +273,9 @@ def _quantise(device: str) -> Kernel:
     given = [(flow, 1 / 64, 32767.0, torch.int16) for (flow,) in inputs]
     ways = _ways({OURS: quantise} | ({"torch definition": quantise_definition} if device == "cuda" else {}), given)
     if device == "cpu":
+        from flowreel.engine.config import SinkConfig
+        from flowreel.sinks.codecs import flow_codec
+
         codec = flow_codec(*PIXELS, SinkConfig(max_error=1 / 128))
         ways["the store's, NumPy"] = _without_gradients(codec.quantise, [(flow[0].numpy(),) for (flow,) in inputs])
     return Kernel("quantise", _shape(inputs[0][0]), "fp32", ways, 0.0, 2 * (4 + 2) * PIXELS[0] * PIXELS[1])

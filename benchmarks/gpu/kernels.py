@@ -18,6 +18,7 @@ from flowreel.kernels import channel_norm, correlation, flow_to_color, quantise,
 from flowreel.kernels.bias_leaky_relu import bias_leaky_relu_, bias_leaky_relu_in_place_definition
 from flowreel.kernels.channel_norm import channel_norm_definition
 from flowreel.kernels.correlation import correlation_definition
+from flowreel.kernels.quantise import quantise_definition
 from flowreel.kernels.warp import warp_definition
 from flowreel.kernels.yuv_to_rgb import yuv_to_rgb_definition
 
@@ -35,6 +36,8 @@ def check(findings: Findings, settings: Settings) -> None:
     rgb, wanted = _decoded(settings.device)
     _check_levels(findings, "yuv_to_rgb", rgb, wanted)
     flow = torch.randn(1, 2, *cases.PIXELS, device=settings.device) * 8
+    steps, exact = quantise(flow, 1 / 64), quantise_definition(flow, 1 / 64, 32767.0, torch.int16)
+    findings.check("quantise", all(torch.equal(ours, wanted) for ours, wanted in zip(steps, exact, strict=True)))
     _check_levels(findings, "flow_to_color", flow_to_color(flow, 20.0).cpu(), flow_to_color(flow.cpu(), 20.0))
     pairs = zip(quantise(flow, 1 / 64), quantise(flow.cpu(), 1 / 64), strict=True)
     findings.check("quantise", all(torch.equal(ours.cpu(), wanted) for ours, wanted in pairs))
@@ -122,7 +125,10 @@ def times(findings: Findings, settings: Settings) -> None:
     for kernel in cases.kernels(settings.device):
         ways = dict(kernel.ways)
         if settings.original is not None and kernel.name == "correlation":
-            _add_original(findings, settings, kernel, ways)
+            try:
+                _add_original(findings, settings, kernel, ways)
+            except Exception as error:  # of any kind: the file is not ours
+                findings.skip(ORIGINAL, error)
         found = alternated(ways, effort, sync)
         for way, seconds in found.items():
             sample = Sample.of(seconds)
@@ -131,12 +137,14 @@ def times(findings: Findings, settings: Settings) -> None:
                 shape=kernel.shape,
                 precision=kernel.precision,
                 by=way,
-                us=sample.times(1e6).cell(),
-                gb_s=sample.rate(kernel.moved_bytes / 1e9).cell(),
-                of_the_limit=cases.share_of_limit(
-                    sample.median, kernel.flops, kernel.moved_bytes, limits, settings.device, kernel.precision
-                ),
-                its_time_by_ours=None if way == cases.OURS else ratio(seconds, found[cases.OURS]),
+                **{
+                    "us": sample.times(1e6).cell(),
+                    "GB/s": sample.rate(kernel.moved_bytes / 1e9).cell(),
+                    "of the limit": cases.share_of_limit(
+                        sample.median, kernel.flops, kernel.moved_bytes, limits, settings.device, kernel.precision
+                    ),
+                    "its time / ours": None if way == cases.OURS else ratio(seconds, found[cases.OURS]),
+                },
             )
         if kernel.name == "correlation":
             slowest = max(found, key=lambda way: Sample.of(found[way]).median)

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import time
-import xml.etree.ElementTree as ElementTree
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -145,8 +144,16 @@ def test_a_part_that_hangs_is_ended_with_all_it_started(
     found = run("hangs")
     assert found["status"] == "stopped"
     assert [check["passed"] for check in found["checks"]] == [True, False]
-    state = Path(f"/proc/{found['rows'][0]['child']}/stat")
-    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"  # gone, or nobody's yet
+    while _lives(found["rows"][0]["child"]):  # it was told to end; for ever, if it was not
+        time.sleep(0.02)
+
+
+def _lives(process: int) -> bool:
+    """Gone, or ended and not yet asked after (Z), is not alive."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_failed_checks_count_and_fail_the_command(
@@ -253,18 +260,41 @@ def test_the_sanitizers_verdict(
     assert [check["passed"] for check in checks()] == [passed]
 
 
+MADE_UP_TESTS = """
+import pytest
+
+def test_good(): pass
+def test_bad(): assert 1 + 1 == 3, "the whole story"
+def test_left_out(): pytest.skip("no such codec")
+
+@pytest.fixture
+def broken(): raise RuntimeError("no fixture")
+def test_broken(broken): pass
+"""
+
+
 def test_each_test_of_pytest_is_a_check(tmp_path: Path) -> None:
-    findings, checks = said_by(tmp_path)
-    report = """<suite><testcase classname="a" name="good"/>
-        <testcase classname="a" name="bad"><failure message="m">the whole story</failure></testcase>
-        <testcase classname="a" name="broken"><error message="no fixture"/></testcase>
-        <testcase classname="a" name="left out"><skipped message="no such codec"/></testcase></suite>"""
-    for case in ElementTree.fromstring(report).iter("testcase"):
-        tests._file(findings, case)
-    assert [(check["name"], check["passed"]) for check in checks()] == [
-        ("a::good", True),
-        ("a::bad", False),
-        ("a::broken", False),
+    """In a process of its own: one pytest inside another would share what both have loaded."""
+    (tmp_path / "test_made_up.py").write_text(MADE_UP_TESTS)
+    (tmp_path / "test_lacking.py").write_text("import nothing_like_it")
+    (tmp_path / "test_wrong.py").write_text("1 / 0")
+    code = (
+        "from pathlib import Path; from benchmarks.gpu.findings import Findings; from benchmarks.gpu import tests;"
+        f"tests.run_tests(Findings(Path({str(tmp_path / 'found.json')!r})), 'tests', [{str(tmp_path)!r}])"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tests.ROOT, capture_output=True, check=True)
+    found = json.loads((tmp_path / "found.json").read_text())
+    checks = {check["name"].rpartition("/")[2]: check for check in found["checks"]}
+    assert {name: check["passed"] for name, check in checks.items()} == {
+        "test_made_up.py::test_good": True,
+        "test_made_up.py::test_bad": False,
+        "test_made_up.py::test_broken": False,
+        "test_wrong.py can be collected": False,
+    }
+    assert "the whole story" in checks["test_made_up.py::test_bad"]["said"]
+    assert [text.rpartition("/")[2] for text in found["skipped"]] == [
+        "test_lacking.py can be collected: nothing_like_it is not installed",
+        "test_made_up.py::test_left_out: Skipped: no such codec",
     ]
 
 

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from flowreel.engine import inference
 from flowreel.engine.compiled import cuda, padded
 from flowreel.engine.config import Precision
 from flowreel.engine.errors import PrecisionWarning
@@ -78,7 +83,8 @@ def test_half_types_stay_close(name: str, precision: Precision, filled: Filled) 
 
 
 def test_what_is_float32_and_how_layers_are_padded() -> None:
-    net = cuda.pack(build_model("FlowNet2", width=1.0).to("meta"), "fp16")
+    with torch.device("meta"):
+        net = cuda.pack(build_model("FlowNet2", width=1.0), "fp16")
     assert set(net.parts) == {"flownetc", "flownets_1", "flownets_2", "flownets_d", "flownetfusion"}
     about_flow = 0
     for layers in net.parts.values():
@@ -222,3 +228,38 @@ def test_the_network_may_go_and_stays_as_it_was(filled: Filled) -> None:
     cuda.pack(model, "bf16").program((1, 64, 128)).flow(*frames_of(14, 1))
     assert model.training
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes of all tensors that live at once; on the meta device they take none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in self._known:
+                storage = tensor.untyped_storage()
+                self._known.add(id(storage))
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._gone, id(storage), storage.nbytes())
+        return result
+
+    def _gone(self, known: int, size: int) -> None:
+        self._known.discard(known)
+        self.now -= size
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_the_automatic_batch_counts_on_the_memory_that_a_program_takes(precision: Precision) -> None:
+    shape = (2, 448, 1024)
+    with torch.device("meta"):
+        packed = cuda.pack(build_model("FlowNet2"), precision)
+    with Held() as held:
+        cuda.Work(packed, shape)()
+    needed = held.most / (shape[0] * shape[1] * shape[2])
+    assert 1.2 * needed < inference._BYTES_A_PIXEL[precision] < 1.8 * needed
