@@ -30,11 +30,11 @@ from flowreel.engine.outputs import (
     named_outputs,
     opened_sinks,
     output_report,
-    require_harmless,
     teller,
 )
 from flowreel.engine.pairing import batches, pairs
 from flowreel.engine.pipeline import Pipeline
+from flowreel.engine.places import require_harmless
 from flowreel.engine.restore import restore
 from flowreel.engine.resume import Resumption, take_up
 from flowreel.engine.sources import STDIN, MayWait, open_source, source_stem
