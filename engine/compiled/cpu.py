@@ -57,7 +57,11 @@ class CpuNetwork:
 
 @dataclass(frozen=True)
 class Layers:
-    """The convolutions of a network or of a part of it, by the names they have in its state."""
+    """The convolutions of a network or of a part of it, by the names they have in its state.
+
+    In bfloat16 two kinds stay float32. Flow heads, as in the module. And the first layer of each network, since what it
+    is given is exact: a quarter of a grey level, or .04 px of a flow of 20 px, is what bfloat16 would round away there.
+    """
 
     convolutions: Mapping[str, Convolution]
     buffers: Buffers
@@ -72,8 +76,11 @@ class Layers:
                 continue
             key = f"{path}.0" if inner is not module else path
             leaky = isinstance(module, nn.Sequential) and isinstance(module[-1], nn.LeakyReLU)
-            own = torch.float32 if isinstance(inner, FlowHead) else dtype
-            found[path] = Convolution(inner, state[f"{key}.weight"], state.get(f"{key}.bias"), leaky, own)
+            is_head = isinstance(inner, FlowHead)
+            inside = torch.float32 if is_head or _is_first(net, path) else dtype
+            gives = torch.float32 if is_head else dtype
+            weight, bias = state[f"{key}.weight"], state.get(f"{key}.bias")
+            found[path] = Convolution(inner, weight, bias, leaky, inside, gives)
         return cls(found, Buffers(), dtype)
 
     def for_another_size(self) -> Layers:
@@ -97,18 +104,24 @@ class Layers:
         return x
 
     def side_by_side(self, *parts: Tensor | tuple[str, Tensor]) -> Tensor:
-        """A concatenation of channels: tensors as they are, and layers with what they are to be given."""
+        """A concatenation of channels, in the first one's type: tensors, and layers with what they are to be given."""
         sizes = [p.shape[1] if isinstance(p, Tensor) else self[p[0]].outputs for p in parts]
         whole = parts[0]
         assert isinstance(whole, Tensor)
         batch, _, height, width = whole.shape
-        out = self.buffers.empty(batch, sum(sizes), height, width, self.dtype)
+        out = self.buffers.empty(batch, sum(sizes), height, width, whole.dtype)
         for part, slot in zip(parts, torch.split(out, sizes, 1), strict=True):
             if isinstance(part, Tensor):
                 slot.copy_(part)
             else:
                 self[part[0]].into(slot, part[1])
         return out
+
+
+def _is_first(net: nn.Module, path: str) -> bool:
+    """Whether that layer is the first of its network: conv0, or conv1 where there is none."""
+    parent, _, name = path.rpartition(".")
+    return name == "conv0" or (name == "conv1" and not hasattr(net.get_submodule(parent), "conv0"))
 
 
 def refine(layers: Layers, encoded: dict[int, Tensor], smooth: bool = False) -> Tensor:

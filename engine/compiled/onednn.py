@@ -65,16 +65,21 @@ class Convolution:
 
     def __init__(
         self,
-        layer: nn.Conv2d | nn.ConvTranspose2d,
+        layer: AnyConv,
         weight: Tensor,
         bias: Tensor | None,
         leaky: bool,
         dtype: torch.dtype,
+        gives: torch.dtype,
     ) -> None:
-        """``layer`` says of what kind; the numbers are copied from ``weight`` and ``bias``."""
+        """``layer`` says of what kind; the numbers are copied from ``weight`` and ``bias``.
+
+        It computes in ``dtype``; ``gives`` is the type of what it gives when called.
+        """
         self.transposed = isinstance(layer, nn.ConvTranspose2d)
         self.kernel, self.stride, self.padding = layer.kernel_size[0], layer.stride[0], int(layer.padding[0])
         self.inputs, self.outputs, self.dtype = layer.in_channels, layer.out_channels, dtype
+        self.gives = gives
         self._bias = None if bias is None else bias.detach().to(dtype, copy=True)
         self._activation: tuple[str, list[float], str] = ("leaky_relu", [SLOPE], "") if leaky else ("none", [], "")
         own = weight.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
@@ -88,16 +93,16 @@ class Convolution:
         return other
 
     def __call__(self, x: Tensor, buffers: Buffers) -> Tensor:
-        """(B, inputs, H, W) of any type and strides to (B, outputs, H', W') in this layer's type, channels last."""
+        """(B, inputs, H, W) of any type and strides to (B, outputs, H', W') channels last."""
         batch, height, width = x.shape[0], *self._size(x)
-        if batch * self.outputs * height * width * self.dtype.itemsize <= WHOLE:
+        if self.gives == self.dtype and batch * self.outputs * height * width * self.dtype.itemsize <= WHOLE:
             return self._run(self._ready(x), self.padding)
-        out = buffers.empty(batch, self.outputs, height, width, self.dtype)
+        out = buffers.empty(batch, self.outputs, height, width, self.gives)
         self.into(out, x)
         return out
 
     def into(self, out: Tensor, x: Tensor) -> None:
-        """The same, written to ``out``, channels last, which may be some of another tensor's channels."""
+        """The same, written to ``out``, channels last, of any type; it may be some of another tensor's channels."""
         x = self._ready(x)
         for sample in range(x.shape[0]):
             for top, bottom in strips(*self._size(x), self.outputs * self.dtype.itemsize):
@@ -161,7 +166,7 @@ def chained(first: Convolution, second: Convolution, x: Tensor, buffers: Buffers
     """
     x = first._ready(x)
     batch, _, height, width = x.shape
-    out = buffers.empty(batch, second.outputs, height // 2, width // 2, second.dtype)
+    out = buffers.empty(batch, second.outputs, height // 2, width // 2, second.gives)
     for sample in range(batch):
         one = x[sample : sample + 1]
         for top, bottom in strips(height // 2, width // 2, 4 * first.outputs * first.dtype.itemsize):
@@ -169,5 +174,6 @@ def chained(first: Convolution, second: Convolution, x: Tensor, buffers: Buffers
             between = first.rows(one, low, 2 * bottom)
             if keep is not None:
                 keep[sample : sample + 1, :, low : 2 * bottom] = between
+            between = second._ready(between)
             out[sample : sample + 1, :, top:bottom] = second.rows(between, top, bottom, first=low, height=height)
     return out

@@ -41,7 +41,7 @@ def layer(kind: str, inputs: int, outputs: int, bias: bool = True) -> nn.Conv2d 
 def packed(
     module: nn.Conv2d | nn.ConvTranspose2d, leaky: bool = False, dtype: torch.dtype = torch.float32
 ) -> Convolution:
-    return Convolution(module, module.weight, module.bias, leaky, dtype)
+    return Convolution(module, module.weight, module.bias, leaky, dtype, dtype)
 
 
 def same(found: Tensor, expected: Tensor) -> None:
@@ -132,6 +132,15 @@ def test_layouts_go_with_the_sizes_that_asked_for_them() -> None:
         del convolution
         gc.collect()
         assert len(packed_once._weights._layouts) == 1
+
+
+@pytest.mark.parametrize("whole", [0, 1 << 20])
+def test_a_layer_may_give_another_type_than_it_computes_in(whole: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "WHOLE", whole)
+    module = layer("3x3, halved", 3, 4)
+    x = torch.randn(1, 3, 8, 8)
+    found = Convolution(module, module.weight, module.bias, False, torch.float32, torch.bfloat16)(x, Buffers())
+    assert torch.equal(found, module(x).bfloat16())
 
 
 def test_weights_are_copied() -> None:
