@@ -30,6 +30,7 @@ from flowreel.engine.outputs import (
     named_outputs,
     opened_sinks,
     output_report,
+    require_harmless,
     teller,
 )
 from flowreel.engine.pairing import batches, pairs
@@ -252,8 +253,11 @@ def _wants_native(config: RunConfig, sinks: list[Sink]) -> bool:
 
 
 def output_names(outputs: PathLike | Iterable[PathLike] | None, source: PathLike) -> list[str]:
-    """The outputs of a source, by name. Raises UsageError for none, or for one that is given twice."""
-    return named_outputs("{stem}.flow.zarr" if outputs is None else outputs, source_stem(source))
+    """The outputs of a source, by name. Raises UsageError for none, for two in one place, or for the source itself."""
+    paths = named_outputs("{stem}.flow.zarr" if outputs is None else outputs, source_stem(source))
+    for path in paths:
+        require_harmless(path, source)
+    return paths
 
 
 def _named(source: PathLike) -> str:

@@ -18,6 +18,8 @@ FitMode = Literal["pad", "crop", "resize"]
 Direction = Literal["forward", "backward"]
 Resolution = Literal["full", "native"]
 Decoder = Literal["auto", "nvdec", "pyav"]
+MOST_FRAMES = (1 << 62) - 1  # numbers of frames, and their sums, are of 64 bits
+MOST_QUEUE_MB = 1 << 40  # more than any machine has, and still a number of bytes
 
 
 def _one_of(name: str, value: str, kind: object) -> None:
@@ -43,6 +45,10 @@ class SelectConfig:
             value = getattr(self, name)
             if isinstance(value, int) and value < 0:
                 raise UsageError(f"{name} must not be negative, got {value}")
+        for name in ("start", "stop", "step"):
+            value = getattr(self, name)
+            if isinstance(value, int) and value > MOST_FRAMES:
+                raise UsageError(f"{name} is beyond {MOST_FRAMES}, the last frame there can be")
         if isinstance(self.start, int) and isinstance(self.stop, int) and self.stop <= self.start:
             raise UsageError(f"stop ({self.stop}) must be greater than start ({self.start})")
         if self.stream is not None and self.stream < 0:
@@ -155,6 +161,6 @@ def _taken(kind: type[Part], options: dict[str, Any]) -> Part:
 
 
 def _megabytes(value: object) -> int:
-    if not isinstance(value, int | float) or value <= 0:
-        raise UsageError(f"queue-mb must be a positive number, got {value!r}")
+    if not isinstance(value, int | float) or not 0 < value <= MOST_QUEUE_MB:
+        raise UsageError(f"queue-mb must be a positive number up to {MOST_QUEUE_MB}, got {value!r}")
     return int(value * (1 << 20))

@@ -10,7 +10,7 @@ import numpy as np
 
 from flowreel.engine import api
 from flowreel.engine.config import SelectConfig
-from flowreel.engine.outputs import ProgressHook
+from flowreel.engine.outputs import ProgressHook, make_folder
 from flowreel.engine.sources.synthetic import SyntheticConfig, SyntheticSource
 from flowreel.sinks import VideoWriter, open_store
 
@@ -40,7 +40,7 @@ def demo(
     Raises:
         What ``flowreel.run`` raises.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     clip = folder / "scene.mp4"
     with closing(SyntheticSource(SCENE, SelectConfig())) as scene:
         render(scene, clip)

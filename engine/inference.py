@@ -198,8 +198,8 @@ def load_network(config: ModelConfig) -> Network:
     precision = resolve_precision(config.precision, device)
     weights = read_weights(config.weights)
     net = instantiate(weights, config.model).eval().to(device)
-    known = replace(weights, state={})  # the tensors would else be in memory twice
-    return Network(config, pack(net, precision), quarter_upsampling(net), known, device, precision)
+    weights = replace(weights, state={})  # before packing: the tensors would else be in memory three times
+    return Network(config, pack(net, precision), quarter_upsampling(net), weights, device, precision)
 
 
 def prepare(config: ModelConfig, height: int, width: int) -> Inference:

@@ -326,8 +326,9 @@ class _Ledger:
 
 def _former_entries(path: Path) -> Mapping[str, dict[str, Any]]:
     """What an earlier run left, by source. Raises OutputExistsError for a file that is no manifest of ours."""
+    odd = os.path.exists(path) and not os.path.isfile(path)  # a folder; or a device, which may never end
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = None if odd else json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return {}  # the first run; or no such folder can be, as will be said on writing
     except (OSError, ValueError):

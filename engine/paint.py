@@ -33,7 +33,10 @@ if TYPE_CHECKING:
 
 FRAME_RATE = 30  # of the video, frames per second: flow2image's own
 VIDEO_SUFFIXES = (".mp4", ".mkv")
-OTHER_SUFFIXES = (".zarr", ".flo", ".npz", ".jpg", ".jpeg", ".gif", ".avi", ".mov", ".webm")  # surely no folders
+OTHER_SUFFIXES = frozenset(  # surely no folders
+    {".zarr", ".flo", ".npz", ".jpg", ".jpeg", ".gif", ".avi", ".mov", ".webm", ".bmp", ".tif", ".tiff", ".webp"}
+    | {".m4v", ".txt", ".json", ".pdf"}
+)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 NO_STAMP = -(1 << 63)  # stands for a missing time stamp, as in FFmpeg
 MOST_REORDERED = 32  # frames; codecs hold back at most 16, so stamps out of order by more than this are no order at all
 
-_TIME = re.compile(r"(?:(?:(\d+):)?(\d+):)?(\d+(?:\.\d*)?|\.\d+)s?", re.ASCII)
+LONGEST_S = 1e12  # thirty thousand years; beyond it, numbers of frames would not be numbers for long
+
+_TIME = re.compile(r"(?:(?:(\d{1,12}):)?(\d{1,12}):)?(\d+(?:\.\d*)?|\.\d+)s?", re.ASCII)
 
 
 def parse_seconds(text: str) -> float:
@@ -28,7 +30,10 @@ def parse_seconds(text: str) -> float:
     if match is None:
         raise UsageError(f"a time is written as 10s, 1:02.5 or 1:00:02.5, got {text!r}")
     hours, minutes, seconds = match.groups()
-    return 3600 * int(hours or 0) + 60 * int(minutes or 0) + float(seconds)
+    whole = 3600 * int(hours or 0) + 60 * int(minutes or 0) + float(seconds)
+    if whole > LONGEST_S:
+        raise UsageError(f"a time of more than {LONGEST_S:.0e} seconds: {text[:40]!r}")
+    return whole
 
 
 def frame_number(where: int | str, times_s: Float64Array) -> int:

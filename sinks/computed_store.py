@@ -17,6 +17,7 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Literal
 from weakref import WeakKeyDictionary
 
@@ -204,9 +205,9 @@ class _Gathered:
                 await self._answer({number: taken[number] for number in sorted(taken)})
         finally:
             self._serving = None
-            for future in (future for futures in (taken | self._waiting).values() for future in futures):
+            left, self._waiting = (*taken.values(), *self._waiting.values()), {}
+            for future in chain.from_iterable(left):
                 future.cancel()  # nothing, unless the loop itself is stopping
-            self._waiting = {}
 
     async def _answer(self, asked: Mapping[int, Sequence[asyncio.Future[Float32Array]]]) -> None:
         wanted = [number for number, futures in asked.items() if not all(future.done() for future in futures)]

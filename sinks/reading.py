@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 PathLike = str | os.PathLike[str]
 StoredFlow = StoreFlows | FileFlows
+SLOWEST, FASTEST = Fraction(1, 100_000), Fraction(1_000_000)  # frames per second: one a day, a burst
 
 
 @dataclass(frozen=True)
@@ -145,9 +146,11 @@ def frame_rate_of(value: Fraction | float | str) -> Fraction:
         rate = Fraction(str(value))
     except (ValueError, ZeroDivisionError):
         rate = Fraction(0)
-    if rate <= 0:
-        raise UsageError(f"frame-rate must be a positive number such as 25, 29.97 or 30000/1001, got {value!r}")
-    return rate
+    if not SLOWEST <= rate <= FASTEST:
+        raise UsageError(
+            f"frame-rate must be a number such as 25, 29.97 or 30000/1001, from {SLOWEST} to {FASTEST}, got {value!r}"
+        )
+    return rate.limit_denominator(1_000_000_000)  # stores keep no more digits
 
 
 def _find(name: str) -> tuple[list[Path], bool]:

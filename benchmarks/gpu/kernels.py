@@ -14,7 +14,7 @@ from benchmarks.ceilings import Ceilings, best, rows_of
 from benchmarks.gpu.findings import Findings, Settings
 from benchmarks.gpu.original import OriginalCorrelation
 from benchmarks.measure import Effort, Sample, alternated, device_sync, ratio
-from flowreel.kernels import channel_norm, correlation, flow_to_color, warp, yuv_to_rgb
+from flowreel.kernels import channel_norm, correlation, flow_to_color, quantise, warp, yuv_to_rgb
 from flowreel.kernels.bias_leaky_relu import bias_leaky_relu_, bias_leaky_relu_in_place_definition
 from flowreel.kernels.channel_norm import channel_norm_definition
 from flowreel.kernels.correlation import correlation_definition
@@ -36,6 +36,8 @@ def check(findings: Findings, settings: Settings) -> None:
     _check_levels(findings, "yuv_to_rgb", rgb, wanted)
     flow = torch.randn(1, 2, *cases.PIXELS, device=settings.device) * 8
     _check_levels(findings, "flow_to_color", flow_to_color(flow, 20.0).cpu(), flow_to_color(flow.cpu(), 20.0))
+    pairs = zip(quantise(flow, 1 / 64), quantise(flow.cpu(), 1 / 64), strict=True)
+    findings.check("quantise", all(torch.equal(ours.cpu(), wanted) for ours, wanted in pairs))
 
 
 def _make_small(settings: Settings) -> None:

@@ -13,6 +13,7 @@ from flowreel.engine.cli.color import color
 from flowreel.engine.cli.demo import demo
 from flowreel.engine.cli.doctor import doctor
 from flowreel.engine.cli.export import export
+from flowreel.engine.cli.help import Command, Group
 from flowreel.engine.cli.info import info
 from flowreel.engine.cli.repair import repair
 from flowreel.engine.cli.run import run
@@ -22,6 +23,7 @@ from flowreel.engine.cli.weights import weights_app
 
 app = typer.Typer(
     name="flowreel",
+    cls=Group,
     help="Video in, dense optical flow out, as a stream: a compressed store or a colour video.",
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -65,7 +67,7 @@ def _shielded(command: Callable[..., None]) -> Callable[..., None]:
 NEED_ARGUMENTS = (run, info, color, export, verify, repair)
 
 for command in (run, demo, info, color, export, verify, repair, train, doctor):
-    app.command(no_args_is_help=command in NEED_ARGUMENTS)(_shielded(command))
+    app.command(cls=Command, no_args_is_help=command in NEED_ARGUMENTS)(_shielded(command))
 # Its words and flags are those of ``python -m benchmarks``, --help included.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(
     _shielded(bench)

@@ -19,12 +19,10 @@ def bench(context: typer.Context) -> None:
     Needs the repository with this package installed from it (pip install --editable). What follows is handed on as it
     is; flowreel bench --help shows what there is.
 
+    \b
     [bold]Examples[/bold]
-
       flowreel bench list
-
       flowreel bench kernels model --short
-
       flowreel bench compare before/ after/
     """
     if not (CHECKOUT / "benchmarks" / "__main__.py").is_file():

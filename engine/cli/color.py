@@ -47,14 +47,11 @@ def color(
 ) -> None:
     """Paint stored flow with the Middlebury colours: a PNG for each flow, and a video.
 
+    \b
     [bold]Examples[/bold]
-
       flowreel color *.flo -o colors -v -r 30
-
       flowreel color dance.zarr@100:200 -o colors --max-flow 20
-
       flowreel color dance.zarr -o dance-flow.mp4
-
       flowreel color 000835.flo -o 000835.png
     """
     from flowreel.engine import paint

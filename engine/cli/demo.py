@@ -11,7 +11,9 @@ from flowreel.engine.cli.options import Debug, Device, Quiet, Weights
 
 
 def demo(
-    folder: Annotated[Path, typer.Argument(help="Where to put the clip and its flow.")] = Path("demo"),
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to put the clip and its flow.")] = Path(
+        "demo"
+    ),
     weights: Weights = "baseline",
     device: Device = "auto",
     quiet: Quiet = False,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flowreel.engine.cli import printable
-from flowreel.engine.cli.options import Debug, Quiet, number_or_auto, write_stats
+from flowreel.engine.cli.options import Debug, Quiet, number_or_auto, require_report_free, write_stats
 from flowreel.engine.cli.table import Live, clock, size
 
 if TYPE_CHECKING:
@@ -19,8 +19,9 @@ def export(
     source: Annotated[
         list[str],
         typer.Argument(
-            help="A store, a slice of one (X.zarr@10:20), or a folder, quoted glob or list of files of flow "
-            "(.flo, .kitti.png, .npz, flow_x_N.jpg).",
+            metavar="SOURCE",
+            help="A store, a slice of one (X.zarr@10:20), a full cache of lazy flow, or a folder, quoted glob or list "
+            "of files of flow (.flo, .kitti.png, .npz, flow_x_N.jpg).",
             show_default=False,
         ),
     ],
@@ -57,18 +58,16 @@ def export(
 ) -> None:
     """Write stored flow to another form: out of a store, or .flo files into one.
 
+    \b
     [bold]Examples[/bold]
-
       flowreel export dance.zarr -o flows/%06d.flo
-
       flowreel export dance.zarr@100:200 -o part.zarr -o part.mp4
-
       flowreel export flows -o dance.zarr --max-error 0 -r 29.97
-
       flowreel export dance.zarr -o smaller.zarr --codec pcodec
     """
     from flowreel.engine import export as exporting
 
+    require_report_free(stats, output, source)
     with Live(quiet) as live:
         report = exporting.export(
             source,

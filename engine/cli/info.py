@@ -22,6 +22,7 @@ def info(
     path: Annotated[
         list[str],
         typer.Argument(
+            metavar="PATH",
             help="Videos, image folders or quoted globs, synthetic:NAME, files of flow (.flo, .kitti.png, .npz), "
             "flow stores (complete or not) or weights.",
             show_default=False,
@@ -209,6 +210,8 @@ def _store_rows(facts: Facts) -> Rows:
         "made_by",
         "notes",
     }
+    if facts["cache"]:
+        shown |= {"shard_length", "resolution"}  # one and full, always
     return [
         ("flows", f"{facts['available']} of {facts['flows']}, {facts['width']}x{facts['height']}"),
         ("size", size(facts["disk_bytes"]) + ratio),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +28,16 @@ def number_or_auto(name: str, value: str, kind: type[int] | type[float]) -> int 
         return kind(value)
     except ValueError:
         raise UsageError(f"{name} must be auto or a number, got {value!r}") from None
+
+
+def require_report_free(path: Path | None, outputs: Sequence[str | Path], sources: Sequence[str]) -> None:
+    """Of ``--stats`` and ``--manifest``: a path that cannot be is told of before the work begins, not after it."""
+    from flowreel.engine.outputs import require_report
+    from flowreel.engine.sources import source_stem
+
+    if path is not None:
+        named = [os.fspath(output).replace("{stem}", source_stem(one)) for output in outputs for one in sources]
+        require_report(path, named or outputs, sources)
 
 
 def write_stats(path: Path, report: dict[str, object]) -> None:

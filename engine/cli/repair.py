@@ -35,10 +35,9 @@ def repair(
 
     Exit code 0 when all is sound in the end, 1 when something is still wrong.
 
+    \b
     [bold]Examples[/bold]
-
       flowreel repair dance.flow.zarr dance.mp4 --dry-run
-
       flowreel repair dance.flow.zarr dance.mp4
     """
     from flowreel.engine import repair as repairing

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from flowreel.engine.cli.options import Debug, Device, Quiet, Weights, number_or_auto, write_stats
+from flowreel.engine.cli.options import Debug, Device, Quiet, Weights, number_or_auto, require_report_free, write_stats
 from flowreel.engine.cli.table import Live, print_many, print_summary
 from flowreel.sinks import known_outputs
 
@@ -60,7 +60,10 @@ def run(
     ] = "pad",
     direction: Annotated[str, typer.Option(help="forward or backward.", rich_help_panel=NETWORK)] = "forward",
     start: Annotated[
-        str, typer.Option(help="First frame, as a number or a time: 120, 10s, 1:02.5.", rich_help_panel=FRAMES)
+        str,
+        typer.Option(
+            help="First frame, as a number or a time since the first: 120, 10s, 1:02.5.", rich_help_panel=FRAMES
+        ),
     ] = "0",
     stop: Annotated[
         str | None,
@@ -189,6 +192,7 @@ def run(
         "tolerate_truncation": tolerate_truncation,
         "queue_mb": queue_mb,
     }
+    require_report_free(stats, output or [], sources)
     if len(sources) == 1 and manifest is None:
         _run_one(sources[0], output or None, options, stats, quiet)
     else:
@@ -227,6 +231,7 @@ def _run_many(
 ) -> None:
     from flowreel.engine.many import run_many
 
+    require_report_free(manifest, [*(outputs or []), *([stats] if stats else [])], sources)
     with Live(quiet) as live:
         report = run_many(sources, outputs, progress=live.show_many, manifest=manifest, **options)
     if stats is not None:

@@ -12,7 +12,9 @@ from flowreel.engine.cli.options import Debug, Quiet
 
 
 def train(
-    out: Annotated[Path, typer.Argument(help="Folder for weights, checkpoint and log.", show_default=False)],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder for weights, checkpoint and log.", show_default=False)
+    ],
     model: Annotated[str, typer.Option(help="Which network.")] = "FlowNet2C",
     width: Annotated[float, typer.Option(help="Factor on its channels; 1 is the published network.")] = 0.25,
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 20_000,

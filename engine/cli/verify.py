@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def verify(
     stores: Annotated[
-        list[str], typer.Argument(metavar="STORE...", help="Flow stores, finished or not.", show_default=False)
+        list[str], typer.Argument(metavar="STORE", help="Flow stores, finished or not.", show_default=False)
     ],
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, for scripts.")] = False,
     quiet: Quiet = False,
@@ -29,10 +29,9 @@ def verify(
 
     Exit code 0 when all is sound, 1 with the list of what is wrong.
 
+    \b
     [bold]Examples[/bold]
-
       flowreel verify dance.flow.zarr
-
       flowreel verify --json flows/*.zarr
     """
     from rich.console import Console

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
+from flowreel.engine.cli.help import Command, Group
 from flowreel.engine.cli.options import Debug, Quiet
 from flowreel.engine.data import JSON
 from flowreel.engine.errors import UsageError
@@ -19,6 +20,7 @@ PLAIN_STEP = 0.1  # without a terminal, a line for every tenth of the file
 
 weights_app = typer.Typer(
     name="weights",
+    cls=Group,
     help="Known checkpoints, and what weights files hold: list, info, convert, download.",
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -27,14 +29,13 @@ weights_app = typer.Typer(
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for scripts.")]
 
 
-@weights_app.command("list")
+@weights_app.command("list", cls=Command)
 def list_known(as_json: AsJson = False, debug: Debug = False) -> None:
     """List the shipped weights and NVIDIA's seven checkpoints: model, size, licence, sha256, and which are here.
 
+    \b
     [bold]Examples[/bold]
-
       flowreel weights list
-
       flowreel weights list --json
     """
     from flowreel.engine.models.weights import known_weights
@@ -46,20 +47,22 @@ def list_known(as_json: AsJson = False, debug: Debug = False) -> None:
     typer.echo(_table(facts))
 
 
-@weights_app.command(no_args_is_help=True)
+@weights_app.command(cls=Command, no_args_is_help=True)
 def info(
     source: Annotated[
-        str, typer.Argument(help="A file, 'baseline', or a downloaded checkpoint's name.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="FILE", help="A file, 'baseline', or a downloaded checkpoint's name.", show_default=False
+        ),
     ],
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Say what weights hold: model, size, licence, history, and which known checkpoint the file is, if it is one.
 
+    \b
     [bold]Examples[/bold]
-
       flowreel weights info baseline
-
       flowreel weights info FlowNet2-C_checkpoint.pth.tar --json
     """
     from flowreel.engine.models.weights import read_weights
@@ -73,7 +76,7 @@ def info(
             typer.echo(f"{name.replace('_', ' '):10}  {_plain(value)}")
 
 
-@weights_app.command(no_args_is_help=True)
+@weights_app.command(cls=Command, no_args_is_help=True)
 def convert(
     source: Annotated[
         str,
@@ -93,12 +96,10 @@ def convert(
 
     Licence and history go along, with the name and sha256 of what was converted.
 
+    \b
     [bold]Examples[/bold]
-
       flowreel weights convert FlowNet2_checkpoint.pth.tar FlowNet2.safetensors
-
       flowreel weights convert FlowNet2-C small.safetensors --half
-
       flowreel weights convert mine.safetensors mine_checkpoint.pth.tar
     """
     from flowreel.engine.models.weights import convert as convert_file
@@ -107,9 +108,11 @@ def convert(
     typer.echo(f"{_plain(str(output))}: {held.model}, licence: {_plain(held.licence)}, sha256 {held.sha256}")
 
 
-@weights_app.command(no_args_is_help=True)
+@weights_app.command(cls=Command, no_args_is_help=True)
 def download(
-    name: Annotated[str, typer.Argument(help="A checkpoint that 'flowreel weights list' shows.", show_default=False)],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="A checkpoint that 'flowreel weights list' shows.", show_default=False)
+    ],
     output: Annotated[
         Path | None,
         typer.Option(
@@ -132,10 +135,9 @@ def download(
     of FlowNet2-SD and FlowNet2-CSS-ft-sd nobody knows the sha256: there the file must load as its model.
     Downloads go to $FLOWREEL_CACHE/weights, else to flowreel/weights in the user's cache folder.
 
+    \b
     [bold]Examples[/bold]
-
       flowreel weights download FlowNet2 && flowreel run dance.mp4 --weights FlowNet2
-
       flowreel weights download FlowNet2-C -o weights/ --accept-licence
     """
     from flowreel.engine.models.checkpoints import LICENCE_TEXT, checkpoint

@@ -41,6 +41,14 @@ def _is_images(name: str) -> bool:
     return glob.has_magic(name)
 
 
+def image_folder(name: str | os.PathLike[str]) -> str | None:
+    """The folder whose images a source is, by its name; None for a source of another kind."""
+    name = os.fspath(name)
+    if _is_stdin(name) or is_synthetic(name) or not _is_images(name):
+        return None
+    return name if os.path.isdir(name) else os.path.dirname(name) or "."
+
+
 def _is_file(_: str) -> bool:
     return True  # what is left; says so itself when it is not there
 

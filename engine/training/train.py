@@ -25,6 +25,7 @@ from flowreel.engine.models.flownetc import DISPLACEMENTS, FlowNetC
 from flowreel.engine.models.layers import STRIDE, folded_state, normalise, scaled, to_pixels
 from flowreel.engine.models.stacks import FlowNet2, FlowNet2CS, FlowNet2CSS, refining_input
 from flowreel.engine.models.weights import instantiate, read_weights, save_weights
+from flowreel.engine.outputs import make_folder
 from flowreel.engine.training.identity import start_as_identity
 from flowreel.engine.training.loss import end_point_error, matching_loss, multi_scale_loss, zero_flow_error
 from flowreel.engine.training.pairs import sample_pair
@@ -32,6 +33,10 @@ from flowreel.engine.training.widen import widen
 
 LICENCE = "Apache-2.0"
 CORRELATION_GAIN = 5.0
+WIDEST = 4  # as of weights that are read
+LARGEST_SIDE = 8192  # pixels
+LARGEST_BATCH = 4096
+MOST_SEEDS = 1 << 20  # a run's samples are numbered behind its seed, in 64 bits together
 HELD_OUT_SEED = 1 << 40  # no training run reaches scenes this far
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # first, second (B,3,H,W) uint8; flow (B,2,H,W) px; visible (B,H,W)
 
@@ -65,6 +70,17 @@ class TrainConfig:
         for name in ("steps", "batch", "reuse"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("width", "learning_rate"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UsageError(f"{name.replace('_', '-')} must be a positive number, got {getattr(self, name)}")
+        if max(self.height, self.width_px) > LARGEST_SIDE:
+            raise UsageError(f"training size must be at most {LARGEST_SIDE} a side, got {self.width_px}x{self.height}")
+        if self.width > WIDEST:
+            raise UsageError(f"width must be at most {WIDEST}, got {self.width:g}")
+        if not 0 <= self.seed < MOST_SEEDS:
+            raise UsageError(f"seed must lie between 0 and {MOST_SEEDS - 1}, got {self.seed}")
+        if self.batch > LARGEST_BATCH:
+            raise UsageError(f"batch must be at most {LARGEST_BATCH}, got {self.batch}")
         if self.precision not in ("fp32", "bf16"):
             raise UsageError(f"precision must be fp32 or bf16, got {self.precision!r}")
         if self.batch_norm and self.batch * self.height * self.width_px < 2 * STRIDE**2:
@@ -171,8 +187,13 @@ def train(
         The path of the finished weights.
 
     Raises:
+        UsageError: fewer than no workers, or reports every 0 steps.
+        OutputWriteError: the folder cannot be made.
         CheckpointError: the folder holds a run that was not asked to be resumed, or one of other settings.
     """
+    if workers < 0 or report_every < 1:
+        raise UsageError(f"workers must be at least 0 and report-every at least 1, got {workers} and {report_every}")
+    make_folder(out)
     torch.manual_seed(config.seed)
     model = _fresh(config) if config.init is None else _from_weights(config)
     model = model.to(device)
@@ -180,7 +201,6 @@ def train(
     optimiser = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
-    out.mkdir(parents=True, exist_ok=True)
     state = _Run(config, out, model, optimiser)
     state.load(resume)
     held_out = render(0, HELD_OUT_SEED, 16, config.height, config.width_px)

@@ -7,6 +7,7 @@ anything that looks like a finished output; or, where the damage left it valid, 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import queue
@@ -29,7 +30,7 @@ ROOM_BYTES = 3 << 29  # address space beyond what the libraries take; what asks 
 MOST_GROWN_BYTES = 400 << 20  # of memory really in use
 MOST_KEPT_BYTES = 600 << 20  # of address space for ever; the libraries' own pools, threads and caches take some
 LONGEST_LINE = 1500  # characters of a message, beside those that the case's own names have
-SHOWN = 15  # failures that a test prints in full
+SHOWN = 60  # failures that a test prints in full
 STACK_LINES = 14  # of what crashed
 
 Answer = dict[str, Any]
@@ -47,6 +48,7 @@ class Case:
     right: Right | None  # of an answer without an error: whether it is right; None: it must be an error
     may_write: tuple[str, ...]  # names in the folder that may change, or appear even if it fails
     wordy: bool  # of a command line: it tells of each of several inputs, in more than a line
+    code: int | None  # of a command line: the exit code it must have; None: whatever is right
     before: Mapping[str, tuple[int, int]]  # what lies in the folder
 
 
@@ -106,11 +108,13 @@ class Worker:
 class Catalogue:
     """What a test adds cases to. They start to run at once; ``judge`` waits for them and tells which broke a rule."""
 
-    def __init__(self, folder: Path, workers: queue.Queue[Worker]) -> None:
+    def __init__(self, folder: Path, workers: queue.Queue[Worker], judged: set[bytes]) -> None:
         self._folder = folder
         self._workers = workers
+        self._judged = judged  # of the whole session, by ``identity``: a case that is given twice counts once
         self._pool = ThreadPoolExecutor(WORKERS)
         self._running: list[tuple[Case, Future[Answer]]] = []
+        self._identities: list[bytes] = []
 
     def place(self) -> Path:
         """The folder of the next case, for a test that fills it itself."""
@@ -128,9 +132,10 @@ class Catalogue:
         right: Right | None = None,
         may_write: Sequence[str] = (),
         wordy: bool = False,
+        code: int | None = None,
     ) -> None:
         """A command line, run in a folder that holds these files. stdin: its bytes, or the path of what gives them."""
-        self._add(name, {"call": list(arguments)}, files or {}, stdin, right, tuple(may_write), wordy)
+        self._add(name, {"call": list(arguments)}, files or {}, stdin, right, tuple(may_write), wordy, code)
 
     def read(
         self,
@@ -154,6 +159,7 @@ class Catalogue:
         right: Right | None,
         may_write: tuple[str, ...] = (),
         wordy: bool = False,
+        code: int | None = None,
     ) -> None:
         folder = self.place()
         for file, data in files.items():
@@ -162,7 +168,8 @@ class Catalogue:
         if isinstance(stdin, bytes):
             (folder / "stdin").write_bytes(stdin)
             stdin = str(folder / "stdin")
-        case = Case(name, folder, task, stdin, right, may_write, wordy, listing(folder))
+        self._identities.append(identity(task, stdin, folder, files))
+        case = Case(name, folder, task, stdin, right, may_write, wordy, code, listing(folder))
         self._running.append((case, self._pool.submit(self._run, case)))
 
     def _run(self, case: Case) -> Answer:
@@ -173,8 +180,11 @@ class Catalogue:
             self._workers.put(worker)
 
     def judge(self, least: int) -> list[Answer]:
-        """Waits for all cases, at least ``least``, and fails with those that broke a rule. Gives their answers."""
-        assert len(self._running) >= least, f"only {len(self._running)} cases"
+        """Waits for all cases, at least ``least`` different ones, and fails with those that broke a rule.
+
+        Gives their answers.
+        """
+        assert len(set(self._identities)) >= least, f"only {len(set(self._identities))} different cases"
         answers, broken = [], []
         for case, running in self._running:
             answer = running.result() | {"folder": case.folder}
@@ -187,7 +197,9 @@ class Catalogue:
         more = f"\n... and {len(broken) - SHOWN} more" if len(broken) > SHOWN else ""
         if broken:
             pytest.fail(f"{len(broken)} of {len(answers)} cases:\n" + "\n".join(broken[:SHOWN]) + more, pytrace=False)
+        self._judged.update(self._identities)
         self._running.clear()
+        self._identities.clear()
         return answers
 
     def close(self) -> None:
@@ -231,11 +243,13 @@ def _wrong_words(case: Case, answer: Answer, failed: bool) -> Iterator[str]:
     for text in (out, err):
         if raw := [char for char in text if not char.isprintable() and char != "\n"]:
             yield f"control characters reach the terminal: {raw[:5]!r} in {text[:200]!r}"
+    if case.code is not None and answer["code"] != case.code:
+        yield f"exit code {answer['code']}, not {case.code}: {err!r}"
     if not failed:
         return
     if answer["code"] not in (1, 2):
         yield f"exit code {answer['code']}"
-    if "Traceback" in out + err or "unexpected" in out + err:
+    if "Traceback" in out + err or "flowreel: unexpected" in out + err:
         yield f"an error that nobody foresaw: {err!r}"
     if case.wordy:
         return
@@ -259,6 +273,22 @@ def _wrong_files(case: Case, failed: bool) -> Iterator[str]:
     finished = [name for name in new if not any(part.endswith(".partial") for part in Path(name).parts)]
     if failed and finished:
         yield f"left {finished[:3]}"
+
+
+def identity(task: Mapping[str, Any], stdin: str | None, folder: Path, files: Mapping[str, bytes]) -> bytes:
+    """The same for cases that are the same: what is asked, of which bytes. Their names and folders do not matter."""
+    found = hashlib.sha256(repr(sorted(task.items())).encode("utf-8", "surrogatepass"))
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        found.update(name.encode("utf-8", "surrogateescape"))
+        if name in files:
+            found.update(files[name])
+        elif path.is_symlink():
+            found.update(os.fsencode(path.readlink()))
+        elif path.is_file():  # the test's own; more of it would only tell more cases apart
+            with path.open("rb") as file:
+                found.update(file.read(1 << 16) + str(path.stat().st_size).encode())
+    return found.digest() + (stdin or "").removeprefix(str(folder)).encode()
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int]]:
@@ -319,8 +349,14 @@ def _workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[queue.Queue[W
         worker.close()
 
 
+@pytest.fixture(scope="session")
+def judged() -> set[bytes]:
+    """The cases that were judged in this session and kept the rules."""
+    return set()
+
+
 @pytest.fixture
-def catalogue(tmp_path: Path, _workers: queue.Queue[Worker]) -> Iterator[Catalogue]:
-    catalogue = Catalogue(tmp_path, _workers)
+def catalogue(tmp_path: Path, _workers: queue.Queue[Worker], judged: set[bytes]) -> Iterator[Catalogue]:
+    catalogue = Catalogue(tmp_path, _workers, judged)
     yield catalogue
     catalogue.close()

@@ -361,6 +361,43 @@ def odd_checkpoints(whole: bytes) -> Iterator[tuple[str, bytes]]:
         )
 
 
+def test_pickles_that_never_end(catalogue: Catalogue) -> None:
+    """Some hundred bytes that torch's own unpickler, told to load nothing but weights, works on for ever."""
+    for name, pickled in endless_pickles().items():
+        data = b"\x80\x02" + pickled
+        sound = [pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {}, {}, [])]
+        files = {f"legacy {place}": b"".join([*sound[:place], data, *sound[place + 1 :]]) for place in (2, 3, 4)}
+        for kind, whole in {"in a zip": zipped(data), **files}.items():
+            catalogue.read(f"{name}, {kind}", "weights", "x.pth.tar", {"x.pth.tar": whole})
+        for command in (["info", "x.pth.tar"], ["run", SCENE, "-o", "a.zarr", "--weights", "x.pth.tar"]):
+            catalogue.call(name, command, {"x.pth.tar": zipped(data)})
+    catalogue.judge(60)
+
+
+def endless_pickles() -> dict[str, bytes]:
+    def doubled(first: bytes) -> bytes:
+        return first + b"q\0" + b"h\0\x86q\0" * 60
+
+    text = b"X\3\0\0\0cpu"
+    storage_of = b"(X\7\0\0\0storagectorch\nFloatStorage\n" + doubled(b")") + text + b"K\1tQ."
+    return {
+        "a key": b"}" + doubled(b")") + b"K\1s.",
+        "one of several keys": b"}(" + text + b"K\1" + doubled(b")") + b"K\1u.",
+        "a deep key": b"})" + b"\x85" * 900_000 + b"K\1s.",
+        "a storage's name": storage_of,
+        "what is called": doubled(b"]") + b")R.",
+        "in a dict of pairs": b"ccollections\nOrderedDict\n](](" + doubled(b")") + b"K\1ee\x85R.",
+        "counted": b"ccollections\nCounter\n](" + doubled(b")") + b"e\x85R.",
+        "in a set": b"c__builtin__\nset\n](" + doubled(b")") + b"e\x85R.",
+        "bytes that double": b"c_codecs\nencode\nq\1q\0"
+        + text
+        + b"X\6\0\0\0latin1\x86R"
+        + b"".join(b"q\2h\1h\2X\3\0\0\0hex\x86R" for _ in range(60))
+        + b".",
+        "many large keys": b"(" + b"K\1" * 999 + b"tq\0}(" + b"h\0K\1" * 400_000 + b"u.",
+    }
+
+
 def storage(size: int) -> bytes:
     """The pickle of {"x": tensor} whose storage says how many values it has."""
     number = pickle.dumps(size, 2)[2:-1]

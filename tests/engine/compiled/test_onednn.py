@@ -119,8 +119,19 @@ def test_another_size_shares_the_weights_or_has_them_in_its_own_layout(kind: str
     for batch, height, width in itertools.product((1, 2), (32, 64), (8, 128)):
         x = torch.randn(batch, 32, height, width)
         same(convolution(x, Buffers()), module(x))
-    assert convolution._plain is None
-    assert len(convolution._forms) < len(convolution._chosen) == 8
+    assert len(convolution._weights._layouts) < len(convolution._chosen) == 8
+
+
+def test_layouts_go_with_the_sizes_that_asked_for_them() -> None:
+    module = layer("3x3", 32, 48)
+    packed_once = packed(module)
+    for width in (8, 128, 8):
+        convolution = packed_once.for_another_size()
+        x = torch.randn(1, 32, 32, width)
+        same(convolution(x, Buffers()), module(x))
+        del convolution
+        gc.collect()
+        assert len(packed_once._weights._layouts) == 1
 
 
 def test_weights_are_copied() -> None:

@@ -1,0 +1,47 @@
+"""What ``--help``, ``--version`` and shell completion say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import version
+from typing import Any
+
+import pytest
+import typer.main
+
+from flowreel.engine.cli import call
+from flowreel.engine.cli.app import app
+
+ROOT: Any = typer.main.get_command(app)
+GROUP = ROOT.commands["weights"]
+COMMANDS = [[], ["weights"], *([word] for word in ROOT.commands if word != "bench")]  # bench has a parser of its own
+COMMANDS += [["weights", word] for word in GROUP.commands]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_help_speaks_of_values_only_where_there_are_some(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert call([*words, "--help"]) == 0
+    said = capsys.readouterr().out
+    assert "<bool>" not in said
+    assert "list[" not in said
+    usage = next(line for line in said.splitlines() if "sage:" in line)
+    assert "{" not in usage
+    assert "..." not in usage.replace("...", "", 1)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["--version"]) == 0
+    assert capsys.readouterr().out == f"flowreel {version('flowreel')}\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("flowreel ex", {"export"}), ("flowreel run --dir", {"--direction"}), ("flowreel weights c", {"convert"})],
+)
+def test_bash_is_told_how_a_word_can_end(typed: str, offered: set[str]) -> None:
+    words = {"COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1), "_FLOWREEL_COMPLETE": "complete_bash"}
+    code = "from flowreel.engine.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], env=words, capture_output=True, text=True, check=False)
+    assert set(done.stdout.split()) == offered
+    assert not done.stderr
