@@ -1,6 +1,7 @@
 """Runs named measurements and writes what they found as JSON.
 
 ``list`` says which there are. ``compare A B`` sets two results side by side: files, folders of results, or dates.
+``gpu`` checks, then times, all that only a GPU can show: see ``gpu --help``.
 ``readme`` puts the newest results into the tables of README and docs, and draws the plots.
 """
 
@@ -24,11 +25,16 @@ from benchmarks.processes import ROOT
 from benchmarks.results import RESULTS, file_name, load
 from benchmarks.tables import PAGES, as_markdown, filled
 
-OTHERS = ("list", "compare A B", "readme")
+OTHERS = ("list", "compare A B", "gpu", "readme")
 
 
 def main(arguments: list[str] | None = None, prog: str = "python -m benchmarks") -> int:
     """0: all is well. 1: a case failed, or ``compare`` found a regression. 2: wrong usage, or not to be compared."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["gpu"]:
+        from benchmarks.gpu.main import main as on_gpu
+
+        return on_gpu(arguments[1:], f"{prog} gpu")
     parser = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").replace("``", "'"))
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help=f"cases, or one of: {', '.join(OTHERS)}; none: every case"

@@ -27,18 +27,29 @@ def run(short: bool = False) -> dict[str, object]:
     effort = Effort(least=3, most=8, cap_s=1.0) if short else Effort(least=8, most=40, cap_s=5.0)
     rows: list[dict[str, Any]] = []
     for device in devices():
-        names = ON_CPU if device == "cpu" else tuple(PRECISIONS)
-        for precision in names:
-            for what, action, work in (_gemm(device, precision), _conv(device, precision)):
-                seconds = _timed(action, effort, device)
-                rows.append(_row(device, f"{what} {precision}", seconds, work / 1e9, "GFLOP/s"))
-        action, moved = _copy(device)
-        rows.append(_row(device, "memory copy", _timed(action, effort, device), moved / 1e9, "GB/s"))
+        rows += rows_of(device, effort)
     rows.append(_row("disk", "write and fsync", _disk(4 if short else 10), _DISK_BYTES / 1e9, "GB/s"))
+    return {"rows": rows, "ceilings": best(rows)}
+
+
+def rows_of(device: str, effort: Effort) -> list[dict[str, Any]]:
+    """Arithmetic in each precision, and memory."""
+    rows = []
+    for precision in ON_CPU if device == "cpu" else tuple(PRECISIONS):
+        for what, action, work in (_gemm(device, precision), _conv(device, precision)):
+            seconds = _timed(action, effort, device)
+            rows.append(_row(device, f"{what} {precision}", seconds, work / 1e9, "GFLOP/s"))
+    action, moved = _copy(device)
+    rows.append(_row(device, "memory copy", _timed(action, effort, device), moved / 1e9, "GB/s"))
+    return rows
+
+
+def best(rows: list[dict[str, Any]]) -> Ceilings:
+    """By device and limit: the most that was reached."""
     found: Ceilings = {}
     for row in rows:
         found.setdefault(row["device"], {})[row["limit"]] = row["best"]
-    return {"rows": rows, "ceilings": found}
+    return found
 
 
 def _timed(action: Callable[[], object], effort: Effort, device: str) -> list[float]:

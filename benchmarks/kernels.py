@@ -7,15 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks.ceilings import Ceilings, share_of_limit
 from benchmarks.measure import Action, Effort, Sample, alternated, device_sync, devices, ratio
-from flowreel.engine.config import SinkConfig
 from flowreel.kernels import channel_norm, correlation, flow_to_color, quantise, warp, yuv_to_rgb
+from flowreel.kernels.bias_leaky_relu import bias_leaky_relu_, bias_leaky_relu_in_place_definition
 from flowreel.kernels.channel_norm import channel_norm_definition
 from flowreel.kernels.correlation import correlation_definition, pixel_correlation_backward_definition
 from flowreel.kernels.flow_color import flow_to_color_definition
@@ -23,7 +22,6 @@ from flowreel.kernels.launch import recording
 from flowreel.kernels.quantise import quantise_definition
 from flowreel.kernels.warp import warp_definition
 from flowreel.kernels.yuv_to_rgb import yuv_to_rgb_definition
-from flowreel.sinks.codecs import flow_codec
 
 OURS = "flowreel"
 PIXELS = (448, 1024)  # rows, columns of a frame
@@ -83,7 +81,9 @@ def kernels(device: str) -> list[Kernel]:
     made = [_correlation(device, "fp32"), _correlation(device, half), _correlation_backward(device)]
     made += [_correlation_into(device, "fp32"), _correlation_into(device, half), _quantise(device)]
     made += [_warp(device, "fp32"), _warp(device, half), _channel_norm(device, 3), _channel_norm(device, 2)]
-    return [*made, _color(device), *([_yuv_to_rgb(device)] if device == "cuda" else [])]
+    if device == "cuda":
+        made += [_yuv_to_rgb(device), _bias_leaky_relu(device, "fp32"), _bias_leaky_relu(device, half)]
+    return [*made, _color(device)]
 
 
 def _without_gradients(function: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> Action:
@@ -181,6 +181,8 @@ def _warp(device: str, precision: str) -> Kernel:
 
 
 def _remap(inputs: Sequence[tuple[Tensor, ...]]) -> Action:
+    import cv2  # here: compared with on a CPU only
+
     x, y = (np.ascontiguousarray(grid, np.float32) for grid in np.meshgrid(*map(np.arange, PIXELS[::-1])))
 
     def remap(picture: Any, u: Any, v: Any) -> Any:
@@ -207,9 +209,28 @@ def _channel_norm(device: str, channels: int) -> Kernel:
         functions["torch definition"] = channel_norm_definition
     ways = _ways(functions, inputs)
     if device == "cpu" and channels == 2:
+        import cv2
+
         ways["OpenCV magnitude"] = _without_gradients(cv2.magnitude, [tuple(x[0].numpy()) for (x,) in inputs])
     x, pixels = inputs[0][0], PIXELS[0] * PIXELS[1]
     return Kernel("channel_norm", _shape(x), "fp32", ways, 2.0 * x.numel(), 4 * (x.numel() + pixels))
+
+
+def _bias_leaky_relu(device: str, precision: str) -> Kernel:
+    """In place, and into a concatenation of three times as many channels: as after FlowNetC's first convolution."""
+    channels, (height, width) = 64, (side // 2 for side in PIXELS)
+
+    def map_of(count: int) -> Tensor:
+        made = torch.randn(1, count, height, width, device=device).to(DTYPES[precision])
+        return made.contiguous(memory_format=torch.channels_last)
+
+    inputs = _many(lambda: (map_of(channels), torch.randn(channels, device=device), map_of(3 * channels)))
+    given = [(x, bias, 0.1, whole[:, channels : 2 * channels]) for x, bias, whole in inputs]
+    functions = {OURS: bias_leaky_relu_, "torch definition": bias_leaky_relu_in_place_definition}
+    x = inputs[0][0]
+    return Kernel(
+        "bias_leaky_relu", _shape(x), precision, _ways(functions, given), 0.0, 3 * x.element_size() * x.numel()
+    )
 
 
 def _color(device: str) -> Kernel:
@@ -252,12 +273,17 @@ def _quantise(device: str) -> Kernel:
     given = [(flow, 1 / 64, 32767.0, torch.int16) for (flow,) in inputs]
     ways = _ways({OURS: quantise} | ({"torch definition": quantise_definition} if device == "cuda" else {}), given)
     if device == "cpu":
+        from flowreel.engine.config import SinkConfig
+        from flowreel.sinks.codecs import flow_codec
+
         codec = flow_codec(*PIXELS, SinkConfig(max_error=1 / 128))
         ways["the store's, NumPy"] = _without_gradients(codec.quantise, [(flow[0].numpy(),) for (flow,) in inputs])
     return Kernel("quantise", _shape(inputs[0][0]), "fp32", ways, 0.0, 2 * (4 + 2) * PIXELS[0] * PIXELS[1])
 
 
 def _hsv(flow: Any, max_flow: float) -> Any:
+    import cv2
+
     length, angle = cv2.cartToPolar(flow[..., 0], flow[..., 1], angleInDegrees=True)
     hsv = np.full((*flow.shape[:2], 3), 255, np.uint8)
     hsv[..., 0] = angle / 2

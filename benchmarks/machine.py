@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -84,7 +85,7 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The checkout's commit; None when the flowreel that runs was installed from somewhere else."""
+    """The checkout's commit; None where git does not know it, or flowreel was installed from somewhere else."""
     import flowreel.engine
 
     if not Path(str(flowreel.engine.__file__)).resolve().is_relative_to(ROOT):
@@ -94,4 +95,6 @@ def _commit() -> str | None:
         command = ["git", "-C", str(ROOT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
-    return git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    if shutil.which("git") is None or not (head := git("rev-parse", "--short", "HEAD")):
+        return None
+    return head + ("+changes" if git("status", "--porcelain", "-uno") else "")

@@ -31,6 +31,27 @@ def random_weights(model: str, folder: Path, width: float = 1.0) -> Path:
     return path
 
 
+def filled(model: str, device: str = "cpu", width: float = 1.0) -> torch.nn.Module:
+    """The network with numbers that keep the size of what goes through it, biases included: flow of tens of pixels.
+
+    Ready for inference. On another device the numbers are others.
+    """
+    with torch.device(device):
+        net = build_model(model, width=width).eval()
+    generator = torch.Generator(device).manual_seed(SEED)
+    with torch.no_grad():
+        for module in net.modules():
+            if not isinstance(module, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
+                continue
+            weight = module.weight
+            taps = math.prod(weight.shape[2:])
+            fan_in = weight.shape[0] * taps / 4 if isinstance(module, torch.nn.ConvTranspose2d) else weight[0].numel()
+            weight.normal_(0, math.sqrt(2 / (1.01 * fan_in)), generator=generator)
+            if module.bias is not None:
+                module.bias.normal_(0, 0.01, generator=generator)
+    return net
+
+
 def flops(model: str, height: int, width: int, channels: float = 1.0) -> float:
     """Multiplications and additions of one pair: convolutions and correlations. Sides are multiples of 64.
 

@@ -30,11 +30,11 @@ from flowreel.engine.outputs import (
     named_outputs,
     opened_sinks,
     output_report,
-    require_harmless,
     teller,
 )
 from flowreel.engine.pairing import batches, pairs
 from flowreel.engine.pipeline import Pipeline
+from flowreel.engine.places import require_harmless
 from flowreel.engine.restore import restore
 from flowreel.engine.resume import Resumption, take_up
 from flowreel.engine.sources import STDIN, MayWait, open_source, source_stem
@@ -121,7 +121,8 @@ def run_one(
     with ExitStack() as opened:
         going_on = None if resumed is None else resumed.frames
         frames = opened.enter_context(closing(going_on or open_source(source, config.select, device)))
-        inference = network().fitted(frames.info.height, frames.info.width, native=native)
+        recorded = None if resumed is None else resumed.point.batch
+        inference = network().fitted(frames.info.height, frames.info.width, native=native, recorded_batch=recorded)
         header = flow_header(frames.info if resumed is None else resumed.info, inference, config)
         if resumed is not None:
             resumed.store.require_same(header)

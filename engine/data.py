@@ -286,6 +286,7 @@ class ResumePoint:
     timestamp_s: float  # its time as the earlier run saw it: the source must say the same
     complete: bool  # nothing was missing, unless the source has grown since
     stored: int  # flows that are there in all, those that will be made again included
+    batch: int | None = None  # pairs a batch had: the same again, for the same numbers; None: not known
 
 
 @runtime_checkable

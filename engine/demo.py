@@ -10,7 +10,8 @@ import numpy as np
 
 from flowreel.engine import api
 from flowreel.engine.config import SelectConfig
-from flowreel.engine.outputs import ProgressHook, make_folder
+from flowreel.engine.outputs import ProgressHook
+from flowreel.engine.places import make_folder
 from flowreel.engine.sources.synthetic import SyntheticConfig, SyntheticSource
 from flowreel.sinks import VideoWriter, open_store
 

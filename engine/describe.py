@@ -122,6 +122,7 @@ def _store(name: str) -> Facts:
     source = attributes.pop("source", None)
     facts = {"folder": store.path} | {key: value for key, value in store.summary().items() if key != "path"}
     said = (
+        "cache",
         "format_version",
         "max_error",
         "codec",

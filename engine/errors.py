@@ -31,6 +31,8 @@
     ├── CheckpointError (ValueError)      a training run that cannot be resumed
     └── StageError                        a pipeline stage failed; __cause__ is the error itself
 
+    PrecisionWarning (UserWarning)    numbers come near what their type can hold; the run goes on
+
 Each also inherits the builtin its users already catch. Messages say what was expected, what came, and what to try.
 """
 
@@ -171,3 +173,7 @@ class StageError(FlowreelError):
     def __reduce__(self) -> tuple[type[StageError], tuple[str, int | None, BaseException]]:
         assert self.__cause__ is not None
         return StageError, (self.stage, self.frame, self.__cause__)
+
+
+class PrecisionWarning(UserWarning):
+    """A network's numbers come near the end of what the chosen precision can hold."""

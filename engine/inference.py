@@ -12,15 +12,19 @@ from torch import Tensor
 from flowreel.engine.compiled import Packed, Program, pack, quarter_upsampling
 from flowreel.engine.config import ModelConfig, Precision
 from flowreel.engine.data import JSON, FlowBatch, NativeGrid, PairBatch
-from flowreel.engine.device import resolve_device, resolve_precision
+from flowreel.engine.device import free_bytes, resolve_device, resolve_precision
 from flowreel.engine.errors import DeviceError, UsageError
 from flowreel.engine.models.layers import Upsampling, upsample
 from flowreel.engine.models.weights import Weights, instantiate, read_weights
 from flowreel.engine.restore import Fit
 from flowreel.kernels.launch import recording
 
-_BATCH_PIXELS = 1 << 20  # a million pixels a batch keeps two cores or a small GPU busy; more only adds latency
+_BATCH_PIXELS = {"cpu": 1 << 20, "cuda": 16 << 20}  # a batch of so many keeps the device busy; more only adds latency
 _MOST = 8
+_SHARE = 0.7  # of a GPU's free memory for the model: the rest is for frames, flow under way, and cuDNN's own
+# FlowNet2 computes one pair in 800 bytes a pixel with half types, in 1530 with float32, the others in less than half;
+# the allocator's rounding and cuDNN's scratch come on top.
+_BYTES_A_PIXEL: dict[Precision, int] = {"fp16": 1200, "bf16": 1200, "fp32": 2300, "tf32": 2300}
 
 
 @dataclass(frozen=True)
@@ -156,11 +160,11 @@ class Network:
     device: torch.device
     precision: Precision
 
-    def fitted(self, height: int, width: int, *, native: bool = False) -> Inference:
+    def fitted(self, height: int, width: int, *, native: bool = False, recorded_batch: int | None = None) -> Inference:
         """Settles fit and batch for frames of one size.
 
-        native: give the network's own prediction as well. Raises UsageError when frames cannot be made to fit, or
-        when there is no such prediction.
+        native: give the network's own prediction as well. recorded_batch: what an earlier run chose, which this one
+        goes on with. Raises UsageError when frames cannot be made to fit, or when there is no such prediction.
         """
         fit = Fit(self.config.fit, height, width)
         model = self.weights.model if self.config.model is None else _name(self.config.model)
@@ -173,10 +177,15 @@ class Network:
             weights=self.weights,
             device=self.device,
             precision=self.precision,
-            batch=self.config.batch or auto_batch(*fit.network_size),
+            batch=self.config.batch or recorded_batch or self._auto_batch(*fit.network_size),
             fit=fit,
             native=native,
         )
+
+    def _auto_batch(self, height: int, width: int) -> int:
+        if self.device.type != "cuda":
+            return auto_batch(height, width)
+        return auto_batch(height, width, self.precision, free_bytes(self.device))
 
 
 def load_network(config: ModelConfig) -> Network:
@@ -189,8 +198,8 @@ def load_network(config: ModelConfig) -> Network:
     precision = resolve_precision(config.precision, device)
     weights = read_weights(config.weights)
     net = instantiate(weights, config.model).eval().to(device)
-    known = replace(weights, state={})  # the tensors would else be in memory twice
-    return Network(config, pack(net, precision), quarter_upsampling(net), known, device, precision)
+    weights = replace(weights, state={})  # before packing: the tensors would else be in memory three times
+    return Network(config, pack(net, precision), quarter_upsampling(net), weights, device, precision)
 
 
 def prepare(config: ModelConfig, height: int, width: int) -> Inference:
@@ -198,9 +207,17 @@ def prepare(config: ModelConfig, height: int, width: int) -> Inference:
     return load_network(config).fitted(height, width)
 
 
-def auto_batch(height: int, width: int) -> int:
-    """Pairs a batch, from the frame size alone: free memory would make results depend on luck."""
-    return max(1, min(_MOST, _BATCH_PIXELS // (height * width)))
+def auto_batch(height: int, width: int, precision: Precision = "fp32", free: int | None = None) -> int:
+    """Pairs a batch.
+
+    On a CPU from the frame size alone: free memory would make results depend on luck. On a GPU ``free`` bytes of its
+    memory bound it as well; what was chosen is recorded, and a resumed run takes that.
+    """
+    pixels = height * width
+    if free is None:
+        return max(1, min(_MOST, _BATCH_PIXELS["cpu"] // pixels))
+    fitting = int(_SHARE * free) // (_BYTES_A_PIXEL[precision] * pixels)
+    return max(1, min(_MOST, _BATCH_PIXELS["cuda"] // pixels, fitting))
 
 
 def _name(model: str) -> str:

@@ -73,6 +73,7 @@ def flow_to_color(flow: FloatArray | Tensor, max_flow: float | None = None) -> U
     Returns:
         RGB, uint8: (H, W, 3) for an array, (3, H, W) or (N, 3, H, W) on the same device for a tensor. No motion is
         white. A vector with a component that is NaN, infinite or beyond 1e9 is unknown: black, and never the longest.
+        On a GPU: within one level of what a CPU gives.
 
     Raises:
         ValueError: the shape is none of these, or ``max_flow`` is not a positive number.
@@ -161,7 +162,8 @@ def _wheel_tensor(device: torch.device) -> Tensor:
 def _color_tensor(flow: Tensor, max_flow: float | None) -> Tensor:
     if flow.ndim not in (3, 4) or flow.shape[-3] != 2 or 0 in flow.shape[-2:]:
         raise ValueError(f"a tensor of flow is (2, H, W) or (N, 2, H, W), got {tuple(flow.shape)}")
-    pictures: Tensor = torch.ops.flowreel.flow_to_color(flow.detach().reshape(-1, *flow.shape[-3:]), max_flow)
+    vectors = flow.detach() if flow.is_floating_point() else flow.float()
+    pictures: Tensor = torch.ops.flowreel.flow_to_color(vectors[None] if flow.ndim == 3 else vectors, max_flow)
     return pictures[0] if flow.ndim == 3 else pictures
 
 
@@ -180,6 +182,8 @@ def flow_to_color_definition(flow: Tensor, max_flow: float | None) -> Tensor:
 def _flow_to_color_cuda(flow: Tensor, max_flow: float | None) -> Tensor:
     count, _, height, width = flow.shape
     out = _shape_of_pictures(flow, max_flow)
+    if count == 0:
+        return out
     scales = torch.full((count,), max_flow or 0.0, dtype=torch.float32, device=flow.device)
     blocks, suffix = blocks_for_picture(height, width), SUFFIXES[flow.dtype]
     size, grid = sizes(height, width, blocks), (blocks * count,)

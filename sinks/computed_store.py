@@ -17,6 +17,7 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Literal
 from weakref import WeakKeyDictionary
 
@@ -26,6 +27,7 @@ from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Sto
 from flowreel.engine.config import SinkConfig
 from flowreel.sinks.codecs import compress, flow_codec
 from flowreel.sinks.flows import Flows, coordinates
+from flowreel.sinks.store_checksums import ATTRIBUTES_CHECKSUM, attributes_checksum
 from flowreel.sinks.store_layout import BYTES
 from flowreel.sinks.zarr_store import store_metadata
 
@@ -203,9 +205,9 @@ class _Gathered:
                 await self._answer({number: taken[number] for number in sorted(taken)})
         finally:
             self._serving = None
-            for future in (future for futures in (taken | self._waiting).values() for future in futures):
+            left, self._waiting = (*taken.values(), *self._waiting.values()), {}
+            for future in chain.from_iterable(left):
                 future.cancel()  # nothing, unless the loop itself is stopping
-            self._waiting = {}
 
     async def _answer(self, asked: Mapping[int, Sequence[asyncio.Future[Float32Array]]]) -> None:
         wanted = [number for number, futures in asked.items() if not all(future.done() for future in futures)]
@@ -238,7 +240,9 @@ def _files(info: FlowInfo, flows: Flows) -> dict[str, bytes]:
     """Everything but the flow, by key: metadata, times and frame numbers."""
     config = SinkConfig(max_error=0)
     metadata = store_metadata(info, config, flow_codec(info.height, info.width, config), None, flows.shape[0])
-    del metadata[""]["attributes"]["flowreel"]["codec"]
+    attributes = metadata[""]["attributes"]
+    del attributes["flowreel"]["codec"]
+    attributes[ATTRIBUTES_CHECKSUM] = attributes_checksum(attributes["flowreel"])
     metadata["flow"]["codecs"] = [BYTES]
     arrays = {name: metadata[name] for name in sorted(metadata) if name}
     metadata[""]["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": arrays}

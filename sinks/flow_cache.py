@@ -7,7 +7,8 @@
 
 A flow's file is written under a name of its own, brought to the disk and then given its name, which only the first one
 gets: whoever computes the same flow at the same time takes the one that is there. So nothing is locked, a process that
-is killed loses what it had not finished, and every reader sees one value for ever.
+is killed loses what it had not finished, and every reader sees one value for ever. A file's name alone says which flow
+it is: a store's checksums of places are arrays, which would have to be written anew for each flow.
 
 Other Zarr readers open a cache, too, but see fill values where no flow has been computed yet.
 """
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 
     from flowreel.engine.config import SinkConfig
     from flowreel.engine.data import FlowInfo
-    from flowreel.sinks.store_layout import StoreLayout
 
     Array = npt.NDArray[Any]
     Float32Array = npt.NDArray[np.float32]
@@ -168,14 +168,13 @@ class FlowCache(FlowStore):
 class _CacheFiles(StoreFiles):
     """A cache's files as those of a store whose every shard is one flow without an index."""
 
-    def __init__(self, folder: Path, layout: StoreLayout, complete: bool) -> None:
-        super().__init__(folder, layout, complete)
-
     def index(self, shard: int) -> Array | None:
         try:
             return np.array([[0, os.stat(_file_of(self._folder, shard)).st_size]], "<u8")
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise DamagedStoreError(f"cannot be read ({error.strerror or error})") from error
 
     def chunk(self, shard: int, offset: int, length: int) -> bytes:
         most = 2 * self._layout.stored_bytes + SPARE_BYTES

@@ -120,8 +120,15 @@ class ZarrSink:
             return None
         place, later = (flows - 1, max) if flows > 0 else (0, min)  # after the last pair; or the first frame of all
         frame, frame_to, time_s, time_to_s = (store.files.value(name, place) for name in COVERED)
+        batch = store.attrs.get("batch")
+        recorded = batch if isinstance(batch, int) and batch > 0 else None
         self._point = ResumePoint(
-            max(flows, 0), int(later(frame, frame_to)), later(time_s, time_to_s), store.complete, store.available
+            max(flows, 0),
+            int(later(frame, frame_to)),
+            later(time_s, time_to_s),
+            store.complete,
+            store.available,
+            recorded,
         )
         return self._point
 

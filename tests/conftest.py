@@ -8,14 +8,37 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
 hypothesis.settings.register_profile("unhurried", deadline=None)  # no result may depend on how busy a machine is
 hypothesis.settings.load_profile("unhurried")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """``-m gpu`` chooses the tests that take the fixture ``gpu``, by name or as a parameter of another one."""
+    for item in items:
+        chosen = getattr(getattr(item, "callspec", None), "params", {}).values()
+        if "gpu" in getattr(item, "fixturenames", ()) or any(isinstance(x, str) and x == "gpu" for x in chosen):
+            item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture
+def gpu() -> torch.device:
+    """A CUDA device; the test is skipped where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 @pytest.fixture(scope="session", autouse=True)

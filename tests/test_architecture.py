@@ -76,7 +76,7 @@ def test_one_file_knows_of_threads_and_one_moves_data_between_devices() -> None:
                 assert name == "sinks/parallel.py" or "concurrent.futures" not in names, name
             if name != "engine/device.py":
                 assert "pin_memory" not in source, name
-                assert "torch.cuda.Stream" not in source, name
+                assert name == "engine/compiled/graphs.py" or "torch.cuda.Stream" not in source, name
 
 
 def test_pyproject_lists_every_package() -> None:

@@ -20,8 +20,8 @@ def export(
         list[str],
         typer.Argument(
             metavar="SOURCE",
-            help="A store, a slice of one (X.zarr@10:20), or a folder, quoted glob or list of files of flow "
-            "(.flo, .kitti.png, .npz, flow_x_N.jpg).",
+            help="A store, a slice of one (X.zarr@10:20), a full cache of lazy flow, or a folder, quoted glob or list "
+            "of files of flow (.flo, .kitti.png, .npz, flow_x_N.jpg).",
             show_default=False,
         ),
     ],

@@ -210,6 +210,8 @@ def _store_rows(facts: Facts) -> Rows:
         "made_by",
         "notes",
     }
+    if facts["cache"]:
+        shown |= {"shard_length", "resolution"}  # one and full, always
     return [
         ("flows", f"{facts['available']} of {facts['flows']}, {facts['width']}x{facts['height']}"),
         ("size", size(facts["disk_bytes"]) + ratio),

@@ -32,7 +32,7 @@ def number_or_auto(name: str, value: str, kind: type[int] | type[float]) -> int 
 
 def require_report_free(path: Path | None, outputs: Sequence[str | Path], sources: Sequence[str]) -> None:
     """Of ``--stats`` and ``--manifest``: a path that cannot be is told of before the work begins, not after it."""
-    from flowreel.engine.outputs import require_report
+    from flowreel.engine.places import require_report
     from flowreel.engine.sources import source_stem
 
     if path is not None:

@@ -57,7 +57,8 @@ class Packed(Protocol):
         ...
 
 
-_BACKENDS: dict[str, str] = {"cpu": "cpu"}  # device type to module here; any other device runs the module as it is
+# Device type to module here; any other device runs the module as it is.
+_BACKENDS: dict[str, str] = {"cpu": "cpu", "cuda": "cuda"}
 
 
 def pack(net: nn.Module, precision: Precision) -> Packed:

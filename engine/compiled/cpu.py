@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,6 @@ from flowreel.engine.models.stacks import (
     SD_SCALE_IN_FLOWNET2,
     FlowNet2CS,
     FlowNet2CSS,
-    refining_input,
     warped_and_error,
 )
 from flowreel.kernels import channel_norm, correlation
@@ -42,9 +42,26 @@ def pack(net: nn.Module, precision: Precision) -> Packed:
     return CpuNetwork(type(net), Layers.of(net, dtype), quarter_upsampling(net))
 
 
+class CpuNetwork:
+    """The packed network: its weights, and the programs that are in use."""
+
+    def __init__(self, kind: type[nn.Module], layers: Layers, upsampling: Upsampling | None) -> None:
+        self._kind, self._layers, self._upsampling = kind, layers, upsampling
+        self._programs: WeakValueDictionary[tuple[int, int], CpuProgram] = WeakValueDictionary()
+
+    def program(self, shape: Shape) -> CpuProgram:
+        """One for each height and width: how many pairs come does not matter to it."""
+        made = CpuProgram(self._kind, self._layers.for_another_size(), self._upsampling)
+        return self._programs.setdefault(shape[1:], made)
+
+
 @dataclass(frozen=True)
 class Layers:
-    """The convolutions of a network or of a part of it, by the names they have in its state."""
+    """The convolutions of a network or of a part of it, by the names they have in its state.
+
+    In bfloat16 two kinds stay float32. Flow heads, as in the module. And the first layer of each network, since what it
+    is given is exact: a quarter of a grey level, or .04 px of a flow of 20 px, is what bfloat16 would round away there.
+    """
 
     convolutions: Mapping[str, Convolution]
     buffers: Buffers
@@ -59,9 +76,17 @@ class Layers:
                 continue
             key = f"{path}.0" if inner is not module else path
             leaky = isinstance(module, nn.Sequential) and isinstance(module[-1], nn.LeakyReLU)
-            own = torch.float32 if isinstance(inner, FlowHead) else dtype
-            found[path] = Convolution(inner, state[f"{key}.weight"], state.get(f"{key}.bias"), leaky, own)
+            is_head = isinstance(inner, FlowHead)
+            inside = torch.float32 if is_head or _is_first(net, path) else dtype
+            gives = torch.float32 if is_head else dtype
+            weight, bias = state[f"{key}.weight"], state.get(f"{key}.bias")
+            found[path] = Convolution(inner, weight, bias, leaky, inside, gives)
         return cls(found, Buffers(), dtype)
+
+    def for_another_size(self) -> Layers:
+        """The same weights with memory of their own to work in."""
+        same = {name: convolution.for_another_size() for name, convolution in self.convolutions.items()}
+        return Layers(same, Buffers(), self.dtype)
 
     def part(self, name: str) -> Layers:
         """Those of one network inside a stack."""
@@ -79,18 +104,24 @@ class Layers:
         return x
 
     def side_by_side(self, *parts: Tensor | tuple[str, Tensor]) -> Tensor:
-        """A concatenation of channels: tensors as they are, and layers with what they are to be given."""
+        """A concatenation of channels, in the first one's type: tensors, and layers with what they are to be given."""
         sizes = [p.shape[1] if isinstance(p, Tensor) else self[p[0]].outputs for p in parts]
         whole = parts[0]
         assert isinstance(whole, Tensor)
         batch, _, height, width = whole.shape
-        out = self.buffers.empty(batch, sum(sizes), height, width, self.dtype)
+        out = self.buffers.empty(batch, sum(sizes), height, width, whole.dtype)
         for part, slot in zip(parts, torch.split(out, sizes, 1), strict=True):
             if isinstance(part, Tensor):
                 slot.copy_(part)
             else:
                 self[part[0]].into(slot, part[1])
         return out
+
+
+def _is_first(net: nn.Module, path: str) -> bool:
+    """Whether that layer is the first of its network: conv0, or conv1 where there is none."""
+    parent, _, name = path.rpartition(".")
+    return name == "conv0" or (name == "conv1" and not hasattr(net.get_submodule(parent), "conv0"))
 
 
 def refine(layers: Layers, encoded: dict[int, Tensor], smooth: bool = False) -> Tensor:
@@ -151,15 +182,12 @@ def fuse(layers: Layers, x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class CpuNetwork:
-    """Both the packed network and its programs: each layer settles what a new shape needs when it first meets it."""
+class CpuProgram:
+    """The network for frames of one size; each layer settles what it needs when it first meets them."""
 
     kind: type[nn.Module]
     layers: Layers
     upsampling: Upsampling | None
-
-    def program(self, shape: Shape) -> CpuNetwork:
-        return self
 
     def flow(self, first: Tensor, second: Tensor) -> Tensor:
         if self.upsampling is not None:
@@ -176,7 +204,7 @@ class CpuNetwork:
         _, error_css = warped_and_error(x, flow_css)
         _, error_sd = warped_and_error(x, flow_sd)
         parts = (x[:, :3], flow_sd, flow_css, channel_norm(flow_sd), channel_norm(flow_css), error_sd, error_css)
-        return fuse(self.layers.part("flownetfusion"), torch.cat(parts, 1))
+        return fuse(self.layers.part("flownetfusion"), self.layers.side_by_side(*parts))
 
     def _quarter(self, first: Tensor, second: Tensor) -> Tensor:
         x = normalise(first, second)
@@ -197,7 +225,8 @@ class CpuNetwork:
         flow = flownet_c(self.layers.part(first), x)
         for name in others:
             full = upsample(flow * FLOW_SCALE, "bilinear")
-            flow = flownet_s(self.layers.part(name), refining_input(x, full))
+            warped, error = warped_and_error(x, full)
+            flow = flownet_s(self.layers.part(name), self.layers.side_by_side(x, warped, full / FLOW_SCALE, error))
         return flow
 
 

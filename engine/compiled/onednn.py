@@ -8,7 +8,9 @@ same layer takes up to four times as long for fresh memory alone. ``Buffers`` sa
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from flowreel.engine.compiled.buffers import Buffers
 from flowreel.engine.models.layers import SLOPE
 
+AnyConv = nn.Conv2d | nn.ConvTranspose2d
 _ops: Any = torch.ops.mkldnn
 STRIP = 4 << 20  # bytes of output a strip
 WHOLE = 16 << 20  # bytes of output up to which a layer is done in one piece
@@ -28,38 +31,78 @@ def available(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or bool(_ops._is_mkldnn_bf16_supported())
 
 
+class PackedWeights:
+    """One layer's weights in the layouts that oneDNN chooses for its inputs' sizes; many sizes agree in one layout.
+
+    A layout lives as long as somebody uses it, and the last one as long as this. So the weights are in memory once for
+    frames of one size, however many sizes there were before.
+    """
+
+    def __init__(self, plain: Tensor, stride: int, columns: int, transposed: bool) -> None:
+        """``plain`` as torch's layer has it; ``columns``: of padding, left and right."""
+        self.stride, self.columns, self.transposed = stride, columns, transposed
+        self._last = plain
+        self._layouts: WeakValueDictionary[bytes, Tensor] = WeakValueDictionary()
+
+    def for_input(self, size: torch.Size, rows: int) -> Tensor:
+        """For inputs of (B, C, H, W), and so many rows of padding above and below."""
+        plain = self._last
+        if plain.is_mkldnn:
+            plain = plain.to_dense()
+            plain = plain.transpose(0, 1).contiguous() if self.transposed else plain
+        around, step, close = [rows, self.columns], [self.stride] * 2, [1, 1]
+        if self.transposed:
+            form = _ops._reorder_convolution_transpose_weight(plain, around, [0, 0], step, close, 1, list(size))
+        else:
+            form = _ops._reorder_convolution_weight(plain, around, step, close, 1, list(size))
+        layout = bytes(_ops._get_mkldnn_serialized_md(form).numpy())
+        self._last = self._layouts.setdefault(layout, form)
+        return self._last
+
+
 class Convolution:
     """A 2-d convolution or transposed convolution with its bias and, mostly, its LeakyReLU; square, one group."""
 
     def __init__(
         self,
-        layer: nn.Conv2d | nn.ConvTranspose2d,
+        layer: AnyConv,
         weight: Tensor,
         bias: Tensor | None,
         leaky: bool,
         dtype: torch.dtype,
+        gives: torch.dtype,
     ) -> None:
-        """``layer`` says of what kind; the numbers are copied from ``weight`` and ``bias``."""
+        """``layer`` says of what kind; the numbers are copied from ``weight`` and ``bias``.
+
+        It computes in ``dtype``; ``gives`` is the type of what it gives when called.
+        """
         self.transposed = isinstance(layer, nn.ConvTranspose2d)
         self.kernel, self.stride, self.padding = layer.kernel_size[0], layer.stride[0], int(layer.padding[0])
         self.inputs, self.outputs, self.dtype = layer.in_channels, layer.out_channels, dtype
+        self.gives = gives
         self._bias = None if bias is None else bias.detach().to(dtype, copy=True)
         self._activation: tuple[str, list[float], str] = ("leaky_relu", [SLOPE], "") if leaky else ("none", [], "")
-        self._plain: Tensor | None = weight.detach().to(dtype, copy=True).contiguous()  # until there is a packed form
-        self._forms: dict[bytes, Tensor] = {}  # by memory layout
+        own = weight.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+        self._weights = PackedWeights(own, self.stride, self.padding, self.transposed)
         self._chosen: dict[tuple[int, ...], Tensor] = {}  # by the input's size and the rows of padding
 
+    def for_another_size(self) -> Convolution:
+        """The same layer, the same weights; what it settles for the sizes it meets goes when it goes."""
+        other = copy(self)
+        other._chosen = {}
+        return other
+
     def __call__(self, x: Tensor, buffers: Buffers) -> Tensor:
-        """(B, inputs, H, W) of any type and strides to (B, outputs, H', W') in this layer's type, channels last."""
+        """(B, inputs, H, W) of any type and strides to (B, outputs, H', W') channels last."""
         batch, height, width = x.shape[0], *self._size(x)
-        if batch * self.outputs * height * width * self.dtype.itemsize <= WHOLE:
+        if self.gives == self.dtype and batch * self.outputs * height * width * self.dtype.itemsize <= WHOLE:
             return self._run(self._ready(x), self.padding)
-        out = buffers.empty(batch, self.outputs, height, width, self.dtype)
+        out = buffers.empty(batch, self.outputs, height, width, self.gives)
         self.into(out, x)
         return out
 
     def into(self, out: Tensor, x: Tensor) -> None:
-        """The same, written to ``out``, channels last, which may be some of another tensor's channels."""
+        """The same, written to ``out``, channels last, of any type; it may be some of another tensor's channels."""
         x = self._ready(x)
         for sample in range(x.shape[0]):
             for top, bottom in strips(*self._size(x), self.outputs * self.dtype.itemsize):
@@ -95,7 +138,7 @@ class Convolution:
         key = (*x.shape, padding)
         weight = self._chosen.get(key)
         if weight is None:
-            weight = self._chosen[key] = self._pack(x.shape, padding)
+            weight = self._chosen[key] = self._weights.for_input(x.shape, padding)
         around, step, close = [padding, self.padding], [self.stride] * 2, [1, 1]
         if self.transposed:
             made: Tensor = _ops._convolution_transpose_pointwise(
@@ -104,22 +147,6 @@ class Convolution:
             return made
         made = _ops._convolution_pointwise(x, weight, self._bias, around, step, close, 1, *self._activation)
         return made
-
-    def _pack(self, size: torch.Size, padding: int) -> Tensor:
-        """The weights in the layout oneDNN chooses for that input; sizes that agree in it share memory."""
-        plain = self._plain
-        if plain is None:
-            plain = next(iter(self._forms.values())).to_dense()
-            plain = plain.transpose(0, 1).contiguous() if self.transposed else plain
-        around, step, close = [padding, self.padding], [self.stride] * 2, [1, 1]
-        if self.transposed:
-            form = _ops._reorder_convolution_transpose_weight(plain, around, [0, 0], step, close, 1, list(size))
-        else:
-            form = _ops._reorder_convolution_weight(plain, around, step, close, 1, list(size))
-        layout = bytes(_ops._get_mkldnn_serialized_md(form).numpy())
-        form = self._forms.setdefault(layout, form)
-        self._plain = None
-        return form
 
 
 def strips(height: int, width: int, bytes_a_pixel: int) -> Iterator[tuple[int, int]]:
@@ -139,7 +166,7 @@ def chained(first: Convolution, second: Convolution, x: Tensor, buffers: Buffers
     """
     x = first._ready(x)
     batch, _, height, width = x.shape
-    out = buffers.empty(batch, second.outputs, height // 2, width // 2, second.dtype)
+    out = buffers.empty(batch, second.outputs, height // 2, width // 2, second.gives)
     for sample in range(batch):
         one = x[sample : sample + 1]
         for top, bottom in strips(height // 2, width // 2, 4 * first.outputs * first.dtype.itemsize):
@@ -147,5 +174,6 @@ def chained(first: Convolution, second: Convolution, x: Tensor, buffers: Buffers
             between = first.rows(one, low, 2 * bottom)
             if keep is not None:
                 keep[sample : sample + 1, :, low : 2 * bottom] = between
+            between = second._ready(between)
             out[sample : sample + 1, :, top:bottom] = second.rows(between, top, bottom, first=low, height=height)
     return out

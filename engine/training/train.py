@@ -25,7 +25,7 @@ from flowreel.engine.models.flownetc import DISPLACEMENTS, FlowNetC
 from flowreel.engine.models.layers import STRIDE, folded_state, normalise, scaled, to_pixels
 from flowreel.engine.models.stacks import FlowNet2, FlowNet2CS, FlowNet2CSS, refining_input
 from flowreel.engine.models.weights import instantiate, read_weights, save_weights
-from flowreel.engine.outputs import make_folder
+from flowreel.engine.places import make_folder
 from flowreel.engine.training.identity import start_as_identity
 from flowreel.engine.training.loss import end_point_error, matching_loss, multi_scale_loss, zero_flow_error
 from flowreel.engine.training.pairs import sample_pair

@@ -1,4 +1,5 @@
-// What the kernels share: element types that are summed in float, tensors with strides, entries by element type.
+// What the kernels share: element types that are summed in float, tensors with strides, entries by element type, and how
+// threads share pixels, and blocks pictures.
 //
 // Every .cu file here compiles by itself (nvcc -std=c++17, or NVRTC) and instantiates all that the library launches.
 // Its entries are `extern "C"` and named after the operation and the element type: warp_float, warp_half, ...
@@ -82,7 +83,7 @@ __device__ __forceinline__ V total_of_block(V mine) {
         __syncthreads();
         if (thread < half) parts[thread] = parts[thread].with(parts[thread + half]);
     }
-    return parts[0];
+    return thread == 0 ? parts[0] : mine;  // the others must not read what it has just written
 }
 
 // The largest of floats that are not negative: their bits are in their order. *place is 0 before.

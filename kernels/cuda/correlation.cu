@@ -30,6 +30,7 @@ __device__ __forceinline__ void correlation(
 ) {
     constexpr int A_PITCH = TILE, B_PITCH = TILE + 2 * (COLUMNS - 1);  // of one row, in floats, all phases in it
     constexpr int BUFFER = CHANNELS * (ROWS * A_PITCH + B_ROWS * B_PITCH), FETCHES = (B_PITCH + 31) / 32;
+    static_assert(A_PITCH % 4 == 0 && B_PITCH % 4 == 0 && (TILE / 2 + COLUMNS - 1) % 4 == 0, "float4 is aligned");
     SHARED(float4, memory, 2 * BUFFER / 4);
     float* const buffers = (float*)memory;
 

@@ -136,8 +136,9 @@ def test_kernels(monkeypatch: pytest.MonkeyPatch, checked: Any) -> None:
         assert same[0]["by"] == "flowreel"
         assert len(same) >= 2, f"{op}: nothing to compare with"
         assert all((row["its time / ours"] is None) == (row["by"] == "flowreel") for row in same)
-    listed = {"correlation", "correlation, backward", "warp", "channel_norm", "flow_to_color"}
-    assert {op for op, _ in ops} == listed  # on a GPU yuv_to_rgb as well
+    listed = {"correlation", "correlation, activated, into a part", "correlation, backward", "warp", "channel_norm"}
+    listed |= {"quantise", "flow_to_color"}
+    assert {op for op, _ in ops} == listed  # on a GPU yuv_to_rgb and bias_leaky_relu as well
     for way in kernels._yuv_to_rgb("cpu").ways.values():
         way()
     assert all(row["of the limit"] > 0 for row in rows if row["precision"] == "fp32")

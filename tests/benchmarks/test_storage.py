@@ -49,10 +49,14 @@ def test_every_field_and_codec_has_its_row(storage: ModuleType) -> None:
     for row in rows:
         assert row[".flo / lossless"] < row[".flo / 1/16"]
         assert row["write amplification"] is None
-        errors = [float(error) for error in row["max error px at each"].split(", ")]
-        assert [row[f".flo / {bound}"] > 0 for bound in storage.BOUNDS] == [True] * len(errors)
-        assert all(0 < error <= bound for error, bound in zip(errors[:-1], storage.BOUNDS.values(), strict=False))
-        assert errors[-1] == 0
+        assert all(row[f".flo / {bound}"] > 0 for bound in storage.BOUNDS)
+        assert 0 < row["largest error / bound"] <= 1
+
+
+def test_the_error_beside_the_bound(storage: ModuleType) -> None:
+    assert storage.error_of_bound({"bound": "1/64", "max error px": 1 / 128}) == 0.5
+    assert storage.error_of_bound({"bound": "lossless", "max error px": 0.0}) == 0
+    assert storage.error_of_bound({"bound": "lossless", "max error px": 1e-9}) == float("inf")
 
 
 def test_a_coarse_field_counts_as_the_flow_made_of_it(storage: ModuleType) -> None:

@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from flowreel.engine.data import FlowBatch, Frame
-from flowreel.engine.device import Streams, device_name, download, resolve_device, resolve_precision, upload
+from flowreel.engine.device import (
+    Streams,
+    device_name,
+    download,
+    resolve_device,
+    resolve_precision,
+    upload,
+)
 from flowreel.engine.errors import DeviceError, UsageError
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -23,6 +23,22 @@ def test_the_batch_follows_from_the_frame_size_alone() -> None:
     assert [auto_batch(*size) for size in sizes] == [8, 5, 2, 1, 1]
 
 
+def test_on_a_gpu_free_memory_bounds_it_too() -> None:
+    plenty = 70 << 30
+    sizes = [(64, 64), (448, 1024), (1088, 1920), (2176, 3840)]
+    assert [auto_batch(*size, "fp16", plenty) for size in sizes] == [8, 8, 8, 2]
+    assert [auto_batch(*size, "fp16", 8 << 30) for size in sizes] == [8, 8, 2, 1]
+    assert [auto_batch(*size, "fp32", 8 << 30) for size in sizes] == [8, 5, 1, 1]
+    assert auto_batch(2176, 3840, "fp16", 0) == 1  # and then memory ends, or does not: it is tried
+
+
+def test_the_batch_an_earlier_run_chose_is_taken_again_unless_another_is_asked_for() -> None:
+    network = load_network(ModelConfig(device="cpu", model="flownet2c"))
+    assert network.fitted(64, 64, recorded_batch=3).batch == 3
+    network = load_network(ModelConfig(device="cpu", model="flownet2c", batch=2))
+    assert network.fitted(64, 64, recorded_batch=3).batch == 2
+
+
 def frame(scene: object, number: int) -> Frame:
     return Frame(scene.render(number), number, number / 25)  # type: ignore[attr-defined]
 

@@ -37,6 +37,7 @@ from flowreel.engine.errors import (
     StoreError,
 )
 from flowreel.engine.lazy import LazyFlow, LazyStatistics
+from flowreel.engine.verify import verify
 from flowreel.sinks.flow_cache import FlowCache, open_cache
 
 Clip = Callable[..., Path]
@@ -531,3 +532,12 @@ class TestDamage:
         shutil.rmtree(cache)
         with pytest.raises(OutputWriteError, match=r"cannot write .*c\.0\.0\.0\.0"):
             flow[0]
+
+
+def test_what_a_cache_says_of_its_flow_is_verified(opened: Open, cache: Path) -> None:
+    opened()[3]
+    assert verify(cache).sound
+    path = cache / "zarr.json"
+    path.write_text(path.read_text().replace("cached.mp4", "cachet.mp4"))
+    (finding,) = verify(cache).findings
+    assert "is not what was written" in finding.what

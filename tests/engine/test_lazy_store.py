@@ -25,6 +25,7 @@ import flowreel
 from flowreel.engine.errors import SourceNotFoundError, TruncatedSourceError
 from flowreel.engine.lazy import LazyFlow, LazyStatistics
 from flowreel.sinks import ComputedStore
+from flowreel.sinks.store_checksums import attributes_checksum
 
 Clip = Callable[..., Path]
 Open = Callable[..., LazyFlow]
@@ -365,3 +366,8 @@ class TestSharing:
         array = by_dask(opened().store())
         with dask.config.set(scheduler="processes", num_workers=1):
             close(array[5].compute(), expected[5])
+
+
+def test_what_it_says_of_itself_has_its_checksum(opened: Open) -> None:
+    attributes = zarr.open_group(opened().store()).attrs
+    assert attributes["flowreel_crc32c"] == attributes_checksum(attributes["flowreel"])

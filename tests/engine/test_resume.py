@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 import flowreel
+from flowreel.engine import inference
 from flowreel.engine.cli import call
 from flowreel.engine.errors import ResumeMismatchError, StageError, UsageError
 from flowreel.engine.models import build_model
@@ -105,6 +106,18 @@ def test_frames_that_came_later_are_appended(tiny: str) -> None:
     pictures("frames", 8, 15)
     assert flowreel.run("frames", "X.zarr", resume=True, **options).pairs == 10  # the ragged shard of three is redone
     flowreel.run("frames", "whole.zarr", **options)
+    assert contents("X.zarr") == contents("whole.zarr")
+
+
+def test_the_batch_that_was_chosen_before_is_taken_again(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where it depends on how much memory was free."""
+    options: dict[str, Any] = {"weights": tiny, "shard_bytes": SHARD_BYTES}
+    pictures("frames", 0, 20)
+    monkeypatch.setattr(inference, "auto_batch", lambda *_: 3)
+    flowreel.run("frames", "whole.zarr", **options)
+    cut_run("frames", ["X.zarr"], 9, **options)
+    monkeypatch.setattr(inference, "auto_batch", lambda *_: 2)
+    assert flowreel.run("frames", "X.zarr", resume=True, **options).batch == 3
     assert contents("X.zarr") == contents("whole.zarr")
 
 

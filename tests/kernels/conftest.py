@@ -251,9 +251,7 @@ def card(request: pytest.FixtureRequest, acting: Callable[..., CPU]) -> torch.de
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """A real one."""
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+def gpu(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A real one, which runs the chosen sources."""
     monkeypatch.setattr(launch, "SOURCES", CUDA_DIR)
-    return torch.device("cuda", torch.cuda.current_device())
+    return gpu

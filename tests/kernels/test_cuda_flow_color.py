@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowreel.kernels.flow_color import _flow_to_color_cuda, flow_to_color_definition
+from flowreel.kernels.flow_color import _flow_to_color_cuda, flow_to_color, flow_to_color_definition
 
 SIZES = ((1, 1), (1, 7), (9, 1), (13, 33), (70, 131))  # the last takes three blocks
 LAYOUTS: tuple[Callable[[Tensor], Tensor], ...] = (
@@ -54,6 +54,14 @@ def test_the_longest_vector_has_its_full_colour(card: torch.device) -> None:
     longest = flow.square().sum(1).argmax(-1).flatten()
     colors = _flow_to_color_cuda(flow, None)[torch.arange(500, device=card), :, 0, longest]
     assert (colors.amax(1) == 255).all()
+
+
+def test_no_pictures_and_whole_numbers(card: torch.device) -> None:
+    assert _flow_to_color_cuda(torch.zeros(0, 2, 3, 4, device=card), None).shape == (0, 3, 3, 4)
+    assert flow_to_color(torch.zeros(0, 2, 3, 4)).shape == (0, 3, 3, 4)
+    whole = torch.randint(-9, 9, (2, 4, 5), generator=torch.Generator().manual_seed(1))
+    for max_flow in (None, 5.0):
+        assert torch.equal(flow_to_color(whole, max_flow), flow_to_color(whole.float(), max_flow))
 
 
 FAULTS: dict[str, tuple[str, str, str, Any]] = {

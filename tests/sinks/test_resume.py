@@ -88,6 +88,7 @@ def test_any_cut_ends_in_the_same_bytes(tmp_path: Path, flows: int, whole: dict[
     assert (0 if point is None else point.flows) == flows // SHARD * SHARD
     if point is not None:
         assert (point.frame, point.timestamp_s, point.complete) == (point.flows, point.flows / 25, False)
+        assert point.batch == 2
     run(tmp_path / "X.zarr", resume=True)
     assert contents(tmp_path / "X.zarr") == whole
     assert sorted(os.listdir(tmp_path)) == ["X.zarr"]

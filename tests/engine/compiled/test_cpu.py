@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
+from weakref import ref
 
 import pytest
 import torch
@@ -52,3 +54,15 @@ def test_without_onednn_the_module_runs(filled: Filled, monkeypatch: pytest.Monk
     assert isinstance(pack(model, "fp32"), cpu.CpuNetwork)
     monkeypatch.setattr(cpu, "available", lambda dtype: False)
     assert isinstance(pack(model, "fp32"), plain.PlainNetwork)
+
+
+def test_batches_of_one_size_share_memory_and_sizes_that_went_leave_none(filled: Filled) -> None:
+    network = pack(filled("FlowNet2S", width=0.1), "fp32")
+    assert isinstance(network, cpu.CpuNetwork)
+    program = network.program((4, 128, 64))
+    assert network.program((1, 128, 64)) is program
+    assert network.program((4, 64, 64)) is not program
+    gone = ref(program)
+    del program
+    gc.collect()
+    assert gone() is None

@@ -41,7 +41,7 @@ def layer(kind: str, inputs: int, outputs: int, bias: bool = True) -> nn.Conv2d 
 def packed(
     module: nn.Conv2d | nn.ConvTranspose2d, leaky: bool = False, dtype: torch.dtype = torch.float32
 ) -> Convolution:
-    return Convolution(module, module.weight, module.bias, leaky, dtype)
+    return Convolution(module, module.weight, module.bias, leaky, dtype, dtype)
 
 
 def same(found: Tensor, expected: Tensor) -> None:
@@ -119,8 +119,28 @@ def test_another_size_shares_the_weights_or_has_them_in_its_own_layout(kind: str
     for batch, height, width in itertools.product((1, 2), (32, 64), (8, 128)):
         x = torch.randn(batch, 32, height, width)
         same(convolution(x, Buffers()), module(x))
-    assert convolution._plain is None
-    assert len(convolution._forms) < len(convolution._chosen) == 8
+    assert len(convolution._weights._layouts) < len(convolution._chosen) == 8
+
+
+def test_layouts_go_with_the_sizes_that_asked_for_them() -> None:
+    module = layer("3x3", 32, 48)
+    packed_once = packed(module)
+    for width in (8, 128, 8):
+        convolution = packed_once.for_another_size()
+        x = torch.randn(1, 32, 32, width)
+        same(convolution(x, Buffers()), module(x))
+        del convolution
+        gc.collect()
+        assert len(packed_once._weights._layouts) == 1
+
+
+@pytest.mark.parametrize("whole", [0, 1 << 20])
+def test_a_layer_may_give_another_type_than_it_computes_in(whole: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "WHOLE", whole)
+    module = layer("3x3, halved", 3, 4)
+    x = torch.randn(1, 3, 8, 8)
+    found = Convolution(module, module.weight, module.bias, False, torch.float32, torch.bfloat16)(x, Buffers())
+    assert torch.equal(found, module(x).bfloat16())
 
 
 def test_weights_are_copied() -> None:

@@ -41,7 +41,7 @@ struct uint3 {
 };
 static uint3 threadIdx, blockIdx, blockDim, gridDim;
 
-struct float4 {
+struct alignas(16) float4 {
     float x, y, z, w;
 };
 

@@ -1,0 +1,64 @@
+"""flownet2-pytorch's own correlation kernel, from a file that the user has fetched: compiled, and launched as it was.
+
+Its file asks for headers of a torch of 2018. Only the kernels in it are compiled, which need none of them.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import Skipped
+
+DISPLACEMENT, STRIDE, SIDE = 20, 2, 21
+THREADS = 32
+TYPES = {torch.float32: "float", torch.float16: "__half"}
+
+
+def kernels_of(text: str) -> str:
+    """The part of the source that is for the card: up to the first function for the host, without its includes."""
+    host = re.search(r"^int correlation_forward_cuda_kernel\b", text, re.M)
+    if host is None or "correlation_forward" not in text[: host.start()]:
+        raise Skipped("this is not flownet2-pytorch's correlation_cuda_kernel.cu")
+    device_part = re.sub(r"^\s*(#include.*|using at::Half;)$", "", text[: host.start()], flags=re.M)
+    return f"#include <cuda_fp16.h>\ntypedef int int32_t;\n{device_part}"
+
+
+class OriginalCorrelation:
+    """Its forward pass with FlowNetC's settings, for maps of one shape and type."""
+
+    def __init__(self, path: Path, like: Tensor) -> None:
+        import cupy
+
+        from flowreel.kernels.launch import _header_folder  # the same headers as for our own
+
+        kind = TYPES[like.dtype]
+        names = [f"channels_first<{kind}>", f"correlation_forward<{kind}>"]
+        options = ("-std=c++17", f"-I{_header_folder()}")
+        module = cupy.RawModule(code=kernels_of(path.read_text()), options=options, name_expressions=names)
+        self._rearrange, self._correlate = map(module.get_function, names)
+        batch, channels, height, width = like.shape
+        padded = (batch, height + 2 * DISPLACEMENT, width + 2 * DISPLACEMENT, channels)
+        self._maps = [torch.zeros(padded, dtype=like.dtype, device=like.device) for _ in range(2)]
+        self._out = like.new_zeros(batch, SIDE * SIDE, height, width)
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        """The cost volume; memory that the next call writes to."""
+        import numpy as np
+
+        from flowreel.kernels.launch import _current
+
+        batch, channels, height, width = a.shape
+        numbers = [np.int32(x) for x in (channels, height, width)]
+        settings = [np.int32(x) for x in (DISPLACEMENT, 1, DISPLACEMENT, 1, STRIDE)]
+        grid, block = (batch, height, width), (THREADS,)
+        with _current(a.device):
+            for given, kept in zip((a, b), self._maps, strict=True):
+                self._rearrange(grid, block, (given.data_ptr(), kept.data_ptr(), *numbers, settings[0]))
+            out = [np.int32(SIDE * SIDE), *numbers[1:]]
+            first, second = (kept.data_ptr() for kept in self._maps)
+            self._correlate(grid, block, (self._out.data_ptr(), *out, first, *numbers, second, *settings))
+        return self._out

@@ -1,0 +1,126 @@
+"""Convolutions as tensor cores like them: channels last, channels padded to multiples of 8, BatchNorm folded in.
+
+Maps keep their padding from layer to layer: channels beyond the real ones are zero, because the weights that make them
+are, and whatever they hold meets zero weights. So results are those of the unpadded network.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from flowreel.engine.config import Precision
+from flowreel.engine.models.layers import FlowHead
+from flowreel.kernels.bias_leaky_relu import bias_leaky_relu, bias_leaky_relu_
+
+MULTIPLE = 8  # 16 bytes of a half type: what one load of a tensor core's operands takes
+
+DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+class Watch(Protocol):
+    """Sees what each convolution gives, before its bias."""
+
+    def __call__(self, result: Tensor) -> None: ...
+
+
+def padded(channels: int) -> int:
+    """The next multiple of 8."""
+    return -(-channels // MULTIPLE) * MULTIPLE
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """One convolution or deconvolution, and the activation that follows it. ``watch`` sees what the first gives."""
+
+    weight: Tensor  # (out, in, k, k), of a deconvolution (in, out, k, k); padded, channels last
+    bias: Tensor  # (out,) float32; zeros where the layer has none, and where padded
+    outputs: int  # real channels
+    stride: int
+    padding: int
+    transposed: bool
+    slope: float  # of the LeakyReLU; 1: none
+    tf32: bool
+
+    def __call__(self, x: Tensor, also: Tensor | None = None, watch: Watch | None = None) -> Tensor:
+        """A padded map to a padded map of its own; ``also`` (a part of a concatenation) gets the real channels."""
+        return bias_leaky_relu_(self._convolved(x, watch), self.bias, self.slope, also)
+
+    def into(self, x: Tensor, out: Tensor, watch: Watch | None = None) -> None:
+        """A padded map to real channels in ``out`` alone."""
+        bias_leaky_relu(self._convolved(x, watch), self.bias, self.slope, out)
+
+    def _convolved(self, x: Tensor, watch: Watch | None) -> Tensor:
+        result = convolve(x.to(self.weight.dtype), self)  # heads take float32
+        if watch is not None:
+            watch(result)
+        return result
+
+
+def convolve(x: Tensor, by: Convolution) -> Tensor:
+    """Without the bias.
+
+    On a GPU cuDNN is called by its own name: what it may do (TF32, which algorithms) then goes along with each call,
+    instead of being a mode of the whole process that other threads see. It measures its algorithms once for each shape,
+    of those alone that give the same bits every time.
+    """
+    stride, padding = (by.stride, by.stride), (by.padding, by.padding)
+    if x.device.type == "cuda":
+        one, none = (1, 1), (0, 0)
+        if by.transposed:
+            deconvolved: Tensor = torch.ops.aten.cudnn_convolution_transpose(
+                x, by.weight, padding, none, stride, one, 1, True, True, by.tf32
+            )
+            return deconvolved
+        convolved: Tensor = torch.ops.aten.cudnn_convolution(x, by.weight, padding, stride, one, 1, True, True, by.tf32)
+        return convolved
+    return (F.conv_transpose2d if by.transposed else F.conv2d)(x, by.weight, None, stride, padding)
+
+
+def pack_layer(module: nn.Module, precision: Precision) -> Convolution:
+    """A layer as ``engine.models.layers`` makes them. Flow heads and the enlarging of flow stay in float32.
+
+    Those take float32 maps: half precision costs .04 px there at 40 px of motion.
+    """
+    parts = list(module) if isinstance(module, nn.Sequential) else [module]
+    convolution = parts[0]
+    assert isinstance(convolution, nn.Conv2d | nn.ConvTranspose2d)
+    if len(parts) > 1 and isinstance(parts[1], nn.BatchNorm2d):
+        convolution = fuse_conv_bn_eval(deepcopy(convolution).eval(), deepcopy(parts[1]).eval())
+    transposed = isinstance(convolution, nn.ConvTranspose2d)
+    enlarging = isinstance(module, nn.ConvTranspose2d)  # flow itself: two channels in, two out
+    about_flow = enlarging or isinstance(module, FlowHead)
+    weight = convolution.weight.detach()
+    spread = torch.zeros(
+        2 if about_flow else padded(weight.shape[0]),
+        2 if enlarging else padded(weight.shape[1]),
+        *weight.shape[2:],
+        dtype=torch.float32 if about_flow else DTYPES[precision],
+        device=weight.device,
+    ).to(memory_format=torch.channels_last)
+    spread[: weight.shape[0], : weight.shape[1]] = weight
+    bias = torch.zeros(spread.shape[1 if transposed else 0], device=weight.device)
+    if convolution.bias is not None:
+        bias[: convolution.out_channels] = convolution.bias.detach()
+    activation = parts[-1]
+    return Convolution(
+        weight=spread,
+        bias=bias,
+        outputs=convolution.out_channels,
+        stride=convolution.stride[0],
+        padding=int(convolution.padding[0]),
+        transposed=transposed,
+        slope=activation.negative_slope if isinstance(activation, nn.LeakyReLU) else 1.0,
+        tf32=precision == "tf32" and not about_flow,
+    )

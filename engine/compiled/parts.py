@@ -1,0 +1,104 @@
+"""C, S, SD and the fusion network at one shape: padded layers, and the memory their concatenations lie in.
+
+All four are an encoder that halves the size level by level, and a decoder that doubles it again: at each level it
+concatenates what the encoder had there, what the level below it enlarged, and the flow of that level, enlarged.
+Each of the three is written right where it lies in the concatenation.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from flowreel.engine.compiled.padded import Convolution, Watch
+from flowreel.engine.models.flownetc import DISPLACEMENTS
+from flowreel.engine.models.layers import SLOPE
+from flowreel.kernels import correlation
+
+Layers = dict[str, Convolution]
+
+
+class Room(Protocol):
+    """Gives zeros for ``channels``, padded, at 1 / 2^level of the frame's size, for ``batch`` pairs."""
+
+    def __call__(self, channels: int, level: int = 0, batch: int | None = None) -> Tensor: ...
+
+
+class Part:
+    """S, SD or the fusion network: called with its padded input, gives its finest flow, (B, 2, ...) float32."""
+
+    def __init__(self, layers: Layers, room: Room) -> None:
+        self.layers = layers
+        self.watch: Watch | None = None
+        self.encoder = sorted(
+            name for name in layers if re.fullmatch(r"conv\d(_1)?", name)
+        )  # conv0, conv1, conv1_1, ...
+        self.levels = sorted((int(name[-1]) for name in layers if name.startswith("deconv")), reverse=True)
+        self.concatenations: dict[int, Tensor] = {}
+        self.places: dict[str, Tensor] = {}  # by layer: where in a concatenation its result goes
+        for level in self.levels:
+            names = [self._ends(level), f"deconv{level}", f"upsampled_flow{level + 1}_to_{level}"]
+            self.concatenations[level] = self._concatenated(names, room, level)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.refined(self.through(x, self.encoder))
+
+    def through(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        """Layers one after the other."""
+        for name in names:
+            x = self.layers[name](x, self.places.get(name), self.watch)
+        return x
+
+    def refined(self, features: Tensor) -> Tensor:
+        """The encoder's last, coarsest features to the finest flow."""
+        flow = self.through(features, [f"predict_flow{self.levels[0] + 1}"])
+        for level in self.levels:
+            deconv, upsampled = f"deconv{level}", f"upsampled_flow{level + 1}_to_{level}"
+            self.layers[deconv].into(features, self.places[deconv], self.watch)
+            self.layers[upsampled].into(flow, self.places[upsampled])
+            features = self.concatenations[level]
+            smooth = [f"inter_conv{level}"] if f"inter_conv{level}" in self.layers else []
+            flow = self.through(features, [*smooth, f"predict_flow{level}"])
+        return flow
+
+    def _ends(self, level: int) -> str:
+        """The encoder's last layer at a level."""
+        return f"conv{level}_1" if f"conv{level}_1" in self.layers else f"conv{level}"
+
+    def _concatenated(self, names: Sequence[str], room: Room, level: int, more: int = 0) -> Tensor:
+        """Room for what the layers give, side by side, and ``more`` channels after it."""
+        channels = [self.layers[name].outputs for name in names]
+        whole = room(sum(channels) + more, level)
+        start = 0
+        for name, count in zip(names, channels, strict=True):
+            self.places[name] = whole[:, start : start + count]
+            start += count
+        return whole
+
+
+class MatchingPart(Part):
+    """C: called with both frames (B, 6, H, W) float32, which go through the encoder as one batch."""
+
+    def __init__(self, layers: Layers, room: Room, pairs: int) -> None:
+        super().__init__(layers, room)
+        self.pairs = pairs
+        self.both = room(3, batch=2 * pairs)
+        self.matched = self._concatenated(["conv_redir"], room, 3, DISPLACEMENTS)
+        self.skip = self.places.pop("conv2")  # takes the first frame's features alone
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.both[: self.pairs, :3].copy_(x[:, :3])
+        self.both[self.pairs :, :3].copy_(x[:, 3:])
+        conv2 = self.through(self.both, ["conv1", "conv2"])
+        self.skip.copy_(conv2[: self.pairs, : self.skip.shape[1]])
+        conv3 = self.through(conv2, ["conv3"])
+        first, second = conv3[: self.pairs], conv3[self.pairs :]
+        self.layers["conv_redir"].into(first, self.places["conv_redir"], self.watch)
+        start = self.places["conv_redir"].shape[1]
+        costs = self.matched[:, start : start + DISPLACEMENTS]
+        mean = 1 / self.layers["conv3"].outputs  # over the real channels
+        correlation(first, second, scale=mean, negative_slope=SLOPE, out=costs)
+        return self.refined(self.through(self.matched, self.encoder[self.encoder.index("conv3") + 1 :]))

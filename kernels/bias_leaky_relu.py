@@ -1,0 +1,124 @@
+"""What follows a convolution: its bias and LeakyReLU, stored where the next layers want it.
+
+The convolution's result is read and written once more anyway, so the copy into a concatenation costs its writes alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flowreel.kernels.launch import SUFFIXES, THREADS, implement, launch, sizes, view
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# --- the definition: any device ---------------------------------------------------------------------------------------
+
+
+def bias_leaky_relu_definition(x: Tensor, bias: Tensor, slope: float, out: Tensor) -> None:
+    """(B, C, H, W) and (C,) to the first channels of it in ``out`` (B, up to C, H, W). Slope 1: no activation."""
+    channels = out.shape[1]
+    value = x[:, :channels].float() + bias[:channels].view(-1, 1, 1)
+    out.copy_(F.leaky_relu_(value, slope) if slope != 1 else value)
+
+
+def bias_leaky_relu_in_place_definition(x: Tensor, bias: Tensor, slope: float, also: Tensor | None) -> None:
+    """The same in place, and once more in ``also``."""
+    bias_leaky_relu_definition(x, bias, slope, x)
+    if also is not None:
+        also.copy_(x[:, : also.shape[1]])
+
+
+# --- the CUDA version -------------------------------------------------------------------------------------------------
+
+_TOGETHER = 8  # channels a thread computes
+
+
+def _bias_leaky_relu_cuda(x: Tensor, bias: Tensor, slope: float, out: Tensor) -> None:
+    if x.dtype in (out.dtype, torch.float32):  # enlarged flow goes into a concatenation of a half type
+        _launched(x, bias, slope, out, None)
+    else:
+        bias_leaky_relu_definition(x, bias, slope, out)
+
+
+def _bias_leaky_relu_in_place_cuda(x: Tensor, bias: Tensor, slope: float, also: Tensor | None) -> None:
+    if also is None or also.dtype == x.dtype:
+        _launched(x, bias, slope, x, also)
+    else:
+        bias_leaky_relu_in_place_definition(x, bias, slope, also)
+
+
+def _launched(x: Tensor, bias: Tensor, slope: float, out: Tensor, also: Tensor | None) -> None:
+    batch, channels, height, width = x.shape
+    blocks_a_row = -(-width * -(-channels // _TOGETHER) // THREADS)
+    counts = sizes(channels, out.shape[1], 0 if also is None else also.shape[1], height, width)
+    views = (*view(x), bias.contiguous(), *view(out), *view(out if also is None else also))
+    entry = f"bias_leaky_relu_{SUFFIXES[x.dtype]}_to_{SUFFIXES[out.dtype]}"
+    launch("bias_leaky_relu", entry, (batch * height * blocks_a_row,), (*views, *counts, np.float32(slope)))
+
+
+# --- registration -----------------------------------------------------------------------------------------------------
+
+_torch_library: Any = torch.library  # its functions carry no types
+_LIBRARY = _torch_library.Library("flowreel", "FRAGMENT")
+_LIBRARY.define("bias_leaky_relu(Tensor x, Tensor bias, float slope, Tensor(a!) out) -> ()")
+_LIBRARY.define("bias_leaky_relu_(Tensor(a!) x, Tensor bias, float slope, Tensor(b!)? also) -> ()")
+implement(_LIBRARY, "bias_leaky_relu", bias_leaky_relu_definition, on_cuda=_bias_leaky_relu_cuda)
+implement(_LIBRARY, "bias_leaky_relu_", bias_leaky_relu_in_place_definition, on_cuda=_bias_leaky_relu_in_place_cuda)
+
+
+def _nothing_of(x: Tensor, bias: Tensor, slope: float, out: Tensor | None) -> None:
+    return None
+
+
+_torch_library.register_fake("flowreel::bias_leaky_relu", _nothing_of, lib=_LIBRARY)
+
+_torch_library.register_fake("flowreel::bias_leaky_relu_", _nothing_of, lib=_LIBRARY)
+
+# --- the functions ----------------------------------------------------------------------------------------------------
+
+
+def bias_leaky_relu(x: Tensor, bias: Tensor, slope: float, out: Tensor) -> None:
+    """LeakyReLU of x + bias into ``out``, which may be a part of another tensor and narrower than x.
+
+    Args:
+        x: (B, C, H, W) float32, bfloat16 or float16, any strides.
+        bias: (C,) float32.
+        slope: for what is negative; 1: no activation.
+        out: (B, up to C, H, W), any floating point type and strides, no memory of x: takes the first channels.
+
+    Formed in float32 and rounded once. Without gradients: for inference.
+
+    Raises:
+        ValueError: shapes do not fit together.
+    """
+    _check(x, bias, out)
+    _into(x, bias, slope, out)
+
+
+def bias_leaky_relu_(x: Tensor, bias: Tensor, slope: float, also: Tensor | None = None) -> Tensor:
+    """The same in place of x, which is given back; ``also`` gets its first channels, as ``out`` above.
+
+    Raises:
+        ValueError: shapes do not fit together.
+    """
+    _check(x, bias, x if also is None else also)
+    _in_place(x, bias, slope, also)
+    return x
+
+
+def _check(x: Tensor, bias: Tensor, out: Tensor) -> None:
+    if x.ndim != 4 or bias.shape != x.shape[1:2]:
+        raise ValueError(f"expected (B, C, H, W) and (C,), got {tuple(x.shape)} and {tuple(bias.shape)}")
+    batch, channels, *size = out.shape
+    if batch != x.shape[0] or channels > x.shape[1] or size != list(x.shape[2:]):
+        raise ValueError(f"{tuple(x.shape)} does not go into {tuple(out.shape)}")
+
+
+_into: Callable[[Tensor, Tensor, float, Tensor], None] = torch.ops.flowreel.bias_leaky_relu.default
+_in_place: Callable[[Tensor, Tensor, float, Tensor | None], None] = torch.ops.flowreel.bias_leaky_relu_.default

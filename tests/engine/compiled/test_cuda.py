@@ -1,0 +1,265 @@
+"""The form for a GPU, run on a CPU: padded networks equal the module, what is float32, whose memory is whose.
+
+What only a GPU can show (cuDNN, captured graphs, streams) is checked there by ``python -m benchmarks gpu``.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from flowreel.engine import inference
+from flowreel.engine.compiled import cuda, padded
+from flowreel.engine.config import Precision
+from flowreel.engine.errors import PrecisionWarning
+from flowreel.engine.models import MODELS, build_model
+
+Filled = Callable[..., nn.Module]
+HALF: dict[Precision, float] = {"fp16": 0.005, "bf16": 0.02}  # of the flow, on average; random weights: 10 to 30 px
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> object:
+    """As the seam calls it."""
+    with torch.no_grad():
+        yield
+
+
+def frames_of(seed: int, count: int, height: int = 64, width: int = 128) -> tuple[Tensor, Tensor]:
+    """Smooth ones: the stacks warp by the flow of random weights, which tears noise apart."""
+    coarse = torch.rand(2 * count, 3, 3, 4, generator=torch.Generator().manual_seed(seed)) * 255
+    fine = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic", align_corners=True)
+    return fine[:count], fine[count:]
+
+
+def apart(flow: Tensor, expected: Tensor) -> float:
+    """Mean difference over mean length."""
+    return float((flow - expected).norm(dim=1).mean() / expected.norm(dim=1).mean())
+
+
+def test_the_published_width() -> None:
+    """Its own initial weights: filling 160 million numbers by their names takes longer than all the rest here."""
+    model = build_model("FlowNet2").eval()
+    frames = frames_of(0, 1, 64, 64)
+    flow = cuda.pack(model, "fp32").program((1, 64, 64)).flow(*frames)
+    expected = model(*frames)
+    assert float(expected.abs().max()) > 1e-3
+    torch.testing.assert_close(flow, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_padding_and_folding_change_nothing(name: str, batch_norm: bool, filled: Filled) -> None:
+    """At a width where hardly a layer has a multiple of 8 channels, for three pairs."""
+    model = filled(name, width=0.13, batch_norm=batch_norm)
+    frames = frames_of(1, 3)
+    program = cuda.pack(model, "fp32").program((3, 64, 128))
+    flow = program.flow(*frames)
+    assert (flow.dtype, flow.shape, flow.is_contiguous()) == (torch.float32, (3, 2, 64, 128), True)
+    torch.testing.assert_close(flow, model(*frames), rtol=0, atol=1e-4)
+    if name != "FlowNet2":
+        quarter = program.quarter(*frames)
+        assert (quarter.shape, quarter.is_contiguous()) == ((3, 2, 16, 32), True)
+        torch.testing.assert_close(quarter, model.quarter(*frames), rtol=0, atol=1e-4)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("precision", HALF)
+@pytest.mark.parametrize("name", MODELS)
+def test_half_types_stay_close(name: str, precision: Precision, filled: Filled) -> None:
+    model = filled(name, width=0.25)
+    frames = frames_of(2, 1)
+    half = cuda.pack(model, precision).program((1, 64, 128)).flow(*frames)
+    assert half.dtype == torch.float32
+    assert 0 < apart(half, model(*frames)) < HALF[precision]
+
+
+def test_what_is_float32_and_how_layers_are_padded() -> None:
+    with torch.device("meta"):
+        net = cuda.pack(build_model("FlowNet2", width=1.0), "fp16")
+    assert set(net.parts) == {"flownetc", "flownets_1", "flownets_2", "flownets_d", "flownetfusion"}
+    about_flow = 0
+    for layers in net.parts.values():
+        for name, layer in layers.items():
+            flows = name.startswith(("predict_flow", "upsampled_flow"))
+            about_flow += flows
+            assert layer.weight.dtype == (torch.float32 if flows else torch.float16), name
+            assert layer.bias.dtype == torch.float32
+            assert layer.weight.is_contiguous(memory_format=torch.channels_last), name
+            assert not layer.tf32
+            if not flows:
+                assert all(size % 8 == 0 for size in layer.weight.shape[:2]), name
+    assert about_flow == 4 * (5 + 4) + 3 + 2
+    inputs = {
+        f"{part}.{name}": layer.weight.shape[1] for part, layers in net.parts.items() for name, layer in layers.items()
+    }
+    assert inputs["flownetc.conv3_1"] == 480  # 473
+    assert inputs["flownets_1.conv1"] == 16  # 12
+    assert inputs["flownetfusion.inter_conv0"] == 88  # 82
+    assert net.parts["flownets_2"]["deconv4"].weight.shape[0] == 1032  # 1026; a deconvolution's inputs come first
+
+
+def test_tf32_is_for_convolutions_alone() -> None:
+    layers = cuda.pack(build_model("FlowNet2S", width=0.05), "tf32").parts[""]
+    for name, layer in layers.items():
+        assert layer.tf32 == (not name.startswith(("predict_flow", "upsampled_flow")))
+        assert layer.weight.dtype == torch.float32
+
+
+def test_every_convolution_gets_what_tensor_cores_want(filled: Filled, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense channels-last maps of a multiple of 8 channels: anything else cuDNN would copy or turn around first."""
+    seen: list[tuple[Tensor, padded.Convolution]] = []
+    plain = padded.convolve
+
+    def convolve(x: Tensor, by: padded.Convolution) -> Tensor:
+        seen.append((x, by))
+        return plain(x, by)
+
+    monkeypatch.setattr(padded, "convolve", convolve)
+    cuda.Work(cuda.pack(filled("FlowNet2", width=0.13), "bf16"), (2, 64, 128))()
+    assert len(seen) == 24 + 2 * 23 + 30 + 14  # C, both S, SD, fusion: each layer once
+    for x, by in seen:
+        assert x.is_contiguous(memory_format=torch.channels_last) or x.shape[1] == 2, tuple(x.shape)
+        assert x.dtype == by.weight.dtype
+        assert x.shape[1] == by.weight.shape[0 if by.transposed else 1]
+
+
+def test_programs_share_weights_and_shapes_do_not_share_memory(filled: Filled) -> None:
+    model = filled("FlowNet2CS", width=0.1)
+    packed = cuda.pack(model, "fp32")
+    wide, tall = packed.program((1, 64, 128)), packed.program((2, 128, 64))
+    for program, frames in ((wide, frames_of(3, 1)), (tall, frames_of(4, 2, 128, 64)), (wide, frames_of(5, 1))):
+        torch.testing.assert_close(program.flow(*frames), model(*frames), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["FlowNet2", "FlowNet2C"])
+def test_results_own_their_memory(name: str, filled: Filled) -> None:
+    program = cuda.pack(filled(name, width=0.1), "fp32").program((1, 64, 128))
+    forms = [program.flow] if name == "FlowNet2" else [program.flow, program.quarter]
+    for form in forms:
+        flow = form(*frames_of(6, 1))
+        kept = flow.clone()
+        assert not torch.equal(form(*frames_of(7, 1)), kept)
+        assert torch.equal(flow, kept)
+        assert torch.equal(form(*frames_of(6, 1)), kept)  # nothing is left over from the frames between
+
+
+def test_frames_are_not_changed(filled: Filled) -> None:
+    first, second = frames_of(8, 1)
+    kept = first.clone(), second.clone()
+    cuda.pack(filled("FlowNet2SD", width=0.1), "fp32").program((1, 64, 128)).flow(first, second)
+    assert torch.equal(first, kept[0])
+    assert torch.equal(second, kept[1])
+
+
+def test_two_calls_at_one_time_have_their_own_memory(filled: Filled) -> None:
+    """A call that is held up in the middle while another runs: both answer as if alone."""
+    entered, go_on = threading.Event(), threading.Event()
+    calls: list[str] = []
+
+    def capture(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        def repeat() -> None:
+            if threading.current_thread().name == "slow":
+                entered.set()
+                assert go_on.wait(60)
+            work()
+            calls.append(threading.current_thread().name)
+
+        return repeat
+
+    model = filled("FlowNet2S", width=0.1)
+    frames, others = frames_of(9, 1), frames_of(10, 1)
+    program = cuda.pack(model, "fp32", capture).program((1, 64, 128))
+    found: list[Tensor] = []
+
+    def slowly() -> None:
+        with torch.no_grad():
+            found.append(program.flow(*frames))
+
+    slow = threading.Thread(target=slowly, name="slow")
+    slow.start()
+    assert entered.wait(60)
+    quick = program.flow(*others)
+    go_on.set()
+    slow.join(60)
+    assert calls == [threading.current_thread().name, "slow"]
+    torch.testing.assert_close(quick, model(*others), rtol=0, atol=1e-4)
+    torch.testing.assert_close(found[0], model(*frames), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("loud", ["flownetc.conv3", "flownets_1.deconv2"])
+def test_fp16_near_its_end_is_said_once(loud: str, filled: Filled) -> None:
+    model = filled("FlowNet2CS", width=0.1)
+    frames = frames_of(11, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cuda.pack(model, "fp16").program((1, 64, 128)).flow(*frames)
+    model.get_submodule(loud)[0].weight *= 1e6  # type: ignore[index, operator]
+    network = cuda.pack(model, "fp16")
+    program = network.program((1, 64, 128))
+    with pytest.warns(PrecisionWarning, match="bf16"):
+        program.flow(*frames)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        program.flow(*frames)
+        network.program((2, 64, 128)).flow(*frames_of(12, 2))
+        for precision in ("fp32", "bf16"):
+            cuda.pack(model, precision).program((1, 64, 128)).flow(*frames)  # type: ignore[arg-type]
+
+
+def test_the_look_at_the_first_batch_leaves_its_flow_as_it_is(filled: Filled) -> None:
+    model = filled("FlowNet2C", width=0.1)
+    program = cuda.pack(model, "fp16").program((1, 64, 128))
+    first, second = (program.flow(*frames_of(13, 1)) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_the_network_may_go_and_stays_as_it_was(filled: Filled) -> None:
+    model = filled("FlowNet2SD", width=0.1, batch_norm=True).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    cuda.pack(model, "bf16").program((1, 64, 128)).flow(*frames_of(14, 1))
+    assert model.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes of all tensors that live at once; on the meta device they take none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in self._known:
+                storage = tensor.untyped_storage()
+                self._known.add(id(storage))
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._gone, id(storage), storage.nbytes())
+        return result
+
+    def _gone(self, known: int, size: int) -> None:
+        self._known.discard(known)
+        self.now -= size
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_the_automatic_batch_counts_on_the_memory_that_a_program_takes(precision: Precision) -> None:
+    shape = (2, 448, 1024)
+    with torch.device("meta"):
+        packed = cuda.pack(build_model("FlowNet2"), precision)
+    with Held() as held:
+        cuda.Work(packed, shape)()
+    needed = held.most / (shape[0] * shape[1] * shape[2])
+    assert 1.2 * needed < inference._BYTES_A_PIXEL[precision] < 1.8 * needed
