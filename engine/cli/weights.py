@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -73,7 +74,7 @@ def info(
         return
     for name, value in facts.items():
         if value not in (None, [], {}, "weights"):
-            typer.echo(f"{name.replace('_', ' '):10}  {_plain(value)}")
+            typer.echo("\n".join(_lines(name, value)))
 
 
 @weights_app.command(cls=Command, no_args_is_help=True)
@@ -220,6 +221,20 @@ def _table(facts: list[dict[str, JSON]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
     return "\n".join(lines)
+
+
+def _lines(name: str, value: object, depth: int = 0) -> Iterator[str]:
+    """A fact; one of many parts, such as a history of training, has a line for each."""
+    margin, label = "  " * depth, _plain(name.replace("_", " "))
+    if isinstance(value, dict) and depth == 0:
+        yield label
+        for key, part in value.items():
+            yield from _lines(str(key), part, depth + 1)
+    elif isinstance(value, list) and any(isinstance(part, dict) for part in value):
+        yield f"{margin}{label}"
+        yield from (f"{margin}  {number}  {_plain(part)}" for number, part in enumerate(value, 1))
+    else:
+        yield f"{margin}{label:10}  {_plain(value)}"
 
 
 def _plain(value: object) -> str:

@@ -94,7 +94,7 @@ def test_several_inputs_of_hostile_names(catalogue: Catalogue, tmp_path: Path, t
 
 def list_of_store(name: str) -> list[str]:
     """The files of a store of one flow."""
-    arrays = ("flow", "frame", "frame_to", "timestamp_s", "timestamp_to_s")
+    arrays = ("flow", "frame", "frame_to", "timestamp_s", "timestamp_to_s", "flow_crc32c", "time_crc32c")
     chunks = [f"{array}/c/0{'/0/0/0' if array == 'flow' else ''}" for array in arrays]
     return [f"{name}/{file}" for file in ("zarr.json", *(f"{array}/zarr.json" for array in arrays), *chunks)]
 

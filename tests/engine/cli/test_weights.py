@@ -98,12 +98,21 @@ def test_list(capsys: Capture) -> None:
 def test_info(capsys: Capture) -> None:
     assert call(["weights", "info", "baseline"]) == 0
     out = capsys.readouterr().out
-    for words in ("FlowNet2C", "Apache-2.0", "sha256", "trained_on"):
+    for words in ("FlowNet2C", "Apache-2.0", "sha256", "trained on"):
         assert words in out
     told = facts(capsys, "weights", "info", "baseline")
     assert isinstance(told, dict)
     assert (told["model"], told["also_runs"], told["batch_norm"]) == ("FlowNet2CSS", ["FlowNet2C", "FlowNet2CS"], False)
     assert told["parameters"] > 100_000
+
+
+def test_each_stage_of_a_training_has_a_line(capsys: Capture) -> None:
+    assert call(["weights", "info", "baseline"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    first = lines.index("  stages") + 1
+    stages = lines[first : lines.index(next(line for line in lines if line.startswith("  note")))]
+    assert [line.split()[:2] for line in stages] == [[str(number), "model"] for number in range(1, len(stages) + 1)]
+    assert len(stages) > 1
 
 
 def test_what_a_file_says_does_not_steer_the_terminal(capsys: Capture) -> None:

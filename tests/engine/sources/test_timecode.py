@@ -29,6 +29,18 @@ def test_times_that_cannot(text: str) -> None:
         parse_seconds(text)
 
 
+@pytest.mark.parametrize("text", ["9" * 400 + "s", "999999999999:0:0", "2000000000000"])
+def test_times_beyond_all_clips(text: str) -> None:
+    with pytest.raises(UsageError, match="a time of more than"):
+        parse_seconds(text)
+
+
+@pytest.mark.parametrize("select", [{"start": 10**400}, {"stop": 10**5000}, {"step": 1 << 63}])
+def test_numbers_beyond_all_frames(select: dict[str, int]) -> None:
+    with pytest.raises(UsageError, match="the last frame there can be"):
+        SelectConfig(**select)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("select", "expected"),
     [
