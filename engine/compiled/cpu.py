@@ -13,7 +13,6 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from flowreel.engine.compiled import Packed, Shape, plain, quarter_upsampling
 from flowreel.engine.compiled.buffers import Buffers
@@ -160,7 +159,7 @@ def flownet_c(layers: Layers, x: Tensor) -> Tensor:
     """``FlowNetC.predict``: its last prediction."""
     conv2 = layers(x[:, :3], "conv1", "conv2")
     first, second = layers(conv2, "conv3"), layers(x[:, 3:], "conv1", "conv2", "conv3")
-    matched = F.leaky_relu_(correlation(first, second), SLOPE)
+    matched = correlation(first, second, negative_slope=SLOPE)
     conv3 = layers(layers.side_by_side(layers(first, "conv_redir"), matched), "conv3_1")
     return refine(layers, encode_on(layers, conv2, conv3))
 

@@ -20,13 +20,24 @@ from flowreel.engine.models.layers import SLOPE
 
 AnyConv = nn.Conv2d | nn.ConvTranspose2d
 _ops: Any = torch.ops.mkldnn
+_NEEDED = (  # none of them a documented interface of torch, so any may be missing
+    "_convolution_pointwise",
+    "_convolution_transpose_pointwise",
+    "_reorder_convolution_weight",
+    "_reorder_convolution_transpose_weight",
+    "_get_mkldnn_serialized_md",
+    "_is_mkldnn_bf16_supported",
+)
 STRIP = 4 << 20  # bytes of output a strip
 WHOLE = 16 << 20  # bytes of output up to which a layer is done in one piece
 
 
 def available(dtype: torch.dtype) -> bool:
     """Whether this CPU and this torch have it, in that type."""
-    if not torch._C._has_mkldnn or _ops._is_mkldnn_acl_supported():
+    if not torch._C._has_mkldnn or not all(hasattr(_ops, name) for name in _NEEDED):
+        return False
+    on_arm = getattr(_ops, "_is_mkldnn_acl_supported", None)  # ARM's library behind oneDNN packs weights otherwise
+    if on_arm is not None and on_arm():
         return False
     return dtype == torch.float32 or bool(_ops._is_mkldnn_bf16_supported())
 
