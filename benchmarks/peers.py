@@ -3,7 +3,8 @@
 ptlflow has an environment of its own, since it wants other libraries than this project. ``python -m benchmarks.peers``
 makes it in ``.peers/ptlflow``; ``FLOWREEL_PTLFLOW`` names the interpreter of one that is elsewhere. Without it the
 case is left out. C and S are the same functions in both; in FlowNet2 ptlflow blackens what a warp fetches from outside
-the frame, where ours repeats the border, so that its flow is another one there. OpenCV's methods are in ``classical``, plain torch versions of the kernels in ``kernels``.
+the frame, where ours repeats the border, so that its flow is another one there. OpenCV's methods are in ``classical``,
+plain torch versions of the kernels in ``kernels``.
 """
 
 from __future__ import annotations
