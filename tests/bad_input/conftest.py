@@ -287,7 +287,7 @@ def identity(task: Mapping[str, Any], stdin: str | None, folder: Path, files: Ma
             found.update(os.fsencode(path.readlink()))
         elif path.is_file():  # the test's own; more of it would only tell more cases apart
             with path.open("rb") as file:
-                found.update(file.read(1 << 16) + str(path.stat().st_size).encode())
+                found.update(file.read(1 << 22) + str(path.stat().st_size).encode())
     return found.digest() + (stdin or "").removeprefix(str(folder)).encode()
 
 
