@@ -70,13 +70,12 @@ class TrainConfig:
         for name in ("steps", "batch", "reuse"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("width", "learning_rate"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise UsageError(f"{name.replace('_', '-')} must be a positive number, got {getattr(self, name)}")
+        if not 0 < self.width <= WIDEST:
+            raise UsageError(f"width must be positive and at most {WIDEST}, got {self.width:g}")
+        if not 0 <= self.learning_rate < float("inf"):
+            raise UsageError(f"learning-rate must be a number that is not negative, got {self.learning_rate:g}")
         if max(self.height, self.width_px) > LARGEST_SIDE:
             raise UsageError(f"training size must be at most {LARGEST_SIDE} a side, got {self.width_px}x{self.height}")
-        if self.width > WIDEST:
-            raise UsageError(f"width must be at most {WIDEST}, got {self.width:g}")
         if not 0 <= self.seed < MOST_SEEDS:
             raise UsageError(f"seed must lie between 0 and {MOST_SEEDS - 1}, got {self.seed}")
         if self.batch > LARGEST_BATCH:
