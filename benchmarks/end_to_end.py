@@ -80,7 +80,7 @@ class Job:
 
 
 def run(short: bool = False) -> dict[str, object]:
-    """For each network a row of all of it, then one a stage; "of the model" is the bar of DESIGN's speeds.
+    """For each network a row of all of it, then one a stage; "of the model" is how near the whole comes to it.
 
     Published width: random weights; baseline: the shipped ones. Everything in turn in this one process.
     """
@@ -140,5 +140,5 @@ def measured(job: Job, about: dict[str, Any], rounds: int) -> list[dict[str, Any
         if name in spent:
             row["pairs/s alone"] = Sample.of(spent[name]).rate(job.flows).cell()
         waits = {"wait in s": stage.wait_in_s, "wait out s": stage.wait_out_s}
-        rows.append(about | row | {"busy s": stage.busy_s} | waits | {"peak queue": stage.peak_queue})
+        rows.append(about | row | {"busy s": stage.busy_s} | waits | {"peak queue": float(stage.peak_queue)})
     return rows
