@@ -2,7 +2,7 @@
 
 What each network computes is defined in ``engine.models``; this is the same, arranged for the caches. Two thirds of
 FlowNet2's arithmetic is at low resolution, where oneDNN reaches the machine's limit by itself; the rest is a matter of
-memory, see ``onednn`` and ``buffers``.
+memory, see ``convolution`` and ``buffers``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from flowreel.engine.compiled import Packed, Shape, plain, quarter_upsampling
 from flowreel.engine.compiled.buffers import Buffers
-from flowreel.engine.compiled.onednn import Convolution, available, chained
+from flowreel.engine.compiled.convolution import Convolution, chained
+from flowreel.engine.compiled.onednn import available
 from flowreel.engine.config import Precision
 from flowreel.engine.models.flownetc import FlowNetC
 from flowreel.engine.models.flownetsd import FlowNetSD

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import flowreel
-from flowreel.engine.compiled import buffers, cpu, onednn, pack, plain
+from flowreel.engine.compiled import buffers, convolution, cpu, onednn, pack, plain
 from flowreel.engine.models import MODELS
 
 Filled = Callable[..., nn.Module]
@@ -30,8 +30,8 @@ def frames(count: int, height: int = 128, width: int = 64) -> tuple[Tensor, Tens
 @pytest.mark.parametrize("name", MODELS)
 def test_every_network_in_strips_and_in_kept_memory(name: str, filled: Filled, monkeypatch: pytest.MonkeyPatch) -> None:
     """As large frames are done; twice, so that the second time all memory has been used before."""
-    monkeypatch.setattr(onednn, "WHOLE", 0)
-    monkeypatch.setattr(onednn, "STRIP", 16 << 10)
+    monkeypatch.setattr(convolution, "WHOLE", 0)
+    monkeypatch.setattr(convolution, "STRIP", 16 << 10)
     monkeypatch.setattr(buffers, "SMALLEST", 0)
     model = filled(name, width=0.15, batch_norm=True)
     fast = flowreel.compile(model, (2, 128, 64))

@@ -1,4 +1,4 @@
-"""Packed convolutions against torch's own, whole and in strips, and the memory they are made in."""
+"""Weights in oneDNN's layouts: shared by the sizes that agree in one, changed for those that do not."""
 
 from __future__ import annotations
 
@@ -7,170 +7,56 @@ import itertools
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from flowreel.engine.compiled import buffers, onednn
-from flowreel.engine.compiled.buffers import Buffers
-from flowreel.engine.compiled.onednn import Convolution, chained, strips
+from flowreel.engine.compiled import onednn
+from flowreel.engine.compiled.onednn import PackedConvolution
 
 pytestmark = pytest.mark.skipif(not onednn.available(torch.float32), reason="this torch has no oneDNN for this CPU")
-KINDS = {  # kernel, stride of a convolution; None: the networks' transposed one
-    "3x3": (3, 1),
-    "3x3, halved": (3, 2),
-    "5x5, halved": (5, 2),
-    "7x7, halved": (7, 2),
-    "1x1": (1, 1),
-    "transposed": None,
-}
+SIZES = [*itertools.product((1, 2), (32, 64), (8, 128))]
 
 
 @pytest.fixture(autouse=True)
-def _no_gradients() -> None:
+def _the_same_numbers() -> None:
     torch.manual_seed(0)
 
 
-def layer(kind: str, inputs: int, outputs: int, bias: bool = True) -> nn.Conv2d | nn.ConvTranspose2d:
-    found = KINDS[kind]
-    if found is None:
-        return nn.ConvTranspose2d(inputs, outputs, 4, 2, 1, bias=bias)
-    kernel, stride = found
-    return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=bias)
-
-
-def packed(
-    module: nn.Conv2d | nn.ConvTranspose2d, leaky: bool = False, dtype: torch.dtype = torch.float32
-) -> Convolution:
-    return Convolution(module, module.weight, module.bias, leaky, dtype, dtype)
+def pictures(channels: int, batch: int, height: int, width: int) -> Tensor:
+    return torch.randn(batch, channels, height, width).contiguous(memory_format=torch.channels_last)
 
 
 def same(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.fixture
-def everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Strips of two rows, and every result from kept memory."""
-    monkeypatch.setattr(onednn, "WHOLE", 0)
-    monkeypatch.setattr(onednn, "STRIP", 0)
-    monkeypatch.setattr(buffers, "SMALLEST", 0)
+@pytest.mark.parametrize("groups", [1, 3])
+def test_another_size_shares_the_weights_or_has_them_in_its_own_layout(groups: int) -> None:
+    weight, bias = torch.randn(groups * 48, 32, 3, 1), torch.randn(groups * 48)
+    convolution = PackedConvolution(weight, bias, (2, 1), 0, groups=groups, leaky=True)
+    for size in SIZES:
+        x = pictures(groups * 32, *size)
+        expected = F.leaky_relu(F.conv2d(x, weight, bias, (2, 1), (1, 0), groups=groups), 0.1)
+        same(convolution(x, 1), expected)
+    assert len(convolution._weights._layouts) < len(convolution._chosen) == len(SIZES)
 
 
-@pytest.mark.parametrize("leaky", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_whole_layers(kind: str, bias: bool, leaky: bool) -> None:
-    module = layer(kind, 5, 7, bias)
-    x = torch.randn(2, 5, 12, 20)
-    expected = module(x)
-    same(packed(module, leaky)(x, Buffers()), F.leaky_relu(expected, 0.1) if leaky else expected)
-
-
-@pytest.mark.usefixtures("everything_is_large")
-@pytest.mark.parametrize("height", [2, 4, 6, 14])
-@pytest.mark.parametrize("kind", KINDS)
-def test_layers_in_strips(kind: str, height: int) -> None:
-    module = layer(kind, 3, 4)
-    x = torch.randn(2, 3, height, 10)
-    found = packed(module)(x, Buffers())
-    same(found, module(x))
-    assert found.is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_any_rows_of_a_layer(kind: str) -> None:
-    module = layer(kind, 3, 4)
-    x = torch.randn(1, 3, 12, 10).contiguous(memory_format=torch.channels_last)
-    expected = module(x)
-    even = range(0, expected.shape[2] + 1, 2)
-    for top, bottom in itertools.combinations(even, 2):
-        same(packed(module).rows(x, top, bottom), expected[:, :, top:bottom])
-
-
-@pytest.mark.usefixtures("everything_is_large")
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_layer_written_between_other_channels(kind: str) -> None:
-    module = layer(kind, 3, 4)
-    x = torch.randn(2, 3, 8, 10)
-    expected = module(x)
-    whole = torch.full((2, 9, *expected.shape[2:]), 7.0).contiguous(memory_format=torch.channels_last)
-    packed(module).into(whole[:, 2:6], x)
-    same(whole[:, 2:6], expected)
-    assert (whole[:, :2] == 7).all()
-    assert (whole[:, 6:] == 7).all()
-
-
-@pytest.mark.parametrize("strip", [0, 1 << 20])
-def test_two_layers_strip_by_strip(strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "STRIP", strip)
-    first, second = layer("3x3", 3, 4), layer("3x3, halved", 4, 5)
-    x = torch.randn(2, 3, 16, 12)
-    between = F.leaky_relu(first(x), 0.1)
-    kept = torch.zeros(2, 6, 16, 12).contiguous(memory_format=torch.channels_last)
-    same(chained(packed(first, leaky=True), packed(second), x, Buffers(), keep=kept[:, 1:5]), second(between))
-    same(kept[:, 1:5], between)
-    assert (kept[:, [0, 5]] == 0).all()
-
-
-@pytest.mark.parametrize("kind", ["3x3", "transposed"])
-def test_another_size_shares_the_weights_or_has_them_in_its_own_layout(kind: str) -> None:
-    module = layer(kind, 32, 48)
-    convolution = packed(module)
-    for batch, height, width in itertools.product((1, 2), (32, 64), (8, 128)):
-        x = torch.randn(batch, 32, height, width)
-        same(convolution(x, Buffers()), module(x))
-    assert len(convolution._weights._layouts) < len(convolution._chosen) == 8
+def test_another_size_of_a_transposed_one() -> None:
+    weight, bias = torch.randn(32, 48, 4, 4), torch.randn(48)
+    convolution = PackedConvolution(weight, bias, (2, 2), 1, transposed=True)
+    for size in SIZES:
+        x = pictures(32, *size)
+        same(convolution(x, 1), F.conv_transpose2d(x, weight, bias, 2, 1))
+    assert len(convolution._weights._layouts) < len(convolution._chosen) == len(SIZES)
 
 
 def test_layouts_go_with_the_sizes_that_asked_for_them() -> None:
-    module = layer("3x3", 32, 48)
-    packed_once = packed(module)
+    weight = torch.randn(48, 32, 3, 3)
+    once = PackedConvolution(weight, None, (1, 1), 1)
     for width in (8, 128, 8):
-        convolution = packed_once.for_another_size()
-        x = torch.randn(1, 32, 32, width)
-        same(convolution(x, Buffers()), module(x))
+        convolution = once.for_another_size()
+        x = pictures(32, 1, 32, width)
+        same(convolution(x, 1), F.conv2d(x, weight, padding=1))
         del convolution
         gc.collect()
-        assert len(packed_once._weights._layouts) == 1
-
-
-@pytest.mark.parametrize("whole", [0, 1 << 20])
-def test_a_layer_may_give_another_type_than_it_computes_in(whole: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "WHOLE", whole)
-    module = layer("3x3, halved", 3, 4)
-    x = torch.randn(1, 3, 8, 8)
-    found = Convolution(module, module.weight, module.bias, False, torch.float32, torch.bfloat16)(x, Buffers())
-    assert torch.equal(found, module(x).bfloat16())
-
-
-def test_weights_are_copied() -> None:
-    module = layer("transposed", 4, 4)
-    x = torch.randn(1, 4, 6, 6)
-    convolution, expected = packed(module), module(x)
-    with torch.no_grad():
-        module.weight.zero_()
-        module.bias.zero_()  # type: ignore[union-attr]
-    same(convolution(x, Buffers()), expected)
-
-
-@pytest.mark.parametrize(("height", "width"), [(2, 3), (448, 1024), (1088, 1920), (31, 5000)])
-def test_strips_cover_every_row_once(height: int, width: int) -> None:
-    found = list(strips(height, width, 64 * 4))
-    assert [row for top, bottom in found for row in range(top, bottom)] == list(range(height))
-    assert all(top % 2 == 0 for top, _ in found)
-
-
-def test_memory_comes_back_when_its_last_view_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(buffers, "SMALLEST", 0)
-    kept = Buffers()
-    first = kept.empty(1, 2, 4, 4, torch.float32)
-    view, place = first[:, 1:], first.data_ptr()
-    del first
-    gc.collect()
-    other = kept.empty(1, 2, 4, 4, torch.float32)
-    assert other.data_ptr() != place  # a view is still there
-    del view
-    gc.collect()
-    assert kept.empty(1, 4, 4, 4, torch.bfloat16).data_ptr() == place  # the same bytes in another form
-    assert other.shape == (1, 2, 4, 4)
-    assert other.is_contiguous(memory_format=torch.channels_last)
+        assert len(once._weights._layouts) == 1

@@ -1,0 +1,143 @@
+"""A network's convolutions on a CPU, whole or in strips, each in the form that is fastest for it.
+
+Results larger than the caches are made in strips of rows. A strip is computed into memory that is still warm from the
+last one and copied from there to where it belongs, e.g. between other channels of a concatenation; in one piece, the
+same layer takes up to four times as long for fresh memory alone. ``Buffers`` says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import copy
+
+import torch
+from torch import Tensor, nn
+
+from flowreel.engine.compiled.buffers import Buffers
+from flowreel.engine.compiled.onednn import PackedConvolution
+from flowreel.engine.compiled.taps import Taps
+from flowreel.engine.compiled.winograd import Winograd
+
+AnyConv = nn.Conv2d | nn.ConvTranspose2d
+STRIP = 4 << 20  # bytes of what a strip is made of
+WHOLE = 16 << 20  # bytes of output up to which a layer is done in one piece
+
+
+class Convolution:
+    """A 2-d convolution or transposed convolution with its bias and, mostly, its LeakyReLU; square, one group."""
+
+    def __init__(
+        self,
+        layer: AnyConv,
+        weight: Tensor,
+        bias: Tensor | None,
+        leaky: bool,
+        dtype: torch.dtype,
+        gives: torch.dtype,
+    ) -> None:
+        """``layer`` says of what kind; the numbers are copied from ``weight`` and ``bias``.
+
+        It computes in ``dtype``; ``gives`` is the type of what it gives when called.
+        """
+        self.transposed = isinstance(layer, nn.ConvTranspose2d)
+        self.kernel, self.stride, self.padding = layer.kernel_size[0], layer.stride[0], int(layer.padding[0])
+        self.inputs, self.outputs, self.dtype = layer.in_channels, layer.out_channels, dtype
+        self.gives = gives
+        own = weight.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+        own_bias = None if bias is None else bias.detach().to(dtype, copy=True)
+        self._form = _fastest(own, own_bias, self.stride, self.padding, transposed=self.transposed, leaky=leaky)
+
+    def for_another_size(self) -> Convolution:
+        """The same layer, the same weights; what it settles for the sizes it meets goes when it goes."""
+        other = copy(self)
+        other._form = self._form.for_another_size()
+        return other
+
+    def __call__(self, x: Tensor, buffers: Buffers) -> Tensor:
+        """(B, inputs, H, W) of any type and strides to (B, outputs, H', W') channels last."""
+        batch, height, width = x.shape[0], *self._size(x)
+        small = batch * height * width * self._form.bytes_a_pixel <= WHOLE
+        if small and x.dtype == self.dtype == self.gives:
+            return _channels_last(self._form(_channels_last(x), self.padding))
+        out = buffers.empty(batch, self.outputs, height, width, self.gives)
+        self.into(out, x)
+        return out
+
+    def into(self, out: Tensor, x: Tensor) -> None:
+        """The same, written to ``out``, channels last, of any type; it may be some of another tensor's channels."""
+        x = _channels_last(x)
+        bytes_a_pixel = self._form.bytes_a_pixel
+        if x.dtype != self.dtype:  # then a strip's input is memory of its own as well
+            bytes_a_pixel = max(bytes_a_pixel, self.inputs * self.dtype.itemsize)
+        for sample in range(x.shape[0]):
+            for top, bottom in strips(*self._size(x), bytes_a_pixel):
+                out[sample : sample + 1, :, top:bottom] = self.rows(x[sample : sample + 1], top, bottom)
+
+    def rows(self, x: Tensor, top: int, bottom: int, *, first: int = 0, height: int | None = None) -> Tensor:
+        """Rows ``top`` to ``bottom`` of the output; even numbers where it is transposed.
+
+        ``x`` may hold only some of the input's rows, from ``first`` on, of ``height`` in all: those that are needed.
+        """
+        height = x.shape[2] if height is None else height
+        if self.transposed:  # output row y meets input rows from y/2 - 1 on
+            low, high = max(0, top // 2 - 1), min(height, bottom // 2 + 1)
+            return self._run(x[:, :, low - first : high - first], 1)[:, :, top - 2 * low : bottom - 2 * low]
+        low, high = top * self.stride - self.padding, (bottom - 1) * self.stride - self.padding + self.kernel
+        if low >= 0 and high <= height:
+            return self._run(x[:, :, low - first : high - first], 0)
+        # Padding comes at both ends or none. Where one of them is inside the image, what it spoils is cut off.
+        spoilt = 0 if low < 0 else -(-self.padding // self.stride)
+        start = max(0, (top - spoilt) * self.stride)
+        made = self._run(x[:, :, start - first : min(high, height) - first], self.padding)
+        return made[:, :, spoilt : spoilt + bottom - top]
+
+    def _run(self, x: Tensor, rows: int) -> Tensor:
+        return self._form(x.to(self.dtype), rows)
+
+    def _size(self, x: Tensor) -> tuple[int, int]:
+        height, width = x.shape[2:]
+        return (2 * height, 2 * width) if self.transposed else (-(-height // self.stride), -(-width // self.stride))
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _fastest(
+    weight: Tensor, bias: Tensor | None, stride: int, padding: int, *, transposed: bool, leaky: bool
+) -> PackedConvolution | Winograd | Taps:
+    return (
+        Winograd.of(weight, bias, stride, transposed=transposed, leaky=leaky)
+        or Taps.of(weight, bias, stride, transposed=transposed, leaky=leaky)
+        or PackedConvolution(weight, bias, (stride, stride), padding, transposed=transposed, leaky=leaky)
+    )
+
+
+def strips(height: int, width: int, bytes_a_pixel: int) -> Iterator[tuple[int, int]]:
+    """(top, bottom) of nearly equal strips, an even number of rows each but for the last."""
+    rows = max(2, STRIP // (width * bytes_a_pixel))
+    count = -(-height // rows)
+    rows = -(-height // count)
+    rows += rows % 2
+    for top in range(0, height, rows):
+        yield top, min(height, top + rows)
+
+
+def chained(first: Convolution, second: Convolution, x: Tensor, buffers: Buffers, keep: Tensor | None = None) -> Tensor:
+    """A full-size layer and the one that halves its output, strip by strip: what is between them is never whole.
+
+    keep: (B, first.outputs, H, W), where the first one's output goes as well.
+    """
+    x = _channels_last(x)
+    batch, _, height, width = x.shape
+    out = buffers.empty(batch, second.outputs, height // 2, width // 2, second.gives)
+    for sample in range(batch):
+        one = x[sample : sample + 1]
+        for top, bottom in strips(height // 2, width // 2, 4 * first.outputs * first.dtype.itemsize):
+            low = max(0, 2 * top - 1)
+            between = first.rows(one, low, 2 * bottom)
+            if keep is not None:
+                keep[sample : sample + 1, :, low : 2 * bottom] = between
+            between = _channels_last(between)
+            out[sample : sample + 1, :, top:bottom] = second.rows(between, top, bottom, first=low, height=height)
+    return out

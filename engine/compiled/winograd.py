@@ -1,0 +1,157 @@
+"""Convolutions with fewer multiplications: Winograd's minimal filtering along the rows of an image.
+
+Four neighbouring outputs of a filter with three taps need six products instead of twelve, once inputs and weights are
+combined suitably: ``y = spread @ ((weigh @ w) * (collect @ x))``. Here ``*`` is itself a convolution, over the channels
+and along the columns, which oneDNN does for all products at once, each a group; so a 3x3 layer takes half the
+arithmetic, and what is combined before and after is a small matrix product over what is in the caches.
+
+Along one axis only: on both it would be a quarter, for four times the memory of the weights instead of twice, and
+with a larger error. A layer's rounding error is twice that of the plain form; FlowNet2's as a whole stays the same. In
+bfloat16 it does not pay, and what is combined would be rounded once more.
+
+Toom (1963), Cook (1966) and Winograd (1980) found it; Lavin and Gray, "Fast Algorithms for Convolutional Neural
+Networks" (CVPR 2016), brought it to networks.
+"""
+
+from __future__ import annotations
+
+import math
+from copy import copy
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flowreel.engine.compiled.onednn import PackedConvolution
+from flowreel.engine.models.layers import SLOPE
+
+TILE = 4  # outputs at once, of each kind: six products for three taps. More is less exact, fewer saves less
+POINTS = (0.0, 1.0, -1.0, 0.5, -0.5)  # where the polynomials are evaluated; powers of two are exact
+BLOCK = 16  # channels of a group come in multiples of what a vector register holds
+NARROWEST = 64  # channels in and out; below it combining takes longer than it saves
+WIDEST = 512 * 512  # inputs times outputs; above it the layer waits for its weights, which here are twice as many
+
+
+@dataclass(frozen=True)
+class Filtering:
+    """``y = spread @ ((weigh @ w) * (collect @ x))``: a tile of outputs from the inputs around it."""
+
+    spread: np.ndarray  # (outputs, products)
+    weigh: np.ndarray  # (products, taps)
+    collect: np.ndarray  # (products, inputs)
+    constant: np.ndarray  # (products,): what to add to the products so that every output grows by one
+    before: int  # how many of the inputs lie left of the tile's own
+    step: int  # inputs from one tile to the next
+
+
+def filtering(kernel: int, stride: int) -> Filtering | None:
+    """For a layer's rows, if there is one: of 3x3 layers, and of 5x5 layers that halve."""
+    if (kernel, stride) == (3, 1):
+        spread, weigh, collect = minimal(TILE, 3)
+        return Filtering(spread, weigh, collect, _where_one(len(collect)), 1, TILE)
+    if (kernel, stride) == (5, 2):
+        return _halving()
+    return None
+
+
+def minimal(outputs: int, taps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(spread, weigh, collect) of ``y[i] = sum_k w[k] x[i + k]``, with as few products as there can be.
+
+    The transpose of Toom and Cook's product of polynomials, evaluated at ``POINTS`` and at infinity.
+    """
+    products = outputs + taps - 1
+    points = POINTS[: products - 1]
+    spread, weigh, collect = np.zeros((outputs, products)), np.zeros((products, taps)), np.zeros((products, products))
+    for number, point in enumerate(points):
+        others = np.poly([p for p in points if p != point])  # highest power first
+        collect[number, :-1] = others[::-1]
+        weigh[number] = point ** np.arange(taps) / np.polyval(others, point)
+        spread[:, number] = point ** np.arange(outputs)
+    collect[-1] = np.poly(points)[::-1]
+    weigh[-1, -1] = spread[-1, -1] = 1
+    return spread, weigh, collect
+
+
+def _where_one(products: int) -> np.ndarray:
+    """The product at the point one goes into all outputs alike."""
+    constant = np.zeros(products)
+    constant[POINTS.index(1.0)] = 1
+    return constant
+
+
+def _halving() -> Filtering:
+    """Five taps, every second output: three taps on the even inputs and two on the odd ones."""
+    (spread3, weigh3, collect3), (spread2, weigh2, collect2) = minimal(TILE, 3), minimal(TILE, 2)
+    even, odd = len(collect3), len(collect2)
+    weigh, collect = np.zeros((even + odd, 5)), np.zeros((even + odd, 2 * TILE + 3))
+    weigh[:even, 0::2], weigh[even:, 1::2] = weigh3, weigh2
+    collect[:even, 0::2], collect[even:, 1::2] = collect3, collect2
+    constant = np.concatenate([_where_one(even), np.zeros(odd)])
+    return Filtering(np.hstack([spread3, spread2]), weigh, collect, constant, 2, 2 * TILE)
+
+
+class Winograd:
+    """A layer by minimal filtering of its rows; called as ``PackedConvolution`` is, and equal to it up to rounding."""
+
+    def __init__(self, by: Filtering, weight: Tensor, bias: Tensor | None, stride: int, *, leaky: bool) -> None:
+        """``weight`` and ``bias`` as torch's layer has them, float32; ``stride`` of the columns."""
+        self._by, self._leaky = by, leaky
+        self._spread, self._collect = (torch.from_numpy(matrix).float()[None] for matrix in (by.spread, by.collect))
+        self._outputs, self._inputs, height, _ = weight.shape
+        products = len(by.collect)
+        self._held_outputs, self._held_inputs = (-(-n // BLOCK) * BLOCK for n in (self._outputs, self._inputs))
+        weighed = torch.zeros(products, self._held_outputs, self._held_inputs, height, 1)
+        weighed[:, : self._outputs, : self._inputs, :, 0] = torch.einsum(
+            "pt,oiyt->poiy", torch.from_numpy(by.weigh), weight.double()
+        )
+        constant = torch.zeros(products, self._held_outputs)
+        if bias is not None:
+            constant[:, : self._outputs] = torch.from_numpy(by.constant).float()[:, None] * bias
+        self._multiply = PackedConvolution(weighed.flatten(0, 1), constant.flatten(), (stride, 1), 0, groups=products)
+        channels = products * max(self._held_outputs, self._held_inputs * stride)  # one row of output needs `stride`
+        self.bytes_a_pixel = channels * weight.itemsize // len(by.spread)  # of output, in between
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None, stride: int, *, transposed: bool, leaky: bool) -> Winograd | None:
+        """For a layer that gains by it."""
+        by = None if transposed else filtering(weight.shape[2], stride)
+        channels = weight.shape[:2]
+        if by is None or weight.dtype != torch.float32 or min(channels) < NARROWEST or math.prod(channels) > WIDEST:
+            return None
+        return cls(by, weight, bias, stride, leaky=leaky)
+
+    def for_another_size(self) -> Winograd:
+        """The same weights; what it settles for the sizes it meets goes when it goes."""
+        other = copy(self)
+        other._multiply = self._multiply.for_another_size()
+        return other
+
+    def __call__(self, x: Tensor, rows: int) -> Tensor:
+        """``x``: (B, C, H, W), channels last; ``rows`` of padding above and below."""
+        width = x.shape[3] * len(self._by.spread) // self._by.step
+        lacking = -x.shape[3] % self._by.step
+        tiles = self._tiles(F.pad(x, (0, lacking)) if lacking else x)
+        batch, height, count = tiles.shape[:3]
+        collected = torch.bmm(self._collect.expand(batch * height * count, -1, -1), tiles.flatten(0, 2))
+        made = self._multiply(collected.view(batch, height, count, -1).permute(0, 3, 1, 2), rows).permute(0, 2, 3, 1)
+        products = made.reshape(-1, len(self._by.collect), self._held_outputs)
+        y = torch.bmm(self._spread.expand(len(products), -1, -1), products)
+        if self._leaky:
+            F.leaky_relu_(y, SLOPE)
+        return y.view(batch, made.shape[1], -1, self._held_outputs).permute(0, 3, 1, 2)[:, : self._outputs, :, :width]
+
+    def _tiles(self, x: Tensor) -> Tensor:
+        """(B, H, tiles, inputs of a tile, channels): what each tile of outputs is made of, zeros at the borders."""
+        before, step, inputs = self._by.before, self._by.step, self._by.collect.shape[1]
+        batch, channels, height, width = x.shape
+        count = width // step
+        own = x.permute(0, 2, 3, 1).reshape(batch, height, count, step, channels)
+        tiles = torch.empty(batch, height, count, inputs, self._held_inputs)
+        tiles[..., self._inputs :] = 0
+        left, middle, right = torch.split(tiles[..., : self._inputs], [before, step, inputs - before - step], 3)
+        middle.copy_(own)
+        left[:, :, 0], left[:, :, 1:] = 0, own[:, :, :-1, step - before :]
+        right[:, :, -1], right[:, :, :-1] = 0, own[:, :, 1:, : right.shape[3]]
+        return tiles
