@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from flowreel.engine.config import RunConfig
-from flowreel.engine.data import ColorSink, FlowBatch, FlowInfo, Resumable, Sink, Source
+from flowreel.engine.data import FlowBatch, FlowInfo, Resumable, Sink, Source
 from flowreel.engine.device import Streams, device_name, download, resolve_device, upload
 from flowreel.engine.errors import OutputExistsError, TooFewFramesError, TruncatedSourceError, UsageError
 from flowreel.engine.export import export
@@ -30,6 +30,7 @@ from flowreel.engine.outputs import (
     named_outputs,
     opened_sinks,
     output_report,
+    preparing,
     teller,
 )
 from flowreel.engine.pairing import batches, pairs
@@ -128,7 +129,7 @@ def run_one(
             resumed.store.require_same(header)
             sinks = [resumed.store]  # the other outputs are made from it when it is complete
         opened.enter_context(opened_sinks(sinks, header))
-        to_host = not any(isinstance(sink, ColorSink) for sink in sinks)  # else each output takes what it wants
+        to_host = all(preparing(sink) is None for sink in sinks)  # else each output takes what it wants
         pipeline = _pipeline(frames, inference, header, config, to_host=to_host, resumed=resumed)
         tallies = [Tally(sink, on_gpu=inference.device.type == "cuda") for sink in sinks]
         started_s = time.perf_counter()
@@ -195,7 +196,7 @@ def _pipeline(
 ) -> Pipeline:
     """The chain itself, left to right. On a GPU two stages more move the data, each frame once.
 
-    to_host: flow is wanted there, and nowhere else: not where some output paints it on the GPU.
+    to_host: flow is wanted there, and nowhere else: not where some output works on it on the GPU.
     """
     streams = streams or Streams(inference.device)
     first = 0 if resumed is None else resumed.point.flows

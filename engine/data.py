@@ -218,6 +218,36 @@ class ColorBatch:
         return replace(self, rgb=copy(self.rgb), unknown=copy(self.unknown))
 
 
+@dataclass(frozen=True, eq=False)
+class StepsBatch:
+    """Flow fields in order, as a store keeps them: whole numbers of steps, and what could not be kept."""
+
+    steps: Tensor  # (N, 2, H, W) int16 or int32; the type's smallest number, twice, where there is no vector
+    unknown: Tensor  # (N,) int32, vectors of each field that nobody knows
+    beyond_range: Tensor  # (N,) int32, vectors that are known but too long for the integers
+    worst: Tensor  # (N,) float32, pixels: the largest error of what is kept
+    index: int  # place of steps[0] in the output, from 0
+    frame: Int64Array  # (N,) number of each pair's first frame in the source
+    frame_to: Int64Array  # (N,) number of each pair's second frame
+    timestamp_s: Float64Array  # (N,) seconds, presentation time of the first frame
+    timestamp_to_s: Float64Array  # (N,) seconds, of the second
+
+    def __len__(self) -> int:
+        return int(self.steps.shape[0])
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.steps, self.unknown, self.beyond_range, self.worst)
+
+    def moved(self, copy: Callable[[Tensor], Tensor]) -> StepsBatch:
+        """The same with a copy of each tensor in its place."""
+        steps, unknown, beyond_range, worst = map(copy, self.tensors)
+        return replace(self, steps=steps, unknown=unknown, beyond_range=beyond_range, worst=worst)
+
+
+Prepared = ColorBatch | StepsBatch  # what a ``DeviceSink`` wants on the host
+
+
 @runtime_checkable
 class Source(Protocol):
     """Gives frames in order. ``info`` is known before the first one is decoded.
@@ -358,13 +388,18 @@ class Sink(Protocol):
 
 
 @runtime_checkable
-class ColorSink(Protocol):
-    """A sink of pictures that can also have them painted where the flow is, so that only they come to the host."""
+class DeviceSink(Protocol):
+    """A sink that can have part of its work done where the flow is, so that only what it keeps comes to the host."""
 
-    def paint(self, batches: Iterator[FlowBatch]) -> Iterator[ColorBatch]:
-        """A stage: flow on any device to pictures of it on that device, one each, in order."""
+    @property
+    def prepares(self) -> bool:
+        """Whether it has any such work. Known once it is open."""
         ...
 
-    def show(self, pictures: ColorBatch) -> None:
-        """Takes them, on the host, in place of what ``write`` takes."""
+    def prepare(self, batches: Iterator[FlowBatch]) -> Iterator[Prepared]:
+        """A stage: flow on any device to what the sink makes of it on that device, in order: pictures, or steps."""
+        ...
+
+    def take(self, prepared: Prepared) -> None:
+        """Takes one such, on the host, in place of what ``write`` takes."""
         ...

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from flowreel.engine.config import Precision
-from flowreel.engine.data import ColorBatch, FlowBatch, Frame
+from flowreel.engine.data import FlowBatch, Frame, Prepared
 from flowreel.engine.errors import DeviceError, UsageError
 from flowreel.engine.pinned import PinnedRing
 
 Item = TypeVar("Item")
-Batch = TypeVar("Batch", FlowBatch, ColorBatch)
+Batch = TypeVar("Batch", FlowBatch, Prepared)
 Stage = Callable[[Iterator[Any]], Any]
 MOST_UPLOADS = 4  # frames on their way to the device at once: each holds a pinned buffer
 
@@ -170,7 +170,7 @@ class _Sender:
 
 
 def download(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """A stage that brings flow, or pictures of it, to the host; what is there already passes untouched.
+    """A stage that brings flow, or what is made of it, to the host; what is there already passes untouched.
 
     It lands in a ring of pinned buffers, none of which is filled again while anybody still holds what was in it.
     """

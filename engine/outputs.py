@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from flowreel.engine.data import ColorSink, FlowBatch, FlowInfo, Sink
+from flowreel.engine.data import DeviceSink, FlowBatch, FlowInfo, Sink
 from flowreel.engine.device import download
 from flowreel.engine.errors import TruncatedSourceError, UsageError
 from flowreel.engine.places import require_apart, require_outside_stores
@@ -84,8 +84,13 @@ class Counting(Protocol):
     flows: int
 
 
+def preparing(sink: Sink) -> DeviceSink | None:
+    """The sink, if part of its work is to be done where the flow is."""
+    return sink if isinstance(sink, DeviceSink) and sink.prepares else None
+
+
 class Tally:
-    """Writes to one sink and counts what it took. Flow on a GPU is brought to the host here, or pictures of it are."""
+    """Writes to one sink and counts what it took. Flow on a GPU is brought to the host here, or what is made of it."""
 
     def __init__(
         self, sink: Sink, change: Callable[[FlowBatch], FlowBatch] = lambda batch: batch, *, on_gpu: bool = False
@@ -96,10 +101,10 @@ class Tally:
         self._on_gpu = on_gpu
 
     def consume(self, flows: Iterator[FlowBatch]) -> None:
-        if self._on_gpu and isinstance(self.sink, ColorSink):
-            for pictures in download(self.sink.paint(flows)):
-                self.sink.show(pictures)
-                self.flows += len(pictures)
+        if self._on_gpu and (sink := preparing(self.sink)) is not None:
+            for prepared in download(sink.prepare(flows)):
+                sink.take(prepared)
+                self.flows += len(prepared)
         else:
             for batch in download(flows):
                 self.sink.write(self._change(batch))

@@ -236,6 +236,16 @@ class FlowCodec:
         steps, unknown, beyond_range = self.quantise(flow)
         return EncodedFlow(compress(steps, self.codec), unknown, beyond_range)
 
+    def encode_steps(self, steps: Array, unknown: int, beyond_range: int, worst: float) -> EncodedFlow:
+        """The same from what ``kernels.quantise`` made of a flow; worst: its largest error, in pixels.
+
+        Raises OutputError if that is beyond the error bound.
+        """
+        if (steps.shape, steps.dtype) != ((2, self.height, self.width), self.dtype):
+            raise ValueError(f"this store's flows are {self.dtype} (2, {self.height}, {self.width}), got {steps.shape}")
+        self._require_bound(worst)
+        return EncodedFlow(compress(steps, self.codec), unknown, beyond_range)
+
     def decode(self, chunk: bytes, out: Float32Array) -> None:
         """Writes the flow of ``chunk`` into out: (2, H, W) float32, NaN where there is no vector."""
         stored = decompress(chunk, self.codec, self.dtype, out.shape)
@@ -280,7 +290,9 @@ class FlowCodec:
         np.subtract(scratch, part, out=scratch)
         if invalid is not None:
             scratch[:, invalid] = 0
-        worst = max(float(scratch.max()), -float(scratch.min()))
+        self._require_bound(max(float(scratch.max()), -float(scratch.min())))
+
+    def _require_bound(self, worst: float) -> None:
         if not worst <= self.max_error:
             raise OutputError(f"a stored vector is off by {worst} px, more than the promised {self.max_error} px")
 

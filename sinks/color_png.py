@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flowreel.engine.data import ColorBatch
 from flowreel.kernels.flow_color import flow_to_color
 from flowreel.sinks.numbered import UNKNOWN, FlowFiles, NumberedFilesSink, SingleFlow, known_vectors
 from flowreel.sinks.painting import painted
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from flowreel.engine.config import SinkConfig
-    from flowreel.engine.data import ColorBatch, FlowBatch
+    from flowreel.engine.data import FlowBatch, Prepared
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_GREY, PNG_RGB = 0, 2  # PNG's numbers for what a pixel is made of
@@ -51,15 +52,18 @@ class ColorPngSink(NumberedFilesSink):
         unknown = int(np.count_nonzero(~known_vectors(flow.flow)))
         return _picture_file(flow_to_color(flow.flow, self._max_flow), unknown)
 
-    def paint(self, batches: Iterator[FlowBatch]) -> Iterator[ColorBatch]:
-        """See ``ColorSink``."""
+    prepares = True  # see ``DeviceSink``
+
+    def prepare(self, batches: Iterator[FlowBatch]) -> Iterator[ColorBatch]:
+        """See ``DeviceSink``."""
         for batch in batches:
             yield painted(
                 batch.flow, self._max_flow, index=batch.index, frame=batch.frame, timestamp_s=batch.timestamp_s
             )
 
-    def show(self, pictures: ColorBatch) -> None:
-        """See ``ColorSink``. Raises what went wrong with an earlier one, too."""
+    def take(self, pictures: Prepared) -> None:
+        """See ``DeviceSink``. Raises what went wrong with an earlier one, too."""
+        assert isinstance(pictures, ColorBatch)
         for place, (rgb, unknown) in enumerate(
             zip(pictures.rgb.numpy(), pictures.unknown.tolist(), strict=True)  # views that keep the batch alive
         ):

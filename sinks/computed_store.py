@@ -29,7 +29,7 @@ from flowreel.sinks.codecs import compress, flow_codec
 from flowreel.sinks.flows import Flows, coordinates
 from flowreel.sinks.store_checksums import ATTRIBUTES_CHECKSUM, attributes_checksum
 from flowreel.sinks.store_layout import BYTES
-from flowreel.sinks.zarr_store import store_metadata
+from flowreel.sinks.store_metadata import store_metadata
 
 if TYPE_CHECKING:
     import numpy.typing as npt

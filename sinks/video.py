@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from flowreel.engine.data import UNKNOWN_ABOVE
+from flowreel.engine.data import UNKNOWN_ABOVE, ColorBatch
 from flowreel.engine.errors import OutputError, OutputWriteError, UnknownOutputError
 from flowreel.kernels.flow_color import flow_to_color, percentile_magnitude
 from flowreel.sinks.painting import packed, painted
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from flowreel.engine.config import SinkConfig
-    from flowreel.engine.data import ColorBatch, FlowBatch, FlowInfo
+    from flowreel.engine.data import FlowBatch, FlowInfo, Prepared
 
 SCALE_FLOWS = 32  # flows that the automatic scale is found from: about a second of motion
 SCALE_PERCENTILE = 95.0
@@ -96,8 +96,10 @@ class ColorVideoSink:
             elif self._hold(_pack(flow), batch, place):
                 self._encode_held()
 
-    def paint(self, batches: Iterator[FlowBatch]) -> Iterator[ColorBatch]:
-        """See ``ColorSink``."""
+    prepares = True  # see ``DeviceSink``
+
+    def prepare(self, batches: Iterator[FlowBatch]) -> Iterator[ColorBatch]:
+        """See ``DeviceSink``."""
         for batch in batches:
             self._require_size(batch)
             if self._max_flow is not None:
@@ -114,8 +116,9 @@ class ColorVideoSink:
             self._settle_scale()
             yield from self._paint_held()
 
-    def show(self, pictures: ColorBatch) -> None:
-        """See ``ColorSink``."""
+    def take(self, pictures: Prepared) -> None:
+        """See ``DeviceSink``."""
+        assert isinstance(pictures, ColorBatch)
         self._unknown += int(pictures.unknown.sum())
         for colors, time_s in zip(pictures.rgb.numpy(), pictures.timestamp_s.tolist(), strict=True):
             self._encode(colors, time_s)

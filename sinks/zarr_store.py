@@ -8,8 +8,8 @@
 
 Flows are compressed as they arrive, several at a time; only compressed bytes are held until the shard is full and
 published. The times, frame numbers and checksums of a shard go before its flow, so a flow that is there can always be
-placed. The metadata is zarr-python's own; the shards are assembled here, because zarr-python rewrites a shard for
-each chunk that is added and never waits for the disk.
+placed. The metadata is zarr-python's own, see ``store_metadata.py``; the shards are assembled here, because
+zarr-python rewrites a shard for each chunk that is added and never waits for the disk.
 
 **Resume.** Shards are published in order and each is whole, so a run that was cut short is taken up after its last
 full shard. Batches never cross shards: the resumed run computes the very batches the first one would have.
@@ -18,47 +18,28 @@ full shard. Batches never cross shards: the resumed run computes the very batche
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zarr
-from zarr.storage import MemoryStore
+import torch
+from torch import Tensor
 
-from flowreel.engine.data import ResumePoint
+from flowreel.engine.data import Prepared, ResumePoint, StepsBatch
 from flowreel.engine.errors import ResumeMismatchError
+from flowreel.kernels.quantise import quantise
 from flowreel.sinks import publish
-from flowreel.sinks.codecs import (
-    EncodedFlow,
-    FlowCodec,
-    compress,
-    flow_codec,
-    pack_shard,
-    zarr_arguments,
-    zarr_codecs,
-)
-from flowreel.sinks.native import vector_places
+from flowreel.sinks.codecs import EncodedFlow, compress, flow_codec, pack_shard
 from flowreel.sinks.parallel import OrderedPool, encode_workers
-from flowreel.sinks.store_checksums import (
-    ATTRIBUTES_CHECKSUM,
-    COVERED,
-    attributes_checksum,
-    flow_checksums,
-    time_checksums,
-)
-from flowreel.sinks.store_layout import BESIDE_FLOW, CHECKSUMS, COORDINATES, FORMAT_VERSION, published_shards
+from flowreel.sinks.store_checksums import COVERED, flow_checksums, time_checksums
+from flowreel.sinks.store_layout import BESIDE_FLOW, COORDINATES, published_shards
+from flowreel.sinks.store_metadata import other_settings, places_in_frame, store_metadata
 from flowreel.sinks.store_reader import FlowStore
 from flowreel.sinks.store_target import LocalTarget
 
 if TYPE_CHECKING:
     from flowreel.engine.config import SinkConfig
     from flowreel.engine.data import FlowBatch, FlowInfo
-
-# Of the group's attributes, what a resumed run may find changed: a recording that grew, another version of flowreel.
-MAY_CHANGE = ("software_version", "frame_rate", "source")
 
 
 class ZarrSink:
@@ -189,7 +170,7 @@ class ZarrSink:
                 self._metadata = store_metadata(info, self._config, self._codec, self._shard_length, self._length)
                 for name in self._metadata:
                     self._publish_metadata(name)
-                for name, places in _places(info).items():
+                for name, places in places_in_frame(info).items():
                     self._put(f"{name}/c/0", compress(places, "blosc"))
             except BaseException:
                 self.abort()
@@ -197,18 +178,32 @@ class ZarrSink:
 
     def write(self, batch: FlowBatch) -> None:
         """Compresses each flow, and publishes each shard that is full. The batch's tensor is on the CPU."""
-        self._require_open()
-        if batch.index != self._taken:
-            raise ValueError(f"flows arrive in order: expected number {self._taken}, got {batch.index}")
-        if any(tensor.device.type != "cpu" for tensor in batch.tensors):
-            raise ValueError(f"a sink takes flow on the CPU, got {batch.flow.device}")
-        flows = batch.native if self._native else batch.flow
-        if flows is None:
-            raise ValueError("opened for the network's own prediction, which did not come with the flow")
+        flows = self._stored(batch)
+        if flows.device.type != "cpu":
+            raise ValueError(f"a sink takes flow on the CPU, got {flows.device}")
         for place, flow in enumerate(flows.detach().numpy()):
-            coordinates = {name: getattr(batch, name)[place] for name in COORDINATES}
-            self._taken += 1
-            self._pool.submit(self._encode, flow, coordinates, nbytes=flow.nbytes)
+            self._submit(batch, place, flow.nbytes, self._codec.encode, flow)
+
+    @property
+    def prepares(self) -> bool:
+        """See ``DeviceSink``: unless flow is stored as it is."""
+        return not self._codec.lossless
+
+    def prepare(self, batches: Iterator[FlowBatch]) -> Iterator[StepsBatch]:
+        """See ``DeviceSink``: whole numbers of steps, as they are stored."""
+        for batch in batches:
+            kind = torch.int16 if self._codec.dtype.itemsize == 2 else torch.int32
+            made = quantise(self._stored(batch), self._codec.step, self._codec.limit, kind)
+            yield StepsBatch(*made, batch.index, **{name: getattr(batch, name) for name in COORDINATES})
+
+    def take(self, prepared: Prepared) -> None:
+        """See ``DeviceSink``."""
+        assert isinstance(prepared, StepsBatch)
+        told = (prepared.unknown.tolist(), prepared.beyond_range.tolist(), prepared.worst.tolist())
+        for place, steps in enumerate(prepared.steps.numpy()):  # views that keep the batch alive
+            self._submit(
+                prepared, place, steps.nbytes, self._codec.encode_steps, steps, *(values[place] for values in told)
+            )
 
     def commit(self, complete: bool = True) -> None:
         """Publishes the last, perhaps ragged shard; if complete, trims the arrays to what came and names the store."""
@@ -243,8 +238,23 @@ class ZarrSink:
             if chunks and int(rest.split("/")[0]) >= shard:
                 self._target.delete(key)
 
-    def _encode(self, flow: Any, coordinates: dict[str, Any]) -> tuple[EncodedFlow, dict[str, Any]]:
-        return self._codec.encode(flow), coordinates
+    def _stored(self, batch: FlowBatch) -> Tensor:
+        """What is to be kept of a batch."""
+        flows = batch.native if self._native else batch.flow
+        if flows is None:
+            raise ValueError("opened for the network's own prediction, which did not come with the flow")
+        return flows
+
+    def _submit(
+        self, batch: FlowBatch | StepsBatch, place: int, nbytes: int, encode: Callable[..., EncodedFlow], *flow: Any
+    ) -> None:
+        """The next flow, to be encoded and kept."""
+        self._require_open()
+        if batch.index + place != self._taken:
+            raise ValueError(f"flows arrive in order: expected number {self._taken}, got {batch.index + place}")
+        self._taken += 1
+        coordinates = {name: getattr(batch, name)[place] for name in COORDINATES}
+        self._pool.submit(_encoded, encode, flow, coordinates, nbytes=nbytes)
 
     def _keep(self, result: tuple[EncodedFlow, dict[str, Any]]) -> None:
         """The next flow in order, compressed."""
@@ -305,6 +315,12 @@ class ZarrSink:
                 self._invalid[what] = (before + vectors, first)
 
 
+def _encoded(
+    encode: Callable[..., EncodedFlow], flow: tuple[Any, ...], coordinates: dict[str, Any]
+) -> tuple[EncodedFlow, dict[str, Any]]:
+    return encode(*flow), coordinates
+
+
 def values_beside(first: int, chunks: Sequence[bytes], times: Mapping[str, Any]) -> dict[str, Any]:
     """What goes into the arrays beside ``flow`` for the flows of one shard, the first of which has number ``first``."""
     checksums = {"flow_crc32c": flow_checksums(first, chunks), "time_crc32c": time_checksums(first, times)}
@@ -323,135 +339,3 @@ def _whole_flows(store: FlowStore) -> int:
     """How many flows the full shards from the first on hold. One that is damaged or misplaced counts as missing."""
     shards = len(store) // store.shard_length
     return store.shard_length * next((shard for shard in range(shards) if not store.files.whole(shard)), shards)
-
-
-def other_settings(
-    store: FlowStore, info: FlowInfo, config: SinkConfig, may_change: Sequence[str] = MAY_CHANGE
-) -> list[str]:
-    """What tells that a run with this header and these settings would not have written this store, each in words."""
-    size = ("flow_height", "flow_width")
-    now = store_attributes(info, config) | dict(zip(size, (info.height, info.width), strict=True))
-    was = store.attrs | dict(zip(size, store.shape[2:], strict=True))
-    ignored = {*may_change, "notes"}
-    if was.get("weights_sha256") == now.get("weights_sha256"):
-        ignored |= {"weights", "weights_licence"}  # the same file by another name
-    differing = [
-        f"{name.replace('_', ' ')} was {was.get(name)}, is {now.get(name)}"
-        for name in sorted({*now, *was} - ignored)
-        if was.get(name) != now.get(name)
-    ]
-    return differing + other_source(store.attrs.get("source") or {}, now["source"])
-
-
-def other_source(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What tells that the source is not the one recorded, nor that one grown."""
-    if was.get("name") != now["name"]:
-        return [f"source was {was.get('name')}, is {now['name']}"]
-    if None not in (was.get("head_sha256"), now["head_sha256"]) and was["head_sha256"] != now["head_sha256"]:
-        return [f"{now['name']} is another file than it was"]
-    if (now["size_bytes"] or 0) < (was.get("size_bytes") or 0):
-        return [f"{now['name']} had {was['size_bytes']} bytes, has {now['size_bytes']}"]
-    return []
-
-
-def store_metadata(
-    info: FlowInfo, config: SinkConfig, codec: FlowCodec, shard: int | None, length: int, **attributes: Any
-) -> dict[str, dict[str, Any]]:
-    """The ``zarr.json`` of the group (under "") and of each array, as zarr-python itself writes them.
-
-    shard: flows in a shard; None: each flow is a file ``flow/c.NUMBER.0.0.0``, the arrays of times and frames are one
-        chunk each, and there are no checksums of them.
-    attributes: more that is to be said in the group's attribute.
-    """
-    files: dict[str, Any] = {}
-    layout: dict[str, Any] = {"shards": (shard, 2, codec.height, codec.width)}
-    if shard is None:
-        layout = {"chunk_key_encoding": {"name": "default", "separator": "."}}
-    with warnings.catch_warnings():
-        # zarr-python warns that pcodec is not in the core specification; whoever asked for pcodec was told.
-        warnings.simplefilter("ignore")
-        about = store_attributes(info, config) | attributes
-        checked = {"flowreel": about, ATTRIBUTES_CHECKSUM: attributes_checksum(about)}
-        group = zarr.create_group(MemoryStore(files), attributes=checked)
-        group.create_array(
-            "flow",
-            shape=(length, 2, codec.height, codec.width),
-            dtype=codec.dtype,
-            chunks=(1, 2, codec.height, codec.width),
-            **layout,
-            **zarr_arguments(codec.codec, codec.dtype),
-            fill_value=codec.fill,
-            dimension_names=("time", "component", "y", "x"),
-            attributes=_flow_attributes(codec, info.native is not None, checksums=shard is not None),
-        )
-        for name, (dtype, fill) in (COORDINATES if shard is None else BESIDE_FLOW).items():
-            group.create_array(
-                name,
-                shape=(length,),
-                dtype=dtype,
-                chunks=(shard or max(length, 1),),
-                compressors=zarr_codecs("blosc", np.dtype(dtype))[1:],
-                fill_value=fill,
-                dimension_names=("time",),
-                attributes={"units": "s"} if name.startswith("timestamp") else {},
-            )
-        for name, places in _places(info).items():
-            group.create_array(
-                name,
-                shape=places.shape,
-                dtype=places.dtype,
-                chunks=places.shape,
-                compressors=zarr_codecs("blosc", places.dtype)[1:],
-                dimension_names=(name,),
-                attributes={"units": "pixel", "long_name": f"{name} of each vector in the frame"},
-            )
-    return {key.removesuffix("zarr.json").rstrip("/"): json.loads(files[key].to_bytes()) for key in sorted(files)}
-
-
-def _places(info: FlowInfo) -> dict[str, Any]:
-    """Of a coarse prediction, the arrays that say where its vectors lie in the frame; none of a full field."""
-    if info.native is None:
-        return {}
-    return dict(zip(("y", "x"), vector_places(info.native, info.height, info.width), strict=True))
-
-
-def store_attributes(info: FlowInfo, config: SinkConfig) -> dict[str, Any]:
-    """The group's "flowreel" attribute: where the flow comes from and how it was made and stored."""
-    try:
-        software = version("flowreel")
-    except PackageNotFoundError:  # run from a source tree that was never installed
-        software = "unknown"
-    source = info.source
-    return {
-        **info.made_by,
-        "format_version": FORMAT_VERSION,
-        "software_version": software,
-        "source": asdict(source),
-        "frame_rate": None if info.frame_rate is None else str(info.frame_rate),
-        "max_error": config.max_error,
-        "codec": config.codec,
-        "resolution": "full" if info.native is None else "native",
-        **_native_attributes(info),
-    }
-
-
-def _native_attributes(info: FlowInfo) -> dict[str, Any]:
-    """What a reader needs to make the frame's flow of the network's own prediction."""
-    if info.native is None:
-        return {}
-    return {"native": asdict(info.native), "flow_height": info.height, "flow_width": info.width}
-
-
-def _flow_attributes(codec: FlowCodec, native: bool, checksums: bool) -> dict[str, Any]:
-    """What CF-aware readers such as xarray need to give pixels, and which arrays are coordinates."""
-    what = "the network's own coarse prediction of optical flow" if native else "optical flow"
-    attributes: dict[str, Any] = {
-        "units": "pixel",
-        "long_name": f"{what} from one frame to the next: component 0 right, component 1 down",
-        "coordinates": " ".join(COORDINATES),
-    }
-    if checksums:
-        attributes["ancillary_variables"] = " ".join(CHECKSUMS)
-    if not codec.lossless:  # a NaN _FillValue attribute makes xarray fail on floats
-        attributes |= {"scale_factor": codec.step, "add_offset": 0.0, "_FillValue": codec.fill}
-    return attributes

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import zarr
 from PIL import Image
 
 import flowreel
@@ -50,7 +51,7 @@ def late(monkeypatch: pytest.MonkeyPatch) -> LateCopies:
 
 def run(folder: Path, weights: str, *names: str, **options: Any) -> api.RunReport:
     paths = [folder / name for name in names]
-    return flowreel.run(SOURCE, paths, weights=weights, batch=3, device="cpu", max_error=0.0, **options)
+    return flowreel.run(SOURCE, paths, weights=weights, batch=3, device="cpu", **{"max_error": 0.0} | options)
 
 
 @contextmanager
@@ -72,6 +73,10 @@ def pictures_in(folder: Path) -> np.ndarray:
     return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.iterdir())]).astype(int)
 
 
+def flow_files(store: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(store)): path.read_bytes() for path in store.glob("flow/c/**/*") if path.is_file()}
+
+
 NAMES = ("x.zarr", "x.mp4", "png/%06d.png", "flo/%06d.flo")
 
 
@@ -81,6 +86,8 @@ def on_cpu(tmp_path_factory: pytest.TempPathFactory, tiny_weights: str) -> Path:
     with encoded() as pictures:
         run(folder, tiny_weights, *NAMES)
     np.save(folder / "video.npy", np.stack(pictures))
+    for resolution in ("full", "native"):
+        run(folder, tiny_weights, f"{resolution}.zarr", max_error=1 / 64, resolution=resolution)
     return folder
 
 
@@ -111,6 +118,17 @@ def test_flow_alone_is_brought_once_for_all_outputs(late: LateCopies, tmp_path: 
     report = run(tmp_path, tiny_weights, "x.zarr", "flo/%06d.flo")
     assert "download" in [stage.name for stage in report.stages]
     assert sum(late.brought) == 8 * 8 * PIXELS
+
+
+@pytest.mark.parametrize("resolution", ["full", "native"])
+def test_a_store_brings_steps_alone_to_the_host_and_is_that_of_a_cpu(
+    resolution: str, late: LateCopies, on_cpu: Path, tmp_path: Path, tiny_weights: str
+) -> None:
+    run(tmp_path, tiny_weights, "x.zarr", max_error=1 / 64, resolution=resolution)
+    stored: Any = zarr.open_group(tmp_path / "x.zarr", mode="r")["flow"]
+    assert stored.dtype == np.int16
+    assert sum(late.brought) == 2 * stored.size + 8 * 12  # what is missing and the largest error go with each of 8
+    assert flow_files(tmp_path / "x.zarr") == flow_files(on_cpu / f"{resolution}.zarr")
 
 
 def test_a_hand_off_that_is_forgotten_is_found_out(

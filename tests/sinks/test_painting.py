@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from flowreel.engine.config import SinkConfig
-from flowreel.engine.data import ColorBatch, ColorSink, FlowBatch, FlowInfo, SourceId
+from flowreel.engine.data import ColorBatch, DeviceSink, FlowBatch, FlowInfo, SourceId
 from flowreel.sinks import VideoWriter, open_sink, video
 from flowreel.sinks.painting import packed, painted
 from flowreel.sinks.video import _pack
@@ -55,9 +55,9 @@ def write(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(VideoWriter, "encode", noted)
         if paint:
-            assert isinstance(sink, ColorSink)
-            for painting in sink.paint(iter(given)):
-                sink.show(painting)
+            assert isinstance(sink, DeviceSink)
+            for painting in sink.prepare(iter(given)):
+                sink.take(painting)
         else:
             for batch in given:
                 sink.write(batch)
@@ -91,9 +91,9 @@ def test_what_waits_on_the_device_is_bounded(tmp_path: Path, monkeypatch: pytest
 def test_flow_of_another_size(tmp_path: Path) -> None:
     sink = open_sink(str(tmp_path / "x.mp4"), SinkConfig())
     sink.open(FlowInfo(64, 64, frame_rate=None, frame_count=None, source=SourceId("test")))
-    assert isinstance(sink, ColorSink)
+    assert isinstance(sink, DeviceSink)
     with pytest.raises(ValueError, match="opened for"):
-        next(sink.paint(iter(batches(1, 1))))
+        next(sink.prepare(iter(batches(1, 1))))
     sink.abort()
 
 

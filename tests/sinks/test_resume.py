@@ -22,6 +22,7 @@ from flowreel.engine.data import FlowBatch, FlowInfo, Resumable, SourceId
 from flowreel.engine.errors import OutputExistsError, ResumeMismatchError
 from flowreel.sinks import open_store, zarr_store
 from flowreel.sinks.codecs import flow_codec, pack_shard
+from flowreel.sinks.store_metadata import store_metadata
 from flowreel.sinks.store_reader import flow_shard
 from flowreel.sinks.zarr_store import ZarrSink
 
@@ -248,7 +249,7 @@ def test_killed_at_every_step_then_resumed_gives_the_same_bytes(
     run(tmp_path / "whole.zarr", KILLED_FLOWS, KILLED_INFO)
     whole = contents(tmp_path / "whole.zarr")
     monkeypatch.setattr(os, "fsync", lambda _: None)  # a killed process loses nothing that was written
-    metadata = zarr_store.store_metadata(INFO, config(), flow_codec(H, W, config()), SHARD, KILLED_FLOWS)  # slow
+    metadata = store_metadata(INFO, config(), flow_codec(H, W, config()), SHARD, KILLED_FLOWS)  # slow
     monkeypatch.setattr(zarr_store, "store_metadata", lambda *_: copy.deepcopy(metadata))
     rng = random.Random(0)
     calls = 0

@@ -35,6 +35,7 @@ from flowreel.engine.errors import (
 from flowreel.sinks import publish, zarr_store
 from flowreel.sinks.codecs import flow_codec
 from flowreel.sinks.store_layout import BESIDE_FLOW, COORDINATES
+from flowreel.sinks.store_metadata import store_metadata
 from flowreel.sinks.store_reader import FlowStore, flow_shard, open_store, published_shards
 from flowreel.sinks.zarr_store import ZarrSink
 
@@ -424,7 +425,7 @@ def test_failure_at_any_step_leaves_whole_shards_and_the_old_store(
     """Lets the n-th call that changes the disk fail, for every n until the run gets through."""
     old, flows = moving(2), moving(5)
     make(tmp_path / "old.zarr", old, max_error=0)
-    metadata = zarr_store.store_metadata(
+    metadata = store_metadata(
         header(6), config(max_error=0), flow_codec(H, W, config(max_error=0)), SHARD, 6
     )
     monkeypatch.setattr(zarr_store, "store_metadata", lambda *_: copy.deepcopy(metadata))  # the slow part, made once

@@ -1,0 +1,162 @@
+"""What a flow store says of itself: its ``zarr.json`` files, and whether a run would say the same.
+
+The metadata is zarr-python's own, made in memory; the arrays' lengths are filled in while a store grows.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import zarr
+from zarr.storage import MemoryStore
+
+from flowreel.sinks.codecs import FlowCodec, zarr_arguments, zarr_codecs
+from flowreel.sinks.native import vector_places
+from flowreel.sinks.store_checksums import ATTRIBUTES_CHECKSUM, attributes_checksum
+from flowreel.sinks.store_layout import BESIDE_FLOW, CHECKSUMS, COORDINATES, FORMAT_VERSION
+
+if TYPE_CHECKING:
+    from flowreel.engine.config import SinkConfig
+    from flowreel.engine.data import FlowInfo
+    from flowreel.sinks.store_reader import FlowStore
+
+# Of the group's attributes, what a resumed run may find changed: a recording that grew, another version of flowreel.
+MAY_CHANGE = ("software_version", "frame_rate", "source")
+
+
+def store_metadata(
+    info: FlowInfo, config: SinkConfig, codec: FlowCodec, shard: int | None, length: int, **attributes: Any
+) -> dict[str, dict[str, Any]]:
+    """The ``zarr.json`` of the group (under "") and of each array, as zarr-python itself writes them.
+
+    shard: flows in a shard; None: each flow is a file ``flow/c.NUMBER.0.0.0``, the arrays of times and frames are one
+        chunk each, and there are no checksums of them.
+    attributes: more that is to be said in the group's attribute.
+    """
+    files: dict[str, Any] = {}
+    layout: dict[str, Any] = {"shards": (shard, 2, codec.height, codec.width)}
+    if shard is None:
+        layout = {"chunk_key_encoding": {"name": "default", "separator": "."}}
+    with warnings.catch_warnings():
+        # zarr-python warns that pcodec is not in the core specification; whoever asked for pcodec was told.
+        warnings.simplefilter("ignore")
+        about = store_attributes(info, config) | attributes
+        checked = {"flowreel": about, ATTRIBUTES_CHECKSUM: attributes_checksum(about)}
+        group = zarr.create_group(MemoryStore(files), attributes=checked)
+        group.create_array(
+            "flow",
+            shape=(length, 2, codec.height, codec.width),
+            dtype=codec.dtype,
+            chunks=(1, 2, codec.height, codec.width),
+            **layout,
+            **zarr_arguments(codec.codec, codec.dtype),
+            fill_value=codec.fill,
+            dimension_names=("time", "component", "y", "x"),
+            attributes=_flow_attributes(codec, info.native is not None, checksums=shard is not None),
+        )
+        for name, (dtype, fill) in (COORDINATES if shard is None else BESIDE_FLOW).items():
+            group.create_array(
+                name,
+                shape=(length,),
+                dtype=dtype,
+                chunks=(shard or max(length, 1),),
+                compressors=zarr_codecs("blosc", np.dtype(dtype))[1:],
+                fill_value=fill,
+                dimension_names=("time",),
+                attributes={"units": "s"} if name.startswith("timestamp") else {},
+            )
+        for name, places in places_in_frame(info).items():
+            group.create_array(
+                name,
+                shape=places.shape,
+                dtype=places.dtype,
+                chunks=places.shape,
+                compressors=zarr_codecs("blosc", places.dtype)[1:],
+                dimension_names=(name,),
+                attributes={"units": "pixel", "long_name": f"{name} of each vector in the frame"},
+            )
+    return {key.removesuffix("zarr.json").rstrip("/"): json.loads(files[key].to_bytes()) for key in sorted(files)}
+
+
+def places_in_frame(info: FlowInfo) -> dict[str, Any]:
+    """Of a coarse prediction, the arrays that say where its vectors lie in the frame; none of a full field."""
+    if info.native is None:
+        return {}
+    return dict(zip(("y", "x"), vectorplaces_in_frame(info.native, info.height, info.width), strict=True))
+
+
+def store_attributes(info: FlowInfo, config: SinkConfig) -> dict[str, Any]:
+    """The group's "flowreel" attribute: where the flow comes from and how it was made and stored."""
+    try:
+        software = version("flowreel")
+    except PackageNotFoundError:  # run from a source tree that was never installed
+        software = "unknown"
+    source = info.source
+    return {
+        **info.made_by,
+        "format_version": FORMAT_VERSION,
+        "software_version": software,
+        "source": asdict(source),
+        "frame_rate": None if info.frame_rate is None else str(info.frame_rate),
+        "max_error": config.max_error,
+        "codec": config.codec,
+        "resolution": "full" if info.native is None else "native",
+        **_native_attributes(info),
+    }
+
+
+def _native_attributes(info: FlowInfo) -> dict[str, Any]:
+    """What a reader needs to make the frame's flow of the network's own prediction."""
+    if info.native is None:
+        return {}
+    return {"native": asdict(info.native), "flow_height": info.height, "flow_width": info.width}
+
+
+def _flow_attributes(codec: FlowCodec, native: bool, checksums: bool) -> dict[str, Any]:
+    """What CF-aware readers such as xarray need to give pixels, and which arrays are coordinates."""
+    what = "the network's own coarse prediction of optical flow" if native else "optical flow"
+    attributes: dict[str, Any] = {
+        "units": "pixel",
+        "long_name": f"{what} from one frame to the next: component 0 right, component 1 down",
+        "coordinates": " ".join(COORDINATES),
+    }
+    if checksums:
+        attributes["ancillary_variables"] = " ".join(CHECKSUMS)
+    if not codec.lossless:  # a NaN _FillValue attribute makes xarray fail on floats
+        attributes |= {"scale_factor": codec.step, "add_offset": 0.0, "_FillValue": codec.fill}
+    return attributes
+
+
+def other_settings(
+    store: FlowStore, info: FlowInfo, config: SinkConfig, may_change: Sequence[str] = MAY_CHANGE
+) -> list[str]:
+    """What tells that a run with this header and these settings would not have written this store, each in words."""
+    size = ("flow_height", "flow_width")
+    now = store_attributes(info, config) | dict(zip(size, (info.height, info.width), strict=True))
+    was = store.attrs | dict(zip(size, store.shape[2:], strict=True))
+    ignored = {*may_change, "notes"}
+    if was.get("weights_sha256") == now.get("weights_sha256"):
+        ignored |= {"weights", "weights_licence"}  # the same file by another name
+    differing = [
+        f"{name.replace('_', ' ')} was {was.get(name)}, is {now.get(name)}"
+        for name in sorted({*now, *was} - ignored)
+        if was.get(name) != now.get(name)
+    ]
+    return differing + other_source(store.attrs.get("source") or {}, now["source"])
+
+
+def other_source(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What tells that the source is not the one recorded, nor that one grown."""
+    if was.get("name") != now["name"]:
+        return [f"source was {was.get('name')}, is {now['name']}"]
+    if None not in (was.get("head_sha256"), now["head_sha256"]) and was["head_sha256"] != now["head_sha256"]:
+        return [f"{now['name']} is another file than it was"]
+    if (now["size_bytes"] or 0) < (was.get("size_bytes") or 0):
+        return [f"{now['name']} had {was['size_bytes']} bytes, has {now['size_bytes']}"]
+    return []

@@ -1,0 +1,90 @@
+"""A store is the same whether it is handed flow, or the steps that were made of it where the flow was."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flowreel.engine.config import SinkConfig
+from flowreel.engine.data import DeviceSink, FlowBatch, FlowInfo, SourceId, StepsBatch
+from flowreel.engine.errors import OutputError
+from flowreel.sinks import open_sink
+from flowreel.sinks.zarr_store import ZarrSink
+
+SIZE = (64, 128)
+INFO = FlowInfo(*SIZE, frame_rate=None, frame_count=None, source=SourceId("test"))
+
+
+def batches(length: int, count: int = 7) -> list[FlowBatch]:
+    """Flow with vectors that are unknown, and some that are too long for 16 bits."""
+    flow = 30 * torch.randn(count, 2, *SIZE, generator=torch.Generator().manual_seed(0))
+    flow[1, 0, 3, 4], flow[1, :, 5, 6], flow[2, 1, 7, 8], flow[4, 0, :2, :2] = torch.nan, 1e10, torch.inf, 3e4
+    native = flow[:, :, ::4, ::4].contiguous()
+    made = []
+    for index in range(0, count, length):
+        frames = np.arange(index, min(index + length, count))
+        part = slice(index, index + length)
+        made.append(FlowBatch(flow[part], index, frames, frames + 1, frames / 50, frames / 50 + 0.02, native[part]))
+    return made
+
+
+def opened(path: Path, info: FlowInfo = INFO, **settings: object) -> ZarrSink:
+    sink = open_sink(str(path), SinkConfig(**settings))  # type: ignore[arg-type]
+    assert isinstance(sink, ZarrSink)
+    sink.open(info)
+    return sink
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("length", [1, 3, 7])
+@pytest.mark.parametrize("max_error", [1 / 64, 1e-6], ids=["int16", "int32"])
+@pytest.mark.parametrize("codec", ["blosc", "pcodec2d"])
+def test_the_same_either_way(tmp_path: Path, codec: str, max_error: float, length: int) -> None:
+    as_flow, as_steps = (opened(tmp_path / name, codec=codec, max_error=max_error) for name in ("x.zarr", "y.zarr"))
+    for batch in batches(length):
+        as_flow.write(batch)
+    assert isinstance(as_steps, DeviceSink)
+    assert as_steps.prepares
+    for steps in as_steps.prepare(iter(batches(length))):
+        as_steps.take(steps)
+    for sink in (as_flow, as_steps):
+        sink.commit()
+    assert files(tmp_path / "y.zarr") == files(tmp_path / "x.zarr")
+    assert as_steps.notes == as_flow.notes
+    assert len(as_flow.notes) == (2 if max_error > 1e-3 else 1)
+
+
+def test_lossless_flow_is_not_prepared(tmp_path: Path) -> None:
+    sink = opened(tmp_path / "x.zarr", max_error=0.0)
+    assert not sink.prepares
+    sink.abort()
+
+
+def test_the_bound_is_checked_on_the_host(tmp_path: Path) -> None:
+    sink = opened(tmp_path / "x.zarr")
+    (steps,) = sink.prepare(iter(batches(7)))
+    with pytest.raises(OutputError, match="more than the promised"):
+        _write_all(sink, replace(steps, worst=steps.worst + 1))
+    sink.abort()
+
+
+def _write_all(sink: ZarrSink, steps: StepsBatch) -> None:
+    sink.take(steps)
+    sink.commit()
+
+
+def test_steps_out_of_order_or_of_another_size_are_refused(tmp_path: Path) -> None:
+    sink = opened(tmp_path / "x.zarr")
+    first, second = sink.prepare(iter(batches(4)))
+    with pytest.raises(ValueError, match="expected number 0, got 4"):
+        sink.take(second)
+    with pytest.raises(ValueError, match="this store's flows are"):
+        _write_all(sink, replace(first, steps=first.steps[:, :, 1:]))
+    sink.abort()
