@@ -2,69 +2,46 @@
 
 The bytes gather in ``NAME.partial`` beside the destination, which is renamed only when size and sha256 are right (or,
 where nobody has written the sha256 down, when the file loads as the network it should hold). A source fails in one of
-two ways: ``_Broken`` may work when tried again, ``_Gone`` will not, and the next one gets its turn.
+two ways: ``Broken`` may work when tried again, ``Gone`` will not, and the next one gets its turn.
 """
 
 from __future__ import annotations
 
 import os
-import re
-import socket
-import ssl
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
-from html.parser import HTMLParser
-from http.client import HTTPException, HTTPMessage
-from importlib.metadata import PackageNotFoundError, version
+from http.client import HTTPException
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, NoReturn
-from urllib.error import HTTPError, URLError
-from urllib.parse import urlencode, urljoin, urlsplit
-from urllib.request import HTTPCookieProcessor, HTTPRedirectHandler, Request, build_opener
+from typing import IO, TYPE_CHECKING
+from urllib.parse import urljoin
 
 from flowreel.engine.errors import DownloadError, OutputExistsError, OutputWriteError, UsageError, WeightsError
 from flowreel.engine.models.checkpoints import Checkpoint, Source, file_sha256
+from flowreel.engine.models.web import (
+    Broken,
+    Gone,
+    Manners,
+    RangeRefused,
+    Web,
+    is_page,
+    read_page,
+    span_of,
+    version_of,
+    words,
+)
 
 if TYPE_CHECKING:
     from http.client import HTTPResponse
 
 CHUNK_BYTES = 1 << 18
-PAGE_BYTES = 1 << 20  # of an HTML page, where a file was expected
 GAIN_BYTES = 1 << 20  # a connection that brought this much was worth its while: the tries start anew
 
 PUBLISHED_WIDTH = 1.0  # of every published network
 
-Show = Callable[[int, int | None], None]  # bytes there, bytes of the whole file (None: not known)
-Tell = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Manners:
-    """How patiently, and over what, files are asked for."""
-
-    timeout_s: float = 30  # of every connect and every read
-    tries: int = 5  # in a row, at one source, that bring nothing much
-    first_pause_s: float = 1  # before the second try; each next pause is twice as long
-    longest_pause_s: float = 30
-    schemes: tuple[str, ...] = ("https",)
-    sleep: Callable[[float], None] = time.sleep
-
-    def pause_s(self, failed: int) -> float:
-        """Before the next try, after ``failed`` tries in a row."""
-        return min(self.first_pause_s * 2.0 ** (failed - 1), self.longest_pause_s)
-
-
 MANNERS = Manners()
 
-
-class _Broken(Exception):
-    """This try failed; the next may not."""
-
-
-class _Gone(Exception):
-    """This source does not have the file, or not for us."""
+Show = Callable[[int, int | None], None]  # bytes there, bytes of the whole file (None: not known)
+Tell = Callable[[str], None]
 
 
 def download(
@@ -107,7 +84,7 @@ def download(
             tell(f"{checkpoint.name} from {source.label}")
             try:
                 _Fetch(checkpoint, source, partial, show, tell, manners or MANNERS).run()
-            except _Gone as gone:
+            except Gone as gone:
                 tell(f"{source.label}: {gone}")
                 refusals.append(f"{source.label}: {gone}")
                 continue
@@ -244,10 +221,10 @@ class _Fetch:
         self.show = show
         self.tell = tell
         self.manners = manners
-        self.web = _Web(manners)
+        self.web = Web(manners)
 
     def run(self) -> None:
-        """Leaves the whole, right file in ``partial``. Raises _Gone; wrong bytes are then forgotten."""
+        """Leaves the whole, right file in ``partial``. Raises Gone; wrong bytes are then forgotten."""
         inherited = self._resumable() > 0
         self._receive_all()
         wrong = _what_is_wrong(self.checkpoint, self.partial.temporary)
@@ -258,7 +235,7 @@ class _Fetch:
             wrong = _what_is_wrong(self.checkpoint, self.partial.temporary)
         if wrong is not None:
             self.partial.restart()
-            raise _Gone(f"gave the wrong file, which was removed: {wrong}")
+            raise Gone(f"gave the wrong file, which was removed: {wrong}")
 
     def _receive_all(self) -> None:
         failed = 0
@@ -266,32 +243,32 @@ class _Fetch:
             before = self.partial.size
             try:
                 return self._receive()
-            except _Broken as broken:
+            except Broken as broken:
                 failed = 1 if self.partial.size - before >= GAIN_BYTES else failed + 1
                 if failed >= self.manners.tries:
-                    raise _Gone(f"{broken}, {failed} times in a row") from broken
+                    raise Gone(f"{broken}, {failed} times in a row") from broken
                 pause_s = self.manners.pause_s(failed)
                 self.tell(f"{broken}; trying again in {pause_s:g} s")
                 self.manners.sleep(pause_s)
 
     def _receive(self) -> None:
-        """Everything from where ``partial`` ends. Raises _Broken when less came, _Gone when it is another file."""
+        """Everything from where ``partial`` ends. Raises Broken when less came, Gone when it is another file."""
         offset = self._resumable()
         if offset == self.checkpoint.size_bytes:
             return
         version = "" if self.partial.origin is None else self.partial.origin[1]
         with closing(self._open(offset, version)) as reply:
-            start, whole = _span(reply)
+            start, whole = span_of(reply)
             self._require_possible(whole)
             if start != offset:  # a server that ignores the range, or has another version of the file by now
                 self.partial.restart()
             if start not in (0, offset):
-                raise _Broken(f"asked for the bytes from {offset}, got those from {start}")
-            self.partial.origin = (self.source, _version_of(reply))
+                raise Broken(f"asked for the bytes from {offset}, got those from {start}")
+            self.partial.origin = (self.source, version_of(reply))
             self._copy(reply, whole)
         due = self.checkpoint.size_bytes if whole is None else whole
         if due is not None and self.partial.size < due:
-            raise _Broken(f"the connection ended after {self.partial.size} of {due} bytes")
+            raise Broken(f"the connection ended after {self.partial.size} of {due} bytes")
 
     def _copy(self, reply: HTTPResponse, whole: int | None) -> None:
         most = self.checkpoint.most_bytes if whole is None else whole
@@ -300,12 +277,12 @@ class _Fetch:
             try:
                 piece = reply.read1(CHUNK_BYTES)
             except (OSError, HTTPException) as error:
-                raise _Broken(f"the connection broke after {self.partial.size} bytes ({_words(error)})") from error
+                raise Broken(f"the connection broke after {self.partial.size} bytes ({words(error)})") from error
             if not piece:
                 return
             if self.partial.size + len(piece) > most:
                 self.partial.restart()
-                raise _Gone(f"expected at most {most} bytes, got more")
+                raise Gone(f"expected at most {most} bytes, got more")
             self.partial.write(piece)
             self.show(self.partial.size, whole)
 
@@ -317,24 +294,24 @@ class _Fetch:
             else:
                 reply = self.web.get(self.source.url)
                 url = reply.geturl()
-                if _is_page(reply):
+                if is_page(reply):
                     url = self._confirmed(reply)
                     reply = self.web.get(url, offset, version)
                 elif offset:
                     reply.close()
                     reply = self.web.get(url, offset, version)
-        except _RangeRefused:
+        except RangeRefused:
             self.partial.restart()
-            raise _Broken(f"the server has nothing from byte {offset} on") from None
-        if _is_page(reply):
-            raise _Gone(f"gave a web page instead of the file: {_read_page(reply).says}")
+            raise Broken(f"the server has nothing from byte {offset} on") from None
+        if is_page(reply):
+            raise Gone(f"gave a web page instead of the file: {read_page(reply).says}")
         return reply
 
     def _confirmed(self, reply: HTTPResponse) -> str:
         url = reply.geturl()
-        page = _read_page(reply)
+        page = read_page(reply)
         if page.target is None:
-            raise _Gone(f"gave a web page instead of the file: {page.says}")
+            raise Gone(f"gave a web page instead of the file: {page.says}")
         return urljoin(url, page.target)
 
     def _resumable(self) -> int:
@@ -350,163 +327,6 @@ class _Fetch:
         """Another length than the file's is another file: not worth fetching."""
         known, most = self.checkpoint.size_bytes, self.checkpoint.most_bytes
         if whole is not None and known is not None and whole != known:
-            raise _Gone(f"offers another file: expected {known} bytes, got {whole}")
+            raise Gone(f"offers another file: expected {known} bytes, got {whole}")
         if whole is not None and whole > most:
-            raise _Gone(f"offers another file: expected about {self.checkpoint.about_bytes} bytes, got {whole}")
-
-
-class _RangeRefused(Exception):
-    """HTTP 416: there are no bytes from there on."""
-
-
-class _Web:
-    """GET over allowed schemes only, with cookies, time-outs and redirects; refusals sorted into _Broken and _Gone."""
-
-    def __init__(self, manners: Manners) -> None:
-        self.manners = manners
-        self.opener = build_opener(_Redirects(manners.schemes), HTTPCookieProcessor())
-
-    def get(self, url: str, offset: int = 0, version: str = "") -> HTTPResponse:
-        """The reply to a GET, from byte ``offset`` on if the file is still the ``version`` it was."""
-        _require_scheme(url, self.manners.schemes)
-        request = Request(url, headers={"User-Agent": f"flowreel/{_own_version()}", "Accept-Encoding": "identity"})
-        if offset:
-            request.add_header("Range", f"bytes={offset}-")
-            if version:
-                request.add_header("If-Range", version)
-        try:
-            reply: HTTPResponse = self.opener.open(request, timeout=self.manners.timeout_s)
-        except HTTPError as error:
-            with error:
-                _sort(error)
-        except (OSError, HTTPException, ValueError) as error:
-            cause = error.reason if isinstance(error, URLError) else error
-            if isinstance(cause, ssl.SSLCertVerificationError):
-                raise _Gone(f"its certificate is not trusted ({_words(cause)})") from error
-            if isinstance(cause, socket.gaierror):
-                raise _Gone(f"{urlsplit(url).hostname} is not found; is there a network?") from error
-            raise _Broken(f"no connection ({_words(cause)})") from error
-        return reply
-
-
-class _Redirects(HTTPRedirectHandler):
-    def __init__(self, schemes: tuple[str, ...]) -> None:
-        self.schemes = schemes
-
-    def redirect_request(
-        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
-    ) -> Request | None:
-        try:
-            _require_scheme(newurl, self.schemes)
-        except _Gone:
-            fp.close()
-            raise
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def _require_scheme(url: str, schemes: tuple[str, ...]) -> None:
-    if urlsplit(url).scheme not in schemes:
-        raise _Gone(f"{url} is not {' or '.join(schemes)}: not followed")
-
-
-def _sort(error: HTTPError) -> NoReturn:
-    """A refusal becomes _Broken when the server may think better of it, else _Gone."""
-    said = f"HTTP {error.code} {error.reason}"
-    if error.code == 416:
-        raise _RangeRefused from error
-    if error.code in (408, 425, 429) or error.code >= 500:
-        raise _Broken(said) from error
-    if _is_page(error):
-        with suppress(OSError, HTTPException):
-            said = f"{said}: {_read_page(error).says}"
-    raise _Gone(said) from error
-
-
-def _is_page(reply: HTTPResponse | HTTPError) -> bool:
-    return (reply.headers.get_content_type() if "Content-Type" in reply.headers else "") == "text/html"
-
-
-def _span(reply: HTTPResponse) -> tuple[int, int | None]:
-    """(first byte, bytes of the whole file) of a reply; None where the server does not say."""
-    if reply.status == 206:
-        told = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", reply.headers.get("Content-Range", "").strip())
-        if told is None:
-            raise _Broken("the server gave a part without saying which")
-        return int(told[1]), None if told[2] == "*" else int(told[2])
-    length = reply.headers.get("Content-Length", "")
-    return 0, int(length) if length.isdecimal() else None
-
-
-def _version_of(reply: HTTPResponse) -> str:
-    """What If-Range takes: a strong ETag, else the date of the last change; empty when there is neither."""
-    tag: str = reply.headers.get("ETag", "")
-    return tag if tag.startswith('"') else reply.headers.get("Last-Modified", "")
-
-
-def _read_page(reply: HTTPResponse | HTTPError) -> _Page:
-    page = _Page()
-    try:
-        with closing(reply):
-            page.feed(reply.read(PAGE_BYTES).decode("utf-8", "replace"))
-    except (OSError, HTTPException) as error:
-        raise _Broken(f"the connection broke ({_words(error)})") from error
-    return page
-
-
-class _Page(HTMLParser):
-    """What an HTML page says, and where its download form leads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.title = ""
-        self.caption = ""  # Drive's explanation of a refusal
-        self._inside = ""
-        self._action: str | None = None
-        self._in_form = False
-        self._fields: dict[str, str] = {}
-
-    @property
-    def says(self) -> str:
-        said = ": ".join(" ".join(part.split()) for part in (self.title, self.caption) if part.strip())
-        return said[:300] or "a page without a title"
-
-    @property
-    def target(self) -> str | None:
-        """The url the page's confirmation leads to, perhaps relative; None when it offers none."""
-        if self._action is None or "confirm" not in self._fields:
-            return None
-        return f"{self._action}{'&' if '?' in self._action else '?'}{urlencode(self._fields)}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        told = {name: value or "" for name, value in attrs}
-        if tag == "title":
-            self._inside = "title"
-        elif "uc-error-caption" in told.get("class", ""):
-            self._inside = "caption"
-        elif tag == "form" and told.get("id") == "download-form":
-            self._action, self._in_form = told.get("action", ""), True
-        elif tag == "input" and self._in_form and told.get("name"):
-            self._fields[told["name"]] = told.get("value", "")
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag == "form":
-            self._in_form = False
-        if tag in ("title", "p", "div"):
-            self._inside = ""
-
-    def handle_data(self, data: str) -> None:
-        if self._inside == "title":
-            self.title += data
-        elif self._inside == "caption":
-            self.caption += data
-
-
-def _words(error: object) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _own_version() -> str:
-    try:
-        return version("flowreel")
-    except PackageNotFoundError:
-        return "0"
+            raise Gone(f"offers another file: expected about {self.checkpoint.about_bytes} bytes, got {whole}")

@@ -1,8 +1,8 @@
 """Weights in and out of files: NVIDIA's ``.pth.tar`` checkpoints and our ``.safetensors``.
 
 What a file holds (which model, BatchNorm, width) is told from its tensors' names and shapes alone, so that any
-checkpoint of these networks can be loaded without being told. Nothing is ever unpickled unsafely, and nothing is
-allocated that a file only claims to hold: its tensors together are no larger than the file itself.
+checkpoint of these networks can be loaded without being told. How the files themselves are read is in
+``weight_files.py``.
 """
 
 from __future__ import annotations
@@ -10,26 +10,18 @@ from __future__ import annotations
 import json
 import math
 import os
-import pickle
-import re
 import reprlib
-import warnings
-import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from flowreel.engine.data import JSON
 from flowreel.engine.errors import (
     OutputExistsError,
-    OutputWriteError,
     UnreadableWeightsError,
     UsageError,
     WeightsMismatchError,
@@ -45,15 +37,11 @@ from flowreel.engine.models.checkpoints import (
     published,
 )
 from flowreel.engine.models.layers import scaled
-from flowreel.engine.models.pickles import MOST_BYTES, check_checkpoint
+from flowreel.engine.models.weight_files import METADATA_KEY, MOST_SHOWN, appearing, read_tensors
 
-METADATA_KEY = "flowreel"
 UNSTATED = "unstated; NVIDIA's FlowNet2 checkpoints are for research only"
 CHECKPOINT_SUFFIXES = (".pth.tar", ".pth", ".pt", ".tar")
-LARGEST_BYTES = 16 << 30  # of a file; FlowNet2 four times as wide as published has 10.4 GB
-LARGEST_HEADER = 8 << 20  # bytes of a .safetensors header; that of FlowNet2 has 25 kB
 LEAST_VALUES = 30_000_000  # at width 1, times width squared: every network has more; FlowNet2S has 38.7 million
-MOST_SHOWN = 200  # characters of what a file itself says, in a message
 NO_BEST_EPE = 1e10  # pixels; what NVIDIA's own checkpoints say where nothing was measured
 
 # Which sub-network's prefix marks which stack, longest stack first.
@@ -291,7 +279,7 @@ def save_weights(
         "made_by": dict(made_by),
     }
     tensors = {key: _halved(key, tensor) if half else _own(tensor) for key, tensor in state.items()}
-    with _published(Path(path)) as temporary:
+    with appearing(Path(path)) as temporary:
         # Not save_file, which makes files that nobody but their owner may read.
         temporary.write_bytes(save(tensors, metadata={"format": "pt", METADATA_KEY: json.dumps(about)}))
 
@@ -313,7 +301,7 @@ def save_checkpoint(path: str | Path, weights: Weights) -> None:
         "state_dict": {key: _own(tensor) for key, tensor in weights.state.items()},
         METADATA_KEY: json.dumps(about),
     }
-    with _published(Path(path)) as temporary:
+    with appearing(Path(path)) as temporary:
         torch.save(content, temporary)
 
 
@@ -370,25 +358,6 @@ def _halved(key: str, tensor: Tensor) -> Tensor:
     return halved
 
 
-@contextmanager
-def _published(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path``. When the block ends it is renamed; on an error nothing of it remains."""
-    temporary = path.with_name(f"{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError | RuntimeError):  # torch's writer tells of a full disk in its own words
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
-            raise OutputWriteError(f"cannot write {path}: {reason}") from error
-        raise
-
-
 def identify(state: Mapping[str, Tensor], name: str) -> tuple[str, bool, float]:
     """(model, BatchNorm, width) told from tensor names and shapes.
 
@@ -418,14 +387,7 @@ def identify(state: Mapping[str, Tensor], name: str) -> tuple[str, bool, float]:
 
 
 def _read(path: Path, name: str) -> Weights:
-    size_bytes = path.stat().st_size
-    if size_bytes == 0:
-        raise UnreadableWeightsError(f"{name} is empty")
-    if size_bytes > LARGEST_BYTES:
-        raise UnreadableWeightsError(f"{name} has {size_bytes} bytes; no FlowNet2 network has over {LARGEST_BYTES}")
-    ours = path.suffix.lower() == ".safetensors"
-    raw, about = _read_safetensors(path, name) if ours else _read_checkpoint(path, name)
-    _require_real(raw, size_bytes, name)
+    raw, about = read_tensors(path, name)
     state = {key.removeprefix("module."): tensor for key, tensor in raw.items()}
     state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
     model, batch_norm, width = identify(state, name)
@@ -444,131 +406,6 @@ def _read(path: Path, name: str) -> Weights:
         sha256=sha256,
         made_by=made_by if isinstance(made_by, dict) else {},
     )
-
-
-def _require_real(state: Mapping[str, Tensor], size_bytes: int, name: str) -> None:
-    """Dense tensors whose values are in the file. One value repeated a million times would grow when it is used."""
-    for key, tensor in state.items():
-        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_complex():
-            raise UnreadableWeightsError(f"{name}: {key[:MOST_SHOWN]} is no plain tensor of numbers")
-    claimed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-    if claimed > size_bytes:
-        raise UnreadableWeightsError(f"{name} claims {claimed} bytes of tensors, but the file has {size_bytes}")
-
-
-def _read_safetensors(path: Path, name: str) -> tuple[dict[str, Tensor], Mapping[str, JSON]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        _check_header(path, name)
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except UnreadableWeightsError:
-        raise
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise UnreadableWeightsError(f"{name} is not a whole .safetensors file: {_first_line(error)}") from error
-    return state, about if isinstance(about, dict) else {}
-
-
-def _check_header(path: Path, name: str) -> None:
-    """A header that claims more than the file holds is refused before anything is made of it."""
-    size_bytes = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > min(size_bytes - 8, LARGEST_HEADER):
-            raise UnreadableWeightsError(
-                f"{name} is not a whole .safetensors file: it announces a header of {length} bytes and has {size_bytes}"
-            )
-        header = json.loads(file.read(length))
-    entries = header.items() if isinstance(header, dict) else ()
-    for key, entry in entries:
-        shape = entry.get("shape") if isinstance(entry, dict) and key != "__metadata__" else None
-        count = 1  # values, of at least half a byte each
-        for side in shape if isinstance(shape, list) else ():
-            count *= side if isinstance(side, int) else 1
-            if count > 2 * size_bytes:
-                some = "x".join(map(str, shape[:4])) if shape else ""
-                raise UnreadableWeightsError(f"{name} claims a tensor of {some}, but the file has {size_bytes} bytes")
-
-
-def _read_checkpoint(path: Path, name: str) -> tuple[dict[str, Tensor], Mapping[str, JSON]]:
-    try:
-        _check_zip(path, name)
-        check_checkpoint(path)
-        with _numpy_scalars_allowed(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols; what matters is raised
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except UnreadableWeightsError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise UnreadableWeightsError(
-            f"{name} is damaged, or holds more than tensors and plain values; it was not loaded: {_met(error)}"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise UnreadableWeightsError(f"{name} is cut, damaged, or no checkpoint: {_first_line(error)}") from error
-    except (zipfile.BadZipFile, MemoryError, OverflowError, AssertionError, RecursionError) as error:
-        raise UnreadableWeightsError(f"{name} is damaged: {_first_line(error)}") from error
-    state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not state:
-        raise WeightsMismatchError(f"{name} holds no state_dict, but {type(content).__name__}")
-    strange = [key for key, value in state.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
-    if strange:
-        raise WeightsMismatchError(f"{name} holds no state_dict of tensors: {reprlib.repr(strange[0])} is none")
-    return state, _about(content)
-
-
-def _check_zip(path: Path, name: str) -> None:
-    """torch packs its tensors without compressing them; a packed one might unfold to any size."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as packed:
-        records = packed.infolist()
-    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-        raise UnreadableWeightsError(f"{name} is a compressed zip file; torch saves checkpoints uncompressed")
-    largest = max((record.file_size for record in records if record.filename.endswith(".pkl")), default=0)
-    if largest > MOST_BYTES:
-        raise UnreadableWeightsError(f"{name} holds a pickle of {largest} bytes; no checkpoint needs over {MOST_BYTES}")
-
-
-def _about(content: Mapping[str, Any]) -> Mapping[str, JSON]:
-    """What a checkpoint says beside its tensors: ours in full, of NVIDIA's the architecture, epoch and best error."""
-    about: Any = {}
-    if isinstance(content.get(METADATA_KEY), str):
-        with suppress(ValueError, RecursionError):
-            about = json.loads(content[METADATA_KEY])
-    about = about if isinstance(about, dict) else {}
-    trained: dict[str, JSON] = {}
-    for key in ("arch", "epoch", "best_EPE"):
-        value = content.get(key)
-        value = value.item() if isinstance(value, np.generic) else value
-        if isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
-            trained[key] = value
-    recorded = about.get("made_by")
-    return {**about, "made_by": recorded if isinstance(recorded, dict) else trained}
-
-
-@contextmanager
-def _numpy_scalars_allowed() -> Iterator[None]:
-    """Checkpoints saved while training keep ``best_EPE``, sometimes as a NumPy scalar, under the name of its time."""
-    from numpy._core import multiarray
-
-    scalar = multiarray.scalar
-    kinds = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)]
-    allowed: list[Any] = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *kinds]
-    with torch.serialization.safe_globals(allowed):
-        yield
-
-
-def _met(error: pickle.UnpicklingError) -> str:
-    """What torch met. Its words begin with how to load the file all the same, which nobody should be told here."""
-    met = re.search(r"unsupported [^\n]*", str(error), re.IGNORECASE)
-    return _first_line(error) if met is None else met[0][:MOST_SHOWN].partition(" was not")[0]
-
-
-def _first_line(error: BaseException) -> str:
-    said = str(error).strip().split("\n")[0][:MOST_SHOWN]
-    return said if " " in said else f"{type(error).__name__} {said}".strip()  # a bare key or number says nothing
 
 
 def _close(a: float, b: float) -> bool:

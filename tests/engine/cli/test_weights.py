@@ -20,6 +20,7 @@ from flowreel.engine.cli import call
 from flowreel.engine.models import build_model, checkpoints
 from flowreel.engine.models import download as downloads
 from flowreel.engine.models.checkpoints import Checkpoint, Source
+from flowreel.engine.models.web import Manners
 from flowreel.engine.models.weights import read_weights
 
 Capture = pytest.CaptureFixture[str]
@@ -64,7 +65,7 @@ def table(served: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> list[Che
         for name, file in (("Here-C", "c.pth.tar"), ("Gone-C", "nothing"))
     ]
     monkeypatch.setattr(checkpoints, "CHECKPOINTS", tuple(known))
-    monkeypatch.setattr(downloads, "MANNERS", downloads.Manners(schemes=("http",), sleep=lambda seconds: None))
+    monkeypatch.setattr(downloads, "MANNERS", Manners(schemes=("http",), sleep=lambda seconds: None))
     return known
 
 

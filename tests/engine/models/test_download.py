@@ -17,7 +17,8 @@ from flowreel.engine.errors import DownloadError, OutputExistsError, OutputWrite
 from flowreel.engine.models import build_model
 from flowreel.engine.models import download as module
 from flowreel.engine.models.checkpoints import CHECKPOINTS, Checkpoint, Source
-from flowreel.engine.models.download import Manners, download
+from flowreel.engine.models.download import download
+from flowreel.engine.models.web import Manners
 
 DATA = np.random.default_rng(0).bytes(600_000)
 PAGE = "<html><head><title>{title}</title></head><body>{body}</body></html>"

@@ -1,0 +1,195 @@
+"""Weights files as bytes: tensors by name and what is said beside them, out of ``.safetensors`` and ``.pth.tar``.
+
+Nothing is ever unpickled unsafely, and nothing is allocated that a file only claims to hold: its tensors together are
+no larger than the file itself.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import re
+import reprlib
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowreel.engine.data import JSON
+from flowreel.engine.errors import OutputWriteError, UnreadableWeightsError, WeightsMismatchError
+from flowreel.engine.models.pickles import MOST_BYTES, check_checkpoint
+
+METADATA_KEY = "flowreel"
+LARGEST_BYTES = 16 << 30  # of a file; FlowNet2 four times as wide as published has 10.4 GB
+LARGEST_HEADER = 8 << 20  # bytes of a .safetensors header; that of FlowNet2 has 25 kB
+MOST_SHOWN = 200  # characters of what a file itself says, in a message
+
+
+def read_tensors(path: Path, name: str) -> tuple[dict[str, Tensor], Mapping[str, JSON]]:
+    """What a weights file holds, its kind told by the suffix; ``name`` is what messages call it.
+
+    Raises:
+        UnreadableWeightsError: empty, too large, cut, damaged, or more than tensors and plain values.
+        WeightsMismatchError: a checkpoint, but without a state_dict of tensors.
+    """
+    size_bytes = path.stat().st_size
+    if size_bytes == 0:
+        raise UnreadableWeightsError(f"{name} is empty")
+    if size_bytes > LARGEST_BYTES:
+        raise UnreadableWeightsError(f"{name} has {size_bytes} bytes; no FlowNet2 network has over {LARGEST_BYTES}")
+    ours = path.suffix.lower() == ".safetensors"
+    state, about = _read_safetensors(path, name) if ours else _read_checkpoint(path, name)
+    _require_real(state, size_bytes, name)
+    return state, about
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path``. When the block ends it is renamed; on an error nothing of it remains."""
+    temporary = path.with_name(f"{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError | RuntimeError):  # torch's writer tells of a full disk in its own words
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
+            raise OutputWriteError(f"cannot write {path}: {reason}") from error
+        raise
+
+
+def _require_real(state: Mapping[str, Tensor], size_bytes: int, name: str) -> None:
+    """Dense tensors whose values are in the file. One value repeated a million times would grow when it is used."""
+    for key, tensor in state.items():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_complex():
+            raise UnreadableWeightsError(f"{name}: {key[:MOST_SHOWN]} is no plain tensor of numbers")
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    if claimed > size_bytes:
+        raise UnreadableWeightsError(f"{name} claims {claimed} bytes of tensors, but the file has {size_bytes}")
+
+
+def _read_safetensors(path: Path, name: str) -> tuple[dict[str, Tensor], Mapping[str, JSON]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        _check_header(path, name)
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except UnreadableWeightsError:
+        raise
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise UnreadableWeightsError(f"{name} is not a whole .safetensors file: {_first_line(error)}") from error
+    return state, about if isinstance(about, dict) else {}
+
+
+def _check_header(path: Path, name: str) -> None:
+    """A header that claims more than the file holds is refused before anything is made of it."""
+    size_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(size_bytes - 8, LARGEST_HEADER):
+            raise UnreadableWeightsError(
+                f"{name} is not a whole .safetensors file: it announces a header of {length} bytes and has {size_bytes}"
+            )
+        header = json.loads(file.read(length))
+    entries = header.items() if isinstance(header, dict) else ()
+    for key, entry in entries:
+        shape = entry.get("shape") if isinstance(entry, dict) and key != "__metadata__" else None
+        count = 1  # values, of at least half a byte each
+        for side in shape if isinstance(shape, list) else ():
+            count *= side if isinstance(side, int) else 1
+            if count > 2 * size_bytes:
+                some = "x".join(map(str, shape[:4])) if shape else ""
+                raise UnreadableWeightsError(f"{name} claims a tensor of {some}, but the file has {size_bytes} bytes")
+
+
+def _read_checkpoint(path: Path, name: str) -> tuple[dict[str, Tensor], Mapping[str, JSON]]:
+    try:
+        _check_zip(path, name)
+        check_checkpoint(path)
+        with _numpy_scalars_allowed(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols; what matters is raised
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except UnreadableWeightsError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise UnreadableWeightsError(
+            f"{name} is damaged, or holds more than tensors and plain values; it was not loaded: {_met(error)}"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UnreadableWeightsError(f"{name} is cut, damaged, or no checkpoint: {_first_line(error)}") from error
+    except (zipfile.BadZipFile, MemoryError, OverflowError, AssertionError, RecursionError) as error:
+        raise UnreadableWeightsError(f"{name} is damaged: {_first_line(error)}") from error
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not state:
+        raise WeightsMismatchError(f"{name} holds no state_dict, but {type(content).__name__}")
+    strange = [key for key, value in state.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
+    if strange:
+        raise WeightsMismatchError(f"{name} holds no state_dict of tensors: {reprlib.repr(strange[0])} is none")
+    return state, _about(content)
+
+
+def _check_zip(path: Path, name: str) -> None:
+    """torch packs its tensors without compressing them; a packed one might unfold to any size."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as packed:
+        records = packed.infolist()
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+        raise UnreadableWeightsError(f"{name} is a compressed zip file; torch saves checkpoints uncompressed")
+    largest = max((record.file_size for record in records if record.filename.endswith(".pkl")), default=0)
+    if largest > MOST_BYTES:
+        raise UnreadableWeightsError(f"{name} holds a pickle of {largest} bytes; no checkpoint needs over {MOST_BYTES}")
+
+
+def _about(content: Mapping[str, Any]) -> Mapping[str, JSON]:
+    """What a checkpoint says beside its tensors: ours in full, of NVIDIA's the architecture, epoch and best error."""
+    about: Any = {}
+    if isinstance(content.get(METADATA_KEY), str):
+        with suppress(ValueError, RecursionError):
+            about = json.loads(content[METADATA_KEY])
+    about = about if isinstance(about, dict) else {}
+    trained: dict[str, JSON] = {}
+    for key in ("arch", "epoch", "best_EPE"):
+        value = content.get(key)
+        value = value.item() if isinstance(value, np.generic) else value
+        if isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
+            trained[key] = value
+    recorded = about.get("made_by")
+    return {**about, "made_by": recorded if isinstance(recorded, dict) else trained}
+
+
+@contextmanager
+def _numpy_scalars_allowed() -> Iterator[None]:
+    """Checkpoints saved while training keep ``best_EPE``, sometimes as a NumPy scalar, under the name of its time."""
+    from numpy._core import multiarray
+
+    scalar = multiarray.scalar
+    kinds = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)]
+    allowed: list[Any] = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *kinds]
+    with torch.serialization.safe_globals(allowed):
+        yield
+
+
+def _met(error: pickle.UnpicklingError) -> str:
+    """What torch met. Its words begin with how to load the file all the same, which nobody should be told here."""
+    met = re.search(r"unsupported [^\n]*", str(error), re.IGNORECASE)
+    return _first_line(error) if met is None else met[0][:MOST_SHOWN].partition(" was not")[0]
+
+
+def _first_line(error: BaseException) -> str:
+    said = str(error).strip().split("\n")[0][:MOST_SHOWN]
+    return said if " " in said else f"{type(error).__name__} {said}".strip()  # a bare key or number says nothing
