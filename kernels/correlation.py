@@ -110,6 +110,12 @@ def _pixel_correlation_cpu(
     return correlation_bands.pixel_correlation(a, b, radius, stride, _scale(a, scale), slope)
 
 
+def _pixel_correlation_into_cpu(
+    out: Tensor, a: Tensor, b: Tensor, radius: int, stride: int, scale: float | None = None, slope: float = 1.0
+) -> None:
+    correlation_bands.pixel_correlation_into(out, a, b, radius, stride, _scale(a, scale), slope)
+
+
 def _pixel_correlation_backward_cpu(
     grad: Tensor, a: Tensor, b: Tensor, radius: int, stride: int, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -186,7 +192,7 @@ implement(
     _LIBRARY,
     "correlation_into",
     partial(_into, pixel_correlation_definition),
-    on_cpu=partial(_into, _pixel_correlation_cpu),
+    on_cpu=_pixel_correlation_into_cpu,
     on_cuda=_pixel_correlation_into_cuda,
 )
 implement(

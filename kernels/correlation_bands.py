@@ -112,9 +112,11 @@ class _Layout:
         return product.as_strided(shape, (*places, row + 1, self.pitch, 1))
 
     def volume(self, x: Tensor) -> Tensor:
-        """(B, D * D, H, full width) -> view (H, B, phase column, tile, pixel, dy, dx), to meet ``band``."""
-        shape = (self.batch, self.side, self.side, self.height, self.tiles, self.tile, self.stride)
-        return x.view(shape).permute(3, 0, 6, 4, 5, 1, 2)
+        """(B, D * D, H, full width), any strides -> view (H, B, phase column, tile, pixel, dy, dx), as ``band`` is."""
+        over_batch, over_channels, down, right = x.stride()
+        shape = (self.height, self.batch, self.stride, self.tiles, self.tile, self.side, self.side)
+        across = (right, self.tile * self.stride * right, self.stride * right)
+        return x.as_strided(shape, (down, over_batch, *across, self.side * over_channels, over_channels))
 
     def steps(self) -> Iterator[tuple[int, int, int, slice, slice]]:
         """For each y: its phase, its row there, the dy that stay inside the map, and their columns in ``windows``."""
@@ -127,23 +129,45 @@ class _Layout:
 
 def pixel_correlation(a: Tensor, b: Tensor, radius: int, stride: int, scale: float, slope: float) -> Tensor:
     """(B, C, H, W) twice -> (B, (2 radius + 1)^2, H, W), as ``pixel_correlation_definition``."""
+    out = a.new_empty(a.shape[0], (2 * radius + 1) ** 2, *a.shape[2:])
+    pixel_correlation_into(out, a, b, radius, stride, scale, slope)
+    return out
+
+
+def pixel_correlation_into(
+    out: Tensor, a: Tensor, b: Tensor, radius: int, stride: int, scale: float, slope: float
+) -> None:
+    """The same, written to ``out``, of any strides."""
     if a.dtype == torch.float16 or (a.dtype == torch.bfloat16 and not _FAST_BFLOAT16):
-        return pixel_correlation(a.float(), b.float(), radius, stride, scale, slope).to(a.dtype)
+        out.copy_(pixel_correlation(a.float(), b.float(), radius, stride, scale, slope))
+        return
     layout = _Layout.of(a, radius, stride)
+    if layout.full_width > layout.width:
+        whole = a.new_empty(*out.shape[:3], layout.full_width)
+        _by_rows(layout, layout.volume(whole), a, b, scale, slope)
+        out.copy_(whole[..., : layout.width])
+    else:
+        _by_rows(layout, layout.volume(out), a, b, scale, slope)
+
+
+def _by_rows(layout: _Layout, volume: Tensor, a: Tensor, b: Tensor, scale: float, slope: float) -> None:
     lefts, windows = layout.lefts(a, scale), layout.windows(b)
-    out = a.new_zeros(layout.batch, layout.side**2, layout.height, layout.full_width)
-    volume = layout.volume(out)
+    channels_last = volume.stride(6) == 1
     scratch = a.new_empty(layout.products * layout.tile * layout.side * layout.pitch)
     for y, phase, row, inside, columns in layout.steps():
         shape = (layout.products, layout.tile, columns.stop - columns.start)
         product = scratch[: math.prod(shape)].view(shape)
         torch.bmm(lefts[phase, row], windows[phase, :, :, columns], out=product)
+        if slope != 1:
+            F.leaky_relu_(product, slope)
         source, target = layout.band(product), volume[y, ..., inside, :]
-        for column in range(stride):  # apart, so that the innermost run is over pixels
+        volume[y, ..., : inside.start, :] = 0
+        volume[y, ..., inside.stop :, :] = 0
+        if channels_last:
+            target.copy_(source)
+            continue
+        for column in range(layout.stride):  # apart, so that the innermost run is over pixels
             target[:, column].copy_(source[:, column])
-    if slope != 1:
-        F.leaky_relu(out, slope, inplace=True)
-    return out if layout.full_width == layout.width else out[..., : layout.width].contiguous()
 
 
 def pixel_correlation_backward(

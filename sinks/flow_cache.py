@@ -33,8 +33,8 @@ from flowreel.sinks.flows import Placed, coordinates
 from flowreel.sinks.parallel import OrderedPool, encode_workers
 from flowreel.sinks.store_files import SPARE_BYTES, StoreFiles
 from flowreel.sinks.store_layout import open_file
-from flowreel.sinks.store_reader import FlowStore
 from flowreel.sinks.store_metadata import MAY_CHANGE, other_settings, store_metadata
+from flowreel.sinks.store_reader import FlowStore
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -88,7 +88,7 @@ def places_in_frame(info: FlowInfo) -> dict[str, Any]:
     """Of a coarse prediction, the arrays that say where its vectors lie in the frame; none of a full field."""
     if info.native is None:
         return {}
-    return dict(zip(("y", "x"), vectorplaces_in_frame(info.native, info.height, info.width), strict=True))
+    return dict(zip(("y", "x"), vector_places(info.native, info.height, info.width), strict=True))
 
 
 def store_attributes(info: FlowInfo, config: SinkConfig) -> dict[str, Any]:

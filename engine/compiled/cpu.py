@@ -19,10 +19,11 @@ from flowreel.engine.compiled.buffers import Buffers
 from flowreel.engine.compiled.convolution import Convolution, chained
 from flowreel.engine.compiled.onednn import available
 from flowreel.engine.config import Precision
-from flowreel.engine.models.flownetc import FlowNetC
+from flowreel.engine.models.flownetc import DISPLACEMENTS, FlowNetC
 from flowreel.engine.models.flownetsd import FlowNetSD
 from flowreel.engine.models.layers import FLOW_SCALE, SLOPE, FlowHead, Upsampling, folded_state, normalise, upsample
 from flowreel.engine.models.stacks import (
+    REFINING_CHANNELS,
     SD_SCALE_IN_FLOWNET2,
     FlowNet2CS,
     FlowNet2CSS,
@@ -160,9 +161,13 @@ def flownet_c(layers: Layers, x: Tensor) -> Tensor:
     """``FlowNetC.predict``: its last prediction."""
     conv2 = layers(x[:, :3], "conv1", "conv2")
     first, second = layers(conv2, "conv3"), layers(x[:, 3:], "conv1", "conv2", "conv3")
-    matched = correlation(first, second, negative_slope=SLOPE)
-    conv3 = layers(layers.side_by_side(layers(first, "conv_redir"), matched), "conv3_1")
-    return refine(layers, encode_on(layers, conv2, conv3))
+    batch, _, height, width = first.shape
+    sizes = [layers["conv_redir"].outputs, DISPLACEMENTS]
+    concat = layers.buffers.empty(batch, sum(sizes), height, width, layers.dtype)
+    redirected, matched = torch.split(concat, sizes, 1)
+    layers["conv_redir"].into(redirected, first)
+    correlation(first, second, negative_slope=SLOPE, out=matched)
+    return refine(layers, encode_on(layers, conv2, layers(concat, "conv3_1")))
 
 
 def fuse(layers: Layers, x: Tensor) -> Tensor:
@@ -223,10 +228,16 @@ class CpuProgram:
     def _refined(self, x: Tensor, first: str, *others: str) -> Tensor:
         """A stack's last prediction, pixels / 20."""
         flow = flownet_c(self.layers.part(first), x)
+        batch, frames, height, width = x.shape
+        refining = self.layers.buffers.empty(batch, REFINING_CHANNELS, height, width, x.dtype)
+        refining[:, :frames] = x  # stays for the next network
         for name in others:
             full = upsample(flow * FLOW_SCALE, "bilinear")
             warped, error = warped_and_error(x, full)
-            flow = flownet_s(self.layers.part(name), self.layers.side_by_side(x, warped, full / FLOW_SCALE, error))
+            own = torch.split(refining[:, frames:], [3, 2, 1], 1)
+            for part, value in zip(own, (warped, full / FLOW_SCALE, error), strict=True):
+                part.copy_(value)
+            flow = flownet_s(self.layers.part(name), refining)
         return flow
 
 

@@ -86,7 +86,7 @@ def normalise(first: Tensor, second: Tensor) -> Tensor:
     if height % STRIDE or width % STRIDE or height == 0 or width == 0:
         raise ValueError(f"height and width must be multiples of {STRIDE}, got {height}x{width}: pad or crop first")
     mean = (first.mean((2, 3), keepdim=True) + second.mean((2, 3), keepdim=True)) / 2
-    return torch.cat((first - mean, second - mean), 1) / RGB_MAX
+    return torch.cat((first, second), 1).sub_(mean.repeat(1, 2, 1, 1)).div_(RGB_MAX)  # in place: one tensor, not four
 
 
 def upsample(flow2: Tensor, mode: Upsampling) -> Tensor:

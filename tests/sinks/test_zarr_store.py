@@ -425,9 +425,7 @@ def test_failure_at_any_step_leaves_whole_shards_and_the_old_store(
     """Lets the n-th call that changes the disk fail, for every n until the run gets through."""
     old, flows = moving(2), moving(5)
     make(tmp_path / "old.zarr", old, max_error=0)
-    metadata = store_metadata(
-        header(6), config(max_error=0), flow_codec(H, W, config(max_error=0)), SHARD, 6
-    )
+    metadata = store_metadata(header(6), config(max_error=0), flow_codec(H, W, config(max_error=0)), SHARD, 6)
     monkeypatch.setattr(zarr_store, "store_metadata", lambda *_: copy.deepcopy(metadata))  # the slow part, made once
     real = {name: getattr(os, name) for name in ("fsync", "replace", "rename", "mkdir")}
     left: dict[str, int] = {}
