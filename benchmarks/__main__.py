@@ -15,8 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Before torch loads, and as the command line does it: see ``flowreel.engine.cli.main``.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Before torch loads, and as the command line does it: see ``flowreel.engine.cli.patience``.
+os.environ.update({"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"} | os.environ)
 
 from benchmarks import compare as comparing
 from benchmarks.cases import CASES, SKIPPED, describe, has_short, takes_ceilings

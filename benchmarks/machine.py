@@ -45,6 +45,7 @@ def machine() -> dict[str, object]:
         "commit": _commit(),
         "torch_threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "gomp_spincount": os.environ.get("GOMP_SPINCOUNT"),
         "load": load(),
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from flowreel.engine.device import free_bytes, resolve_device, resolve_precision
 from flowreel.engine.errors import DeviceError, UsageError
 from flowreel.engine.models.layers import Upsampling, upsample
 from flowreel.engine.models.weights import Weights, instantiate, read_weights
+from flowreel.engine.pipeline import in_own_thread
 from flowreel.engine.restore import Fit
 from flowreel.kernels.launch import recording
 
@@ -196,6 +198,11 @@ def load_network(config: ModelConfig) -> Network:
     """
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
+    loaded = partial(_loaded, config, device, precision)
+    return in_own_thread(loaded) if device.type == "cpu" else loaded()
+
+
+def _loaded(config: ModelConfig, device: torch.device, precision: Precision) -> Network:
     weights = read_weights(config.weights)
     net = instantiate(weights, config.model).eval().to(device)
     weights = replace(weights, state={})  # before packing: the tensors would else be in memory three times

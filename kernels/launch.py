@@ -120,9 +120,11 @@ def implement(
 ) -> None:
     """Registers the versions of one operation: our kernel on CUDA tensors where it can run, else the definition."""
 
+    operation = name.removesuffix("_into")  # the same, written to where it is wanted
+
     def run(on: Callable[..., Any], how: str) -> Callable[..., Any]:
         def noted(*arguments: Any) -> Any:
-            note(name, how)
+            note(operation, how)
             return on(*arguments)
 
         return noted

@@ -27,7 +27,7 @@ def environment(folder: Path, wheels: Path | None) -> tuple[dict[str, str], list
         ways.append(str(_checkout(folder / "checkout")))
     before = os.environ.get("PYTHONPATH")
     joined = os.pathsep.join([*ways, *([before] if before else [])])
-    return {**os.environ, "PYTHONPATH": joined, "OMP_WAIT_POLICY": "passive"}, notes
+    return {**os.environ, "PYTHONPATH": joined, "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"}, notes
 
 
 def _installed(wheels: Path, into: Path, notes: list[str]) -> Path:

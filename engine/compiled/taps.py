@@ -14,7 +14,7 @@ from torch import Tensor
 from flowreel.engine.compiled.onednn import PackedConvolution
 
 MOST = 32  # channels of all taps together
-NARROWEST = 64  # channels in; below it, putting the taps in place takes longer than it saves
+NARROWEST = 48  # channels in; below it, putting the taps in place takes longer than it saves
 
 
 class Taps:

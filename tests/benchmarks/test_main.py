@@ -16,7 +16,13 @@ from benchmarks import data
 from benchmarks import one as process
 from benchmarks.cases import CASES, SKIPPED, describe
 from benchmarks.results import filed_as, newest
-from flowreel.engine.cli import bench, call
+from flowreel.engine.cli import bench, call, patience
+
+
+@pytest.mark.parametrize("name", ["__main__.py", "gpu/surroundings.py"])
+def test_torch_waits_as_on_the_command_line(name: str) -> None:
+    source = (Path(command.__file__).parent / name).read_text()  # which cannot import it: flowreel may not be installed
+    assert all(f'"{variable}": "{value}"' in source for variable, value in patience().items())
 
 
 def test_every_case_says_what_it_measures(capsys: pytest.CaptureFixture[str]) -> None:

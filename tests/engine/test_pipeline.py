@@ -23,7 +23,7 @@ import flowreel.engine.pipeline as module
 from flowreel.engine.config import QueueConfig
 from flowreel.engine.data import Frame, FramePair
 from flowreel.engine.errors import StageError
-from flowreel.engine.pipeline import Cancelled, Pipeline
+from flowreel.engine.pipeline import Cancelled, Pipeline, in_own_thread
 from flowreel.engine.stages import Stage, StageStatistics, compose
 
 Function = Callable[[Iterator[Any]], Iterator[Any]]
@@ -901,3 +901,25 @@ def test_threads_bear_the_names_of_their_stages() -> None:
 
     Pipeline("source", stage(iter([1])), [Stage("a", stage)]).run({"sink": stage})
     assert sorted(seen) == ["a", "sink", "source"]
+
+
+def test_work_before_a_run_is_done_in_a_thread_that_ends() -> None:
+    threads: list[threading.Thread] = []
+
+    def work() -> int:
+        threads.append(threading.current_thread())
+        return 3
+
+    assert in_own_thread(work) == 3
+    assert threads[0] is not threading.current_thread()
+    assert not threads[0].is_alive()
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
+def test_what_such_work_raises_comes_out(kind: type[BaseException]) -> None:
+    def work() -> None:
+        raise kind("here")
+
+    with pytest.raises(kind, match="here") as caught:
+        in_own_thread(work)
+    assert "work" in [entry.name for entry in caught.traceback]

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowreel.engine import api
+from flowreel.engine import api, cli
 from flowreel.engine.cli import call
 from flowreel.engine.config import RunConfig
 from flowreel.engine.inference import Inference
@@ -419,3 +419,11 @@ def test_a_terminal_shows_the_live_table(tiny: str) -> None:
     assert "waits for input" in said
     assert "decode" in said
     assert "399 flows" in said
+
+
+def test_torch_waits_as_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "call", lambda arguments: 0)
+    monkeypatch.setattr(os, "environ", {"OMP_WAIT_POLICY": "active"})
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert os.environ == cli.patience() | {"OMP_WAIT_POLICY": "active"}
