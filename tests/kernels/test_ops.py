@@ -11,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flowreel.kernels
+import flowreel.kernels.flow_color  # registers on its own: the package imports it late
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
