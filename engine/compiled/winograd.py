@@ -130,7 +130,7 @@ class Winograd:
 
     def __call__(self, x: Tensor, rows: int) -> Tensor:
         """``x``: (B, C, H, W), channels last; ``rows`` of padding above and below."""
-        width = x.shape[3] * len(self._by.spread) // self._by.step
+        width = -(-x.shape[3] * len(self._by.spread) // self._by.step)
         lacking = -x.shape[3] % self._by.step
         tiles = self._tiles(F.pad(x, (0, lacking)) if lacking else x)
         batch, height, count = tiles.shape[:3]

@@ -47,7 +47,7 @@ def test_how_many_products_are_saved() -> None:
 
 
 @needs_onednn
-@pytest.mark.parametrize("width", [2, 6, 8, 10, 22, 24])
+@pytest.mark.parametrize("width", [1, 2, 5, 6, 8, 10, 22, 24])
 @pytest.mark.parametrize(("kernel", "stride"), KINDS)
 def test_widths_that_are_no_whole_tiles_and_channels_that_are_no_whole_blocks(
     kernel: int, stride: int, width: int
