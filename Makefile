@@ -9,11 +9,14 @@ STAMP := $(VENV)/.installed
 setup: $(STAMP)
 
 # torch first and by its exact version: where a CPU build is offered under it, pip takes that instead of 3 GB of CUDA.
+# One for CUDA itself says which builds of NVIDIA's packages it takes: beside it, ours do not apply.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	grep -Ev '^(nvidia|cuda)-' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt torch
+	$(BIN)/python -c 'import torch; exit(torch.version.cuda is not None)' && cp constraints.txt $(VENV)/constraints.txt; \
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[test]'
 	touch $@
 
 demo: setup
