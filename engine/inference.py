@@ -204,8 +204,8 @@ def load_network(config: ModelConfig) -> Network:
 
 def _loaded(config: ModelConfig, device: torch.device, precision: Precision) -> Network:
     weights = read_weights(config.weights)
-    net = instantiate(weights, config.model).eval().to(device)
-    weights = replace(weights, state={})  # before packing: the tensors would else be in memory three times
+    net = instantiate(weights, config.model, share=True).eval().to(device)  # shared: packing makes the only copy
+    weights = replace(weights, state={})
     return Network(config, pack(net, precision), quarter_upsampling(net), weights, device, precision)
 
 

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import math
+import mmap
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 SMALLEST = 8 << 20  # bytes; below it the C library keeps memory by itself
+
+
+def apart(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeros in memory of their own, which the system has back as soon as the last view of them is gone.
+
+    For what is large and goes while later things stay: what the C library frees in between, it keeps.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size < mmap.PAGESIZE:
+        return torch.zeros(shape, dtype=dtype)
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape)
 
 
 class Buffers:

@@ -13,7 +13,7 @@ from copy import copy
 import torch
 from torch import Tensor, nn
 
-from flowreel.engine.compiled.buffers import Buffers
+from flowreel.engine.compiled.buffers import Buffers, apart
 from flowreel.engine.compiled.onednn import PackedConvolution
 from flowreel.engine.compiled.taps import Taps
 from flowreel.engine.compiled.winograd import Winograd
@@ -43,7 +43,7 @@ class Convolution:
         self.kernel, self.stride, self.padding = layer.kernel_size[0], layer.stride[0], int(layer.padding[0])
         self.inputs, self.outputs, self.dtype = layer.in_channels, layer.out_channels, dtype
         self.gives = gives
-        own = weight.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+        own = apart(weight.shape, dtype).copy_(weight.detach())
         own_bias = None if bias is None else bias.detach().to(dtype, copy=True)
         self._form = _fastest(own, own_bias, self.stride, self.padding, transposed=self.transposed, leaky=leaky)
 

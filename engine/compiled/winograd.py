@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flowreel.engine.compiled.buffers import apart
 from flowreel.engine.compiled.onednn import PackedConvolution
 from flowreel.engine.models.layers import SLOPE
 
@@ -102,7 +103,7 @@ class Winograd:
         self._outputs, self._inputs, height, _ = weight.shape
         products = len(by.collect)
         self._held_outputs, self._held_inputs = (-(-n // BLOCK) * BLOCK for n in (self._outputs, self._inputs))
-        weighed = torch.zeros(products, self._held_outputs, self._held_inputs, height, 1)
+        weighed = apart((products, self._held_outputs, self._held_inputs, height, 1), weight.dtype)
         weighed[:, : self._outputs, : self._inputs, :, 0] = torch.einsum(
             "pt,oiyt->poiy", torch.from_numpy(by.weigh), weight.double()
         )

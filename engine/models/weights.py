@@ -12,6 +12,7 @@ import math
 import os
 import reprlib
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -159,8 +160,11 @@ def load_model(
     return instantiate(held, model).to(device).eval()
 
 
-def instantiate(weights: Weights, model: str | None = None) -> nn.Module:
+def instantiate(weights: Weights, model: str | None = None, *, share: bool = False) -> nn.Module:
     """The network those weights hold, or one inside it, with the weights in place.
+
+    Args:
+        share: the network's parameters are the weights' own tensors, where they would else be copies.
 
     Raises:
         WeightsMismatchError: no such network inside, or tensors missing, left over or of another shape.
@@ -168,7 +172,8 @@ def instantiate(weights: Weights, model: str | None = None) -> nn.Module:
     name = weights.model if model is None else model_name(model)
     state = weights.state_for(name)
     _require_enough(state, weights, name)
-    net = build_model(name, batch_norm=weights.batch_norm, width=weights.width)
+    with torch.device("meta") if share else nullcontext():  # meta: shapes without memory
+        net = build_model(name, batch_norm=weights.batch_norm, width=weights.width)
     expected = net.state_dict()
     problems = [f"lacks {key}" for key in expected if key not in state and not key.endswith("num_batches_tracked")]
     problems += [f"has an unexpected {key[:MOST_SHOWN]}" for key in state if key not in expected]
@@ -180,7 +185,8 @@ def instantiate(weights: Weights, model: str | None = None) -> nn.Module:
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise WeightsMismatchError(f"{weights.name} does not fit {name}: {', '.join(problems[:3])}{more}")
-    net.load_state_dict(state, strict=False)  # checked above; only num_batches_tracked may be absent
+    counts = {key: torch.zeros((), dtype=torch.long) for key in expected if key.endswith("num_batches_tracked")}
+    net.load_state_dict(counts | state, assign=share)  # checked above; only those may be absent
     return net
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flowreel.engine.compiled import buffers
-from flowreel.engine.compiled.buffers import Buffers
+from flowreel.engine.compiled.buffers import Buffers, apart
 
 
 def test_memory_comes_back_when_its_last_view_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,3 +25,17 @@ def test_memory_comes_back_when_its_last_view_is_gone(monkeypatch: pytest.Monkey
     assert kept.empty(1, 4, 4, 4, torch.bfloat16).data_ptr() == place  # the same bytes in another form
     assert other.shape == (1, 2, 4, 4)
     assert other.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (300, 70)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_of_its_own(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    first, second = apart(shape, dtype), apart(shape, dtype)
+    assert (first.shape, first.dtype, first.is_contiguous()) == (shape, dtype, True)
+    assert (first == 0).all()
+    first.fill_(1)
+    assert (second == 0).all()
+    view = first[1:]
+    del first
+    gc.collect()
+    assert (view == 1).all()

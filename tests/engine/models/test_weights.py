@@ -482,3 +482,19 @@ def test_known_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path.parent.mkdir()
     path.touch()
     assert next(one for one in known_weights() if one["name"] == "FlowNet2-SD")["path"] == str(path)
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_a_network_may_share_the_weights_tensors_or_have_copies(
+    batch_norm: bool, filled: Filled, tmp_path: Path
+) -> None:
+    model = filled("FlowNet2CS", width=NARROW, batch_norm=batch_norm)
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "x.pth.tar")
+    held = read_weights(tmp_path / "x.pth.tar")
+    places = {tensor.data_ptr() for tensor in held.state.values() if tensor.is_floating_point()}
+    shared, copied = (instantiate(held, share=share) for share in (True, False))
+    assert {tensor.data_ptr() for tensor in shared.parameters()} <= places
+    assert not {tensor.data_ptr() for tensor in copied.parameters()} & places
+    assert same(shared, model)
+    assert same(copied, model)
+    assert not any(tensor.is_meta for tensor in shared.state_dict().values())
