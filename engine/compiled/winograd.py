@@ -136,12 +136,14 @@ class Winograd:
         tiles = self._tiles(F.pad(x, (0, lacking)) if lacking else x)
         batch, height, count = tiles.shape[:3]
         collected = torch.bmm(self._collect.expand(batch * height * count, -1, -1), tiles.flatten(0, 2))
-        made = self._multiply(collected.view(batch, height, count, -1).permute(0, 3, 1, 2), rows).permute(0, 2, 3, 1)
+        collected = collected.view(batch, height, count, -1).permute(0, 3, 1, 2)  # (B, products * C, H, tiles)
+        made = self._multiply(collected, rows).permute(0, 2, 3, 1)  # (B, H', tiles, products * K)
         products = made.reshape(-1, len(self._by.collect), self._held_outputs)
-        y = torch.bmm(self._spread.expand(len(products), -1, -1), products)
+        y = torch.bmm(self._spread.expand(len(products), -1, -1), products)  # (B * H' * tiles, outputs of a tile, K)
         if self._leaky:
             F.leaky_relu_(y, SLOPE)
-        return y.view(batch, made.shape[1], -1, self._held_outputs).permute(0, 3, 1, 2)[:, : self._outputs, :, :width]
+        y = y.view(batch, made.shape[1], -1, self._held_outputs).permute(0, 3, 1, 2)
+        return y[:, : self._outputs, :, :width]
 
     def _tiles(self, x: Tensor) -> Tensor:
         """(B, H, tiles, inputs of a tile, channels): what each tile of outputs is made of, zeros at the borders."""
