@@ -19,6 +19,7 @@ from flowreel.engine.device import download
 from flowreel.engine.inference import Network, load_network
 from flowreel.engine.outputs import Tally
 from flowreel.engine.pairing import batches, pairs
+from flowreel.engine.pipeline import in_own_thread
 from flowreel.engine.restore import restore
 from flowreel.engine.sources import open_source
 from flowreel.sinks import open_sink
@@ -48,14 +49,18 @@ class Job:
         return report.seconds
 
     def alone(self) -> dict[str, Callable[[], object]]:
-        """Each stage of ``STAGES`` by itself, all that it takes already in memory where it takes it from."""
+        """Each stage of ``STAGES`` by itself, all that it takes already in memory where it takes it from.
+
+        What computes does so in a thread that ends, as in a run: this one's would keep OpenMP workers, and with them
+        nobody else's may wait awake (see ``in_own_thread``).
+        """
         frames = list(self.frames())
         inference = self.network.fitted(*frames[0].rgb.shape[-2:])
         with closing(self.opened()) as source:
             header = flow_header(source.info, inference, self.config)
         shard = header.shard_length(self.config.sink.shard_bytes)
         waiting = list(batches(inference.batch, shard)(pairs(iter(frames))))
-        made = list(download(restore(inference.fit)(inference.stage(iter(waiting)))))
+        made = in_own_thread(lambda: list(download(restore(inference.fit)(inference.stage(iter(waiting))))))
 
         def model() -> None:
             for batch in inference.stage(iter(waiting)):
@@ -69,7 +74,7 @@ class Job:
                 Tally(sink).consume(iter(made))
                 sink.commit()
 
-        return {"decode": lambda: [None for _ in self.frames()], "model": model, "write": write}
+        return {"decode": lambda: [None for _ in self.frames()], "model": lambda: in_own_thread(model), "write": write}
 
     def opened(self) -> Source:
         return open_source(self.source, self.config.select, str(self.network.device))
