@@ -98,8 +98,9 @@ def test_importing_flowreel_loads_nothing_heavy() -> None:
 def test_loading_a_network_loads_no_compiler() -> None:
     """Of torch's, which takes a second: even to build a network without values."""
     code = (
-        "import sys; from flowreel.engine.config import ModelConfig; from flowreel.engine.inference import load_network;"
-        "load_network(ModelConfig(device='cpu')); print([m for m in ('sympy', 'torch._dynamo') if m in sys.modules])"
+        "import sys; from flowreel.engine.config import ModelConfig as Config\n"
+        "from flowreel.engine.inference import load_network\n"
+        "load_network(Config(device='cpu')); print([m for m in ('sympy', 'torch._dynamo') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
     assert done.stdout.strip() == "[]"
