@@ -11,16 +11,14 @@ import json
 import math
 import os
 import reprlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from flowreel.engine.data import JSON
 from flowreel.engine.errors import (
@@ -40,12 +38,12 @@ from flowreel.engine.models.checkpoints import (
     published,
 )
 from flowreel.engine.models.layers import scaled
+from flowreel.engine.models.unfilled import without_values
 from flowreel.engine.models.weight_files import METADATA_KEY, MOST_SHOWN, appearing, read_tensors
 
 UNSTATED = "unstated; NVIDIA's FlowNet2 checkpoints are for research only"
 CHECKPOINT_SUFFIXES = (".pth.tar", ".pth", ".pt", ".tar")
 LEAST_VALUES = 30_000_000  # at width 1, times width squared: every network has more; FlowNet2S has 38.7 million
-_FILLING = {"kaiming_uniform_", "kaiming_normal_", "uniform_", "normal_", "zeros_", "zero_"}  # by name: torch.nn.init's
 NO_BEST_EPE = 1e10  # pixels; what NVIDIA's own checkpoints say where nothing was measured
 
 # Which sub-network's prefix marks which stack, longest stack first.
@@ -175,7 +173,7 @@ def instantiate(weights: Weights, model: str | None = None, *, share: bool = Fal
     name = weights.model if model is None else model_name(model)
     state = weights.state_for(name)
     _require_enough(state, weights, name)
-    with _shapes_alone() if share else nullcontext():
+    with without_values() if share else nullcontext():
         net = build_model(name, batch_norm=weights.batch_norm, width=weights.width)
     expected = net.state_dict()
     problems = [f"lacks {key}" for key in expected if key not in state and not key.endswith("num_batches_tracked")]
@@ -191,25 +189,6 @@ def instantiate(weights: Weights, model: str | None = None, *, share: bool = Fal
     counts = {key: torch.zeros((), dtype=torch.long) for key in expected if key.endswith("num_batches_tracked")}
     net.load_state_dict(counts | state, assign=share)  # checked above; only those may be absent
     return net
-
-
-@contextmanager
-def _shapes_alone() -> Iterator[None]:
-    """Networks built inside have neither memory nor values."""
-    with _NoFilling(), torch.device("meta"):
-        yield
-
-
-class _NoFilling(TorchFunctionMode):
-    """Where there are no values there is nothing to initialise; torch would load a second of modules to do so."""
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        given = kwargs or {}
-        if getattr(function, "__name__", "") in _FILLING:
-            return args[0] if args else given["tensor"]
-        return function(*args, **given)
 
 
 def _require_enough(state: Mapping[str, Tensor], weights: Weights, model: str) -> None:

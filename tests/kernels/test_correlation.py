@@ -149,11 +149,12 @@ def test_strides_of_the_input_do_not_matter() -> None:
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [15, 60])  # one product a row and phase, and several
 @pytest.mark.parametrize("windows", [(4, 1, 4, 1, 2), (5, 3, 4, 2, 1)])
 def test_scaled_activated_and_written_into_a_concatenation(
-    windows: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format
+    windows: tuple[int, ...], width: int, dtype: torch.dtype, layout: torch.memory_format
 ) -> None:
-    first, second = maps(2, 6, 12, 15, dtype=dtype)
+    first, second = maps(2, 6, 12, width, dtype=dtype)
     wanted = torch.nn.functional.leaky_relu(3 * correlation_definition(first.double(), second.double(), *windows), 0.1)
     alone = correlation(first, second, *windows, scale=0.5, negative_slope=0.1)
     whole = wanted.new_full((2, 5 + wanted.shape[1] + 3, *wanted.shape[2:]), 7).to(dtype).to(memory_format=layout)
