@@ -88,7 +88,7 @@ def run(
         progress: called with a ``Progress`` when the outputs are open, and then a few times a second.
         **options: as of ``flowreel run``, by the same names: ``model``, ``weights``, ``device``, ``decoder``,
             ``batch``, ``precision``, ``fit``, ``start``, ``stop``, ``step``, ``stream``, ``direction``,
-            ``max_error``, ``codec``, ``resolution``, ``max_flow``, ``bound``, ``resume``, ``overwrite``,
+            ``max_error``, ``codec``, ``resolution``, ``max_flow``, ``encoder``, ``bound``, ``resume``, ``overwrite``,
             ``tolerate_truncation``, ``queue_mb``.
 
     Returns:
@@ -241,7 +241,8 @@ def flow_header(info: FlowInfo, inference: Inference, config: RunConfig) -> Flow
             "stream": config.select.stream,
         }
     )
-    return replace(info, height=height, width=width, made_by=made_by, native=inference.grid)
+    device = str(inference.device)
+    return replace(info, height=height, width=width, made_by=made_by, native=inference.grid, device=device)
 
 
 def _wants_native(config: RunConfig, sinks: list[Sink]) -> bool:
@@ -298,7 +299,7 @@ def _with_others(
     outputs, notes = list(report.outputs), list(report.notes)
     if report.pairs:
         notes.append(f"went on after {resumed.point.flows} flows of an earlier run")
-    options = {name: getattr(config.sink, name) for name in ("max_flow", "bound")}
+    options = {name: getattr(config.sink, name) for name in ("max_flow", "encoder", "bound")}
     options["queue_mb"] = config.queues.total_bytes / (1 << 20)
     for path in paths:
         if path == resumed.store.path:

@@ -18,6 +18,7 @@ FitMode = Literal["pad", "crop", "resize"]
 Direction = Literal["forward", "backward"]
 Resolution = Literal["full", "native"]
 Decoder = Literal["auto", "nvdec", "pyav"]
+Encoder = Literal["auto", "nvenc", "cpu"]
 MOST_FRAMES = (1 << 62) - 1  # numbers of frames, and their sums, are of 64 bits
 MOST_QUEUE_MB = 1 << 40  # more than any machine has, and still a number of bytes
 
@@ -86,6 +87,7 @@ class SinkConfig:
     resolution: Resolution = "full"  # native: stores keep the network's own quarter-resolution prediction
     shard_bytes: int = 128 << 20  # float32 bytes of flow in one shard: few files, each still quick to re-make
     max_flow: float | None = None  # colour scale in pixels; None: 95th percentile of the first 32 flows, then fixed
+    encoder: Encoder = "auto"  # of colour video; auto: a GPU's own, where one computes the flow and has it
     bound: float = 20.0  # pixels; two-stream pictures span -bound to bound: what TSN and denseflow take
     resume: bool = False  # go on with the store an earlier run left unfinished, or one whose source has grown
     overwrite: bool = False  # replace an output that is there, keeping the old one until the new one is complete
@@ -95,6 +97,7 @@ class SinkConfig:
             raise UsageError(f"max-error must lie between 0 (lossless) and 1024 px, got {self.max_error}")
         _one_of("codec", self.codec, Codec)
         _one_of("resolution", self.resolution, Resolution)
+        _one_of("encoder", self.encoder, Encoder)
         if self.max_flow is not None and not 0 < self.max_flow < float("inf"):
             raise UsageError(f"max-flow must be a positive number of pixels or auto, got {self.max_flow}")
         if self.resume and self.overwrite:

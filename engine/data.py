@@ -62,6 +62,7 @@ class FlowInfo:
     source: SourceId
     made_by: Mapping[str, JSON] = field(default_factory=dict)  # model, weights, precision, ...: kept in the store
     native: NativeGrid | None = None  # given when ``FlowBatch.native`` will come, and stores are to keep that
+    device: str | None = None  # what computes the flow, beside the outputs: cpu, cuda:0; None: it is there already
 
     def __post_init__(self) -> None:
         if self.height < 1 or self.width < 1:

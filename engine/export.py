@@ -35,7 +35,7 @@ from flowreel.sinks import open_flows, open_sink
 if TYPE_CHECKING:
     from flowreel.sinks import StoredFlow
 
-OPTIONS = ("codec", "max_error", "max_flow", "bound", "overwrite", "shard_bytes", "queue_mb")
+OPTIONS = ("codec", "max_error", "max_flow", "encoder", "bound", "overwrite", "shard_bytes", "queue_mb")
 FLO_UNKNOWN = 1e10  # pixels; what Middlebury's own tools write for a vector nobody knows
 
 
@@ -77,8 +77,8 @@ def export(
         outputs: where to; the kind follows from each name, as for ``run``. ``{stem}`` stands for the source's name.
         progress: called a few times a second with a ``Progress``.
         start, stop: numbers of the flows that are taken, as a Python slice.
-        **options: ``codec``, ``max_error``, ``max_flow``, ``bound``, ``overwrite``, ``queue_mb`` as of ``run``;
-            ``frame_rate`` of files, which carry no times (default 25 a second).
+        **options: ``codec``, ``max_error``, ``max_flow``, ``encoder``, ``bound``, ``overwrite``, ``queue_mb`` as of
+            ``run``; ``frame_rate`` of files, which carry no times (default 25 a second).
 
     Returns:
         What was done and how large it is. Its notes tell what storing the flow had cost before: a lossless copy of a

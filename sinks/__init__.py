@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from flowreel.sinks.store_select import select
     from flowreel.sinks.store_xarray import data_array
     from flowreel.sinks.two_stream import read_two_stream
-    from flowreel.sinks.video_writer import VideoWriter
+    from flowreel.sinks.video_writer import VideoWriter, why_no_nvenc
 
 __all__ = [
     "ComputedStore",
@@ -45,6 +45,7 @@ __all__ = [
     "read_kitti",
     "read_two_stream",
     "select",
+    "why_no_nvenc",
     "write_color_png",
     "write_flo",
     "write_flow_npz",
@@ -68,6 +69,7 @@ _HOME = {
     "read_kitti": "kitti",
     "read_two_stream": "two_stream",
     "select": "store_select",
+    "why_no_nvenc": "video_writer",
     "write_color_png": "color_png",
     "write_flo": "flo",
     "write_flow_npz": "npz",

@@ -16,11 +16,12 @@ import numpy as np
 from torch import Tensor
 
 from flowreel.engine.data import UNKNOWN_ABOVE, ColorBatch
-from flowreel.engine.errors import OutputError, OutputWriteError, UnknownOutputError
+from flowreel.engine.errors import DeviceError, OutputError, OutputWriteError, UnknownOutputError
 from flowreel.kernels.flow_color import flow_to_color, percentile_magnitude
 from flowreel.sinks.painting import packed, painted
+from flowreel.sinks.parallel import encode_workers
 from flowreel.sinks.publish import make_folder, partial_path, publish_file, remove, remove_leftover, require_absent
-from flowreel.sinks.video_writer import CONTAINERS, VideoWriter, video_write_errors
+from flowreel.sinks.video_writer import CONTAINERS, VideoWriter, video_write_errors, why_no_nvenc
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -45,6 +46,9 @@ class ColorVideoSink:
     no colour by more than a level, in at most 256 MiB (but always at least one flow): above 1920x1080 the scale is
     taken from as many flows as that holds. ``notes`` tells the scale.
 
+    Where a GPU computes the flow and has an encoder (NVENC), that encodes, unless ``config.encoder`` says cpu. Else the
+    CPU does: in one thread while a model computes on it, in several otherwise.
+
     It is written to ``X.mp4.partial``, synced, and renamed by ``commit``.
     """
 
@@ -55,6 +59,7 @@ class ColorVideoSink:
         self._partial = partial_path(self._destination)
         self._overwrite = config.overwrite
         self._max_flow = config.max_flow
+        self._asked_encoder = config.encoder
         self._held: list[_Held] = []
         self._size = (0, 0)
         self._encoder: VideoWriter | None = None
@@ -65,7 +70,8 @@ class ColorVideoSink:
         """Starts the file under its unfinished name.
 
         Raises OutputExistsError when the output is there and is not to be replaced, OutputWriteError when nothing
-        can be written there, and OutputError for flow larger than a video's frame can be.
+        can be written there, OutputError for flow larger than a video's frame can be, and DeviceError when NVENC is
+        asked for by name and cannot encode it.
         """
         self._size = (info.height, info.width)
         if info.height * info.width > MOST_PIXELS:
@@ -74,11 +80,19 @@ class ColorVideoSink:
                 f"{info.width}x{info.height}: write colour pictures instead, such as colors/%06d.png"
             )
         require_absent(self._destination, self._overwrite)
+        gpu = self._encoding_gpu(info)
         with video_write_errors(self._destination):
             make_folder(self._destination.parent)
             remove_leftover(self._partial)
-            container = self._destination.suffix.lower()
-            self._encoder = VideoWriter(self._partial, container, info.height, info.width, info.frame_rate)
+            self._encoder = VideoWriter(
+                self._partial,
+                self._destination.suffix.lower(),
+                info.height,
+                info.width,
+                info.frame_rate,
+                gpu=gpu,
+                threads=1 if info.device == "cpu" else encode_workers(),  # there a model needs the other cores more
+            )
         if self._encoder.fallback is not None:
             self._notes.append(f"{self.path}: {self._encoder.fallback}")
         if self._max_flow is not None:
@@ -164,6 +178,21 @@ class ColorVideoSink:
     @property
     def notes(self) -> list[str]:
         return list(self._notes)
+
+    def _encoding_gpu(self, info: FlowInfo) -> int | None:
+        """The number of the GPU that is to encode; None: the CPU is."""
+        kind, _, number = (info.device or "").partition(":")
+        if self._asked_encoder == "cpu" or (self._asked_encoder == "auto" and kind != "cuda"):
+            return None
+        gpu = int(number or 0) if kind == "cuda" else 0
+        why = why_no_nvenc(gpu, info.height, info.width)
+        if why is None:
+            self._notes.append(f"{self.path}: encoded by the GPU (NVENC)")
+            return gpu
+        if self._asked_encoder == "nvenc":
+            raise DeviceError(f"{self.path}: NVENC cannot encode {info.width}x{info.height} here: {why}")
+        self._notes.append(f"{self.path}: encoded on the CPU, as NVENC cannot: {why}")
+        return None
 
     def _require_size(self, batch: FlowBatch) -> None:
         if tuple(batch.flow.shape[2:]) != self._size:

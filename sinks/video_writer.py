@@ -1,4 +1,8 @@
-"""Pictures to an H.264 file through FFmpeg: the encoder below the colour video and the demo's clip."""
+"""Pictures to an H.264 file through FFmpeg: the encoder below the colour video and the demo's clip.
+
+A GPU's own encoder (NVENC) is driven through FFmpeg too, as one encoder more. PyNvVideoCodec would give a bare stream,
+for whose headers, times and order of frames in a container FFmpeg is needed all the same.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import av
+import av.logging
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
@@ -21,23 +26,38 @@ if TYPE_CHECKING:
 
 CONTAINERS = {".mp4": ("mp4", {"movflags": "+faststart"}), ".mkv": ("matroska", {})}
 ENCODERS = ("libx264", "libopenh264", "mpeg4")  # the first that this FFmpeg has
+NVENC = "h264_nvenc"
 _FALLBACK_RATE = Fraction(25)
 _MATROSKA_TICKS = 1_000  # per second; finer times would be rounded to these, and two could fall together
 _FINEST_TICKS = 60_000  # per second; MPEG-4 part 2 allows 65535, and the usual frame rates divide it
-_ONE_THREAD = {"threads": 1} if int(av.__version__.split(".")[0]) >= 18 else {}  # older PyAVs convert in one anyway
+_CONVERTS_IN_THREADS = int(av.__version__.split(".")[0]) >= 18  # older PyAVs know one only, and no such argument
+_NVENC_OPTIONS = {"preset": "p4", "tune": "hq", "rc": "constqp", "qp": "20"}  # as good as the CPU's, to the eye
 _BT709 = 1  # FFmpeg's number for it among matrices, primaries and transfer curves alike
 
 
 class VideoWriter:
     """One video file being written: RGB pictures with times go in, yuv420p BT.709 limited range comes out."""
 
-    def __init__(self, path: Path, suffix: str, height: int, width: int, frame_rate: Fraction | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        suffix: str,
+        height: int,
+        width: int,
+        frame_rate: Fraction | None,
+        *,
+        gpu: int | None = None,
+        threads: int = 1,
+    ) -> None:
+        """gpu: the number of one whose NVENC encodes, see ``why_no_nvenc``. threads: of the CPU, where it encodes."""
         rate = frame_rate if frame_rate is not None and frame_rate > 0 else _FALLBACK_RATE
-        self.codec = next(name for name in ENCODERS if _has_encoder(name))
+        self.codec = NVENC if gpu is not None else next(name for name in ENCODERS if _has_encoder(name))
         self.fallback: str | None = None  # what to tell the user where the best encoder is missing
-        if self.codec != ENCODERS[0]:
+        if self.codec not in (NVENC, ENCODERS[0]):
             self.fallback = f"encoded with {self.codec}, as this FFmpeg has no {ENCODERS[0]}"
         self.frames = 0
+        self._gpu = gpu
+        self._threads = threads
         self._ticks = _MATROSKA_TICKS if suffix == ".mkv" else _ticks_per_second(rate)
         self._frame_ticks = max(1, round(self._ticks / rate))
         self._zero_s: float | None = None  # the source's time at tick 0
@@ -57,12 +77,13 @@ class VideoWriter:
     def _open_stream(self, rate: Fraction, height: int, width: int) -> None:
         bit_rate = max(1_000_000, int(height * width * rate / 4))  # generous, for encoders without constant quality
         quality = {"crf": "18", "preset": "veryfast"} if self.codec == "libx264" else {"b": str(bit_rate)}
-        stream = self._container.add_stream(self.codec, rate=rate, options=quality)
+        options = quality if self._gpu is None else _nvenc_options(self._gpu)
+        stream = self._container.add_stream(self.codec, rate=rate, options=options)
         assert isinstance(stream, av.VideoStream)
         self._stream = stream
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         context = stream.codec_context
-        context.thread_count = 1  # the model needs the other cores more
+        context.thread_count = self._threads
         context.time_base = stream.time_base = Fraction(1, self._ticks)
         context.color_range = ColorRange.MPEG
         context.colorspace = context.color_primaries = context.color_trc = _BT709
@@ -77,7 +98,7 @@ class VideoWriter:
             dst_colorspace=Colorspace.ITU709,
             src_color_range=ColorRange.JPEG,
             dst_color_range=ColorRange.MPEG,
-            **_ONE_THREAD,
+            **({"threads": self._threads} if _CONVERTS_IN_THREADS else {}),
         )
         frame.pts = self._tick(time_s)
         frame.time_base = Fraction(1, self._ticks)
@@ -109,6 +130,31 @@ def _ticks_per_second(rate: Fraction) -> int:
     """The finest clock in which a frame at ``rate`` lasts a whole number of ticks, so that no rounding drifts."""
     times = _FINEST_TICKS // rate.numerator
     return rate.numerator * times if times else _FINEST_TICKS
+
+
+def why_no_nvenc(gpu: int, height: int, width: int) -> str | None:
+    """Why GPU number ``gpu`` cannot encode pictures of this size, in FFmpeg's words; None: it can, as was tried."""
+    if not _has_encoder(NVENC):
+        return f"this FFmpeg has no {NVENC}"
+    context = av.CodecContext.create(NVENC, "w")
+    assert isinstance(context, av.VideoCodecContext)
+    context.height, context.width, context.pix_fmt = height + height % 2, width + width % 2, "yuv420p"
+    context.time_base = 1 / _FALLBACK_RATE
+    context.options = _nvenc_options(gpu)
+    level = av.logging.get_level()
+    av.logging.set_level(av.logging.ERROR)  # else the error is nothing but a number
+    try:
+        with av.logging.Capture() as said:  # of this thread alone
+            context.open()
+    except av.FFmpegError as error:
+        return said[0][2].strip() if said else str(error)
+    finally:
+        av.logging.set_level(level)
+    return None
+
+
+def _nvenc_options(gpu: int) -> dict[str, str]:
+    return {**_NVENC_OPTIONS, "gpu": str(gpu)}
 
 
 def _has_encoder(name: str) -> bool:

@@ -43,6 +43,7 @@ def export(
     max_flow: Annotated[
         str, typer.Option(help="Motion in pixels at full colour; auto measures the first flows.")
     ] = "auto",
+    encoder: Annotated[str, typer.Option(help="Of colour video: auto (the CPU, here), nvenc or cpu.")] = "auto",
     bound: Annotated[float, typer.Option(help="Pixels at either end of two-stream pictures, in and out.")] = 20.0,
     frame_rate: Annotated[
         str | None,
@@ -78,6 +79,7 @@ def export(
             max_error=max_error,
             codec=codec,
             max_flow=number_or_auto("max-flow", max_flow, float),
+            encoder=encoder,
             bound=bound,
             frame_rate=frame_rate,
             overwrite=overwrite,

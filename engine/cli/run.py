@@ -88,6 +88,13 @@ def run(
         str,
         typer.Option(help="Motion in pixels at full colour; auto measures the first flows.", rich_help_panel=OUTPUT),
     ] = "auto",
+    encoder: Annotated[
+        str,
+        typer.Option(
+            help="Of colour video: auto (the GPU's own where it computes the flow and has one), nvenc or cpu.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = "auto",
     bound: Annotated[
         float, typer.Option(help="Pixels at either end of two-stream pictures' scale.", rich_help_panel=OUTPUT)
     ] = 20.0,
@@ -185,6 +192,7 @@ def run(
         "max_error": max_error,
         "codec": codec,
         "max_flow": number_or_auto("max-flow", max_flow, float),
+        "encoder": encoder,
         "bound": bound,
         "resolution": resolution,
         "resume": resume,

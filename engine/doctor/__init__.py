@@ -40,6 +40,7 @@ CHECKS = (
     Check("libnvidia-encode", "gpu", "PyNvVideoCodec, to load", gpu.libnvidia_encode, gpu.VIDEO_DRIVER),
     Check("PyNvVideoCodec", "gpu", "--decoder nvdec", gpu.pynvvideocodec, gpu.GPU_EXTRA),
     Check("NVDEC", "gpu", "--decoder nvdec", gpu.nvdec, "let it decode on the CPU: --decoder pyav"),
+    Check("NVENC", "extra", "--encoder nvenc", gpu.nvenc, "nothing to do: colour video is encoded on the CPU then"),
 )
 
 

@@ -203,6 +203,14 @@ def nvdec() -> Finding:
     return Finding("ok", detail=f"{engines} engine{'' if engines == 1 else 's'}: {', '.join(found)}{without}")
 
 
+def nvenc() -> Finding:
+    """Whether the first GPU encodes colour video, tried as a run tries. NVIDIA's data-centre cards do not."""
+    from flowreel.sinks import why_no_nvenc
+
+    why = why_no_nvenc(0, 1080, 1920)
+    return Finding("ok", detail="H.264") if why is None else Finding("missing", detail=why)
+
+
 def _library(*names: str) -> Any:
     """The first of these libraries that is there; None when none is. One that is there but does not load raises."""
     for name in names:

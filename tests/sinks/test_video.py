@@ -5,18 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
 import av
+import av.logging
 import numpy as np
 import pytest
 import torch
 from av.video.reformatter import ColorRange, Colorspace
 
-from flowreel.engine.config import SinkConfig
+from flowreel.engine.config import Encoder, SinkConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
-from flowreel.engine.errors import OutputExistsError, OutputWriteError, UnknownOutputError
+from flowreel.engine.errors import DeviceError, OutputExistsError, OutputWriteError, UnknownOutputError
 from flowreel.kernels.flow_color import flow_to_color
 from flowreel.sinks import video, video_writer
 from flowreel.sinks.video import ColorVideoSink
@@ -230,6 +232,104 @@ def test_another_encoder_takes_over_and_is_named(tmp_path: Path, monkeypatch: py
     pictures, times_s, _ = play(tmp_path / "x.mp4")
     assert times_s == pytest.approx([0, 0.04, 0.08], abs=1e-9)
     assert difference(pictures[2], colors_of(flows[2], 4.0)) < 6
+
+
+class TestWhichEncoder:
+    """No GPU's encoder has been seen. Where one is wanted, mpeg4 acts for it, so that the file tells who made it."""
+
+    @pytest.fixture
+    def nvenc(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(video_writer, "NVENC", "mpeg4")
+
+    @pytest.mark.usefixtures("nvenc")
+    @pytest.mark.parametrize(
+        ("asked", "device", "codec"),
+        [
+            ("auto", "cuda:1", "mpeg4"),
+            ("auto", "cpu", "h264"),
+            ("auto", None, "h264"),
+            ("cpu", "cuda:1", "h264"),
+            ("nvenc", "cuda:1", "mpeg4"),
+            ("nvenc", None, "mpeg4"),
+        ],
+    )
+    def test_a_gpus_own_where_it_computes_or_is_asked_for(
+        self, tmp_path: Path, asked: Encoder, device: str | None, codec: str
+    ) -> None:
+        flows = [smooth_flow(number) for number in range(3)]
+        config = SinkConfig(max_flow=4.0, encoder=asked)
+        notes = record(tmp_path / "x.mp4", [batch_of(flows)], config, replace(info(), device=device))
+        with av.open(str(tmp_path / "x.mp4")) as container:
+            assert container.streams.video[0].codec_context.name == codec
+        assert any("encoded by the GPU" in note for note in notes) == (codec == "mpeg4")
+        pictures, times_s, _ = play(tmp_path / "x.mp4")
+        assert times_s == pytest.approx([0, 0.04, 0.08], abs=1e-9)
+        assert difference(pictures[2], colors_of(flows[2], 4.0)) < 6
+
+    @pytest.mark.usefixtures("nvenc")
+    @pytest.mark.parametrize(("device", "number"), [("cuda:1", "1"), ("cuda", "0")])
+    def test_the_gpu_that_computes_is_the_one_that_encodes(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, number: str
+    ) -> None:
+        given: list[dict[str, str]] = []
+
+        def noted(gpu: int) -> dict[str, str]:
+            given.append(options(gpu))
+            return given[-1]
+
+        options = video_writer._nvenc_options
+        monkeypatch.setattr(video_writer, "_nvenc_options", noted)
+        record(tmp_path / "x.mp4", [batch_of([smooth_flow()])], FIXED, replace(info(), device=device))
+        assert [one["gpu"] for one in given] == [number, number]  # to try, and to encode
+
+    def test_without_one_the_cpu_encodes_and_says_why(self, tmp_path: Path) -> None:
+        if video_writer.why_no_nvenc(0, 48, 64) is None:
+            pytest.skip("this machine has NVENC")
+        header = replace(info(), device="cuda:0")
+        notes = record(tmp_path / "x.mp4", [batch_of([smooth_flow()])], FIXED, header)
+        said = next(note for note in notes if "NVENC" in note)
+        assert re.search("encoded on the CPU, as NVENC cannot: .*[a-z]", said)
+        assert len(play(tmp_path / "x.mp4")[0]) == 1
+        with pytest.raises(DeviceError, match="NVENC cannot encode 64x48 here: "):
+            ColorVideoSink(str(tmp_path / "y.mp4"), replace(FIXED, encoder="nvenc")).open(header)
+        assert names(tmp_path) == ["x.mp4"]
+
+    @pytest.mark.gpu
+    def test_on_a_card_that_has_one(self, tmp_path: Path) -> None:
+        if (why := video_writer.why_no_nvenc(0, 240, 320)) is not None:
+            pytest.skip(f"no NVENC: {why}")
+        flows = [smooth_flow(number, 240, 320) for number in range(30)]
+        header = replace(info(240, 320), device="cuda:0")
+        notes = record(tmp_path / "x.mp4", [batch_of(flows)], FIXED, header)
+        assert any("encoded by the GPU" in note for note in notes)
+        pictures, times_s, _ = play(tmp_path / "x.mp4")
+        assert times_s == pytest.approx(np.arange(30) / 25, abs=1e-9)
+        assert max(difference(*pair) for pair in zip(pictures, (colors_of(f, 4.0) for f in flows), strict=True)) < 6
+
+    def test_trying_leaves_what_ffmpeg_logs_as_it_was(self) -> None:
+        before = av.logging.get_level()
+        video_writer.why_no_nvenc(0, 48, 64)
+        assert av.logging.get_level() == before
+
+    def test_an_ffmpeg_without_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(video_writer, "NVENC", "h264_nothing")
+        assert video_writer.why_no_nvenc(0, 48, 64) == "this FFmpeg has no h264_nothing"
+
+    @pytest.mark.parametrize(("device", "threads"), [("cpu", 1), ("cuda:0", 3), (None, 3)])
+    def test_a_model_on_the_cpu_leaves_the_encoder_one_core(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str | None, threads: int
+    ) -> None:
+        monkeypatch.setattr(video, "encode_workers", lambda: 3)
+        sink = ColorVideoSink(str(tmp_path / "x.mp4"), replace(FIXED, encoder="cpu"))
+        sink.open(replace(info(), device=device))
+        assert sink._encoder is not None
+        assert sink._encoder._stream.codec_context.thread_count == threads
+        flows = [smooth_flow(number) for number in range(40)]
+        sink.write(batch_of(flows))
+        sink.commit()
+        pictures, times_s, _ = play(tmp_path / "x.mp4")
+        assert times_s == pytest.approx(np.arange(40) / 25, abs=1e-9)
+        assert max(difference(*pair) for pair in zip(pictures, (colors_of(f, 4.0) for f in flows), strict=True)) < 6
 
 
 def test_unfinished_never_looks_finished(tmp_path: Path) -> None:

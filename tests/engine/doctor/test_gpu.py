@@ -15,6 +15,7 @@ import torch
 from flowreel.engine.doctor import Finding, gpu
 from flowreel.engine.errors import DeviceError, MissingDependencyError
 from flowreel.kernels import launch
+from flowreel.sinks import video_writer
 from tests.engine.doctor.looking import found, raising
 
 Fake = Callable[..., types.ModuleType]
@@ -277,3 +278,17 @@ class TestNvdec:
         monkeypatch.setitem(sys.modules, "PyNvVideoCodec", None)
         finding = found("NVDEC")
         assert (finding.status, finding.advice) == ("missing", "mend that first")
+
+
+class TestNvenc:
+    def test_says_why_not_in_ffmpegs_words(self) -> None:
+        if torch.cuda.is_available():
+            pytest.skip("a GPU may have one")
+        finding = found("NVENC")
+        assert finding.status == "missing"
+        assert "libcuda" in finding.detail
+        assert "encoded on the CPU" in finding.advice
+
+    def test_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(video_writer, "NVENC", "mpeg4")  # any encoder will do
+        assert found("NVENC") == Finding("ok", detail="H.264")
