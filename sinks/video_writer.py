@@ -144,10 +144,11 @@ def why_no_nvenc(gpu: int, height: int, width: int) -> str | None:
     level = av.logging.get_level()
     av.logging.set_level(av.logging.ERROR)  # else the error is nothing but a number
     try:
-        with av.logging.Capture() as said:  # of this thread alone
+        with av.logging.Capture():  # and so not to stderr
             context.open()
     except av.FFmpegError as error:
-        return said[0][2].strip() if said else str(error)
+        _, last = av.logging.get_last_error()
+        return last[2].strip() if last else str(error)
     finally:
         av.logging.set_level(level)
     return None

@@ -285,6 +285,7 @@ class TestWhichEncoder:
     def test_without_one_the_cpu_encodes_and_says_why(self, tmp_path: Path) -> None:
         if video_writer.why_no_nvenc(0, 48, 64) is None:
             pytest.skip("this machine has NVENC")
+        assert video_writer.why_no_nvenc(0, 48, 64) == video_writer.why_no_nvenc(0, 48, 64)  # it logs nothing twice
         header = replace(info(), device="cuda:0")
         notes = record(tmp_path / "x.mp4", [batch_of([smooth_flow()])], FIXED, header)
         said = next(note for note in notes if "NVENC" in note)
@@ -294,12 +295,11 @@ class TestWhichEncoder:
             ColorVideoSink(str(tmp_path / "y.mp4"), replace(FIXED, encoder="nvenc")).open(header)
         assert names(tmp_path) == ["x.mp4"]
 
-    @pytest.mark.gpu
-    def test_on_a_card_that_has_one(self, tmp_path: Path) -> None:
-        if (why := video_writer.why_no_nvenc(0, 240, 320)) is not None:
+    def test_on_a_card_that_has_one(self, tmp_path: Path, gpu: torch.device) -> None:
+        if (why := video_writer.why_no_nvenc(gpu.index, 240, 320)) is not None:
             pytest.skip(f"no NVENC: {why}")
         flows = [smooth_flow(number, 240, 320) for number in range(30)]
-        header = replace(info(240, 320), device="cuda:0")
+        header = replace(info(240, 320), device=str(gpu))
         notes = record(tmp_path / "x.mp4", [batch_of(flows)], FIXED, header)
         assert any("encoded by the GPU" in note for note in notes)
         pictures, times_s, _ = play(tmp_path / "x.mp4")
