@@ -58,14 +58,14 @@ class Convolution:
         batch, height, width = x.shape[0], *self._size(x)
         small = batch * height * width * self._form.bytes_a_pixel <= WHOLE
         if small and x.dtype == self.dtype == self.gives:
-            return _channels_last(self._form(_channels_last(x), self.padding))
+            return channels_last(self._form(channels_last(x), self.padding))
         out = buffers.empty(batch, self.outputs, height, width, self.gives)
         self.into(out, x)
         return out
 
     def into(self, out: Tensor, x: Tensor) -> None:
         """The same, written to ``out``, channels last, of any type; it may be some of another tensor's channels."""
-        x = _channels_last(x)
+        x = channels_last(x)
         bytes_a_pixel = self._form.bytes_a_pixel
         if x.dtype != self.dtype:  # then a strip's input is memory of its own as well
             bytes_a_pixel = max(bytes_a_pixel, self.inputs * self.dtype.itemsize)
@@ -99,7 +99,7 @@ class Convolution:
         return (2 * height, 2 * width) if self.transposed else (-(-height // self.stride), -(-width // self.stride))
 
 
-def _channels_last(x: Tensor) -> Tensor:
+def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -128,7 +128,7 @@ def chained(first: Convolution, second: Convolution, x: Tensor, buffers: Buffers
 
     keep: (B, first.outputs, H, W), where the first one's output goes as well.
     """
-    x = _channels_last(x)
+    x = channels_last(x)
     batch, _, height, width = x.shape
     out = buffers.empty(batch, second.outputs, height // 2, width // 2, second.gives)
     for sample in range(batch):
@@ -138,6 +138,6 @@ def chained(first: Convolution, second: Convolution, x: Tensor, buffers: Buffers
             between = first.rows(one, low, 2 * bottom)
             if keep is not None:
                 keep[sample : sample + 1, :, low : 2 * bottom] = between
-            between = _channels_last(between)
+            between = channels_last(between)
             out[sample : sample + 1, :, top:bottom] = second.rows(between, top, bottom, first=low, height=height)
     return out

@@ -18,6 +18,7 @@ from flowreel.engine.compiled import Packed, Shape, plain, quarter_upsampling
 from flowreel.engine.compiled.buffers import Buffers
 from flowreel.engine.compiled.convolution import Convolution, chained
 from flowreel.engine.compiled.onednn import available
+from flowreel.engine.compiled.smoothed import SmoothedHead
 from flowreel.engine.config import Precision
 from flowreel.engine.models.flownetc import DISPLACEMENTS, FlowNetC
 from flowreel.engine.models.flownetsd import FlowNetSD
@@ -32,6 +33,7 @@ from flowreel.engine.models.stacks import (
 from flowreel.kernels import channel_norm, correlation
 
 GROUP_PIXELS = 1 << 19  # of frames at a time: one pair of 1024x448, four of 256x512. More at once is no faster
+HEAD, SMOOTHING = "predict_flow", "inter_conv"  # layers' names: of flow heads, and of what comes before some of them
 _DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -65,43 +67,55 @@ class Layers:
     """
 
     convolutions: Mapping[str, Convolution]
+    smoothed: Mapping[str, SmoothedHead]  # by the head's name; each takes what the layer before its head takes
     buffers: Buffers
     dtype: torch.dtype
 
     @classmethod
     def of(cls, net: nn.Module, dtype: torch.dtype) -> Layers:
-        state, found = folded_state(net), {}
+        state, found, smoothed = folded_state(net), {}, {}
         for path, module in net.named_modules():
             inner = module[0] if isinstance(module, nn.Sequential) else module
             if not isinstance(inner, nn.Conv2d | nn.ConvTranspose2d) or path.endswith(".0"):
                 continue
             key = f"{path}.0" if inner is not module else path
+            before = f"{path.replace(HEAD, SMOOTHING)}.0"
+            if SMOOTHING in path:
+                continue
+            if HEAD in path and f"{before}.weight" in state:
+                smooth, head = ((state[f"{layer}.weight"], state[f"{layer}.bias"]) for layer in (before, key))
+                smoothed[path] = SmoothedHead(smooth, head, torch.float32)
+                continue
             leaky = isinstance(module, nn.Sequential) and isinstance(module[-1], nn.LeakyReLU)
             is_head = isinstance(inner, FlowHead)
             inside = torch.float32 if is_head or _is_first(net, path) else dtype
             gives = torch.float32 if is_head else dtype
             weight, bias = state[f"{key}.weight"], state.get(f"{key}.bias")
             found[path] = Convolution(inner, weight, bias, leaky, inside, gives)
-        return cls(found, Buffers(), dtype)
+        return cls(found, smoothed, Buffers(), dtype)
 
     def for_another_size(self) -> Layers:
         """The same weights with memory of their own to work in."""
-        same = {name: convolution.for_another_size() for name, convolution in self.convolutions.items()}
-        return Layers(same, Buffers(), self.dtype)
+        convolutions = {name: layer.for_another_size() for name, layer in self.convolutions.items()}
+        smoothed = {name: layer.for_another_size() for name, layer in self.smoothed.items()}
+        return Layers(convolutions, smoothed, Buffers(), self.dtype)
 
     def part(self, name: str) -> Layers:
         """Those of one network inside a stack."""
         start = f"{name}."
-        inside = {key.removeprefix(start): value for key, value in self.convolutions.items() if key.startswith(start)}
-        return Layers(inside, self.buffers, self.dtype)
+        convolutions = {
+            key.removeprefix(start): layer for key, layer in self.convolutions.items() if key.startswith(start)
+        }
+        smoothed = {key.removeprefix(start): layer for key, layer in self.smoothed.items() if key.startswith(start)}
+        return Layers(convolutions, smoothed, self.buffers, self.dtype)
 
     def __getitem__(self, name: str) -> Convolution:
         return self.convolutions[name]
 
     def __call__(self, x: Tensor, *names: str) -> Tensor:
-        """Through these layers, one after the other."""
+        """Through these layers, one after the other; a head that has been smoothed counts as one."""
         for name in names:
-            x = self[name](x, self.buffers)
+            x = (self.smoothed.get(name) or self[name])(x, self.buffers)
         return x
 
     def side_by_side(self, *parts: Tensor | tuple[str, Tensor]) -> Tensor:
@@ -125,15 +139,14 @@ def _is_first(net: nn.Module, path: str) -> bool:
     return name == "conv0" or (name == "conv1" and not hasattr(net.get_submodule(parent), "conv0"))
 
 
-def refine(layers: Layers, encoded: dict[int, Tensor], smooth: bool = False) -> Tensor:
+def refine(layers: Layers, encoded: dict[int, Tensor]) -> Tensor:
     """``Refiner.refine``, only its last prediction: (B, 2, H/4, W/4) float32, pixels / 20."""
     features = encoded[6]
     flow = layers(features, "predict_flow6")
     for level in (5, 4, 3, 2):
         up, grown = (f"deconv{level}", features), (f"upsampled_flow{level + 1}_to_{level}", flow)
         features = layers.side_by_side(encoded[level], up, grown)
-        seen = layers(features, f"inter_conv{level}") if smooth else features
-        flow = layers(seen, f"predict_flow{level}")
+        flow = layers(features, f"predict_flow{level}")
     return flow
 
 
@@ -154,7 +167,7 @@ def flownet_sd(layers: Layers, x: Tensor) -> Tensor:
     """``FlowNetSD.predict``: its last prediction."""
     conv1 = chained(layers["conv0"], layers["conv1"], x, layers.buffers)
     conv2 = layers(conv1, "conv1_1", "conv2", "conv2_1")
-    return refine(layers, encode_on(layers, conv2, layers(conv2, "conv3", "conv3_1")), smooth=True)
+    return refine(layers, encode_on(layers, conv2, layers(conv2, "conv3", "conv3_1")))
 
 
 def flownet_c(layers: Layers, x: Tensor) -> Tensor:
@@ -180,10 +193,10 @@ def fuse(layers: Layers, x: Tensor) -> Tensor:
     conv2 = layers(conv1, "conv2", "conv2_1")
     flow2 = layers(conv2, "predict_flow2")
     concat1 = layers.side_by_side(conv1, ("deconv1", conv2), ("upsampled_flow2_to_1", flow2))
-    flow1 = layers(concat1, "inter_conv1", "predict_flow1")
+    flow1 = layers(concat1, "predict_flow1")
     layers["deconv0"].into(deconv0, concat1)
     layers["upsampled_flow1_to_0"].into(up0, flow1)
-    return layers(concat0, "inter_conv0", "predict_flow0")
+    return layers(concat0, "predict_flow0")
 
 
 @dataclass(frozen=True)
