@@ -18,7 +18,7 @@ import torch
 from flowreel.engine.config import SelectConfig
 from flowreel.engine.data import Frame, Source
 from flowreel.engine.errors import DeviceError, FrameSizeError, MissingDependencyError, TooFewFramesError
-from flowreel.engine.sources import nvcodec, nvdec, open_source
+from flowreel.engine.sources import nvcodec, nvdec, nvsession, open_source
 from flowreel.engine.sources.nvdec import NvdecDecoder
 from flowreel.engine.sources.probe import probe_video
 from flowreel.engine.sources.pyav import PyAVDecoder
@@ -213,7 +213,7 @@ class TestSessionsThatFail:
             list(frames)
 
     def test_too_little_memory(self, nvc: ModuleType, long_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(nvdec, "free_bytes", lambda device: 300 << 20)
+        monkeypatch.setattr(nvsession, "free_bytes", lambda device: 300 << 20)
         with pytest.raises(DeviceError, match="300 MiB of device memory are free, a session needs 824"):
             list(on_gpu(long_clip))
         assert nvc.behaviour.sessions == []
@@ -238,17 +238,15 @@ class TestSessionsThatFail:
             given.append(len(list(on_gpu(long_clip, stop=3))))
 
         other = threading.Thread(target=read)
-        create = nvc.CreateDecoder
 
-        def slowly(**options: Any) -> Any:
+        def slowly() -> None:
             nvc.behaviour.log.append("begins")
             if other.ident is None:
                 other.start()
                 other.join(timeout=0.3)  # time enough to begin as well, if nothing held it back
             nvc.behaviour.log.append("has begun")
-            return create(**options)
 
-        nvc.CreateDecoder = slowly  # type: ignore[attr-defined]
+        nvc.behaviour.on_making = slowly
         read()
         other.join()
         assert given == [3, 3]
@@ -322,9 +320,15 @@ class TestFallingBack:
         [
             ({"engines_for": {("HEVC", "420", 8)}}, "this GPU decodes no h264 with 420 chroma and 8 bits"),
             ({"caps": {}}, "this GPU decodes no h264"),
-            ({"caps": {"num_decoder_engines": 1, "width_min": 144, "height_min": 48}}, "smaller than the 144x48"),
-            ({"caps": {"num_decoder_engines": 1, "width_max": 60, "height_max": 4096}}, "larger than it goes (60x4096"),
-            ({"caps": {"num_decoder_engines": 1, "mb_num_max": 11}}, "11 macroblocks"),
+            (
+                {"caps": {"supported": 1, "num_decoder_engines": 1, "width_min": 144, "height_min": 48}},
+                "smaller than the 144x48",
+            ),
+            (
+                {"caps": {"supported": 1, "num_decoder_engines": 1, "width_max": 60, "height_max": 4096}},
+                "larger than it goes (60x4096",
+            ),
+            ({"caps": {"supported": 1, "num_decoder_engines": 1, "mb_num_max": 11}}, "11 macroblocks"),
             ({"stream_id": 1}, "its demuxer takes stream 1 of the file, not 0"),
             ({"time_base": Fraction(1, 90000)}, "units of 1/90000 s"),
         ],
@@ -356,7 +360,7 @@ class TestFallingBack:
     def test_a_file_its_demuxer_cannot_open(
         self, nvc: ModuleType, long_clip: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(nvdec, "_plain", lambda path: "nowhere.mp4")
+        monkeypatch.setattr(nvsession, "plain", lambda path: "nowhere.mp4")
         assert "avformat_open_input" in self.refused(long_clip)
 
 
