@@ -20,8 +20,8 @@ def stated_size(codec: str, data: bytes) -> Size | None:
         codec: FFmpeg's name of the decoder.
         data: a packet's first bytes, of H.264 and HEVC with start codes; ``ENOUGH_BYTES`` of them are enough.
 
-    H.264, HEVC and AV1 say so at key frames (the first two where the parameter sets come with the packet), VP8 at each
-    of them, and VP9 wherever the size is not that of a picture it refers to.
+    H.264, HEVC, AV1 and MPEG-4 say so at key frames where the parameter sets come with the packet, VP8 and MPEG-2 at
+    every key frame, and VP9 wherever the size is not that of a picture it refers to.
     """
     if "vp9" in codec:  # of which FFmpeg's parser does not tell
         return _vp9_size(data)

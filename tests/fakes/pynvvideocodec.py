@@ -115,6 +115,7 @@ class Behaviour:
     log: list[str] = field(default_factory=list)
     sessions: list[dict[str, Any]] = field(default_factory=list)  # what each was created with
     alive: int = 0  # sessions that still hold memory
+    most_alive: int = 0
 
 
 class Demuxer:
@@ -252,6 +253,7 @@ class Decoder:
         self._count = 0
         self._failed = False
         behaviour.alive += 1
+        behaviour.most_alive = max(behaviour.most_alive, behaviour.alive)
 
     def __del__(self) -> None:
         self._spoil()
@@ -336,7 +338,7 @@ def _coded(size: tuple[int, int]) -> tuple[int, int]:
 
 def _has_idr(data: bytes) -> bool:
     """Of H.264."""
-    return any(match[1][0] & 0x1F == 5 for match in re.finditer(rb"\0\0\1(.)", data, re.DOTALL))
+    return any(match[1][0] & 0x1F == 5 for match in re.finditer(rb"\x00\x00\x01(.)", data, re.DOTALL))
 
 
 def _reformatted(frame: Any, size: tuple[int, int], pix_fmt: str) -> Any:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import av
 import pytest
 import torch
 
@@ -129,31 +130,63 @@ class TestSurfacesAreLent:
         assert nvc.behaviour.sessions == [{"gpuid": 3, "cudastream": 0x5EED, "usedevicememory": True}]
 
 
+@pytest.fixture
+def open_gop(clip: Clip) -> Path:
+    """Like ``long_clip``, with the parameter sets before each key frame, as in a broadcast."""
+    options = {"g": "20", "keyint_min": "20", "x264-params": "open-gop=1:scenecut=0:bframes=3:repeat-headers=1"}
+    return clip("nv_open.mp4", count=100, options=options)
+
+
 class TestSeeking:
     def started(self, nvc: ModuleType) -> list[str]:
         return [entry for entry in nvc.behaviour.log if entry.startswith("seek")]
 
     @pytest.mark.parametrize(("start", "sought"), [(90, ["seek 90"]), (58, ["seek 58", "seek 26"]), (10, [])])
-    def test_to_the_key_frame_before(self, nvc: ModuleType, long_clip: Path, start: int, sought: list[str]) -> None:
+    def test_to_the_key_frame_before(self, nvc: ModuleType, open_gop: Path, start: int, sought: list[str]) -> None:
         """Frame 60 is a key frame, the 57th packet of the file: for frame 58 that is too late."""
-        frames = list(on_gpu(long_clip, start=start))
-        assert levels_apart(frames, list(on_cpu(long_clip, start=start))) <= 1
+        frames = list(on_gpu(open_gop, start=start))
+        assert levels_apart(frames, list(on_cpu(open_gop, start=start))) <= 1
         assert self.started(nvc) == sought
         assert len(nvc.behaviour.sessions) == 1
 
-    def test_gives_nothing_before_the_first(self, nvc: ModuleType, long_clip: Path) -> None:
-        pictures = NvdecDecoder(probe_video(str(long_clip)), GPU, None, print).pictures(90)
+    def test_gives_nothing_before_the_first(self, nvc: ModuleType, open_gop: Path) -> None:
+        pictures = NvdecDecoder(probe_video(str(open_gop)), GPU, None, print).pictures(90)
         assert [number for number, _ in pictures] == list(range(90, 100))
 
     @pytest.mark.parametrize("fault", [{"seek_error": True}, {"seek_late": True}, {"seek_shift": 45}])
     def test_a_seek_that_goes_wrong_means_from_the_start(
-        self, nvc: ModuleType, long_clip: Path, fault: dict[str, Any]
+        self, nvc: ModuleType, open_gop: Path, fault: dict[str, Any]
     ) -> None:
         """It raises, or lands behind the frame that is wanted, or on one that is no key frame."""
         vars(nvc.behaviour).update(fault)
-        frames = list(on_gpu(long_clip, start=70, stop=80))
-        assert levels_apart(frames, list(on_cpu(long_clip, start=70, stop=80))) <= 1
+        frames = list(on_gpu(open_gop, start=70, stop=80))
+        assert levels_apart(frames, list(on_cpu(open_gop, start=70, stop=80))) <= 1
         assert len(nvc.behaviour.sessions) == 1  # decided before one is begun
+
+    def test_a_key_frame_without_its_parameter_sets(self, nvc: ModuleType, long_clip: Path) -> None:
+        """The demuxer adds them to IDR pictures alone: a decoder would wait for the next one."""
+        assert levels_apart(list(on_gpu(long_clip, start=90)), list(on_cpu(long_clip, start=90))) <= 1
+        assert self.started(nvc) == ["seek 90", "seek 58"]
+        assert len(nvc.behaviour.sessions) == 1
+
+    @pytest.mark.parametrize("start", [80, 85])
+    def test_a_key_frame_that_the_chip_does_not_begin_with(self, nvc: ModuleType, open_gop: Path, start: int) -> None:
+        nvc.behaviour.skips_to_idr = True
+        source = on_gpu(open_gop, start=start)
+        assert levels_apart(list(source), list(on_cpu(open_gop, start=start))) <= 1
+        assert (source.losses, len(nvc.behaviour.sessions)) == ([], 2)
+        assert nvc.behaviour.most_alive == 1
+
+    def test_a_key_frame_that_does_not_come(self, nvc: ModuleType, open_gop: Path) -> None:
+        """What follows would lean on nothing, so decoding begins again; there the frame may be missing, and is told."""
+        stamps = probe_video(str(open_gop)).timeline.stamps
+        assert stamps is not None
+        nvc.behaviour.dropped = frozenset({int(stamps[80])})
+        assert [frame.index for frame in on_gpu(open_gop, start=84)] == list(range(84, 100))
+        source = on_gpu(open_gop, start=79)
+        assert [frame.index for frame in source] == [79, *range(81, 100)]
+        assert source.losses == ["1 of 21 frames could not be decoded"]
+        assert len(nvc.behaviour.sessions) == 2 + 1
 
 
 class TestWhatDoesNotCome:
@@ -183,11 +216,81 @@ class TestWhatDoesNotCome:
         with pytest.raises(TooFewFramesError, match="only 1 of 100 frames"):
             list(on_gpu(long_clip))
 
-    def test_size_that_changes(self, nvc: ModuleType, clip: Clip, tmp_path: Path) -> None:
-        small, large = clip("nv_small.ts", count=10), clip("nv_large.ts", count=10, size=(96, 80))
-        (tmp_path / "grown.ts").write_bytes(small.read_bytes() + large.read_bytes())
-        with pytest.raises(FrameSizeError, match="the first is 64x48"):
-            list(on_gpu(tmp_path / "grown.ts"))
+    def test_the_cpu_reads_on_where_the_demuxer_stops(self, nvc: ModuleType, long_clip: Path) -> None:
+        nvc.behaviour.packets = 30
+        source = open_video(str(long_clip), SelectConfig(), GPU)
+        frames = list(source)
+        missing = sorted(set(range(100)) - {frame.index for frame in frames})
+        assert missing == [29, 30, 31]  # before 32, which comes ahead of them in the file and was the last packet
+        assert source.losses == ["3 of 100 frames could not be decoded"]
+        assert levels_apart(frames, [frame for frame in on_cpu(long_clip) if frame.index not in missing]) <= 1
+        (note,) = [note for note in source.notes if "NVDEC" in note]
+        assert note == "NVDEC failed at frame 33: no more frames came. From there on the CPU decoded"
+        assert source.decoder == "NVDEC (h264), then PyAV (h264)"
+        assert nvc.behaviour.alive == 0
+
+    def test_what_the_cpu_does_not_find_either_is_lost(self, nvc: ModuleType, long_clip: Path, tmp_path: Path) -> None:
+        data = long_clip.read_bytes()
+        path = tmp_path / "cut.mp4"
+        path.write_bytes(data[: len(data) * 7 // 10])
+        source, cpu = open_video(str(path), SelectConfig(), GPU), on_cpu(path)
+        assert levels_apart(list(source), list(cpu)) <= 1
+        assert source.losses == cpu.losses != []
+
+    def test_what_was_not_asked_for_is_not_missed(self, nvc: ModuleType, long_clip: Path) -> None:
+        nvc.behaviour.packets = 40
+        source = open_video(str(long_clip), SelectConfig(stop=20), GPU)
+        assert len(list(source)) == 20
+        assert source.decoder == "NVDEC (h264)"
+
+    def test_a_damaged_picture_counts_as_good(self, nvc: ModuleType, clip: Clip) -> None:
+        """The chip conceals the damage and tells nobody; on the CPU the frame is lost, and that is told."""
+        path = clip("nv_sound.webm", codec="libvpx-vp9", count=12, options={"lag-in-frames": "0"})
+        with av.open(str(path)) as container:
+            packet = bytes([packet for packet in container.demux(video=0) if packet.size][5])
+        raw = path.read_bytes()
+        assert raw.count(packet) == 1
+        path = path.with_name("damaged.webm")
+        path.write_bytes(raw.replace(packet, b"\0" + packet[1:]))
+        source, cpu = on_gpu(path), on_cpu(path)
+        assert [frame.index for frame in source] == list(range(12))
+        assert source.losses == []
+        assert 5 not in [frame.index for frame in cpu]
+        assert cpu.losses != []
+
+
+class TestSizesThatChange:
+    """By what the stream states; the surfaces of a smaller picture do not show it."""
+
+    @pytest.fixture(params=[(32, 32), (96, 80), (60, 48)], ids=["smaller", "larger", "cropped"])
+    def changed(self, request: pytest.FixtureRequest, clip: Clip, tmp_path: Path) -> tuple[Path, str]:
+        """A file whose 11th frame is of another size, and that size."""
+        width, height = request.param
+        parts = clip("nv_first.ts", count=10), clip(f"nv_{width}x{height}.ts", count=10, size=request.param)
+        path = tmp_path / "changed.ts"
+        path.write_bytes(b"".join(part.read_bytes() for part in parts))
+        return path, f"{width}x{height}"
+
+    @pytest.mark.parametrize("decoder", ["nvdec", "auto"])
+    def test_all_before_come_and_then_the_error(self, nvc: ModuleType, changed: tuple[Path, str], decoder: Any) -> None:
+        path, size = changed
+        source = open_video(str(path), SelectConfig(decoder=decoder), GPU)
+        frames = []
+        with pytest.raises(FrameSizeError, match=f"is {size}, but the first is 64x48"):
+            frames.extend(source)  # as far as they come
+        assert levels_apart(frames, list(itertools.islice(on_cpu(path), 10))) <= 1
+
+    def test_what_is_stated_nowhere_may_show_in_the_surface(
+        self, nvc: ModuleType, clip: Clip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "cropped.ts"
+        path.write_bytes(clip("nv_64.ts").read_bytes() + clip("nv_60.ts", size=(60, 48)).read_bytes())
+        monkeypatch.setattr(nvsession, "stated_size", lambda codec, data: None)
+        with pytest.raises(FrameSizeError, match=r"came as NV12 of \(72, 60\), not as NV12 of \(72, 64\)"):
+            list(on_gpu(path))
+
+    def test_a_size_that_is_stated_again_is_none_that_changes(self, nvc: ModuleType, open_gop: Path) -> None:
+        assert len(list(on_gpu(open_gop))) == 100
 
 
 class TestSessionsThatFail:
@@ -211,6 +314,16 @@ class TestSessionsThatFail:
         frames = iter(on_gpu(long_clip))
         with pytest.raises(DeviceError, match=r"NVDEC failed at frame \d+ of long\.mp4: it is broken"):
             list(frames)
+
+    @pytest.mark.parametrize("pix_fmt", ["yuv444p", "yuv420p10le"])
+    def test_surfaces_of_another_kind_than_was_asked_for(self, nvc: ModuleType, clip: Clip, pix_fmt: str) -> None:
+        nvc.behaviour.plain_surfaces = True
+        path = clip(f"nv_as_{pix_fmt}.mp4", pix_fmt=pix_fmt, count=4)
+        source = open_video(str(path), SelectConfig(), GPU)
+        assert levels_apart(list(source), list(on_cpu(path))) <= 1
+        assert any("frame 0 of" in note and "came as NV12 of (72, 64)" in note for note in source.notes)
+        with pytest.raises(DeviceError, match="came as NV12"):
+            list(on_gpu(path))
 
     def test_too_little_memory(self, nvc: ModuleType, long_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(nvsession, "free_bytes", lambda device: 300 << 20)
@@ -263,6 +376,20 @@ def put_aside(nvc: ModuleType, monkeypatch: pytest.MonkeyPatch, error: Exception
 
     monkeypatch.delitem(sys.modules, "PyNvVideoCodec")
     monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+
+
+@pytest.mark.parametrize("given", [None, "DEBUG"])
+def test_its_warnings_stay_off_stdout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: str | None) -> None:
+    (tmp_path / "PyNvVideoCodec.py").write_text(
+        "import os\n__version__ = '2.2.4'\nlevel = os.environ['LOGGER_LEVEL']\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "PyNvVideoCodec", raising=False)
+    monkeypatch.setenv("LOGGER_LEVEL", given or "")
+    if given is None:
+        monkeypatch.delenv("LOGGER_LEVEL")
+    assert nvcodec.load().level == given or "ERROR"
+    monkeypatch.delitem(sys.modules, "PyNvVideoCodec")
 
 
 class TestFallingBack:
@@ -320,6 +447,8 @@ class TestFallingBack:
         [
             ({"engines_for": {("HEVC", "420", 8)}}, "this GPU decodes no h264 with 420 chroma and 8 bits"),
             ({"caps": {}}, "this GPU decodes no h264"),
+            ({"caps": {"supported": 0, "num_decoder_engines": 7}}, "this GPU decodes no h264"),
+            ({"caps_error": RuntimeError("libnvcuvid.so.1: cannot open")}, "cannot be asked about h264: libnvcuvid"),
             (
                 {"caps": {"supported": 1, "num_decoder_engines": 1, "width_min": 144, "height_min": 48}},
                 "smaller than the 144x48",
@@ -352,6 +481,18 @@ class TestFallingBack:
 
     def test_a_codec_it_has_never_heard_of(self, nvc: ModuleType, clip: Clip) -> None:
         assert "decodes no ffv1" in self.refused(clip("nv_ffv1.mkv", codec="ffv1"))
+        assert nvc.behaviour.asked == []  # the driver would be asked about a codec number 12
+
+    def test_a_failed_question_leaves_no_context_here(self, nvc: ModuleType, long_clip: Path) -> None:
+        nvc.behaviour.caps_error = nvc.PyNvVCException("no")
+        self.refused(long_clip)
+        assert len(nvc.behaviour.left_current) == 1
+        assert threading.get_ident() not in nvc.behaviour.left_current
+
+    def test_a_gpu_is_asked_once_about_each_kind(self, nvc: ModuleType, long_clip: Path, clip: Clip) -> None:
+        for path in (long_clip, clip("nv_again.mp4"), clip("nv_deep.mp4", pix_fmt="yuv420p10le"), long_clip):
+            assert on_gpu(path).decoder == "NVDEC (h264)"
+        assert nvc.behaviour.asked == [("H264", "420", 8), ("H264", "420", 10)]
 
     def test_interlaced(self, nvc: ModuleType, clip: Clip) -> None:
         path = clip("nv_interlaced.mp4", options={"x264-params": "interlaced=1:tff=1"})
@@ -395,7 +536,8 @@ def test_the_layout_of_a_p016_surface_is_read_as_such(nvc: ModuleType, data_dir:
     path = data_dir / "videos_corner/hevc_main10_320x240.mp4"
     probe = probe_video(str(path))
     decoder = NvdecDecoder(probe, GPU, None, print)
-    number, surface = next(decoder.pictures(0))
+    pictures = decoder.pictures(0)  # which the surface is lent from
+    number, surface = next(pictures)
     memory = torch.from_dlpack(surface)
     assert (memory.dtype, tuple(memory.shape)) == (torch.uint16, (360, 320))
     assert memory.stride(0) > 320
@@ -403,3 +545,30 @@ def test_the_layout_of_a_p016_surface_is_read_as_such(nvc: ModuleType, data_dir:
     expected: Iterator[tuple[int, Any]] = itertools.islice(cpu.pictures(0), 1)
     ((_, picture),) = expected
     assert (decoder.rgb(surface, number).int() - cpu.rgb(picture, 0).int()).abs().max() <= 1
+
+
+class TestOnACard:
+    @pytest.fixture
+    def card(self, gpu: torch.device) -> str:
+        try:
+            nvcodec.load()
+        except MissingDependencyError as error:
+            pytest.skip(str(error))
+        return f"cuda:{gpu.index}"
+
+    def test_surfaces_outlast_a_long_backlog(self, card: str, clip: Clip, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The stream that converts is far behind while the decoder is given packet after packet: what it writes next
+        has to wait for what is still to be read."""
+        convert = NvdecDecoder._converted
+
+        def late(self: NvdecDecoder, picture: Any) -> torch.Tensor:
+            busy = torch.ones(4096, 4096, device=card)
+            for _ in range(20):  # some ten milliseconds, for a picture that takes less than one
+                busy = busy @ busy
+            return convert(self, picture)
+
+        monkeypatch.setattr(NvdecDecoder, "_converted", late)
+        path = clip("nv_backlog.mp4", size=(192, 144), count=60)
+        with open_video(str(path), SelectConfig(decoder="nvdec"), card) as source:
+            frames = [Frame(frame.rgb.cpu(), frame.index, frame.timestamp_s) for frame in list(source)]
+        assert levels_apart(frames, list(on_cpu(path))) <= 2
