@@ -8,7 +8,7 @@ import av
 
 Size = tuple[int, int]  # (width, height) in pixels
 
-ENOUGH_BYTES = 4096  # of a packet: what states the size stands in front of the picture
+ENOUGH_BYTES = 1 << 16  # of a packet: the size stands in front of the picture, behind whatever an encoder says there
 _VP9_SYNC = 0x498342
 _VP9_RGB = 7  # a colour space
 

@@ -96,8 +96,7 @@ def _sought(codec: ModuleType, probe: VideoProbe, first: int) -> tuple[Any, Any,
         except Exception:  # no index, or not of so many packets
             return None
         landed = probe.timeline.number_of(packet.pts)
-        # Without its parameter sets a decoder does not begin. In an open GOP, a key frame may come without them.
-        if packet.key and _size_in(packet, probe) is not None and landed is not None and landed <= first:
+        if packet.key and landed is not None and landed <= first:
             return demuxer, packet, landed
     return None
 
@@ -110,7 +109,9 @@ def _of_one_size(codec: ModuleType, probe: VideoProbe, head: Any, demuxer: Any) 
     """
     first: tuple[int, int] | None = None
     for packet in chain([head], demuxer):
-        size = _size_in(packet, probe) if packet.key or "vp9" in probe.codec else None
+        size = None
+        if packet.bsl and (packet.key or "vp9" in probe.codec):
+            size = stated_size(probe.codec, ctypes.string_at(packet.bsl_data, min(packet.bsl, ENOUGH_BYTES)))
         first = first or size
         if size is not None and first is not None and size != first:
             yield codec.PacketData()
@@ -121,10 +122,6 @@ def _of_one_size(codec: ModuleType, probe: VideoProbe, head: Any, demuxer: Any) 
         yield packet
         if not packet.bsl:
             return
-
-
-def _size_in(packet: Any, probe: VideoProbe) -> tuple[int, int] | None:
-    return stated_size(probe.codec, ctypes.string_at(packet.bsl_data, min(packet.bsl, ENOUGH_BYTES)))
 
 
 def _decoded(decoder: Any, packets: Iterator[Any], surfaces: list[Any]) -> Iterator[Any]:

@@ -79,6 +79,12 @@ class PacketData:
         self.memory: Any = None  # what bsl_data points to
         self.coded: tuple[av.Packet, bytes] | None = None  # for PyAV: the packet, and the stream's header
 
+    def point_to(self, packet: av.Packet, header: bytes) -> None:
+        self.coded = packet, header
+        self.bsl = packet.size
+        self.memory = ctypes.create_string_buffer(bytes(packet), packet.size)
+        self.bsl_data = ctypes.addressof(self.memory)
+
 
 @dataclass
 class Behaviour:
@@ -159,13 +165,11 @@ class Demuxer:
         packet = self._packet
         vars(packet).update(vars(PacketData()))  # its memory is gone
         if given is not None:
-            packet.key, packet.bsl, packet.discardable = int(given.is_keyframe), given.size, int(given.is_discard)
+            packet.key, packet.discardable = int(given.is_keyframe), int(given.is_discard)
             packet.pts, packet.dts = (NO_STAMP if stamp is None else stamp for stamp in (given.pts, given.dts))
             plain = av.Packet(bytes(given))  # without the mark of a hidden frame: the chip knows of none
             plain.pts, plain.dts, plain.time_base = given.pts, given.dts, given.time_base
-            packet.memory = ctypes.create_string_buffer(bytes(given), given.size)
-            packet.bsl_data = ctypes.addressof(packet.memory)
-            packet.coded = (plain, b"" if self._filter is not None else self._stream.codec_context.extradata or b"")
+            packet.point_to(plain, b"" if self._filter is not None else self._stream.codec_context.extradata or b"")
         return packet
 
     def Seek(self, index: int) -> PacketData:
@@ -179,7 +183,13 @@ class Demuxer:
         keys = [n for n, packet in enumerate(packets) if packet.is_keyframe]
         place = keys[-1] if self._behaviour.seek_late else max(n for n in keys if n <= index)
         self._packets = self._from_packet(place + self._behaviour.seek_shift)
-        return next(self)
+        packet = next(self)
+        if self._filter is not None and packet.coded is not None:
+            bare, header = packet.coded
+            whole = av.Packet(_parameter_sets(bytes(packets[0])) + bytes(bare))
+            whole.pts, whole.dts, whole.time_base = bare.pts, bare.dts, bare.time_base
+            packet.point_to(whole, header)
+        return packet
 
     def _from_packet(self, first: int) -> Iterator[Any]:
         """All packets from this one on, as the decoder wants them."""
@@ -211,6 +221,12 @@ def _filtered(packets: Iterator[Any], through: BitStreamFilterContext | None, fi
     for number, packet in enumerate(packet for packet in packets if packet.size):
         if number >= first:
             yield from [packet] if through is None else through.filter(packet)
+
+
+def _parameter_sets(data: bytes) -> bytes:
+    """Of H.264 (SPS, PPS), which is what seeks are tried with."""
+    units = re.split(rb"\x00?\x00\x00\x01", data)[1:]
+    return b"".join(b"\0\0\0\1" + unit for unit in units if unit[0] & 0x1F in (7, 8))
 
 
 class DecodedFrame:

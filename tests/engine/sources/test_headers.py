@@ -32,7 +32,8 @@ def test_stated_at_key_frames_alone(encoder: str, size: tuple[int, int]) -> None
         frame.pts = number
         packets += context.encode(frame)
     packets += context.encode(None)
-    assert packets[0].is_keyframe and not all(packet.is_keyframe for packet in packets)
+    assert packets[0].is_keyframe
+    assert not all(packet.is_keyframe for packet in packets)
     stated = [stated_size(DECODERS[encoder], bytes(packet)[:ENOUGH_BYTES]) for packet in packets]
     assert stated == [size if packet.is_keyframe else None for packet in packets]
 

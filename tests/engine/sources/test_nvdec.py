@@ -130,60 +130,47 @@ class TestSurfacesAreLent:
         assert nvc.behaviour.sessions == [{"gpuid": 3, "cudastream": 0x5EED, "usedevicememory": True}]
 
 
-@pytest.fixture
-def open_gop(clip: Clip) -> Path:
-    """Like ``long_clip``, with the parameter sets before each key frame, as in a broadcast."""
-    options = {"g": "20", "keyint_min": "20", "x264-params": "open-gop=1:scenecut=0:bframes=3:repeat-headers=1"}
-    return clip("nv_open.mp4", count=100, options=options)
-
-
 class TestSeeking:
     def started(self, nvc: ModuleType) -> list[str]:
         return [entry for entry in nvc.behaviour.log if entry.startswith("seek")]
 
     @pytest.mark.parametrize(("start", "sought"), [(90, ["seek 90"]), (58, ["seek 58", "seek 26"]), (10, [])])
-    def test_to_the_key_frame_before(self, nvc: ModuleType, open_gop: Path, start: int, sought: list[str]) -> None:
+    def test_to_the_key_frame_before(self, nvc: ModuleType, long_clip: Path, start: int, sought: list[str]) -> None:
         """Frame 60 is a key frame, the 57th packet of the file: for frame 58 that is too late."""
-        frames = list(on_gpu(open_gop, start=start))
-        assert levels_apart(frames, list(on_cpu(open_gop, start=start))) <= 1
+        frames = list(on_gpu(long_clip, start=start))
+        assert levels_apart(frames, list(on_cpu(long_clip, start=start))) <= 1
         assert self.started(nvc) == sought
         assert len(nvc.behaviour.sessions) == 1
 
-    def test_gives_nothing_before_the_first(self, nvc: ModuleType, open_gop: Path) -> None:
-        pictures = NvdecDecoder(probe_video(str(open_gop)), GPU, None, print).pictures(90)
+    def test_gives_nothing_before_the_first(self, nvc: ModuleType, long_clip: Path) -> None:
+        pictures = NvdecDecoder(probe_video(str(long_clip)), GPU, None, print).pictures(90)
         assert [number for number, _ in pictures] == list(range(90, 100))
 
     @pytest.mark.parametrize("fault", [{"seek_error": True}, {"seek_late": True}, {"seek_shift": 45}])
     def test_a_seek_that_goes_wrong_means_from_the_start(
-        self, nvc: ModuleType, open_gop: Path, fault: dict[str, Any]
+        self, nvc: ModuleType, long_clip: Path, fault: dict[str, Any]
     ) -> None:
         """It raises, or lands behind the frame that is wanted, or on one that is no key frame."""
         vars(nvc.behaviour).update(fault)
-        frames = list(on_gpu(open_gop, start=70, stop=80))
-        assert levels_apart(frames, list(on_cpu(open_gop, start=70, stop=80))) <= 1
+        frames = list(on_gpu(long_clip, start=70, stop=80))
+        assert levels_apart(frames, list(on_cpu(long_clip, start=70, stop=80))) <= 1
         assert len(nvc.behaviour.sessions) == 1  # decided before one is begun
 
-    def test_a_key_frame_without_its_parameter_sets(self, nvc: ModuleType, long_clip: Path) -> None:
-        """The demuxer adds them to IDR pictures alone: a decoder would wait for the next one."""
-        assert levels_apart(list(on_gpu(long_clip, start=90)), list(on_cpu(long_clip, start=90))) <= 1
-        assert self.started(nvc) == ["seek 90", "seek 58"]
-        assert len(nvc.behaviour.sessions) == 1
-
     @pytest.mark.parametrize("start", [80, 85])
-    def test_a_key_frame_that_the_chip_does_not_begin_with(self, nvc: ModuleType, open_gop: Path, start: int) -> None:
+    def test_a_key_frame_that_the_chip_does_not_begin_with(self, nvc: ModuleType, long_clip: Path, start: int) -> None:
         nvc.behaviour.skips_to_idr = True
-        source = on_gpu(open_gop, start=start)
-        assert levels_apart(list(source), list(on_cpu(open_gop, start=start))) <= 1
+        source = on_gpu(long_clip, start=start)
+        assert levels_apart(list(source), list(on_cpu(long_clip, start=start))) <= 1
         assert (source.losses, len(nvc.behaviour.sessions)) == ([], 2)
         assert nvc.behaviour.most_alive == 1
 
-    def test_a_key_frame_that_does_not_come(self, nvc: ModuleType, open_gop: Path) -> None:
+    def test_a_key_frame_that_does_not_come(self, nvc: ModuleType, long_clip: Path) -> None:
         """What follows would lean on nothing, so decoding begins again; there the frame may be missing, and is told."""
-        stamps = probe_video(str(open_gop)).timeline.stamps
+        stamps = probe_video(str(long_clip)).timeline.stamps
         assert stamps is not None
         nvc.behaviour.dropped = frozenset({int(stamps[80])})
-        assert [frame.index for frame in on_gpu(open_gop, start=84)] == list(range(84, 100))
-        source = on_gpu(open_gop, start=79)
+        assert [frame.index for frame in on_gpu(long_clip, start=84)] == list(range(84, 100))
+        source = on_gpu(long_clip, start=79)
         assert [frame.index for frame in source] == [79, *range(81, 100)]
         assert source.losses == ["1 of 21 frames could not be decoded"]
         assert len(nvc.behaviour.sessions) == 2 + 1
@@ -289,8 +276,10 @@ class TestSizesThatChange:
         with pytest.raises(FrameSizeError, match=r"came as NV12 of \(72, 60\), not as NV12 of \(72, 64\)"):
             list(on_gpu(path))
 
-    def test_a_size_that_is_stated_again_is_none_that_changes(self, nvc: ModuleType, open_gop: Path) -> None:
-        assert len(list(on_gpu(open_gop))) == 100
+    def test_a_size_that_is_stated_again_is_none_that_changes(self, nvc: ModuleType, clip: Clip) -> None:
+        path = clip("nv_keys.mp4", options={"g": "4", "x264-params": "scenecut=0"})
+        assert len(probe_video(str(path)).key_frames) == 3
+        assert len(list(on_gpu(path))) == 12
 
 
 class TestSessionsThatFail:
