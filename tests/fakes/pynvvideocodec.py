@@ -34,7 +34,7 @@ import torch
 from av.bitstream import BitStreamFilterContext
 
 NO_STAMP = -(1 << 63)
-PITCH = 24  # samples that the rows of a surface are longer than the picture
+PITCH = 24  # samples that the rows of a surface are longer than the picture; none in 2.2.4, others had some
 JUNK = 0xAA
 
 

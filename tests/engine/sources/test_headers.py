@@ -62,6 +62,15 @@ def test_real_clips(data_dir: Path, name: str, size: tuple[int, int]) -> None:
     assert all(packet.is_keyframe for packet, found in zip(packets, stated, strict=True) if found is not None)
 
 
+def test_behind_what_an_encoder_says_of_itself(data_dir: Path) -> None:
+    with av.open(str(data_dir / "videos_corner/hevc_main10_320x240.mp4")) as container:
+        stream = container.streams.video[0]
+        start_codes = BitStreamFilterContext("hevc_mp4toannexb", stream)
+        data = bytes(start_codes.filter(next(container.demux(stream)))[0])
+    message = b"\0\0\0\1\x4e\x01\x05" + 78 * b"\xff" + b"\x0a" + 19900 * b"x" + b"\x80"  # SEI, unregistered user data
+    assert stated_size("hevc", (message + data)[:ENOUGH_BYTES]) == (320, 240)
+
+
 @pytest.mark.parametrize("codec", ["h264", "hevc", "libdav1d", "vp8", "vp9"])
 @pytest.mark.parametrize("data", [b"", b"\0", b"\0\0\1\x67", bytes(range(256)), b"\xff" * 300])
 def test_nonsense_states_nothing(codec: str, data: bytes) -> None:

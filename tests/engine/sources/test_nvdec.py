@@ -7,6 +7,7 @@ import itertools
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterator
+from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
@@ -224,6 +225,12 @@ class TestWhatDoesNotCome:
         assert levels_apart(list(source), list(cpu)) <= 1
         assert source.losses == cpu.losses != []
 
+    def test_nothing_is_said_at_an_end_where_nothing_is_missing(self, nvc: ModuleType, long_clip: Path) -> None:
+        probe, said = probe_video(str(long_clip)), []
+        decoder = NvdecDecoder(probe, GPU, PyAVDecoder(probe), said.append)
+        assert [number for number, _ in decoder.pictures(0)] == list(range(100))
+        assert (said, decoder.name) == ([], "NVDEC (h264)")
+
     def test_what_was_not_asked_for_is_not_missed(self, nvc: ModuleType, long_clip: Path) -> None:
         nvc.behaviour.packets = 40
         source = open_video(str(long_clip), SelectConfig(stop=20), GPU)
@@ -275,6 +282,19 @@ class TestSizesThatChange:
         monkeypatch.setattr(nvsession, "stated_size", lambda codec, data: None)
         with pytest.raises(FrameSizeError, match=r"came as NV12 of \(72, 60\), not as NV12 of \(72, 64\)"):
             list(on_gpu(path))
+
+    @pytest.mark.parametrize(
+        ("name", "codec", "anywhere"), [("nv.webm", "libvpx-vp9", True), ("nv.mp4", "libx264", False)]
+    )
+    def test_only_vp9_is_looked_into_between_key_frames(
+        self, nvc: ModuleType, clip: Clip, monkeypatch: pytest.MonkeyPatch, name: str, codec: str, anywhere: bool
+    ) -> None:
+        """It may change at any picture; no encoder here does, so the header is made up."""
+        path = clip(f"between_{name}", codec=codec)
+        sizes = itertools.chain([(64, 48)], itertools.repeat((32, 32)))
+        monkeypatch.setattr(nvsession, "stated_size", lambda codec, data: next(sizes))
+        with pytest.raises(FrameSizeError, match="32x32") if anywhere else nullcontext():
+            assert len(list(on_gpu(path))) == 12
 
     def test_a_size_that_is_stated_again_is_none_that_changes(self, nvc: ModuleType, clip: Clip) -> None:
         path = clip("nv_keys.mp4", options={"g": "4", "x264-params": "scenecut=0"})
@@ -377,7 +397,7 @@ def test_its_warnings_stay_off_stdout(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setenv("LOGGER_LEVEL", given or "")
     if given is None:
         monkeypatch.delenv("LOGGER_LEVEL")
-    assert nvcodec.load().level == given or "ERROR"
+    assert nvcodec.load().level == (given or "ERROR")
     monkeypatch.delitem(sys.modules, "PyNvVideoCodec")
 
 
