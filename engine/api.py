@@ -131,6 +131,7 @@ def run_one(
         opened.enter_context(opened_sinks(sinks, header))
         to_host = all(preparing(sink) is None for sink in sinks)  # else each output takes what it wants
         pipeline = _pipeline(frames, inference, header, config, to_host=to_host, resumed=resumed)
+        inference.make_ready(header.shard_length(config.sink.shard_bytes), header.flow_count)
         tallies = [Tally(sink, on_gpu=inference.device.type == "cuda") for sink in sinks]
         started_s = time.perf_counter()
         tell = teller(progress, tallies, header.flow_count)
