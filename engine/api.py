@@ -131,6 +131,7 @@ def run_one(
         opened.enter_context(opened_sinks(sinks, header))
         to_host = all(preparing(sink) is None for sink in sinks)  # else each output takes what it wants
         pipeline = _pipeline(frames, inference, header, config, to_host=to_host, resumed=resumed)
+        inference.make_ready(header.shard_length(config.sink.shard_bytes), header.flow_count)
         tallies = [Tally(sink, on_gpu=inference.device.type == "cuda") for sink in sinks]
         started_s = time.perf_counter()
         tell = teller(progress, tallies, header.flow_count)
@@ -170,6 +171,7 @@ def stream(source: PathLike, **options: object) -> Iterator[FlowBatch]:
         frames = opened.enter_context(closing(open_source(source, config.select, device)))
         inference = load_network(config.model).fitted(frames.info.height, frames.info.width)
         header = flow_header(frames.info, inference, config)
+        inference.make_ready(header.shard_length(config.sink.shard_bytes), header.flow_count)
         closer = opened.pop_all()
 
     def flows() -> Iterator[FlowBatch]:

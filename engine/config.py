@@ -85,7 +85,7 @@ class SinkConfig:
     max_error: float = 1 / 64  # pixels; far below any network's own error, 8x smaller than float32; 0: lossless
     codec: Codec = "blosc"  # the one that every Zarr v3 reader opens
     resolution: Resolution = "full"  # native: stores keep the network's own quarter-resolution prediction
-    shard_bytes: int = 128 << 20  # float32 bytes of flow in one shard: few files, each still quick to re-make
+    shard_bytes: int | None = None  # float32 bytes of flow in one shard; None: about 128 MiB, in whole batches
     max_flow: float | None = None  # colour scale in pixels; None: 95th percentile of the first 32 flows, then fixed
     encoder: Encoder = "auto"  # of colour video; auto: a GPU's own, where one computes the flow and has it
     bound: float = 20.0  # pixels; two-stream pictures span -bound to bound: what TSN and denseflow take
@@ -104,7 +104,7 @@ class SinkConfig:
             raise UsageError("resume goes on with what is there and overwrite replaces it: give one of them")
         if not 0 < self.bound < float("inf"):
             raise UsageError(f"bound must be a positive number of pixels, got {self.bound}")
-        if self.shard_bytes < 1:
+        if self.shard_bytes is not None and self.shard_bytes < 1:
             raise UsageError(f"shard-bytes must be at least 1, got {self.shard_bytes}")
 
 

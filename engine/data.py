@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # Pixels; a component beyond it, NaN or infinite marks a vector that nobody knows: Middlebury's convention.
 UNKNOWN_ABOVE = 1e9
 MOST_FLOWS_A_SHARD = 512
+_SHARD_BYTES = 128 << 20
 
 JSON = None | bool | int | float | str | list["JSON"] | dict[str, "JSON"]
 
@@ -83,13 +84,18 @@ class FlowInfo:
         """(height, width) of what a store keeps of each flow."""
         return (self.height, self.width) if self.native is None else (self.native.height, self.native.width)
 
-    def shard_length(self, shard_bytes: int) -> int:
+    def shard_length(self, shard_bytes: int | None) -> int:
         """Flows in one shard of ``shard_bytes`` float32 bytes, at least one. Batches never cross shards either.
 
-        Of small fields not more than 512: a shard's index has room for each, and a crash costs a shard's work.
+        Of small fields not more than 512: a shard's index has room for each, and a crash costs a shard's work. None:
+        128 MiB (few files, each still quick to re-make), less what would end in a short batch, a waste of a GPU's time.
         """
         height, width = self.stored_size
-        return max(1, min(MOST_FLOWS_A_SHARD, shard_bytes // (8 * height * width)))
+        length = max(1, min(MOST_FLOWS_A_SHARD, (shard_bytes or _SHARD_BYTES) // (8 * height * width)))
+        batch = self.made_by.get("batch")
+        if shard_bytes is None and isinstance(batch, int) and 1 <= batch <= length:
+            length -= length % batch
+        return length
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,6 +27,7 @@ from flowreel.engine.pinned import PinnedRing
 Item = TypeVar("Item")
 Batch = TypeVar("Batch", FlowBatch, Prepared)
 Stage = Callable[[Iterator[Any]], Any]
+_MEMORY_ENDED = ("out of memory", "unable to find an engine", "STATUS_ALLOC_FAILED")
 MOST_UPLOADS = 4  # frames on their way to the device at once: each holds a pinned buffer
 
 
@@ -241,6 +242,15 @@ class WorkStream:
     def finish(self) -> None:
         """Waits for the work on this stream alone."""
         self._stream.synchronize()
+
+
+def ran_out_of_memory(error: BaseException | None) -> bool:
+    """Whether a GPU's memory ended: as torch says it, or CUDA, or cuDNN, which then has no algorithm to offer."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _MEMORY_ENDED):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def free_bytes(device: torch.device) -> int:

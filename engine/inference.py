@@ -13,7 +13,7 @@ from torch import Tensor
 from flowreel.engine.compiled import Packed, Program, pack, quarter_upsampling
 from flowreel.engine.config import ModelConfig, Precision
 from flowreel.engine.data import JSON, FlowBatch, NativeGrid, PairBatch
-from flowreel.engine.device import free_bytes, resolve_device, resolve_precision
+from flowreel.engine.device import free_bytes, ran_out_of_memory, resolve_device, resolve_precision
 from flowreel.engine.errors import DeviceError, UsageError
 from flowreel.engine.models.layers import Upsampling, upsample
 from flowreel.engine.models.weights import Weights, instantiate, read_weights
@@ -90,6 +90,20 @@ class Inference:
                 program = self._programs.setdefault(pairs, self.packed.program((pairs, *self.fit.network_size)))
         return program
 
+    def make_ready(self, shard: int, count: int | None) -> None:
+        """Makes ahead of time what ``count`` flows in shards of so many will need: for full batches, and the last one.
+
+        Where memory does not suffice for that, it is left to ``stage`` to do with less.
+        """
+        runs = {shard} if count is None else {min(shard, count), count % shard}
+        sizes = {min(self.batch, run) for run in runs} | {run % self.batch for run in runs}
+        try:
+            for pairs in sorted(sizes - {0}, reverse=True):
+                self._program(pairs)
+        except RuntimeError as error:
+            if not ran_out_of_memory(error):
+                raise
+
     def _enlarged(self, native: Tensor) -> Tensor:
         assert self.upsampling is not None  # or ``fitted`` would have refused native
         return upsample(native, self.upsampling)
@@ -117,7 +131,9 @@ class Inference:
         """None: memory ended, and all that was made of it is free again, the error and what hangs on it included."""
         try:
             return self._flows(batch)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not ran_out_of_memory(error):
+                raise
             if len(batch) > 1:
                 return None
             height, width = self.fit.network_size

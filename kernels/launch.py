@@ -176,7 +176,8 @@ _kernels: dict[tuple[str, str, torch.device], Kernel] = {}
 def _kernel(source: str, entry: str, device: torch.device) -> Kernel:
     key = source, entry, device
     if key not in _kernels:
-        _kernels[key] = _module(source, device).get_function(entry)
+        with _current(device):
+            _kernels[key] = _module(source, device).get_function(entry)
     return _kernels[key]
 
 
@@ -195,7 +196,7 @@ def _current(device: torch.device) -> AbstractContextManager[object]:
     cupy = _cupy()
     stream: Any = torch.cuda.current_stream(device)
     entered = ExitStack()
-    entered.enter_context(cupy.cuda.Device(device.index))
+    entered.enter_context(cupy.cuda.Device(device.index)).use()  # a thread that is new to CUDA has no context yet
     if hasattr(stream, "__cuda_stream__"):
         entered.enter_context(cupy.cuda.Stream.from_external(stream))
     else:  # torch before 2.9
@@ -258,8 +259,10 @@ def _load_with_cupy(name: str, device: torch.device) -> Module:
     if not kept.is_file():
         program, _ = compile_source(name, architecture)
         _publish(kept, program)
-    module: Module = cupy.RawModule(path=str(kept))
-    return module
+    module = cupy.RawModule(path=str(kept))
+    module.compile()  # what loads it: else the first launch would, and only then tell that it does not load
+    loaded: Module = module
+    return loaded
 
 
 def _architecture(major: int, minor: int, supported: Sequence[int]) -> str:

@@ -16,6 +16,7 @@ import torch
 
 import flowreel
 from flowreel.engine import api
+from flowreel.engine.compiled import Program
 from flowreel.engine.config import RunConfig
 from flowreel.engine.data import FlowBatch
 from flowreel.engine.errors import (
@@ -65,7 +66,7 @@ def composed(source: str, weights: str, **options: Any) -> list[FlowBatch]:
     config = RunConfig.of(weights=weights, **options)
     frames = open_source(source, config.select)
     inference = prepare(config.model, frames.info.height, frames.info.width)
-    shard = frames.info.shard_length(config.sink.shard_bytes)
+    shard = api.flow_header(frames.info, inference, config).shard_length(config.sink.shard_bytes)
     stages = [
         Stage("pairs", pairs),
         Stage("batches", batches(inference.batch, shard)),
@@ -73,6 +74,28 @@ def composed(source: str, weights: str, **options: Any) -> list[FlowBatch]:
         Stage("restore", restore(inference.fit)),
     ]
     return list(compose(frames, stages))
+
+
+def test_all_that_a_run_needs_is_made_ready_before_its_clock_starts(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU that takes seconds: graphs are captured. The stages' threads make nothing more."""
+    makers: list[threading.Thread] = []
+    made = Inference._program
+
+    def noted(self: Inference, batch: int) -> Program:
+        if batch not in self._programs:
+            makers.append(threading.current_thread())
+        return made(self, batch)
+
+    monkeypatch.setattr(Inference, "_program", noted)
+    flowreel.run(SOURCE, tmp_path / "x.zarr", weights=tiny, batch=3)
+    assert makers == [threading.main_thread()] * 2  # for 3 and for 2 pairs
+    makers.clear()
+    flows = flowreel.stream(SOURCE, weights=tiny, batch=3)
+    assert len(makers) == 2
+    list(flows)
+    assert makers == [threading.main_thread()] * 2
 
 
 def test_a_run_that_is_out_of_memory_loses_no_flow(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

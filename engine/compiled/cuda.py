@@ -70,7 +70,7 @@ class PackedNetwork:
 
 
 class CudaProgram:
-    """One shape: captured work, of which each call has one to itself, and mostly there is one."""
+    """One shape: captured work, which calls take turns at."""
 
     def __init__(self, network: PackedNetwork, shape: Shape) -> None:
         self._network = network

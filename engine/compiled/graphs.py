@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Generic, TypeVar
 
 import torch
 
+from flowreel.engine.device import ran_out_of_memory
+from flowreel.engine.pipeline import OneAtATime
+
 Thing = TypeVar("Thing")
 
-_WARM_UPS = 3  # cuDNN measures its algorithms in the first, kernels load; the third is as all later ones will be
+_WARM_UPS = 3  # kernels load in the first, cuDNN chooses and allocates; the third is as all later ones will be
+_capturing = OneAtATime()  # of all threads: to begin a capture torch waits for the device, which ends all others there
 
 
 def captured(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
@@ -24,69 +28,87 @@ def captured(work: Callable[[], None], device: torch.device) -> Callable[[], Non
     the graph. It runs a few times before this returns; on a CPU once, and what is given back is ``work`` itself.
 
     The graph is started on the current stream; two starts must not overlap (``Turns``). When it cannot be captured, a
-    warning says why and the work stays as it is.
+    warning says why and the work stays as it is: so too where a caller's own thread waits for the whole device
+    (``torch.cuda.synchronize``) just then, which CUDA forbids.
+
+    Raises torch.OutOfMemoryError when the device's memory ends, whoever of torch, cuDNN and CUDA says so.
     """
     if device.type != "cuda":
         work()
         return work
-    with torch.cuda.device(device):
-        current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with _capturing, torch.cuda.device(device):
+        current = torch.cuda.current_stream(device)
+        # Of the high priority, which no other stage asks for: torch has 32 streams of each and gives them out in turn.
+        side = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         side.wait_stream(current)
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UPS):
-                work()
-        graph = torch.cuda.CUDAGraph()
         try:
-            # Other stages go on meanwhile in their threads: what they allocate or pin must not break the capture.
-            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-                work()
-        except torch.OutOfMemoryError:
-            raise
+            with torch.cuda.stream(side):
+                for _ in range(_WARM_UPS):
+                    work()
+            return _graph_of(work, device, side).replay
         except RuntimeError as error:
-            warnings.warn(f"running without a CUDA graph, which could not be captured: {error}", stacklevel=2)
+            if ran_out_of_memory(error):
+                raise torch.OutOfMemoryError(str(error)) from error
+            if isinstance(error, CaptureError):
+                warnings.warn(f"running without a CUDA graph, which could not be captured: {error}", stacklevel=2)
+                return work
+            raise
+        finally:
             current.wait_stream(side)
-            return work
-        current.wait_stream(side)
-    return graph.replay
+
+
+class CaptureError(RuntimeError):
+    """Work that went well by itself could not be captured."""
+
+
+def _graph_of(work: Callable[[], None], device: torch.device, side: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    try:
+        # A capture that fails leaves its stream current, and the outer block puts the caller's back. Other stages go on
+        # meanwhile in their threads: what they allocate or pin must not break the capture.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream(device)),
+            torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"),
+        ):
+            work()
+    except RuntimeError as error:
+        # And it leaves torch's allocator waiting for its end, which would keep all that is freed on other streams.
+        with suppress(Exception):
+            torch._C._cuda_endAllocateToPool(device.index, pool)
+            torch._C._cuda_releasePool(device.index, pool)
+        raise CaptureError(str(error)) from error
+    return graph
 
 
 class Turns(Generic[Thing]):
-    """Things that one call at a time may use, whatever thread and stream it is on.
+    """A thing that one call at a time may use, whatever thread and stream it is on.
 
-    A call takes one, uses it on its current stream and gives it back; the next call's stream waits for what the last
-    one started. When all are taken, by threads that call at the very same time, one more is made. Taking and giving
-    back are ``list.pop`` and ``list.append``, which threads may call at once.
+    A call uses it on its current stream; the next call's stream waits for what the last one started. A thread waits for
+    another only while that one gives the device its work, not while the device does it.
     """
 
     def __init__(self, device: torch.device, make: Callable[[], Thing]) -> None:
         self._device = device
-        self._make = make
-        self._free: list[tuple[Thing, torch.cuda.Event | None]] = [self._made()]
+        self._free = OneAtATime()
+        self._used: torch.cuda.Event | None = None
+        self._thing = make()
+        if device.type == "cuda":
+            self._used = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._used.record(torch.cuda.current_stream(device))
 
     @contextmanager
     def taken(self) -> Iterator[Thing]:
-        try:
-            thing, used = self._free.pop()
-        except IndexError:
-            thing, used = self._made()
-        try:
-            if used is not None:
-                torch.cuda.current_stream(self._device).wait_event(used)
-            yield thing
-        finally:
-            if used is not None:
-                used.record(torch.cuda.current_stream(self._device))
-            self._free.append((thing, used))
+        with self._free:
+            if self._used is not None:
+                torch.cuda.current_stream(self._device).wait_event(self._used)
+            try:
+                yield self._thing
+            finally:
+                if self._used is not None:
+                    self._used.record(torch.cuda.current_stream(self._device))
 
     def __del__(self) -> None:
         """What still runs keeps the memory it uses: the allocator knows only the stream that asked for it."""
-        for _, used in getattr(self, "_free", ()):
-            if used is not None:
-                used.synchronize()
-
-    def _made(self) -> tuple[Thing, torch.cuda.Event | None]:
-        if self._device.type != "cuda":
-            return self._make(), None
-        thing, used = self._make(), torch.cuda.Event()  # type: ignore[no-untyped-call]
-        used.record(torch.cuda.current_stream(self._device))
-        return thing, used
+        used = getattr(self, "_used", None)
+        if used is not None:
+            used.synchronize()

@@ -19,6 +19,9 @@ from flowreel.engine.config import Precision
 from flowreel.engine.models.layers import FlowHead
 from flowreel.kernels.bias_leaky_relu import bias_leaky_relu, bias_leaky_relu_
 
+# Whether cuDNN times its algorithms at each shape and takes the fastest, instead of choosing by its own rules. Then
+# another run, thread or machine may take another one and give other bits, and every run begins with seconds of timing.
+SEARCHES = False
 MULTIPLE = 8  # 16 bytes of a half type: what one load of a tensor core's operands takes
 
 DTYPES: dict[Precision, torch.dtype] = {
@@ -72,18 +75,20 @@ def convolve(x: Tensor, by: Convolution) -> Tensor:
     """Without the bias.
 
     On a GPU cuDNN is called by its own name: what it may do (TF32, which algorithms) then goes along with each call,
-    instead of being a mode of the whole process that other threads see. It measures its algorithms once for each shape,
-    of those alone that give the same bits every time.
+    instead of being a mode of the whole process that other threads see. It takes those alone that give the same bits
+    every time.
     """
     stride, padding = (by.stride, by.stride), (by.padding, by.padding)
     if x.device.type == "cuda":
         one, none = (1, 1), (0, 0)
         if by.transposed:
             deconvolved: Tensor = torch.ops.aten.cudnn_convolution_transpose(
-                x, by.weight, padding, none, stride, one, 1, True, True, by.tf32
+                x, by.weight, padding, none, stride, one, 1, SEARCHES, True, by.tf32
             )
             return deconvolved
-        convolved: Tensor = torch.ops.aten.cudnn_convolution(x, by.weight, padding, stride, one, 1, True, True, by.tf32)
+        convolved: Tensor = torch.ops.aten.cudnn_convolution(
+            x, by.weight, padding, stride, one, 1, SEARCHES, True, by.tf32
+        )
         return convolved
     return (F.conv_transpose2d if by.transposed else F.conv2d)(x, by.weight, None, stride, padding)
 

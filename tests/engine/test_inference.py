@@ -88,6 +88,37 @@ def test_flow_is_an_ordinary_tensor_without_gradients() -> None:
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.parametrize(
+    ("batch", "shard", "count", "made"),
+    [
+        (4, 12, None, [4]),
+        (4, 12, 24, [4]),
+        (4, 12, 27, [4, 3]),
+        (4, 10, None, [4, 2]),
+        (4, 10, 21, [4, 2, 1]),
+        (4, 12, 3, [3]),
+        (4, 12, 0, []),
+        (8, 5, None, [5]),
+        (8, 5, 7, [5, 2]),
+        (1, 9, 20, [1]),
+    ],
+)
+def test_what_a_run_will_need_is_made_before_it(
+    tiny_weights: str, batch: int, shard: int, count: int | None, made: list[int]
+) -> None:
+    inference = load_network(ModelConfig(device="cpu", weights=tiny_weights, batch=batch)).fitted(64, 64)
+    inference.make_ready(shard, count)
+    assert list(inference._programs) == made
+    if count is not None:
+        lengths = {min(batch, shard - place % shard, count - place) for place in _starts(batch, shard, count)}
+        assert lengths == set(made)
+
+
+def _starts(batch: int, shard: int, count: int) -> list[int]:
+    """Where batches begin, as ``pairing.batches`` has it."""
+    return [place for place in range(count) if place % shard % batch == 0]
+
+
 class LittleMemory:
     """A network in whose memory only so many pairs fit: others fail half-way, as on a GPU."""
 
@@ -97,6 +128,7 @@ class LittleMemory:
         self.when_made = when_made  # already making the program takes too much
         self.attempts: list[int] = []  # pairs
         self.held: list[weakref.ref[torch.Tensor]] = []  # what an attempt that failed had in memory
+        self.words = ""  # of another error than torch's own
 
     def program(self, shape: tuple[int, int, int]) -> Any:
         pairs = shape[0]
@@ -110,6 +142,8 @@ class LittleMemory:
         if pairs > self.fits:
             activations = torch.zeros(pairs)
             self.held.append(weakref.ref(activations))
+            if self.words:
+                raise RuntimeError(self.words)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
@@ -175,6 +209,29 @@ class TestOutOfMemory:
         assert [len(batch) for batch in stage] == [2] * 4
         assert list(inference._programs) == [2]
         assert inference.notes == ["4 pairs a batch did not fit in the memory of cpu: 2 from flow 4 on"]
+
+    def test_memory_that_ends_before_the_run_is_left_to_the_run(self, tiny_weights: str) -> None:
+        network = load_network(ModelConfig(device="cpu", weights=tiny_weights, batch=4)).fitted(64, 64)
+        inference = replace(network, packed=LittleMemory(network, fits=3, when_made=True), notes=[], _programs={})
+        inference.make_ready(8, None)
+        assert (list(inference._programs), inference.notes) == ([], [])
+        assert [len(batch) for batch in inference.stage(iter(self.pair_batches([4])))] == [2, 2]
+
+    @pytest.mark.parametrize("words", ["unable to find an engine to execute this", "CUDA error: out of memory"])
+    def test_whoever_says_that_memory_ended(self, tiny_weights: str, words: str) -> None:
+        network = load_network(ModelConfig(device="cpu", weights=tiny_weights, batch=4)).fitted(64, 64)
+        memory = LittleMemory(network, fits=2)
+        memory.words = words
+        inference = replace(network, packed=memory, notes=[], _programs={})
+        assert [len(batch) for batch in inference.stage(iter(self.pair_batches([4])))] == [2, 2]
+
+    def test_any_other_error_ends_the_run(self, tiny_weights: str) -> None:
+        network = load_network(ModelConfig(device="cpu", weights=tiny_weights, batch=4)).fitted(64, 64)
+        memory = LittleMemory(network, fits=2)
+        memory.words = "CUDA error: an illegal memory access was encountered"
+        inference = replace(network, packed=memory, notes=[], _programs={})
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            list(inference.stage(iter(self.pair_batches([4]))))
 
     def test_not_even_one_pair(self, tiny_weights: str) -> None:
         with pytest.raises(DeviceError, match=r"cpu has too little free memory for one pair of 64x64.*--precision"):

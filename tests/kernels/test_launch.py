@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,3 +63,61 @@ def test_on_cuda_tensors_ours_runs_where_it_can(monkeypatch: pytest.MonkeyPatch,
         assert library.versions["CPU"](1) == "on cpu"
         assert library.versions["CompositeExplicitAutograd"](1) == "definition"
     assert ran == {"op": "cuda and torch" if cupy else "torch"}
+
+
+class NotingCupy:
+    """Stands for CuPy where kernels are fetched: notes on which device that happens."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.device = 0
+        said, cupy = self.said, self
+
+        class Device:
+            def __init__(self, number: int) -> None:
+                self.number = number
+
+            def __enter__(self) -> Device:
+                self.before, cupy.device = cupy.device, self.number
+                return self
+
+            def __exit__(self, *_: object) -> None:
+                cupy.device = self.before
+
+            def use(self) -> None:
+                said.append(f"device {cupy.device} has its context")
+
+        class RawModule:
+            def __init__(self, path: str) -> None:
+                pass
+
+            def compile(self) -> None:
+                said.append(f"loaded on {cupy.device}")
+
+            def get_function(self, name: str) -> str:
+                said.append(f"{name} on {cupy.device}")
+                return name
+
+        stream = SimpleNamespace(from_external=lambda stream: nullcontext())
+        nvrtc = SimpleNamespace(getSupportedArchs=lambda: [90], getVersion=lambda: (13, 0))
+        self.cuda = SimpleNamespace(Device=Device, Stream=stream, nvrtc=nvrtc)
+        self.RawModule = RawModule
+
+
+def test_a_kernel_is_loaded_and_fetched_on_its_device_in_a_thread_that_has_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cupy, gpu = NotingCupy(), torch.device("cuda", 1)
+    monkeypatch.setattr(launch, "_cupy", lambda: cupy)
+    monkeypatch.setattr(launch, "_modules", {})
+    monkeypatch.setattr(launch, "_kernels", {})
+    monkeypatch.setattr(launch, "_cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(launch, "compile_source", lambda name, architecture: (b"program", ""))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(__cuda_stream__=None))
+    assert launch._module("warp", gpu) is not None
+    assert cupy.said == ["device 1 has its context", "loaded on 1"]  # before anything is captured
+    cupy.said.clear()
+    assert launch._kernel("warp", "warp_float", gpu) == "warp_float"
+    assert cupy.said == ["device 1 has its context", "warp_float on 1"]
+    assert cupy.device == 0

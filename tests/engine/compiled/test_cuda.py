@@ -160,8 +160,7 @@ def test_frames_are_not_changed(filled: Filled) -> None:
     assert torch.equal(second, kept[1])
 
 
-def test_two_calls_at_one_time_have_their_own_memory(filled: Filled) -> None:
-    """A call that is held up in the middle while another runs: both answer as if alone."""
+def test_a_call_waits_for_one_that_is_held_up_in_the_same_memory(filled: Filled) -> None:
     entered, go_on = threading.Event(), threading.Event()
     calls: list[str] = []
 
@@ -176,23 +175,25 @@ def test_two_calls_at_one_time_have_their_own_memory(filled: Filled) -> None:
         return repeat
 
     model = filled("FlowNet2S", width=0.1)
-    frames, others = frames_of(9, 1), frames_of(10, 1)
+    frames = {"slow": frames_of(9, 1), "quick": frames_of(10, 1)}
     program = cuda.pack(model, "fp32", capture).program((1, 64, 128))
-    found: list[Tensor] = []
+    found: dict[str, Tensor] = {}
 
-    def slowly() -> None:
+    def run() -> None:
+        name = threading.current_thread().name
         with torch.no_grad():
-            found.append(program.flow(*frames))
+            found[name] = program.flow(*frames[name])
 
-    slow = threading.Thread(target=slowly, name="slow")
+    slow, quick = (threading.Thread(target=run, name=name) for name in ("slow", "quick"))
     slow.start()
     assert entered.wait(60)
-    quick = program.flow(*others)
+    quick.start()
     go_on.set()
     slow.join(60)
-    assert calls == [threading.current_thread().name, "slow"]
-    torch.testing.assert_close(quick, model(*others), rtol=0, atol=1e-4)
-    torch.testing.assert_close(found[0], model(*frames), rtol=0, atol=1e-4)
+    quick.join(60)
+    assert calls == ["slow", "quick"]
+    for name, pair in frames.items():
+        torch.testing.assert_close(found[name], model(*pair), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("loud", ["flownetc.conv3", "flownets_1.deconv2"])

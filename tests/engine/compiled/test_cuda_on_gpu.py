@@ -18,8 +18,9 @@ from flowreel.kernels.launch import kernels_on
 
 Filled = Callable[..., nn.Module]
 SHAPE = (2, 128, 192)
-# Of the flow, on average. TF32 and fp16 keep 10 bits; random weights let what is lost grow through three networks.
-APART: dict[Precision, float] = {"fp32": 1e-5, "tf32": 0.01, "fp16": 0.01, "bf16": 0.05}
+# Of the flow, on average. TF32 and fp16 keep 10 bits; random weights let what is lost grow through three networks, in
+# float32 too, whose sums here and there are of another order.
+APART: dict[Precision, float] = {"fp32": 2e-4, "tf32": 0.01, "fp16": 0.01, "bf16": 0.05}
 
 
 def frames_of(seed: int, device: torch.device) -> tuple[Tensor, Tensor]:

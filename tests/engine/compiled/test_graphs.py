@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -20,15 +21,17 @@ class NotingCuda:
     def __init__(self) -> None:
         self.said: list[str] = []
         self.stream = "s1"  # the current one
+        self.pools_in_use: list[object] = []  # that the allocator thinks a capture allocates from
         self.capturing = False
-        self.fails: Exception | None = None
+        self.fails: Exception | None = None  # what ends a capture
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         cuda = self
 
         class Stream:
-            def __init__(self, name: object = "side") -> None:
+            def __init__(self, name: object = "side", priority: int = 0) -> None:
                 self.name = name if isinstance(name, str) else "side"
+                assert priority == (-1 if self.name == "side" else 0)  # of a pool of its own
 
             def wait_event(self, event: Event) -> None:
                 cuda.said.append(f"{self.name} waits for {event.recorded}")
@@ -52,20 +55,29 @@ class NotingCuda:
         @contextmanager
         def on(stream: Stream) -> Iterator[None]:
             before, cuda.stream = cuda.stream, stream.name
-            yield
-            cuda.stream = before
+            try:
+                yield
+            finally:
+                cuda.stream = before
 
         @contextmanager
-        def graph(made: CUDAGraph, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+        def graph(made: CUDAGraph, pool: object, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+            """As torch's: where the capture cannot be ended, neither its stream nor its pool is left."""
             assert capture_error_mode == "thread_local"
-            with on(stream):
-                cuda.capturing = True
-                try:
-                    yield
-                finally:
-                    cuda.capturing = False
-            if cuda.fails is not None:
-                raise cuda.fails
+            before, cuda.stream, cuda.capturing = cuda.stream, stream.name, True
+            cuda.pools_in_use.append(pool)
+            try:
+                yield
+            finally:
+                cuda.capturing = False
+                if cuda.fails is not None:
+                    raise cuda.fails
+                cuda.stream = before
+                cuda.pools_in_use.remove(pool)
+
+        def end_allocating(index: int, pool: object) -> None:
+            assert index == 0
+            cuda.pools_in_use.remove(pool)
 
         names = {
             "Stream": Stream,
@@ -75,9 +87,12 @@ class NotingCuda:
             "stream": on,
             "device": lambda device: nullcontext(),
             "current_stream": lambda device: Stream(self.stream),
+            "graph_pool_handle": lambda: object(),
         }
         for name, value in names.items():
             monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end_allocating, raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda index, pool: None, raising=False)
 
     def work(self) -> None:
         self.said.append(f"{'captured' if self.capturing else 'done'} on {self.stream}")
@@ -108,15 +123,68 @@ def test_work_that_cannot_be_captured_stays_as_it_is_and_says_so(noting: NotingC
     noting.fails = RuntimeError("operation not permitted when stream is capturing")
     with pytest.warns(UserWarning, match="without a CUDA graph.*not permitted"):
         repeat = captured(noting.work, GPU)
+    assert noting.said[-1] == "s1 waits for side"
+    assert (noting.stream, noting.pools_in_use) == ("s1", [])
     noting.said.clear()
     repeat()
     assert noting.said == ["done on s1"]
 
 
-def test_running_out_of_memory_is_not_taken_for_work_that_cannot_be_captured(noting: NotingCuda) -> None:
-    noting.fails = torch.OutOfMemoryError("CUDA out of memory")
+def test_work_that_fails_is_no_capture_that_failed(noting: NotingCuda) -> None:
+    def broken() -> None:
+        raise RuntimeError("a size is wrong")
+
+    with pytest.raises(RuntimeError, match="a size is wrong"):
+        captured(broken, GPU)
+    assert noting.said == ["side waits for s1", "s1 waits for side"]  # what of it was begun is over by then
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("FIND was unable to find an engine to execute this computation"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    ],
+)
+def test_running_out_of_memory_is_not_taken_for_work_that_cannot_be_captured(
+    noting: NotingCuda, error: Exception
+) -> None:
+    noting.fails = error
     with pytest.raises(torch.OutOfMemoryError):
         captured(noting.work, GPU)
+    assert noting.stream == "s1"
+
+
+def test_memory_that_ends_inside_a_capture_is_known_although_the_capture_fails_too(noting: NotingCuda) -> None:
+    noting.fails = RuntimeError("operation failed due to a previous error during capture")
+
+    def greedy() -> None:
+        if noting.capturing:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        captured(greedy, GPU)
+
+
+def test_one_capture_at_a_time(noting: NotingCuda) -> None:
+    """To begin one, torch waits for the whole device, and that ends every other."""
+    inside, most = [0], [0]
+
+    def work() -> None:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        pause.wait(0.01)
+        inside[0] -= 1
+
+    pause = threading.Event()
+    threads = [threading.Thread(target=captured, args=(work, GPU)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1]
 
 
 def test_on_a_cpu_work_is_done_once_and_stays_as_it_is() -> None:
@@ -155,23 +223,31 @@ def test_memory_goes_only_when_its_last_turn_is_over(noting: NotingCuda) -> None
     assert noting.said == ["host waits for s4"]
 
 
-def test_turns_at_the_same_time_take_different_things_and_failure_gives_them_back() -> None:
-    made = iter(range(10))
-    turns = Turns(torch.device("cpu"), lambda: next(made))
-    with turns.taken() as first, turns.taken() as second:
-        assert {first, second} == {0, 1}
-    with pytest.raises(ValueError, match="in use"), turns.taken() as third:
+def test_turns_at_the_same_time_are_taken_one_after_the_other_and_failure_ends_one() -> None:
+    turns = Turns(torch.device("cpu"), lambda: [0])
+    most: list[int] = []
+
+    def use() -> None:
+        with turns.taken() as thing:
+            thing[0] += 1
+            pause.wait(0.005)
+            most.append(thing[0])
+            thing[0] -= 1
+
+    pause = threading.Event()
+    threads = [threading.Thread(target=use) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    with pytest.raises(ValueError, match="in use"), turns.taken():
         raise ValueError("in use")
-    with turns.taken() as fourth, turns.taken() as fifth:
-        assert {fourth, fifth} == {0, 1}
-    assert third in (0, 1)
-    assert next(made) == 2
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 4
 
 
-def test_a_thing_that_cannot_be_made_leaves_the_others() -> None:
-    made = [0]
-    turns = Turns(torch.device("cpu"), made.pop)
-    with turns.taken(), pytest.raises(IndexError):
-        turns.taken().__enter__()
-    with turns.taken() as again:
-        assert again == 0
+def test_a_thing_that_cannot_be_made() -> None:
+    def fail() -> None:
+        raise IndexError("nothing there")
+
+    with pytest.raises(IndexError, match="nothing there"):
+        Turns(GPU, fail)
