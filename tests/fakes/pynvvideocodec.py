@@ -236,7 +236,6 @@ class DecodedFrame:
         self._surface = surface
         self._stamp = stamp
         self.format = kind
-        self.dtype = "|u1" if surface.itemsize == 1 else "|u2"
 
     def getPTS(self) -> int:
         return self._stamp
