@@ -66,6 +66,11 @@ def nvdec(findings: Findings, settings: Settings) -> None:
     width, height, count = (96, 64, 5) if settings.dry else (640, 360, 60)
     clip = written_clip(settings.folder, width, height, count)
     decoder = "pyav" if settings.dry else "nvdec"
+    findings.attempt("frames", partial(_compare_frames, findings, settings, clip, decoder, count))
+    findings.attempt("flow", partial(_compare_flow, findings, settings, clip, decoder))
+
+
+def _compare_frames(findings: Findings, settings: Settings, clip: Path, decoder: str, count: int) -> None:
     ours, wanted = (list(_frames(clip, name, settings)) for name in (decoder, "pyav"))
     findings.check("as many frames", len(ours) == len(wanted) == count, nvdec=len(ours), pyav=len(wanted))
     same = [(a.index, a.timestamp_s) for a in ours] == [(b.index, b.timestamp_s) for b in wanted]
@@ -73,8 +78,14 @@ def nvdec(findings: Findings, settings: Settings) -> None:
     apart = [(a.rgb.cpu().int() - b.rgb.cpu().int()).abs() for a, b in zip(ours, wanted, strict=False)]
     most, mean = max(int(x.max()) for x in apart), max(float(x.float().mean()) for x in apart)
     findings.check("colours within rounding", most <= LEVELS_MOST and mean <= LEVELS_MEAN, most=most, mean=mean)
+
+
+def _compare_flow(findings: Findings, settings: Settings, clip: Path, decoder: str) -> None:
     options: dict[str, Any] = {"device": settings.device, "precision": "fp32", "model": "FlowNet2C", "batch": 4}
-    flows = [_flow(clip, decoder=name, **options) for name in (decoder, "pyav")]
+    flows = [
+        torch.cat([batch.flow.cpu() for batch in flowreel.stream(clip, decoder=name, **options)])
+        for name in (decoder, "pyav")
+    ]
     px = float((flows[0] - flows[1]).norm(dim=1).mean())
     findings.check("the same flow", px <= SAME_PX, mean_px=px)
 
@@ -86,10 +97,6 @@ def _frames(clip: Path, decoder: Any, settings: Settings) -> Iterator[Any]:
 
 def _numbered(device: str) -> str:
     return "cuda:0" if device == "cuda" else device
-
-
-def _flow(clip: Path, **options: Any) -> torch.Tensor:
-    return torch.cat([batch.flow.cpu() for batch in flowreel.stream(clip, **options)])
 
 
 # --- the store --------------------------------------------------------------------------------------------------------
