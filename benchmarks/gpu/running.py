@@ -15,7 +15,6 @@ from typing import Any
 
 from benchmarks.cases import SKIPPED
 from benchmarks.gpu.findings import LAST_WORDS, Settings, nothing_found, publish
-from benchmarks.gpu.one import LOST
 from benchmarks.gpu.parts import Part
 from benchmarks.processes import ROOT
 
@@ -37,12 +36,11 @@ def run_part(part: Part, settings: Settings, env: Mapping[str, str], limit_s: fl
         left_s = max(limit_s - (time.monotonic() - began_s), 0.0)
         code, words = _ran(command, {**env, **part.env}, left_s)
         found = json.loads(path.read_text()) if path.exists() else nothing_found()
-        died = code == LOST or (code is not None and code < 0)
-        if not died or len(found["begun"]) == begun:
+        if code in (None, 0, SKIPPED) or len(found["begun"]) == begun:
             break
         begun = len(found["begun"])  # another process goes on behind what this one has begun
         if found["under_way"] is not None:
-            said = f"its process died of signal {-(code or 0)}; {words}"
+            said = f"it ended its process with code {code}; {words}"
             found["checks"].append({"name": found["under_way"], "passed": False, "said": said})
             publish(path, found | {"under_way": None})
     status, reason = _ending(part, found, code, words, limit_s)

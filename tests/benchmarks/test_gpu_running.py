@@ -74,9 +74,10 @@ def test_attempts_do_not_take_each_other_along(run: Run) -> None:
     found = run("attempts")
     assert found["status"] == "done", found["reason"]
     failed = {check["name"]: check["said"] for check in found["checks"] if not check["passed"]}
-    assert set(failed) == {"a", "b", "f"}
+    assert set(failed) == {"a", "b", "f", "g"}
     assert "not a number" in failed["a"]
-    assert "signal 9" in failed["b"]
+    assert "code -9" in failed["b"]
+    assert "code 7" in failed["g"]
     assert [text.partition(":")[0] for text in found["skipped"]] == ["c"]
     assert verdicts(found)["after e"]
     assert not {"begun", "under_way"} & set(found)

@@ -94,6 +94,6 @@ def attempts(findings: Findings, settings: Settings) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     actions = {"a": fails, "b": dies, "c": lambda: __import__("nothing_like_it"), "d": loses_the_card}
-    for name, action in (actions | {"e": lambda: None, "f": dies}).items():
+    for name, action in (actions | {"e": lambda: None, "f": dies, "g": lambda: sys.exit(7)}).items():
         findings.attempt(name, action)
         findings.check(f"after {name}", True)
