@@ -34,7 +34,15 @@ def color(
         ),
     ],
     video: Annotated[bool, typer.Option("--video", "-v", help="Make a video in the folder, too.")] = False,
-    frame_rate: Annotated[str, typer.Option("--frame-rate", "-r", help="Of the video, in frames per second.")] = "30",
+    frame_rate: Annotated[
+        str | None,
+        typer.Option(
+            "--frame-rate",
+            "-r",
+            help="Of the video, in frames per second. \\[default: a store's own times; 30 for files]",
+            show_default=False,
+        ),
+    ] = None,
     max_flow: Annotated[
         str,
         typer.Option(help="Motion in pixels at full colour; auto: each picture's longest vector, one for the video."),
