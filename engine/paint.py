@@ -255,7 +255,7 @@ def _places(output: str, video: bool, names: list[str], first: StoredFlow) -> tu
     suffix = "" if place.is_dir() else place.suffix.lower()
     if suffix in VIDEO_SUFFIXES:
         return [], [output]
-    if suffix in OTHER_SUFFIXES or "%" in place.name:
+    if suffix in OTHER_SUFFIXES or "%" in place.name or not output:
         raise UnknownOutputError(
             f"expected a folder, X.png, X.mp4 or X.mkv, got {output!r}; flowreel export makes other outputs"
         )
