@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import flowreel
 from flowreel.engine import verify as verifying
 from flowreel.engine.cli import call
 from flowreel.engine.config import SinkConfig
@@ -86,6 +87,13 @@ def test_damage_is_listed_with_flows_and_frames(capsys: Capture) -> None:
 def test_an_unfinished_store_says_how_far(capsys: Capture) -> None:
     assert call(["verify", "cut.zarr"]) == 1
     assert capsys.readouterr().out == "cut.zarr: unfinished: 8 of 20 flows are there\n"
+
+
+def test_a_cache_says_how_full_it_is(tiny_weights: str, capsys: Capture) -> None:
+    with flowreel.open("synthetic:still?size=64x64&frames=5", weights=tiny_weights, cache="c", device="cpu") as flow:
+        flow[1:3]
+    assert call(["verify", "c"]) == 0
+    assert capsys.readouterr().out == "c: sound, 2 of 4 flows of 64x64\n"
 
 
 def test_one_bad_store_does_not_hide_the_others(capsys: Capture) -> None:
