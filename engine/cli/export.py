@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flowreel.engine.cli import printable
-from flowreel.engine.cli.options import Debug, Quiet, number_or_auto, require_report_free, write_stats
+from flowreel.engine.cli.options import CODECS, Debug, Quiet, number_or_auto, require_report_free, write_stats
 from flowreel.engine.cli.table import Live, clock, size
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def export(
     ] = None,
     stop: Annotated[int | None, typer.Option(help="First flow not taken, likewise.", show_default=False)] = None,
     max_error: Annotated[float, typer.Option(help="Largest error of stored flow, in pixels; 0 is lossless.")] = 1 / 64,
-    codec: Annotated[str, typer.Option(help="blosc (every reader opens it), pcodec (smaller) or zstd.")] = "blosc",
+    codec: Annotated[str, typer.Option(help=CODECS)] = "blosc",
     max_flow: Annotated[
         str, typer.Option(help="Motion in pixels at full colour; auto measures the first flows.")
     ] = "auto",

@@ -16,6 +16,7 @@ Weights = Annotated[
     str, typer.Option(help="'baseline' (shipped), a .safetensors, NVIDIA's .pth.tar, or a downloaded one's name.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N. auto takes CUDA when it is there.")]
+CODECS = "blosc (every reader opens it), zstd, pcodec (smaller) or pcodec2d (smaller still; fewest readers)."
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
 

@@ -8,7 +8,16 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from flowreel.engine.cli.options import Debug, Device, Quiet, Weights, number_or_auto, require_report_free, write_stats
+from flowreel.engine.cli.options import (
+    CODECS,
+    Debug,
+    Device,
+    Quiet,
+    Weights,
+    number_or_auto,
+    require_report_free,
+    write_stats,
+)
 from flowreel.engine.cli.table import Live, print_many, print_summary
 from flowreel.sinks import known_outputs
 
@@ -81,9 +90,7 @@ def run(
     max_error: Annotated[
         float, typer.Option(help="Largest error of stored flow, in pixels; 0 is lossless.", rich_help_panel=OUTPUT)
     ] = 1 / 64,
-    codec: Annotated[
-        str, typer.Option(help="blosc (every reader opens it), pcodec (smaller) or zstd.", rich_help_panel=OUTPUT)
-    ] = "blosc",
+    codec: Annotated[str, typer.Option(help=CODECS, rich_help_panel=OUTPUT)] = "blosc",
     max_flow: Annotated[
         str,
         typer.Option(help="Motion in pixels at full colour; auto measures the first flows.", rich_help_panel=OUTPUT),
