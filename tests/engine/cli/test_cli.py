@@ -406,6 +406,19 @@ def test_ctrl_c_ends_with_130_and_nothing_finished(tiny: str) -> None:
     assert not Path("a.zarr").exists()
 
 
+def test_ctrl_c_while_the_commands_load(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    class CtrlC:
+        @staticmethod
+        def find_spec(name: str, *_: object) -> None:
+            if name == "flowreel.engine.cli.app":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "flowreel.engine.cli.app")
+    monkeypatch.setattr(sys, "meta_path", [CtrlC, *sys.meta_path])
+    assert call(["--version"]) == 130
+    assert one_line(capsys) == "flowreel: interrupted\n"
+
+
 def test_a_terminal_shows_the_live_table(tiny: str) -> None:
     parent, child = pty.openpty()
     source = "synthetic:still?size=64x64&frames=400"
