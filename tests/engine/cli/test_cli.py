@@ -376,7 +376,16 @@ def test_demo(tiny: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> No
     for name in ("scene.mp4", "flow.mp4"):
         assert Path("shown", name).exists()
     assert len(open_store("shown/scene.zarr")) == 4
-    assert call(["demo", "shown", "--weights", tiny, "--quiet"]) == 0
+    assert call(["demo", "shown", "--weights", tiny, "--quiet", "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize("name", ["scene.mp4", "scene.zarr", "flow.mp4"])
+def test_demo_replaces_nothing_unasked(name: str, capsys: Capture) -> None:
+    Path("demo").mkdir()
+    Path("demo", name).write_text("the user's own")
+    assert call(["demo"]) == 1
+    assert "--overwrite" in one_line(capsys)
+    assert [(path.name, path.read_text()) for path in Path("demo").iterdir()] == [(name, "the user's own")]
 
 
 def test_train_and_use(capsys: Capture) -> None:
