@@ -52,7 +52,8 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace outputs that are there.")] = False,
     queue_mb: Annotated[float, typer.Option(help="Most megabytes that may wait between the stages.")] = 512,
     stats: Annotated[
-        Path | None, typer.Option(help="Write what the export did as JSON to this file.", show_default=False)
+        Path | None,
+        typer.Option(help="Write what the export did as JSON to this file; -: to stdout.", show_default=False),
     ] = None,
     quiet: Quiet = False,
     debug: Debug = False,

@@ -62,6 +62,19 @@ def test_run_says_what_it_did(tiny: str, capsys: Capture) -> None:
         assert name in stats["stages"][0]
 
 
+def test_stats_to_stdout(tiny: str, capsys: Capture) -> None:
+    assert call(["run", SOURCE, "-o", "a.zarr", "--weights", tiny, "--stats", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["pairs"] == 5
+    assert call(["export", "a.zarr", "-o", "b.zarr", "--stats", "-", "-q"]) == 0
+    assert json.loads(capsys.readouterr().out)["flows"] == 5
+    run = ["run", SOURCE, "-o", "c/{stem}.zarr", "--weights", tiny, "-q", "--stats", "-", "--manifest"]
+    assert call([*run, "-"]) == 2
+    assert "needs a file" in one_line(capsys)
+    assert call([*run, "list.json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sources"][0]["status"] == "done"
+    assert sorted(path.name for path in Path().iterdir()) == ["a.zarr", "b.zarr", "c", "list.json"]
+
+
 def test_quiet_is_quiet(tiny: str, capsys: Capture) -> None:
     assert call(["run", SOURCE, "-o", "a.zarr", "--weights", tiny, "--quiet"]) == 0
     assert capsys.readouterr() == ("", "")
