@@ -115,6 +115,22 @@ def test_one_bad_store_does_not_hide_the_others(capsys: Capture) -> None:
     assert (unfinished["folder"], unfinished["flows"], unfinished["available"]) == ("cut.zarr.partial", 20, 8)
 
 
+@pytest.mark.parametrize(
+    ("entry", "instead", "words"),
+    [
+        ('"scale_factor": 0.03125', '"scale_factor": 0.5', "(scaling: expected {'scale_factor': 0.03125,"),
+        ('"fill_value"', '"empty_value"', "(no entry 'fill_value')"),
+    ],
+)
+def test_edited_metadata_is_told_in_words(entry: str, instead: str, words: str, capsys: Capture) -> None:
+    metadata = Path("a.zarr/flow/zarr.json")
+    metadata.write_text(metadata.read_text().replace(entry, instead))
+    assert call(["verify", "a.zarr"]) == 1
+    said = capsys.readouterr().out
+    assert f"the array 'flow' is not laid out as flowreel does {words}" in said
+    assert "Error(" not in said
+
+
 def test_a_folder_that_cannot_be_listed_ends_one_store_only(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     damage()
     real = os.listdir
