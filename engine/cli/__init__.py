@@ -41,6 +41,8 @@ def call(arguments: list[str]) -> int:
     """
     if any("\0" in argument for argument in arguments):  # no shell can give it, and no file system takes it
         return _say("an argument holds a NUL character: no file or option goes by such a name", 2)
+    if "" in arguments:
+        return _say("an argument is empty: a shell variable that is not set?", 2)
     try:
         from flowreel.engine.cli.app import app  # here, as Ctrl-C may come while it loads
 

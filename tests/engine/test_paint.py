@@ -200,6 +200,7 @@ def test_what_is_there_is_kept_unless_asked(folder: Path) -> None:
         ("flows", "out/%06d.png", {}, UnknownOutputError, "expected a folder"),
         ("flows", "out.zarr", {}, UnknownOutputError, "expected a folder"),
         ("flows", "out.gif", {}, UnknownOutputError, "expected a folder"),
+        ("flows", "", {}, UnknownOutputError, "expected a folder"),
         ("flows", "out", {"max_flow": 0}, UsageError, "max-flow"),
         ("flows", "out", {"frame_rate": "0"}, UsageError, "frame-rate"),
         ("flows", "out", {"model": "FlowNet2"}, UsageError, "model"),

@@ -85,7 +85,6 @@ def test_other_inputs_and_outputs(capsys: Capture) -> None:
         (["000001.flo"], 2, "output"),
         (["-o", "out"], 2, "IN"),
         (["000001.flo", "-o", "out.gif"], 2, "folder"),
-        (["000001.flo", "-o", ""], 2, "folder"),
         (["*.flo", "-o", "out.png"], 2, "one flow"),
         (["000001.flo", "-o", "out", "--max-flow", "0"], 2, "max-flow"),
         (["000001.flo", "-o", "out", "--max-flow", "big"], 2, "max-flow"),
