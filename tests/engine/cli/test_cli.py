@@ -97,12 +97,16 @@ def one_line(capsys: Capture) -> str:
         (["run", "frames/*.png"], 1, "png"),
         (["run", SOURCE, "--weights", "nowhere.pth"], 1, "nowhere.pth"),
         (["run", SOURCE, "--weights", "text.mp4"], 1, "text.mp4"),
+        (["run", SOURCE, "--weights", "text.pth.tar"], 1, "it begins neither as a zip file nor as a pickle"),
         (["run", SOURCE, "-o", "x.gif"], 2, ".zarr"),
-        (["run", SOURCE, "-o", ""], 2, ".zarr"),
+        (["run", SOURCE, "-o", ""], 2, "empty"),
+        (["run", "", "-o", "x.zarr"], 2, "empty"),
         (["run", SOURCE, "-o", "x.flo"], 2, "%06d"),
         (["run", SOURCE, "-o", "x/%s.flo"], 2, "%06d"),
         (["run", SOURCE, "-o", "x_%d.jpg"], 2, "flow_x_"),
-        (["run", SOURCE, "-o", "text.mp4/x.zarr"], 1, "text.mp4"),
+        (["run", SOURCE, "-o", "text.mp4/x.zarr"], 1, "text.mp4/x.zarr: Not a directory"),
+        (["run", SOURCE, "-o", "text.mp4/x.mp4"], 1, "text.mp4/x.mp4: Not a directory"),
+        (["run", SOURCE, "-o", "text.mp4/%d.flo"], 1, "text.mp4: Not a directory"),
         (["run", SOURCE, "-o", "text.mp4"], 1, "--overwrite"),
         (["run", SOURCE, "--stop", "1"], 1, "two"),
         (["run", SOURCE, "--step", "0"], 2, "step"),
@@ -132,7 +136,8 @@ def one_line(capsys: Capture) -> str:
 def test_wrong_input_is_one_line_and_a_code(
     arguments: list[str], code: int, words: str, tiny: str, capsys: Capture
 ) -> None:
-    Path("text.mp4").write_text("This is no video.\n" * 20)
+    for name in ("text.mp4", "text.pth.tar"):
+        Path(name).write_text("This is no video.\n" * 20)
     Path("empty.mp4").touch()
     before = sorted(Path().rglob("*"))
     if arguments[0] == "run" and "--weights" not in arguments:
