@@ -87,7 +87,8 @@ def color(
 
     Args:
         inputs: files of flow (``.flo``, ``.kitti.png``, ``.npz``, two-stream pictures), folders or globs of them,
-            stores, or slices of stores, ``X.zarr@a:b``.
+            stores, or slices of stores, ``X.zarr@a:b``, one after the other. Files of one kind in a row are taken in
+            natural order, 2.flo before 10.flo.
         output: a folder, which gets ``NAME.flo.png`` for ``NAME.flo`` and ``STEM_000012.png`` for frame 12 of the
             store ``STEM.zarr``; or ``X.mp4`` or ``X.mkv`` for the video alone; or ``X.png`` for one single flow.
         video: also make a video in the folder, ``NAME.flo.mp4`` after the first file (``STEM.flo.mp4`` for a store).

@@ -20,7 +20,8 @@ def color(
         typer.Argument(
             metavar="IN",
             help="Files of flow (.flo, .kitti.png, .npz, flow_x_N.jpg), folders or quoted globs of them, stores, or "
-            "slices of stores (X.zarr@10:20).",
+            "slices of stores (X.zarr@10:20), one after the other. Files of one kind in a row are taken in natural "
+            "order, 2.flo before 10.flo.",
             show_default=False,
         ),
     ],

@@ -21,7 +21,8 @@ def export(
         typer.Argument(
             metavar="SOURCE",
             help="A store, a slice of one (X.zarr@10:20), a full cache of lazy flow, or a folder, quoted glob or list "
-            "of files of flow (.flo, .kitti.png, .npz, flow_x_N.jpg).",
+            "of files of flow (.flo, .kitti.png, .npz, flow_x_N.jpg). Files are taken in natural order, 2.flo before "
+            "10.flo, in whatever order they are named.",
             show_default=False,
         ),
     ],

@@ -38,6 +38,12 @@ def test_help_names_every_codec(command: str) -> None:
     assert {*get_args(Codec)} <= {*re.findall(r"\w+", option.help)}
 
 
+@pytest.mark.parametrize("command", ["export", "color"])
+def test_help_tells_the_order_of_files(command: str) -> None:
+    inputs = next(one for one in ROOT.commands[command].params if one.param_type_name == "argument")
+    assert "natural order" in inputs.help
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert call(["--version"]) == 0
     assert capsys.readouterr().out == f"flowreel {version('flowreel')}\n"
