@@ -20,7 +20,7 @@
     ├── OutputError                       something about an output
     │   ├── OutputExistsError (FileExistsError)
     │   ├── OutputWriteError (OSError)             full disk, no permission, vanished folder
-    │   ├── UnknownOutputError (ValueError)        no format goes by that name
+    │   ├── UnknownOutputError (UsageError)        no format goes by that name; exit code 2
     │   └── ResumeMismatchError (ValueError)       what is there was made in another way, or from something else
     ├── StoreError                        something about reading a flow store
     │   ├── StoreNotFoundError (FileNotFoundError)
@@ -119,7 +119,7 @@ class OutputWriteError(OutputError, OSError):
     """The output could not be written: full disk, no permission, vanished folder."""
 
 
-class UnknownOutputError(OutputError, ValueError):
+class UnknownOutputError(OutputError, UsageError):
     """No output format goes by that name."""
 
 

@@ -14,6 +14,10 @@ from flowreel.engine.errors import FlowreelError, StageError, UsageError
 INTERRUPTED = 130
 
 
+class EndOfFile(Exception):
+    """Carries an EOFError past typer, which would take it for Ctrl-D at a prompt. ``__cause__`` is the error."""
+
+
 def main() -> NoReturn:
     """Entry point of ``flowreel`` and ``python -m flowreel``."""
     os.environ.update(patience() | os.environ)  # read when torch loads
@@ -35,11 +39,13 @@ def call(arguments: list[str]) -> int:
 
     ``--debug`` anywhere among the arguments lets errors through as they are, with their tracebacks.
     """
-    from flowreel.engine.cli.app import EndOfFile, app
-
     if any("\0" in argument for argument in arguments):  # no shell can give it, and no file system takes it
         return _say("an argument holds a NUL character: no file or option goes by such a name", 2)
+    if "" in arguments:
+        return _say("an argument is empty: a shell variable that is not set?", 2)
     try:
+        from flowreel.engine.cli.app import app  # here, as Ctrl-C may come while it loads
+
         result = app(arguments, prog_name="flowreel", standalone_mode=False)
     except KeyboardInterrupt:
         return _say("interrupted", INTERRUPTED)
