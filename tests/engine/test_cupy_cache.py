@@ -1,4 +1,4 @@
-"""What happens when flowreel is imported, wherever its user has a home."""
+"""Where CuPy's cache is once flowreel is imported, wherever its user has a home."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import flowreel
+from flowreel.engine import cupy_cache
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def settled() -> str | None:
-    flowreel._let_cupy_load()
+    cupy_cache.settle()
     return os.environ.get("CUPY_CACHE_DIR")
 
 
@@ -48,6 +48,6 @@ def test_cupys_cache_is_where_the_user_has_one(user: Path, monkeypatch: pytest.M
 
 
 def test_without_cupy_nothing_is_made(user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flowreel, "find_spec", lambda name: None)
+    monkeypatch.setattr(cupy_cache, "find_spec", lambda name: None)
     assert settled() is None
     assert not (user / "home").exists()
