@@ -246,9 +246,11 @@ class WorkStream:
 
 def ran_out_of_memory(error: BaseException | None) -> bool:
     """Whether a GPU's memory ended: as torch says it, or CUDA, or cuDNN, which then has no algorithm to offer."""
-    while error is not None:
+    seen: list[BaseException] = []  # what is raised again may hang on itself
+    while error is not None and not any(error is one for one in seen):
         if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _MEMORY_ENDED):
             return True
+        seen.append(error)
         error = error.__cause__ or error.__context__
     return False
 

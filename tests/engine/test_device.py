@@ -13,6 +13,7 @@ from flowreel.engine.device import (
     Streams,
     device_name,
     download,
+    ran_out_of_memory,
     resolve_device,
     resolve_precision,
     upload,
@@ -69,3 +70,12 @@ def test_precision_follows_from_the_device() -> None:
     for precision in ("fp16", "tf32"):
         with pytest.raises(UsageError, match=precision):
             resolve_precision(precision, cpu)  # type: ignore[arg-type]
+
+
+def test_memory_that_ended_is_found_behind_other_errors_even_such_as_hang_on_themselves() -> None:
+    inner, outer = ValueError("a"), RuntimeError("b")
+    outer.__cause__, inner.__context__ = inner, outer
+    assert not ran_out_of_memory(outer)
+    inner.__context__ = torch.OutOfMemoryError("CUDA out of memory")
+    assert ran_out_of_memory(outer)
+    assert not ran_out_of_memory(None)
