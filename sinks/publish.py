@@ -11,12 +11,13 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from flowreel.engine.errors import OutputExistsError, OutputWriteError
+from flowreel.engine.claims import Claim
+from flowreel.engine.errors import OutputError, OutputExistsError, OutputWriteError
 
 
 def partial_path(path: Path) -> Path:
@@ -40,7 +41,7 @@ def write_errors(path: Path | str) -> Iterator[None]:
     """Turns the operating system's errors into OutputWriteError naming ``path``; flowreel's own pass unchanged."""
     try:
         yield
-    except (OutputWriteError, OutputExistsError):
+    except OutputError:
         raise
     except OSError as error:
         hint = "; free some space or choose another disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
@@ -168,6 +169,25 @@ def settle_replaced(path: Path) -> None:
         sync_folder(path.parent)
 
 
+def claimed_file(path: Path, output: str) -> Claim:
+    """An empty file under an unfinished name, held; what lay there before is gone.
+
+    Raises OutputBusyError while another run holds it, IsADirectoryError where a folder is.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+    claim = Claim.of_file(path, output)
+    if claim.made:
+        return claim
+    remove_leftover(path)
+    try:
+        return Claim.of_file(path, output)
+    finally:
+        claim.release()
+
+
 def remove_leftover(path: Path) -> None:
     """Removes what lies under an unfinished name, so that no link there is followed and no pipe waited for.
 
@@ -180,7 +200,17 @@ def remove_leftover(path: Path) -> None:
 def remove(path: Path, ignore_errors: bool = False) -> None:
     """Deletes a file, a link or a whole folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=ignore_errors)
+        shutil.rmtree(path, onerror=_unless(ignore_errors))
         return
     with suppress(OSError) if ignore_errors else suppress(FileNotFoundError):
         path.unlink()
+
+
+def _unless(ignored: bool) -> Callable[[Callable[..., object], str, Any], None]:
+    """For rmtree: errors are raised unless they are ignored; what has gone already, as two runs tidy up, is none."""
+
+    def tell(_: Callable[..., object], __: str, error: Any) -> None:
+        if not ignored and not isinstance(error[1], FileNotFoundError):
+            raise error[1]
+
+    return tell
