@@ -128,7 +128,7 @@ def run_one(
         if resumed is not None:
             resumed.store.require_same(header)
             sinks = [resumed.store]  # the other outputs are made from it when it is complete
-        opened.enter_context(opened_sinks(sinks, header))
+        opened.enter_context(opened_sinks(sinks, header, resumes=True))
         to_host = all(preparing(sink) is None for sink in sinks)  # else each output takes what it wants
         pipeline = _pipeline(frames, inference, header, config, to_host=to_host, resumed=resumed)
         inference.make_ready(header.shard_length(config.sink.shard_bytes), header.flow_count)

@@ -11,7 +11,7 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -110,6 +110,37 @@ def publish_bytes(path: Path, *pieces: bytes) -> int:
     with atomic_file(path) as file:
         file.writelines(pieces)
     return sum(len(piece) for piece in pieces)
+
+
+def write_unfinished(contents: Mapping[Path, Iterable[bytes | memoryview]]) -> int:
+    """Writes files that belong together under their unfinished names, durably; on an error none of them is left.
+
+    ``contents``: by the names they are to get, see ``give_names``. Parent folders are created. Returns their bytes.
+    """
+    written, nbytes = [], 0
+    try:
+        for path, pieces in contents.items():
+            with write_errors(path):
+                make_folder(path.parent)
+                temporary = partial_path(path)
+                remove_leftover(temporary)
+                written.append(temporary)
+                with open(temporary, "wb") as file:
+                    file.writelines(pieces)
+                    nbytes += file.tell()
+                sync_file(temporary)
+    except BaseException:
+        for temporary in written:
+            remove(temporary, ignore_errors=True)
+        raise
+    return nbytes
+
+
+def give_names(paths: Iterable[Path]) -> None:
+    """Finished files lose the ``.partial`` of their names, in this order. Their folders' entries are not synced."""
+    for path in paths:
+        with write_errors(path):
+            os.replace(partial_path(path), path)
 
 
 def publish_first(path: Path, *pieces: bytes) -> bool:

@@ -163,13 +163,14 @@ class ColorVideoSink:
         if self._unknown:
             self._notes.append(f"{self.path}: {self._unknown} unknown vectors are black")
 
-    def abort(self) -> None:
+    def abort(self) -> str | None:
         """Removes the unfinished file. What was at the output's name before is untouched."""
         self._held.clear()
         if self._encoder is not None and self._claim is not None and self._claim.held:
             self._encoder.discard()
             remove(self._partial, ignore_errors=True)
             self._claim.release()
+        return None
 
     @property
     def path(self) -> str:

@@ -60,6 +60,7 @@ class ZarrSink:
         self._taken = 0  # flows that arrived, those of a resumed store included
         self._count = 0  # flows compressed and in their shard
         self._length = 0  # flows the arrays are declared to hold
+        self._announced = ""  # of how many flows they are, for messages
         self._chunks: list[bytes] = []  # of the shard that is filling up
         self._coordinates: dict[str, list[Any]] = {name: [] for name in COORDINATES}  # of the same shard
         self._invalid: dict[str, tuple[int, int]] = {}  # what -> vectors, first frame
@@ -173,6 +174,7 @@ class ZarrSink:
             self._state = "open"
             try:
                 self._length = max(info.flow_count or 0, self._count)
+                self._announced = "" if info.flow_count is None else f" of {info.flow_count}"
                 self._metadata = store_metadata(info, self._config, self._codec, self._shard_length, self._length)
                 for name in self._metadata:
                     self._publish_metadata(name)
@@ -238,14 +240,20 @@ class ZarrSink:
             self._target.let_go()
         self._state = "done"
 
-    def abort(self) -> None:
+    def abort(self) -> str | None:
         """Removes the unfinished store, unless it holds a whole shard: that is worth resuming from, and stays."""
         self._pool.close()
-        if self._state == "open" and not published_shards(self._target.folder):
-            self._target.discard()
+        kept = None
+        if self._state == "open":
+            self._state = "done"
+            if shards := len(published_shards(self._target.folder)):
+                flows = min(shards * self._shard_length, self._count)
+                kept = f"{self._target.folder} holds {flows}{self._announced} flows"
+            else:
+                self._target.discard()
         self._target.let_go()
-        self._state = "done" if self._state == "open" else self._state
         self._chunks.clear()
+        return kept
 
     def _require_open(self) -> None:
         if self._state != "open":

@@ -53,6 +53,10 @@ class EndOfFile(Exception):
     """Carries an EOFError past typer, which would take it for Ctrl-D at a prompt. ``__cause__`` is the error."""
 
 
+class Interrupted(Exception):
+    """Carries Ctrl-C past typer, which would keep nothing of it. ``__cause__`` is the KeyboardInterrupt."""
+
+
 def _shielded(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def shielded(*arguments: object, **options: object) -> None:
@@ -60,6 +64,8 @@ def _shielded(command: Callable[..., None]) -> Callable[..., None]:
             command(*arguments, **options)
         except EOFError as error:
             raise EndOfFile from error
+        except KeyboardInterrupt as error:
+            raise Interrupted from error
 
     return shielded
 

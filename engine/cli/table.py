@@ -135,7 +135,8 @@ def print_many(report: ManyReport) -> None:
     console.print(table)
     for source in report.sources:
         if source.error is not None:
-            console.print(printable(f"{source.source}: {source.error}"))
+            told = "; ".join([str(source.error), *getattr(source.error, "__notes__", ())])
+            console.print(printable(f"{source.source}: {told}"))
         for note in () if source.run is None else _notes(source.run):
             console.print(printable(f"{source.source}: {note}"))
     runs = [source.run for source in report.sources if source.run is not None]
