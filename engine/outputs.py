@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from flowreel.engine.data import DeviceSink, FlowBatch, FlowInfo, Resumable, Sink
+from flowreel.engine.data import DeviceSink, FlowBatch, FlowInfo, OneFileAFlow, Resumable, Sink
 from flowreel.engine.device import download
 from flowreel.engine.errors import TruncatedSourceError, UsageError
 from flowreel.engine.places import require_apart, require_outside_stores
@@ -37,11 +37,17 @@ class OutputReport:
     path: str
     bytes_written: int
     notes: tuple[str, ...] = ()  # e.g. how many vectors were beyond range
+    flo_bytes: int | None = None  # what the flows written to it would have taken as .flo files; None: nobody compares
 
 
-def output_report(sink: Sink) -> OutputReport:
+def output_report(sink: Sink, flo_bytes: int | None = None) -> OutputReport:
     """What a sink says of itself when it is done."""
-    return OutputReport(sink.path, sink.bytes_written, tuple(sink.notes))
+    return OutputReport(sink.path, sink.bytes_written, tuple(sink.notes), flo_bytes)
+
+
+def is_finished(sink: Sink, flows: int) -> bool:
+    """Whether the output is there, all of it: of one file a flow, files of so many flows."""
+    return sink.holds(flows) if isinstance(sink, OneFileAFlow) else os.path.lexists(sink.path)
 
 
 def named_outputs(outputs: PathLike | Iterable[PathLike], stem: str) -> list[str]:

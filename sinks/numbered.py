@@ -168,11 +168,9 @@ class NumberedFilesSink(ABC):
             )
 
     def holds(self, flows: int) -> bool:
-        """Whether files of so many flows are there, all of them with their names."""
-        if not self._folder.is_dir():
-            return False
-        whole = all(set(name.present()) == set(range(flows)) for name in self._names)
-        return whole and not any(name.present() for name in self._unfinished)
+        """Whether the files of so many flows are there: of one run, as those of two never have their names at once."""
+        there = self._folder.is_dir()
+        return there and all(name.present().keys() == set(range(flows)) for name in self._names)
 
     def write(self, batch: FlowBatch) -> None:
         """Encodes each flow and writes those that are ready. Raises what went wrong with an earlier one, too."""

@@ -116,7 +116,8 @@ def print_summary(report: RunReport) -> None:
     )
     console.print(printable(_how(report)))
     for output in report.outputs:
-        share = f", {report.flo_bytes / output.bytes_written:.1f}x smaller than .flo" if output.bytes_written else ""
+        smaller = (output.flo_bytes or 0) / max(output.bytes_written, 1)
+        share = f", {smaller:.1f}x smaller than .flo" if output.bytes_written else ""
         console.print(f"{printable(output.path)}  {size(output.bytes_written)}{share}")
         for note in output.notes:
             console.print(f"  {printable(note)}")

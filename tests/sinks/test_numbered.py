@@ -184,7 +184,7 @@ def test_an_unfinished_run_looks_unfinished_and_says_what_it_kept(
         assert kept is not None
         assert f"keeps {len(after)} whole files, named {Path(output.form).suffix}.partial" in kept
     assert not sink_for(output, folder).holds(3)
-    assert sink_for(output, folder).holds(COUNT) == (there and not after)
+    assert sink_for(output, folder).holds(COUNT) == there
     again = sink_for(output, folder, overwrite=there)  # what an unfinished run left is in nobody's way
     again.open(INFO)
     again.write(batch_of(flows))
@@ -232,7 +232,7 @@ def test_stopped_while_names_are_given(
             after.items()
         )
         assert {name.removesuffix(".partial") for name in found} >= set(after)
-        assert sink_for(output, folder).holds(4) == (finished == after == found)
+        assert not sink_for(output, folder).holds(4)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -15,6 +15,7 @@ from flowreel.engine.claims import Claim
 from flowreel.engine.cli import call
 from flowreel.engine.cli.table import Live
 from flowreel.engine.data import FlowInfo
+from flowreel.engine.errors import OutputWriteError
 from flowreel.engine.models import build_model
 from flowreel.engine.models.weights import save_weights
 from flowreel.engine.outputs import Progress
@@ -55,7 +56,7 @@ def said(capsys: Capture) -> str:
 
 
 @pytest.mark.usefixtures("stopped")
-def test_ctrl_c_tells_what_is_kept(tiny: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_tells_what_is_kept(tiny: list[str], capsys: Capture) -> None:
     outputs = ["-o", "k.zarr", "-o", "k.mp4", "-o", "f/%03d.flo", "--batch", "1"]
     assert call(["run", SOURCE, *outputs, *tiny]) == 130
     there, files = open_store("k.zarr").available, len(list(Path("f").iterdir()))
@@ -70,27 +71,38 @@ def test_ctrl_c_tells_what_is_kept(tiny: list[str], capsys: Capture, monkeypatch
     assert sorted(os.listdir()) == ["f", "k.zarr.partial"]
     assert call(["export", "f", "-o", "x.zarr", "-q"]) == 1
     assert f"no files of flow there; expected X.flo, X.kitti.png, X.npz, flow_x_N.jpg; {files} named" in said(capsys)
-    monkeypatch.undo()
-    monkeypatch.chdir(Path.cwd())
 
 
 def test_a_failure_tells_it_too(tiny: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert call(["run", SOURCE, "-o", "k.zarr", "--batch", "1", *tiny]) == 0
-    victim = Path("k.zarr/flow/c/3/0/0/0")
-    victim.write_bytes(victim.read_bytes()[:-20])
-    assert call(["export", "k.zarr", "-o", "f/%03d.flo", "-o", "c.zarr", "-q"]) == 1
-    files, there = len(list(Path("f").iterdir())), open_store("c.zarr").available
-    line = said(capsys)
-    assert line.endswith(f"; f keeps {files} whole files, named .flo.partial; c.zarr.partial holds {there} of 11 flows")
-    assert call(["run", SOURCE, SOURCE.replace("objects", "still"), "-o", "{stem}/%03d.flo", *tiny]) == 0
+    def fail(_: Live, progress: Progress) -> None:
+        if progress.flows_done >= 2:
+            raise OutputWriteError("cannot write at all")
+
+    monkeypatch.setattr(Live, "show", fail)
+    assert call(["run", SOURCE, "-o", "k.zarr", "-o", "f/%03d.flo", "--batch", "1", *tiny]) == 1
+    files, there = len(list(Path("f").iterdir())), open_store("k.zarr").available
+    assert said(capsys) == (
+        f"flowreel: cannot write at all; k.zarr.partial holds {there} of 11 flows; --resume goes on with it; "
+        f"f keeps {files} whole files, named .flo.partial"
+    )
 
 
-@pytest.mark.usefixtures("stopped")
-def test_other_outputs_that_were_cut_are_made_again(
+def test_an_export_that_stopped_does_not_promise_to_resume(
     tiny: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert call(["run", "synthetic:still?size=64x64&frames=99", "-o", "k.zarr", *tiny]) == 0
+
+    def stop(_: Live, progress: Progress) -> None:
+        if progress.flows_done >= 8:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Live, "show", stop)
+    assert call(["export", "k.zarr", "-o", "c.zarr", "-q"]) == 130
+    assert said(capsys) == f"flowreel: interrupted; c.zarr.partial holds {open_store('c.zarr').available} of 98 flows"
+
+
+def test_other_outputs_that_were_cut_are_made_again(tiny: list[str], capsys: Capture) -> None:
     """Of a complete store, while they were made from it: a folder that holds only some files is not there already."""
-    monkeypatch.setattr(Live, "show", lambda *_: None)
     loud = [SOURCE, "-o", "k.zarr", "-o", "f/%03d.flo", "--resume", *tiny[:2]]
     assert call(["run", SOURCE, "-o", "k.zarr", *tiny]) == 0
     assert call(["run", *loud]) == 0
@@ -102,10 +114,7 @@ def test_other_outputs_that_were_cut_are_made_again(
     for number in (9, 10):
         Path(f"f/{number:03}.flo").unlink()
     assert call(["run", *loud]) == 1  # whoever made or cut them, they are not this store's flow
-    line = said(capsys)
-    assert "9" in line
-    assert "11" in line
-    assert "is there already" not in line
+    assert "f/%03d.flo: what is there is not the 11 flows of k.zarr" in said(capsys)
     for path in Path("f").iterdir():
         path.rename(f"{path}.partial")
     assert call(["run", *loud]) == 0

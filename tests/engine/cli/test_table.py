@@ -58,7 +58,9 @@ def test_the_summary_of_many_sources(capsys: Capture) -> None:
     run = RunReport(
         **dict.fromkeys(("decoder", "device", "precision", "model", "weights"), ""),
         kernels={"correlation": "cuda", "warp": "torch", "channel_norm": "torch"},
-        **dict.fromkeys(("pairs", "seconds", "startup_s", "pairs_per_s", "flo_bytes", "width", "height", "batch"), 0),
+        **dict.fromkeys(
+            ("pairs", "flows", "seconds", "startup_s", "pairs_per_s", "flo_bytes", "width", "height", "batch"), 0
+        ),
         bytes_written=1500,
         outputs=(output,),
         stages=(),
