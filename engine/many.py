@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -16,25 +15,29 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flowreel.engine.api import RunReport, output_names, run_one
-from flowreel.engine.config import RunConfig
+from flowreel.engine.config import ModelConfig, RunConfig
+from flowreel.engine.data import Resumable, Sink
 from flowreel.engine.errors import (
     FlowreelError,
     OutputExistsError,
     OutputWriteError,
+    ResumeMismatchError,
     SomeSourcesFailedError,
     StageError,
     UsageError,
 )
 from flowreel.engine.inference import Network, load_network
-from flowreel.engine.outputs import PathLike, Progress
-from flowreel.engine.sources import source_stem
-from flowreel.sinks import open_sink
+from flowreel.engine.models import model_name
+from flowreel.engine.models.weights import Weights, read_weights
+from flowreel.engine.outputs import PathLike, Progress, is_finished
+from flowreel.engine.settings import settings, settings_of_others
+from flowreel.engine.sources import source_identity, source_stem
+from flowreel.sinks import differing_settings, open_sink, open_store
 
 MANIFEST = "flowreel-manifest.json"
 FORMAT = "flowreel_manifest"  # the key that marks the file as ours; its value is the format's version
 
 Status = Literal["done", "skipped", "failed", "interrupted"]
-_NUMBER = re.compile(r"%0?\d*d")  # in a name that stands for one file a flow
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,9 @@ def run_many(
 ) -> ManyReport:
     """Computes the flow of many sources with one network, one source after another.
 
-    A source whose outputs are all there is skipped; where some are missing, only those are made. What a source left
+    A source whose outputs are all there is skipped; where some are missing, only those are made. What is there must be
+    of that source and made with these settings, as stores tell themselves and the manifest tells of other outputs;
+    else the source fails with ResumeMismatchError, or OutputExistsError where nothing is known. What a source left
     unfinished in an earlier run with the same manifest is made anew. ``overwrite`` makes everything anew.
 
     Args:
@@ -138,7 +143,7 @@ def run_many(
 
     Raises:
         UsageError, UnknownOutputError: before anything is written; also for two sources of one name.
-        WeightsError, DeviceError: before the first source that has something left to do.
+        WeightsError: before the first source of which something is there, or left to do; DeviceError: left to do.
         OutputExistsError, OutputWriteError: of the manifest: something else is in its place, or it cannot be written.
         KeyboardInterrupt: after the source at work was stopped; the manifest says so.
     """
@@ -149,8 +154,17 @@ def run_many(
         open_sink(path, config.sink)  # writes nothing yet: a name that no format goes by is told of at once
     ledger = _Ledger(_manifest_path(manifest, outputs), jobs)
     network: Network | None = None
+    weights: Weights | None = None
     for number, job in enumerate(jobs, 1):
-        missing = [path for path in job.outputs if config.sink.overwrite or not ledger.is_finished(job, path)]
+        missing = list(job.outputs)
+        if not config.sink.overwrite and (there := ledger.finished(job, config)):
+            weights = weights or (_held(config.model) if network is None else network.weights)
+            try:
+                missing = _missing(job, there, ledger, config, weights)
+            except FlowreelError as error:
+                began = ledger.left_unfinished(job)
+                ledger.note(SourceReport(job.source, "failed", job.outputs, began=began, error=error))
+                continue
         if not missing:
             ledger.note(SourceReport(job.source, "skipped", job.outputs, ledger.flows_before(job)))
             continue
@@ -199,6 +213,43 @@ def _templates(outputs: PathLike | Iterable[PathLike] | None) -> list[str]:
     return [os.fspath(path) for path in given]
 
 
+def _held(config: ModelConfig) -> Weights:
+    """What is known of the weights, without their tensors. Raises WeightsError; UsageError for a model that is none."""
+    if config.model is not None:
+        model_name(config.model)
+    return replace(read_weights(config.weights), state={})
+
+
+def _missing(job: _Job, there: list[Sink], ledger: _Ledger, config: RunConfig, weights: Weights) -> list[str]:
+    """The outputs that are left to make.
+
+    Raises ResumeMismatchError when one that is ``there`` was made otherwise, or of another source, or of less of it.
+    """
+    source = source_identity(job.source)
+    stored = settings(config, source, weights)
+    grown = False
+    for sink in there:
+        is_store = isinstance(sink, Resumable)
+        was = open_store(sink.path).attrs if is_store else ledger.made(sink.path)
+        differing = differing_settings(was, stored if is_store else settings_of_others(stored, config))
+        if differing:
+            raise ResumeMismatchError(
+                f"{sink.path} is there, but not what is asked for: {'; '.join(differing)}. Choose another name, or "
+                "make it anew with --overwrite"
+            )
+        before = (was.get("source") or {}).get("size_bytes")
+        if None not in (before, source.size_bytes) and before != source.size_bytes:
+            if not config.sink.resume:
+                raise ResumeMismatchError(
+                    f"{sink.path} is there, but {source.name} had {before} bytes then and has {source.size_bytes}: go "
+                    "on with a store with --resume, or make it anew with --overwrite"
+                )
+            grown = True
+    paths = {sink.path for sink in there}
+    missing = [path for path in job.outputs if path not in paths]
+    return list(job.outputs) if config.sink.resume and (missing or grown) else missing  # others are made of the store
+
+
 def _attempt(
     job: _Job,
     missing: list[str],
@@ -220,8 +271,11 @@ def _attempt(
         tell(run)
 
     try:
+        stored = settings(config, source_identity(job.source), network.weights)  # of the source as it is now
         run = run_one(job.source, missing, config, lambda: network, follow)
-        report = replace(report, status="done", flows=run.pairs, run=run)
+        chosen = {"batch": run.batch, "precision": run.precision, "flows": run.flows}
+        ledger.remember(missing, settings_of_others(stored, config) | chosen)
+        report = replace(report, status="done", flows=run.flows, run=run)
     except Exception as error:
         report = replace(report, status="failed", error=error)
         if not isinstance(error, FlowreelError):
@@ -257,7 +311,7 @@ class _Ledger:
         self.path = path
         self._jobs = jobs
         self._reports: dict[str, SourceReport] = {}
-        self._former = _former_entries(path)
+        self._former, self._made = _former(path)
 
     @property
     def reports(self) -> list[SourceReport]:
@@ -283,6 +337,7 @@ class _Ledger:
             "sources": [report.as_json() for report in self.reports],
             "not_reached": [job.source for job in self._jobs if not self.has(job)],
             "earlier": [entry for source, entry in self._former.items() if source not in self._reports],
+            "made": self._made,
         }
         temporary = Path(f"{self.path}.partial")
         try:
@@ -295,21 +350,25 @@ class _Ledger:
         except OSError as error:
             raise OutputWriteError(f"cannot write the manifest {self.path}: {error.strerror or error}") from error
 
-    def is_finished(self, job: _Job, path: str) -> bool:
-        """Whether the output is there and whole.
+    def finished(self, job: _Job, config: RunConfig) -> list[Sink]:
+        """The outputs that are there and whole, as far as is known.
 
-        Most outputs get their name only when they are. One file a flow is different: there the manifest of the run
-        that wrote them must say so, and as many files be there.
+        A store tells of itself. Of others the manifest of the run that wrote them must.
         """
-        if not _NUMBER.search(path):
-            return os.path.lexists(path)
-        flows = self.flows_before(job)
-        if flows is None or path not in self._former[job.source].get("outputs", ()):
-            return False
-        file = re.compile(r" *\d+".join(map(re.escape, _NUMBER.split(Path(path).name))))
-        folder = Path(path).parent
-        names = os.listdir(folder) if folder.is_dir() else []
-        return sum(file.fullmatch(name) is not None for name in names) >= flows
+        sinks = (open_sink(path, config.sink) for path in job.outputs)
+        return [sink for sink in sinks if self._is_finished(sink)]
+
+    def _is_finished(self, sink: Sink) -> bool:
+        flows = self._made.get(sink.path, {}).get("flows")
+        return (isinstance(sink, Resumable) or isinstance(flows, int)) and is_finished(sink, flows or 0)
+
+    def made(self, path: str) -> Mapping[str, Any]:
+        """How a finished output was made."""
+        return self._made.get(path, {})
+
+    def remember(self, paths: list[str], made: dict[str, Any]) -> None:
+        """Of finished outputs, how they were made. Written with the next note."""
+        self._made |= dict.fromkeys(paths, made)
 
     def flows_before(self, job: _Job) -> int | None:
         """Flows of a source that the former manifest says is done; None where it does not."""
@@ -324,21 +383,25 @@ class _Ledger:
         return ended_early and set(job.outputs) <= set(entry.get("outputs", ()))
 
 
-def _former_entries(path: Path) -> Mapping[str, dict[str, Any]]:
-    """What an earlier run left, by source. Raises OutputExistsError for a file that is no manifest of ours."""
+def _former(path: Path) -> tuple[Mapping[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """What an earlier run left: entries by source, and how outputs were made, by path.
+
+    Raises OutputExistsError for a file that is no manifest of ours.
+    """
     odd = os.path.exists(path) and not os.path.isfile(path)  # a folder; or a device, which may never end
     try:
         content = None if odd else json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        return {}  # the first run; or no such folder can be, as will be said on writing
+        return {}, {}  # the first run; or no such folder can be, as will be said on writing
     except (OSError, ValueError):
         content = None
     if not isinstance(content, dict) or FORMAT not in content or not isinstance(content.get("sources"), list):
         raise OutputExistsError(f"{path} is there and is no manifest of flowreel's: name another with --manifest")
-    earlier = content.get("earlier")  # what runs before that one left, of sources it did not get to
+    earlier, made = content.get("earlier"), content.get("made")  # earlier: of sources that run did not get to
     entries = [
         entry
         for entry in (*(earlier if isinstance(earlier, list) else ()), *content["sources"])
         if isinstance(entry, dict)
     ]
-    return {str(entry.get("source")): entry for entry in entries}
+    how = {name: value for name, value in made.items() if isinstance(value, dict)} if isinstance(made, dict) else {}
+    return {str(entry.get("source")): entry for entry in entries}, how
