@@ -125,7 +125,6 @@ class NumberedFilesSink(ABC):
         self._path = path
         self._overwrite = config.overwrite
         self._folder = Path(path).parent
-        self._suffix = Path(path).suffix
         self._names = [NumberedName(each, self.example) for each in (path, *beside)]
         self._unfinished = [NumberedName(each + ".partial", self.example) for each in (path, *beside)]
         self._claim: Claim | None = None
@@ -204,7 +203,7 @@ class NumberedFilesSink(ABC):
             with write_errors(self._folder):
                 self._publish()
         else:
-            self._notes.append(f"incomplete: {self._kept()}")
+            self._notes += [f"incomplete: {self._kept()}"] if self._written else []
         self._claim.withdraw()
 
     def abort(self) -> str | None:
@@ -216,8 +215,8 @@ class NumberedFilesSink(ABC):
         return self._kept() if self._written else None
 
     def _kept(self) -> str:
-        files = len(self._written) * len(self._names)
-        return f"{self._folder} keeps {files} whole files, named {self._suffix}.partial"
+        count, example = len(self._written) * len(self._names), self._unfinished[0].file(self._written[0]).name
+        return f"{self._folder} keeps {count} whole files such as {example}"
 
     def _publish(self) -> None:
         self._require_possible()  # something may have come up during the run

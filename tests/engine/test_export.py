@@ -188,7 +188,9 @@ def test_a_cut_source_leaves_a_store_that_says_why_it_is_unfinished(
 ) -> None:
     export(folder, "a.zarr", max_error=0)
     Path("a.zarr").rename("a.zarr.partial")
-    said = "a.zarr.partial is unfinished: 10 flows are there; its source or its run was cut short, or it is being written"
+    said = (
+        "a.zarr.partial is unfinished: 10 flows are there; its source or its run was cut short, or it is being written"
+    )
     assert said in export("a.zarr", "b.zarr").notes[0]
     assert call(["info", "a.zarr"]) == 0
     assert said in capsys.readouterr().out

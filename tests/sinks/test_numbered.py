@@ -182,7 +182,7 @@ def test_an_unfinished_run_looks_unfinished_and_says_what_it_kept(
         assert len(after) == len(whole)
     if after:
         assert kept is not None
-        assert f"keeps {len(after)} whole files, named {Path(output.form).suffix}.partial" in kept
+        assert f"keeps {len(after)} whole files such as {Path(output.form % 0).name}.partial" in kept
     assert not sink_for(output, folder).holds(3)
     assert sink_for(output, folder).holds(COUNT) == there
     again = sink_for(output, folder, overwrite=there)  # what an unfinished run left is in nobody's way
