@@ -81,7 +81,7 @@ class Claim:
 
     def withdraw(self) -> None:
         """Releases it as if it had never been held: what was made for it goes, unless it holds something by now."""
-        if self.made and self.held and fcntl is not None and still_named(self._descriptor, self.path):
+        if self.made and self.held and (fcntl is None or still_named(self._descriptor, self.path)):
             with suppress(OSError):
                 if self.path.is_dir():
                     self.path.rmdir()

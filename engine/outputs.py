@@ -47,7 +47,9 @@ def output_report(sink: Sink, flo_bytes: int | None = None) -> OutputReport:
 
 def is_finished(sink: Sink, flows: int) -> bool:
     """Whether the output is there, all of it: of one file a flow, files of so many flows."""
-    return sink.holds(flows) if isinstance(sink, OneFileAFlow) else os.path.lexists(sink.path)
+    if isinstance(sink, OneFileAFlow):
+        return sink.holds(flows)
+    return os.path.isdir(sink.path) if isinstance(sink, Resumable) else os.path.isfile(sink.path)
 
 
 def named_outputs(outputs: PathLike | Iterable[PathLike], stem: str) -> list[str]:

@@ -43,6 +43,7 @@ class Resumption:
     @property
     def info(self) -> FlowInfo:
         """The header of the whole, not just of what is left."""
+        assert self.frames is not None
         rest = self.source_info
         return replace(rest, frame_count=None if rest.frame_count is None else rest.frame_count + self.point.flows)
 

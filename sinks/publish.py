@@ -11,10 +11,10 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from flowreel.engine.claims import Claim
 from flowreel.engine.errors import OutputError, OutputExistsError, OutputWriteError
@@ -229,19 +229,11 @@ def remove_leftover(path: Path) -> None:
 
 
 def remove(path: Path, ignore_errors: bool = False) -> None:
-    """Deletes a file, a link or a whole folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, onerror=_unless(ignore_errors))
-        return
+    """Deletes a file, a link or a whole folder, if it is there. Another process may do the same at that moment."""
+    while path.is_dir() and not path.is_symlink():
+        if ignore_errors:
+            return shutil.rmtree(path, ignore_errors=True)
+        with suppress(FileNotFoundError):  # of what has gone already
+            shutil.rmtree(path)
     with suppress(OSError) if ignore_errors else suppress(FileNotFoundError):
         path.unlink()
-
-
-def _unless(ignored: bool) -> Callable[[Callable[..., object], str, Any], None]:
-    """For rmtree: errors are raised unless they are ignored; what has gone already, as two runs tidy up, is none."""
-
-    def tell(_: Callable[..., object], __: str, error: Any) -> None:
-        if not ignored and not isinstance(error[1], FileNotFoundError):
-            raise error[1]
-
-    return tell

@@ -43,8 +43,7 @@ class StoreTarget(Protocol):
 class LocalTarget:
     """A folder on a disk. OutputExistsError and OutputWriteError tell what is in the way.
 
-    From ``hold`` to ``let_go`` no other run may write the unfinished store: it raises
-    OutputBusyError.
+    From ``hold`` to ``let_go`` no other run may write the unfinished store: it gets an OutputBusyError.
     """
 
     def __init__(self, path: str) -> None:

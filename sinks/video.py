@@ -191,9 +191,9 @@ class ColorVideoSink:
         return list(self._notes)
 
     def _require_possible(self) -> None:
-        require_absent(self._destination, self._overwrite)
         if self._destination.is_dir():
             raise OutputExistsError(f"{self.path} is a folder: choose another name, or remove it yourself if it can go")
+        require_absent(self._destination, self._overwrite)
 
     def _encoding_gpu(self, info: FlowInfo) -> int | None:
         """The number of the GPU that is to encode; None: the CPU is."""

@@ -165,8 +165,8 @@ class ZarrSink:
         with publish.write_errors(self.path):
             if self._config.resume and not self._asked:
                 self.resume_point()
-            self._target.hold()
             try:
+                self._target.hold()
                 self._start_or_reopen(info)
             except BaseException:
                 self._target.let_go()

@@ -133,8 +133,9 @@ def test_without_locks_runs_go_on(tmp_path: Path, take: Take, why: str, monkeypa
         monkeypatch.setattr(claims.fcntl, "flock", refused)
     first, second = take(tmp_path / "x", "x"), take(tmp_path / "x", "x")
     assert (first.made, second.made) == (True, False)
-    first.withdraw()
     second.release()
+    first.withdraw()
+    assert os.listdir(tmp_path) == []
 
 
 def test_what_cannot_be_held(tmp_path: Path, take: Take) -> None:
