@@ -24,15 +24,17 @@ RUN grep --invert-match --extended-regexp '^(nvidia|cuda)-' constraints.txt > /t
     && /venv/bin/pip install --no-cache-dir --constraint /tmp/constraints.txt '.[cuda]' \
     && rm /tmp/constraints.txt
 
-# Not the root user. Any other (--user) may run it too: kernels and downloaded weights are kept where all may write.
+# Not the root user. Any other (--user) may run it too, without a home: kernels and downloaded weights are kept where all
+# may write, and so is CuPy's cache, without which it does not load.
 RUN useradd --uid 10001 --create-home flowreel \
-    && mkdir --mode 1777 /cache \
+    && mkdir --mode 1777 /cache /cache/cupy \
     && install --directory --owner flowreel /data
 
 # video: without it a container gets neither libnvcuvid nor libnvidia-encode, and NVDEC cannot be used.
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility,video \
     XDG_CACHE_HOME=/cache \
+    CUPY_CACHE_DIR=/cache/cupy \
     PATH=/venv/bin:$PATH
 
 USER 10001

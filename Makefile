@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	$(BIN)/flowreel demo demo
+	$(BIN)/flowreel demo demo --overwrite
 
 test: check
 	$(BIN)/python -m pytest -q

@@ -15,6 +15,7 @@ from benchmarks.measure import Effort, Sample, alternated, device_sync, devices
 
 GEMM = 2048  # rows and columns
 CONV = (1, 256, 56, 128)  # FlowNetC's features at 1024x448, into as many channels by 3x3
+GEMM_ON_GPU, CONV_ON_GPU = 4, 8  # times as many rows and columns, and maps: less leaves a large GPU half idle
 COPY_BYTES = 256 << 20  # far beyond any cache
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ON_CPU = ("fp32", "bf16")
@@ -67,18 +68,21 @@ def _row(device: str, limit: str, seconds: list[float], work: float, unit: str) 
 
 
 def _gemm(device: str, precision: str) -> tuple[str, Callable[[], object], float]:
-    a, b = (torch.randn(GEMM, GEMM, device=device).to(PRECISIONS[precision]) for _ in range(2))
+    side = GEMM * (GEMM_ON_GPU if device == "cuda" else 1)
+    a, b = (torch.randn(side, side, device=device).to(PRECISIONS[precision]) for _ in range(2))
     out = torch.empty_like(a)
-    return "matrix product", lambda: torch.mm(a, b, out=out), 2.0 * GEMM**3
+    return "matrix product", lambda: torch.mm(a, b, out=out), 2.0 * side**3
 
 
 def _conv(device: str, precision: str) -> tuple[str, Callable[[], object], float]:
     channels, dtype = CONV[1], PRECISIONS[precision]
-    x = torch.randn(CONV, device=device).to(dtype, memory_format=torch.channels_last)
+    batch = CONV[0] * (CONV_ON_GPU if device == "cuda" else 1)
+    x = torch.randn(batch, *CONV[1:], device=device).to(dtype, memory_format=torch.channels_last)
     weight = torch.randn(channels, channels, 3, 3, device=device).to(dtype, memory_format=torch.channels_last)
 
     def convolve() -> object:
-        with torch.no_grad():
+        # On a GPU the fastest algorithm there is, and float32 that is not TF32.
+        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
             return torch.nn.functional.conv2d(x, weight, padding=1)
 
     return "3x3 convolution", convolve, 2.0 * 9 * channels * x.numel()

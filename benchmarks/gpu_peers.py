@@ -17,7 +17,7 @@ from flowreel.engine.config import ModelConfig
 from flowreel.engine.inference import prepare
 
 SIZES = {"1024x448": (448, 1024), "1920x1088": (1088, 1920)}
-OURS = "flowreel FlowNet2C"
+RAFT, OURS = "torchvision RAFT-small, 12 updates", "flowreel FlowNet2C"
 KERNELS = ("correlation_cuda", "resample2d_cuda", "channelnorm_cuda")  # what flownet2-pytorch's build installs
 
 
@@ -28,28 +28,33 @@ def run(short: bool = False) -> dict[str, object]:
 
 
 def _raft_rows(size: str, short: bool) -> Iterator[dict[str, Any]]:
-    name = "torchvision RAFT-small, 12 updates"
     try:
         if not torch.cuda.is_available():
             raise Skipped("there is no GPU")
-        with tempfile.TemporaryDirectory() as folder:
-            ways = raft_and_ours("cuda", "fp16", *SIZES[size], Path(folder))
+        yield from raft_rows(size, SIZES[size], "cuda", "fp16", Effort.of(short))
     except Skipped as reason:
-        yield {"peer": name, "size": size, "skipped": str(reason)}
-        return
-    found = alternated({name: ways[0], OURS: ways[1]}, Effort.of(short), device_sync("cuda"))
-    for peer, seconds in found.items():
-        sample = Sample.of(seconds).rate(1).cell()
-        yield {"peer": peer, "size": size, "pairs/s": sample, "its time / ours": ratio(seconds, found[OURS])}
+        yield {"peer": RAFT, "size": size, "skipped": str(reason)}
+
+
+def raft_rows(name: str, size: tuple[int, int], device: str, precision: str, effort: Effort) -> list[dict[str, Any]]:
+    """Both on frames of one size (height, width), in turn. Raises Skipped where torchvision cannot be had."""
+    with tempfile.TemporaryDirectory() as folder:
+        ways = raft_and_ours(device, precision, *size, Path(folder))
+    found = alternated({RAFT: ways[0], OURS: ways[1]}, effort, device_sync(device))
+    return [
+        {
+            "peer": peer,
+            "size": name,
+            "pairs/s": Sample.of(seconds).rate(1).cell(),
+            "its time / ours": ratio(seconds, found[OURS]),
+        }
+        for peer, seconds in found.items()
+    ]
 
 
 def raft_and_ours(device: str, precision: str, height: int, width: int, folder: Path) -> tuple[Action, Action]:
     """Both on the same frames, one pair a call, random weights. Raises Skipped where torchvision cannot be had."""
-    try:
-        flow_models: Any = import_module("torchvision.models.optical_flow")
-    except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
-        raise Skipped(f"torchvision cannot be used: {error}") from error
-    raft = flow_models.raft_small(weights=None).eval().to(device)
+    raft = torchvision_models().raft_small(weights=None).eval().to(device)
     weights = str(random_weights("FlowNet2C", folder))
     config = ModelConfig(model="FlowNet2C", weights=weights, device=device, precision=precision, batch=1)  # type: ignore
     inference = prepare(config, height, width)
@@ -64,6 +69,14 @@ def raft_and_ours(device: str, precision: str, height: int, width: int, folder: 
             return flow
 
     return theirs, lambda: inference.flow(*frames)
+
+
+def torchvision_models() -> Any:
+    """Its module of flow networks. Raises Skipped where there is none."""
+    try:
+        return import_module("torchvision.models.optical_flow")
+    except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
+        raise Skipped(f"torchvision cannot be used: {error}") from error
 
 
 def _kernel_rows() -> Iterator[dict[str, Any]]:

@@ -176,6 +176,7 @@ def stream(source: PathLike, **options: object) -> Iterator[FlowBatch]:
         frames = opened.enter_context(closing(open_source(source, config.select, device)))
         inference = load_network(config.model).fitted(frames.info.height, frames.info.width)
         header = flow_header(frames.info, inference, config)
+        inference.make_ready(header.shard_length(config.sink.shard_bytes), header.flow_count)
         closer = opened.pop_all()
 
     def flows() -> Iterator[FlowBatch]:

@@ -395,7 +395,7 @@ class Sink(Protocol):
 
     @property
     def bytes_written(self) -> int:
-        """Bytes this sink has put on disk so far."""
+        """Bytes on disk that this sink has put there so far; what it has replaced since does not count."""
         ...
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 
 from flowreel.engine import api
 from flowreel.engine.config import SelectConfig
+from flowreel.engine.errors import OutputExistsError
 from flowreel.engine.outputs import ProgressHook
 from flowreel.engine.places import make_folder
 from flowreel.engine.sources.synthetic import SyntheticConfig, SyntheticSource
@@ -34,19 +36,23 @@ def demo(
     *,
     weights: str = "baseline",
     device: str = "auto",
+    overwrite: bool = False,
     progress: ProgressHook | None = None,
 ) -> DemoReport:
     """Renders ``scene.mp4``, computes ``scene.zarr`` and ``flow.mp4`` from it, and compares with the truth.
 
     Raises:
+        OutputExistsError: one of them is there, and is not to be replaced.
         What ``flowreel.run`` raises.
     """
+    clip, outputs = folder / "scene.mp4", [folder / "scene.zarr", folder / "flow.mp4"]
+    for path in () if overwrite else (clip, *outputs):
+        if os.path.lexists(path):
+            raise OutputExistsError(f"{path} is already there: pass --overwrite to replace it, or name another folder")
     make_folder(folder)
-    clip = folder / "scene.mp4"
     with closing(SyntheticSource(SCENE, SelectConfig())) as scene:
         render(scene, clip)
-        outputs = [folder / "scene.zarr", folder / "flow.mp4"]
-        report = api.run(clip, outputs, weights=weights, device=device, overwrite=True, progress=progress)
+        report = api.run(clip, outputs, weights=weights, device=device, overwrite=overwrite, progress=progress)
         errors, motions = [], []
         for i, flow in enumerate(open_store(outputs[0])):
             truth = scene.flow(i, i + 1)[0].numpy()

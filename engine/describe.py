@@ -254,7 +254,7 @@ def _images(name: str) -> Facts:
     from flowreel.engine.sources import open_source
     from flowreel.engine.sources.images import FRAME_RATE, find_images, read_rgb
 
-    paths = _found_images(name, find_images)
+    paths = find_images(name)
     if len(paths) > 1:
         with closing(open_source(name, SelectConfig())) as source:  # reads every header: all are of one size
             height, width = source.info.height, source.info.width
@@ -279,18 +279,6 @@ def _images(name: str) -> Facts:
         "size_bytes": sum(path.stat().st_size for path in paths),
         "notes": notes,
     }
-
-
-def _found_images(name: str, find: Callable[[str], list[Path]]) -> list[Path]:
-    """The images, or an error that says what a folder without images holds instead."""
-    try:
-        return find(name)
-    except SourceNotFoundError as error:
-        inside = Path(name).iterdir() if Path(name).is_dir() else map(Path, glob.glob(name, recursive=True))
-        flow = sorted(path.name for path in inside if path.suffix.lower() in (".flo", ".npz", ".zarr"))
-        if flow:
-            raise SourceNotFoundError(f"{error}; there are {len(flow)} of flow: name one, such as {flow[0]}") from error
-        raise
 
 
 def _video(name: str) -> Facts:

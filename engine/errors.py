@@ -21,7 +21,7 @@
     │   ├── OutputExistsError (FileExistsError)
     │   ├── OutputWriteError (OSError)             full disk, no permission, vanished folder
     │   │   └── OutputBusyError                        another run is writing it
-    │   ├── UnknownOutputError (ValueError)        no format goes by that name
+    │   ├── UnknownOutputError (UsageError)        no format goes by that name; exit code 2
     │   └── ResumeMismatchError (ValueError)       what is there was made in another way, or from something else
     ├── StoreError                        something about reading a flow store
     │   ├── StoreNotFoundError (FileNotFoundError)
@@ -124,7 +124,7 @@ class OutputBusyError(OutputWriteError):
     """Another run is writing that output now."""
 
 
-class UnknownOutputError(OutputError, ValueError):
+class UnknownOutputError(OutputError, UsageError):
     """No output format goes by that name."""
 
 

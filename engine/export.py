@@ -73,7 +73,8 @@ def export(
 
     Args:
         source: a store, finished or not; a slice of one, ``X.zarr@a:b``; a folder, glob or list of files of flow, or
-            a single one (``.flo``, ``.kitti.png``, ``.npz``, two-stream pictures).
+            a single one (``.flo``, ``.kitti.png``, ``.npz``, two-stream pictures). Files are taken in natural order,
+            2.flo before 10.flo, in whatever order they are given.
         outputs: where to; the kind follows from each name, as for ``run``. ``{stem}`` stands for the source's name.
         progress: called a few times a second with a ``Progress``.
         start, stop: numbers of the flows that are taken, as a Python slice.

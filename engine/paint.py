@@ -31,7 +31,7 @@ from flowreel.sinks import frame_rate_of, open_flows, open_sink, write_color_png
 if TYPE_CHECKING:
     from flowreel.sinks import StoredFlow
 
-FRAME_RATE = 30  # of the video, frames per second: flow2image's own
+FRAME_RATE = Fraction(30)  # of files, which carry no times, in frames per second: flow2image's own
 VIDEO_SUFFIXES = (".mp4", ".mkv")
 OTHER_SUFFIXES = frozenset(  # surely no folders
     {".zarr", ".flo", ".npz", ".jpg", ".jpeg", ".gif", ".avi", ".mov", ".webm", ".bmp", ".tif", ".tiff", ".webp"}
@@ -78,7 +78,7 @@ def color(
     output: PathLike,
     *,
     video: bool = False,
-    frame_rate: Fraction | float | str = FRAME_RATE,
+    frame_rate: Fraction | float | str | None = None,
     max_flow: float | str | None = None,
     progress: ProgressHook | None = None,
     **options: object,
@@ -87,11 +87,13 @@ def color(
 
     Args:
         inputs: files of flow (``.flo``, ``.kitti.png``, ``.npz``, two-stream pictures), folders or globs of them,
-            stores, or slices of stores, ``X.zarr@a:b``.
+            stores, or slices of stores, ``X.zarr@a:b``, one after the other. Files of one kind in a row are taken in
+            natural order, 2.flo before 10.flo.
         output: a folder, which gets ``NAME.flo.png`` for ``NAME.flo`` and ``STEM_000012.png`` for frame 12 of the
             store ``STEM.zarr``; or ``X.mp4`` or ``X.mkv`` for the video alone; or ``X.png`` for one single flow.
         video: also make a video in the folder, ``NAME.flo.mp4`` after the first file (``STEM.flo.mp4`` for a store).
-        frame_rate: of the video, frames per second; every flow is shown for as long as the next.
+        frame_rate: of the video, frames per second; every flow is shown for as long as the next. None: the flow of a
+            store is shown at its own times, and files at 30 frames per second; one input follows the other.
         max_flow: length in pixels that gets the full colour. None or "auto": in each picture its own longest vector;
             in the video one for the whole clip, found from the first flows.
         progress: called a few times a second with a ``Progress``.
@@ -105,18 +107,21 @@ def color(
         SourceError, FlowFileError, StoreError, OutputError: before the first flow is painted.
         StageError: reading, painting or writing failed on the way.
     """
-    rate = frame_rate_of(frame_rate)
+    rate = None if frame_rate is None else frame_rate_of(frame_rate)
     config = export_config({**options, "max_flow": "auto" if max_flow is None else max_flow})
     names = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
     with ExitStack() as opened:
-        readers = [opened.enter_context(closing(reader)) for reader in _readers(names, rate, config.sink.bound)]
+        readers = [
+            opened.enter_context(closing(reader)) for reader in _readers(names, rate or FRAME_RATE, config.sink.bound)
+        ]
         titles = [title for reader in readers for title in _picture_names(reader)]
         pictures, videos = _places(os.fspath(output), video, titles, readers[0])
         _require_free([*pictures, *videos], readers, config.sink.overwrite)
         sinks = [open_sink(path, config.sink) for path in videos]
-        header = replace(readers[0].info, frame_rate=rate, frame_count=len(titles) + 1)
+        info = readers[0].info
+        header = replace(info, frame_rate=rate or info.frame_rate, frame_count=len(titles) + 1)
         opened.enter_context(opened_sinks(sinks, header))
-        writers: list[PictureWriter | VideoFeed] = [VideoFeed(sink, header, titles) for sink in sinks]
+        writers: list[PictureWriter | VideoFeed] = [VideoFeed(sink, header, titles, rate) for sink in sinks]
         if pictures:
             writers.insert(0, PictureWriter(os.fspath(output), pictures))
         stages = [Stage("paint", painted(config.sink.max_flow))] if pictures else []
@@ -171,18 +176,21 @@ class PictureWriter:
 
 
 class VideoFeed:
-    """Hands the flows to the video, at a steady rate whatever their own times are."""
+    """Hands the flows to the video, at a steady rate whatever their own times are.
 
-    def __init__(self, sink: Sink, header: FlowInfo, titles: Sequence[str]) -> None:
-        assert header.frame_rate is not None
+    With a ``rate`` of None, at those: each input's first flow comes when the last one of the input before is over.
+    """
+
+    def __init__(self, sink: Sink, header: FlowInfo, titles: Sequence[str], rate: Fraction | None) -> None:
         self.path = sink.path
         self.flows = 0
         self._sink = sink
         self._size = (header.height, header.width)
-        self._rate = float(header.frame_rate)
+        self._rate = rate
         self._titles = titles
 
     def consume(self, flows: Iterator[Painted | FlowBatch]) -> None:
+        shift_s = end_s = 0.0  # from an input's own times to the video's; when what there is of that ends
         for item in flows:
             batch = item.batch if isinstance(item, Painted) else item
             height, width = batch.flow.shape[2:]
@@ -192,8 +200,16 @@ class VideoFeed:
                     f"{here} is {width}x{height}, but {first} is {self._size[1]}x{self._size[0]}: "
                     "a video needs flow of one size; pictures do not"
                 )
-            times_s = np.array([self.flows, self.flows + 1]) / self._rate
-            self._sink.write(replace(batch, index=self.flows, timestamp_s=times_s[:1], timestamp_to_s=times_s[1:]))
+            if self._rate is not None:
+                start_s, end_s = self.flows / float(self._rate), (self.flows + 1) / float(self._rate)
+            else:
+                own_s, own_to_s = float(batch.timestamp_s[0]), float(batch.timestamp_to_s[0])
+                if batch.index == 0:  # the first of its input
+                    shift_s = end_s - own_s
+                start_s = own_s + shift_s
+                end_s = start_s + abs(own_to_s - own_s)  # of backward flow, the second frame is the earlier one
+            shown = replace(batch, index=self.flows, timestamp_s=np.array([start_s]), timestamp_to_s=np.array([end_s]))
+            self._sink.write(shown)
             self.flows += 1
 
     def report(self) -> OutputReport:
@@ -240,7 +256,7 @@ def _places(output: str, video: bool, names: list[str], first: StoredFlow) -> tu
     suffix = "" if place.is_dir() else place.suffix.lower()
     if suffix in VIDEO_SUFFIXES:
         return [], [output]
-    if suffix in OTHER_SUFFIXES or "%" in place.name:
+    if suffix in OTHER_SUFFIXES or "%" in place.name or not output:
         raise UnknownOutputError(
             f"expected a folder, X.png, X.mp4 or X.mkv, got {output!r}; flowreel export makes other outputs"
         )

@@ -281,10 +281,11 @@ class OneAtATime:
 
 
 def in_own_thread(action: Callable[[], Result]) -> Result:
-    """What ``action`` returns or raises, done in a thread that ends with it; for computing before a pipeline runs.
+    """What ``action`` returns or raises, done in a thread that ends with it, and what it left to its thread as well.
 
-    OpenMP keeps workers for every thread that has computed for as long as that lives, and GNU's lets none of them wait
-    awake, however briefly, once they are more than the cores: a network of many small layers then loses a fifth.
+    That may be a CUDA context that a library made current. And OpenMP keeps workers for every thread that has computed
+    for as long as that lives, of which GNU's lets none wait awake, however briefly, once they are more than the cores:
+    a network of many small layers then loses a fifth.
     """
     done: list[Result] = []
     failed: list[BaseException] = []

@@ -25,7 +25,12 @@ def require_apart(path: PathLike, other: PathLike, what: str) -> None:
 
 
 def require_harmless(path: PathLike, source: PathLike) -> None:
-    """Raises UsageError where writing there would replace what is read, or put more pictures among its images."""
+    """Raises UsageError where writing there would replace what is read, or put more pictures among its images.
+
+    A source must have a name: an empty one would stand for the working folder.
+    """
+    if not os.fspath(source):
+        raise UsageError("the source's name is empty")
     folder = image_folder(source)
     if folder is None:
         require_apart(path, source, "what is being read")

@@ -278,12 +278,12 @@ def _architecture(major: int, minor: int, supported: Sequence[int]) -> str:
 
 def _cache_folder() -> Path:
     """Where programs are kept: the user's cache, or for one who has none a folder of this process's own."""
-    wanted = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flowreel" / "kernels"
     try:
+        wanted = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flowreel" / "kernels"
         wanted.mkdir(parents=True, exist_ok=True)
         if os.access(wanted, os.W_OK):
             return wanted
-    except OSError:
+    except (OSError, RuntimeError):  # the latter from Path.home(), of a user whom the system does not know
         pass
     return _own_folder()
 

@@ -80,19 +80,21 @@ def flo_bytes(height: int, width: int) -> int:
     return HEADER_BYTES + 8 * height * width
 
 
-def write_flo(path: str | os.PathLike[str], flow: npt.NDArray[np.floating[Any]]) -> None:
+def write_flo(path: str | os.PathLike[str], flow: npt.ArrayLike) -> None:
     """Write flow as a ``.flo`` file, which appears whole or not at all and replaces one of that name.
 
     Args:
         path: missing parent folders are created.
-        flow: (H, W, 2) of any float dtype, pixels, x (right) then y (down); stored as float32.
+        flow: (H, W, 2) of any float dtype, an array or a tensor on the CPU, pixels, x (right) then y (down); stored as
+            float32.
 
     Raises:
         ValueError: another shape, or a dtype that is not a float.
         OutputWriteError: the file cannot be written.
     """
-    require_flow(flow)
-    write_flow_file(path, _pieces(flow))
+    vectors = np.asarray(flow)
+    require_flow(vectors)
+    write_flow_file(path, _pieces(vectors))
 
 
 def _pieces(flow: npt.NDArray[np.floating[Any]]) -> tuple[bytes, memoryview]:

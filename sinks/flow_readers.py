@@ -41,7 +41,8 @@ _SOURCE_FIELDS = [field.name for field in fields(SourceId)]
 class StoreFlows:
     """The flows ``numbers`` of a store, with the frame numbers and times it keeps.
 
-    ``info.made_by`` has the store's attributes, and in ``earlier_max_error`` (pixels) what storing has cost so far.
+    ``info.made_by`` has the store's attributes, in ``earlier_max_error`` (pixels) what storing has cost so far, and in
+    ``earlier_step`` (pixels) the step that all vectors are whole numbers of: storing them in no longer one is free.
     Iterating raises DamagedStoreError naming the flow and its frame.
     """
 
@@ -61,7 +62,7 @@ class StoreFlows:
             frame_rate=None if rate is None else Fraction(rate),
             frame_count=len(numbers) + 1,
             source=SourceId(**{"name": self.stem} | {name: source[name] for name in _SOURCE_FIELDS if name in source}),
-            made_by=_how_it_was_made(attributes),
+            made_by=_how_it_was_made(attributes, store),
         )
         self.notes: list[str] = []
         if not store.complete:
@@ -229,12 +230,19 @@ def store_stem(path: str) -> str:
     return name
 
 
-def _how_it_was_made(attributes: dict[str, Any]) -> dict[str, Any]:
+def _how_it_was_made(attributes: dict[str, Any], store: FlowStore) -> dict[str, Any]:
     """What a copy of the store should say about its flow."""
     made_by = {name: value for name, value in attributes.items() if name not in _STORAGE_ATTRIBUTES}
     made_by.setdefault("first_stored_by", attributes.get("software_version"))
-    error = float(attributes["max_error"]) + float(made_by.get("earlier_max_error") or 0)
-    return made_by | ({"earlier_max_error": error} if error else {})
+    error, before = (float(made_by.pop(f"earlier_{name}", None) or 0) for name in ("max_error", "step"))
+    codec = store.layout.codec
+    step = 0.0 if codec.lossless else codec.step
+    if step > before:  # steps are powers of two: in shorter ones, whole numbers of ``before`` stay what they are
+        error += float(attributes["max_error"])
+    if not error:
+        return made_by
+    native = store.layout.native is not None  # what is read was interpolated
+    return made_by | {"earlier_max_error": error, "earlier_step": 0.0 if native else max(step, before)}
 
 
 def _is_full(flows: list[Float32Array]) -> bool:

@@ -145,7 +145,9 @@ def read_layout(folder: Path, complete: bool) -> tuple[dict[str, Any], StoreLayo
     except _MALFORMED as error:
         if isinstance(error, DamagedStoreError):
             raise
-        raise DamagedStoreError(f"{folder}: the array 'flow' is not laid out as flowreel does ({error!r})") from error
+        raise DamagedStoreError(
+            f"{folder}: the array 'flow' is not laid out as flowreel does ({_told(error)})"
+        ) from error
     return attributes, layout
 
 
@@ -161,7 +163,12 @@ def check_coordinate(folder: Path, name: str, layout: StoreLayout, complete: boo
     except _MALFORMED as error:
         if isinstance(error, DamagedStoreError):
             raise
-        raise DamagedStoreError(f"the array '{name}' is not laid out as flowreel does ({error!r})") from error
+        raise DamagedStoreError(f"the array '{name}' is not laid out as flowreel does ({_told(error)})") from error
+
+
+def _told(error: Exception) -> str:
+    """What taking metadata apart ran into: an entry that is not there or of another kind, or what ``_expect`` says."""
+    return f"no entry {error}" if isinstance(error, KeyError) else str(error)
 
 
 def _flow_layout(array: dict[str, Any], attributes: dict[str, Any]) -> StoreLayout:

@@ -57,6 +57,7 @@ class ZarrSink:
         self._below: int | None = None  # with what it was asked
         self._asked = False
         self._bytes_written = 0
+        self._metadata_bytes: dict[str, int] = {}  # of each array's zarr.json as it was last written
         self._taken = 0  # flows that arrived, those of a resumed store included
         self._count = 0  # flows compressed and in their shard
         self._length = 0  # flows the arrays are declared to hold
@@ -327,10 +328,13 @@ class ZarrSink:
 
     def _publish_metadata(self, name: str) -> None:
         key = f"{name}/zarr.json" if name else "zarr.json"
-        self._put(key, json.dumps(self._metadata[name], indent=2).encode())
+        self._bytes_written -= self._metadata_bytes.get(name, 0)  # it is replaced
+        self._metadata_bytes[name] = self._put(key, json.dumps(self._metadata[name], indent=2).encode())
 
-    def _put(self, key: str, *pieces: bytes) -> None:
-        self._bytes_written += self._target.put(key, *pieces)
+    def _put(self, key: str, *pieces: bytes) -> int:
+        written = self._target.put(key, *pieces)
+        self._bytes_written += written
+        return written
 
     def _note_invalid(self, encoded: EncodedFlow, frame: int) -> None:
         reach = self._codec.limit * self._codec.step

@@ -80,11 +80,13 @@ def test_one_file_knows_of_threads_and_one_moves_data_between_devices() -> None:
 
 
 def test_pyproject_lists_every_package() -> None:
+    """Those that hold nothing but data, too: setuptools warns of folders that it would have to take for packages."""
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     found = set()
     for folder in ("engine", "kernels", "sinks"):
-        for init in (ROOT / folder).rglob("__init__.py"):
-            inside = init.parent.relative_to(ROOT / folder).parts
+        places = {path.parent for path in (ROOT / folder).rglob("*.*") if path.is_file()}
+        for place in (place for place in places if place.name != "__pycache__"):
+            inside = place.relative_to(ROOT / folder).parts
             found.add(".".join(("flowreel", folder, *inside)) if inside != ("public",) else "flowreel")
     assert set(config["packages"]) == found
 

@@ -57,6 +57,17 @@ def test_it_runs_on_cuda_as_a_user_with_the_video_libraries() -> None:
     assert "RUN" not in after  # what is installed belongs to root
 
 
+def test_whoever_runs_it_may_write_to_its_caches() -> None:
+    """``--user`` may name anybody, whose home is then ``/``."""
+    (environment,) = given("ENV")
+    (made,) = (re.search(r"mkdir --mode 1777 ((?:/\S+ )+)", rest) for rest in given("RUN") if "useradd" in rest)
+    assert made is not None
+    for name in ("XDG_CACHE_HOME", "CUPY_CACHE_DIR"):
+        folder = re.search(rf"\b{name}=(\S+)", environment)
+        assert folder is not None
+        assert folder[1] in made[1].split()
+
+
 def test_it_copies_what_the_package_is_made_of_and_what_is_not_ignored() -> None:
     copied = [source for arguments in given("COPY") for source in arguments.split()[:-1]]
     assert all((ROOT / source).exists() and not is_ignored(source) for source in copied)

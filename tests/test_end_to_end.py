@@ -91,6 +91,11 @@ def test_all_that_a_run_needs_is_made_ready_before_its_clock_starts(
     monkeypatch.setattr(Inference, "_program", noted)
     flowreel.run(SOURCE, tmp_path / "x.zarr", weights=tiny, batch=3)
     assert makers == [threading.main_thread()] * 2  # for 3 and for 2 pairs
+    makers.clear()
+    flows = flowreel.stream(SOURCE, weights=tiny, batch=3)
+    assert len(makers) == 2
+    list(flows)
+    assert makers == [threading.main_thread()] * 2
 
 
 def test_a_run_that_is_out_of_memory_loses_no_flow(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

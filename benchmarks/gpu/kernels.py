@@ -1,19 +1,17 @@
-"""The kernels at the sizes they have in the networks: right, and how fast beside others."""
+"""Whether the kernels are right, at the sizes they have in the networks, in every type and layout."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from benchmarks import kernels as cases
-from benchmarks.ceilings import Ceilings, best, rows_of
 from benchmarks.gpu.findings import Findings, Settings
-from benchmarks.gpu.original import OriginalCorrelation
-from benchmarks.measure import Effort, Sample, alternated, device_sync, ratio
 from flowreel.kernels import channel_norm, correlation, flow_to_color, quantise, warp, yuv_to_rgb
 from flowreel.kernels.bias_leaky_relu import bias_leaky_relu_, bias_leaky_relu_in_place_definition
 from flowreel.kernels.channel_norm import channel_norm_definition
@@ -23,27 +21,42 @@ from flowreel.kernels.warp import warp_definition
 from flowreel.kernels.yuv_to_rgb import yuv_to_rgb_definition
 
 TOLERANCE = {"fp32": 1e-5, "fp16": 2**-10, "bf16": 2**-7}  # relative; half types: one rounding of the result
-ORIGINAL = "flownet2-pytorch's kernel, its maps already zero"
+LAYOUTS = {"": torch.contiguous_format, " channels last": torch.channels_last}
+
+Compared = list[tuple[Tensor, Tensor]]  # ours, and what is wanted in float64
+
+
+@dataclass(frozen=True)
+class Made:
+    """Random maps, in the type and layout under test."""
+
+    device: str
+    dtype: torch.dtype
+    layout: torch.memory_format
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, device=self.device).to(self.dtype).contiguous(memory_format=self.layout)
+
+    def flow(self) -> Tensor:
+        """(1, 2, H, W) float32, whatever the maps are: away from whole pixels, where the slope of a warp jumps."""
+        return torch.randn(1, 2, *cases.PIXELS, device=self.device) * 8
 
 
 def check(findings: Findings, settings: Settings) -> None:
-    """Against the definition in float64, on the device, in every type; then the two that give bytes."""
-    _make_small(settings)
-    torch.manual_seed(0)
-    for name, precision, ours, wanted in _compared(settings.device):
-        apart = relative(ours, wanted)
-        findings.check(f"{name} {precision}", apart <= TOLERANCE[precision], apart=apart, allowed=TOLERANCE[precision])
-    rgb, wanted = _decoded(settings.device)
-    _check_levels(findings, "yuv_to_rgb", rgb, wanted)
-    flow = torch.randn(1, 2, *cases.PIXELS, device=settings.device) * 8
-    steps, exact = quantise(flow, 1 / 64), quantise_definition(flow, 1 / 64, 32767.0, torch.int16)
-    findings.check("quantise", all(torch.equal(ours, wanted) for ours, wanted in zip(steps, exact, strict=True)))
-    _check_levels(findings, "flow_to_color", flow_to_color(flow, 20.0).cpu(), flow_to_color(flow.cpu(), 20.0))
-    pairs = zip(quantise(flow, 1 / 64), quantise(flow.cpu(), 1 / 64), strict=True)
-    findings.check("quantise", all(torch.equal(ours.cpu(), wanted) for ours, wanted in pairs))
+    """Against the definition in float64, on the device, in every type; then those that give whole numbers."""
+    make_small(settings)
+    for (precision, dtype), (layout, order) in itertools.product(cases.DTYPES.items(), LAYOUTS.items()):
+        made = Made(settings.device, dtype, order)
+        for name, compared in COMPARED.items():
+            findings.attempt(
+                f"{name}{layout} {precision}", partial(_compare, findings, f"{name}{layout}", precision, compared, made)
+            )
+    for name, compare in (("yuv_to_rgb", _yuv_to_rgb), ("quantise", _quantise), ("flow_to_color", _flow_to_color)):
+        findings.attempt(name, partial(compare, findings, settings.device))
 
 
-def _make_small(settings: Settings) -> None:
+def make_small(settings: Settings) -> None:
+    """In a dry run."""
     if settings.dry:
         cases.PIXELS, cases.FEATURES, cases.BEYOND_CACHES = (24, 32), (1, 8, 6, 8), 1 << 12
 
@@ -54,56 +67,92 @@ def relative(ours: Tensor, wanted: Tensor) -> float:
     return float(((ours.double() - wanted).abs() / (wanted.abs() + scale)).max())
 
 
-def _compared(device: str) -> Iterator[tuple[str, str, Tensor, Tensor]]:
-    for precision, dtype in cases.DTYPES.items():
-        for layout in (torch.contiguous_format, torch.channels_last):
-            named = " channels last" if layout == torch.channels_last else ""
-
-            def made(*shape: int, dtype: torch.dtype = dtype, layout: torch.memory_format = layout) -> Tensor:
-                return torch.randn(*shape, device=device).to(dtype).contiguous(memory_format=layout)
-
-            a, b = made(*cases.FEATURES), made(*cases.FEATURES)
-            yield f"correlation{named}", precision, correlation(a, b), correlation_definition(a.double(), b.double())
-            image, flow = made(1, 3, *cases.PIXELS), torch.randn(1, 2, *cases.PIXELS, device=device) * 8
-            yield f"warp{named}", precision, warp(image, flow), warp_definition(image.double(), flow.double())
-            x = made(1, 2, *cases.PIXELS)
-            yield f"channel_norm{named}", precision, channel_norm(x), channel_norm_definition(x.double())
-            x, bias = made(1, 64, *cases.PIXELS), torch.randn(64, device=device)
-            wanted = x.double()
-            bias_leaky_relu_in_place_definition(wanted, bias, 0.1, None)
-            yield f"bias_leaky_relu{named}", precision, bias_leaky_relu_(x, bias, 0.1), wanted
-            yield from _gradients(made, named, precision, device)
+def _compare(findings: Findings, name: str, precision: str, compared: Callable[[Made], Compared], made: Made) -> None:
+    torch.manual_seed(0)
+    pairs = compared(made)
+    for number, (ours, wanted) in enumerate(pairs):
+        apart = relative(ours, wanted)
+        which = f" {number}" if len(pairs) > 1 else ""
+        findings.check(
+            f"{name}{which} {precision}", apart <= TOLERANCE[precision], apart=apart, allowed=TOLERANCE[precision]
+        )
 
 
-def _gradients(
-    made: Callable[..., Tensor], named: str, precision: str, device: str
-) -> Iterator[tuple[str, str, Tensor, Tensor]]:
-    """Of the three layers that are trained: by the kernels in their type, by the definitions in float64."""
-    flow = torch.randn(1, 2, *cases.PIXELS, device=device) * 8
-    layers: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
-        "correlation": (correlation, (made(*cases.FEATURES), made(*cases.FEATURES))),
-        "warp": (warp, (made(1, 3, *cases.PIXELS), flow)),
-        "channel_norm": (channel_norm, (made(1, 2, *cases.PIXELS),)),
-    }
-    for name, (layer, inputs) in layers.items():
-        came, exact = ([f(x).requires_grad_() for x in inputs] for f in (Tensor.clone, Tensor.double))
-        out = layer(*came)
-        arrived = torch.randn_like(out)
-        out.backward(arrived)
-        layer(*exact).backward(arrived.double())  # float64 always takes the definition
-        for number, (ours, wanted) in enumerate(zip(came, exact, strict=True)):
-            assert ours.grad is not None
-            assert wanted.grad is not None
-            yield f"{name}, gradient {number}{named}", precision, ours.grad, wanted.grad
+# --- what is compared -------------------------------------------------------------------------------------------------
 
 
-def _decoded(device: str) -> tuple[Tensor, Tensor]:
+def _correlation(made: Made) -> Compared:
+    a, b = made(*cases.FEATURES), made(*cases.FEATURES)
+    return [(correlation(a, b), correlation_definition(a.double(), b.double()))]
+
+
+def _warp(made: Made) -> Compared:
+    image, flow = made(1, 3, *cases.PIXELS), made.flow()
+    return [(warp(image, flow), warp_definition(image.double(), flow.double()))]
+
+
+def _channel_norm(made: Made) -> Compared:
+    x = made(1, 2, *cases.PIXELS)
+    return [(channel_norm(x), channel_norm_definition(x.double()))]
+
+
+def _bias_leaky_relu(made: Made) -> Compared:
+    x = made(1, 64, *cases.PIXELS)
+    bias, wanted = torch.randn(64, device=made.device), x.double()
+    bias_leaky_relu_in_place_definition(wanted, bias, 0.1, None)
+    return [(bias_leaky_relu_(x, bias, 0.1), wanted)]
+
+
+def _gradients(layer: Callable[..., Tensor], inputs: Callable[[Made], tuple[Tensor, ...]], made: Made) -> Compared:
+    """Of each input: by the kernels in their type, by the definitions in float64."""
+    given = inputs(made)
+    came, exact = ([turned(x).requires_grad_() for x in given] for turned in (Tensor.clone, Tensor.double))
+    out = layer(*came)
+    arrived = torch.randn_like(out)
+    ours = torch.autograd.grad(out, came, arrived)
+    wanted = torch.autograd.grad(layer(*exact), exact, arrived.double())  # float64 always takes the definition
+    return list(zip(ours, wanted, strict=True))
+
+
+COMPARED: dict[str, Callable[[Made], Compared]] = {
+    "correlation": _correlation,
+    "warp": _warp,
+    "channel_norm": _channel_norm,
+    "bias_leaky_relu": _bias_leaky_relu,
+    "correlation, gradient": partial(
+        _gradients, correlation, lambda made: (made(*cases.FEATURES), made(*cases.FEATURES))
+    ),
+    "warp, gradient": partial(_gradients, warp, lambda made: (made(1, 3, *cases.PIXELS), made.flow())),
+    "channel_norm, gradient": partial(_gradients, channel_norm, lambda made: (made(1, 2, *cases.PIXELS),)),
+}
+
+
+# --- whole numbers ----------------------------------------------------------------------------------------------------
+
+
+def _yuv_to_rgb(findings: Findings, device: str) -> None:
     height, width = cases.PIXELS
     luma = torch.randint(0, 256, (height, width), dtype=torch.uint8, device=device)
     chroma = torch.randint(0, 256, (height // 2, width // 2, 2), dtype=torch.uint8, device=device)
     wanted = torch.empty(3, height, width, dtype=torch.uint8, device=device)
     yuv_to_rgb_definition(wanted, luma, chroma, "bt709", False, 8)
-    return yuv_to_rgb(luma, chroma), wanted
+    _check_levels(findings, "yuv_to_rgb", yuv_to_rgb(luma, chroma), wanted)
+
+
+def _quantise(findings: Findings, device: str) -> None:
+    flow = torch.randn(1, 2, *cases.PIXELS, device=device) * 8
+    ours = quantise(flow, 1 / 64)
+    for where, wanted in (
+        ("its definition", quantise_definition(flow, 1 / 64, 32767.0, torch.int16)),
+        ("a CPU", quantise(flow.cpu(), 1 / 64)),
+    ):
+        same = all(torch.equal(x.cpu(), y.cpu()) for x, y in zip(ours, wanted, strict=True))
+        findings.check(f"quantise is that of {where}", same)
+
+
+def _flow_to_color(findings: Findings, device: str) -> None:
+    flow = torch.randn(1, 2, *cases.PIXELS, device=device) * 8
+    _check_levels(findings, "flow_to_color", flow_to_color(flow, 20.0).cpu(), flow_to_color(flow.cpu(), 20.0))
 
 
 def _check_levels(findings: Findings, name: str, ours: Tensor, wanted: Tensor) -> None:
@@ -111,61 +160,3 @@ def _check_levels(findings: Findings, name: str, ours: Tensor, wanted: Tensor) -
     apart = (ours.int() - wanted.int()).abs()
     most, mean = int(apart.max()), float(apart.float().mean())
     findings.check(name, most <= 1 and mean <= 0.01, most_levels=most, mean_levels=mean)
-
-
-# --- times ------------------------------------------------------------------------------------------------------------
-
-
-def times(findings: Findings, settings: Settings) -> None:
-    """Every operation in all its ways in turn. How near ours is to what the card can do is measured beside it."""
-    _make_small(settings)
-    effort = Effort(least=2, most=2, cap_s=0.1) if settings.dry else Effort(least=5, most=40, cap_s=1.2)
-    limits = {} if settings.dry else _limits()
-    sync = device_sync(settings.device)
-    for kernel in cases.kernels(settings.device):
-        ways = dict(kernel.ways)
-        if settings.original is not None and kernel.name == "correlation":
-            try:
-                _add_original(findings, settings, kernel, ways)
-            except Exception as error:  # of any kind: the file is not ours
-                findings.skip(ORIGINAL, error)
-        found = alternated(ways, effort, sync)
-        for way, seconds in found.items():
-            sample = Sample.of(seconds)
-            findings.row(
-                op=kernel.name,
-                shape=kernel.shape,
-                precision=kernel.precision,
-                by=way,
-                **{
-                    "us": sample.times(1e6).cell(),
-                    "GB/s": sample.rate(kernel.moved_bytes / 1e9).cell(),
-                    "of the limit": cases.share_of_limit(
-                        sample.median, kernel.flops, kernel.moved_bytes, limits, settings.device, kernel.precision
-                    ),
-                    "its time / ours": None if way == cases.OURS else ratio(seconds, found[cases.OURS]),
-                },
-            )
-        if kernel.name == "correlation":
-            slowest = max(found, key=lambda way: Sample.of(found[way]).median)
-            times_ours = Sample.of(found[slowest]).median / Sample.of(found[cases.OURS]).median
-            findings.add(headline=f"correlation {kernel.precision}: {slowest} takes {times_ours:.1f} times ours")
-    if settings.original is None:
-        findings.skip("flownet2-pytorch's correlation kernel", "give its file with --original")
-
-
-def _limits() -> Ceilings:
-    """What matrix products, convolutions and copies reach on this card."""
-    return best(rows_of("cuda", Effort(least=3, most=8, cap_s=0.5)))
-
-
-def _add_original(findings: Findings, settings: Settings, kernel: cases.Kernel, ways: dict[str, Any]) -> None:
-    assert settings.original is not None
-    if settings.device == "cpu":
-        return
-    dtype = cases.DTYPES[kernel.precision]
-    a, b = (torch.randn(cases.FEATURES, device=settings.device).to(dtype) for _ in range(2))
-    original = OriginalCorrelation(Path(settings.original), a)
-    apart = relative(original(a, b), correlation_definition(a.double(), b.double()))
-    findings.row(op=kernel.name, precision=kernel.precision, by=ORIGINAL, apart_from_the_definition=apart)
-    ways[ORIGINAL] = lambda: original(a, b)

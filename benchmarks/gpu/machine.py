@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import shutil
 import subprocess
 import time
 
@@ -36,33 +35,35 @@ def describe(findings: Findings, settings: Settings) -> None:
         if name.startswith(LIBRARIES):
             found[name] = package.version
     found |= {"python": about["python"], "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-    if (driver := _driver()) is not None:
-        found["driver"] = driver
     gpu = about["gpu"]
-    findings.add(head={"gpu": gpu, "versions": found, "commit": about["commit"], "machine": about})
-    findings.add(headline=gpu or about["cpu"])
+    head = {"gpu": gpu, "versions": found, "commit": about["commit"], "machine": about}
+    findings.add(head=head, headline=gpu or about["cpu"])
     if settings.dry:
+        findings.check("what it runs on is told", bool(found))
         return
     if gpu is None:
-        findings.note(f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds no GPU")
+        findings.check("there is a GPU that torch can use", False, torch=torch.__version__, cuda=torch.version.cuda)
         return
-    from flowreel.engine.errors import FlowreelError
+    findings.add(head=head | {"versions": found | {"driver": _driver()}})
+    findings.attempt("our kernels compile and load", lambda: _load(findings))
+
+
+def _load(findings: Findings) -> None:
     from flowreel.kernels.launch import kernels_on, prepare
 
     device = torch.device("cuda", 0)
     began_s = time.perf_counter()
-    try:
-        prepare(device)
-        reason = "" if kernels_on(device) == "cuda" else "CuPy is not installed"
-    except FlowreelError as error:
-        reason = str(error)
-    findings.check("our kernels compile and load", not reason, s=time.perf_counter() - began_s, reason=reason)
+    prepare(device)
+    how = kernels_on(device)
+    findings.check("our kernels compile and load", how == "cuda", s=time.perf_counter() - began_s, run_by=how)
 
 
 def _driver() -> str | None:
-    """The driver's version, as its own tool says it."""
-    if shutil.which("nvidia-smi") is None:
-        return None
+    """The driver's version, as its own tool says it; None where that is missing, slow, or does not work."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else None
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = done.stdout.decode(errors="replace").split()
+    return lines[0] if done.returncode == 0 and lines else None

@@ -1,35 +1,42 @@
 """``python -m benchmarks.gpu.one MODULE FUNCTION FILE SETTINGS``: one part in this process, its findings in FILE.
 
 Exit code 0: it came to its end. ``SKIPPED``: something it needs is not there; the last line of stderr says what.
+``LOST``: the card is lost to this process, and another one should go on.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
+import signal
 import sys
+import warnings
 from importlib import import_module
 from pathlib import Path
 
 from benchmarks.cases import SKIPPED
-from benchmarks.gpu.findings import Findings, Settings
-from benchmarks.measure import Skipped
+from benchmarks.gpu.findings import DeviceLostError, Findings, Settings, lacking
 
-OURS = ("benchmarks", "flowreel", "tests")
+LOST = 4
+_PARENT_DIED = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
 
 
 def main(module: str, function: str, path: str, settings: str) -> int:
+    findings = Findings(Path(path))
+    warnings.showwarning = lambda message, category, *_: findings.note(f"{category.__name__}: {message}")
     try:
-        getattr(import_module(module), function)(Findings(Path(path)), Settings(**json.loads(settings)))
-    except Skipped as reason:
-        print(reason, file=sys.stderr)
-        return SKIPPED
-    except ImportError as error:
-        if (error.name or "").partition(".")[0] in OURS:
+        getattr(import_module(module), function)(findings, Settings(**json.loads(settings)))
+    except DeviceLostError:
+        return LOST
+    except Exception as error:
+        if (reason := lacking(error)) is None:
             raise
-        print(f"{error.name or error} cannot be imported", file=sys.stderr)
+        print(reason, file=sys.stderr)
         return SKIPPED
     return 0
 
 
 if __name__ == "__main__":
+    if sys.platform == "linux":  # whoever kills the command must not leave a part behind that keeps the card busy
+        ctypes.CDLL(None).prctl(_PARENT_DIED, signal.SIGKILL)
     sys.exit(main(*sys.argv[1:]))

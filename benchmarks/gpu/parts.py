@@ -1,10 +1,13 @@
-"""The parts, in the order in which they run: checks, then times, then the profile."""
+"""The parts, in the order in which they run: checks, then times, then the two slowest checks, which can wait."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 HERE = "benchmarks.gpu"
+BLAMED = {"CUDA_LAUNCH_BLOCKING": "1"}  # an error comes from the launch that made it, not from a later one
+ALONE = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # pytest without the plug-ins that happen to be installed
 
 
 @dataclass(frozen=True)
@@ -16,21 +19,29 @@ class Part:
     function: str
     limit_s: float  # after which it is stopped; what it had found by then is kept
     what: str
+    times: bool = False  # it gives rows, and no checks: what it has when it is stopped is good
+    env: Mapping[str, str] = field(default_factory=dict)
 
 
 PARTS = (
-    Part("machine", f"{HERE}.machine", "describe", 40, "card, driver, versions; whether our kernels compile there"),
-    Part("tests", f"{HERE}.tests", "run", 120, "every test that takes a GPU, with pytest"),
-    Part("kernels", f"{HERE}.kernels", "check", 30, "each kernel against its definition in float64, at 1024x448"),
-    Part("precision", f"{HERE}.network", "check", 70, "every precision against the plain module in float32, in pixels"),
-    Part("nvdec", f"{HERE}.video", "nvdec", 40, "frames and flow by NVDEC against those by PyAV"),
+    Part("machine", f"{HERE}.machine", "describe", 120, "card, driver, versions; whether our kernels compile there"),
+    Part("kernels", f"{HERE}.kernels", "check", 60, "each kernel against its definition in float64", env=BLAMED),
     Part(
-        "memory", f"{HERE}.video", "memory", 50, "memory of host and card over more than 1000 frames: it must not grow"
+        "tests kernels", f"{HERE}.tests", "kernels", 75, "the tests of the kernels that take a GPU", env=BLAMED | ALONE
     ),
-    Part("memcheck", f"{HERE}.sanitizer", "memcheck", 60, "every kernel under compute-sanitizer's memcheck"),
-    Part("racecheck", f"{HERE}.sanitizer", "racecheck", 60, "every kernel under its racecheck"),
-    Part("model times", f"{HERE}.network", "times", 90, "pairs a second by network, precision, size and batch"),
-    Part("end to end", f"{HERE}.video", "end_to_end", 75, "video file to store, beside the network alone"),
-    Part("kernel times", f"{HERE}.kernels", "times", 40, "each kernel beside plain torch, and flownet2-pytorch's own"),
-    Part("profile", f"{HERE}.network", "profile", 30, "which kernels the time goes into, and what bounds the run"),
+    Part("precision", f"{HERE}.precision", "check", 120, "every precision against the plain module in float32, in px"),
+    Part("tests engine", f"{HERE}.tests", "engine", 90, "the tests of the engine that take a GPU", env=ALONE),
+    Part("tests others", f"{HERE}.tests", "others", 45, "all other tests that take one", env=ALONE),
+    Part("store", f"{HERE}.video", "store", 60, "what a store holds against what the network gives"),
+    Part("nvdec", f"{HERE}.video", "nvdec", 45, "frames and flow by NVDEC against those by PyAV"),
+    Part("memory", f"{HERE}.video", "memory", 60, "memory of host and card over a long video: it must not grow"),
+    Part("memcheck", f"{HERE}.sanitizer", "memcheck", 90, "every kernel under compute-sanitizer's memcheck"),
+    Part("search", f"{HERE}.network", "search", 75, "first call and speed with cuDNN's search and without", True),
+    Part("model times", f"{HERE}.network", "times", 150, "pairs a second by network, precision, size and batch", True),
+    Part("end to end", f"{HERE}.end_to_end", "run", 150, "video file to store, to video; the network alone", True),
+    Part("kernel times", f"{HERE}.kernel_times", "run", 75, "each kernel beside torch's and flownet2-pytorch's", True),
+    Part("peers", f"{HERE}.peers", "run", 45, "torchvision's RAFT-small beside FlowNet2-C", True),
+    Part("profile", f"{HERE}.profile", "run", 60, "which kernels the time goes into, and what bounds the run", True),
+    Part("tests graphs", f"{HERE}.tests", "graphs", 120, "each kernel in a captured graph and compiled", env=ALONE),
+    Part("racecheck", f"{HERE}.sanitizer", "racecheck", 90, "every kernel under compute-sanitizer's racecheck"),
 )

@@ -1,44 +1,68 @@
-"""The tests that take a GPU, through pytest: folder by folder, so that a package one of them lacks loses only that."""
+"""The tests that take a GPU, through pytest: file by file, so that nothing a file does or lacks loses another one."""
 
 from __future__ import annotations
 
 import io
 import re
+from collections.abc import Callable
 from contextlib import redirect_stderr
+from functools import partial
 
 import pytest
 
-from benchmarks.gpu.findings import Findings, Settings
+from benchmarks.gpu.findings import LAST_WORDS, Findings, Settings, device_is_lost
 from benchmarks.processes import ROOT
 
 TAKES_A_GPU = re.compile(r"\b(gpu|card): torch\.device\b")
-DRY = ["tests/engine/compiled/test_graphs.py"]
-# Their own settings want a plug-in for time limits; a limit there is, for the whole of this part.
-PLAIN = ("-q", "-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider", "--continue-on-collection-errors")
-QUIET = ("-W", "ignore::pytest.PytestConfigWarning")
+GRAPHS = "tests/kernels/test_cuda_on_gpu.py"  # torch.compile takes its time
+# Their own settings want a plug-in for time limits, and make errors of the warnings that other versions of libraries
+# give. A limit there is, for the whole part.
+PLAIN = ("-q", "-o", "addopts=--import-mode=importlib", "-o", "filterwarnings=default", "-p", "no:cacheprovider")
+NO_GPU = "no CUDA device"  # why ``tests/conftest.py`` skips them
 
 
-def run(findings: Findings, settings: Settings) -> None:
-    """Each test is a check, filed as it ends. A dry run takes one file of tests that want no GPU."""
-    if settings.dry:
-        run_tests(findings, "tests", DRY)
-        return
-    folders: dict[str, list[str]] = {}
-    for path in sorted((ROOT / "tests").rglob("test_*.py")):
-        if TAKES_A_GPU.search(path.read_text()):
-            name = path.relative_to(ROOT).as_posix()
-            folders.setdefault(name.split("/")[1], []).append(name)
-    for folder, files in folders.items():
-        run_tests(findings, f"tests/{folder}", files, "-m", "gpu")
+def kernels(findings: Findings, settings: Settings) -> None:
+    """Of the kernels, called plainly."""
+    _run(findings, settings, lambda name: name.startswith("tests/kernels/") and name != GRAPHS)
 
 
-def run_tests(findings: Findings, name: str, files: list[str], *options: str) -> None:
-    """The files' tests in this process."""
-    said = io.StringIO()
+def engine(findings: Findings, settings: Settings) -> None:
+    """Of the engine."""
+    _run(findings, settings, lambda name: name.startswith("tests/engine/"))
+
+
+def others(findings: Findings, settings: Settings) -> None:
+    """Of everything else."""
+    _run(findings, settings, lambda name: not name.startswith(("tests/kernels/", "tests/engine/")))
+
+
+def graphs(findings: Findings, settings: Settings) -> None:
+    """Of the kernels in captured graphs and under torch.compile."""
+    _run(findings, settings, lambda name: name == GRAPHS)
+
+
+def files() -> list[str]:
+    """Those with a test that takes a GPU."""
+    paths = sorted((ROOT / "tests").rglob("test_*.py"))
+    return [path.relative_to(ROOT).as_posix() for path in paths if TAKES_A_GPU.search(path.read_text())]
+
+
+def _run(findings: Findings, settings: Settings, chosen: Callable[[str], bool]) -> None:
+    """A dry run only collects them."""
+    options = ("-m", "gpu", *(["--collect-only"] if settings.dry else []))
+    for name in filter(chosen, files()):
+        findings.attempt(name, partial(run_tests, findings, name, *options))
+
+
+def run_tests(findings: Findings, name: str, *options: str) -> None:
+    """A file's tests in this process: each is a check, filed as it ends."""
+    recorder, said = Recorder(findings), io.StringIO()
     with redirect_stderr(said):  # where pytest tells what is wrong before there is a test
-        code = pytest.main([*PLAIN, *QUIET, *options, *files], plugins=[Recorder(findings)])
-    if code in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.INTERNAL_ERROR):
-        _file_failure(findings, f"{name} runs", said.getvalue())
+        code = pytest.main([*PLAIN, *options, name], plugins=[recorder])
+    count, words = recorder.collected, said.getvalue()[-LAST_WORDS:]
+    findings.check(f"{name}: tests are found", count > 0, tests=count, code=int(code), said=words)
+    if recorder.lost:
+        raise RuntimeError("an error has made the card unusable for this process: the tests after it did not run")
 
 
 class Recorder:
@@ -46,23 +70,27 @@ class Recorder:
 
     def __init__(self, findings: Findings) -> None:
         self._findings = findings
+        self.collected = 0
+        self.lost = False
 
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.failed:
-            self._findings.check(report.nodeid, False, said=report.longreprtext[-1500:])
-        elif report.skipped:
-            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
-            self._findings.skip(report.nodeid, reason)
-        elif report.when == "call":
-            self._findings.check(report.nodeid, True)
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.collected = len(session.items)
+        self._session = session
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
-            _file_failure(self._findings, f"{report.nodeid} can be collected", report.longreprtext)
+            self._findings.check(f"{report.nodeid} can be collected", False, said=report.longreprtext[-LAST_WORDS:])
 
-
-def _file_failure(findings: Findings, what: str, said: str) -> None:
-    if missing := re.search(r"No module named '([\w.]+)'", said):
-        findings.skip(what, f"{missing[1]} is not installed")
-    else:
-        findings.check(what, False, said=said[-1500:])
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self._findings.check(report.nodeid, False, said=report.longreprtext[-LAST_WORDS:])
+            if device_is_lost():
+                self.lost, self._session.shouldstop = True, "the card is lost"
+        elif report.skipped:
+            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
+            if NO_GPU in reason:
+                self._findings.check(report.nodeid, False, said=reason)
+            else:
+                self._findings.skip(report.nodeid, reason)
+        elif report.when == "call":
+            self._findings.check(report.nodeid, True)

@@ -1,4 +1,4 @@
-"""From a video file: decoded on the card and on the host, memory over a long one, and the whole run to a store."""
+"""From a video file: decoded on the card and on the host, what a store keeps of its flow, memory over a long one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,16 @@ import torch
 
 import flowreel
 from benchmarks.gpu.findings import Findings, Settings
-from benchmarks.measure import Effort, Sample, alternated, device_sync
-from benchmarks.networks import filled
-from flowreel.engine.config import ModelConfig, SelectConfig
+from flowreel.engine.config import ModelConfig, SelectConfig, SinkConfig
 from flowreel.engine.inference import prepare
-from flowreel.engine.models.weights import save_weights
 from flowreel.engine.sources import open_source
 
 RATE = 25
 LEVELS_MEAN, LEVELS_MOST = 0.5, 2  # of 256: both round to whole levels, from chroma that is enlarged alike
 SAME_PX = 0.05  # mean difference of the flow between frames that differ so little
+LONG = (640, 360, 18 * 72 + 1)  # width, height, frames: whole shards, so that no batch is of a new length at the end
 GROWTH = 1.05  # of memory, from the first fifth of the frames to the last
-OF_THE_NETWORK = 0.9  # pairs a second of a whole run, of the network alone
+ROUNDING = 2e-4  # of the longest vector, in float32, between two programs of one network
 
 
 def written_clip(folder: str, width: int, height: int, frames: int) -> Path:
@@ -61,12 +60,17 @@ def written_clip(folder: str, width: int, height: int, frames: int) -> Path:
 def nvdec(findings: Findings, settings: Settings) -> None:
     """The same frames in the same order with the same times, up to the rounding of colours; and the same flow."""
     if not settings.dry:
-        import PyNvVideoCodec
+        from flowreel.engine.sources import nvcodec
 
-        findings.note(f"PyNvVideoCodec {getattr(PyNvVideoCodec, '__version__', '')}")
+        findings.note(f"PyNvVideoCodec {getattr(nvcodec.load(), '__version__', '')}")
     width, height, count = (96, 64, 5) if settings.dry else (640, 360, 60)
     clip = written_clip(settings.folder, width, height, count)
     decoder = "pyav" if settings.dry else "nvdec"
+    findings.attempt("frames", partial(_compare_frames, findings, settings, clip, decoder, count))
+    findings.attempt("flow", partial(_compare_flow, findings, settings, clip, decoder))
+
+
+def _compare_frames(findings: Findings, settings: Settings, clip: Path, decoder: str, count: int) -> None:
     ours, wanted = (list(_frames(clip, name, settings)) for name in (decoder, "pyav"))
     findings.check("as many frames", len(ours) == len(wanted) == count, nvdec=len(ours), pyav=len(wanted))
     same = [(a.index, a.timestamp_s) for a in ours] == [(b.index, b.timestamp_s) for b in wanted]
@@ -74,8 +78,14 @@ def nvdec(findings: Findings, settings: Settings) -> None:
     apart = [(a.rgb.cpu().int() - b.rgb.cpu().int()).abs() for a, b in zip(ours, wanted, strict=False)]
     most, mean = max(int(x.max()) for x in apart), max(float(x.float().mean()) for x in apart)
     findings.check("colours within rounding", most <= LEVELS_MOST and mean <= LEVELS_MEAN, most=most, mean=mean)
+
+
+def _compare_flow(findings: Findings, settings: Settings, clip: Path, decoder: str) -> None:
     options: dict[str, Any] = {"device": settings.device, "precision": "fp32", "model": "FlowNet2C", "batch": 4}
-    flows = [_flow(clip, decoder=name, **options) for name in (decoder, "pyav")]
+    flows = [
+        torch.cat([batch.flow.cpu() for batch in flowreel.stream(clip, decoder=name, **options)])
+        for name in (decoder, "pyav")
+    ]
     px = float((flows[0] - flows[1]).norm(dim=1).mean())
     findings.check("the same flow", px <= SAME_PX, mean_px=px)
 
@@ -89,8 +99,42 @@ def _numbered(device: str) -> str:
     return "cuda:0" if device == "cuda" else device
 
 
-def _flow(clip: Path, **options: Any) -> torch.Tensor:
-    return torch.cat([batch.flow.cpu() for batch in flowreel.stream(clip, **options)])
+# --- the store --------------------------------------------------------------------------------------------------------
+
+
+def store(findings: Findings, settings: Settings) -> None:
+    """Flows read back from a store that was written there, beside the network's own for the same frames."""
+    for precision in ("fp32",) if settings.dry else ("fp32", "fp16"):
+        findings.attempt(f"a store in {precision}", partial(_compare_store, findings, settings, precision))
+
+
+def _compare_store(findings: Findings, settings: Settings, precision: str) -> None:
+    """The first batches of two shards: in float32 every vector; in fp16 the mean, which leaves half a step to it."""
+    width, height, batch = (96, 64, 2) if settings.dry else (640, 360, 8)
+    clip = written_clip(settings.folder, width, height, 2 * (batch + 1) + 1)
+    options: dict[str, Any] = {"device": settings.device, "precision": precision, "batch": batch}
+    shard_bytes = 8 * width * height * batch  # two whole shards of one batch, and a short one
+    path = Path(settings.folder) / f"{precision}.zarr"
+    flowreel.run(clip, path, overwrite=True, shard_bytes=shard_bytes, **options)
+    kept = flowreel.open_store(path)
+    frames = torch.stack([frame.rgb.cpu() for frame in _frames(clip, "auto", settings)])
+    inference = prepare(ModelConfig(**options), height, width)
+    findings.check(f"{precision}: every flow is there", len(kept) == len(frames) - 1, flows=len(kept))
+    for first in (0, batch):
+        pairs = slice(first, first + batch), slice(first + 1, first + batch + 1)
+        wanted = inference.fit.undo(inference.flow(*(frames[some] for some in pairs))).cpu()
+        apart = (torch.from_numpy(kept[first : first + batch]) - wanted).abs()
+        most, mean, longest = float(apart.max()), float(apart.mean()), float(wanted.abs().max())
+        step = SinkConfig().max_error
+        good = most <= step + ROUNDING * longest if precision == "fp32" else mean <= step
+        findings.check(
+            f"{precision}: flows {first} to {first + batch - 1} are the network's",
+            good,
+            most_px=most,
+            mean_px=mean,
+            longest_px=longest,
+            max_error=step,
+        )
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -98,7 +142,7 @@ def _flow(clip: Path, **options: Any) -> torch.Tensor:
 
 def memory(findings: Findings, settings: Settings) -> None:
     """Host and card, looked at every so often while a long clip streams through."""
-    width, height, count = (96, 64, 40) if settings.dry else (640, 352, 1300)
+    width, height, count = (96, 64, 40) if settings.dry else LONG
     clip = written_clip(settings.folder, width, height, count)
     samples: list[tuple[int, float, float]] = []  # flow, MB of the process, MB of the card
     seen = 0
@@ -132,64 +176,3 @@ def _card_mb(settings: Settings) -> float:
         return 0.0
     free, total = torch.cuda.mem_get_info()
     return (total - free) / 1e6
-
-
-# --- the whole run ----------------------------------------------------------------------------------------------------
-
-
-def end_to_end(findings: Findings, settings: Settings) -> None:
-    """1024x436 H.264 to a store, after a short run that makes everything ready; then the network alone, preloaded."""
-    width, height, count = (96, 64, 6) if settings.dry else (1024, 436, 1000)
-    clip = written_clip(settings.folder, width, height, count)
-    weights = Path(settings.folder) / "filled.safetensors"
-    net = filled("FlowNet2", settings.device, 0.05 if settings.dry else 1.0)
-    save_weights(
-        weights,
-        {name: value.cpu() for name, value in net.state_dict().items()},
-        licence="none: random numbers",
-        made_by={},
-    )
-    del net
-    options: dict[str, Any] = {"device": settings.device, "weights": str(weights)}
-    options["precision"] = "fp32" if settings.dry else "fp16"
-    store = Path(settings.folder) / "x.zarr"
-    flowreel.run(clip, store, stop=min(count, 40), overwrite=True, **options)
-    for decoder in ("auto",) if settings.dry else ("auto", "pyav"):
-        report = flowreel.run(clip, store, decoder=decoder, overwrite=True, **options)
-        alone = _alone(report.batch, clip, settings, options)
-        slowest = max(report.stages, key=lambda stage: stage.busy_s)
-        share = report.pairs_per_s / alone.median
-        findings.row(
-            decoder=report.decoder,
-            batch=report.batch,
-            pairs_s=report.pairs_per_s,
-            network_alone_pairs_s=alone.cell(),
-            of_the_network=share,
-            seconds=report.seconds,
-            startup_s=report.startup_s,
-            busiest_stage=slowest.name,
-            busy={stage.name: round(stage.busy_s / report.seconds, 3) for stage in report.stages},
-            store_mb=report.bytes_written / 1e6,
-            flo_mb=report.flo_bytes / 1e6,
-            notes=list(report.notes),
-        )
-        findings.note(
-            f"decoder {report.decoder}: {report.pairs_per_s:.0f} pairs/s, {share:.0%} of the network alone "
-            f"({OF_THE_NETWORK:.0%} asked for); busiest: {slowest.name}"
-        )
-        findings.add(
-            headline=f"{report.pairs_per_s:.0f} pairs/s, {share:.0%} of the network alone, busiest: {slowest.name}"
-        )
-
-
-def _alone(batch: int, clip: Path, settings: Settings, options: dict[str, Any]) -> Sample:
-    """Pairs a second of the same network on frames that are on the device already."""
-    height, width = (64, 96) if settings.dry else (436, 1024)
-    inference = prepare(ModelConfig(**options, batch=batch), height, width)
-    frames = [
-        torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8, device=settings.device) for _ in range(3)
-    ]
-    effort = Effort(least=2, most=2, cap_s=0.1) if settings.dry else Effort(least=5, most=30, cap_s=2.0)
-    sync = device_sync(settings.device)
-    seconds = alternated({"": lambda: (inference.flow(*frames[:2]), inference.flow(*frames[1:]))}, effort, sync)[""]
-    return Sample.of(seconds).rate(2 * batch)

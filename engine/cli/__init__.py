@@ -14,6 +14,14 @@ from flowreel.engine.errors import FlowreelError, StageError, UsageError
 INTERRUPTED = 130
 
 
+class EndOfFile(Exception):
+    """Carries an EOFError past typer, which would take it for Ctrl-D at a prompt. ``__cause__`` is the error."""
+
+
+class Interrupted(Exception):
+    """Carries Ctrl-C past typer, which would keep nothing of it. ``__cause__`` is the KeyboardInterrupt."""
+
+
 def main() -> NoReturn:
     """Entry point of ``flowreel`` and ``python -m flowreel``."""
     os.environ.update(patience() | os.environ)  # read when torch loads
@@ -35,11 +43,13 @@ def call(arguments: list[str]) -> int:
 
     ``--debug`` anywhere among the arguments lets errors through as they are, with their tracebacks.
     """
-    from flowreel.engine.cli.app import EndOfFile, Interrupted, app
-
     if any("\0" in argument for argument in arguments):  # no shell can give it, and no file system takes it
         return _say("an argument holds a NUL character: no file or option goes by such a name", 2)
+    if "" in arguments:
+        return _say("an argument is empty: a shell variable that is not set?", 2)
     try:
+        from flowreel.engine.cli.app import app  # here, as Ctrl-C may come while it loads
+
         result = app(arguments, prog_name="flowreel", standalone_mode=False)
     except (KeyboardInterrupt, Interrupted) as stopped:
         return _say(_with_notes("interrupted", stopped.__cause__ or stopped), INTERRUPTED)

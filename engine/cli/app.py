@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from flowreel.engine.cli import EndOfFile, Interrupted
 from flowreel.engine.cli.bench import bench
 from flowreel.engine.cli.color import color
 from flowreel.engine.cli.demo import demo
@@ -47,14 +48,6 @@ def _root(
     ] = False,
 ) -> None:
     pass
-
-
-class EndOfFile(Exception):
-    """Carries an EOFError past typer, which would take it for Ctrl-D at a prompt. ``__cause__`` is the error."""
-
-
-class Interrupted(Exception):
-    """Carries Ctrl-C past typer, which would keep nothing of it. ``__cause__`` is the KeyboardInterrupt."""
 
 
 def _shielded(command: Callable[..., None]) -> Callable[..., None]:

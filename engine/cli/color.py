@@ -20,7 +20,8 @@ def color(
         typer.Argument(
             metavar="IN",
             help="Files of flow (.flo, .kitti.png, .npz, flow_x_N.jpg), folders or quoted globs of them, stores, or "
-            "slices of stores (X.zarr@10:20).",
+            "slices of stores (X.zarr@10:20), one after the other. Files of one kind in a row are taken in natural "
+            "order, 2.flo before 10.flo.",
             show_default=False,
         ),
     ],
@@ -34,7 +35,15 @@ def color(
         ),
     ],
     video: Annotated[bool, typer.Option("--video", "-v", help="Make a video in the folder, too.")] = False,
-    frame_rate: Annotated[str, typer.Option("--frame-rate", "-r", help="Of the video, in frames per second.")] = "30",
+    frame_rate: Annotated[
+        str | None,
+        typer.Option(
+            "--frame-rate",
+            "-r",
+            help="Of the video, in frames per second. \\[default: a store's own times; 30 for files]",
+            show_default=False,
+        ),
+    ] = None,
     max_flow: Annotated[
         str,
         typer.Option(help="Motion in pixels at full colour; auto: each picture's longest vector, one for the video."),

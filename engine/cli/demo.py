@@ -16,6 +16,7 @@ def demo(
     ),
     weights: Weights = "baseline",
     device: Device = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a clip and its flow that are there.")] = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -24,7 +25,7 @@ def demo(
     from flowreel.engine.cli.table import Live, print_summary, size
 
     with Live(quiet) as live:
-        report = demonstration.demo(folder, weights=weights, device=device, progress=live.show)
+        report = demonstration.demo(folder, weights=weights, device=device, overwrite=overwrite, progress=live.show)
     if not quiet:
         print_summary(report.run)
     store, video = report.run.outputs

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flowreel.engine.cli import printable
-from flowreel.engine.cli.options import Debug, Quiet, number_or_auto, require_report_free, write_stats
+from flowreel.engine.cli.options import CODECS, Debug, Quiet, number_or_auto, require_report_free, write_stats
 from flowreel.engine.cli.table import Live, clock, size
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ def export(
         typer.Argument(
             metavar="SOURCE",
             help="A store, a slice of one (X.zarr@10:20), a full cache of lazy flow, or a folder, quoted glob or list "
-            "of files of flow (.flo, .kitti.png, .npz, flow_x_N.jpg).",
+            "of files of flow (.flo, .kitti.png, .npz, flow_x_N.jpg). Files are taken in natural order, 2.flo before "
+            "10.flo, in whatever order they are named.",
             show_default=False,
         ),
     ],
@@ -39,7 +40,7 @@ def export(
     ] = None,
     stop: Annotated[int | None, typer.Option(help="First flow not taken, likewise.", show_default=False)] = None,
     max_error: Annotated[float, typer.Option(help="Largest error of stored flow, in pixels; 0 is lossless.")] = 1 / 64,
-    codec: Annotated[str, typer.Option(help="blosc (every reader opens it), pcodec (smaller) or zstd.")] = "blosc",
+    codec: Annotated[str, typer.Option(help=CODECS)] = "blosc",
     max_flow: Annotated[
         str, typer.Option(help="Motion in pixels at full colour; auto measures the first flows.")
     ] = "auto",
@@ -52,7 +53,8 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace outputs that are there.")] = False,
     queue_mb: Annotated[float, typer.Option(help="Most megabytes that may wait between the stages.")] = 512,
     stats: Annotated[
-        Path | None, typer.Option(help="Write what the export did as JSON to this file.", show_default=False)
+        Path | None,
+        typer.Option(help="Write what the export did as JSON to this file; -: to stdout.", show_default=False),
     ] = None,
     quiet: Quiet = False,
     debug: Debug = False,

@@ -16,6 +16,8 @@ Weights = Annotated[
     str, typer.Option(help="'baseline' (shipped), a .safetensors, NVIDIA's .pth.tar, or a downloaded one's name.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N. auto takes CUDA when it is there.")]
+STDOUT = Path("-")  # as where ``--stats`` goes
+CODECS = "blosc (every reader opens it), zstd, pcodec (smaller) or pcodec2d (smaller still; fewest readers)."
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
 
@@ -35,13 +37,16 @@ def require_report_free(path: Path | None, outputs: Sequence[str | Path], source
     from flowreel.engine.places import require_report
     from flowreel.engine.sources import source_stem
 
-    if path is not None:
+    if path is not None and path != STDOUT:
         named = [os.fspath(output).replace("{stem}", source_stem(one)) for output in outputs for one in sources]
         require_report(path, named or outputs, sources)
 
 
 def write_stats(path: Path, report: dict[str, object]) -> None:
     """``--stats``: a report as JSON. Raises OutputWriteError; by then the outputs are done."""
+    if path == STDOUT:
+        typer.echo(json.dumps(report, indent=2))
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=2) + "\n")

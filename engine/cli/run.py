@@ -8,8 +8,19 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from flowreel.engine.cli.options import Debug, Device, Quiet, Weights, number_or_auto, require_report_free, write_stats
+from flowreel.engine.cli.options import (
+    CODECS,
+    STDOUT,
+    Debug,
+    Device,
+    Quiet,
+    Weights,
+    number_or_auto,
+    require_report_free,
+    write_stats,
+)
 from flowreel.engine.cli.table import Live, print_many, print_summary
+from flowreel.engine.errors import UsageError
 from flowreel.sinks import known_outputs
 
 FRAMES, NETWORK, OUTPUT, STREAM = "Which frames", "Which network, where, how", "Outputs", "The run"
@@ -81,9 +92,7 @@ def run(
     max_error: Annotated[
         float, typer.Option(help="Largest error of stored flow, in pixels; 0 is lossless.", rich_help_panel=OUTPUT)
     ] = 1 / 64,
-    codec: Annotated[
-        str, typer.Option(help="blosc (every reader opens it), pcodec (smaller) or zstd.", rich_help_panel=OUTPUT)
-    ] = "blosc",
+    codec: Annotated[str, typer.Option(help=CODECS, rich_help_panel=OUTPUT)] = "blosc",
     max_flow: Annotated[
         str,
         typer.Option(help="Motion in pixels at full colour; auto measures the first flows.", rich_help_panel=OUTPUT),
@@ -126,7 +135,11 @@ def run(
     ] = 512,
     stats: Annotated[
         Path | None,
-        typer.Option(help="Write what the run did as JSON to this file.", show_default=False, rich_help_panel=STREAM),
+        typer.Option(
+            help="Write what the run did as JSON to this file; -: to stdout.",
+            show_default=False,
+            rich_help_panel=STREAM,
+        ),
     ] = None,
     manifest: Annotated[
         Path | None,
@@ -239,7 +252,10 @@ def _run_many(
 ) -> None:
     from flowreel.engine.many import run_many
 
-    require_report_free(manifest, [*(outputs or []), *([stats] if stats else [])], sources)
+    if manifest == STDOUT:
+        raise UsageError("the manifest is read again by the next run, so it needs a file; --stats - goes to stdout")
+    others = [] if stats is None or stats == STDOUT else [stats]
+    require_report_free(manifest, [*(outputs or []), *others], sources)
     with Live(quiet) as live:
         report = run_many(sources, outputs, progress=live.show_many, manifest=manifest, **options)
     if stats is not None:

@@ -61,7 +61,8 @@ def _show(bar: Progress, task: TaskID, flows: int, available: int) -> None:
 def _lines(one: Verification) -> list[str]:
     """What a person reads about one store."""
     if one.sound:
-        return [f"{one.path}: sound, {one.flows} {_plural(one.flows, 'flow')} of {one.width}x{one.height}"]
+        count = str(one.flows) if one.available == one.flows else f"{one.available} of {one.flows}"  # a cache's
+        return [f"{one.path}: sound, {count} {_plural(one.flows, 'flow')} of {one.width}x{one.height}"]
     if len(one.findings) == 1 and one.findings[0].first_flow is None:
         return [f"{one.path}: {one.findings[0]}"]
     heading = f"{one.path}: {len(one.findings)} {_plural(len(one.findings), 'thing')} wrong"

@@ -54,9 +54,12 @@ class SmoothedHead:
         batch, _, height, width = x.shape
         out = buffers.empty(batch, self.outputs, height, width, torch.float32)
         reach = KERNEL // 2
+        bytes_a_pixel = KERNEL * self.outputs * torch.float32.itemsize
+        if x.dtype != self.dtype:  # then a strip's input is memory of its own as well
+            bytes_a_pixel = max(bytes_a_pixel, x.shape[1] * self.dtype.itemsize)
         for sample in range(batch):
             one = x[sample : sample + 1]
-            for top, bottom in strips(height, width, KERNEL * self.outputs * torch.float32.itemsize):
+            for top, bottom in strips(height, width, bytes_a_pixel):
                 low, high = max(0, top - reach), min(height, bottom + reach)
                 rows = self._rows(one[:, :, low:high].to(self.dtype), 0).float()
                 out[sample : sample + 1, :, top:bottom] = self._sum(rows, reach)[:, :, top - low : bottom - low]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flowreel.engine.doctor.checking import Finding, expect, first_line
-from flowreel.engine.errors import MissingDependencyError
+from flowreel.engine.errors import DeviceError, MissingDependencyError
 from flowreel.engine.sources import nvcodec
 
 NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
@@ -192,13 +192,20 @@ def nvdec() -> Finding:
     engines = 0
     found: list[str] = []
     lacking: list[str] = []
+    unasked: list[str] = []  # why
     for name, bits in NVDEC_CODECS:
-        caps = nvcodec.decodes(codec, 0, getattr(codec.cudaVideoCodec, name), "420", bits)
-        count = caps.get("num_decoder_engines", 0)
+        try:
+            caps = nvcodec.decodes(codec, 0, getattr(codec.cudaVideoCodec, name), "420", bits)
+        except DeviceError as error:
+            unasked.append(str(error))
+            caps = {}
+        count = caps.get("num_decoder_engines", 0) if caps.get("supported") else 0
         (found if count else lacking).append(f"{name} {bits} bit")
         engines = max(engines, count)
+    if not found and unasked:
+        return Finding("broken", detail=f"the GPU cannot be asked what it decodes: {unasked[0]}")
     if not found:
-        return Finding("broken", detail="the GPU decodes no video at all: it has no NVDEC, or may not be asked")
+        return Finding("broken", detail="the GPU decodes no video at all: it has no NVDEC")
     without = f"; not {', '.join(lacking)}" if lacking else ""
     return Finding("ok", detail=f"{engines} engine{'' if engines == 1 else 's'}: {', '.join(found)}{without}")
 

@@ -36,6 +36,7 @@ _NAMES = re.compile(
 _NUMBER_DTYPE = re.compile(r"[<>|=]?[fiub][1248]")
 
 _ZIP = b"PK\3\4"
+_PICKLE = b"\x80"  # of protocol 2 on, as every torch has written
 _LEGACY_PICKLES = 5  # magic number, version, system, the content itself, keys of storages; then come the tensors
 
 _NEW = {"NONE", "NEWFALSE", "NEWTRUE", "BININT", "BININT1", "BININT2", "BINFLOAT", "LONG1"}
@@ -59,16 +60,17 @@ def check_checkpoint(path: str | Path) -> None:
     """Every pickle that ``torch.load`` would read of a file, as ``check_pickle`` does.
 
     Raises:
-        UnpicklingError, ValueError: see ``check_pickle``.
+        UnpicklingError, ValueError: see ``check_pickle``; the latter also for what is no checkpoint at all.
         RuntimeError: torch finds no pickle in it.
     """
     with open(path, "rb") as file:
-        if (
-            file.read(len(_ZIP)) == _ZIP
-        ):  # what torch looks at; it may hold other bytes for a zip file than zipfile does
+        start = file.read(len(_ZIP))
+        if start == _ZIP:  # what torch looks at; it may hold other bytes for a zip file than zipfile does
             file.seek(0)
             pickles = io.BytesIO(torch._C.PyTorchFileReader(file).get_record("data.pkl"))
             count = 1
+        elif not start.startswith(_PICKLE):
+            raise ValueError("it begins neither as a zip file nor as a pickle, as what torch.save writes does")
         else:
             file.seek(0)
             pickles = io.BytesIO(file.read(MOST_BYTES))

@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from flowreel.engine.cupy_cache import settle
+
 if TYPE_CHECKING:
     from flowreel.engine import errors as errors
     from flowreel.engine.api import RunReport as RunReport
@@ -49,6 +51,9 @@ _HOME = {
 }
 
 __all__ = [*(name for name in _HOME if name != "open"), "__version__", "errors"]  # ``import *`` leaves Python's open
+
+
+settle()
 
 
 def __getattr__(name: str) -> Any:

@@ -27,6 +27,7 @@ from flowreel.engine.timecode import select_frames
 if TYPE_CHECKING:
     from flowreel.engine.data import Float64Array
 
+FLOW_SUFFIXES = frozenset({".flo", ".npz", ".zarr"})
 FRAME_RATE = Fraction(25)  # pictures carry no times; FFmpeg reads image sequences at the same rate
 
 # What Pillow has to say of a file is either told by an error of ours or of no concern.
@@ -69,8 +70,26 @@ def find_images(name: str) -> list[Path]:
     if not images:
         kinds = " ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
         verb = "holds" if place.is_dir() else "matches"
-        raise SourceNotFoundError(f"{name} {verb} no images; looked for {kinds}")
+        raise SourceNotFoundError(f"{name} {verb} no images; looked for {kinds}{_what_else(place, found)}")
     return sorted(images, key=natural_order)
+
+
+def _what_else(place: Path, found: list[Path]) -> str:
+    """What somebody may have meant who named a folder or glob without images."""
+    if (place / "zarr.json").is_file():
+        return "; it is a flow store, which flowreel.open_store reads and flowreel export and color take"
+    flow = [path for path in found if path.suffix.lower() in FLOW_SUFFIXES]
+    if flow:
+        return f"; there is flow, such as {_first(flow)}, which flowreel export, color and info take"
+    if found and not place.is_dir():
+        return (
+            f"; {_first(found)} is there, but globs in quotes are for images: without quotes, the shell names each file"
+        )
+    return ""
+
+
+def _first(paths: list[Path]) -> str:
+    return min(paths, key=natural_order).name
 
 
 def natural_order(path: Path) -> tuple[list[int | str], str]:

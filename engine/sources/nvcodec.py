@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
+from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
-from flowreel.engine.errors import MissingDependencyError
+from flowreel.engine.errors import DeviceError, MissingDependencyError
+from flowreel.engine.pipeline import in_own_thread
 
 OLDEST = (2, 2, 4)  # before it, the strides of 16-bit surfaces were wrong
 INSTALL = "pip install 'flowreel[cuda]' (flowreel[cuda12] for a driver of CUDA 12)"
@@ -15,8 +18,12 @@ INSTALL = "pip install 'flowreel[cuda]' (flowreel[cuda12] for a driver of CUDA 1
 def load() -> ModuleType:
     """PyNvVideoCodec itself.
 
+    Its warnings would go to stdout, which belongs to what was asked for: they are turned off, unless LOGGER_LEVEL says
+    otherwise. What it says of a damaged picture it prints all the same.
+
     Raises MissingDependencyError saying whether it is not installed, too old, or cannot load, and why.
     """
+    os.environ.setdefault("LOGGER_LEVEL", "ERROR")  # read while it is imported
     try:
         import PyNvVideoCodec
     except ModuleNotFoundError as error:
@@ -45,16 +52,33 @@ def _numbers(version: str) -> tuple[int, ...]:
 def decodes(codec: ModuleType, gpu: int, kind: Any, chroma: str, bits: int) -> dict[str, int]:
     """What GPU number ``gpu`` can do with a codec, chroma subsampling ("420", "422", "444") and depth.
 
-    ``num_decoder_engines`` is zero or missing where it decodes no such thing; else ``width_min`` to ``height_max`` are
-    pixels and ``mb_num_max`` is the most macroblocks (16x16 pixels) of a picture. Empty when it cannot even be asked.
+    ``supported`` and ``num_decoder_engines`` are zero where it decodes no such thing; else ``width_min`` to
+    ``height_max`` are pixels and ``mb_num_max`` is the most macroblocks (16x16 pixels) of a picture. Raises DeviceError
+    when it cannot even be asked.
+
+    2.2.4 asks GPU 0, whatever the number. Every question makes a CUDA context and takes it down again, so each is put
+    only once.
     """
-    try:
-        caps = codec.GetDecoderCaps(
-            gpuid=gpu, codec=kind, chromaformat=getattr(codec.cudaVideoChromaFormat, chroma), bitdepth=bits
-        )
-    except Exception:  # errors of its own kind, and for a codec it has never heard of a plain one
+    answer = _answer(codec, gpu, kind, chroma, bits)
+    if isinstance(answer, str):
+        raise DeviceError(answer)
+    return answer
+
+
+@lru_cache(maxsize=128)
+def _answer(codec: ModuleType, gpu: int, kind: Any, chroma: str, bits: int) -> dict[str, int] | str:
+    """Why not, where there is no answer: remembered like one, since each failure costs the memory of a context."""
+    if kind not in codec.cudaVideoCodec.__members__.values():  # the demuxer has a number for one it does not know
         return {}
-    return dict(caps)
+    chroma_kind = codec.cudaVideoChromaFormat.__members__[chroma]
+
+    def ask() -> dict[str, int]:
+        return dict(codec.GetDecoderCaps(gpuid=gpu, codec=kind, chromaformat=chroma_kind, bitdepth=bits))
+
+    try:
+        return in_own_thread(ask)  # one that fails leaves its context current, on the thread that asked
+    except Exception as error:  # errors of its own kinds, and a plain one where a library is missing
+        return first_line(error)
 
 
 def first_line(error: BaseException) -> str:

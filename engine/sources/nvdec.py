@@ -13,31 +13,30 @@ event for whoever reads it, ``record_stream`` for the allocator. That allocator 
 one size and the channels bound their number, so after the first few nothing new is allocated, and it alone knows
 when every stream has done with a block. A ring of our own would have to learn that from each consumer.
 
-*What is not asked of the demuxer.* It calls 10-bit HEVC 8 bits deep and knows no BT.2020 (seen with 2.2.4), so depth,
-matrix, range and rotation come from our own probe. Its ``Seek`` takes the number of a packet and may land anywhere, or
-raise: the stamp of the packet it gives decides whether decoding can start there.
+*What differs from the CPU.* The chip conceals damage: a damaged picture comes as it could be decoded and counts as
+good, with a line on stdout that cannot be stopped; only what does not come at all is told as lost. And it mends
+interlaced pictures, so a file whose first frame is interlaced is left to the CPU; later frames are not looked at.
 
-Nothing of this has run on a GPU yet: it is tested against a stand-in (``tests/fakes``) that decodes with PyAV.
+Nothing of this has run on a GPU yet. It is tested against a stand-in (``tests/fakes``) that decodes with PyAV and has
+the manners of the real package, with which this was run over stand-ins of the driver's libraries.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from flowreel.engine.device import WorkStream, free_bytes
+from flowreel.engine.device import WorkStream
 from flowreel.engine.errors import DeviceError, FlowreelError, FrameSizeError
-from flowreel.engine.pipeline import OneAtATime
-from flowreel.engine.sources import nvcodec
-from flowreel.engine.sources.pyav import PyAVDecoder, key_frame_before
-from flowreel.engine.timecode import MOST_REORDERED
+from flowreel.engine.sources import nvcodec, nvsession
+from flowreel.engine.sources.nvsession import Session
+from flowreel.engine.sources.pyav import PyAVDecoder
 from flowreel.kernels import yuv_to_rgb
 
 if TYPE_CHECKING:
@@ -45,10 +44,14 @@ if TYPE_CHECKING:
 
     from flowreel.engine.sources.probe import VideoProbe
 
-SESSION_BYTES = 412 << 20  # of device memory that a session was seen to take
-LEAST_FREE_BYTES = 2 * SESSION_BYTES  # a session begun with too little has been seen to crash the process
 # FFmpeg's pixel formats whose surfaces are known: NV12 or P016 of 4:2:0, three planes below one another of 4:4:4.
 _PIXEL_FORMAT = re.compile(r"yuvj?(420|444)p(?:(10|12)le)?")
+_SURFACES = {  # by subsampling, and whether they are of more than 8 bits: the names of these
+    ("420", False): "NV12",
+    ("420", True): "P016",
+    ("444", False): "YUV444",
+    ("444", True): "YUV444_16Bit",
+}
 _BLOCK = 16  # pixels, the side of a macroblock
 
 
@@ -76,7 +79,7 @@ def _unsuitable(codec: ModuleType, probe: VideoProbe, gpu: int) -> str | None:
     if probe.interlaced:
         return "it is interlaced, which NVDEC would mend and the CPU leaves as it is"
     try:
-        demuxer = codec.CreateDemuxer(filename=_plain(probe.path))
+        demuxer = codec.CreateDemuxer(filename=nvsession.plain(probe.path))
         kind = demuxer.GetNvCodecId()
         time_base = (demuxer.GetTimebaseNum(), demuxer.GetTimebaseDen())
         stream = demuxer.GetVideoStreamId()
@@ -86,8 +89,11 @@ def _unsuitable(codec: ModuleType, probe: VideoProbe, gpu: int) -> str | None:
         return f"its demuxer takes stream {stream} of the file, not {probe.stream_index}"
     if time_base != (probe.time_base.numerator, probe.time_base.denominator):
         return f"its demuxer counts time in units of {time_base[0]}/{time_base[1]} s, not of {probe.time_base} s"
-    caps = nvcodec.decodes(codec, gpu, kind, chroma, bits)
-    if not caps.get("num_decoder_engines"):
+    try:
+        caps = nvcodec.decodes(codec, gpu, kind, chroma, bits)
+    except DeviceError as error:
+        return f"this GPU cannot be asked about {probe.codec}: {error}"
+    if not (caps.get("supported") and caps.get("num_decoder_engines")):
         return f"this GPU decodes no {probe.codec} with {chroma} chroma and {bits} bits"
     return _unsuitable_size(caps, width, height)
 
@@ -113,11 +119,6 @@ def _gpu(device: str) -> int:
     return torch.device(device).index or 0
 
 
-def _plain(path: Path) -> str:
-    """With every folder before it, so that no name is taken for an address."""
-    return str(path.absolute())
-
-
 class NvdecDecoder:
     """A ``VideoDecoder`` that gives pictures on the GPU.
 
@@ -135,7 +136,10 @@ class NvdecDecoder:
         self._say = say
         self._stream: WorkStream | None = None
         self._relieved = False  # the CPU has taken over
-        self._layout = _layout(probe.pixel_format.name)
+        self._checked = False  # whether a good surface has come
+        layout = _layout(probe.pixel_format.name)
+        assert layout is not None, "why_not() tells"
+        self._chroma, self._bits = layout
 
     @property
     def name(self) -> str:
@@ -144,18 +148,22 @@ class NvdecDecoder:
 
     def pictures(self, first: int) -> Generator[tuple[int, Any], None, None]:
         """See ``VideoDecoder``."""
-        due = first
+        due, why = first, "no more frames came"
         with closing(self._surfaces(first)) as surfaces:
             while True:
                 try:
                     number, surface = next(surfaces)
                 except StopIteration:
-                    return
+                    if self._instead is None or due >= len(self._probe.timeline):
+                        return
+                    break  # its demuxer takes a damaged place for the end of the file, PyAV reads on behind it
                 except Exception as error:  # of many kinds, plain ones among them
                     why = nvcodec.first_line(error)
-                    if self._instead is None:
-                        raise DeviceError(f"NVDEC failed at frame {due} of {self._probe.path.name}: {why}") from error
-                    break
+                    if self._instead is not None:
+                        break
+                    if isinstance(error, FrameSizeError):
+                        raise
+                    raise DeviceError(f"NVDEC failed at frame {due} of {self._probe.path.name}: {why}") from error
                 if number >= due:
                     yield number, surface
                     due = number + 1
@@ -171,108 +179,69 @@ class NvdecDecoder:
             assert self._instead is not None
             return self._instead.rgb(picture, number)
         assert self._stream is not None, "a picture comes from pictures()"
-        return self._stream.run(lambda: self._converted(picture, number))
+        return self._stream.run(lambda: self._converted(picture))
 
-    def _converted(self, picture: Any, number: int) -> Tensor:
+    def _converted(self, picture: Any) -> Tensor:
         """Reads the surface and writes RGB, both on the decoder's stream."""
-        assert self._layout is not None
-        chroma_kind, bits = self._layout
         pixels, turn, (width, height) = self._probe.pixel_format, self._probe.turn, self._probe.stored_size
         surface = from_dlpack(picture)  # (rows of all planes, W), one below the other
         luma, rest = surface[:height], surface[height:]
-        rows = height // 2 if chroma_kind == "420" else 2 * height
-        if surface.shape[1] != width or rest.shape[0] != rows:
-            raise FrameSizeError(
-                f"frame {number} of {self._probe.path.name} came as a surface of {tuple(surface.shape)}, but the first "
-                f"is {width}x{height}; the size must not change within a source"
-            )
-        interleaved = chroma_kind == "420"
-        chroma = rest.view(rows, -1, 2) if interleaved else rest.view(2, height, width).permute(1, 2, 0)
+        interleaved = self._chroma == "420"
+        chroma = rest.view(height // 2, -1, 2) if interleaved else rest.view(2, height, width).permute(1, 2, 0)
         size = (width, height) if turn.transpose else (height, width)
         shown = torch.empty((3, *size), dtype=torch.uint8, device=surface.device)
         out = shown.transpose(1, 2) if turn.transpose else shown
-        yuv_to_rgb(luma, chroma, matrix=pixels.used_matrix, full_range=pixels.used_range == "full", bits=bits, out=out)
+        full_range = pixels.used_range == "full"
+        yuv_to_rgb(luma, chroma, matrix=pixels.used_matrix, full_range=full_range, bits=self._bits, out=out)
         mirrored = [dim for dim, asked in ((2, turn.flip_x), (1, turn.flip_y)) if asked]
         return shown.flip(mirrored) if mirrored else shown
 
     def _surfaces(self, first: int) -> Generator[tuple[int, Any], None, None]:
-        """Numbered surfaces in rising order, from ``first`` or somewhat before it."""
+        """Numbered surfaces, from ``first`` or somewhat before it; in rising order, but it may begin once again."""
         codec = nvcodec.load()
         stream = self._stream = WorkStream(self._device)
-        session = _begin(codec, self._probe, stream, first)
+        good = yield from self._numbered(nvsession.begin(codec, self._probe, stream, first), stream)
+        if not good:
+            yield from self._numbered(nvsession.begin(codec, self._probe, stream, 0), stream)
+
+    def _numbered(self, session: Session, stream: WorkStream) -> Generator[tuple[int, Any], None, bool]:
+        """A session's surfaces with their numbers. Returns False when it cannot begin where it was told to.
+
+        Where key frames lean on others than themselves (an open GOP), the chip may give none before one that does not,
+        or such as lean on nothing: so the key frame itself has to come before any that follows it on the screen.
+        """
         timeline, last = self._probe.timeline, -1
+        awaited = session.key_frame
         try:
-            for surface in session:
+            for surface in session.surfaces:
                 # Where stamps do not tell, frames are counted: there decoding has begun at the start of the file.
                 number = last + 1 if timeline.stamps is None else timeline.number_of(surface.getPTS())
                 if number is None or number <= last:
                     continue  # one that an edit list hides, which NVDEC cannot know; or the same again
                 if number >= len(timeline):
-                    return
+                    return True
+                if awaited is not None and number > awaited:
+                    return False
+                if number == awaited:
+                    awaited = None
+                self._check(surface, number)
                 yield number, surface
                 last = number
+            return awaited is None
         finally:
             stream.finish()  # the last conversions still read what the decoder is about to free
 
+    def _check(self, surface: Any, number: int) -> None:
+        """Raises DeviceError when not even the first surface is as the probe lets expect, FrameSizeError for others.
 
-# -- Sessions ----------------------------------------------------------------------------------------------------
-
-
-_beginning = OneAtATime()
-
-
-def _begin(codec: ModuleType, probe: VideoProbe, stream: WorkStream, first: int) -> Iterator[Any]:
-    """Surfaces of a new session, from a key frame at or before frame ``first``, else from the start of the file.
-
-    Alone, the first packet included, with which the driver makes the decoder proper: sessions begun by several threads
-    at once have been seen to crash. Raises DeviceError when too little device memory is free, and what PyNvVideoCodec
-    raises.
-    """
-    with _beginning:
-        return _begun(codec, probe, stream, first)
-
-
-def _begun(codec: ModuleType, probe: VideoProbe, stream: WorkStream, first: int) -> Iterator[Any]:
-    free = free_bytes(stream.device)
-    if free < LEAST_FREE_BYTES:
-        raise DeviceError(f"{free >> 20} MiB of device memory are free, a session needs {LEAST_FREE_BYTES >> 20}")
-    demuxer, packet = _sought(codec, probe, first) or _started(codec, probe)
-    decoder = codec.CreateDecoder(
-        gpuid=_gpu(str(stream.device)),
-        codec=demuxer.GetNvCodecId(),
-        cudacontext=0,  # the primary one, which is torch's
-        cudastream=stream.handle,
-        usedevicememory=True,
-    )
-    return _rest(demuxer, decoder, decoder.Decode(packet))
-
-
-def _started(codec: ModuleType, probe: VideoProbe) -> tuple[Any, Any]:
-    """A demuxer, and the first packet of the file."""
-    demuxer = codec.CreateDemuxer(filename=_plain(probe.path))
-    return demuxer, next(iter(demuxer))
-
-
-def _sought(codec: ModuleType, probe: VideoProbe, first: int) -> tuple[Any, Any] | None:
-    """A demuxer, and the packet of a key frame from which ``first`` can be decoded; None: seeking does not find it."""
-    if key_frame_before(probe, first) == 0:
-        return None
-    for aim in (first, first - MOST_REORDERED):  # packets are not in the order of the screen: the first may go too far
-        demuxer = codec.CreateDemuxer(filename=_plain(probe.path))
-        try:
-            packet = demuxer.Seek(max(aim, 0))
-        except Exception:  # no index, or not of so many packets
-            return None
-        landed = probe.timeline.number_of(packet.pts)
-        if packet.key and landed is not None and landed <= first:
-            return demuxer, packet
-    return None
-
-
-def _rest(demuxer: Any, decoder: Any, surfaces: list[Any]) -> Iterator[Any]:
-    """``surfaces`` of the first packet, and those of all that follow."""
-    yield from surfaces
-    for packet in demuxer:
-        yield from decoder.Decode(packet)
-        if not packet.bsl:  # the empty packet at the end, which has just made the decoder give what it held
-            return
+        A decoder that cannot give 4:4:4 gives 4:2:0 and says nothing.
+        """
+        width, height = self._probe.stored_size
+        expected = (_SURFACES[self._chroma, self._bits > 8], (height * 3 // (2 if self._chroma == "420" else 1), width))
+        got = (surface.format.name, tuple(surface.shape))
+        if got != expected:
+            raise (FrameSizeError if self._checked else DeviceError)(
+                f"frame {number} of {self._probe.path.name} came as {got[0]} of {got[1]}, "
+                f"not as {expected[0]} of {expected[1]}"
+            )
+        self._checked = True

@@ -1,4 +1,4 @@
-"""Results made up for tests."""
+"""Results made up for tests, and what parts of ``python -m benchmarks gpu`` are given."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from benchmarks.gpu.findings import Settings
+from tests.fakes.gpu_parts import Found
 
 Write = Callable[..., Path]
 
@@ -50,3 +53,13 @@ def sample(median: float, spread: float = 0.01, n: int = 9) -> dict[str, float]:
 @pytest.fixture(name="sample")
 def _sample() -> Callable[..., dict[str, float]]:
     return sample
+
+
+@pytest.fixture
+def findings(tmp_path: Path) -> Found:
+    return Found(tmp_path / "found.json")
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings("cpu", True, str(tmp_path), str(tmp_path))

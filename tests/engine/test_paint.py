@@ -10,8 +10,11 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from flowreel.engine.config import SinkConfig
+from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
 from flowreel.engine.errors import (
     FlowFileError,
     FrameSizeError,
@@ -25,6 +28,7 @@ from flowreel.engine.errors import (
 from flowreel.engine.export import export
 from flowreel.engine.paint import color
 from flowreel.kernels import flow_to_color
+from flowreel.sinks import open_sink
 
 HEIGHT, WIDTH = 32, 48
 
@@ -134,6 +138,30 @@ def test_one_picture_or_only_the_video(folder: Path) -> None:
     assert "full colour at 15 px" in report.outputs[0].notes[0]
 
 
+def test_a_store_plays_at_its_own_times_and_files_at_30_a_second(folder: Path) -> None:
+    color("flows", "files.mkv")
+    assert play("files.mkv")[1] == pytest.approx([0, 1 / 30, 2 / 30, 3 / 30], abs=1e-3)
+    export("flows", "dance.zarr", frame_rate=10)
+    color("dance.zarr", "store.mkv")
+    assert play("store.mkv")[1] == pytest.approx([0, 0.1, 0.2, 0.3])
+    color(["dance.zarr@2:", "flows/8.flo", "flows/9.flo", "dance.zarr@:2"], "many.mkv")  # one after the other
+    starts_s = [0, 0.1, 0.2, 0.2 + 1 / 30, 0.2 + 2 / 30, 0.3 + 2 / 30]
+    assert play("many.mkv")[1] == pytest.approx(starts_s, abs=1e-3)
+    color("dance.zarr", "asked.mkv", frame_rate=50)
+    assert play("asked.mkv")[1] == pytest.approx([0, 0.02, 0.04, 0.06])
+
+
+def test_uneven_times_and_backward_flow_stay_in_step(folder: Path) -> None:
+    sink = open_sink("uneven.zarr", SinkConfig())
+    sink.open(FlowInfo(HEIGHT, WIDTH, Fraction(25), None, SourceId("dance.mp4")))
+    frame, times_s = np.array([1, 2, 3]), np.array([5.0, 5.5, 5.6])  # from frame 1 back to frame 0, and so on
+    flow = torch.from_numpy(np.stack([some_flow(n).transpose(2, 0, 1) for n in frame]))
+    sink.write(FlowBatch(flow, 0, frame, frame - 1, times_s, np.array([4.8, 5.0, 5.5])))
+    sink.commit()
+    color(["uneven.zarr", "flows/8.flo"], "uneven.mkv")
+    assert play("uneven.mkv")[1] == pytest.approx([0, 0.5, 0.6, 0.7], abs=1e-3)
+
+
 def test_sizes_may_differ_in_pictures_but_not_in_a_video(folder: Path) -> None:
     put_flo(folder / "10.flo", some_flow(0, 5, 7))
     color(folder, "out")
@@ -172,6 +200,7 @@ def test_what_is_there_is_kept_unless_asked(folder: Path) -> None:
         ("flows", "out/%06d.png", {}, UnknownOutputError, "expected a folder"),
         ("flows", "out.zarr", {}, UnknownOutputError, "expected a folder"),
         ("flows", "out.gif", {}, UnknownOutputError, "expected a folder"),
+        ("flows", "", {}, UnknownOutputError, "expected a folder"),
         ("flows", "out", {"max_flow": 0}, UsageError, "max-flow"),
         ("flows", "out", {"frame_rate": "0"}, UsageError, "frame-rate"),
         ("flows", "out", {"model": "FlowNet2"}, UsageError, "model"),

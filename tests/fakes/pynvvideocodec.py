@@ -1,20 +1,29 @@
 """A stand-in for PyNvVideoCodec 2.2.4: its signatures and its manners, with PyAV decoding underneath, on the CPU.
 
-The signatures and the demuxer's manners were taken from the real package, whose demuxer runs without a GPU; those of
-the decoder from its documentation, and await a GPU:
+The signatures and manners were taken from the real package: its demuxer runs without a GPU, and its decoder was watched
+on stand-ins of the driver's libraries. What the chip itself does awaits a GPU.
 
-- one packet object, filled anew for each packet; its bytes are gone when the next one is asked for;
+- one packet object, filled anew for each packet; its bytes are gone when the next one is asked for; of H.264 and HEVC
+  they have start codes, and parameter sets before each IDR picture;
 - an empty packet at the end, which makes the decoder give what it holds; packets of hidden frames come like all others;
 - ``BitDepth`` 8 and no matrix, whatever the stream; ``Seek`` takes a packet's number, lands on a key frame or raises;
-- surfaces are the decoder's own and overwritten at the next ``Decode``: here they are also filled with junk, at once;
+- the decoder proper is made, and has a width, once the next packet shows where the first picture ends;
+- surfaces are the decoder's own and overwritten at the next ``Decode``: here they are filled with junk, at once, and
+  when it is freed; they keep their size when the pictures become smaller, follow a cropping of the same picture, and
+  an error tells of larger ones;
+- a damaged picture comes like a good one;
+- asking what a GPU decodes leaves a context current on the thread that asked, when it fails;
 - errors are ``PyNvVCException``, whose message goes on for lines; a session that failed must not be used again.
 """
 
 from __future__ import annotations
 
+import ctypes
 import enum
+import re
+import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -22,9 +31,10 @@ from typing import Any
 import av
 import numpy as np
 import torch
+from av.bitstream import BitStreamFilterContext
 
 NO_STAMP = -(1 << 63)
-PITCH = 24  # samples that the rows of a surface are longer than the picture
+PITCH = 24  # samples that the rows of a surface are longer than the picture; none in 2.2.4, others had some
 JUNK = 0xAA
 
 
@@ -36,11 +46,14 @@ class PyNvVCExceptionUnsupported(Exception):
     pass
 
 
-cudaVideoCodec = enum.Enum("cudaVideoCodec", "MPEG1 MPEG2 MPEG4 VC1 H264 JPEG HEVC VP8 VP9 AV1 NumCodecs")
-cudaVideoChromaFormat = enum.Enum("cudaVideoChromaFormat", "Monochrome 420 422 444")
-OutputColorType = enum.Enum("OutputColorType", "NATIVE RGB RGBP")
-DisplayDecodeLatencyType = enum.Enum("DisplayDecodeLatencyType", "NATIVE LOW ZERO")
-Pixel_Format = enum.Enum("Pixel_Format", "NV12 YUV444 P016 YUV444_16Bit NV16 P216 RGB RGBP")
+cudaVideoCodec = enum.Enum(
+    "cudaVideoCodec", "MPEG1 MPEG2 MPEG4 VC1 H264 JPEG H264_SVC H264_MVC HEVC VP8 VP9 AV1", start=0
+)
+cudaVideoChromaFormat = enum.Enum("cudaVideoChromaFormat", "Monochrome 420 422 444", start=0)
+OutputColorType = enum.Enum("OutputColorType", "NATIVE RGB RGBP", start=0)
+DisplayDecodeLatencyType = enum.Enum("DisplayDecodeLatencyType", "NATIVE LOW ZERO", start=0)
+Pixel_Format = enum.Enum("Pixel_Format", "NV12 YUV444 P016 YUV444_16Bit NV16 P216 RGB RGBP", start=3)
+UNKNOWN_CODEC = enum.Enum("cudaVideoCodec", {"???": 12})["???"]  # prints like theirs; among the members it is not
 
 _CODECS = {
     "h264": cudaVideoCodec.H264,
@@ -63,7 +76,14 @@ class PacketData:
     def __init__(self) -> None:
         self.key = self.pts = self.dts = self.pos = self.bsl = self.bsl_data = self.duration = 0
         self.decode_flag = self.discardable = self.stream_index = 0
-        self.memory: tuple[av.Packet, bytes] | None = None  # what bsl_data points to, and the stream's header
+        self.memory: Any = None  # what bsl_data points to
+        self.coded: tuple[av.Packet, bytes] | None = None  # for PyAV: the packet, and the stream's header
+
+    def point_to(self, packet: av.Packet, header: bytes) -> None:
+        self.coded = packet, header
+        self.bsl = packet.size
+        self.memory = ctypes.create_string_buffer(bytes(packet), packet.size)
+        self.bsl_data = ctypes.addressof(self.memory)
 
 
 @dataclass
@@ -72,6 +92,7 @@ class Behaviour:
 
     caps: dict[str, int] = field(
         default_factory=lambda: {
+            "supported": 1,
             "num_decoder_engines": 7,
             "width_min": 48,
             "height_min": 16,
@@ -81,8 +102,15 @@ class Behaviour:
         }
     )
     engines_for: set[tuple[str, str, int]] | None = None  # (codec, chroma, bits) that are decoded; None: all
+    caps_error: Exception | None = None  # raised instead of an answer
+    asked: list[tuple[str, str, int]] = field(default_factory=list)
+    left_current: list[int] = field(default_factory=list)  # threads with a context that a failure left there
     fail_at: int | None = None  # number of the packet at which a session fails, from 0
     fail_bare: bool = False  # with a plain Exception, as some of it does
+    plain_surfaces: bool = False  # of 4:4:4 or more than 8 bits it makes 4:2:0 of 8 bits, and says nothing
+    skips_to_idr: bool = False  # begun in an open GOP, it gives nothing before an IDR picture
+    on_making: Callable[[], object] | None = None  # called while the decoder proper is made
+    making: int = 0
     dropped: frozenset[int] = frozenset()  # stamps whose frames never come
     packets: int | None = None  # that come before the demuxer finds the file broken
     seek_error: bool = False
@@ -93,6 +121,7 @@ class Behaviour:
     log: list[str] = field(default_factory=list)
     sessions: list[dict[str, Any]] = field(default_factory=list)  # what each was created with
     alive: int = 0  # sessions that still hold memory
+    most_alive: int = 0
 
 
 class Demuxer:
@@ -107,6 +136,8 @@ class Demuxer:
         stream = self._container.streams.best("video")
         assert isinstance(stream, av.VideoStream)
         self._stream = stream
+        self._begun = False  # to read it
+        self._filter: BitStreamFilterContext | None = None
         self._packets: Iterator[Any] | None = None
         self._packet = PacketData()
         self._number = 0
@@ -123,10 +154,10 @@ class Demuxer:
         if self._ended:
             raise StopIteration
         if self._packets is None:
-            self._packets = self._container.demux(self._stream)
+            self._packets = self._from_packet(0)
         number, self._number = self._number, self._number + 1
         broken = self._behaviour.packets is not None and number >= self._behaviour.packets
-        given = None if broken else next((packet for packet in self._packets if packet.size), None)
+        given = None if broken else next(self._packets, None)
         self._ended = given is None
         return self._fill(given)
 
@@ -134,30 +165,43 @@ class Demuxer:
         packet = self._packet
         vars(packet).update(vars(PacketData()))  # its memory is gone
         if given is not None:
-            packet.key, packet.bsl, packet.discardable = int(given.is_keyframe), given.size, int(given.is_discard)
+            packet.key, packet.discardable = int(given.is_keyframe), int(given.is_discard)
             packet.pts, packet.dts = (NO_STAMP if stamp is None else stamp for stamp in (given.pts, given.dts))
             plain = av.Packet(bytes(given))  # without the mark of a hidden frame: the chip knows of none
             plain.pts, plain.dts, plain.time_base = given.pts, given.dts, given.time_base
-            packet.memory = (plain, self._stream.codec_context.extradata or b"")
+            packet.point_to(plain, b"" if self._filter is not None else self._stream.codec_context.extradata or b"")
         return packet
 
     def Seek(self, index: int) -> PacketData:
         self._behaviour.log.append(f"seek {index}")
-        stamps = [packet.pts for packet in self._demuxed() if packet.size]
-        if self._behaviour.seek_error or index >= len(stamps) or None in stamps:
+        packets = list(self._from_packet(0))
+        stamps = [packet.pts for packet in packets]
+        if None in stamps:  # as of an elementary stream
+            return self._fill(None)
+        if self._behaviour.seek_error or index >= len(stamps) or self._container.format.name == "mpegts":
             raise _error("Seek", "Seek target index is out of range (no matching index entry).")
-        keys = [n for n, packet in enumerate(self._demuxed()) if packet.is_keyframe]
+        keys = [n for n, packet in enumerate(packets) if packet.is_keyframe]
         place = keys[-1] if self._behaviour.seek_late else max(n for n in keys if n <= index)
-        place += self._behaviour.seek_shift
-        self._packets = (packet for n, packet in enumerate(self._demuxed()) if n >= place)
-        return next(self)
+        self._packets = self._from_packet(place + self._behaviour.seek_shift)
+        packet = next(self)
+        if self._filter is not None and packet.coded is not None:
+            bare, header = packet.coded
+            whole = av.Packet(_parameter_sets(bytes(packets[0])) + bytes(bare))
+            whole.pts, whole.dts, whole.time_base = bare.pts, bare.dts, bare.time_base
+            packet.point_to(whole, header)
+        return packet
 
-    def _demuxed(self) -> Iterator[Any]:
-        self._container.seek(0)
-        return self._container.demux(self._stream)
+    def _from_packet(self, first: int) -> Iterator[Any]:
+        """All packets from this one on, as the decoder wants them."""
+        if self._begun:
+            self._container.seek(0)
+        self._begun = True
+        name = self._stream.codec_context.name
+        self._filter = BitStreamFilterContext(f"{name}_mp4toannexb", self._stream) if name in ("h264", "hevc") else None
+        return _filtered(self._container.demux(self._stream), self._filter, first)
 
-    def GetNvCodecId(self) -> cudaVideoCodec:
-        return _CODECS.get(self._stream.codec_context.name, cudaVideoCodec.NumCodecs)
+    def GetNvCodecId(self) -> Any:
+        return _CODECS.get(self._stream.codec_context.name, UNKNOWN_CODEC)
 
     def GetTimebaseNum(self) -> int:
         return (self._behaviour.time_base or self._stream.time_base).numerator
@@ -172,21 +216,39 @@ class Demuxer:
         return 8
 
 
+def _filtered(packets: Iterator[Any], through: BitStreamFilterContext | None, first: int) -> Iterator[Any]:
+    """Those from number ``first`` on. Knows of no demuxer, which thus is freed with its last reference."""
+    for number, packet in enumerate(packet for packet in packets if packet.size):
+        if number >= first:
+            yield from [packet] if through is None else through.filter(packet)
+
+
+def _parameter_sets(data: bytes) -> bytes:
+    """Of H.264 (SPS, PPS), which is what seeks are tried with."""
+    units = re.split(rb"\x00?\x00\x00\x01", data)[1:]
+    return b"".join(b"\0\0\0\1" + unit for unit in units if unit[0] & 0x1F in (7, 8))
+
+
 class DecodedFrame:
     """A surface of the decoder's, lent until the next ``Decode``."""
 
-    def __init__(self, surface: np.ndarray, stamp: int) -> None:
+    def __init__(self, surface: np.ndarray, stamp: int, kind: Pixel_Format) -> None:
         self._surface = surface
         self._stamp = stamp
+        self.format = kind
 
     def getPTS(self) -> int:
         return self._stamp
 
     @property
-    def shape(self) -> list[int]:
-        return list(self._surface.shape)
+    def shape(self) -> tuple[int, ...]:
+        return self._surface.shape
 
-    def __dlpack__(self, stream: object = 0) -> object:
+    def __dlpack__(self, stream: Any = -1) -> object:  # theirs is 0, which they refuse; nobody asks for a CPU's stream
+        if stream is None:
+            raise RuntimeError("Unable to cast Python instance to C++ type")
+        if stream == 0:
+            raise _error("dlpack", "Invalid value for stream parameter. Passed value of 0 which is not allowed")
         return torch.from_numpy(self._surface).__dlpack__()
 
     def __dlpack_device__(self) -> tuple[int, int]:
@@ -200,51 +262,107 @@ class Decoder:
         self._behaviour = behaviour
         self._name = next(name for name, kind in _CODECS.items() if kind is codec)
         self._context: Any = None
+        self._pending: tuple[av.Packet, bytes] | None = None  # whose end the next packet will show
+        self._size: tuple[int, int] | None = None  # of the first picture
         self._surfaces: list[np.ndarray] = []
         self._count = 0
         self._failed = False
         behaviour.alive += 1
+        behaviour.most_alive = max(behaviour.most_alive, behaviour.alive)
 
     def __del__(self) -> None:
+        self._spoil()
         self._behaviour.alive -= 1
         self._behaviour.log.append("freed")
 
+    def GetWidth(self) -> int:
+        return 0 if self._context is None else self._context.width or self._context.coded_width or 1
+
     def Decode(self, packet: PacketData) -> list[DecodedFrame]:
         assert not self._failed, "a session that failed is used again"
-        for surface in self._surfaces:
-            surface[:] = JUNK
+        self._spoil()
         count, self._count = self._count, self._count + 1
         if count == self._behaviour.fail_at:
             self._failed = True
             raise Exception("HW decoder faced error") if self._behaviour.fail_bare else _error("Decode", "it is broken")
-        frames = [frame for frame in self._decoded(packet) if frame.pts not in self._behaviour.dropped]
+        pending, self._pending = self._pending, packet.coded
+        frames = [] if pending is None else self._decoded(*pending)
+        if not packet.bsl and self._context is not None:
+            frames += self._context.decode(None)
+        frames = [self._fitted(frame) for frame in frames if frame.pts not in self._behaviour.dropped]
         return [self._lent(place, frame) for place, frame in enumerate(frames)]
 
-    def _decoded(self, packet: PacketData) -> list[Any]:
-        if not packet.bsl:
-            return [] if self._context is None else list(self._context.decode(None))
-        memory = packet.memory
-        assert memory is not None
+    def _spoil(self) -> None:
+        for surface in self._surfaces:
+            surface[:] = JUNK
+
+    def _decoded(self, packet: av.Packet, header: bytes) -> list[Any]:
         if self._context is None:
-            self._context = av.CodecContext.create(self._name, "r")
-            self._context.extradata = memory[1]
-            self._context.thread_count = 1
+            self._make(header)
+            if self._behaviour.skips_to_idr and not _has_idr(bytes(packet)):
+                self._context = None
+                return []
         try:
-            return list(self._context.decode(memory[0]))
-        except av.FFmpegError:
-            return []  # the chip gives something or nothing, and no error
+            return list(self._context.decode(packet))
+        except av.FFmpegError:  # which is only printed
+            if self._size is None:
+                return []
+            damaged = av.VideoFrame(*self._size, self._context.pix_fmt)
+            damaged.pts = packet.pts
+            return [damaged]
+
+    def _make(self, header: bytes) -> None:
+        """The decoder proper: the driver must not make two at once."""
+        self._behaviour.making += 1
+        assert self._behaviour.making == 1, "two sessions are begun at once"
+        if self._behaviour.on_making is not None:
+            self._behaviour.on_making()
+        self._context = av.CodecContext.create(self._name, "r")
+        self._context.extradata = header
+        self._context.thread_count = 1
+        self._behaviour.making -= 1
+
+    def _fitted(self, frame: Any) -> Any:
+        """The picture as it lies in a surface."""
+        size = (frame.width, frame.height)
+        self._size = self._size or size
+        if self._behaviour.plain_surfaces:
+            frame = _reformatted(frame, size, "yuv420p")
+        if _coded(size) == _coded(self._size):
+            return frame
+        if any(now > most for now, most in zip(_coded(size), _coded(self._size), strict=True)):
+            self._failed = True
+            raise _error("Reconfigure", "Reconfigure Not supported when width/height > maxwidth/maxheight")
+        return _reformatted(frame, self._size, frame.format.name)
 
     def _lent(self, place: int, frame: Any) -> DecodedFrame:
-        planes = _planes(frame)
+        kind, planes = _planes(frame)
         while len(self._surfaces) <= place or self._surfaces[place].shape != planes.shape:
             del self._surfaces[place:]
             rows, width = planes.shape
             self._surfaces.append(np.full((rows, width + PITCH), JUNK, planes.dtype)[:, :width])
         self._surfaces[place][:] = planes
-        return DecodedFrame(self._surfaces[place], 0 if frame.pts is None else frame.pts)
+        return DecodedFrame(self._surfaces[place], NO_STAMP if frame.pts is None else frame.pts, kind)
 
 
-def _planes(frame: Any) -> np.ndarray:
+def _coded(size: tuple[int, int]) -> tuple[int, int]:
+    """In whole macroblocks."""
+    width, height = size
+    return -(-width // 16), -(-height // 16)
+
+
+def _has_idr(data: bytes) -> bool:
+    """Of H.264."""
+    return any(match[1][0] & 0x1F == 5 for match in re.finditer(rb"\x00\x00\x01(.)", data, re.DOTALL))
+
+
+def _reformatted(frame: Any, size: tuple[int, int], pix_fmt: str) -> Any:
+    changed = frame.reformat(*size, pix_fmt)
+    changed.pts = frame.pts
+    return changed
+
+
+def _planes(frame: Any) -> tuple[Pixel_Format, np.ndarray]:
     """NV12, P016 or three full planes, one below the other."""
     bits = frame.format.components[0].bits
     dtype = np.dtype(np.uint8 if bits == 8 else "<u2")
@@ -253,15 +371,15 @@ def _planes(frame: Any) -> np.ndarray:
         for plane in frame.planes
     )
     if cb.shape == luma.shape:
-        return np.concatenate([luma, cb, cr])
-    return np.concatenate([luma, np.stack([cb, cr], -1).reshape(cb.shape[0], -1)])
+        return Pixel_Format.YUV444 if bits == 8 else Pixel_Format.YUV444_16Bit, np.concatenate([luma, cb, cr])
+    interleaved = np.stack([cb, cr], -1).reshape(cb.shape[0], -1)
+    return Pixel_Format.NV12 if bits == 8 else Pixel_Format.P016, np.concatenate([luma, interleaved])
 
 
 def fake_module() -> types.ModuleType:
     """A module to stand where ``PyNvVideoCodec`` is imported from; its ``behaviour`` can be set."""
     module = types.ModuleType("PyNvVideoCodec")
     behaviour = Behaviour()
-    creating = []
 
     def CreateDemuxer(filename: str) -> Demuxer:
         return Demuxer(behaviour, filename)
@@ -280,12 +398,8 @@ def fake_module() -> types.ModuleType:
         latency: DisplayDecodeLatencyType = DisplayDecodeLatencyType.NATIVE,
         enableDecodeStats: bool = False,
     ) -> Decoder:
-        assert not creating, "two sessions are begun at once"
-        creating.append(1)
         behaviour.sessions.append({"gpuid": gpuid, "cudastream": cudastream, "usedevicememory": usedevicememory})
-        decoder = Decoder(behaviour, codec)
-        creating.pop()
-        return decoder
+        return Decoder(behaviour, codec)
 
     def GetDecoderCaps(
         gpuid: int = 0,
@@ -293,11 +407,16 @@ def fake_module() -> types.ModuleType:
         chromaformat: cudaVideoChromaFormat = cudaVideoChromaFormat["420"],
         bitdepth: int = 8,
     ) -> dict[str, int]:
-        if codec is cudaVideoCodec.NumCodecs:
-            raise PyNvVCExceptionUnsupported("codec not supported")
         asked = (codec.name, chromaformat.name, bitdepth)
+        behaviour.asked.append(asked)
+        error = behaviour.caps_error
+        if codec is UNKNOWN_CODEC:  # the driver is asked all the same
+            error = _error("GetDecoderCaps", "CUDA_ERROR_INVALID_VALUE")
+        if error is not None:
+            behaviour.left_current.append(threading.get_ident())
+            raise error
         none = behaviour.engines_for is not None and asked not in behaviour.engines_for
-        return behaviour.caps | ({"num_decoder_engines": 0} if none else {})
+        return behaviour.caps | ({"supported": 0, "num_decoder_engines": 0} if none else {})
 
     vars(module).update(
         __version__="2.2.4",
@@ -308,13 +427,8 @@ def fake_module() -> types.ModuleType:
         PyNvVCException=PyNvVCException,
         PyNvVCExceptionUnsupported=PyNvVCExceptionUnsupported,
         cudaVideoCodec=cudaVideoCodec,
-        cudaVideoChromaFormat=_by_name(cudaVideoChromaFormat),
+        cudaVideoChromaFormat=cudaVideoChromaFormat,
         OutputColorType=OutputColorType,
         PacketData=PacketData,
     )
     return module
-
-
-def _by_name(kind: Any) -> types.SimpleNamespace:
-    """Their enumerations have members called 420 and 444, which an Enum of Python's gives only by subscript."""
-    return types.SimpleNamespace(**{member.name: member for member in kind})

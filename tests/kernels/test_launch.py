@@ -121,3 +121,15 @@ def test_a_kernel_is_loaded_and_fetched_on_its_device_in_a_thread_that_has_none(
     assert launch._kernel("warp", "warp_float", gpu) == "warp_float"
     assert cupy.said == ["device 1 has its context", "warp_float on 1"]
     assert cupy.device == 0
+
+
+def test_programs_of_a_user_without_a_home_are_kept_for_the_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setattr(launch, "_own_folder", lambda: tmp_path)
+    assert launch._cache_folder() == tmp_path

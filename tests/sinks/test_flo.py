@@ -157,3 +157,13 @@ def test_sink_numbers_its_files_from_zero(tmp_path: Path) -> None:
     assert sink.bytes_written == 5 * (12 + 8 * 15) == sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
     assert sink.notes == []
     assert sink.path == str(tmp_path / "out" / "%06d.flo")
+
+
+def test_a_tensor_is_written_as_an_array_is(tmp_path: Path) -> None:
+    flow = torch.randn(2, 4, 5)  # as models give it
+    write_flo(tmp_path / "x.flo", flow.permute(1, 2, 0))
+    assert np.array_equal(read_flo(tmp_path / "x.flo"), flow.permute(1, 2, 0).numpy())
+    with pytest.raises(ValueError, match="float dtype, got int64"):
+        write_flo(tmp_path / "y.flo", torch.zeros(4, 5, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"flow is \(H, W, 2\)"):
+        write_flo(tmp_path / "y.flo", flow)

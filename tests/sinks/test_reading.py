@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from flowreel.engine.config import SinkConfig
-from flowreel.engine.data import FlowBatch, FlowInfo, FlowReader, SourceId
+from flowreel.engine.data import FlowBatch, FlowInfo, FlowReader, NativeGrid, SourceId
 from flowreel.engine.errors import (
     DamagedStoreError,
     FlowFileError,
@@ -240,16 +240,44 @@ def test_a_store_keeps_its_frames_times_and_origin(tmp_path: Path) -> None:
     assert "max_error" not in reader.info.made_by
 
 
-def test_the_error_of_storing_adds_up(tmp_path: Path) -> None:
-    write_store(tmp_path / "a.zarr", max_error=1 / 8)
-    reader = open_flows(tmp_path / "a.zarr")
-    assert reader.info.made_by["earlier_max_error"] == 1 / 8
-    sink = open_sink(tmp_path / "b.zarr", SinkConfig(max_error=1 / 2))
+@pytest.mark.parametrize(
+    ("max_errors", "total"),
+    [
+        ([1 / 8, 1 / 2], 1 / 8 + 1 / 2),
+        ([1 / 8, 1 / 8, 1 / 8], 1 / 8),  # whole numbers of steps already
+        ([1 / 8, 1 / 64, 0, 1 / 8], 1 / 8),
+        ([1 / 64, 1 / 8, 1 / 64, 1 / 8], 1 / 64 + 1 / 8),
+        ([0, 0], 0),
+    ],
+)
+def test_the_error_of_storing_adds_up_where_there_is_any(max_errors: list[float], total: float, tmp_path: Path) -> None:
+    flows = write_store(tmp_path / "0.zarr", max_error=max_errors[0])
+    for number, max_error in enumerate(max_errors[1:], 1):
+        reader = open_flows(tmp_path / f"{number - 1}.zarr")
+        sink = open_sink(tmp_path / f"{number}.zarr", SinkConfig(max_error=max_error))
+        sink.open(reader.info)
+        for batch in reader:
+            sink.write(batch)
+        sink.commit()
+    last = open_flows(tmp_path / f"{len(max_errors) - 1}.zarr")
+    assert last.info.made_by.get("earlier_max_error", 0) == total
+    assert np.abs(read_all(last)[0] - flows).max() <= total
+
+
+def test_flow_that_was_interpolated_is_no_whole_number_of_steps(tmp_path: Path) -> None:
+    sink = open_sink(tmp_path / "0.zarr", SinkConfig(resolution="native"))
+    grid = NativeGrid(HEIGHT // 2, WIDTH // 2, 2, "bilinear", "pad")
+    sink.open(FlowInfo(HEIGHT, WIDTH, None, None, SourceId("dance.mp4"), native=grid))
+    flow, coarse = torch.zeros(1, 2, HEIGHT, WIDTH), torch.randn(1, 2, HEIGHT // 2, WIDTH // 2)
+    sink.write(FlowBatch(flow, 0, np.array([0]), np.array([1]), np.zeros(1), np.ones(1), coarse))
+    sink.commit()
+    reader = open_flows(tmp_path / "0.zarr")
+    sink = open_sink(tmp_path / "1.zarr", SinkConfig())
     sink.open(reader.info)
     for batch in reader:
         sink.write(batch)
     sink.commit()
-    assert open_flows(tmp_path / "b.zarr").info.made_by["earlier_max_error"] == 1 / 8 + 1 / 2
+    assert open_flows(tmp_path / "1.zarr").info.made_by["earlier_max_error"] == 1 / 64 + 1 / 64
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ from flowreel.sinks.codecs import flow_codec
 from flowreel.sinks.store_layout import BESIDE_FLOW, COORDINATES
 from flowreel.sinks.store_metadata import store_metadata
 from flowreel.sinks.store_reader import FlowStore, flow_shard, open_store, published_shards
+from flowreel.sinks.store_target import LocalTarget
 from flowreel.sinks.zarr_store import ZarrSink
 
 CODECS: tuple[Codec, ...] = get_args(Codec)
@@ -314,12 +315,28 @@ def test_summary(tmp_path: Path) -> None:
     json.dumps(summary)
 
 
-def test_bytes_are_written_once(tmp_path: Path) -> None:
+def test_bytes_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Write amplification 1.0: beside the group's metadata, which gains the consolidated one, nothing goes twice."""
+    put: list[int] = []
+    real = LocalTarget.put
+
+    def counting(target: LocalTarget, key: str, *pieces: bytes) -> int:
+        put.append(real(target, key, *pieces))
+        return put[-1]
+
+    monkeypatch.setattr(LocalTarget, "put", counting)
     sink = written(ZarrSink(str(tmp_path / "X.zarr"), config()), moving(8))
     root = (tmp_path / "X.zarr.partial" / "zarr.json").stat().st_size
     sink.commit()
-    assert sink.bytes_written == open_store(tmp_path / "X.zarr").summary()["disk_bytes"] + root
+    assert sum(put) == open_store(tmp_path / "X.zarr").summary()["disk_bytes"] + root
+
+
+@pytest.mark.parametrize("announced", [8, 9, None])
+def test_bytes_written_are_those_on_disk(announced: int | None, tmp_path: Path) -> None:
+    """Arrays that grow or are trimmed have their metadata written again."""
+    sink = written(ZarrSink(str(tmp_path / "X.zarr"), config()), moving(8), announced)
+    sink.commit()
+    assert sink.bytes_written == open_store(tmp_path / "X.zarr").summary()["disk_bytes"]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

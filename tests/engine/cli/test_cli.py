@@ -62,6 +62,19 @@ def test_run_says_what_it_did(tiny: str, capsys: Capture) -> None:
         assert name in stats["stages"][0]
 
 
+def test_stats_to_stdout(tiny: str, capsys: Capture) -> None:
+    assert call(["run", SOURCE, "-o", "a.zarr", "--weights", tiny, "--stats", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["pairs"] == 5
+    assert call(["export", "a.zarr", "-o", "b.zarr", "--stats", "-", "-q"]) == 0
+    assert json.loads(capsys.readouterr().out)["flows"] == 5
+    run = ["run", SOURCE, "-o", "c/{stem}.zarr", "--weights", tiny, "-q", "--stats", "-", "--manifest"]
+    assert call([*run, "-"]) == 2
+    assert "needs a file" in one_line(capsys)
+    assert call([*run, "list.json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sources"][0]["status"] == "done"
+    assert sorted(path.name for path in Path().iterdir()) == ["a.zarr", "b.zarr", "c", "list.json"]
+
+
 def test_quiet_is_quiet(tiny: str, capsys: Capture) -> None:
     assert call(["run", SOURCE, "-o", "a.zarr", "--weights", tiny, "--quiet"]) == 0
     assert capsys.readouterr() == ("", "")
@@ -84,8 +97,16 @@ def one_line(capsys: Capture) -> str:
         (["run", "frames/*.png"], 1, "png"),
         (["run", SOURCE, "--weights", "nowhere.pth"], 1, "nowhere.pth"),
         (["run", SOURCE, "--weights", "text.mp4"], 1, "text.mp4"),
-        (["run", SOURCE, "-o", "x.gif"], 1, ".zarr"),
-        (["run", SOURCE, "-o", "text.mp4/x.zarr"], 1, "text.mp4"),
+        (["run", SOURCE, "--weights", "text.pth.tar"], 1, "it begins neither as a zip file nor as a pickle"),
+        (["run", SOURCE, "-o", "x.gif"], 2, ".zarr"),
+        (["run", SOURCE, "-o", ""], 2, "empty"),
+        (["run", "", "-o", "x.zarr"], 2, "empty"),
+        (["run", SOURCE, "-o", "x.flo"], 2, "%06d"),
+        (["run", SOURCE, "-o", "x/%s.flo"], 2, "%06d"),
+        (["run", SOURCE, "-o", "x_%d.jpg"], 2, "flow_x_"),
+        (["run", SOURCE, "-o", "text.mp4/x.zarr"], 1, "text.mp4/x.zarr: Not a directory"),
+        (["run", SOURCE, "-o", "text.mp4/x.mp4"], 1, "text.mp4/x.mp4: Not a directory"),
+        (["run", SOURCE, "-o", "text.mp4/%d.flo"], 1, "text.mp4: Not a directory"),
         (["run", SOURCE, "-o", "text.mp4"], 1, "--overwrite"),
         (["run", SOURCE, "--stop", "1"], 1, "two"),
         (["run", SOURCE, "--step", "0"], 2, "step"),
@@ -115,7 +136,8 @@ def one_line(capsys: Capture) -> str:
 def test_wrong_input_is_one_line_and_a_code(
     arguments: list[str], code: int, words: str, tiny: str, capsys: Capture
 ) -> None:
-    Path("text.mp4").write_text("This is no video.\n" * 20)
+    for name in ("text.mp4", "text.pth.tar"):
+        Path(name).write_text("This is no video.\n" * 20)
     Path("empty.mp4").touch()
     before = sorted(Path().rglob("*"))
     if arguments[0] == "run" and "--weights" not in arguments:
@@ -372,7 +394,16 @@ def test_demo(tiny: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> No
     for name in ("scene.mp4", "flow.mp4"):
         assert Path("shown", name).exists()
     assert len(open_store("shown/scene.zarr")) == 4
-    assert call(["demo", "shown", "--weights", tiny, "--quiet"]) == 0
+    assert call(["demo", "shown", "--weights", tiny, "--quiet", "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize("name", ["scene.mp4", "scene.zarr", "flow.mp4"])
+def test_demo_replaces_nothing_unasked(name: str, capsys: Capture) -> None:
+    Path("demo").mkdir()
+    Path("demo", name).write_text("the user's own")
+    assert call(["demo"]) == 1
+    assert "--overwrite" in one_line(capsys)
+    assert [(path.name, path.read_text()) for path in Path("demo").iterdir()] == [(name, "the user's own")]
 
 
 def test_train_and_use(capsys: Capture) -> None:
@@ -400,6 +431,19 @@ def test_ctrl_c_ends_with_130_and_nothing_finished(tiny: str) -> None:
     assert err.decode().splitlines()[-1] == "flowreel: interrupted"
     assert b"Traceback" not in err
     assert not Path("a.zarr").exists()
+
+
+def test_ctrl_c_while_the_commands_load(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    class CtrlC:
+        @staticmethod
+        def find_spec(name: str, *_: object) -> None:
+            if name == "flowreel.engine.cli.app":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "flowreel.engine.cli.app")
+    monkeypatch.setattr(sys, "meta_path", [CtrlC, *sys.meta_path])
+    assert call(["--version"]) == 130
+    assert one_line(capsys) == "flowreel: interrupted\n"
 
 
 def test_a_terminal_shows_the_live_table(tiny: str) -> None:

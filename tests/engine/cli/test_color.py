@@ -84,7 +84,7 @@ def test_other_inputs_and_outputs(capsys: Capture) -> None:
         (["*.tiff", "-o", "out"], 1, "*.tiff"),
         (["000001.flo"], 2, "output"),
         (["-o", "out"], 2, "IN"),
-        (["000001.flo", "-o", "out.gif"], 1, "folder"),
+        (["000001.flo", "-o", "out.gif"], 2, "folder"),
         (["*.flo", "-o", "out.png"], 2, "one flow"),
         (["000001.flo", "-o", "out", "--max-flow", "0"], 2, "max-flow"),
         (["000001.flo", "-o", "out", "--max-flow", "big"], 2, "max-flow"),
@@ -132,5 +132,5 @@ def test_ctrl_c_ends_with_130_and_no_video(tmp_path: Path) -> None:
 def test_help_has_examples(capsys: Capture) -> None:
     assert call(["color", "--help"]) == 0
     said = plain(capsys.readouterr().out)
-    for words in ("flowreel color *.flo -o colors -v -r 30", "--max-flow", "[default: 30]"):
+    for words in ("flowreel color *.flo -o colors -v -r 30", "--max-flow", "a store's own times; 30 for"):
         assert words in said

@@ -75,7 +75,7 @@ def test_many_files_as_a_shell_gives_them(capsys: Capture) -> None:
     [
         (["nowhere.zarr", "-o", "a.zarr"], 1, "nowhere.zarr"),
         (["flows/*.png", "-o", "a.zarr"], 1, "flows/*.png"),
-        (["flows", "-o", "a.gif"], 1, ".zarr"),
+        (["flows", "-o", "a.gif"], 2, ".zarr"),
         (["flows", "-o", "flows/%d.flo"], 2, "replace"),
         (["flows", "-o", "flows/0.flo/x.zarr"], 1, "cannot write"),
         (["flows"], 2, "output"),

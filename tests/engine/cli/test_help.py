@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from importlib.metadata import version
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import typer.main
 
 from flowreel.engine.cli import call
 from flowreel.engine.cli.app import app
+from flowreel.engine.config import Codec
 
 ROOT: Any = typer.main.get_command(app)
 GROUP = ROOT.commands["weights"]
@@ -28,6 +30,18 @@ def test_help_speaks_of_values_only_where_there_are_some(words: list[str], capsy
     usage = next(line for line in said.splitlines() if "sage:" in line)
     assert "{" not in usage
     assert "..." not in usage.replace("...", "", 1)
+
+
+@pytest.mark.parametrize("command", ["run", "export"])
+def test_help_names_every_codec(command: str) -> None:
+    (option,) = (one for one in ROOT.commands[command].params if one.name == "codec")
+    assert {*get_args(Codec)} <= {*re.findall(r"\w+", option.help)}
+
+
+@pytest.mark.parametrize("command", ["export", "color"])
+def test_help_tells_the_order_of_files(command: str) -> None:
+    inputs = next(one for one in ROOT.commands[command].params if one.param_type_name == "argument")
+    assert "natural order" in inputs.help
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

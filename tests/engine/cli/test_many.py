@@ -83,7 +83,7 @@ def test_quiet_prints_the_error_alone(tiny: list[str], capsys: Capture) -> None:
     [
         ([A, B, "-o", "x.zarr"], 2, "{stem}"),
         ([A, A + "&seed=2", *STORE], 2, "'objects'"),
-        ([A, B, "-o", "{stem}.gif"], 1, ".zarr"),
+        ([A, B, "-o", "{stem}.gif"], 2, ".zarr"),
         ([A, B, *STORE, "--weights", "nowhere.pth"], 1, "nowhere.pth"),
         ([A, B, *STORE, "--step", "0"], 2, "step"),
         ([A, B, *STORE, "--manifest", "text"], 1, "text"),

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import flowreel
 from flowreel.engine import verify as verifying
 from flowreel.engine.cli import call
 from flowreel.engine.config import SinkConfig
@@ -88,6 +89,13 @@ def test_an_unfinished_store_says_how_far(capsys: Capture) -> None:
     assert capsys.readouterr().out == "cut.zarr: unfinished: 8 of 20 flows are there\n"
 
 
+def test_a_cache_says_how_full_it_is(tiny_weights: str, capsys: Capture) -> None:
+    with flowreel.open("synthetic:still?size=64x64&frames=5", weights=tiny_weights, cache="c", device="cpu") as flow:
+        flow[1:3]
+    assert call(["verify", "c"]) == 0
+    assert capsys.readouterr().out == "c: sound, 2 of 4 flows of 64x64\n"
+
+
 def test_one_bad_store_does_not_hide_the_others(capsys: Capture) -> None:
     damage()
     Path("metadata.zarr").mkdir()
@@ -105,6 +113,22 @@ def test_one_bad_store_does_not_hide_the_others(capsys: Capture) -> None:
         {"what": "checksum is wrong", "first_flow": 7, "last_flow": 7, "first_frame": 14, "last_frame": 14},
     ]
     assert (unfinished["folder"], unfinished["flows"], unfinished["available"]) == ("cut.zarr.partial", 20, 8)
+
+
+@pytest.mark.parametrize(
+    ("entry", "instead", "words"),
+    [
+        ('"scale_factor": 0.03125', '"scale_factor": 0.5', "(scaling: expected {'scale_factor': 0.03125,"),
+        ('"fill_value"', '"empty_value"', "(no entry 'fill_value')"),
+    ],
+)
+def test_edited_metadata_is_told_in_words(entry: str, instead: str, words: str, capsys: Capture) -> None:
+    metadata = Path("a.zarr/flow/zarr.json")
+    metadata.write_text(metadata.read_text().replace(entry, instead))
+    assert call(["verify", "a.zarr"]) == 1
+    said = capsys.readouterr().out
+    assert f"the array 'flow' is not laid out as flowreel does {words}" in said
+    assert "Error(" not in said
 
 
 def test_a_folder_that_cannot_be_listed_ends_one_store_only(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import sys
 import types
 import warnings
@@ -254,25 +255,31 @@ class TestPyNvVideoCodec:
 
 class TestNvdec:
     def fake(self, module: Fake, **functions: Any) -> None:
-        codecs = types.SimpleNamespace(H264="h264", HEVC="hevc", AV1="av1", VP9="vp9")
-        chroma = types.SimpleNamespace(**{"420": "420"})
+        codecs = enum.Enum("cudaVideoCodec", "H264 HEVC AV1 VP9")
+        chroma = enum.Enum("cudaVideoChromaFormat", "420")
         module("PyNvVideoCodec", __version__="2.2.4", cudaVideoCodec=codecs, cudaVideoChromaFormat=chroma, **functions)
 
     def test_what_it_decodes(self, module: Fake) -> None:
-        def capabilities(gpuid: int, codec: str, chromaformat: str, bitdepth: int) -> dict[str, int]:
-            if codec == "av1":
+        def capabilities(gpuid: int, codec: enum.Enum, chromaformat: enum.Enum, bitdepth: int) -> dict[str, int]:
+            if codec.name == "AV1":
                 raise NoGpuError("unsupported")
-            return {} if codec == "vp9" else {"num_decoder_engines": 7}
+            return {"supported": int(codec.name != "VP9"), "num_decoder_engines": 7}
 
         self.fake(module, GetDecoderCaps=capabilities)
         says = "7 engines: H264 8 bit, HEVC 8 bit, HEVC 10 bit; not AV1 8 bit, AV1 10 bit, VP9 8 bit"
         assert found("NVDEC") == Finding("ok", "", says)
 
     def test_what_decodes_nothing(self, module: Fake) -> None:
-        self.fake(module, GetDecoderCaps=raising(NoGpuError("no context")))
+        self.fake(module, GetDecoderCaps=lambda **_: {"supported": 0, "num_decoder_engines": 0})
         finding = found("NVDEC")
-        assert finding.status == "broken"
+        assert (finding.status, finding.detail) == ("broken", "the GPU decodes no video at all: it has no NVDEC")
         assert "--decoder pyav" in finding.advice
+
+    def test_what_cannot_be_asked(self, module: Fake) -> None:
+        self.fake(module, GetDecoderCaps=raising(RuntimeError("libnvcuvid.so.1: cannot open\nmore")))
+        finding = found("NVDEC")
+        says = "the GPU cannot be asked what it decodes: libnvcuvid.so.1: cannot open"
+        assert (finding.status, finding.detail) == ("broken", says)
 
     def test_nobody_to_ask(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "PyNvVideoCodec", None)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowreel.engine.sources import nvdec, video
+from flowreel.engine.sources import nvdec, nvsession, video
 from tests.fakes.pynvvideocodec import fake_module
 
 STREAM = 0x5EED  # handle of the decoder's stream
@@ -35,7 +35,7 @@ def nvc(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
     monkeypatch.setitem(sys.modules, "PyNvVideoCodec", module)
     monkeypatch.setattr(nvdec, "WorkStream", Stream)
-    monkeypatch.setattr(nvdec, "free_bytes", lambda device: 80 << 30)
+    monkeypatch.setattr(nvsession, "free_bytes", lambda device: 80 << 30)
     return module
 
 

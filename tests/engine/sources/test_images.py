@@ -72,6 +72,24 @@ class TestWhichFiles:
         with pytest.raises(SourceNotFoundError, match="no images; looked for bmp jpeg jpg pgm png"):
             open_source(tmp_path / name)
 
+    @pytest.mark.parametrize(
+        ("name", "inside", "words"),
+        [
+            ("", "a/10.flo a/2.flo", r"such as 2\.flo, which flowreel export, color and info take"),
+            ("*.flo", "a/10.flo a/2.flo", r"such as 2\.flo, which flowreel export"),
+            ("", "a/zarr.json", r"it is a flow store, which flowreel\.open_store reads"),
+            ("*.mp4", "a/10.mp4 a/2.mp4", r"2\.mp4 is there, but globs in quotes are for images"),
+            ("", "a/10.mp4", "ppm tif tiff webp$"),
+            ("*.mp4", "", "ppm tif tiff webp$"),
+        ],
+    )
+    def test_what_is_there_instead_is_told(self, tmp_path: Path, name: str, inside: str, words: str) -> None:
+        (tmp_path / "a").mkdir()
+        for path in inside.split():
+            (tmp_path / path).touch()
+        with pytest.raises(SourceNotFoundError, match=words):
+            open_source(tmp_path / "a" / name)
+
     def test_one_image_is_too_few(self, tmp_path: Path) -> None:
         with pytest.raises(TooFewFramesError, match="has 1 frame"):
             open_source(grey(tmp_path / "alone.png", 0))

@@ -7,18 +7,20 @@ import itertools
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterator
+from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import av
 import pytest
 import torch
 
 from flowreel.engine.config import SelectConfig
 from flowreel.engine.data import Frame, Source
 from flowreel.engine.errors import DeviceError, FrameSizeError, MissingDependencyError, TooFewFramesError
-from flowreel.engine.sources import nvcodec, nvdec, open_source
+from flowreel.engine.sources import nvcodec, nvdec, nvsession, open_source
 from flowreel.engine.sources.nvdec import NvdecDecoder
 from flowreel.engine.sources.probe import probe_video
 from flowreel.engine.sources.pyav import PyAVDecoder
@@ -155,6 +157,25 @@ class TestSeeking:
         assert levels_apart(frames, list(on_cpu(long_clip, start=70, stop=80))) <= 1
         assert len(nvc.behaviour.sessions) == 1  # decided before one is begun
 
+    @pytest.mark.parametrize("start", [80, 85])
+    def test_a_key_frame_that_the_chip_does_not_begin_with(self, nvc: ModuleType, long_clip: Path, start: int) -> None:
+        nvc.behaviour.skips_to_idr = True
+        source = on_gpu(long_clip, start=start)
+        assert levels_apart(list(source), list(on_cpu(long_clip, start=start))) <= 1
+        assert (source.losses, len(nvc.behaviour.sessions)) == ([], 2)
+        assert nvc.behaviour.most_alive == 1
+
+    def test_a_key_frame_that_does_not_come(self, nvc: ModuleType, long_clip: Path) -> None:
+        """What follows would lean on nothing, so decoding begins again; there the frame may be missing, and is told."""
+        stamps = probe_video(str(long_clip)).timeline.stamps
+        assert stamps is not None
+        nvc.behaviour.dropped = frozenset({int(stamps[80])})
+        assert [frame.index for frame in on_gpu(long_clip, start=84)] == list(range(84, 100))
+        source = on_gpu(long_clip, start=79)
+        assert [frame.index for frame in source] == [79, *range(81, 100)]
+        assert source.losses == ["1 of 21 frames could not be decoded"]
+        assert len(nvc.behaviour.sessions) == 2 + 1
+
 
 class TestWhatDoesNotCome:
     def test_silent_drops_are_counted(self, nvc: ModuleType, long_clip: Path) -> None:
@@ -183,11 +204,102 @@ class TestWhatDoesNotCome:
         with pytest.raises(TooFewFramesError, match="only 1 of 100 frames"):
             list(on_gpu(long_clip))
 
-    def test_size_that_changes(self, nvc: ModuleType, clip: Clip, tmp_path: Path) -> None:
-        small, large = clip("nv_small.ts", count=10), clip("nv_large.ts", count=10, size=(96, 80))
-        (tmp_path / "grown.ts").write_bytes(small.read_bytes() + large.read_bytes())
-        with pytest.raises(FrameSizeError, match="the first is 64x48"):
-            list(on_gpu(tmp_path / "grown.ts"))
+    def test_the_cpu_reads_on_where_the_demuxer_stops(self, nvc: ModuleType, long_clip: Path) -> None:
+        nvc.behaviour.packets = 30
+        source = open_video(str(long_clip), SelectConfig(), GPU)
+        frames = list(source)
+        missing = sorted(set(range(100)) - {frame.index for frame in frames})
+        assert missing == [29, 30, 31]  # before 32, which comes ahead of them in the file and was the last packet
+        assert source.losses == ["3 of 100 frames could not be decoded"]
+        assert levels_apart(frames, [frame for frame in on_cpu(long_clip) if frame.index not in missing]) <= 1
+        (note,) = [note for note in source.notes if "NVDEC" in note]
+        assert note == "NVDEC failed at frame 33: no more frames came. From there on the CPU decoded"
+        assert source.decoder == "NVDEC (h264), then PyAV (h264)"
+        assert nvc.behaviour.alive == 0
+
+    def test_what_the_cpu_does_not_find_either_is_lost(self, nvc: ModuleType, long_clip: Path, tmp_path: Path) -> None:
+        data = long_clip.read_bytes()
+        path = tmp_path / "cut.mp4"
+        path.write_bytes(data[: len(data) * 7 // 10])
+        source, cpu = open_video(str(path), SelectConfig(), GPU), on_cpu(path)
+        assert levels_apart(list(source), list(cpu)) <= 1
+        assert source.losses == cpu.losses != []
+
+    def test_nothing_is_said_at_an_end_where_nothing_is_missing(self, nvc: ModuleType, long_clip: Path) -> None:
+        probe, said = probe_video(str(long_clip)), []
+        decoder = NvdecDecoder(probe, GPU, PyAVDecoder(probe), said.append)
+        assert [number for number, _ in decoder.pictures(0)] == list(range(100))
+        assert (said, decoder.name) == ([], "NVDEC (h264)")
+
+    def test_what_was_not_asked_for_is_not_missed(self, nvc: ModuleType, long_clip: Path) -> None:
+        nvc.behaviour.packets = 40
+        source = open_video(str(long_clip), SelectConfig(stop=20), GPU)
+        assert len(list(source)) == 20
+        assert source.decoder == "NVDEC (h264)"
+
+    def test_a_damaged_picture_counts_as_good(self, nvc: ModuleType, clip: Clip) -> None:
+        """The chip conceals the damage and tells nobody; on the CPU the frame is lost, and that is told."""
+        path = clip("nv_sound.webm", codec="libvpx-vp9", count=12, options={"lag-in-frames": "0"})
+        with av.open(str(path)) as container:
+            packet = bytes([packet for packet in container.demux(video=0) if packet.size][5])
+        raw = path.read_bytes()
+        assert raw.count(packet) == 1
+        path = path.with_name("damaged.webm")
+        path.write_bytes(raw.replace(packet, b"\0" + packet[1:]))
+        source, cpu = on_gpu(path), on_cpu(path)
+        assert [frame.index for frame in source] == list(range(12))
+        assert source.losses == []
+        assert 5 not in [frame.index for frame in cpu]
+        assert cpu.losses != []
+
+
+class TestSizesThatChange:
+    """By what the stream states; the surfaces of a smaller picture do not show it."""
+
+    @pytest.fixture(params=[(32, 32), (96, 80), (60, 48)], ids=["smaller", "larger", "cropped"])
+    def changed(self, request: pytest.FixtureRequest, clip: Clip, tmp_path: Path) -> tuple[Path, str]:
+        """A file whose 11th frame is of another size, and that size."""
+        width, height = request.param
+        parts = clip("nv_first.ts", count=10), clip(f"nv_{width}x{height}.ts", count=10, size=request.param)
+        path = tmp_path / "changed.ts"
+        path.write_bytes(b"".join(part.read_bytes() for part in parts))
+        return path, f"{width}x{height}"
+
+    @pytest.mark.parametrize("decoder", ["nvdec", "auto"])
+    def test_all_before_come_and_then_the_error(self, nvc: ModuleType, changed: tuple[Path, str], decoder: Any) -> None:
+        path, size = changed
+        source = open_video(str(path), SelectConfig(decoder=decoder), GPU)
+        frames = []
+        with pytest.raises(FrameSizeError, match=f"is {size}, but the first is 64x48"):
+            frames.extend(source)  # as far as they come
+        assert levels_apart(frames, list(itertools.islice(on_cpu(path), 10))) <= 1
+
+    def test_what_is_stated_nowhere_may_show_in_the_surface(
+        self, nvc: ModuleType, clip: Clip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "cropped.ts"
+        path.write_bytes(clip("nv_64.ts").read_bytes() + clip("nv_60.ts", size=(60, 48)).read_bytes())
+        monkeypatch.setattr(nvsession, "stated_size", lambda codec, data: None)
+        with pytest.raises(FrameSizeError, match=r"came as NV12 of \(72, 60\), not as NV12 of \(72, 64\)"):
+            list(on_gpu(path))
+
+    @pytest.mark.parametrize(
+        ("name", "codec", "anywhere"), [("nv.webm", "libvpx-vp9", True), ("nv.mp4", "libx264", False)]
+    )
+    def test_only_vp9_is_looked_into_between_key_frames(
+        self, nvc: ModuleType, clip: Clip, monkeypatch: pytest.MonkeyPatch, name: str, codec: str, anywhere: bool
+    ) -> None:
+        """It may change at any picture; no encoder here does, so the header is made up."""
+        path = clip(f"between_{name}", codec=codec)
+        sizes = itertools.chain([(64, 48)], itertools.repeat((32, 32)))
+        monkeypatch.setattr(nvsession, "stated_size", lambda codec, data: next(sizes))
+        with pytest.raises(FrameSizeError, match="32x32") if anywhere else nullcontext():
+            assert len(list(on_gpu(path))) == 12
+
+    def test_a_size_that_is_stated_again_is_none_that_changes(self, nvc: ModuleType, clip: Clip) -> None:
+        path = clip("nv_keys.mp4", options={"g": "4", "x264-params": "scenecut=0"})
+        assert len(probe_video(str(path)).key_frames) == 3
+        assert len(list(on_gpu(path))) == 12
 
 
 class TestSessionsThatFail:
@@ -212,8 +324,18 @@ class TestSessionsThatFail:
         with pytest.raises(DeviceError, match=r"NVDEC failed at frame \d+ of long\.mp4: it is broken"):
             list(frames)
 
+    @pytest.mark.parametrize("pix_fmt", ["yuv444p", "yuv420p10le"])
+    def test_surfaces_of_another_kind_than_was_asked_for(self, nvc: ModuleType, clip: Clip, pix_fmt: str) -> None:
+        nvc.behaviour.plain_surfaces = True
+        path = clip(f"nv_as_{pix_fmt}.mp4", pix_fmt=pix_fmt, count=4)
+        source = open_video(str(path), SelectConfig(), GPU)
+        assert levels_apart(list(source), list(on_cpu(path))) <= 1
+        assert any("frame 0 of" in note and "came as NV12 of (72, 64)" in note for note in source.notes)
+        with pytest.raises(DeviceError, match="came as NV12"):
+            list(on_gpu(path))
+
     def test_too_little_memory(self, nvc: ModuleType, long_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(nvdec, "free_bytes", lambda device: 300 << 20)
+        monkeypatch.setattr(nvsession, "free_bytes", lambda device: 300 << 20)
         with pytest.raises(DeviceError, match="300 MiB of device memory are free, a session needs 824"):
             list(on_gpu(long_clip))
         assert nvc.behaviour.sessions == []
@@ -238,17 +360,15 @@ class TestSessionsThatFail:
             given.append(len(list(on_gpu(long_clip, stop=3))))
 
         other = threading.Thread(target=read)
-        create = nvc.CreateDecoder
 
-        def slowly(**options: Any) -> Any:
+        def slowly() -> None:
             nvc.behaviour.log.append("begins")
             if other.ident is None:
                 other.start()
                 other.join(timeout=0.3)  # time enough to begin as well, if nothing held it back
             nvc.behaviour.log.append("has begun")
-            return create(**options)
 
-        nvc.CreateDecoder = slowly  # type: ignore[attr-defined]
+        nvc.behaviour.on_making = slowly
         read()
         other.join()
         assert given == [3, 3]
@@ -265,6 +385,20 @@ def put_aside(nvc: ModuleType, monkeypatch: pytest.MonkeyPatch, error: Exception
 
     monkeypatch.delitem(sys.modules, "PyNvVideoCodec")
     monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+
+
+@pytest.mark.parametrize("given", [None, "DEBUG"])
+def test_its_warnings_stay_off_stdout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: str | None) -> None:
+    (tmp_path / "PyNvVideoCodec.py").write_text(
+        "import os\n__version__ = '2.2.4'\nlevel = os.environ['LOGGER_LEVEL']\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "PyNvVideoCodec", raising=False)
+    monkeypatch.setenv("LOGGER_LEVEL", given or "")
+    if given is None:
+        monkeypatch.delenv("LOGGER_LEVEL")
+    assert nvcodec.load().level == (given or "ERROR")
+    monkeypatch.delitem(sys.modules, "PyNvVideoCodec")
 
 
 class TestFallingBack:
@@ -322,9 +456,17 @@ class TestFallingBack:
         [
             ({"engines_for": {("HEVC", "420", 8)}}, "this GPU decodes no h264 with 420 chroma and 8 bits"),
             ({"caps": {}}, "this GPU decodes no h264"),
-            ({"caps": {"num_decoder_engines": 1, "width_min": 144, "height_min": 48}}, "smaller than the 144x48"),
-            ({"caps": {"num_decoder_engines": 1, "width_max": 60, "height_max": 4096}}, "larger than it goes (60x4096"),
-            ({"caps": {"num_decoder_engines": 1, "mb_num_max": 11}}, "11 macroblocks"),
+            ({"caps": {"supported": 0, "num_decoder_engines": 7}}, "this GPU decodes no h264"),
+            ({"caps_error": RuntimeError("libnvcuvid.so.1: cannot open")}, "cannot be asked about h264: libnvcuvid"),
+            (
+                {"caps": {"supported": 1, "num_decoder_engines": 1, "width_min": 144, "height_min": 48}},
+                "smaller than the 144x48",
+            ),
+            (
+                {"caps": {"supported": 1, "num_decoder_engines": 1, "width_max": 60, "height_max": 4096}},
+                "larger than it goes (60x4096",
+            ),
+            ({"caps": {"supported": 1, "num_decoder_engines": 1, "mb_num_max": 11}}, "11 macroblocks"),
             ({"stream_id": 1}, "its demuxer takes stream 1 of the file, not 0"),
             ({"time_base": Fraction(1, 90000)}, "units of 1/90000 s"),
         ],
@@ -348,6 +490,18 @@ class TestFallingBack:
 
     def test_a_codec_it_has_never_heard_of(self, nvc: ModuleType, clip: Clip) -> None:
         assert "decodes no ffv1" in self.refused(clip("nv_ffv1.mkv", codec="ffv1"))
+        assert nvc.behaviour.asked == []  # the driver would be asked about a codec number 12
+
+    def test_a_failed_question_leaves_no_context_here(self, nvc: ModuleType, long_clip: Path) -> None:
+        nvc.behaviour.caps_error = nvc.PyNvVCException("no")
+        self.refused(long_clip)
+        assert len(nvc.behaviour.left_current) == 1
+        assert threading.get_ident() not in nvc.behaviour.left_current
+
+    def test_a_gpu_is_asked_once_about_each_kind(self, nvc: ModuleType, long_clip: Path, clip: Clip) -> None:
+        for path in (long_clip, clip("nv_again.mp4"), clip("nv_deep.mp4", pix_fmt="yuv420p10le"), long_clip):
+            assert on_gpu(path).decoder == "NVDEC (h264)"
+        assert nvc.behaviour.asked == [("H264", "420", 8), ("H264", "420", 10)]
 
     def test_interlaced(self, nvc: ModuleType, clip: Clip) -> None:
         path = clip("nv_interlaced.mp4", options={"x264-params": "interlaced=1:tff=1"})
@@ -356,7 +510,7 @@ class TestFallingBack:
     def test_a_file_its_demuxer_cannot_open(
         self, nvc: ModuleType, long_clip: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(nvdec, "_plain", lambda path: "nowhere.mp4")
+        monkeypatch.setattr(nvsession, "plain", lambda path: "nowhere.mp4")
         assert "avformat_open_input" in self.refused(long_clip)
 
 
@@ -391,7 +545,8 @@ def test_the_layout_of_a_p016_surface_is_read_as_such(nvc: ModuleType, data_dir:
     path = data_dir / "videos_corner/hevc_main10_320x240.mp4"
     probe = probe_video(str(path))
     decoder = NvdecDecoder(probe, GPU, None, print)
-    number, surface = next(decoder.pictures(0))
+    pictures = decoder.pictures(0)  # which the surface is lent from
+    number, surface = next(pictures)
     memory = torch.from_dlpack(surface)
     assert (memory.dtype, tuple(memory.shape)) == (torch.uint16, (360, 320))
     assert memory.stride(0) > 320
@@ -399,3 +554,30 @@ def test_the_layout_of_a_p016_surface_is_read_as_such(nvc: ModuleType, data_dir:
     expected: Iterator[tuple[int, Any]] = itertools.islice(cpu.pictures(0), 1)
     ((_, picture),) = expected
     assert (decoder.rgb(surface, number).int() - cpu.rgb(picture, 0).int()).abs().max() <= 1
+
+
+class TestOnACard:
+    @pytest.fixture
+    def card(self, gpu: torch.device) -> str:
+        try:
+            nvcodec.load()
+        except MissingDependencyError as error:
+            pytest.skip(str(error))
+        return f"cuda:{gpu.index}"
+
+    def test_surfaces_outlast_a_long_backlog(self, card: str, clip: Clip, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The stream that converts is far behind while the decoder is given packet after packet: what it writes next
+        has to wait for what is still to be read."""
+        convert = NvdecDecoder._converted
+
+        def late(self: NvdecDecoder, picture: Any) -> torch.Tensor:
+            busy = torch.ones(4096, 4096, device=card)
+            for _ in range(20):  # some ten milliseconds, for a picture that takes less than one
+                busy = busy @ busy
+            return convert(self, picture)
+
+        monkeypatch.setattr(NvdecDecoder, "_converted", late)
+        path = clip("nv_backlog.mp4", size=(192, 144), count=60)
+        with open_video(str(path), SelectConfig(decoder="nvdec"), card) as source:
+            frames = [Frame(frame.rgb.cpu(), frame.index, frame.timestamp_s) for frame in list(source)]
+        assert levels_apart(frames, list(on_cpu(path))) <= 2

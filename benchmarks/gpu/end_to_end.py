@@ -1,0 +1,119 @@
+"""A whole run, from an H.264 file to a store or a colour video, beside the network alone.
+
+Its speed is that of the flows that a long run has more than a short one: filling the pipeline, its first batches and
+the end of the last output are the same in both.
+"""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import flowreel
+from benchmarks.gpu.findings import Findings, Settings
+from benchmarks.gpu.video import written_clip
+from benchmarks.measure import Effort, Sample, Skipped, alternated, device_sync
+from benchmarks.networks import filled
+from flowreel.engine.api import RunReport
+from flowreel.engine.config import ModelConfig
+from flowreel.engine.inference import prepare
+from flowreel.engine.models.weights import save_weights
+
+OF_THE_NETWORK = 0.9  # pairs a second of a whole run, of the network alone
+
+
+class Job(NamedTuple):
+    """What is run, and how."""
+
+    clip: Path
+    height: int
+    width: int
+    frames: int
+    options: dict[str, Any]
+
+
+def run(findings: Findings, settings: Settings) -> None:
+    """1024x436, the decoder that is chosen there and the one on the CPU; then a video instead of the store."""
+    job = _job(settings)
+    alone = cache(partial(_alone, job, settings))
+    store, video = (Path(settings.folder) / name for name in ("x.zarr", "x.mp4"))
+    decoders: list[str] = []  # that have been timed
+
+    def timed(name: str, output: Path, decoder: str) -> None:
+        if decoder == "pyav" and any(used.startswith("PyAV") for used in decoders):
+            raise Skipped("that is what auto has chosen")
+        sample, report = _rate(job, output, decoder)
+        decoders.append(report.decoder)
+        _file(findings, name, sample, report, alone(report.batch))
+
+    for name, output, decoder in (("store", store, "auto"), ("store, PyAV", store, "pyav"), ("video", video, "auto")):
+        findings.attempt(name, partial(timed, name, output, decoder))
+
+
+def _job(settings: Settings) -> Job:
+    width, height, frames = (96, 64, 9) if settings.dry else (1024, 436, 2000)
+    clip = written_clip(settings.folder, width, height, frames)
+    weights = Path(settings.folder) / "filled.safetensors"
+    net = filled("FlowNet2", settings.device, 0.05 if settings.dry else 1.0)
+    state = {name: value.cpu() for name, value in net.state_dict().items()}
+    save_weights(weights, state, licence="none: random numbers", made_by={})
+    options: dict[str, Any] = {"device": settings.device, "weights": str(weights), "overwrite": True}
+    options |= {"precision": "fp32", "shard_bytes": 2 * 8 * width * height} if settings.dry else {"precision": "fp16"}
+    return Job(clip, height, width, frames, options)
+
+
+def _rate(job: Job, output: Path, decoder: str) -> tuple[Sample, RunReport]:
+    """Pairs a second, whole shards against one shard, and what the last long run tells."""
+
+    def ran(flows: int, to: Path = output) -> RunReport:
+        return flowreel.run(job.clip, to, stop=flows + 1, decoder=decoder, **job.options)
+
+    store = output.with_suffix(".zarr")
+    ran(job.frames // 4, store)  # a card and its libraries wake up
+    shard = flowreel.open_store(store).shard_length
+    long = (job.frames - 1) // shard * shard
+    short_s = [ran(shard).seconds for _ in range(2)][-1]
+    reports = [ran(long) for _ in range(2)]
+    return Sample.of([report.seconds - short_s for report in reports]).rate(long - shard), reports[-1]
+
+
+def _file(findings: Findings, name: str, sample: Sample, report: RunReport, alone: Sample) -> None:
+    slowest = max(report.stages, key=lambda stage: stage.busy_s)
+    share = sample.median / alone.median
+    encoded = next((note for note in report.notes if "encoded" in note), None)
+    findings.row(
+        output=name,
+        decoder=report.decoder,
+        encoder=encoded,
+        batch=report.batch,
+        pairs_s=sample.cell(),
+        network_alone_pairs_s=alone.cell(),
+        of_the_network=share,
+        pairs=report.pairs,
+        seconds=report.seconds,
+        startup_s=report.startup_s,
+        busiest_stage=slowest.name,
+        busy={stage.name: round(stage.busy_s / report.seconds, 3) for stage in report.stages},
+        written_mb=report.bytes_written / 1e6,
+        flo_mb=report.flo_bytes / 1e6,
+        notes=list(report.notes),
+    )
+    told = f"{sample.median:.0f} pairs/s, {share:.0%} of the network alone ({OF_THE_NETWORK:.0%} asked for)"
+    findings.note(f"{name} by {report.decoder}: {told}; busiest: {slowest.name}{f'; {encoded}' if encoded else ''}")
+    if name == "store":
+        findings.add(headline=f"{told}, busiest: {slowest.name}")
+
+
+def _alone(job: Job, settings: Settings, batch: int) -> Sample:
+    """Pairs a second of the same network on frames that are on the device already."""
+    chosen = {name: job.options[name] for name in ("device", "weights", "precision")}
+    inference = prepare(ModelConfig(**chosen, batch=batch), job.height, job.width)
+    shape = (batch, 3, job.height, job.width)
+    frames = [torch.randint(0, 256, shape, dtype=torch.uint8, device=settings.device) for _ in range(3)]
+    effort = Effort(least=2, most=2, cap_s=0.1) if settings.dry else Effort(least=5, most=30, cap_s=2.0)
+    sync = device_sync(settings.device)
+    seconds = alternated({"": lambda: (inference.flow(*frames[:2]), inference.flow(*frames[1:]))}, effort, sync)[""]
+    return Sample.of(seconds).rate(2 * batch)

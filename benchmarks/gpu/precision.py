@@ -1,0 +1,101 @@
+"""How far each precision is off, of the networks as the engine runs them; and whether one CUDA graph is what runs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cache, partial
+
+import torch
+from torch import Tensor, nn
+
+import flowreel
+from benchmarks.gpu.findings import Findings, Settings
+from benchmarks.networks import filled
+
+SIZES = {"1024x448": (448, 1024), "128x64": (64, 128)}
+PRECISIONS = ("fp32", "fp16", "tf32", "bf16")
+AIM_PX = 0.05  # mean distance from float32 that the project allows itself
+# Of weights that were trained, in mean px.
+ALLOWED_PX = {"fp32": 2e-3, "tf32": AIM_PX, "fp16": AIM_PX, "bf16": AIM_PX}
+# Of random ones, as a share of the mean flow: they let what is lost grow through three networks.
+ALLOWED_SHARE = {"fp32": 2e-4, "tf32": 0.01, "fp16": 0.01, "bf16": 0.05}
+WITHOUT_GRAPH = "without a CUDA graph"  # in the warning of ``flowreel.engine.compiled.graphs``
+
+Reference = Callable[[], tuple[nn.Module, Tensor]]  # the network, and its flow in float32
+
+
+def check(findings: Findings, settings: Settings) -> None:
+    """On two frames of a scene whose motion is known, at 1024x448."""
+    size = SIZES["128x64" if settings.dry else "1024x448"]
+    frames = scene_frames(*size, settings.device)
+    for weights in ("baseline", "filled, width 1"):
+        reference = cache(partial(_reference, weights, frames, settings))
+        for precision in ("fp32", "bf16") if settings.dry else PRECISIONS:
+            findings.attempt(
+                f"{precision}, {weights}", partial(_check, findings, weights, precision, reference, frames)
+            )
+
+
+def _check(
+    findings: Findings, weights: str, precision: str, reference: Reference, frames: tuple[Tensor, Tensor]
+) -> None:
+    name = f"{precision}, {weights}"
+    net, wanted = reference()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fast = flowreel.compile(net, (1, *frames[0].shape[2:]), precision)
+        flow = fast(*frames)
+    told = [f"{name}: {warning.message}" for warning in said]
+    for text in told:
+        findings.note(text)
+    apart, length = mean_apart(flow, wanted), float(wanted.norm(dim=1).mean())
+    share = apart / length
+    findings.row(
+        weights=weights,
+        precision=precision,
+        mean_px_apart=apart,
+        mean_flow_px=length,
+        share=share,
+        within_aim=apart <= AIM_PX,
+    )
+    if weights == "baseline":
+        findings.check(name, apart <= ALLOWED_PX[precision], mean_px=apart, allowed_px=ALLOWED_PX[precision])
+    else:
+        allowed = ALLOWED_SHARE[precision]
+        findings.check(name, share <= allowed, mean_px=apart, share=share, allowed_share=allowed)
+        if precision == "fp16":
+            holds = "holds" if apart <= AIM_PX else "does not hold"
+            findings.add(headline=f"{name}: {apart:.3f} px apart, {share:.2%} of the flow: {AIM_PX} px {holds}")
+    findings.check(f"{name}: the same twice", torch.equal(fast(*frames), flow))
+    findings.check(f"{name}: one CUDA graph", not any(WITHOUT_GRAPH in text for text in told))
+
+
+def _reference(weights: str, frames: tuple[Tensor, Tensor], settings: Settings) -> tuple[nn.Module, Tensor]:
+    if weights == "baseline":
+        net = flowreel.load_model(weights=weights, device=settings.device).eval()
+    else:
+        net = filled("FlowNet2", settings.device, 0.05 if settings.dry else 1.0)
+    return net, exact(net, *frames)
+
+
+def exact(net: nn.Module, first: Tensor, second: Tensor) -> Tensor:
+    """The module itself, float32 throughout."""
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        flow: Tensor = net(first, second)
+    return flow
+
+
+def mean_apart(flow: Tensor, wanted: Tensor) -> float:
+    """Mean end-point distance, px."""
+    return float((flow - wanted).norm(dim=1).mean())
+
+
+def scene_frames(height: int, width: int, device: str) -> tuple[Tensor, Tensor]:
+    """Two neighbouring frames of moving objects, (1, 3, H, W) float32, 0..255."""
+    from flowreel.engine.config import SelectConfig
+    from flowreel.engine.sources.synthetic import SyntheticConfig, SyntheticSource
+
+    source = SyntheticSource(SyntheticConfig("objects", width=width, height=height, frames=2), SelectConfig())
+    first, second = (frame.rgb[None].float().to(device) for frame in source)
+    return first, second

@@ -1,0 +1,74 @@
+"""Where the time of a network goes, by kind of kernel and by kernel."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.findings import Findings, Settings
+from benchmarks.gpu.network import DRY, TIMED, inputs, made
+from benchmarks.measure import Effort, Sample, alternated, device_sync
+
+KINDS = (  # what a kernel's name holds, in the order in which it is asked
+    ("ours", ("correlation_", "warp_", "channel_norm_", "bias_leaky_relu_", "yuv_to_rgb_")),
+    ("layout", ("nchwtonhwc", "nhwctonchw", "transpose", "permute", "reorder")),
+    ("convolution", ("conv", "xmma", "cutlass", "gemm", "wgrad", "dgrad", "fprop", "winograd", "cudnn", "implicit")),
+    ("copy", ("memcpy", "memset", "copy")),
+    ("elementwise", ("elementwise", "reduce", "cat", "upsample", "index", "gather", "mul", "add", "fill")),
+)
+CALLS = 5
+
+
+def run(findings: Findings, settings: Settings) -> None:
+    """The network whose speed is asked for, under torch's profiler; the whole table goes to a file of its own."""
+    one = DRY[-1] if settings.dry else TIMED[0]
+    fast, frames = made(one, settings), inputs(one, settings, 2)
+    sync = device_sync(settings.device)
+    fast(*frames)
+    sync()
+    wall_s = Sample.of(alternated({"": lambda: fast(*frames)}, Effort(least=3, most=5, cap_s=1.0), sync)[""]).median
+    on_gpu = settings.device == "cuda"
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CPU, *([activity.CUDA] if on_gpu else [])]) as profiler:
+        for _ in range(CALLS):
+            fast(*frames)
+        sync()
+    averages = profiler.key_averages()
+    spent = {event.key: (us, event.count) for event in averages if (us := _own_us(event, on_gpu)) > 0}
+    key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    path = settings.kept("profile.txt")
+    path.write_text(averages.table(sort_by=key, row_limit=60, max_name_column_width=90))
+    findings.note(f"{one.model} {one.precision} {one.size}, batch {one.batch}: the whole profile is {path.name}")
+    total_us = sum(us for us, _ in spent.values())
+    shares = by_kind({name: us for name, (us, _) in spent.items()})
+    for kind, share in shares.items():
+        findings.row(kind=kind, **{"ms/pair": share * total_us / 1e3 / CALLS / one.batch}, share=share)
+    for name, (us, count) in sorted(spent.items(), key=lambda item: -item[1][0])[:25]:
+        findings.row(kernel=name[:120], us_a_call=us / CALLS, calls=count / CALLS, share=us / total_us)
+    findings.add(headline=bound(shares, total_us / CALLS, wall_s * 1e6))
+
+
+def _own_us(event: Any, on_gpu: bool) -> float:
+    """On a GPU that of the kernels alone: what called them is told their time once more."""
+    if not on_gpu:
+        return float(event.self_cpu_time_total)
+    return float(event.self_device_time_total) if event.device_type == torch.autograd.DeviceType.CUDA else 0.0
+
+
+def by_kind(spent: Mapping[str, float]) -> dict[str, float]:
+    """Shares of the time, largest first: kernels by what their names say they do."""
+    totals: Counter[str] = Counter()
+    for name, us in spent.items():
+        low = name.lower()
+        totals[next((kind for kind, words in KINDS if any(word in low for word in words)), "other")] += us
+    whole = sum(totals.values())
+    return {kind: us / whole for kind, us in totals.most_common()}
+
+
+def bound(shares: Mapping[str, float], busy_us: float, wall_us: float) -> str:
+    """In words."""
+    told = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items() if share >= 0.01)
+    return f"busy {min(busy_us / wall_us, 1):.0%} of {wall_us / 1e3:.2f} ms a call: {told}"

@@ -1,0 +1,51 @@
+"""A run's result: where it lies, and what is printed of it."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def free_path(out: Path, dry: bool) -> Path:
+    """``DATE-gpu.json``; of a second run on that day ``DATE-gpu-2.json``: nothing is overwritten."""
+    name = f"{datetime.date.today().isoformat()}-gpu{'-dry-run' if dry else ''}"
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(path for path in (out / f"{name}.json" for name in names) if not path.exists())
+
+
+def told(found: Mapping[str, Any]) -> str:
+    """What is worth a line while the others run."""
+    failed = [check["name"] for check in found["checks"] if not check["passed"]]
+    lines = [*(f"FAILED: {name}" for name in failed), *(f"skipped {text}" for text in found["skipped"])]
+    if found["reason"]:
+        lines.append(found["reason"].splitlines()[-1])
+    return "".join(f"\n    {line}" for line in [*lines, *found["notes"]])
+
+
+def summary(result: Mapping[str, Any]) -> list[dict[str, object]]:
+    """One row a part."""
+    return [
+        {
+            "part": found["name"],
+            "status": found["status"],
+            "s": found["seconds"],
+            "passed": sum(check["passed"] for check in found["checks"]),
+            "failed": sum(not check["passed"] for check in found["checks"]),
+            "skipped": len(found["skipped"]),
+            "found": found.get("headline", ""),
+        }
+        for found in result["parts"]
+    ]
+
+
+def last_line(result: Mapping[str, Any]) -> str:
+    """Where it ran, how many checks went which way, and how many parts are not done, in one line."""
+    where = "a dry run, which proves nothing about a GPU" if result["dry_run"] else result["gpu"] or "no GPU"
+    statuses = Counter(found["status"] for found in result["parts"] if found["status"] != "done")
+    others = "".join(f", {count} {'part' if count == 1 else 'parts'} {status}" for status, count in statuses.items())
+    checks = f"{result['checks_passed']} checks passed, {result['checks_failed']} failed"
+    return f"{where}: {checks}{others}, {result['seconds']} s"

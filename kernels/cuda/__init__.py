@@ -1,0 +1,1 @@
+"""The kernels' CUDA sources live here as package data."""

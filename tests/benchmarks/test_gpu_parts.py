@@ -1,0 +1,202 @@
+"""What those parts of ``python -m benchmarks gpu`` make of what they see that run other programs: tools and tests."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks.gpu import machine, sanitizer, tests
+from benchmarks.gpu.findings import Settings
+from benchmarks.measure import Skipped
+from tests.fakes.gpu_parts import Found
+
+# --- the machine ------------------------------------------------------------------------------------------------------
+
+
+def test_a_driver_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (subprocess.TimeoutExpired("nvidia-smi", 20), FileNotFoundError("nvidia-smi")):
+
+        def run(*_: object, error: Exception = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(machine.subprocess, "run", run)
+        assert machine._driver() is None
+
+
+def test_what_is_known_of_the_machine_is_saved_before_anything_can_fail(
+    findings: Found, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "machine", lambda: {"gpu": "Abacus", "commit": "abc", "python": "3", "cpu": "x"})
+    monkeypatch.setattr(machine, "_driver", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        machine.describe(findings, Settings("cuda", False, str(tmp_path), str(tmp_path)))
+    assert (findings["head"]["gpu"], findings["head"]["commit"]) == ("Abacus", "abc")
+
+
+# --- compute-sanitizer ------------------------------------------------------------------------------------------------
+
+TOOL = r"""#!/bin/sh
+if [ "$1" = --help ]; then echo "{helps}"; exit 0; fi
+echo "$@" > {folder}/arguments
+printf '\377\n{says}\n'
+exit {code}
+"""
+
+
+@pytest.fixture
+def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """``tool(says, code)`` is what ``compute-sanitizer`` does."""
+
+    def made(says: str, code: int, helps: str = "--tool arg") -> None:
+        path = tmp_path / "compute-sanitizer"
+        path.write_text(TOOL.format(says=says, code=code, helps=helps, folder=tmp_path))
+        path.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("says", "code", "passed"),
+    [
+        ("========= ERROR SUMMARY: 0 errors", 0, True),
+        ("========= ERROR SUMMARY: 3 errors", 99, False),
+        ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", 0, True),
+        ("========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)", 99, False),
+        ("========= ERROR SUMMARY: 0 errors", 1, False),  # what was watched failed itself
+        ("cannot attach to the device", 1, None),
+        ("========= Device not supported\\n========= ERROR SUMMARY: 2 errors", 99, None),
+    ],
+)
+def test_the_sanitizers_verdict(
+    says: str, code: int, passed: bool | None, tool: Callable[..., None], findings: Found, tmp_path: Path
+) -> None:
+    tool(says, code)
+    on_gpu = Settings("cuda", False, str(tmp_path), str(tmp_path))
+    if passed is None:
+        with pytest.raises(Skipped, match=r"cannot attach|Device not supported"):
+            sanitizer.memcheck(findings, on_gpu)
+        return
+    sanitizer.memcheck(findings, on_gpu)
+    assert list(findings.verdicts.values()) == [passed]
+
+
+@pytest.mark.parametrize(
+    ("helps", "option"),
+    [("--kernel-name arg", "--kernel-name"), ("--kernel-regex arg", "--kernel-regex"), ("--tool arg", None)],
+)
+def test_the_sanitizer_watches_our_kernels_where_it_can_choose(
+    helps: str, option: str | None, tool: Callable[..., None], findings: Found, tmp_path: Path
+) -> None:
+    tool("========= RACECHECK SUMMARY: 0 hazards", 0, helps)
+    sanitizer.racecheck(findings, Settings("cuda", False, str(tmp_path), str(tmp_path)))
+    arguments = (tmp_path / "arguments").read_text()
+    assert f"--log-file {tmp_path / 'gpu-racecheck.log'} " in arguments  # it outlives whoever is stopped
+    assert ("kns=warp_" in arguments) == (option is not None)
+    assert option is None or f"{option} kns=warp_" in arguments
+
+
+def test_every_kernel_is_among_those_that_are_watched() -> None:
+    names = [path.stem for path in (tests.ROOT / "kernels" / "cuda").glob("*.cu")]
+    assert names
+    assert all(any(f"{name}_".startswith(kernel) for kernel in sanitizer.KERNELS) for name in names)
+
+
+# --- the tests --------------------------------------------------------------------------------------------------------
+
+MADE_UP_TESTS = """
+import pytest
+
+def test_good(): pass
+def test_bad(): assert 1 + 1 == 3, "the whole story"
+def test_left_out(): pytest.skip("no such codec")
+def test_no_card(): pytest.skip("no CUDA device")
+
+@pytest.fixture
+def broken(): raise RuntimeError("no fixture")
+def test_broken(broken): pass
+"""
+RUN_TESTS = """
+import sys
+from pathlib import Path
+from benchmarks.gpu import findings, tests
+if "lost" in sys.argv:
+    tests.device_is_lost = findings.device_is_lost = lambda: True
+kept = findings.Findings(Path(sys.argv[1]))
+for name in sys.argv[2].split(","):
+    kept.attempt(name, lambda: tests.run_tests(kept, name))
+"""
+
+
+def run_tests(findings: Found, files: dict[str, str], *arguments: str, code: int = 0) -> None:
+    """In a process of its own: one pytest inside another would share what both have loaded."""
+    folder = findings._path.parent
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    names = ",".join(str(folder / name) for name in files)
+    command = [sys.executable, "-c", RUN_TESTS, str(findings._path), names, *arguments]
+    done = subprocess.run(command, cwd=tests.ROOT, capture_output=True, check=False)
+    assert done.returncode == code, done.stderr
+
+
+def test_each_test_of_pytest_is_a_check(findings: Found) -> None:
+    """What cannot be collected, or finds no card, has shown nothing: that is a failure, not something left out."""
+    files = {
+        "test_made_up.py": MADE_UP_TESTS,
+        "test_lacking.py": "import nothing_like_it",
+        "test_empty.py": "",
+        "test_wrong.py": "1 / 0",
+    }
+    run_tests(findings, files)
+    checks = {check["name"].rpartition("/")[2]: check for check in findings["checks"]}
+    assert {name: check["passed"] for name, check in checks.items()} == {
+        "test_made_up.py::test_good": True,
+        "test_made_up.py::test_bad": False,
+        "test_made_up.py::test_no_card": False,
+        "test_made_up.py::test_broken": False,
+        "test_made_up.py: tests are found": True,
+        "test_lacking.py can be collected": False,
+        "test_lacking.py: tests are found": False,
+        "test_empty.py: tests are found": False,
+        "test_wrong.py can be collected": False,
+        "test_wrong.py: tests are found": False,
+    }
+    assert "the whole story" in checks["test_made_up.py::test_bad"]["said"]
+    assert "nothing_like_it" in checks["test_lacking.py can be collected"]["said"]
+    assert [text.rpartition("/")[2] for text in findings["skipped"]] == [
+        "test_made_up.py::test_left_out: Skipped: no such codec"
+    ]
+
+
+def test_once_the_card_is_lost_no_test_of_that_process_is_blamed(findings: Found) -> None:
+    files = {"test_a.py": "def test_1(): assert 0\ndef test_2(): assert 0", "test_b.py": "def test_3(): pass"}
+    run_tests(findings, files, "lost", code=1)  # an exception, which ``benchmarks.gpu.one`` knows
+    assert [name.rpartition("/")[2] for name in findings.verdicts] == [
+        "test_a.py::test_1",
+        "test_a.py: tests are found",
+        "test_a.py",
+    ]
+    run_tests(findings, files)  # the next process goes on behind it
+    assert any(name.endswith("test_b.py::test_3") and passed for name, passed in findings.verdicts.items())
+
+
+def test_tests_that_take_a_gpu_are_found_by_their_fixture() -> None:
+    found = [
+        path.name for path in Path(__file__).parents[1].rglob("test_*.py") if tests.TAKES_A_GPU.search(path.read_text())
+    ]
+    assert {"test_cuda.py", "test_cuda_on_gpu.py", "test_cuda_bias_leaky_relu.py"} <= set(found)
+    assert "test_graphs.py" not in found
+
+
+def test_every_file_of_tests_has_its_part() -> None:
+    chosen: list[str] = []
+    for part in (tests.kernels, tests.engine, tests.others, tests.graphs):
+        note = SimpleNamespace(attempt=lambda name, action: chosen.append(name))
+        part(note, SimpleNamespace(dry=True))  # type: ignore[arg-type]
+    assert sorted(chosen) == tests.files()
+    assert tests.GRAPHS in chosen
