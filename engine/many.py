@@ -6,67 +6,25 @@ have been opened and when it has ended; between the two it says interrupted, so 
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
 
-from flowreel.engine.api import RunReport, output_names, run_one
+from flowreel.engine.api import output_names, run_one
 from flowreel.engine.config import ModelConfig, RunConfig
 from flowreel.engine.data import Resumable, Sink
-from flowreel.engine.errors import (
-    FlowreelError,
-    OutputExistsError,
-    OutputWriteError,
-    ResumeMismatchError,
-    SomeSourcesFailedError,
-    StageError,
-    UsageError,
-)
+from flowreel.engine.errors import FlowreelError, ResumeMismatchError, SomeSourcesFailedError, UsageError
 from flowreel.engine.inference import Network, load_network
+from flowreel.engine.manifest import MANIFEST, Job, Ledger, SourceReport
 from flowreel.engine.models import model_name
 from flowreel.engine.models.weights import Weights, read_weights
-from flowreel.engine.outputs import PathLike, Progress, is_finished
+from flowreel.engine.outputs import PathLike, Progress
 from flowreel.engine.settings import settings, settings_of_others
 from flowreel.engine.sources import source_identity, source_stem
 from flowreel.sinks import differing_settings, open_sink, open_store
-
-MANIFEST = "flowreel-manifest.json"
-FORMAT = "flowreel_manifest"  # the key that marks the file as ours; its value is the format's version
-
-Status = Literal["done", "skipped", "failed", "interrupted"]
-
-
-@dataclass(frozen=True)
-class SourceReport:
-    """What became of one source."""
-
-    source: str
-    status: Status
-    outputs: tuple[str, ...]
-    flows: int | None = None  # None: unknown, as of outputs that were made by an earlier run
-    seconds: float = 0.0  # opening the source included
-    began: bool = False  # its outputs were opened, so what lies there unfinished is this run's own
-    error: Exception | None = None
-    run: RunReport | None = None  # of a source that was done now
-
-    def as_json(self) -> dict[str, object]:
-        """The manifest's entry."""
-        # A stage's error only says where; its cause is what went wrong.
-        cause = self.error.__cause__ if isinstance(self.error, StageError) else self.error
-        error = None if self.error is None else {"type": type(cause).__name__, "message": str(self.error)}
-        return {
-            "source": self.source,
-            "status": self.status,
-            "outputs": list(self.outputs),
-            "flows": self.flows,
-            "seconds": round(self.seconds, 3),
-            "began": self.began,
-            "error": error,
-        }
 
 
 @dataclass(frozen=True)
@@ -108,12 +66,6 @@ class ManyProgress:
     run: Progress | None  # of this source; None: it has only begun
 
 
-@dataclass(frozen=True)
-class _Job:
-    source: str
-    outputs: tuple[str, ...]
-
-
 def run_many(
     sources: Iterable[PathLike],
     outputs: PathLike | Iterable[PathLike] | None = None,
@@ -144,7 +96,8 @@ def run_many(
     Raises:
         UsageError, UnknownOutputError: before anything is written; also for two sources of one name.
         WeightsError: before the first source of which something is there, or left to do; DeviceError: left to do.
-        OutputExistsError, OutputWriteError: of the manifest: something else is in its place, or it cannot be written.
+        OutputExistsError, OutputWriteError, OutputBusyError: of the manifest: something else is in its place, it cannot
+            be written, or another run is writing it.
         KeyboardInterrupt: after the source at work was stopped; the manifest says so.
     """
     began_s = time.perf_counter()
@@ -152,12 +105,20 @@ def run_many(
     jobs = _jobs([os.fspath(source) for source in sources], outputs)
     for path in jobs[0].outputs:
         open_sink(path, config.sink)  # writes nothing yet: a name that no format goes by is told of at once
-    ledger = _Ledger(_manifest_path(manifest, outputs), jobs)
+    with closing(Ledger(_manifest_path(manifest, outputs), jobs)) as ledger:
+        _run_each(jobs, config, ledger, progress)
+        ledger.write(ended=True)
+        return ManyReport(tuple(ledger.reports), str(ledger.path), time.perf_counter() - began_s)
+
+
+def _run_each(
+    jobs: list[Job], config: RunConfig, ledger: Ledger, progress: Callable[[ManyProgress], None] | None
+) -> None:
     network: Network | None = None
     weights: Weights | None = None
     for number, job in enumerate(jobs, 1):
         missing = list(job.outputs)
-        if not config.sink.overwrite and (there := ledger.finished(job, config)):
+        if not config.sink.overwrite and (there := ledger.finished(job, config.sink)):
             weights = weights or (_held(config.model) if network is None else network.weights)
             try:
                 missing = _missing(job, there, ledger, config, weights)
@@ -178,11 +139,9 @@ def run_many(
         ours = ledger.left_unfinished(job) and not config.sink.resume
         again = replace(config, sink=replace(config.sink, overwrite=True)) if ours else config
         _attempt(job, missing, again, network, ledger, tell)
-    ledger.write(ended=True)
-    return ManyReport(tuple(ledger.reports), str(ledger.path), time.perf_counter() - began_s)
 
 
-def _jobs(sources: list[str], outputs: PathLike | Iterable[PathLike] | None) -> list[_Job]:
+def _jobs(sources: list[str], outputs: PathLike | Iterable[PathLike] | None) -> list[Job]:
     """Each source with its outputs' names. Raises UsageError when two sources would meet in one output."""
     if not sources:
         raise UsageError("give at least one source")
@@ -203,7 +162,7 @@ def _jobs(sources: list[str], outputs: PathLike | Iterable[PathLike] | None) -> 
                 "rename one, or run them apart"
             )
         by_stem[stem] = source
-    return [_Job(source, tuple(output_names(templates, source))) for source in sources]
+    return [Job(source, tuple(output_names(templates, source))) for source in sources]
 
 
 def _templates(outputs: PathLike | Iterable[PathLike] | None) -> list[str]:
@@ -220,7 +179,7 @@ def _held(config: ModelConfig) -> Weights:
     return replace(read_weights(config.weights), state={})
 
 
-def _missing(job: _Job, there: list[Sink], ledger: _Ledger, config: RunConfig, weights: Weights) -> list[str]:
+def _missing(job: Job, there: list[Sink], ledger: Ledger, config: RunConfig, weights: Weights) -> list[str]:
     """The outputs that are left to make.
 
     Raises ResumeMismatchError when one that is ``there`` was made otherwise, or of another source, or of less of it.
@@ -251,11 +210,11 @@ def _missing(job: _Job, there: list[Sink], ledger: _Ledger, config: RunConfig, w
 
 
 def _attempt(
-    job: _Job,
+    job: Job,
     missing: list[str],
     config: RunConfig,
     network: Network,
-    ledger: _Ledger,
+    ledger: Ledger,
     tell: Callable[[Progress | None], None],
 ) -> None:
     """Runs one source and records what became of it. Only what is nobody's fault but ours, and Ctrl-C, get out."""
@@ -292,9 +251,6 @@ def _forget_traceback(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-# -- The manifest ------------------------------------------------------------------------------------------------
-
-
 def _manifest_path(manifest: PathLike | None, outputs: PathLike | Iterable[PathLike] | None) -> Path:
     if manifest is not None:
         return Path(manifest)
@@ -302,106 +258,3 @@ def _manifest_path(manifest: PathLike | None, outputs: PathLike | Iterable[PathL
     while "{stem}" in str(folder):
         folder = folder.parent
     return folder / MANIFEST
-
-
-class _Ledger:
-    """The reports so far, and the file that says the same."""
-
-    def __init__(self, path: Path, jobs: list[_Job]) -> None:
-        self.path = path
-        self._jobs = jobs
-        self._reports: dict[str, SourceReport] = {}
-        self._former, self._made = _former(path)
-
-    @property
-    def reports(self) -> list[SourceReport]:
-        return list(self._reports.values())
-
-    @property
-    def failed(self) -> int:
-        return sum(report.status == "failed" for report in self.reports)
-
-    def has(self, job: _Job) -> bool:
-        return job.source in self._reports
-
-    def note(self, report: SourceReport) -> None:
-        """What is known of a source now, in place of what was known before."""
-        self._reports[report.source] = report
-        self.write()
-
-    def write(self, ended: bool = False) -> None:
-        """Replaces the file in one step."""
-        content = {
-            FORMAT: 1,
-            "ended": ended,
-            "sources": [report.as_json() for report in self.reports],
-            "not_reached": [job.source for job in self._jobs if not self.has(job)],
-            "earlier": [entry for source, entry in self._former.items() if source not in self._reports],
-            "made": self._made,
-        }
-        temporary = Path(f"{self.path}.partial")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(json.dumps(content, indent=2) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.path)
-        except OSError as error:
-            raise OutputWriteError(f"cannot write the manifest {self.path}: {error.strerror or error}") from error
-
-    def finished(self, job: _Job, config: RunConfig) -> list[Sink]:
-        """The outputs that are there and whole, as far as is known.
-
-        A store tells of itself. Of others the manifest of the run that wrote them must.
-        """
-        sinks = (open_sink(path, config.sink) for path in job.outputs)
-        return [sink for sink in sinks if self._is_finished(sink)]
-
-    def _is_finished(self, sink: Sink) -> bool:
-        flows = self._made.get(sink.path, {}).get("flows")
-        return (isinstance(sink, Resumable) or isinstance(flows, int)) and is_finished(sink, flows or 0)
-
-    def made(self, path: str) -> Mapping[str, Any]:
-        """How a finished output was made."""
-        return self._made.get(path, {})
-
-    def remember(self, paths: list[str], made: dict[str, Any]) -> None:
-        """Of finished outputs, how they were made. Written with the next note."""
-        self._made |= dict.fromkeys(paths, made)
-
-    def flows_before(self, job: _Job) -> int | None:
-        """Flows of a source that the former manifest says is done; None where it does not."""
-        entry = self._former.get(job.source, {})
-        flows = entry.get("flows")
-        return flows if entry.get("status") in ("done", "skipped") and isinstance(flows, int) else None
-
-    def left_unfinished(self, job: _Job) -> bool:
-        """Whether what lies unfinished at the source's outputs was left there by the run of the former manifest."""
-        entry = self._former.get(job.source, {})
-        ended_early = entry.get("status") in ("interrupted", "failed") and entry.get("began") is True
-        return ended_early and set(job.outputs) <= set(entry.get("outputs", ()))
-
-
-def _former(path: Path) -> tuple[Mapping[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-    """What an earlier run left: entries by source, and how outputs were made, by path.
-
-    Raises OutputExistsError for a file that is no manifest of ours.
-    """
-    odd = os.path.exists(path) and not os.path.isfile(path)  # a folder; or a device, which may never end
-    try:
-        content = None if odd else json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return {}, {}  # the first run; or no such folder can be, as will be said on writing
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict) or FORMAT not in content or not isinstance(content.get("sources"), list):
-        raise OutputExistsError(f"{path} is there and is no manifest of flowreel's: name another with --manifest")
-    earlier, made = content.get("earlier"), content.get("made")  # earlier: of sources that run did not get to
-    entries = [
-        entry
-        for entry in (*(earlier if isinstance(earlier, list) else ()), *content["sources"])
-        if isinstance(entry, dict)
-    ]
-    how = {name: value for name, value in made.items() if isinstance(value, dict)} if isinstance(made, dict) else {}
-    return {str(entry.get("source")): entry for entry in entries}, how

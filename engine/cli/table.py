@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from flowreel.engine.api import RunReport
-    from flowreel.engine.many import ManyProgress, ManyReport, SourceReport
+    from flowreel.engine.manifest import SourceReport
+    from flowreel.engine.many import ManyProgress, ManyReport
     from flowreel.engine.outputs import Progress
 
 PLAIN_EVERY_S = 10.0  # a line in a log file now and then is enough

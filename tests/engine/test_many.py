@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import shutil
 import weakref
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from flowreel.engine.config import ModelConfig
 from flowreel.engine.data import Frame, Source
 from flowreel.engine.errors import (
     DeviceError,
+    OutputBusyError,
     OutputExistsError,
     OutputWriteError,
     ResumeMismatchError,
@@ -253,6 +255,10 @@ def test_a_recording_that_grew(tiny: str) -> None:
     shutil.rmtree("out/take")
     assert statuses(run_many(["take"], outputs, weights=tiny, resume=True)) == ["done"]  # from the store
     assert len(list(Path("out/take").iterdir())) == 6
+    Path("out/flowreel-manifest.json").unlink()
+    shutil.rmtree("out/take")
+    assert statuses(run_many(["take"], outputs, weights=tiny, resume=True)) == ["done"]
+    assert statuses(run_many(["take"], outputs, weights=tiny)) == ["skipped"]
 
 
 def test_overwrite_makes_all_anew(tiny: str) -> None:
@@ -442,10 +448,40 @@ def test_a_file_that_is_no_manifest_is_left_alone(content: str, tiny: str) -> No
     assert Path("notes.json").read_text() == content
 
 
+@pytest.mark.parametrize("made", [[], {"out/a.mkv": 7}, {"out/a.mkv": {"flows": 2}}, {"out/a.mkv": {"source": "x"}}])
+def test_what_a_manifest_does_not_rightly_tell_is_not_known(made: Any, tiny: str) -> None:
+    run_many([clip("a.mp4")], VIDEO, weights=tiny)
+    Path("out/flowreel-manifest.json").write_text(json.dumps(manifest() | {"made": made}))
+    report = run_many(["a.mp4"], VIDEO, weights=tiny)
+    assert isinstance(report.sources[0].error, OutputExistsError)
+
+
 def test_a_manifest_that_cannot_be_written_is_an_error(tiny: str) -> None:
     Path("file").touch()
     with pytest.raises(OutputWriteError, match="file/list"):
         run_many(["missing.mp4"], STORE, weights=tiny, manifest="file/list.json")
+
+
+def test_one_run_at_a_time_keeps_a_manifest(tiny: str) -> None:
+    """Also one of other sources; what the first one noted meanwhile is not forgotten by the next."""
+    lock = Path("out/.flowreel-manifest.json.partial")
+    Path("out").mkdir()
+    lock.touch()  # of a run that was killed
+
+    def meanwhile(progress: ManyProgress) -> None:
+        if progress.run is None:
+            return
+        before = manifest()
+        with pytest.raises(OutputBusyError, match=r"out/flowreel-manifest\.json is being written.*--manifest"):
+            run_many([clip("b.mp4")], VIDEO, weights=tiny)
+        assert manifest() == before
+        assert not Path("out/b.mkv").exists()
+        run_many([clip("c.mp4")], VIDEO, weights=tiny, manifest="other.json")
+
+    run_many([clip("a.mp4")], VIDEO, weights=tiny, progress=meanwhile)
+    assert not lock.exists()
+    assert statuses(run_many(["a.mp4", "b.mp4"], VIDEO, weights=tiny)) == ["skipped", "done"]
+    assert sorted(os.listdir("out")) == ["a.mkv", "b.mkv", "c.mkv", "flowreel-manifest.json"]
 
 
 def test_a_fault_of_our_own_is_written_down_and_gets_out(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,8 @@ import pytest
 from flowreel.engine.api import RunReport
 from flowreel.engine.cli.table import Live, clock, print_many, size
 from flowreel.engine.errors import UnsupportedSourceError
-from flowreel.engine.many import ManyProgress, ManyReport, SourceReport
+from flowreel.engine.manifest import SourceReport
+from flowreel.engine.many import ManyProgress, ManyReport
 from flowreel.engine.outputs import OutputReport, Progress
 
 Capture = pytest.CaptureFixture[str]
