@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from flowreel.engine.config import RunConfig
-from flowreel.engine.data import FlowBatch, FlowInfo, Resumable, Sink, Source
+from flowreel.engine.data import FlowBatch, FlowInfo, OneFileAFlow, Resumable, Sink, Source
 from flowreel.engine.device import Streams, device_name, download, resolve_device, upload
 from flowreel.engine.errors import OutputExistsError, TooFewFramesError, TruncatedSourceError, UsageError
 from flowreel.engine.export import export
@@ -27,6 +27,7 @@ from flowreel.engine.outputs import (
     PathLike,
     ProgressHook,
     Tally,
+    is_finished,
     named_outputs,
     opened_sinks,
     output_report,
@@ -37,7 +38,7 @@ from flowreel.engine.pairing import batches, pairs
 from flowreel.engine.pipeline import Pipeline
 from flowreel.engine.places import require_harmless
 from flowreel.engine.restore import restore
-from flowreel.engine.resume import Resumption, take_up
+from flowreel.engine.resume import Resumption, require_made_so, take_up
 from flowreel.engine.sources import STDIN, MayWait, open_source, source_stem
 from flowreel.engine.stages import Stage, StageStatistics
 from flowreel.sinks import open_sink, open_store
@@ -48,6 +49,7 @@ class RunReport:
     """What a run did; ``--stats`` writes it as JSON."""
 
     pairs: int  # flows computed
+    flows: int  # that the outputs hold: those of an earlier run that was gone on with, too
     seconds: float  # from the first frame asked for to the last output published
     startup_s: float  # before that: opening the source, loading the weights
     pairs_per_s: float
@@ -128,7 +130,7 @@ def run_one(
         if resumed is not None:
             resumed.store.require_same(header)
             sinks = [resumed.store]  # the other outputs are made from it when it is complete
-        opened.enter_context(opened_sinks(sinks, header))
+        opened.enter_context(opened_sinks(sinks, header, resumes=True))
         to_host = all(preparing(sink) is None for sink in sinks)  # else each output takes what it wants
         pipeline = _pipeline(frames, inference, header, config, to_host=to_host, resumed=resumed)
         inference.make_ready(header.shard_length(config.sink.shard_bytes), header.flow_count)
@@ -149,7 +151,10 @@ def run_one(
                 f"{', '.join(paths)}; pass --tolerate-truncation to take it as the whole"
             )
         report = _report(frames, inference, header, sinks, tallies, pipeline, (began_s, started_s, ended_s))
-    return report if resumed is None else _with_others(report, resumed, paths, config, overwrite=True)
+    if resumed is None:
+        return report
+    report = replace(report, flows=resumed.point.flows + report.pairs)
+    return _with_others(report, resumed, paths, config, overwrite=True)
 
 
 def stream(source: PathLike, **options: object) -> Iterator[FlowBatch]:
@@ -270,11 +275,16 @@ def _named(source: PathLike) -> str:
 
 
 def _complete_already(resumed: Resumption, paths: list[str], config: RunConfig) -> RunReport:
-    """What a run tells that found its store complete. Other outputs that are missing are made from it."""
+    """What a run tells that found its store complete. Other outputs that are missing are made from it.
+
+    Raises ResumeMismatchError for a store of something else.
+    """
     store = open_store(resumed.store.path)
+    require_made_so(store, resumed.source_info, config)
     made_by = {name: str(store.attrs.get(name)) for name in ("model", "weights", "precision")}
     report = RunReport(
         pairs=0,
+        flows=len(store),
         seconds=0.0,
         startup_s=0.0,
         pairs_per_s=0.0,
@@ -287,7 +297,7 @@ def _complete_already(resumed: Resumption, paths: list[str], config: RunConfig) 
         kernels={},
         batch=int(store.attrs.get("batch") or 0),
         **made_by,
-        outputs=(OutputReport(store.path, 0),),
+        outputs=(OutputReport(store.path, 0, flo_bytes=0),),
         stages=(),
         notes=(f"{store.path} is complete already, with {len(store)} flows",),
     )
@@ -297,7 +307,7 @@ def _complete_already(resumed: Resumption, paths: list[str], config: RunConfig) 
 def _with_others(
     report: RunReport, resumed: Resumption, paths: list[str], config: RunConfig, *, overwrite: bool
 ) -> RunReport:
-    """Makes the outputs beside the store from it, once it is complete."""
+    """Makes the outputs beside the store from it, once it is complete. Without overwrite, those that are missing."""
     outputs, notes = list(report.outputs), list(report.notes)
     if report.pairs:
         notes.append(f"went on after {resumed.point.flows} flows of an earlier run")
@@ -306,11 +316,20 @@ def _with_others(
     for path in paths:
         if path == resumed.store.path:
             continue
-        try:
-            outputs += export(resumed.store.path, path, overwrite=overwrite, **options).outputs
-            notes.append(f"{path} was made from the store")
-        except OutputExistsError:
+        sink = open_sink(path, config.sink)
+        if not overwrite and is_finished(sink, report.flows):
             notes.append(f"{path} is there already")
+            continue
+        # What is unfinished of a single output goes. Among many files it cannot be told whose the finished ones are.
+        replaces = overwrite or not isinstance(sink, OneFileAFlow)
+        try:
+            outputs += export(resumed.store.path, path, overwrite=replaces, **options).outputs
+        except OutputExistsError as error:
+            raise OutputExistsError(
+                f"{path}: what is there is not the {report.flows} flows of {resumed.store.path}: remove it, or choose "
+                "another place"
+            ) from error
+        notes.append(f"{path} was made from the store")
     written = sum(output.bytes_written for output in outputs)
     return replace(report, outputs=tuple(outputs), bytes_written=written, notes=tuple(notes))
 
@@ -326,16 +345,18 @@ def _report(
 ) -> RunReport:
     began_s, started_s, ended_s = times_s
     flows, seconds = tallies[0].flows, ended_s - started_s
+    flo_bytes = flows * (FLO_HEADER_BYTES + header.flow_bytes)
     notes = [*frames.notes, *inference.notes]
     if frames.losses:
         notes += [f"taken as the whole although {loss}" for loss in frames.losses]
     return RunReport(
         pairs=flows,
+        flows=flows,
         seconds=seconds,
         startup_s=started_s - began_s,
         pairs_per_s=flows / seconds,
         bytes_written=sum(sink.bytes_written for sink in sinks),
-        flo_bytes=flows * (FLO_HEADER_BYTES + header.flow_bytes),
+        flo_bytes=flo_bytes,
         width=header.width,
         height=header.height,
         decoder=frames.decoder,
@@ -345,7 +366,7 @@ def _report(
         batch=inference.batch,
         model=inference.model,
         weights=inference.weights.name,
-        outputs=tuple(map(output_report, sinks)),
+        outputs=tuple(output_report(sink, flo_bytes) for sink in sinks),
         stages=pipeline.statistics(),
         notes=tuple(notes),
     )

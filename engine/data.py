@@ -365,18 +365,28 @@ class FlowReader(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
+class OneFileAFlow(Protocol):
+    """A sink whose output is many files: it takes more than a look at one name to know whether it is finished."""
+
+    def holds(self, flows: int) -> bool:
+        """Whether files of so many flows are there, all of them finished. Asked without ``open``."""
+        ...
+
+
 class Sink(Protocol):
     """Takes flow in order and publishes it on success. One format = one file in ``sinks/``.
 
     ``open`` once, ``write`` any number of times, then ``commit`` or ``abort`` once. Until ``commit`` returns, nothing
-    that looks finished is at the output's name; after ``abort`` what cannot be of use is gone.
+    that looks finished is at the output's name; after ``abort`` what cannot be of use is gone, and what it returns
+    tells the user of what is kept.
     ``commit(complete=False)`` keeps all that was written but leaves it named as unfinished.
     """
 
     def open(self, info: FlowInfo) -> None: ...
     def write(self, batch: FlowBatch) -> None: ...
     def commit(self, complete: bool = True) -> None: ...
-    def abort(self) -> None: ...
+    def abort(self) -> str | None: ...
 
     @property
     def path(self) -> str:

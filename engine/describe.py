@@ -138,7 +138,7 @@ def _store(name: str) -> Facts:
     notes = []
     if not store.complete and not store.layout.cache:
         missing = "" if Path(name) == Path(store.path) else f"{Path(name).name} is not there yet; "
-        notes = [f"{missing}{Path(store.path).name} is unfinished: {store.available} of {len(store)} flows are there"]
+        notes = [f"{missing}{Path(store.path).name} is {store.state}"]
     return facts | {
         "frame_rate": None if rate is None else float(Fraction(rate)),
         "source": source,

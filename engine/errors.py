@@ -20,6 +20,7 @@
     ├── OutputError                       something about an output
     │   ├── OutputExistsError (FileExistsError)
     │   ├── OutputWriteError (OSError)             full disk, no permission, vanished folder
+    │   │   └── OutputBusyError                        another run is writing it
     │   ├── UnknownOutputError (UsageError)        no format goes by that name; exit code 2
     │   └── ResumeMismatchError (ValueError)       what is there was made in another way, or from something else
     ├── StoreError                        something about reading a flow store
@@ -119,12 +120,16 @@ class OutputWriteError(OutputError, OSError):
     """The output could not be written: full disk, no permission, vanished folder."""
 
 
+class OutputBusyError(OutputWriteError):
+    """Another run is writing that output now."""
+
+
 class UnknownOutputError(OutputError, UsageError):
     """No output format goes by that name."""
 
 
 class ResumeMismatchError(OutputError, ValueError):
-    """An unfinished output that this run cannot go on with: another source, model or encoding made it."""
+    """What is there of an output, finished or not, was made from another source, by another model or encoding."""
 
 
 class StoreError(FlowreelError):

@@ -112,16 +112,17 @@ def export(
         for sink in sinks:
             sink.commit()
         seconds = time.perf_counter() - started_s
+        flo_bytes = tallies[0].flows * (FLO_HEADER_BYTES + flows.info.flow_bytes)
         return ExportReport(
             flows=tallies[0].flows,
             seconds=seconds,
             flows_per_s=tallies[0].flows / seconds,
             bytes_written=sum(sink.bytes_written for sink in sinks),
-            flo_bytes=tallies[0].flows * (FLO_HEADER_BYTES + flows.info.flow_bytes),
+            flo_bytes=flo_bytes,
             width=flows.info.width,
             height=flows.info.height,
             source=flows.info.source.name,
-            outputs=tuple(output_report(sink) for sink in sinks),
+            outputs=tuple(output_report(sink, flo_bytes) for sink in sinks),
             stages=pipeline.statistics(),
             notes=tuple(_notes(flows, frame_rate)),
         )

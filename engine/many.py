@@ -6,64 +6,25 @@ have been opened and when it has ended; between the two it says interrupted, so 
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
 
-from flowreel.engine.api import RunReport, output_names, run_one
-from flowreel.engine.config import RunConfig
-from flowreel.engine.errors import (
-    FlowreelError,
-    OutputExistsError,
-    OutputWriteError,
-    SomeSourcesFailedError,
-    StageError,
-    UsageError,
-)
+from flowreel.engine.api import output_names, run_one
+from flowreel.engine.config import ModelConfig, RunConfig
+from flowreel.engine.data import Resumable, Sink
+from flowreel.engine.errors import FlowreelError, ResumeMismatchError, SomeSourcesFailedError, UsageError
 from flowreel.engine.inference import Network, load_network
+from flowreel.engine.manifest import MANIFEST, Job, Ledger, SourceReport
+from flowreel.engine.models import model_name
+from flowreel.engine.models.weights import Weights, read_weights
 from flowreel.engine.outputs import PathLike, Progress
-from flowreel.engine.sources import source_stem
-from flowreel.sinks import open_sink
-
-MANIFEST = "flowreel-manifest.json"
-FORMAT = "flowreel_manifest"  # the key that marks the file as ours; its value is the format's version
-
-Status = Literal["done", "skipped", "failed", "interrupted"]
-_NUMBER = re.compile(r"%0?\d*d")  # in a name that stands for one file a flow
-
-
-@dataclass(frozen=True)
-class SourceReport:
-    """What became of one source."""
-
-    source: str
-    status: Status
-    outputs: tuple[str, ...]
-    flows: int | None = None  # None: unknown, as of outputs that were made by an earlier run
-    seconds: float = 0.0  # opening the source included
-    began: bool = False  # its outputs were opened, so what lies there unfinished is this run's own
-    error: Exception | None = None
-    run: RunReport | None = None  # of a source that was done now
-
-    def as_json(self) -> dict[str, object]:
-        """The manifest's entry."""
-        # A stage's error only says where; its cause is what went wrong.
-        cause = self.error.__cause__ if isinstance(self.error, StageError) else self.error
-        error = None if self.error is None else {"type": type(cause).__name__, "message": str(self.error)}
-        return {
-            "source": self.source,
-            "status": self.status,
-            "outputs": list(self.outputs),
-            "flows": self.flows,
-            "seconds": round(self.seconds, 3),
-            "began": self.began,
-            "error": error,
-        }
+from flowreel.engine.settings import settings, settings_of_others
+from flowreel.engine.sources import source_identity, source_stem
+from flowreel.sinks import differing_settings, open_sink, open_store
 
 
 @dataclass(frozen=True)
@@ -105,12 +66,6 @@ class ManyProgress:
     run: Progress | None  # of this source; None: it has only begun
 
 
-@dataclass(frozen=True)
-class _Job:
-    source: str
-    outputs: tuple[str, ...]
-
-
 def run_many(
     sources: Iterable[PathLike],
     outputs: PathLike | Iterable[PathLike] | None = None,
@@ -121,7 +76,9 @@ def run_many(
 ) -> ManyReport:
     """Computes the flow of many sources with one network, one source after another.
 
-    A source whose outputs are all there is skipped; where some are missing, only those are made. What a source left
+    A source whose outputs are all there is skipped; where some are missing, only those are made. What is there must be
+    of that source and made with these settings, as stores tell themselves and the manifest tells of other outputs;
+    else the source fails with ResumeMismatchError, or OutputExistsError where nothing is known. What a source left
     unfinished in an earlier run with the same manifest is made anew. ``overwrite`` makes everything anew.
 
     Args:
@@ -138,8 +95,9 @@ def run_many(
 
     Raises:
         UsageError, UnknownOutputError: before anything is written; also for two sources of one name.
-        WeightsError, DeviceError: before the first source that has something left to do.
-        OutputExistsError, OutputWriteError: of the manifest: something else is in its place, or it cannot be written.
+        WeightsError: before the first source of which something is there, or left to do; DeviceError: left to do.
+        OutputExistsError, OutputWriteError, OutputBusyError: of the manifest: something else is in its place, it cannot
+            be written, or another run is writing it.
         KeyboardInterrupt: after the source at work was stopped; the manifest says so.
     """
     began_s = time.perf_counter()
@@ -147,10 +105,27 @@ def run_many(
     jobs = _jobs([os.fspath(source) for source in sources], outputs)
     for path in jobs[0].outputs:
         open_sink(path, config.sink)  # writes nothing yet: a name that no format goes by is told of at once
-    ledger = _Ledger(_manifest_path(manifest, outputs), jobs)
+    with closing(Ledger(_manifest_path(manifest, outputs), jobs)) as ledger:
+        _run_each(jobs, config, ledger, progress)
+        ledger.write(ended=True)
+        return ManyReport(tuple(ledger.reports), str(ledger.path), time.perf_counter() - began_s)
+
+
+def _run_each(
+    jobs: list[Job], config: RunConfig, ledger: Ledger, progress: Callable[[ManyProgress], None] | None
+) -> None:
     network: Network | None = None
+    weights: Weights | None = None
     for number, job in enumerate(jobs, 1):
-        missing = [path for path in job.outputs if config.sink.overwrite or not ledger.is_finished(job, path)]
+        missing = list(job.outputs)
+        if not config.sink.overwrite and (there := ledger.finished(job, config.sink)):
+            weights = weights or (_held(config.model) if network is None else network.weights)
+            try:
+                missing = _missing(job, there, ledger, config, weights)
+            except FlowreelError as error:
+                began = ledger.left_unfinished(job)
+                ledger.note(SourceReport(job.source, "failed", job.outputs, began=began, error=error))
+                continue
         if not missing:
             ledger.note(SourceReport(job.source, "skipped", job.outputs, ledger.flows_before(job)))
             continue
@@ -164,11 +139,9 @@ def run_many(
         ours = ledger.left_unfinished(job) and not config.sink.resume
         again = replace(config, sink=replace(config.sink, overwrite=True)) if ours else config
         _attempt(job, missing, again, network, ledger, tell)
-    ledger.write(ended=True)
-    return ManyReport(tuple(ledger.reports), str(ledger.path), time.perf_counter() - began_s)
 
 
-def _jobs(sources: list[str], outputs: PathLike | Iterable[PathLike] | None) -> list[_Job]:
+def _jobs(sources: list[str], outputs: PathLike | Iterable[PathLike] | None) -> list[Job]:
     """Each source with its outputs' names. Raises UsageError when two sources would meet in one output."""
     if not sources:
         raise UsageError("give at least one source")
@@ -189,7 +162,7 @@ def _jobs(sources: list[str], outputs: PathLike | Iterable[PathLike] | None) -> 
                 "rename one, or run them apart"
             )
         by_stem[stem] = source
-    return [_Job(source, tuple(output_names(templates, source))) for source in sources]
+    return [Job(source, tuple(output_names(templates, source))) for source in sources]
 
 
 def _templates(outputs: PathLike | Iterable[PathLike] | None) -> list[str]:
@@ -199,12 +172,49 @@ def _templates(outputs: PathLike | Iterable[PathLike] | None) -> list[str]:
     return [os.fspath(path) for path in given]
 
 
+def _held(config: ModelConfig) -> Weights:
+    """What is known of the weights, without their tensors. Raises WeightsError; UsageError for a model that is none."""
+    if config.model is not None:
+        model_name(config.model)
+    return replace(read_weights(config.weights), state={})
+
+
+def _missing(job: Job, there: list[Sink], ledger: Ledger, config: RunConfig, weights: Weights) -> list[str]:
+    """The outputs that are left to make.
+
+    Raises ResumeMismatchError when one that is ``there`` was made otherwise, or of another source, or of less of it.
+    """
+    source = source_identity(job.source)
+    stored = settings(config, source, weights)
+    grown = False
+    for sink in there:
+        is_store = isinstance(sink, Resumable)
+        was = open_store(sink.path).attrs if is_store else ledger.made(sink.path)
+        differing = differing_settings(was, stored if is_store else settings_of_others(stored, config))
+        if differing:
+            raise ResumeMismatchError(
+                f"{sink.path} is there, but not what is asked for: {'; '.join(differing)}. Choose another name, or "
+                "make it anew with --overwrite"
+            )
+        before = (was.get("source") or {}).get("size_bytes")
+        if None not in (before, source.size_bytes) and before != source.size_bytes:
+            if not config.sink.resume:
+                raise ResumeMismatchError(
+                    f"{sink.path} is there, but {source.name} had {before} bytes then and has {source.size_bytes}: go "
+                    "on with a store with --resume, or make it anew with --overwrite"
+                )
+            grown = True
+    paths = {sink.path for sink in there}
+    missing = [path for path in job.outputs if path not in paths]
+    return list(job.outputs) if config.sink.resume and (missing or grown) else missing  # others are made of the store
+
+
 def _attempt(
-    job: _Job,
+    job: Job,
     missing: list[str],
     config: RunConfig,
     network: Network,
-    ledger: _Ledger,
+    ledger: Ledger,
     tell: Callable[[Progress | None], None],
 ) -> None:
     """Runs one source and records what became of it. Only what is nobody's fault but ours, and Ctrl-C, get out."""
@@ -220,8 +230,11 @@ def _attempt(
         tell(run)
 
     try:
+        stored = settings(config, source_identity(job.source), network.weights)  # of the source as it is now
         run = run_one(job.source, missing, config, lambda: network, follow)
-        report = replace(report, status="done", flows=run.pairs, run=run)
+        chosen = {"batch": run.batch, "precision": run.precision, "flows": run.flows}
+        ledger.remember(missing, settings_of_others(stored, config) | chosen)
+        report = replace(report, status="done", flows=run.flows, run=run)
     except Exception as error:
         report = replace(report, status="failed", error=error)
         if not isinstance(error, FlowreelError):
@@ -238,9 +251,6 @@ def _forget_traceback(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-# -- The manifest ------------------------------------------------------------------------------------------------
-
-
 def _manifest_path(manifest: PathLike | None, outputs: PathLike | Iterable[PathLike] | None) -> Path:
     if manifest is not None:
         return Path(manifest)
@@ -248,97 +258,3 @@ def _manifest_path(manifest: PathLike | None, outputs: PathLike | Iterable[PathL
     while "{stem}" in str(folder):
         folder = folder.parent
     return folder / MANIFEST
-
-
-class _Ledger:
-    """The reports so far, and the file that says the same."""
-
-    def __init__(self, path: Path, jobs: list[_Job]) -> None:
-        self.path = path
-        self._jobs = jobs
-        self._reports: dict[str, SourceReport] = {}
-        self._former = _former_entries(path)
-
-    @property
-    def reports(self) -> list[SourceReport]:
-        return list(self._reports.values())
-
-    @property
-    def failed(self) -> int:
-        return sum(report.status == "failed" for report in self.reports)
-
-    def has(self, job: _Job) -> bool:
-        return job.source in self._reports
-
-    def note(self, report: SourceReport) -> None:
-        """What is known of a source now, in place of what was known before."""
-        self._reports[report.source] = report
-        self.write()
-
-    def write(self, ended: bool = False) -> None:
-        """Replaces the file in one step."""
-        content = {
-            FORMAT: 1,
-            "ended": ended,
-            "sources": [report.as_json() for report in self.reports],
-            "not_reached": [job.source for job in self._jobs if not self.has(job)],
-            "earlier": [entry for source, entry in self._former.items() if source not in self._reports],
-        }
-        temporary = Path(f"{self.path}.partial")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(json.dumps(content, indent=2) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.path)
-        except OSError as error:
-            raise OutputWriteError(f"cannot write the manifest {self.path}: {error.strerror or error}") from error
-
-    def is_finished(self, job: _Job, path: str) -> bool:
-        """Whether the output is there and whole.
-
-        Most outputs get their name only when they are. One file a flow is different: there the manifest of the run
-        that wrote them must say so, and as many files be there.
-        """
-        if not _NUMBER.search(path):
-            return os.path.lexists(path)
-        flows = self.flows_before(job)
-        if flows is None or path not in self._former[job.source].get("outputs", ()):
-            return False
-        file = re.compile(r" *\d+".join(map(re.escape, _NUMBER.split(Path(path).name))))
-        folder = Path(path).parent
-        names = os.listdir(folder) if folder.is_dir() else []
-        return sum(file.fullmatch(name) is not None for name in names) >= flows
-
-    def flows_before(self, job: _Job) -> int | None:
-        """Flows of a source that the former manifest says is done; None where it does not."""
-        entry = self._former.get(job.source, {})
-        flows = entry.get("flows")
-        return flows if entry.get("status") in ("done", "skipped") and isinstance(flows, int) else None
-
-    def left_unfinished(self, job: _Job) -> bool:
-        """Whether what lies unfinished at the source's outputs was left there by the run of the former manifest."""
-        entry = self._former.get(job.source, {})
-        ended_early = entry.get("status") in ("interrupted", "failed") and entry.get("began") is True
-        return ended_early and set(job.outputs) <= set(entry.get("outputs", ()))
-
-
-def _former_entries(path: Path) -> Mapping[str, dict[str, Any]]:
-    """What an earlier run left, by source. Raises OutputExistsError for a file that is no manifest of ours."""
-    odd = os.path.exists(path) and not os.path.isfile(path)  # a folder; or a device, which may never end
-    try:
-        content = None if odd else json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return {}  # the first run; or no such folder can be, as will be said on writing
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict) or FORMAT not in content or not isinstance(content.get("sources"), list):
-        raise OutputExistsError(f"{path} is there and is no manifest of flowreel's: name another with --manifest")
-    earlier = content.get("earlier")  # what runs before that one left, of sources it did not get to
-    entries = [
-        entry
-        for entry in (*(earlier if isinstance(earlier, list) else ()), *content["sources"])
-        if isinstance(entry, dict)
-    ]
-    return {str(entry.get("source")): entry for entry in entries}

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from flowreel.engine.data import DeviceSink, FlowBatch, FlowInfo, Sink
+from flowreel.engine.data import DeviceSink, FlowBatch, FlowInfo, OneFileAFlow, Resumable, Sink
 from flowreel.engine.device import download
 from flowreel.engine.errors import TruncatedSourceError, UsageError
 from flowreel.engine.places import require_apart, require_outside_stores
@@ -37,11 +37,19 @@ class OutputReport:
     path: str
     bytes_written: int
     notes: tuple[str, ...] = ()  # e.g. how many vectors were beyond range
+    flo_bytes: int | None = None  # what the flows written to it would have taken as .flo files; None: nobody compares
 
 
-def output_report(sink: Sink) -> OutputReport:
+def output_report(sink: Sink, flo_bytes: int | None = None) -> OutputReport:
     """What a sink says of itself when it is done."""
-    return OutputReport(sink.path, sink.bytes_written, tuple(sink.notes))
+    return OutputReport(sink.path, sink.bytes_written, tuple(sink.notes), flo_bytes)
+
+
+def is_finished(sink: Sink, flows: int) -> bool:
+    """Whether the output is there, all of it: of one file a flow, files of so many flows."""
+    if isinstance(sink, OneFileAFlow):
+        return sink.holds(flows)
+    return os.path.isdir(sink.path) if isinstance(sink, Resumable) else os.path.isfile(sink.path)
 
 
 def named_outputs(outputs: PathLike | Iterable[PathLike], stem: str) -> list[str]:
@@ -62,8 +70,11 @@ def named_outputs(outputs: PathLike | Iterable[PathLike], stem: str) -> list[str
 
 
 @contextmanager
-def opened_sinks(sinks: Sequence[Sink], header: FlowInfo) -> Iterator[None]:
-    """Opens the sinks; when anything goes wrong inside, those that are open are aborted."""
+def opened_sinks(sinks: Sequence[Sink], header: FlowInfo, *, resumes: bool = False) -> Iterator[None]:
+    """Opens the sinks; when anything goes wrong inside, those that are open are aborted.
+
+    What they keep nevertheless is told in the error's notes, and that --resume goes on with it, where it ``resumes``.
+    """
     opened: list[Sink] = []
     try:
         for sink in sinks:
@@ -72,9 +83,10 @@ def opened_sinks(sinks: Sequence[Sink], header: FlowInfo) -> Iterator[None]:
         yield
     except TruncatedSourceError:
         raise  # they were committed as unfinished: what they hold stays
-    except BaseException:
+    except BaseException as error:
         for sink in opened:
-            sink.abort()
+            if kept := sink.abort():
+                error.add_note(kept + ("; --resume goes on with it" if resumes and isinstance(sink, Resumable) else ""))
         raise
 
 

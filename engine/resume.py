@@ -7,16 +7,22 @@ are missing. It is the store that is gone on with; a run's other outputs are mad
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from flowreel.engine.data import FlowInfo, Frame, Resumable, ResumePoint, Sink, Source
 from flowreel.engine.errors import ResumeMismatchError, TooFewFramesError, UsageError
+from flowreel.engine.models.weights import read_weights
 from flowreel.engine.outputs import PathLike
+from flowreel.engine.restore import Fit
+from flowreel.engine.settings import settings
 from flowreel.engine.sources import STDIN, open_source
+from flowreel.sinks import differing_settings
 
 if TYPE_CHECKING:
-    from flowreel.engine.config import SelectConfig
+    from flowreel.engine.config import RunConfig, SelectConfig
+    from flowreel.sinks import FlowStore
 
 SAME_TIME_S = 1e-6
 
@@ -32,12 +38,13 @@ class Resumption:
     store: ResumableSink
     point: ResumePoint
     frames: Source | None  # None: all that the source gives is there already
+    source_info: FlowInfo  # of ``frames``, or of the whole source
 
     @property
     def info(self) -> FlowInfo:
         """The header of the whole, not just of what is left."""
         assert self.frames is not None
-        rest = self.frames.info
+        rest = self.source_info
         return replace(rest, frame_count=None if rest.frame_count is None else rest.frame_count + self.point.flows)
 
     def checked(self, frames: Iterator[Frame]) -> Iterator[Frame]:
@@ -72,11 +79,15 @@ def take_up(source: PathLike, select: SelectConfig, sinks: Sequence[Sink], devic
     point = store.resume_point()
     if point is None:
         return None
-    if point.complete and not _grown(source, select, point):
-        return Resumption(store, point, None)
+    if point.complete:
+        with closing(open_source(source, select)) as whole:
+            info = whole.info
+        if not _grown(source, info, point):
+            return Resumption(store, point, None, info)
     while True:
         try:
-            return Resumption(store, point, open_source(source, replace(select, start=point.frame), device))
+            rest = open_source(source, replace(select, start=point.frame), device)
+            return Resumption(store, point, rest, rest.info)
         except TooFewFramesError:  # the source ends where the store does, which was never given its name
             earlier = store.resume_point(below=point.flows)
             if earlier is None:
@@ -84,13 +95,22 @@ def take_up(source: PathLike, select: SelectConfig, sinks: Sequence[Sink], devic
             point = earlier
 
 
-def _grown(source: PathLike, select: SelectConfig, point: ResumePoint) -> bool:
+def _grown(source: PathLike, info: FlowInfo, point: ResumePoint) -> bool:
     """Whether the source has more than a finished store holds. One that cannot be read twice is taken as it was."""
-    if source == STDIN:
-        return False
-    whole = open_source(source, select)
-    try:
-        flows = whole.info.flow_count
-    finally:
-        whole.close()
-    return flows is not None and flows > point.stored
+    return source != STDIN and info.flow_count is not None and info.flow_count > point.stored
+
+
+def require_made_so(store: FlowStore, info: FlowInfo, config: RunConfig) -> None:
+    """Raises ResumeMismatchError unless a run of the source with these settings would have written that store.
+
+    Loads no network and decodes nothing: a complete store is told of at once. Raises WeightsError, too.
+    """
+    differing = differing_settings(store.attrs, settings(config, info.source, read_weights(config.model.weights)))
+    height, width = Fit(config.model.fit, info.height, info.width).flow_size
+    if (height, width) != store.shape[2:]:
+        differing.append(f"flow was {store.shape[3]}x{store.shape[2]}, is {width}x{height}")
+    if differing:
+        raise ResumeMismatchError(
+            f"{store.path} is complete, but not what is asked for: {'; '.join(differing)}. Run it as before, choose "
+            "another name, or start afresh with --overwrite"
+        )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from flowreel.sinks.npz import read_flow_npz, write_flow_npz
     from flowreel.sinks.reading import StoredFlow as StoredFlow
     from flowreel.sinks.reading import frame_rate_of, is_store, open_flows
+    from flowreel.sinks.store_metadata import differing_settings
     from flowreel.sinks.store_reader import FlowStore, open_store
     from flowreel.sinks.store_repair import ShardRewriter
     from flowreel.sinks.store_select import select
@@ -33,6 +34,7 @@ __all__ = [
     "ShardRewriter",
     "VideoWriter",
     "data_array",
+    "differing_settings",
     "frame_rate_of",
     "is_store",
     "known_outputs",
@@ -59,6 +61,7 @@ _HOME = {
     "ShardRewriter": "store_repair",
     "VideoWriter": "video_writer",
     "data_array": "store_xarray",
+    "differing_settings": "store_metadata",
     "frame_rate_of": "reading",
     "is_store": "reading",
     "open_cache": "flow_cache",

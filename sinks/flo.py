@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import struct
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,9 +19,9 @@ from flowreel.sinks.numbered import (
     FlowFiles,
     NumberedFilesSink,
     SingleFlow,
-    publish_files,
     read_errors,
     require_flow,
+    write_flow_file,
 )
 
 if TYPE_CHECKING:
@@ -95,7 +94,7 @@ def write_flo(path: str | os.PathLike[str], flow: npt.ArrayLike) -> None:
     """
     vectors = np.asarray(flow)
     require_flow(vectors)
-    publish_files({Path(path): _pieces(vectors)})
+    write_flow_file(path, _pieces(vectors))
 
 
 def _pieces(flow: npt.NDArray[np.floating[Any]]) -> tuple[bytes, memoryview]:

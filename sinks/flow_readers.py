@@ -66,7 +66,7 @@ class StoreFlows:
         )
         self.notes: list[str] = []
         if not store.complete:
-            self.notes.append(f"{store.path} is unfinished: {store.available} of {len(store)} flows are there")
+            self.notes.append(f"{store.path} is {store.state}")
 
     @property
     def names(self) -> Sequence[str]:
@@ -90,8 +90,11 @@ class StoreFlows:
             )
 
     def reads(self, output: str) -> bool:
-        """Whether writing ``output`` would destroy flow before it is read: an unfinished store makes way at once."""
-        return not self._store.complete and _same(partial_path(Path(output)), Path(self._store.path))
+        """Whether writing ``output`` would destroy flow: a part would take the place of the whole store, and an
+        unfinished one makes way before it is read. A whole one may be stored anew in its place."""
+        if self._store.complete:
+            return len(self._numbers) < len(self._store) and _same(Path(output), Path(self._store.path))
+        return _same(partial_path(Path(output)), Path(self._store.path))
 
     def close(self) -> None:
         self._closed = True

@@ -11,7 +11,6 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import av
@@ -25,10 +24,10 @@ from flowreel.sinks.numbered import (
     NumberedFilesSink,
     SingleFlow,
     known_vectors,
-    publish_files,
     read_errors,
     require_flow,
     require_size,
+    write_flow_file,
 )
 
 if TYPE_CHECKING:
@@ -92,7 +91,7 @@ def write_kitti(path: str | os.PathLike[str], flow: npt.NDArray[np.floating[Any]
         OutputWriteError: the file cannot be written.
     """
     require_flow(flow)
-    publish_files({Path(path): png_pieces(_to_samples(flow))})
+    write_flow_file(path, png_pieces(_to_samples(flow)))
 
 
 class KittiSink(NumberedFilesSink):

@@ -14,7 +14,6 @@ import re
 import struct
 import zipfile
 import zlib
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -24,10 +23,10 @@ from flowreel.sinks.numbered import (
     FlowFiles,
     NumberedFilesSink,
     SingleFlow,
-    publish_files,
     read_errors,
     require_flow,
     require_size,
+    write_flow_file,
 )
 
 if TYPE_CHECKING:
@@ -100,7 +99,7 @@ def write_flow_npz(
     require_flow(flow)
     beside = {"frame": frame, "frame_to": frame_to, "timestamp_s": timestamp_s, "timestamp_to_s": timestamp_to_s}
     given = {name: value for name, value in beside.items() if value is not None}
-    publish_files({Path(path): (_archive(flow, given),)})
+    write_flow_file(path, (_archive(flow, given),))
 
 
 class NpzSink(NumberedFilesSink):

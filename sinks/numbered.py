@@ -1,9 +1,9 @@
 """One file a flow, numbered: what all such outputs share. A format only says how one flow becomes bytes.
 
-    batch -> its flows -> encode, side by side -> publish, one by one and in order
+    batch -> its flows -> encode, side by side -> write, one by one and in order -> at the end, give all their names
 
-Each file is published by itself, so every file that is there is whole. What the readers of such files share stands
-at the end.
+Until the last one is written each is called ``000012.flo.partial``, so that a folder never holds part of a run, or
+parts of two. What the readers of such files share stands at the end.
 """
 
 from __future__ import annotations
@@ -13,17 +13,26 @@ import re
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from flowreel.engine.claims import Claim
 from flowreel.engine.data import UNKNOWN_ABOVE
 from flowreel.engine.errors import FlowFileError, OutputExistsError, SourceNotFoundError, UnknownOutputError
 from flowreel.sinks.parallel import OrderedPool, encode_workers
-from flowreel.sinks.publish import atomic_file, make_folder, sync_folder, write_errors
+from flowreel.sinks.publish import (
+    atomic_file,
+    claimed_file,
+    give_names,
+    make_folder,
+    sync_folder,
+    write_errors,
+    write_unfinished,
+)
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -63,6 +72,10 @@ class NumberedName:
     def file(self, number: int) -> Path:
         return self.folder / f"{self._before}{str(number).rjust(self._digits, self._fill)}{self._after}"
 
+    def files(self) -> list[Path]:
+        """Those of ``present``, in the order of their numbers."""
+        return [file for _, file in sorted(self.present().items())]
+
     def present(self) -> dict[int, Path]:
         """The files of this pattern that are in the folder, by number."""
         pattern = re.compile(rf"{re.escape(self._before)}( *\d+){re.escape(self._after)}")
@@ -94,12 +107,12 @@ class NumberedFilesSink(ABC):
     """One file a flow under a pattern such as ``DIR/%06d.flo``, numbered from 0 by the flow's place in the output.
 
     A format gives ``example``, ``encode``, and, where a flow becomes several files, their patterns ``beside`` the
-    first; those of one flow get their names together, the first one last.
+    first; of one flow's files the first one gets its name last: where it is, the others are.
 
-    Flows are encoded in a small pool and published in order: after ``write`` a few may still be under way, after
-    ``commit`` and ``abort`` none is. Finished files outlive an abort, each is of use by itself; ``notes`` says how
-    many. With ``overwrite``, files of a former, longer run under the same pattern are removed at ``commit``: the
-    folder then holds this run and nothing else of that pattern.
+    Flows are encoded in a small pool and written in order: after ``write`` a few may still be under way, after
+    ``commit`` and ``abort`` none is. What is written outlives an abort, under its unfinished names. With ``overwrite``
+    the files that were there stay until ``commit``, which removes all of that pattern: the folder then holds this run
+    and nothing else. From ``open`` on, ``.%06d.flo.partial`` is locked: one run at a time.
 
     Raises:
         UnknownOutputError: the file name does not have exactly one number such as ``%06d``.
@@ -112,13 +125,12 @@ class NumberedFilesSink(ABC):
         self._path = path
         self._overwrite = config.overwrite
         self._folder = Path(path).parent
-        self._suffix = Path(path).suffix
         self._names = [NumberedName(each, self.example) for each in (path, *beside)]
         self._unfinished = [NumberedName(each + ".partial", self.example) for each in (path, *beside)]
-        self._pool = OrderedPool(self._publish, encode_workers() if self.encodes_in_pool else 0)
+        self._claim: Claim | None = None
+        self._pool = OrderedPool(self._keep, encode_workers() if self.encodes_in_pool else 0)
         self._size = (0, 0)
-        self._flows = 0  # published
-        self._end = 0  # one more than the highest number published
+        self._written: list[int] = []  # numbers of the flows whose files are, in order
         self._bytes = 0
         self._lost: dict[str, tuple[int, int]] = {}  # what -> vectors, first frame
         self._notes: list[str] = []
@@ -128,19 +140,39 @@ class NumberedFilesSink(ABC):
         """The bytes of one flow's files. May run in several threads at once: it reads ``self`` and changes nothing."""
 
     def open(self, info: FlowInfo) -> None:
-        """Creates the folder. Raises OutputExistsError when files of this pattern are there already."""
+        """Creates the folder.
+
+        Raises OutputExistsError when files of this pattern are there already, or a folder by such a name, and
+        OutputBusyError while another run writes such files.
+        """
         self._size = (info.height, info.width)
         with write_errors(self._folder):
             make_folder(self._folder)
-            present = [found[number] for name in self._names for found in [name.present()] for number in sorted(found)]
+            self._claim = claimed_file(self._folder / f".{Path(self._path).name}.partial", self._path)
+            try:
+                self._require_possible()
+            except BaseException:
+                self._claim.withdraw()
+                raise
+
+    def _require_possible(self) -> None:
+        present = [file for name in self._names for file in name.files()]
+        for file in (*present, *(file for name in self._unfinished for file in name.files())):
+            if file.is_dir():
+                raise OutputExistsError(f"{file} is a folder: choose another place, or remove it yourself if it can go")
         if present and not self._overwrite:
             raise OutputExistsError(
                 f"{self._folder} already holds {len(present)} files such as {present[0].name}: "
                 "pass --overwrite to replace them, or choose another folder"
             )
 
+    def holds(self, flows: int) -> bool:
+        """Whether the files of so many flows are there: of one run, as those of two never have their names at once."""
+        there = self._folder.is_dir()
+        return there and all(name.present().keys() == set(range(flows)) for name in self._names)
+
     def write(self, batch: FlowBatch) -> None:
-        """Encodes each flow and publishes those that are ready. Raises what went wrong with an earlier one, too."""
+        """Encodes each flow and writes those that are ready. Raises what went wrong with an earlier one, too."""
         if tuple(batch.flow.shape[2:]) != self._size:
             raise ValueError(f"opened for flow of (H, W) {self._size}, got {tuple(batch.flow.shape[2:])}")
         if batch.flow.device.type != "cpu":
@@ -159,32 +191,46 @@ class NumberedFilesSink(ABC):
     def submit(
         self, number: int, frame: int, encode: Callable[..., FlowFiles], *arguments: object, nbytes: int
     ) -> None:
-        """Has one flow's files encoded, and publishes those that are ready. ``nbytes`` are held until it is done."""
+        """Has one flow's files encoded, and writes those that are ready. ``nbytes`` are held until it is done."""
         self._pool.submit(self._encode_one, number, frame, encode, *arguments, nbytes=nbytes)
 
     def commit(self, complete: bool = True) -> None:
-        """Publishes what is still under way. A complete run that overwrites removes what a longer one left behind."""
+        """Gives all files their names; those of a former run of the pattern go. Incomplete, they stay unfinished."""
         self._pool.drain()
         self._pool.close()
-        if not complete:
-            files = self._flows * len(self._names)
-            self._notes.append(f"{self._folder}: the run is incomplete; its {files} {self._suffix} files are whole")
-            return
-        with write_errors(self._folder):
-            names = [*self._names, *self._unfinished]
-            stale = [file for name in names for number, file in name.present().items() if number >= self._end]
-            for file in stale:
-                file.unlink()
-            if stale:
-                sync_folder(self._folder)
-                self._notes.append(f"{self._folder}: removed {len(stale)} files of a former, longer run")
+        assert self._claim is not None, "open comes before commit"
+        if complete:
+            with write_errors(self._folder):
+                self._publish()
+        else:
+            self._notes += [f"incomplete: {self._kept()}"] if self._written else []
+        self._claim.withdraw()
 
-    def abort(self) -> None:
-        """Leaves the finished files: each is of use by itself."""
+    def abort(self) -> str | None:
+        """Leaves the files that are written, under their unfinished names: each is whole."""
         self._pool.close()
-        if self._flows:
-            files = self._flows * len(self._names)
-            self._notes.append(f"{self._folder}: {files} finished {self._suffix} files were kept")
+        if self._claim is None or not self._claim.held:
+            return None
+        self._claim.withdraw()
+        return self._kept() if self._written else None
+
+    def _kept(self) -> str:
+        count, example = len(self._written) * len(self._names), self._unfinished[0].file(self._written[0]).name
+        return f"{self._folder} keeps {count} whole files such as {example}"
+
+    def _publish(self) -> None:
+        self._require_possible()  # something may have come up during the run
+        former = [file for name in self._names for file in name.files()]
+        written = set(self._written)
+        left = [file for name in self._unfinished for number, file in name.present().items() if number not in written]
+        sync_folder(self._folder)  # what was written is there to stay, before
+        for file in (*former, *left):  # so that at no moment files of two runs go by the same kind of name
+            file.unlink()
+        for number in self._written:
+            give_names(name.file(number) for name in reversed(self._names))
+        sync_folder(self._folder)
+        if gone := len(left) + max(0, len(former) - len(self._written) * len(self._names)):
+            self._notes.append(f"{self._folder}: removed {gone} files of a former, longer run")
 
     @property
     def path(self) -> str:
@@ -196,7 +242,7 @@ class NumberedFilesSink(ABC):
 
     @property
     def notes(self) -> list[str]:
-        vectors = self._flows * self._size[0] * self._size[1]
+        vectors = len(self._written) * self._size[0] * self._size[1]
         return self._notes + [
             f"{self._folder}: {lost} of {vectors} vectors ({100 * lost / vectors:.2g} %) are {what}, "
             f"first in frame {frame}"
@@ -209,31 +255,21 @@ class NumberedFilesSink(ABC):
     ) -> tuple[int, int, FlowFiles]:
         return number, frame, encode(*arguments)
 
-    def _publish(self, encoded: tuple[int, int, FlowFiles]) -> None:
+    def _keep(self, encoded: tuple[int, int, FlowFiles]) -> None:
         number, frame, files = encoded
         paths = [name.file(number) for name in self._names]
-        self._bytes += publish_files(dict(zip(paths, files.contents, strict=True)))
-        self._flows += 1
-        self._end = max(self._end, number + 1)
+        self._bytes += write_unfinished(dict(zip(paths, files.contents, strict=True)))
+        self._written.append(number)
         for what, lost in files.lost.items():
             if lost:
                 before, first = self._lost.get(what, (0, frame))
                 self._lost[what] = (before + lost, first)
 
 
-def publish_files(contents: Mapping[Path, Sequence[Piece]]) -> int:
-    """Writes files that belong together. Returns their size in bytes.
-
-    All are written before the first gets its name, so that a full disk leaves none of them. The first one's name
-    comes last: where it is, the others are.
-    """
-    with ExitStack() as waiting:  # unwinds backwards
-        for path, pieces in contents.items():
-            waiting.enter_context(write_errors(path))
-            file = waiting.enter_context(atomic_file(path))
-            file.writelines(pieces)
-            file.flush()
-    return sum(memoryview(piece).nbytes for pieces in contents.values() for piece in pieces)
+def write_flow_file(path: str | os.PathLike[str], pieces: Sequence[Piece]) -> None:
+    """Writes one file by itself, which appears whole or not at all."""
+    with write_errors(Path(path)), atomic_file(Path(path)) as file:
+        file.writelines(pieces)
 
 
 def require_flow(flow: npt.NDArray[Any]) -> None:

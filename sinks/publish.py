@@ -11,12 +11,13 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from flowreel.engine.errors import OutputExistsError, OutputWriteError
+from flowreel.engine.claims import Claim
+from flowreel.engine.errors import OutputError, OutputExistsError, OutputWriteError
 
 
 def partial_path(path: Path) -> Path:
@@ -40,7 +41,7 @@ def write_errors(path: Path | str) -> Iterator[None]:
     """Turns the operating system's errors into OutputWriteError naming ``path``; flowreel's own pass unchanged."""
     try:
         yield
-    except (OutputWriteError, OutputExistsError):
+    except OutputError:
         raise
     except OSError as error:
         hint = "; free some space or choose another disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
@@ -117,6 +118,37 @@ def publish_bytes(path: Path, *pieces: bytes) -> int:
     return sum(len(piece) for piece in pieces)
 
 
+def write_unfinished(contents: Mapping[Path, Iterable[bytes | memoryview]]) -> int:
+    """Writes files that belong together under their unfinished names, durably; on an error none of them is left.
+
+    ``contents``: by the names they are to get, see ``give_names``. Parent folders are created. Returns their bytes.
+    """
+    written, nbytes = [], 0
+    try:
+        for path, pieces in contents.items():
+            with write_errors(path):
+                make_folder(path.parent)
+                temporary = partial_path(path)
+                remove_leftover(temporary)
+                written.append(temporary)
+                with open(temporary, "wb") as file:
+                    file.writelines(pieces)
+                    nbytes += file.tell()
+                sync_file(temporary)
+    except BaseException:
+        for temporary in written:
+            remove(temporary, ignore_errors=True)
+        raise
+    return nbytes
+
+
+def give_names(paths: Iterable[Path]) -> None:
+    """Finished files lose the ``.partial`` of their names, in this order. Their folders' entries are not synced."""
+    for path in paths:
+        with write_errors(path):
+            os.replace(partial_path(path), path)
+
+
 def publish_first(path: Path, *pieces: bytes) -> bool:
     """Like ``publish_bytes``, for a file that several threads and processes may make at once: the first one stays.
 
@@ -174,6 +206,25 @@ def settle_replaced(path: Path) -> None:
         sync_folder(path.parent)
 
 
+def claimed_file(path: Path, output: str) -> Claim:
+    """An empty file under an unfinished name, held; what lay there before is gone.
+
+    Raises OutputBusyError while another run holds it, IsADirectoryError where a folder is.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+    claim = Claim.of_file(path, output)
+    if claim.made:
+        return claim
+    remove_leftover(path)
+    try:
+        return Claim.of_file(path, output)
+    finally:
+        claim.release()
+
+
 def remove_leftover(path: Path) -> None:
     """Removes what lies under an unfinished name, so that no link there is followed and no pipe waited for.
 
@@ -184,9 +235,11 @@ def remove_leftover(path: Path) -> None:
 
 
 def remove(path: Path, ignore_errors: bool = False) -> None:
-    """Deletes a file, a link or a whole folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=ignore_errors)
-        return
+    """Deletes a file, a link or a whole folder, if it is there. Another process may do the same at that moment."""
+    while path.is_dir() and not path.is_symlink():
+        if ignore_errors:
+            return shutil.rmtree(path, ignore_errors=True)
+        with suppress(FileNotFoundError):  # of what has gone already
+            shutil.rmtree(path)
     with suppress(OSError) if ignore_errors else suppress(FileNotFoundError):
         path.unlink()

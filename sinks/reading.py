@@ -97,7 +97,11 @@ def open_flows(
         found, strict = _listed(names), True
     kind, paths = _of_one_kind(name, found, strict)
     numbers = _numbers(len(paths), name, slice(start, stop))
-    return FileFlows(paths, numbers, _reader(kind, bound), frame_rate=rate, one_size=one_size)
+    flows = FileFlows(paths, numbers, _reader(kind, bound), frame_rate=rate, one_size=one_size)
+    if not strict and (unfinished := _unfinished({path.parent for path in paths}, kind)):
+        files = "a file" if unfinished == 1 else f"{unfinished} files"
+        flows.notes.append(f"{name} also holds {files} named .partial, of a run that was not finished")
+    return flows
 
 
 def _store_and_part(name: str) -> tuple[str | None, slice | int]:
@@ -192,12 +196,20 @@ def _of_one_kind(name: str, found: list[Path], strict: bool) -> tuple[FlowFile, 
     if not strict and len(by_kind) > 1:
         by_kind.pop(PLAIN_PNG, None)  # pictures beside the flow
     if not by_kind:
-        raise SourceNotFoundError(f"{name}: no files of flow there; expected {_known_forms()}")
+        unfinished = _unfinished([Path(name)] if Path(name).is_dir() else [], *FLOW_FILES)
+        hint = f"; {unfinished} named .partial are of a run that was not finished" if unfinished else ""
+        raise SourceNotFoundError(f"{name}: no files of flow there; expected {_known_forms()}{hint}")
     if len(by_kind) > 1:
         kinds = ", ".join(f"{len(paths)} {kind.form}" for kind, paths in by_kind.items())
         raise FlowFileError(f"{name}: files of one kind are expected, found {kinds}: name those that are meant")
     ((kind, paths),) = by_kind.items()
     return kind, sorted(paths, key=natural_order)
+
+
+def _unfinished(folders: Iterable[Path], *kinds: FlowFile) -> int:
+    """How many files of these kinds still have their unfinished names."""
+    names = (path.name.lower() for folder in folders for path in folder.glob("*.partial") if path.name[0] != ".")
+    return sum(any(re.fullmatch(kind.name, name.removesuffix(".partial")) for kind in kinds) for name in names)
 
 
 def _kind(path: Path) -> FlowFile | None:

@@ -62,7 +62,7 @@ def check_store(store: FlowStore, progress: Callable[[int], None] | None = None)
     """
     is_cache = store.layout.cache  # which is whole with any flows in it
     if not store.complete and not is_cache:
-        yield StoreProblem(f"unfinished: {store.available} of {len(store)} flows are there")
+        yield StoreProblem(store.state)
     try:
         yield from _check_metadata(store)
         yield from _check_coordinates(store)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -140,18 +140,24 @@ def other_settings(
     size = ("flow_height", "flow_width")
     now = store_attributes(info, config) | dict(zip(size, (info.height, info.width), strict=True))
     was = store.attrs | dict(zip(size, store.shape[2:], strict=True))
-    ignored = {*may_change, "notes"}
+    names = {*now, *was} - {*may_change, "notes"}
+    return differing_settings(was, {name: now.get(name) for name in names} | {"source": now["source"]})
+
+
+def differing_settings(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What of ``now`` is not as an output says that it ``was`` made, each in words. ``now`` names its source."""
+    ignored = {"source"}
     if was.get("weights_sha256") == now.get("weights_sha256"):
         ignored |= {"weights", "weights_licence"}  # the same file by another name
     differing = [
-        f"{name.replace('_', ' ')} was {was.get(name)}, is {now.get(name)}"
-        for name in sorted({*now, *was} - ignored)
-        if was.get(name) != now.get(name)
+        f"{name.replace('_', ' ')} was {was.get(name)}, is {now[name]}"
+        for name in sorted(set(now) - ignored)
+        if was.get(name) != now[name]
     ]
-    return differing + other_source(store.attrs.get("source") or {}, now["source"])
+    return differing + other_source(was.get("source") or {}, now["source"])
 
 
-def other_source(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def other_source(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What tells that the source is not the one recorded, nor that one grown."""
     if was.get("name") != now["name"]:
         return [f"source was {was.get('name')}, is {now['name']}"]

@@ -115,8 +115,7 @@ class FlowStore:
         return self.shape[0]
 
     def __repr__(self) -> str:
-        state = "complete" if self.complete else f"unfinished, {self.available} flows available"
-        return f"<FlowStore {self.path!r} {self.shape} {state}>"
+        return f"<FlowStore {self.path!r} {self.shape} {self.state}>"
 
     @property
     def flow_bytes(self) -> int:
@@ -135,6 +134,15 @@ class FlowStore:
             if there < self.shard_length:
                 break
         return min(count, len(self))
+
+    @property
+    def state(self) -> str:
+        """``complete``, or how far an unfinished store is, for people."""
+        if self.complete:
+            return "complete"
+        if (available := self.available) < len(self):
+            return f"unfinished: {available} of {len(self)} flows are there"
+        return f"unfinished: {available} flows are there; its source or its run was cut short, or it is being written"
 
     @property
     def stored(self) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
+from flowreel.engine.claims import Claim
 from flowreel.engine.errors import OutputExistsError
 from flowreel.sinks import publish
 
@@ -40,42 +41,62 @@ class StoreTarget(Protocol):
 
 
 class LocalTarget:
-    """A folder on a disk. OutputExistsError and OutputWriteError tell what is in the way."""
+    """A folder on a disk. OutputExistsError and OutputWriteError tell what is in the way.
+
+    From ``hold`` to ``let_go`` no other run may write the unfinished store: it gets an OutputBusyError.
+    """
 
     def __init__(self, path: str) -> None:
         self.name = str(Path(path))
         self.final = Path(path)
         self.folder = publish.partial_path(self.final)
+        self._claim: Claim | None = None
+
+    def require_free(self) -> None:
+        """Raises OutputBusyError while another run writes the unfinished store."""
+        if self.folder.is_dir():
+            Claim.of_folder(self.folder, self.name).withdraw()
+
+    def hold(self) -> None:
+        """Before anything is looked at that another run might change. An unfinished store stays as it is."""
+        publish.make_folder(self.folder.parent)
+        self._claim = Claim.of_folder(self.folder, self.name)
+        publish.settle_replaced(self.final)
+
+    def let_go(self) -> None:
+        """What is there of the unfinished store stays, for others to go on with."""
+        if self._claim is not None:
+            self._claim.withdraw()
 
     def start(self, overwrite: bool, afresh: bool = False) -> None:
         """An empty unfinished store. A finished one stays until ``finish``, and only gives way if it may.
 
         afresh: an unfinished one is removed, although nothing may be overwritten.
         """
-        publish.settle_replaced(self.final)
         publish.require_absent(self.final, overwrite)
-        self._require_store()
-        if self.folder.exists() and not (overwrite or afresh):
+        if self.final.exists() and not (self.final / "zarr.json").is_file():
+            raise OutputExistsError(f"{self.final} is there and is not a Zarr store: remove it yourself if it can go")
+        assert self._claim is not None, "hold comes before start"
+        if not self._claim.made and not (overwrite or afresh):
             raise OutputExistsError(
                 f"{self.folder} is an unfinished store of an earlier run: pass --resume to go on with it, "
                 "or --overwrite to start afresh"
             )
-        publish.remove(self.folder)
-        publish.make_folder(self.folder.parent)
-        self.folder.mkdir()  # fails if another run made it meanwhile
+        self._empty()
 
-    def reopen(self) -> None:
-        """The unfinished store as it is, or a finished one's files under the unfinished name, to be gone on with.
+    def reopen(self, finished: bool) -> None:
+        """The unfinished store as it is, or the finished one's files under the unfinished name, to be gone on with.
 
         The finished store itself stays as it is: the two share their files, and none is ever changed in place.
         """
-        publish.settle_replaced(self.final)
-        if not self.folder.exists():
-            self._require_store()
-            aside = self.folder.with_name(self.folder.name + ".new")
+        if finished:
+            self._empty()
+            aside = self.folder.with_name(self.folder.name + ".new")  # nobody else's: it goes with the claim
             publish.remove(aside)
-            shutil.copytree(self.final, aside, copy_function=_link)
-            os.rename(aside, self.folder)
+            claim = Claim.of_folder(aside, self.name)
+            shutil.copytree(self.final, aside, copy_function=_link, dirs_exist_ok=True)
+            os.rename(aside, self.folder)  # over the empty one
+            self._hold_instead(claim)
         for key in list(self.keys()):
             if key.endswith(".partial"):
                 self.delete(key)
@@ -97,9 +118,17 @@ class LocalTarget:
     def discard(self) -> None:
         publish.remove(self.folder, ignore_errors=True)
 
-    def _require_store(self) -> None:
-        if self.final.exists() and not (self.final / "zarr.json").is_file():
-            raise OutputExistsError(f"{self.final} is there and is not a Zarr store: remove it yourself if it can go")
+    def _empty(self) -> None:
+        """Removes what lies under the unfinished name, which is held all the while."""
+        assert self._claim is not None, "hold comes before anything else"
+        if not self._claim.made:
+            publish.remove(self.folder)
+            self._hold_instead(Claim.of_folder(self.folder, self.name))
+
+    def _hold_instead(self, claim: Claim) -> None:
+        assert self._claim is not None
+        self._claim.release()
+        self._claim = claim
 
 
 def _link(source: str, destination: str) -> None:

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from flowreel.engine.claims import Claim
 from flowreel.engine.data import UNKNOWN_ABOVE, ColorBatch
-from flowreel.engine.errors import DeviceError, OutputError, OutputWriteError, UnknownOutputError
+from flowreel.engine.errors import DeviceError, OutputError, OutputExistsError, OutputWriteError, UnknownOutputError
 from flowreel.kernels.flow_color import flow_to_color, percentile_magnitude
 from flowreel.sinks.painting import packed, painted
 from flowreel.sinks.parallel import encode_workers
-from flowreel.sinks.publish import make_folder, partial_path, publish_file, remove, remove_leftover, require_absent
+from flowreel.sinks.publish import claimed_file, make_folder, partial_path, publish_file, remove, require_absent
 from flowreel.sinks.video_writer import CONTAINERS, VideoWriter, video_write_errors, why_no_nvenc
 
 if TYPE_CHECKING:
@@ -63,15 +64,16 @@ class ColorVideoSink:
         self._held: list[_Held] = []
         self._size = (0, 0)
         self._encoder: VideoWriter | None = None
+        self._claim: Claim | None = None  # of the unfinished file
         self._unknown = 0  # vectors
         self._notes: list[str] = []
 
     def open(self, info: FlowInfo) -> None:
         """Starts the file under its unfinished name.
 
-        Raises OutputExistsError when the output is there and is not to be replaced, OutputWriteError when nothing
-        can be written there, OutputError for flow larger than a video's frame can be, and DeviceError when NVENC is
-        asked for by name and cannot encode it.
+        Raises OutputExistsError when the output is there and is not to be replaced, or is a folder, OutputBusyError
+        while another run writes it, OutputWriteError when nothing can be written there, OutputError for flow larger
+        than a video's frame can be, and DeviceError when NVENC is asked for by name and cannot encode it.
         """
         self._size = (info.height, info.width)
         if info.height * info.width > MOST_PIXELS:
@@ -79,20 +81,25 @@ class ColorVideoSink:
                 f"{self.path}: a frame of an H.264 video has at most {MOST_PIXELS} pixels, the flow is "
                 f"{info.width}x{info.height}: write colour pictures instead, such as colors/%06d.png"
             )
-        require_absent(self._destination, self._overwrite)
+        self._require_possible()
         gpu = self._encoding_gpu(info)
         with video_write_errors(self._destination):
             make_folder(self._destination.parent)
-            remove_leftover(self._partial)
-            self._encoder = VideoWriter(
-                self._partial,
-                self._destination.suffix.lower(),
-                info.height,
-                info.width,
-                info.frame_rate,
-                gpu=gpu,
-                threads=1 if info.device == "cpu" else encode_workers(),  # there a model needs the other cores more
-            )
+            self._claim = claimed_file(self._partial, self.path)
+            try:
+                self._require_possible()  # also now that nobody else can publish it
+                self._encoder = VideoWriter(
+                    self._partial,
+                    self._destination.suffix.lower(),
+                    info.height,
+                    info.width,
+                    info.frame_rate,
+                    gpu=gpu,
+                    threads=1 if info.device == "cpu" else encode_workers(),  # there a model needs the other cores more
+                )
+            except BaseException:
+                self._claim.withdraw()
+                raise
         if self._encoder.fallback is not None:
             self._notes.append(f"{self.path}: {self._encoder.fallback}")
         if self._max_flow is not None:
@@ -147,19 +154,23 @@ class ColorVideoSink:
                 raise OutputWriteError(f"{self.path}: not one flow came, and a video needs a frame")
             self._encoder.finish()
             if complete:
-                require_absent(self._destination, self._overwrite)  # it may have come up during the run
+                self._require_possible()  # something may have come up during the run
                 publish_file(self._partial, self._destination)
+        assert self._claim is not None
+        self._claim.release()
         if not complete:
             self._notes.append(f"{self.path}: incomplete, left as {self._partial.name}")
         if self._unknown:
             self._notes.append(f"{self.path}: {self._unknown} unknown vectors are black")
 
-    def abort(self) -> None:
+    def abort(self) -> str | None:
         """Removes the unfinished file. What was at the output's name before is untouched."""
         self._held.clear()
-        if self._encoder is not None:
+        if self._encoder is not None and self._claim is not None and self._claim.held:
             self._encoder.discard()
             remove(self._partial, ignore_errors=True)
+            self._claim.release()
+        return None
 
     @property
     def path(self) -> str:
@@ -178,6 +189,11 @@ class ColorVideoSink:
     @property
     def notes(self) -> list[str]:
         return list(self._notes)
+
+    def _require_possible(self) -> None:
+        if self._destination.is_dir():
+            raise OutputExistsError(f"{self.path} is a folder: choose another name, or remove it yourself if it can go")
+        require_absent(self._destination, self._overwrite)
 
     def _encoding_gpu(self, info: FlowInfo) -> int | None:
         """The number of the GPU that is to encode; None: the CPU is."""

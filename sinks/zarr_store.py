@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from flowreel.engine.data import Prepared, ResumePoint, StepsBatch
-from flowreel.engine.errors import ResumeMismatchError
+from flowreel.engine.errors import OutputBusyError, ResumeMismatchError
 from flowreel.kernels.quantise import quantise
 from flowreel.sinks import publish
 from flowreel.sinks.codecs import EncodedFlow, compress, flow_codec, pack_shard
@@ -45,8 +45,8 @@ if TYPE_CHECKING:
 class ZarrSink:
     """The flow store as a Sink (see ``engine/data.py``). Flows arrive in order, in batches of any size.
 
-    Errors: OutputExistsError, OutputWriteError, ResumeMismatchError; ValueError for flow out of order or of another
-    size.
+    Errors: OutputExistsError, OutputWriteError, OutputBusyError, ResumeMismatchError; ValueError for flow out of order
+    or of another size.
     """
 
     def __init__(self, path: str, config: SinkConfig) -> None:
@@ -54,12 +54,14 @@ class ZarrSink:
         self._config = config
         self._state = "new"  # -> "open" -> "done"
         self._point: ResumePoint | None = None  # where to go on, as last asked for
+        self._below: int | None = None  # with what it was asked
         self._asked = False
         self._bytes_written = 0
         self._metadata_bytes: dict[str, int] = {}  # of each array's zarr.json as it was last written
         self._taken = 0  # flows that arrived, those of a resumed store included
         self._count = 0  # flows compressed and in their shard
         self._length = 0  # flows the arrays are declared to hold
+        self._announced = ""  # of how many flows they are, for messages
         self._chunks: list[bytes] = []  # of the shard that is filling up
         self._coordinates: dict[str, list[Any]] = {name: [] for name in COORDINATES}  # of the same shard
         self._invalid: dict[str, tuple[int, int]] = {}  # what -> vectors, first frame
@@ -86,12 +88,19 @@ class ZarrSink:
     # -- Going on with what is there -----------------------------------------------------------------------------
 
     def resume_point(self, below: int | None = None) -> ResumePoint | None:
-        """Where this store goes on; None: nothing is there, or no whole shard. Raises DamagedStoreError.
+        """Where this store goes on; None: nothing is there, or no whole shard.
 
         below: keep fewer flows than this.
+
+        Raises OutputBusyError while another run writes it, DamagedStoreError.
         """
+        with publish.write_errors(self.path):
+            self._target.require_free()
+        self._point, self._below, self._asked = self._point_now(below), below, True
+        return self._point
+
+    def _point_now(self, below: int | None) -> ResumePoint | None:
         store = self._present()
-        self._point, self._asked = None, True
         if store is None or len(store) == 0:
             return None
         flows = _whole_flows(store)
@@ -104,7 +113,7 @@ class ZarrSink:
         frame, frame_to, time_s, time_to_s = (store.files.value(name, place) for name in COVERED)
         batch = store.attrs.get("batch")
         recorded = batch if isinstance(batch, int) and batch > 0 else None
-        self._point = ResumePoint(
+        return ResumePoint(
             max(flows, 0),
             int(later(frame, frame_to)),
             later(time_s, time_to_s),
@@ -112,7 +121,6 @@ class ZarrSink:
             store.available,
             recorded,
         )
-        return self._point
 
     def require_same(self, info: FlowInfo) -> None:
         """Raises ResumeMismatchError naming every setting that differs from those of the store that is there."""
@@ -158,16 +166,16 @@ class ZarrSink:
         with publish.write_errors(self.path):
             if self._config.resume and not self._asked:
                 self.resume_point()
-            point = self._point if self._config.resume else None
-            if point is None or point.flows == 0:
-                self._target.start(overwrite=self._config.overwrite or point is not None, afresh=self._config.resume)
-            else:
-                self._target.reopen()
-                self._drop_from(point.flows // self._shard_length)
-                self._taken = self._count = point.flows
+            try:
+                self._target.hold()
+                self._start_or_reopen(info)
+            except BaseException:
+                self._target.let_go()
+                raise
             self._state = "open"
             try:
                 self._length = max(info.flow_count or 0, self._count)
+                self._announced = "" if info.flow_count is None else f" of {info.flow_count}"
                 self._metadata = store_metadata(info, self._config, self._codec, self._shard_length, self._length)
                 for name in self._metadata:
                     self._publish_metadata(name)
@@ -176,6 +184,18 @@ class ZarrSink:
             except BaseException:
                 self.abort()
                 raise
+
+    def _start_or_reopen(self, info: FlowInfo) -> None:
+        point = self._point if self._config.resume else None
+        if self._config.resume and self._point_now(self._below) != point:
+            raise OutputBusyError(f"another run has gone on with {self.path} meanwhile: run the same again")
+        if point is None or point.flows == 0:
+            self._target.start(overwrite=self._config.overwrite or point is not None, afresh=self._config.resume)
+            return
+        self.require_same(info)  # as asked before, but now that nobody else can change it
+        self._target.reopen(finished=point.complete)
+        self._drop_from(point.flows // self._shard_length)
+        self._taken = self._count = point.flows
 
     def write(self, batch: FlowBatch) -> None:
         """Compresses each flow, and publishes each shard that is full. The batch's tensor is on the CPU."""
@@ -218,15 +238,23 @@ class ZarrSink:
                 self._set_length(self._count)
                 self._consolidate()
                 self._target.finish()
+            self._target.let_go()
         self._state = "done"
 
-    def abort(self) -> None:
+    def abort(self) -> str | None:
         """Removes the unfinished store, unless it holds a whole shard: that is worth resuming from, and stays."""
         self._pool.close()
-        if self._state == "open" and not published_shards(self._target.folder):
-            self._target.discard()
-        self._state = "done" if self._state == "open" else self._state
+        kept = None
+        if self._state == "open":
+            self._state = "done"
+            if shards := len(published_shards(self._target.folder)):
+                flows = min(shards * self._shard_length, self._count)
+                kept = f"{self._target.folder} holds {flows}{self._announced} flows"
+            else:
+                self._target.discard()
+        self._target.let_go()
         self._chunks.clear()
+        return kept
 
     def _require_open(self) -> None:
         if self._state != "open":

@@ -18,6 +18,10 @@ class EndOfFile(Exception):
     """Carries an EOFError past typer, which would take it for Ctrl-D at a prompt. ``__cause__`` is the error."""
 
 
+class Interrupted(Exception):
+    """Carries Ctrl-C past typer, which would keep nothing of it. ``__cause__`` is the KeyboardInterrupt."""
+
+
 def main() -> NoReturn:
     """Entry point of ``flowreel`` and ``python -m flowreel``."""
     os.environ.update(patience() | os.environ)  # read when torch loads
@@ -47,8 +51,8 @@ def call(arguments: list[str]) -> int:
         from flowreel.engine.cli.app import app  # here, as Ctrl-C may come while it loads
 
         result = app(arguments, prog_name="flowreel", standalone_mode=False)
-    except KeyboardInterrupt:
-        return _say("interrupted", INTERRUPTED)
+    except (KeyboardInterrupt, Interrupted) as stopped:
+        return _say(_with_notes("interrupted", stopped.__cause__ or stopped), INTERRUPTED)
     except Exception as raised:
         error = raised.__cause__ if isinstance(raised, EndOfFile) else raised
         if "--debug" in arguments:
@@ -63,7 +67,8 @@ def call(arguments: list[str]) -> int:
 def _report(error: Exception) -> int:
     cause = error.__cause__ if isinstance(error, StageError) else error
     if isinstance(error, FlowreelError):
-        return _say(str(error) or type(error).__name__, 2 if isinstance(cause, UsageError) else 1)
+        message = _with_notes(str(error) or type(error).__name__, error)
+        return _say(message, 2 if isinstance(cause, UsageError) else 1)
     if isinstance(error, OSError) and error.strerror:  # met where nobody looked for it: a name too long, a lost disk
         return _say(f"{error.strerror}: {error.filename}" if error.filename else error.strerror, 1)
     if hasattr(error, "format_message"):  # typer's own: an unknown option, a value of the wrong kind
@@ -73,6 +78,11 @@ def _report(error: Exception) -> int:
     if type(error).__name__ == "Abort":  # typer's, for Ctrl-C and Ctrl-D at a prompt
         return _say("interrupted", INTERRUPTED)
     return _say(f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1)
+
+
+def _with_notes(message: str, error: BaseException) -> str:
+    """With what is kept of the outputs, as the error's notes tell."""
+    return "; ".join([message, *getattr(error, "__notes__", ())])
 
 
 def _say(message: str, code: int) -> int:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from flowreel.engine.cli import EndOfFile
+from flowreel.engine.cli import EndOfFile, Interrupted
 from flowreel.engine.cli.bench import bench
 from flowreel.engine.cli.color import color
 from flowreel.engine.cli.demo import demo
@@ -57,6 +57,8 @@ def _shielded(command: Callable[..., None]) -> Callable[..., None]:
             command(*arguments, **options)
         except EOFError as error:
             raise EndOfFile from error
+        except KeyboardInterrupt as error:
+            raise Interrupted from error
 
     return shielded
 

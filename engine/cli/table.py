@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from flowreel.engine.api import RunReport
-    from flowreel.engine.many import ManyProgress, ManyReport, SourceReport
+    from flowreel.engine.manifest import SourceReport
+    from flowreel.engine.many import ManyProgress, ManyReport
     from flowreel.engine.outputs import Progress
 
 PLAIN_EVERY_S = 10.0  # a line in a log file now and then is enough
@@ -116,7 +117,8 @@ def print_summary(report: RunReport) -> None:
     )
     console.print(printable(_how(report)))
     for output in report.outputs:
-        share = f", {report.flo_bytes / output.bytes_written:.1f}x smaller than .flo" if output.bytes_written else ""
+        smaller = (output.flo_bytes or 0) / max(output.bytes_written, 1)
+        share = f", {smaller:.1f}x smaller than .flo" if output.bytes_written else ""
         console.print(f"{printable(output.path)}  {size(output.bytes_written)}{share}")
         for note in output.notes:
             console.print(f"  {printable(note)}")
@@ -135,7 +137,8 @@ def print_many(report: ManyReport) -> None:
     console.print(table)
     for source in report.sources:
         if source.error is not None:
-            console.print(printable(f"{source.source}: {source.error}"))
+            told = "; ".join([str(source.error), *getattr(source.error, "__notes__", ())])
+            console.print(printable(f"{source.source}: {told}"))
         for note in () if source.run is None else _notes(source.run):
             console.print(printable(f"{source.source}: {note}"))
     runs = [source.run for source in report.sources if source.run is not None]

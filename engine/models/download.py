@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 from urllib.parse import urljoin
 
-from flowreel.engine.errors import DownloadError, OutputExistsError, OutputWriteError, UsageError, WeightsError
+from flowreel.engine.claims import locked, still_named
+from flowreel.engine.errors import (
+    DownloadError,
+    OutputBusyError,
+    OutputExistsError,
+    OutputWriteError,
+    UsageError,
+    WeightsError,
+)
 from flowreel.engine.models.checkpoints import Checkpoint, Source, file_sha256
 from flowreel.engine.models.web import (
     Broken,
@@ -150,8 +158,8 @@ class _Partial:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = temporary.open("ab")
         with file:
-            if not (_locked(file) and _still_named(file, temporary)):
-                raise OutputWriteError(f"{temporary} is being written by another download; wait for it to end")
+            if not (locked(file.fileno()) and still_named(file.fileno(), temporary)):
+                raise OutputBusyError(f"{temporary} is being written by another download; wait for it to end")
             partial = cls(path, temporary, file)
             try:
                 yield partial
@@ -177,28 +185,6 @@ class _Partial:
             os.fsync(self._file.fileno())
             self.temporary.replace(self.path)
         self.size = -1  # nothing of it is left under the temporary name
-
-
-def _locked(file: IO[bytes]) -> bool:
-    try:
-        import fcntl
-    except ImportError:  # not a Unix: two downloads at a time then spoil each other, which the sha256 finds
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True
-
-
-def _still_named(file: IO[bytes], temporary: Path) -> bool:
-    """Whether nobody published the file between our opening and our locking it."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), temporary.stat())
-    except FileNotFoundError:
-        return False
 
 
 @contextmanager

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from flowreel.engine.config import SelectConfig
-from flowreel.engine.data import RandomAccess, Source
-from flowreel.engine.errors import UsageError
+from flowreel.engine.data import RandomAccess, Source, SourceId
+from flowreel.engine.errors import SourceNotFoundError, UnsupportedSourceError, UsageError
 
 STDIN = "-"
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp"})
@@ -93,6 +93,36 @@ def open_random_access(name: str | os.PathLike[str], select: SelectConfig | None
     source = open_source(name, select)
     assert isinstance(source, RandomAccess)
     return source
+
+
+def source_identity(name: str | os.PathLike[str]) -> SourceId:
+    """Which input a name means: quickly, without opening it as a source.
+
+    It is what the source's header tells, less its duration.
+
+    Raises:
+        SourceNotFoundError, UnsupportedSourceError, UsageError: as of ``open_source``, as far as is seen.
+    """
+    from flowreel.engine.sources.fingerprint import source_id
+
+    text = os.fspath(name)
+    if _is_stdin(text):
+        return SourceId("stdin")
+    if is_synthetic(text):
+        from flowreel.engine.sources.synthetic import SyntheticConfig
+
+        return SourceId(str(SyntheticConfig.parse(text)))
+    try:
+        if _is_images(text):
+            from flowreel.engine.sources.images import find_images
+
+            paths = find_images(text)
+            return source_id(paths[0].absolute().parent.name, paths)
+        return source_id(Path(text).name, [Path(text)])
+    except FileNotFoundError as error:
+        raise SourceNotFoundError(f"there is no file {text}") from error
+    except OSError as error:
+        raise UnsupportedSourceError(f"{text} cannot be read: {error.strerror or error}") from error
 
 
 def source_stem(name: str | os.PathLike[str]) -> str:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from flowreel.engine import export as exporting
+from flowreel.engine.cli import call
 from flowreel.engine.config import SinkConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
 from flowreel.engine.errors import (
@@ -182,6 +183,21 @@ def test_an_unfinished_store_is_taken_as_far_as_it_goes(folder: Path) -> None:
     assert len(open_store("a.zarr")) == 10
 
 
+def test_a_cut_source_leaves_a_store_that_says_why_it_is_unfinished(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export(folder, "a.zarr", max_error=0)
+    Path("a.zarr").rename("a.zarr.partial")
+    said = (
+        "a.zarr.partial is unfinished: 10 flows are there; its source or its run was cut short, or it is being written"
+    )
+    assert said in export("a.zarr", "b.zarr").notes[0]
+    assert call(["info", "a.zarr"]) == 0
+    assert said in capsys.readouterr().out
+    assert call(["verify", "a.zarr"]) == 1
+    assert "unfinished: 10 flows are there; its source or its run" in capsys.readouterr().out
+
+
 def test_a_finished_store_may_be_replaced_by_its_own_export(folder: Path) -> None:
     export(folder, "a.zarr", max_error=0)
     with pytest.raises(OutputExistsError, match="--overwrite"):
@@ -191,6 +207,20 @@ def test_a_finished_store_may_be_replaced_by_its_own_export(folder: Path) -> Non
     assert open_store("a.zarr").attrs["codec"] == "pcodec"
     assert np.array_equal(open_store("a.zarr")[:], flows)
     assert names() == ["a.zarr", "flows"]
+
+
+@pytest.mark.parametrize(
+    ("source", "part"),
+    [("a.zarr@2:4", {}), ("a.zarr@3", {}), ("a.zarr", {"start": 1}), ("a.zarr", {"stop": -1}), ("./a.zarr@:9", {})],
+)
+def test_a_part_does_not_take_the_place_of_the_whole(folder: Path, source: str, part: dict[str, int]) -> None:
+    export(folder, "a.zarr", max_error=0)
+    with pytest.raises(UsageError, match=r"a\.zarr would replace what is being read"):
+        export(source, "a.zarr", overwrite=True, **part)
+    assert len(open_store("a.zarr")) == 10
+    export(source, "b.zarr", **part)
+    export("a.zarr@0:10", "a.zarr", overwrite=True)  # all of it
+    assert len(open_store("a.zarr")) == 10
 
 
 @pytest.mark.parametrize(

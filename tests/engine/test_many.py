@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import shutil
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,14 +15,17 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from flowreel.engine import api, many
 from flowreel.engine.config import ModelConfig
 from flowreel.engine.data import Frame, Source
 from flowreel.engine.errors import (
     DeviceError,
+    OutputBusyError,
     OutputExistsError,
     OutputWriteError,
+    ResumeMismatchError,
     SomeSourcesFailedError,
     UnknownOutputError,
     UnsupportedSourceError,
@@ -134,8 +139,12 @@ def test_the_same_again_does_only_what_is_left(tiny: str, loads: list[ModelConfi
     assert statuses(report) == ["skipped", "done", "skipped"]
     assert [source.flows for source in report.sources] == [2, 2, 2]
     loads.clear()
-    assert statuses(run_many(sources, [STORE, VIDEO], weights="nowhere.pth")) == ["skipped"] * 3
+    assert statuses(run_many(sources, [STORE, VIDEO], weights=tiny)) == ["skipped"] * 3
     assert not loads
+    with pytest.raises(WeightsNotFoundError):
+        run_many(sources, [STORE, VIDEO], weights="nowhere.pth")
+    with pytest.raises(UsageError):
+        run_many(sources, [STORE, VIDEO], weights=tiny, model="FlowNet9")
     assert stamps("out/a.zarr", "out/a.mkv", "out/c.zarr", "out/c.mkv") == before
 
 
@@ -147,6 +156,109 @@ def test_only_the_outputs_that_are_missing_are_made(tiny: str) -> None:
     assert statuses(run_many(sources, [STORE, VIDEO], weights=tiny)) == ["done", "skipped"]
     assert Path("out/a.mkv").exists()
     assert stamps("out/a.zarr") == before
+
+
+@pytest.mark.parametrize("template", [STORE, VIDEO, FLO])
+def test_another_source_of_the_same_name_is_not_taken_for_done(
+    template: str, tiny: str, loads: list[ModelConfig]
+) -> None:
+    """Nor is it replaced; and once the first one is asked for again, that is still known to be done."""
+    run_many([clip("A/x.mp4", 3), clip("A/y.mp4", 3)], template, weights=tiny)
+    before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file() and path.suffix != ".json"}
+    loads.clear()
+    clip("B/y.mp4", 3)
+    for _ in range(2):
+        report = run_many([clip("B/x.mp4", 4), "B/y.mp4"], template, weights=tiny)
+        assert statuses(report) == ["failed", "skipped"]  # the same pictures by the same name are the same source
+        assert isinstance(report.failed[0].error, ResumeMismatchError)
+        assert "x.mp4 is another file than it was" in str(report.failed[0].error)
+    assert statuses(run_many(["A/x.mp4", "A/y.mp4"], template, weights=tiny)) == ["skipped"] * 2
+    assert not loads
+    assert {path: path.read_bytes() for path in before} == before
+    assert statuses(run_many(["B/x.mp4"], template, weights=tiny, overwrite=True)) == ["done"]
+    assert statuses(run_many(["A/x.mp4", "A/y.mp4"], template, weights=tiny)) == ["failed", "skipped"]
+
+
+@pytest.mark.parametrize("template", [STORE, VIDEO, FLO])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"stop": 3}, "stop was 4, is 3"),
+        ({"direction": "backward"}, "direction was forward, is backward"),
+        ({"model": "FlowNet2C"}, "model was FlowNet2S, is FlowNet2C"),
+        ({"batch": 2}, "batch was 8, is 2"),
+    ],
+    ids=str,
+)
+def test_what_was_made_otherwise_is_not_taken_for_done(
+    template: str, options: dict[str, Any], words: str, tiny: str
+) -> None:
+    sources = [clip("a.mp4", 5), clip("b.mp4", 6)]
+    given: dict[str, Any] = {"weights": tiny, "stop": 4}
+    run_many(sources, template, **given)
+    report = run_many(sources, template, **given | options)
+    assert statuses(report) == ["failed", "failed"]
+    assert all(words in str(source.error) for source in report.sources)
+    assert "out/a" in str(report.failed[0].error)
+    for same in ({}, {"batch": 8, "precision": "fp32", "model": "FlowNet2S"}):  # what was chosen, asked for by name
+        assert statuses(run_many(sources, template, **given | same)) == ["skipped", "skipped"]
+
+
+def test_options_that_do_not_concern_an_output_are_no_difference(tiny: str) -> None:
+    sources = [clip("a.mp4"), clip("b.mp4")]
+    run_many(sources, [STORE, VIDEO], weights=tiny)
+    assert statuses(run_many(sources, VIDEO, weights=tiny, max_error=0, codec="zstd")) == ["skipped"] * 2
+    assert statuses(run_many(sources, STORE, weights=tiny, max_flow=3.0)) == ["skipped"] * 2
+    assert statuses(run_many(sources, VIDEO, weights=tiny, max_flow=3.0)) == ["failed"] * 2
+    assert statuses(run_many(sources, STORE, weights=tiny, max_error=0)) == ["failed"] * 2
+
+
+def test_a_missing_output_is_not_made_otherwise_than_those_beside_it(tiny: str) -> None:
+    sources = [clip("a.mp4"), clip("b.mp4")]
+    run_many(sources, [STORE, VIDEO], weights=tiny)
+    Path("out/b.mkv").unlink()
+    report = run_many(sources, [STORE, VIDEO], weights=tiny, direction="backward")
+    assert statuses(report) == ["failed", "failed"]
+    assert not Path("out/b.mkv").exists()
+
+
+def test_a_video_that_nobody_knows_of_is_neither_done_nor_replaced(tiny: str) -> None:
+    Path("out").mkdir()
+    Path("out/a.mkv").write_text("mine")
+    for _ in range(2):
+        report = run_many([clip("a.mp4")], VIDEO, weights=tiny)
+        assert isinstance(report.sources[0].error, OutputExistsError)
+    assert Path("out/a.mkv").read_text() == "mine"
+
+
+def test_a_recording_that_grew(tiny: str) -> None:
+    """Images, as a folder that got more of them: the store is gone on with, and what is beside it made anew."""
+
+    def pictures(count: int) -> None:
+        Path("take").mkdir(exist_ok=True)
+        for number in range(count):
+            Image.fromarray(np.full((64, 64, 3), number, np.uint8)).save(f"take/{number}.png")
+
+    pictures(4)
+    outputs = [STORE, "out/{stem}/%03d.flo"]
+    run_many(["take"], outputs, weights=tiny)
+    pictures(7)
+    report = run_many(["take"], outputs, weights=tiny)
+    assert statuses(report) == ["failed"]
+    assert "--resume" in str(report.failed[0].error)
+    report = run_many(["take"], outputs, weights=tiny, resume=True)
+    assert [(source.status, source.flows) for source in report.sources] == [("done", 6)]
+    assert len(open_store("out/take.zarr")) == len(list(Path("out/take").iterdir())) == 6
+    for again in (True, False):
+        assert statuses(run_many(["take"], outputs, weights=tiny, resume=again)) == ["skipped"]
+    Path("out/take/003.flo").unlink()
+    shutil.rmtree("out/take")
+    assert statuses(run_many(["take"], outputs, weights=tiny, resume=True)) == ["done"]  # from the store
+    assert len(list(Path("out/take").iterdir())) == 6
+    Path("out/flowreel-manifest.json").unlink()
+    shutil.rmtree("out/take")
+    assert statuses(run_many(["take"], outputs, weights=tiny, resume=True)) == ["done"]
+    assert statuses(run_many(["take"], outputs, weights=tiny)) == ["skipped"]
 
 
 def test_overwrite_makes_all_anew(tiny: str) -> None:
@@ -336,10 +448,40 @@ def test_a_file_that_is_no_manifest_is_left_alone(content: str, tiny: str) -> No
     assert Path("notes.json").read_text() == content
 
 
+@pytest.mark.parametrize("made", [[], {"out/a.mkv": 7}, {"out/a.mkv": {"flows": 2}}, {"out/a.mkv": {"source": "x"}}])
+def test_what_a_manifest_does_not_rightly_tell_is_not_known(made: Any, tiny: str) -> None:
+    run_many([clip("a.mp4")], VIDEO, weights=tiny)
+    Path("out/flowreel-manifest.json").write_text(json.dumps(manifest() | {"made": made}))
+    report = run_many(["a.mp4"], VIDEO, weights=tiny)
+    assert isinstance(report.sources[0].error, OutputExistsError)
+
+
 def test_a_manifest_that_cannot_be_written_is_an_error(tiny: str) -> None:
     Path("file").touch()
     with pytest.raises(OutputWriteError, match="file/list"):
         run_many(["missing.mp4"], STORE, weights=tiny, manifest="file/list.json")
+
+
+def test_one_run_at_a_time_keeps_a_manifest(tiny: str) -> None:
+    """Also one of other sources; what the first one noted meanwhile is not forgotten by the next."""
+    lock = Path("out/.flowreel-manifest.json.partial")
+    Path("out").mkdir()
+    lock.touch()  # of a run that was killed
+
+    def meanwhile(progress: ManyProgress) -> None:
+        if progress.run is None:
+            return
+        before = manifest()
+        with pytest.raises(OutputBusyError, match=r"out/flowreel-manifest\.json is being written.*--manifest"):
+            run_many([clip("b.mp4")], VIDEO, weights=tiny)
+        assert manifest() == before
+        assert not Path("out/b.mkv").exists()
+        run_many([clip("c.mp4")], VIDEO, weights=tiny, manifest="other.json")
+
+    run_many([clip("a.mp4")], VIDEO, weights=tiny, progress=meanwhile)
+    assert not lock.exists()
+    assert statuses(run_many(["a.mp4", "b.mp4"], VIDEO, weights=tiny)) == ["skipped", "done"]
+    assert sorted(os.listdir("out")) == ["a.mkv", "b.mkv", "c.mkv", "flowreel-manifest.json"]
 
 
 def test_a_fault_of_our_own_is_written_down_and_gets_out(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:

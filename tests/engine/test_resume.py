@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 
 import flowreel
-from flowreel.engine import inference
+from flowreel.engine import api, inference
 from flowreel.engine.cli import call
+from flowreel.engine.cli.table import print_summary
 from flowreel.engine.errors import ResumeMismatchError, StageError, UsageError
 from flowreel.engine.models import build_model
 from flowreel.engine.models.weights import save_weights
@@ -151,6 +152,87 @@ def test_a_wrong_landing_is_noticed(tiny: str, monkeypatch: pytest.MonkeyPatch) 
         flowreel.run("frames", "X.zarr", resume=True, **options)
     assert isinstance(caught.value.__cause__, ResumeMismatchError)
     assert open_store("X.zarr").available >= 4
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"model": "FlowNet2CS"}, "model was FlowNet2C, is FlowNet2CS"),
+        ({"max_error": 0}, "max error was 0.015625, is 0"),
+        ({"codec": "pcodec"}, "codec was blosc, is pcodec"),
+        ({"stop": 5}, "stop was None, is 5"),
+        ({"start": 1}, "start was 0, is 1"),
+        ({"step": 2}, "step was 1, is 2"),
+        ({"fit": "crop"}, "flow was 96x64|fit was pad, is crop"),
+        ({"direction": "backward"}, "direction was forward, is backward"),
+        ({"resolution": "native"}, "resolution was full, is native"),
+        ({"batch": 2}, "batch was 8, is 2"),
+        ({"precision": "bf16"}, "precision was fp32, is bf16"),
+        ({"weights": "other"}, "weights was tiny.safetensors, is other.safetensors"),
+    ],
+    ids=str,
+)
+def test_a_complete_store_of_something_else_is_refused(
+    tiny: str, options: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a network is loaded; and nothing is made from it."""
+    pictures("frames", 0, 8)
+    flowreel.run("frames", "X.zarr", weights=tiny)
+    if "weights" in options:
+        torch.manual_seed(1)
+        state = build_model("FlowNet2C", width=0.05).state_dict()
+        save_weights("other.safetensors", state, licence="none", made_by={}, width=0.05)
+        options = {"weights": "other.safetensors"}
+    before = contents(".")
+    monkeypatch.setattr(api, "load_network", None)
+    with pytest.raises(ResumeMismatchError, match=words):
+        flowreel.run("frames", ["X.zarr", "new.mp4", "new/%03d.flo"], resume=True, **{"weights": tiny} | options)
+    assert contents(".") == before
+
+
+def test_a_complete_store_of_another_source_is_refused(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures("frames", 0, 8)
+    flowreel.run("frames", "X.zarr", weights=tiny)
+    monkeypatch.setattr(api, "load_network", None)
+    pictures("others", 0, 6)
+    with pytest.raises(
+        ResumeMismatchError, match=r"X.zarr is complete, but .* source was frames, is others.*--overwrite"
+    ):
+        flowreel.run("others", ["X.zarr", "new.mp4"], resume=True, weights=tiny)
+    Image.fromarray(np.zeros((H, W, 3), np.uint8)).save("frames/000.png")
+    with pytest.raises(ResumeMismatchError, match="frames is another file than it was"):
+        flowreel.run("frames", ["X.zarr", "new.mp4"], resume=True, weights=tiny)
+    pictures("frames", 0, 8)
+    Path("frames/007.png").unlink()
+    with pytest.raises(ResumeMismatchError, match=r"frames had .* bytes, has"):
+        flowreel.run("frames", ["X.zarr", "new.mp4"], resume=True, weights=tiny)
+    assert not Path("new.mp4").exists()
+
+
+def test_a_complete_store_is_told_of_without_its_network(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was left to choose is taken as it was; the weights are the same by any name."""
+    pictures("frames", 0, 8)
+    flowreel.run("frames", "X.zarr", weights=tiny, batch=3, precision="bf16")
+    monkeypatch.setattr(api, "load_network", None)
+    Path("copy.safetensors").write_bytes(Path(tiny).read_bytes())
+    report = flowreel.run("frames", "X.zarr", weights="copy.safetensors", model="flownet2c", resume=True)
+    assert (report.pairs, report.flows, report.batch) == (0, 7, 3)
+    assert report.notes == ("X.zarr is complete already, with 7 flows",)
+
+
+def test_ratios_after_a_resume_are_of_what_each_output_holds(
+    tiny: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures("frames", 0, 20)
+    cut_run("frames", ["X.zarr"], 9, weights=tiny, shard_bytes=SHARD_BYTES)
+    report = flowreel.run("frames", ["X.zarr", "f/%03d.flo"], weights=tiny, shard_bytes=SHARD_BYTES, resume=True)
+    store, files = report.outputs
+    flo_bytes = 12 + 8 * H * W
+    assert report.flows == 19
+    assert (store.flo_bytes, files.flo_bytes) == (report.pairs * flo_bytes, 19 * flo_bytes)
+    assert files.bytes_written == files.flo_bytes
+    print_summary(report)
+    assert "f/%03d.flo  934.1 kB, 1.0x smaller than .flo" in capsys.readouterr().err
 
 
 def test_resume_wants_a_store(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,9 +15,9 @@ import torch
 
 from flowreel.engine.config import SinkConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
-from flowreel.engine.errors import OutputExistsError, OutputWriteError, UnknownOutputError
+from flowreel.engine.errors import OutputBusyError, OutputExistsError, OutputWriteError, UnknownOutputError
 from flowreel.sinks import numbered, open_sink, publish
-from flowreel.sinks.numbered import NumberedFilesSink, NumberedName, publish_files
+from flowreel.sinks.numbered import NumberedFilesSink, NumberedName
 from flowreel.sinks.registry import OUTPUTS, Output
 
 HEIGHT, WIDTH = 19, 23
@@ -153,25 +153,124 @@ def test_overwriting_replaces_and_removes_what_a_longer_run_left(tmp_path: Path,
     assert any(f"removed {5 * files_a_flow(output) + 1} files" in note for note in sink.notes)
 
 
-@pytest.mark.parametrize("finish", [lambda sink: sink.abort(), lambda sink: sink.commit(complete=False)])
-def test_an_unfinished_run_keeps_whole_files_and_says_so(
-    tmp_path: Path, output: Output, finish: Callable[[NumberedFilesSink], None], workers: int
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("complete", [None, False])
+def test_an_unfinished_run_looks_unfinished_and_says_what_it_kept(
+    tmp_path: Path, output: Output, there: bool, complete: bool | None, workers: int
 ) -> None:
-    written(output, tmp_path / "old", some_flows())
-    sink = sink_for(output, tmp_path / "old", overwrite=True)
+    """complete None: it is aborted. What another run had finished stays as it was, and is still read as that."""
+    folder = tmp_path / "out"
+    if there:
+        written(output, folder, some_flows())
+    before = contents(folder) if there else {}
+    sink = sink_for(output, folder, overwrite=there)
     sink.open(INFO)
     flows = -some_flows(3)
     sink.write(batch_of(flows))
-    finish(sink)
+    assert not {name for name in contents(folder) if not name.endswith(".partial")} - set(before)
+    kept = sink.abort() if complete is None else None
+    if complete is False:
+        sink.commit(complete=False)
+        kept = sink.notes[0]
     assert encoders() == []
     written(output, tmp_path / "whole", flows, (3,))
-    new, whole, after = 0, contents(tmp_path / "whole"), contents(tmp_path / "old")
-    written(output, tmp_path / "before", some_flows())
-    for name, data in contents(tmp_path / "before").items():
-        assert after[name] in (data, whole.get(name))
-        new += after[name] == whole.get(name)
-    assert len(after) == COUNT * files_a_flow(output)
-    assert not new or any(f" {new} " in note for note in sink.notes)
+    whole, after = contents(tmp_path / "whole"), contents(folder)
+    assert {name: after.pop(name) for name in before} == before
+    assert {name.removesuffix(".partial"): data for name, data in after.items()}.items() <= whole.items()
+    assert all(name.endswith(".partial") and name[0] != "." for name in after)
+    if complete is False or not workers:
+        assert len(after) == len(whole)
+    if after:
+        assert kept is not None
+        assert f"keeps {len(after)} whole files such as {Path(output.form % 0).name}.partial" in kept
+    assert not sink_for(output, folder).holds(3)
+    assert sink_for(output, folder).holds(COUNT) == there
+    again = sink_for(output, folder, overwrite=there)  # what an unfinished run left is in nobody's way
+    again.open(INFO)
+    again.write(batch_of(flows))
+    again.commit()
+    assert contents(folder) == whole
+
+
+@pytest.mark.usefixtures("several")
+@pytest.mark.parametrize("kind", ["unlink", "replace"])
+def test_stopped_while_names_are_given(
+    tmp_path: Path, output: Output, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At whatever step: files of two runs never go by finished names side by side, and no flow of the new is lost."""
+    old, new = some_flows(), -some_flows(4)
+    written(output, tmp_path / "old", old)
+    written(output, tmp_path / "new", new, (4,))
+    before, after = contents(tmp_path / "old"), contents(tmp_path / "new")
+    steps = COUNT * files_a_flow(output) if kind == "unlink" else 4 * files_a_flow(output)
+    for step in range(0, steps, 3):
+        folder = tmp_path / str(step)
+        written(output, folder, old)
+        sink = sink_for(output, folder, overwrite=True)
+        sink.open(INFO)
+        sink.write(batch_of(new))
+        calls = [0]
+        place: Any = Path if kind == "unlink" else os
+        real = getattr(place, kind)
+
+        def stopped(*args: Any, real: Any = real, calls: list[int] = calls, step: int = step, **named: Any) -> Any:
+            if calls[0] == step:
+                raise KeyboardInterrupt
+            calls[0] += 1
+            return real(*args, **named)
+
+        sink._pool.drain()
+        with monkeypatch.context() as patched:
+            patched.setattr(place, kind, stopped)
+            with pytest.raises(KeyboardInterrupt):
+                sink.commit()
+        sink.abort()
+        found = contents(folder)
+        finished = {name: data for name, data in found.items() if not name.endswith(".partial")}
+        assert finished.items() <= before.items() or finished.items() <= after.items()
+        assert {name.removesuffix(".partial"): found[name] for name in found if name not in before}.items() <= (
+            after.items()
+        )
+        assert {name.removesuffix(".partial") for name in found} >= set(after)
+        assert not sink_for(output, folder).holds(4)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_second_run_on_the_same_files_is_refused(tmp_path: Path, output: Output, overwrite: bool) -> None:
+    lock = tmp_path / f".{Path(output.form).name}.partial"
+    lock.touch()  # of a run that was killed
+    first = sink_for(output, tmp_path, overwrite=overwrite)
+    first.open(INFO)
+    with pytest.raises(OutputBusyError, match="is being written by another run"):
+        sink_for(output, tmp_path, overwrite=True).open(INFO)
+    first.write(batch_of(some_flows(2)))
+    first.commit()
+    assert not lock.exists()
+    assert first.holds(2)
+
+
+@pytest.mark.parametrize("unfinished", ["", ".partial"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_in_the_way_is_found_before_the_work(
+    tmp_path: Path, output: Output, overwrite: bool, unfinished: str
+) -> None:
+    place = tmp_path / (Path(output.form % 3).name + unfinished)
+    place.mkdir()
+    with pytest.raises(OutputExistsError, match=rf"{place.name} is a folder"):
+        sink_for(output, tmp_path, overwrite=overwrite).open(INFO)
+    assert os.listdir(tmp_path) == [place.name]
+
+
+def test_files_that_came_up_during_the_run_are_not_replaced(tmp_path: Path, output: Output) -> None:
+    sink = sink_for(output, tmp_path)
+    sink.open(INFO)
+    sink.write(batch_of(some_flows(2)))
+    mine = tmp_path / Path(output.form % 1).name
+    mine.write_text("mine")
+    with pytest.raises(OutputExistsError, match=mine.name):
+        sink.commit()
+    assert f" {2 * files_a_flow(output)} whole files" in str(sink.abort())
+    assert mine.read_text() == "mine"
 
 
 def test_a_new_sink_that_is_aborted_leaves_an_empty_folder(tmp_path: Path, output: Output) -> None:
@@ -204,30 +303,26 @@ def test_an_error_while_encoding_comes_out_and_later_flows_do_not(
 
     with pytest.raises(MemoryError, match="frame 3"):
         go()
-    sink.abort()
+    assert f" {3 * files_a_flow(output)} whole files" in str(sink.abort())
     assert encoders() == []
     assert len(contents(tmp_path)) == 3 * files_a_flow(output)
-    assert any(f"{3 * files_a_flow(output)} finished" in note for note in sink.notes)
 
 
-@pytest.mark.parametrize("step", ["sync_file", "os.replace"])
 @pytest.mark.usefixtures("several")
-def test_being_stopped_while_publishing_leaves_whole_files_only(
-    tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch, step: str
+def test_being_stopped_while_writing_leaves_whole_files_only(
+    tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written(output, tmp_path / "whole", some_flows())
     sink = sink_for(output, tmp_path / "out")
     sink.open(INFO)
-    place: Any = publish if step == "sync_file" else os
-    real, calls = getattr(place, step.split(".")[-1]), [0]
+    calls = [0]
 
-    def stopped(*args: Any) -> Any:
-        calls[0] += 1
+    def stopped(path: Path) -> None:
+        calls[0] += path.is_file()
         if calls[0] == 5:
             raise KeyboardInterrupt
-        return real(*args)
 
-    monkeypatch.setattr(place, step.split(".")[-1], stopped)
+    monkeypatch.setattr(publish, "sync_file", stopped)
 
     def go() -> None:
         sink.write(batch_of(some_flows()))
@@ -239,7 +334,7 @@ def test_being_stopped_while_publishing_leaves_whole_files_only(
     assert encoders() == []
     after, whole = contents(tmp_path / "out"), contents(tmp_path / "whole")
     assert 0 < len(after) < len(whole)
-    assert after.items() <= whole.items()
+    assert {name.removesuffix(".partial"): data for name, data in after.items()}.items() <= whole.items()
 
 
 @pytest.mark.usefixtures("several")
@@ -307,24 +402,3 @@ def test_patterns(tmp_path: Path, pattern: str, name: str) -> None:
     for other in (name, "012.x", "a12_b.x", "f12.x", f"{name}.partial", "x.x"):
         (tmp_path / other).touch()
     assert numbers.present() == {12: tmp_path / name}
-
-
-def test_files_that_belong_together_appear_together_the_first_one_last(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    names: list[str] = []
-    real = os.replace
-    monkeypatch.setattr(os, "replace", lambda old, new: (names.append(Path(new).name), real(old, new)))
-    both = {tmp_path / "x": [b"ab", memoryview(np.zeros((2, 3), np.float32))], tmp_path / "y": [b"c"]}
-    assert publish_files(both) == 2 + 24 + 1
-    assert names == ["y", "x"]
-    assert contents(tmp_path) == {"x": b"ab" + bytes(24), "y": b"c"}
-
-
-@pytest.mark.parametrize("too_large", ["x", "y"])
-def test_when_one_of_several_files_does_not_fit_none_is_there(
-    tmp_path: Path, files_up_to: Limit, too_large: str
-) -> None:
-    with files_up_to(100), pytest.raises(OutputWriteError, match=f"/{too_large}"):
-        publish_files({tmp_path / name: [bytes(200 if name == too_large else 1)] for name in "xy"})
-    assert contents(tmp_path) == {}

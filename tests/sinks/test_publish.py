@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from flowreel.engine.errors import OutputExistsError, OutputWriteError
+from flowreel.engine.errors import OutputBusyError, OutputExistsError, OutputWriteError
 from flowreel.sinks import publish
 
 
@@ -155,3 +158,65 @@ def test_remove_takes_anything(tmp_path: Path) -> None:
     publish.remove(folder)
     publish.remove(folder)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_belong_together_are_all_written_before_the_first_gets_its_name(tmp_path: Path) -> None:
+    x, y = tmp_path / "new" / "x", tmp_path / "new" / "y"
+    contents = {x: [b"ab", memoryview(np.zeros((2, 3), np.float32))], y: [b"c"]}
+    assert publish.write_unfinished(contents) == 2 + 24 + 1
+    assert sorted(os.listdir(tmp_path / "new")) == ["x.partial", "y.partial"]
+    publish.give_names([y])
+    assert sorted(os.listdir(tmp_path / "new")) == ["x.partial", "y"]
+    publish.give_names([x])
+    assert x.read_bytes() == b"ab" + bytes(24)
+    with pytest.raises(OutputWriteError, match="/x"):
+        publish.give_names([x])
+
+
+@pytest.mark.parametrize("too_large", ["x", "y"])
+def test_when_one_of_several_files_does_not_fit_none_is_there(
+    tmp_path: Path, files_up_to: Callable[[int], AbstractContextManager[None]], too_large: str
+) -> None:
+    with files_up_to(100), pytest.raises(OutputWriteError, match=f"/{too_large}"):
+        publish.write_unfinished({tmp_path / name: [bytes(200 if name == too_large else 1)] for name in "xy"})
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_is_claimed_anew_whatever_lay_there(tmp_path: Path) -> None:
+    (tmp_path / "target").write_text("mine")
+    (tmp_path / "leftover").write_text("of a killed run")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "missing")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("new", "leftover", "link", "nowhere", "pipe"):
+        claim = publish.claimed_file(tmp_path / name, "x")
+        assert (tmp_path / name).is_file()
+        assert not (tmp_path / name).is_symlink()
+        assert (tmp_path / name).read_bytes() == b""
+        with pytest.raises(OutputBusyError):
+            publish.claimed_file(tmp_path / name, "x")
+        claim.withdraw()
+        assert not os.path.lexists(tmp_path / name)
+    assert (tmp_path / "target").read_text() == "mine"
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError):
+        publish.claimed_file(tmp_path / "folder", "x")
+
+
+def test_what_two_runs_tidy_up_at_once_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.unlink
+
+    def gone(path: Any, **options: Any) -> None:
+        real(path, **options)
+        raise FileNotFoundError(errno.ENOENT, "gone")
+
+    fill(tmp_path / "old", "x")
+    monkeypatch.setattr(os, "unlink", gone)
+    publish.remove(tmp_path / "old")
+    assert os.listdir(tmp_path) == []
+    monkeypatch.undo()
+    fill(tmp_path / "old", "x")
+    monkeypatch.setattr(os, "rmdir", lambda *_, **__: (_ for _ in ()).throw(PermissionError(errno.EACCES, "no")))
+    publish.remove(tmp_path / "old", ignore_errors=True)
+    with pytest.raises(PermissionError):
+        publish.remove(tmp_path / "old")

@@ -19,7 +19,7 @@ import torch
 
 from flowreel.engine.config import SinkConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, Resumable, SourceId
-from flowreel.engine.errors import OutputExistsError, ResumeMismatchError
+from flowreel.engine.errors import OutputBusyError, OutputExistsError, ResumeMismatchError
 from flowreel.sinks import open_store, zarr_store
 from flowreel.sinks.codecs import flow_codec, pack_shard
 from flowreel.sinks.store_metadata import store_metadata
@@ -73,6 +73,7 @@ def cut_after(path: Path, flows: int) -> None:
     for batch in batches(0, flows):
         sink.write(batch)
     sink._pool.drain()
+    sink._target.let_go()  # as the system does for the dead
 
 
 @pytest.fixture(scope="module")
@@ -271,3 +272,100 @@ def test_killed_at_every_step_then_resumed_gives_the_same_bytes(
 
 def is_complete(path: Path) -> bool:
     return path.exists() and open_store(path).complete
+
+
+# Two runs on one store
+
+MODES: list[dict[str, Any]] = [{}, {"resume": True}, {"overwrite": True}]
+
+
+@pytest.mark.parametrize("second", MODES, ids=str)
+@pytest.mark.parametrize("first", MODES, ids=str)
+@pytest.mark.parametrize("there", ["nothing", "unfinished", "shorter"])
+def test_a_second_run_on_the_same_store_is_refused(
+    tmp_path: Path, whole: dict[str, bytes], there: str, first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    path = tmp_path / "X.zarr"
+    if there == "unfinished":
+        cut_after(path, 7)
+    elif there == "shorter":
+        run(path, 5)
+    if there != "nothing" and not first:
+        return  # the first one is refused itself, as other tests show
+    one = ZarrSink(str(path), config(**first))
+    point = one.resume_point() if first.get("resume") else None
+    other = ZarrSink(str(path), config(**second))
+    if second.get("resume"):
+        other.resume_point()  # before the first one holds it
+    one.open(INFO)
+    for batch in batches(0 if point is None else point.flows, 8):
+        one.write(batch)
+    one._pool.drain()
+    before = contents(tmp_path)
+    with pytest.raises(OutputBusyError, match=rf"{path} is being written by another run"):
+        other.open(INFO)
+    other.abort()
+    for late in (ZarrSink(str(path), config(**second)), ZarrSink(str(path), config(resume=True))):
+        with pytest.raises(OutputBusyError):
+            late.resume_point()
+    assert contents(tmp_path) == before
+    for batch in batches(8, FLOWS):
+        one.write(batch)
+    one.commit()
+    assert contents(path) == whole
+    assert os.listdir(tmp_path) == ["X.zarr"]
+
+
+@pytest.mark.parametrize("meanwhile", ["went on", "began", "finished", "was made anew, otherwise"])
+def test_a_run_that_slept_while_another_one_wrote(tmp_path: Path, whole: dict[str, bytes], meanwhile: str) -> None:
+    """Between asking where to go on and opening: it would go on from a place that is no more."""
+    path = tmp_path / "X.zarr"
+    if meanwhile != "began":
+        cut_after(path, 7)
+    slow = ZarrSink(str(path), config(resume=True))
+    slow.resume_point()
+    if meanwhile == "began":
+        cut_after(path, 7)
+    elif meanwhile == "went on":
+        shutil.rmtree(tmp_path / "X.zarr.partial")
+        cut_after(path, 10)
+    elif meanwhile == "finished":
+        run(path, resume=True)
+    else:
+        shutil.rmtree(tmp_path / "X.zarr.partial")
+        sink = ZarrSink(str(path), config(max_error=0.25))
+        sink.open(INFO)
+        for batch in batches(0, 7):
+            sink.write(batch)
+        sink._pool.drain()
+        sink._target.let_go()
+    before = contents(tmp_path)
+    refusal = ResumeMismatchError if "otherwise" in meanwhile else OutputBusyError
+    with pytest.raises(refusal, match="max error" if "otherwise" in meanwhile else "meanwhile"):
+        slow.open(INFO)
+    slow.abort()
+    assert contents(tmp_path) == before
+    if meanwhile in ("went on", "began"):
+        run(path, resume=True)
+        assert contents(path) == whole
+
+
+def test_killed_while_a_finished_store_was_reopened(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    """An empty unfinished store, and a half-made copy beside it: neither is taken for anything."""
+    run(tmp_path / "X.zarr", 5)
+    (tmp_path / "X.zarr.partial").mkdir()
+    shutil.copytree(tmp_path / "X.zarr" / "frame", tmp_path / "X.zarr.partial.new" / "frame")
+    run(tmp_path / "X.zarr", resume=True)
+    assert contents(tmp_path / "X.zarr") == whole
+    assert os.listdir(tmp_path) == ["X.zarr"]
+
+
+def test_what_a_killed_overwriting_run_left_is_not_taken_for_the_finished_store(
+    tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    """It had only begun: the finished store is what is gone on with, and its first shards are not lost."""
+    run(tmp_path / "X.zarr", 5)
+    (tmp_path / "X.zarr.partial" / "flow").mkdir(parents=True)
+    shutil.copy(tmp_path / "X.zarr" / "zarr.json", tmp_path / "X.zarr.partial")
+    run(tmp_path / "X.zarr", resume=True)
+    assert contents(tmp_path / "X.zarr") == whole

@@ -18,7 +18,13 @@ from av.video.reformatter import ColorRange, Colorspace
 
 from flowreel.engine.config import Encoder, SinkConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
-from flowreel.engine.errors import DeviceError, OutputExistsError, OutputWriteError, UnknownOutputError
+from flowreel.engine.errors import (
+    DeviceError,
+    OutputBusyError,
+    OutputExistsError,
+    OutputWriteError,
+    UnknownOutputError,
+)
 from flowreel.kernels.flow_color import flow_to_color
 from flowreel.sinks import video, video_writer
 from flowreel.sinks.video import ColorVideoSink
@@ -400,6 +406,37 @@ def test_wrong_size_and_wrong_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="opened for"):
         sink.write(batch_of([smooth_flow(0, 48, 62)]))
     sink.abort()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_second_run_on_the_same_video_is_refused(tmp_path: Path, overwrite: bool) -> None:
+    path = tmp_path / "x.mp4"
+    (tmp_path / "x.mp4.partial").write_text("of a run that was killed")
+    config = SinkConfig(max_flow=4.0, overwrite=overwrite)
+    first, second = ColorVideoSink(str(path), config), ColorVideoSink(str(path), config)
+    first.open(info())
+    first.write(batch_of([smooth_flow()]))
+    with pytest.raises(OutputBusyError, match=r"x\.mp4 is being written by another run"):
+        second.open(info())
+    second.abort()
+    first.write(batch_of([smooth_flow(1)], index=1))
+    first.commit()
+    assert len(play(path)[0]) == 2
+    assert names(tmp_path) == ["x.mp4"]
+    third = ColorVideoSink(str(path), SinkConfig(max_flow=4.0, overwrite=True))
+    third.open(info())
+    first.abort()  # as when another output of its run fails: what has its unfinished name is another's
+    third.write(batch_of([smooth_flow()]))
+    third.commit()
+    assert len(play(path)[0]) == 1
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_in_the_way_is_found_before_the_work(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "x.mp4").mkdir()
+    with pytest.raises(OutputExistsError, match=r"x\.mp4"):
+        ColorVideoSink(str(tmp_path / "x.mp4"), SinkConfig(overwrite=overwrite)).open(info())
+    assert names(tmp_path) == ["x.mp4"]
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:

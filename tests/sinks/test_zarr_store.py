@@ -507,7 +507,8 @@ def test_existing_store_is_kept_unless_overwritten(tmp_path: Path) -> None:
 
 def test_unfinished_store_of_a_killed_run(tmp_path: Path) -> None:
     path = tmp_path / "X.zarr"
-    written(ZarrSink(str(path), config()), moving(5))  # and never committed
+    killed = written(ZarrSink(str(path), config()), moving(5))  # and never committed
+    killed._target.let_go()  # as the system does for the dead
     with pytest.raises(OutputExistsError, match=r"unfinished store.*--resume.*--overwrite"):
         ZarrSink(str(path), config()).open(header(5))
     assert open_store(path).available == 3

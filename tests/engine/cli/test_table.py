@@ -9,7 +9,8 @@ import pytest
 from flowreel.engine.api import RunReport
 from flowreel.engine.cli.table import Live, clock, print_many, size
 from flowreel.engine.errors import UnsupportedSourceError
-from flowreel.engine.many import ManyProgress, ManyReport, SourceReport
+from flowreel.engine.manifest import SourceReport
+from flowreel.engine.many import ManyProgress, ManyReport
 from flowreel.engine.outputs import OutputReport, Progress
 
 Capture = pytest.CaptureFixture[str]
@@ -58,7 +59,9 @@ def test_the_summary_of_many_sources(capsys: Capture) -> None:
     run = RunReport(
         **dict.fromkeys(("decoder", "device", "precision", "model", "weights"), ""),
         kernels={"correlation": "cuda", "warp": "torch", "channel_norm": "torch"},
-        **dict.fromkeys(("pairs", "seconds", "startup_s", "pairs_per_s", "flo_bytes", "width", "height", "batch"), 0),
+        **dict.fromkeys(
+            ("pairs", "flows", "seconds", "startup_s", "pairs_per_s", "flo_bytes", "width", "height", "batch"), 0
+        ),
         bytes_written=1500,
         outputs=(output,),
         stages=(),

@@ -5,12 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
+from PIL import Image
 
 from flowreel.engine import sources
 from flowreel.engine.config import SelectConfig
+from flowreel.engine.errors import FlowreelError, SourceNotFoundError, UnsupportedSourceError, UsageError
 
 
 @pytest.fixture
@@ -87,3 +93,32 @@ def test_package_loads_nothing_heavy() -> None:
     code = "import sys, flowreel.engine.sources; print(sorted({'av', 'torch', 'PIL'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_identity_is_what_the_source_itself_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("take").mkdir()
+    for number in range(3):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(f"take/{number}.png")
+    with av.open("clip.mkv", "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in range(3):
+            picture = av.VideoFrame.from_ndarray(np.full((48, 64, 3), number, np.uint8), format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    for name in ("take", "take/*.png", "clip.mkv", Path("clip.mkv"), "synthetic:objects?frames=3&size=64x64"):
+        with closing(sources.open_source(name)) as source:
+            assert sources.source_identity(name) == replace(source.info.source, duration_s=None)
+    assert sources.source_identity("-").name == "stdin"
+    for name in ("missing.mkv", "none/*.png"):
+        with pytest.raises(SourceNotFoundError, match=r"missing|none"):
+            sources.source_identity(name)
+    with pytest.raises(UsageError):
+        sources.source_identity("synthetic:objects?size=big")
+    Path("folder.mkv").mkdir()
+    with pytest.raises(FlowreelError):
+        sources.source_identity("folder.mkv")
+    monkeypatch.setattr(sources, "_is_images", lambda _: False)
+    with pytest.raises(UnsupportedSourceError, match="Is a directory"):
+        sources.source_identity("folder.mkv")

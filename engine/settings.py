@@ -1,0 +1,46 @@
+"""What an output would say of how it was made, known before a network is loaded or a picture decoded.
+
+With it is told whether what is there already is what is asked for. What is left to choose (a batch of ``auto``) is
+taken as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from flowreel.engine.config import RunConfig
+from flowreel.engine.data import JSON, SourceId
+from flowreel.engine.models import model_name
+from flowreel.engine.models.weights import Weights
+
+OF_STORES = ("max_error", "codec", "resolution")  # what concerns no other output
+
+
+def settings(config: RunConfig, source: SourceId, weights: Weights) -> dict[str, JSON]:
+    """By the names that a store's attributes have. Raises UsageError for a model that is none."""
+    model, select, sink = config.model, config.select, config.sink
+    chosen: dict[str, JSON] = {"batch": model.batch, "precision": model.precision}
+    return {name: value for name, value in chosen.items() if value is not None} | {
+        "model": weights.model if model.model is None else model_name(model.model),
+        "weights": weights.name,
+        "weights_sha256": weights.sha256,
+        "fit": model.fit,
+        "direction": model.direction,
+        "start": select.start,
+        "stop": select.stop,
+        "step": select.step,
+        "stream": select.stream,
+        "max_error": sink.max_error,
+        "codec": sink.codec,
+        "resolution": sink.resolution,
+        "source": asdict(source),
+    }
+
+
+def settings_of_others(stored: Mapping[str, JSON], config: RunConfig) -> dict[str, JSON]:
+    """The same for outputs that are no store, of which a manifest tells."""
+    return {name: value for name, value in stored.items() if name not in OF_STORES} | {
+        "max_flow": config.sink.max_flow,
+        "bound": config.sink.bound,
+    }

@@ -1,0 +1,155 @@
+"""Ctrl-C, a failure, a second run on the same outputs: what is said of what is there, and that it looks as it is."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowreel.engine.claims import Claim
+from flowreel.engine.cli import call
+from flowreel.engine.cli.table import Live
+from flowreel.engine.data import FlowInfo
+from flowreel.engine.errors import OutputWriteError
+from flowreel.engine.models import build_model
+from flowreel.engine.models.weights import save_weights
+from flowreel.engine.outputs import Progress
+from flowreel.sinks import open_store
+
+SOURCE = "synthetic:objects?size=64x64&frames=12"
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_weights(path, build_model("FlowNet2S", width=0.02).state_dict(), licence="none", made_by={}, width=0.02)
+    return ["--weights", str(path), "-q"]
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(FlowInfo, "shard_length", lambda *_: 2)
+
+
+@pytest.fixture
+def stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C once every output has taken two flows."""
+
+    def stop(_: Live, progress: Progress) -> None:
+        if progress.flows_done >= 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Live, "show", stop)
+
+
+def said(capsys: Capture) -> str:
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.usefixtures("stopped")
+def test_ctrl_c_tells_what_is_kept(tiny: list[str], capsys: Capture) -> None:
+    outputs = ["-o", "k.zarr", "-o", "k.mp4", "-o", "f/%03d.flo", "--batch", "1"]
+    assert call(["run", SOURCE, *outputs, *tiny]) == 130
+    there, files = open_store("k.zarr").available, len(list(Path("f").iterdir()))
+    assert there in range(2, 12, 2)
+    assert files >= 2
+    assert {path.suffix for path in Path("f").iterdir()} == {".partial"}
+    assert not [path for path in Path("f").iterdir() if path.name[0] == "."]
+    assert said(capsys) == (
+        f"flowreel: interrupted; k.zarr.partial holds {there} of 11 flows; --resume goes on with it; "
+        f"f keeps {files} whole files such as 000.flo.partial"
+    )
+    assert sorted(os.listdir()) == ["f", "k.zarr.partial"]
+    assert call(["export", "f", "-o", "x.zarr", "-q"]) == 1
+    assert f"no files of flow there; expected X.flo, X.kitti.png, X.npz, flow_x_N.jpg; {files} named" in said(capsys)
+
+
+def test_a_failure_tells_it_too(tiny: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Live, progress: Progress) -> None:
+        if progress.flows_done >= 2:
+            raise OutputWriteError("cannot write at all")
+
+    monkeypatch.setattr(Live, "show", fail)
+    assert call(["run", SOURCE, "-o", "k.zarr", "-o", "f/%03d.flo", "--batch", "1", *tiny]) == 1
+    files, there = len(list(Path("f").iterdir())), open_store("k.zarr").available
+    assert said(capsys) == (
+        f"flowreel: cannot write at all; k.zarr.partial holds {there} of 11 flows; --resume goes on with it; "
+        f"f keeps {files} whole files such as 000.flo.partial"
+    )
+
+
+def test_an_export_that_stopped_does_not_promise_to_resume(
+    tiny: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert call(["run", "synthetic:still?size=64x64&frames=99", "-o", "k.zarr", *tiny]) == 0
+
+    def stop(_: Live, progress: Progress) -> None:
+        if progress.flows_done >= 8:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Live, "show", stop)
+    assert call(["export", "k.zarr", "-o", "c.zarr", "-q"]) == 130
+    assert said(capsys) == f"flowreel: interrupted; c.zarr.partial holds {open_store('c.zarr').available} of 98 flows"
+
+
+def test_other_outputs_that_were_cut_are_made_again(tiny: list[str], capsys: Capture) -> None:
+    """Of a complete store, while they were made from it: a folder that holds only some files is not there already."""
+    loud = [SOURCE, "-o", "k.zarr", "-o", "f/%03d.flo", "--resume", *tiny[:2]]
+    assert call(["run", SOURCE, "-o", "k.zarr", *tiny]) == 0
+    assert call(["run", *loud]) == 0
+    whole = {path.name: path.read_bytes() for path in Path("f").iterdir()}
+    assert len(whole) == 11
+    capsys.readouterr()
+    assert call(["run", *loud]) == 0
+    assert "f/%03d.flo is there already" in capsys.readouterr().err
+    for number in (9, 10):
+        Path(f"f/{number:03}.flo").unlink()
+    assert call(["run", *loud]) == 1  # whoever made or cut them, they are not this store's flow
+    assert "f/%03d.flo: what is there is not the 11 flows of k.zarr" in said(capsys)
+    for path in Path("f").iterdir():
+        path.rename(f"{path}.partial")
+    assert call(["run", *loud]) == 0
+    assert {path.name: path.read_bytes() for path in Path("f").iterdir()} == whole
+
+
+@pytest.mark.parametrize("option", ["", "--overwrite", "--resume"])
+@pytest.mark.parametrize("output", ["k.zarr", "k.mp4", "f/%03d.flo"])
+def test_a_second_run_is_refused_while_the_first_one_writes(
+    output: str, option: str, tiny: list[str], capsys: Capture
+) -> None:
+    if option == "--resume" and output != "k.zarr":
+        return
+    place = Path("f/.%03d.flo.partial" if output[0] == "f" else f"{output}.partial")
+    place.parent.mkdir(exist_ok=True)
+    first = Claim.of_folder(place, output) if output == "k.zarr" else Claim.of_file(place, output)
+    assert call(["run", SOURCE, "-o", output, *tiny, *option.split()]) == 1
+    assert said(capsys) == f"flowreel: {output} is being written by another run: wait for it to end"
+    assert not list(Path().rglob("*.flo")) + list(Path().glob("k.zarr")) + list(Path().glob("k.mp4"))
+    assert place.exists()
+    first.release()
+
+
+def test_of_two_processes_on_one_store_one_gives_up_and_nothing_is_lost(tiny: list[str], capsys: Capture) -> None:
+    endless = "synthetic:still?size=64x64&frames=1000000"
+    command = [sys.executable, "-m", "flowreel", "run", endless, "-o", "k.zarr", *tiny]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as other:
+        while not Path("k.zarr.partial/flow/zarr.json").exists():
+            assert other.poll() is None
+        for option in ([], ["--overwrite"], ["--resume"]):
+            assert call(["run", SOURCE, "-o", "k.zarr", *tiny, *option]) == 1
+            assert "is being written by another run" in said(capsys)
+        assert other.poll() is None
+        other.send_signal(signal.SIGKILL)
+        other.communicate()
+    assert call(["run", SOURCE, "-o", "k.zarr", *tiny, "--overwrite"]) == 0
+    assert list(open_store("k.zarr").problems()) == []
+    assert os.listdir() == ["k.zarr"]
