@@ -128,16 +128,18 @@ def run_one(
         inference = network().fitted(frames.info.height, frames.info.width, native=native, recorded_batch=recorded)
         header = flow_header(frames.info if resumed is None else resumed.info, inference, config)
         if resumed is not None:
+            header = replace(header, shard=resumed.point.shard)
             resumed.store.require_same(header)
             sinks = [resumed.store]  # the other outputs are made from it when it is complete
         opened.enter_context(opened_sinks(sinks, header, resumes=True))
         to_host = all(preparing(sink) is None for sink in sinks)  # else each output takes what it wants
         pipeline = _pipeline(frames, inference, header, config, to_host=to_host, resumed=resumed)
-        inference.make_ready(header.shard_length(config.sink.shard_bytes), header.flow_count)
         tallies = [Tally(sink, on_gpu=inference.device.type == "cuda") for sink in sinks]
+        teller(progress, tallies, header.flow_count)(pipeline.statistics())  # the outputs are open
+        shard = header.shard_length(config.sink.shard_bytes)
+        inference.make_ready(shard, header.flow_count, 0 if resumed is None else resumed.point.flows)
         started_s = time.perf_counter()
         tell = teller(progress, tallies, header.flow_count)
-        tell(pipeline.statistics())  # the outputs are open
         pipeline.run({f"write {tally.sink.path}": tally.consume for tally in tallies}, tell)
         if tallies[0].flows == 0:
             raise TooFewFramesError(f"{_named(source)} gave fewer than two frames: there is no pair, so no flow")
@@ -248,8 +250,15 @@ def flow_header(info: FlowInfo, inference: Inference, config: RunConfig) -> Flow
             "stream": config.select.stream,
         }
     )
-    device = str(inference.device)
-    return replace(info, height=height, width=width, made_by=made_by, native=inference.grid, device=device)
+    return replace(
+        info,
+        height=height,
+        width=width,
+        made_by=made_by,
+        native=inference.grid,
+        device=str(inference.device),
+        batch=inference.batch,
+    )
 
 
 def _wants_native(config: RunConfig, sinks: list[Sink]) -> bool:

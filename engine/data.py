@@ -64,6 +64,8 @@ class FlowInfo:
     made_by: Mapping[str, JSON] = field(default_factory=dict)  # model, weights, precision, ...: kept in the store
     native: NativeGrid | None = None  # given when ``FlowBatch.native`` will come, and stores are to keep that
     device: str | None = None  # what computes the flow, beside the outputs: cpu, cuda:0; None: it is there already
+    batch: int | None = None  # pairs that it computes together
+    shard: int | None = None  # flows in a shard of a store that is gone on with, which keeps its own
 
     def __post_init__(self) -> None:
         if self.height < 1 or self.width < 1:
@@ -92,10 +94,11 @@ class FlowInfo:
         """
         height, width = self.stored_size
         length = max(1, min(MOST_FLOWS_A_SHARD, (shard_bytes or _SHARD_BYTES) // (8 * height * width)))
-        batch = self.made_by.get("batch")
-        if shard_bytes is None and isinstance(batch, int) and 1 <= batch <= length:
-            length -= length % batch
-        return length
+        if shard_bytes is not None:
+            return length
+        if self.shard is not None:
+            return self.shard
+        return length - length % self.batch if self.batch is not None and self.batch <= length else length
 
 
 @dataclass(frozen=True, eq=False)
@@ -324,6 +327,7 @@ class ResumePoint:
     complete: bool  # nothing was missing, unless the source has grown since
     stored: int  # flows that are there in all, those that will be made again included
     batch: int | None = None  # pairs a batch had: the same again, for the same numbers; None: not known
+    shard: int | None = None  # flows a shard has
 
 
 @runtime_checkable

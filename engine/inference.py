@@ -14,7 +14,7 @@ from flowreel.engine.compiled import Packed, Program, pack, quarter_upsampling
 from flowreel.engine.config import ModelConfig, Precision
 from flowreel.engine.data import JSON, FlowBatch, NativeGrid, PairBatch
 from flowreel.engine.device import free_bytes, ran_out_of_memory, resolve_device, resolve_precision
-from flowreel.engine.errors import DeviceError, UsageError
+from flowreel.engine.errors import DeviceError, StageError, UsageError
 from flowreel.engine.models.layers import Upsampling, upsample
 from flowreel.engine.models.weights import Weights, instantiate, read_weights
 from flowreel.engine.pipeline import in_own_thread
@@ -90,19 +90,20 @@ class Inference:
                 program = self._programs.setdefault(pairs, self.packed.program((pairs, *self.fit.network_size)))
         return program
 
-    def make_ready(self, shard: int, count: int | None) -> None:
-        """Makes ahead of time what ``count`` flows in shards of so many will need: for full batches, and the last one.
+    def make_ready(self, shard: int, count: int | None, first: int = 0) -> None:
+        """Makes ahead of time what flows ``first`` to ``count`` in shards of so many need: full batches, and the last.
 
-        Where memory does not suffice for that, it is left to ``stage`` to do with less.
+        Where memory does not suffice for that, it is left to ``stage`` to do with less. Raises StageError for what else
+        may go wrong, as the model's stage would.
         """
-        runs = {shard} if count is None else {min(shard, count), count % shard}
+        runs = {shard} if count is None else {min(shard, count - first), (count - first) % shard}
         sizes = {min(self.batch, run) for run in runs} | {run % self.batch for run in runs}
         try:
             for pairs in sorted(sizes - {0}, reverse=True):
                 self._program(pairs)
-        except RuntimeError as error:
+        except Exception as error:
             if not ran_out_of_memory(error):
-                raise
+                raise StageError("model", None, error) from error
 
     def _enlarged(self, native: Tensor) -> Tensor:
         assert self.upsampling is not None  # or ``fitted`` would have refused native
@@ -139,7 +140,8 @@ class Inference:
             height, width = self.fit.network_size
             raise DeviceError(
                 f"{self.device} has too little free memory for one pair of {width}x{height} with {self.model}: end "
-                "what else runs there, take --precision fp16 or a smaller --model, or --device cpu"
+                "what else runs there, take --precision fp16 or a smaller --model, or --device cpu "
+                f"({_first_line(error)})"
             ) from error
 
     def _fewer(self, batch: PairBatch) -> int:
@@ -241,6 +243,10 @@ def auto_batch(height: int, width: int, precision: Precision = "fp32", free: int
         return max(1, min(_MOST, _BATCH_PIXELS["cpu"] // pixels))
     fitting = int(_SHARE * free) // (_BYTES_A_PIXEL[precision] * pixels)
     return max(1, min(_MOST, _BATCH_PIXELS["cuda"] // pixels, fitting))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _name(model: str) -> str:

@@ -31,7 +31,7 @@ _FALLBACK_RATE = Fraction(25)
 _MATROSKA_TICKS = 1_000  # per second; finer times would be rounded to these, and two could fall together
 _FINEST_TICKS = 60_000  # per second; MPEG-4 part 2 allows 65535, and the usual frame rates divide it
 _CONVERTS_IN_THREADS = int(av.__version__.split(".")[0]) >= 18  # older PyAVs know one only, and no such argument
-_NVENC_OPTIONS = {"preset": "p4", "tune": "hq", "rc": "constqp", "qp": "20"}  # as good as the CPU's, to the eye
+_NVENC_OPTIONS = {"preset": "p4", "tune": "hq", "rc": "constqp", "qp": "20"}  # meant to look like crf 18; not seen yet
 _BT709 = 1  # FFmpeg's number for it among matrices, primaries and transfer curves alike
 
 
@@ -141,14 +141,14 @@ def why_no_nvenc(gpu: int, height: int, width: int) -> str | None:
     context.height, context.width, context.pix_fmt = height + height % 2, width + width % 2, "yuv420p"
     context.time_base = 1 / _FALLBACK_RATE
     context.options = _nvenc_options(gpu)
-    level = av.logging.get_level()
+    level, (errors_before, _) = av.logging.get_level(), av.logging.get_last_error()
     av.logging.set_level(av.logging.ERROR)  # else the error is nothing but a number
     try:
         with av.logging.Capture():  # and so not to stderr
             context.open()
     except av.FFmpegError as error:
-        _, last = av.logging.get_last_error()
-        return last[2].strip() if last else str(error)
+        errors, last = av.logging.get_last_error()
+        return last[2].strip() if last and errors > errors_before else str(error)
     finally:
         av.logging.set_level(level)
     return None

@@ -120,6 +120,7 @@ class ZarrSink:
             store.complete,
             store.available,
             recorded,
+            store.shard_length,
         )
 
     def require_same(self, info: FlowInfo) -> None:

@@ -79,12 +79,12 @@ class Layers:
             if not isinstance(inner, nn.Conv2d | nn.ConvTranspose2d) or path.endswith(".0"):
                 continue
             key = f"{path}.0" if inner is not module else path
-            before = f"{path.replace(HEAD, SMOOTHING)}.0"
             if SMOOTHING in path:
-                continue
+                continue  # it goes with its head
+            before = f"{path.replace(HEAD, SMOOTHING)}.0"  # which not every head has
             if HEAD in path and f"{before}.weight" in state:
                 smooth, head = ((state[f"{layer}.weight"], state[f"{layer}.bias"]) for layer in (before, key))
-                smoothed[path] = SmoothedHead(smooth, head, torch.float32)
+                smoothed[path] = SmoothedHead(smooth, head)
                 continue
             leaky = isinstance(module, nn.Sequential) and isinstance(module[-1], nn.LeakyReLU)
             is_head = isinstance(inner, FlowHead)

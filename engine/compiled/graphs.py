@@ -73,9 +73,10 @@ def _graph_of(work: Callable[[], None], device: torch.device, side: torch.cuda.S
             work()
     except RuntimeError as error:
         # And it leaves torch's allocator waiting for its end, which would keep all that is freed on other streams.
-        with suppress(Exception):
-            torch._C._cuda_endAllocateToPool(device.index, pool)
-            torch._C._cuda_releasePool(device.index, pool)
+        for end in ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool"):  # since torch 2.8, and before
+            with suppress(Exception):
+                getattr(torch._C, end)(device.index, pool)
+                torch._C._cuda_releasePool(device.index, pool)
         raise CaptureError(str(error)) from error
     return graph
 

@@ -27,8 +27,8 @@ KERNEL = 5  # two layers of 3x3
 class SmoothedHead:
     """Both layers; equal to one after the other up to rounding."""
 
-    def __init__(self, smooth: tuple[Tensor, Tensor], head: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
-        """Weights and biases of the two layers, as torch has them. It computes in ``dtype`` and gives float32."""
+    def __init__(self, smooth: tuple[Tensor, Tensor], head: tuple[Tensor, Tensor]) -> None:
+        """Weights and biases of the two layers, as torch has them. It computes in float32, whatever it is given."""
         first, second = smooth[0].detach().float(), head[0].detach().float()
         between = smooth[1].detach().float()
         whole = F.conv_transpose2d(second, first)  # (2, inputs, 5, 5)
@@ -36,9 +36,8 @@ class SmoothedHead:
         each = whole.permute(2, 0, 1, 3).reshape(KERNEL * outputs, inputs, 1, KERNEL)  # (row, output), as below
         places = torch.einsum("ry,op->orpy", torch.eye(KERNEL), torch.eye(outputs))
         bias = head[1].detach().float() + torch.einsum("omyx,m->o", second, between)
-        self.dtype = dtype
         self.outputs = outputs
-        self._rows = PackedConvolution(each.to(dtype).contiguous(), None, (1, 1), KERNEL // 2)
+        self._rows = PackedConvolution(each.contiguous(), None, (1, 1), KERNEL // 2)
         self._sum = PackedConvolution(places.reshape(outputs, KERNEL * outputs, KERNEL, 1), bias, (1, 1), 0)
         self._borders = _Borders(first, between, second)
 
@@ -55,13 +54,13 @@ class SmoothedHead:
         out = buffers.empty(batch, self.outputs, height, width, torch.float32)
         reach = KERNEL // 2
         bytes_a_pixel = KERNEL * self.outputs * torch.float32.itemsize
-        if x.dtype != self.dtype:  # then a strip's input is memory of its own as well
-            bytes_a_pixel = max(bytes_a_pixel, x.shape[1] * self.dtype.itemsize)
+        if x.dtype != torch.float32:  # then a strip's input is memory of its own as well
+            bytes_a_pixel = max(bytes_a_pixel, x.shape[1] * torch.float32.itemsize)
         for sample in range(batch):
             one = x[sample : sample + 1]
             for top, bottom in strips(height, width, bytes_a_pixel):
                 low, high = max(0, top - reach), min(height, bottom + reach)
-                rows = self._rows(one[:, :, low:high].to(self.dtype), 0).float()
+                rows = self._rows(one[:, :, low:high].float(), 0)
                 out[sample : sample + 1, :, top:bottom] = self._sum(rows, reach)[:, :, top - low : bottom - low]
         self._borders.take_off(out, x)
         return out

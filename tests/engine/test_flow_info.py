@@ -9,8 +9,8 @@ import pytest
 from flowreel.engine.data import MOST_FLOWS_A_SHARD, FlowInfo, SourceId
 
 
-def info(height: int, width: int, **made_by: Any) -> FlowInfo:
-    return FlowInfo(height, width, None, None, SourceId("clip.mp4"), made_by)
+def info(height: int, width: int, **settled: Any) -> FlowInfo:
+    return FlowInfo(height, width, None, None, SourceId("clip.mp4"), **settled)
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def info(height: int, width: int, **made_by: Any) -> FlowInfo:
     ],
 )
 def test_shards_are_of_whole_batches(size: tuple[int, int], batch: int | None, length: int) -> None:
-    assert info(*size, **({} if batch is None else {"batch": batch})).shard_length(None) == length
+    assert info(*size, batch=batch).shard_length(None) == length
 
 
 def test_unless_their_size_was_asked_for() -> None:
@@ -36,6 +36,6 @@ def test_unless_their_size_was_asked_for() -> None:
     assert info(10, 10, batch=4).shard_length(1) == 1
 
 
-@pytest.mark.parametrize("batch", ["8", -2, 0, None, 2.5])
-def test_what_is_no_batch_is_left_out_of_it(batch: object) -> None:
-    assert info(436, 1024, batch=batch).shard_length(None) == 37
+def test_a_store_that_is_gone_on_with_keeps_its_own() -> None:
+    assert info(436, 1024, batch=8, shard=37).shard_length(None) == 37
+    assert info(436, 1024, batch=8, shard=37).shard_length(8 * 436 * 1024) == 1  # which the store then refuses

@@ -13,7 +13,7 @@ import torch
 
 from flowreel.engine.config import ModelConfig
 from flowreel.engine.data import FlowBatch, Frame, FramePair, PairBatch
-from flowreel.engine.errors import DeviceError, UsageError
+from flowreel.engine.errors import DeviceError, StageError, UsageError
 from flowreel.engine.inference import Inference, auto_batch, load_network, prepare
 from flowreel.engine.named_scenes import named_scene
 
@@ -224,6 +224,13 @@ class TestOutOfMemory:
         memory.words = words
         inference = replace(network, packed=memory, notes=[], _programs={})
         assert [len(batch) for batch in inference.stage(iter(self.pair_batches([4])))] == [2, 2]
+
+    def test_any_other_error_before_the_run_is_the_models(self, tiny_weights: str) -> None:
+        network = load_network(ModelConfig(device="cpu", weights=tiny_weights, batch=4)).fitted(64, 64)
+        memory = LittleMemory(network, fits=2, when_made=True)
+        memory.words = "CUDA error: an illegal memory access was encountered"
+        with pytest.raises(StageError, match="model: CUDA error: an illegal"):
+            replace(network, packed=memory, notes=[], _programs={}).make_ready(8, None)
 
     def test_any_other_error_ends_the_run(self, tiny_weights: str) -> None:
         network = load_network(ModelConfig(device="cpu", weights=tiny_weights, batch=4)).fitted(64, 64)

@@ -110,6 +110,24 @@ def test_frames_that_came_later_are_appended(tiny: str) -> None:
     assert contents("X.zarr") == contents("whole.zarr")
 
 
+@pytest.mark.parametrize("stopped", [True, False])
+def test_a_store_keeps_the_shards_it_was_begun_with(tiny: str, stopped: bool) -> None:
+    """Also where they would be of another length today, when they hold whole batches by default."""
+    options: dict[str, Any] = {"weights": tiny, "batch": 2}
+    pictures("frames", 0, 20)
+    flowreel.run("frames", "whole.zarr", shard_bytes=5 * 8 * H * W, **options)
+    if stopped:
+        cut_run("frames", ["X.zarr"], 12, shard_bytes=5 * 8 * H * W, **options)
+    else:
+        for number in range(12, 20):
+            Path(f"frames/{number:03d}.png").unlink()
+        flowreel.run("frames", "X.zarr", shard_bytes=5 * 8 * H * W, **options)
+        pictures("frames", 12, 20)
+    flowreel.run("frames", "X.zarr", resume=True, **options)
+    assert open_store("X.zarr").shard_length == 5
+    assert contents("X.zarr") == contents("whole.zarr")
+
+
 def test_the_batch_that_was_chosen_before_is_taken_again(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where it depends on how much memory was free."""
     options: dict[str, Any] = {"weights": tiny, "shard_bytes": SHARD_BYTES}

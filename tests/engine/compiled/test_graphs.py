@@ -130,6 +130,12 @@ def test_work_that_cannot_be_captured_stays_as_it_is_and_says_so(noting: NotingC
     assert noting.said == ["done on s1"]
 
 
+def test_this_torch_can_be_told_that_a_capture_is_over() -> None:
+    names = ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool")
+    assert any(hasattr(torch._C, name) for name in names)
+    assert hasattr(torch._C, "_cuda_releasePool")
+
+
 def test_work_that_fails_is_no_capture_that_failed(noting: NotingCuda) -> None:
     def broken() -> None:
         raise RuntimeError("a size is wrong")

@@ -24,11 +24,11 @@ def pair() -> tuple[nn.Conv2d, nn.Conv2d]:
     return nn.Conv2d(5, 8, 3, 1, 1), nn.Conv2d(8, 2, 3, 1, 1)
 
 
-def as_one(pair: tuple[nn.Conv2d, nn.Conv2d], dtype: torch.dtype = torch.float32) -> SmoothedHead:
+def as_one(pair: tuple[nn.Conv2d, nn.Conv2d]) -> SmoothedHead:
     smooth, head = pair
     assert smooth.bias is not None
     assert head.bias is not None
-    return SmoothedHead((smooth.weight, smooth.bias), (head.weight, head.bias), dtype)
+    return SmoothedHead((smooth.weight, smooth.bias), (head.weight, head.bias))
 
 
 def one_after_the_other(pair: tuple[nn.Conv2d, nn.Conv2d], x: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def test_it_is_nearly_as_exact_as_the_two_layers() -> None:
     x = F.leaky_relu(torch.randn(1, 194, 24, 32), 0.1)
     exact = F.conv2d(F.conv2d(x.double(), smooth.double(), None, 1, 1), head.double(), None, 1, 1)
     plain = F.conv2d(F.conv2d(x, smooth, None, 1, 1), head, None, 1, 1)
-    found = SmoothedHead((smooth, none), (head, none[:2]), torch.float32)(x, Buffers())
+    found = SmoothedHead((smooth, none), (head, none[:2]))(x, Buffers())
     assert (found - exact).square().mean().sqrt() < 2.5 * (plain - exact).square().mean().sqrt()
 
 
