@@ -19,6 +19,7 @@ from benchmarks.gpu.findings import Findings, Settings
 from benchmarks.gpu.kernels import make_small, relative
 from benchmarks.gpu.original import OriginalCorrelation
 from benchmarks.measure import Action, Effort, Sample, Skipped, alternated, device_sync, ratio, seconds_of
+from flowreel.engine.compiled.graphs import CaptureError, graph_of
 from flowreel.kernels.correlation import correlation_definition
 
 ORIGINAL = "flownet2-pytorch's kernel, its maps already zero"
@@ -87,13 +88,14 @@ def repeated(action: Action, device: str) -> tuple[Action, int, str]:
     if device != "cuda":
         return action, 1, "calls"
     calls = min(max(math.ceil(A_REPLAY_S / once_s), LEAST), MOST)
-    graph = torch.cuda.CUDAGraph()
+
+    def work() -> None:
+        for _ in range(calls):
+            action()
+
     try:
-        # A capture that fails leaves its stream current; the outer block puts ours back.
-        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
-            for _ in range(calls):
-                action()
-    except RuntimeError as error:
+        graph = graph_of(work, torch.device("cuda", torch.cuda.current_device()), torch.cuda.Stream(priority=-1))
+    except CaptureError as error:
         return action, 1, f"calls, as a graph cannot hold them: {str(error).splitlines()[0]}"
     return graph.replay, calls, f"a graph of {calls} calls"
 

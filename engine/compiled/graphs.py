@@ -45,7 +45,7 @@ def captured(work: Callable[[], None], device: torch.device) -> Callable[[], Non
             with torch.cuda.stream(side):
                 for _ in range(_WARM_UPS):
                     work()
-            return _graph_of(work, device, side).replay
+            return graph_of(work, device, side).replay
         except RuntimeError as error:
             if ran_out_of_memory(error):
                 raise torch.OutOfMemoryError(str(error)) from error
@@ -61,7 +61,8 @@ class CaptureError(RuntimeError):
     """Work that went well by itself could not be captured."""
 
 
-def _graph_of(work: Callable[[], None], device: torch.device, side: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+def graph_of(work: Callable[[], object], device: torch.device, side: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+    """One capture, on a stream of its own. Raises CaptureError; then all is as it was before."""
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     try:
         # A capture that fails leaves its stream current, and the outer block puts the caller's back. Other stages go on

@@ -10,12 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from flowreel.engine import many
 from flowreel.engine.cli import call
-from flowreel.engine.models import build_model
-from flowreel.engine.models.weights import save_weights
 from flowreel.sinks import open_store
 
 A, B = "synthetic:objects?size=64x64&frames=3", "synthetic:still?size=96x64&frames=4"
@@ -23,12 +20,9 @@ STORE = ["-o", "out/{stem}.zarr"]
 Capture = pytest.CaptureFixture[str]
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    save_weights(path, build_model("FlowNet2S", width=0.02).state_dict(), licence="none", made_by={}, width=0.02)
-    return ["--weights", str(path)]
+@pytest.fixture
+def tiny(tiny_weights: str) -> list[str]:
+    return ["--weights", tiny_weights]
 
 
 @pytest.fixture(autouse=True)

@@ -9,15 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from flowreel.engine.claims import Claim
 from flowreel.engine.cli import call
 from flowreel.engine.cli.table import Live
 from flowreel.engine.data import FlowInfo
 from flowreel.engine.errors import OutputWriteError
-from flowreel.engine.models import build_model
-from flowreel.engine.models.weights import save_weights
 from flowreel.engine.outputs import Progress
 from flowreel.sinks import open_store
 
@@ -25,12 +22,9 @@ SOURCE = "synthetic:objects?size=64x64&frames=12"
 Capture = pytest.CaptureFixture[str]
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    save_weights(path, build_model("FlowNet2S", width=0.02).state_dict(), licence="none", made_by={}, width=0.02)
-    return ["--weights", str(path), "-q"]
+@pytest.fixture
+def tiny(tiny_weights: str) -> list[str]:
+    return ["--weights", tiny_weights, "-q"]
 
 
 @pytest.fixture(autouse=True)
