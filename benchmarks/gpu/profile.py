@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks.gpu.findings import Findings, Settings
-from benchmarks.gpu.network import DRY, TIMED, inputs, made
+from benchmarks.gpu.network import DRY, SIZES, TIMED, Timed, inputs, made, network, searching
 from benchmarks.measure import Effort, Sample, alternated, device_sync
+from flowreel.engine.compiled import cuda
 
 KINDS = (  # what a kernel's name holds, in the order in which it is asked
     ("ours", ("correlation_", "warp_", "channel_norm_", "bias_leaky_relu_", "yuv_to_rgb_")),
@@ -20,6 +22,7 @@ KINDS = (  # what a kernel's name holds, in the order in which it is asked
     ("elementwise", ("elementwise", "reduce", "cat", "upsample", "index", "gather", "mul", "add", "fill")),
 )
 CALLS = 5
+LAYERS = 160  # operations of one shape each that are told, the slowest first
 
 
 def run(findings: Findings, settings: Settings) -> None:
@@ -31,8 +34,7 @@ def run(findings: Findings, settings: Settings) -> None:
     sync()
     wall_s = Sample.of(alternated({"": lambda: fast(*frames)}, Effort(least=3, most=5, cap_s=1.0), sync)[""]).median
     on_gpu = settings.device == "cuda"
-    activity = torch.profiler.ProfilerActivity
-    with torch.profiler.profile(activities=[activity.CPU, *([activity.CUDA] if on_gpu else [])]) as profiler:
+    with profiled(on_gpu) as profiler:
         for _ in range(CALLS):
             fast(*frames)
         sync()
@@ -49,6 +51,42 @@ def run(findings: Findings, settings: Settings) -> None:
     for name, (us, count) in sorted(spent.items(), key=lambda item: -item[1][0])[:25]:
         findings.row(kernel=name[:120], us_a_call=us / CALLS, calls=count / CALLS, share=us / total_us)
     findings.add(headline=bound(shares, total_us / CALLS, wall_s * 1e6))
+    for searches in (False, True):
+        name = "with cuDNN's search" if searches else "by cuDNN's rules"
+        findings.attempt(f"layer by layer, {name}", partial(_layers, findings, settings, one, name, searches))
+
+
+def _layers(findings: Findings, settings: Settings, one: Timed, name: str, searches: bool) -> None:
+    """The same work without its graph, which hides who asked for a kernel: each operation's time by its shapes."""
+    sync, on_gpu = device_sync(settings.device), settings.device == "cuda"
+    frames = inputs(one, settings, 2)
+    with searching(searches), torch.no_grad():
+        packed = cuda.pack(network(one.model, settings), one.precision, capture=lambda work, _device: work)
+        plain = packed.program((one.batch, *SIZES[one.size]))
+        for _ in range(2):
+            plain.flow(*frames)
+        sync()
+        with profiled(on_gpu, shapes=True) as profiler:
+            plain.flow(*frames)
+            sync()
+    spent = [(_us_of_op(event, on_gpu), event) for event in profiler.key_averages(group_by_input_shape=True)]
+    for us, event in sorted(spent, key=lambda item: -item[0])[:LAYERS]:
+        if us > 0:
+            shapes = " ".join("x".join(map(str, shape)) for shape in event.input_shapes if shape)
+            findings.row(layers=name, op=event.key, shapes=shapes, us_a_call=us, calls=event.count)
+
+
+def _us_of_op(event: Any, on_gpu: bool) -> float:
+    """What the kernels that an operation itself started took."""
+    if not on_gpu:
+        return float(event.self_cpu_time_total)
+    return float(event.self_device_time_total) if event.device_type == torch.autograd.DeviceType.CPU else 0.0
+
+
+def profiled(on_gpu: bool, shapes: bool = False) -> torch.profiler.profile:
+    """Torch's profiler of the host, and of the card where there is one."""
+    activity = torch.profiler.ProfilerActivity
+    return torch.profiler.profile(activities=[activity.CPU, *([activity.CUDA] if on_gpu else [])], record_shapes=shapes)
 
 
 def _own_us(event: Any, on_gpu: bool) -> float:
