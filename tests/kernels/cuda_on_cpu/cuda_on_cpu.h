@@ -32,6 +32,8 @@
 #define __shfl_xor_sync(mask, value, other) shim::together(value, mask, __LINE__)[shim::lane() ^ (other)]
 #define __shfl_down_sync(mask, value, by) \
     shim::together(value, mask, __LINE__)[shim::lane() + (by) < 32 ? shim::lane() + (by) : shim::lane()]
+#define WARP_GIVES(value) shim::together(value, 0xffffffffu, __LINE__)  // of every lane, by its number
+#define lane_of_warp() shim::lane()
 #define SHARED(type, name, count)                                                                    \
     static char name##_tag;                                                                          \
     type* const name = (type*)shim::shared(&name##_tag, sizeof(type) * (count), #name)
@@ -41,6 +43,9 @@ struct uint3 {
 };
 static uint3 threadIdx, blockIdx, blockDim, gridDim;
 
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
 struct alignas(16) float4 {
     float x, y, z, w;
 };
@@ -188,6 +193,37 @@ static Given<V> together(V value, unsigned mask, int line) {
     return {number() & ~31, side};
 }
 
+// Fetches into shared memory come no sooner than they are waited for.
+struct Fetch {
+    void* to;
+    const void* from;
+    bool inside;
+    unsigned batch;
+};
+enum { MOST_FETCHES = 256 };
+static Fetch fetches[MOST_THREADS][MOST_FETCHES];
+static int fetch_count[MOST_THREADS];
+static unsigned batches[MOST_THREADS];  // ended so far
+
+static void fetch(void* to, const void* from, bool inside) {
+    int& count = fetch_count[number()];
+    if (count == MOST_FETCHES) fail("too many fetches that nobody waits for");
+    if ((uintptr_t)to % 16 || (inside && (uintptr_t)from % 16)) fail("a fetch is not aligned to 16 bytes");
+    fetches[number()][count++] = {to, from, inside, batches[number()]};
+}
+static void fetch_end() { ++batches[number()]; }
+static void fetch_wait(unsigned but) {
+    int& count = fetch_count[number()];
+    int kept = 0;
+    for (int i = 0; i < count; ++i) {
+        const Fetch& one = fetches[number()][i];
+        if (one.batch + but >= batches[number()]) fetches[number()][kept++] = one;
+        else if (one.inside) memcpy(one.to, one.from, 16);
+        else memset(one.to, 0, 16);
+    }
+    count = kept;
+}
+
 static void* shared(const void* tag, size_t bytes, const char* name) {
     for (int i = 0; i < array_count; ++i)
         if (arrays[i].tag == tag) return arena + arrays[i].offset;
@@ -258,6 +294,8 @@ static void run_block(int count, Order order, unsigned& seed) {
         fibers[i].state = READY;
         fibers[i].index = {x, y, z};
         fibers[i].turns = 0;
+        fetch_count[i] = 0;
+        batches[i] = 0;
         turn[i] = order == BACKWARD ? count - 1 - i : i;
     }
     do {

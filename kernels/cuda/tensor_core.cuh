@@ -1,0 +1,103 @@
+// Products of small matrices by a warp's tensor cores, and what brings their operands into place (sm_80 and newer).
+//
+// Products and loads are called by all 32 lanes of a warp at once; g = lane / 4, t = lane % 4. One 32 bit word holds two
+// elements of a half type, the first in its low bits.
+#pragma once
+
+#include "common.cuh"
+
+// --- d += a b, with a 16x16, b 16x8, d 16x8; summed in float ----------------------------------------------------------
+//
+//     a[0]: row g,     columns 2t,     2t + 1      b[0]: column g, rows 2t,     2t + 1
+//     a[1]: row g + 8, columns 2t,     2t + 1      b[1]: column g, rows 2t + 8, 2t + 9
+//     a[2]: row g,     columns 2t + 8, 2t + 9      d[0], d[1]: row g,     columns 2t, 2t + 1
+//     a[3]: row g + 8, columns 2t + 8, 2t + 9      d[2], d[3]: row g + 8, columns 2t, 2t + 1
+#ifdef WARP_GIVES  // the tests': what every lane has given, on a CPU
+template <class T>
+__device__ void multiply_add(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    struct Operands {
+        unsigned a[4], b[2];
+    };
+    const auto given = WARP_GIVES((Operands{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}));
+    const int g = lane_of_warp() / 4, t = lane_of_warp() % 4;
+    for (int i = 0; i < 4; ++i) {
+        const int row = g + i / 2 * 8, column = 2 * t + i % 2;
+        for (int k = 0; k < 16; ++k) {
+            const unsigned x = given[row % 8 * 4 + k % 8 / 2].a[k / 8 * 2 + row / 8];
+            const unsigned y = given[column * 4 + k % 8 / 2].b[k / 8];
+            T p, q;
+            p.bits = (uint16_t)(x >> k % 2 * 16), q.bits = (uint16_t)(y >> k % 2 * 16);
+            d[i] += widened(p) * widened(q);
+        }
+    }
+}
+#else
+#define MULTIPLY_ADD(T, type)                                                                                        \
+    __device__ __forceinline__ void multiply_add(T, float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) { \
+        asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "      \
+            "{%8, %9}, {%0, %1, %2, %3};"                                                                            \
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                         \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                     \
+    }
+MULTIPLY_ADD(__half, "f16")
+MULTIPLY_ADD(__nv_bfloat16, "bf16")
+#undef MULTIPLY_ADD
+template <class T>
+__device__ __forceinline__ void multiply_add(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    multiply_add(T{}, d, a, b);
+}
+#endif
+
+// --- four 8x8 matrices of a half type from shared memory --------------------------------------------------------------
+//
+// Lane i names where row i % 8 of matrix i / 8 lies: 8 elements, aligned to 16 bytes. It gets, of each matrix, elements
+// 2t and 2t + 1 of row g; TRANSPOSED, of column g.
+template <bool TRANSPOSED>
+__device__ __forceinline__ void load_matrices(unsigned (&out)[4], const void* row) {
+#ifdef WARP_GIVES
+    const auto given = WARP_GIVES(row);
+    const int g = lane_of_warp() / 4, t = lane_of_warp() % 4;
+    for (int m = 0; m < 4; ++m) {
+        const auto element = [&](int r, int c) { return (unsigned)((const uint16_t*)given[m * 8 + r])[c]; };
+        const unsigned low = TRANSPOSED ? element(2 * t, g) : element(g, 2 * t);
+        out[m] = low | (TRANSPOSED ? element(2 * t + 1, g) : element(g, 2 * t + 1)) << 16;
+    }
+#else
+    const unsigned place = (unsigned)__cvta_generic_to_shared(row);
+    if (TRANSPOSED)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                     : "r"(place)
+                     : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                     : "r"(place)
+                     : "memory");
+#endif
+}
+
+// --- global to shared memory, 16 bytes a call, while the thread goes on -----------------------------------------------
+//
+// Both ends are aligned to 16 bytes; where not `inside`, zeros are written and `from` is not read. What a thread has
+// asked for since its last fetch_end() is one batch. fetch_wait<N>() returns when all but its last N batches are there;
+// a barrier after it makes them visible to the others.
+#ifdef WARP_GIVES
+#define fetch_16(to, from, inside) shim::fetch(to, from, inside)
+#define fetch_end() shim::fetch_end()
+template <int N>
+__device__ void fetch_wait() {
+    shim::fetch_wait(N);
+}
+#else
+__device__ __forceinline__ void fetch_16(void* to, const void* from, bool inside) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((unsigned)__cvta_generic_to_shared(to)),
+                 "l"(__cvta_generic_to_global(from)), "r"(inside ? 16 : 0)
+                 : "memory");
+}
+__device__ __forceinline__ void fetch_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N>
+__device__ __forceinline__ void fetch_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+#endif

@@ -1,0 +1,73 @@
+"""A warp's matrix product and how its operands are fetched, as ``tensor_core.cuh`` says: on the acting CPU and a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowreel.kernels import launch as launching
+
+BODY = """
+#include "tensor_core.cuh"
+template <class T>
+__device__ __forceinline__ void product(const T* a, const T* b, float* d) {
+    SHARED(uint4, memory, 48);
+    T* const kept_a = (T*)memory;  // 16 x 16
+    T* const kept_b = (T*)(memory + 32);  // 8 x 16: columns
+    const int lane = (int)threadIdx.x, g = lane / 4, t = lane % 4;
+    fetch_16(kept_a + 8 * lane, a + 8 * lane, true);
+    fetch_end();
+    fetch_16(memory + 32 + lane % 16, b + 8 * (lane % 16), lane % 16 < OUTSIDE);
+    fetch_end();
+    fetch_wait<1>();
+    WAIT
+    __syncthreads();
+    unsigned rows[4], columns[4], by[2];
+    float sums[4] = {1, 2, 3, 4};
+    load_matrices<false>(rows, kept_a + lane % 16 * 16 + lane / 16 * 8);
+    load_matrices<LAID>(columns, kept_b + (LAID ? lane % 16 * 8 : lane % 8 * 16 + lane / 8 % 2 * 8));
+    by[0] = columns[0], by[1] = columns[1];
+    multiply_add<T>(sums, rows, by);
+    for (int i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sums[i] - (float)(i + 1);
+}
+extern "C" __global__ void product_half(const __half* a, const __half* b, float* d) { product(a, b, d); }
+extern "C" __global__ void product_bfloat16(const __nv_bfloat16* a, const __nv_bfloat16* b, float* d) {
+    product(a, b, d);
+}
+"""
+Product = Callable[..., float]
+
+
+@pytest.fixture
+def apart(card: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Product:
+    """How far a product of random matrices is from torch's."""
+
+    def run(dtype: torch.dtype, by_rows: bool, wait: str = "fetch_wait<0>();", outside: int = 16) -> float:
+        for name in ("common.cuh", "tensor_core.cuh"):
+            (tmp_path / name).write_text((launching.SOURCES / name).read_text())
+        text = BODY.replace("LAID", str(by_rows).lower()).replace("WAIT", wait).replace("OUTSIDE", str(outside))
+        (tmp_path / "made.cu").write_text(text)
+        monkeypatch.setattr(launching, "SOURCES", tmp_path)
+        a, b = torch.randn(16, 16).to(card, dtype), torch.randn(16, 8).to(card, dtype)
+        given, out = (b if by_rows else b.mT).contiguous(), torch.empty(16, 8, device=card)
+        launching.launch("made", f"product_{launching.SUFFIXES[dtype]}", (1,), (a, given, out), (32,))
+        return float((out - a.float() @ b.float()).abs().max())
+
+    return run
+
+
+@pytest.mark.parametrize("by_rows", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_warp_multiplies(apart: Product, dtype: torch.dtype, by_rows: bool) -> None:
+    assert apart(dtype, by_rows) < 1e-4
+
+
+def test_what_is_not_waited_for_is_not_there(acting: Callable[..., object], apart: Product) -> None:
+    assert not apart(torch.float16, True, wait="") < 1e9
+
+
+def test_what_lies_outside_is_zero(apart: Product) -> None:
+    assert apart(torch.float16, True, outside=0) > 0.1
