@@ -199,17 +199,18 @@ struct Fetch {
     const void* from;
     bool inside;
     unsigned batch;
+    unsigned bytes;
 };
 enum { MOST_FETCHES = 256 };
 static Fetch fetches[MOST_THREADS][MOST_FETCHES];
 static int fetch_count[MOST_THREADS];
 static unsigned batches[MOST_THREADS];  // ended so far
 
-static void fetch(void* to, const void* from, bool inside) {
+static void fetch(void* to, const void* from, bool inside, unsigned bytes) {
     int& count = fetch_count[number()];
     if (count == MOST_FETCHES) fail("too many fetches that nobody waits for");
-    if ((uintptr_t)to % 16 || (inside && (uintptr_t)from % 16)) fail("a fetch is not aligned to 16 bytes");
-    fetches[number()][count++] = {to, from, inside, batches[number()]};
+    if ((uintptr_t)to % bytes || (inside && (uintptr_t)from % bytes)) fail("a fetch of %u bytes is not aligned", bytes);
+    fetches[number()][count++] = {to, from, inside, batches[number()], bytes};
 }
 static void fetch_end() { ++batches[number()]; }
 static void fetch_wait(unsigned but) {
@@ -218,8 +219,8 @@ static void fetch_wait(unsigned but) {
     for (int i = 0; i < count; ++i) {
         const Fetch& one = fetches[number()][i];
         if (one.batch + but >= batches[number()]) fetches[number()][kept++] = one;
-        else if (one.inside) memcpy(one.to, one.from, 16);
-        else memset(one.to, 0, 16);
+        else if (one.inside) memcpy(one.to, one.from, one.bytes);
+        else memset(one.to, 0, one.bytes);
     }
     count = kept;
 }
