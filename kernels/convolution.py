@@ -164,11 +164,11 @@ def _convolution_cuda(
     first = out if _reaches(out, found.run) else torch.empty_like(out, memory_format=torch.channels_last)
     second = first if also is None or not _reaches(also, found.run) else also
     height, width = (x if transposed else out).shape[2:]
-    tiles = -(-height // (_WARPS * found.rows)) * -(-width // _COLUMNS)
     groups = 1 if transposed else out.shape[1] // found.outputs
+    grid = (-(-width // _COLUMNS) * groups, -(-height // (_WARPS * found.rows)), x.shape[0])
     counts = sizes(int(second is not first), inputs, *x.shape[2:], height, width, groups, found.kernel // 2)
     arguments = (*view(x), packed, bias, *view(first), *view(second), *counts, np.float32(slope))
-    launch("convolution", found.entry(x.dtype), (x.shape[0] * tiles * groups,), arguments, (32 * _WARPS,))
+    launch("convolution", found.entry(x.dtype), grid, arguments, (32 * _WARPS,))
     if first is not out:
         out.copy_(first)
     if also is not None and second is not also:
@@ -217,13 +217,14 @@ def convolution(
     """LeakyReLU of a convolution + bias, given back in ``out``; the same once more into ``also``.
 
     Args:
-        x: (B, C, H, W) float16 or bfloat16, channels last. Channels beyond the weight's are not read.
+        x: (B, C, H, W) float16 or bfloat16, channels last, C a multiple of 8. What channels beyond the weight's hold is
+            of no effect, as long as it is finite.
         weight: (out, in, k, k), of a deconvolution (in, out, k, k): one that ``tiling`` knows, in x's type.
         packed: ``pack`` of it.
         bias: (out,) float32.
         stride: rows and columns alike. The padding is that of ``padding_of``.
         transposed: whether it is a deconvolution.
-        slope: for what is negative; 1: no activation.
+        slope: 0 to 1, for what is negative; 1: no activation.
         out: (B, out, H', W') to write to, of x's type; may be a part of another tensor, no memory of x. None: a new
             one, channels last.
         also: the same, no memory of ``out``.
@@ -236,11 +237,13 @@ def convolution(
     """
     outputs, inputs = (weight.shape[1], weight.shape[0]) if transposed else weight.shape[:2]
     size = [side * stride if transposed else -(-side // stride) for side in x.shape[2:]]
-    if x.ndim != 4 or x.shape[1] < inputs or bias.shape != (outputs,):
+    if x.ndim != 4 or x.shape[1] < inputs or x.shape[1] % _TOGETHER or bias.shape != (outputs,):
         raise ValueError(f"{tuple(x.shape)}, {tuple(weight.shape)} and {tuple(bias.shape)} do not fit together")
     shape = (x.shape[0], outputs, *size)
     if out is None:
         out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    if not 0 <= slope <= 1:
+        raise ValueError(f"a slope is 0 to 1, not {slope}")
     for given in (out, out if also is None else also):
         if given.shape != shape or given.dtype != x.dtype:
             raise ValueError(f"the result is {shape} {x.dtype}, not {tuple(given.shape)} {given.dtype}")

@@ -75,13 +75,8 @@ __device__ __forceinline__ void convolution(
     T* const buffers = (T*)memory;
 
     const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int across = (out_width + COLUMNS - 1) / COLUMNS, down = (out_height + WARPS * ROWS - 1) / (WARPS * ROWS);
-    int number = (int)blockIdx.x;  // neighbours share their input: first by outputs, then along x
-    const int group = number % groups;
-    number /= groups;
-    const int column = number % across * COLUMNS;
-    number /= across;
-    const int row = number % down * (WARPS * ROWS), n = number / down;
+    const int group = (int)blockIdx.x % groups, column = (int)blockIdx.x / groups * COLUMNS;  // groups share their input
+    const int row = (int)blockIdx.y * WARPS * ROWS, n = (int)blockIdx.z;
     const int chunks = BUFFERS == 1 ? 1 : (channels + CHANNELS - 1) / CHANNELS;
 
     const auto fetch = [&](int first, T* to) {  // CHANNELS of the tile's input
@@ -109,7 +104,17 @@ __device__ __forceinline__ void convolution(
 #pragma unroll
     for (int p = 0; p < L::PAIRS; ++p) next[p] = __ldg(w + p * 32);
 
-    float sums[ROWS][L::TILES][4] = {};
+    // --- sums begin with the bias; RUN neighbouring channels lie in RUN / 2 columns of products ---
+    constexpr int RUNS = L::TILES * 2 / L::RUN, FROM_RUN_TO_RUN = ENLARGES ? 0 : 4 * L::RUN;
+    const int channel = group * OUTPUTS + t * L::RUN;  // first of this lane
+    float sums[ROWS][L::TILES][4];
+#pragma unroll
+    for (int q = 0; q < L::TILES * 2; ++q) {
+        const float first = bias[channel + q / L::RUN * FROM_RUN_TO_RUN + q % L::RUN];
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) sums[r][q / 2][q % 2] = sums[r][q / 2][2 + q % 2] = first;
+    }
+
     const int pixel = warp * ROWS * STRIDE * L::PITCH + lane % 16 * L::APART;  // of the first row
     fetch(0, buffers);
     for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -139,29 +144,27 @@ __device__ __forceinline__ void convolution(
         }
     }
 
-    // --- bias, LeakyReLU, rounding; RUN neighbouring channels lie in RUN / 2 columns of products ---
-    constexpr int RUNS = L::TILES * 2 / L::RUN;
+    // --- LeakyReLU, rounding: 8 neighbouring pixels at once, of each the channels of 4 lanes ---
 #pragma unroll
-    for (int q = 0; q < RUNS; ++q) {
-        const int channel = (ENLARGES ? 0 : group * OUTPUTS + q * 4 * L::RUN) + t * L::RUN;
-        float added[L::RUN];
+    for (int r = 0; r < ROWS; ++r) {
 #pragma unroll
-        for (int k = 0; k < L::RUN; ++k) added[k] = bias[channel + k];
+        for (int side = 0; side < 2; ++side) {
+            const int y = row + warp * ROWS + r, own_x = column + g + 8 * side;
+            if (y >= out_height || own_x >= out_width) continue;
+            T* const target = out.at(n, 0, ENLARGES ? 2 * y : y, ENLARGES ? 2 * own_x : own_x) + channel;
+            T* const second = also.at(n, 0, ENLARGES ? 2 * y : y, ENLARGES ? 2 * own_x : own_x) + channel;
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) {
-#pragma unroll
-            for (int side = 0; side < 2; ++side) {
-                const int y = row + warp * ROWS + r, own_x = column + g + 8 * side;
-                if (y >= out_height || own_x >= out_width) continue;
+            for (int q = 0; q < RUNS; ++q) {
                 Several<T, L::RUN> all;
 #pragma unroll
                 for (int k = 0; k < L::RUN; ++k) {
-                    const float value = sums[r][q * L::RUN / 2 + k / 2][2 * side + k % 2] + added[k];
-                    store(all.values + k, value < 0 ? value * slope : value);
+                    const float value = sums[r][q * L::RUN / 2 + k / 2][2 * side + k % 2];
+                    store(all.values + k, fmaxf(value, value * slope));
                 }
-                const int to_y = ENLARGES ? 2 * y + q / 2 : y, to_x = ENLARGES ? 2 * own_x + q % 2 : own_x;
-                *(Several<T, L::RUN>*)out.at(n, channel, to_y, to_x) = all;
-                if (twice) *(Several<T, L::RUN>*)also.at(n, channel, to_y, to_x) = all;
+                const long long apart = ENLARGES ? q / 2 * out.y + q % 2 * out.x : q * FROM_RUN_TO_RUN;
+                const long long also_apart = ENLARGES ? q / 2 * also.y + q % 2 * also.x : q * FROM_RUN_TO_RUN;
+                *(Several<T, L::RUN>*)(target + apart) = all;
+                if (twice) *(Several<T, L::RUN>*)(second + also_apart) = all;
             }
         }
     }
