@@ -98,7 +98,7 @@ def tiling(weight: Tensor, stride: int, transposed: bool) -> Tiling | None:
         return Tiling(3, 2, 16, 64, 2, False)
     if (kernel, stride) == (3, 1) and outputs % 64 == 0 and inputs <= 64:
         return Tiling(3, 1, 8 if inputs <= 8 else 16, 64, 2 if inputs <= 16 else 4, False)
-    if (kernel, stride) == (3, 1) and outputs in (16, 32) and inputs > 8:
+    if (kernel, stride) == (3, 1) and outputs in (16, 32) and 8 < inputs <= 176:
         return Tiling(3, 1, 16, outputs, 4, False)
     return None
 
@@ -126,8 +126,8 @@ def pack(weight: Tensor, stride: int, transposed: bool) -> Tensor:
     column, product = torch.arange(8), torch.arange(tiles)[:, None]
     half = found.run // 2
     order = product // half * (8 * half) + column // 2 * found.run + product % half * 2 + column % 2
-    rows = rows.unflatten(2, (-1, found.outputs))[..., order.flatten().to(weight.device)]
-    apart = rows.view(chunks, found.steps, 2, 4, 2, -1, tiles // 2, 2, 8)  # .., k: (r, t, i), group, column: (p, j, g)
+    rows = rows.view(chunks, found.steps * 16, -1, found.outputs)[..., order.flatten().to(weight.device)]
+    apart = rows.view(chunks, found.steps, 2, 4, 2, -1, tiles // 2, 2, 8)  # k: r t i; group; column: p j g
     flat = apart.permute(5, 0, 1, 6, 8, 3, 7, 2, 4).flatten()
     return torch.cat((flat, flat.new_zeros(found.outputs * 16)))  # one step more: fetched, and not used
 
@@ -207,10 +207,10 @@ def convolution(
     weight: Tensor,
     packed: Tensor,
     bias: Tensor,
-    *,
-    stride: int = 1,
+    slope: float,
+    stride: int,
     transposed: bool = False,
-    slope: float = 1.0,
+    *,
     out: Tensor | None = None,
     also: Tensor | None = None,
 ) -> Tensor:
@@ -222,9 +222,9 @@ def convolution(
         weight: (out, in, k, k), of a deconvolution (in, out, k, k): one that ``tiling`` knows, in x's type.
         packed: ``pack`` of it.
         bias: (out,) float32.
+        slope: 0 to 1, for what is negative; 1: no activation.
         stride: rows and columns alike. The padding is that of ``padding_of``.
         transposed: whether it is a deconvolution.
-        slope: 0 to 1, for what is negative; 1: no activation.
         out: (B, out, H', W') to write to, of x's type; may be a part of another tensor, no memory of x. None: a new
             one, channels last.
         also: the same, no memory of ``out``.

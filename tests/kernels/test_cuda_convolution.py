@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowreel.kernels.convolution import _convolution_cuda, convolution_definition, pack, padding_of, tiling
+from flowreel.kernels import launch
+from flowreel.kernels.convolution import _convolution_cuda, convolution_definition, pack, tiling
 
 TOLERANCE = {torch.float16: 2**-10, torch.bfloat16: 2**-7}  # relative: one rounding
 
@@ -42,7 +43,6 @@ LAYERS = {
     "fusion inter_conv1": Layer(30, 32, 3, 1, False, (2, 5, 3)),
     "fusion deconv0": Layer(40, 16, 4, 2, True, (2, 5, 18)),
 }
-SMALLEST = {name: layer._replace(size=(1, 1, 1)) for name, layer in LAYERS.items()}
 
 
 def compare(layer: Layer, dtype: torch.dtype, card: torch.device) -> None:
@@ -88,3 +88,70 @@ def assert_close(ours: Tensor, wanted: Tensor) -> None:
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
 def test_kernel_equals_its_definition(layer: Layer, dtype: torch.dtype, card: torch.device) -> None:
     compare(layer, dtype, card)
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
+def test_a_picture_of_one_pixel(layer: Layer, acting: Callable[..., object]) -> None:
+    acting()
+    compare(layer._replace(size=(1, 1, 1)), torch.float16, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("place", [3, 4, 0], ids=["odd", "half aligned", "channels apart"])
+def test_places_that_do_not_take_sixteen_bytes_are_copied_to(place: int, card: torch.device) -> None:
+    layer = Layer(11, 64, 3, 1, False, (1, 3, 5))
+    weight, bias = layer.weight(torch.float16, card), torch.ones(64, device=card)
+    x = torch.randn(1, 16, 3, 5, generator=torch.Generator().manual_seed(1)).to(card, torch.float16)  # channels apart
+    wanted = torch.empty(1, 64, 3, 5, dtype=torch.float16, device=card)
+    given = x, weight, pack(weight, 1, False), bias, 1, False, 0.1
+    convolution_definition(*given, wanted, None)
+    kind = torch.channels_last if place else torch.contiguous_format
+    own, whole, alone = (
+        torch.full((1, channels, 3, 5), 7, dtype=torch.float16, device=card).to(memory_format=kind)
+        for channels in (64, 72, 72)
+    )
+    _convolution_cuda(*given, own, whole[:, place : place + 64])
+    _convolution_cuda(*given, alone[:, place : place + 64], None)
+    assert_close(own, wanted)
+    for found in (whole, alone):
+        assert_close(found[:, place : place + 64], wanted)
+        assert bool((found[:, :place] == 7).all())
+        assert bool((found[:, place + 64 :] == 7).all())
+
+
+FAULTS = {
+    "fetches not waited for": ("S conv1", "fetch_wait<0>();", ""),
+    "no barrier": ("SD conv1_1", "__syncthreads();", ""),
+    "one buffer for two": ("SD conv1_1", "(chunk + 1) % BUFFERS * L::BUFFER", "chunk % BUFFERS * L::BUFFER"),
+    "always the first channels": ("fusion deconv0", "fetch((chunk + 1) * CHANNELS", "fetch(chunk * 0 * CHANNELS"),
+    "channels beyond the map": ("fusion deconv0", " && first + channel < channels", ""),
+    "a column too many": ("SD conv0", "from_x < width", "from_x <= width"),
+    "a row too many": ("SD conv0", "y < height", "y <= height"),
+    "no left border": ("SD conv0", "from_x >= 0 && ", ""),
+    "no upper border": ("SD conv0", "y >= 0 && y < height", "y < height"),
+    "a tile too narrow": ("C conv1", "WIDTH * CHANNELS / L::PIECE;", "WIDTH * CHANNELS / L::PIECE - 2;"),
+    "half steps of the wrong row": ("SD conv0", "real / HALVES * PITCH", "(real + 1) / HALVES * PITCH"),
+    "a deconvolution's neighbour left out": ("fusion deconv0", "dy >= 1", "dy > 1"),
+    "weights of the step before": ("S conv1", "w += L::PAIRS * 32;", "w += s ? L::PAIRS * 32 : 0;"),
+    "no second group": ("SD conv1_1", "% groups, column", "% groups * 0, column"),
+    "written beyond the last row": ("SD conv0", "y >= out_height || ", ""),
+    "written beyond the last column": ("SD conv0", " || own_x >= out_width", ""),
+    "not activated": ("C conv1", "fmaxf(value, value * slope)", "value"),
+    "not written twice": ("fusion conv0", "if (twice)", "if (!twice)"),
+    "bias of another channel": ("fusion inter_conv1", "+ q % L::RUN]", "]"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
+def test_a_planted_fault_is_caught(fault: tuple[str, str, str], plant: Callable[..., torch.device]) -> None:
+    name, right, wrong = fault
+    device = plant("convolution.cu", right, wrong)
+    layer = LAYERS[name]
+    found = tiling(layer.weight(torch.float16, device), layer.stride, layer.transposed)
+    assert found is not None
+    source = launch.SOURCES / "convolution.cu"  # the copy: the other entries need not be compiled
+    kept = f"ENTRIES({', '.join(str(int(number)) for number in found)}, "
+    lines = source.read_text().splitlines()
+    assert sum(line.startswith(kept) for line in lines) == 1
+    source.write_text("\n".join(line for line in lines if line.startswith(kept) or not line.startswith("ENTRIES(")))
+    with pytest.raises(AssertionError):
+        compare(layer, torch.float16, device)
