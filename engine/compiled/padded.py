@@ -114,10 +114,11 @@ def convolve(x: Tensor, by: Convolution) -> Tensor:
     return (F.conv_transpose2d if by.transposed else F.conv2d)(x, by.weight, None, stride, padding)
 
 
-def pack_layer(module: nn.Module, precision: Precision) -> Convolution:
+def pack_layer(module: nn.Module, precision: Precision, by_cudnn: bool = False) -> Convolution:
     """A layer as ``engine.models.layers`` makes them. Flow heads and the enlarging of flow stay in float32.
 
-    Those take float32 maps: half precision costs .04 px there at 40 px of motion.
+    Those take float32 maps: half precision costs .04 px there at 40 px of motion. ``by_cudnn``: whatever our own kernel
+    could compute, to compare with.
     """
     parts = list(module) if isinstance(module, nn.Sequential) else [module]
     layer = parts[0]
