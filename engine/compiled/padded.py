@@ -130,9 +130,8 @@ def pack_layer(module: nn.Module, precision: Precision, by_cudnn: bool = False) 
     about_flow = enlarging or isinstance(module, FlowHead)
     weight = layer.weight.detach().to(torch.float32 if about_flow else DTYPES[precision])
     stride, padding = layer.stride[0], int(layer.padding[0])
-    ours = (
-        tiling(weight, stride, transposed) is not None and padding == padding_of(weight) and _runs_ours(weight.device)
-    )
+    fits = tiling(weight, stride, transposed) is not None and padding == padding_of(weight)
+    ours = fits and not by_cudnn and _runs_ours(weight.device)
     if not ours:
         spread = weight.new_zeros(
             2 if about_flow else padded(weight.shape[0]), 2 if enlarging else padded(weight.shape[1]), *weight.shape[2:]
