@@ -24,6 +24,12 @@ struct alignas(COUNT * sizeof(T)) Several {  // alignas: stored at once
     T values[COUNT];
 };
 
+struct Steps {  // from a pixel to one a few rows and columns away, in elements
+    int y, x;
+    __device__ __forceinline__ Steps(int y, int x) : y(y), x(x) {}
+    __device__ __forceinline__ long long to(int down, int right) const { return (long long)down * y + right * x; }
+};
+
 template <int KERNEL, int STRIDE, int CHANNELS, int OUTPUTS, int ROWS, int ENLARGES>
 struct Layout {
     static constexpr int HALVES = (KERNEL * CHANNELS + TOGETHER - 1) / TOGETHER;  // half steps of a filter row
@@ -45,7 +51,9 @@ struct Layout {
         BY_EIGHTS ? PARTS * STRIDE * PHASE : (WIDTH * CHANNELS + TOGETHER - 1) / TOGETHER * TOGETHER;
     static constexpr int HEIGHT = (WARPS * ROWS - 1) * STRIDE + KERNEL;
     static constexpr int BUFFER = HEIGHT * PITCH;            // elements
-    static constexpr int PIECE = BY_EIGHTS ? TOGETHER : 4;  // fetched at once
+    static constexpr int PIECE = BY_EIGHTS ? TOGETHER : 4, PIECES = WIDTH * CHANNELS / PIECE;  // fetched at once; a row's
+    static constexpr int TURNS = (HEIGHT * PIECES + 32 * WARPS - 1) / (32 * WARPS);
+    static constexpr int AT_ONCE = CHANNELS < 16 ? 4 : OUTPUTS < 64 ? 6 : 1;  // in the loop of chunks, as registers allow
     static_assert(BY_EIGHTS || APART == 8 || APART == 24, "half steps are aligned, and in different banks");
 
     static __device__ __forceinline__ int place_of(int column, int channel) {
@@ -79,21 +87,22 @@ __device__ __forceinline__ void convolution(
     const int row = (int)blockIdx.y * WARPS * ROWS, n = (int)blockIdx.z;
     const int chunks = BUFFERS == 1 ? 1 : (channels + CHANNELS - 1) / CHANNELS;
 
-    const auto fetch = [&](int first, T* to) {  // CHANNELS of the tile's input
-        const int left = column * STRIDE - padding;
-        for (int i = warp; i < L::HEIGHT; i += WARPS) {
-            const int y = row * STRIDE - padding + i;
-            const bool row_inside = y >= 0 && y < height;
-            const T* const from = x.at(n, first, row_inside ? y : 0, 0);
-#pragma unroll(BUFFERS == 1 ? 4 : 1)  // in the loop of chunks registers are few
-            for (int k = lane; k < L::WIDTH * CHANNELS / L::PIECE; k += 32) {
-                const int tile_x = k * L::PIECE / CHANNELS, channel = k * L::PIECE % CHANNELS, from_x = left + tile_x;
-                const bool inside = row_inside && from_x >= 0 && from_x < width && first + channel < channels;
-                const T* const source = inside ? from + from_x * x.x + channel : x.data;
-                T* const target = to + i * L::PITCH + L::place_of(tile_x, channel);
-                if (L::PIECE == 8) fetch_16(target, source, inside);
-                else fetch_8(target, source, inside);
-            }
+    // --- CHANNELS of the tile's input; a picture's rows are less than 2^31 long ---
+    const int top = row * STRIDE - padding, left = column * STRIDE - padding, next_y = (int)x.y, next_x = (int)x.x;
+    const T* const picture = x.data + n * x.n;
+    const auto fetch = [&](int first, T* to) {
+#pragma unroll(L::AT_ONCE)
+        for (int turn = 0; turn < L::TURNS; ++turn) {
+            const int k = turn * 32 * WARPS + (int)threadIdx.x;
+            if (k >= L::HEIGHT * L::PIECES) break;
+            const int i = k / L::PIECES, j = k % L::PIECES * L::PIECE / CHANNELS, channel = k * L::PIECE % CHANNELS;
+            const int y = top + i, from_x = left + j;
+            const bool inside = (unsigned)y < (unsigned)height && (unsigned)from_x < (unsigned)width  // nor negative
+                && first + channel < channels;
+            const T* const source = picture + (inside ? (long long)y * next_y + (from_x * next_x + first + channel) : 0);
+            T* const target = to + i * L::PITCH + L::place_of(j, channel);
+            if (L::PIECE == 8) fetch_16(target, source, inside);
+            else fetch_8(target, source, inside);
         }
         fetch_end();
     };
@@ -145,14 +154,16 @@ __device__ __forceinline__ void convolution(
     }
 
     // --- LeakyReLU, rounding: 8 neighbouring pixels at once, of each the channels of 4 lanes ---
+    constexpr int SCALE = ENLARGES ? 2 : 1;
+    const int y = row + warp * ROWS, own_x = column + g;  // of the first
+    const Steps of_out((int)out.y, (int)out.x), of_also((int)also.y, (int)also.x);
+    T* const target = out.at(n, 0, SCALE * y, SCALE * own_x) + channel;
+    T* const second = also.at(n, 0, SCALE * y, SCALE * own_x) + channel;
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
-            const int y = row + warp * ROWS + r, own_x = column + g + 8 * side;
-            if (y >= out_height || own_x >= out_width) continue;
-            T* const target = out.at(n, 0, ENLARGES ? 2 * y : y, ENLARGES ? 2 * own_x : own_x) + channel;
-            T* const second = also.at(n, 0, ENLARGES ? 2 * y : y, ENLARGES ? 2 * own_x : own_x) + channel;
+            if (y + r >= out_height || own_x + 8 * side >= out_width) continue;
 #pragma unroll
             for (int q = 0; q < RUNS; ++q) {
                 Several<T, L::RUN> all;
@@ -161,10 +172,9 @@ __device__ __forceinline__ void convolution(
                     const float value = sums[r][q * L::RUN / 2 + k / 2][2 * side + k % 2];
                     store(all.values + k, fmaxf(value, value * slope));
                 }
-                const long long apart = ENLARGES ? q / 2 * out.y + q % 2 * out.x : q * FROM_RUN_TO_RUN;
-                const long long also_apart = ENLARGES ? q / 2 * also.y + q % 2 * also.x : q * FROM_RUN_TO_RUN;
-                *(Several<T, L::RUN>*)(target + apart) = all;
-                if (twice) *(Several<T, L::RUN>*)(second + also_apart) = all;
+                const int down = SCALE * r + (ENLARGES ? q / 2 : 0), right = SCALE * 8 * side + (ENLARGES ? q % 2 : 0);
+                *(Several<T, L::RUN>*)(target + of_out.to(down, right) + q * FROM_RUN_TO_RUN) = all;
+                if (twice) *(Several<T, L::RUN>*)(second + of_also.to(down, right) + q * FROM_RUN_TO_RUN) = all;
             }
         }
     }
