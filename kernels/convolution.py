@@ -49,7 +49,8 @@ def padding_of(weight: Tensor) -> int:
 # --- the CUDA version -------------------------------------------------------------------------------------------------
 
 _COLUMNS, _WARPS, _TOGETHER = 16, 4, 8  # of convolution.cu
-_NEIGHBOURS = 3  # of a pixel, each way, that a deconvolution's results depend on
+_NEIGHBOURS = 3  # of a pixel, each way, that a deconvolution's 2x2 results depend on
+_RESULTS = 16  # channels of each of those that a block computes
 
 
 class Tiling(NamedTuple):
@@ -91,12 +92,13 @@ def tiling(weight: Tensor, stride: int, transposed: bool) -> Tiling | None:
     kernel = weight.shape[-1]
     outputs, inputs = (weight.shape[1], weight.shape[0]) if transposed else weight.shape[:2]
     if transposed:
-        return Tiling(_NEIGHBOURS, 1, 16, 64, 4, True) if (kernel, stride, outputs) == (4, 2, 16) else None
+        fits = (kernel, stride) == (4, 2) and outputs % _RESULTS == 0 and inputs <= 176
+        return Tiling(_NEIGHBOURS, 1, 16, 4 * _RESULTS, 4, True) if fits else None
     if (kernel, stride) == (7, 2) and outputs % 64 == 0 and inputs <= 12:
         return Tiling(7, 2, -(-inputs // 4) * 4, 64, 4, False)
     if (kernel, stride) == (3, 2) and outputs % 64 == 0 and inputs <= 64:
         return Tiling(3, 2, 16, 64, 2, False)
-    if (kernel, stride) == (3, 1) and outputs % 64 == 0 and inputs <= 64:
+    if (kernel, stride) == (3, 1) and outputs % 64 == 0 and inputs <= (208 if outputs == 64 else 64):
         return Tiling(3, 1, 8 if inputs <= 8 else 16, 64, 2 if inputs <= 16 else 4, False)
     if (kernel, stride) == (3, 1) and outputs in (16, 32) and 8 < inputs <= 176:
         return Tiling(3, 1, 16, outputs, 4, False)
@@ -133,14 +135,14 @@ def pack(weight: Tensor, stride: int, transposed: bool) -> Tensor:
 
 
 def _as_convolution(weight: Tensor) -> Tensor:
-    """A 4x4 deconvolution's (in, out, 4, 4) to (4 out, in, 3, 3): the outputs of 2x2 results, from 3x3 neighbours."""
+    """A 4x4 deconvolution's (in, out, 4, 4) to (4 out, in, 3, 3): 2x2 results of 16 channels, from 3x3 neighbours."""
     inputs, outputs = weight.shape[:2]
     made = weight.new_zeros(2, 2, outputs, inputs, _NEIGHBOURS, _NEIGHBOURS)
     taps = [(place, step, place + 1 - 2 * step) for place in (0, 1) for step in (place - 1, place)]
     for y, dy, ky in taps:
         for x, dx, kx in taps:
             made[y, x, :, :, dy + 1, dx + 1] = weight[:, :, ky, kx].mT
-    return made.flatten(0, 2)
+    return made.view(4, -1, _RESULTS, *made.shape[3:]).transpose(0, 1).flatten(0, 2)
 
 
 def _convolution_cuda(
@@ -164,7 +166,7 @@ def _convolution_cuda(
     first = out if _reaches(out, found.run) else torch.empty_like(out, memory_format=torch.channels_last)
     second = first if also is None or not _reaches(also, found.run) else also
     height, width = (x if transposed else out).shape[2:]
-    groups = 1 if transposed else out.shape[1] // found.outputs
+    groups = out.shape[1] // (_RESULTS if transposed else found.outputs)
     grid = (-(-width // _COLUMNS) * groups, -(-height // (_WARPS * found.rows)), x.shape[0])
     counts = sizes(int(second is not first), inputs, *x.shape[2:], height, width, groups, found.kernel // 2)
     arguments = (*view(x), packed, bias, *view(first), *view(second), *counts, np.float32(slope))

@@ -115,7 +115,7 @@ __device__ __forceinline__ void convolution(
 
     // --- sums begin with the bias; RUN neighbouring channels lie in RUN / 2 columns of products ---
     constexpr int RUNS = L::TILES * 2 / L::RUN, FROM_RUN_TO_RUN = ENLARGES ? 0 : 4 * L::RUN;
-    const int channel = group * OUTPUTS + t * L::RUN;  // first of this lane
+    const int channel = group * (ENLARGES ? OUTPUTS / 4 : OUTPUTS) + t * L::RUN;  // first of this lane
     float sums[ROWS][L::TILES][4];
 #pragma unroll
     for (int q = 0; q < L::TILES * 2; ++q) {
