@@ -119,6 +119,19 @@ def test_places_that_do_not_take_sixteen_bytes_are_copied_to(place: int, card: t
         assert bool((found[:, place + 64 :] == 7).all())
 
 
+def test_a_map_that_is_a_part_of_a_concatenation(card: torch.device) -> None:
+    layer = LAYERS["SD conv1"]
+    weight, bias = layer.weight(torch.bfloat16, card), torch.ones(64, device=card)
+    whole = torch.full((2, 88, 5, 18), torch.nan, dtype=torch.bfloat16, device=card)
+    x = whole.contiguous(memory_format=torch.channels_last)[:, 16:80]
+    x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(1)))
+    ours, wanted = (torch.empty(2, 64, 3, 9, dtype=x.dtype, device=card) for _ in range(2))
+    given = x, weight, pack(weight, 2, False), bias, 2, False, 0.1
+    _convolution_cuda(*given, ours, None)
+    convolution_definition(*given, wanted, None)
+    assert_close(ours, wanted)
+
+
 FAULTS = {
     "fetches not waited for": ("S conv1", "fetch_wait<0>();", ""),
     "no barrier": ("SD conv1_1", "__syncthreads();", ""),
