@@ -31,7 +31,6 @@ def main(device: str) -> None:
                 bias, whole = torch.randn(24, device=device), made(48)
                 bias_leaky_relu_(made(24), bias, 0.1, whole[:, 8:32])
                 bias_leaky_relu(made(24), bias, 0.1, whole[:, 5:22])
-                bias_leaky_relu(made(24).float(), bias, 0.1, whole[:, 5:22])
                 correlation(made(24), made(24), scale=1 / 19, negative_slope=0.1, out=made(480)[:, 32:473])
         for max_flow in (None, 20.0):
             flow_to_color(flow.to(dtype), max_flow)
