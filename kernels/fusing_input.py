@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowreel.kernels.channel_norm import channel_norm_definition
 from flowreel.kernels.launch import SUFFIXES, implement, launch, sizes, view
-from flowreel.kernels.pixels import check_frames, check_room, check_types, fill, tiles_for
+from flowreel.kernels.pixels import aligned, check_frames, check_room, check_types, fill, tiles_for
 from flowreel.kernels.warp import warp_definition
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ def fusing_input_definition(
 def _fusing_input_cuda(
     frames: Tensor, small: Tensor, small_scale: float, large: Tensor, large_scale: float, out: Tensor
 ) -> None:
+    if not aligned(out):
+        return fusing_input_definition(frames, small, small_scale, large, large_scale, out)
     batch, _, height, width = frames.shape
     scales = np.float32(small_scale), np.float32(large_scale)
     arguments = (frames, *view(small), *view(large), out, *sizes(height, width), *scales)
@@ -76,7 +78,7 @@ def fusing_input(
         frames: (B, 6, H, W) float32, contiguous: two frames, as the networks see them; sides are multiples of 4.
         small, large: (B, 2, H/4, W/4) float32, any strides: predictions of two networks.
         small_scale, large_scale: what makes pixels of them.
-        out: (B, 16, H, W) float32, bfloat16 or float16, channels-last without gaps, from a multiple of 16 bytes on.
+        out: (B, 16, H, W) float32, bfloat16 or float16, channels-last without gaps.
             It gets the first frame (3 channels), small and large in pixels (2 and 2), their lengths (1 and 1), the
             lengths of the first frame less the second one warped by small, and by large (1 and 1), and zeros.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flowreel.kernels.launch import SUFFIXES, implement, launch, sizes, view
-from flowreel.kernels.pixels import check_room, check_types, fill, tiles_for
+from flowreel.kernels.pixels import aligned, check_room, check_types, fill, tiles_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,6 +44,8 @@ def _mean(first: Tensor, second: Tensor) -> Tensor:
 def _normalise_frames_cuda(
     first: Tensor, second: Tensor, planes: Tensor | None, pair: Tensor | None, both: Tensor | None
 ) -> None:
+    if not (aligned(pair) and aligned(both)):
+        return normalise_frames_definition(first, second, planes, pair, both)
     batch, _, height, width = first.shape
     room = next((x for x in (pair, both, planes) if x is not None), None)
     if room is None:
@@ -91,8 +93,8 @@ def normalise_frames(
         both: (2B, 8, H, W) of pair's dtype, channels-last without gaps: the first frames, and zeros, then the second
             ones, and zeros.
 
-    Rooms are float32, bfloat16 or float16, from a multiple of 16 bytes on; what is None is left out. Formed in float32
-    and rounded once. Without gradients: for inference.
+    Rooms are float32, bfloat16 or float16; what is None is left out. Formed in float32 and rounded once. Without
+    gradients: for inference.
 
     Raises:
         TypeError: frames or planes are not float32, or pair and both differ in dtype.

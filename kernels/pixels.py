@@ -18,16 +18,20 @@ def tiles_for(batch: int, height: int, width: int) -> Size:
 
 
 def check_room(out: Tensor, channels: int, batch: int, height: int, width: int) -> None:
-    """Whether ``out`` is a dense channels-last map of that size that can be stored 16 bytes at a time.
+    """Whether ``out`` is a dense channels-last map of that size.
 
     Raises:
         ValueError: it is not.
     """
     if out.shape != (batch, channels, height, width):
         raise ValueError(f"expected room for {(batch, channels, height, width)}, got {tuple(out.shape)}")
-    dense = out.permute(0, 2, 3, 1).is_contiguous()
-    if not dense or out.storage_offset() * out.element_size() % _PIECE:
-        raise ValueError(f"the room is channels-last without gaps, from a multiple of {_PIECE} bytes on")
+    if not out.permute(0, 2, 3, 1).is_contiguous():
+        raise ValueError("room for whole pixels is channels-last without gaps")
+
+
+def aligned(out: Tensor | None) -> bool:
+    """Whether its pixels can be stored 16 bytes at a time: not those of a view from the middle of a pixel on."""
+    return out is None or out.data_ptr() % _PIECE == 0
 
 
 def fill(out: Tensor, *parts: Tensor) -> None:

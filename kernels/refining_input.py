@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowreel.kernels.channel_norm import channel_norm_definition
 from flowreel.kernels.launch import SUFFIXES, implement, launch, sizes, view
-from flowreel.kernels.pixels import check_frames, check_room, check_types, fill, tiles_for
+from flowreel.kernels.pixels import aligned, check_frames, check_room, check_types, fill, tiles_for
 from flowreel.kernels.warp import warp_definition
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ def refining_input_definition(frames: Tensor, flow: Tensor, scale: float, out: T
 
 
 def _refining_input_cuda(frames: Tensor, flow: Tensor, scale: float, out: Tensor) -> None:
+    if not aligned(out):
+        return refining_input_definition(frames, flow, scale, out)
     batch, _, height, width = frames.shape
     arguments = (frames, *view(flow), out, *sizes(height, width), np.float32(scale))
     launch("refining_input", f"refining_input_{SUFFIXES[out.dtype]}", tiles_for(batch, height, width), arguments)
@@ -63,7 +65,7 @@ def refining_input(frames: Tensor, flow: Tensor, scale: float, out: Tensor) -> N
         frames: (B, 6, H, W) float32, contiguous: two frames, as the networks see them; sides are multiples of 4.
         flow: (B, 2, H/4, W/4) float32, any strides: a network's prediction.
         scale: what makes pixels of it.
-        out: (B, 16, H, W) float32, bfloat16 or float16, channels-last without gaps, from a multiple of 16 bytes on.
+        out: (B, 16, H, W) float32, bfloat16 or float16, channels-last without gaps.
             It gets the frames (6 channels), the second one warped by the flow (3), the flow as predicted (2), the
             length of the first frame less the warped one (1), and zeros.
 
