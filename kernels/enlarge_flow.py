@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowreel.kernels.launch import SUFFIXES, implement, launch, sizes, view
-from flowreel.kernels.pixels import check_types, tiles_for
+from flowreel.kernels.pixels import aligned, check_types, tiles_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,10 +25,16 @@ def enlarge_flow_definition(flow: Tensor, weight: Tensor, bias: Tensor, out: Ten
 # --- the CUDA version -------------------------------------------------------------------------------------------------
 
 
+_ROWS = 8  # of a block's threads, each of which has 2x2 pixels
+
+
 def _enlarge_flow_cuda(flow: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
     batch, _, height, width = flow.shape
-    arguments = (*view(flow), weight.contiguous(), bias.contiguous(), *view(out), *sizes(height, width))
-    grid = tiles_for(batch, 2 * height, 2 * width)
+    weight = weight.contiguous()
+    if not aligned(weight):  # rows of weights are loaded whole
+        weight = weight.clone()
+    arguments = (*view(flow), weight, bias.contiguous(), *view(out), *sizes(height, width))
+    grid = tiles_for(batch, height + 1, width + 1, _ROWS)
     launch("enlarge_flow", f"enlarge_flow_{SUFFIXES[out.dtype]}", grid, arguments)
 
 

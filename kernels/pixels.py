@@ -7,14 +7,13 @@ from torch import Tensor
 
 from flowreel.kernels.launch import Size
 
-_TILE = 8, 32  # rows and columns of pixels a block takes, as there
+_TILE = 32, 32  # rows and columns of pixels a block takes, as there
 _PIECE = 16  # bytes of a store
 
 
-def tiles_for(batch: int, height: int, width: int) -> Size:
+def tiles_for(batch: int, height: int, width: int, rows: int = _TILE[0]) -> Size:
     """The grid: a block for each tile of each picture."""
-    rows, columns = _TILE
-    return (batch * -(-height // rows) * -(-width // columns),)
+    return -(-width // _TILE[1]), -(-height // rows), batch
 
 
 def check_room(out: Tensor, channels: int, batch: int, height: int, width: int) -> None:

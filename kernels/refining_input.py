@@ -37,7 +37,7 @@ def _refining_input_cuda(frames: Tensor, flow: Tensor, scale: float, out: Tensor
     if not aligned(out):
         return refining_input_definition(frames, flow, scale, out)
     batch, _, height, width = frames.shape
-    arguments = (frames, *view(flow), out, *sizes(height, width), np.float32(scale))
+    arguments = (frames, *view(flow), out, *sizes(height, width), np.float32(scale), np.float32(1 / scale))
     launch("refining_input", f"refining_input_{SUFFIXES[out.dtype]}", tiles_for(batch, height, width), arguments)
 
 

@@ -1,7 +1,8 @@
 // What the network that fuses two flows is given: the first frame, both flows, their lengths, and for each of them how far
 // the first frame is from the second one seen through it.
 //
-// One thread computes one pixel, from the frames and from the flows at a quarter of their size, and stores all of it.
+// One thread computes one column of 4 pixels, which take one and the same value of each flow at a quarter of the size:
+// what the lower of two pixels fetches first, the upper one has fetched last.
 #include "pixels.cuh"
 #include "sampling.cuh"
 
@@ -19,18 +20,31 @@ __device__ __forceinline__ Flow nearest(View<const float> flow, const Pixel& p, 
 
 __device__ __forceinline__ float length(Flow flow) { return sqrtf(flow.u * flow.u + flow.v * flow.v); }
 
-// How far three values are from what the planes hold where the flow points.
-__device__ __forceinline__ float error_of(
-    Flow flow, const float* values, const float* planes, long long plane, const Pixel& p, int height, int width
+// How far the first frame is from what the second holds where the flow points, for each pixel. `second` is where the
+// first of them lies in its first plane.
+__device__ __forceinline__ void errors_of(
+    Flow flow, const float (&first)[ROWS][3], const float* second, const Pixel& p, int height, int width,
+    float (&errors)[ROWS]
 ) {
-    const Corners<int> at = corners(p.x, p.y, flow.u, flow.v, height, width, width, 1);
-    float squares = 0;
+    const Shift across = shift_of(flow.u, width), down = shift_of(flow.v, height);
+    const int left = held(p.x + across.whole, width) - p.x, right = held(p.x + across.whole + 1, width) - p.x;
+    float squares[ROWS] = {};
 #pragma unroll
-    for (int c = 0; c < 3; ++c) {
-        const float apart = values[c] - sampled(planes + c * plane, at);
-        squares += apart * apart;
+    for (int c = 0; c < 3; ++c, second += (long long)height * width) {
+        float seen[ROWS + 1];
+#pragma unroll
+        for (int r = 0; r <= ROWS; ++r) {
+            const int row = (held(p.y + down.whole + r, height) - p.y) * width;
+            seen[r] = second[row + left] * (1 - across.part) + second[row + right] * across.part;
+        }
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+            const float apart = first[r][c] - (seen[r] * (1 - down.part) + seen[r + 1] * down.part);
+            squares[r] += apart * apart;
+        }
     }
-    return sqrtf(squares);
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) errors[r] = sqrtf(squares[r]);
 }
 
 template <class T>
@@ -38,23 +52,26 @@ __device__ __forceinline__ void fusing_input(
     const float* frames, View<const float> small, View<const float> large, T* out, int height, int width,
     float small_scale, float large_scale
 ) {
-    const Pixel p = pixel_of_tile(height, width);
+    const Pixel p = column_of_tile(width);
+    if (p.y >= height) return;
     const Flow a = nearest(small, p, small_scale), b = nearest(large, p, large_scale);
     const long long plane = (long long)height * width;
-    const float* const first = frames + p.n * 6 * plane;
-    const float* const second = first + 3 * plane;
-    float values[CHANNELS];
+    const float* const own = frames + p.n * 6 * plane + (long long)p.y * width + p.x;
+    float first[ROWS][3], errors_a[ROWS], errors_b[ROWS];
 #pragma unroll
-    for (int c = 0; c < 3; ++c) values[c] = first[c * plane + p.y * width + p.x];
-    values[3] = a.u;
-    values[4] = a.v;
-    values[5] = b.u;
-    values[6] = b.v;
-    values[7] = length(a);
-    values[8] = length(b);
-    values[9] = error_of(a, values, second, plane, p, height, width);
-    values[10] = error_of(b, values, second, plane, p, height, width);
-    write_pixel<ROOM>(out, p, height, width, values);
+    for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+        for (int c = 0; c < 3; ++c) first[r][c] = own[c * plane + r * width];
+    errors_of(a, first, own + 3 * plane, p, height, width, errors_a);
+    errors_of(b, first, own + 3 * plane, p, height, width, errors_b);
+    const float length_a = length(a), length_b = length(b);
+    Pixels<T, ROOM> room(out, p, height, width);
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+        const float values[CHANNELS] = {first[r][0], first[r][1], first[r][2], a.u,         a.v,        b.u,
+                                        b.v,         length_a,    length_b,    errors_a[r], errors_b[r]};
+        room.write(values);
+    }
 }
 
 #define ENTRIES(name, T)                                                                                             \

@@ -1,20 +1,19 @@
-// Dense channels-last maps of few channels, a whole pixel at a time: a tile of pixels for each block, one for each thread.
+// Maps a whole pixel at a time: a tile of pixels for each block, and in it a column of a few for each thread.
 //
-// A warp takes 32 pixels of one row, a block 8 rows of them: what neighbouring rows fetch of the same places comes from
-// the cache. Threads beyond the picture go on, with the pixel at its edge, since neighbours store for each other.
+// A warp takes 32 columns of ROWS pixels: what its rows fetch of the same places, and what is the same for all of them,
+// is fetched once. Threads beside the picture go on, with the column at its edge, since neighbours store for each other.
 #pragma once
 
 #include "common.cuh"
 
-constexpr int TILE_ROWS = 8, TILE_COLUMNS = 32;  // as in launch.py
+constexpr int ROWS = 4, TILE_COLUMNS = 32;  // as in pixels.py; of a block's 8 warps each has ROWS rows
 
-// `blockIdx.x` runs along x, then y, then the batch. `inside` tells whether the pixel is this thread's own.
-__device__ __forceinline__ Pixel pixel_of_tile(int height, int width) {
-    const int across = (width + TILE_COLUMNS - 1) / TILE_COLUMNS, down = (height + TILE_ROWS - 1) / TILE_ROWS;
-    const int row_of_tiles = (int)blockIdx.x / across, n = row_of_tiles / down;
-    const int x = (int)blockIdx.x % across * TILE_COLUMNS + (int)threadIdx.x % TILE_COLUMNS;
-    const int y = row_of_tiles % down * TILE_ROWS + (int)threadIdx.x / TILE_COLUMNS;
-    return {n, y < height ? y : height - 1, x < width ? x : width - 1, y < height && x < width};
+// The first pixel of this thread's. `inside` tells whether the column is its own; all of a warp have the same rows,
+// which may lie below the picture.
+__device__ __forceinline__ Pixel column_of_tile(int width) {
+    const int x = (int)(blockIdx.x * TILE_COLUMNS + threadIdx.x % TILE_COLUMNS);
+    const int y = (int)(blockIdx.y * (blockDim.x / TILE_COLUMNS) + threadIdx.x / TILE_COLUMNS) * ROWS;
+    return {(int)blockIdx.z, y, x < width ? x : width - 1, x < width};
 }
 
 constexpr int PIECE = 16;  // bytes of a store
@@ -24,38 +23,60 @@ __device__ __forceinline__ uint4 exchanged(uint4 mine) {  // with the neighbouri
             __shfl_xor_sync(0xffffffffu, mine.z, 1), __shfl_xor_sync(0xffffffffu, mine.w, 1)};
 }
 
-// Stores the pixel: its values, then zeros up to CHANNELS. All threads of a tile come here.
+// Word by word: a choice between two of them as a whole would become two branches.
+__device__ __forceinline__ uint4 chosen(bool one, uint4 a, uint4 b) {
+    return {one ? a.x : b.x, one ? a.y : b.y, one ? a.z : b.z, one ? a.w : b.w};
+}
+
+// Stores a column's pixels in a dense channels-last map, one after the other: their values, then zeros up to CHANNELS.
+// All lanes of a warp make one, and write at once.
 //
 // Memory takes 32 bytes at a time. So lanes 2i and 2i + 1 store one pixel together, 32 bytes of it at once, then the
 // other: each gives its neighbour what that one stores.
-template <int CHANNELS, int COUNT, class T>
-__device__ __forceinline__ void write_pixel(T* map, const Pixel& p, int height, int width, const float (&values)[COUNT]) {
-    constexpr int EACH = PIECE / (int)sizeof(T), PIECES = CHANNELS / EACH;
-    static_assert(CHANNELS % EACH == 0 && COUNT <= CHANNELS && (PIECES == 1 || PIECES % 2 == 0), "whole pieces");
-    uint4 pieces[PIECES];
+template <class T, int CHANNELS>
+class Pixels {
+    static constexpr int EACH = PIECE / (int)sizeof(T), PIECES = CHANNELS / EACH;
+    static_assert(CHANNELS % EACH == 0 && (PIECES == 1 || PIECES % 2 == 0), "whole pieces");
+
+    T* place;     // of this lane's first piece in the first of the two pixels
+    bool second;  // whether this lane's own is the second of them
+    bool first_inside, second_inside;
+    int row;
+
+public:
+    __device__ __forceinline__ Pixels(T* map, const Pixel& p, int height, int width) : row(width * CHANNELS) {
+        place = map + (((long long)p.n * height + p.y) * width + p.x) * CHANNELS;
+        second = threadIdx.x % 2 != 0;
+        first_inside = second_inside = p.inside;
+        if (PIECES == 1) return;
+        const bool beside = __shfl_xor_sync(0xffffffffu, (int)p.inside, 1) != 0;
+        if (second && p.inside) place -= CHANNELS;  // beyond the edge it stands at the first's
+        if (second) first_inside = beside, place += EACH;
+        else second_inside = beside;
+    }
+
+    template <int COUNT>
+    __device__ __forceinline__ void write(const float (&values)[COUNT]) {
+        static_assert(COUNT <= CHANNELS, "values beyond the pixel");
+        uint4 pieces[PIECES];
 #pragma unroll
-    for (int i = 0; i < PIECES; ++i) {
-        T rounded[EACH];
+        for (int i = 0; i < PIECES; ++i) {
+            T rounded[EACH];
 #pragma unroll
-        for (int k = 0; k < EACH; ++k) {
-            const int c = i * EACH + k;
-            store(rounded + k, c < COUNT ? values[c < COUNT ? c : 0] : 0.0f);
+            for (int k = 0; k < EACH; ++k) {
+                const int c = i * EACH + k;
+                store(rounded + k, c < COUNT ? values[c < COUNT ? c : 0] : 0.0f);
+            }
+            memcpy(pieces + i, rounded, PIECE);
         }
-        memcpy(pieces + i, rounded, PIECE);
-    }
-    T* const own = map + (((long long)p.n * height + p.y) * width + p.x) * CHANNELS;
-    if (PIECES == 1) {
-        if (p.inside) *(uint4*)own = pieces[0];
-        return;
-    }
-    const int second = (int)threadIdx.x % 2;  // whether this lane is the second of the two
-    const bool inside = p.inside, beside = __shfl_xor_sync(0xffffffffu, (int)inside, 1) != 0;
-    T* const pair = own - (second && inside ? CHANNELS : 0);  // a second one beyond the edge stands at the first's
+        if (PIECES == 1 && first_inside) __stwb((uint4*)place, pieces[0]);
 #pragma unroll
-    for (int i = 0; i + 1 < PIECES; i += 2) {
-        const uint4 other = exchanged(second ? pieces[i] : pieces[i + 1]);
-        T* const place = pair + (i + second) * EACH;
-        if (second ? beside : inside) *(uint4*)place = second ? other : pieces[i];
-        if (second ? inside : beside) *(uint4*)(place + CHANNELS) = second ? pieces[i + 1] : other;
+        for (int i = 0; i + 1 < PIECES; i += 2) {
+            const uint4 other = exchanged(chosen(second, pieces[i], pieces[i + 1]));
+            uint4* const to = (uint4*)(place + i * EACH);
+            if (first_inside) __stwb(to, chosen(second, other, pieces[i]));
+            if (second_inside) __stwb(to + PIECES, chosen(second, pieces[i + 1], other));
+        }
+        place += row;
     }
-}
+};

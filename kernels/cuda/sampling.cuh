@@ -6,28 +6,43 @@
 
 #include "common.cuh"
 
-// The two neighbours along one axis, held inside the image, and the weight of the second. NaN fails every comparison
-// and lives on in the weight.
+// A displacement along one axis: whole pixels, rounded down, and the rest. NaN fails every comparison and lives on in
+// the rest.
+struct Shift {
+    int whole;
+    float part;
+};
+
+__device__ __forceinline__ Shift shift_of(float shift, int size) {
+    const float limit = (float)(size + 1);  // beyond one image size everything is border
+    if (shift > limit) shift = limit;
+    if (shift < -limit) shift = -limit;
+    const float whole = floorf(shift);
+    return {whole == whole ? (int)whole : 0, shift - whole};
+}
+
+__device__ __forceinline__ int held(int place, int size) { return max(0, min(place, size - 1)); }
+
+// The two neighbours along one axis, held inside the image, and the weight of the second.
 struct Neighbours {
     int first, second;
     float part;
 };
 
-__device__ __forceinline__ int held(int place, int size) { return place < 0 ? 0 : place < size ? place : size - 1; }
-
 __device__ __forceinline__ Neighbours neighbours(int place, float shift, int size) {
-    const float limit = (float)(size + 1);  // beyond one image size everything is border
-    if (shift > limit) shift = limit;
-    if (shift < -limit) shift = -limit;
-    const float whole = floorf(shift);
-    const int first = place + (whole == whole ? (int)whole : 0);
-    return {held(first, size), held(first + 1, size), shift - whole};
+    const Shift by = shift_of(shift, size);
+    return {held(place + by.whole, size), held(place + by.whole + 1, size), by.part};
 }
 
 template <class Offset>  // an integer that reaches over one plane
 struct Corners {
     Offset top_left, top_right, bottom_left, bottom_right;  // in elements
     float left, right, top, bottom;                         // weights
+
+    // Counted from another place than the plane's beginning.
+    __device__ __forceinline__ Corners from(Offset place) const {
+        return {top_left - place, top_right - place, bottom_left - place, bottom_right - place, left, right, top, bottom};
+    }
 };
 
 // Of the pixel (x, y) displaced by (u, v), in planes whose rows and columns lie so many elements apart.
@@ -43,10 +58,10 @@ __device__ __forceinline__ Corners<Offset> corners(
 }
 
 template <class T, class Offset>
-__device__ __forceinline__ float sampled(const T* plane, const Corners<Offset>& at) {
-    float sum = widened(plane[at.top_left]) * (at.left * at.top);
-    sum += widened(plane[at.top_right]) * (at.right * at.top);
-    sum += widened(plane[at.bottom_left]) * (at.left * at.bottom);
-    sum += widened(plane[at.bottom_right]) * (at.right * at.bottom);
+__device__ __forceinline__ float sampled(const T* place, const Corners<Offset>& at) {
+    float sum = widened(place[at.top_left]) * (at.left * at.top);
+    sum += widened(place[at.top_right]) * (at.right * at.top);
+    sum += widened(place[at.bottom_left]) * (at.left * at.bottom);
+    sum += widened(place[at.bottom_right]) * (at.right * at.bottom);
     return sum;
 }
