@@ -47,7 +47,9 @@ def padded(channels: int) -> int:
 class Convolution:
     """One convolution or deconvolution, and the activation that follows it. ``watch`` sees what the first gives."""
 
-    weight: Tensor  # (out, in, k, k), of a deconvolution (in, out, k, k); padded, channels last
+    weight: (
+        Tensor  # (out, in, k, k), of a deconvolution (in, out, k, k); padded, channels last; flow's enlarging neither
+    )
     bias: Tensor  # (out,) float32; zeros where the layer has none, and where padded
     outputs: int  # real channels
     stride: int
@@ -113,7 +115,7 @@ def pack_layer(module: nn.Module, precision: Precision) -> Convolution:
         *weight.shape[2:],
         dtype=torch.float32 if about_flow else DTYPES[precision],
         device=weight.device,
-    ).to(memory_format=torch.channels_last)
+    ).to(memory_format=torch.contiguous_format if enlarging else torch.channels_last)
     spread[: weight.shape[0], : weight.shape[1]] = weight
     bias = torch.zeros(spread.shape[1 if transposed else 0], device=weight.device)
     if convolution.bias is not None:

@@ -411,3 +411,7 @@ template <class T>
 static inline T __ldg(const T* place) {
     return *place;
 }
+template <class T>
+static inline void __stwb(T* place, T value) {
+    *place = value;
+}
