@@ -69,9 +69,9 @@ def unpack_flow_head(packed: Tensor, channels: int) -> Tensor:
     kernel = _KERNELS[packed.shape[1]]
     columns = packed.permute(1, 2, 0, 3, 4).flatten(2)[..., :channels]  # (tile, column, channel)
     kx = min(kernel, _FIRST)
-    by_place = columns[:kernel, : kx * _OUTPUTS].unflatten(1, (kx, _OUTPUTS))
+    by_place = columns[:kernel, : kx * _OUTPUTS].reshape(kernel, kx, _OUTPUTS, channels)
     if kernel > _FIRST:
-        last = columns[kernel:].flatten(0, 1)[: kernel * _OUTPUTS].unflatten(0, (kernel, 1, _OUTPUTS))
+        last = columns[kernel:].flatten(0, 1)[: kernel * _OUTPUTS].reshape(kernel, 1, _OUTPUTS, channels)
         by_place = torch.cat((by_place, last), 1)
     return by_place.permute(2, 3, 0, 1)
 
@@ -135,7 +135,7 @@ def _take_off_borders_cuda(
 
 def _fits(x: Tensor) -> bool:
     """Whether the kernels can read the pixels 8 channels at a time."""
-    steps = x.stride(0), x.stride(2), x.stride(3)
+    steps = (step for axis, step in enumerate(x.stride()) if axis != 1 and x.shape[axis] > 1)
     aligned = x.data_ptr() % 16 == 0 and x.shape[1] % 8 == 0 and all(step % 8 == 0 for step in steps)
     return x.dtype in (torch.float16, torch.bfloat16) and x.stride(1) == 1 and aligned
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flowreel.engine.compiled.composed import composed
 from flowreel.kernels import flow_head as heads
 from flowreel.kernels.flow_head import Borders, pack_flow_head
 from flowreel.kernels.launch import recording
@@ -130,6 +131,25 @@ def test_borders_equal_their_definition(dtype: torch.dtype, card: torch.device) 
 def test_borders_of_what_the_kernel_does_not_take(card: torch.device) -> None:
     compare_borders((1, 12, 3, 5), torch.float16, card)
     compare_borders((1, 16, 3, 5), torch.float32, card)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 6), (2, 2), (5, 1), (3, 4), (9, 40)])
+def test_a_head_behind_a_smoothing_layer_is_the_two(height: int, width: int, card: torch.device) -> None:
+    """Exactly, with whole numbers that every type holds; a large bias between the two ends at the border."""
+    generator = torch.Generator().manual_seed(height * 100 + width)
+
+    def whole(*shape: int) -> Tensor:
+        return torch.randint(-2, 3, shape, generator=generator).float()
+
+    smooth, head = (whole(6, 24, 3, 3), 100 * whole(6)), (whole(2, 6, 3, 3), whole(2))
+    x = whole(2, 24, height, width)
+    expected = F.conv2d(F.conv2d(x, *smooth, padding=1), *head, padding=1)
+    one = composed(smooth, head)
+    given = x.to(card, torch.float16).contiguous(memory_format=torch.channels_last)
+    packed = pack_flow_head(one.weight, torch.float16).to(card)
+    found = heads._flow_head_cuda(given, packed, one.bias.to(card))
+    heads._take_off_borders_cuda(found, given, *(part.to(card) for part in one.borders))
+    assert torch.equal(found.cpu(), expected)
 
 
 # --- faults planted in a copy of the sources --------------------------------------------------------------------------
