@@ -1,4 +1,4 @@
-"""The correlation by tensor cores equals its definition: on a CPU that acts the GPU, and on a GPU where there is one."""
+"""The correlation by tensor cores equals its definition: on a CPU that acts the GPU, and on a GPU if there is one."""
 
 from __future__ import annotations
 
