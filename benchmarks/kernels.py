@@ -21,9 +21,13 @@ from flowreel.kernels import channel_norm, correlation, flow_to_color, quantise,
 from flowreel.kernels.bias_leaky_relu import bias_leaky_relu_, bias_leaky_relu_in_place_definition
 from flowreel.kernels.channel_norm import channel_norm_definition
 from flowreel.kernels.correlation import correlation_definition, pixel_correlation_backward_definition
+from flowreel.kernels.enlarge_flow import enlarge_flow, enlarge_flow_definition
 from flowreel.kernels.flow_color import flow_to_color_definition
+from flowreel.kernels.fusing_input import fusing_input, fusing_input_definition
 from flowreel.kernels.launch import recording
+from flowreel.kernels.normalise_frames import normalise_frames, normalise_frames_definition
 from flowreel.kernels.quantise import quantise_definition
+from flowreel.kernels.refining_input import refining_input, refining_input_definition
 from flowreel.kernels.warp import warp_definition
 from flowreel.kernels.yuv_to_rgb import yuv_to_rgb_definition
 
@@ -31,6 +35,7 @@ OURS = "flowreel"
 PIXELS = (448, 1024)  # rows, columns of a frame
 BATCH = 8  # pairs, of the convolutions
 FEATURES = (1, 256, 56, 128)  # what FlowNetC correlates of such frames
+PAIRS = 8  # of a batch, where one pair is done before it is well begun
 RADIUS, STRIDE = 10, 2  # 21 x 21 displacements, every second pixel
 BEYOND_CACHES = 256 << 20  # bytes of different inputs; the largest last-level caches in use hold less
 MOST_INPUTS = 64
@@ -119,6 +124,7 @@ def kernels(device: str) -> list[Kernel]:
     made += [_warp(device, "fp32"), _warp(device, half), _channel_norm(device, 3), _channel_norm(device, 2)]
     if device == "cuda":
         made += [_yuv_to_rgb(device), _bias_leaky_relu(device, "fp32"), _bias_leaky_relu(device, half)]
+        made += [kernel(device, half) for kernel in (_normalise_frames, _refining_input, _fusing_input, _enlarge_flow)]
         made += [_convolution(layer, device, half) for layer in LAYERS]
     return [*made, _color(device)]
 
@@ -268,6 +274,75 @@ def _bias_leaky_relu(device: str, precision: str) -> Kernel:
     return Kernel(
         "bias_leaky_relu", _shape(x), precision, _ways(functions, given), 0.0, 3 * x.element_size() * x.numel()
     )
+
+
+def _room(device: str, precision: str, channels: int, batch: int = PAIRS) -> Tensor:
+    """Of whole frames, channels last."""
+    made = torch.zeros(batch, channels, *PIXELS, dtype=DTYPES[precision], device=device)
+    return made.to(memory_format=torch.channels_last)
+
+
+def _frames_and_quarters(device: str, quarters: int) -> tuple[Tensor, ...]:
+    """Two normalised frames, and flow at a quarter of their size as a network predicts it."""
+    frames = torch.randn(PAIRS, 6, *PIXELS, device=device)
+    height, width = (side // 4 for side in PIXELS)
+    return frames, *(torch.randn(PAIRS, 2, height, width, device=device) / 2 for _ in range(quarters))
+
+
+def _normalise_frames(device: str, precision: str) -> Kernel:
+    """To all places at once, as FlowNet2 wants it."""
+
+    def make() -> tuple[Tensor, ...]:
+        first, second = (torch.rand(PAIRS, 3, *PIXELS, device=device) * 255 for _ in range(2))
+        rooms = _room(device, precision, 8), _room(device, precision, 8, 2 * PAIRS)
+        return first, second, torch.empty(PAIRS, 6, *PIXELS, device=device), *rooms
+
+    def ours(first: Tensor, second: Tensor, planes: Tensor, pair: Tensor, both: Tensor) -> None:
+        normalise_frames(first, second, planes=planes, pair=pair, both=both)
+
+    inputs = _many(make)
+    ways = _ways({OURS: ours, "torch definition": normalise_frames_definition}, inputs)
+    return _in_bytes("normalise_frames", precision, ways, inputs[0])
+
+
+def _refining_input(device: str, precision: str) -> Kernel:
+    def make() -> tuple[Tensor, ...]:
+        return *_frames_and_quarters(device, 1), _room(device, precision, 16)
+
+    inputs = _many(make)
+    given = [(frames, flow, 20.0, room) for frames, flow, room in inputs]
+    ways = _ways({OURS: refining_input, "torch definition": refining_input_definition}, given)
+    return _in_bytes("refining_input", precision, ways, inputs[0])
+
+
+def _fusing_input(device: str, precision: str) -> Kernel:
+    def make() -> tuple[Tensor, ...]:
+        return *_frames_and_quarters(device, 2), _room(device, precision, 16)
+
+    inputs = _many(make)
+    given = [(frames, small, 1 / 20, large, 20.0, room) for frames, small, large, room in inputs]
+    ways = _ways({OURS: fusing_input, "torch definition": fusing_input_definition}, given)
+    return _in_bytes("fusing_input", precision, ways, inputs[0])
+
+
+def _enlarge_flow(device: str, precision: str) -> Kernel:
+    """The last of FlowNet2's, from a half to all of the size, into two of 88 channels: its writes lie far apart."""
+
+    def make() -> tuple[Tensor, ...]:
+        flow = torch.randn(PAIRS, 2, *(side // 2 for side in PIXELS), device=device)
+        return flow, _room(device, precision, 88)
+
+    weight, bias = torch.randn(2, 2, 4, 4, device=device), torch.randn(2, device=device)
+    inputs = _many(make)
+    given = [(flow, weight, bias, room[:, 80:82]) for flow, room in inputs]
+    ways = _ways({OURS: enlarge_flow, "torch definition": enlarge_flow_definition}, given)
+    return _in_bytes("enlarge_flow", precision, ways, (inputs[0][0], given[0][-1]))
+
+
+def _in_bytes(name: str, precision: str, ways: Mapping[str, Action], moved: Sequence[Tensor]) -> Kernel:
+    """One that memory alone bounds: ``moved`` is what it reads and writes once, its input first."""
+    size = sum(tensor.numel() * tensor.element_size() for tensor in moved)
+    return Kernel(name, _shape(moved[0]), precision, ways, 0.0, size)
 
 
 def _convolution(layer: Layer, device: str, precision: Precision) -> Kernel:

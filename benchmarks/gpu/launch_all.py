@@ -10,6 +10,10 @@ import torch
 from flowreel.kernels import channel_norm, correlation, flow_to_color, quantise, warp, yuv_to_rgb
 from flowreel.kernels.bias_leaky_relu import bias_leaky_relu, bias_leaky_relu_
 from flowreel.kernels.convolution import convolution, pack
+from flowreel.kernels.enlarge_flow import enlarge_flow
+from flowreel.kernels.fusing_input import fusing_input
+from flowreel.kernels.normalise_frames import normalise_frames
+from flowreel.kernels.refining_input import refining_input
 
 HEIGHT, WIDTH = 21, 37
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -45,8 +49,8 @@ def main(device: str) -> None:
                 bias, whole = torch.randn(24, device=device), made(48)
                 bias_leaky_relu_(made(24), bias, 0.1, whole[:, 8:32])
                 bias_leaky_relu(made(24), bias, 0.1, whole[:, 5:22])
-                bias_leaky_relu(made(24).float(), bias, 0.1, whole[:, 5:22])
                 correlation(made(24), made(24), scale=1 / 19, negative_slope=0.1, out=made(480)[:, 32:473])
+        network_inputs(device, dtype)
         for max_flow in (None, 20.0):
             flow_to_color(flow.to(dtype), max_flow)
         for steps in (torch.int16, torch.int32):
@@ -64,6 +68,25 @@ def main(device: str) -> None:
         yuv_to_rgb(luma, chroma, out=torch.empty(3, 64, 64, dtype=torch.uint8, device=device))
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def network_inputs(device: str, dtype: torch.dtype) -> None:
+    """What is stored pixel by pixel, and flow into one and the other place of a concatenation."""
+    height, width = HEIGHT // 4 * 4, WIDTH // 4 * 4
+    frames = torch.randn(2, 6, height, width, device=device)
+    flow = torch.randn(2, 2, height // 4, width // 4, device=device)
+
+    def room(channels: int, batch: int = 2) -> torch.Tensor:
+        made = torch.zeros(batch, channels, height, width, dtype=dtype, device=device)
+        return made.to(memory_format=torch.channels_last)
+
+    normalise_frames(frames[:, :3], frames[:, 3:], planes=torch.empty_like(frames), pair=room(8), both=room(8, batch=4))
+    refining_input(frames, flow, 20.0, room(16))
+    fusing_input(frames, flow, 0.05, flow, 20.0, room(16))
+    half = torch.randn(2, 2, height // 2, width // 2, device=device)
+    for start in (1, 4):
+        weight, bias = torch.randn(2, 2, 4, 4, device=device), torch.randn(2, device=device)
+        enlarge_flow(half, weight, bias, room(8)[:, start : start + 2])
 
 
 if __name__ == "__main__":

@@ -52,7 +52,8 @@ class Convolution:
     By our own kernel, which does both at once, where ``packed`` is there; else by cuDNN and a kernel after it.
     """
 
-    weight: Tensor  # (out, in, k, k), of a deconvolution (in, out, k, k); channels last; padded, for cuDNN
+    # (out, in, k, k), of a deconvolution (in, out, k, k); channels last; padded, for cuDNN. Flow's enlarging: neither.
+    weight: Tensor
     packed: Tensor | None  # the same as our own kernel takes it
     bias: Tensor  # (out,) float32; zeros where the layer has none, and where padded
     outputs: int  # real channels
@@ -143,7 +144,7 @@ def pack_layer(module: nn.Module, precision: Precision, by_cudnn: bool = False) 
         bias[: layer.out_channels] = layer.bias.detach()
     activation = parts[-1]
     return Convolution(
-        weight=weight.to(memory_format=torch.channels_last),
+        weight=weight.to(memory_format=torch.contiguous_format if enlarging else torch.channels_last),
         packed=pack(weight, stride, transposed) if ours else None,
         bias=bias,
         outputs=layer.out_channels,

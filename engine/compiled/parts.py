@@ -13,12 +13,13 @@ from typing import Protocol
 
 from torch import Tensor
 
+from flowreel.engine.compiled.composed import HEAD, SMOOTHING
+from flowreel.engine.compiled.heads import Layers
 from flowreel.engine.compiled.padded import Convolution, Watch
 from flowreel.engine.models.flownetc import DISPLACEMENTS
 from flowreel.engine.models.layers import SLOPE
 from flowreel.kernels import correlation
-
-Layers = dict[str, Convolution]
+from flowreel.kernels.enlarge_flow import enlarge_flow
 
 
 class Room(Protocol):
@@ -31,7 +32,8 @@ class Part:
     """S, SD or the fusion network: called with its padded input, gives its finest flow, (B, 2, ...) float32."""
 
     def __init__(self, layers: Layers, room: Room) -> None:
-        self.layers = layers
+        self.layers = {name: layer for name, layer in layers.items() if isinstance(layer, Convolution)}
+        self.heads = {name: layer for name, layer in layers.items() if name.startswith(HEAD)}
         self.watch: Watch | None = None
         self.encoder = sorted(
             name for name in layers if re.fullmatch(r"conv\d(_1)?", name)
@@ -64,14 +66,15 @@ class Part:
 
     def refined(self, features: Tensor) -> Tensor:
         """The encoder's last, coarsest features to the finest flow."""
-        flow = self.through(features, [f"predict_flow{self.levels[0] + 1}"])
+        flow = self.heads[f"{HEAD}{self.levels[0] + 1}"](features)
         for level in self.levels:
             deconv, upsampled = f"deconv{level}", f"upsampled_flow{level + 1}_to_{level}"
             self.layers[deconv].into(features, self.places[deconv], self.watch)
-            self.layers[upsampled].into(flow, self.places[upsampled])
+            enlarging = self.layers[upsampled]
+            enlarge_flow(flow, enlarging.weight, enlarging.bias, self.places[upsampled])
             features = self.concatenations[level]
-            smooth = [f"inter_conv{level}"] if f"inter_conv{level}" in self.layers else []
-            flow = self.through(features, [*smooth, f"predict_flow{level}"])
+            smooth = [f"{SMOOTHING}{level}"] if f"{SMOOTHING}{level}" in self.layers else []
+            flow = self.heads[f"{HEAD}{level}"](self.through(features, smooth))
         return flow
 
     def _ends(self, level: int) -> str:
@@ -90,19 +93,16 @@ class Part:
 
 
 class MatchingPart(Part):
-    """C: called with both frames (B, 6, H, W) float32, which go through the encoder as one batch."""
+    """C: called with the first frames of all pairs, then the second ones, as one padded batch."""
 
     def __init__(self, layers: Layers, room: Room, pairs: int) -> None:
         super().__init__(layers, room)
         self.pairs = pairs
-        self.both = room(3, batch=2 * pairs)
         self.matched = self._concatenated(["conv_redir"], room, 3, DISPLACEMENTS)
         self.skip = self.places.pop("conv2")  # takes the first frame's features alone
 
     def __call__(self, x: Tensor) -> Tensor:
-        self.both[: self.pairs, :3].copy_(x[:, :3])
-        self.both[self.pairs :, :3].copy_(x[:, 3:])
-        conv2 = self.through(self.both, ["conv1", "conv2"])
+        conv2 = self.through(x, ["conv1", "conv2"])
         self.skip.copy_(conv2[: self.pairs, : self.skip.shape[1]])
         conv3 = self.through(conv2, ["conv3"])
         first, second = conv3[: self.pairs], conv3[self.pairs :]

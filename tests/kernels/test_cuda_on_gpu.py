@@ -17,8 +17,12 @@ from flowreel.kernels import channel_norm, correlation, flow_to_color, launch, q
 from flowreel.kernels.channel_norm import channel_norm_definition
 from flowreel.kernels.convolution import convolution, convolution_definition, pack
 from flowreel.kernels.correlation import pixel_correlation_definition
+from flowreel.kernels.enlarge_flow import enlarge_flow, enlarge_flow_definition
 from flowreel.kernels.flow_color import flow_to_color_definition
+from flowreel.kernels.fusing_input import fusing_input, fusing_input_definition
+from flowreel.kernels.normalise_frames import normalise_frames, normalise_frames_definition
 from flowreel.kernels.quantise import quantise_definition
+from flowreel.kernels.refining_input import refining_input, refining_input_definition
 from flowreel.kernels.warp import warp_definition
 from flowreel.kernels.yuv_to_rgb import yuv_to_rgb_definition
 
@@ -142,6 +146,41 @@ def test_correlation_into_a_concatenation_in_a_graph_and_compiled(gpu: torch.dev
     graph.replay()
     compare(results, (expected,), 1e-5)
     compare(torch.compile(work, fullgraph=True)(), (expected,), 1e-5)
+
+
+def test_network_inputs_in_a_graph_and_compiled(gpu: torch.device) -> None:
+    torch._dynamo.reset()
+    generator = torch.Generator().manual_seed(1)
+    first, second, flow = (
+        torch.randn(2, *shape, generator=generator) for shape in ((3, 20, 44), (3, 20, 44), (2, 5, 11))
+    )
+    weight, bias = torch.randn(2, 2, 4, 4, generator=generator), torch.randn(2, generator=generator)
+
+    def rooms(device: torch.device) -> list[Tensor]:
+        shapes = ((2, 6, 20, 44), (2, 8, 20, 44), (4, 8, 20, 44), (2, 16, 20, 44), (2, 16, 20, 44), (2, 7, 10, 22))
+        made = [torch.zeros(shape, device=device) for shape in shapes]
+        return made[:1] + [x.to(memory_format=torch.channels_last) for x in made[1:]]
+
+    expected = rooms(torch.device("cpu"))
+    normalise_frames_definition(first, second, *expected[:3])
+    refining_input_definition(expected[0], flow, 2.0, expected[3])
+    fusing_input_definition(expected[0], flow, 0.5, flow, 2.0, expected[4])
+    enlarge_flow_definition(flow, weight, bias, expected[5][:, 3:5])
+    given = [x.to(gpu) for x in (first, second, flow, weight, bias)]
+
+    def work() -> Results:
+        one, two, quarter, *learned = given
+        planes, pair, both, refining, fusing, whole = rooms(gpu)
+        normalise_frames(one, two, planes=planes, pair=pair, both=both)
+        refining_input(planes, quarter, 2.0, refining)
+        fusing_input(planes, quarter, 0.5, quarter, 2.0, fusing)
+        enlarge_flow(quarter, *learned, whole[:, 3:5])
+        return planes, pair, both, refining, fusing, whole
+
+    graph, results = captured(work)
+    graph.replay()
+    compare(results, tuple(expected), 1e-5)
+    compare(torch.compile(work, fullgraph=True)(), tuple(expected), 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -47,6 +47,9 @@ static uint3 threadIdx, blockIdx, blockDim, gridDim;
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
+struct alignas(8) float2 {
+    float x, y;
+};
 struct alignas(16) float4 {
     float x, y, z, w;
 };
@@ -423,4 +426,8 @@ static inline T max(T a, T b) {
 template <class T>
 static inline T __ldg(const T* place) {
     return *place;
+}
+template <class T>
+static inline void __stwb(T* place, T value) {
+    *place = value;
 }
