@@ -47,9 +47,7 @@ def padded(channels: int) -> int:
 class Convolution:
     """One convolution or deconvolution, and the activation that follows it. ``watch`` sees what the first gives."""
 
-    weight: (
-        Tensor  # (out, in, k, k), of a deconvolution (in, out, k, k); padded, channels last; flow's enlarging neither
-    )
+    weight: Tensor  # (out, in, k, k), of a deconvolution (in, out, k, k); padded, channels last; flow's own neither
     bias: Tensor  # (out,) float32; zeros where the layer has none, and where padded
     outputs: int  # real channels
     stride: int
@@ -98,7 +96,8 @@ def convolve(x: Tensor, by: Convolution) -> Tensor:
 def pack_layer(module: nn.Module, precision: Precision) -> Convolution:
     """A layer as ``engine.models.layers`` makes them. Flow heads and the enlarging of flow stay in float32.
 
-    Those take float32 maps: half precision costs .04 px there at 40 px of motion.
+    Those take float32 maps: half precision costs .04 px there at 40 px of motion. What enlarges is no convolution of
+    cuDNN's: its weights are as ``enlarge_flow`` takes them.
     """
     parts = list(module) if isinstance(module, nn.Sequential) else [module]
     convolution = parts[0]
