@@ -5,14 +5,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.ceilings import Ceilings, share_of_limit
 from benchmarks.measure import Action, Effort, Sample, alternated, device_sync, devices, ratio
+from flowreel.engine.compiled.padded import Convolution, pack_layer, padded
+from flowreel.engine.config import Precision
+from flowreel.engine.models.layers import conv, deconv, inter_conv
 from flowreel.kernels import channel_norm, correlation, flow_to_color, quantise, warp, yuv_to_rgb
 from flowreel.kernels.bias_leaky_relu import bias_leaky_relu_, bias_leaky_relu_in_place_definition
 from flowreel.kernels.channel_norm import channel_norm_definition
@@ -29,12 +33,44 @@ from flowreel.kernels.yuv_to_rgb import yuv_to_rgb_definition
 
 OURS = "flowreel"
 PIXELS = (448, 1024)  # rows, columns of a frame
+BATCH = 8  # pairs, of the convolutions
 FEATURES = (1, 256, 56, 128)  # what FlowNetC correlates of such frames
 PAIRS = 8  # of a batch, where one pair is done before it is well begun
 RADIUS, STRIDE = 10, 2  # 21 x 21 displacements, every second pixel
 BEYOND_CACHES = 256 << 20  # bytes of different inputs; the largest last-level caches in use hold less
 MOST_INPUTS = 64
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One that our own convolution takes instead of cuDNN, as FlowNet2 has it."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    inputs: int
+    level: int  # its input is 1 / 2^level of the frame
+    batch: int = BATCH
+    room: tuple[int, int] | None = (
+        None  # of what concatenation its result is a part: channels, and the first of its own
+    )
+    alone: bool = False  # whether it goes there alone
+
+
+LAYERS = (
+    Layer("C conv1", lambda: conv(3, 64, 7, 2), 3, 0, 2 * BATCH),
+    Layer("S conv1", lambda: conv(12, 64, 7, 2), 12, 0),
+    Layer("SD conv0", lambda: conv(6, 64), 6, 0),
+    Layer("SD conv1", lambda: conv(64, 64, stride=2), 64, 0),
+    Layer("SD conv1_1", lambda: conv(64, 128), 64, 1),
+    Layer("SD inter_conv2", lambda: inter_conv(194, 64), 194, 2),
+    Layer("fusion conv0", lambda: conv(11, 64), 11, 0, room=(82, 0)),
+    Layer("fusion conv1_1", lambda: conv(64, 128), 64, 1, room=(162, 0)),
+    Layer("fusion deconv1", lambda: deconv(128, 32), 128, 2, room=(162, 128), alone=True),
+    Layer("fusion inter_conv1", lambda: inter_conv(162, 32), 162, 1),
+    Layer("fusion deconv0", lambda: deconv(162, 16), 162, 1, room=(82, 64), alone=True),
+    Layer("fusion inter_conv0", lambda: inter_conv(82, 16), 82, 0),
+)
 
 
 @dataclass(frozen=True)
@@ -82,13 +118,14 @@ def _row(kernel: Kernel, device: str, way: str, found: Mapping[str, list[float]]
 def kernels(device: str) -> list[Kernel]:
     """Every operation and precision that is worth a row on that device."""
     torch.manual_seed(0)
-    half = "bf16" if device == "cpu" else "fp16"
+    half: Precision = "bf16" if device == "cpu" else "fp16"
     made = [_correlation(device, "fp32"), _correlation(device, half), _correlation_backward(device)]
     made += [_correlation_into(device, "fp32"), _correlation_into(device, half), _quantise(device)]
     made += [_warp(device, "fp32"), _warp(device, half), _channel_norm(device, 3), _channel_norm(device, 2)]
     if device == "cuda":
         made += [_yuv_to_rgb(device), _bias_leaky_relu(device, "fp32"), _bias_leaky_relu(device, half)]
         made += [kernel(device, half) for kernel in (_normalise_frames, _refining_input, _fusing_input, _enlarge_flow)]
+        made += [_convolution(layer, device, half) for layer in LAYERS]
     return [*made, _color(device)]
 
 
@@ -306,6 +343,39 @@ def _in_bytes(name: str, precision: str, ways: Mapping[str, Action], moved: Sequ
     """One that memory alone bounds: ``moved`` is what it reads and writes once, its input first."""
     size = sum(tensor.numel() * tensor.element_size() for tensor in moved)
     return Kernel(name, _shape(moved[0]), precision, ways, 0.0, size)
+
+
+def _convolution(layer: Layer, device: str, precision: Precision) -> Kernel:
+    """With its bias and LeakyReLU, written where the network wants it."""
+    module, (height, width) = layer.make().to(device), (side >> layer.level for side in PIXELS)
+    ways = {OURS: pack_layer(module, precision), "cuDNN, bias_leaky_relu": pack_layer(module, precision, by_cudnn=True)}
+
+    def map_of(channels: int, height: int, width: int) -> Tensor:
+        made = torch.zeros(layer.batch, padded(channels), height, width, dtype=DTYPES[precision], device=device)
+        made[:, :channels].normal_()
+        return made.contiguous(memory_format=torch.channels_last)
+
+    def call(by: Convolution, x: Tensor, whole: Tensor | None) -> None:
+        part = None if whole is None or layer.room is None else whole[:, layer.room[1] :][:, : by.outputs]
+        if part is not None and layer.alone:
+            by.into(x, part)
+        else:
+            by(x, part)
+
+    by, x = ways[OURS], map_of(layer.inputs, height, width)
+    out = by(x).shape
+    whole = None if layer.room is None else map_of(layer.room[0], *out[2:])
+    flops = 2.0 * x.shape[0] * by.weight[0, 0].numel() * layer.inputs * by.outputs
+    flops *= height * width / (1 if by.transposed else by.stride**2)
+    written = 2 * out.numel() if layer.room is not None and not layer.alone else out.numel()
+    return Kernel(
+        f"convolution, {layer.name}",
+        _shape(x),
+        precision,
+        {name: _without_gradients(partial(call, way), [(x, whole)]) for name, way in ways.items()},
+        flops,
+        x.element_size() * (x.shape[0] * layer.inputs * height * width + written),
+    )
 
 
 def _color(device: str) -> Kernel:

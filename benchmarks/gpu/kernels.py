@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benchmarks import kernels as cases
 from benchmarks.gpu.findings import Findings, Settings
+from flowreel.engine.compiled.padded import convolve, pack_layer, padded
 from flowreel.kernels import channel_norm, correlation, flow_to_color, quantise, warp, yuv_to_rgb
 from flowreel.kernels.bias_leaky_relu import bias_leaky_relu_, bias_leaky_relu_in_place_definition
 from flowreel.kernels.channel_norm import channel_norm_definition
@@ -154,6 +155,22 @@ def _enlarge_flow(made: Made) -> Compared:
     return [(ours, wanted)]
 
 
+def _convolution(layer: cases.Layer, made: Made) -> Compared:
+    """With bias and LeakyReLU, and its result in a part of a concatenation."""
+    if made.dtype == torch.float32:
+        return []  # cuDNN's
+    half = pack_layer(layer.make().to(made.device), "fp16" if made.dtype == torch.float16 else "bf16")
+    height, width = (side >> layer.level for side in cases.PIXELS)
+    x = made(2, padded(layer.inputs), height, width)
+    weight = half.weight.double().contiguous()
+    wanted = convolve(x[:, : layer.inputs].double().contiguous(), replace(half, weight=weight))
+    bias_leaky_relu_in_place_definition(wanted, half.bias, half.slope, None)
+    first, part = layer.room if layer.room is not None else (half.outputs, 0)
+    whole = made(2, padded(first), *wanted.shape[2:])
+    own = half(x, whole[:, part : part + half.outputs])
+    return [(own, wanted), (whole[:, part : part + half.outputs], wanted)]
+
+
 def _gradients(layer: Callable[..., Tensor], inputs: Callable[[Made], tuple[Tensor, ...]], made: Made) -> Compared:
     """Of each input: by the kernels in their type, by the definitions in float64."""
     given = inputs(made)
@@ -174,6 +191,7 @@ COMPARED: dict[str, Callable[[Made], Compared]] = {
     "fusing_input": _fusing_input,
     "normalise_frames": _normalise_frames,
     "enlarge_flow": _enlarge_flow,
+    **{f"convolution, {layer.name}": partial(_convolution, layer) for layer in cases.LAYERS},
     "correlation, gradient": partial(
         _gradients, correlation, lambda made: (made(*cases.FEATURES), made(*cases.FEATURES))
     ),

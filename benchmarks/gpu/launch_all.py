@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 
 import torch
 
 from flowreel.kernels import channel_norm, correlation, flow_to_color, quantise, warp, yuv_to_rgb
 from flowreel.kernels.bias_leaky_relu import bias_leaky_relu, bias_leaky_relu_
+from flowreel.kernels.convolution import convolution, pack
 from flowreel.kernels.enlarge_flow import enlarge_flow
 from flowreel.kernels.fusing_input import fusing_input
 from flowreel.kernels.normalise_frames import normalise_frames
@@ -15,6 +17,18 @@ from flowreel.kernels.refining_input import refining_input
 
 HEIGHT, WIDTH = 21, 37
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def weights(device: str) -> Iterator[tuple[torch.Tensor, int, bool]]:
+    """One of each kind that our convolution takes, its stride, and whether it is a deconvolution's."""
+    for inputs, outputs, kernel, stride in (
+        *((inputs, 64, 7, 2) for inputs in (3, 6, 12)),
+        *((inputs, 64, 3, 1) for inputs in (6, 11)),
+        *((40, outputs, 3, 1) for outputs in (16, 32, 128)),
+        (40, 64, 3, 2),
+    ):
+        yield torch.randn(outputs, inputs, kernel, kernel, device=device) / inputs, stride, False
+    yield torch.randn(40, 16, 4, 4, device=device) / 40, 2, True
 
 
 def main(device: str) -> None:
@@ -41,6 +55,14 @@ def main(device: str) -> None:
             flow_to_color(flow.to(dtype), max_flow)
         for steps in (torch.int16, torch.int32):
             quantise(flow.to(dtype), 1 / 64, dtype=steps)
+    for weight, stride, transposed in weights(device):
+        x = torch.randn(2, -(-weight.shape[0 if transposed else 1] // 8) * 8, HEIGHT, WIDTH, device=device)
+        bias = torch.randn(weight.shape[1 if transposed else 0], device=device)
+        for dtype in TYPES[1:]:
+            given = weight.to(dtype), pack(weight.to(dtype), stride, transposed), bias, 0.1, stride, transposed
+            map_of = x.to(dtype).contiguous(memory_format=torch.channels_last)
+            also = convolution(map_of, *given)
+            convolution(map_of, *given, also=also)
     for dtype in (torch.uint8, torch.uint16):
         luma, chroma = (torch.zeros(shape, dtype=dtype, device=device) for shape in ((21, 37), (11, 19, 2)))
         yuv_to_rgb(luma, chroma, out=torch.empty(3, 64, 64, dtype=torch.uint8, device=device))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from flowreel.engine.compiled import Packed, Shape, plain, quarter_upsampling
 from flowreel.engine.compiled.buffers import Buffers
+from flowreel.engine.compiled.composed import HEAD, SMOOTHING
 from flowreel.engine.compiled.convolution import Convolution, chained
 from flowreel.engine.compiled.onednn import available
 from flowreel.engine.compiled.smoothed import SmoothedHead
@@ -33,7 +34,6 @@ from flowreel.engine.models.stacks import (
 from flowreel.kernels import channel_norm, correlation
 
 GROUP_PIXELS = 1 << 19  # of frames at a time: one pair of 1024x448, four of 256x512. More at once is no faster
-HEAD, SMOOTHING = "predict_flow", "inter_conv"  # layers' names: of flow heads, and of what comes before some of them
 _DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

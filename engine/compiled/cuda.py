@@ -4,8 +4,8 @@
 and repeats the same work in it: the maps that are concatenated are written where the concatenation lies, so that it
 never happens. On a GPU that work is a captured graph; on a CPU, where the tests run it, plain calls.
 
-Float32 whatever the precision: the frames and what is warped, flow and its enlarging, the flow heads, norms, biases.
-A half type holds the maps between the convolutions.
+Float32 whatever the precision: the frames and what is warped, flow and its enlarging, norms, biases, all sums. A half
+type holds the maps between the convolutions, and the weights that they meet.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from flowreel.engine.compiled import Shape, quarter_upsampling
 from flowreel.engine.compiled.graphs import Turns, captured
-from flowreel.engine.compiled.padded import DTYPES, Watch, pack_layer, padded
-from flowreel.engine.compiled.parts import Layers, MatchingPart, Part
+from flowreel.engine.compiled.heads import Layers, pack_part
+from flowreel.engine.compiled.padded import DTYPES, Watch, padded
+from flowreel.engine.compiled.parts import MatchingPart, Part
 from flowreel.engine.config import Precision
 from flowreel.engine.errors import PrecisionWarning
 from flowreel.engine.models.flownetc import FlowNetC
@@ -46,7 +47,7 @@ FUSION_CHANNELS = 11  # first frame 3, both flows 4, their magnitudes 2, both br
 def pack(net: nn.Module, precision: Precision, capture: Capture = captured) -> PackedNetwork:
     """The network's layers, padded and cast. ``capture`` makes a program's work repeatable, as ``graphs.captured``."""
     parts = {
-        name: {child: pack_layer(layer, precision) for child, layer in module.named_children()}
+        name: pack_part(module, precision)
         for name, module in net.named_modules()
         if isinstance(module, Refiner | FlowNetFusion)
     }

@@ -13,13 +13,13 @@ from typing import Protocol
 
 from torch import Tensor
 
+from flowreel.engine.compiled.composed import HEAD, SMOOTHING
+from flowreel.engine.compiled.heads import Layers
 from flowreel.engine.compiled.padded import Convolution, Watch
 from flowreel.engine.models.flownetc import DISPLACEMENTS
 from flowreel.engine.models.layers import SLOPE
 from flowreel.kernels import correlation
 from flowreel.kernels.enlarge_flow import enlarge_flow
-
-Layers = dict[str, Convolution]
 
 
 class Room(Protocol):
@@ -32,7 +32,8 @@ class Part:
     """S, SD or the fusion network: called with its padded input, gives its finest flow, (B, 2, ...) float32."""
 
     def __init__(self, layers: Layers, room: Room) -> None:
-        self.layers = layers
+        self.layers = {name: layer for name, layer in layers.items() if isinstance(layer, Convolution)}
+        self.heads = {name: layer for name, layer in layers.items() if name.startswith(HEAD)}
         self.watch: Watch | None = None
         self.encoder = sorted(
             name for name in layers if re.fullmatch(r"conv\d(_1)?", name)
@@ -55,15 +56,15 @@ class Part:
 
     def refined(self, features: Tensor) -> Tensor:
         """The encoder's last, coarsest features to the finest flow."""
-        flow = self.through(features, [f"predict_flow{self.levels[0] + 1}"])
+        flow = self.heads[f"{HEAD}{self.levels[0] + 1}"](features)
         for level in self.levels:
             deconv, upsampled = f"deconv{level}", f"upsampled_flow{level + 1}_to_{level}"
             self.layers[deconv].into(features, self.places[deconv], self.watch)
             enlarging = self.layers[upsampled]
             enlarge_flow(flow, enlarging.weight, enlarging.bias, self.places[upsampled])
             features = self.concatenations[level]
-            smooth = [f"inter_conv{level}"] if f"inter_conv{level}" in self.layers else []
-            flow = self.through(features, [*smooth, f"predict_flow{level}"])
+            smooth = [f"{SMOOTHING}{level}"] if f"{SMOOTHING}{level}" in self.layers else []
+            flow = self.heads[f"{HEAD}{level}"](self.through(features, smooth))
         return flow
 
     def _ends(self, level: int) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flowreel.kernels import channel_norm, correlation, flow_to_color, launch, quantise, warp, yuv_to_rgb
 from flowreel.kernels.channel_norm import channel_norm_definition
+from flowreel.kernels.convolution import convolution, convolution_definition, pack
 from flowreel.kernels.correlation import pixel_correlation_definition
 from flowreel.kernels.enlarge_flow import enlarge_flow, enlarge_flow_definition
 from flowreel.kernels.flow_color import flow_to_color_definition
@@ -180,6 +181,29 @@ def test_network_inputs_in_a_graph_and_compiled(gpu: torch.device) -> None:
     graph.replay()
     compare(results, tuple(expected), 1e-5)
     compare(torch.compile(work, fullgraph=True)(), tuple(expected), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_convolution_into_a_concatenation_in_a_graph_and_compiled(gpu: torch.device, dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+    x, bias = torch.randn(2, 16, 37, 21).to(dtype).contiguous(memory_format=torch.channels_last), torch.randn(64)
+    weight = (torch.randn(64, 11, 3, 3) / 10).to(dtype)
+    expected = torch.ones(2, 88, 37, 21).to(dtype)
+    own = torch.empty(2, 64, 37, 21, dtype=dtype)
+    packed = pack(weight, 1, False)
+    convolution_definition(x, weight, packed, bias, 1, False, 0.1, own, expected[:, 8:72])
+    given = [tensor.to(gpu) for tensor in (x, weight, packed, bias)]
+
+    def work() -> Results:
+        whole = torch.ones(2, 88, 37, 21, device=gpu, dtype=dtype).to(memory_format=torch.channels_last)
+        return convolution(*given, 0.1, 1, also=whole[:, 8:72]), whole
+
+    with launch.recording(ran := {}):
+        graph, results = captured(work)
+    assert ran["convolution"] == "cuda"
+    graph.replay()
+    for found in (results, torch.compile(work, fullgraph=True)()):
+        compare(found, (own.float(), expected.float()), TOLERANCE[dtype])
 
 
 def test_pictures_and_steps_in_a_graph_and_compiled(gpu: torch.device) -> None:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from flowreel.engine import inference
 from flowreel.engine.compiled import cuda, padded
+from flowreel.engine.compiled.heads import Head
 from flowreel.engine.config import Precision
 from flowreel.engine.errors import PrecisionWarning
 from flowreel.engine.models import MODELS, build_model
@@ -86,31 +87,35 @@ def test_what_is_float32_and_how_layers_are_padded() -> None:
     with torch.device("meta"):
         net = cuda.pack(build_model("FlowNet2", width=1.0), "fp16")
     assert set(net.parts) == {"flownetc", "flownets_1", "flownets_2", "flownets_d", "flownetfusion"}
-    about_flow = 0
+    enlarging = heads = 0
     for layers in net.parts.values():
         for name, layer in layers.items():
-            flows = name.startswith(("predict_flow", "upsampled_flow"))
-            about_flow += flows
-            assert layer.weight.dtype == (torch.float32 if flows else torch.float16), name
             assert layer.bias.dtype == torch.float32
-            order = torch.contiguous_format if name.startswith("upsampled_flow") else torch.channels_last
+            if isinstance(layer, Head):
+                heads += 1
+                assert layer.weight.dtype == torch.float16, name
+                continue
+            flows = name.startswith("upsampled_flow")
+            enlarging += flows
+            assert layer.weight.dtype == (torch.float32 if flows else torch.float16), name
+            order = torch.contiguous_format if flows else torch.channels_last
             assert layer.weight.is_contiguous(memory_format=order), name
             assert not layer.tf32
             if not flows:
                 assert all(size % 8 == 0 for size in layer.weight.shape[:2]), name
-    assert about_flow == 4 * (5 + 4) + 3 + 2
+    assert (enlarging, heads) == (4 * 4 + 2, 4 * 5 + 3)
     inputs = {
         f"{part}.{name}": layer.weight.shape[1] for part, layers in net.parts.items() for name, layer in layers.items()
     }
     assert inputs["flownetc.conv3_1"] == 480  # 473
     assert inputs["flownets_1.conv1"] == 16  # 12
-    assert inputs["flownetfusion.inter_conv0"] == 88  # 82
     assert net.parts["flownets_2"]["deconv4"].weight.shape[0] == 1032  # 1026; a deconvolution's inputs come first
 
 
 def test_tf32_is_for_convolutions_alone() -> None:
     layers = cuda.pack(build_model("FlowNet2S", width=0.05), "tf32").parts[""]
     for name, layer in layers.items():
+        assert isinstance(layer, padded.Convolution)
         assert layer.tf32 == (not name.startswith(("predict_flow", "upsampled_flow")))
         assert layer.weight.dtype == torch.float32
 
@@ -126,7 +131,8 @@ def test_every_convolution_gets_what_tensor_cores_want(filled: Filled, monkeypat
 
     monkeypatch.setattr(padded, "convolve", convolve)
     cuda.Work(cuda.pack(filled("FlowNet2", width=0.13), "bf16"), (2, 64, 128))()
-    assert len(seen) == 20 + 2 * 19 + 26 + 12  # C, both S, SD, fusion: each layer once, but for the enlarging of flow
+    # C, both S, SD, fusion: each layer once, but for the enlarging of flow, heads, and what is smoothed before them.
+    assert len(seen) == (24 - 4 - 5) + 2 * (23 - 4 - 5) + (30 - 4 - 5 - 4) + (14 - 2 - 3 - 2)
     for x, by in seen:
         assert x.is_contiguous(memory_format=torch.channels_last), tuple(x.shape)
         assert x.dtype == by.weight.dtype
