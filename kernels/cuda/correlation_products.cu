@@ -20,8 +20,8 @@
 #include "tensor_core.cuh"
 
 constexpr int DOWN = 4, ACROSS = 1, OWN = 2;  // warps of a block, and rows that each owns
-constexpr int STAGES = 3;                     // 36 kB of shared memory; of registers, all that two blocks may have
-constexpr int WARPS = DOWN * ACROSS, THREADS = 32 * WARPS, TILE = 16 * ACROSS, ROWS = OWN * DOWN;
+constexpr int STAGES = 3;                     // 36 kB of shared memory; of registers, nearly all that BLOCKS may have
+constexpr int WARPS = DOWN * ACROSS, THREADS = 32 * WARPS, BLOCKS = 8 / WARPS, TILE = 16 * ACROSS, ROWS = OWN * DOWN;
 constexpr int CHANNELS = 128, CHUNKS = 2;           // of a stage, and how many stages' a pixel has at most
 constexpr int WORDS = 8, UNITS = CHANNELS / WORDS;  // elements of 16 bytes; 16 bytes of a pixel in a stage
 static_assert(THREADS % UNITS == 0 && THREADS / UNITS % 2 == 0, "a thread's columns are all odd, or all even");
@@ -181,7 +181,7 @@ __device__ __forceinline__ void correlation(
 }
 
 #define PRODUCTS(name, T, radius)                                                                                    \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2) correlation_products_##radius##_##name(                 \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) correlation_products_##radius##_##name(            \
         VIEW(const T, a), VIEW(const T, b), VIEW(T, out), int batch, int channels, int height, int width, int stride, \
         int shares, float scale, float slope                                                                         \
     ) {                                                                                                              \
