@@ -28,6 +28,7 @@ from flowreel.kernels.warp import warp_definition
 from flowreel.kernels.yuv_to_rgb import yuv_to_rgb_definition
 
 OURS = "flowreel"
+ON_CUDA_CORES = "flowreel, on CUDA cores"
 PIXELS = (448, 1024)  # rows, columns of a frame
 FEATURES = (1, 256, 56, 128)  # what FlowNetC correlates of such frames
 RADIUS, STRIDE = 10, 2  # 21 x 21 displacements, every second pixel
@@ -132,9 +133,17 @@ def _correlation_bytes(a: Tensor) -> int:
 
 def _correlation(device: str, precision: str) -> Kernel:
     inputs = _many(lambda: _features(device, precision))
-    ways = _ways({OURS: correlation, "torch definition": correlation_definition}, inputs)
-    a = inputs[0][0]
+    functions: dict[str, Callable[..., Any]] = {OURS: correlation, "torch definition": correlation_definition}
+    if device == "cuda" and precision != "fp32":
+        functions[ON_CUDA_CORES] = _on_cuda_cores
+    ways, a = _ways(functions, inputs), inputs[0][0]
     return Kernel("correlation", _shape(a), precision, ways, _correlation_flops(a), _correlation_bytes(a))
+
+
+def _on_cuda_cores(a: Tensor, b: Tensor, out: Tensor | None = None) -> None:
+    if out is None:
+        out = a.new_empty(a.shape[0], (2 * RADIUS + 1) ** 2, *a.shape[2:])
+    pixel_correlation_on_cuda_cores(out, a, b, RADIUS, STRIDE, None, 0.1)
 
 
 def _correlation_into(device: str, precision: str, batch: int = 1) -> Kernel:
@@ -152,12 +161,9 @@ def _correlation_into(device: str, precision: str, batch: int = 1) -> Kernel:
     def one_by_one(a: Tensor, b: Tensor, part: Tensor) -> None:
         part.copy_(torch.nn.functional.leaky_relu(correlation(a, b), 0.1))
 
-    def on_cuda_cores(a: Tensor, b: Tensor, part: Tensor) -> None:
-        pixel_correlation_on_cuda_cores(part, a, b, RADIUS, STRIDE, None, 0.1)
-
     functions: dict[str, Callable[..., Any]] = {OURS: in_one, "flowreel, then torch": one_by_one}
     if device == "cuda" and precision != "fp32":
-        functions["flowreel, on CUDA cores"] = on_cuda_cores
+        functions[ON_CUDA_CORES] = _on_cuda_cores
     inputs = _many(make)
     ways, a = _ways(functions, inputs), inputs[0][0]
     name = "correlation, activated, into a part"

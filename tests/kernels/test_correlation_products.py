@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor
 
 from flowreel.kernels import correlation_products
-from flowreel.kernels import launch as launching
 from flowreel.kernels.correlation import _pixel_correlation_into_cuda, pixel_correlation_definition
 
 Shape = tuple[int, int, int, int]
@@ -42,7 +42,7 @@ def amid_nan(x: Tensor) -> Tensor:
 
 def compare(a: Tensor, b: Tensor, radius: int, stride: int, out: Tensor | None = None) -> None:
     """Scaled and activated, against the definition."""
-    assert correlation_products.fits(a, b, radius)
+    assert correlation_products.fits(a, radius)
     wanted = pixel_correlation_definition(a, b, radius, stride, 0.5, 0.1)
     out = torch.full_like(wanted, torch.nan) if out is None else out
     correlation_products.pixel_correlation_into(out, a, b, radius, stride, 0.5, 0.1)
@@ -98,36 +98,44 @@ def test_what_lies_beyond_is_neither_read_nor_spoilt(card: torch.device, dtype: 
     compare(*map(amid_nan, maps(card, dtype, (1, 24, 6, 11))), 10, 2)
 
 
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "channels apart": Tensor.contiguous,
+    "not from a multiple of 16 bytes": lambda x: amid_nan(x)[:, 4:12],
+    "pixels not at multiples of 16 bytes": lambda x: torch.cat([x, x[:, :4]], 1)[:, :8],
+    "one for all pixels": lambda x: x[:, :, :1, :1].expand(x.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_any_layout(card: torch.device, layout: Callable[[Tensor], Tensor]) -> None:
+    a, b = map(layout, maps(card, torch.float16, (1, 16, 3, 5)))
+    compare(a, b, 4, 1)
+
+
+def test_maps_that_can_be_read_in_words_are_not_copied() -> None:
+    for x in maps(torch.device("cpu"), torch.float16, (2, 16, 3, 5)):
+        assert correlation_products._read_in_words(x) is x
+
+
 @pytest.mark.parametrize(
-    ("make", "entry"),
+    ("channels", "dtype", "radius", "entry"),
     [
-        (lambda a: a, "correlation_products_4_half"),
-        (lambda a: a.bfloat16(), "correlation_products_4_bfloat16"),
-        (lambda a: a.contiguous(), "correlation_9_half"),
-        (lambda a: a.float(), "correlation_9_float"),
-        (lambda a: a[:, :12], "correlation_9_half"),  # not in 16 bytes
-        (lambda a: a[:, 4:12], "correlation_9_half"),  # not from a multiple of 16 bytes
-        (lambda a: a[:, :20].contiguous(memory_format=torch.channels_last)[:, :8], "correlation_9_half"),
-        (lambda a: a.repeat(1, 11, 1, 1), "correlation_9_half"),  # more channels than a warp holds
+        (256, torch.float16, 4, "correlation_products_4_half"),
+        (8, torch.bfloat16, 10, "correlation_products_10_bfloat16"),
+        (8, torch.float32, 4, "correlation_9_float"),
+        (12, torch.float16, 4, "correlation_9_half"),  # not in words
+        (264, torch.float16, 4, "correlation_9_half"),  # more than a warp holds
+        (8, torch.float16, 9, "correlation_21_half"),
     ],
 )
 def test_only_maps_that_fit_go_to_tensor_cores(
-    acting: Callable[..., object], monkeypatch: pytest.MonkeyPatch, make: Callable[[Tensor], Tensor], entry: str
+    monkeypatch: pytest.MonkeyPatch, channels: int, dtype: torch.dtype, radius: int, entry: str
 ) -> None:
-    acting()
     asked = []
-    kernel_of = launching._kernel
-
-    def noted(source: str, name: str, device: torch.device) -> launching.Kernel:
-        asked.append(name)
-        return kernel_of(source, name, device)
-
-    monkeypatch.setattr(launching, "_kernel", noted)
-    a, b = map(make, maps(torch.device("cpu"), torch.float16, (1, 24, 3, 4)))
-    wanted = pixel_correlation_definition(a, b, 4, 1)
-    out = torch.empty_like(wanted)
-    _pixel_correlation_into_cuda(out, a, b, 4, 1)
-    torch.testing.assert_close(out, wanted, rtol=2**-7, atol=2**-7)
+    for module in (correlation_products, sys.modules[_pixel_correlation_into_cuda.__module__]):
+        monkeypatch.setattr(module, "launch", lambda source, entry, *how: asked.append(entry))
+    a, b = maps(torch.device("cpu"), dtype, (1, channels, 3, 4))
+    _pixel_correlation_into_cuda(a.new_empty(1, (2 * radius + 1) ** 2, 3, 4), a, b, radius, 1)
     assert asked == [entry]
 
 
