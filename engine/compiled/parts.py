@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Protocol
 
 from torch import Tensor
@@ -50,14 +51,10 @@ class Part:
 
     def through(self, x: Tensor, names: Sequence[str]) -> Tensor:
         """Layers one after the other. Our own read from a concatenation what is there; cuDNN wants a map of its own."""
-        for name, following in zip(names, [*names[1:], None], strict=True):
+        for name, following in zip_longest(names, names[1:]):
             layer, place = self.layers[name], self.places.get(name)
-            if (
-                place is not None
-                and layer.packed is not None
-                and following
-                and self.layers[following].packed is not None
-            ):
+            ours = layer.packed is not None and following is not None and self.layers[following].packed is not None
+            if ours and place is not None:
                 layer.into(x, place, self.watch)
                 x = place
             else:
