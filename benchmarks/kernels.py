@@ -16,7 +16,7 @@ from benchmarks.ceilings import Ceilings, share_of_limit
 from benchmarks.measure import Action, Effort, Sample, alternated, device_sync, devices, ratio
 from flowreel.engine.compiled.padded import Convolution, pack_layer, padded
 from flowreel.engine.config import Precision
-from flowreel.engine.models.layers import conv, deconv, inter_conv
+from flowreel.engine.models.layers import conv, deconv
 from flowreel.kernels import channel_norm, correlation, flow_to_color, quantise, warp, yuv_to_rgb
 from flowreel.kernels.bias_leaky_relu import bias_leaky_relu_, bias_leaky_relu_in_place_definition
 from flowreel.kernels.channel_norm import channel_norm_definition
@@ -67,14 +67,11 @@ LAYERS = (
     Layer("SD conv0", lambda: conv(6, 64), 6, 0),
     Layer("SD conv1", lambda: conv(64, 64, stride=2), 64, 0),
     Layer("SD conv1_1", lambda: conv(64, 128), 64, 1),
-    Layer("SD inter_conv2", lambda: inter_conv(194, 64), 194, 2),
     Layer("fusion conv0", lambda: conv(11, 64), 11, 0, room=(82, 0), alone=True),
     Layer("fusion conv1", lambda: conv(64, 64, stride=2), 64, 0, within=82),
     Layer("fusion conv1_1", lambda: conv(64, 128), 64, 1, room=(162, 0)),
     Layer("fusion deconv1", lambda: deconv(128, 32), 128, 2, room=(162, 128), alone=True),
-    Layer("fusion inter_conv1", lambda: inter_conv(162, 32), 162, 1),
     Layer("fusion deconv0", lambda: deconv(162, 16), 162, 1, room=(82, 64), alone=True),
-    Layer("fusion inter_conv0", lambda: inter_conv(82, 16), 82, 0),
 )
 
 

@@ -75,7 +75,7 @@ class Tiling(NamedTuple):
     @property
     def run(self) -> int:
         """Neighbouring output channels that one lane holds."""
-        return 4 if self.enlarges or self.outputs == 16 else 8
+        return 4 if self.enlarges else 8
 
     def entry(self, dtype: torch.dtype) -> str:
         return f"convolution_{'_'.join(str(int(number)) for number in self)}_{SUFFIXES[dtype]}"
@@ -98,10 +98,8 @@ def tiling(weight: Tensor, stride: int, transposed: bool) -> Tiling | None:
         return Tiling(7, 2, -(-inputs // 4) * 4, 64, 4, False)
     if (kernel, stride) == (3, 2) and outputs % 64 == 0 and inputs <= 64:
         return Tiling(3, 2, 16, 64, 2, False)
-    if (kernel, stride) == (3, 1) and outputs % 64 == 0 and inputs <= (208 if outputs == 64 else 64):
+    if (kernel, stride) == (3, 1) and outputs % 64 == 0 and inputs <= 64:
         return Tiling(3, 1, 8 if inputs <= 8 else 16, 64, 2 if inputs <= 16 else 4, False)
-    if (kernel, stride) == (3, 1) and outputs in (16, 32) and 8 < inputs <= 176:
-        return Tiling(3, 1, 16, outputs, 4, False)
     return None
 
 

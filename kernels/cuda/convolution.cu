@@ -35,7 +35,7 @@ struct Layout {
     static constexpr int HALVES = (KERNEL * CHANNELS + TOGETHER - 1) / TOGETHER;  // half steps of a filter row
     static constexpr int STEPS = (KERNEL * HALVES + 1) / 2;
     static constexpr int TILES = OUTPUTS / 8, PAIRS = TILES / 2;  // columns of products
-    static constexpr int RUN = ENLARGES || OUTPUTS == 16 ? 4 : 8;  // neighbouring channels of a lane
+    static constexpr int RUN = ENLARGES ? 4 : 8;  // neighbouring channels of a lane
     static constexpr int UNROLLED = ENLARGES ? STEPS : ROWS == 4 ? 3 : 1;  // as registers allow
 
     // A row of the tile. Half steps of eight neighbouring pixels are read at once, 16 bytes each, which must lie in
@@ -54,7 +54,7 @@ struct Layout {
     static constexpr int BUFFER = HEIGHT * PITCH;  // elements
     static constexpr int PIECE = BY_EIGHTS ? TOGETHER : 4;  // fetched at once
     static constexpr int PIECES = WIDTH * CHANNELS / PIECE, TURNS = (HEIGHT * PIECES + 32 * WARPS - 1) / (32 * WARPS);
-    static constexpr int AT_ONCE = CHANNELS < 16 ? 4 : OUTPUTS < 64 ? 6 : 1;  // unrolled, as registers allow
+    static constexpr int AT_ONCE = CHANNELS < 16 ? 4 : 1;  // unrolled, as registers allow
     static_assert(BY_EIGHTS || APART == 8 || APART == 24, "half steps are aligned, and in different banks");
 
     static __device__ __forceinline__ int place_of(int column, int channel) {
@@ -201,7 +201,5 @@ ENTRIES(7, 2, 12, 64, 4, 0, 2)
 ENTRIES(3, 1, 8, 64, 2, 0, 4)
 ENTRIES(3, 1, 16, 64, 2, 0, 4)
 ENTRIES(3, 1, 16, 64, 4, 0, 2)
-ENTRIES(3, 1, 16, 32, 4, 0, 3)
-ENTRIES(3, 1, 16, 16, 4, 0, 4)
 ENTRIES(3, 2, 16, 64, 2, 0, 4)
 ENTRIES(3, 1, 16, 64, 4, 1, 2)

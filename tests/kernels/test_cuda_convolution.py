@@ -39,8 +39,6 @@ LAYERS = {
     "fusion conv0": Layer(11, 64, 3, 1, False, (2, 9, 17)),
     "SD conv1": Layer(64, 64, 3, 2, False, (1, 17, 35)),
     "SD conv1_1": Layer(40, 128, 3, 1, False, (1, 3, 17)),
-    "fusion inter_conv0": Layer(82, 16, 3, 1, False, (1, 17, 18)),
-    "fusion inter_conv1": Layer(30, 32, 3, 1, False, (2, 5, 3)),
     "fusion deconv0": Layer(40, 16, 4, 2, True, (2, 5, 18)),
     "fusion deconv1": Layer(24, 32, 4, 2, True, (1, 2, 3)),
 }
@@ -166,7 +164,7 @@ FAULTS = {
     "written beyond the last column": ("SD conv0", " || own_x + 8 * side >= out_width", ""),
     "not activated": ("C conv1", "fmaxf(value, value * slope)", "value"),
     "not written twice": ("fusion conv0", "if (twice)", "if (!twice)"),
-    "bias of another channel": ("fusion inter_conv1", "+ q % L::RUN]", "]"),
+    "bias of another channel": ("SD conv0", "+ q % L::RUN]", "]"),
 }
 
 

@@ -54,7 +54,7 @@ def test_our_convolution_computes_large_maps_of_few_channels_in_place(monkeypatc
 
 @pytest.mark.parametrize(
     ("module", "inputs"),
-    [(conv(3, 64, 7, 2), 3), (conv(11, 64, batch_norm=True), 11), (inter_conv(20, 16), 20), (deconv(20, 16), 20)],
+    [(conv(3, 64, 7, 2), 3), (conv(11, 64, batch_norm=True), 11), (inter_conv(20, 64), 20), (deconv(20, 16), 20)],
     ids=["stride", "BatchNorm", "no activation", "deconvolution"],
 )
 def test_the_same_layer_by_cudnn_and_by_ours(module: nn.Module, inputs: int, filled_layer: Callable[..., None]) -> None:
