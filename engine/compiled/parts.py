@@ -49,9 +49,19 @@ class Part:
         return self.refined(self.through(x, self.encoder))
 
     def through(self, x: Tensor, names: Sequence[str]) -> Tensor:
-        """Layers one after the other."""
-        for name in names:
-            x = self.layers[name](x, self.places.get(name), self.watch)
+        """Layers one after the other. Our own read from a concatenation what is there; cuDNN wants a map of its own."""
+        for name, following in zip(names, [*names[1:], None], strict=True):
+            layer, place = self.layers[name], self.places.get(name)
+            if (
+                place is not None
+                and layer.packed is not None
+                and following
+                and self.layers[following].packed is not None
+            ):
+                layer.into(x, place, self.watch)
+                x = place
+            else:
+                x = layer(x, place, self.watch)
         return x
 
     def refined(self, features: Tensor) -> Tensor:

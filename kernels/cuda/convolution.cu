@@ -1,14 +1,14 @@
 // A convolution with its bias and LeakyReLU, on tensor cores, channels last: out = f(w * x + bias), rounded once.
 //
-// A block of 4 warps computes a tile of 16 x 4 ROWS pixels of `outputs` channels; a warp ROWS rows of it, each of which
-// is the 16 rows of one matrix product. Its columns are the outputs, and what is summed over (k) are filter row, filter
-// column and input channel. The tile's input lies in shared memory as in the map, so that of one filter row the columns
-// and channels of a pixel are neighbours: k goes through them 8 at a time, from wherever the pixel's filter row begins
-// (a *half step*; two of them are what a tensor core takes). Where a filter row is not a multiple of 8 long, its last
-// half step ends in the next pixel, and where their number is odd the last is taken twice: there the weights are zero.
+// A block of 4 warps computes a tile of 16 x 4 ROWS pixels of OUTPUTS channels; a warp ROWS rows of it, each of which is
+// the 16 rows of one matrix product. Its columns are the outputs, and what is summed over (k) are filter row, filter
+// column and input channel. Of one filter row 8 values are taken at a time, from the tile's input in shared memory as it
+// lies there, wherever a pixel's begin: a *half step*, two of which are what a tensor core takes. Where a filter row is
+// not a multiple of 8 long, its last half step ends in the next pixel, and where their number is odd the last is taken
+// twice: there the weights are zero.
 //
-// CHANNELS are as few as hold the real inputs (4 of 8, 12 of 16): the padding is not fetched. Maps of more channels than
-// that go through two buffers, CHANNELS at a time. What lies outside the picture or the map is zero.
+// CHANNELS are as few as hold the real inputs (4 of 8, 12 of 16): the padding is not fetched. Maps of more than 16 go
+// through two buffers, CHANNELS at a time. What lies outside the picture or the map is zero.
 //
 // Weights come from the caches in the order the lanes want them (`pack` in convolution.py), always one step ahead. A
 // lane holds neighbouring output channels (`pack` sees to that, too), and stores them at once.
@@ -38,9 +38,10 @@ struct Layout {
     static constexpr int RUN = ENLARGES || OUTPUTS == 16 ? 4 : 8;  // neighbouring channels of a lane
     static constexpr int UNROLLED = ENLARGES ? STEPS : ROWS == 4 ? 3 : 1;  // as registers allow
 
-    // A row of the tile. Eight neighbouring pixels' half steps are read at once, 16 bytes each, which must lie in different
-    // banks. So channels that are a multiple of 8 lie 8 by 8 (`part`), and with a stride of 2 even and odd columns apart:
-    // what is read at once are 128 bytes. Of 4 or 12 channels the half steps of such pixels are 16 or 48 bytes apart.
+    // A row of the tile. Half steps of eight neighbouring pixels are read at once, 16 bytes each, which must lie in
+    // different banks. So channels that are a multiple of 8 lie 8 by 8 (a part), and with a stride of 2 even and odd
+    // columns apart (a phase): what is read at once are 128 bytes in a row. Of 4 or 12 channels a stride of 2 leaves
+    // what is read at once 16 or 48 bytes apart, which is as good.
     static constexpr bool BY_EIGHTS = CHANNELS % TOGETHER == 0;
     static constexpr int APART = BY_EIGHTS ? TOGETHER : STRIDE * CHANNELS;  // from one output's pixel to the next's
     static constexpr int WIDTH = BY_EIGHTS  // pixels: the last half step's included
@@ -50,10 +51,10 @@ struct Layout {
     static constexpr int PITCH =
         BY_EIGHTS ? PARTS * STRIDE * PHASE : (WIDTH * CHANNELS + TOGETHER - 1) / TOGETHER * TOGETHER;
     static constexpr int HEIGHT = (WARPS * ROWS - 1) * STRIDE + KERNEL;
-    static constexpr int BUFFER = HEIGHT * PITCH;            // elements
-    static constexpr int PIECE = BY_EIGHTS ? TOGETHER : 4, PIECES = WIDTH * CHANNELS / PIECE;  // fetched at once; a row's
-    static constexpr int TURNS = (HEIGHT * PIECES + 32 * WARPS - 1) / (32 * WARPS);
-    static constexpr int AT_ONCE = CHANNELS < 16 ? 4 : OUTPUTS < 64 ? 6 : 1;  // in the loop of chunks, as registers allow
+    static constexpr int BUFFER = HEIGHT * PITCH;  // elements
+    static constexpr int PIECE = BY_EIGHTS ? TOGETHER : 4;  // fetched at once
+    static constexpr int PIECES = WIDTH * CHANNELS / PIECE, TURNS = (HEIGHT * PIECES + 32 * WARPS - 1) / (32 * WARPS);
+    static constexpr int AT_ONCE = CHANNELS < 16 ? 4 : OUTPUTS < 64 ? 6 : 1;  // unrolled, as registers allow
     static_assert(BY_EIGHTS || APART == 8 || APART == 24, "half steps are aligned, and in different banks");
 
     static __device__ __forceinline__ int place_of(int column, int channel) {
@@ -73,11 +74,12 @@ struct Layout {
     static_assert(!ENLARGES || (KERNEL == 3 && CHANNELS == 16 && OUTPUTS == 64), "a step is one neighbour");
 };
 
-template <class T, class L, int STRIDE, int CHANNELS, int OUTPUTS, int ROWS, int ENLARGES>
+template <class T, int KERNEL, int STRIDE, int CHANNELS, int OUTPUTS, int ROWS, int ENLARGES>
 __device__ __forceinline__ void convolution(
     View<const T> x, const T* weights, const float* bias, View<T> out, View<T> also, int twice, int channels,
     int height, int width, int out_height, int out_width, int groups, int padding, float slope
 ) {
+    using L = Layout<KERNEL, STRIDE, CHANNELS, OUTPUTS, ROWS, ENLARGES>;
     constexpr int BUFFERS = CHANNELS == 16 ? 2 : 1;
     SHARED(uint4, memory, BUFFERS * L::BUFFER * 2 / 16);
     T* const buffers = (T*)memory;
@@ -181,17 +183,16 @@ __device__ __forceinline__ void convolution(
 }
 
 // BLOCKS: at least so many at a time on a multiprocessor, which is what limits the registers of each.
-#define ENTRY_OF(type, T, KERNEL, STRIDE, CHANNELS, OUTPUTS, ROWS, ENLARGES, BLOCKS)                                    \
-    extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)                                                    \
-        convolution_##KERNEL##_##STRIDE##_##CHANNELS##_##OUTPUTS##_##ROWS##_##ENLARGES##_##type(                        \
-            VIEW(const T, x), const T* weights, const float* bias, VIEW(T, out), VIEW(T, also), int twice,              \
-            int channels, int height, int width, int out_height, int out_width, int groups, int padding, float slope    \
-        ) {                                                                                                             \
-        using L = Layout<KERNEL, STRIDE, CHANNELS, OUTPUTS, ROWS, ENLARGES>;                                            \
-        convolution<T, L, STRIDE, CHANNELS, OUTPUTS, ROWS, ENLARGES>(                                                   \
-            AS_VIEW(const T, x), weights, bias, AS_VIEW(T, out), AS_VIEW(T, also), twice, channels, height, width,      \
-            out_height, out_width, groups, padding, slope                                                               \
-        );                                                                                                              \
+#define ENTRY_OF(type, T, KERNEL, STRIDE, CHANNELS, OUTPUTS, ROWS, ENLARGES, BLOCKS)                                 \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)                                                 \
+        convolution_##KERNEL##_##STRIDE##_##CHANNELS##_##OUTPUTS##_##ROWS##_##ENLARGES##_##type(                     \
+            VIEW(const T, x), const T* weights, const float* bias, VIEW(T, out), VIEW(T, also), int twice,           \
+            int channels, int height, int width, int out_height, int out_width, int groups, int padding, float slope \
+        ) {                                                                                                          \
+        convolution<T, KERNEL, STRIDE, CHANNELS, OUTPUTS, ROWS, ENLARGES>(                                           \
+            AS_VIEW(const T, x), weights, bias, AS_VIEW(T, out), AS_VIEW(T, also), twice, channels, height, width,   \
+            out_height, out_width, groups, padding, slope                                                            \
+        );                                                                                                           \
     }
 #define ENTRIES(...) ENTRY_OF(half, __half, __VA_ARGS__) ENTRY_OF(bfloat16, __nv_bfloat16, __VA_ARGS__)
 ENTRIES(7, 2, 4, 64, 4, 0, 2)

@@ -119,6 +119,34 @@ def test_places_that_do_not_take_sixteen_bytes_are_copied_to(place: int, card: t
         assert bool((found[:, place + 64 :] == 7).all())
 
 
+def test_a_map_that_is_a_part_of_a_concatenation(card: torch.device) -> None:
+    layer = LAYERS["SD conv1"]
+    weight, bias = layer.weight(torch.bfloat16, card), torch.ones(64, device=card)
+    whole = torch.full((2, 88, 5, 18), torch.nan, dtype=torch.bfloat16, device=card)
+    x = whole.contiguous(memory_format=torch.channels_last)[:, 16:80]
+    x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(1)))
+    ours, wanted = (torch.empty(2, 64, 3, 9, dtype=x.dtype, device=card) for _ in range(2))
+    given = x, weight, pack(weight, 2, False), bias, 2, False, 0.1
+    _convolution_cuda(*given, ours, None)
+    convolution_definition(*given, wanted, None)
+    assert_close(ours, wanted)
+
+
+CHECKED_BANKS = """const auto given = WARP_GIVES(row);
+    for (int m = 0; m < 4; ++m) {
+        unsigned banks = 0;
+        for (int i = 0; i < 8; ++i) banks |= 1u << (uintptr_t)given[m * 8 + i] / 16 % 8;
+        if (banks != 255) shim::fail("rows of a matrix share banks");
+    }"""
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
+def test_what_is_read_at_once_lies_in_different_banks(layer: Layer, plant: Callable[..., torch.device]) -> None:
+    device = plant("tensor_core.cuh", "const auto given = WARP_GIVES(row);", CHECKED_BANKS)
+    keep_one_entry(layer)
+    compare(layer._replace(size=(1, 1, 1)), torch.float16, device)
+
+
 FAULTS = {
     "fetches not waited for": ("S conv1", "fetch_wait<0>();", ""),
     "no barrier": ("SD conv1_1", "__syncthreads();", ""),
@@ -147,12 +175,17 @@ def test_a_planted_fault_is_caught(fault: tuple[str, str, str], plant: Callable[
     name, right, wrong = fault
     device = plant("convolution.cu", right, wrong)
     layer = LAYERS[name]
-    found = tiling(layer.weight(torch.float16, device), layer.stride, layer.transposed)
+    keep_one_entry(layer)
+    with pytest.raises(AssertionError):
+        compare(layer, torch.float16, device)
+
+
+def keep_one_entry(layer: Layer) -> None:
+    """In a copy of the source: the others need not be compiled."""
+    found = tiling(layer.weight(torch.float16, torch.device("cpu")), layer.stride, layer.transposed)
     assert found is not None
-    source = launch.SOURCES / "convolution.cu"  # the copy: the other entries need not be compiled
+    source = launch.SOURCES / "convolution.cu"
     kept = f"ENTRIES({', '.join(str(int(number)) for number in found)}, "
     lines = source.read_text().replace("ENTRY_OF(bfloat16, __nv_bfloat16, __VA_ARGS__)", "").splitlines()
     assert sum(line.startswith(kept) for line in lines) == 1
     source.write_text("\n".join(line for line in lines if line.startswith(kept) or not line.startswith("ENTRIES(")))
-    with pytest.raises(AssertionError):
-        compare(layer, torch.float16, device)

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from flowreel.engine.compiled import cuda, padded
 from flowreel.engine.compiled.padded import pack_layer
+from flowreel.engine.compiled.parts import Part
+from flowreel.engine.config import Precision
 from flowreel.engine.models import build_model
+from flowreel.engine.models.fusion import FlowNetFusion
 from flowreel.engine.models.layers import conv, deconv, inter_conv
 from flowreel.kernels.convolution import _reaches
 
@@ -72,6 +75,27 @@ def test_the_same_layer_by_cudnn_and_by_ours(module: nn.Module, inputs: int, fil
     ours.into(x, into, watched.append)
     assert torch.equal(into, found)
     assert torch.equal(watched[1], found)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 0.002), ("bf16", 0.02)])
+def test_the_fusion_network_by_cudnn_and_by_ours(precision: Precision, tolerance: float) -> None:
+    """The one with most layers of ours. Its first result lies in the concatenation alone: the second reads it there."""
+    torch.manual_seed(0)
+    net = FlowNetFusion().eval()
+
+    def room(channels: int, level: int = 0, batch: int | None = None) -> Tensor:
+        made = torch.zeros(2, padded.padded(channels), 16 >> level, 24 >> level, dtype=padded.DTYPES[precision])
+        return made.to(memory_format=torch.channels_last)
+
+    x = room(11)
+    x[:, :11] = torch.randn(2, 11, 16, 24, generator=torch.Generator().manual_seed(1))
+    flows = []
+    for by_cudnn in (True, False):
+        layers = {name: pack_layer(layer, precision, by_cudnn) for name, layer in net.named_children()}
+        with torch.no_grad():
+            flows.append(Part(layers, room)(x))
+    expected, found = flows
+    assert float((found - expected).norm(dim=1).mean()) < tolerance * float(expected.norm(dim=1).mean())
 
 
 @pytest.fixture

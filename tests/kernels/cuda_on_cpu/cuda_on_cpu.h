@@ -303,7 +303,8 @@ static void run_block(int count, Order order, unsigned& seed) {
     const int warps = (count + 31) / 32;
     do {
         for (int i = 0; order != SHUFFLED && i < warps; ++i) {
-            const int first = 32 * (order == BACKWARD ? warps - 1 - i : i), end = first + 32 < count ? first + 32 : count;
+            const int first = 32 * (order == BACKWARD ? warps - 1 - i : i);
+            const int end = first + 32 < count ? first + 32 : count;
             do {
                 for (int j = first; j < end; ++j) {
                     Fiber& fiber = fibers[order == BACKWARD ? first + end - 1 - j : j];
