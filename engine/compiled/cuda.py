@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from flowreel.engine.compiled import Shape, quarter_upsampling
-from flowreel.engine.compiled.graphs import Turns, captured
+from flowreel.engine.compiled.graphs import Turns, beside, captured
 from flowreel.engine.compiled.heads import Layers, pack_part
 from flowreel.engine.compiled.padded import DTYPES, Watch, padded
 from flowreel.engine.compiled.parts import MatchingPart, Part
@@ -170,9 +170,10 @@ class Work:
             return
         assert self.frames is not None
         assert self.pair is not None
+        pair = self.pair
+        sd = beside(lambda: self.parts["flownets_d"](pair), self.network.device)
         css = self._predicted()
-        sd = self.parts["flownets_d"](self.pair)
-        fusing_input(self.frames, sd, SD_SCALE_IN_FLOWNET2, css, FLOW_SCALE, self.fusing)
+        fusing_input(self.frames, sd(), SD_SCALE_IN_FLOWNET2, css, FLOW_SCALE, self.fusing)
         self.flow.copy_(self.parts["flownetfusion"](self.fusing))
 
     def _predicted(self) -> Tensor:

@@ -18,6 +18,7 @@ from flowreel.engine.pipeline import OneAtATime
 Thing = TypeVar("Thing")
 
 _WARM_UPS = 3  # kernels load in the first, cuDNN chooses and allocates; the third is as all later ones will be
+PRIORITY = -1  # of captured work: one that nobody else asks for, as torch gives its 32 streams of each out in turn
 _capturing = OneAtATime()  # of all threads: to begin a capture torch waits for the device, which ends all others there
 
 
@@ -38,8 +39,7 @@ def captured(work: Callable[[], None], device: torch.device) -> Callable[[], Non
         return work
     with _capturing, torch.cuda.device(device):
         current = torch.cuda.current_stream(device)
-        # Of a priority that nobody else asks for: torch has 32 streams of each and gives them out in turn.
-        side = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        side = torch.cuda.Stream(device, priority=PRIORITY)  # type: ignore[no-untyped-call]
         side.wait_stream(current)
         try:
             with torch.cuda.stream(side):
@@ -80,6 +80,28 @@ def graph_of(work: Callable[[], object], device: torch.device, side: torch.cuda.
                 torch._C._cuda_releasePool(device.index, pool)
         raise CaptureError(str(error)) from error
     return graph
+
+
+def beside(work: Callable[[], Thing], device: torch.device) -> Callable[[], Thing]:
+    """Starts ``work`` beside what is captured next; whoever wants its result calls for it, and waits.
+
+    For work that neither needs nor changes what comes in between: the device's parts that the one leaves idle do the
+    other. Outside a capture, and on a CPU, it is done at once.
+    """
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        result = work()
+        return lambda: result
+    current = torch.cuda.current_stream(device)
+    side = torch.cuda.Stream(device, priority=PRIORITY)  # type: ignore[no-untyped-call]
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        result = work()
+
+    def awaited() -> Thing:
+        current.wait_stream(side)
+        return result
+
+    return awaited
 
 
 class Turns(Generic[Thing]):

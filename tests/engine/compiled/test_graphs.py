@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 
-from flowreel.engine.compiled.graphs import Turns, captured
+from flowreel.engine.compiled.graphs import Turns, beside, captured
 
 GPU = torch.device("cuda", 0)
 
@@ -88,6 +88,7 @@ class NotingCuda:
             "device": lambda device: nullcontext(),
             "current_stream": lambda device: Stream(self.stream),
             "graph_pool_handle": lambda: object(),
+            "is_current_stream_capturing": lambda: self.capturing,
         }
         for name, value in names.items():
             monkeypatch.setattr(torch.cuda, name, value)
@@ -128,6 +129,17 @@ def test_work_that_cannot_be_captured_stays_as_it_is_and_says_so(noting: NotingC
     noting.said.clear()
     repeat()
     assert noting.said == ["done on s1"]
+
+
+@pytest.mark.parametrize("capturing", [True, False])
+def test_work_beside_other_work_in_a_capture_alone(noting: NotingCuda, capturing: bool) -> None:
+    noting.capturing = capturing
+    awaited = beside(lambda: noting.work() or 3, GPU)
+    noting.work()
+    assert awaited() == 3
+    noting.work()
+    forked = ["side waits for s1", "captured on side", "captured on s1", "s1 waits for side", "captured on s1"]
+    assert noting.said == (forked if capturing else ["done on s1"] * 3)
 
 
 def test_this_torch_can_be_told_that_a_capture_is_over() -> None:
