@@ -41,9 +41,8 @@ def pixel_correlation_into(
         some = slice(first, first + _MOST_DEEP // shares)
         count = len(range(batch)[some])
         views = (*view(a[some]), *view(b[some]), *view(out[some]))
-        arguments = (*views, *sizes(count, channels, height, width, stride, shares))
-        grid = across, down, shares * count
-        launch("correlation_products", entry, grid, (*arguments, np.float32(scale), np.float32(slope)), (_BLOCK,))
+        arguments = (*views, *sizes(channels, height, width, stride, shares), np.float32(scale), np.float32(slope))
+        launch("correlation_products", entry, (across, down, shares * count), arguments, (_BLOCK,))
 
 
 def _read_in_words(x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ constexpr int WORDS = 8, UNITS = CHANNELS / WORDS;  // elements of 16 bytes; 16 
 static_assert(THREADS % UNITS == 0 && THREADS / UNITS % 2 == 0, "a thread's columns are all odd, or all even");
 
 struct Problem {
-    int batch, channels, height, width, stride, shares;
+    int channels, height, width, stride, shares;
 };
 
 template <class T>
@@ -51,7 +51,7 @@ __device__ __forceinline__ void correlation(
     View<const T> a, View<const T> b, View<T> out, Problem size, float scale, float slope
 ) {
     constexpr int SIDE = 2 * RADIUS + 1, NEEDED = TILE + 2 * RADIUS;  // columns of b
-    constexpr int GROUPS = (16 + 2 * RADIUS + 7) / 8;                // of 8 columns, in a warp's product
+    constexpr int GROUPS = (16 + 2 * RADIUS + 7) / 8;                 // of 8 columns, in a warp's product
     constexpr int PITCH = 8 * GROUPS, STAGE = (TILE - 16 + PITCH) * UNITS;  // the last columns are never fetched
     SHARED(uint4, stages, STAGES * STAGE);
     SHARED(Pair<T>, results, WARPS * 16 * PITCH / 2);
@@ -114,15 +114,15 @@ __device__ __forceinline__ void correlation(
             }
         }
 
-    // --- the rows of b in turn ---
-    Pair<T>* const own_results = results + warp * 16 * PITCH / 2;
-
     // --- what it writes in a turn: of one pixel all dx, a lane each; or of all pixels two dx, the middle one twice ---
+    Pair<T>* const own_results = results + warp * 16 * PITCH / 2;
     const bool by_pixel = out.c < out.x;
     const int m = by_pixel ? 0 : lane % 16, dx = by_pixel ? min(lane, SIDE - 1) : lane / 16 * RADIUS;
     const int count = by_pixel ? (lane < SIDE ? columns - own_column : 0) : own_column + m < columns ? SIDE : 0;
     const T* const from = &own_results->low + m * (PITCH + 1) + dx;
     T* const target = out.at(n, dx, own_row * size.stride + phase_y, (own_column + m) * size.stride + phase_x);
+
+    // --- the rows of b in turn ---
     const int mine = (warp % ACROSS * 16 + g) * UNITS + t;  // of a stage: column g of the product
     int stage = 0;
     for (int row = first; row < last; ++row) {
@@ -157,6 +157,7 @@ __device__ __forceinline__ void correlation(
                 }
             }
         }
+
         // --- the band of each product, through shared memory, so that neighbouring lanes write neighbouring values ---
 #pragma unroll
         for (int i = 0; i < OWN; ++i) {
@@ -182,10 +183,10 @@ __device__ __forceinline__ void correlation(
 
 #define PRODUCTS(name, T, radius)                                                                                    \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) correlation_products_##radius##_##name(            \
-        VIEW(const T, a), VIEW(const T, b), VIEW(T, out), int batch, int channels, int height, int width, int stride, \
+        VIEW(const T, a), VIEW(const T, b), VIEW(T, out), int channels, int height, int width, int stride,           \
         int shares, float scale, float slope                                                                         \
     ) {                                                                                                              \
-        const Problem size = {batch, channels, height, width, stride, shares};                                       \
+        const Problem size = {channels, height, width, stride, shares};                                              \
         correlation<T, radius>(AS_VIEW(const T, a), AS_VIEW(const T, b), AS_VIEW(T, out), size, scale, slope);       \
     }
 PRODUCTS(half, __half, 10)

@@ -130,22 +130,22 @@ def test_under_torch_compile(gpu: torch.device, name: str, dtype: torch.dtype) -
     )
 
 
-def test_correlation_into_a_concatenation_in_a_graph_and_compiled(gpu: torch.device) -> None:
+def test_correlation_into_a_concatenation_in_a_graph_and_compiled(gpu: torch.device, dtype: torch.dtype) -> None:
     torch._dynamo.reset()
-    a, b = torch.randn(2, *MAP)
+    a, b = torch.randn(2, 2, 8, 11, 19).to(dtype)
     expected = torch.ones(2, 446, 11, 19)
-    expected[:, 3:444] = activated_definition(a, b)
-    a, b = a.to(gpu), b.to(gpu)
+    expected[:, 3:444] = activated_definition(a.float(), b.float())
+    a, b = (x.to(gpu, memory_format=torch.channels_last) for x in (a, b))
 
     def work() -> Results:
-        whole = torch.ones(2, 446, 11, 19, device=gpu).to(memory_format=torch.channels_last)
+        whole = torch.ones(2, 446, 11, 19, device=gpu, dtype=dtype).to(memory_format=torch.channels_last)
         correlation(a, b, scale=0.3, negative_slope=0.1, out=whole[:, 3:444])
         return (whole,)
 
     graph, results = captured(work)
     graph.replay()
-    compare(results, (expected,), 1e-5)
-    compare(torch.compile(work, fullgraph=True)(), (expected,), 1e-5)
+    compare(results, (expected,), TOLERANCE[dtype])
+    compare(torch.compile(work, fullgraph=True)(), (expected,), TOLERANCE[dtype])
 
 
 def test_network_inputs_in_a_graph_and_compiled(gpu: torch.device) -> None:
