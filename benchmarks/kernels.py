@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from benchmarks.ceilings import Ceilings, share_of_limit
 from benchmarks.measure import Action, Effort, Sample, alternated, device_sync, devices, ratio
+from flowreel.engine.compiled.composed import composed
 from flowreel.kernels import channel_norm, correlation, flow_to_color, quantise, warp, yuv_to_rgb
 from flowreel.kernels.bias_leaky_relu import bias_leaky_relu_, bias_leaky_relu_in_place_definition
 from flowreel.kernels.channel_norm import channel_norm_definition
 from flowreel.kernels.correlation import correlation_definition, pixel_correlation_backward_definition
 from flowreel.kernels.flow_color import flow_to_color_definition
+from flowreel.kernels.flow_head import flow_head, flow_head_definition, pack_flow_head, take_off_borders_
 from flowreel.kernels.launch import recording
 from flowreel.kernels.quantise import quantise_definition
 from flowreel.kernels.warp import warp_definition
@@ -27,6 +30,9 @@ OURS = "flowreel"
 PIXELS = (448, 1024)  # rows, columns of a frame
 FEATURES = (1, 256, 56, 128)  # what FlowNetC correlates of such frames
 RADIUS, STRIDE = 10, 2  # 21 x 21 displacements, every second pixel
+PAIRS = 8  # at once, where a network's own layers are timed
+HEADS = {2: 200, 3: 392, 4: 776, 5: 1032, 6: 1024}  # by level: channels of the maps of S and C, padded
+SMOOTHED_HEADS = {0: (88, 16), 1: (168, 32), 2: (200, 64)}  # those of the fusion and SD, and between the two layers
 BEYOND_CACHES = 256 << 20  # bytes of different inputs; the largest last-level caches in use hold less
 MOST_INPUTS = 64
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -83,6 +89,8 @@ def kernels(device: str) -> list[Kernel]:
     made += [_warp(device, "fp32"), _warp(device, half), _channel_norm(device, 3), _channel_norm(device, 2)]
     if device == "cuda":
         made += [_yuv_to_rgb(device), _bias_leaky_relu(device, "fp32"), _bias_leaky_relu(device, half)]
+        made += [_flow_head(device, level, channels) for level, channels in HEADS.items()]
+        made += [_smoothed_head(device, level, *channels) for level, channels in SMOOTHED_HEADS.items()]
     return [*made, _color(device)]
 
 
@@ -231,6 +239,53 @@ def _bias_leaky_relu(device: str, precision: str) -> Kernel:
     return Kernel(
         "bias_leaky_relu", _shape(x), precision, _ways(functions, given), 0.0, 3 * x.element_size() * x.numel()
     )
+
+
+def _feature_maps(device: str, level: int, channels: int) -> list[tuple[Tensor, ...]]:
+    """Float16, at 1 / 2^level of the frames."""
+    size = PAIRS, channels, *(side >> level for side in PIXELS)
+    return _many(lambda: (_channels_last(torch.randn(size, device=device).half()),))
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _flow_head(device: str, level: int, channels: int) -> Kernel:
+    """Its definition is what a library offers: the maps as float32, and a convolution of those."""
+    inputs = _feature_maps(device, level, channels)
+    weight = pack_flow_head(torch.randn(2, channels, 3, 3, device=device) * 0.01, torch.float16)
+    bias = torch.randn(2, device=device)
+    functions = {OURS: flow_head, "torch definition": flow_head_definition}
+    ways = _ways(functions, [(x, weight, bias) for (x,) in inputs])
+    x = inputs[0][0]
+    return Kernel(f"flow_head, level {level}", _shape(x), "fp16", ways, *_work_of_head(x, 9))
+
+
+def _smoothed_head(device: str, level: int, channels: int, between: int) -> Kernel:
+    """With the layer before it, which a library has to compute by itself."""
+    inputs = _feature_maps(device, level, channels)
+    smooth = torch.randn(between, channels, 3, 3, device=device) * 0.03, torch.randn(between, device=device)
+    head = torch.randn(2, between, 3, 3, device=device) * 0.03, torch.randn(2, device=device)
+    one = composed(smooth, head)
+    packed = pack_flow_head(one.weight, torch.float16)
+    half = _channels_last(smooth[0].half()), smooth[1].half()
+
+    def as_one(x: Tensor) -> Tensor:
+        return take_off_borders_(flow_head(x, packed, one.bias), x, one.borders)
+
+    def one_by_one(x: Tensor) -> Tensor:
+        return F.conv2d(F.conv2d(x, *half, padding=1).float(), *head, padding=1)
+
+    ways = _ways({OURS: as_one, "torch, two layers": one_by_one}, inputs)
+    x = inputs[0][0]
+    return Kernel(f"flow_head, smoothed, level {level}", _shape(x), "fp16", ways, *_work_of_head(x, 25))
+
+
+def _work_of_head(x: Tensor, taps: int) -> tuple[float, float]:
+    """Operations and bytes."""
+    pixels = x.numel() // x.shape[1]
+    return 2.0 * 2 * taps * x.numel(), x.element_size() * x.numel() + 4.0 * 2 * pixels
 
 
 def _color(device: str) -> Kernel:

@@ -89,13 +89,13 @@ def take_off_borders_definition(
     out: Tensor, x: Tensor, along: Tensor, along_constants: Tensor, corners: Tensor, corner_constants: Tensor
 ) -> None:
     """Of ``out`` (B, N, H, W), which a 5x5 layer made of ``x`` (B, C, H, W)."""
-    for side, (to, of) in enumerate(
-        ((out[:, :, 0], x[:, :, 0]), (out[:, :, -1], x[:, :, -1]), (out[..., 0], x[..., 0]), (out[..., -1], x[..., -1]))
-    ):
-        to -= F.conv1d(of.float(), along[side].permute(1, 2, 0), along_constants[side], padding=2)
+    ends = (2, 0), (2, -1), (3, 0), (3, -1)  # axis, place
+    for side, (axis, place) in enumerate(ends):
+        edge, filters = x.select(axis, place).to(along.dtype), along[side].permute(1, 2, 0)
+        out.select(axis, place).sub_(F.conv1d(edge, filters, along_constants[side], padding=2))
     for corner, weight in enumerate(corners):
         y, column = -(corner // 2), -(corner % 2)
-        out[:, :, y, column] += x[:, :, y, column].float() @ weight.T + corner_constants[corner]
+        out[:, :, y, column] += x[:, :, y, column].to(along.dtype) @ weight.T + corner_constants[corner]
 
 
 # --- the CUDA version -------------------------------------------------------------------------------------------------

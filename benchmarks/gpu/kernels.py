@@ -16,6 +16,14 @@ from flowreel.kernels import channel_norm, correlation, flow_to_color, quantise,
 from flowreel.kernels.bias_leaky_relu import bias_leaky_relu_, bias_leaky_relu_in_place_definition
 from flowreel.kernels.channel_norm import channel_norm_definition
 from flowreel.kernels.correlation import correlation_definition
+from flowreel.kernels.flow_head import (
+    Borders,
+    flow_head,
+    pack_flow_head,
+    take_off_borders_,
+    take_off_borders_definition,
+    unpack_flow_head,
+)
 from flowreel.kernels.quantise import quantise_definition
 from flowreel.kernels.warp import warp_definition
 from flowreel.kernels.yuv_to_rgb import yuv_to_rgb_definition
@@ -103,6 +111,36 @@ def _bias_leaky_relu(made: Made) -> Compared:
     return [(bias_leaky_relu_(x, bias, 0.1), wanted)]
 
 
+def _flow_head(made: Made) -> Compared:
+    """Half types alone: float32 maps take the definition, a convolution of cuDNN's."""
+    compared: Compared = []
+    for kernel in (3, 5) if made.dtype != torch.float32 else ():
+        x, bias = _map_of_head(made), torch.randn(2, device=made.device)
+        packed = pack_flow_head(torch.randn(2, x.shape[1], kernel, kernel, device=made.device) * 0.02, x.dtype)
+        weight = unpack_flow_head(packed, x.shape[1]).double()
+        wanted = torch.nn.functional.conv2d(x.double(), weight, bias.double(), padding=kernel // 2)
+        compared.append((flow_head(x, packed, bias), wanted))
+    return compared
+
+
+def _flow_head_borders(made: Made) -> Compared:
+    if made.dtype == torch.float32:
+        return []
+    x = _map_of_head(made)
+    shapes = (4, 5, 2, x.shape[1]), (4, 2), (4, 2, x.shape[1]), (4, 2)
+    # Values that TF32 holds: other layouts take the definition.
+    borders = [torch.randn(shape, device=made.device).bfloat16().float() for shape in shapes]
+    ours = torch.randn(2, 2, *x.shape[2:], device=made.device)
+    wanted = ours.double()
+    take_off_borders_(ours, x, Borders(*borders))
+    take_off_borders_definition(wanted, x.double(), *(part.double() for part in borders))
+    return [(ours, wanted)]
+
+
+def _map_of_head(made: Made) -> Tensor:
+    return made(2, 200, *(side // 4 for side in cases.PIXELS))
+
+
 def _gradients(layer: Callable[..., Tensor], inputs: Callable[[Made], tuple[Tensor, ...]], made: Made) -> Compared:
     """Of each input: by the kernels in their type, by the definitions in float64."""
     given = inputs(made)
@@ -119,6 +157,8 @@ COMPARED: dict[str, Callable[[Made], Compared]] = {
     "warp": _warp,
     "channel_norm": _channel_norm,
     "bias_leaky_relu": _bias_leaky_relu,
+    "flow_head": _flow_head,
+    "flow_head, borders": _flow_head_borders,
     "correlation, gradient": partial(
         _gradients, correlation, lambda made: (made(*cases.FEATURES), made(*cases.FEATURES))
     ),

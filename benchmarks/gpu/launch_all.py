@@ -8,6 +8,7 @@ import torch
 
 from flowreel.kernels import channel_norm, correlation, flow_to_color, quantise, warp, yuv_to_rgb
 from flowreel.kernels.bias_leaky_relu import bias_leaky_relu, bias_leaky_relu_
+from flowreel.kernels.flow_head import Borders, flow_head, pack_flow_head, take_off_borders_
 
 HEIGHT, WIDTH = 21, 37
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -32,6 +33,7 @@ def main(device: str) -> None:
                 bias_leaky_relu_(made(24), bias, 0.1, whole[:, 8:32])
                 bias_leaky_relu(made(24), bias, 0.1, whole[:, 5:22])
                 bias_leaky_relu(made(24).float(), bias, 0.1, whole[:, 5:22])
+                _heads(made(40), made(104))
                 correlation(made(24), made(24), scale=1 / 19, negative_slope=0.1, out=made(480)[:, 32:473])
         for max_flow in (None, 20.0):
             flow_to_color(flow.to(dtype), max_flow)
@@ -42,6 +44,17 @@ def main(device: str) -> None:
         yuv_to_rgb(luma, chroma, out=torch.empty(3, 64, 64, dtype=torch.uint8, device=device))
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def _heads(*maps: torch.Tensor) -> None:
+    """Flow heads, of each number of warps that share the channels, alone and with what comes before."""
+    for x in (*maps, torch.cat((*maps, *maps), 1)):
+        bias = torch.zeros(2, device=x.device)
+        for kernel in (3, 5):
+            weight = torch.randn(2, x.shape[1], kernel, kernel, device=x.device)
+            flow = flow_head(x, pack_flow_head(weight, x.dtype), bias)
+        shapes = (4, 5, 2, x.shape[1]), (4, 2), (4, 2, x.shape[1]), (4, 2)
+        take_off_borders_(flow, x, Borders(*(torch.randn(shape, device=x.device) for shape in shapes)))
 
 
 if __name__ == "__main__":

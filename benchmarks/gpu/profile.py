@@ -15,7 +15,7 @@ from benchmarks.measure import Effort, Sample, alternated, device_sync
 from flowreel.engine.compiled import cuda
 
 KINDS = (  # what a kernel's name holds, in the order in which it is asked
-    ("ours", ("correlation_", "warp_", "channel_norm_", "bias_leaky_relu_", "yuv_to_rgb_")),
+    ("ours", ("correlation_", "warp_", "channel_norm_", "bias_leaky_relu_", "flow_head_", "yuv_to_rgb_")),
     ("layout", ("nchwtonhwc", "nhwctonchw", "transpose", "permute", "reorder")),
     ("convolution", ("conv", "xmma", "cutlass", "gemm", "wgrad", "dgrad", "fprop", "winograd", "cudnn", "implicit")),
     ("copy", ("memcpy", "memset", "copy")),
