@@ -28,6 +28,9 @@ Item = TypeVar("Item")
 Batch = TypeVar("Batch", FlowBatch, Prepared)
 Stage = Callable[[Iterator[Any]], Any]
 _MEMORY_ENDED = ("out of memory", "unable to find an engine", "STATUS_ALLOC_FAILED")
+# Of the stages' streams: above that of a network's captured work (``compiled/graphs.py``). What is short goes first, so
+# that no frame on its way in and no result on its way out waits for kernels that would take the whole device.
+STAGE_PRIORITY = -2
 MOST_UPLOADS = 4  # frames on their way to the device at once: each holds a pinned buffer
 
 
@@ -92,7 +95,7 @@ class Streams:
             return stage
 
         def staged(items: Iterator[Any]) -> Any:
-            stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            stream = torch.cuda.Stream(self.device, priority=STAGE_PRIORITY)  # type: ignore[no-untyped-call]
             with torch.cuda.stream(stream):
                 results = stage(self._awaited(items, lambda: stream))
             return self._stepped(results, stream) if isinstance(results, Iterator) else results

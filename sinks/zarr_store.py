@@ -7,9 +7,10 @@
       flow_crc32c/c/<shard>  time_crc32c/...      S checksums (``store_checksums.py``)
 
 Flows are compressed as they arrive, several at a time; only compressed bytes are held until the shard is full and
-published. The times, frame numbers and checksums of a shard go before its flow, so a flow that is there can always be
-placed. The metadata is zarr-python's own, see ``store_metadata.py``; the shards are assembled here, because
-zarr-python rewrites a shard for each chunk that is added and never waits for the disk.
+published, by a thread of its own, which waits for the disk while others compress. The times, frame numbers and
+checksums of a shard go before its flow, so a flow that is there can always be placed. The metadata is zarr-python's
+own, see ``store_metadata.py``; the shards are assembled here, because zarr-python rewrites a shard for each chunk that
+is added and never waits for the disk.
 
 **Resume.** Shards are published in order and each is whole, so a run that was cut short is taken up after its last
 full shard. Batches never cross shards: the resumed run computes the very batches the first one would have.
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +28,7 @@ import torch
 from torch import Tensor
 
 from flowreel.engine.data import Prepared, ResumePoint, StepsBatch
-from flowreel.engine.errors import OutputBusyError, ResumeMismatchError
+from flowreel.engine.errors import OutputBusyError, OutputError, OutputWriteError, ResumeMismatchError
 from flowreel.kernels.quantise import quantise
 from flowreel.sinks import publish
 from flowreel.sinks.codecs import EncodedFlow, compress, flow_codec, pack_shard
@@ -66,6 +68,9 @@ class ZarrSink:
         self._coordinates: dict[str, list[Any]] = {name: [] for name in COORDINATES}  # of the same shard
         self._invalid: dict[str, tuple[int, int]] = {}  # what -> vectors, first frame
         self._pool: OrderedPool[tuple[EncodedFlow, dict[str, Any]]] = OrderedPool(self._keep, encode_workers())
+        # One thread, so that shards come in order: while it waits for the disk, the next ones are being compressed.
+        self._publisher: OrderedPool[None] = OrderedPool(lambda _: None, 1)
+        self._hole = False  # a shard could not be published: none may come after it
 
     @property
     def path(self) -> str:
@@ -230,11 +235,13 @@ class ZarrSink:
     def commit(self, complete: bool = True) -> None:
         """Publishes the last, perhaps ragged shard; if complete, trims the arrays to what came and names the store."""
         self._require_open()
-        self._pool.drain()
+        self._flush()
+        if self._chunks:
+            self._shard_is_full()
+        self._publisher.drain()
         self._pool.close()
+        self._publisher.close()
         with publish.write_errors(self.path):
-            if self._chunks:
-                self._publish_shard()
             if complete:
                 self._set_length(self._count)
                 self._consolidate()
@@ -245,6 +252,9 @@ class ZarrSink:
     def abort(self) -> str | None:
         """Removes the unfinished store, unless it holds a whole shard: that is worth resuming from, and stays."""
         self._pool.close()
+        with suppress(OutputError):  # what is full is worth keeping; why it cannot be is known or told by now
+            self._publisher.drain()
+        self._publisher.close()
         kept = None
         if self._state == "open":
             self._state = "done"
@@ -254,8 +264,13 @@ class ZarrSink:
             else:
                 self._target.discard()
         self._target.let_go()
-        self._chunks.clear()
+        self._chunks = []
         return kept
+
+    def _flush(self) -> None:
+        """Waits until every flow is compressed and every full shard on the disk."""
+        self._pool.drain()
+        self._publisher.drain()
 
     def _require_open(self) -> None:
         if self._state != "open":
@@ -295,20 +310,28 @@ class ZarrSink:
             self._coordinates[name].append(value)
         self._count += 1
         if len(self._chunks) == self._shard_length:
-            self._publish_shard()
+            self._shard_is_full()
 
-    def _publish_shard(self) -> None:
-        """Writes the waiting flows as the next shard: array lengths, then times and checksums, then the flow."""
-        number = (self._count - 1) // self._shard_length
-        beside = values_beside(number * self._shard_length, self._chunks, self._coordinates)
-        with publish.write_errors(self.path):
-            self._set_length(max(self._length, self._count))
-            for name, values in beside.items():
-                self._put(f"{name}/c/{number}", pack_values(name, values, self._shard_length))
-            self._put(f"flow/c/{number}/0/0/0", *pack_shard(self._chunks, self._shard_length))
-        self._chunks.clear()
-        for waiting in self._coordinates.values():
-            waiting.clear()
+    def _shard_is_full(self) -> None:
+        """Hands the waiting flows to the thread that publishes; waits while two shards are on their way."""
+        number, count, chunks = (self._count - 1) // self._shard_length, self._count, self._chunks
+        beside = values_beside(number * self._shard_length, chunks, self._coordinates)
+        self._chunks, self._coordinates = [], {name: [] for name in COORDINATES}
+        self._publisher.submit(self._publish, number, count, beside, chunks, nbytes=sum(map(len, chunks)))
+
+    def _publish(self, number: int, count: int, beside: dict[str, Any], chunks: list[bytes]) -> None:
+        """One shard, after which there are ``count`` flows: array lengths, then times and checksums, then the flow."""
+        if self._hole:
+            raise OutputWriteError(f"cannot write {self.path}: the shard before this one could not be written")
+        try:
+            with publish.write_errors(self.path):
+                self._set_length(max(self._length, count))
+                for name, values in beside.items():
+                    self._put(f"{name}/c/{number}", pack_values(name, values, self._shard_length))
+                self._put(f"flow/c/{number}/0/0/0", *pack_shard(chunks, self._shard_length))
+        except BaseException:
+            self._hole = True
+            raise
 
     def _set_length(self, length: int) -> None:
         """Declares every array this long, ``flow`` last: its length is the one that readers go by."""

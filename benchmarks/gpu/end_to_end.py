@@ -1,4 +1,4 @@
-"""A whole run, from an H.264 file to a store or a colour video, beside the network alone.
+"""A whole run, from an H.264 file to a store or a colour video, beside the network and the decoder alone.
 
 Its speed is that of the flows that a long run has more than a short one: filling the pipeline, its first batches and
 the end of the last output are the same in both.
@@ -6,6 +6,8 @@ the end of the last output are the same in both.
 
 from __future__ import annotations
 
+import time
+from contextlib import closing
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,13 +16,14 @@ import torch
 
 import flowreel
 from benchmarks.gpu.findings import Findings, Settings
-from benchmarks.gpu.video import written_clip
+from benchmarks.gpu.video import numbered, written_clip
 from benchmarks.measure import Effort, Sample, Skipped, alternated, device_sync
 from benchmarks.networks import filled
 from flowreel.engine.api import RunReport
-from flowreel.engine.config import ModelConfig
+from flowreel.engine.config import ModelConfig, SelectConfig
 from flowreel.engine.inference import prepare
 from flowreel.engine.models.weights import save_weights
+from flowreel.engine.sources import open_source
 
 OF_THE_NETWORK = 0.9  # pairs a second of a whole run, of the network alone
 
@@ -36,25 +39,46 @@ class Job(NamedTuple):
 
 
 def run(findings: Findings, settings: Settings) -> None:
-    """1024x436, the decoder that is chosen there and the one on the CPU; then a video instead of the store."""
+    """1024x436, by the decoder chosen there and on the CPU; a video instead of a store; a network that is fast."""
     job = _job(settings)
     alone = cache(partial(_alone, job, settings))
     store, video = (Path(settings.folder) / name for name in ("x.zarr", "x.mp4"))
     decoders: list[str] = []  # that have been timed
 
-    def timed(name: str, output: Path, decoder: str) -> None:
+    def timed(name: str, model: str, output: Path, decoder: str) -> None:
         if decoder == "pyav" and any(used.startswith("PyAV") for used in decoders):
             raise Skipped("that is what auto has chosen")
-        sample, report = _rate(job, output, decoder)
+        sample, report = _rate(job, model, output, decoder)
         decoders.append(report.decoder)
-        _file(findings, name, sample, report, alone(report.batch))
+        _file(findings, name, sample, report, alone(model, report.batch))
 
-    for name, output, decoder in (("store", store, "auto"), ("store, PyAV", store, "pyav"), ("video", video, "auto")):
-        findings.attempt(name, partial(timed, name, output, decoder))
+    for name, model, output, decoder in (
+        ("store", "FlowNet2", store, "auto"),
+        ("video", "FlowNet2", video, "auto"),
+        ("store, FlowNet2C", "FlowNet2C", store, "auto"),
+        ("store, PyAV", "FlowNet2", store, "pyav"),
+    ):
+        findings.attempt(name, partial(timed, name, model, output, decoder))
+    for decoder in ("auto", "pyav"):
+        findings.attempt(f"decoder {decoder} alone", partial(_decoder_alone, findings, settings, job, decoder))
+
+
+def _decoder_alone(findings: Findings, settings: Settings, job: Job, decoder: Any) -> None:
+    """Frames a second of a source that nobody keeps waiting."""
+    with closing(open_source(job.clip, SelectConfig(decoder=decoder), numbered(settings.device))) as source:
+        frames = iter(source)
+        for _ in range(job.frames // 10):
+            next(frames)
+        began_s = time.perf_counter()
+        count = sum(1 for _ in frames)
+        device_sync(settings.device)()
+        rate = count / (time.perf_counter() - began_s)
+        findings.row(decoder_alone=source.decoder, frames_s=rate)
+        findings.note(f"{source.decoder} alone: {rate:.0f} frames/s")
 
 
 def _job(settings: Settings) -> Job:
-    width, height, frames = (96, 64, 9) if settings.dry else (1024, 436, 2000)
+    width, height, frames = (96, 64, 9) if settings.dry else (1024, 436, 1600)
     clip = written_clip(settings.folder, width, height, frames)
     weights = Path(settings.folder) / "filled.safetensors"
     net = filled("FlowNet2", settings.device, 0.05 if settings.dry else 1.0)
@@ -65,11 +89,11 @@ def _job(settings: Settings) -> Job:
     return Job(clip, height, width, frames, options)
 
 
-def _rate(job: Job, output: Path, decoder: str) -> tuple[Sample, RunReport]:
+def _rate(job: Job, model: str, output: Path, decoder: str) -> tuple[Sample, RunReport]:
     """Pairs a second, whole shards against one shard, and what the last long run tells."""
 
     def ran(flows: int, to: Path = output) -> RunReport:
-        return flowreel.run(job.clip, to, stop=flows + 1, decoder=decoder, **job.options)
+        return flowreel.run(job.clip, to, stop=flows + 1, decoder=decoder, model=model, **job.options)
 
     store = output.with_suffix(".zarr")
     ran(job.frames // 4, store)  # a card and its libraries wake up
@@ -107,10 +131,10 @@ def _file(findings: Findings, name: str, sample: Sample, report: RunReport, alon
         findings.add(headline=f"{told}, busiest: {slowest.name}")
 
 
-def _alone(job: Job, settings: Settings, batch: int) -> Sample:
+def _alone(job: Job, settings: Settings, model: str, batch: int) -> Sample:
     """Pairs a second of the same network on frames that are on the device already."""
     chosen = {name: job.options[name] for name in ("device", "weights", "precision")}
-    inference = prepare(ModelConfig(**chosen, batch=batch), job.height, job.width)
+    inference = prepare(ModelConfig(**chosen, model=model, batch=batch), job.height, job.width)
     shape = (batch, 3, job.height, job.width)
     frames = [torch.randint(0, 256, shape, dtype=torch.uint8, device=settings.device) for _ in range(3)]
     effort = Effort(least=2, most=2, cap_s=0.1) if settings.dry else Effort(least=5, most=30, cap_s=2.0)

@@ -91,11 +91,12 @@ def _compare_flow(findings: Findings, settings: Settings, clip: Path, decoder: s
 
 
 def _frames(clip: Path, decoder: Any, settings: Settings) -> Iterator[Any]:
-    with closing(open_source(clip, SelectConfig(decoder=decoder), _numbered(settings.device))) as source:
+    with closing(open_source(clip, SelectConfig(decoder=decoder), numbered(settings.device))) as source:
         yield from source
 
 
-def _numbered(device: str) -> str:
+def numbered(device: str) -> str:
+    """As sources are told it."""
     return "cuda:0" if device == "cuda" else device
 
 

@@ -38,7 +38,7 @@ def captured(work: Callable[[], None], device: torch.device) -> Callable[[], Non
         return work
     with _capturing, torch.cuda.device(device):
         current = torch.cuda.current_stream(device)
-        # Of the high priority, which no other stage asks for: torch has 32 streams of each and gives them out in turn.
+        # Of a priority that nobody else asks for: torch has 32 streams of each and gives them out in turn.
         side = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         side.wait_stream(current)
         try:

@@ -158,7 +158,7 @@ class Card:
         """Of the thread that asks."""
         return getattr(self._here, "stream", self.streams[0])
 
-    def _new_stream(self, device: object = None) -> Stream:
+    def _new_stream(self, device: object = None, priority: int = 0) -> Stream:
         with self.lock:
             self.streams.append(Stream(self, len(self.streams)))
             return self.streams[-1]

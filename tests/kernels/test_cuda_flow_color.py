@@ -36,7 +36,7 @@ def compare(device: torch.device, dtype: torch.dtype, size: tuple[int, int], max
         assert out.is_contiguous()
         apart = (out.cpu().int() - wanted.int()).abs()
         assert apart.max() <= 1
-        assert apart.float().mean() <= 0.01  # where a rounding just tips over
+        assert apart.sum() <= max(3, 0.01 * apart.numel())  # where a rounding just tips over
 
 
 @pytest.mark.parametrize("max_flow", [None, 9.5])

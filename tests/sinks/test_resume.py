@@ -72,7 +72,7 @@ def cut_after(path: Path, flows: int) -> None:
     sink.open(INFO)
     for batch in batches(0, flows):
         sink.write(batch)
-    sink._pool.drain()
+    sink._flush()
     sink._target.let_go()  # as the system does for the dead
 
 
@@ -300,7 +300,7 @@ def test_a_second_run_on_the_same_store_is_refused(
     one.open(INFO)
     for batch in batches(0 if point is None else point.flows, 8):
         one.write(batch)
-    one._pool.drain()
+    one._flush()
     before = contents(tmp_path)
     with pytest.raises(OutputBusyError, match=rf"{path} is being written by another run"):
         other.open(INFO)
@@ -337,7 +337,7 @@ def test_a_run_that_slept_while_another_one_wrote(tmp_path: Path, whole: dict[st
         sink.open(INFO)
         for batch in batches(0, 7):
             sink.write(batch)
-        sink._pool.drain()
+        sink._flush()
         sink._target.let_go()
     before = contents(tmp_path)
     refusal = ResumeMismatchError if "otherwise" in meanwhile else OutputBusyError

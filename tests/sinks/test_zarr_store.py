@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from threading import Event
 from typing import Any, get_args
 
 import numpy as np
@@ -367,6 +369,7 @@ def test_memory_never_holds_a_raw_shard(tmp_path: Path, monkeypatch: pytest.Monk
 def test_until_commit_only_the_partial_is_there(tmp_path: Path) -> None:
     flows = moving(8)
     sink = written(ZarrSink(str(tmp_path / "X.zarr"), config(max_error=0)), flows)
+    sink._flush()
     assert names(tmp_path) == ["X.zarr.partial"]
     store = open_store(tmp_path / "X.zarr")
     assert not store.complete
@@ -432,8 +435,33 @@ def test_times_go_before_flow_and_lengths_before_both(tmp_path: Path, monkeypatc
     monkeypatch.setattr(publish, "publish_bytes", record)
     for batch in batches(moving(4)):
         sink.write(batch)
+    sink._flush()
     lengths = [*(f"{name}/zarr.json" for name in BESIDE_FLOW), "flow/zarr.json"]
     assert order == [*lengths, *(f"{name}/c/0" for name in BESIDE_FLOW), "flow/c/0/0/0/0"]
+
+
+def test_no_shard_is_published_behind_one_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although the next one is on its way already when the error is heard."""
+    sink = ZarrSink(str(tmp_path / "X.zarr"), config())
+    sink.open(header(None))
+    real, second_is_full = publish.publish_bytes, Event()
+
+    def failing(path: Path, *pieces: bytes) -> int:
+        if path.as_posix().endswith("flow/c/1/0/0/0"):
+            second_is_full.wait(60)
+            raise OSError(errno.EIO, "no more")
+        return real(path, *pieces)
+
+    monkeypatch.setattr(publish, "publish_bytes", failing)
+    for batch in batches(moving(3 * SHARD)):
+        sink.write(batch)
+    sink._pool.drain()
+    second_is_full.set()
+    with pytest.raises(OutputWriteError, match="no more"):
+        sink.commit()
+    assert "holds 3 flows" in str(sink.abort())
+    assert open_store(tmp_path / "X.zarr").available == SHARD
+    assert [path.parent.parent.parent.name for path in (tmp_path / "X.zarr.partial").glob("flow/c/*/0/0/0")] == ["0"]
 
 
 def test_failure_at_any_step_leaves_whole_shards_and_the_old_store(
@@ -508,6 +536,7 @@ def test_existing_store_is_kept_unless_overwritten(tmp_path: Path) -> None:
 def test_unfinished_store_of_a_killed_run(tmp_path: Path) -> None:
     path = tmp_path / "X.zarr"
     killed = written(ZarrSink(str(path), config()), moving(5))  # and never committed
+    killed._flush()
     killed._target.let_go()  # as the system does for the dead
     with pytest.raises(OutputExistsError, match=r"unfinished store.*--resume.*--overwrite"):
         ZarrSink(str(path), config()).open(header(5))
