@@ -5,37 +5,77 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.ceilings import Ceilings, share_of_limit
 from benchmarks.measure import Action, Effort, Sample, alternated, device_sync, devices, ratio
 from flowreel.engine.compiled.composed import composed
+from flowreel.engine.compiled.padded import Convolution, pack_layer, padded
+from flowreel.engine.config import Precision
+from flowreel.engine.models.layers import conv, deconv, inter_conv
 from flowreel.kernels import channel_norm, correlation, flow_to_color, quantise, warp, yuv_to_rgb
 from flowreel.kernels.bias_leaky_relu import bias_leaky_relu_, bias_leaky_relu_in_place_definition
 from flowreel.kernels.channel_norm import channel_norm_definition
 from flowreel.kernels.correlation import correlation_definition, pixel_correlation_backward_definition
+from flowreel.kernels.enlarge_flow import enlarge_flow, enlarge_flow_definition
 from flowreel.kernels.flow_color import flow_to_color_definition
 from flowreel.kernels.flow_head import flow_head, flow_head_definition, pack_flow_head, take_off_borders_
+from flowreel.kernels.fusing_input import fusing_input, fusing_input_definition
 from flowreel.kernels.launch import recording
+from flowreel.kernels.normalise_frames import normalise_frames, normalise_frames_definition
 from flowreel.kernels.quantise import quantise_definition
+from flowreel.kernels.refining_input import refining_input, refining_input_definition
 from flowreel.kernels.warp import warp_definition
 from flowreel.kernels.yuv_to_rgb import yuv_to_rgb_definition
 
 OURS = "flowreel"
 PIXELS = (448, 1024)  # rows, columns of a frame
+BATCH = 8  # pairs, of the convolutions
 FEATURES = (1, 256, 56, 128)  # what FlowNetC correlates of such frames
+PAIRS = 8  # of a batch, where one pair is done before it is well begun
 RADIUS, STRIDE = 10, 2  # 21 x 21 displacements, every second pixel
-PAIRS = 8  # at once, where a network's own layers are timed
 HEADS = {2: 200, 3: 392, 4: 776, 5: 1032, 6: 1024}  # by level: channels of the maps of S and C, padded
 SMOOTHED_HEADS = {0: (88, 16), 1: (168, 32), 2: (200, 64)}  # those of the fusion and SD, and between the two layers
 BEYOND_CACHES = 256 << 20  # bytes of different inputs; the largest last-level caches in use hold less
 MOST_INPUTS = 64
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One that our own convolution takes instead of cuDNN, as FlowNet2 has it."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    inputs: int
+    level: int  # its input is 1 / 2^level of the frame
+    batch: int = BATCH
+    room: tuple[int, int] | None = (
+        None  # of what concatenation its result is a part: channels, and the first of its own
+    )
+    alone: bool = False  # whether it goes there alone
+
+
+LAYERS = (
+    Layer("C conv1", lambda: conv(3, 64, 7, 2), 3, 0, 2 * BATCH),
+    Layer("S conv1", lambda: conv(12, 64, 7, 2), 12, 0),
+    Layer("SD conv0", lambda: conv(6, 64), 6, 0),
+    Layer("SD conv1", lambda: conv(64, 64, stride=2), 64, 0),
+    Layer("SD conv1_1", lambda: conv(64, 128), 64, 1),
+    Layer("SD inter_conv2", lambda: inter_conv(194, 64), 194, 2),
+    Layer("fusion conv0", lambda: conv(11, 64), 11, 0, room=(82, 0)),
+    Layer("fusion conv1_1", lambda: conv(64, 128), 64, 1, room=(162, 0)),
+    Layer("fusion deconv1", lambda: deconv(128, 32), 128, 2, room=(162, 128), alone=True),
+    Layer("fusion inter_conv1", lambda: inter_conv(162, 32), 162, 1),
+    Layer("fusion deconv0", lambda: deconv(162, 16), 162, 1, room=(82, 64), alone=True),
+    Layer("fusion inter_conv0", lambda: inter_conv(82, 16), 82, 0),
+)
 
 
 @dataclass(frozen=True)
@@ -83,7 +123,7 @@ def _row(kernel: Kernel, device: str, way: str, found: Mapping[str, list[float]]
 def kernels(device: str) -> list[Kernel]:
     """Every operation and precision that is worth a row on that device."""
     torch.manual_seed(0)
-    half = "bf16" if device == "cpu" else "fp16"
+    half: Precision = "bf16" if device == "cpu" else "fp16"
     made = [_correlation(device, "fp32"), _correlation(device, half), _correlation_backward(device)]
     made += [_correlation_into(device, "fp32"), _correlation_into(device, half), _quantise(device)]
     made += [_warp(device, "fp32"), _warp(device, half), _channel_norm(device, 3), _channel_norm(device, 2)]
@@ -91,6 +131,8 @@ def kernels(device: str) -> list[Kernel]:
         made += [_yuv_to_rgb(device), _bias_leaky_relu(device, "fp32"), _bias_leaky_relu(device, half)]
         made += [_flow_head(device, level, channels) for level, channels in HEADS.items()]
         made += [_smoothed_head(device, level, *channels) for level, channels in SMOOTHED_HEADS.items()]
+        made += [kernel(device, half) for kernel in (_normalise_frames, _refining_input, _fusing_input, _enlarge_flow)]
+        made += [_convolution(layer, device, half) for layer in LAYERS]
     return [*made, _color(device)]
 
 
@@ -286,6 +328,108 @@ def _work_of_head(x: Tensor, taps: int) -> tuple[float, float]:
     """Operations and bytes."""
     pixels = x.numel() // x.shape[1]
     return 2.0 * 2 * taps * x.numel(), x.element_size() * x.numel() + 4.0 * 2 * pixels
+
+
+def _room(device: str, precision: str, channels: int, batch: int = PAIRS) -> Tensor:
+    """Of whole frames, channels last."""
+    made = torch.zeros(batch, channels, *PIXELS, dtype=DTYPES[precision], device=device)
+    return made.to(memory_format=torch.channels_last)
+
+
+def _frames_and_quarters(device: str, quarters: int) -> tuple[Tensor, ...]:
+    """Two normalised frames, and flow at a quarter of their size as a network predicts it."""
+    frames = torch.randn(PAIRS, 6, *PIXELS, device=device)
+    height, width = (side // 4 for side in PIXELS)
+    return frames, *(torch.randn(PAIRS, 2, height, width, device=device) / 2 for _ in range(quarters))
+
+
+def _normalise_frames(device: str, precision: str) -> Kernel:
+    """To all places at once, as FlowNet2 wants it."""
+
+    def make() -> tuple[Tensor, ...]:
+        first, second = (torch.rand(PAIRS, 3, *PIXELS, device=device) * 255 for _ in range(2))
+        rooms = _room(device, precision, 8), _room(device, precision, 8, 2 * PAIRS)
+        return first, second, torch.empty(PAIRS, 6, *PIXELS, device=device), *rooms
+
+    def ours(first: Tensor, second: Tensor, planes: Tensor, pair: Tensor, both: Tensor) -> None:
+        normalise_frames(first, second, planes=planes, pair=pair, both=both)
+
+    inputs = _many(make)
+    ways = _ways({OURS: ours, "torch definition": normalise_frames_definition}, inputs)
+    return _in_bytes("normalise_frames", precision, ways, inputs[0])
+
+
+def _refining_input(device: str, precision: str) -> Kernel:
+    def make() -> tuple[Tensor, ...]:
+        return *_frames_and_quarters(device, 1), _room(device, precision, 16)
+
+    inputs = _many(make)
+    given = [(frames, flow, 20.0, room) for frames, flow, room in inputs]
+    ways = _ways({OURS: refining_input, "torch definition": refining_input_definition}, given)
+    return _in_bytes("refining_input", precision, ways, inputs[0])
+
+
+def _fusing_input(device: str, precision: str) -> Kernel:
+    def make() -> tuple[Tensor, ...]:
+        return *_frames_and_quarters(device, 2), _room(device, precision, 16)
+
+    inputs = _many(make)
+    given = [(frames, small, 1 / 20, large, 20.0, room) for frames, small, large, room in inputs]
+    ways = _ways({OURS: fusing_input, "torch definition": fusing_input_definition}, given)
+    return _in_bytes("fusing_input", precision, ways, inputs[0])
+
+
+def _enlarge_flow(device: str, precision: str) -> Kernel:
+    """The last of FlowNet2's, from a half to all of the size, into two of 88 channels: its writes lie far apart."""
+
+    def make() -> tuple[Tensor, ...]:
+        flow = torch.randn(PAIRS, 2, *(side // 2 for side in PIXELS), device=device)
+        return flow, _room(device, precision, 88)
+
+    weight, bias = torch.randn(2, 2, 4, 4, device=device), torch.randn(2, device=device)
+    inputs = _many(make)
+    given = [(flow, weight, bias, room[:, 80:82]) for flow, room in inputs]
+    ways = _ways({OURS: enlarge_flow, "torch definition": enlarge_flow_definition}, given)
+    return _in_bytes("enlarge_flow", precision, ways, (inputs[0][0], given[0][-1]))
+
+
+def _in_bytes(name: str, precision: str, ways: Mapping[str, Action], moved: Sequence[Tensor]) -> Kernel:
+    """One that memory alone bounds: ``moved`` is what it reads and writes once, its input first."""
+    size = sum(tensor.numel() * tensor.element_size() for tensor in moved)
+    return Kernel(name, _shape(moved[0]), precision, ways, 0.0, size)
+
+
+def _convolution(layer: Layer, device: str, precision: Precision) -> Kernel:
+    """With its bias and LeakyReLU, written where the network wants it."""
+    module, (height, width) = layer.make().to(device), (side >> layer.level for side in PIXELS)
+    ways = {OURS: pack_layer(module, precision), "cuDNN, bias_leaky_relu": pack_layer(module, precision, by_cudnn=True)}
+
+    def map_of(channels: int, height: int, width: int) -> Tensor:
+        made = torch.zeros(layer.batch, padded(channels), height, width, dtype=DTYPES[precision], device=device)
+        made[:, :channels].normal_()
+        return made.contiguous(memory_format=torch.channels_last)
+
+    def call(by: Convolution, x: Tensor, whole: Tensor | None) -> None:
+        part = None if whole is None or layer.room is None else whole[:, layer.room[1] :][:, : by.outputs]
+        if part is not None and layer.alone:
+            by.into(x, part)
+        else:
+            by(x, part)
+
+    by, x = ways[OURS], map_of(layer.inputs, height, width)
+    out = by(x).shape
+    whole = None if layer.room is None else map_of(layer.room[0], *out[2:])
+    flops = 2.0 * x.shape[0] * by.weight[0, 0].numel() * layer.inputs * by.outputs
+    flops *= height * width / (1 if by.transposed else by.stride**2)
+    written = 2 * out.numel() if layer.room is not None and not layer.alone else out.numel()
+    return Kernel(
+        f"convolution, {layer.name}",
+        _shape(x),
+        precision,
+        {name: _without_gradients(partial(call, way), [(x, whole)]) for name, way in ways.items()},
+        flops,
+        x.element_size() * (x.shape[0] * layer.inputs * height * width + written),
+    )
 
 
 def _color(device: str) -> Kernel:

@@ -40,7 +40,7 @@ _TOGETHER, _ITEMS = 8, 4  # channels that a thread computes, and of how many pix
 
 
 def _bias_leaky_relu_cuda(x: Tensor, bias: Tensor, slope: float, out: Tensor) -> None:
-    if x.dtype in (out.dtype, torch.float32):  # enlarged flow goes into a concatenation of a half type
+    if out.dtype == x.dtype:
         _launched(x, bias, slope, out, None)
     else:
         bias_leaky_relu_definition(x, bias, slope, out)
@@ -58,8 +58,8 @@ def _launched(x: Tensor, bias: Tensor, slope: float, out: Tensor, also: Tensor |
     blocks_a_row = -(-width * -(-channels // _TOGETHER) // (_ITEMS * THREADS))
     counts = sizes(channels, out.shape[1], 0 if also is None else also.shape[1], height, width)
     views = (*view(x), bias.contiguous(), *view(out), *view(out if also is None else also))
-    entry = f"bias_leaky_relu_{SUFFIXES[x.dtype]}_to_{SUFFIXES[out.dtype]}"
-    launch("bias_leaky_relu", entry, (batch * height * blocks_a_row,), (*views, *counts, np.float32(slope)))
+    entry, grid = f"bias_leaky_relu_{SUFFIXES[x.dtype]}", (batch * height * blocks_a_row,)
+    launch("bias_leaky_relu", entry, grid, (*views, *counts, np.float32(slope)))
 
 
 # --- registration -----------------------------------------------------------------------------------------------------

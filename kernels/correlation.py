@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowreel.kernels import correlation_bands
+from flowreel.kernels import correlation_bands, correlation_products
 from flowreel.kernels.launch import SUFFIXES, blocks_for, implement, launch, sizes, view
 
 if TYPE_CHECKING:
@@ -138,6 +138,15 @@ def _pixel_correlation_cuda(
 
 
 def _pixel_correlation_into_cuda(
+    out: Tensor, a: Tensor, b: Tensor, radius: int, stride: int, scale: float | None = None, slope: float = 1.0
+) -> None:
+    if correlation_products.fits(a, b, radius):
+        correlation_products.pixel_correlation_into(out, a, b, radius, stride, _scale(a, scale), slope)
+    else:
+        _pixel_correlation_on_cuda_cores(out, a, b, radius, stride, scale, slope)
+
+
+def _pixel_correlation_on_cuda_cores(
     out: Tensor, a: Tensor, b: Tensor, radius: int, stride: int, scale: float | None = None, slope: float = 1.0
 ) -> None:
     batch, channels, height, width = a.shape

@@ -33,7 +33,7 @@ OPTIONS = ("-std=c++17", "--ptxas-options=-v")  # -v: the log tells of registers
 SUFFIXES = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat16"}  # of an entry's name
 THREADS = 256  # of a block, where nothing speaks for another number
 
-Argument = Tensor | np.int32 | np.int64 | np.float32
+Argument = Tensor | np.int32 | np.int64 | np.float32 | None
 Size = tuple[int, ...]
 
 
@@ -59,8 +59,8 @@ def launch(source: str, entry: str, grid: Size, arguments: Sequence[Argument], b
         source: name of the ``.cu`` file, without the suffix.
         entry: name of the kernel in it.
         grid: blocks, 1 to 3 numbers.
-        arguments: tensors, and numbers of the very type the kernel takes: a plain int would go as 64 bits whatever
-            the kernel expects.
+        arguments: tensors, None for a pointer to nothing, and numbers of the very type the kernel takes: a plain int
+            would go as 64 bits whatever the kernel expects.
         block: threads of each block, 1 to 3 numbers.
 
     Raises:
@@ -69,7 +69,7 @@ def launch(source: str, entry: str, grid: Size, arguments: Sequence[Argument], b
     """
     device = next(x.device for x in arguments if isinstance(x, Tensor))
     kernel = _kernel(source, entry, device)
-    passed = tuple(pointer_of(x) if isinstance(x, Tensor) else x for x in arguments)
+    passed = tuple(pointer_of(x) if isinstance(x, Tensor) else 0 if x is None else x for x in arguments)
     with _current(device):
         kernel(grid, block, passed)
 

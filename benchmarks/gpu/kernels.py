@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -12,10 +12,12 @@ from torch import Tensor
 
 from benchmarks import kernels as cases
 from benchmarks.gpu.findings import Findings, Settings
+from flowreel.engine.compiled.padded import convolve, pack_layer, padded
 from flowreel.kernels import channel_norm, correlation, flow_to_color, quantise, warp, yuv_to_rgb
 from flowreel.kernels.bias_leaky_relu import bias_leaky_relu_, bias_leaky_relu_in_place_definition
 from flowreel.kernels.channel_norm import channel_norm_definition
 from flowreel.kernels.correlation import correlation_definition
+from flowreel.kernels.enlarge_flow import enlarge_flow, enlarge_flow_definition
 from flowreel.kernels.flow_head import (
     Borders,
     flow_head,
@@ -24,7 +26,10 @@ from flowreel.kernels.flow_head import (
     take_off_borders_definition,
     unpack_flow_head,
 )
+from flowreel.kernels.fusing_input import fusing_input, fusing_input_definition
+from flowreel.kernels.normalise_frames import normalise_frames, normalise_frames_definition
 from flowreel.kernels.quantise import quantise_definition
+from flowreel.kernels.refining_input import refining_input, refining_input_definition
 from flowreel.kernels.warp import warp_definition
 from flowreel.kernels.yuv_to_rgb import yuv_to_rgb_definition
 
@@ -48,6 +53,20 @@ class Made:
     def flow(self) -> Tensor:
         """(1, 2, H, W) float32, whatever the maps are: away from whole pixels, where the slope of a warp jumps."""
         return torch.randn(1, 2, *cases.PIXELS, device=self.device) * 8
+
+    def quarter(self, channels: int) -> Tensor:
+        """(2, channels, H/4, W/4) float32."""
+        height, width = (side // 4 for side in cases.PIXELS)
+        return torch.randn(2, channels, height, width, device=self.device).contiguous(memory_format=self.layout)
+
+    def frames(self) -> Tensor:
+        """(2, 6, H, W) float32, contiguous and smooth: what noise would make of a rounded coordinate is no fault."""
+        return torch.nn.functional.interpolate(self.quarter(6), scale_factor=4.0, mode="bilinear").contiguous()
+
+    def rooms(self, channels: int, batch: int = 2) -> tuple[Tensor, Tensor]:
+        """Channels last: in the type under test, and in float64."""
+        room = torch.zeros(batch, channels, *cases.PIXELS, device=self.device).to(memory_format=torch.channels_last)
+        return room.to(self.dtype), room.double()
 
 
 def check(findings: Findings, settings: Settings) -> None:
@@ -141,6 +160,55 @@ def _map_of_head(made: Made) -> Tensor:
     return made(2, 200, *(side // 4 for side in cases.PIXELS))
 
 
+def _refining_input(made: Made) -> Compared:
+    frames, flow, (ours, wanted) = made.frames(), made.quarter(2) / 2, made.rooms(16)
+    refining_input(frames, flow, 20.0, ours)
+    refining_input_definition(frames.double(), flow.double(), 20.0, wanted)
+    return [(ours, wanted)]
+
+
+def _fusing_input(made: Made) -> Compared:
+    frames, small, large, (ours, wanted) = made.frames(), made.quarter(2), made.quarter(2) / 2, made.rooms(16)
+    fusing_input(frames, small, 0.05, large, 20.0, ours)
+    fusing_input_definition(frames.double(), small.double(), 0.05, large.double(), 20.0, wanted)
+    return [(ours, wanted)]
+
+
+def _normalise_frames(made: Made) -> Compared:
+    first, second = (made.frames()[:, :3].contiguous(memory_format=made.layout) * 50 + 120 for _ in range(2))
+    planes = torch.zeros(2, 6, *cases.PIXELS, device=made.device)
+    pairs = [(planes, planes.double()), made.rooms(8), made.rooms(8, 4)]
+    ours, wanted = zip(*pairs, strict=True)
+    normalise_frames(first, second, planes=ours[0], pair=ours[1], both=ours[2])
+    normalise_frames_definition(first.double(), second.double(), *wanted)
+    return pairs
+
+
+def _enlarge_flow(made: Made) -> Compared:
+    flow, (ours, wanted) = made.flow().contiguous(memory_format=made.layout), made.rooms(7, 1)
+    flow = flow[:, :, : flow.shape[2] // 2, : flow.shape[3] // 2]
+    weight, bias = torch.randn(2, 2, 4, 4, device=made.device), torch.randn(2, device=made.device)
+    enlarge_flow(flow, weight, bias, ours[:, 3:5])
+    enlarge_flow_definition(flow.double(), weight.double(), bias.double(), wanted[:, 3:5])
+    return [(ours, wanted)]
+
+
+def _convolution(layer: cases.Layer, made: Made) -> Compared:
+    """With bias and LeakyReLU, and its result in a part of a concatenation."""
+    if made.dtype == torch.float32:
+        return []  # cuDNN's
+    half = pack_layer(layer.make().to(made.device), "fp16" if made.dtype == torch.float16 else "bf16")
+    height, width = (side >> layer.level for side in cases.PIXELS)
+    x = made(2, padded(layer.inputs), height, width)
+    weight = half.weight.double().contiguous()
+    wanted = convolve(x[:, : layer.inputs].double().contiguous(), replace(half, weight=weight))
+    bias_leaky_relu_in_place_definition(wanted, half.bias, half.slope, None)
+    first, part = layer.room if layer.room is not None else (half.outputs, 0)
+    whole = made(2, padded(first), *wanted.shape[2:])
+    own = half(x, whole[:, part : part + half.outputs])
+    return [(own, wanted), (whole[:, part : part + half.outputs], wanted)]
+
+
 def _gradients(layer: Callable[..., Tensor], inputs: Callable[[Made], tuple[Tensor, ...]], made: Made) -> Compared:
     """Of each input: by the kernels in their type, by the definitions in float64."""
     given = inputs(made)
@@ -159,6 +227,11 @@ COMPARED: dict[str, Callable[[Made], Compared]] = {
     "bias_leaky_relu": _bias_leaky_relu,
     "flow_head": _flow_head,
     "flow_head, borders": _flow_head_borders,
+    "refining_input": _refining_input,
+    "fusing_input": _fusing_input,
+    "normalise_frames": _normalise_frames,
+    "enlarge_flow": _enlarge_flow,
+    **{f"convolution, {layer.name}": partial(_convolution, layer) for layer in cases.LAYERS},
     "correlation, gradient": partial(
         _gradients, correlation, lambda made: (made(*cases.FEATURES), made(*cases.FEATURES))
     ),

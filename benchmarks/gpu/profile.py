@@ -14,8 +14,10 @@ from benchmarks.gpu.network import DRY, SIZES, TIMED, Timed, inputs, made, netwo
 from benchmarks.measure import Effort, Sample, alternated, device_sync
 from flowreel.engine.compiled import cuda
 
+CONVOLUTIONS = ("convolution_3_", "convolution_7_", "flow_head_")
+INPUTS = ("normalise_frames_", "refining_input_", "fusing_input_", "enlarge_flow_")
 KINDS = (  # what a kernel's name holds, in the order in which it is asked
-    ("ours", ("correlation_", "warp_", "channel_norm_", "bias_leaky_relu_", "flow_head_", "yuv_to_rgb_")),
+    ("ours", ("correlation_", "warp_", "channel_norm_", "bias_leaky_relu_", "yuv_to_rgb_", *CONVOLUTIONS, *INPUTS)),
     ("layout", ("nchwtonhwc", "nhwctonchw", "transpose", "permute", "reorder")),
     ("convolution", ("conv", "xmma", "cutlass", "gemm", "wgrad", "dgrad", "fprop", "winograd", "cudnn", "implicit")),
     ("copy", ("memcpy", "memset", "copy")),

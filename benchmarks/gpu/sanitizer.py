@@ -19,6 +19,7 @@ ERRORS = 99  # exit code when the tool has found something
 UNSUPPORTED = "Device not supported"  # in some virtual machines; then it counts errors that are not ours
 FILTERS = ("--kernel-name", "--kernel-regex")  # of one version or another: which kernels are watched
 KERNELS = ("correlation_", "warp_", "channel_norm_", "bias_leaky_relu_", "flow_", "quantise_", "yuv_to_rgb_")
+KERNELS += ("convolution_", "normalise_frames_", "refining_input_", "fusing_input_", "enlarge_flow_")
 
 
 def memcheck(findings: Findings, settings: Settings) -> None:

@@ -26,16 +26,17 @@ from flowreel.engine.config import Precision
 from flowreel.engine.errors import PrecisionWarning
 from flowreel.engine.models.flownetc import FlowNetC
 from flowreel.engine.models.fusion import FlowNetFusion
-from flowreel.engine.models.layers import FLOW_SCALE, RGB_MAX, Refiner, Upsampling, to_pixels, upsample
+from flowreel.engine.models.layers import FLOW_SCALE, Refiner, Upsampling, upsample
 from flowreel.engine.models.stacks import (
     REFINING_CHANNELS,
     SD_SCALE_IN_FLOWNET2,
     FlowNet2,
     FlowNet2CS,
     FlowNet2CSS,
-    warped_and_error,
 )
-from flowreel.kernels import channel_norm
+from flowreel.kernels.fusing_input import fusing_input
+from flowreel.kernels.normalise_frames import normalise_frames
+from flowreel.kernels.refining_input import refining_input
 
 Capture = Callable[[Callable[[], None], torch.device], Callable[[], None]]
 
@@ -102,7 +103,6 @@ class Captured:
         if self._network.precision == "fp16" and not self._network.looked:
             self._network.looked = True
             self._look()
-            self.work.take(first, second)
         self._repeat()
         return self.work.flow
 
@@ -129,13 +129,14 @@ class Work:
     def __init__(self, network: PackedNetwork, shape: Shape) -> None:
         self.network, self.shape = network, shape
         batch, height, width = shape
-        self.frames = torch.zeros(batch, 6, height, width, device=network.device)  # normalised once the work is done
         shrink = 1 if network.upsampling is None else 4
         self.flow = torch.zeros(batch, 2, height // shrink, width // shrink, device=network.device)  # pixels
         self.parts = {name: self._part(layers) for name, layers in network.parts.items()}
         stacked = issubclass(network.kind, FlowNet2CS)
-        self.refining = self._room(REFINING_CHANNELS) if stacked else None  # what S1, then S2 are given
+        self.both = self._room(3, batch=2 * batch) if stacked or network.kind is FlowNetC else None  # for C
         self.pair = None if network.kind in (FlowNetC, FlowNet2CS, FlowNet2CSS) else self._room(6)  # for S or SD
+        self.frames = torch.zeros(batch, 6, height, width, device=network.device) if stacked else None  # for warps
+        self.refining = self._room(REFINING_CHANNELS) if stacked else None  # what S1, then S2 are given
         self.fusing = self._room(FUSION_CHANNELS) if network.kind is FlowNet2 else None
 
     def _room(self, channels: int, level: int = 0, batch: int | None = None) -> Tensor:
@@ -150,9 +151,8 @@ class Work:
         return MatchingPart(layers, self._room, self.shape[0]) if "conv_redir" in layers else Part(layers, self._room)
 
     def take(self, first: Tensor, second: Tensor) -> None:
-        """Two (B, 3, H, W) frames, 0..255."""
-        self.frames[:, :3].copy_(first)
-        self.frames[:, 3:].copy_(second)
+        """Two (B, 3, H, W) frames, 0..255, normalised to where the networks read them: the work itself changes none."""
+        normalise_frames(first, second, planes=self.frames, pair=self.pair, both=self.both)
 
     def watched_by(self, watch: Watch) -> None:
         """The same once, while ``watch`` sees what every convolution gives."""
@@ -165,45 +165,30 @@ class Work:
                 part.watch = None
 
     def __call__(self) -> None:
-        first, second = self.frames[:, :3], self.frames[:, 3:]
-        mean = (first.mean((2, 3), keepdim=True) + second.mean((2, 3), keepdim=True)) / 2
-        self.frames.sub_(torch.cat((mean, mean), 1)).div_(RGB_MAX)  # as ``layers.normalise``, in place
         if self.fusing is None:
             torch.mul(self._predicted(), FLOW_SCALE, out=self.flow)
-        else:
-            self._fused(self.fusing)
+            return
+        assert self.frames is not None
+        assert self.pair is not None
+        css = self._predicted()
+        sd = self.parts["flownets_d"](self.pair)
+        fusing_input(self.frames, sd, SD_SCALE_IN_FLOWNET2, css, FLOW_SCALE, self.fusing)
+        self.flow.copy_(self.parts["flownetfusion"](self.fusing))
 
     def _predicted(self) -> Tensor:
-        """(B, 2, H/4, W/4) pixels / 20, of whichever network is last."""
-        if self.pair is not None and self.fusing is None:
-            self.pair[:, :6].copy_(self.frames)
-            return self.parts[""](self.pair)
+        """(B, 2, H/4, W/4) pixels / 20, of C, S or SD alone, or of the last network of the stack."""
         if self.refining is None:
-            return self.parts[""](self.frames)
-        self.refining[:, :6].copy_(self.frames)
-        flow = self.parts["flownetc"](self.frames)
+            return self.parts[""](self._input())
+        assert self.frames is not None
+        flow = self.parts["flownetc"](self._input())
         for name in ("flownets_1", "flownets_2"):
             if name in self.parts:
-                flow = self._refined(self.parts[name], self.refining, to_pixels(flow, "bilinear"))
+                refining_input(self.frames, flow, FLOW_SCALE, self.refining)
+                flow = self.parts[name](self.refining)
         return flow
 
-    def _refined(self, part: Part, room: Tensor, flow: Tensor) -> Tensor:
-        """S, given the frames (in ``room`` already) and ``flow`` (B, 2, H, W) pixels."""
-        warped, error = warped_and_error(self.frames, flow)
-        for start, value in ((6, warped), (9, flow / FLOW_SCALE), (11, error)):
-            room[:, start : start + value.shape[1]].copy_(value)
-        return part(room)
-
-    def _fused(self, room: Tensor) -> None:
-        """FlowNet2: the stack's flow and SD's, joined at full resolution."""
-        assert self.pair is not None
-        css = to_pixels(self._predicted(), "nearest")
-        self.pair[:, :6].copy_(self.frames)
-        sd = upsample(self.parts["flownets_d"](self.pair) * SD_SCALE_IN_FLOWNET2, "nearest")
-        _, error_css = warped_and_error(self.frames, css)
-        _, error_sd = warped_and_error(self.frames, sd)
-        start = 0
-        for value in (self.frames[:, :3], sd, css, channel_norm(sd), channel_norm(css), error_sd, error_css):
-            room[:, start : start + value.shape[1]].copy_(value)
-            start += value.shape[1]
-        self.flow.copy_(self.parts["flownetfusion"](room))
+    def _input(self) -> Tensor:
+        """What the first network is given."""
+        room = self.pair if self.both is None else self.both
+        assert room is not None
+        return room

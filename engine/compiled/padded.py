@@ -18,6 +18,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from flowreel.engine.config import Precision
 from flowreel.engine.models.layers import FlowHead
 from flowreel.kernels.bias_leaky_relu import bias_leaky_relu, bias_leaky_relu_
+from flowreel.kernels.convolution import convolution, pack, padding_of, tiling
+from flowreel.kernels.launch import kernels_on
 
 # Whether cuDNN times its algorithms at each shape and takes the fastest, instead of choosing by its own rules. Then
 # another run, thread or machine may take another one and give other bits, and every run begins with seconds of timing.
@@ -33,7 +35,7 @@ DTYPES: dict[Precision, torch.dtype] = {
 
 
 class Watch(Protocol):
-    """Sees what each convolution gives, before its bias."""
+    """Sees what each convolution stores: before its bias, or where our kernel does it all at once, the result."""
 
     def __call__(self, result: Tensor) -> None: ...
 
@@ -45,9 +47,14 @@ def padded(channels: int) -> int:
 
 @dataclass(frozen=True)
 class Convolution:
-    """One convolution or deconvolution, and the activation that follows it. ``watch`` sees what the first gives."""
+    """One convolution or deconvolution, and the activation that follows it. ``watch`` sees what the first gives.
 
-    weight: Tensor  # (out, in, k, k), of a deconvolution (in, out, k, k); padded, channels last
+    By our own kernel, which does both at once, where ``packed`` is there; else by cuDNN and a kernel after it.
+    """
+
+    # (out, in, k, k), of a deconvolution (in, out, k, k); channels last; padded, for cuDNN. Flow's enlarging: neither.
+    weight: Tensor
+    packed: Tensor | None  # the same as our own kernel takes it
     bias: Tensor  # (out,) float32; zeros where the layer has none, and where padded
     outputs: int  # real channels
     stride: int
@@ -58,11 +65,26 @@ class Convolution:
 
     def __call__(self, x: Tensor, also: Tensor | None = None, watch: Watch | None = None) -> Tensor:
         """A padded map to a padded map of its own; ``also`` (a part of a concatenation) gets the real channels."""
+        if self.packed is not None:
+            return self._at_once(x, self.packed, None, also, watch)
         return bias_leaky_relu_(self._convolved(x, watch), self.bias, self.slope, also)
 
     def into(self, x: Tensor, out: Tensor, watch: Watch | None = None) -> None:
         """A padded map to real channels in ``out`` alone."""
-        bias_leaky_relu(self._convolved(x, watch), self.bias, self.slope, out)
+        if self.packed is not None:
+            self._at_once(x, self.packed, out, None, watch)
+        else:
+            bias_leaky_relu(self._convolved(x, watch), self.bias, self.slope, out)
+
+    def _at_once(
+        self, x: Tensor, packed: Tensor, out: Tensor | None, also: Tensor | None, watch: Watch | None
+    ) -> Tensor:
+        result = convolution(
+            x, self.weight, packed, self.bias, self.slope, self.stride, self.transposed, out=out, also=also
+        )
+        if watch is not None:
+            watch(result)
+        return result
 
     def _convolved(self, x: Tensor, watch: Watch | None) -> Tensor:
         result = convolve(x.to(self.weight.dtype), self)  # heads take float32
@@ -93,39 +115,47 @@ def convolve(x: Tensor, by: Convolution) -> Tensor:
     return (F.conv_transpose2d if by.transposed else F.conv2d)(x, by.weight, None, stride, padding)
 
 
-def pack_layer(module: nn.Module, precision: Precision) -> Convolution:
+def pack_layer(module: nn.Module, precision: Precision, by_cudnn: bool = False) -> Convolution:
     """A layer as ``engine.models.layers`` makes them. Flow heads and the enlarging of flow stay in float32.
 
-    Those take float32 maps: half precision costs .04 px there at 40 px of motion.
+    Those take float32 maps: half precision costs .04 px there at 40 px of motion. ``by_cudnn``: whatever our own kernel
+    could compute, to compare with.
     """
     parts = list(module) if isinstance(module, nn.Sequential) else [module]
-    convolution = parts[0]
-    assert isinstance(convolution, nn.Conv2d | nn.ConvTranspose2d)
+    layer = parts[0]
+    assert isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
     if len(parts) > 1 and isinstance(parts[1], nn.BatchNorm2d):
-        convolution = fuse_conv_bn_eval(deepcopy(convolution).eval(), deepcopy(parts[1]).eval())
-    transposed = isinstance(convolution, nn.ConvTranspose2d)
+        layer = fuse_conv_bn_eval(deepcopy(layer).eval(), deepcopy(parts[1]).eval())
+    transposed = isinstance(layer, nn.ConvTranspose2d)
     enlarging = isinstance(module, nn.ConvTranspose2d)  # flow itself: two channels in, two out
     about_flow = enlarging or isinstance(module, FlowHead)
-    weight = convolution.weight.detach()
-    spread = torch.zeros(
-        2 if about_flow else padded(weight.shape[0]),
-        2 if enlarging else padded(weight.shape[1]),
-        *weight.shape[2:],
-        dtype=torch.float32 if about_flow else DTYPES[precision],
-        device=weight.device,
-    ).to(memory_format=torch.channels_last)
-    spread[: weight.shape[0], : weight.shape[1]] = weight
-    bias = torch.zeros(spread.shape[1 if transposed else 0], device=weight.device)
-    if convolution.bias is not None:
-        bias[: convolution.out_channels] = convolution.bias.detach()
+    weight = layer.weight.detach().to(torch.float32 if about_flow else DTYPES[precision])
+    stride, padding = layer.stride[0], int(layer.padding[0])
+    fits = tiling(weight, stride, transposed) is not None and padding == padding_of(weight)
+    ours = fits and not by_cudnn and _runs_ours(weight.device)
+    if not ours:
+        spread = weight.new_zeros(
+            2 if about_flow else padded(weight.shape[0]), 2 if enlarging else padded(weight.shape[1]), *weight.shape[2:]
+        )
+        spread[: weight.shape[0], : weight.shape[1]] = weight
+        weight = spread
+    bias = torch.zeros(weight.shape[1 if transposed else 0], device=weight.device)
+    if layer.bias is not None:
+        bias[: layer.out_channels] = layer.bias.detach()
     activation = parts[-1]
     return Convolution(
-        weight=spread,
+        weight=weight.to(memory_format=torch.contiguous_format if enlarging else torch.channels_last),
+        packed=pack(weight, stride, transposed) if ours else None,
         bias=bias,
-        outputs=convolution.out_channels,
-        stride=convolution.stride[0],
-        padding=int(convolution.padding[0]),
+        outputs=layer.out_channels,
+        stride=stride,
+        padding=padding,
         transposed=transposed,
         slope=activation.negative_slope if isinstance(activation, nn.LeakyReLU) else 1.0,
         tf32=precision == "tf32" and not about_flow,
     )
+
+
+def _runs_ours(device: torch.device) -> bool:
+    """Also on a CPU, by its definition: the tests see what a GPU computes."""
+    return device.type == "cpu" or kernels_on(device) == "cuda"

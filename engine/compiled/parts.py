@@ -19,6 +19,7 @@ from flowreel.engine.compiled.padded import Convolution, Watch
 from flowreel.engine.models.flownetc import DISPLACEMENTS
 from flowreel.engine.models.layers import SLOPE
 from flowreel.kernels import correlation
+from flowreel.kernels.enlarge_flow import enlarge_flow
 
 
 class Room(Protocol):
@@ -59,7 +60,8 @@ class Part:
         for level in self.levels:
             deconv, upsampled = f"deconv{level}", f"upsampled_flow{level + 1}_to_{level}"
             self.layers[deconv].into(features, self.places[deconv], self.watch)
-            self.layers[upsampled].into(flow, self.places[upsampled])
+            enlarging = self.layers[upsampled]
+            enlarge_flow(flow, enlarging.weight, enlarging.bias, self.places[upsampled])
             features = self.concatenations[level]
             smooth = [f"{SMOOTHING}{level}"] if f"{SMOOTHING}{level}" in self.layers else []
             flow = self._flow(self.through(features, smooth), level)
@@ -87,19 +89,16 @@ class Part:
 
 
 class MatchingPart(Part):
-    """C: called with both frames (B, 6, H, W) float32, which go through the encoder as one batch."""
+    """C: called with the first frames of all pairs, then the second ones, as one padded batch."""
 
     def __init__(self, layers: Layers, room: Room, pairs: int) -> None:
         super().__init__(layers, room)
         self.pairs = pairs
-        self.both = room(3, batch=2 * pairs)
         self.matched = self._concatenated(["conv_redir"], room, 3, DISPLACEMENTS)
         self.skip = self.places.pop("conv2")  # takes the first frame's features alone
 
     def __call__(self, x: Tensor) -> Tensor:
-        self.both[: self.pairs, :3].copy_(x[:, :3])
-        self.both[self.pairs :, :3].copy_(x[:, 3:])
-        conv2 = self.through(self.both, ["conv1", "conv2"])
+        conv2 = self.through(x, ["conv1", "conv2"])
         self.skip.copy_(conv2[: self.pairs, : self.skip.shape[1]])
         conv3 = self.through(conv2, ["conv3"])
         first, second = conv3[: self.pairs], conv3[self.pairs :]

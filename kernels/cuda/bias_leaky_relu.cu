@@ -50,9 +50,9 @@ __device__ __forceinline__ int rest(int channels, int first) {
 }
 
 // `out` takes the first out_channels of x's, `also` the first also_channels: none, and it is not touched.
-template <class T, class U>
+template <class T>
 __device__ __forceinline__ void bias_leaky_relu(
-    View<const T> x, const float* bias, View<U> out, View<U> also, int channels, int out_channels, int also_channels,
+    View<const T> x, const float* bias, View<T> out, View<T> also, int channels, int out_channels, int also_channels,
     int height, int width, float slope
 ) {
     const int groups = (channels + TOGETHER - 1) / TOGETHER, in_row = width * groups, in_block = ITEMS * (int)blockDim.x;
@@ -81,18 +81,14 @@ __device__ __forceinline__ void bias_leaky_relu(
     }
 }
 
-#define ENTRY_OF(name, T, U)                                                                                         \
+#define ENTRIES(name, T)                                                                                             \
     extern "C" __global__ void __launch_bounds__(256, 3) bias_leaky_relu_##name(                                     \
-        VIEW(const T, x), const float* bias, VIEW(U, out), VIEW(U, also), int channels, int out_channels,            \
+        VIEW(const T, x), const float* bias, VIEW(T, out), VIEW(T, also), int channels, int out_channels,            \
         int also_channels, int height, int width, float slope                                                        \
     ) {                                                                                                              \
-        bias_leaky_relu<T, U>(                                                                                       \
-            AS_VIEW(const T, x), bias, AS_VIEW(U, out), AS_VIEW(U, also), channels, out_channels, also_channels,     \
+        bias_leaky_relu<T>(                                                                                          \
+            AS_VIEW(const T, x), bias, AS_VIEW(T, out), AS_VIEW(T, also), channels, out_channels, also_channels,     \
             height, width, slope                                                                                     \
         );                                                                                                           \
     }
-ENTRY_OF(float_to_float, float, float)
-ENTRY_OF(half_to_half, __half, __half)
-ENTRY_OF(bfloat16_to_bfloat16, __nv_bfloat16, __nv_bfloat16)
-ENTRY_OF(float_to_half, float, __half)
-ENTRY_OF(float_to_bfloat16, float, __nv_bfloat16)
+FOR_EACH_TYPE(ENTRIES)

@@ -77,13 +77,14 @@ __device__ __forceinline__ void load_matrices(unsigned (&out)[4], const void* ro
 #endif
 }
 
-// --- global to shared memory, 16 bytes a call, while the thread goes on -----------------------------------------------
+// --- global to shared memory, 16 or 8 bytes a call, while the thread goes on ------------------------------------------
 //
-// Both ends are aligned to 16 bytes; where not `inside`, zeros are written and `from` is not read. What a thread has
+// Both ends are aligned to as many; where not `inside`, zeros are written and `from` is not read. What a thread has
 // asked for since its last fetch_end() is one batch. fetch_wait<N>() returns when all but its last N batches are there;
 // a barrier after it makes them visible to the others.
 #ifdef WARP_GIVES
-#define fetch_16(to, from, inside) shim::fetch(to, from, inside)
+#define fetch_16(to, from, inside) shim::fetch(to, from, inside, 16)
+#define fetch_8(to, from, inside) shim::fetch(to, from, inside, 8)
 #define fetch_end() shim::fetch_end()
 template <int N>
 __device__ void fetch_wait() {
@@ -93,6 +94,11 @@ __device__ void fetch_wait() {
 __device__ __forceinline__ void fetch_16(void* to, const void* from, bool inside) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((unsigned)__cvta_generic_to_shared(to)),
                  "l"(__cvta_generic_to_global(from)), "r"(inside ? 16 : 0)
+                 : "memory");
+}
+__device__ __forceinline__ void fetch_8(void* to, const void* from, bool inside) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"((unsigned)__cvta_generic_to_shared(to)),
+                 "l"(__cvta_generic_to_global(from)), "r"(inside ? 8 : 0)
                  : "memory");
 }
 __device__ __forceinline__ void fetch_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -2,41 +2,14 @@
 //
 // One thread computes one pixel of the output, all channels of it. Neighbouring threads take neighbouring x, then y,
 // then the batch. Flow is smooth, so a warp's four loads per channel fall on a few runs of memory.
-//
-// Coordinates are always float. The pixel's own coordinate is whole and only added to the flow's whole part: at
-// x = 4000 their sum as a float would be off by 1e-4.
-#include "common.cuh"
-
-// The two neighbours along one axis, held inside the image, and the weight of the second. NaN fails every comparison
-// and lives on in the weight.
-struct Neighbours {
-    int first, second;
-    float part;
-};
-
-__device__ __forceinline__ int held(int place, int size) { return place < 0 ? 0 : place < size ? place : size - 1; }
-
-__device__ __forceinline__ Neighbours neighbours(int place, float shift, int size) {
-    const float limit = (float)(size + 1);  // beyond one image size everything is border
-    if (shift > limit) shift = limit;
-    if (shift < -limit) shift = -limit;
-    const float whole = floorf(shift);
-    const int first = place + (whole == whole ? (int)whole : 0);
-    return {held(first, size), held(first + 1, size), shift - whole};
-}
-
-struct Corners {
-    long long top_left, top_right, bottom_left, bottom_right;  // offsets in elements
-    float left, right, top, bottom;                            // weights
-};
+#include "sampling.cuh"
 
 template <class T>
-__device__ __forceinline__ Corners corners(const Pixel& p, View<const float> flow, View<T> image, int height, int width) {
-    const Neighbours h = neighbours(p.x, *flow.at(p.n, 0, p.y, p.x), width);
-    const Neighbours v = neighbours(p.y, *flow.at(p.n, 1, p.y, p.x), height);
-    const long long top = v.first * image.y, bottom = v.second * image.y;
-    const long long left = h.first * image.x, right = h.second * image.x;
-    return {top + left, top + right, bottom + left, bottom + right, 1 - h.part, h.part, 1 - v.part, v.part};
+__device__ __forceinline__ Corners<long long> corners_of(
+    const Pixel& p, View<const float> flow, View<T> image, int height, int width
+) {
+    const float u = *flow.at(p.n, 0, p.y, p.x), v = *flow.at(p.n, 1, p.y, p.x);
+    return corners(p.x, p.y, u, v, height, width, image.y, image.x);
 }
 
 template <class T>
@@ -45,18 +18,10 @@ __device__ __forceinline__ void warp(
 ) {
     const Pixel p = this_pixel(batch, height, width);
     if (!p.inside) return;
-    const Corners at = corners(p, flow, image, height, width);
-    const float top_left = at.left * at.top, top_right = at.right * at.top;
-    const float bottom_left = at.left * at.bottom, bottom_right = at.right * at.bottom;
+    const Corners<long long> at = corners_of(p, flow, image, height, width);
     const T* plane = image.at(p.n, 0, 0, 0);
     T* place = out.at(p.n, 0, p.y, p.x);
-    for (int c = 0; c < channels; ++c, plane += image.c, place += out.c) {
-        float sum = widened(plane[at.top_left]) * top_left;
-        sum += widened(plane[at.top_right]) * top_right;
-        sum += widened(plane[at.bottom_left]) * bottom_left;
-        sum += widened(plane[at.bottom_right]) * bottom_right;
-        store(place, sum);
-    }
+    for (int c = 0; c < channels; ++c, plane += image.c, place += out.c) store(place, sampled(plane, at));
 }
 
 // Gradient for the image: each pixel of the output gives its four sources their shares. ``out`` is float and zero
@@ -67,7 +32,7 @@ __device__ __forceinline__ void warp_image_gradient(
 ) {
     const Pixel p = this_pixel(batch, height, width);
     if (!p.inside) return;
-    const Corners at = corners(p, flow, out, height, width);
+    const Corners<long long> at = corners_of(p, flow, out, height, width);
     const T* value = grad.at(p.n, 0, p.y, p.x);
     float* plane = out.at(p.n, 0, 0, 0);
     for (int c = 0; c < channels; ++c, plane += out.c, value += grad.c) {
@@ -87,7 +52,7 @@ __device__ __forceinline__ void warp_flow_gradient(
 ) {
     const Pixel p = this_pixel(batch, height, width);
     if (!p.inside) return;
-    const Corners at = corners(p, flow, image, height, width);
+    const Corners<long long> at = corners_of(p, flow, image, height, width);
     const T* value = grad.at(p.n, 0, p.y, p.x);
     const T* plane = image.at(p.n, 0, 0, 0);
     float top_left = 0, top_right = 0, bottom_left = 0, bottom_right = 0;

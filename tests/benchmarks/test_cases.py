@@ -138,9 +138,12 @@ def test_kernels(monkeypatch: pytest.MonkeyPatch, checked: Any) -> None:
         assert all((row["its time / ours"] is None) == (row["by"] == "flowreel") for row in same)
     listed = {"correlation", "correlation, activated, into a part", "correlation, backward", "warp", "channel_norm"}
     listed |= {"quantise", "flow_to_color"}
-    assert {op for op, _ in ops} == listed  # on a GPU yuv_to_rgb and bias_leaky_relu as well
-    for way in kernels._yuv_to_rgb("cpu").ways.values():
-        way()
+    assert {op for op, _ in ops} == listed  # on a GPU these as well
+    others = [kernels._yuv_to_rgb("cpu"), kernels._bias_leaky_relu("cpu", "bf16")]
+    inputs = (kernels._normalise_frames, kernels._refining_input, kernels._fusing_input, kernels._enlarge_flow)
+    for kernel in (*others, *(make("cpu", "fp16") for make in inputs)):
+        for way in kernel.ways.values():
+            way()
     assert all(row["of the limit"] > 0 for row in rows if row["precision"] == "fp32")
 
 

@@ -81,7 +81,7 @@ def test_kernels_are_told_apart_by_their_names() -> None:
     shares = profile.by_kind(
         {
             "sm90_xmma_fprop_implicit_gemm_f16f16_nhwc": 60.0,
-            "bias_leaky_relu_half_to_half": 20.0,
+            "bias_leaky_relu_half": 20.0,
             "void cudnn::ops::nchwToNhwcKernel<float>": 10.0,
             "void at::native::elementwise_kernel<128>": 6.0,
             "something_else": 4.0,

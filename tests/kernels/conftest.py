@@ -30,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 SHIM = HERE / "cuda_on_cpu"
 FLAGS = ("-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-fPIC", "-shared", "-w")
 FLAGS += (f"-I{SHIM}", "-include", "cuda_on_cpu.h")
-ORDERS = ("forward", "backward", "shuffled")  # whose turn is next
+ORDERS = ("forward", "backward", "shuffled")  # of warps, or of all threads
 FENCE = np.full(1 << 12, 0x7FA07DA5, np.uint32).view(np.uint8)  # NaN in every type, and of a kind no sum leaves
 CUDA_DIR = Path(os.environ.get("FLOWREEL_CUDA_DIR", launch.SOURCES)).resolve()
 

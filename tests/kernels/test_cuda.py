@@ -205,9 +205,9 @@ FAULTS = {
     "channel_norm: one pixel too many": ("common.cuh", "number < (long long)", "number <= (long long)", "channel_norm"),
     "channel_norm: one channel too few": ("channel_norm.cu", "c < channels", "c < channels - 1", "channel_norm"),
     "channel_norm: no small term": ("channel_norm.cu", " + 1e-9f", "", "channel_norm_backward"),
-    "warp: border off by one": ("warp.cu", "place : size - 1", "place : size", "warp"),
-    "warp: no border at all": ("warp.cu", "place < 0 ? 0 : ", "", "warp"),
-    "warp: wrong corner": ("warp.cu", "bottom + left, bottom + right", "bottom + right, bottom + left", "warp"),
+    "warp: border off by one": ("sampling.cuh", "min(place, size - 1)", "min(place, size)", "warp"),
+    "warp: no border at all": ("sampling.cuh", "max(0, min(place, size - 1))", "min(place, size - 1)", "warp"),
+    "warp: wrong corner": ("sampling.cuh", "bottom + left, bottom + right", "bottom + right, bottom + left", "warp"),
     "warp: wrong sign": ("warp.cu", "(bottom_left - top_left)", "(top_left - bottom_left)", "warp_flow_gradient"),
     "correlation: no barrier before the first turn": (
         "correlation.cu",

@@ -65,15 +65,15 @@ def test_in_place_and_into_a_part_of_a_concatenation(dtype: torch.dtype, card: t
 
 @pytest.mark.parametrize("into", TYPES)
 def test_into_every_type(into: torch.dtype, card: torch.device) -> None:
+    """By the kernel where it is x's own."""
     for shape in SHAPES[1:4]:
-        compare(shape, torch.float32, card, into)
         compare(shape, torch.float16, card, into)
 
 
 @pytest.mark.parametrize("layout", [Tensor.contiguous, lambda x: x.transpose(2, 3).contiguous().transpose(2, 3)])
 def test_other_layouts(layout: Callable[[Tensor], Tensor], card: torch.device) -> None:
     compare((2, 19, 3, 5), torch.float32, card, layout=layout)
-    compare((2, 19, 3, 5), torch.float32, card, torch.float16, layout)
+    compare((2, 19, 3, 5), torch.float16, card, torch.float16, layout)
 
 
 def test_alone_in_place(card: torch.device) -> None:
@@ -101,5 +101,5 @@ def test_a_planted_fault_is_caught(plant: Callable[..., torch.device], right: st
     device = plant("bias_leaky_relu.cu", right, wrong)
     with pytest.raises(AssertionError):  # noqa: PT012
         compare((2, 24, 4, 5), torch.float32, device)
-        compare((2, 19, 3, 5), torch.float16, device)
+        compare((2, 19, 3, 5), torch.float32, device)
         compare((2, 16, 3, 5), torch.float32, device, layout=Tensor.contiguous)

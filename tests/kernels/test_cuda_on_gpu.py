@@ -15,7 +15,9 @@ from torch import Tensor
 
 from flowreel.kernels import channel_norm, correlation, flow_to_color, launch, quantise, warp, yuv_to_rgb
 from flowreel.kernels.channel_norm import channel_norm_definition
+from flowreel.kernels.convolution import convolution, convolution_definition, pack
 from flowreel.kernels.correlation import pixel_correlation_definition
+from flowreel.kernels.enlarge_flow import enlarge_flow, enlarge_flow_definition
 from flowreel.kernels.flow_color import flow_to_color_definition
 from flowreel.kernels.flow_head import (
     Borders,
@@ -25,7 +27,10 @@ from flowreel.kernels.flow_head import (
     take_off_borders_,
     take_off_borders_definition,
 )
+from flowreel.kernels.fusing_input import fusing_input, fusing_input_definition
+from flowreel.kernels.normalise_frames import normalise_frames, normalise_frames_definition
 from flowreel.kernels.quantise import quantise_definition
+from flowreel.kernels.refining_input import refining_input, refining_input_definition
 from flowreel.kernels.warp import warp_definition
 from flowreel.kernels.yuv_to_rgb import yuv_to_rgb_definition
 
@@ -149,6 +154,64 @@ def test_correlation_into_a_concatenation_in_a_graph_and_compiled(gpu: torch.dev
     graph.replay()
     compare(results, (expected,), 1e-5)
     compare(torch.compile(work, fullgraph=True)(), (expected,), 1e-5)
+
+
+def test_network_inputs_in_a_graph_and_compiled(gpu: torch.device) -> None:
+    torch._dynamo.reset()
+    generator = torch.Generator().manual_seed(1)
+    first, second, flow = (
+        torch.randn(2, *shape, generator=generator) for shape in ((3, 20, 44), (3, 20, 44), (2, 5, 11))
+    )
+    weight, bias = torch.randn(2, 2, 4, 4, generator=generator), torch.randn(2, generator=generator)
+
+    def rooms(device: torch.device) -> list[Tensor]:
+        shapes = ((2, 6, 20, 44), (2, 8, 20, 44), (4, 8, 20, 44), (2, 16, 20, 44), (2, 16, 20, 44), (2, 7, 10, 22))
+        made = [torch.zeros(shape, device=device) for shape in shapes]
+        return made[:1] + [x.to(memory_format=torch.channels_last) for x in made[1:]]
+
+    expected = rooms(torch.device("cpu"))
+    normalise_frames_definition(first, second, *expected[:3])
+    refining_input_definition(expected[0], flow, 2.0, expected[3])
+    fusing_input_definition(expected[0], flow, 0.5, flow, 2.0, expected[4])
+    enlarge_flow_definition(flow, weight, bias, expected[5][:, 3:5])
+    given = [x.to(gpu) for x in (first, second, flow, weight, bias)]
+
+    def work() -> Results:
+        one, two, quarter, *learned = given
+        planes, pair, both, refining, fusing, whole = rooms(gpu)
+        normalise_frames(one, two, planes=planes, pair=pair, both=both)
+        refining_input(planes, quarter, 2.0, refining)
+        fusing_input(planes, quarter, 0.5, quarter, 2.0, fusing)
+        enlarge_flow(quarter, *learned, whole[:, 3:5])
+        return planes, pair, both, refining, fusing, whole
+
+    graph, results = captured(work)
+    graph.replay()
+    compare(results, tuple(expected), 1e-5)
+    compare(torch.compile(work, fullgraph=True)(), tuple(expected), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_convolution_into_a_concatenation_in_a_graph_and_compiled(gpu: torch.device, dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+    x, bias = torch.randn(2, 16, 37, 21).to(dtype).contiguous(memory_format=torch.channels_last), torch.randn(64)
+    weight = (torch.randn(64, 11, 3, 3) / 10).to(dtype)
+    expected = torch.ones(2, 88, 37, 21).to(dtype)
+    own = torch.empty(2, 64, 37, 21, dtype=dtype)
+    packed = pack(weight, 1, False)
+    convolution_definition(x, weight, packed, bias, 1, False, 0.1, own, expected[:, 8:72])
+    given = [tensor.to(gpu) for tensor in (x, weight, packed, bias)]
+
+    def work() -> Results:
+        whole = torch.ones(2, 88, 37, 21, device=gpu, dtype=dtype).to(memory_format=torch.channels_last)
+        return convolution(*given, 0.1, 1, also=whole[:, 8:72]), whole
+
+    with launch.recording(ran := {}):
+        graph, results = captured(work)
+    assert ran["convolution"] == "cuda"
+    graph.replay()
+    for found in (results, torch.compile(work, fullgraph=True)()):
+        compare(found, (own.float(), expected.float()), TOLERANCE[dtype])
 
 
 def test_pictures_and_steps_in_a_graph_and_compiled(gpu: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""A warp's matrix product and how its operands are fetched, as ``tensor_core.cuh`` says: on the acting CPU and a GPU."""
+"""A warp's matrix product and how its operands are fetched (``tensor_core.cuh``), on the acting CPU and on a GPU."""
 
 from __future__ import annotations
 

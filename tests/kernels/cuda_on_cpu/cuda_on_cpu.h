@@ -1,7 +1,8 @@
 // CUDA on a CPU, for tests: the threads of a block run by turns, each on a stack of its own (a fiber).
 //
-// Included before a .cu file. A turn lasts until the thread ends or meets a barrier or a warp operation; whose turn is
-// next is forward, backward or shuffled. Blocks run one after another. What it catches: a missing barrier (a thread
+// Included before a .cu file. A turn lasts until the thread ends or meets a barrier or a warp operation. Warps go as far
+// as the barrier one after the other, forward or backward; or all threads by turns, shuffled. Blocks run one after
+// another. What it catches: a missing barrier (a thread
 // reads what others have not written yet), shared memory read before it is written (it starts as NaN) or overrun
 // (fences), barriers and warp operations that not all threads reach, entries called with arguments of other types, and
 // memory touched beyond a tensor, where whoever launches has put a page behind it that nobody may touch.
@@ -45,6 +46,9 @@ static uint3 threadIdx, blockIdx, blockDim, gridDim;
 
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
+};
+struct alignas(8) float2 {
+    float x, y;
 };
 struct alignas(16) float4 {
     float x, y, z, w;
@@ -199,17 +203,18 @@ struct Fetch {
     const void* from;
     bool inside;
     unsigned batch;
+    unsigned bytes;
 };
 enum { MOST_FETCHES = 256 };
 static Fetch fetches[MOST_THREADS][MOST_FETCHES];
 static int fetch_count[MOST_THREADS];
 static unsigned batches[MOST_THREADS];  // ended so far
 
-static void fetch(void* to, const void* from, bool inside) {
+static void fetch(void* to, const void* from, bool inside, unsigned bytes) {
     int& count = fetch_count[number()];
     if (count == MOST_FETCHES) fail("too many fetches that nobody waits for");
-    if ((uintptr_t)to % 16 || (inside && (uintptr_t)from % 16)) fail("a fetch is not aligned to 16 bytes");
-    fetches[number()][count++] = {to, from, inside, batches[number()]};
+    if ((uintptr_t)to % bytes || (inside && (uintptr_t)from % bytes)) fail("a fetch of %u bytes is not aligned", bytes);
+    fetches[number()][count++] = {to, from, inside, batches[number()], bytes};
 }
 static void fetch_end() { ++batches[number()]; }
 static void fetch_wait(unsigned but) {
@@ -218,8 +223,8 @@ static void fetch_wait(unsigned but) {
     for (int i = 0; i < count; ++i) {
         const Fetch& one = fetches[number()][i];
         if (one.batch + but >= batches[number()]) fetches[number()][kept++] = one;
-        else if (one.inside) memcpy(one.to, one.from, 16);
-        else memset(one.to, 0, 16);
+        else if (one.inside) memcpy(one.to, one.from, one.bytes);
+        else memset(one.to, 0, one.bytes);
     }
     count = kept;
 }
@@ -243,10 +248,10 @@ static void check_fences() {
                 fail("shared array %s is written beyond its end", arrays[i].name);
 }
 
-// Lets warps go on whose lanes have all arrived at one operation.
-static bool release_warps(int count) {
+// Lets warps of threads `from` to `count` go on whose lanes have all arrived at one operation.
+static bool release_warps(int from, int count) {
     bool released = false;
-    for (int first = 0; first < count; first += 32) {
+    for (int first = from; first < count; first += 32) {
         const int last = first + 32 < count ? first + 32 : count;
         for (int i = first; i < last; ++i) {
             if (fibers[i].state != IN_WARP) continue;
@@ -296,11 +301,21 @@ static void run_block(int count, Order order, unsigned& seed) {
         fibers[i].turns = 0;
         fetch_count[i] = 0;
         batches[i] = 0;
-        turn[i] = order == BACKWARD ? count - 1 - i : i;
+        turn[i] = i;
     }
+    const int warps = (count + 31) / 32;
     do {
-        do {
-            for (int i = count - 1; order == SHUFFLED && i > 0; --i) {
+        for (int i = 0; order != SHUFFLED && i < warps; ++i) {
+            const int first = 32 * (order == BACKWARD ? warps - 1 - i : i), end = first + 32 < count ? first + 32 : count;
+            do {
+                for (int j = first; j < end; ++j) {
+                    Fiber& fiber = fibers[order == BACKWARD ? first + end - 1 - j : j];
+                    if (fiber.state == READY) resume(fiber);
+                }
+            } while (release_warps(first, end));
+        }
+        if (order == SHUFFLED) do {
+            for (int i = count - 1; i > 0; --i) {
                 seed = seed * 1664525u + 1013904223u;
                 const int j = (int)((seed >> 8) % (unsigned)(i + 1)), kept = turn[i];
                 turn[i] = turn[j];
@@ -308,7 +323,7 @@ static void run_block(int count, Order order, unsigned& seed) {
             }
             for (int i = 0; i < count; ++i)
                 if (fibers[turn[i]].state == READY) resume(fibers[turn[i]]);
-        } while (release_warps(count));
+        } while (release_warps(0, count));
     } while (release_barrier(count));
     check_fences();
 }
@@ -410,4 +425,8 @@ static inline T max(T a, T b) {
 template <class T>
 static inline T __ldg(const T* place) {
     return *place;
+}
+template <class T>
+static inline void __stwb(T* place, T value) {
+    *place = value;
 }

@@ -1,0 +1,256 @@
+"""A convolution with its bias and LeakyReLU in one: for the large maps of few channels that cuDNN is slow at.
+
+Such layers are limited by what they read and write. So the result is formed in registers, gets its bias and LeakyReLU
+there, and is written once: to a map of its own, and to a part of a concatenation where it is wanted there as well.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flowreel.kernels.launch import SUFFIXES, implement, launch, sizes, view
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# --- the definition: any device ---------------------------------------------------------------------------------------
+
+
+def convolution_definition(
+    x: Tensor,
+    weight: Tensor,
+    packed: Tensor,
+    bias: Tensor,
+    stride: int,
+    transposed: bool,
+    slope: float,
+    out: Tensor,
+    also: Tensor | None,
+) -> None:
+    """Summed in float32 and rounded once. ``packed``, the same weights in another order, is for the CUDA version."""
+    convolve = F.conv_transpose2d if transposed else F.conv2d
+    channels = weight.shape[0 if transposed else 1]
+    value = convolve(x[:, :channels].float(), weight.float(), bias, stride, padding_of(weight))
+    out.copy_(F.leaky_relu_(value, slope) if slope != 1 else value)
+    if also is not None:
+        also.copy_(out)
+
+
+def padding_of(weight: Tensor) -> int:
+    """Of the networks' layers: with it a stride divides the size exactly, and a deconvolution multiplies it."""
+    return (weight.shape[-1] - 1) // 2
+
+
+# --- the CUDA version -------------------------------------------------------------------------------------------------
+
+_COLUMNS, _WARPS, _TOGETHER = 16, 4, 8  # of convolution.cu
+_NEIGHBOURS = 3  # of a pixel, each way, that a deconvolution's 2x2 results depend on
+_RESULTS = 16  # channels of each of those that a block computes
+
+
+class Tiling(NamedTuple):
+    """What one block computes, and how: the template arguments of its entry in ``convolution.cu``."""
+
+    kernel: int  # of a deconvolution, of the convolution that it becomes
+    stride: int
+    channels: int  # input channels at a time
+    outputs: int  # output channels of a block; of a deconvolution, those of 2x2 results
+    rows: int  # output rows of a warp
+    enlarges: bool
+
+    @property
+    def half_steps(self) -> int:
+        """How often 8 of a filter row's columns and channels are taken."""
+        return -(-self.kernel * self.channels // _TOGETHER)
+
+    @property
+    def steps(self) -> int:
+        return -(-self.kernel * self.half_steps // 2)
+
+    @property
+    def run(self) -> int:
+        """Neighbouring output channels that one lane holds."""
+        return 4 if self.enlarges or self.outputs == 16 else 8
+
+    def entry(self, dtype: torch.dtype) -> str:
+        return f"convolution_{'_'.join(str(int(number)) for number in self)}_{SUFFIXES[dtype]}"
+
+
+def tiling(weight: Tensor, stride: int, transposed: bool) -> Tiling | None:
+    """How our kernel computes a layer of that weight, without padded channels; None: it does not.
+
+    Args:
+        weight: (out, in, k, k), of a deconvolution (in, out, k, k); float16 or bfloat16.
+    """
+    if weight.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    kernel = weight.shape[-1]
+    outputs, inputs = (weight.shape[1], weight.shape[0]) if transposed else weight.shape[:2]
+    if transposed:
+        fits = (kernel, stride) == (4, 2) and outputs % _RESULTS == 0 and inputs <= 176
+        return Tiling(_NEIGHBOURS, 1, 16, 4 * _RESULTS, 4, True) if fits else None
+    if (kernel, stride) == (7, 2) and outputs % 64 == 0 and inputs <= 12:
+        return Tiling(7, 2, -(-inputs // 4) * 4, 64, 4, False)
+    if (kernel, stride) == (3, 2) and outputs % 64 == 0 and inputs <= 64:
+        return Tiling(3, 2, 16, 64, 2, False)
+    if (kernel, stride) == (3, 1) and outputs % 64 == 0 and inputs <= (208 if outputs == 64 else 64):
+        return Tiling(3, 1, 8 if inputs <= 8 else 16, 64, 2 if inputs <= 16 else 4, False)
+    if (kernel, stride) == (3, 1) and outputs in (16, 32) and 8 < inputs <= 176:
+        return Tiling(3, 1, 16, outputs, 4, False)
+    return None
+
+
+def pack(weight: Tensor, stride: int, transposed: bool) -> Tensor:
+    """The weights in the order the kernel's lanes want them (``tensor_core.cuh``), zeros where there are none.
+
+    Raises:
+        ValueError: the kernel does not compute such a layer.
+    """
+    found = tiling(weight, stride, transposed)
+    if found is None:
+        raise ValueError(f"no kernel for {weight.dtype} weights {tuple(weight.shape)} with stride {stride}")
+    if transposed:
+        weight = _as_convolution(weight)
+    outputs, inputs, kernel, _ = weight.shape
+    channels, tiles = found.channels, found.outputs // 8
+    chunks = -(-inputs // channels)
+    # k: filter row, then its columns and channels, 8 at a time
+    padded = F.pad(weight, (0, 0, 0, 0, 0, chunks * channels - inputs)).view(outputs, chunks, channels, kernel, kernel)
+    rows = padded.permute(1, 3, 4, 2, 0).reshape(chunks, kernel, kernel * channels, outputs)
+    rows = F.pad(rows, (0, 0, 0, found.half_steps * _TOGETHER - kernel * channels)).flatten(1, 2)
+    rows = F.pad(rows, (0, 0, 0, found.steps * 16 - rows.shape[1]))
+    # columns of a product: so that a lane, which gets two of 8, gets `run` neighbouring channels from run / 2 products
+    column, product = torch.arange(8), torch.arange(tiles)[:, None]
+    half = found.run // 2
+    order = product // half * (8 * half) + column // 2 * found.run + product % half * 2 + column % 2
+    rows = rows.view(chunks, found.steps * 16, -1, found.outputs)[..., order.flatten().to(weight.device)]
+    apart = rows.view(chunks, found.steps, 2, 4, 2, -1, tiles // 2, 2, 8)  # k: r t i; group; column: p j g
+    flat = apart.permute(5, 0, 1, 6, 8, 3, 7, 2, 4).flatten()
+    return torch.cat((flat, flat.new_zeros(found.outputs * 16)))  # one step more: fetched, and not used
+
+
+def _as_convolution(weight: Tensor) -> Tensor:
+    """A 4x4 deconvolution's (in, out, 4, 4) to (4 out, in, 3, 3): 2x2 results of 16 channels, from 3x3 neighbours."""
+    inputs, outputs = weight.shape[:2]
+    made = weight.new_zeros(2, 2, outputs, inputs, _NEIGHBOURS, _NEIGHBOURS)
+    taps = [(place, step, place + 1 - 2 * step) for place in (0, 1) for step in (place - 1, place)]
+    for y, dy, ky in taps:
+        for x, dx, kx in taps:
+            made[y, x, :, :, dy + 1, dx + 1] = weight[:, :, ky, kx].mT
+    return made.view(4, -1, _RESULTS, *made.shape[3:]).transpose(0, 1).flatten(0, 2)
+
+
+def _convolution_cuda(
+    x: Tensor,
+    weight: Tensor,
+    packed: Tensor,
+    bias: Tensor,
+    stride: int,
+    transposed: bool,
+    slope: float,
+    out: Tensor,
+    also: Tensor | None,
+) -> None:
+    found = tiling(weight, stride, transposed)
+    if found is None or x.dtype != weight.dtype:
+        convolution_definition(x, weight, packed, bias, stride, transposed, slope, out, also)
+        return
+    inputs = weight.shape[0 if transposed else 1]
+    if not _reaches(x, _TOGETHER):
+        x = x.contiguous(memory_format=torch.channels_last)
+    first = out if _reaches(out, found.run) else torch.empty_like(out, memory_format=torch.channels_last)
+    second = first if also is None or not _reaches(also, found.run) else also
+    height, width = (x if transposed else out).shape[2:]
+    groups = out.shape[1] // (_RESULTS if transposed else found.outputs)
+    grid = (-(-width // _COLUMNS) * groups, -(-height // (_WARPS * found.rows)), x.shape[0])
+    counts = sizes(int(second is not first), inputs, *x.shape[2:], height, width, groups, found.kernel // 2)
+    arguments = (*view(x), packed, bias, *view(first), *view(second), *counts, np.float32(slope))
+    launch("convolution", found.entry(x.dtype), grid, arguments, (32 * _WARPS,))
+    if first is not out:
+        out.copy_(first)
+    if also is not None and second is not also:
+        also.copy_(first)
+
+
+def _reaches(x: Tensor, together: int) -> bool:
+    """Whether channels lie side by side, and of each pixel ``together`` may be read or written at once."""
+    near = x.stride(1) == 1 or x.shape[1] == 1
+    apart = (x.storage_offset(), *(x.stride(axis) for axis in (0, 2, 3) if x.shape[axis] > 1))
+    return near and x.data_ptr() % 16 == x.storage_offset() * 2 % 16 and not any(step % together for step in apart)
+
+
+# --- registration -----------------------------------------------------------------------------------------------------
+
+_torch_library: Any = torch.library  # its functions carry no types
+_LIBRARY = _torch_library.Library("flowreel", "FRAGMENT")
+_LIBRARY.define(
+    "convolution(Tensor x, Tensor weight, Tensor packed, Tensor bias, int stride, bool transposed, float slope, "
+    "Tensor(a!) out, Tensor(b!)? also) -> ()"
+)
+implement(_LIBRARY, "convolution", convolution_definition, on_cuda=_convolution_cuda)
+
+
+def _nothing_of(*given: object) -> None:
+    return None
+
+
+_torch_library.register_fake("flowreel::convolution", _nothing_of, lib=_LIBRARY)
+
+# --- the function -----------------------------------------------------------------------------------------------------
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    packed: Tensor,
+    bias: Tensor,
+    slope: float,
+    stride: int,
+    transposed: bool = False,
+    *,
+    out: Tensor | None = None,
+    also: Tensor | None = None,
+) -> Tensor:
+    """LeakyReLU of a convolution + bias, given back in ``out``; the same once more into ``also``.
+
+    Args:
+        x: (B, C, H, W) float16 or bfloat16, channels last, C a multiple of 8. What channels beyond the weight's hold is
+            of no effect, as long as it is finite.
+        weight: (out, in, k, k), of a deconvolution (in, out, k, k): one that ``tiling`` knows, in x's type.
+        packed: ``pack`` of it.
+        bias: (out,) float32.
+        slope: 0 to 1, for what is negative; 1: no activation.
+        stride: rows and columns alike. The padding is that of ``padding_of``.
+        transposed: whether it is a deconvolution.
+        out: (B, out, H', W') to write to, of x's type; may be a part of another tensor, no memory of x. None: a new
+            one, channels last.
+        also: the same, no memory of ``out``.
+
+    Formed in float32 and rounded once. An infinite input may spoil the pixel to the left of those that depend on it.
+    Without gradients: for inference.
+
+    Raises:
+        ValueError: shapes or types do not fit together.
+    """
+    outputs, inputs = (weight.shape[1], weight.shape[0]) if transposed else weight.shape[:2]
+    size = [side * stride if transposed else -(-side // stride) for side in x.shape[2:]]
+    if x.ndim != 4 or x.shape[1] < inputs or x.shape[1] % _TOGETHER or bias.shape != (outputs,):
+        raise ValueError(f"{tuple(x.shape)}, {tuple(weight.shape)} and {tuple(bias.shape)} do not fit together")
+    shape = (x.shape[0], outputs, *size)
+    if out is None:
+        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    if not 0 <= slope <= 1:
+        raise ValueError(f"a slope is 0 to 1, not {slope}")
+    for given in (out, out if also is None else also):
+        if given.shape != shape or given.dtype != x.dtype:
+            raise ValueError(f"the result is {shape} {x.dtype}, not {tuple(given.shape)} {given.dtype}")
+    _into(x, weight, packed, bias, stride, transposed, slope, out, also)
+    return out
+
+
+_into: Callable[..., None] = torch.ops.flowreel.convolution.default

@@ -1,0 +1,64 @@
+"""The pixel correlation by tensor cores: for half type maps on a GPU, whose channels lie together.
+
+What a block computes, and how, is told in ``cuda/correlation_products.cu``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowreel.kernels.launch import SUFFIXES, launch, sizes, view
+
+RADII = (10, 4)  # an entry each: 21 x 21 displacements, and 9 x 9
+_TYPES = (torch.float16, torch.bfloat16)
+_COLUMNS, _ROWS, _BLOCK = 16, 8, 128  # what a block computes, and by how many threads: as in the source
+_MOST_CHANNELS = 256  # that its registers hold
+_WORDS = 8  # elements of 16 bytes, in which the maps are read
+_AT_ONCE = 264  # blocks that run at once where registers for two are in each of 132 multiprocessors, as in an H100
+_START = 2  # what a block does before its first row of b, counted in rows
+_MOST_DEEP = (1 << 16) - 1  # blocks of a grid in its third direction
+
+
+def fits(a: Tensor, b: Tensor, radius: int) -> bool:
+    """Whether the kernel takes these maps: both read 16 bytes at a time, few enough channels, one of its radii."""
+    return (
+        a.dtype in _TYPES
+        and radius in RADII
+        and a.shape[1] <= _MOST_CHANNELS
+        and a.shape[1] % _WORDS == 0
+        and all(_is_read_16_bytes_at_a_time(x) for x in (a, b))
+    )
+
+
+def pixel_correlation_into(
+    out: Tensor, a: Tensor, b: Tensor, radius: int, stride: int, scale: float, slope: float
+) -> None:
+    """(B, C, H, W) twice, that fit -> out: (B, (2 radius + 1)^2, H, W), any strides."""
+    batch, channels, height, width = a.shape
+    across = stride * _parts(_parts(width, stride), _COLUMNS)
+    down = stride * _parts(_parts(height, stride), _ROWS)
+    shares = _shares(across * down * batch, _ROWS + 2 * radius)
+    entry = f"correlation_products_{radius}_{SUFFIXES[a.dtype]}"
+    for first in range(0, batch, _MOST_DEEP // shares):
+        some = slice(first, first + _MOST_DEEP // shares)
+        count = len(range(batch)[some])
+        views = (*view(a[some]), *view(b[some]), *view(out[some]))
+        arguments = (*views, *sizes(count, channels, height, width, stride, shares))
+        grid = across, down, shares * count
+        launch("correlation_products", entry, grid, (*arguments, np.float32(scale), np.float32(slope)), (_BLOCK,))
+
+
+def _is_read_16_bytes_at_a_time(x: Tensor) -> bool:
+    *pitches, channel = (x.stride(axis) for axis in (0, 2, 3, 1))
+    return channel == 1 and x.data_ptr() % 16 == 0 and all(pitch % _WORDS == 0 for pitch in pitches)
+
+
+def _shares(tiles: int, rows: int) -> int:
+    """Into how many blocks a tile's rows of b go: as makes the least of rounds, each as long as its longest block."""
+    return min(range(1, rows // 4 + 1), key=lambda n: _parts(tiles * n, _AT_ONCE) * (_START + _parts(rows, n)))
+
+
+def _parts(count: int, size: int) -> int:
+    return -(-count // size)

@@ -1,0 +1,206 @@
+// A convolution with its bias and LeakyReLU, on tensor cores, channels last: out = f(w * x + bias), rounded once.
+//
+// A block of 4 warps computes a tile of 16 x 4 ROWS pixels of `outputs` channels; a warp ROWS rows of it, each of which
+// is the 16 rows of one matrix product. Its columns are the outputs, and what is summed over (k) are filter row, filter
+// column and input channel. The tile's input lies in shared memory as in the map, so that of one filter row the columns
+// and channels of a pixel are neighbours: k goes through them 8 at a time, from wherever the pixel's filter row begins
+// (a *half step*; two of them are what a tensor core takes). Where a filter row is not a multiple of 8 long, its last
+// half step ends in the next pixel, and where their number is odd the last is taken twice: there the weights are zero.
+//
+// CHANNELS are as few as hold the real inputs (4 of 8, 12 of 16): the padding is not fetched. Maps of more channels than
+// that go through two buffers, CHANNELS at a time. What lies outside the picture or the map is zero.
+//
+// Weights come from the caches in the order the lanes want them (`pack` in convolution.py), always one step ahead. A
+// lane holds neighbouring output channels (`pack` sees to that, too), and stores them at once.
+//
+// Deconvolution of 4x4 and stride 2: each pixel gives 2x2, and each of the four takes 2x2 of the pixel's 3x3 neighbours:
+// a 3x3 convolution with four times the outputs, of whose products 20 of 36 are left out, as their weights are zero.
+#include "tensor_core.cuh"
+
+constexpr int WARPS = 4, COLUMNS = 16, TOGETHER = 8;
+
+template <class T, int COUNT>
+struct alignas(COUNT * sizeof(T)) Several {  // alignas: stored at once
+    T values[COUNT];
+};
+
+struct Steps {  // from a pixel to one a few rows and columns away, in elements
+    int y, x;
+    __device__ __forceinline__ Steps(int y, int x) : y(y), x(x) {}
+    __device__ __forceinline__ long long to(int down, int right) const { return (long long)down * y + right * x; }
+};
+
+template <int KERNEL, int STRIDE, int CHANNELS, int OUTPUTS, int ROWS, int ENLARGES>
+struct Layout {
+    static constexpr int HALVES = (KERNEL * CHANNELS + TOGETHER - 1) / TOGETHER;  // half steps of a filter row
+    static constexpr int STEPS = (KERNEL * HALVES + 1) / 2;
+    static constexpr int TILES = OUTPUTS / 8, PAIRS = TILES / 2;  // columns of products
+    static constexpr int RUN = ENLARGES || OUTPUTS == 16 ? 4 : 8;  // neighbouring channels of a lane
+    static constexpr int UNROLLED = ENLARGES ? STEPS : ROWS == 4 ? 3 : 1;  // as registers allow
+
+    // A row of the tile. Eight neighbouring pixels' half steps are read at once, 16 bytes each, which must lie in different
+    // banks. So channels that are a multiple of 8 lie 8 by 8 (`part`), and with a stride of 2 even and odd columns apart:
+    // what is read at once are 128 bytes. Of 4 or 12 channels the half steps of such pixels are 16 or 48 bytes apart.
+    static constexpr bool BY_EIGHTS = CHANNELS % TOGETHER == 0;
+    static constexpr int APART = BY_EIGHTS ? TOGETHER : STRIDE * CHANNELS;  // from one output's pixel to the next's
+    static constexpr int WIDTH = BY_EIGHTS  // pixels: the last half step's included
+        ? (COLUMNS - 1) * STRIDE + KERNEL
+        : ((COLUMNS - 1) * APART + HALVES * TOGETHER + CHANNELS - 1) / CHANNELS;
+    static constexpr int PHASE = (WIDTH + STRIDE - 1) / STRIDE * TOGETHER, PARTS = BY_EIGHTS ? CHANNELS / TOGETHER : 1;
+    static constexpr int PITCH =
+        BY_EIGHTS ? PARTS * STRIDE * PHASE : (WIDTH * CHANNELS + TOGETHER - 1) / TOGETHER * TOGETHER;
+    static constexpr int HEIGHT = (WARPS * ROWS - 1) * STRIDE + KERNEL;
+    static constexpr int BUFFER = HEIGHT * PITCH;            // elements
+    static constexpr int PIECE = BY_EIGHTS ? TOGETHER : 4, PIECES = WIDTH * CHANNELS / PIECE;  // fetched at once; a row's
+    static constexpr int TURNS = (HEIGHT * PIECES + 32 * WARPS - 1) / (32 * WARPS);
+    static constexpr int AT_ONCE = CHANNELS < 16 ? 4 : OUTPUTS < 64 ? 6 : 1;  // in the loop of chunks, as registers allow
+    static_assert(BY_EIGHTS || APART == 8 || APART == 24, "half steps are aligned, and in different banks");
+
+    static __device__ __forceinline__ int place_of(int column, int channel) {
+        return BY_EIGHTS ? (channel / TOGETHER * STRIDE + column % STRIDE) * PHASE + column / STRIDE * TOGETHER
+                         : column * CHANNELS + channel;
+    }
+    static __device__ __forceinline__ int half_step(int h) {  // where it lies, from where the pixel's first does
+        const int real = h < KERNEL * HALVES ? h : KERNEL * HALVES - 1;
+        const int inside = real % HALVES * TOGETHER;  // the filter row
+        return real / HALVES * PITCH + (BY_EIGHTS ? place_of(inside / CHANNELS, inside % CHANNELS) : inside);
+    }
+    // Of a deconvolution: whether one of 3x3 neighbours plays a part in one of 2x2 results.
+    static __device__ __forceinline__ bool meet(int neighbour, int pair) {
+        const int dy = neighbour / 3, dx = neighbour % 3;
+        return !ENLARGES || ((pair / 2 ? dy >= 1 : dy <= 1) && (pair % 2 ? dx >= 1 : dx <= 1));
+    }
+    static_assert(!ENLARGES || (KERNEL == 3 && CHANNELS == 16 && OUTPUTS == 64), "a step is one neighbour");
+};
+
+template <class T, class L, int STRIDE, int CHANNELS, int OUTPUTS, int ROWS, int ENLARGES>
+__device__ __forceinline__ void convolution(
+    View<const T> x, const T* weights, const float* bias, View<T> out, View<T> also, int twice, int channels,
+    int height, int width, int out_height, int out_width, int groups, int padding, float slope
+) {
+    constexpr int BUFFERS = CHANNELS == 16 ? 2 : 1;
+    SHARED(uint4, memory, BUFFERS * L::BUFFER * 2 / 16);
+    T* const buffers = (T*)memory;
+
+    const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int group = (int)blockIdx.x % groups, column = (int)blockIdx.x / groups * COLUMNS;  // groups share their input
+    const int row = (int)blockIdx.y * WARPS * ROWS, n = (int)blockIdx.z;
+    const int chunks = BUFFERS == 1 ? 1 : (channels + CHANNELS - 1) / CHANNELS;
+
+    // --- CHANNELS of the tile's input; a picture's rows are less than 2^31 long ---
+    const int top = row * STRIDE - padding, left = column * STRIDE - padding, next_y = (int)x.y, next_x = (int)x.x;
+    const T* const picture = x.data + n * x.n;
+    const auto fetch = [&](int first, T* to) {
+#pragma unroll(L::AT_ONCE)
+        for (int turn = 0; turn < L::TURNS; ++turn) {
+            const int k = turn * 32 * WARPS + (int)threadIdx.x;
+            if (k >= L::HEIGHT * L::PIECES) break;
+            const int i = k / L::PIECES, j = k % L::PIECES * L::PIECE / CHANNELS, channel = k * L::PIECE % CHANNELS;
+            const int y = top + i, from_x = left + j;
+            const bool inside = (unsigned)y < (unsigned)height && (unsigned)from_x < (unsigned)width  // nor negative
+                && first + channel < channels;
+            const T* const source = picture + (inside ? (long long)y * next_y + (from_x * next_x + first + channel) : 0);
+            T* const target = to + i * L::PITCH + L::place_of(j, channel);
+            if (L::PIECE == 8) fetch_16(target, source, inside);
+            else fetch_8(target, source, inside);
+        }
+        fetch_end();
+    };
+
+    // --- the weights of one step: of each pair of columns of products 16 bytes a lane ---
+    const uint4* w = (const uint4*)weights + (long long)group * chunks * L::STEPS * L::PAIRS * 32 + lane;
+    uint4 next[L::PAIRS];
+#pragma unroll
+    for (int p = 0; p < L::PAIRS; ++p) next[p] = __ldg(w + p * 32);
+
+    // --- sums begin with the bias; RUN neighbouring channels lie in RUN / 2 columns of products ---
+    constexpr int RUNS = L::TILES * 2 / L::RUN, FROM_RUN_TO_RUN = ENLARGES ? 0 : 4 * L::RUN;
+    const int channel = group * (ENLARGES ? OUTPUTS / 4 : OUTPUTS) + t * L::RUN;  // first of this lane
+    float sums[ROWS][L::TILES][4];
+#pragma unroll
+    for (int q = 0; q < L::TILES * 2; ++q) {
+        const float first = bias[channel + q / L::RUN * FROM_RUN_TO_RUN + q % L::RUN];
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) sums[r][q / 2][q % 2] = sums[r][q / 2][2 + q % 2] = first;
+    }
+
+    const int pixel = warp * ROWS * STRIDE * L::PITCH + lane % 16 * L::APART;  // of the first row
+    fetch(0, buffers);
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+        fetch_wait<0>();
+        __syncthreads();  // this one is there, and nobody reads the one before any more
+        if (BUFFERS == 2 && chunk + 1 < chunks)
+            fetch((chunk + 1) * CHANNELS, buffers + (chunk + 1) % BUFFERS * L::BUFFER);
+        const T* const buffer = buffers + chunk % BUFFERS * L::BUFFER;
+#pragma unroll(L::UNROLLED)
+        for (int s = 0; s < L::STEPS; ++s) {
+            const int place = pixel + (lane < 16 ? L::half_step(2 * s) : L::half_step(2 * s + 1));
+            unsigned a[ROWS][4];
+#pragma unroll
+            for (int r = 0; r < ROWS; ++r) load_matrices<false>(a[r], buffer + place + r * STRIDE * L::PITCH);
+            w += L::PAIRS * 32;
+#pragma unroll
+            for (int p = 0; p < L::PAIRS; ++p) {
+                const unsigned even[2] = {next[p].x, next[p].y}, odd[2] = {next[p].z, next[p].w};
+                if (L::meet((s + 1) % L::STEPS, p)) next[p] = __ldg(w + p * 32);  // behind the last lies one more
+                if (!L::meet(s, p)) continue;
+#pragma unroll
+                for (int r = 0; r < ROWS; ++r) {
+                    multiply_add<T>(sums[r][2 * p], a[r], even);
+                    multiply_add<T>(sums[r][2 * p + 1], a[r], odd);
+                }
+            }
+        }
+    }
+
+    // --- LeakyReLU, rounding: 8 neighbouring pixels at once, of each the channels of 4 lanes ---
+    constexpr int SCALE = ENLARGES ? 2 : 1;
+    const int y = row + warp * ROWS, own_x = column + g;  // of the first
+    const Steps of_out((int)out.y, (int)out.x), of_also((int)also.y, (int)also.x);
+    T* const target = out.at(n, 0, SCALE * y, SCALE * own_x) + channel;
+    T* const second = also.at(n, 0, SCALE * y, SCALE * own_x) + channel;
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+            if (y + r >= out_height || own_x + 8 * side >= out_width) continue;
+#pragma unroll
+            for (int q = 0; q < RUNS; ++q) {
+                Several<T, L::RUN> all;
+#pragma unroll
+                for (int k = 0; k < L::RUN; ++k) {
+                    const float value = sums[r][q * L::RUN / 2 + k / 2][2 * side + k % 2];
+                    store(all.values + k, fmaxf(value, value * slope));
+                }
+                const int down = SCALE * r + (ENLARGES ? q / 2 : 0), right = SCALE * 8 * side + (ENLARGES ? q % 2 : 0);
+                *(Several<T, L::RUN>*)(target + of_out.to(down, right) + q * FROM_RUN_TO_RUN) = all;
+                if (twice) *(Several<T, L::RUN>*)(second + of_also.to(down, right) + q * FROM_RUN_TO_RUN) = all;
+            }
+        }
+    }
+}
+
+// BLOCKS: at least so many at a time on a multiprocessor, which is what limits the registers of each.
+#define ENTRY_OF(type, T, KERNEL, STRIDE, CHANNELS, OUTPUTS, ROWS, ENLARGES, BLOCKS)                                    \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)                                                    \
+        convolution_##KERNEL##_##STRIDE##_##CHANNELS##_##OUTPUTS##_##ROWS##_##ENLARGES##_##type(                        \
+            VIEW(const T, x), const T* weights, const float* bias, VIEW(T, out), VIEW(T, also), int twice,              \
+            int channels, int height, int width, int out_height, int out_width, int groups, int padding, float slope    \
+        ) {                                                                                                             \
+        using L = Layout<KERNEL, STRIDE, CHANNELS, OUTPUTS, ROWS, ENLARGES>;                                            \
+        convolution<T, L, STRIDE, CHANNELS, OUTPUTS, ROWS, ENLARGES>(                                                   \
+            AS_VIEW(const T, x), weights, bias, AS_VIEW(T, out), AS_VIEW(T, also), twice, channels, height, width,      \
+            out_height, out_width, groups, padding, slope                                                               \
+        );                                                                                                              \
+    }
+#define ENTRIES(...) ENTRY_OF(half, __half, __VA_ARGS__) ENTRY_OF(bfloat16, __nv_bfloat16, __VA_ARGS__)
+ENTRIES(7, 2, 4, 64, 4, 0, 2)
+ENTRIES(7, 2, 8, 64, 4, 0, 2)
+ENTRIES(7, 2, 12, 64, 4, 0, 2)
+ENTRIES(3, 1, 8, 64, 2, 0, 4)
+ENTRIES(3, 1, 16, 64, 2, 0, 4)
+ENTRIES(3, 1, 16, 64, 4, 0, 2)
+ENTRIES(3, 1, 16, 32, 4, 0, 3)
+ENTRIES(3, 1, 16, 16, 4, 0, 4)
+ENTRIES(3, 2, 16, 64, 2, 0, 4)
+ENTRIES(3, 1, 16, 64, 4, 1, 2)

@@ -1,0 +1,173 @@
+// Cost volume of half type maps whose channels lie together, by tensor cores: what correlation.cu says, for two reaches.
+//
+// Pixels whose x and y agree modulo the stride meet only each other: they form a *phase*, a picture of its own, in which
+// neighbouring displacements are neighbouring pixels. For 16 pixels of one of its rows in a and one of its rows in b,
+//
+//     16 x channels of a   times   channels x (16 + 2 RADIUS) of b   =   16 x (16 + 2 RADIUS),
+//
+// holds all that these pixels have for one dy: pixel m and dx are at column m + dx of row m. The rest is for nothing.
+//
+// A warp owns 16 pixels of OWN rows of a, with all their channels in registers. Rows of b go past it: it multiplies each
+// with all that it owns, where each own row finds another dy. A block's warps own rows below each other, and tiles
+// beside each other, and share the rows of b, which come through STAGES buffers in shared memory, CHANNELS at a time.
+// SHARES blocks share the rows of b that a block's pixels need, so that a small picture keeps a whole GPU busy.
+//
+// A sum does not ask for the order of its terms. So lane t of four takes channels 8t to 8t + 7 of 32, which it reads at
+// once, of a as of b; of these, two products of depth 16 take four each, where they want 2t, 2t + 1, 2t + 8 and 2t + 9.
+#include "tensor_core.cuh"
+
+constexpr int DOWN = 4, ACROSS = 1, OWN = 2, STAGES = 3;  // 41 kB of shared memory, up to 255 registers: 2 blocks
+constexpr int WARPS = DOWN * ACROSS, THREADS = 32 * WARPS, TILE = 16 * ACROSS, ROWS = OWN * DOWN;  // of a block
+constexpr int CHANNELS = 128, CHUNKS = 2;   // of a stage, and how many of these a pixel has at most
+constexpr int WORDS = 8, UNITS = CHANNELS / WORDS;  // elements of 16 bytes, and how many of those a stage has of a pixel
+static_assert(THREADS % UNITS == 0 && THREADS / UNITS % 2 == 0, "a thread's columns are all odd, or even");
+
+struct Problem {
+    int batch, channels, height, width, stride, shares;
+};
+
+template <class T, int RADIUS>
+__device__ __forceinline__ void correlation(
+    View<const T> a, View<const T> b, View<T> out, Problem size, float scale, float slope
+) {
+    constexpr int SIDE = 2 * RADIUS + 1, NEEDED = TILE + 2 * RADIUS;  // columns of b
+    constexpr int GROUPS = (16 + 2 * RADIUS + 7) / 8;                // of 8 columns, in a warp's product
+    constexpr int PITCH = 8 * GROUPS, STAGE = (TILE - 16 + PITCH) * UNITS;  // the last columns are never fetched
+    SHARED(uint4, stages, STAGES * STAGE);
+    SHARED(float2, results, WARPS * 16 * PITCH / 2);
+
+    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
+    const int phase_x = (int)(blockIdx.x % size.stride), first_column = (int)(blockIdx.x / size.stride) * TILE;
+    const int phase_y = (int)(blockIdx.y % size.stride), first_row = (int)(blockIdx.y / size.stride) * ROWS;
+    const int share = (int)(blockIdx.z % size.shares), n = (int)(blockIdx.z / size.shares);
+    const int columns = (size.width - phase_x + size.stride - 1) / size.stride;  // of the phase
+    const int rows = (size.height - phase_y + size.stride - 1) / size.stride;
+    const int chunks = (size.channels + CHANNELS - 1) / CHANNELS;
+    const int own_column = first_column + warp % ACROSS * 16, own_row = first_row + warp / ACROSS * OWN;
+
+    // --- the rows of b that this block multiplies with: of the phase, also beyond its ends, where the result is 0 ---
+    const int length = (ROWS + 2 * RADIUS + size.shares - 1) / size.shares;
+    const int first = first_row - RADIUS + share * length;
+    const int last = min(min(first + length, first_row + ROWS + RADIUS), rows + RADIUS);
+    const int end = min(last, rows);  // of those inside
+
+    // --- what this thread fetches: 16 bytes of every (THREADS / UNITS)th column ---
+    const int unit = thread % UNITS, fetched = thread / UNITS, fetched_column = first_column + fetched - RADIUS;
+    const int kept = fetched * UNITS + (unit ^ fetched % 2 * 4);  // odd columns change halves, so that banks differ
+    const T* const source = b.at(n, unit * WORDS, phase_y, fetched_column * size.stride + phase_x);
+    const long long row_pitch = b.y * size.stride, column_pitch = b.x * size.stride;
+    int coming_row = max(first, 0), coming_chunk = 0;
+    const auto fetch_into = [&](int stage) {
+        if (coming_row < end) {
+            const T* const from = source + coming_row * row_pitch + coming_chunk * CHANNELS;
+            const bool filled = coming_chunk * CHANNELS + unit * WORDS < size.channels;
+#pragma unroll
+            for (int i = 0; i < NEEDED; i += THREADS / UNITS) {
+                const bool inside = filled && fetched_column + i >= 0 && fetched_column + i < columns;
+                if (fetched + i < NEEDED)
+                    fetch_16(stages + stage * STAGE + kept + i * UNITS, from + i * column_pitch, inside);
+            }
+            if (++coming_chunk == chunks) coming_chunk = 0, ++coming_row;
+        }
+        fetch_end();
+    };
+#pragma unroll
+    for (int stage = 0; stage < STAGES - 1; ++stage) fetch_into(stage);
+
+    // --- what it owns: pixels g and g + 8 of the warp's 16, channels 8t to 8t + 7 of each 32 ---
+    unsigned owned[OWN][CHUNKS * CHANNELS / 16][4];
+#pragma unroll
+    for (int i = 0; i < OWN; ++i)
+#pragma unroll
+        for (int k = 0; k < CHUNKS * CHANNELS / 32; ++k) {
+            const int channel = 32 * k + WORDS * t, row = own_row + i;
+            uint4 pixels[2] = {};
+#pragma unroll
+            for (int m = 0; m < 2; ++m) {
+                const int column = own_column + g + 8 * m;
+                if (channel < size.channels && row < rows && column < columns)
+                    pixels[m] = *(const uint4*)a.at(
+                        n, channel, row * size.stride + phase_y, column * size.stride + phase_x
+                    );
+            }
+            unsigned(&even)[4] = owned[i][2 * k], (&odd)[4] = owned[i][2 * k + 1];
+            even[0] = pixels[0].x, even[1] = pixels[1].x, even[2] = pixels[0].y, even[3] = pixels[1].y;
+            odd[0] = pixels[0].z, odd[1] = pixels[1].z, odd[2] = pixels[0].w, odd[3] = pixels[1].w;
+        }
+
+    // --- the rows of b in turn ---
+    float2* const own_results = results + warp * 16 * PITCH / 2;
+    const int mine = (warp % ACROSS * 16 + g) * UNITS + t;  // of a stage: column g of the product
+    int stage = 0;
+    for (int row = first; row < last; ++row) {
+        float sums[OWN][GROUPS][4] = {};
+        if (row >= 0 && row < rows) {
+            const bool meets = own_row < rows && row + RADIUS >= own_row && row - RADIUS < own_row + OWN;
+#pragma unroll
+            for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+                if (chunk == chunks) break;
+                fetch_wait<STAGES - 2>();
+                __syncthreads();  // this stage is there, and nobody reads the one before it any more
+                fetch_into(stage == 0 ? STAGES - 1 : stage - 1);
+                const uint4* const columns_of_b = stages + stage * STAGE + mine;
+                stage = stage + 1 == STAGES ? 0 : stage + 1;
+                if (!meets) continue;
+#pragma unroll
+                for (int k = 0; k < CHANNELS / 32; ++k) {
+                    const int step = 2 * (chunk * (CHANNELS / 32) + k);
+                    uint4 terms[GROUPS];
+#pragma unroll
+                    for (int c = 0; c < GROUPS; ++c) terms[c] = columns_of_b[8 * c * UNITS + (4 * k ^ g % 2 * 4)];
+#pragma unroll
+                    for (int c = 0; c < GROUPS; ++c)
+#pragma unroll
+                        for (int i = 0; i < OWN; ++i)
+                            multiply_add<T>(sums[i][c], owned[i][step], {terms[c].x, terms[c].y});
+#pragma unroll
+                    for (int c = 0; c < GROUPS; ++c)
+#pragma unroll
+                        for (int i = 0; i < OWN; ++i)
+                            multiply_add<T>(sums[i][c], owned[i][step + 1], {terms[c].z, terms[c].w});
+                }
+            }
+        }
+        // --- the band of each product, through shared memory, so that neighbouring lanes write neighbouring values ---
+#pragma unroll
+        for (int i = 0; i < OWN; ++i) {
+            const int dy = row - own_row - i + RADIUS;  // counted from 0
+            if (own_row + i >= rows || dy < 0 || dy >= SIDE) continue;
+#pragma unroll
+            for (int c = 0; c < GROUPS; ++c)
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                    own_results[((g + 8 * half) * PITCH + 8 * c + 2 * t) / 2]
+                        = {sums[i][c][2 * half], sums[i][c][2 * half + 1]};
+            __syncwarp();
+            T* const target = out.at(
+                n, dy * SIDE, (own_row + i) * size.stride + phase_y, own_column * size.stride + phase_x
+            );
+            const bool by_pixel = out.c < out.x;
+#pragma unroll 1
+            for (int v = lane; v < 16 * SIDE; v += 32) {
+                const int m = by_pixel ? v / SIDE : v % 16, dx = by_pixel ? v % SIDE : v / 16;
+                if (own_column + m >= columns) continue;
+                const float mean = ((const float*)own_results)[m * PITCH + m + dx] * scale;
+                store(target + m * (out.x * size.stride) + dx * out.c, mean < 0 ? mean * slope : mean);
+            }
+            __syncwarp();  // read, before the next are written
+        }
+    }
+}
+
+#define PRODUCTS(name, T, radius)                                                                                    \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2) correlation_products_##radius##_##name(                 \
+        VIEW(const T, a), VIEW(const T, b), VIEW(T, out), int batch, int channels, int height, int width, int stride, \
+        int shares, float scale, float slope                                                                         \
+    ) {                                                                                                              \
+        const Problem size = {batch, channels, height, width, stride, shares};                                       \
+        correlation<T, radius>(AS_VIEW(const T, a), AS_VIEW(const T, b), AS_VIEW(T, out), size, scale, slope);       \
+    }
+PRODUCTS(half, __half, 10)
+PRODUCTS(half, __half, 4)
+PRODUCTS(bfloat16, __nv_bfloat16, 10)
+PRODUCTS(bfloat16, __nv_bfloat16, 4)

@@ -1,0 +1,84 @@
+"""A learned doubling of flow, written where a concatenation takes it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flowreel.kernels.launch import SUFFIXES, implement, launch, sizes, view
+from flowreel.kernels.pixels import aligned, check_types, tiles_for
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# --- the definition: any device ---------------------------------------------------------------------------------------
+
+
+def enlarge_flow_definition(flow: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
+    """What ``enlarge_flow`` means."""
+    out.copy_(F.conv_transpose2d(flow, weight, bias, stride=2, padding=1))
+
+
+# --- the CUDA version -------------------------------------------------------------------------------------------------
+
+
+_ROWS = 8  # of a block's threads, each of which has 2x2 pixels
+
+
+def _enlarge_flow_cuda(flow: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
+    batch, _, height, width = flow.shape
+    weight = weight.contiguous()
+    if not aligned(weight):  # rows of weights are loaded whole
+        weight = weight.clone()
+    arguments = (*view(flow), weight, bias.contiguous(), *view(out), *sizes(height, width))
+    grid = tiles_for(batch, height + 1, width + 1, _ROWS)
+    launch("enlarge_flow", f"enlarge_flow_{SUFFIXES[out.dtype]}", grid, arguments)
+
+
+# --- registration -----------------------------------------------------------------------------------------------------
+
+_torch_library: Any = torch.library  # its functions carry no types
+_LIBRARY = _torch_library.Library("flowreel", "FRAGMENT")
+_LIBRARY.define("enlarge_flow(Tensor flow, Tensor weight, Tensor bias, Tensor(a!) out) -> ()")
+implement(_LIBRARY, "enlarge_flow", enlarge_flow_definition, on_cuda=_enlarge_flow_cuda)
+
+
+def _nothing_comes_back(flow: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
+    pass
+
+
+_torch_library.register_fake("flowreel::enlarge_flow", _nothing_comes_back, lib=_LIBRARY)
+
+# --- the function -----------------------------------------------------------------------------------------------------
+
+
+def enlarge_flow(flow: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
+    """A transposed convolution of flow, 4x4, stride 2, padding 1, into ``out``.
+
+    Args:
+        flow: (B, 2, h, w) float32, any strides.
+        weight: (2, 2, 4, 4) float32: from which channel, to which, rows, columns.
+        bias: (2,) float32.
+        out: (B, 2, 2h, 2w) float32, bfloat16 or float16, any strides: a part of a concatenation. No memory of flow.
+
+    Formed in float32 and rounded once. Without gradients: for inference.
+
+    Raises:
+        TypeError: flow, weight or bias is not float32.
+        ValueError: shapes or devices do not fit together.
+    """
+    check_types(out, flow, weight, bias)
+    if weight.shape != (2, 2, 4, 4) or bias.shape != (2,):
+        raise ValueError(f"expected (2, 2, 4, 4) and (2,), got {tuple(weight.shape)} and {tuple(bias.shape)}")
+    if flow.ndim != 4 or flow.shape[1] != 2 or flow.numel() == 0:
+        raise ValueError(f"flow is (B, 2, h, w) and holds something, got {tuple(flow.shape)}")
+    batch, _, height, width = flow.shape
+    if out.shape != (batch, 2, 2 * height, 2 * width):
+        raise ValueError(f"{tuple(flow.shape)} does not go into {tuple(out.shape)}")
+    _enlarge(flow, weight, bias, out)
+
+
+_enlarge: Callable[[Tensor, Tensor, Tensor, Tensor], None] = torch.ops.flowreel.enlarge_flow.default

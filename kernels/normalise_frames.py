@@ -1,0 +1,122 @@
+"""Two frames less their mean, over 255, to all the places that networks read them from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from flowreel.kernels.launch import SUFFIXES, implement, launch, sizes, view
+from flowreel.kernels.pixels import aligned, check_room, check_types, fill, tiles_for
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+CHANNELS = 8  # of a room: one frame's 3 or two frames' 6, and zeros
+_LEVELS = 255.0
+
+# --- the definition: any device ---------------------------------------------------------------------------------------
+
+
+def normalise_frames_definition(
+    first: Tensor, second: Tensor, planes: Tensor | None, pair: Tensor | None, both: Tensor | None
+) -> None:
+    """What ``normalise_frames`` means."""
+    mean = _mean(first, second)
+    first, second = ((frame - mean) / _LEVELS for frame in (first, second))
+    if planes is not None:
+        fill(planes, first, second)
+    if pair is not None:
+        fill(pair, first, second)
+    if both is not None:
+        fill(both, torch.cat((first, second)))
+
+
+def _mean(first: Tensor, second: Tensor) -> Tensor:
+    """(B, 3, 1, 1): one for each sample and channel, over the two frames together."""
+    return (first.mean((2, 3), keepdim=True) + second.mean((2, 3), keepdim=True)) / 2
+
+
+# --- the CUDA version -------------------------------------------------------------------------------------------------
+
+
+def _normalise_frames_cuda(
+    first: Tensor, second: Tensor, planes: Tensor | None, pair: Tensor | None, both: Tensor | None
+) -> None:
+    if not (aligned(pair) and aligned(both)):
+        return normalise_frames_definition(first, second, planes, pair, both)
+    batch, _, height, width = first.shape
+    room = next((x for x in (pair, both, planes) if x is not None), None)
+    if room is None:
+        return
+    views = (*view(first), *view(second), _mean(first, second), planes, pair, both)
+    entry = f"normalise_frames_{SUFFIXES[room.dtype]}"
+    launch("normalise_frames", entry, tiles_for(batch, height, width), (*views, *sizes(batch, height, width)))
+
+
+# --- registration -----------------------------------------------------------------------------------------------------
+
+_torch_library: Any = torch.library  # its functions carry no types
+_LIBRARY = _torch_library.Library("flowreel", "FRAGMENT")
+_LIBRARY.define(
+    "normalise_frames(Tensor first, Tensor second, Tensor(a!)? planes, Tensor(b!)? pair, Tensor(c!)? both) -> ()"
+)
+implement(_LIBRARY, "normalise_frames", normalise_frames_definition, on_cuda=_normalise_frames_cuda)
+
+
+def _nothing_comes_back(
+    first: Tensor, second: Tensor, planes: Tensor | None, pair: Tensor | None, both: Tensor | None
+) -> None:
+    pass
+
+
+_torch_library.register_fake("flowreel::normalise_frames", _nothing_comes_back, lib=_LIBRARY)
+
+# --- the function -----------------------------------------------------------------------------------------------------
+
+
+def normalise_frames(
+    first: Tensor,
+    second: Tensor,
+    *,
+    planes: Tensor | None = None,
+    pair: Tensor | None = None,
+    both: Tensor | None = None,
+) -> None:
+    """Two frames less one mean per sample and channel *over the two together*, over 255.
+
+    Args:
+        first, second: (B, 3, H, W) float32, 0..255, any strides.
+        planes: (B, 6, H, W) float32, contiguous: gets both, one after the other.
+        pair: (B, 8, H, W), channels-last without gaps: both, then zeros.
+        both: (2B, 8, H, W) of pair's dtype, channels-last without gaps: the first frames, and zeros, then the second
+            ones, and zeros.
+
+    Rooms are float32, bfloat16 or float16; what is None is left out. Formed in float32 and rounded once. Without
+    gradients: for inference.
+
+    Raises:
+        TypeError: frames or planes are not float32, or pair and both differ in dtype.
+        ValueError: shapes, strides or devices do not fit together.
+
+    Source: Ilg et al., FlowNet 2.0: Evolution of Optical Flow Estimation with Deep Networks, CVPR 2017; one mean for
+    both frames as in NVIDIA's flownet2-pytorch.
+    """
+    if first.ndim != 4 or first.shape[1] != 3 or first.numel() == 0 or second.shape != first.shape:
+        raise ValueError(f"expected (B, 3, H, W) twice, got {tuple(first.shape)} and {tuple(second.shape)}")
+    check_types(first, first, second, *(() if planes is None else (planes,)))
+    batch, _, height, width = first.shape
+    if planes is not None and (planes.shape != (batch, 6, height, width) or not planes.is_contiguous()):
+        raise ValueError(f"planes for {tuple(first.shape)} twice are contiguous, got {tuple(planes.shape)}")
+    for room, pictures in ((pair, batch), (both, 2 * batch)):
+        if room is not None:
+            check_types(room, first)
+            check_room(room, CHANNELS, pictures, height, width)
+    if pair is not None and both is not None and pair.dtype != both.dtype:
+        raise TypeError(f"pair and both are of one dtype, got {pair.dtype} and {both.dtype}")
+    _normalise(first, second, planes, pair, both)
+
+
+_normalise: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], None]
+_normalise = torch.ops.flowreel.normalise_frames.default

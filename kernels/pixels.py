@@ -1,0 +1,71 @@
+"""What kernels that store whole pixels of dense channels-last maps ask of their caller: ``cuda/pixels.cuh``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flowreel.kernels.launch import Size
+
+_TILE = 32, 32  # rows and columns of pixels a block takes, as there
+_PIECE = 16  # bytes of a store
+
+
+def tiles_for(batch: int, height: int, width: int, rows: int = _TILE[0]) -> Size:
+    """The grid: a block for each tile of each picture."""
+    return -(-width // _TILE[1]), -(-height // rows), batch
+
+
+def check_room(out: Tensor, channels: int, batch: int, height: int, width: int) -> None:
+    """Whether ``out`` is a dense channels-last map of that size.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if out.shape != (batch, channels, height, width):
+        raise ValueError(f"expected room for {(batch, channels, height, width)}, got {tuple(out.shape)}")
+    if not out.permute(0, 2, 3, 1).is_contiguous():
+        raise ValueError("room for whole pixels is channels-last without gaps")
+
+
+def aligned(out: Tensor | None) -> bool:
+    """Whether its pixels can be stored 16 bytes at a time: not those of a view from the middle of a pixel on."""
+    return out is None or out.data_ptr() % _PIECE == 0
+
+
+def fill(out: Tensor, *parts: Tensor) -> None:
+    """The parts side by side, then zeros: what the kernels' definitions store."""
+    start = 0
+    for part in parts:
+        out[:, start : start + part.shape[1]].copy_(part)
+        start += part.shape[1]
+    out[:, start:].zero_()
+
+
+def check_frames(frames: Tensor, *flows: Tensor) -> tuple[int, int, int]:
+    """Batch, height and width of two normalised frames, and whether the flows are a quarter of them.
+
+    Raises:
+        ValueError: they do not fit together.
+    """
+    if frames.ndim != 4 or frames.shape[1] != 6 or frames.numel() == 0:
+        raise ValueError(f"two frames are (B, 6, H, W) and hold something, got {tuple(frames.shape)}")
+    batch, _, height, width = frames.shape
+    if not frames.is_contiguous() or height % 4 or width % 4:
+        raise ValueError(f"frames are contiguous, their sides multiples of 4, got {tuple(frames.shape)}")
+    for flow in flows:
+        if flow.shape != (batch, 2, height // 4, width // 4):
+            raise ValueError(f"flow for {tuple(frames.shape)} is a quarter of that size, got {tuple(flow.shape)}")
+    return batch, height, width
+
+
+def check_types(room: Tensor, *others: Tensor) -> None:
+    """Whether all but ``room`` are float32 or wider, that is of any floating point type, and all are on one device.
+
+    Raises:
+        TypeError, ValueError: they are not.
+    """
+    if not all(x.dtype in (torch.float32, torch.float64) for x in others) or not room.is_floating_point():
+        raise TypeError(f"what is read is float32, got {[x.dtype for x in others]}, into {room.dtype}")
+    if not all(x.device == room.device for x in others):
+        raise ValueError(f"all on one device, got {[x.device for x in (room, *others)]}")

@@ -1,0 +1,86 @@
+"""What a network that refines a flow is given, made in one go: frames, warped frame, flow and brightness error."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flowreel.kernels.channel_norm import channel_norm_definition
+from flowreel.kernels.launch import SUFFIXES, implement, launch, sizes, view
+from flowreel.kernels.pixels import aligned, check_frames, check_room, check_types, fill, tiles_for
+from flowreel.kernels.warp import warp_definition
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+CHANNELS = 16  # of the room: frames 6, warped second frame 3, flow 2, brightness error 1, and zeros
+
+# --- the definition: any device ---------------------------------------------------------------------------------------
+
+
+def refining_input_definition(frames: Tensor, flow: Tensor, scale: float, out: Tensor) -> None:
+    """What ``refining_input`` means."""
+    pixels = F.interpolate(flow * scale, scale_factor=4, mode="bilinear", align_corners=False)
+    warped = warp_definition(frames[:, 3:], pixels)
+    error = channel_norm_definition(frames[:, :3] - warped)
+    fill(out, frames, warped, pixels / scale, error)
+
+
+# --- the CUDA version -------------------------------------------------------------------------------------------------
+
+
+def _refining_input_cuda(frames: Tensor, flow: Tensor, scale: float, out: Tensor) -> None:
+    if not aligned(out):
+        return refining_input_definition(frames, flow, scale, out)
+    batch, _, height, width = frames.shape
+    arguments = (frames, *view(flow), out, *sizes(height, width), np.float32(scale), np.float32(1 / scale))
+    launch("refining_input", f"refining_input_{SUFFIXES[out.dtype]}", tiles_for(batch, height, width), arguments)
+
+
+# --- registration -----------------------------------------------------------------------------------------------------
+
+_torch_library: Any = torch.library  # its functions carry no types
+_LIBRARY = _torch_library.Library("flowreel", "FRAGMENT")
+_LIBRARY.define("refining_input(Tensor frames, Tensor flow, float scale, Tensor(a!) out) -> ()")
+implement(_LIBRARY, "refining_input", refining_input_definition, on_cuda=_refining_input_cuda)
+
+
+def _nothing_comes_back(frames: Tensor, flow: Tensor, scale: float, out: Tensor) -> None:
+    pass
+
+
+_torch_library.register_fake("flowreel::refining_input", _nothing_comes_back, lib=_LIBRARY)
+
+# --- the function -----------------------------------------------------------------------------------------------------
+
+
+def refining_input(frames: Tensor, flow: Tensor, scale: float, out: Tensor) -> None:
+    """Fills the input of a network that refines the flow of the one before it.
+
+    Args:
+        frames: (B, 6, H, W) float32, contiguous: two frames, as the networks see them; sides are multiples of 4.
+        flow: (B, 2, H/4, W/4) float32, any strides: a network's prediction.
+        scale: what makes pixels of it.
+        out: (B, 16, H, W) float32, bfloat16 or float16, channels-last without gaps.
+            It gets the frames (6 channels), the second one warped by the flow (3), the flow as predicted (2), the
+            length of the first frame less the warped one (1), and zeros.
+
+    The flow is enlarged bilinearly, centres in the middle of pixels. Formed in float32 and rounded once; otherwise as
+    ``warp`` and ``channel_norm``, at infinite and unknown flow too. Without gradients: for inference.
+
+    Raises:
+        TypeError: frames or flow are not float32.
+        ValueError: shapes, strides or devices do not fit together.
+
+    Source: Ilg et al., FlowNet 2.0: Evolution of Optical Flow Estimation with Deep Networks, CVPR 2017, section 4.
+    """
+    check_types(out, frames, flow)
+    check_room(out, CHANNELS, *check_frames(frames, flow))
+    _refining(frames, flow, scale, out)
+
+
+_refining: Callable[[Tensor, Tensor, float, Tensor], None] = torch.ops.flowreel.refining_input.default
