@@ -163,6 +163,7 @@ HEAD = {
     "read before it is there": ("fetch_wait<STAGES - 2>", "fetch_wait<STAGES - 1>"),
     "a stage that is still read": ("stage == 0 ? STAGES - 1 : stage - 1", "stage"),
     "no barrier": ("__syncthreads();  // one a row", "// one a row"),
+    "one buffer": ("buffer ^= 1;", ""),
     "a warp's share lost": ("other < warp - share + splits", "other < warp - share + 1"),
     "each row by the same warp": ("(y - first_row) % splits == share", "share == 0 && splits == 1"),
     "no bias": ("__ldg(bias + output)", "0"),
