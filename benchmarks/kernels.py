@@ -22,7 +22,11 @@ from flowreel.engine.models.layers import conv, deconv, inter_conv
 from flowreel.kernels import channel_norm, correlation, flow_to_color, quantise, warp, yuv_to_rgb
 from flowreel.kernels.bias_leaky_relu import bias_leaky_relu_, bias_leaky_relu_in_place_definition
 from flowreel.kernels.channel_norm import channel_norm_definition
-from flowreel.kernels.correlation import correlation_definition, pixel_correlation_backward_definition
+from flowreel.kernels.correlation import (
+    correlation_definition,
+    pixel_correlation_backward_definition,
+    pixel_correlation_on_cuda_cores,
+)
 from flowreel.kernels.enlarge_flow import enlarge_flow, enlarge_flow_definition
 from flowreel.kernels.flow_color import flow_to_color_definition
 from flowreel.kernels.flow_head import flow_head, flow_head_definition, pack_flow_head, take_off_borders_
@@ -35,6 +39,7 @@ from flowreel.kernels.warp import warp_definition
 from flowreel.kernels.yuv_to_rgb import yuv_to_rgb_definition
 
 OURS = "flowreel"
+ON_CUDA_CORES = "flowreel, on CUDA cores"
 PIXELS = (448, 1024)  # rows, columns of a frame
 BATCH = 8  # pairs, of the convolutions
 FEATURES = (1, 256, 56, 128)  # what FlowNetC correlates of such frames
@@ -126,6 +131,7 @@ def kernels(device: str) -> list[Kernel]:
     half: Precision = "bf16" if device == "cpu" else "fp16"
     made = [_correlation(device, "fp32"), _correlation(device, half), _correlation_backward(device)]
     made += [_correlation_into(device, "fp32"), _correlation_into(device, half), _quantise(device)]
+    made += [_correlation_into(device, half, batch=8)] if device == "cuda" else []
     made += [_warp(device, "fp32"), _warp(device, half), _channel_norm(device, 3), _channel_norm(device, 2)]
     if device == "cuda":
         made += [_yuv_to_rgb(device), _bias_leaky_relu(device, "fp32"), _bias_leaky_relu(device, half)]
@@ -162,46 +168,56 @@ def _shape(*tensors: Tensor) -> str:
     return " ".join("x".join(map(str, tensor.shape)) for tensor in tensors)
 
 
-def _features(device: str, precision: str) -> tuple[Tensor, ...]:
-    return tuple(torch.randn(FEATURES, device=device).to(DTYPES[precision]) for _ in range(2))
+def _features(device: str, precision: str, batch: int = 1) -> tuple[Tensor, ...]:
+    return tuple(torch.randn(batch, *FEATURES[1:], device=device).to(DTYPES[precision]) for _ in range(2))
 
 
-def _correlation_flops() -> float:
-    return 2.0 * (2 * RADIUS + 1) ** 2 * FEATURES[0] * FEATURES[1] * FEATURES[2] * FEATURES[3]
+def _correlation_flops(a: Tensor) -> float:
+    return 2.0 * (2 * RADIUS + 1) ** 2 * a.numel()
 
 
-def _volume_values() -> int:
-    return FEATURES[0] * (2 * RADIUS + 1) ** 2 * FEATURES[2] * FEATURES[3]
+def _correlation_bytes(a: Tensor) -> int:
+    volume_values = (2 * RADIUS + 1) ** 2 * a.numel() // a.shape[1]
+    return a.element_size() * (2 * a.numel() + volume_values)
 
 
 def _correlation(device: str, precision: str) -> Kernel:
     inputs = _many(lambda: _features(device, precision))
-    ways = _ways({OURS: correlation, "torch definition": correlation_definition}, inputs)
-    a = inputs[0][0]
-    moved = a.element_size() * (2 * a.numel() + _volume_values())
-    return Kernel("correlation", _shape(a), precision, ways, _correlation_flops(), moved)
+    functions: dict[str, Callable[..., Any]] = {OURS: correlation, "torch definition": correlation_definition}
+    if device == "cuda" and precision != "fp32":
+        functions[ON_CUDA_CORES] = _on_cuda_cores
+    ways, a = _ways(functions, inputs), inputs[0][0]
+    return Kernel("correlation", _shape(a), precision, ways, _correlation_flops(a), _correlation_bytes(a))
 
 
-def _correlation_into(device: str, precision: str) -> Kernel:
-    """As FlowNetC wants it: with its LeakyReLU, in 441 of the 473 channels of a concatenation."""
-    side = (2 * RADIUS + 1) ** 2
+def _on_cuda_cores(a: Tensor, b: Tensor, out: Tensor | None = None) -> None:
+    if out is None:
+        out = a.new_empty(a.shape[0], (2 * RADIUS + 1) ** 2, *a.shape[2:])
+    pixel_correlation_on_cuda_cores(out, a, b, RADIUS, STRIDE, None, 0.1)
+
+
+def _correlation_into(device: str, precision: str, batch: int = 1) -> Kernel:
+    """As FlowNetC wants it: with its LeakyReLU, in 441 of the 480 channels of a concatenation."""
+    kind = torch.channels_last if device == "cuda" else torch.contiguous_format
 
     def make() -> tuple[Tensor, ...]:
-        whole = torch.zeros(FEATURES[0], 32 + side, *FEATURES[2:], dtype=DTYPES[precision], device=device)
-        kind = torch.channels_last if device == "cuda" else torch.contiguous_format
-        return *(x.to(memory_format=kind) for x in _features(device, precision)), whole.to(memory_format=kind)
+        a, b = (x.contiguous(memory_format=kind) for x in _features(device, precision, batch))
+        whole = torch.zeros(batch, 480, *FEATURES[2:], dtype=a.dtype, device=device).contiguous(memory_format=kind)
+        return a, b, whole[:, 32:473]
 
-    def in_one(a: Tensor, b: Tensor, whole: Tensor) -> None:
-        correlation(a, b, negative_slope=0.1, out=whole[:, 32:])
+    def in_one(a: Tensor, b: Tensor, part: Tensor) -> None:
+        correlation(a, b, negative_slope=0.1, out=part)
 
-    def one_by_one(a: Tensor, b: Tensor, whole: Tensor) -> None:
-        whole[:, 32:] = torch.nn.functional.leaky_relu(correlation(a, b), 0.1)
+    def one_by_one(a: Tensor, b: Tensor, part: Tensor) -> None:
+        part.copy_(torch.nn.functional.leaky_relu(correlation(a, b), 0.1))
 
+    functions: dict[str, Callable[..., Any]] = {OURS: in_one, "flowreel, then torch": one_by_one}
+    if device == "cuda" and precision != "fp32":
+        functions[ON_CUDA_CORES] = _on_cuda_cores
     inputs = _many(make)
-    ways = _ways({OURS: in_one, "flowreel, then torch": one_by_one}, inputs)
-    a = inputs[0][0]
-    moved = a.element_size() * (2 * a.numel() + _volume_values())
-    return Kernel("correlation, activated, into a part", _shape(a), precision, ways, _correlation_flops(), moved)
+    ways, a = _ways(functions, inputs), inputs[0][0]
+    name = "correlation, activated, into a part"
+    return Kernel(name, _shape(a), precision, ways, _correlation_flops(a), _correlation_bytes(a))
 
 
 def _correlation_backward(device: str) -> Kernel:
@@ -212,7 +228,7 @@ def _correlation_backward(device: str) -> Kernel:
     ways = _ways(functions, [(*tensors, RADIUS, STRIDE) for tensors in inputs])
     grad, a, _ = inputs[0]
     moved = 4 * (4 * a.numel() + grad.numel())
-    return Kernel("correlation, backward", _shape(a), "fp32", ways, 2 * _correlation_flops(), moved)
+    return Kernel("correlation, backward", _shape(a), "fp32", ways, 2 * _correlation_flops(a), moved)
 
 
 def _warp(device: str, precision: str) -> Kernel:

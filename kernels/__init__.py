@@ -2,7 +2,8 @@
 
 ``correlation``, ``warp`` and ``channel_norm`` are FlowNet2's three layers, registered with torch as
 ``torch.ops.flowreel.*``. So are ``yuv_to_rgb``, which makes pictures of decoded surfaces, ``flow_to_color``, which
-paints flow, and ``quantise``, which makes whole numbers of it.
+paints flow, and ``quantise``, which makes whole numbers of it. What compiled networks alone use (their inputs, what
+follows a convolution, flow between levels) is in files of its own and comes from there.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def bias_leaky_relu_in_place_definition(x: Tensor, bias: Tensor, slope: float, a
 
 # --- the CUDA version -------------------------------------------------------------------------------------------------
 
-_TOGETHER, _ITEMS = 8, 4  # channels that a thread computes, and of how many pixels
+_TOGETHER = 8  # channels a thread computes
 
 
 def _bias_leaky_relu_cuda(x: Tensor, bias: Tensor, slope: float, out: Tensor) -> None:
@@ -55,7 +55,7 @@ def _bias_leaky_relu_in_place_cuda(x: Tensor, bias: Tensor, slope: float, also: 
 
 def _launched(x: Tensor, bias: Tensor, slope: float, out: Tensor, also: Tensor | None) -> None:
     batch, channels, height, width = x.shape
-    blocks_a_row = -(-width * -(-channels // _TOGETHER) // (_ITEMS * THREADS))
+    blocks_a_row = -(-width * -(-channels // _TOGETHER) // THREADS)
     counts = sizes(channels, out.shape[1], 0 if also is None else also.shape[1], height, width)
     views = (*view(x), bias.contiguous(), *view(out), *view(out if also is None else also))
     entry, grid = f"bias_leaky_relu_{SUFFIXES[x.dtype]}", (batch * height * blocks_a_row,)

@@ -140,13 +140,13 @@ def _pixel_correlation_cuda(
 def _pixel_correlation_into_cuda(
     out: Tensor, a: Tensor, b: Tensor, radius: int, stride: int, scale: float | None = None, slope: float = 1.0
 ) -> None:
-    if correlation_products.fits(a, b, radius):
+    if correlation_products.fits(a, radius):
         correlation_products.pixel_correlation_into(out, a, b, radius, stride, _scale(a, scale), slope)
     else:
-        _pixel_correlation_on_cuda_cores(out, a, b, radius, stride, scale, slope)
+        pixel_correlation_on_cuda_cores(out, a, b, radius, stride, scale, slope)
 
 
-def _pixel_correlation_on_cuda_cores(
+def pixel_correlation_on_cuda_cores(
     out: Tensor, a: Tensor, b: Tensor, radius: int, stride: int, scale: float | None = None, slope: float = 1.0
 ) -> None:
     batch, channels, height, width = a.shape

@@ -1,4 +1,4 @@
-"""The pixel correlation by tensor cores: for half type maps on a GPU, whose channels lie together.
+"""The pixel correlation by tensor cores: for half type maps on a GPU, whose channels are best together in memory.
 
 What a block computes, and how, is told in ``cuda/correlation_products.cu``.
 """
@@ -21,22 +21,18 @@ _START = 2  # what a block does before its first row of b, counted in rows
 _MOST_DEEP = (1 << 16) - 1  # blocks of a grid in its third direction
 
 
-def fits(a: Tensor, b: Tensor, radius: int) -> bool:
-    """Whether the kernel takes these maps: both read 16 bytes at a time, few enough channels, one of its radii."""
-    return (
-        a.dtype in _TYPES
-        and radius in RADII
-        and a.shape[1] <= _MOST_CHANNELS
-        and a.shape[1] % _WORDS == 0
-        and all(_is_read_16_bytes_at_a_time(x) for x in (a, b))
-    )
+def fits(a: Tensor, radius: int) -> bool:
+    """Whether the kernel takes such maps: a half type, few enough channels, one of its radii."""
+    few = a.shape[1] <= _MOST_CHANNELS and a.shape[1] % _WORDS == 0
+    return a.dtype in _TYPES and radius in RADII and few
 
 
 def pixel_correlation_into(
     out: Tensor, a: Tensor, b: Tensor, radius: int, stride: int, scale: float, slope: float
 ) -> None:
-    """(B, C, H, W) twice, that fit -> out: (B, (2 radius + 1)^2, H, W), any strides."""
+    """(B, C, H, W) twice, that fit -> out: (B, (2 radius + 1)^2, H, W). Any strides: other maps are copied first."""
     batch, channels, height, width = a.shape
+    a, b = _read_in_words(a), _read_in_words(b)
     across = stride * _parts(_parts(width, stride), _COLUMNS)
     down = stride * _parts(_parts(height, stride), _ROWS)
     shares = _shares(across * down * batch, _ROWS + 2 * radius)
@@ -50,9 +46,12 @@ def pixel_correlation_into(
         launch("correlation_products", entry, grid, (*arguments, np.float32(scale), np.float32(slope)), (_BLOCK,))
 
 
-def _is_read_16_bytes_at_a_time(x: Tensor) -> bool:
-    *pitches, channel = (x.stride(axis) for axis in (0, 2, 3, 1))
-    return channel == 1 and x.data_ptr() % 16 == 0 and all(pitch % _WORDS == 0 for pitch in pitches)
+def _read_in_words(x: Tensor) -> Tensor:
+    """The map itself where 16 bytes of a pixel's channels can be read at once, else a copy: cheap beside a product."""
+    pitches = (x.stride(axis) for axis in (0, 2, 3))
+    if x.stride(1) == 1 and x.data_ptr() % 16 == 0 and all(pitch % _WORDS == 0 for pitch in pitches):
+        return x
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last).copy_(x)
 
 
 def _shares(tiles: int, rows: int) -> int:

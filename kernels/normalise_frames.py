@@ -23,7 +23,7 @@ def normalise_frames_definition(
     first: Tensor, second: Tensor, planes: Tensor | None, pair: Tensor | None, both: Tensor | None
 ) -> None:
     """What ``normalise_frames`` means."""
-    mean = _mean(first, second)
+    mean = (_mean(first) + _mean(second)) / 2
     first, second = ((frame - mean) / _LEVELS for frame in (first, second))
     if planes is not None:
         fill(planes, first, second)
@@ -33,9 +33,9 @@ def normalise_frames_definition(
         fill(both, torch.cat((first, second)))
 
 
-def _mean(first: Tensor, second: Tensor) -> Tensor:
-    """(B, 3, 1, 1): one for each sample and channel, over the two frames together."""
-    return (first.mean((2, 3), keepdim=True) + second.mean((2, 3), keepdim=True)) / 2
+def _mean(frames: Tensor) -> Tensor:
+    """(B, 3, 1, 1). Torch's sums come in the same order every time."""
+    return frames.mean((2, 3), keepdim=True)
 
 
 # --- the CUDA version -------------------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ def _normalise_frames_cuda(
     room = next((x for x in (pair, both, planes) if x is not None), None)
     if room is None:
         return
-    views = (*view(first), *view(second), _mean(first, second), planes, pair, both)
+    views = (*view(first), *view(second), _mean(first), _mean(second), planes, pair, both)
     entry = f"normalise_frames_{SUFFIXES[room.dtype]}"
     launch("normalise_frames", entry, tiles_for(batch, height, width), (*views, *sizes(batch, height, width)))
 

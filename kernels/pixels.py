@@ -12,7 +12,7 @@ _PIECE = 16  # bytes of a store
 
 
 def tiles_for(batch: int, height: int, width: int, rows: int = _TILE[0]) -> Size:
-    """The grid: a block for each tile of each picture."""
+    """The grid: a block for each tile of each picture, of which a GPU takes 65535."""
     return -(-width // _TILE[1]), -(-height // rows), batch
 
 

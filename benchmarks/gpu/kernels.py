@@ -113,6 +113,19 @@ def _correlation(made: Made) -> Compared:
     return [(correlation(a, b), correlation_definition(a.double(), b.double()))]
 
 
+def _correlation_into(made: Made, radius: int, stride: int) -> Compared:
+    """As FlowNetC wants it, in some channels of a concatenation, and what lies beside them."""
+    channels, reach = (2 * radius + 1) ** 2, radius * stride
+    _, *shape = cases.FEATURES
+    a, b = made(2, *shape), made(2, *shape)
+    whole = made(2, 32 + channels + 7, *shape[1:])
+    before, part = whole.double(), slice(32, 32 + channels)
+    mean = correlation_definition(a.double(), b.double(), reach, 1, reach, 1, stride)
+    before[:, part] = torch.nn.functional.leaky_relu(mean, 0.1)
+    correlation(a, b, reach, 1, reach, 1, stride, negative_slope=0.1, out=whole[:, part])
+    return [(whole[:, part], before[:, part]), (whole, before)]
+
+
 def _warp(made: Made) -> Compared:
     image, flow = made(1, 3, *cases.PIXELS), made.flow()
     return [(warp(image, flow), warp_definition(image.double(), flow.double()))]
@@ -222,6 +235,8 @@ def _gradients(layer: Callable[..., Tensor], inputs: Callable[[Made], tuple[Tens
 
 COMPARED: dict[str, Callable[[Made], Compared]] = {
     "correlation": _correlation,
+    "correlation into a part": partial(_correlation_into, radius=10, stride=2),
+    "correlation into a part, 9 x 9": partial(_correlation_into, radius=4, stride=1),
     "warp": _warp,
     "channel_norm": _channel_norm,
     "bias_leaky_relu": _bias_leaky_relu,

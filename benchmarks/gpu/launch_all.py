@@ -52,6 +52,7 @@ def main(device: str) -> None:
                 bias_leaky_relu(made(24), bias, 0.1, whole[:, 5:22])
                 _heads(made(40), made(104))
                 correlation(made(24), made(24), scale=1 / 19, negative_slope=0.1, out=made(480)[:, 32:473])
+                correlation(made(136), made(136), 4, 1, 4, 1, 1, negative_slope=0.1, out=made(96)[:, 8:89])
         network_inputs(device, dtype)
         for max_flow in (None, 20.0):
             flow_to_color(flow.to(dtype), max_flow)

@@ -1,15 +1,14 @@
 // What follows a convolution: its bias and LeakyReLU, stored where the next layers read it; once more somewhere else.
 //
-// One thread computes 8 neighbouring channels of ITEMS pixels. Neighbouring threads take the next 8 channels, then the
+// One thread computes 8 neighbouring channels of one pixel. Neighbouring threads take the next 8 channels, then the
 // next x: with the channels together (channels_last), as convolutions give them, a warp reads and writes runs of 512
-// bytes of a half type. All that a thread reads is under way before it waits for any of it: the memory is what bounds
-// this. Every block stays in one row of one picture, so only its number is divided by the height.
+// bytes of a half type. Every block stays in one row of one picture, so only its number is divided by the height.
 // Where the channels do not lie together, or an end is not a multiple of 16 bytes, it goes value by value.
 //
 // `out` may be `x` itself: each thread reads what it writes, and before.
 #include "common.cuh"
 
-constexpr int TOGETHER = 8, ITEMS = 4;
+constexpr int TOGETHER = 8;
 
 template <class T>
 struct alignas(16) Eight {  // alignas: loads and stores of 16 bytes
@@ -19,15 +18,15 @@ struct alignas(16) Eight {  // alignas: loads and stores of 16 bytes
 __device__ __forceinline__ bool aligned(const void* place) { return (unsigned long long)place % 16 == 0; }
 
 template <class T>
-__device__ __forceinline__ Eight<T> read(const T* place, long long step, int count) {
-    if (step == 1 && count == TOGETHER && aligned(place)) return *(const Eight<T>*)place;
-    Eight<T> all;
+__device__ __forceinline__ void read(const T* place, long long step, int count, float* wide) {
+    if (step == 1 && count == TOGETHER && aligned(place)) {
+        const Eight<T> all = *(const Eight<T>*)place;
 #pragma unroll
-    for (int k = 0; k < TOGETHER; ++k) {
-        if (k < count) all.values[k] = place[k * step];
-        else store(all.values + k, 0.0f);
+        for (int k = 0; k < TOGETHER; ++k) wide[k] = widened(all.values[k]);
+        return;
     }
-    return all;
+#pragma unroll
+    for (int k = 0; k < TOGETHER; ++k) wide[k] = k < count ? widened(place[k * step]) : 0;
 }
 
 template <class T>
@@ -55,34 +54,25 @@ __device__ __forceinline__ void bias_leaky_relu(
     View<const T> x, const float* bias, View<T> out, View<T> also, int channels, int out_channels, int also_channels,
     int height, int width, float slope
 ) {
-    const int groups = (channels + TOGETHER - 1) / TOGETHER, in_row = width * groups, in_block = ITEMS * (int)blockDim.x;
-    const int blocks = (in_row + in_block - 1) / in_block;  // a row
-    const int row = (int)blockIdx.x / blocks, n = row / height, y = row % height;
-    const int place = (int)blockIdx.x % blocks * in_block + (int)threadIdx.x;
-    Eight<T> taken[ITEMS];
+    const int groups = (channels + TOGETHER - 1) / TOGETHER, in_row = width * groups;
+    const int blocks = (in_row + (int)blockDim.x - 1) / (int)blockDim.x;  // a row
+    const int row = (int)blockIdx.x / blocks, place = (int)blockIdx.x % blocks * (int)blockDim.x + (int)threadIdx.x;
+    if (place >= in_row) return;
+    const int first = place % groups * TOGETHER, column = place / groups, n = row / height, y = row % height;
+    float wide[TOGETHER], added[TOGETHER];
+    read(x.at(n, first, y, column), x.c, rest(channels, first), wide);
+    read(bias + first, 1, rest(channels, first), added);
 #pragma unroll
-    for (int i = 0; i < ITEMS; ++i) {
-        const int at = place + i * (int)blockDim.x, first = at % groups * TOGETHER;
-        if (at < in_row) taken[i] = read(x.at(n, first, y, at / groups), x.c, rest(channels, first));
+    for (int k = 0; k < TOGETHER; ++k) {
+        wide[k] += added[k];
+        if (wide[k] < 0) wide[k] *= slope;
     }
-#pragma unroll
-    for (int i = 0; i < ITEMS; ++i) {
-        const int at = place + i * (int)blockDim.x, first = at % groups * TOGETHER, column = at / groups;
-        if (at >= in_row) break;
-        const Eight<float> added = read(bias + first, 1, rest(channels, first));
-        float wide[TOGETHER];
-#pragma unroll
-        for (int k = 0; k < TOGETHER; ++k) {
-            wide[k] = widened(taken[i].values[k]) + added.values[k];
-            if (wide[k] < 0) wide[k] *= slope;
-        }
-        write(out.at(n, first, y, column), out.c, rest(out_channels, first), wide);
-        write(also.at(n, first, y, column), also.c, rest(also_channels, first), wide);
-    }
+    write(out.at(n, first, y, column), out.c, rest(out_channels, first), wide);
+    write(also.at(n, first, y, column), also.c, rest(also_channels, first), wide);
 }
 
 #define ENTRIES(name, T)                                                                                             \
-    extern "C" __global__ void __launch_bounds__(256, 3) bias_leaky_relu_##name(                                     \
+    extern "C" __global__ void __launch_bounds__(256) bias_leaky_relu_##name(                                        \
         VIEW(const T, x), const float* bias, VIEW(T, out), VIEW(T, also), int channels, int out_channels,            \
         int also_channels, int height, int width, float slope                                                        \
     ) {                                                                                                              \

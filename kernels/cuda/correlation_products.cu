@@ -1,30 +1,50 @@
-// Cost volume of half type maps whose channels lie together, by tensor cores: what correlation.cu says, for two reaches.
+// Cost volume of half type maps whose channels lie together, by tensor cores: what correlation.cu says, for two radii.
 //
-// Pixels whose x and y agree modulo the stride meet only each other: they form a *phase*, a picture of its own, in which
+// Pixels whose x and y agree modulo the stride meet only each other: they form a *phase*, a picture of its own, where
 // neighbouring displacements are neighbouring pixels. For 16 pixels of one of its rows in a and one of its rows in b,
 //
-//     16 x channels of a   times   channels x (16 + 2 RADIUS) of b   =   16 x (16 + 2 RADIUS),
+//     16 x channels of a   times   channels x (16 + 2 RADIUS) of b   =   16 x (16 + 2 RADIUS)
 //
-// holds all that these pixels have for one dy: pixel m and dx are at column m + dx of row m. The rest is for nothing.
+// holds all that these pixels have for one dy: pixel m with dx stands in row m, column m + dx. The rest is for nothing.
 //
-// A warp owns 16 pixels of OWN rows of a, with all their channels in registers. Rows of b go past it: it multiplies each
-// with all that it owns, where each own row finds another dy. A block's warps own rows below each other, and tiles
-// beside each other, and share the rows of b, which come through STAGES buffers in shared memory, CHANNELS at a time.
-// SHARES blocks share the rows of b that a block's pixels need, so that a small picture keeps a whole GPU busy.
+// A warp owns 16 pixels of each of OWN rows of a, with all their channels in registers. Rows of b go past it: it
+// multiplies each with all that it owns, where each own row meets it with another dy. The warps of a block own rows
+// below each other and pixels beside each other, and share the rows of b, which come through STAGES buffers in shared
+// memory, CHANNELS at a time. `shares` blocks share the rows of b that the same pixels need, so that a small picture
+// keeps a whole GPU busy.
 //
 // A sum does not ask for the order of its terms. So lane t of four takes channels 8t to 8t + 7 of 32, which it reads at
-// once, of a as of b; of these, two products of depth 16 take four each, where they want 2t, 2t + 1, 2t + 8 and 2t + 9.
+// once, of a as of b; each of two products of depth 16 gets four of them, where it expects 2t, 2t + 1, 2t + 8, 2t + 9.
+//
+// Rows of b beyond the picture are not multiplied: there the result is 0 even where a is not finite.
 #include "tensor_core.cuh"
 
-constexpr int DOWN = 4, ACROSS = 1, OWN = 2, STAGES = 3;  // 41 kB of shared memory, up to 255 registers: 2 blocks
-constexpr int WARPS = DOWN * ACROSS, THREADS = 32 * WARPS, TILE = 16 * ACROSS, ROWS = OWN * DOWN;  // of a block
-constexpr int CHANNELS = 128, CHUNKS = 2;   // of a stage, and how many of these a pixel has at most
-constexpr int WORDS = 8, UNITS = CHANNELS / WORDS;  // elements of 16 bytes, and how many of those a stage has of a pixel
-static_assert(THREADS % UNITS == 0 && THREADS / UNITS % 2 == 0, "a thread's columns are all odd, or even");
+constexpr int DOWN = 4, ACROSS = 1, OWN = 2;  // warps of a block, and rows that each owns
+constexpr int STAGES = 3;                     // 36 kB of shared memory; of registers, nearly all that BLOCKS may have
+constexpr int WARPS = DOWN * ACROSS, THREADS = 32 * WARPS, BLOCKS = 8 / WARPS, TILE = 16 * ACROSS, ROWS = OWN * DOWN;
+constexpr int CHANNELS = 128, CHUNKS = 2;           // of a stage, and how many stages' a pixel has at most
+constexpr int WORDS = 8, UNITS = CHANNELS / WORDS;  // elements of 16 bytes; 16 bytes of a pixel in a stage
+static_assert(THREADS % UNITS == 0 && THREADS / UNITS % 2 == 0, "a thread's columns are all odd, or all even");
 
 struct Problem {
     int batch, channels, height, width, stride, shares;
 };
+
+template <class T>
+struct alignas(4) Pair {
+    T low, high;
+};
+
+// Every STEP-th of the values in shared memory to every step-th place: the first `count` of TURNS.
+template <int TURNS, int STEP, class T>
+__device__ __forceinline__ void write(const T* from, T* to, long long step, int count) {
+    T values[TURNS];
+#pragma unroll
+    for (int turn = 0; turn < TURNS; ++turn) values[turn] = from[turn * STEP];
+#pragma unroll
+    for (int turn = 0; turn < TURNS; ++turn)
+        if (turn < count) to[turn * step] = values[turn];
+}
 
 template <class T, int RADIUS>
 __device__ __forceinline__ void correlation(
@@ -34,7 +54,7 @@ __device__ __forceinline__ void correlation(
     constexpr int GROUPS = (16 + 2 * RADIUS + 7) / 8;                // of 8 columns, in a warp's product
     constexpr int PITCH = 8 * GROUPS, STAGE = (TILE - 16 + PITCH) * UNITS;  // the last columns are never fetched
     SHARED(uint4, stages, STAGES * STAGE);
-    SHARED(float2, results, WARPS * 16 * PITCH / 2);
+    SHARED(Pair<T>, results, WARPS * 16 * PITCH / 2);
 
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
     const int phase_x = (int)(blockIdx.x % size.stride), first_column = (int)(blockIdx.x / size.stride) * TILE;
@@ -54,20 +74,23 @@ __device__ __forceinline__ void correlation(
     // --- what this thread fetches: 16 bytes of every (THREADS / UNITS)th column ---
     const int unit = thread % UNITS, fetched = thread / UNITS, fetched_column = first_column + fetched - RADIUS;
     const int kept = fetched * UNITS + (unit ^ fetched % 2 * 4);  // odd columns change halves, so that banks differ
-    const T* const source = b.at(n, unit * WORDS, phase_y, fetched_column * size.stride + phase_x);
-    const long long row_pitch = b.y * size.stride, column_pitch = b.x * size.stride;
+    const long long pitch = b.x * size.stride;
     int coming_row = max(first, 0), coming_chunk = 0;
+    const T* coming = b.at(n, unit * WORDS, coming_row * size.stride + phase_y, fetched_column * size.stride + phase_x);
     const auto fetch_into = [&](int stage) {
         if (coming_row < end) {
-            const T* const from = source + coming_row * row_pitch + coming_chunk * CHANNELS;
             const bool filled = coming_chunk * CHANNELS + unit * WORDS < size.channels;
 #pragma unroll
             for (int i = 0; i < NEEDED; i += THREADS / UNITS) {
                 const bool inside = filled && fetched_column + i >= 0 && fetched_column + i < columns;
                 if (fetched + i < NEEDED)
-                    fetch_16(stages + stage * STAGE + kept + i * UNITS, from + i * column_pitch, inside);
+                    fetch_16(stages + stage * STAGE + kept + i * UNITS, coming + i * pitch, inside);
             }
-            if (++coming_chunk == chunks) coming_chunk = 0, ++coming_row;
+            coming += CHANNELS;
+            if (++coming_chunk == chunks) {
+                coming_chunk = 0, ++coming_row;
+                coming += b.y * size.stride - chunks * CHANNELS;
+            }
         }
         fetch_end();
     };
@@ -79,24 +102,27 @@ __device__ __forceinline__ void correlation(
 #pragma unroll
     for (int i = 0; i < OWN; ++i)
 #pragma unroll
-        for (int k = 0; k < CHUNKS * CHANNELS / 32; ++k) {
-            const int channel = 32 * k + WORDS * t, row = own_row + i;
-            uint4 pixels[2] = {};
+        for (int m = 0; m < 2; ++m) {
+            const int row = own_row + i, column = own_column + g + 8 * m;
+            const T* const pixel = a.at(n, WORDS * t, row * size.stride + phase_y, column * size.stride + phase_x);
+            const int count = row < rows && column < columns ? size.channels - WORDS * t : 0;
 #pragma unroll
-            for (int m = 0; m < 2; ++m) {
-                const int column = own_column + g + 8 * m;
-                if (channel < size.channels && row < rows && column < columns)
-                    pixels[m] = *(const uint4*)a.at(
-                        n, channel, row * size.stride + phase_y, column * size.stride + phase_x
-                    );
+            for (int k = 0; k < CHUNKS * CHANNELS / 32; ++k) {
+                const uint4 words = 32 * k < count ? *(const uint4*)(pixel + 32 * k) : uint4{0, 0, 0, 0};
+                owned[i][2 * k][m] = words.x, owned[i][2 * k][m + 2] = words.y;
+                owned[i][2 * k + 1][m] = words.z, owned[i][2 * k + 1][m + 2] = words.w;
             }
-            unsigned(&even)[4] = owned[i][2 * k], (&odd)[4] = owned[i][2 * k + 1];
-            even[0] = pixels[0].x, even[1] = pixels[1].x, even[2] = pixels[0].y, even[3] = pixels[1].y;
-            odd[0] = pixels[0].z, odd[1] = pixels[1].z, odd[2] = pixels[0].w, odd[3] = pixels[1].w;
         }
 
     // --- the rows of b in turn ---
-    float2* const own_results = results + warp * 16 * PITCH / 2;
+    Pair<T>* const own_results = results + warp * 16 * PITCH / 2;
+
+    // --- what it writes in a turn: of one pixel all dx, a lane each; or of all pixels two dx, the middle one twice ---
+    const bool by_pixel = out.c < out.x;
+    const int m = by_pixel ? 0 : lane % 16, dx = by_pixel ? min(lane, SIDE - 1) : lane / 16 * RADIUS;
+    const int count = by_pixel ? (lane < SIDE ? columns - own_column : 0) : own_column + m < columns ? SIDE : 0;
+    const T* const from = &own_results->low + m * (PITCH + 1) + dx;
+    T* const target = out.at(n, dx, own_row * size.stride + phase_y, (own_column + m) * size.stride + phase_x);
     const int mine = (warp % ACROSS * 16 + g) * UNITS + t;  // of a stage: column g of the product
     int stage = 0;
     for (int row = first; row < last; ++row) {
@@ -139,28 +165,23 @@ __device__ __forceinline__ void correlation(
 #pragma unroll
             for (int c = 0; c < GROUPS; ++c)
 #pragma unroll
-                for (int half = 0; half < 2; ++half)
-                    own_results[((g + 8 * half) * PITCH + 8 * c + 2 * t) / 2]
-                        = {sums[i][c][2 * half], sums[i][c][2 * half + 1]};
+                for (int half = 0; half < 2; ++half) {
+                    const float low = sums[i][c][2 * half] * scale, high = sums[i][c][2 * half + 1] * scale;
+                    Pair<T> pair;
+                    store(&pair.low, low < 0 ? low * slope : low), store(&pair.high, high < 0 ? high * slope : high);
+                    own_results[(g + 8 * half) * (PITCH / 2) + 4 * c + t] = pair;
+                }
             __syncwarp();
-            T* const target = out.at(
-                n, dy * SIDE, (own_row + i) * size.stride + phase_y, own_column * size.stride + phase_x
-            );
-            const bool by_pixel = out.c < out.x;
-#pragma unroll 1
-            for (int v = lane; v < 16 * SIDE; v += 32) {
-                const int m = by_pixel ? v / SIDE : v % 16, dx = by_pixel ? v % SIDE : v / 16;
-                if (own_column + m >= columns) continue;
-                const float mean = ((const float*)own_results)[m * PITCH + m + dx] * scale;
-                store(target + m * (out.x * size.stride) + dx * out.c, mean < 0 ? mean * slope : mean);
-            }
+            T* const to = target + (long long)dy * SIDE * out.c + (long long)i * size.stride * out.y;
+            if (by_pixel) write<16, PITCH + 1>(from, to, out.x * size.stride, count);
+            else write<RADIUS + 1, 1>(from, to, out.c, count);
             __syncwarp();  // read, before the next are written
         }
     }
 }
 
 #define PRODUCTS(name, T, radius)                                                                                    \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2) correlation_products_##radius##_##name(                 \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) correlation_products_##radius##_##name(            \
         VIEW(const T, a), VIEW(const T, b), VIEW(T, out), int batch, int channels, int height, int width, int stride, \
         int shares, float scale, float slope                                                                         \
     ) {                                                                                                              \

@@ -1,4 +1,4 @@
-// Two frames less their mean, over 255, to wherever networks read them from.
+// Two frames less the mean of their means, over 255, to wherever networks read them from.
 //
 // One thread computes one column of 4 pixels of both frames, and stores each up to three times: in six planes of float,
 // as a pixel of a channels-last map, and as one in each half of a batch of twice as many.
@@ -9,11 +9,13 @@ constexpr float LEVELS = 255;
 
 template <class T>
 __device__ __forceinline__ void normalise_frames(
-    View<const float> first, View<const float> second, const float* mean, float* planes, T* pair, T* both, int batch,
-    int height, int width
+    View<const float> first, View<const float> second, const float* first_mean, const float* second_mean, float* planes,
+    T* pair, T* both, int batch, int height, int width
 ) {
     Pixel p = column_of_tile(width);
-    const float means[3] = {mean[3 * p.n], mean[3 * p.n + 1], mean[3 * p.n + 2]};
+    float means[3];
+#pragma unroll
+    for (int c = 0; c < 3; ++c) means[c] = (first_mean[3 * p.n + c] + second_mean[3 * p.n + c]) / 2;
     const long long plane = (long long)height * width;
     Pixels<T, ROOM> of_pair(pair, p, height, width), of_first(both, p, height, width);
     Pixels<T, ROOM> of_second(both, {p.n + batch, p.y, p.x, p.inside}, height, width);
@@ -40,12 +42,12 @@ __device__ __forceinline__ void normalise_frames(
 
 #define ENTRIES(name, T)                                                                                             \
     extern "C" __global__ void __launch_bounds__(256) normalise_frames_##name(                                       \
-        VIEW(const float, first), VIEW(const float, second), const float* mean, float* planes, T* pair, T* both,     \
-        int batch, int height, int width                                                                             \
+        VIEW(const float, first), VIEW(const float, second), const float* first_mean, const float* second_mean,      \
+        float* planes, T* pair, T* both, int batch, int height, int width                                            \
     ) {                                                                                                              \
         normalise_frames<T>(                                                                                         \
-            AS_VIEW(const float, first), AS_VIEW(const float, second), mean, planes, pair, both, batch, height,      \
-            width                                                                                                    \
+            AS_VIEW(const float, first), AS_VIEW(const float, second), first_mean, second_mean, planes, pair, both,  \
+            batch, height, width                                                                                     \
         );                                                                                                           \
     }
 FOR_EACH_TYPE(ENTRIES)

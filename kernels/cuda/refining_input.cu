@@ -43,7 +43,8 @@ __device__ __forceinline__ void refining_input(
     Pixels<T, ROOM> room(out, p, height, width);
 #pragma unroll
     for (int r = 0; r < ROWS; ++r, own += width) {
-        const bool above = r < 2 && quarter > 0;  // the middle of the quarter's pixels
+        // The first two lie above the middle of the flow's own pixel, the others below it; the picture's first two at it.
+        const bool above = r < 2 && quarter > 0;
         const float part = r < 2 ? above ? 0.625f + 0.25f * r : 0.0f : 0.25f * r - 0.375f;
         const float right = (1 - part) * around[above ? 0 : 1][0] + part * around[above ? 1 : 2][0];
         const float down = (1 - part) * around[above ? 0 : 1][1] + part * around[above ? 1 : 2][1];

@@ -88,9 +88,8 @@ def test_alone_in_place(card: torch.device) -> None:
     ("right", "wrong"),
     [
         ("wide[k] < 0", "wide[k] > 0"),
-        (" + added.values[k]", ""),
-        ("at >= in_row", "at > in_row"),
-        ("at < in_row", "at < in_row - 1"),
+        ("wide[k] += added[k];", ""),
+        ("place >= in_row", "place > in_row"),
         ("(step == 1 && count == TOGETHER && aligned(place))", "(count == TOGETHER && aligned(place))"),
         ("rest(also_channels, first)", "rest(channels, first)"),
         ("count < TOGETHER ? count : TOGETHER", "TOGETHER"),
