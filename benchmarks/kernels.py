@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from benchmarks.ceilings import Ceilings, share_of_limit
 from benchmarks.measure import Action, Effort, Sample, alternated, device_sync, devices, ratio
+from flowreel.engine.compiled.composed import composed
 from flowreel.engine.compiled.padded import Convolution, pack_layer, padded
 from flowreel.engine.config import Precision
 from flowreel.engine.models.layers import conv, deconv
@@ -27,6 +29,7 @@ from flowreel.kernels.correlation import (
 )
 from flowreel.kernels.enlarge_flow import enlarge_flow, enlarge_flow_definition
 from flowreel.kernels.flow_color import flow_to_color_definition
+from flowreel.kernels.flow_head import flow_head, flow_head_definition, pack_flow_head, take_off_borders_
 from flowreel.kernels.fusing_input import fusing_input, fusing_input_definition
 from flowreel.kernels.launch import recording
 from flowreel.kernels.normalise_frames import normalise_frames, normalise_frames_definition
@@ -42,6 +45,8 @@ BATCH = 8  # pairs, of the convolutions
 FEATURES = (1, 256, 56, 128)  # what FlowNetC correlates of such frames
 PAIRS = 8  # of a batch, where one pair is done before it is well begun
 RADIUS, STRIDE = 10, 2  # 21 x 21 displacements, every second pixel
+HEADS = {2: 200, 3: 392, 4: 776, 5: 1032, 6: 1024}  # by level: channels of the maps of S and C, padded
+SMOOTHED_HEADS = {0: (88, 16), 1: (168, 32), 2: (200, 64)}  # those of the fusion and SD, and between the two layers
 BEYOND_CACHES = 256 << 20  # bytes of different inputs; the largest last-level caches in use hold less
 MOST_INPUTS = 64
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -127,6 +132,8 @@ def kernels(device: str) -> list[Kernel]:
     made += [_warp(device, "fp32"), _warp(device, half), _channel_norm(device, 3), _channel_norm(device, 2)]
     if device == "cuda":
         made += [_yuv_to_rgb(device), _bias_leaky_relu(device, "fp32"), _bias_leaky_relu(device, half)]
+        made += [_flow_head(device, level, channels) for level, channels in HEADS.items()]
+        made += [_smoothed_head(device, level, *channels) for level, channels in SMOOTHED_HEADS.items()]
         made += [kernel(device, half) for kernel in (_normalise_frames, _refining_input, _fusing_input, _enlarge_flow)]
         made += [_convolution(layer, device, half) for layer in LAYERS]
     return [*made, _color(device)]
@@ -287,6 +294,53 @@ def _bias_leaky_relu(device: str, precision: str) -> Kernel:
     return Kernel(
         "bias_leaky_relu", _shape(x), precision, _ways(functions, given), 0.0, 3 * x.element_size() * x.numel()
     )
+
+
+def _feature_maps(device: str, level: int, channels: int) -> list[tuple[Tensor, ...]]:
+    """Float16, at 1 / 2^level of the frames."""
+    size = PAIRS, channels, *(side >> level for side in PIXELS)
+    return _many(lambda: (_channels_last(torch.randn(size, device=device).half()),))
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _flow_head(device: str, level: int, channels: int) -> Kernel:
+    """Its definition is what a library offers: the maps as float32, and a convolution of those."""
+    inputs = _feature_maps(device, level, channels)
+    weight = pack_flow_head(torch.randn(2, channels, 3, 3, device=device) * 0.01, torch.float16)
+    bias = torch.randn(2, device=device)
+    functions = {OURS: flow_head, "torch definition": flow_head_definition}
+    ways = _ways(functions, [(x, weight, bias) for (x,) in inputs])
+    x = inputs[0][0]
+    return Kernel(f"flow_head, level {level}", _shape(x), "fp16", ways, *_work_of_head(x, 9))
+
+
+def _smoothed_head(device: str, level: int, channels: int, between: int) -> Kernel:
+    """With the layer before it, which a library has to compute by itself."""
+    inputs = _feature_maps(device, level, channels)
+    smooth = torch.randn(between, channels, 3, 3, device=device) * 0.03, torch.randn(between, device=device)
+    head = torch.randn(2, between, 3, 3, device=device) * 0.03, torch.randn(2, device=device)
+    one = composed(smooth, head)
+    packed = pack_flow_head(one.weight, torch.float16)
+    half = _channels_last(smooth[0].half()), smooth[1].half()
+
+    def as_one(x: Tensor) -> Tensor:
+        return take_off_borders_(flow_head(x, packed, one.bias), x, one.borders)
+
+    def one_by_one(x: Tensor) -> Tensor:
+        return F.conv2d(F.conv2d(x, *half, padding=1).float(), *head, padding=1)
+
+    ways = _ways({OURS: as_one, "torch, two layers": one_by_one}, inputs)
+    x = inputs[0][0]
+    return Kernel(f"flow_head, smoothed, level {level}", _shape(x), "fp16", ways, *_work_of_head(x, 25))
+
+
+def _work_of_head(x: Tensor, taps: int) -> tuple[float, float]:
+    """Operations and bytes."""
+    pixels = x.numel() // x.shape[1]
+    return 2.0 * 2 * taps * x.numel(), x.element_size() * x.numel() + 4.0 * 2 * pixels
 
 
 def _room(device: str, precision: str, channels: int, batch: int = PAIRS) -> Tensor:

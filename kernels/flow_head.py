@@ -89,20 +89,22 @@ def take_off_borders_definition(
     out: Tensor, x: Tensor, along: Tensor, along_constants: Tensor, corners: Tensor, corner_constants: Tensor
 ) -> None:
     """Of ``out`` (B, N, H, W), which a 5x5 layer made of ``x`` (B, C, H, W)."""
-    for side, (to, of) in enumerate(
-        ((out[:, :, 0], x[:, :, 0]), (out[:, :, -1], x[:, :, -1]), (out[..., 0], x[..., 0]), (out[..., -1], x[..., -1]))
-    ):
-        to -= F.conv1d(of.float(), along[side].permute(1, 2, 0), along_constants[side], padding=2)
+    ends = (2, 0), (2, -1), (3, 0), (3, -1)  # axis, place
+    for side, (axis, place) in enumerate(ends):
+        edge, filters = x.select(axis, place).to(along.dtype), along[side].permute(1, 2, 0)
+        out.select(axis, place).sub_(F.conv1d(edge, filters, along_constants[side], padding=2))
     for corner, weight in enumerate(corners):
         y, column = -(corner // 2), -(corner % 2)
-        out[:, :, y, column] += x[:, :, y, column].float() @ weight.T + corner_constants[corner]
+        out[:, :, y, column] += x[:, :, y, column].to(along.dtype) @ weight.T + corner_constants[corner]
 
 
 # --- the CUDA version -------------------------------------------------------------------------------------------------
 
 _WARPS = 4  # of a block, as in flow_head.cu
 _COLUMNS = 32  # that a warp reads
-_ENOUGH = 2.5  # blocks on a multiprocessor: with fewer the latency of memory is what all wait for
+_AT_ONCE = {3: 4, 5: 3}  # by filter: blocks that a multiprocessor runs at once
+_ENOUGH = 2.5  # with fewer it waits for the latency of memory; chosen by reckoning, not by measuring
+_DEEPEST = 65535  # blocks of a grid along its third axis
 _MULTIPROCESSORS = 132  # where nobody tells
 
 
@@ -113,7 +115,8 @@ def _flow_head_cuda(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     kernel = _KERNELS[weight.shape[1]]
     out = x.new_empty(batch, _OUTPUTS, height, width, dtype=torch.float32)
     splits, rows, grid = _shares(batch, channels, height, width, kernel, _multiprocessors(x.device))
-    arguments = (*view(x), weight, bias, out, *sizes(channels, height, width, splits, rows))
+    arguments = (*view(x), weight.contiguous(), bias.contiguous(), out)
+    arguments += sizes(channels, height, width, splits, rows)
     launch("flow_head", f"flow_head_{kernel}_{SUFFIXES[x.dtype]}", grid, arguments, (32 * _WARPS,))
     return out
 
@@ -122,7 +125,8 @@ def _take_off_borders_cuda(
     out: Tensor, x: Tensor, along: Tensor, along_constants: Tensor, corners: Tensor, corner_constants: Tensor
 ) -> None:
     borders = along, along_constants, corners, corner_constants
-    if not _fits(x) or not out.is_contiguous() or out.shape[1] != _OUTPUTS or out.dtype != torch.float32:
+    plain = out.is_contiguous() and out.shape[1] == _OUTPUTS and all(y.dtype == torch.float32 for y in (out, *borders))
+    if not _fits(x) or not plain:
         take_off_borders_definition(out, x, *borders)
         return
     batch, channels, height, width = x.shape
@@ -137,7 +141,8 @@ def _fits(x: Tensor) -> bool:
     """Whether the kernels can read the pixels 8 channels at a time."""
     steps = (step for axis, step in enumerate(x.stride()) if axis != 1 and x.shape[axis] > 1)
     aligned = x.data_ptr() % 16 == 0 and x.shape[1] % 8 == 0 and all(step % 8 == 0 for step in steps)
-    return x.dtype in (torch.float16, torch.bfloat16) and x.stride(1) == 1 and aligned
+    known = x.dtype in (torch.float16, torch.bfloat16) and x.shape[0] <= _DEEPEST
+    return known and aligned and x.stride(1) == 1
 
 
 @lru_cache
@@ -154,9 +159,10 @@ def _shares(
     across = -(-strips // (_WARPS // splits))
 
     def time(rows: int) -> float:
-        """Rows that a multiprocessor reads."""
-        here = -(-batch * across * -(-height // rows) // multiprocessors)
-        return max(here, _ENOUGH) * (rows + kernel - 1)
+        """Of the busiest multiprocessor, in rows of one block."""
+        blocks = -(-batch * across * -(-height // rows) // multiprocessors)
+        rest = blocks % _AT_ONCE[kernel]
+        return (blocks - rest + (max(rest, _ENOUGH) if rest else 0)) * (rows + kernel - 1)
 
     rows = min(range(height, 0, -1), key=time)  # of those that take the same time what reads least twice
     return splits, rows, (across, -(-height // rows), batch)
@@ -214,9 +220,10 @@ def flow_head(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Raises:
         ValueError: shapes do not fit together.
     """
-    if x.ndim != 4 or weight.ndim != 5 or weight.shape[0] != -(-x.shape[1] // CHUNK) or bias.shape != (_OUTPUTS,):
+    packed = weight.ndim == 5 and x.ndim == 4 and weight.shape[0] == -(-x.shape[1] // CHUNK)
+    if not packed or bias.shape != (_OUTPUTS,) or bias.dtype != torch.float32:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (x, weight, bias))
-        raise ValueError(f"expected (B, C, H, W), packed weights for C channels and (2,), got {shapes}")
+        raise ValueError(f"expected (B, C, H, W), packed weights for C channels and (2,) float32, got {shapes}")
     return _head(x, weight, bias)
 
 

@@ -18,6 +18,14 @@ from flowreel.kernels.bias_leaky_relu import bias_leaky_relu_, bias_leaky_relu_i
 from flowreel.kernels.channel_norm import channel_norm_definition
 from flowreel.kernels.correlation import correlation_definition
 from flowreel.kernels.enlarge_flow import enlarge_flow, enlarge_flow_definition
+from flowreel.kernels.flow_head import (
+    Borders,
+    flow_head,
+    pack_flow_head,
+    take_off_borders_,
+    take_off_borders_definition,
+    unpack_flow_head,
+)
 from flowreel.kernels.fusing_input import fusing_input, fusing_input_definition
 from flowreel.kernels.normalise_frames import normalise_frames, normalise_frames_definition
 from flowreel.kernels.quantise import quantise_definition
@@ -135,6 +143,36 @@ def _bias_leaky_relu(made: Made) -> Compared:
     return [(bias_leaky_relu_(x, bias, 0.1), wanted)]
 
 
+def _flow_head(made: Made) -> Compared:
+    """Half types alone: float32 maps take the definition, a convolution of cuDNN's."""
+    compared: Compared = []
+    for kernel in (3, 5) if made.dtype != torch.float32 else ():
+        x, bias = _map_of_head(made), torch.randn(2, device=made.device)
+        packed = pack_flow_head(torch.randn(2, x.shape[1], kernel, kernel, device=made.device) * 0.02, x.dtype)
+        weight = unpack_flow_head(packed, x.shape[1]).double()
+        wanted = torch.nn.functional.conv2d(x.double(), weight, bias.double(), padding=kernel // 2)
+        compared.append((flow_head(x, packed, bias), wanted))
+    return compared
+
+
+def _flow_head_borders(made: Made) -> Compared:
+    if made.dtype == torch.float32:
+        return []
+    x = _map_of_head(made)
+    shapes = (4, 5, 2, x.shape[1]), (4, 2), (4, 2, x.shape[1]), (4, 2)
+    # Values that TF32 holds: other layouts take the definition.
+    borders = [torch.randn(shape, device=made.device).bfloat16().float() for shape in shapes]
+    ours = torch.randn(2, 2, *x.shape[2:], device=made.device)
+    wanted = ours.double()
+    take_off_borders_(ours, x, Borders(*borders))
+    take_off_borders_definition(wanted, x.double(), *(part.double() for part in borders))
+    return [(ours, wanted)]
+
+
+def _map_of_head(made: Made) -> Tensor:
+    return made(2, 200, *(side // 4 for side in cases.PIXELS))
+
+
 def _refining_input(made: Made) -> Compared:
     frames, flow, (ours, wanted) = made.frames(), made.quarter(2) / 2, made.rooms(16)
     refining_input(frames, flow, 20.0, ours)
@@ -202,6 +240,8 @@ COMPARED: dict[str, Callable[[Made], Compared]] = {
     "warp": _warp,
     "channel_norm": _channel_norm,
     "bias_leaky_relu": _bias_leaky_relu,
+    "flow_head": _flow_head,
+    "flow_head, borders": _flow_head_borders,
     "refining_input": _refining_input,
     "fusing_input": _fusing_input,
     "normalise_frames": _normalise_frames,

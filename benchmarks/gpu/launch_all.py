@@ -11,6 +11,7 @@ from flowreel.kernels import channel_norm, correlation, flow_to_color, quantise,
 from flowreel.kernels.bias_leaky_relu import bias_leaky_relu, bias_leaky_relu_
 from flowreel.kernels.convolution import convolution, pack
 from flowreel.kernels.enlarge_flow import enlarge_flow
+from flowreel.kernels.flow_head import Borders, flow_head, pack_flow_head, take_off_borders_
 from flowreel.kernels.fusing_input import fusing_input
 from flowreel.kernels.normalise_frames import normalise_frames
 from flowreel.kernels.refining_input import refining_input
@@ -49,6 +50,7 @@ def main(device: str) -> None:
                 bias, whole = torch.randn(24, device=device), made(48)
                 bias_leaky_relu_(made(24), bias, 0.1, whole[:, 8:32])
                 bias_leaky_relu(made(24), bias, 0.1, whole[:, 5:22])
+                _heads(made(40), made(104))
                 correlation(made(24), made(24), scale=1 / 19, negative_slope=0.1, out=made(480)[:, 32:473])
                 correlation(made(136), made(136), 4, 1, 4, 1, 1, negative_slope=0.1, out=made(96)[:, 8:89])
         network_inputs(device, dtype)
@@ -69,6 +71,17 @@ def main(device: str) -> None:
         yuv_to_rgb(luma, chroma, out=torch.empty(3, 64, 64, dtype=torch.uint8, device=device))
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def _heads(*maps: torch.Tensor) -> None:
+    """Flow heads, of each number of warps that share the channels, alone and with what comes before."""
+    for x in (*maps, torch.cat((*maps, *maps), 1)):
+        bias = torch.zeros(2, device=x.device)
+        for kernel in (3, 5):
+            weight = torch.randn(2, x.shape[1], kernel, kernel, device=x.device)
+            flow = flow_head(x, pack_flow_head(weight, x.dtype), bias)
+        shapes = (4, 5, 2, x.shape[1]), (4, 2), (4, 2, x.shape[1]), (4, 2)
+        take_off_borders_(flow, x, Borders(*(torch.randn(shape, device=x.device) for shape in shapes)))
 
 
 def network_inputs(device: str, dtype: torch.dtype) -> None:

@@ -87,7 +87,7 @@ class Convolution:
         return result
 
     def _convolved(self, x: Tensor, watch: Watch | None) -> Tensor:
-        result = convolve(x.to(self.weight.dtype), self)  # heads take float32
+        result = convolve(x, self)
         if watch is not None:
             watch(result)
         return result
@@ -116,10 +116,10 @@ def convolve(x: Tensor, by: Convolution) -> Tensor:
 
 
 def pack_layer(module: nn.Module, precision: Precision, by_cudnn: bool = False) -> Convolution:
-    """A layer as ``engine.models.layers`` makes them. Flow heads and the enlarging of flow stay in float32.
+    """A layer as ``engine.models.layers`` makes them; not flow heads on half types, which ``heads`` packs.
 
-    Those take float32 maps: half precision costs .04 px there at 40 px of motion. ``by_cudnn``: whatever our own kernel
-    could compute, to compare with.
+    What takes or gives flow stays in float32, without TF32. ``by_cudnn``: whatever our own kernel could compute, to
+    compare with.
     """
     parts = list(module) if isinstance(module, nn.Sequential) else [module]
     layer = parts[0]

@@ -63,7 +63,7 @@ class Part:
 
     def refined(self, features: Tensor) -> Tensor:
         """The encoder's last, coarsest features to the finest flow."""
-        flow = self.heads[f"{HEAD}{self.levels[0] + 1}"](features)
+        flow = self._flow(features, self.levels[0] + 1)
         for level in self.levels:
             deconv, upsampled = f"deconv{level}", f"upsampled_flow{level + 1}_to_{level}"
             self.layers[deconv].into(features, self.places[deconv], self.watch)
@@ -71,7 +71,13 @@ class Part:
             enlarge_flow(flow, enlarging.weight, enlarging.bias, self.places[upsampled])
             features = self.concatenations[level]
             smooth = [f"{SMOOTHING}{level}"] if f"{SMOOTHING}{level}" in self.layers else []
-            flow = self.heads[f"{HEAD}{level}"](self.through(features, smooth))
+            flow = self._flow(self.through(features, smooth), level)
+        return flow
+
+    def _flow(self, features: Tensor, level: int) -> Tensor:
+        flow = self.heads[f"{HEAD}{level}"](features)
+        if self.watch is not None:  # float32, but of weights that a half type may not hold
+            self.watch(flow)
         return flow
 
     def _ends(self, level: int) -> str:

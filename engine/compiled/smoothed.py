@@ -15,7 +15,7 @@ from flowreel.engine.compiled.buffers import Buffers
 from flowreel.engine.compiled.composed import composed
 from flowreel.engine.compiled.convolution import channels_last, strips
 from flowreel.engine.compiled.onednn import PackedConvolution
-from flowreel.kernels.flow_head import take_off_borders_
+from flowreel.kernels.flow_head import take_off_borders_definition
 
 KERNEL = 5  # two layers of 3x3
 
@@ -55,4 +55,5 @@ class SmoothedHead:
                 low, high = max(0, top - reach), min(height, bottom + reach)
                 rows = self._rows(one[:, :, low:high].float(), 0)
                 out[sample : sample + 1, :, top:bottom] = self._sum(rows, reach)[:, :, top - low : bottom - low]
-        return take_off_borders_(out, x, self._borders)
+        take_off_borders_definition(out, x, *self._borders)
+        return out

@@ -146,6 +146,7 @@ __device__ __forceinline__ void flow_head(
                     out[(((long long)n * 2 + output) * height + y) * width + column] = sum;
                 }
             }
+            __syncwarp();  // products are made by all lanes together
             buffer ^= 1;
         }
         sums.go_on(lane);

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from flowreel.engine.compiled.composed import composed
 from flowreel.kernels import flow_head as heads
 from flowreel.kernels.flow_head import Borders, pack_flow_head
-from flowreel.kernels.launch import recording
 
 Shape = tuple[int, int, int, int]
 SHAPES: tuple[Shape, ...] = (
@@ -47,7 +46,7 @@ def compare(shape: Shape, kernel: int, dtype: torch.dtype, card: torch.device, b
     found = heads._flow_head_cuda(x, packed, bias)
     assert found.dtype == torch.float32
     assert found.is_contiguous()
-    torch.testing.assert_close(found, heads.flow_head_definition(x, packed, bias), rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(found, heads.flow_head_definition(x, packed, bias), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kernel", [3, 5])
@@ -109,8 +108,9 @@ def test_the_kernel_runs_where_it_can_and_the_definition_elsewhere(
 
 
 def borders_of(channels: int, card: torch.device) -> Borders:
+    """Of values that TF32 holds, in which cuDNN may compute the definition."""
     made = (4, 5, 2, channels), (4, 2), (4, 2, channels), (4, 2)
-    return Borders(*(random(*shape, seed=5 + n).to(card) for n, shape in enumerate(made)))
+    return Borders(*(random(*shape, seed=5 + n).bfloat16().float().to(card) for n, shape in enumerate(made)))
 
 
 def compare_borders(shape: Shape, dtype: torch.dtype, card: torch.device) -> None:
@@ -163,6 +163,7 @@ HEAD = {
     "read before it is there": ("fetch_wait<STAGES - 2>", "fetch_wait<STAGES - 1>"),
     "a stage that is still read": ("stage == 0 ? STAGES - 1 : stage - 1", "stage"),
     "no barrier": ("__syncthreads();  // one a row", "// one a row"),
+    "one buffer": ("buffer ^= 1;", ""),
     "a warp's share lost": ("other < warp - share + splits", "other < warp - share + 1"),
     "each row by the same warp": ("(y - first_row) % splits == share", "share == 0 && splits == 1"),
     "no bias": ("__ldg(bias + output)", "0"),
@@ -202,49 +203,3 @@ def test_a_fault_at_the_borders_is_caught(fault: tuple[str, str], plant: Callabl
     with pytest.raises(AssertionError):  # noqa: PT012
         compare_borders((1, 264, 4, 6), torch.float16, device)
         compare_borders((1, 8, 1, 5), torch.float16, device)
-
-
-# --- what the host does -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kernel", [3, 5])
-@pytest.mark.parametrize("channels", [1, 8, 33, 64])
-def test_packed_weights_are_the_same_weights(kernel: int, channels: int) -> None:
-    weight = random(2, channels, kernel, kernel)
-    packed = pack_flow_head(weight, torch.float32)
-    assert torch.equal(heads.unpack_flow_head(packed, channels), weight)
-    assert int((packed != 0).sum()) == weight.numel()
-    x, bias = random(1, channels, 6, 7), random(2)
-    with recording(ran := {}):
-        found = heads.flow_head(x, packed, bias)
-    assert ran == {"flow_head": "torch"}
-    torch.testing.assert_close(found, F.conv2d(x, weight, bias, padding=kernel // 2))
-
-
-@pytest.mark.parametrize("shape", [(3, 8, 3, 3), (2, 8, 4, 4), (2, 8, 3, 5), (2, 8, 7, 7)])
-def test_other_filters_are_refused(shape: Shape) -> None:
-    with pytest.raises(ValueError, match="a flow head is"):
-        pack_flow_head(torch.zeros(shape), torch.float16)
-
-
-def test_shapes_that_do_not_fit_are_refused() -> None:
-    packed, bias = pack_flow_head(torch.zeros(2, 40, 3, 3), torch.float16), torch.zeros(2)
-    for x, by in (
-        (torch.zeros(1, 32, 3, 4), bias),
-        (torch.zeros(40, 3, 4), bias),
-        (torch.zeros(1, 40, 3, 4), bias[:1]),
-    ):
-        with pytest.raises(ValueError, match="packed weights for C channels"):
-            heads.flow_head(x.half(), packed, by)
-    with pytest.raises(ValueError, match="was not made of"):
-        heads.take_off_borders_(torch.zeros(1, 2, 3, 4), torch.zeros(1, 8, 3, 5), borders_of(8, torch.device("cpu")))
-
-
-def test_every_row_and_column_has_its_block() -> None:
-    for batch, channels, height, width in ((8, 200, 112, 256), (1, 1024, 7, 16), (8, 88, 448, 1024), (3, 8, 1, 1)):
-        for kernel in (3, 5):
-            splits, rows, (across, down, deep) = heads._shares(batch, channels, height, width, kernel, 132)
-            assert across * (4 // splits) * (33 - kernel) >= width
-            assert rows * down >= height > rows * (down - 1)
-            assert deep == batch
-            assert splits <= -(-channels // heads.CHUNK)  # each warp has some

@@ -19,6 +19,14 @@ from flowreel.kernels.convolution import convolution, convolution_definition, pa
 from flowreel.kernels.correlation import pixel_correlation_definition
 from flowreel.kernels.enlarge_flow import enlarge_flow, enlarge_flow_definition
 from flowreel.kernels.flow_color import flow_to_color_definition
+from flowreel.kernels.flow_head import (
+    Borders,
+    flow_head,
+    flow_head_definition,
+    pack_flow_head,
+    take_off_borders_,
+    take_off_borders_definition,
+)
 from flowreel.kernels.fusing_input import fusing_input, fusing_input_definition
 from flowreel.kernels.normalise_frames import normalise_frames, normalise_frames_definition
 from flowreel.kernels.quantise import quantise_definition
@@ -227,6 +235,32 @@ def test_pictures_and_steps_in_a_graph_and_compiled(gpu: torch.device) -> None:
             assert torch.equal(x.cpu(), y)
         for x, y in zip(found[4:], expected[4:], strict=True):
             assert (x.cpu().int() - y.int()).abs().max() <= 1
+
+
+def test_flow_heads_in_a_graph_and_compiled(gpu: torch.device) -> None:
+    torch._dynamo.reset()
+    generator = torch.Generator().manual_seed(1)
+    weight, bias = torch.randn(2, 200, 5, 5, generator=generator) / 70, torch.randn(2, generator=generator)
+    packed = pack_flow_head(weight, torch.float16)
+    shapes = (4, 5, 2, 200), (4, 2), (4, 2, 200), (4, 2)
+    borders = Borders(*(torch.randn(shape, generator=generator) / 30 for shape in shapes))
+    x = torch.randn(2, 200, 23, 70, generator=generator).half().contiguous(memory_format=torch.channels_last)
+    expected = flow_head_definition(x, packed, bias)
+    take_off_borders_definition(expected, x, *borders)
+    packed_there, bias_there, there = packed.to(gpu), bias.to(gpu), torch.zeros_like(x, device=gpu)
+    borders_there = Borders(*(part.to(gpu) for part in borders))
+
+    def work() -> Results:
+        return (take_off_borders_(flow_head(there, packed_there, bias_there), there, borders_there),)
+
+    with launch.recording(ran := {}):
+        graph, results = captured(work)
+    assert ran == {"flow_head": "cuda", "take_off_borders_": "cuda"}
+    there.copy_(x)
+    for _ in range(2):
+        graph.replay()
+        compare(results, (expected,), 1e-4)
+    compare(torch.compile(work, fullgraph=True)(), (expected,), 1e-4)
 
 
 def test_all_kernels_load(gpu: torch.device) -> None:

@@ -203,14 +203,15 @@ def test_a_call_waits_for_one_that_is_held_up_in_the_same_memory(filled: Filled)
         torch.testing.assert_close(found[name], model(*pair), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("loud", ["flownetc.conv3", "flownets_1.deconv2"])
+@pytest.mark.parametrize("loud", ["flownetc.conv3", "flownets_1.deconv2", "flownets_1.predict_flow2"])
 def test_fp16_near_its_end_is_said_once(loud: str, filled: Filled) -> None:
     model = filled("FlowNet2CS", width=0.1)
     frames = frames_of(11, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         cuda.pack(model, "fp16").program((1, 64, 128)).flow(*frames)
-    model.get_submodule(loud)[0].weight *= 1e6  # type: ignore[index, operator]
+    layer = model.get_submodule(loud)
+    (layer[0] if isinstance(layer, nn.Sequential) else layer).weight *= 1e6  # type: ignore[operator]
     network = cuda.pack(model, "fp16")
     program = network.program((1, 64, 128))
     with pytest.warns(PrecisionWarning, match="bf16"):
