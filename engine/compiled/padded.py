@@ -1,4 +1,4 @@
-"""Convolutions as tensor cores like them: channels last, channels padded to multiples of 8, BatchNorm folded in.
+"""Convolutions as tensor cores like them: channels last, channels padded to multiples of 8 or 16, BatchNorm folded in.
 
 Maps keep their padding from layer to layer: channels beyond the real ones are zero, because the weights that make them
 are, and whatever they hold meets zero weights. So results are those of the unpadded network.
@@ -25,6 +25,9 @@ from flowreel.kernels.launch import kernels_on
 # another run, thread or machine may take another one and give other bits, and every run begins with seconds of timing.
 SEARCHES = False
 MULTIPLE = 8  # 16 bytes of a half type: what one load of a tensor core's operands takes
+# 32 bytes: what memory is written by. Of more channels than these each pixel begins with a whole one, so that the parts
+# of a concatenation, which are multiples of 16 channels, are written without reading what lies beside them.
+SECTOR = 16
 
 DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
@@ -41,8 +44,9 @@ class Watch(Protocol):
 
 
 def padded(channels: int) -> int:
-    """The next multiple of 8."""
-    return -(-channels // MULTIPLE) * MULTIPLE
+    """The next multiple of 8, beyond 16 of 16."""
+    multiple = MULTIPLE if channels <= SECTOR else SECTOR
+    return -(-channels // multiple) * multiple
 
 
 @dataclass(frozen=True)

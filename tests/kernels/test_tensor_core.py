@@ -51,6 +51,8 @@ def apart(card: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         text = BODY.replace("LAID", str(by_rows).lower()).replace("WAIT", wait).replace("OUTSIDE", str(outside))
         (tmp_path / "made.cu").write_text(text)
         monkeypatch.setattr(launching, "SOURCES", tmp_path)
+        monkeypatch.setattr(launching, "_modules", {})
+        monkeypatch.setattr(launching, "_kernels", {})
         a, b = torch.randn(16, 16).to(card, dtype), torch.randn(16, 8).to(card, dtype)
         given, out = (b if by_rows else b.mT).contiguous(), torch.empty(16, 8, device=card)
         launching.launch("made", f"product_{launching.SUFFIXES[dtype]}", (1,), (a, given, out), (32,))
@@ -65,7 +67,9 @@ def test_a_warp_multiplies(apart: Product, dtype: torch.dtype, by_rows: bool) ->
     assert apart(dtype, by_rows) < 1e-4
 
 
-def test_what_is_not_waited_for_is_not_there(acting: Callable[..., object], apart: Product) -> None:
+def test_what_is_not_waited_for_is_not_there(card: torch.device, apart: Product) -> None:
+    if card.type == "cuda":
+        pytest.skip("there it may come in time")
     assert not apart(torch.float16, True, wait="") < 1e9
 
 

@@ -109,7 +109,7 @@ def test_what_is_float32_and_how_layers_are_padded() -> None:
     }
     assert inputs["flownetc.conv3_1"] == 480  # 473
     assert inputs["flownets_1.conv1"] == 16  # 12
-    assert net.parts["flownets_2"]["deconv4"].weight.shape[0] == 1032  # 1026; a deconvolution's inputs come first
+    assert net.parts["flownets_2"]["deconv4"].weight.shape[0] == 1040  # 1026; a deconvolution's inputs come first
 
 
 def test_tf32_is_for_convolutions_alone() -> None:
