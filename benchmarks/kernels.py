@@ -61,22 +61,16 @@ class Layer:
     inputs: int
     level: int  # its input is 1 / 2^level of the frame
     batch: int = BATCH
-    within: int | None = None  # channels of the concatenation that our kernel reads its input from, and cuDNN does not
     room: tuple[int, int] | None = None  # of what concatenation its result is a part: channels, and where it begins
-    alone: bool = False  # whether a deconvolution's goes there alone, and of ours what the next layer reads there
 
 
 LAYERS = (
     Layer("C conv1", lambda: conv(3, 64, 7, 2), 3, 0, 2 * BATCH),
     Layer("S conv1", lambda: conv(12, 64, 7, 2), 12, 0),
     Layer("SD conv0", lambda: conv(6, 64), 6, 0),
-    Layer("SD conv1", lambda: conv(64, 64, stride=2), 64, 0),
-    Layer("SD conv1_1", lambda: conv(64, 128), 64, 1),
-    Layer("fusion conv0", lambda: conv(11, 64), 11, 0, room=(82, 0), alone=True),
-    Layer("fusion conv1", lambda: conv(64, 64, stride=2), 64, 0, within=82),
-    Layer("fusion conv1_1", lambda: conv(64, 128), 64, 1, room=(162, 0)),
-    Layer("fusion deconv1", lambda: deconv(128, 32), 128, 2, room=(162, 128), alone=True),
-    Layer("fusion deconv0", lambda: deconv(162, 16), 162, 1, room=(82, 64), alone=True),
+    Layer("fusion conv0", lambda: conv(11, 64), 11, 0, room=(82, 0)),
+    Layer("fusion deconv1", lambda: deconv(128, 32), 128, 2, room=(162, 128)),
+    Layer("fusion deconv0", lambda: deconv(162, 16), 162, 1, room=(82, 64)),
 )
 
 
@@ -424,25 +418,22 @@ def _convolution(layer: Layer, device: str, precision: Precision) -> Kernel:
 
     def call(by: Convolution, x: Tensor, whole: Tensor | None) -> None:
         part = None if whole is None or layer.room is None else whole[:, layer.room[1] :][:, : by.outputs]
-        if part is not None and layer.alone and (by.transposed or by is ways[OURS]):
+        if part is not None and by.transposed:  # nobody wants it elsewhere
             by.into(x, part)
         else:
             by(x, part)
 
     ours, x = ways[OURS], map_of(layer.inputs, height, width)
-    inputs = dict.fromkeys(ways, x)
-    if layer.within is not None:
-        inputs[OURS] = map_of(layer.within, height, width)[:, : layer.inputs]
     out = ours(x).shape
     whole = None if layer.room is None else map_of(layer.room[0], *out[2:])
     flops = 2.0 * x.shape[0] * ours.weight[0, 0].numel() * layer.inputs * ours.outputs
     flops *= height * width / (1 if ours.transposed else ours.stride**2)
-    written = 2 * out.numel() if layer.room is not None and not layer.alone else out.numel()
+    written = 2 * out.numel() if layer.room is not None and not ours.transposed else out.numel()
     return Kernel(
         f"convolution, {layer.name}",
         _shape(x),
         precision,
-        {name: _without_gradients(partial(call, way), [(inputs[name], whole)]) for name, way in ways.items()},
+        {name: _without_gradients(partial(call, way), [(x, whole)]) for name, way in ways.items()},
         flops,
         x.element_size() * (x.shape[0] * layer.inputs * height * width + written),
     )

@@ -96,10 +96,8 @@ def tiling(weight: Tensor, stride: int, transposed: bool) -> Tiling | None:
         return Tiling(_NEIGHBOURS, 1, 16, 4 * _RESULTS, 4, True) if fits else None
     if (kernel, stride) == (7, 2) and outputs % 64 == 0 and inputs <= 12:
         return Tiling(7, 2, -(-inputs // 4) * 4, 64, 4, False)
-    if (kernel, stride) == (3, 2) and outputs % 64 == 0 and inputs <= 64:
-        return Tiling(3, 2, 16, 64, 2, False)
-    if (kernel, stride) == (3, 1) and outputs % 64 == 0 and inputs <= 64:
-        return Tiling(3, 1, 8 if inputs <= 8 else 16, 64, 2 if inputs <= 16 else 4, False)
+    if (kernel, stride) == (3, 1) and outputs % 64 == 0 and inputs <= 16:
+        return Tiling(3, 1, 8 if inputs <= 8 else 16, 64, 2, False)
     return None
 
 

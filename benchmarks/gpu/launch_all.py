@@ -25,8 +25,6 @@ def weights(device: str) -> Iterator[tuple[torch.Tensor, int, bool]]:
     for inputs, outputs, kernel, stride in (
         *((inputs, 64, 7, 2) for inputs in (3, 6, 12)),
         *((inputs, 64, 3, 1) for inputs in (6, 11)),
-        (40, 128, 3, 1),
-        (40, 64, 3, 2),
     ):
         yield torch.randn(outputs, inputs, kernel, kernel, device=device) / inputs, stride, False
     yield torch.randn(40, 16, 4, 4, device=device) / 40, 2, True

@@ -1,11 +1,9 @@
-"""The networks alone, as the engine runs them: how fast, and what cuDNN's search for algorithms costs and brings."""
+"""The networks alone, as the engine runs them: how fast."""
 
 from __future__ import annotations
 
 import gc
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -14,10 +12,9 @@ from torch import Tensor, nn
 
 import flowreel
 from benchmarks.gpu.findings import Findings, Settings
-from benchmarks.gpu.precision import mean_apart
-from benchmarks.measure import Effort, Sample, alternated, device_sync, ratio, seconds_of
+from benchmarks.measure import Effort, Sample, alternated, device_sync
 from benchmarks.networks import filled
-from flowreel.engine.compiled import CompiledModel, padded
+from flowreel.engine.compiled import CompiledModel
 
 INPUTS = 4  # different batches, in turn
 AIMED_AT = "H200"  # the card that the aims are for
@@ -119,47 +116,3 @@ def _cells(one: Timed, settings: Settings) -> dict[str, Any]:
         cells |= {"GPU MB": taken / 1e6, "bytes/pixel": taken / (one.batch * height * width)}
         cells["GPU MB at first"] = at_first / 1e6
     return cells
-
-
-# --- cuDNN's search ---------------------------------------------------------------------------------------------------
-
-
-def search(findings: Findings, settings: Settings) -> None:
-    """Whether letting cuDNN time its algorithms at each shape is worth the wait: both ways, then in turn."""
-    one, sync = (DRY if settings.dry else TIMED)[0], device_sync(settings.device)
-    frames = inputs(one, settings, 2)
-    small = Timed(one.model, one.precision, "128x64", 1)
-    made(small, settings)(*inputs(small, settings, 2))  # libraries and kernels load for whoever is first
-    programs: dict[str, CompiledModel] = {}
-    first_s: dict[str, float] = {}
-    for name, searches in (("without search", False), ("with search", True)):
-
-        def first(name: str = name) -> None:
-            programs[name] = made(one, settings)
-            programs[name](*frames)
-
-        with searching(searches):
-            first_s[name] = seconds_of(first, sync)
-        findings.note(f"{name}: first call after {first_s[name]:.1f} s")
-    actions = {name: partial(program, *frames) for name, program in programs.items()}
-    found = alternated(actions, _effort(settings), sync)
-    apart = mean_apart(*(program(*frames) for program in programs.values()))
-    for name, seconds in found.items():
-        findings.row(
-            **one._asdict() | {"aim": None, "cudnn": name, "first call s": first_s[name]},
-            **{"pairs/s": Sample.of(seconds).rate(one.batch).cell(), "mean px apart": apart},
-        )
-    gain = ratio(found["without search"], found["with search"])["median"]
-    waits = " and ".join(f"{seconds:.1f} s {name}" for name, seconds in first_s.items())
-    findings.add(headline=f"first call after {waits}; then {gain:.2f} times as fast with it")
-
-
-@contextmanager
-def searching(searches: bool) -> Iterator[None]:
-    """Programs that are made within are made that way."""
-    before = padded.SEARCHES
-    padded.SEARCHES = searches
-    try:
-        yield
-    finally:
-        padded.SEARCHES = before

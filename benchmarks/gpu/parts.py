@@ -36,7 +36,6 @@ PARTS = (
     Part("nvdec", f"{HERE}.video", "nvdec", 45, "frames and flow by NVDEC against those by PyAV"),
     Part("memory", f"{HERE}.video", "memory", 60, "memory of host and card over a long video: it must not grow"),
     Part("memcheck", f"{HERE}.sanitizer", "memcheck", 90, "every kernel under compute-sanitizer's memcheck"),
-    Part("search", f"{HERE}.network", "search", 75, "first call and speed with cuDNN's search and without", True),
     Part("model times", f"{HERE}.network", "times", 150, "pairs a second by network, precision, size and batch", True),
     Part("end to end", f"{HERE}.end_to_end", "run", 150, "video file to store, to video; the network alone", True),
     Part("kernel times", f"{HERE}.kernel_times", "run", 75, "each kernel beside torch's and flownet2-pytorch's", True),

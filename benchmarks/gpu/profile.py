@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.findings import Findings, Settings
-from benchmarks.gpu.network import DRY, SIZES, TIMED, Timed, inputs, made, network, searching
+from benchmarks.gpu.network import DRY, SIZES, TIMED, Timed, inputs, made, network
 from benchmarks.measure import Effort, Sample, alternated, device_sync
 from flowreel.engine.compiled import cuda
 
@@ -53,16 +53,14 @@ def run(findings: Findings, settings: Settings) -> None:
     for name, (us, count) in sorted(spent.items(), key=lambda item: -item[1][0])[:25]:
         findings.row(kernel=name[:120], us_a_call=us / CALLS, calls=count / CALLS, share=us / total_us)
     findings.add(headline=bound(shares, total_us / CALLS, wall_s * 1e6))
-    for searches in (False, True):
-        name = "with cuDNN's search" if searches else "by cuDNN's rules"
-        findings.attempt(f"layer by layer, {name}", partial(_layers, findings, settings, one, name, searches))
+    findings.attempt("layer by layer", partial(_layers, findings, settings, one))
 
 
-def _layers(findings: Findings, settings: Settings, one: Timed, name: str, searches: bool) -> None:
+def _layers(findings: Findings, settings: Settings, one: Timed) -> None:
     """The same work without its graph, which hides who asked for a kernel: each operation's time by its shapes."""
     sync, on_gpu = device_sync(settings.device), settings.device == "cuda"
     frames = inputs(one, settings, 2)
-    with searching(searches), torch.no_grad():
+    with torch.no_grad():
         packed = cuda.pack(network(one.model, settings), one.precision, capture=lambda work, _device: work)
         plain = packed.program((one.batch, *SIZES[one.size]))
         for _ in range(2):
@@ -75,7 +73,7 @@ def _layers(findings: Findings, settings: Settings, one: Timed, name: str, searc
     for us, event in sorted(spent, key=lambda item: -item[0])[:LAYERS]:
         if us > 0:
             shapes = " ".join("x".join(map(str, shape)) for shape in event.input_shapes if shape)
-            findings.row(layers=name, op=event.key, shapes=shapes, us_a_call=us, calls=event.count)
+            findings.row(op=event.key, shapes=shapes, us_a_call=us, calls=event.count)
 
 
 def _us_of_op(event: Any, on_gpu: bool) -> float:

@@ -21,9 +21,6 @@ from flowreel.kernels.bias_leaky_relu import bias_leaky_relu, bias_leaky_relu_
 from flowreel.kernels.convolution import convolution, pack, padding_of, tiling
 from flowreel.kernels.launch import kernels_on
 
-# Whether cuDNN times its algorithms at each shape and takes the fastest, instead of choosing by its own rules. Then
-# another run, thread or machine may take another one and give other bits, and every run begins with seconds of timing.
-SEARCHES = False
 MULTIPLE = 8  # 16 bytes of a half type: what one load of a tensor core's operands takes
 # 32 bytes: what memory is written by. Of more channels than these each pixel begins with a whole one, so that the parts
 # of a concatenation, which are multiples of 16 channels, are written without reading what lies beside them.
@@ -102,18 +99,19 @@ def convolve(x: Tensor, by: Convolution) -> Tensor:
 
     On a GPU cuDNN is called by its own name: what it may do (TF32, which algorithms) then goes along with each call,
     instead of being a mode of the whole process that other threads see. It takes those alone that give the same bits
-    every time.
+    every time, and chooses among them by its own rules: timing them was seen to gain nothing (H200), and would give
+    other bits in another run.
     """
     stride, padding = (by.stride, by.stride), (by.padding, by.padding)
     if x.device.type == "cuda":
         one, none = (1, 1), (0, 0)
         if by.transposed:
             deconvolved: Tensor = torch.ops.aten.cudnn_convolution_transpose(
-                x, by.weight, padding, none, stride, one, 1, SEARCHES, True, by.tf32
+                x, by.weight, padding, none, stride, one, 1, False, True, by.tf32
             )
             return deconvolved
         convolved: Tensor = torch.ops.aten.cudnn_convolution(
-            x, by.weight, padding, stride, one, 1, SEARCHES, True, by.tf32
+            x, by.weight, padding, stride, one, 1, False, True, by.tf32
         )
         return convolved
     return (F.conv_transpose2d if by.transposed else F.conv2d)(x, by.weight, None, stride, padding)

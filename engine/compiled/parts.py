@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from itertools import zip_longest
 from typing import Protocol
 
 from torch import Tensor
@@ -50,15 +49,9 @@ class Part:
         return self.refined(self.through(x, self.encoder))
 
     def through(self, x: Tensor, names: Sequence[str]) -> Tensor:
-        """Layers one after the other. Our own read from a concatenation what is there; cuDNN wants a map of its own."""
-        for name, following in zip_longest(names, names[1:]):
-            layer, place = self.layers[name], self.places.get(name)
-            ours = layer.packed is not None and following is not None and self.layers[following].packed is not None
-            if ours and place is not None:
-                layer.into(x, place, self.watch)
-                x = place
-            else:
-                x = layer(x, place, self.watch)
+        """Layers one after the other."""
+        for name in names:
+            x = self.layers[name](x, self.places.get(name), self.watch)
         return x
 
     def refined(self, features: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from benchmarks.gpu import end_to_end, kernel_times, network, peers, precision, 
 from benchmarks.gpu.findings import Settings
 from benchmarks.gpu.original import kernels_of
 from benchmarks.measure import Effort, Skipped
-from flowreel.engine.compiled import graphs, padded
+from flowreel.engine.compiled import graphs
 from flowreel.engine.data import FlowInfo
 from tests.fakes.gpu_parts import Found
 
@@ -34,13 +34,6 @@ def test_aims_are_shown_on_the_card_that_they_are_for(
     (row,) = findings["rows"]
     assert (row.get("aim"), row.get("of the aim")) == (aim, aim and 0.2)
     assert ("asked for" in findings["headline"]) == (aim is not None)
-
-
-def test_the_search_is_as_it_was_afterwards() -> None:
-    before = padded.SEARCHES
-    with network.searching(not before):
-        assert padded.SEARCHES is not before
-    assert padded.SEARCHES is before
 
 
 @pytest.mark.parametrize(("off_px", "within"), [(0.0, True), (0.5, True), (1.5, False)])

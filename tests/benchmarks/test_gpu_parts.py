@@ -101,6 +101,21 @@ def test_the_sanitizer_watches_our_kernels_where_it_can_choose(
     assert option is None or f"{option} kns=warp_" in arguments
 
 
+def test_a_sanitizer_that_breaks_watches_the_kernels_one_by_one(
+    tool: Callable[..., None], findings: Found, tmp_path: Path
+) -> None:
+    """Here it breaks whenever warps are among them."""
+    tool("", 0, "--kernel-name arg")
+    path = tmp_path / "compute-sanitizer"
+    ends = (
+        'case "$*" in *kns=warp_*) echo "Internal Sanitizer Error: no";; *) echo "RACECHECK SUMMARY: 0 hazards";; esac'
+    )
+    path.write_text(path.read_text().replace("printf", f"{ends}\nprintf"))
+    sanitizer.racecheck(findings, Settings("cuda", False, str(tmp_path), str(tmp_path)))
+    assert list(findings.verdicts.values()) == [True] * (len(sanitizer.KERNELS) - 1)
+    assert [said.partition(":")[0] for said in findings["skipped"]] == ["racecheck of warp_*"]
+
+
 def test_every_kernel_is_among_those_that_are_watched() -> None:
     names = [path.stem for path in (tests.ROOT / "kernels" / "cuda").glob("*.cu")]
     assert names

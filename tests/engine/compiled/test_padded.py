@@ -22,8 +22,8 @@ from flowreel.kernels.convolution import _reaches
 OURS = {
     "flownetc.conv1",
     *(f"{part}.conv1" for part in ("flownets_1", "flownets_2")),
-    *(f"flownets_d.{name}" for name in ("conv0", "conv1", "conv1_1")),
-    *(f"flownetfusion.{name}" for name in ("conv0", "conv1", "conv1_1", "deconv0", "deconv1")),
+    *(f"flownets_d.{name}" for name in ("conv0",)),
+    *(f"flownetfusion.{name}" for name in ("conv0", "deconv0", "deconv1")),
 }
 
 
@@ -55,7 +55,7 @@ def test_our_convolution_computes_large_maps_of_few_channels_in_place(monkeypatc
 
 @pytest.mark.parametrize(
     ("module", "inputs"),
-    [(conv(3, 64, 7, 2), 3), (conv(11, 64, batch_norm=True), 11), (inter_conv(20, 64), 20), (deconv(20, 16), 20)],
+    [(conv(3, 64, 7, 2), 3), (conv(11, 64, batch_norm=True), 11), (inter_conv(12, 64), 12), (deconv(20, 16), 20)],
     ids=["stride", "BatchNorm", "no activation", "deconvolution"],
 )
 def test_the_same_layer_by_cudnn_and_by_ours(module: nn.Module, inputs: int, filled_layer: Callable[..., None]) -> None:
@@ -80,7 +80,7 @@ def test_the_same_layer_by_cudnn_and_by_ours(module: nn.Module, inputs: int, fil
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 0.002), ("bf16", 0.02)])
 def test_the_fusion_network_by_cudnn_and_by_ours(precision: Precision, tolerance: float) -> None:
-    """The one with most layers of ours. Its first result lies in the concatenation alone: the second reads it there."""
+    """The one with most layers of ours."""
     torch.manual_seed(0)
     net = FlowNetFusion().eval()
 
