@@ -128,7 +128,7 @@ class NumberedFilesSink(ABC):
         self._names = [NumberedName(each, self.example) for each in (path, *beside)]
         self._unfinished = [NumberedName(each + ".partial", self.example) for each in (path, *beside)]
         self._claim: Claim | None = None
-        self._pool = OrderedPool(self._keep, encode_workers() if self.encodes_in_pool else 0)
+        self._pool = OrderedPool(self._keep, 0)  # until ``open``
         self._size = (0, 0)
         self._written: list[int] = []  # numbers of the flows whose files are, in order
         self._bytes = 0
@@ -146,6 +146,7 @@ class NumberedFilesSink(ABC):
         OutputBusyError while another run writes such files.
         """
         self._size = (info.height, info.width)
+        self._pool = OrderedPool(self._keep, encode_workers(info.device) if self.encodes_in_pool else 0)
         with write_errors(self._folder):
             make_folder(self._folder)
             self._claim = claimed_file(self._folder / f".{Path(self._path).name}.partial", self._path)

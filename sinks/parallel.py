@@ -18,14 +18,21 @@ from typing import Any, Generic, TypeVar
 Result = TypeVar("Result")
 
 CORES_PER_WORKER = 2  # the decoder and the model want the other half
-MOST_WORKERS = 8  # beyond that a disk, not the encoder, is what a run waits for
+MOST_WORKERS = 8  # beside a model on the CPU, which gives no more than these can take
+MOST_ALONE = 16  # beyond that a disk, not the encoder, is what a run waits for
 CALLS_PER_WORKER = 2  # one being worked on, one waiting, so that no worker runs dry while a result is taken
 MOST_BYTES = 256 << 20  # of input in flight; with 8 workers, 16 flows of 1920x1080 just fit
 
 
-def encode_workers() -> int:
-    """How many threads a sink encodes with on this machine: one for every two cores, at least 1, at most 8."""
-    return min(MOST_WORKERS, max(1, (os.cpu_count() or 1) // CORES_PER_WORKER))
+def encode_workers(device: str | None = "cpu") -> int:
+    """How many threads a sink encodes with on this machine, for flow that is computed on ``device``; None: on none.
+
+    Beside a model on the CPU one for every two cores, at most 8; else one for every core but one, at most 16.
+    """
+    cores = os.cpu_count() or 1
+    if device == "cpu":
+        return min(MOST_WORKERS, max(1, cores // CORES_PER_WORKER))
+    return min(MOST_ALONE, max(1, cores - 1))
 
 
 class OrderedPool(Generic[Result]):

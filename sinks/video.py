@@ -95,7 +95,9 @@ class ColorVideoSink:
                     info.width,
                     info.frame_rate,
                     gpu=gpu,
-                    threads=1 if info.device == "cpu" else encode_workers(),  # there a model needs the other cores more
+                    threads=1
+                    if info.device == "cpu"
+                    else encode_workers(info.device),  # there a model needs the other cores more
                 )
             except BaseException:
                 self._claim.withdraw()

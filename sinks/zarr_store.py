@@ -67,7 +67,7 @@ class ZarrSink:
         self._chunks: list[bytes] = []  # of the shard that is filling up
         self._coordinates: dict[str, list[Any]] = {name: [] for name in COORDINATES}  # of the same shard
         self._invalid: dict[str, tuple[int, int]] = {}  # what -> vectors, first frame
-        self._pool: OrderedPool[tuple[EncodedFlow, dict[str, Any]]] = OrderedPool(self._keep, encode_workers())
+        self._pool: OrderedPool[tuple[EncodedFlow, dict[str, Any]]] = OrderedPool(self._keep, 0)  # until ``open``
         # One thread, so that shards come in order: while it waits for the disk, the next ones are being compressed.
         self._publisher: OrderedPool[None] = OrderedPool(lambda _: None, 1)
         self._hole = False  # a shard could not be published: none may come after it
@@ -169,6 +169,7 @@ class ZarrSink:
         self._codec = flow_codec(*info.stored_size, self._config, max(info.height, info.width))
         self._native = info.native is not None
         self._shard_length = info.shard_length(self._config.shard_bytes)
+        self._pool = OrderedPool(self._keep, encode_workers(info.device))
         with publish.write_errors(self.path):
             if self._config.resume and not self._asked:
                 self.resume_point()

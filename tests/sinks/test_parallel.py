@@ -169,8 +169,14 @@ def test_closing_drops_what_waits_and_waits_for_what_runs() -> None:
     assert encoders() == []
 
 
-@pytest.mark.parametrize(("cores", "workers"), [(None, 1), (1, 1), (2, 1), (6, 3), (16, 8), (128, 8)])
-def test_workers_leave_half_of_the_cores(monkeypatch: pytest.MonkeyPatch, cores: int | None, workers: int) -> None:
+@pytest.mark.parametrize(
+    ("cores", "workers", "alone"),
+    [(None, 1, 1), (1, 1, 1), (2, 1, 1), (6, 3, 5), (16, 8, 15), (128, 8, 16)],
+)
+def test_workers_leave_half_of_the_cores_to_a_model_there(
+    monkeypatch: pytest.MonkeyPatch, cores: int | None, workers: int, alone: int
+) -> None:
     count: Callable[[], int | None] = lambda: cores  # noqa: E731
     monkeypatch.setattr(parallel.os, "cpu_count", count)
     assert encode_workers() == workers
+    assert encode_workers("cuda:0") == encode_workers(None) == alone

@@ -237,7 +237,7 @@ def killed_at(path: Path, call: int, resume: bool) -> bool:
 
         for name in ("replace", "rename", "fsync", "mkdir", "link", "unlink"):
             setattr(os, name, dying(getattr(os, name)))
-        zarr_store.encode_workers = lambda: 0  # type: ignore[assignment]
+        zarr_store.encode_workers = lambda *_: 0  # type: ignore[assignment]
         run(path, KILLED_FLOWS, KILLED_INFO, resume=resume)
 
     return in_a_child(die_at_last) == signal.SIGKILL

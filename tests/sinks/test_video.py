@@ -325,7 +325,7 @@ class TestWhichEncoder:
     def test_a_model_on_the_cpu_leaves_the_encoder_one_core(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str | None, threads: int
     ) -> None:
-        monkeypatch.setattr(video, "encode_workers", lambda: 3)
+        monkeypatch.setattr(video, "encode_workers", lambda *_: 3)
         sink = ColorVideoSink(str(tmp_path / "x.mp4"), replace(FIXED, encoder="cpu"))
         sink.open(replace(info(), device=device))
         assert sink._encoder is not None

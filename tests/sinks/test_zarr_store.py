@@ -52,7 +52,7 @@ def _no_waiting_for_the_disk() -> Iterator[None]:
     """Thousands of fsyncs would only take time here; that they happen, and when, is test_publish's matter."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)
-        patch.setattr(zarr_store, "encode_workers", lambda: 0)  # each flow is in its shard when ``write`` returns
+        patch.setattr(zarr_store, "encode_workers", lambda *_: 0)  # each flow is in its shard when ``write`` returns
         yield
 
 
@@ -125,7 +125,7 @@ def test_what_went_in_comes_out(tmp_path: Path, codec: Codec, max_error: float) 
 def test_workers_change_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flows = moving(11)
     make(tmp_path / "one.zarr", flows)
-    monkeypatch.setattr(zarr_store, "encode_workers", lambda: 3)
+    monkeypatch.setattr(zarr_store, "encode_workers", lambda *_: 3)
     make(tmp_path / "three.zarr", flows)
     one, three = (
         {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -344,7 +344,7 @@ def test_bytes_written_are_those_on_disk(announced: int | None, tmp_path: Path) 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_memory_never_holds_a_raw_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
     """Only what is compressed waits for its shard to be full, and as many flows as the workers have at hand."""
-    monkeypatch.setattr(zarr_store, "encode_workers", lambda: workers)
+    monkeypatch.setattr(zarr_store, "encode_workers", lambda *_: workers)
     count, height, width = 200, 64, 128
     smooth = np.linspace(-20, 20, width, dtype=np.float32)
     sink = ZarrSink(str(tmp_path / "X.zarr"), config(shard_bytes=count * 8 * height * width))
