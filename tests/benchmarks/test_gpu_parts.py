@@ -116,6 +116,14 @@ def test_a_sanitizer_that_breaks_watches_the_kernels_one_by_one(
     assert [said.partition(":")[0] for said in findings["skipped"]] == ["racecheck of warp_*"]
 
 
+def test_a_sanitizer_that_breaks_at_every_kernel_proves_nothing(
+    tool: Callable[..., None], findings: Found, tmp_path: Path
+) -> None:
+    tool("Internal Sanitizer Error: no", 99, "--kernel-name arg")
+    with pytest.raises(Skipped, match="racecheck works with no kernel here"):
+        sanitizer.racecheck(findings, Settings("cuda", False, str(tmp_path), str(tmp_path)))
+
+
 def test_every_kernel_is_among_those_that_are_watched() -> None:
     names = [path.stem for path in (tests.ROOT / "kernels" / "cuda").glob("*.cu")]
     assert names

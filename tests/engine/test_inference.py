@@ -27,8 +27,8 @@ def test_on_a_gpu_free_memory_bounds_it_too() -> None:
     plenty = 70 << 30
     sizes = [(64, 64), (448, 1024), (1088, 1920), (2176, 3840)]
     assert [auto_batch(*size, "fp16", plenty) for size in sizes] == [8, 8, 8, 2]
-    assert [auto_batch(*size, "fp16", 8 << 30) for size in sizes] == [8, 8, 2, 1]
-    assert [auto_batch(*size, "fp32", 8 << 30) for size in sizes] == [8, 5, 1, 1]
+    assert [auto_batch(*size, "fp16", 8 << 30) for size in sizes] == [8, 8, 1, 1]
+    assert [auto_batch(*size, "fp32", 8 << 30) for size in sizes] == [8, 2, 1, 1]
     assert auto_batch(2176, 3840, "fp16", 0) == 1  # and then memory ends, or does not: it is tried
 
 

@@ -271,4 +271,4 @@ def test_the_automatic_batch_counts_on_the_memory_that_a_program_takes(precision
     with Held() as held:
         cuda.Work(packed, shape)()
     needed = held.most / (shape[0] * shape[1] * shape[2])
-    assert 1.2 * needed < inference._BYTES_A_PIXEL[precision] < 1.8 * needed
+    assert 1.2 * needed < inference._BYTES_A_PIXEL[precision] < 4 * needed
