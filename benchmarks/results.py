@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
-_NAME = re.compile(r"(?P<date>\d{4}-\d\d-\d\d)-(?P<case>[\w-]+)\.json")
+_NAME = re.compile(r"(?P<date>\d{4}-\d\d-\d\d)-(?P<case>[\w-]+?)(?:-(?P<number>\d+))?\.json")  # the day's second run: 2
 
 Result = dict[str, Any]
 
@@ -30,8 +30,9 @@ def load(path: Path) -> Result:
 
 def newest(case: str, folder: Path = RESULTS) -> Path | None:
     """The latest result filed as ``case``, or None."""
-    found = [path for path in folder.glob("*.json") if (match := _NAME.fullmatch(path.name)) and match["case"] == case]
-    return max(found, default=None)
+    matches = [(match, path) for path in folder.glob("*.json") if (match := _NAME.fullmatch(path.name))]
+    found = [(match["date"], int(match["number"] or 1), path) for match, path in matches if match["case"] == case]
+    return max(found)[-1] if found else None
 
 
 def cases_in(folder: Path) -> list[str]:

@@ -91,8 +91,9 @@ def measured_on(result: Result) -> str:
     machine = result["machine"]
     what = [f"{machine['gpu']}, " if machine.get("gpu") else "", f"{machine['cpu']}, {machine['cores']} cores"]
     torch = f"torch {machine['versions']['torch']}"
-    said = [f"{''.join(what)}, {torch}, {machine['date']}, commit {machine.get('commit') or 'unknown'}"]
-    if machine.get("load") is not None:
+    commit = result.get("commit") or machine.get("commit") or "unknown"  # the first: as a GPU's run was told
+    said = [f"{''.join(what)}, {torch}, {machine['date']}, commit {commit}"]
+    if machine.get("load") is not None and "load_after" in result:
         said.append(f"load {machine['load']:.1f} before and {result['load_after']:.1f} after")
     return f"*{'; '.join(said)}.*"
 

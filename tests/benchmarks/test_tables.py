@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.results import cases_in, newest
 from benchmarks.tables import PAGES, as_markdown, filled
 
 
@@ -72,6 +73,19 @@ def test_pages_are_filled_from_the_newest_results(tmp_path: Path, write: Any) ->
     assert at_root == "<!-- plot: speed -->\n![speed](docs/plots/speed.svg)\n"
 
 
+def test_of_several_runs_on_one_day_the_last_counts(tmp_path: Path) -> None:
+    for name in (
+        "2031-05-06-gpu",
+        "2031-05-06-gpu-2",
+        "2031-05-06-gpu-10",
+        "2031-05-05-gpu-11",
+        "2031-05-07-gpu-dry-run",
+    ):
+        (tmp_path / f"{name}.json").write_text("{}")
+    assert newest("gpu", tmp_path) == tmp_path / "2031-05-06-gpu-10.json"
+    assert cases_in(tmp_path) == ["gpu", "gpu-dry-run"]
+
+
 def test_a_condition_that_nothing_meets_is_an_error(tmp_path: Path, write: Any) -> None:
     write(tmp_path, "model", [{"model": "C"}])
     with pytest.raises(ValueError, match=r"no row .*model=D"):
@@ -87,5 +101,5 @@ def test_every_marker_of_the_pages_names_a_case() -> None:
 
     for page in PAGES:
         for kind, asked in re.findall(r"<!-- (table|where|plot): ([^\n|]*?) *(?:\||-->)", page.read_text()):
-            known = NAMES if kind == "plot" else (*CASES, *(f"{case}-gpu" for case in CASES))
+            known = NAMES if kind == "plot" else ("gpu", *CASES, *(f"{case}-gpu" for case in CASES))
             assert asked in known, f"{page.name}: {kind} {asked}"
