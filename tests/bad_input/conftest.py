@@ -29,7 +29,7 @@ import pytest
 HERE = Path(__file__).parent
 WORKERS = min(2, os.cpu_count() or 1)
 ALL = bool(os.environ.get("FLOWREEL_ALL_CASES"))
-ALWAYS, ONE_IN = 9, 12  # cases of a test that run in any case; of the others, how many stand behind one that runs
+ALWAYS, ONE_IN = 10, 7  # cases of a test that run in any case; of the others, how many stand behind one that runs
 LIMIT_S = 60.0  # a case takes milliseconds: this only turns a hang into a failure
 ROOM_BYTES = 3 << 29  # address space beyond what the libraries take; what asks for more gets a MemoryError
 MOST_GROWN_BYTES = 400 << 20  # of memory really in use
