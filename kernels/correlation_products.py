@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowreel.kernels.launch import SUFFIXES, launch, sizes, view
+from flowreel.kernels.launch import SUFFIXES, launch, on_tensor_cores, sizes, view
 
 RADII = (10, 4)  # an entry each: 21 x 21 displacements, and 9 x 9
 _TYPES = (torch.float16, torch.bfloat16)
@@ -22,9 +22,9 @@ _MOST_DEEP = (1 << 16) - 1  # blocks of a grid in its third direction
 
 
 def fits(a: Tensor, radius: int) -> bool:
-    """Whether the kernel takes such maps: a half type, few enough channels, one of its radii."""
+    """Whether the kernel takes such maps: a half type, few enough channels, one of its radii, a GPU that can."""
     few = a.shape[1] <= _MOST_CHANNELS and a.shape[1] % _WORDS == 0
-    return a.dtype in _TYPES and radius in RADII and few
+    return a.dtype in _TYPES and radius in RADII and few and on_tensor_cores(a.device)
 
 
 def pixel_correlation_into(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowreel.kernels.launch import SUFFIXES, blocks_for, implement, launch, sizes, view
+from flowreel.kernels.launch import SUFFIXES, blocks_for, implement, launch, on_tensor_cores, sizes, view
 
 
 class Borders(NamedTuple):
@@ -138,11 +138,11 @@ def _take_off_borders_cuda(
 
 
 def _fits(x: Tensor) -> bool:
-    """Whether the kernels can read the pixels 8 channels at a time."""
+    """Whether the kernels run there, and can read the pixels 8 channels at a time."""
     steps = (step for axis, step in enumerate(x.stride()) if axis != 1 and x.shape[axis] > 1)
     aligned = x.data_ptr() % 16 == 0 and x.shape[1] % 8 == 0 and all(step % 8 == 0 for step in steps)
     known = x.dtype in (torch.float16, torch.bfloat16) and x.shape[0] <= _DEEPEST
-    return known and aligned and x.stride(1) == 1
+    return known and aligned and x.stride(1) == 1 and on_tensor_cores(x.device)
 
 
 @lru_cache

@@ -97,7 +97,14 @@ def prepare(device: torch.device) -> None:
     """Loads every kernel onto a GPU, so that none is compiled or loaded while a CUDA graph is being captured."""
     if kernels_on(device) == "cuda":
         for path in sorted(SOURCES.glob("*.cu")):
-            _module(path.stem, device)
+            if on_tensor_cores(device) or "tensor_core.cuh" not in path.read_text():
+                _module(path.stem, device)
+
+
+@cache
+def on_tensor_cores(device: torch.device) -> bool:
+    """Whether what is written with ``tensor_core.cuh`` runs there. GPUs before compute capability 8.0 do without it."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def kernels_on(device: torch.device) -> str:

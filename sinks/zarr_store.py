@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from flowreel.engine.data import Prepared, ResumePoint, StepsBatch
-from flowreel.engine.errors import OutputBusyError, OutputError, OutputWriteError, ResumeMismatchError
+from flowreel.engine.errors import OutputBusyError, OutputWriteError, ResumeMismatchError
 from flowreel.kernels.quantise import quantise
 from flowreel.sinks import publish
 from flowreel.sinks.codecs import EncodedFlow, compress, flow_codec, pack_shard
@@ -253,7 +253,7 @@ class ZarrSink:
     def abort(self) -> str | None:
         """Removes the unfinished store, unless it holds a whole shard: that is worth resuming from, and stays."""
         self._pool.close()
-        with suppress(OutputError):  # what is full is worth keeping; why it cannot be is known or told by now
+        with suppress(Exception):  # what is full is worth keeping; an abort has a reason of its own already
             self._publisher.drain()
         self._publisher.close()
         kept = None

@@ -19,7 +19,7 @@ from flowreel.engine.config import Precision
 from flowreel.engine.models.layers import FlowHead
 from flowreel.kernels.bias_leaky_relu import bias_leaky_relu, bias_leaky_relu_
 from flowreel.kernels.convolution import convolution, pack, padding_of, tiling
-from flowreel.kernels.launch import kernels_on
+from flowreel.kernels.launch import kernels_on, on_tensor_cores
 
 MULTIPLE = 8  # 16 bytes of a half type: what one load of a tensor core's operands takes
 # 32 bytes: what memory is written by. Of more channels than these each pixel begins with a whole one, so that the parts
@@ -160,4 +160,4 @@ def pack_layer(module: nn.Module, precision: Precision, by_cudnn: bool = False) 
 
 def _runs_ours(device: torch.device) -> bool:
     """Also on a CPU, by its definition: the tests see what a GPU computes."""
-    return device.type == "cpu" or kernels_on(device) == "cuda"
+    return device.type == "cpu" or (kernels_on(device) == "cuda" and on_tensor_cores(device))

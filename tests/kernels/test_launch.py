@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from flowreel.kernels import channel_norm, launch, warp
+from flowreel.engine.compiled import padded
+from flowreel.kernels import channel_norm, correlation_products, flow_head, launch, warp
 from flowreel.kernels.launch import implement, note, recording
 
 
@@ -133,3 +134,33 @@ def test_programs_of_a_user_without_a_home_are_kept_for_the_process(
     monkeypatch.setattr(Path, "home", no_home)
     monkeypatch.setattr(launch, "_own_folder", lambda: tmp_path)
     assert launch._cache_folder() == tmp_path
+
+
+@pytest.mark.parametrize(("capability", "tensor_cores"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_older_gpus_do_without_the_tensor_core_kernels(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], tensor_cores: bool
+) -> None:
+    """The other kernels run there; cuDNN and the kernels on CUDA cores do the rest."""
+    device, loaded = torch.device("cuda", 0), set()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(launch, "_cupy_is_there", lambda: True)
+    monkeypatch.setattr(launch, "_module", lambda name, _: loaded.add(name))
+    launch.on_tensor_cores.cache_clear()
+    try:
+        launch.prepare(device)
+        assert padded._runs_ours(device) == tensor_cores
+    finally:
+        launch.on_tensor_cores.cache_clear()
+    assert {"warp", "correlation", "bias_leaky_relu"} <= loaded
+    assert ({"convolution", "correlation_products", "flow_head"} <= loaded) == tensor_cores
+    assert len(loaded) == len(list(launch.SOURCES.glob("*.cu"))) - (0 if tensor_cores else 3)
+
+
+def test_maps_on_such_a_gpu_take_the_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(1, 16, 4, 4, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
+    assert flow_head._fits(x)
+    assert correlation_products.fits(x, 10)
+    for module in (flow_head, correlation_products):
+        monkeypatch.setattr(module, "on_tensor_cores", lambda device: False)
+    assert not flow_head._fits(x)
+    assert not correlation_products.fits(x, 10)
