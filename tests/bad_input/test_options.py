@@ -277,7 +277,7 @@ CONTRADICTIONS = (  # (command line, exit code; None: failure of either kind)
     ("export x.flo -o a.zarr --frame-rate 23.97602397602397602397602397", 0),
     ("export x.zarr@0:1 -o a.zarr --start 5", None),
     ("color x.flo -o x.flo", None),
-    ("color x.flo -o a.txt", 1),
+    ("color x.flo -o a.txt", 2),
     ("color x.flo x.flo -o a.png", None),
     ("color x.flo -o a -v -r 0", 2),
     ("color x.flo -o a -v -r nan", 2),
