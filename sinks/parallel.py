@@ -1,7 +1,7 @@
 """Encoding on several cores, results in order: a bounded pool inside one sink.
 
-This is no second pipeline: it has no stages, channels or stop of its own. It only spreads the work inside one
-``write``, and everything that has an effect (a file published, a chunk kept) happens in the thread that calls it.
+This is no second pipeline: it has no stages, channels or stop of its own. It spreads the work inside one ``write``, and
+what is kept of it is kept in the thread that calls; or, with one worker, a store's shards are published behind it.
 
 Only work that lets go of Python's interpreter lock gains: zlib, Blosc and NumPy on large arrays do. What merely
 copies bytes, or encodes under the lock, is as quick in the calling thread: give it 0 workers.
@@ -62,13 +62,23 @@ class OrderedPool(Generic[Result]):
         if self._closed:
             raise ValueError("this pool is closed")
         try:
-            while self._in_flight and (self._is_full(nbytes) or self._in_flight[0][0].done()):
+            while self._in_flight and self._is_full(nbytes):
                 self._take_next()
+            self.take_ready()
             if self._executor is None:
                 self._take(function(*args))
             else:
                 self._in_flight.append((self._executor.submit(function, *args), nbytes))
                 self._bytes += nbytes
+        except BaseException:
+            self.close()
+            raise
+
+    def take_ready(self) -> None:
+        """Takes the results that are there, without waiting for any; raises as ``submit`` does."""
+        try:
+            while self._in_flight and self._in_flight[0][0].done():
+                self._take_next()
         except BaseException:
             self.close()
             raise

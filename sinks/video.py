@@ -88,6 +88,8 @@ class ColorVideoSink:
             self._claim = claimed_file(self._partial, self.path)
             try:
                 self._require_possible()  # also now that nobody else can publish it
+                # Beside a model on the CPU one: it needs the other cores more.
+                threads = 1 if info.device == "cpu" else encode_workers(info.device)
                 self._encoder = VideoWriter(
                     self._partial,
                     self._destination.suffix.lower(),
@@ -95,9 +97,7 @@ class ColorVideoSink:
                     info.width,
                     info.frame_rate,
                     gpu=gpu,
-                    threads=1
-                    if info.device == "cpu"
-                    else encode_workers(info.device),  # there a model needs the other cores more
+                    threads=threads,
                 )
             except BaseException:
                 self._claim.withdraw()

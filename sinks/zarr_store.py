@@ -236,7 +236,9 @@ class ZarrSink:
     def commit(self, complete: bool = True) -> None:
         """Publishes the last, perhaps ragged shard; if complete, trims the arrays to what came and names the store."""
         self._require_open()
-        self._flush()
+        if self._hole:
+            raise OutputWriteError(f"cannot finish {self.path}: one of its shards could not be written")
+        self._pool.drain()
         if self._chunks:
             self._shard_is_full()
         self._publisher.drain()
@@ -296,6 +298,7 @@ class ZarrSink:
     ) -> None:
         """The next flow, to be encoded and kept."""
         self._require_open()
+        self._publisher.take_ready()  # what went wrong there is heard with the next flow, not shards later
         if batch.index + place != self._taken:
             raise ValueError(f"flows arrive in order: expected number {self._taken}, got {batch.index + place}")
         self._taken += 1

@@ -7,7 +7,6 @@ the end of the last output are the same in both.
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
 from contextlib import closing
 from functools import cache, partial
@@ -18,6 +17,7 @@ import torch
 
 import flowreel
 from benchmarks.gpu.findings import Findings, Settings
+from benchmarks.gpu.surroundings import MEMORY, memory_folder
 from benchmarks.gpu.video import numbered, written_clip
 from benchmarks.measure import Effort, Sample, Skipped, alternated, device_sync
 from benchmarks.networks import filled
@@ -47,32 +47,32 @@ def run(findings: Findings, settings: Settings) -> None:
     job = _job(settings)
     alone = cache(partial(_alone, job, settings))
     decoders: list[str] = []  # that have been timed
-    with tempfile.TemporaryDirectory(dir=memory_folder(settings)) as memory:
-        in_memory, on_disk = Path(memory) / "x.zarr", Path(settings.folder) / "x.zarr"
+    in_memory, on_disk = (place / "x.zarr" for place in (memory_folder(settings.folder), Path(settings.folder)))
 
-        def timed(name: str, model: str, output: Path, decoder: str, share: float) -> None:
-            if decoder == "pyav" and any(used.startswith("PyAV") for used in decoders):
-                raise Skipped("that is what auto has chosen")
-            sample, report = _rate(job, model, output, decoder, share)
-            decoders.append(report.decoder)
-            _file(findings, name, sample, report, alone(model, report.batch))
+    def timed(name: str, model: str, output: Path, decoder: str, share: float) -> None:
+        if output.is_relative_to(MEMORY):
+            _require_memory()
+        if decoder == "pyav" and any(used.startswith("PyAV") for used in decoders):
+            raise Skipped("that is what auto has chosen")
+        sample, report = _rate(job, model, output, decoder, share)
+        decoders.append(report.decoder)
+        _file(findings, name, sample, report, alone(model, report.batch))
 
-        for name, model, output, decoder, share in (
-            (IN_MEMORY, "FlowNet2", in_memory, "auto", 1.0),
-            ("store", "FlowNet2", on_disk, "auto", 1.0),
-            (f"{IN_MEMORY}, FlowNet2C", "FlowNet2C", in_memory, "auto", 1.0),
-            (f"{IN_MEMORY}, PyAV", "FlowNet2", in_memory, "pyav", 1.0),
-            ("video", "FlowNet2", in_memory.with_suffix(".mp4"), "auto", 1.0 if settings.dry else 0.3),
-        ):
-            findings.attempt(name, partial(timed, name, model, output, decoder, share))
+    for name, model, output, decoder, share in (
+        (IN_MEMORY, "FlowNet2", in_memory, "auto", 1.0),
+        ("store", "FlowNet2", on_disk, "auto", 1.0),
+        (f"{IN_MEMORY}, FlowNet2C", "FlowNet2C", in_memory, "auto", 1.0),
+        (f"{IN_MEMORY}, PyAV", "FlowNet2", in_memory, "pyav", 1.0),
+        ("video", "FlowNet2", on_disk.with_suffix(".mp4"), "auto", 1.0 if settings.dry else 0.3),
+    ):
+        findings.attempt(name, partial(timed, name, model, output, decoder, share))
     for decoder in ("auto", "pyav"):
         findings.attempt(f"decoder {decoder} alone", partial(_decoder_alone, findings, settings, job, decoder))
 
 
-def memory_folder(settings: Settings) -> str:
-    """One that lies in memory, where there is one with enough room; else that of the other files."""
-    place = Path("/dev/shm")
-    return str(place) if place.is_dir() and shutil.disk_usage(place).free > MEMORY_BYTES else settings.folder
+def _require_memory() -> None:
+    if not MEMORY.is_dir() or shutil.disk_usage(MEMORY).free < MEMORY_BYTES:
+        raise Skipped(f"{MEMORY} is no folder in memory with {MEMORY_BYTES >> 30} GiB of room")
 
 
 def _decoder_alone(findings: Findings, settings: Settings, job: Job, decoder: Any) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from benchmarks.gpu.findings import Settings, publish
 from benchmarks.gpu.parts import PARTS, Part
 from benchmarks.gpu.report import free_path, last_line, summary, told
 from benchmarks.gpu.running import RUNNING, run_part
-from benchmarks.gpu.surroundings import environment
+from benchmarks.gpu.surroundings import environment, memory_folder
 from benchmarks.results import RESULTS
 from benchmarks.tables import as_markdown
 
@@ -73,7 +75,8 @@ def _run(wanted: Sequence[Part], given: argparse.Namespace, path: Path) -> dict[
         "seconds": 0.0,
     }
     began_s, patience = time.monotonic(), DRY_TIMES if given.dry_run else 1
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary, ExitStack() as afterwards:
+        afterwards.callback(shutil.rmtree, memory_folder(temporary), ignore_errors=True)  # killed parts have left it
         env = environment(Path(temporary))
         settings = Settings(
             device="cpu" if given.dry_run else "cuda",

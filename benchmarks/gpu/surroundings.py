@@ -9,6 +9,13 @@ from pathlib import Path
 
 from benchmarks.processes import ROOT
 
+MEMORY = Path("/dev/shm")  # a folder in memory, on Linux
+
+
+def memory_folder(folder: str) -> Path:
+    """Beside a run's own folder one in memory, by the same name. Whoever makes the run removes both."""
+    return MEMORY / Path(folder).name
+
 
 def environment(folder: Path) -> dict[str, str]:
     """The variables of a part's process. What is made lies in ``folder``; nothing is installed."""

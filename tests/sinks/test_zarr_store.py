@@ -10,6 +10,7 @@ import shutil
 import tracemalloc
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import wait
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -459,9 +460,27 @@ def test_no_shard_is_published_behind_one_that_failed(tmp_path: Path, monkeypatc
     second_is_full.set()
     with pytest.raises(OutputWriteError, match="no more"):
         sink.commit()
+    with pytest.raises(OutputWriteError, match="could not be written"):
+        sink.commit()  # once there is room again, say
+    assert not (tmp_path / "X.zarr").exists()
     assert "holds 3 flows" in str(sink.abort())
     assert open_store(tmp_path / "X.zarr").available == SHARD
     assert [path.parent.parent.parent.name for path in (tmp_path / "X.zarr.partial").glob("flow/c/*/0/0/0")] == ["0"]
+
+
+def test_what_goes_wrong_in_publishing_is_heard_with_the_next_flow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sink = ZarrSink(str(tmp_path / "X.zarr"), config())
+    sink.open(header(None))
+    several = list(batches(moving(2 * SHARD), 1))
+    monkeypatch.setattr(publish, "publish_bytes", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "no more")))
+    for batch in several[:SHARD]:
+        sink.write(batch)
+    wait([call for call, _ in sink._publisher._in_flight])
+    with pytest.raises(OutputWriteError, match="no more"):
+        sink.write(several[SHARD])
+    sink.abort()
 
 
 def test_failure_at_any_step_leaves_whole_shards_and_the_old_store(

@@ -1,5 +1,5 @@
 """NVDEC's logic against a stand-in: the same frames as on the CPU, surfaces that are only lent, seeks that go wrong,
-sessions that fail, and telling aloud why the CPU decodes instead. No GPU has run any of it."""
+sessions that fail, and telling aloud why the CPU decodes instead. A GPU has run TestOnACard alone."""
 
 from __future__ import annotations
 
