@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowreel.kernels import correlation_bands, correlation_products
-from flowreel.kernels.launch import SUFFIXES, blocks_for, implement, launch, sizes, view
+from flowreel.kernels.launch import MOST_DEEP, SUFFIXES, blocks_for, implement, launch, parts, sizes, view
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -126,7 +126,6 @@ def _pixel_correlation_backward_cpu(
 
 _TILE, _ROWS, _SHIFTS, _COLUMNS = 64, 3, 7, (21, 9)  # what a block computes, and
 _BLOCK, _GROUP = 384, 8  # by how many threads; channels of a gradient that a thread computes: all as in the source
-_MOST_DEEP = (1 << 16) - 1  # blocks of a grid in its third direction
 
 
 def _pixel_correlation_cuda(
@@ -152,12 +151,12 @@ def pixel_correlation_on_cuda_cores(
     batch, channels, height, width = a.shape
     side, phases = 2 * radius + 1, 2 if stride == 2 else 1  # phases in x that one block computes
     columns = min(_COLUMNS, key=lambda n: -(-side // n) * n)  # the least that is computed in vain
-    across = stride // phases * _parts(_parts(width, stride), _TILE // phases)
-    down = stride * _parts(_parts(height, stride), _ROWS)
-    deep = _parts(side, columns) * _parts(side, _SHIFTS)
+    across = stride // phases * parts(parts(width, stride), _TILE // phases)
+    down = stride * parts(parts(height, stride), _ROWS)
+    deep = parts(side, columns) * parts(side, _SHIFTS)
     entry = f"correlation_{columns}_{SUFFIXES[a.dtype]}"
-    for first in range(0, batch, _MOST_DEEP // deep):
-        some = slice(first, first + _MOST_DEEP // deep)
+    for first in range(0, batch, MOST_DEEP // deep):
+        some = slice(first, first + MOST_DEEP // deep)
         count = len(range(batch)[some])
         views = (*view(a[some]), *view(b[some]), *view(out[some]))
         numbers = sizes(count, channels, height, width, radius, stride)
@@ -170,16 +169,12 @@ def _pixel_correlation_backward_cuda(
 ) -> tuple[Tensor, Tensor]:
     batch, channels, height, width = a.shape
     grads = a.new_empty(a.shape), b.new_empty(b.shape)
-    grid = (*blocks_for(batch * height * width), _parts(channels, _GROUP))
+    grid = (*blocks_for(batch * height * width), parts(channels, _GROUP))
     for of_b, (out, other) in enumerate(zip(grads, (b, a), strict=True)):
         numbers = sizes(batch, channels, height, width, radius, stride)
         arguments = (*view(grad), *view(other), *view(out), *numbers, np.float32(_scale(a, scale)), np.int32(of_b))
         launch("correlation", f"correlation_gradient_{SUFFIXES[a.dtype]}", grid, arguments)
     return grads
-
-
-def _parts(count: int, size: int) -> int:
-    return -(-count // size)
 
 
 # --- registration -----------------------------------------------------------------------------------------------------

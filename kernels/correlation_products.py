@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowreel.kernels.launch import SUFFIXES, launch, on_tensor_cores, sizes, view
+from flowreel.kernels.launch import MOST_DEEP, SUFFIXES, launch, on_tensor_cores, parts, sizes, view
 
 RADII = (10, 4)  # an entry each: 21 x 21 displacements, and 9 x 9
 _TYPES = (torch.float16, torch.bfloat16)
@@ -18,7 +18,6 @@ _MOST_CHANNELS = 256  # that its registers hold
 _WORDS = 8  # elements of 16 bytes, in which the maps are read
 _AT_ONCE = 264  # blocks that run at once where registers for two are in each of 132 multiprocessors, as in an H100
 _START = 2  # what a block does before its first row of b, counted in rows
-_MOST_DEEP = (1 << 16) - 1  # blocks of a grid in its third direction
 
 
 def fits(a: Tensor, radius: int) -> bool:
@@ -33,12 +32,12 @@ def pixel_correlation_into(
     """(B, C, H, W) twice, that fit -> out: (B, (2 radius + 1)^2, H, W). Any strides: other maps are copied first."""
     batch, channels, height, width = a.shape
     a, b = _read_in_words(a), _read_in_words(b)
-    across = stride * _parts(_parts(width, stride), _COLUMNS)
-    down = stride * _parts(_parts(height, stride), _ROWS)
+    across = stride * parts(parts(width, stride), _COLUMNS)
+    down = stride * parts(parts(height, stride), _ROWS)
     shares = _shares(across * down * batch, _ROWS + 2 * radius)
     entry = f"correlation_products_{radius}_{SUFFIXES[a.dtype]}"
-    for first in range(0, batch, _MOST_DEEP // shares):
-        some = slice(first, first + _MOST_DEEP // shares)
+    for first in range(0, batch, MOST_DEEP // shares):
+        some = slice(first, first + MOST_DEEP // shares)
         count = len(range(batch)[some])
         views = (*view(a[some]), *view(b[some]), *view(out[some]))
         arguments = (*views, *sizes(channels, height, width, stride, shares), np.float32(scale), np.float32(slope))
@@ -55,8 +54,4 @@ def _read_in_words(x: Tensor) -> Tensor:
 
 def _shares(tiles: int, rows: int) -> int:
     """Into how many blocks a tile's rows of b go: as makes the least of rounds, each as long as its longest block."""
-    return min(range(1, rows // 4 + 1), key=lambda n: _parts(tiles * n, _AT_ONCE) * (_START + _parts(rows, n)))
-
-
-def _parts(count: int, size: int) -> int:
-    return -(-count // size)
+    return min(range(1, rows // 4 + 1), key=lambda n: parts(tiles * n, _AT_ONCE) * (_START + parts(rows, n)))

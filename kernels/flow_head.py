@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowreel.kernels.launch import SUFFIXES, blocks_for, implement, launch, on_tensor_cores, sizes, view
+from flowreel.kernels.launch import MOST_DEEP, SUFFIXES, blocks_for, implement, launch, on_tensor_cores, sizes, view
 
 
 class Borders(NamedTuple):
@@ -104,7 +104,6 @@ _WARPS = 4  # of a block, as in flow_head.cu
 _COLUMNS = 32  # that a warp reads
 _AT_ONCE = {3: 4, 5: 3}  # by filter: blocks that a multiprocessor runs at once
 _ENOUGH = 2.5  # with fewer it waits for the latency of memory; chosen by reckoning, not by measuring
-_DEEPEST = 65535  # blocks of a grid along its third axis
 _MULTIPROCESSORS = 132  # where nobody tells
 
 
@@ -141,7 +140,7 @@ def _fits(x: Tensor) -> bool:
     """Whether the kernels run there, and can read the pixels 8 channels at a time."""
     steps = (step for axis, step in enumerate(x.stride()) if axis != 1 and x.shape[axis] > 1)
     aligned = x.data_ptr() % 16 == 0 and x.shape[1] % 8 == 0 and all(step % 8 == 0 for step in steps)
-    known = x.dtype in (torch.float16, torch.bfloat16) and x.shape[0] <= _DEEPEST
+    known = x.dtype in (torch.float16, torch.bfloat16) and x.shape[0] <= MOST_DEEP
     return known and aligned and x.stride(1) == 1 and on_tensor_cores(x.device)
 
 

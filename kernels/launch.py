@@ -3,7 +3,7 @@
     cuda/NAME.cu -> its includes written out -> NVRTC -> cubin, kept on disk -> CuPy module, kept per device -> launch
 
 Nothing of CuPy is imported before the first launch. A launch allocates nothing and waits for nothing, so it may be
-captured in a CUDA graph once its module is loaded: ``prepare`` loads them all.
+captured in a CUDA graph once its module is loaded: ``prepare`` loads all that run on a device.
 
 Without CuPy, and for float64, the plain torch definitions run on the GPU as well; ``recording`` tells what ran.
 """
@@ -88,13 +88,21 @@ def blocks_for(count: int, threads: int = THREADS) -> Size:
     return (-(-count // threads),)
 
 
+MOST_DEEP = (1 << 16) - 1  # blocks of a grid along its third axis
+
+
+def parts(count: int, size: int) -> int:
+    """How many parts of ``size`` hold ``count`` things: the last may be short."""
+    return -(-count // size)
+
+
 def blocks_for_picture(height: int, width: int) -> int:
     """How many blocks share a picture, where each ends by adding what it found to a total: few, 16 pixels a thread."""
     return -(-height * width // (16 * THREADS))
 
 
 def prepare(device: torch.device) -> None:
-    """Loads every kernel onto a GPU, so that none is compiled or loaded while a CUDA graph is being captured."""
+    """Loads a GPU's kernels, so that none is compiled or loaded while a CUDA graph is being captured."""
     if kernels_on(device) == "cuda":
         for path in sorted(SOURCES.glob("*.cu")):
             if on_tensor_cores(device) or "tensor_core.cuh" not in path.read_text():

@@ -7,7 +7,7 @@
 // The tests also compile these files for a CPU, where one block's threads run by turns. So that they can:
 //   - shared memory is declared with SHARED;
 //   - no thread returns before a barrier that others reach;
-//   - what only a GPU has (PTX) stands in an #ifdef __CUDA_ARCH__ with a twin in plain C++.
+//   - what only a GPU has (PTX) has a twin in plain C++, as in tensor_core.cuh.
 #pragma once
 
 #include <cuda_bf16.h>

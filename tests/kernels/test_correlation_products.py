@@ -84,7 +84,7 @@ def test_goes_into_its_part_of_a_concatenation_and_nowhere_else(
 @pytest.mark.parametrize("shares", [1, 3, 28])
 def test_blocks_may_share_the_rows(card: torch.device, monkeypatch: pytest.MonkeyPatch, shares: int) -> None:
     monkeypatch.setattr(correlation_products, "_shares", lambda tiles, rows: shares)
-    monkeypatch.setattr(correlation_products, "_MOST_DEEP", 2 * shares)  # two pairs at a time
+    monkeypatch.setattr(correlation_products, "MOST_DEEP", 2 * shares)  # two pairs at a time
     compare(*maps(card, torch.bfloat16, (3, 8, 19, 3)), 10, 2)
 
 

@@ -188,7 +188,7 @@ def test_correlation_takes_a_gradient_that_is_one_number(card: torch.device) -> 
 
 def test_correlation_of_more_pairs_than_a_grid_is_deep(card: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     module: Any = _module(correlation)
-    monkeypatch.setattr(module, "_MOST_DEEP", 7)  # 3 parts of a pair: 2 pairs at a time
+    monkeypatch.setattr(module, "MOST_DEEP", 7)  # 3 parts of a pair: 2 pairs at a time
     random = random_tensors(card, torch.float32)
     a, b = random(5, 2, 3, 4), random(5, 2, 3, 4)
     wanted = module.pixel_correlation_definition(a, b, 10, 2)

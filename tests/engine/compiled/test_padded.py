@@ -22,7 +22,7 @@ from flowreel.kernels.convolution import _reaches
 OURS = {
     "flownetc.conv1",
     *(f"{part}.conv1" for part in ("flownets_1", "flownets_2")),
-    *(f"flownets_d.{name}" for name in ("conv0",)),
+    "flownets_d.conv0",
     *(f"flownetfusion.{name}" for name in ("conv0", "deconv0", "deconv1")),
 }
 
