@@ -237,6 +237,8 @@ def convolution(
     size = [side * stride if transposed else -(-side // stride) for side in x.shape[2:]]
     if x.ndim != 4 or x.shape[1] < inputs or x.shape[1] % _TOGETHER or bias.shape != (outputs,):
         raise ValueError(f"{tuple(x.shape)}, {tuple(weight.shape)} and {tuple(bias.shape)} do not fit together")
+    if not weight.dtype == packed.dtype == x.dtype or bias.dtype != torch.float32:
+        raise ValueError(f"maps take weights of their type and float32 biases: {x.dtype}, {weight.dtype}, {bias.dtype}")
     shape = (x.shape[0], outputs, *size)
     if out is None:
         out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

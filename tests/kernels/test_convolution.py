@@ -60,6 +60,13 @@ def test_what_does_not_fit() -> None:
     ):
         with pytest.raises(ValueError, match="the result is"):
             convolution(x, weight, packed, bias, 0.1, 1, also=torch.zeros(shape, dtype=dtype))
+    for its_weight, its_packed, its_bias in (
+        (weight.bfloat16(), packed, bias),
+        (weight, packed.bfloat16(), bias),
+        (weight, packed, bias.half()),
+    ):
+        with pytest.raises(ValueError, match="weights of their type and float32 biases"):
+            convolution(x, its_weight, its_packed, its_bias, 0.1, 1)
     with pytest.raises(ValueError, match="slope"):
         convolution(x, weight, packed, bias, 2.0, 1)
     with pytest.raises(ValueError, match="no kernel"):
