@@ -385,7 +385,7 @@ def _report(
         width=header.width,
         height=header.height,
         decoder=frames.decoder,
-        device=device_name(inference.device),
+        device=device_name(*inference.devices),
         kernels=dict(inference.kernels),
         precision=inference.precision,
         batch=inference.batch,

@@ -164,7 +164,7 @@ class _Recomputing:
                 )
             self.how = (
                 f"{inference.model} ({inference.weights.name}), {inference.precision}, batch {inference.batch}, on "
-                f"{device_name(inference.device)}; decoded by {frames.decoder}"
+                f"{device_name(*inference.devices)}; decoded by {frames.decoder}"
             )
             self.notes += [note for note in (*frames.notes, *inference.notes) if note not in self.notes]
 
