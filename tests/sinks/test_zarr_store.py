@@ -480,11 +480,9 @@ def test_what_goes_wrong_in_publishing_is_heard_next(
         sink.write(batch)
     assert sink._files is not None
     wait([call for call, _ in sink._files._behind._in_flight])
+    steps = {"write": lambda: sink.write(several[SHARD]), "commit": sink.commit}
     with pytest.raises(OutputWriteError, match="no more"):
-        if then == "write":
-            sink.write(several[SHARD])
-        else:
-            sink.commit()
+        steps[then]()
     sink.abort()
 
 
