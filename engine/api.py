@@ -209,7 +209,7 @@ def stages(
 ) -> list[Stage]:
     """The chain itself, left to right: frames to flow in the frame's pixels.
 
-    On a GPU it also moves the data, each frame once, and what is done frame by frame shares a thread.
+    On a GPU it also moves the data, each frame once, and steps that are short there share a thread.
 
     Args:
         batched: gathers pairs into batches.
@@ -221,11 +221,14 @@ def stages(
         Stage("pairs", partial(pairs, direction=direction)),
         Stage("batches", batched),
     ]
-    by_batch = [Stage("model", inference.stage), Stage("restore", restore(inference.fit))]
+    restored = restore(inference.fit)
     if inference.device.type != "cuda":
-        return [*by_frame, *by_batch]
-    gathered = joined(upload(inference.device), *(stage.function for stage in by_frame))
-    return [Stage("batches", gathered), *by_batch, *([Stage("download", download)] if to_host else [])]
+        return [*by_frame, Stage("model", inference.stage), Stage("restore", restored)]
+    return [
+        Stage("batches", joined(upload(inference.device), *(stage.function for stage in by_frame))),
+        Stage("model", joined(inference.stage, restored)),
+        *([Stage("download", download)] if to_host else []),
+    ]
 
 
 class Chain(Pipeline):

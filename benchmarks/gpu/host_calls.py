@@ -9,8 +9,8 @@ from __future__ import annotations
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,9 +19,13 @@ import torch
 
 from benchmarks.gpu.findings import Findings, Settings
 from benchmarks.gpu.network import DRY, TIMED, inputs, made
+from benchmarks.gpu.video import numbered, written_clip
 from benchmarks.measure import Sample
-from flowreel.engine.data import Frame
+from flowreel.engine.compiled import graphs
+from flowreel.engine.config import SelectConfig
+from flowreel.engine.data import Frame, Source
 from flowreel.engine.device import Streams
+from flowreel.engine.sources import open_source
 from flowreel.kernels import channel_norm
 from flowreel.sinks.codecs import compress
 from flowreel.sinks.parallel import encode_workers
@@ -33,19 +37,22 @@ CAP_S = 0.25  # of calls of one kind, beside one thing
 
 def run(findings: Findings, settings: Settings) -> None:
     """Microseconds a call, medians and what nine in ten stay below."""
-    network = _network(settings)
-    calls = {**_calls_of_the_host(), **(_calls_of_the_card(network) if settings.device == "cuda" else {})}
+    network, humble = _network(settings), _network(settings, priority=0)
     encoders = 2 if settings.dry else encode_workers("cuda:0")
-    for beside, company in (
-        ("nothing", {}),
-        ("a network", {"network": _batches(network, settings)}),
-        (f"{encoders} encoders", {f"encoder {number}": _encoding() for number in range(encoders)}),
-    ):
-        with ExitStack() as stack:
-            for name, work in company.items():
-                stack.enter_context(_going_on(name, work))
-            for name, call in calls.items():
-                findings.attempt(f"{name}, beside {beside}", partial(_file, findings, settings, name, call, beside))
+    with closing(_decoded(settings)) as frames:
+        calls = {"a frame decoded": lambda: next(frames), **_calls_of_the_host()}
+        calls |= _calls_of_the_card(network) if settings.device == "cuda" else {}
+        for beside, company in (
+            ("nothing", {}),
+            ("a network", {"network": _batches(network, settings)}),
+            ("a network without priority", {"network": _batches(humble, settings)}),
+            (f"{encoders} encoders", {f"encoder {number}": _encoding() for number in range(encoders)}),
+        ):
+            with ExitStack() as stack:
+                for name, work in company.items():
+                    stack.enter_context(_going_on(name, work))
+                for name, call in calls.items():
+                    findings.attempt(f"{name}, beside {beside}", partial(_file, findings, settings, name, call, beside))
     findings.note("host calls: microseconds a call, of one thread, while others do what stands under beside")
 
 
@@ -145,11 +152,29 @@ def _thread_begun() -> None:
     thread.join()
 
 
-def _network(settings: Settings) -> Call:
+def _network(settings: Settings, priority: int = graphs.PRIORITY) -> Call:
+    """priority: of its captured work, where stages' own streams have ``device.STAGE_PRIORITY``."""
     one = DRY[-1] if settings.dry else TIMED[0]
-    fast, frames = made(one, settings), inputs(one, settings, 2)
-    fast(*frames)
+    before, graphs.PRIORITY = graphs.PRIORITY, priority
+    try:
+        fast, frames = made(one, settings), inputs(one, settings, 2)
+        fast(*frames)
+    finally:
+        graphs.PRIORITY = before
     return lambda: fast(*frames)
+
+
+def _decoded(settings: Settings) -> Generator[Frame, None, None]:
+    """Frames of a clip on a stage's stream, by the decoder that a run would take; again and again."""
+    width, height, count = (96, 64, 9) if settings.dry else (1024, 436, 1600)
+    clip, device = written_clip(settings.folder, width, height, count), numbered(settings.device)
+    while True:
+        with closing(open_source(clip, SelectConfig(), device)) as source:
+
+            def frames(_: Iterator[Frame], source: Source = source) -> Iterator[Frame]:
+                return iter(source)
+
+            yield from Streams(torch.device(device)).on_stream(frames)(iter(()))
 
 
 def _batches(network: Call, settings: Settings) -> Call:
