@@ -17,8 +17,9 @@ import torch
 
 import flowreel
 from benchmarks.gpu.findings import Findings, Settings
+from benchmarks.gpu.made_clips import written_clip
+from benchmarks.gpu.nvdec import numbered
 from benchmarks.gpu.surroundings import MEMORY, memory_folder
-from benchmarks.gpu.video import numbered, written_clip
 from benchmarks.measure import Effort, Sample, Skipped, alternated, device_sync
 from benchmarks.networks import filled
 from flowreel.engine.api import RunReport

@@ -21,10 +21,10 @@ from benchmarks.gpu import trace
 from benchmarks.gpu.chains import InMemory, Ran, ran, without_threads
 from benchmarks.gpu.end_to_end import job_of
 from benchmarks.gpu.findings import Findings, Settings
+from benchmarks.gpu.nvdec import numbered
 from benchmarks.gpu.profile import profiled
 from benchmarks.gpu.sampling import Watch
 from benchmarks.gpu.surroundings import MEMORY, memory_folder
-from benchmarks.gpu.video import numbered
 from benchmarks.measure import Skipped
 from flowreel.engine.config import RunConfig, SelectConfig
 from flowreel.engine.data import Source

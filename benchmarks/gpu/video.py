@@ -1,103 +1,25 @@
-"""From a video file: decoded on the card and on the host, what a store keeps of its flow, memory over a long one."""
+"""From a video file: what a store keeps of its flow, and memory over a long one."""
 
 from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Iterator
-from contextlib import closing
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import av
-import numpy as np
 import torch
 
 import flowreel
 from benchmarks.gpu.findings import Findings, Settings
-from flowreel.engine.config import ModelConfig, SelectConfig, SinkConfig
+from benchmarks.gpu.made_clips import written_clip
+from benchmarks.gpu.nvdec import frames_of
+from flowreel.engine.config import ModelConfig, SinkConfig
 from flowreel.engine.inference import prepare
-from flowreel.engine.sources import open_source
 
-RATE = 25
-LEVELS_MEAN, LEVELS_MOST = 0.5, 2  # of 256: both round to whole levels, from chroma that is enlarged alike
-SAME_PX = 0.05  # mean difference of the flow between frames that differ so little
 LONG = (640, 360, 18 * 72 + 1)  # width, height, frames: whole shards, so that no batch is of a new length at the end
 GROWTH = 1.05  # of memory, from the first fifth of the frames to the last
 ROUNDING = 2e-4  # of the longest vector, in float32, between two programs of one network
-
-
-def written_clip(folder: str, width: int, height: int, frames: int) -> Path:
-    """An H.264 file: a picture of soft blobs that moves on by (3, 1) px a frame, edges wrapped. Made once a size."""
-    path = Path(folder) / f"{width}x{height}-{frames}.mp4"
-    if path.exists():
-        return path
-    coarse = torch.rand(1, 3, height // 8 + 1, width // 8 + 1, generator=torch.Generator().manual_seed(0))
-    fine = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic", align_corners=True)
-    picture = (fine[0] * 255).clamp(0, 255).byte().permute(1, 2, 0).numpy()
-    with av.open(str(path), "w") as container:
-        codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-        stream: Any = container.add_stream(
-            codec, rate=RATE, options={"preset": "superfast"} if codec == "libx264" else {}
-        )
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.codec_context.time_base = Fraction(1, RATE)
-        stream.thread_type = "AUTO"
-        for number in range(frames):
-            moved = np.ascontiguousarray(np.roll(picture, (number, 3 * number), (0, 1)))
-            frame = av.VideoFrame.from_ndarray(moved, "rgb24")
-            frame.pts, frame.time_base = number, Fraction(1, RATE)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return path
-
-
-# --- NVDEC ------------------------------------------------------------------------------------------------------------
-
-
-def nvdec(findings: Findings, settings: Settings) -> None:
-    """The same frames in the same order with the same times, up to the rounding of colours; and the same flow."""
-    if not settings.dry:
-        from flowreel.engine.sources import nvcodec
-
-        findings.note(f"PyNvVideoCodec {getattr(nvcodec.load(), '__version__', '')}")
-    width, height, count = (96, 64, 5) if settings.dry else (640, 360, 60)
-    clip = written_clip(settings.folder, width, height, count)
-    decoder = "pyav" if settings.dry else "nvdec"
-    findings.attempt("frames", partial(_compare_frames, findings, settings, clip, decoder, count))
-    findings.attempt("flow", partial(_compare_flow, findings, settings, clip, decoder))
-
-
-def _compare_frames(findings: Findings, settings: Settings, clip: Path, decoder: str, count: int) -> None:
-    ours, wanted = (list(_frames(clip, name, settings)) for name in (decoder, "pyav"))
-    findings.check("as many frames", len(ours) == len(wanted) == count, nvdec=len(ours), pyav=len(wanted))
-    same = [(a.index, a.timestamp_s) for a in ours] == [(b.index, b.timestamp_s) for b in wanted]
-    findings.check("the same numbers and times", same)
-    apart = [(a.rgb.cpu().int() - b.rgb.cpu().int()).abs() for a, b in zip(ours, wanted, strict=False)]
-    most, mean = max(int(x.max()) for x in apart), max(float(x.float().mean()) for x in apart)
-    findings.check("colours within rounding", most <= LEVELS_MOST and mean <= LEVELS_MEAN, most=most, mean=mean)
-
-
-def _compare_flow(findings: Findings, settings: Settings, clip: Path, decoder: str) -> None:
-    options: dict[str, Any] = {"device": settings.device, "precision": "fp32", "model": "FlowNet2C", "batch": 4}
-    flows = [
-        torch.cat([batch.flow.cpu() for batch in flowreel.stream(clip, decoder=name, **options)])
-        for name in (decoder, "pyav")
-    ]
-    px = float((flows[0] - flows[1]).norm(dim=1).mean())
-    findings.check("the same flow", px <= SAME_PX, mean_px=px)
-
-
-def _frames(clip: Path, decoder: Any, settings: Settings) -> Iterator[Any]:
-    with closing(open_source(clip, SelectConfig(decoder=decoder), numbered(settings.device))) as source:
-        yield from source
-
-
-def numbered(device: str) -> str:
-    """As sources are told it."""
-    return "cuda:0" if device == "cuda" else device
 
 
 # --- the store --------------------------------------------------------------------------------------------------------
@@ -118,7 +40,7 @@ def _compare_store(findings: Findings, settings: Settings, precision: str) -> No
     path = Path(settings.folder) / f"{precision}.zarr"
     flowreel.run(clip, path, overwrite=True, shard_bytes=shard_bytes, **options)
     kept = flowreel.open_store(path)
-    frames = torch.stack([frame.rgb.cpu() for frame in _frames(clip, "auto", settings)])
+    frames = torch.stack([frame.rgb.cpu() for frame in frames_of(clip, "auto", settings)])
     inference = prepare(ModelConfig(**options), height, width)
     findings.check(f"{precision}: every flow is there", len(kept) == len(frames) - 1, flows=len(kept))
     for first in (0, batch):
