@@ -218,7 +218,15 @@ def load_network(config: ModelConfig) -> Network:
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
     loaded = partial(_loaded, config, device, precision)
-    return in_own_thread(loaded) if device.type == "cpu" else loaded()
+    try:
+        return in_own_thread(loaded) if device.type == "cpu" else loaded()
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
+        raise DeviceError(
+            f"{device} has too little free memory for the weights: end what else runs there, take a smaller --model, "
+            f"or --device cpu ({_first_line(error)})"
+        ) from error
 
 
 def _loaded(config: ModelConfig, device: torch.device, precision: Precision) -> Network:
