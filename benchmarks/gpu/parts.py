@@ -32,9 +32,9 @@ PARTS = (
     Part("precision", f"{HERE}.precision", "check", 120, "every precision against the plain module in float32, in px"),
     Part("tests engine", f"{HERE}.tests", "engine", 90, "the tests of the engine that take a GPU", env=ALONE),
     Part("tests others", f"{HERE}.tests", "others", 45, "all other tests that take one", env=ALONE),
-    Part("store", f"{HERE}.video", "store", 60, "what a store holds against what the network gives"),
+    Part("store", f"{HERE}.store", "check", 60, "what a store holds against what the network gives"),
     Part("nvdec", f"{HERE}.nvdec", "check", 60, "frames and flow by NVDEC against those by PyAV, of several codecs"),
-    Part("memory", f"{HERE}.video", "memory", 60, "memory of host and card over a long video: it must not grow"),
+    Part("memory", f"{HERE}.memory", "check", 75, "memory over a long video must not grow; and too little of it"),
     Part("memcheck", f"{HERE}.sanitizer", "memcheck", 90, "every kernel under compute-sanitizer's memcheck"),
     Part("model times", f"{HERE}.network", "times", 150, "pairs a second by network, precision, size and batch", True),
     Part(
