@@ -24,8 +24,9 @@ KINDS = (  # what a name on the card begins with or holds, in the order in which
 NETWORK = "network"  # all other kernels
 NETWORK_RUNS = "a kernel of the network runs"
 COPIES = ("copy to the card", "copy to the host", "copy on the card", "memset")
+REMARKS = ("gpu_user_annotation", "overhead", "cuda_sync", "cuda_event")  # of the profiler's kinds
 EDGES = 0.2  # of the time from the first event to the last, at either end: filling and emptying the pipeline
-A_GAP_NS = 200_000  # of the network's stream: longer than what lies between the kernels of one graph
+A_PAUSE_NS = 200_000  # longer than what lies between the kernels of one batch
 
 
 class Event(NamedTuple):
@@ -47,12 +48,20 @@ def events_of(profiler: Any, calls: re.Pattern[str] = CALL) -> list[Event]:
     found = []
     for event in profiler.profiler.kineto_results.events():
         on_card = event.device_type() == DeviceType.CUDA
-        wanted = event.duration_ns() > 0 and not event.is_user_annotation() if on_card else calls.match(event.name())
-        if wanted:
+        if event.duration_ns() > 0 and _is_work(event) if on_card else calls.match(event.name()):
             start_ns = event.start_ns()
             lane, end_ns = event.device_resource_id(), start_ns + event.duration_ns()
             found.append(Event(event.name(), start_ns, end_ns, lane, on_card, event.correlation_id()))
     return found
+
+
+def _is_work(event: Any) -> bool:
+    """Whether something that is told of the card was done there, and is no remark."""
+    asked = (
+        getattr(event, name, lambda: None)() for name in ("is_user_annotation", "activity_type")
+    )  # newer ones know
+    annotation, kind = asked
+    return not annotation and kind not in REMARKS
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:
@@ -132,7 +141,7 @@ class Card(NamedTuple):
 
     shares: dict[str, float]  # of the time: any kernel, the network's, any copy, nothing at all
     rows: list[dict[str, Any]]  # a line for each kind of work on each stream, longest first
-    idle: list[Interval]  # no kernel of the network runs
+    pauses: list[Interval]  # no kernel of the network runs, for longer than between the kernels of one batch
 
 
 def card(events: Sequence[Event], within: Interval, known: Mapping[int, str]) -> Card:
@@ -173,25 +182,25 @@ def card(events: Sequence[Event], within: Interval, known: Mapping[int, str]) ->
                 "mostly": [name[:60] for name, _ in slowest.most_common(3)],
             }
         )
-    return Card(shares, sorted(rows, key=lambda row: -row["ms"]), gaps(network, within))
+    long = [(start, end) for start, end in gaps(network, within) if end - start >= A_PAUSE_NS]
+    return Card(shares, sorted(rows, key=lambda row: -row["ms"]), long)
 
 
-def pauses(idle: Sequence[Interval], within: Interval) -> dict[str, object]:
-    """A line on the times when the network waits, longer than what lies between the kernels of one batch."""
-    long = [end - start for start, end in idle if end - start >= A_GAP_NS]
+def waits(pauses: Sequence[Interval], within: Interval) -> dict[str, object]:
+    """A line on the times when the network waits."""
     return {
-        "the network waits": f"longer than {A_GAP_NS / 1e6} ms",
-        "count": len(long),
-        "ms": sum(long) / 1e6,
-        "share": sum(long) / max(within[1] - within[0], 1),
-        "longest ms": max(long, default=0) / 1e6,
+        "the network waits": f"longer than {A_PAUSE_NS / 1e6} ms",
+        "count": len(pauses),
+        "ms": length(pauses) / 1e6,
+        "share": length(pauses) / max(within[1] - within[0], 1),
+        "longest ms": max((end - start for start, end in pauses), default=0) / 1e6,
     }
 
 
 def calls(
-    events: Sequence[Event], within: Interval, known: Mapping[int, str], idle: Sequence[Interval], most: int
+    events: Sequence[Event], within: Interval, known: Mapping[int, str], pauses: Sequence[Interval], most: int
 ) -> list[dict[str, object]]:
-    """A line for each of the calls that took a thread longest, and how much of it fell in ``idle``."""
+    """A line for each of the calls that took a thread longest, and how much of it fell into ``pauses``."""
     groups: dict[tuple[int, str], list[Event]] = defaultdict(list)
     for event in clipped((event for event in events if not event.on_card), within):
         groups[event.lane, event.name].append(event)
@@ -199,7 +208,7 @@ def calls(
     rows: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for (lane, name), some in groups.items():
         took = [event.end_ns - event.start_ns for event in some]
-        meanwhile = shared(union((event.start_ns, event.end_ns) for event in some), idle)
+        meanwhile = shared(union((event.start_ns, event.end_ns) for event in some), pauses)
         rows[lane].append(
             {
                 "thread": names[lane],
@@ -209,7 +218,7 @@ def calls(
                 "share": sum(took) / whole,
                 "mean us": sum(took) / len(took) / 1e3,
                 "longest us": max(took) / 1e3,
-                "ms without a kernel": meanwhile / 1e6,
+                "ms in pauses": meanwhile / 1e6,
             }
         )
     told = (sorted(some, key=lambda row: -row["ms"])[:most] for some in rows.values())

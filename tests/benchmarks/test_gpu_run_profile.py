@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,6 +58,7 @@ def kineto(name: str, start_us: int, us: int, lane: int, *, on_card: bool = Fals
         duration_ns=lambda: us * US,
         correlation_id=lambda: number,
         is_user_annotation=lambda: name == "ProfilerStep#1",
+        activity_type=lambda: "overhead" if "Buffer" in name else "kernel",
     )
 
 
@@ -71,6 +73,7 @@ RUN = profiler_of(
     kineto("cudaGraphLaunch", 0, 50, MODEL, number=7),
     kineto("aten::conv2d", 0, 9000, MODEL),
     kineto("ProfilerStep#1", 0, 9000, 1, on_card=True),
+    kineto("Command Buffer Full", 0, 5000, 1, on_card=True),
     kineto("convolution_3_half", 0, 600, 20, on_card=True, number=7),
     kineto("warp_half", 300, 400, 20, on_card=True, number=7),  # at the same time
     kineto("cuLaunchKernel", 700, 200, DECODE_SHORT, number=8),
@@ -100,10 +103,10 @@ def test_what_the_card_and_the_threads_did_is_told_apart() -> None:
         ("copy to the host", 22, [], 1, pytest.approx(0.3)),
         ("colours", 21, ["decode"], 1, pytest.approx(0.1)),
     ]
-    assert card.idle == [(700 * US, 1000 * US)]
-    assert trace.pauses(card.idle, within)["share"] == pytest.approx(0.3)
-    calls = trace.calls(events, within, KNOWN, card.idle, 1)
-    assert [(row["thread"], row["call"], row["ms"], row["ms without a kernel"]) for row in calls] == [
+    assert card.pauses == [(700 * US, 1000 * US)]
+    assert trace.waits(card.pauses, within)["share"] == pytest.approx(0.3)
+    calls = trace.calls(events, within, KNOWN, card.pauses, 1)
+    assert [(row["thread"], row["call"], row["ms"], row["ms in pauses"]) for row in calls] == [
         ("decode", "cuLaunchKernel", pytest.approx(0.2), pytest.approx(0.2)),
         ("decode", "cudaStreamSynchronize", pytest.approx(0.2), pytest.approx(0.1)),
         ("another thread, 99", "cudaMalloc", pytest.approx(0.1), pytest.approx(0.1)),
@@ -170,8 +173,6 @@ def test_a_place_is_our_line_and_whom_it_called() -> None:
     frames: list[str] = []
 
     def seen(item: int) -> int:
-        import sys
-
         frames.append(sampling.place(sys._getframe()))
         return item
 
@@ -210,12 +211,57 @@ def test_the_pace_is_that_of_whole_shards_once_the_pipeline_is_full() -> None:
     assert (by_shard.median, by_shard.count) == (4, 2)
 
 
+def test_flow_is_let_go_no_further_ahead_than_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a card, which is given work long before it is done."""
+    log: list[str] = []
+
+    class Event:
+        made = 0
+
+        def __init__(self, blocking: bool) -> None:
+            assert blocking  # a thread that spins would take the lock from others
+            self.number, Event.made = Event.made, Event.made + 1
+
+        def record(self, stream: str) -> None:
+            log.append(f"{self.number} on {stream}")
+
+        def synchronize(self) -> None:
+            log.append(f"waits for {self.number}")
+
+    class Batch:
+        flow = SimpleNamespace(is_cuda=True, device="cuda:0")
+
+        def __len__(self) -> int:
+            return 2
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
+    pace = chains.Pace()
+    pace.let_go(Batch() for _ in range(3))  # type: ignore[arg-type]
+    on = "on the stream of cuda:0"
+    assert log == [f"0 {on}", "waits for 0", f"1 {on}", "waits for 1", f"2 {on}"]
+    assert [seen for seen, _ in pace.reached] == [0, 2, 4]
+
+
 def test_a_run_of_the_chain_gives_every_flow_to_its_end(settings: Settings) -> None:
     made = run_profile.Chains(settings)
     for way in (run_profile.Chains.to_store, run_profile.Chains.dropped, run_profile.Chains.frames_there):
         one = way(made)
         assert {stage.name: stage.items for stage in one.stages}["restore"] == 4  # batches of two of eight pairs
     assert run_profile.Chains.without_threads(made).decoder == "none: frames in memory"
+
+
+def test_the_lock_is_asked_for_as_before_afterwards() -> None:
+    before_s, during_s = sys.getswitchinterval(), []
+
+    def to_store() -> None:
+        during_s.append(sys.getswitchinterval())
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        run_profile.asking_sooner(SimpleNamespace(to_store=to_store))  # type: ignore[arg-type]
+    assert during_s == [pytest.approx(run_profile.SOONER_S)]
+    assert sys.getswitchinterval() == before_s
 
 
 def test_time_that_a_quota_took_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,3 +123,18 @@ def test_the_hog_takes_all_but_the_room(free: int, own: int, room: int, monkeypa
     monkeypatch.setattr(scarce, "torch", Card)
     with scarce.beside_a_hog(room):
         assert room <= free - sum(taken) + own < room + scarce.BLOCK
+
+
+def test_the_limit_is_a_share_of_the_card_and_is_lifted(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (70 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", given.append)
+
+    def within() -> None:
+        with scarce.limited(20 << 30):
+            raise ValueError("it fails")
+
+    with pytest.raises(ValueError, match="it fails"):
+        within()
+    assert given == [0.25, 1.0]
