@@ -14,14 +14,13 @@ from typing import Any
 import torch
 
 from benchmarks.measure import Sample
-from flowreel.engine.api import _pipeline, flow_header
+from flowreel.engine.api import Chain, flow_header, stages
 from flowreel.engine.config import RunConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, Frame, Source, SourceId
 from flowreel.engine.inference import Network
 from flowreel.engine.outputs import Tally, opened_sinks, preparing
-from flowreel.engine.pairing import batches, pairs
-from flowreel.engine.restore import restore
-from flowreel.engine.stages import Stage, StageStatistics, compose
+from flowreel.engine.pairing import batches
+from flowreel.engine.stages import StageStatistics, compose
 from flowreel.sinks import open_sink
 
 RATE = 25
@@ -100,7 +99,8 @@ def ran(
         shard = header.shard_length(config.sink.shard_bytes)
         inference.make_ready(shard, header.flow_count)
         downloads = to_host or (bool(sinks) and all(preparing(sink) is None for sink in sinks))
-        pipeline = _pipeline(source, inference, header, config, to_host=downloads)
+        steps = stages(inference, config.model.direction, batches(inference.batch, shard), to_host=downloads)
+        pipeline = Chain(source, steps, config.queues, inference.device)
         pace, on_gpu = Pace(), inference.device.type == "cuda"
         tallies = [Tally(sink, on_gpu=on_gpu) for sink in sinks]
 
@@ -125,15 +125,10 @@ def without_threads(source: Source, network: Network, config: RunConfig) -> Ran:
     header = flow_header(source.info, inference, config)
     shard = header.shard_length(config.sink.shard_bytes)
     inference.make_ready(shard, header.flow_count)
-    stages = [
-        Stage("pairs", pairs),
-        Stage("batches", batches(inference.batch, shard)),
-        Stage("model", inference.stage),
-        Stage("restore", restore(inference.fit)),
-    ]
+    steps = stages(inference, config.model.direction, batches(inference.batch, shard), to_host=False)
     pace, began_s = Pace(), time.perf_counter()
     with closing(source):
-        pace.let_go(compose(source, stages))
+        pace.let_go(compose(source, steps))
     return Ran(*pace.rate(shard), time.perf_counter() - began_s, (), source.decoder)
 
 

@@ -55,7 +55,7 @@ def train(
     from flowreel.engine.training import train as training
 
     console = Console(stderr=True, highlight=False, quiet=quiet)
-    where = str(resolve_device(device))
+    where = resolve_device(device)
 
     def report(progress: training.Progress) -> None:
         left_s = progress.seconds / progress.step * (steps - progress.step)
@@ -81,6 +81,6 @@ def train(
         seed=seed,
     )
     path = training.train(
-        config, out, resume=resume, workers=workers, report_every=report_every, report=report, device=where
+        config, out, resume=resume, workers=workers, report_every=report_every, report=report, device=device
     )
     console.print(f"weights: {path}")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, Dataset
 
-from flowreel.engine.device import resolve_device, to_device
+from flowreel.engine.device import resolve_devices, to_device
 from flowreel.engine.errors import CheckpointError, UsageError
 from flowreel.engine.models import build_model, model_name
 from flowreel.engine.models.flownetc import DISPLACEMENTS, FlowNetC
@@ -189,14 +189,16 @@ def train(
         The path of the finished weights.
 
     Raises:
-        UsageError: fewer than no workers, reports every 0 steps, or no such kind of device.
+        UsageError: fewer than no workers, reports every 0 steps, no such kind of device, or several devices.
         DeviceError: CUDA was asked for and is not there.
         OutputWriteError: the folder cannot be made.
         CheckpointError: the folder holds a run that was not asked to be resumed, or one of other settings.
     """
     if workers < 0 or report_every < 1:
         raise UsageError(f"workers must be at least 0 and report-every at least 1, got {workers} and {report_every}")
-    where = resolve_device(device)
+    where, *others = resolve_devices(device)
+    if others:
+        raise UsageError(f"training takes one device, got {device}")
     make_folder(out)
     torch.manual_seed(config.seed)
     model = _fresh(config) if config.init is None else _from_weights(config)

@@ -116,6 +116,13 @@ def test_a_gpu_that_is_not_there_is_an_error_before_anything_is_made(tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
+def test_several_gpus_are_not_taken_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "resolve_devices", lambda name: (torch.device("cuda:0"), torch.device("cuda:1")))
+    with pytest.raises(UsageError, match="one device, got cuda:0,1"):
+        train(TINY, tmp_path / "out", workers=0, device="cuda:0,1")
+    assert not (tmp_path / "out").exists()
+
+
 def test_it_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On one fixed batch the loss must fall: the data, the loss and the optimiser pull the same way."""
     reports: list[Progress] = []
