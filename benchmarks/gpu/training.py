@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import flowreel
 from benchmarks.gpu.findings import Findings, Settings
 from flowreel.engine.training import train as training
 from flowreel.engine.training.train import Batch, Progress, TrainConfig
@@ -84,8 +85,6 @@ def _step(config: TrainConfig, net: nn.Module, batch: Batch) -> tuple[float, Ten
 
 def _train(findings: Findings, settings: Settings, config: TrainConfig) -> None:
     """What the command does, on one scene that is flipped and cropped anew each step; and the weights it leaves."""
-    import flowreel
-
     reports: list[Progress] = []
     out = Path(settings.folder) / f"training-{config.precision}"
     every = max(config.steps // 4, 1)

@@ -6,18 +6,24 @@ import random
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.autograd import DeviceType
 
+import flowreel
 from benchmarks.gpu import chains, run_profile, sampling, trace
 from benchmarks.gpu.findings import Settings
 from benchmarks.gpu.profile import profiled
 from benchmarks.gpu.trace import Event
-from flowreel.engine import pipeline
+from flowreel.engine import compiled, pipeline
+from flowreel.engine.inference import Inference, Network
+from tests.fakes.cuda_streams import GPU, Card, LateCopies
 from tests.fakes.gpu_parts import Found
 
 US = 1000  # ns
@@ -249,6 +255,28 @@ def test_a_run_of_the_chain_gives_every_flow_to_its_end(settings: Settings) -> N
         one = way(made)
         assert {stage.name: stage.items for stage in one.stages}["restore"] == 4  # batches of two of eight pairs
     assert run_profile.Chains.without_threads(made).decoder == "none: frames in memory"
+
+
+def test_the_chain_is_that_of_a_run_on_a_card_too(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a stand-in whose streams and copies are as late as they may be: the flow is right, so all was waited for."""
+    monkeypatch.setattr(compiled, "_BACKENDS", {})  # the CPU's own form would mix its buffers with those of the card
+    made = run_profile.Chains(settings)
+    expected = flowreel.open_store(made._store)[:]
+    fitted = Network.fitted
+
+    def on_card(self: Network, *arguments: Any, **options: Any) -> Inference:
+        return replace(fitted(self, *arguments, **options), device=GPU)
+
+    monkeypatch.setattr(Network, "fitted", on_card)
+    late = LateCopies(Card(monkeypatch))
+    names = [stage.name for stage in made.to_store().stages]
+    assert names == ["decode", "batches", "model", "write"]
+    assert np.array_equal(flowreel.open_store(made._store)[:], expected)
+    late.brought.clear()
+    assert [stage.name for stage in made.dropped().stages] == ["decode", "batches", "model", "drop"]
+    assert late.brought == []
+    assert [stage.name for stage in made.dropped_on_the_host().stages][-2:] == ["download", "drop"]
+    assert sum(late.brought) == 4 * 2 * 2 * 64 * 96 * 4
 
 
 def test_the_lock_is_asked_for_as_before_afterwards() -> None:
