@@ -291,7 +291,15 @@ def load_network(config: ModelConfig) -> Network:
     devices = resolve_devices(config.device)
     (precision,) = {resolve_precision(config.precision, device) for device in devices}
     loaded = partial(_loaded, config, devices, precision)
-    return in_own_thread(loaded) if devices[0].type == "cpu" else loaded()
+    try:
+        return in_own_thread(loaded) if devices[0].type == "cpu" else loaded()
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
+        raise DeviceError(
+            f"{' or '.join(map(str, devices))} has too little free memory for the weights: end what else runs there, "
+            f"take a smaller --model, or --device cpu ({_first_line(error)})"
+        ) from error
 
 
 def _loaded(config: ModelConfig, devices: Sequence[torch.device], precision: Precision) -> Network:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from flowreel.engine import inference as module
 from flowreel.engine.config import ModelConfig
 from flowreel.engine.data import FlowBatch, Frame, FramePair, PairBatch
 from flowreel.engine.errors import DeviceError, StageError, UsageError
@@ -289,6 +290,14 @@ class TestOutOfMemory:
         inference = replace(network, packed=memory, notes=[], made=Made())
         with pytest.raises(RuntimeError, match="illegal memory access"):
             list(inference.stage(iter(self.pair_batches([4]))))
+
+    def test_not_even_the_weights(self, tiny_weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(*_: object) -> object:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+        monkeypatch.setattr(module, "pack", full)
+        with pytest.raises(DeviceError, match=r"cpu has too little free memory for the weights: .*--device cpu \(CUDA"):
+            load_network(ModelConfig(device="cpu", weights=tiny_weights))
 
     def test_not_even_one_pair(self, tiny_weights: str) -> None:
         with pytest.raises(DeviceError, match=r"cpu has too little free memory for one pair of 64x64.*--precision"):
