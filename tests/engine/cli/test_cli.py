@@ -441,7 +441,7 @@ def test_ctrl_c_while_the_commands_load(capsys: Capture, monkeypatch: pytest.Mon
             if name == "flowreel.engine.cli.app":
                 raise KeyboardInterrupt
 
-    monkeypatch.delitem(sys.modules, "flowreel.engine.cli.app")
+    monkeypatch.delitem(sys.modules, "flowreel.engine.cli.app", raising=False)
     monkeypatch.setattr(sys, "meta_path", [CtrlC, *sys.meta_path])
     assert call(["--version"]) == 130
     assert one_line(capsys) == "flowreel: interrupted\n"
