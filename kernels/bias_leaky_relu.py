@@ -39,18 +39,16 @@ def bias_leaky_relu_in_place_definition(x: Tensor, bias: Tensor, slope: float, a
 _TOGETHER = 8  # channels a thread computes
 
 
+def _takes(x: Tensor, bias: Tensor, slope: float, out: Tensor | None) -> bool:
+    return out is None or out.dtype == x.dtype
+
+
 def _bias_leaky_relu_cuda(x: Tensor, bias: Tensor, slope: float, out: Tensor) -> None:
-    if out.dtype == x.dtype:
-        _launched(x, bias, slope, out, None)
-    else:
-        bias_leaky_relu_definition(x, bias, slope, out)
+    _launched(x, bias, slope, out, None)
 
 
 def _bias_leaky_relu_in_place_cuda(x: Tensor, bias: Tensor, slope: float, also: Tensor | None) -> None:
-    if also is None or also.dtype == x.dtype:
-        _launched(x, bias, slope, x, also)
-    else:
-        bias_leaky_relu_in_place_definition(x, bias, slope, also)
+    _launched(x, bias, slope, x, also)
 
 
 def _launched(x: Tensor, bias: Tensor, slope: float, out: Tensor, also: Tensor | None) -> None:
@@ -68,8 +66,14 @@ _torch_library: Any = torch.library  # its functions carry no types
 _LIBRARY = _torch_library.Library("flowreel", "FRAGMENT")
 _LIBRARY.define("bias_leaky_relu(Tensor x, Tensor bias, float slope, Tensor(a!) out) -> ()")
 _LIBRARY.define("bias_leaky_relu_(Tensor(a!) x, Tensor bias, float slope, Tensor(b!)? also) -> ()")
-implement(_LIBRARY, "bias_leaky_relu", bias_leaky_relu_definition, on_cuda=_bias_leaky_relu_cuda)
-implement(_LIBRARY, "bias_leaky_relu_", bias_leaky_relu_in_place_definition, on_cuda=_bias_leaky_relu_in_place_cuda)
+implement(_LIBRARY, "bias_leaky_relu", bias_leaky_relu_definition, on_cuda=_bias_leaky_relu_cuda, takes=_takes)
+implement(
+    _LIBRARY,
+    "bias_leaky_relu_",
+    bias_leaky_relu_in_place_definition,
+    on_cuda=_bias_leaky_relu_in_place_cuda,
+    takes=_takes,
+)
 
 
 def _nothing_of(x: Tensor, bias: Tensor, slope: float, out: Tensor | None) -> None:

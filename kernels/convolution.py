@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowreel.kernels.launch import SUFFIXES, implement, launch, sizes, view
+from flowreel.kernels.launch import SUFFIXES, implement, launch, on_tensor_cores, sizes, view
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -141,6 +141,20 @@ def _as_convolution(weight: Tensor) -> Tensor:
     return made.view(4, -1, _RESULTS, *made.shape[3:]).transpose(0, 1).flatten(0, 2)
 
 
+def _takes(
+    x: Tensor,
+    weight: Tensor,
+    packed: Tensor,
+    bias: Tensor,
+    stride: int,
+    transposed: bool,
+    slope: float,
+    out: Tensor,
+    also: Tensor | None,
+) -> bool:
+    return tiling(weight, stride, transposed) is not None and x.dtype == weight.dtype and on_tensor_cores(x.device)
+
+
 def _convolution_cuda(
     x: Tensor,
     weight: Tensor,
@@ -153,9 +167,7 @@ def _convolution_cuda(
     also: Tensor | None,
 ) -> None:
     found = tiling(weight, stride, transposed)
-    if found is None or x.dtype != weight.dtype:
-        convolution_definition(x, weight, packed, bias, stride, transposed, slope, out, also)
-        return
+    assert found is not None  # or ``_takes`` would have said so
     inputs = weight.shape[0 if transposed else 1]
     if not _reaches(x, _TOGETHER):
         x = x.contiguous(memory_format=torch.channels_last)
@@ -188,7 +200,7 @@ _LIBRARY.define(
     "convolution(Tensor x, Tensor weight, Tensor packed, Tensor bias, int stride, bool transposed, float slope, "
     "Tensor(a!) out, Tensor(b!)? also) -> ()"
 )
-implement(_LIBRARY, "convolution", convolution_definition, on_cuda=_convolution_cuda)
+implement(_LIBRARY, "convolution", convolution_definition, on_cuda=_convolution_cuda, takes=_takes)
 
 
 def _nothing_of(*given: object) -> None:

@@ -108,8 +108,6 @@ _MULTIPROCESSORS = 132  # where nobody tells
 
 
 def _flow_head_cuda(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    if not _fits(x) or weight.dtype != x.dtype:
-        return flow_head_definition(x, weight, bias)
     batch, channels, height, width = x.shape
     kernel = _KERNELS[weight.shape[1]]
     out = x.new_empty(batch, _OUTPUTS, height, width, dtype=torch.float32)
@@ -124,16 +122,21 @@ def _take_off_borders_cuda(
     out: Tensor, x: Tensor, along: Tensor, along_constants: Tensor, corners: Tensor, corner_constants: Tensor
 ) -> None:
     borders = along, along_constants, corners, corner_constants
-    plain = out.is_contiguous() and out.shape[1] == _OUTPUTS and all(y.dtype == torch.float32 for y in (out, *borders))
-    if not _fits(x) or not plain:
-        take_off_borders_definition(out, x, *borders)
-        return
     batch, channels, height, width = x.shape
     rows = min(height, 2)
     pixels = batch * (rows * width + (height - rows) * min(width, 2))
     arguments = (*view(x), *(b.contiguous() for b in borders), out, *sizes(batch, channels, height, width))
     grid, block = blocks_for(32 * pixels, 32 * _WARPS), (32 * _WARPS,)
     launch("flow_head", f"flow_head_borders_{SUFFIXES[x.dtype]}", grid, arguments, block)
+
+
+def _takes_head(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    return _fits(x) and weight.dtype == x.dtype
+
+
+def _takes_borders(out: Tensor, x: Tensor, *borders: Tensor) -> bool:
+    wide = all(y.dtype == torch.float32 for y in (out, *borders))
+    return _fits(x) and wide and out.is_contiguous() and out.shape[1] == _OUTPUTS
 
 
 def _fits(x: Tensor) -> bool:
@@ -183,8 +186,14 @@ _LIBRARY.define(
     "take_off_borders_(Tensor(a!) out, Tensor x, Tensor along, Tensor along_constants, Tensor corners, "
     "Tensor corner_constants) -> ()"
 )
-implement(_LIBRARY, "flow_head", flow_head_definition, on_cuda=_flow_head_cuda)
-implement(_LIBRARY, "take_off_borders_", take_off_borders_definition, on_cuda=_take_off_borders_cuda)
+implement(_LIBRARY, "flow_head", flow_head_definition, on_cuda=_flow_head_cuda, takes=_takes_head)
+implement(
+    _LIBRARY,
+    "take_off_borders_",
+    take_off_borders_definition,
+    on_cuda=_take_off_borders_cuda,
+    takes=_takes_borders,
+)
 
 
 def _shape_of_flow(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

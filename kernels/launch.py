@@ -5,7 +5,8 @@
 Nothing of CuPy is imported before the first launch. A launch allocates nothing and waits for nothing, so it may be
 captured in a CUDA graph once its module is loaded: ``prepare`` loads all that run on a device.
 
-Without CuPy, and for float64, the plain torch definitions run on the GPU as well; ``recording`` tells what ran.
+Without CuPy, for float64, and for what a kernel does not take, the plain torch definitions run on the GPU as well;
+``recording`` tells what ran.
 """
 
 from __future__ import annotations
@@ -132,9 +133,13 @@ def implement(
     *,
     on_cpu: Callable[..., Any] | None = None,
     on_cuda: Callable[..., Any] | None = None,
+    takes: Callable[..., bool] = lambda *_: True,
 ) -> None:
-    """Registers the versions of one operation: our kernel on CUDA tensors where it can run, else the definition."""
+    """Registers the versions of one operation: our kernel on CUDA tensors where it can run, else the definition.
 
+    ``takes`` says of the operation's arguments whether our kernel does: it is asked here and nowhere else, so that what
+    is noted is what runs.
+    """
     operation = name.removesuffix("_into")  # the same, written to where it is wanted
 
     def run(on: Callable[..., Any], how: str) -> Callable[..., Any]:
@@ -152,8 +157,8 @@ def implement(
         ours = run(on_cuda, "cuda")
 
         def chosen(*arguments: Any) -> Any:
-            fits = all(x.dtype in SUFFIXES for x in arguments if isinstance(x, Tensor) and x.is_floating_point())
-            return (ours if fits and _cupy_is_there() else plain)(*arguments)
+            known = all(x.dtype in SUFFIXES for x in arguments if isinstance(x, Tensor) and x.is_floating_point())
+            return (ours if known and _cupy_is_there() and takes(*arguments) else plain)(*arguments)
 
         library.impl(name, chosen, "CUDA")
 

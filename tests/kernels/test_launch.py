@@ -66,6 +66,16 @@ def test_on_cuda_tensors_ours_runs_where_it_can(monkeypatch: pytest.MonkeyPatch,
     assert ran == {"op": "cuda and torch" if cupy else "torch"}
 
 
+def test_what_our_kernel_does_not_take_is_told_to_run_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_cupy_is_there", lambda: True)
+    library = Library()
+    implement(library, "op", lambda *_: "definition", on_cuda=lambda *_: "on cuda", takes=lambda x, n: n > 1)
+    for n, ran_by in ((1, "torch"), (2, "cuda")):
+        with recording(ran := {}):
+            assert library.versions["CUDA"](torch.ones(1), n) == ("on cuda" if n > 1 else "definition")
+        assert ran == {"op": ran_by}
+
+
 class NotingCupy:
     """Stands for CuPy where kernels are fetched: notes on which device that happens."""
 
