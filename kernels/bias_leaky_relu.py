@@ -99,7 +99,7 @@ def bias_leaky_relu(x: Tensor, bias: Tensor, slope: float, out: Tensor) -> None:
     Formed in float32 and rounded once. Without gradients: for inference.
 
     Raises:
-        ValueError: shapes do not fit together.
+        ValueError: shapes do not fit together, or the bias is not float32.
     """
     _check(x, bias, out)
     _into(x, bias, slope, out)
@@ -109,7 +109,7 @@ def bias_leaky_relu_(x: Tensor, bias: Tensor, slope: float, also: Tensor | None 
     """The same in place of x, which is given back; ``also`` gets its first channels, as ``out`` above.
 
     Raises:
-        ValueError: shapes do not fit together.
+        ValueError: shapes do not fit together, or the bias is not float32.
     """
     _check(x, bias, x if also is None else also)
     _in_place(x, bias, slope, also)
@@ -119,6 +119,8 @@ def bias_leaky_relu_(x: Tensor, bias: Tensor, slope: float, also: Tensor | None 
 def _check(x: Tensor, bias: Tensor, out: Tensor) -> None:
     if x.ndim != 4 or bias.shape != x.shape[1:2]:
         raise ValueError(f"expected (B, C, H, W) and (C,), got {tuple(x.shape)} and {tuple(bias.shape)}")
+    if bias.dtype != torch.float32:
+        raise ValueError(f"a bias is float32, got {bias.dtype}")
     batch, channels, *size = out.shape
     if batch != x.shape[0] or channels > x.shape[1] or size != list(x.shape[2:]):
         raise ValueError(f"{tuple(x.shape)} does not go into {tuple(out.shape)}")

@@ -130,6 +130,12 @@ def pack(weight: Tensor, stride: int, transposed: bool) -> Tensor:
     return torch.cat((flat, flat.new_zeros(found.outputs * 16)))  # one step more: fetched, and not used
 
 
+def _packed_size(found: Tiling, inputs: int, outputs: int) -> int:
+    """Elements that ``pack`` gives for a layer of so many channels."""
+    groups, chunks = outputs // (_RESULTS if found.enlarges else found.outputs), -(-inputs // found.channels)
+    return (groups * chunks * found.steps + 1) * 16 * found.outputs
+
+
 def _as_convolution(weight: Tensor) -> Tensor:
     """A 4x4 deconvolution's (in, out, 4, 4) to (4 out, in, 3, 3): 2x2 results of 16 channels, from 3x3 neighbours."""
     inputs, outputs = weight.shape[:2]
@@ -243,14 +249,19 @@ def convolution(
     Without gradients: for inference.
 
     Raises:
-        ValueError: shapes or types do not fit together.
+        ValueError: shapes or types do not fit together, or ``tiling`` does not know the layer.
     """
+    found = tiling(weight, stride, transposed)
+    if found is None:
+        raise ValueError(f"no kernel for {weight.dtype} weights {tuple(weight.shape)} with stride {stride}")
     outputs, inputs = (weight.shape[1], weight.shape[0]) if transposed else weight.shape[:2]
     size = [side * stride if transposed else -(-side // stride) for side in x.shape[2:]]
     if x.ndim != 4 or x.shape[1] < inputs or x.shape[1] % _TOGETHER or bias.shape != (outputs,):
         raise ValueError(f"{tuple(x.shape)}, {tuple(weight.shape)} and {tuple(bias.shape)} do not fit together")
     if not weight.dtype == packed.dtype == x.dtype or bias.dtype != torch.float32:
         raise ValueError(f"maps take weights of their type and float32 biases: {x.dtype}, {weight.dtype}, {bias.dtype}")
+    if packed.numel() != _packed_size(found, inputs, outputs) or not packed.is_contiguous():
+        raise ValueError(f"{tuple(packed.shape)} is not what pack makes of weights {tuple(weight.shape)}")
     shape = (x.shape[0], outputs, *size)
     if out is None:
         out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

@@ -131,7 +131,7 @@ def _take_off_borders_cuda(
 
 
 def _takes_head(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
-    return _fits(x) and weight.dtype == x.dtype
+    return _fits(x)
 
 
 def _takes_borders(out: Tensor, x: Tensor, *borders: Tensor) -> bool:
@@ -226,12 +226,15 @@ def flow_head(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Without gradients: for inference.
 
     Raises:
-        ValueError: shapes do not fit together.
+        ValueError: shapes or types do not fit together.
     """
-    packed = weight.ndim == 5 and x.ndim == 4 and weight.shape[0] == -(-x.shape[1] // CHUNK)
+    fits = x.ndim == 4 and weight.ndim == 5 and weight.shape[1] in _KERNELS
+    packed = fits and weight.shape == (-(-x.shape[1] // CHUNK), weight.shape[1], _TILE, 4, CHUNK // 4)
     if not packed or bias.shape != (_OUTPUTS,) or bias.dtype != torch.float32:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (x, weight, bias))
         raise ValueError(f"expected (B, C, H, W), packed weights for C channels and (2,) float32, got {shapes}")
+    if weight.dtype != x.dtype:
+        raise ValueError(f"maps take weights of their type: {x.dtype}, {weight.dtype}")
     return _head(x, weight, bias)
 
 

@@ -53,6 +53,13 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match="packed weights for C channels"):
             heads.flow_head(x.half(), packed, by)
+    x = torch.zeros(1, 40, 3, 4).half()
+    for wrong in (packed[:, :2], packed.expand(2, 3, 8, 4, 8).repeat(1, 2, 1, 1, 1), packed[..., :4], packed[:, :, :4]):
+        with pytest.raises(ValueError, match="packed weights for C channels"):
+            heads.flow_head(x, wrong, bias)
+    for other in (torch.bfloat16, torch.float32):
+        with pytest.raises(ValueError, match="weights of their type"):
+            heads.flow_head(x, packed.to(other), bias)
     with pytest.raises(ValueError, match="was not made of"):
         heads.take_off_borders_(torch.zeros(1, 2, 3, 4), torch.zeros(1, 8, 3, 5), borders_of(8))
 
