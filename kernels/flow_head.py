@@ -19,7 +19,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowreel.kernels.launch import MOST_DEEP, SUFFIXES, blocks_for, implement, launch, on_tensor_cores, sizes, view
+from flowreel.kernels.launch import (
+    MOST_DEEP,
+    SUFFIXES,
+    blocks_for,
+    implement,
+    launch,
+    multiprocessors,
+    on_tensor_cores,
+    sizes,
+    view,
+)
 
 
 class Borders(NamedTuple):
@@ -104,14 +114,13 @@ _WARPS = 4  # of a block, as in flow_head.cu
 _COLUMNS = 32  # that a warp reads
 _AT_ONCE = {3: 4, 5: 3}  # by filter: blocks that a multiprocessor runs at once
 _ENOUGH = 2.5  # with fewer it waits for the latency of memory; chosen by reckoning, not by measuring
-_MULTIPROCESSORS = 132  # where nobody tells
 
 
 def _flow_head_cuda(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     batch, channels, height, width = x.shape
     kernel = _KERNELS[weight.shape[1]]
     out = x.new_empty(batch, _OUTPUTS, height, width, dtype=torch.float32)
-    splits, rows, grid = _shares(batch, channels, height, width, kernel, _multiprocessors(x.device))
+    splits, rows, grid = _shares(batch, channels, height, width, kernel, multiprocessors(x.device))
     arguments = (*view(x), weight.contiguous(), bias.contiguous(), out)
     arguments += sizes(channels, height, width, splits, rows)
     launch("flow_head", f"flow_head_{kernel}_{SUFFIXES[x.dtype]}", grid, arguments, (32 * _WARPS,))
@@ -149,7 +158,7 @@ def _fits(x: Tensor) -> bool:
 
 @lru_cache
 def _shares(
-    batch: int, channels: int, height: int, width: int, kernel: int, multiprocessors: int
+    batch: int, channels: int, height: int, width: int, kernel: int, processors: int
 ) -> tuple[int, int, tuple[int, int, int]]:
     """How many warps share the channels, how many rows a block makes, and the grid.
 
@@ -162,19 +171,12 @@ def _shares(
 
     def time(rows: int) -> float:
         """Of the busiest multiprocessor, in rows of one block."""
-        blocks = -(-batch * across * -(-height // rows) // multiprocessors)
+        blocks = -(-batch * across * -(-height // rows) // processors)
         rest = blocks % _AT_ONCE[kernel]
         return (blocks - rest + (max(rest, _ENOUGH) if rest else 0)) * (rows + kernel - 1)
 
     rows = min(range(height, 0, -1), key=time)  # of those that take the same time what reads least twice
     return splits, rows, (across, -(-height // rows), batch)
-
-
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _MULTIPROCESSORS
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return count
 
 
 # --- registration -----------------------------------------------------------------------------------------------------

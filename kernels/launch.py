@@ -116,6 +116,15 @@ def on_tensor_cores(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has, to share work among; a CPU says what an H100 would."""
+    if device.type != "cuda":
+        return 132
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
+
+
 def kernels_on(device: torch.device) -> str:
     """``cuda`` where our own kernels run, ``torch`` where torch's operations do their work."""
     return "cuda" if device.type == "cuda" and _cupy_is_there() else "torch"

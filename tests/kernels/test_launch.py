@@ -166,6 +166,18 @@ def test_older_gpus_do_without_the_tensor_core_kernels(
     assert len(loaded) == len(list(launch.SOURCES.glob("*.cu"))) - (0 if tensor_cores else 3)
 
 
+def test_the_device_tells_how_many_multiprocessors_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=10 * device.index)
+    )
+    launch.multiprocessors.cache_clear()
+    try:
+        assert [launch.multiprocessors(torch.device("cuda", index)) for index in (3, 4)] == [30, 40]
+    finally:
+        launch.multiprocessors.cache_clear()
+    assert launch.multiprocessors(torch.device("cpu")) == 132
+
+
 def test_maps_on_such_a_gpu_take_the_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(1, 16, 4, 4, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
     assert flow_head._fits(x)
