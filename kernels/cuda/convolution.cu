@@ -19,11 +19,6 @@
 
 constexpr int WARPS = 4, COLUMNS = 16, TOGETHER = 8;
 
-template <class T, int COUNT>
-struct alignas(COUNT * sizeof(T)) Several {  // alignas: stored at once
-    T values[COUNT];
-};
-
 struct Steps {  // from a pixel to one a few rows and columns away, in elements
     int y, x;
     __device__ __forceinline__ Steps(int y, int x) : y(y), x(x) {}

@@ -172,13 +172,8 @@ HEAD_ENTRY(5, bfloat16, __nv_bfloat16)
 // and right; `corners`: (corner, output, channel), above left, above right, below left, below right.
 
 template <class T>
-struct alignas(16) Eight {  // alignas: one load
-    T values[8];
-};
-
-template <class T>
 __device__ __forceinline__ void add_products(
-    float (&sums)[2], const Eight<T>& pixel, const float* weights, int channels
+    float (&sums)[2], const Several<T, 8>& pixel, const float* weights, int channels
 ) {
     const T* const values = pixel.values;
 #pragma unroll
@@ -215,12 +210,12 @@ __device__ __forceinline__ void take_off_borders(
         const long long step = step_y ? x.y : x.x;
 #pragma unroll 1
         for (int c = lane * 8; c < channels; c += 32 * 8) {
-            Eight<T> pixels[5];  // all on their way before the first is needed
+            Several<T, 8> pixels[5];  // all on their way before the first is needed
 #pragma unroll
             for (int k = 0; k < 5; ++k) {
                 const int from_y = y + (k - 2) * step_y, from_x = column + (k - 2) * step_x;
                 if (from_y >= 0 && from_y < height && from_x >= 0 && from_x < width) {
-                    pixels[k] = *(const Eight<T>*)(middle + (k - 2) * step + c);
+                    pixels[k] = *(const Several<T, 8>*)(middle + (k - 2) * step + c);
                 } else {
 #pragma unroll
                     for (int i = 0; i < 8; ++i) store(pixels[k].values + i, 0);
@@ -236,7 +231,7 @@ __device__ __forceinline__ void take_off_borders(
     for (int corner = 0; corner < 4; ++corner) {
         if (!(beyond >> corner / 2 & 1) || !(beyond >> (2 + corner % 2) & 1)) continue;
         for (int c = lane * 8; c < channels; c += 32 * 8) {
-            const Eight<T> pixel = *(const Eight<T>*)(middle + c);
+            const Several<T, 8> pixel = *(const Several<T, 8>*)(middle + c);
             add_products(again, pixel, corners + corner * 2 * channels + c, channels);
         }
         for (int output = 0; output < 2; ++output) constants[output] -= corner_constants[corner * 2 + output];
