@@ -106,8 +106,13 @@ def prepare(device: torch.device) -> None:
     """Loads a GPU's kernels, so that none is compiled or loaded while a CUDA graph is being captured."""
     if kernels_on(device) == "cuda":
         for path in sorted(SOURCES.glob("*.cu")):
-            if on_tensor_cores(device) or "tensor_core.cuh" not in path.read_text():
+            if on_tensor_cores(device) or not needs_tensor_cores(path.stem):
                 _module(path.stem, device)
+
+
+def needs_tensor_cores(source: str) -> bool:
+    """Whether it is written with ``tensor_core.cuh``."""
+    return '#include "tensor_core.cuh"' in (SOURCES / f"{source}.cu").read_text()
 
 
 @cache
