@@ -90,22 +90,26 @@ def unpack_flow_head(packed: Tensor, channels: int) -> Tensor:
 
 
 def flow_head_definition(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """(B, C, H, W), packed weights and (2,) to (B, 2, H, W) float32."""
-    wide = unpack_flow_head(weight, x.shape[1]).float()
-    return F.conv2d(x.float(), wide, bias, padding=wide.shape[2] // 2).contiguous()
+    """(B, C, H, W), packed weights and (2,) to (B, 2, H, W) float32.
+
+    For float32 a process may allow TF32, which keeps 10 bits: enough for what was a half type, else it is float64.
+    """
+    dtype = torch.float32 if x.element_size() < 4 else torch.float64
+    wide = unpack_flow_head(weight, x.shape[1]).to(dtype)
+    return F.conv2d(x.to(dtype), wide, bias.to(dtype), padding=wide.shape[2] // 2).float().contiguous()
 
 
 def take_off_borders_definition(
     out: Tensor, x: Tensor, along: Tensor, along_constants: Tensor, corners: Tensor, corner_constants: Tensor
 ) -> None:
-    """Of ``out`` (B, N, H, W), which a 5x5 layer made of ``x`` (B, C, H, W)."""
+    """Of ``out`` (B, N, H, W), which a 5x5 layer made of ``x`` (B, C, H, W). In float64: see above."""
     ends = (2, 0), (2, -1), (3, 0), (3, -1)  # axis, place
     for side, (axis, place) in enumerate(ends):
-        edge, filters = x.select(axis, place).to(along.dtype), along[side].permute(1, 2, 0)
-        out.select(axis, place).sub_(F.conv1d(edge, filters, along_constants[side], padding=2))
+        edge, filters = x.select(axis, place).double(), along[side].permute(1, 2, 0).double()
+        out.select(axis, place).sub_(F.conv1d(edge, filters, along_constants[side].double(), padding=2))
     for corner, weight in enumerate(corners):
         y, column = -(corner // 2), -(corner % 2)
-        out[:, :, y, column] += x[:, :, y, column].to(along.dtype) @ weight.T + corner_constants[corner]
+        out[:, :, y, column] += x[:, :, y, column].double() @ weight.T.double() + corner_constants[corner]
 
 
 # --- the CUDA version -------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def test_padding_and_folding_change_nothing(name: str, batch_norm: bool, filled:
     program = cuda.pack(model, "fp32").program((3, 64, 128))
     flow = program.flow(*frames)
     assert (flow.dtype, flow.shape, flow.is_contiguous()) == (torch.float32, (3, 2, 64, 128), True)
-    torch.testing.assert_close(flow, model(*frames), rtol=0, atol=1e-4)
+    torch.testing.assert_close(flow, model(*frames), rtol=0, atol=2e-4)
     if name != "FlowNet2":
         quarter = program.quarter(*frames)
         assert (quarter.shape, quarter.is_contiguous()) == ((3, 2, 16, 32), True)
