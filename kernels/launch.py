@@ -32,6 +32,7 @@ from flowreel.engine.errors import DeviceError, MissingDependencyError
 SOURCES = Path(__file__).resolve().parent / "cuda"
 OPTIONS = ("-std=c++17", "--ptxas-options=-v")  # -v: the log tells of registers and spills
 SUFFIXES = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat16"}  # of an entry's name
+TENSOR_CORES_SINCE = (8, 0)  # compute capability: of those that ``tensor_core.cuh`` asks for
 THREADS = 256  # of a block, where nothing speaks for another number
 
 Argument = Tensor | np.int32 | np.int64 | np.float32 | None
@@ -118,7 +119,7 @@ def needs_tensor_cores(source: str) -> bool:
 @cache
 def on_tensor_cores(device: torch.device) -> bool:
     """Whether what is written with ``tensor_core.cuh`` runs there. GPUs before compute capability 8.0 do without it."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= TENSOR_CORES_SINCE
 
 
 @cache
