@@ -203,6 +203,58 @@ def test_a_call_waits_for_one_that_is_held_up_in_the_same_memory(filled: Filled)
         torch.testing.assert_close(found[name], model(*pair), rtol=0, atol=1e-4)
 
 
+def later(work: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """What runs beside, only when it is asked for: after all that comes in between."""
+    return work
+
+
+def in_a_thread(work: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """What runs beside, at the same time as what comes in between."""
+    done: list[Tensor] = []
+
+    def run() -> None:
+        with torch.no_grad():
+            done.append(work())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+
+    def awaited() -> Tensor:
+        thread.join(60)
+        return done[0]
+
+    return awaited
+
+
+@pytest.mark.parametrize("beside", [later, in_a_thread])
+def test_flownet2s_second_stream_may_run_at_any_time_and_for_several_threads(
+    beside: Callable[..., Any], filled: Filled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two programs of one network, two threads at each: the same bits as one after the other, all on one stream."""
+    network = cuda.pack(filled("FlowNet2", width=0.1), "fp32")
+    cases = [(count, frames_of(20 + seed, count)) for count in (1, 2) for seed in (0, 1)]
+    expected = [network.program((count, 64, 128)).flow(*frames) for count, frames in cases]
+    asked: list[object] = []
+    monkeypatch.setattr(cuda, "beside", lambda *given: (asked.append(given), beside(*given))[1])
+    programs = {count: network.program((count, 64, 128)) for count in (1, 2)}
+    made = len(asked)
+    found: dict[int, list[Tensor]] = {}
+
+    def run(number: int) -> None:
+        count, frames = cases[number]
+        with torch.no_grad():
+            found[number] = [programs[count].flow(*frames) for _ in range(3)]
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(cases))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(asked) == made + 3 * len(cases)
+    for number, flow in enumerate(expected):
+        assert all(torch.equal(one, flow) for one in found[number])
+
+
 @pytest.mark.parametrize("loud", ["flownetc.conv3", "flownets_1.deconv2", "flownets_1.predict_flow2"])
 def test_fp16_near_its_end_is_said_once(loud: str, filled: Filled) -> None:
     model = filled("FlowNet2CS", width=0.1)
