@@ -22,11 +22,11 @@ from torch.nn import functional as F
 from flowreel.kernels.launch import (
     MOST_DEEP,
     SUFFIXES,
-    blocks_for,
     implement,
     launch,
     multiprocessors,
     on_tensor_cores,
+    parts,
     sizes,
     view,
 )
@@ -116,6 +116,7 @@ def take_off_borders_definition(
 
 _WARPS = 4  # of a block, as in flow_head.cu
 _COLUMNS = 32  # that a warp reads
+_BORDER_WARPS, _RUN = 8, 4  # of a block at the borders, and pixels that a lane has there
 _AT_ONCE = {3: 4, 5: 3}  # by filter: blocks that a multiprocessor runs at once
 _ENOUGH = 2.5  # with fewer it waits for the latency of memory; chosen by reckoning, not by measuring
 
@@ -136,10 +137,11 @@ def _take_off_borders_cuda(
 ) -> None:
     borders = along, along_constants, corners, corner_constants
     batch, channels, height, width = x.shape
-    rows = min(height, 2)
-    pixels = batch * (rows * width + (height - rows) * min(width, 2))
-    arguments = (*view(x), *(b.contiguous() for b in borders), out, *sizes(batch, channels, height, width))
-    grid, block = blocks_for(32 * pixels, 32 * _WARPS), (32 * _WARPS,)
+    splits = next((n for n in (1, 2, 4) if n * CHUNK >= channels), _BORDER_WARPS)  # by the channels alone: as _shares
+    rows, columns = min(height, 2), min(width, 2)
+    runs = rows * parts(width, _RUN) + columns * parts(height - rows, _RUN)
+    arguments = (*view(x), *(b.contiguous() for b in borders), out, *sizes(channels, height, width, splits))
+    grid, block = (parts(runs, 4 * _BORDER_WARPS // splits), batch), (32 * _BORDER_WARPS,)
     launch("flow_head", f"flow_head_borders_{SUFFIXES[x.dtype]}", grid, arguments, block)
 
 

@@ -132,7 +132,7 @@ def compare_borders(shape: Shape, dtype: torch.dtype, card: torch.device) -> Non
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_borders_equal_their_definition(dtype: torch.dtype, card: torch.device) -> None:
-    for shape in ((1, 8, 1, 1), (2, 16, 1, 7), (1, 264, 9, 1), (2, 40, 2, 2), (2, 24, 5, 11)):
+    for shape in ((1, 8, 1, 1), (2, 16, 1, 7), (1, 264, 9, 1), (2, 40, 2, 2), (2, 24, 5, 11), (2, 96, 19, 38)):
         compare_borders(shape, dtype, card)
 
 
@@ -189,14 +189,21 @@ def test_a_planted_fault_is_caught(fault: tuple[str, str], plant: Callable[..., 
 
 BORDERS = {
     "a side too few": ("side < 4", "side < 3"),
-    "a corner too few": ("corner < 4", "corner < 3"),
-    "no corner's constant": ("constants[output] -= corner", "constants[output] -= 0 * corner"),
-    "beyond the row": ("from_x < width)", "from_x <= width)"),
-    "beyond the column": ("from_y >= 0 && ", ""),
-    "a row twice": ("min(height, 2)", "2"),
-    "part of the warp": ("other > 0; other /= 2", "other > 1; other /= 2"),
-    "channels of one turn": ("c < channels; c += 32 * 8", "c < min(channels, 256); c += 32 * 8"),
-    "one pixel too many": ("n >= batch) return", "n > batch) return"),
+    "an end too few": ("end < 2", "end < 1"),
+    "a corner too few": ("corner < 4", "corner < 2"),
+    "no corner's constant": ("again += corner_constants", "again += 0 * corner_constants"),
+    "constants from every warp": ("share == 0 && t == 0", "t == 0"),
+    "before the line": ("place + away >= 0 && ", ""),
+    "beyond the line": ("place + away < size", "place + away <= size"),
+    "columns that have the corners too": ("1 + after % max", "after % max"),
+    "ends of columns": ("if (!in_row || r < 0", "if (r < 0"),
+    "part of the lanes": ("other = 2; other > 0", "other = 1; other > 0"),
+    "a warp's share lost": ("other < splits; ++other", "other < 1; ++other"),
+    "no barrier": ("__syncthreads();\n    if (!writes)", "if (!writes)"),
+    "channels of one turn": ("c += channels.step", "c += channels.all"),
+    "channels beyond the last": ("c < channels.all", "c < (channels.all + 31) / 32 * 32"),
+    "one pixel too many": ("t < count", "true"),
+    "the other output's weights": ("side * TAPS * 2 + output", "side * TAPS * 2"),
 }
 
 
