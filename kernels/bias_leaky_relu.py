@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowreel.kernels.launch import SUFFIXES, THREADS, implement, launch, sizes, view
+from flowreel.kernels.launch import SUFFIXES, THREADS, implement, launch, parts, sizes, view
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,7 +53,7 @@ def _bias_leaky_relu_in_place_cuda(x: Tensor, bias: Tensor, slope: float, also: 
 
 def _launched(x: Tensor, bias: Tensor, slope: float, out: Tensor, also: Tensor | None) -> None:
     batch, channels, height, width = x.shape
-    blocks_a_row = -(-width * -(-channels // _TOGETHER) // THREADS)
+    blocks_a_row = parts(width * parts(channels, _TOGETHER), THREADS)
     counts = sizes(channels, out.shape[1], 0 if also is None else also.shape[1], height, width)
     views = (*view(x), bias.contiguous(), *view(out), *view(out if also is None else also))
     entry, grid = f"bias_leaky_relu_{SUFFIXES[x.dtype]}", (batch * height * blocks_a_row,)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowreel.kernels.launch import SUFFIXES, implement, launch, on_tensor_cores, sizes, view
+from flowreel.kernels.launch import SUFFIXES, implement, launch, on_tensor_cores, parts, sizes, view
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,11 +69,11 @@ class Tiling(NamedTuple):
     @property
     def half_steps(self) -> int:
         """How often 8 of a filter row's columns and channels are taken."""
-        return -(-self.kernel * self.channels // _TOGETHER)
+        return parts(self.kernel * self.channels, _TOGETHER)
 
     @property
     def steps(self) -> int:
-        return -(-self.kernel * self.half_steps // 2)
+        return parts(self.kernel * self.half_steps, 2)
 
     @property
     def run(self) -> int:
@@ -98,7 +98,7 @@ def tiling(weight: Tensor, stride: int, transposed: bool) -> Tiling | None:
         fits = (kernel, stride) == (4, 2) and outputs % _RESULTS == 0 and inputs <= 176
         return Tiling(_NEIGHBOURS, 1, 16, 4 * _RESULTS, 4, True) if fits else None
     if (kernel, stride) == (7, 2) and outputs % 64 == 0 and inputs <= 12:
-        return Tiling(7, 2, -(-inputs // 4) * 4, 64, 4, False)
+        return Tiling(7, 2, 4 * parts(inputs, 4), 64, 4, False)
     if (kernel, stride) == (3, 1) and outputs % 64 == 0 and inputs <= 16:
         return Tiling(3, 1, 8 if inputs <= 8 else 16, 64, 2, False)
     return None
@@ -117,7 +117,7 @@ def pack(weight: Tensor, stride: int, transposed: bool) -> Tensor:
         weight = _as_convolution(weight)
     outputs, inputs, kernel, _ = weight.shape
     channels, tiles = found.channels, found.outputs // 8
-    chunks = -(-inputs // channels)
+    chunks = parts(inputs, channels)
     # k: filter row, then its columns and channels, 8 at a time
     padded = F.pad(weight, (0, 0, 0, 0, 0, chunks * channels - inputs)).view(outputs, chunks, channels, kernel, kernel)
     rows = padded.permute(1, 3, 4, 2, 0).reshape(chunks, kernel, kernel * channels, outputs)
@@ -135,7 +135,7 @@ def pack(weight: Tensor, stride: int, transposed: bool) -> Tensor:
 
 def _packed_size(found: Tiling, inputs: int, outputs: int) -> int:
     """Elements that ``pack`` gives for a layer of so many channels."""
-    groups, chunks = outputs // (_RESULTS if found.enlarges else found.outputs), -(-inputs // found.channels)
+    groups, chunks = outputs // (_RESULTS if found.enlarges else found.outputs), parts(inputs, found.channels)
     return (groups * chunks * found.steps + 1) * 16 * found.outputs
 
 
@@ -184,7 +184,7 @@ def _convolution_cuda(
     second = first if also is None or not _reaches(also, found.run) else also
     height, width = (x if transposed else out).shape[2:]
     groups = out.shape[1] // (_RESULTS if transposed else found.outputs)
-    grid = (-(-width // _COLUMNS) * groups, -(-height // (_WARPS * found.rows)), x.shape[0])
+    grid = (parts(width, _COLUMNS) * groups, parts(height, _WARPS * found.rows), x.shape[0])
     counts = sizes(int(second is not first), inputs, *x.shape[2:], height, width, groups, found.kernel // 2)
     arguments = (*view(x), packed, bias, *view(first), *view(second), *counts, np.float32(slope))
     launch("convolution", found.entry(x.dtype), grid, arguments, (32 * _WARPS,))
@@ -258,7 +258,7 @@ def convolution(
     if found is None:
         raise ValueError(f"no kernel for {weight.dtype} weights {tuple(weight.shape)} with stride {stride}")
     outputs, inputs = (weight.shape[1], weight.shape[0]) if transposed else weight.shape[:2]
-    size = [side * stride if transposed else -(-side // stride) for side in x.shape[2:]]
+    size = [side * stride if transposed else parts(side, stride) for side in x.shape[2:]]
     if x.ndim != 4 or x.shape[1] < inputs or x.shape[1] % _TOGETHER or bias.shape != (outputs,):
         raise ValueError(f"{tuple(x.shape)}, {tuple(weight.shape)} and {tuple(bias.shape)} do not fit together")
     if not weight.dtype == packed.dtype == x.dtype or bias.dtype != torch.float32:

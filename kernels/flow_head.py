@@ -63,7 +63,7 @@ def pack_flow_head(weight: Tensor, dtype: torch.dtype) -> Tensor:
     outputs, channels, kernel = weight.shape[:3]
     if outputs != _OUTPUTS or kernel not in _TILES or weight.shape[3] != kernel:
         raise ValueError(f"a flow head is (2, C, 3, 3) or (2, C, 5, 5), not {tuple(weight.shape)}")
-    chunks = -(-channels // CHUNK)
+    chunks = parts(channels, CHUNK)
     columns = weight.new_zeros(_TILES[kernel], _TILE, chunks * CHUNK)
     by_place = weight.permute(2, 3, 0, 1)  # (ky, kx, output, channel)
     first = by_place[:, :_FIRST].flatten(1, 2)
@@ -170,19 +170,19 @@ def _shares(
 
     The first decides in what order sums are made: by the channels alone, so that bits do not depend on the batch.
     """
-    chunks = -(-channels // CHUNK)
+    chunks = parts(channels, CHUNK)
     splits = 1 if chunks <= 3 else 2 if chunks <= 6 else 4
-    strips = -(-width // (_COLUMNS - kernel + 1))
-    across = -(-strips // (_WARPS // splits))
+    strips = parts(width, _COLUMNS - kernel + 1)
+    across = parts(strips, _WARPS // splits)
 
     def time(rows: int) -> float:
         """Of the busiest multiprocessor, in rows of one block."""
-        blocks = -(-batch * across * -(-height // rows) // processors)
+        blocks = parts(batch * across * parts(height, rows), processors)
         rest = blocks % _AT_ONCE[kernel]
         return (blocks - rest + (max(rest, _ENOUGH) if rest else 0)) * (rows + kernel - 1)
 
     rows = min(range(height, 0, -1), key=time)  # of those that take the same time what reads least twice
-    return splits, rows, (across, -(-height // rows), batch)
+    return splits, rows, (across, parts(height, rows), batch)
 
 
 # --- registration -----------------------------------------------------------------------------------------------------
@@ -237,7 +237,7 @@ def flow_head(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ValueError: shapes or types do not fit together.
     """
     fits = x.ndim == 4 and weight.ndim == 5 and weight.shape[1] in _KERNELS
-    packed = fits and weight.shape == (-(-x.shape[1] // CHUNK), weight.shape[1], _TILE, 4, CHUNK // 4)
+    packed = fits and weight.shape == (parts(x.shape[1], CHUNK), weight.shape[1], _TILE, 4, CHUNK // 4)
     if not packed or bias.shape != (_OUTPUTS,) or bias.dtype != torch.float32:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (x, weight, bias))
         raise ValueError(f"expected (B, C, H, W), packed weights for C channels and (2,) float32, got {shapes}")

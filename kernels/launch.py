@@ -34,6 +34,7 @@ OPTIONS = ("-std=c++17", "--ptxas-options=-v")  # -v: the log tells of registers
 SUFFIXES = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat16"}  # of an entry's name
 TENSOR_CORES_SINCE = (8, 0)  # compute capability: of those that ``tensor_core.cuh`` asks for
 THREADS = 256  # of a block, where nothing speaks for another number
+MOST_DEEP = (1 << 16) - 1  # blocks of a grid along its second and its third axis
 
 Argument = Tensor | np.int32 | np.int64 | np.float32 | None
 Size = tuple[int, ...]
@@ -85,22 +86,19 @@ def sizes(*numbers: int) -> tuple[np.int32, ...]:
     return tuple(map(np.int32, numbers))
 
 
-def blocks_for(count: int, threads: int = THREADS) -> Size:
-    """The grid of one thread for each of ``count`` items."""
-    return (-(-count // threads),)
-
-
-MOST_DEEP = (1 << 16) - 1  # blocks of a grid along its third axis
-
-
 def parts(count: int, size: int) -> int:
     """How many parts of ``size`` hold ``count`` things: the last may be short."""
     return -(-count // size)
 
 
+def blocks_for(count: int) -> Size:
+    """The grid of one thread for each of ``count`` items."""
+    return (parts(count, THREADS),)
+
+
 def blocks_for_picture(height: int, width: int) -> int:
     """How many blocks share a picture, where each ends by adding what it found to a total: few, 16 pixels a thread."""
-    return -(-height * width // (16 * THREADS))
+    return parts(height * width, 16 * THREADS)
 
 
 def prepare(device: torch.device) -> None:
