@@ -203,7 +203,7 @@ __device__ __forceinline__ void add_side(
         for (int i = 0; i < COUNT + TAPS - 1; ++i) {
             const int away = i - TAPS / 2;
             const bool inside = place + away >= 0 && place + away < size;
-            near[i] = inside ? *(const uint4*)(pixel + away * step + c) : uint4{0, 0, 0, 0};
+            near[i] = inside ? __ldg((const uint4*)(pixel + away * step + c)) : uint4{0, 0, 0, 0};
         }
 #pragma unroll
         for (int k = 0; k < TAPS; ++k) {
@@ -270,7 +270,7 @@ __device__ __forceinline__ void take_off_borders(
             if (!(beside >> corner / 2 & 1)) continue;
             for (int c = channels.first; c < channels.all; c += channels.step) {
                 const float4* const by = (const float4*)(corners + (corner * 2 + output) * all_channels + c);
-                add_product<T>(again, *(const uint4*)(here + c), __ldg(by), __ldg(by + 1));
+                add_product<T>(again, __ldg((const uint4*)(here + c)), __ldg(by), __ldg(by + 1));
             }
             if (adds_constants) again += corner_constants[corner * 2 + output];
         }
