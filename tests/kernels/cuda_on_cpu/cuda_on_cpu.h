@@ -42,6 +42,9 @@ struct uint3 {
 };
 static uint3 threadIdx, blockIdx, blockDim, gridDim;
 
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
