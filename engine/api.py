@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
-from flowreel.engine.config import RunConfig
-from flowreel.engine.data import FlowBatch, FlowInfo, OneFileAFlow, Resumable, Sink, Source
+from flowreel.engine.config import Direction, QueueConfig, RunConfig
+from flowreel.engine.data import FlowBatch, FlowInfo, Frame, OneFileAFlow, Resumable, Sink, Source
 from flowreel.engine.device import Streams, device_name, download, resolve_device, upload
 from flowreel.engine.errors import OutputExistsError, TooFewFramesError, TruncatedSourceError, UsageError
 from flowreel.engine.export import export
@@ -40,8 +40,11 @@ from flowreel.engine.places import require_harmless
 from flowreel.engine.restore import restore
 from flowreel.engine.resume import Resumption, require_made_so, take_up
 from flowreel.engine.sources import STDIN, MayWait, open_source, source_stem
-from flowreel.engine.stages import Stage, StageStatistics
+from flowreel.engine.stages import Stage, StageFunction, StageStatistics, joined
 from flowreel.sinks import open_sink, open_store
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -133,11 +136,14 @@ def run_one(
             sinks = [resumed.store]  # the other outputs are made from it when it is complete
         opened.enter_context(opened_sinks(sinks, header, resumes=True))
         to_host = all(preparing(sink) is None for sink in sinks)  # else each output takes what it wants
-        pipeline = _pipeline(frames, inference, header, config, to_host=to_host, resumed=resumed)
+        shard = header.shard_length(config.sink.shard_bytes)
+        done, checked = (0, None) if resumed is None else (resumed.point.flows, resumed.checked)
+        batched = batches(inference.batch, shard, done)
+        steps = stages(inference, config.model.direction, batched, checked, to_host=to_host)
+        pipeline = Chain(frames, steps, config.queues, inference.device)
         tallies = [Tally(sink, on_gpu=inference.device.type == "cuda") for sink in sinks]
         teller(progress, tallies, header.flow_count)(pipeline.statistics())  # the outputs are open
-        shard = header.shard_length(config.sink.shard_bytes)
-        inference.make_ready(shard, header.flow_count, 0 if resumed is None else resumed.point.flows)
+        inference.make_ready(shard, header.flow_count, done)
         started_s = time.perf_counter()
         tell = teller(progress, tallies, header.flow_count)
         pipeline.run({f"write {tally.sink.path}": tally.consume for tally in tallies}, tell)
@@ -182,53 +188,66 @@ def stream(source: PathLike, **options: object) -> Iterator[FlowBatch]:
         closer = opened.pop_all()
 
     def flows() -> Iterator[FlowBatch]:
-        streams = Streams(inference.device)
         with closer:
-            pipeline = _pipeline(frames, inference, header, config, to_host=False, streams=streams)
-            with closing(pipeline.stream()) as results:
-                yield from streams.handed_over(results)
+            batched = batches(inference.batch, header.shard_length(config.sink.shard_bytes))
+            steps = stages(inference, config.model.direction, batched, to_host=False)
+            with closing(Chain(frames, steps, config.queues, inference.device).flows()) as results:
+                yield from results
             if frames.losses and not config.tolerate_truncation:
                 raise TruncatedSourceError(f"{_named(source)}: {'; '.join(frames.losses)}")
 
     return flows()
 
 
-def _pipeline(
-    frames: Source,
+def stages(
     inference: Inference,
-    header: FlowInfo,
-    config: RunConfig,
+    direction: Direction,
+    batched: StageFunction,
+    checked: StageFunction | None = None,
     *,
     to_host: bool,
-    streams: Streams | None = None,
-    resumed: Resumption | None = None,
-) -> Pipeline:
-    """The chain itself, left to right. On a GPU two stages more move the data, each frame once.
+) -> list[Stage]:
+    """The chain itself, left to right: frames to flow in the frame's pixels.
 
-    to_host: flow is wanted there, and nowhere else: not where some output works on it on the GPU.
+    On a GPU it also moves the data, each frame once, and steps that are short there share a thread.
+
+    Args:
+        batched: gathers pairs into batches.
+        checked: looks at the frames on their way.
+        to_host: flow is wanted there, and nowhere else: not where some output works on it on the GPU.
     """
-    streams = streams or Streams(inference.device)
-    first = 0 if resumed is None else resumed.point.flows
-    on_gpu = inference.device.type == "cuda"
-    shard = header.shard_length(config.sink.shard_bytes)
-    stages = [
-        *([Stage("upload", upload(inference.device))] if on_gpu else []),
-        *([Stage("resume", resumed.checked)] if resumed is not None else []),
-        Stage("pairs", partial(pairs, direction=config.model.direction)),
-        Stage("batches", batches(inference.batch, shard, first)),
-        Stage("model", inference.stage),
-        Stage("restore", restore(inference.fit)),
-        *([Stage("download", download)] if on_gpu and to_host else []),
+    by_frame = [
+        *([Stage("resume", checked)] if checked is not None else []),
+        Stage("pairs", partial(pairs, direction=direction)),
+        Stage("batches", batched),
     ]
-    return Chain("decode", frames, stages, config.queues, wrap=streams.on_stream if on_gpu else None)
+    restored = restore(inference.fit)
+    if inference.device.type != "cuda":
+        return [*by_frame, Stage("model", inference.stage), Stage("restore", restored)]
+    return [
+        Stage("batches", joined(upload(inference.device), *(stage.function for stage in by_frame))),
+        Stage("model", joined(inference.stage, restored)),
+        *([Stage("download", download)] if to_host else []),
+    ]
 
 
 class Chain(Pipeline):
-    """Also tells a source that may be waiting for bytes that never come when the run stops."""
+    """A pipeline of these stages. On a GPU each has a stream of its own (``engine/device.py``).
 
-    def __init__(self, source_name: str, source: Source, *rest: Any, **options: Any) -> None:
-        super().__init__(source_name, source, *rest, **options)
+    It also tells a source that may be waiting for bytes that never come when the run stops.
+    """
+
+    def __init__(
+        self, source: Iterable[Frame], stages: Sequence[Stage], queues: QueueConfig, device: torch.device
+    ) -> None:
+        self._streams = Streams(device)
         self._source = source
+        super().__init__("decode", source, stages, queues, self._streams.on_stream if device.type == "cuda" else None)
+
+    def flows(self) -> Generator[FlowBatch, None, None]:
+        """What ``stream`` gives, ready on whatever stream is current where it is taken."""
+        with closing(self.stream()) as results:
+            yield from self._streams.handed_over(results)
 
     def stop(self) -> None:
         super().stop()  # first: nobody may take the stream's end for a good one
@@ -369,7 +388,7 @@ def _report(
         width=header.width,
         height=header.height,
         decoder=frames.decoder,
-        device=device_name(inference.device),
+        device=device_name(*inference.devices),
         kernels=dict(inference.kernels),
         precision=inference.precision,
         batch=inference.batch,

@@ -35,13 +35,29 @@ _BF16_SINCE = (8, 0)  # compute capability; TF32 came with it
 MOST_UPLOADS = 4  # frames on their way to the device at once: each holds a pinned buffer
 
 
-def resolve_device(name: str) -> torch.device:
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` to the device that will be used; auto takes CUDA when it is there.
+def resolve_devices(name: str) -> tuple[torch.device, ...]:
+    """``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``cuda:N,M,...`` to the devices that will be used, in that order.
+
+    auto takes CUDA when it is there. Frames come to the first device, and flow leaves from it.
 
     Raises:
         DeviceError: CUDA was asked for by name and is not there; there is never a silent CPU run.
-        UsageError: no such kind of device.
+        UsageError: no such kind of device, or one twice.
     """
+    kind, _, numbers = name.partition(":")
+    names = [f"{kind}:{number.strip().removeprefix(f'{kind}:')}" for number in numbers.split(",")]
+    devices = tuple(_resolved(one, name) for one in (names if len(names) > 1 else [name]))
+    if len(devices) > 1 and (len(set(devices)) < len(devices) or devices[0].type != "cuda"):
+        raise UsageError(f"several devices are different GPUs, cuda:0,1: got {name!r}")
+    return devices
+
+
+def resolve_device(name: str) -> torch.device:
+    """The first, and mostly the only one, of ``resolve_devices``; raises as that does."""
+    return resolve_devices(name)[0]
+
+
+def _resolved(name: str, given: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     try:
@@ -49,7 +65,7 @@ def resolve_device(name: str) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise UsageError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+        raise UsageError(f"device must be auto, cpu, cuda, cuda:N or cuda:N,M,..., got {given!r}")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             built = "without" if torch.version.cuda is None else "with"
@@ -80,8 +96,10 @@ def resolve_precision(precision: Precision | None, device: torch.device) -> Prec
     return precision
 
 
-def device_name(device: torch.device) -> str:
-    """For a person: ``cuda:0 (NVIDIA ...)``, or ``cpu (2 threads)``."""
+def device_name(device: torch.device, *others: torch.device) -> str:
+    """For a person: ``cuda:0 (NVIDIA ...)``, or ``cpu (2 threads)``; of several GPUs, each."""
+    if others:
+        return ", ".join(map(device_name, (device, *others)))
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
@@ -253,6 +271,41 @@ class WorkStream:
     def finish(self) -> None:
         """Waits for the work on this stream alone."""
         self._stream.synchronize()
+
+
+class Lane:
+    """A device's own work, which goes on beside that of others: a run over several GPUs has one for each.
+
+    Items come from the streams of a run's stages on one device, ``home``, and go back there. In between nothing waits
+    for what other lanes do: neither the work on ``device``, nor the copies there and back.
+    """
+
+    def __init__(self, device: torch.device, home: torch.device) -> None:
+        self._home = home
+        self._at_home = torch.cuda.Stream(home, priority=STAGE_PRIORITY)  # type: ignore[no-untyped-call]
+        self._there = self._at_home
+        if device != home:
+            self._there = torch.cuda.Stream(device, priority=STAGE_PRIORITY)  # type: ignore[no-untyped-call]
+
+    def begun(self, item: Any, work: Callable[[], list[FlowBatch]]) -> Callable[[], list[FlowBatch]]:
+        """Starts ``work`` on the item, which is ready on the stream that is current at home.
+
+        Calling for the results makes them ready on the stream that is current then.
+        """
+        self._at_home.wait_stream(torch.cuda.current_stream(self._home))
+        for tensor in item.tensors:
+            tensor.record_stream(self._at_home)
+        with torch.cuda.stream(self._at_home), torch.cuda.stream(self._there):
+            # A copy between devices comes after all work on the streams that are current on both, and before what they
+            # are given next.
+            results = [batch.moved(lambda flow: flow.to(self._home, non_blocking=True)) for batch in work()]
+        done = self._at_home.record_event()
+
+        def awaited() -> list[FlowBatch]:
+            torch.cuda.current_stream(self._home).wait_event(done)
+            return results
+
+        return awaited
 
 
 def ran_out_of_memory(error: BaseException | None) -> bool:

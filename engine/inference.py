@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -13,12 +13,13 @@ from torch import Tensor
 from flowreel.engine.compiled import Packed, Program, pack, quarter_upsampling
 from flowreel.engine.config import ModelConfig, Precision
 from flowreel.engine.data import JSON, FlowBatch, NativeGrid, PairBatch
-from flowreel.engine.device import free_bytes, ran_out_of_memory, resolve_device, resolve_precision
+from flowreel.engine.device import Lane, free_bytes, ran_out_of_memory, resolve_devices, resolve_precision
 from flowreel.engine.errors import DeviceError, StageError, UsageError
 from flowreel.engine.models.layers import Upsampling, upsample
 from flowreel.engine.models.weights import Weights, instantiate, read_weights
 from flowreel.engine.pipeline import in_own_thread
 from flowreel.engine.restore import Fit
+from flowreel.engine.several import in_turn
 from flowreel.kernels.launch import recording
 
 _BATCH_PIXELS = {"cpu": 1 << 20, "cuda": 16 << 20}  # a batch of so many keeps the device busy; more only adds latency
@@ -34,7 +35,7 @@ _BYTES_A_PIXEL: dict[Precision, int] = {"fp16": 1500, "bf16": 1500, "tf32": 3300
 class Inference:
     """A network ready to run: resolved once, recorded in the store, the same after a resume."""
 
-    packed: Packed  # the network in the form ``device`` runs, in ``precision``
+    packed: Packed  # the network in the form that ``device`` runs, in ``precision``
     upsampling: Upsampling | None  # how its quarter-resolution prediction is enlarged; None: it has none
     model: str
     weights: Weights  # what is known of them; the tensors themselves are in ``packed``
@@ -43,9 +44,15 @@ class Inference:
     batch: int  # pairs
     fit: Fit
     native: bool = False  # the network's own quarter-resolution prediction goes along with the flow
+    others: tuple[Inference, ...] = ()  # the same on other GPUs, which take turns at the batches with this one
     notes: list[str] = field(default_factory=list, repr=False)  # what the user should know when all is done
     kernels: dict[str, str] = field(default_factory=dict, repr=False)  # by what each operation of ours ran so far
     _programs: dict[int, Program] = field(default_factory=dict, repr=False)  # by pairs: full batches, and short ones
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """All that compute, ``device`` first."""
+        return (self.device, *(other.device for other in self.others))
 
     @property
     def grid(self) -> NativeGrid | None:
@@ -101,7 +108,8 @@ class Inference:
         sizes = {min(self.batch, run) for run in runs} | {run % self.batch for run in runs}
         try:
             for pairs in sorted(sizes - {0}, reverse=True):
-                self._program(pairs)
+                for inference in (self, *self.others):
+                    inference._program(pairs)
         except Exception as error:
             if not ran_out_of_memory(error):
                 raise StageError("model", None, error) from error
@@ -113,23 +121,17 @@ class Inference:
     def stage(self, batches: Iterator[PairBatch]) -> Iterator[FlowBatch]:
         """Batches of pairs to batches of flow at the network's size; ``restore`` brings it to the frame's.
 
-        A batch that does not fit in the device's memory is done in halves, as are all that follow; no pair is lost.
+        A batch that does not fit in a device's memory is done in halves, as are all that follow there; no pair is lost.
         Raises DeviceError when not even one pair fits.
         """
-        most = self.batch
+        shares = [_Share(inference) for inference in (self, *self.others)]
+        if self.others:
+            yield from in_turn(batches, [(Lane(s.inference.device, self.device), s.whole) for s in shares])
+            return
         for batch in batches:
-            done = 0
-            while done < len(batch):
-                part = PairBatch(batch.pairs[done : done + most], batch.index + done)
-                flows = self._flows_that_fit(part)
-                if flows is None:
-                    most = self._fewer(part)
-                else:
-                    done += len(part)
-                    yield flows
-                del flows
+            yield from shares[0].flows(batch)
 
-    def _flows_that_fit(self, batch: PairBatch) -> FlowBatch | None:
+    def flows_that_fit(self, batch: PairBatch) -> FlowBatch | None:
         """None: memory ended, and all that was made of it is free again, the error and what hangs on it included."""
         try:
             return self._flows(batch)
@@ -145,7 +147,7 @@ class Inference:
                 f"({_first_line(error)})"
             ) from error
 
-    def _fewer(self, batch: PairBatch) -> int:
+    def fewer(self, batch: PairBatch) -> int:
         """Half as many pairs. What was made ready for more holds memory, too: it goes."""
         most = len(batch) // 2
         for pairs in [pairs for pairs in self._programs if pairs > most]:
@@ -170,6 +172,30 @@ class Inference:
         )
 
 
+class _Share:
+    """The batches that one device is given, and how many pairs it takes at once by now."""
+
+    def __init__(self, inference: Inference) -> None:
+        self.inference = inference
+        self._most = inference.batch
+
+    def flows(self, batch: PairBatch) -> Iterator[FlowBatch]:
+        """In one piece, or in several where that does not fit in memory."""
+        done = 0
+        while done < len(batch):
+            part = PairBatch(batch.pairs[done : done + self._most], batch.index + done)
+            flows = self.inference.flows_that_fit(part)
+            if flows is None:
+                self._most = self.inference.fewer(part)
+            else:
+                done += len(part)
+                yield flows
+            del flows
+
+    def whole(self, batch: PairBatch) -> list[FlowBatch]:
+        return list(self.flows(batch))
+
+
 @dataclass(frozen=True)
 class Network:
     """Loaded weights on their device, before the size of the frames is known: serves any number of sources."""
@@ -180,6 +206,7 @@ class Network:
     weights: Weights
     device: torch.device
     precision: Precision
+    others: tuple[Network, ...] = ()  # the same on other GPUs
 
     def fitted(self, height: int, width: int, *, native: bool = False, recorded_batch: int | None = None) -> Inference:
         """Settles fit and batch for frames of one size.
@@ -191,7 +218,7 @@ class Network:
         model = self.weights.model if self.config.model is None else _name(self.config.model)
         if native and self.upsampling is None:
             raise UsageError("FlowNet2 ends at full resolution, so it has no native one: use resolution full")
-        return Inference(
+        inference = Inference(
             packed=self.packed,
             upsampling=self.upsampling,
             model=model,
@@ -202,11 +229,14 @@ class Network:
             fit=fit,
             native=native,
         )
+        others = [replace(inference, packed=other.packed, device=other.device, _programs={}) for other in self.others]
+        return replace(inference, others=tuple(others))
 
     def _auto_batch(self, height: int, width: int) -> int:
         if self.device.type != "cuda":
             return auto_batch(height, width)
-        return auto_batch(height, width, self.precision, free_bytes(self.device))
+        free = min(free_bytes(network.device) for network in (self, *self.others))
+        return auto_batch(height, width, self.precision, free)
 
 
 def load_network(config: ModelConfig) -> Network:
@@ -215,17 +245,21 @@ def load_network(config: ModelConfig) -> Network:
     Raises:
         DeviceError, UsageError, WeightsError: as their names say, before any frame is decoded.
     """
-    device = resolve_device(config.device)
-    precision = resolve_precision(config.precision, device)
-    loaded = partial(_loaded, config, device, precision)
-    return in_own_thread(loaded) if device.type == "cpu" else loaded()
+    devices = resolve_devices(config.device)
+    (precision,) = {resolve_precision(config.precision, device) for device in devices}
+    loaded = partial(_loaded, config, devices, precision)
+    return in_own_thread(loaded) if devices[0].type == "cpu" else loaded()
 
 
-def _loaded(config: ModelConfig, device: torch.device, precision: Precision) -> Network:
+def _loaded(config: ModelConfig, devices: Sequence[torch.device], precision: Precision) -> Network:
     weights = read_weights(config.weights)
-    net = instantiate(weights, config.model, share=True).eval().to(device)  # shared: packing makes the only copy
-    weights = replace(weights, state={})
-    return Network(config, pack(net, precision), quarter_upsampling(net), weights, device, precision)
+    told = replace(weights, state={})
+
+    def on(device: torch.device, others: tuple[Network, ...] = ()) -> Network:
+        net = instantiate(weights, config.model, share=True).eval().to(device)  # shared: packing makes the only copy
+        return Network(config, pack(net, precision), quarter_upsampling(net), told, device, precision, others)
+
+    return on(devices[0], tuple(on(device) for device in devices[1:]))
 
 
 def prepare(config: ModelConfig, height: int, width: int) -> Inference:

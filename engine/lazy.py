@@ -14,7 +14,7 @@ import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import astuple, dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import chain, groupby, islice
 from typing import TYPE_CHECKING, Any
 
@@ -23,17 +23,16 @@ import torch
 from torch import Tensor
 
 from flowreel import sinks
-from flowreel.engine.api import flow_header
+from flowreel.engine.api import Chain, flow_header, stages
 from flowreel.engine.config import RunConfig
 from flowreel.engine.data import FlowBatch, SourceId
-from flowreel.engine.device import Streams, download, to_device, to_host, upload
+from flowreel.engine.device import to_device, to_host
 from flowreel.engine.errors import DeviceError, MissingDependencyError, SourceChangedError, StageError, UsageError
 from flowreel.engine.frame_reader import FrameReader
 from flowreel.engine.inference import Network, load_network
 from flowreel.engine.outputs import PathLike
-from flowreel.engine.pairing import batches_of, pairs, planned
-from flowreel.engine.pipeline import OneAtATime, Pipeline
-from flowreel.engine.restore import restore
+from flowreel.engine.pairing import batches_of, planned
+from flowreel.engine.pipeline import OneAtATime
 from flowreel.engine.sources import is_synthetic, open_random_access
 from flowreel.engine.stages import Stage, compose
 from flowreel.sinks import select
@@ -335,23 +334,15 @@ class LazyFlow:
     def _batches(self, plan: Sequence[Sequence[int]], reader: FrameReader) -> Generator[FlowBatch, None, None]:
         """The planned batches of flow: a run's own stages, on the frames that are needed."""
         frames = reader.stretches(self._stretches(plan))
-        streams = Streams(self.device)
-        on_gpu = self.device.type == "cuda"
-        stages = [
-            *([Stage("upload", upload(self.device))] if on_gpu else []),
-            Stage("pairs", partial(pairs, direction=self._config.model.direction)),
-            Stage("batches", batches_of(plan)),
-            Stage("model", self._inference.stage),
-            Stage("restore", restore(self._inference.fit)),
-            *([Stage("download", download)] if on_gpu and self._cache is not None else []),
-            *([Stage("keep", _kept(self._cache, chain.from_iterable(plan)))] if self._cache is not None else []),
-        ]
+        keep = self._cache is not None
+        steps = stages(self._inference, self._config.model.direction, batches_of(plan), to_host=keep)
+        if self._cache is not None:
+            steps.append(Stage("keep", _kept(self._cache, chain.from_iterable(plan))))
         if len(plan) == 1:
-            yield from compose(frames, stages)
+            yield from compose(frames, steps)
             return
-        pipeline = Pipeline("decode", frames, stages, self._config.queues, wrap=streams.on_stream if on_gpu else None)
-        with closing(pipeline.stream()) as results:
-            yield from streams.handed_over(results)
+        with closing(Chain(frames, steps, self._config.queues, self.device).flows()) as results:
+            yield from results
 
     def _stretches(self, plan: Sequence[Sequence[int]]) -> Iterator[range]:
         """Numbers of the frames of each unbroken run of flows: one more than there are flows."""

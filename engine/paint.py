@@ -97,7 +97,7 @@ def color(
         max_flow: length in pixels that gets the full colour. None or "auto": in each picture its own longest vector;
             in the video one for the whole clip, found from the first flows.
         progress: called a few times a second with a ``Progress``.
-        **options: ``overwrite``, ``bound``, ``queue_mb`` as of ``run``.
+        **options: ``encoder``, ``overwrite``, ``bound``, ``queue_mb`` as of ``run``.
 
     Unknown vectors are black. The flows may differ in size, but not in a video. Each picture appears whole or not at
     all; those that were finished before something failed stay.

@@ -12,14 +12,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
-from flowreel.engine.api import Chain, flow_header
+from flowreel.engine.api import Chain, flow_header, stages
 from flowreel.engine.config import RunConfig, SelectConfig
-from flowreel.engine.data import FlowBatch, FramePair, PairBatch, Source
-from flowreel.engine.device import Streams, device_name, download, resolve_device, resolve_precision, upload
+from flowreel.engine.data import FlowBatch, FramePair, PairBatch
+from flowreel.engine.device import device_name, resolve_device, resolve_precision
 from flowreel.engine.errors import (
     DamagedStoreError,
     DeviceError,
@@ -28,13 +27,12 @@ from flowreel.engine.errors import (
     UsageError,
     WeightsMismatchError,
 )
-from flowreel.engine.inference import Inference, Network, load_network
+from flowreel.engine.inference import Network, load_network
 from flowreel.engine.models.weights import read_weights
 from flowreel.engine.outputs import PathLike, Progress, ProgressHook, teller
-from flowreel.engine.pairing import batches, pairs
-from flowreel.engine.restore import restore
+from flowreel.engine.pairing import batches
 from flowreel.engine.sources import STDIN, open_source
-from flowreel.engine.stages import Stage, StageStatistics
+from flowreel.engine.stages import StageStatistics
 from flowreel.engine.verify import Verification, verify
 from flowreel.sinks import ShardRewriter
 
@@ -154,8 +152,10 @@ class _Recomputing:
         with closing(open_source(self._source, select, str(network.device))) as frames:
             inference = network.fitted(frames.info.height, frames.info.width, native=config.sink.resolution == "native")
             rewriter.require_same(flow_header(frames.info, inference, config), config.sink)
-            stage = batches_of(shards, inference.batch, rewriter.store.shard_length, first)
-            self._pipeline(frames, inference, stage).run({f"write {rewriter.store.path}": self._consume}, self._tell)
+            batched = batches_of(shards, inference.batch, rewriter.store.shard_length, first)
+            steps = stages(inference, config.model.direction, batched, to_host=True)
+            pipeline = Chain(frames, steps, config.queues, inference.device)
+            pipeline.run({f"write {rewriter.store.path}": self._consume}, self._tell)
             if rewriter.flows < before + wanted:
                 lost = "".join(f"; {loss}" for loss in frames.losses)
                 raise TruncatedSourceError(
@@ -164,7 +164,7 @@ class _Recomputing:
                 )
             self.how = (
                 f"{inference.model} ({inference.weights.name}), {inference.precision}, batch {inference.batch}, on "
-                f"{device_name(inference.device)}; decoded by {frames.decoder}"
+                f"{device_name(*inference.devices)}; decoded by {frames.decoder}"
             )
             self.notes += [note for note in (*frames.notes, *inference.notes) if note not in self.notes]
 
@@ -183,20 +183,6 @@ class _Recomputing:
         if start is None or end is None:  # no frame number is left, and the first one is known by its time alone
             return select, 0
         return replace(select, start=start, stop=end + 1), shards[0].first_flow
-
-    def _pipeline(self, frames: Source, inference: Inference, batched: StageFunction) -> Chain:
-        """A run's own chain, with the batches of the damaged shards alone."""
-        streams = Streams(inference.device)
-        on_gpu = inference.device.type == "cuda"
-        stages = [
-            *([Stage("upload", upload(inference.device))] if on_gpu else []),
-            Stage("pairs", partial(pairs, direction=self._config.model.direction)),
-            Stage("batches", batched),
-            Stage("model", inference.stage),
-            Stage("restore", restore(inference.fit)),
-            *([Stage("download", download)] if on_gpu else []),
-        ]
-        return Chain("decode", frames, stages, self._config.queues, wrap=streams.on_stream if on_gpu else None)
 
     def _consume(self, flows: Iterator[FlowBatch]) -> None:
         for batch in flows:

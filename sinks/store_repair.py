@@ -20,7 +20,7 @@ from flowreel.sinks.codecs import pack_shard
 from flowreel.sinks.store_layout import COORDINATES, check_coordinate, coordinate_chunk, flow_shard, open_file
 from flowreel.sinks.store_metadata import other_settings, other_source
 from flowreel.sinks.store_reader import open_store
-from flowreel.sinks.zarr_store import pack_values, values_beside
+from flowreel.sinks.store_writer import pack_values, values_beside
 
 if TYPE_CHECKING:
     import os

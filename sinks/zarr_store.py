@@ -7,10 +7,9 @@
       flow_crc32c/c/<shard>  time_crc32c/...      S checksums (``store_checksums.py``)
 
 Flows are compressed as they arrive, several at a time; only compressed bytes are held until the shard is full and
-published, by a thread of its own, which waits for the disk while others compress. The times, frame numbers and
-checksums of a shard go before its flow, so a flow that is there can always be placed. The metadata is zarr-python's
-own, see ``store_metadata.py``; the shards are assembled here, because zarr-python rewrites a shard for each chunk that
-is added and never waits for the disk.
+published (``store_writer.py``). The times, frame numbers and checksums of a shard go before its flow, so a flow that is
+there can always be placed. The metadata is zarr-python's own, see ``store_metadata.py``; the shards are assembled by
+us, because zarr-python rewrites a shard for each chunk that is added and never waits for the disk.
 
 **Resume.** Shards are published in order and each is whole, so a run that was cut short is taken up after its last
 full shard. Batches never cross shards: the resumed run computes the very batches the first one would have.
@@ -18,26 +17,24 @@ full shard. Batches never cross shards: the resumed run computes the very batche
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from flowreel.engine.data import Prepared, ResumePoint, StepsBatch
-from flowreel.engine.errors import OutputBusyError, OutputWriteError, ResumeMismatchError
+from flowreel.engine.errors import OutputBusyError, ResumeMismatchError
 from flowreel.kernels.quantise import quantise
 from flowreel.sinks import publish
-from flowreel.sinks.codecs import EncodedFlow, compress, flow_codec, pack_shard
+from flowreel.sinks.codecs import EncodedFlow, flow_codec
 from flowreel.sinks.parallel import OrderedPool, encode_workers
-from flowreel.sinks.store_checksums import COVERED, flow_checksums, time_checksums
-from flowreel.sinks.store_layout import BESIDE_FLOW, COORDINATES, published_shards
+from flowreel.sinks.store_checksums import COVERED
+from flowreel.sinks.store_layout import COORDINATES, published_shards
 from flowreel.sinks.store_metadata import other_settings, places_in_frame, store_metadata
 from flowreel.sinks.store_reader import FlowStore
 from flowreel.sinks.store_target import LocalTarget
+from flowreel.sinks.store_writer import StoreWriter
 
 if TYPE_CHECKING:
     from flowreel.engine.config import SinkConfig
@@ -58,19 +55,14 @@ class ZarrSink:
         self._point: ResumePoint | None = None  # where to go on, as last asked for
         self._below: int | None = None  # with what it was asked
         self._asked = False
-        self._bytes_written = 0
-        self._metadata_bytes: dict[str, int] = {}  # of each array's zarr.json as it was last written
         self._taken = 0  # flows that arrived, those of a resumed store included
         self._count = 0  # flows compressed and in their shard
-        self._length = 0  # flows the arrays are declared to hold
         self._announced = ""  # of how many flows they are, for messages
         self._chunks: list[bytes] = []  # of the shard that is filling up
         self._coordinates: dict[str, list[Any]] = {name: [] for name in COORDINATES}  # of the same shard
         self._invalid: dict[str, tuple[int, int]] = {}  # what -> vectors, first frame
         self._pool: OrderedPool[tuple[EncodedFlow, dict[str, Any]]] = OrderedPool(self._keep, 0)  # until ``open``
-        # One thread, so that shards come in order: while it waits for the disk, the next ones are being compressed.
-        self._publisher: OrderedPool[None] = OrderedPool(lambda _: None, 1)
-        self._hole = False  # a shard could not be published: none may come after it
+        self._files: StoreWriter | None = None  # from ``open`` on
 
     @property
     def path(self) -> str:
@@ -78,7 +70,7 @@ class ZarrSink:
 
     @property
     def bytes_written(self) -> int:
-        return self._bytes_written
+        return 0 if self._files is None else self._files.bytes_written
 
     @property
     def notes(self) -> list[str]:
@@ -181,13 +173,11 @@ class ZarrSink:
                 raise
             self._state = "open"
             try:
-                self._length = max(info.flow_count or 0, self._count)
+                length = max(info.flow_count or 0, self._count)
                 self._announced = "" if info.flow_count is None else f" of {info.flow_count}"
-                self._metadata = store_metadata(info, self._config, self._codec, self._shard_length, self._length)
-                for name in self._metadata:
-                    self._publish_metadata(name)
-                for name, places in places_in_frame(info).items():
-                    self._put(f"{name}/c/0", compress(places, "blosc"))
+                metadata = store_metadata(info, self._config, self._codec, self._shard_length, length)
+                self._files = StoreWriter(self._target, metadata, self._shard_length)
+                self._files.start(places_in_frame(info))
             except BaseException:
                 self.abort()
                 raise
@@ -235,19 +225,18 @@ class ZarrSink:
 
     def commit(self, complete: bool = True) -> None:
         """Publishes the last, perhaps ragged shard; if complete, trims the arrays to what came and names the store."""
-        self._require_open()
-        if self._hole:
-            raise OutputWriteError(f"cannot finish {self.path}: one of its shards could not be written")
+        files = self._require_open()
+        files.flush()  # first: an error that nobody has heard of says more than the hole it has left
+        files.require_no_hole()
         self._pool.drain()
         if self._chunks:
             self._shard_is_full()
-        self._publisher.drain()
+        files.flush()
         self._pool.close()
-        self._publisher.close()
+        files.close()
         with publish.write_errors(self.path):
             if complete:
-                self._set_length(self._count)
-                self._consolidate()
+                files.finish(self._count)
                 self._target.finish()
             self._target.let_go()
         self._state = "done"
@@ -255,9 +244,8 @@ class ZarrSink:
     def abort(self) -> str | None:
         """Removes the unfinished store, unless it holds a whole shard: that is worth resuming from, and stays."""
         self._pool.close()
-        with suppress(Exception):  # what is full is worth keeping; an abort has a reason of its own already
-            self._publisher.drain()
-        self._publisher.close()
+        if self._files is not None:
+            self._files.close(in_haste=True)  # what is full is worth keeping
         kept = None
         if self._state == "open":
             self._state = "done"
@@ -273,11 +261,12 @@ class ZarrSink:
     def _flush(self) -> None:
         """Waits until every flow is compressed and every full shard on the disk."""
         self._pool.drain()
-        self._publisher.drain()
+        self._require_open().flush()
 
-    def _require_open(self) -> None:
-        if self._state != "open":
+    def _require_open(self) -> StoreWriter:
+        if self._state != "open" or self._files is None:
             raise ValueError(f"{self.path} is not open")
+        return self._files
 
     def _drop_from(self, shard: int) -> None:
         """Deletes every chunk file of the shards from this one on: a ragged last one, or one without its flow."""
@@ -297,8 +286,7 @@ class ZarrSink:
         self, batch: FlowBatch | StepsBatch, place: int, nbytes: int, encode: Callable[..., EncodedFlow], *flow: Any
     ) -> None:
         """The next flow, to be encoded and kept."""
-        self._require_open()
-        self._publisher.take_ready()  # what went wrong there is heard with the next flow, not shards later
+        self._require_open().check()  # what went wrong with a shard is heard with the next flow, not shards later
         if batch.index + place != self._taken:
             raise ValueError(f"flows arrive in order: expected number {self._taken}, got {batch.index + place}")
         self._taken += 1
@@ -317,52 +305,10 @@ class ZarrSink:
             self._shard_is_full()
 
     def _shard_is_full(self) -> None:
-        """Hands the waiting flows to the thread that publishes; waits while two shards are on their way."""
-        number, count, chunks = (self._count - 1) // self._shard_length, self._count, self._chunks
-        beside = values_beside(number * self._shard_length, chunks, self._coordinates)
+        """Hands the waiting flows over to be published."""
+        number, chunks, times = (self._count - 1) // self._shard_length, self._chunks, self._coordinates
         self._chunks, self._coordinates = [], {name: [] for name in COORDINATES}
-        self._publisher.submit(self._publish, number, count, beside, chunks, nbytes=sum(map(len, chunks)))
-
-    def _publish(self, number: int, count: int, beside: dict[str, Any], chunks: list[bytes]) -> None:
-        """One shard, after which there are ``count`` flows: array lengths, then times and checksums, then the flow."""
-        if self._hole:
-            raise OutputWriteError(f"cannot write {self.path}: the shard before this one could not be written")
-        try:
-            with publish.write_errors(self.path):
-                self._set_length(max(self._length, count))
-                for name, values in beside.items():
-                    self._put(f"{name}/c/{number}", pack_values(name, values, self._shard_length))
-                self._put(f"flow/c/{number}/0/0/0", *pack_shard(chunks, self._shard_length))
-        except BaseException:
-            self._hole = True
-            raise
-
-    def _set_length(self, length: int) -> None:
-        """Declares every array this long, ``flow`` last: its length is the one that readers go by."""
-        if length != self._length:
-            for name in [*BESIDE_FLOW, "flow"]:
-                self._metadata[name]["shape"][0] = length
-                self._publish_metadata(name)
-            self._length = length
-
-    def _consolidate(self) -> None:
-        """Puts the arrays' metadata into the group's too, so that a reader over a network needs one request.
-
-        Not before the end: it goes stale with every change of length.
-        """
-        arrays = {name: self._metadata[name] for name in sorted(self._metadata) if name}
-        self._metadata[""]["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": arrays}
-        self._publish_metadata("")
-
-    def _publish_metadata(self, name: str) -> None:
-        key = f"{name}/zarr.json" if name else "zarr.json"
-        self._bytes_written -= self._metadata_bytes.get(name, 0)  # it is replaced
-        self._metadata_bytes[name] = self._put(key, json.dumps(self._metadata[name], indent=2).encode())
-
-    def _put(self, key: str, *pieces: bytes) -> int:
-        written = self._target.put(key, *pieces)
-        self._bytes_written += written
-        return written
+        self._require_open().submit(number, chunks, times)
 
     def _note_invalid(self, encoded: EncodedFlow, frame: int) -> None:
         reach = self._codec.limit * self._codec.step
@@ -379,20 +325,6 @@ def _encoded(
     encode: Callable[..., EncodedFlow], flow: tuple[Any, ...], coordinates: dict[str, Any]
 ) -> tuple[EncodedFlow, dict[str, Any]]:
     return encode(*flow), coordinates
-
-
-def values_beside(first: int, chunks: Sequence[bytes], times: Mapping[str, Any]) -> dict[str, Any]:
-    """What goes into the arrays beside ``flow`` for the flows of one shard, the first of which has number ``first``."""
-    checksums = {"flow_crc32c": flow_checksums(first, chunks), "time_crc32c": time_checksums(first, times)}
-    return {name: times[name] for name in COORDINATES} | checksums
-
-
-def pack_values(name: str, values: Sequence[Any], length: int) -> bytes:
-    """One chunk of an array beside ``flow``: the values, and its fill value in the places behind them."""
-    dtype, fill = BESIDE_FLOW[name]
-    padded = np.full(length, fill, dtype)
-    padded[: len(values)] = values
-    return compress(padded, "blosc")
 
 
 def _whole_flows(store: FlowStore) -> int:

@@ -359,13 +359,11 @@ def test_a_cut_video_ends_a_stream_with_an_error(tiny: str, tmp_path: Path) -> N
 
 def test_memory_in_the_queues_stays_in_its_bound(tiny: str, tmp_path: Path) -> None:
     """A slow sink slows the decoder: what waits never exceeds the budget by more than an item a channel."""
-    from flowreel.engine.pipeline import Pipeline
-
     config = RunConfig.of(weights=tiny, batch=2, queue_mb=0.1)
     frames = open_source("synthetic:still?size=64x64&frames=60", config.select)
     inference = prepare(config.model, 64, 64)
-    header = api.flow_header(frames.info, inference, config)
-    pipeline: Pipeline = api._pipeline(frames, inference, header, config, to_host=True)
+    steps = api.stages(inference, "forward", batches(2, shard=8), to_host=True)
+    pipeline = api.Chain(frames, steps, config.queues, inference.device)
 
     def slow(flows: Iterator[FlowBatch]) -> None:
         for _ in flows:

@@ -48,6 +48,7 @@ PARTS = (
     Part("kernel times", f"{HERE}.kernel_times", "run", 75, "each kernel beside torch's and flownet2-pytorch's", True),
     Part("peers", f"{HERE}.peers", "run", 45, "torchvision's RAFT-small beside FlowNet2-C", True),
     Part("profile", f"{HERE}.profile", "run", 60, "which kernels the time goes into, and what bounds the run", True),
+    Part("host calls", f"{HERE}.host_calls", "run", 30, "what a run's calls cost its threads", True),
     Part("tests graphs", f"{HERE}.tests", "graphs", 120, "each kernel in a captured graph and compiled", env=ALONE),
     Part("racecheck", f"{HERE}.sanitizer", "racecheck", 90, "every kernel under compute-sanitizer's racecheck"),
 )

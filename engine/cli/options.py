@@ -15,7 +15,12 @@ from flowreel.engine.errors import OutputWriteError, UsageError
 Weights = Annotated[
     str, typer.Option(help="'baseline' (shipped), a .safetensors, NVIDIA's .pth.tar, or a downloaded one's name.")
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N. auto takes CUDA when it is there.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="auto, cpu, cuda, cuda:N or, for a run over several GPUs, cuda:0,1. auto takes CUDA when it is there."
+    ),
+]
 STDOUT = Path("-")  # as where ``--stats`` goes
 CODECS = "blosc (every reader opens it), zstd, pcodec (smaller) or pcodec2d (smaller still; fewest readers)."
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]

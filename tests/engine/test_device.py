@@ -15,6 +15,7 @@ from flowreel.engine.device import (
     download,
     ran_out_of_memory,
     resolve_device,
+    resolve_devices,
     resolve_precision,
     upload,
 )
@@ -44,6 +45,38 @@ def test_a_gpu_that_is_not_there_is_an_error(name: str) -> None:
 def test_what_is_no_device(name: str) -> None:
     with pytest.raises(UsageError, match="device must be"):
         resolve_device(name)
+
+
+@pytest.fixture
+def three_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [("auto", [0]), ("cuda", [0]), ("cuda:2", [2]), ("cuda:0,1", [0, 1]), ("cuda:2, 0,cuda:1", [2, 0, 1])],
+)
+def test_several_gpus_in_the_order_they_are_named(three_gpus: None, name: str, numbers: list[int]) -> None:
+    devices = resolve_devices(name)
+    assert devices == tuple(torch.device("cuda", number) for number in numbers)
+    assert resolve_device(name) == devices[0]
+    assert device_name(*devices) == ", ".join(f"cuda:{number} (card {number})" for number in numbers)
+
+
+@pytest.mark.parametrize(
+    "name", ["cuda:0,0", "cuda:1,cuda:1", "cuda:0,cpu", "cuda:0,", "cuda:,1", "cpu:0,1", "cuda,cuda"]
+)
+def test_what_are_no_several_gpus(three_gpus: None, name: str) -> None:
+    with pytest.raises(UsageError, match=name):
+        resolve_devices(name)
+
+
+def test_one_of_several_gpus_that_is_not_there(three_gpus: None) -> None:
+    with pytest.raises(DeviceError, match="cuda:3 was asked for, but there are 3 GPUs"):
+        resolve_devices("cuda:0,3")
 
 
 def test_on_a_cpu_stages_frames_and_flow_pass_as_they_are() -> None:

@@ -45,8 +45,20 @@ def late(monkeypatch: pytest.MonkeyPatch) -> LateCopies:
         return replace(fitted(self, *arguments, **options), device=GPU)
 
     monkeypatch.setattr(Network, "fitted", on_card)
-    monkeypatch.setattr(api, "device_name", str)
+    monkeypatch.setattr(api, "device_name", lambda *devices: ", ".join(map(str, devices)))
     return LateCopies(Card(monkeypatch))
+
+
+@pytest.fixture
+def twice(late: LateCopies, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And there on two lanes."""
+    fitted = Network.fitted
+
+    def on_both(self: Network, *arguments: Any, **options: Any) -> Inference:
+        inference = fitted(self, *arguments, **options)
+        return replace(inference, others=(replace(inference, _programs={}),))
+
+    monkeypatch.setattr(Network, "fitted", on_both)
 
 
 def run(folder: Path, weights: str, *names: str, **options: Any) -> api.RunReport:
@@ -97,11 +109,21 @@ def test_flow_and_pictures_are_those_of_a_cpu(
     with encoded() as pictures:
         report = run(tmp_path, tiny_weights, *NAMES)
     assert report.device == "cuda:0"
-    assert "download" not in [stage.name for stage in report.stages]  # each output takes what it wants
+    stages = [stage.name for stage in report.stages if "write" not in stage.name]
+    assert stages == ["decode", "batches", "model"]  # and each output takes what it wants
     expected, got = (flowreel.open_store(folder / "x.zarr")[:] for folder in (on_cpu, tmp_path))
     assert np.array_equal(got, expected)
     assert np.abs(np.stack(pictures) - np.load(on_cpu / "video.npy")).max() <= 1
     assert np.abs(pictures_in(tmp_path / "png") - pictures_in(on_cpu / "png")).max() <= 1
+    for path in (tmp_path / "flo").iterdir():
+        assert path.read_bytes() == (on_cpu / "flo" / path.name).read_bytes()
+
+
+def test_over_several_gpus_flow_is_the_same(twice: None, on_cpu: Path, tmp_path: Path, tiny_weights: str) -> None:
+    report = run(tmp_path, tiny_weights, "x.zarr", "flo/%06d.flo")
+    assert report.device == "cuda:0, cuda:0"
+    expected, got = (flowreel.open_store(folder / "x.zarr")[:] for folder in (on_cpu, tmp_path))
+    assert np.array_equal(got, expected)
     for path in (tmp_path / "flo").iterdir():
         assert path.read_bytes() == (on_cpu / "flo" / path.name).read_bytes()
 
@@ -131,18 +153,32 @@ def test_a_store_brings_steps_alone_to_the_host_and_is_that_of_a_cpu(
     assert flow_files(tmp_path / "x.zarr") == flow_files(on_cpu / f"{resolution}.zarr")
 
 
+@pytest.mark.parametrize("where", ["late", "twice"])
 def test_a_hand_off_that_is_forgotten_is_found_out(
-    late: LateCopies, on_cpu: Path, tmp_path: Path, tiny_weights: str, monkeypatch: pytest.MonkeyPatch
+    where: str,
+    request: pytest.FixtureRequest,
+    on_cpu: Path,
+    tmp_path: Path,
+    tiny_weights: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    request.getfixturevalue(where)
     monkeypatch.setattr(Stream, "wait_event", lambda self, event: None)  # a planted fault
     run(tmp_path, tiny_weights, "x.zarr")
     expected, got = (flowreel.open_store(folder / "x.zarr")[:] for folder in (on_cpu, tmp_path))
     assert not np.array_equal(got, expected)
 
 
+@pytest.mark.parametrize("where", ["late", "twice"])
 def test_memory_that_ends_on_the_card_loses_no_flow(
-    late: LateCopies, on_cpu: Path, tmp_path: Path, tiny_weights: str, monkeypatch: pytest.MonkeyPatch
+    where: str,
+    request: pytest.FixtureRequest,
+    on_cpu: Path,
+    tmp_path: Path,
+    tiny_weights: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    request.getfixturevalue(where)
     flow = Inference.flow
 
     def for_two(self: Inference, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from PIL import Image
 from flowreel.engine.config import SinkConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
 from flowreel.engine.errors import (
+    DeviceError,
     FlowFileError,
     FrameSizeError,
     OutputExistsError,
@@ -247,3 +248,13 @@ def test_progress_and_stages(folder: Path) -> None:
     assert [stage.name for stage in report.stages] == ["read", "paint", "write out"]
     assert [stage.items for stage in report.stages] == [4, 4, 4]
     assert json.loads(json.dumps(report.as_json()))["pictures"] == 4
+
+
+def test_the_encoder_asked_for_is_the_one_that_is_tried(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flowreel.sinks.video.why_no_nvenc", lambda *_: "it is busy")
+    with pytest.raises(DeviceError, match="NVENC cannot encode 48x32 here: it is busy"):
+        color(folder, "x.mp4", encoder="nvenc")
+    assert names() == ["flows"]
+    color(folder, "x.mp4", encoder="cpu")
+    with pytest.raises(UsageError, match="encoder must be one of"):
+        color(folder, "y.mp4", encoder="gpu")

@@ -24,7 +24,7 @@ from flowreel.engine.config import QueueConfig
 from flowreel.engine.data import Frame, FramePair
 from flowreel.engine.errors import StageError
 from flowreel.engine.pipeline import Cancelled, Pipeline, in_own_thread
-from flowreel.engine.stages import Stage, StageStatistics, compose
+from flowreel.engine.stages import Stage, StageStatistics, compose, joined
 
 Function = Callable[[Iterator[Any]], Iterator[Any]]
 Ints = tuple[int, ...]
@@ -168,6 +168,34 @@ def test_compose_closes_its_stages() -> None:
     assert next(items) == 0
     items.close()  # type: ignore[attr-defined]
     assert closed == ["b", "a"]
+
+
+@settings(max_examples=30, deadline=None)
+@given(functions=GRAPHS, count=st.integers(0, 12))
+def test_joined_stages_give_what_they_give_one_by_one(functions: list[Function], count: int) -> None:
+    source = [(i,) for i in range(count)]
+    expected = list(compose(source, [Stage("", function) for function in functions]))
+    assert list(Pipeline("source", source, [Stage("all", joined(*functions))])) == expected
+
+
+def test_joined_stages_are_all_closed_and_the_last_error_is_heard() -> None:
+    closed: list[str] = []
+
+    def stage(name: str) -> Function:
+        def run(items: Iterator[int]) -> Iterator[int]:
+            try:
+                yield from map(abs, items)
+            finally:
+                closed.append(name)
+                if name == "a":
+                    raise OSError("the file would not close")
+
+        return run
+
+    pipeline = Pipeline("source", range(9), [Stage("both", joined(stage("a"), stage("b")))])
+    with pytest.raises(StageError, match="the file would not close"), contextlib.closing(pipeline.stream()) as items:
+        next(items)
+    assert sorted(closed) == ["a", "b"]
 
 
 def test_names_must_differ() -> None:

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 import flowreel
-from flowreel.engine import repair as repairing
+from flowreel.engine import api
 from flowreel.engine.data import Frame, PairBatch
 from flowreel.engine.errors import (
     DamagedStoreError,
@@ -419,8 +419,8 @@ def test_other_pictures_by_the_same_names_are_told_by_the_sound_flows(weights: s
 
 def test_another_place_in_the_source(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
     flip(FLOW.format(1))
-    real = repairing.pairs
-    monkeypatch.setattr(repairing, "pairs", lambda frames, **options: real(shifted(frames), **options))
+    real = api.pairs
+    monkeypatch.setattr(api, "pairs", lambda frames, **options: real(shifted(frames), **options))
 
     def shifted(frames: Iterator[Any]) -> Iterator[Any]:
         next(frames)
@@ -431,8 +431,8 @@ def test_another_place_in_the_source(weights: str, monkeypatch: pytest.MonkeyPat
 
 def test_a_source_that_ends_too_early(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
     flip(FLOW.format(1))
-    real = repairing.pairs
-    monkeypatch.setattr(repairing, "pairs", lambda frames, **options: iter(list(real(frames, **options))[:-1]))
+    real = api.pairs
+    monkeypatch.setattr(api, "pairs", lambda frames, **options: iter(list(real(frames, **options))[:-1]))
     refused(TruncatedSourceError, "gives 3 of the 4 flows", weights=weights)
 
 

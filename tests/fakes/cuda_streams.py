@@ -30,9 +30,10 @@ def _merge(into: Clock, other: Clock) -> None:
 
 
 class Stream:
-    def __init__(self, card: Card, number: int) -> None:
+    def __init__(self, card: Card, number: int, device: int = 0) -> None:
         self.card = card
-        self.cuda_stream = number  # the default one is 0
+        self.cuda_stream = number  # the first device's default one is 0
+        self.device = device
         self.clock: Clock = {}
         self.late: list[Callable[[], object]] = []  # work that is put off
         self.done = 0  # of what was ever put off
@@ -115,6 +116,23 @@ class OnCard:
         self.card = card
         self.block = block
 
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", self.block.owner.device)
+
+    def to(self, device: torch.device, *, non_blocking: bool) -> OnCard:
+        """As torch copies: on the stream current here, after what is current there, which goes on behind the copy."""
+        assert non_blocking
+        if device == self.device:
+            return self
+        here, there = self.card.current_on(self.device), self.card.current_on(device)
+        here.wait_stream(there)
+        with self.card.entered(here):
+            self.card.read(self)
+        there.wait_stream(here)
+        with self.card.entered(there):
+            return self.card.made()
+
     def record_stream(self, stream: Stream) -> None:
         self.block.used_on.add(stream)
 
@@ -131,22 +149,22 @@ class OnCard:
 
 
 class Card:
-    """Stands for ``torch.cuda``; ``races`` says what could have gone wrong."""
+    """Stands for ``torch.cuda`` with one device, or several; ``races`` says what could have gone wrong."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, devices: int = 1) -> None:
         self.lock = threading.RLock()
         self.races: list[str] = []
         self.waits: list[Event] = []  # those that the CPU waited for
         self.copies: LateCopies | None = None  # entered with every stream
         self.free: list[Block] = []
         self.blocks = 0
-        self.streams = [Stream(self, 0)]
+        self.streams = [Stream(self, number, number) for number in range(devices)]  # the default ones
         self._here = threading.local()
         monkeypatch.setattr(torch.cuda, "Stream", self._new_stream)
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)  # ``OnCard`` looks at it
-        monkeypatch.setattr(torch.cuda, "stream", self._entered)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: self.current)
+        monkeypatch.setattr(torch.cuda, "stream", self.entered)
+        monkeypatch.setattr(torch.cuda, "current_stream", self.current_on)
 
         def never(*_: object) -> None:
             raise AssertionError("the whole device is waited for")
@@ -155,23 +173,29 @@ class Card:
 
     @property
     def current(self) -> Stream:
-        """Of the thread that asks."""
-        return getattr(self._here, "stream", self.streams[0])
+        """Of the thread that asks, on its current device."""
+        return self.current_on(None)
 
-    def _new_stream(self, device: object = None, priority: int = 0) -> Stream:
+    def current_on(self, device: torch.device | None = None) -> Stream:
+        number = getattr(self._here, "device", 0) if device is None or device.index is None else device.index
+        streams: dict[int, Stream] = getattr(self._here, "streams", {})
+        return streams.get(number, self.streams[number])
+
+    def _new_stream(self, device: torch.device, priority: int = 0) -> Stream:
         with self.lock:
-            self.streams.append(Stream(self, len(self.streams)))
+            self.streams.append(Stream(self, len(self.streams), torch.device(device).index or 0))
             return self.streams[-1]
 
     @contextmanager
-    def _entered(self, stream: Stream) -> Iterator[None]:
-        before = self.current
-        self._here.stream = stream
+    def entered(self, stream: Stream) -> Iterator[None]:
+        """As torch does: the stream is current on its device, and that is the current one."""
+        before = dict(getattr(self._here, "streams", {})), getattr(self._here, "device", 0)
+        self._here.streams, self._here.device = before[0] | {stream.device: stream}, stream.device
         try:
             with nullcontext() if self.copies is None or self.copies in _modes() else self.copies:
                 yield
         finally:
-            self._here.stream = before
+            self._here.streams, self._here.device = before
 
     def made(self) -> OnCard:
         """A new tensor, written on the current stream."""

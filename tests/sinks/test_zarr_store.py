@@ -468,8 +468,9 @@ def test_no_shard_is_published_behind_one_that_failed(tmp_path: Path, monkeypatc
     assert [path.parent.parent.parent.name for path in (tmp_path / "X.zarr.partial").glob("flow/c/*/0/0/0")] == ["0"]
 
 
-def test_what_goes_wrong_in_publishing_is_heard_with_the_next_flow(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("then", ["write", "commit"])
+def test_what_goes_wrong_in_publishing_is_heard_next(
+    then: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sink = ZarrSink(str(tmp_path / "X.zarr"), config())
     sink.open(header(None))
@@ -477,9 +478,11 @@ def test_what_goes_wrong_in_publishing_is_heard_with_the_next_flow(
     monkeypatch.setattr(publish, "publish_bytes", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "no more")))
     for batch in several[:SHARD]:
         sink.write(batch)
-    wait([call for call, _ in sink._publisher._in_flight])
+    assert sink._files is not None
+    wait([call for call, _ in sink._files._behind._in_flight])
+    steps = {"write": lambda: sink.write(several[SHARD]), "commit": sink.commit}
     with pytest.raises(OutputWriteError, match="no more"):
-        sink.write(several[SHARD])
+        steps[then]()
     sink.abort()
 
 

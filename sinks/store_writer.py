@@ -1,0 +1,131 @@
+"""A store's files as they come to be: metadata, then whole shards in order, each behind the times it belongs to.
+
+Shards are published by a thread of their own, which waits for the disk while the next ones are being compressed. One
+thread, so that they come in order; and none behind one that could not be written: what is there of a store has no hole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+
+from flowreel.engine.errors import OutputWriteError
+from flowreel.sinks import publish
+from flowreel.sinks.codecs import compress, pack_shard
+from flowreel.sinks.parallel import OrderedPool
+from flowreel.sinks.store_checksums import flow_checksums, time_checksums
+from flowreel.sinks.store_layout import BESIDE_FLOW, COORDINATES
+from flowreel.sinks.store_target import StoreTarget
+
+
+class StoreWriter:
+    """Writes the arrays of one store into its target. Errors: OutputWriteError."""
+
+    def __init__(self, target: StoreTarget, metadata: dict[str, dict[str, Any]], shard_length: int) -> None:
+        """metadata: by the names of the arrays, "" the group itself; it is published by ``start``."""
+        self._target = target
+        self._metadata = metadata
+        self._shard_length = shard_length
+        self._length: int = metadata["flow"]["shape"][0]  # flows the arrays are declared to hold
+        self._metadata_bytes: dict[str, int] = {}  # of each array's zarr.json as it was last written
+        self._behind: OrderedPool[None] = OrderedPool(lambda _: None, 1)
+        self._hole = False  # a shard could not be published: none may come after it
+        self.bytes_written = 0
+
+    def start(self, places: Mapping[str, Any]) -> None:
+        """Empty arrays, and those that are whole from the start: ``places`` by name."""
+        for name in self._metadata:
+            self._publish_metadata(name)
+        for name, values in places.items():
+            self._put(f"{name}/c/0", compress(values, "blosc"))
+
+    def submit(self, number: int, chunks: list[bytes], times: Mapping[str, Sequence[Any]]) -> None:
+        """Hands over a shard: its flows, compressed, and their times. Waits while two are on their way.
+
+        What went wrong with an earlier one is raised here, in ``check`` or in ``flush``.
+        """
+        self._behind.submit(self._publish, number, chunks, times, nbytes=sum(map(len, chunks)))
+
+    def check(self) -> None:
+        """Raises what went wrong with a shard on its way, without waiting for any."""
+        self._behind.take_ready()
+
+    def flush(self) -> None:
+        """Waits until every shard is on the disk."""
+        self._behind.drain()
+
+    def finish(self, count: int) -> None:
+        """Trims the arrays to the flows that came, and gathers their metadata."""
+        self._set_length(count)
+        self._consolidate()
+
+    def require_no_hole(self) -> None:
+        if self._hole:
+            raise OutputWriteError(f"cannot finish {self._target.name}: one of its shards could not be written")
+
+    def close(self, *, in_haste: bool = False) -> None:
+        """Ends the thread. In haste: what is full is still written where that works, and nothing is raised."""
+        if in_haste:
+            with suppress(Exception):  # whoever is in haste has a reason of its own already
+                self._behind.drain()
+        self._behind.close()
+
+    def _publish(self, number: int, chunks: list[bytes], times: Mapping[str, Sequence[Any]]) -> None:
+        """One shard: array lengths, then times and checksums, then the flow."""
+        if self._hole:
+            raise OutputWriteError(f"cannot write {self._target.name}: the shard before this one could not be written")
+        try:
+            with publish.write_errors(self._target.name):
+                first = number * self._shard_length
+                self._set_length(max(self._length, first + len(chunks)))
+                for name, values in values_beside(first, chunks, times).items():
+                    self._put(f"{name}/c/{number}", pack_values(name, values, self._shard_length))
+                self._put(f"flow/c/{number}/0/0/0", *pack_shard(chunks, self._shard_length))
+        except BaseException:
+            self._hole = True
+            raise
+
+    def _set_length(self, length: int) -> None:
+        """Declares every array this long, ``flow`` last: its length is the one that readers go by."""
+        if length != self._length:
+            for name in [*BESIDE_FLOW, "flow"]:
+                self._metadata[name]["shape"][0] = length
+                self._publish_metadata(name)
+            self._length = length
+
+    def _consolidate(self) -> None:
+        """Puts the arrays' metadata into the group's too, so that a reader over a network needs one request.
+
+        Not before the end: it goes stale with every change of length.
+        """
+        arrays = {name: self._metadata[name] for name in sorted(self._metadata) if name}
+        self._metadata[""]["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": arrays}
+        self._publish_metadata("")
+
+    def _publish_metadata(self, name: str) -> None:
+        key = f"{name}/zarr.json" if name else "zarr.json"
+        self.bytes_written -= self._metadata_bytes.get(name, 0)  # it is replaced
+        self._metadata_bytes[name] = self._put(key, json.dumps(self._metadata[name], indent=2).encode())
+
+    def _put(self, key: str, *pieces: bytes) -> int:
+        written = self._target.put(key, *pieces)
+        self.bytes_written += written
+        return written
+
+
+def values_beside(first: int, chunks: Sequence[bytes], times: Mapping[str, Any]) -> dict[str, Any]:
+    """What goes into the arrays beside ``flow`` for the flows of one shard, the first of which has number ``first``."""
+    checksums = {"flow_crc32c": flow_checksums(first, chunks), "time_crc32c": time_checksums(first, times)}
+    return {name: times[name] for name in COORDINATES} | checksums
+
+
+def pack_values(name: str, values: Sequence[Any], length: int) -> bytes:
+    """One chunk of an array beside ``flow``: the values, and its fill value in the places behind them."""
+    dtype, fill = BESIDE_FLOW[name]
+    padded = np.full(length, fill, dtype)
+    padded[: len(values)] = values
+    return compress(padded, "blosc")
