@@ -234,9 +234,9 @@ def _pinned(size: int) -> Tensor:
     return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
-def to_device(flow: Tensor, device: torch.device) -> Tensor:
-    """Flow that was read from a disk, on the device; the tensor itself where it is there already."""
-    return flow if flow.device == device else flow.to(device)
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """What was read or made on the host, on the device; the tensor itself where it is there already."""
+    return tensor if tensor.device == device else tensor.to(device)
 
 
 def to_host(flow: Tensor) -> Tensor:

@@ -24,11 +24,21 @@ from flowreel.kernels.launch import recording
 
 _BATCH_PIXELS = {"cpu": 1 << 20, "cuda": 16 << 20}  # a batch of so many keeps the device busy; more only adds latency
 _MOST = 8
+_MOST_SIZES = 3  # of frames whose programs a network keeps: each holds memory
 _SHARE = 0.7  # of a GPU's free memory for the model: the rest is for frames, flow under way, and cuDNN's own
 # FlowNet2 computes one pair in about 800 bytes a pixel with half types, in 1500 with float32, the others in less than
 # half. The allocator's rounding, cuDNN's scratch and the maps that SD holds beside the stack's come on top: seen on an
 # H200, batches of 8 pairs of 1024x448, were 1370, 3050 (TF32) and 4270 bytes.
 _BYTES_A_PIXEL: dict[Precision, int] = {"fp16": 1500, "bf16": 1500, "tf32": 3300, "fp32": 4500}
+
+
+@dataclass
+class Made:
+    """What a network has made for frames of one size, for all sources that have it."""
+
+    programs: dict[int, Program] = field(default_factory=dict)  # by pairs: full batches, and short ones
+    kernels: dict[str, str] = field(default_factory=dict)  # by what each operation of ours ran so far
+    batch: int | None = None  # pairs, as was chosen where nobody said
 
 
 @dataclass(frozen=True)
@@ -46,8 +56,12 @@ class Inference:
     native: bool = False  # the network's own quarter-resolution prediction goes along with the flow
     others: tuple[Inference, ...] = ()  # the same on other GPUs, which take turns at the batches with this one
     notes: list[str] = field(default_factory=list, repr=False)  # what the user should know when all is done
-    kernels: dict[str, str] = field(default_factory=dict, repr=False)  # by what each operation of ours ran so far
-    _programs: dict[int, Program] = field(default_factory=dict, repr=False)  # by pairs: full batches, and short ones
+    made: Made = field(default_factory=Made, repr=False)
+
+    @property
+    def kernels(self) -> dict[str, str]:
+        """By what each operation of ours ran so far, for frames of this size."""
+        return self.made.kernels
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
@@ -92,11 +106,22 @@ class Inference:
 
     def _program(self, pairs: int) -> Program:
         """Made once for full batches and once for each length of a short one, so that equal batches run equally."""
-        program = self._programs.get(pairs)
+        program = self.made.programs.get(pairs)
         if program is None:
             with torch.no_grad(), recording(self.kernels):  # what is captured now is only replayed later
-                program = self._programs.setdefault(pairs, self.packed.program((pairs, *self.fit.network_size)))
+                program = self.made.programs.setdefault(pairs, self.packed.program((pairs, *self.fit.network_size)))
         return program
+
+    def _length(self, pairs: int) -> int:
+        """Pairs of the program that so many go through: on a CPU, where each takes its time, just these.
+
+        On a GPU a half, a quarter ... of a full batch. To capture work for each length would take longer than to
+        compute a few pairs in vain, and would hold more memory.
+        """
+        length = self.batch
+        while self.device.type == "cuda" and length // 2 >= pairs:
+            length //= 2
+        return length if self.device.type == "cuda" else pairs
 
     def make_ready(self, shard: int, count: int | None, first: int = 0) -> None:
         """Makes ahead of time what flows ``first`` to ``count`` in shards of so many need: full batches, and the last.
@@ -107,7 +132,7 @@ class Inference:
         runs = {shard} if count is None else {min(shard, count - first), (count - first) % shard}
         sizes = {min(self.batch, run) for run in runs} | {run % self.batch for run in runs}
         try:
-            for pairs in sorted(sizes - {0}, reverse=True):
+            for pairs in sorted({self._length(size) for size in sizes if size}, reverse=True):
                 for inference in (self, *self.others):
                     inference._program(pairs)
         except Exception as error:
@@ -138,7 +163,7 @@ class Inference:
         except RuntimeError as error:
             if not ran_out_of_memory(error):
                 raise
-            if len(batch) > 1:
+            if self._length(len(batch)) > 1:
                 return None
             height, width = self.fit.network_size
             raise DeviceError(
@@ -149,20 +174,23 @@ class Inference:
 
     def fewer(self, batch: PairBatch) -> int:
         """Half as many pairs. What was made ready for more holds memory, too: it goes."""
-        most = len(batch) // 2
-        for pairs in [pairs for pairs in self._programs if pairs > most]:
-            self._programs.pop(pairs, None)
+        length = self._length(len(batch))
+        most = length // 2
+        for pairs in [pairs for pairs in self.made.programs if pairs > most]:
+            self.made.programs.pop(pairs, None)
         self.notes.append(
-            f"{len(batch)} pairs a batch did not fit in the memory of {self.device}: {most} from flow {batch.index} on"
+            f"{length} pairs a batch did not fit in the memory of {self.device}: {most} from flow {batch.index} on"
         )
         return most
 
     def _flows(self, batch: PairBatch) -> FlowBatch:
-        first = torch.stack([pair.first.rgb for pair in batch.pairs])
-        second = torch.stack([pair.second.rgb for pair in batch.pairs])
-        native = self.quarter(first, second) if self.native else None
+        pairs = len(batch)
+        filled = (*batch.pairs, *[batch.pairs[-1]] * (self._length(pairs) - pairs))
+        first = torch.stack([pair.first.rgb for pair in filled])
+        second = torch.stack([pair.second.rgb for pair in filled])
+        native = self.quarter(first, second)[:pairs] if self.native else None
         return FlowBatch(
-            flow=self.flow(first, second) if native is None else self._enlarged(native),
+            flow=self.flow(first, second)[:pairs] if native is None else self._enlarged(native),
             index=batch.index,
             frame=np.array([pair.first.index for pair in batch.pairs], np.int64),
             frame_to=np.array([pair.second.index for pair in batch.pairs], np.int64),
@@ -207,6 +235,7 @@ class Network:
     device: torch.device
     precision: Precision
     others: tuple[Network, ...] = ()  # the same on other GPUs
+    _made: dict[tuple[int, int], Made] = field(default_factory=dict, repr=False)  # by (height, width) of its input
 
     def fitted(self, height: int, width: int, *, native: bool = False, recorded_batch: int | None = None) -> Inference:
         """Settles fit and batch for frames of one size.
@@ -218,6 +247,7 @@ class Network:
         model = self.weights.model if self.config.model is None else _name(self.config.model)
         if native and self.upsampling is None:
             raise UsageError("FlowNet2 ends at full resolution, so it has no native one: use resolution full")
+        made = self._made_for(fit.network_size)
         inference = Inference(
             packed=self.packed,
             upsampling=self.upsampling,
@@ -225,12 +255,25 @@ class Network:
             weights=self.weights,
             device=self.device,
             precision=self.precision,
-            batch=self.config.batch or recorded_batch or self._auto_batch(*fit.network_size),
+            batch=self.config.batch or recorded_batch or made.batch or self._auto_batch(*fit.network_size),
             fit=fit,
             native=native,
+            made=made,
         )
-        others = [replace(inference, packed=other.packed, device=other.device, _programs={}) for other in self.others]
+        if self.config.batch is None and recorded_batch is None:
+            made.batch = inference.batch  # else the next source's would follow from what this one leaves of the memory
+        others = [
+            replace(inference, packed=other.packed, device=other.device, made=other._made_for(fit.network_size))
+            for other in self.others
+        ]
         return replace(inference, others=tuple(others))
+
+    def _made_for(self, size: tuple[int, int]) -> Made:
+        """Kept for the sizes that were asked for last."""
+        made = self._made[size] = self._made.pop(size, Made())
+        for other in list(self._made)[:-_MOST_SIZES]:
+            self._made.pop(other, None)
+        return made
 
     def _auto_batch(self, height: int, width: int) -> int:
         if self.device.type != "cuda":
@@ -248,7 +291,15 @@ def load_network(config: ModelConfig) -> Network:
     devices = resolve_devices(config.device)
     (precision,) = {resolve_precision(config.precision, device) for device in devices}
     loaded = partial(_loaded, config, devices, precision)
-    return in_own_thread(loaded) if devices[0].type == "cpu" else loaded()
+    try:
+        return in_own_thread(loaded) if devices[0].type == "cpu" else loaded()
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
+        raise DeviceError(
+            f"{' or '.join(map(str, devices))} has too little free memory for the weights: end what else runs there, "
+            f"take a smaller --model, or --device cpu ({_first_line(error)})"
+        ) from error
 
 
 def _loaded(config: ModelConfig, devices: Sequence[torch.device], precision: Precision) -> Network:

@@ -84,7 +84,7 @@ def test_all_that_a_run_needs_is_made_ready_before_its_clock_starts(
     made = Inference._program
 
     def noted(self: Inference, batch: int) -> Program:
-        if batch not in self._programs:
+        if batch not in self.made.programs:
             makers.append(threading.current_thread())
         return made(self, batch)
 

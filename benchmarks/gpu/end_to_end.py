@@ -17,8 +17,9 @@ import torch
 
 import flowreel
 from benchmarks.gpu.findings import Findings, Settings
+from benchmarks.gpu.made_clips import written_clip
+from benchmarks.gpu.nvdec import numbered
 from benchmarks.gpu.surroundings import MEMORY, memory_folder
-from benchmarks.gpu.video import numbered, written_clip
 from benchmarks.measure import Effort, Sample, Skipped, alternated, device_sync
 from benchmarks.networks import filled
 from flowreel.engine.api import RunReport
@@ -44,7 +45,7 @@ class Job(NamedTuple):
 
 def run(findings: Findings, settings: Settings) -> None:
     """1024x436. Stores in memory first: random weights give flow that hardly shrinks, and a disk may be what bounds."""
-    job = _job(settings)
+    job = job_of(settings)
     alone = cache(partial(_alone, job, settings))
     decoders: list[str] = []  # that have been timed
     in_memory, on_disk = (place / "x.zarr" for place in (memory_folder(settings.folder), Path(settings.folder)))
@@ -89,13 +90,15 @@ def _decoder_alone(findings: Findings, settings: Settings, job: Job, decoder: An
         findings.note(f"{source.decoder} alone: {rate:.0f} frames/s")
 
 
-def _job(settings: Settings) -> Job:
+def job_of(settings: Settings) -> Job:
+    """Clip and weights are made once, for whatever part asks first."""
     width, height, frames = (96, 64, 9) if settings.dry else (1024, 436, 1600)
     clip = written_clip(settings.folder, width, height, frames)
     weights = Path(settings.folder) / "filled.safetensors"
-    net = filled("FlowNet2", settings.device, 0.05 if settings.dry else 1.0)
-    state = {name: value.cpu() for name, value in net.state_dict().items()}
-    save_weights(weights, state, licence="none: random numbers", made_by={})
+    if not weights.exists():
+        net = filled("FlowNet2", settings.device, 0.05 if settings.dry else 1.0)
+        state = {name: value.cpu() for name, value in net.state_dict().items()}
+        save_weights(weights, state, licence="none: random numbers", made_by={})
     options: dict[str, Any] = {"device": settings.device, "weights": str(weights), "overwrite": True}
     options |= {"precision": "fp32", "shard_bytes": 2 * 8 * width * height} if settings.dry else {"precision": "fp16"}
     return Job(clip, height, width, frames, options)

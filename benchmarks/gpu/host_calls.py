@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from benchmarks.gpu.findings import Findings, Settings
+from benchmarks.gpu.made_clips import written_clip
 from benchmarks.gpu.network import DRY, TIMED, inputs, made
-from benchmarks.gpu.video import numbered, written_clip
+from benchmarks.gpu.nvdec import numbered
 from benchmarks.measure import Sample
 from flowreel.engine.compiled import graphs
 from flowreel.engine.config import SelectConfig

@@ -83,10 +83,11 @@ def _us_of_op(event: Any, on_gpu: bool) -> float:
     return float(event.self_device_time_total) if event.device_type == torch.autograd.DeviceType.CPU else 0.0
 
 
-def profiled(on_gpu: bool, shapes: bool = False) -> torch.profiler.profile:
-    """Torch's profiler of the host, and of the card where there is one."""
+def profiled(on_gpu: bool, shapes: bool = False, how: Any = None) -> torch.profiler.profile:
+    """Torch's profiler of the host, and of the card where there is one. how: an experimental configuration."""
     activity = torch.profiler.ProfilerActivity
-    return torch.profiler.profile(activities=[activity.CPU, *([activity.CUDA] if on_gpu else [])], record_shapes=shapes)
+    activities = [activity.CPU, *([activity.CUDA] if on_gpu else [])]
+    return torch.profiler.profile(activities=activities, record_shapes=shapes, experimental_config=how)
 
 
 def _own_us(event: Any, on_gpu: bool) -> float:

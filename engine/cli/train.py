@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from flowreel.engine.cli.options import Debug, Quiet
+from flowreel.engine.cli.options import Debug, Device, Quiet
 
 
 def train(
@@ -38,6 +38,7 @@ def train(
     ] = True,
     reuse: Annotated[int, typer.Option(help="Times each scene is used, each time flipped and cropped anew.")] = 3,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    device: Device = "auto",
     workers: Annotated[int, typer.Option(help="Processes that render scenes; does not change the result.")] = 1,
     report_every: Annotated[int, typer.Option(help="Steps between reports and checkpoints.")] = 250,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint.")] = False,
@@ -46,18 +47,22 @@ def train(
 ) -> None:
     """Train weights on procedural scenes, the way the shipped ones were made.
 
-    The same settings give the same weights on the same kind of machine. OUT gets weights.safetensors (for --weights),
-    checkpoint.pt (for --resume) and log.csv.
+    The same settings give the same weights on the same kind of CPU; on a GPU, roundings differ from run to run. Scenes
+    are rendered on the CPU: give a GPU several --workers. OUT gets weights.safetensors (for --weights), checkpoint.pt
+    (for --resume) and log.csv.
     """
+    from flowreel.engine.device import resolve_device
     from flowreel.engine.training import train as training
 
     console = Console(stderr=True, highlight=False, quiet=quiet)
+    where = resolve_device(device)
 
     def report(progress: training.Progress) -> None:
         left_s = progress.seconds / progress.step * (steps - progress.step)
         console.print(
-            f"step {progress.step} of {steps}  loss {progress.loss:.3f}  held-out error {progress.held_out_epe:.2f} px "
-            f"(no motion: {progress.zero_epe:.2f})  {progress.seconds:.0f} s, {left_s:.0f} s to go"
+            f"step {progress.step} of {steps} on {where}  loss {progress.loss:.3f}  held-out error "
+            f"{progress.held_out_epe:.2f} px (no motion: {progress.zero_epe:.2f})  {progress.seconds:.0f} s, "
+            f"{left_s:.0f} s to go"
         )
 
     config = training.TrainConfig(
@@ -75,5 +80,7 @@ def train(
         reuse=reuse,
         seed=seed,
     )
-    path = training.train(config, out, resume=resume, workers=workers, report_every=report_every, report=report)
+    path = training.train(
+        config, out, resume=resume, workers=workers, report_every=report_every, report=report, device=device
+    )
     console.print(f"weights: {path}")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, Dataset
 
+from flowreel.engine.device import resolve_devices, to_device
 from flowreel.engine.errors import CheckpointError, UsageError
 from flowreel.engine.models import build_model, model_name
 from flowreel.engine.models.flownetc import DISPLACEMENTS, FlowNetC
@@ -181,53 +182,71 @@ def train(
         resume: go on from ``out/checkpoint.pt`` if it is there.
         workers: processes that render scenes beside the training; 0 renders in this one. Does not change the result.
         report_every: steps between held-out measurements, log lines and checkpoints.
+        device: where the network is trained: cpu, cuda, cuda:N, or auto, which takes CUDA when it is there. Scenes are
+            rendered on the host. On a GPU sums are made in no fixed order, so two runs differ by roundings that grow.
 
     Returns:
         The path of the finished weights.
 
     Raises:
-        UsageError: fewer than no workers, or reports every 0 steps.
+        UsageError: fewer than no workers, reports every 0 steps, no such kind of device, or several devices.
+        DeviceError: CUDA was asked for and is not there.
         OutputWriteError: the folder cannot be made.
         CheckpointError: the folder holds a run that was not asked to be resumed, or one of other settings.
     """
     if workers < 0 or report_every < 1:
         raise UsageError(f"workers must be at least 0 and report-every at least 1, got {workers} and {report_every}")
+    where, *others = resolve_devices(device)
+    if others:
+        raise UsageError(f"training takes one device, got {device}")
     make_folder(out)
     torch.manual_seed(config.seed)
     model = _fresh(config) if config.init is None else _from_weights(config)
-    model = model.to(device)
-    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = model.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimiser = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
     state = _Run(config, out, model, optimiser)
     state.load(resume)
-    held_out = render(0, HELD_OUT_SEED, 16, config.height, config.width_px)
+    held_out = _on(where, render(0, HELD_OUT_SEED, 16, config.height, config.width_px))
 
-    losses: list[float] = []
+    losses: list[Tensor] = []  # scalars where they were made: to read each would wait for the device each step
     started = time.monotonic() - state.seconds
-    for first, second, flow, visible in _batches(config, state.step, workers):
+    for batch in _batches(config, state.step, workers):
         state.step += 1
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(config, state.step)
-        model.train()
-        mask = visible if state.step <= config.visible_only * config.steps else torch.ones_like(visible)
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.precision == "bf16"):
-            loss = _loss(config, model, *(part.to(device) for part in (first, second, flow, visible, mask)))
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        losses.append(_gradients(config, model, _on(where, batch), state.step))
         nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimiser.step()
-        losses.append(float(loss.detach()))
         if state.step % report_every == 0 or state.step == config.steps:
             state.seconds = time.monotonic() - started
-            epe, zero = _held_out(model, held_out, device)
-            rate = learning_rate(config, state.step)
-            progress = Progress(state.step, state.seconds, sum(losses) / len(losses), epe, zero, rate)
+            epe, zero = _held_out(model, held_out)
+            loss, rate = float(torch.stack(losses).double().mean()), learning_rate(config, state.step)
+            progress = Progress(state.step, state.seconds, loss, epe, zero, rate)
             losses.clear()
             state.save(progress)
             report(progress)
     return state.finish()
+
+
+def _on(device: torch.device, batch: Batch) -> Batch:
+    first, second, flow, visible = (to_device(part, device) for part in batch)
+    return first, second, flow, visible
+
+
+def _gradients(config: TrainConfig, model: nn.Module, batch: Batch, step: int) -> Tensor:
+    """Leaves the gradients of one step in the model's parameters. Gives the loss, a scalar on its device."""
+    first, second, flow, visible = batch
+    model.train()
+    mask = visible if step <= config.visible_only * config.steps else torch.ones_like(visible)
+    half = torch.autocast(flow.device.type, torch.bfloat16, enabled=config.precision == "bf16")
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # float32 is float32, in the flow heads above all
+        with half:
+            loss = _loss(config, model, first, second, flow, visible, mask)
+        loss.backward()  # type: ignore[no-untyped-call]
+    return loss.detach()
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -319,7 +338,7 @@ def _refining_loss(
 
     Each learns from the flow it is given as it is, not through the network that gave it.
     """
-    loss = torch.zeros(())
+    loss = flow.new_zeros(())
     with torch.set_grad_enabled(not config.last_only):
         conv2, conv3, costs = model.flownetc.match(x)
         flows = model.flownetc.decode(conv2, conv3, costs)
@@ -336,8 +355,8 @@ def _refining_loss(
 
 
 @torch.no_grad()
-def _held_out(model: nn.Module, batch: Batch, device: str) -> tuple[float, float]:
-    first, second, flow, _ = (part.to(device) for part in batch)
+def _held_out(model: nn.Module, batch: Batch) -> tuple[float, float]:
+    first, second, flow, _ = batch
     model.eval()
     predicted = model(first.float(), second.float())
     return float(end_point_error(predicted, flow)), float(zero_flow_error(flow))
@@ -358,7 +377,7 @@ class _Run:
         if not resume:
             raise CheckpointError(f"{self.out} holds a training run already: pass --resume, or another folder")
         try:
-            saved = torch.load(self.checkpoint, weights_only=True)
+            saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)  # from whatever device
         except Exception as error:
             raise CheckpointError(f"{self.checkpoint} cannot be read: {str(error).splitlines()[0]}") from error
         differing = [f.name for f in fields(TrainConfig) if saved["config"].get(f.name) != getattr(self.config, f.name)]
@@ -389,7 +408,7 @@ class _Run:
             writer.writerow(asdict(progress))
 
     def finish(self) -> Path:
-        plain = deepcopy(self.model)
+        plain = deepcopy(self.model).cpu()
         if isinstance(centred := _correlating(plain), FlowNetC) and parametrize.is_parametrized(centred.conv3_1[0]):
             parametrize.remove_parametrizations(centred.conv3_1[0], "weight", leave_parametrized=True)
         path = self.out / "weights.safetensors"

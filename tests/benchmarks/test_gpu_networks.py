@@ -13,7 +13,7 @@ import torch
 
 import flowreel
 from benchmarks import gpu_peers
-from benchmarks.gpu import end_to_end, kernel_times, network, peers, precision, profile, video
+from benchmarks.gpu import end_to_end, kernel_times, memory, network, peers, precision, profile, store
 from benchmarks.gpu.findings import Settings
 from benchmarks.gpu.original import kernels_of
 from benchmarks.measure import Effort, Skipped
@@ -98,13 +98,13 @@ def test_a_store_that_is_not_what_the_network_gives_fails(
             return super().__getitem__(key) + wrong_px
 
     monkeypatch.setattr(flowreel, "open_store", Store)
-    video._compare_store(findings, settings, "fp32")
+    store._compare_store(findings, settings, "fp32")
     assert list(findings.verdicts.values()) == [True, not wrong_px, not wrong_px]
 
 
 def test_the_memory_check_ends_with_a_whole_shard_of_whole_batches() -> None:
     """Or the engine would make a program for a batch of another length just when the last sample is taken."""
-    width, height, frames = video.LONG
+    width, height, frames = memory.LONG
     header = FlowInfo(height, width, None, frames, None, made_by={"batch": 8})  # type: ignore[arg-type]
     shard = header.shard_length(None)
     assert (frames - 1) % shard == 0

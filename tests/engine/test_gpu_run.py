@@ -20,7 +20,7 @@ from PIL import Image
 
 import flowreel
 from flowreel.engine import api, compiled
-from flowreel.engine.inference import Inference, Network
+from flowreel.engine.inference import Inference, Made, Network
 from flowreel.sinks import VideoWriter
 from tests.fakes.cuda_streams import GPU, Card, LateCopies, Stream
 
@@ -56,14 +56,14 @@ def twice(late: LateCopies, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def on_both(self: Network, *arguments: Any, **options: Any) -> Inference:
         inference = fitted(self, *arguments, **options)
-        return replace(inference, others=(replace(inference, _programs={}),))
+        return replace(inference, others=(replace(inference, made=Made()),))
 
     monkeypatch.setattr(Network, "fitted", on_both)
 
 
 def run(folder: Path, weights: str, *names: str, **options: Any) -> api.RunReport:
     paths = [folder / name for name in names]
-    return flowreel.run(SOURCE, paths, weights=weights, batch=3, device="cpu", **{"max_error": 0.0} | options)
+    return flowreel.run(SOURCE, paths, weights=weights, device="cpu", **{"max_error": 0.0, "batch": 3} | options)
 
 
 @contextmanager
@@ -126,6 +126,25 @@ def test_over_several_gpus_flow_is_the_same(twice: None, on_cpu: Path, tmp_path:
     assert np.array_equal(got, expected)
     for path in (tmp_path / "flo").iterdir():
         assert path.read_bytes() == (on_cpu / "flo" / path.name).read_bytes()
+
+
+def test_a_short_batch_goes_through_a_full_ones_work(
+    late: LateCopies, on_cpu: Path, tmp_path: Path, tiny_weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight flows in batches of five: the last three are computed as five, and three are kept."""
+    lengths: list[int] = []
+    flow = Inference.flow
+
+    def noted(self: Inference, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        lengths.append(len(first))
+        return flow(self, first, second)
+
+    monkeypatch.setattr(Inference, "flow", noted)
+    report = run(tmp_path, tiny_weights, "x.zarr", batch=5)
+    assert (lengths, report.pairs) == ([5, 5], 8)
+    expected, got = (flowreel.open_store(folder / "x.zarr")[:] for folder in (on_cpu, tmp_path))
+    assert got.shape == expected.shape
+    assert np.allclose(got, expected, atol=1e-3)
 
 
 def test_pictures_alone_bring_pictures_alone_to_the_host(late: LateCopies, tmp_path: Path, tiny_weights: str) -> None:

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from flowreel.engine import inference as module
 from flowreel.engine.config import ModelConfig
 from flowreel.engine.data import FlowBatch, Frame, FramePair, PairBatch
 from flowreel.engine.errors import DeviceError, StageError, UsageError
-from flowreel.engine.inference import Inference, auto_batch, load_network, prepare
+from flowreel.engine.inference import Inference, Made, auto_batch, load_network, prepare
 from flowreel.engine.named_scenes import named_scene
+from tests.fakes.cuda_streams import GPU
 
 
 def test_the_batch_follows_from_the_frame_size_alone() -> None:
@@ -37,6 +39,55 @@ def test_the_batch_an_earlier_run_chose_is_taken_again_unless_another_is_asked_f
     assert network.fitted(64, 64, recorded_batch=3).batch == 3
     network = load_network(ModelConfig(device="cpu", model="flownet2c", batch=2))
     assert network.fitted(64, 64, recorded_batch=3).batch == 2
+
+
+def test_sources_of_one_size_share_what_was_made_for_it(tiny_weights: str) -> None:
+    network = load_network(ModelConfig(device="cpu", weights=tiny_weights))
+    first = network.fitted(64, 64)
+    first.make_ready(16, 19)
+    again = network.fitted(60, 64)  # the network sees the same
+    assert again.made is first.made
+    assert again.notes is not first.notes
+    assert again.batch == first.batch
+    assert list(again.made.programs) == [8, 3]
+    others = [network.fitted(64, width) for width in (128, 192)]
+    assert network.fitted(64, 64).made is first.made
+    network.fitted(64, 256)  # one size too many: that of longest ago goes
+    assert network.fitted(64, 64).made is first.made
+    assert network.fitted(64, 128).made is not others[0].made
+
+
+def test_what_ran_is_told_to_every_source(tiny_weights: str) -> None:
+    """The second one makes nothing, and on a GPU what was captured is only replayed."""
+    network = load_network(ModelConfig(device="cpu", model="flownet2c"))
+    frames = torch.zeros(2, 1, 3, 64, 64)
+    network.fitted(64, 64).flow(*frames)
+    assert network.fitted(64, 64).kernels == {"correlation": "torch"}
+    assert network.fitted(64, 128).kernels == {}
+
+
+def test_the_batch_is_chosen_once_for_a_size(tiny_weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory that the first source's work keeps is not missing for the next one's."""
+    free = [1 << 30, 1 << 20]
+    monkeypatch.setattr("flowreel.engine.inference.free_bytes", lambda device: free.pop(0))
+    network = replace(load_network(ModelConfig(device="cpu", weights=tiny_weights)), device=GPU, precision="fp16")
+    assert [network.fitted(320, 256).batch for _ in range(2)] == [6, 6]
+    assert network.fitted(320, 256, recorded_batch=2).batch == 2
+    assert network.fitted(320, 256).batch == 6
+    assert network.fitted(320, 192).batch == 1
+    assert not free
+
+
+@pytest.mark.parametrize(
+    ("batch", "lengths"), [(8, [1, 2, 4, 4, 8, 8, 8, 8]), (6, [1, 3, 3, 6, 6, 6]), (3, [1, 3, 3]), (1, [1])]
+)
+def test_on_a_gpu_few_lengths_are_captured(tiny_weights: str, batch: int, lengths: list[int]) -> None:
+    inference = load_network(ModelConfig(device="cpu", weights=tiny_weights, batch=batch)).fitted(64, 64)
+    assert [inference._length(pairs) for pairs in range(1, batch + 1)] == list(range(1, batch + 1))
+    on_gpu = replace(inference, device=GPU)
+    assert [on_gpu._length(pairs) for pairs in range(1, batch + 1)] == lengths
+    on_gpu.make_ready(3 * batch, 4 * batch - 1)
+    assert set(on_gpu.made.programs) == {batch, *lengths[batch - 2 : -1]}
 
 
 def frame(scene: object, number: int) -> Frame:
@@ -108,7 +159,7 @@ def test_what_a_run_will_need_is_made_before_it(
 ) -> None:
     inference = load_network(ModelConfig(device="cpu", weights=tiny_weights, batch=batch)).fitted(64, 64)
     inference.make_ready(shard, count)
-    assert list(inference._programs) == made
+    assert list(inference.made.programs) == made
     if count is not None:
         lengths = {min(batch, shard - place % shard, count - place) for place in _starts(batch, shard, count)}
         assert lengths == set(made)
@@ -179,7 +230,7 @@ class TestOutOfMemory:
         network = load_network(ModelConfig(device="cpu", weights=weights, batch=lengths[0]))
         plenty = network.fitted(64, 64, native=native)
         memory = LittleMemory(plenty, fits, when_made)
-        little = replace(plenty, packed=memory, notes=[], _programs={})
+        little = replace(plenty, packed=memory, notes=[], made=Made())
         return list(little.stage(iter(self.pair_batches(lengths)))), memory, little
 
     @pytest.mark.parametrize("native", [False, True])
@@ -202,19 +253,19 @@ class TestOutOfMemory:
         """Another program took some of it: what was made ready for more pairs is given up."""
         network = load_network(ModelConfig(device="cpu", weights=tiny_weights, batch=4)).fitted(64, 64)
         memory = LittleMemory(network, fits=4)
-        inference = replace(network, packed=memory, notes=[], _programs={})
+        inference = replace(network, packed=memory, notes=[], made=Made())
         stage = inference.stage(iter(self.pair_batches([4, 4, 4])))
         assert len(next(stage)) == 4
         memory.fits = 2
         assert [len(batch) for batch in stage] == [2] * 4
-        assert list(inference._programs) == [2]
+        assert list(inference.made.programs) == [2]
         assert inference.notes == ["4 pairs a batch did not fit in the memory of cpu: 2 from flow 4 on"]
 
     def test_memory_that_ends_before_the_run_is_left_to_the_run(self, tiny_weights: str) -> None:
         network = load_network(ModelConfig(device="cpu", weights=tiny_weights, batch=4)).fitted(64, 64)
-        inference = replace(network, packed=LittleMemory(network, fits=3, when_made=True), notes=[], _programs={})
+        inference = replace(network, packed=LittleMemory(network, fits=3, when_made=True), notes=[], made=Made())
         inference.make_ready(8, None)
-        assert (list(inference._programs), inference.notes) == ([], [])
+        assert (list(inference.made.programs), inference.notes) == ([], [])
         assert [len(batch) for batch in inference.stage(iter(self.pair_batches([4])))] == [2, 2]
 
     @pytest.mark.parametrize("words", ["unable to find an engine to execute this", "CUDA error: out of memory"])
@@ -222,7 +273,7 @@ class TestOutOfMemory:
         network = load_network(ModelConfig(device="cpu", weights=tiny_weights, batch=4)).fitted(64, 64)
         memory = LittleMemory(network, fits=2)
         memory.words = words
-        inference = replace(network, packed=memory, notes=[], _programs={})
+        inference = replace(network, packed=memory, notes=[], made=Made())
         assert [len(batch) for batch in inference.stage(iter(self.pair_batches([4])))] == [2, 2]
 
     def test_any_other_error_before_the_run_is_the_models(self, tiny_weights: str) -> None:
@@ -230,15 +281,23 @@ class TestOutOfMemory:
         memory = LittleMemory(network, fits=2, when_made=True)
         memory.words = "CUDA error: an illegal memory access was encountered"
         with pytest.raises(StageError, match="model: CUDA error: an illegal"):
-            replace(network, packed=memory, notes=[], _programs={}).make_ready(8, None)
+            replace(network, packed=memory, notes=[], made=Made()).make_ready(8, None)
 
     def test_any_other_error_ends_the_run(self, tiny_weights: str) -> None:
         network = load_network(ModelConfig(device="cpu", weights=tiny_weights, batch=4)).fitted(64, 64)
         memory = LittleMemory(network, fits=2)
         memory.words = "CUDA error: an illegal memory access was encountered"
-        inference = replace(network, packed=memory, notes=[], _programs={})
+        inference = replace(network, packed=memory, notes=[], made=Made())
         with pytest.raises(RuntimeError, match="illegal memory access"):
             list(inference.stage(iter(self.pair_batches([4]))))
+
+    def test_not_even_the_weights(self, tiny_weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(*_: object) -> object:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+        monkeypatch.setattr(module, "pack", full)
+        with pytest.raises(DeviceError, match=r"cpu has too little free memory for the weights: .*--device cpu \(CUDA"):
+            load_network(ModelConfig(device="cpu", weights=tiny_weights))
 
     def test_not_even_one_pair(self, tiny_weights: str) -> None:
         with pytest.raises(DeviceError, match=r"cpu has too little free memory for one pair of 64x64.*--precision"):

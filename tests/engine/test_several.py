@@ -13,7 +13,7 @@ import torch
 from flowreel.engine.config import ModelConfig
 from flowreel.engine.data import Frame, FramePair, PairBatch
 from flowreel.engine.device import Lane, Streams
-from flowreel.engine.inference import Inference, load_network
+from flowreel.engine.inference import Inference, Made, load_network
 from flowreel.engine.several import in_turn
 from tests.fakes.cuda_streams import Card, Clock, OnCard, Stream
 
@@ -179,7 +179,7 @@ def test_on_a_card_flow_is_that_of_one_lane(gpu: torch.device, tiny_weights: str
     config = ModelConfig(device=str(gpu), weights=tiny_weights, batch=2)
     alone = load_network(config).fitted(70, 100)
     expected = flows(alone)
-    twice = replace(alone, others=(replace(alone, _programs={}),))
+    twice = replace(alone, others=(replace(alone, made=Made()),))
     assert all(map(torch.equal, flows(twice), expected))
     if torch.cuda.device_count() > 1:
         several = load_network(replace(config, device=f"{gpu},{(gpu.index + 1) % 2}")).fitted(70, 100)

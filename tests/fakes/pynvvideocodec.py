@@ -21,6 +21,7 @@ from __future__ import annotations
 import ctypes
 import enum
 import re
+import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -30,8 +31,11 @@ from typing import Any
 
 import av
 import numpy as np
+import pytest
 import torch
 from av.bitstream import BitStreamFilterContext
+
+from flowreel.engine.sources import nvdec, nvsession
 
 NO_STAMP = -(1 << 63)
 PITCH = 24  # samples that the rows of a surface are longer than the picture; none in 2.2.4, others had some
@@ -431,4 +435,29 @@ def fake_module() -> types.ModuleType:
         OutputColorType=OutputColorType,
         PacketData=PacketData,
     )
+    return module
+
+
+STREAM = 0x5EED  # handle of the decoder's stream
+
+
+def installed(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """The module in its place, with streams that only write down what is asked of them in ``behaviour.log``."""
+    module = fake_module()
+
+    class Stream:
+        handle = STREAM
+
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def run(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+            return work()
+
+        def finish(self) -> None:
+            module.behaviour.log.append("finished")
+
+    monkeypatch.setitem(sys.modules, "PyNvVideoCodec", module)
+    monkeypatch.setattr(nvdec, "WorkStream", Stream)
+    monkeypatch.setattr(nvsession, "free_bytes", lambda device: 80 << 30)
     return module

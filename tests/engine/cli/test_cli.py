@@ -131,6 +131,7 @@ def one_line(capsys: Capture) -> str:
         (["info", "text.mp4"], 1, "text.mp4"),
         (["train", "out", "--width", "0"], 2, "width"),
         (["train", "out", "--height", "100"], 2, "64"),
+        (["train", "out", "--device", "cuda:99"], 1, "cuda:99"),
     ],
 )
 def test_wrong_input_is_one_line_and_a_code(
@@ -408,8 +409,8 @@ def test_demo_replaces_nothing_unasked(name: str, capsys: Capture) -> None:
 
 def test_train_and_use(capsys: Capture) -> None:
     tiny = ["--width", "0.05", "--batch", "2", "--height", "64", "--width-px", "64", "--workers", "0"]
-    assert call(["train", "w", "--steps", "2", "--report-every", "1", *tiny]) == 0
-    assert "step 2 of 2" in capsys.readouterr().err
+    assert call(["train", "w", "--steps", "2", "--report-every", "1", "--device", "cpu", *tiny]) == 0
+    assert "step 2 of 2 on cpu" in capsys.readouterr().err
     assert call(["train", "w", "--steps", "2", *tiny]) == 1
     assert "--resume" in one_line(capsys)
     assert call(["run", SOURCE, "-o", "a.zarr", "--weights", "w/weights.safetensors", "-q"]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowreel.engine.errors import CheckpointError, UsageError
+from flowreel.engine.errors import CheckpointError, DeviceError, UsageError
 from flowreel.engine.models.weights import load_model, read_weights
 from flowreel.engine.training import train as training
 from flowreel.engine.training.train import Progress, TrainConfig, augment, learning_rate, train
@@ -73,6 +74,53 @@ def test_the_result_is_a_plain_network_that_says_how_it_was_made(tmp_path: Path)
 @pytest.mark.parametrize("model", ["FlowNet2S", "FlowNet2SD", "FlowNet2CS"])
 def test_other_networks_train_too(model: str, tmp_path: Path) -> None:
     assert read_weights(train(replace(TINY, steps=1, model=model), tmp_path, workers=0)).model == model
+
+
+@pytest.mark.parametrize("model", ["FlowNet2C", "FlowNet2S", "FlowNet2SD", "FlowNet2CS", "FlowNet2CSS", "FlowNet2"])
+def test_a_step_keeps_to_the_device_of_the_network(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: on the device of tensors without numbers, which like a GPU refuses those of a CPU."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # of which it has none
+    net = training._fresh(replace(TINY, model=model)).to("meta")
+    frames = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    batch = frames, frames, torch.zeros(2, 2, 64, 64), torch.ones(2, 64, 64, dtype=torch.bool)
+    for step in (1, TINY.steps):  # occluded pixels left out, and all
+        net.zero_grad()
+        loss = training._gradients(replace(TINY, model=model), net, training._on(torch.device("meta"), batch), step)
+        assert loss.device.type == "meta"
+        assert all(weight.grad is not None and weight.grad.is_meta for weight in net.parameters())
+
+
+def test_what_was_begun_on_a_gpu_goes_on_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint names the device of each of its tensors."""
+
+    class Stopped(Exception):
+        pass
+
+    def stop(progress: Progress) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as on_gpu:
+        on_gpu.setattr(torch.serialization, "location_tag", lambda storage: "cuda:99")
+        with pytest.raises(Stopped):
+            train(TINY, tmp_path, workers=0, report_every=2, report=stop)
+    with pytest.raises(RuntimeError, match="CUDA device"):
+        torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    train(TINY, tmp_path, workers=0, report_every=2, resume=True)
+    assert (tmp_path / "weights.safetensors").exists()
+
+
+def test_a_gpu_that_is_not_there_is_an_error_before_anything_is_made(tmp_path: Path) -> None:
+    for device, error in (("cuda:99", DeviceError), ("tpu", UsageError)):
+        with pytest.raises(error, match=device):
+            train(TINY, tmp_path / "out", workers=0, device=device)
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_gpus_are_not_taken_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "resolve_devices", lambda name: (torch.device("cuda:0"), torch.device("cuda:1")))
+    with pytest.raises(UsageError, match="one device, got cuda:0,1"):
+        train(TINY, tmp_path / "out", workers=0, device="cuda:0,1")
+    assert not (tmp_path / "out").exists()
 
 
 def test_it_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

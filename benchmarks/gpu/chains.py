@@ -1,0 +1,153 @@
+"""The chain of a run with one end or the other taken off, and how fast it runs once it is full."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure import Sample
+from flowreel.engine.api import Chain, flow_header, stages
+from flowreel.engine.config import RunConfig
+from flowreel.engine.data import FlowBatch, FlowInfo, Frame, Source, SourceId
+from flowreel.engine.inference import Network
+from flowreel.engine.outputs import Tally, opened_sinks, preparing
+from flowreel.engine.pairing import batches
+from flowreel.engine.stages import StageStatistics, compose
+from flowreel.sinks import open_sink
+
+RATE = 25
+DIFFERENT = 8  # frames that a source in memory gives in turn
+FULL_AFTER = 0.25  # of all pairs: by then the pipeline is full, and all that is made once is made
+
+
+@dataclass
+class Pace:
+    """When so many pairs had come to the end of the chain."""
+
+    reached: list[tuple[int, float]] = field(default_factory=list)  # pairs that were there before a batch, and when
+
+    def timed(self, items: Iterable[Any]) -> Iterator[Any]:
+        """The same items."""
+        seen = 0
+
+        def noted(item: Any) -> Any:
+            nonlocal seen
+            self.reached.append((seen, time.perf_counter()))
+            seen += len(item)
+            return item
+
+        return map(noted, items)  # a map keeps no item alive while whoever took it works
+
+    def let_go(self, batches: Iterable[FlowBatch]) -> None:
+        """Takes them and keeps none. Waits for the one before: nobody's loop runs ahead of the card without end."""
+        before: torch.cuda.Event | None = None
+        for batch in self.timed(batches):
+            if before is not None:
+                before.synchronize()
+            if batch.flow.is_cuda:
+                before = torch.cuda.Event(blocking=True)
+                before.record(torch.cuda.current_stream(batch.flow.device))
+            del batch
+
+    def rate(self, shard: int) -> tuple[float, Sample]:
+        """Pairs a second, from a full pipeline to the last whole shard; and of each of its shards."""
+        at = {seen: when for seen, when in self.reached if seen % shard == 0}
+        marks = [seen for seen in at if seen >= FULL_AFTER * self.reached[-1][0]]
+        shards = [at[b] - at[a] for a, b in pairwise(marks)]
+        return (marks[-1] - marks[0]) / sum(shards), Sample.of(shards).rate(shard)
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What one run of a chain tells."""
+
+    pairs_s: float
+    by_shard: Sample  # pairs a second
+    seconds: float  # of all of it, from the first frame asked for
+    stages: tuple[StageStatistics, ...]
+    decoder: str
+
+
+def ran(
+    source: Source,
+    network: Network,
+    config: RunConfig,
+    output: Path | None,
+    *,
+    to_host: bool = False,
+    around: AbstractContextManager[object] | None = None,
+) -> Ran:
+    """``flowreel.run`` on a source that is open, with weights that are loaded.
+
+    output: None: flow is dropped as it comes. to_host: it is brought there before. around: entered when all is ready,
+    left when the last flow is where it belongs.
+    """
+    with ExitStack() as opened:
+        opened.enter_context(closing(source))
+        inference = network.fitted(source.info.height, source.info.width)
+        header = flow_header(source.info, inference, config)
+        sinks = [] if output is None else [open_sink(str(output), config.sink)]
+        opened.enter_context(opened_sinks(sinks, header))
+        shard = header.shard_length(config.sink.shard_bytes)
+        inference.make_ready(shard, header.flow_count)
+        downloads = to_host or (bool(sinks) and all(preparing(sink) is None for sink in sinks))
+        steps = stages(inference, config.model.direction, batches(inference.batch, shard), to_host=downloads)
+        pipeline = Chain(source, steps, config.queues, inference.device)
+        pace, on_gpu = Pace(), inference.device.type == "cuda"
+        tallies = [Tally(sink, on_gpu=on_gpu) for sink in sinks]
+
+        def consume(flows: Iterator[FlowBatch]) -> None:
+            if not tallies:
+                pace.let_go(flows)
+            for tally in tallies:
+                tally.consume(pace.timed(flows))
+
+        with around or nullcontext():
+            began_s = time.perf_counter()
+            pipeline.run({"write" if sinks else "drop": consume})
+            seconds = time.perf_counter() - began_s
+        for sink in sinks:
+            sink.commit()
+    return Ran(*pace.rate(shard), seconds, pipeline.statistics(), source.decoder)
+
+
+def without_threads(source: Source, network: Network, config: RunConfig) -> Ran:
+    """The same stages one after the other in this thread, the flow dropped: no queue, no lock, no stream of its own."""
+    inference = network.fitted(source.info.height, source.info.width)
+    header = flow_header(source.info, inference, config)
+    shard = header.shard_length(config.sink.shard_bytes)
+    inference.make_ready(shard, header.flow_count)
+    steps = stages(inference, config.model.direction, batches(inference.batch, shard), to_host=False)
+    pace, began_s = Pace(), time.perf_counter()
+    with closing(source):
+        pace.let_go(compose(source, steps))
+    return Ran(*pace.rate(shard), time.perf_counter() - began_s, (), source.decoder)
+
+
+class InMemory:
+    """A ``Source`` of random frames that lie on the device already, a few in turn."""
+
+    losses: list[str]
+    notes: list[str]
+
+    def __init__(self, height: int, width: int, frames: int, device: str) -> None:
+        shape = (3, height, width)
+        self._pictures = [torch.randint(0, 256, shape, dtype=torch.uint8, device=device) for _ in range(DIFFERENT)]
+        self.info = FlowInfo(height, width, Fraction(RATE), frames, SourceId("memory"))
+        self.decoder = "none: frames in memory"
+        self.losses, self.notes = [], []
+
+    def __iter__(self) -> Iterator[Frame]:
+        for number in range(self.info.frame_count or 0):
+            yield Frame(self._pictures[number % DIFFERENT], number, number / RATE)
+
+    def close(self) -> None:
+        """Nothing is open."""

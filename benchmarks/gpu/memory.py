@@ -1,0 +1,62 @@
+"""Memory of host and card: flat over a long video; and running out of it, which costs speed or ends in good words."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import flowreel
+from benchmarks.gpu import scarce
+from benchmarks.gpu.findings import Findings, Settings
+from benchmarks.gpu.made_clips import written_clip
+
+LONG = (640, 360, 18 * 72 + 1)  # width, height, frames: whole shards, so that no batch is of a new length at the end
+GROWTH = 1.05  # of memory, from the first fifth of the frames to the last
+
+
+def check(findings: Findings, settings: Settings) -> None:
+    """First the long video, then too little memory."""
+    findings.attempt("a long video", partial(_long, findings, settings))
+    scarce.check(findings, settings)
+
+
+def _long(findings: Findings, settings: Settings) -> None:
+    """Host and card, looked at every so often while a long clip streams through."""
+    width, height, count = (96, 64, 40) if settings.dry else LONG
+    clip = written_clip(settings.folder, width, height, count)
+    samples: list[tuple[int, float, float]] = []  # flow, MB of the process, MB of the card
+    seen = 0
+    for batch in flowreel.stream(
+        clip, device=settings.device, model="FlowNet2C", precision="fp32" if settings.dry else "fp16"
+    ):
+        seen += len(batch.frame)
+        if seen >= (len(samples) + 1) * count // 10:
+            samples.append((seen, _resident_mb(), _card_mb(settings)))
+            findings.row(flows=seen, host_mb=samples[-1][1], gpu_mb=samples[-1][2])
+    findings.check("every flow came", seen == count - 1, flows=seen)
+    for place, name in ((1, "host"), (2, "card")):
+        early, late = samples[1][place], samples[-1][place]
+        findings.check(f"memory of the {name} is flat", late <= early * GROWTH + 1, early_mb=early, late_mb=late)
+    findings.add(
+        headline=f"{seen} flows: host {samples[1][1]:.0f} to {samples[-1][1]:.0f} MB, card {samples[-1][2]:.0f} MB"
+    )
+
+
+def _resident_mb() -> float:
+    """Now; where the system does not say, the most there ever was."""
+    status = Path("/proc/self/statm")
+    if status.exists():
+        return int(status.read_text().split()[1]) * resource.getpagesize() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def _card_mb(settings: Settings) -> float:
+    """Everything taken on the card, by whatever library."""
+    if settings.device == "cpu":
+        return 0.0
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / 1e6

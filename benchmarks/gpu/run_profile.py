@@ -1,0 +1,216 @@
+"""What bounds a whole run, from H.264 to a store: the chain with one end or the other off, its threads, its calls.
+
+All of it on the chain that ``flowreel.run`` makes, its weights loaded once. The most telling comes first.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu import trace
+from benchmarks.gpu.chains import InMemory, Ran, ran, without_threads
+from benchmarks.gpu.end_to_end import job_of
+from benchmarks.gpu.findings import Findings, Settings
+from benchmarks.gpu.nvdec import numbered
+from benchmarks.gpu.profile import profiled
+from benchmarks.gpu.sampling import Watch
+from benchmarks.gpu.surroundings import MEMORY, memory_folder
+from benchmarks.measure import Skipped
+from flowreel.engine.config import RunConfig, SelectConfig
+from flowreel.engine.data import Source
+from flowreel.engine.inference import load_network
+from flowreel.engine.sources import open_source
+
+PAIRS = 12 * 32  # twelve shards of 1024x436
+STORE_BYTES = 4 << 30  # two stores of so many, as large as float32, and some room
+MOST = 8  # places and calls that are told of each thread
+SOONER_S = 1e-4  # instead of Python's 5 ms
+NAMING_S = 0.02  # how often the threads are asked what they are called while the profiler runs
+OPERATION = re.compile(r"aten::|flowreel::")
+QUOTA = Path("/sys/fs/cgroup/cpu.stat")  # of Linux: whether processors were withheld
+
+
+class Chains:
+    """The ways to run it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._device = numbered(settings.device)
+        self._job = job_of(settings)
+        self._frames = self._job.frames if settings.dry else PAIRS + 1
+        self._config = RunConfig.of(**self._job.options, stop=self._frames)
+        self._network = load_network(self._config.model)
+        self._store = _place(settings) / "run-profile.zarr"
+        self.to_store()  # the card and its libraries wake up
+
+    def to_store(self, decoder: Any = "auto", around: AbstractContextManager[object] | None = None) -> Ran:
+        """All of it."""
+        return ran(self._video(decoder), self._network, self._config, self._store, around=around)
+
+    def dropped(self) -> Ran:
+        """As a caller's own loop has it that keeps nothing."""
+        return ran(self._video(), self._network, self._config, None)
+
+    def dropped_on_the_host(self) -> Ran:
+        """Brought there first."""
+        return ran(self._video(), self._network, self._config, None, to_host=True)
+
+    def frames_there(self) -> Ran:
+        """On the device before it begins, and the flow dropped."""
+        return ran(self._memory(), self._network, self._config, None)
+
+    def frames_there_to_store(self) -> Ran:
+        """No decoding, but everything behind it."""
+        return ran(self._memory(), self._network, self._config, self._store)
+
+    def without_threads(self) -> Ran:
+        """Frames on the device, the stages one after the other, the flow dropped."""
+        return without_threads(self._memory(), self._network, self._config)
+
+    def _video(self, decoder: Any = "auto") -> Source:
+        return open_source(self._job.clip, SelectConfig(stop=self._frames, decoder=decoder), self._device)
+
+    def _memory(self) -> Source:
+        return InMemory(self._job.height, self._job.width, self._frames, self._device)
+
+
+def run(findings: Findings, settings: Settings) -> None:
+    """1024x436, FlowNet2 in fp16; a few hundred pairs each time."""
+    chains = cache(partial(Chains, settings))
+    told: dict[str, str] = {}
+
+    def tell(what: str, words: str) -> None:
+        told[what] = words
+        findings.add(headline="; ".join(told.values()))
+
+    def timed(name: str, way: Callable[[Chains], Ran], short: str) -> None:
+        one = way(chains())
+        findings.row(run=name, decoder=one.decoder, pairs_s=one.pairs_s, by_shard=one.by_shard.cell(), **_stages(one))
+        if short:
+            tell(name, f"{short} {one.pairs_s:.0f} pairs/s")
+
+    for name, action in (
+        ("to a store", partial(timed, way=Chains.to_store, short="whole run")),
+        ("the flow dropped", partial(timed, way=Chains.dropped, short="no store")),
+        ("frames there, the flow dropped", partial(timed, way=Chains.frames_there, short="no decoder either")),
+        ("to a store, the lock asked for sooner", partial(timed, way=asking_sooner, short="lock asked for sooner")),
+        ("watched", lambda _: _watch(findings, chains(), tell)),
+        ("under torch's profiler", lambda _: _trace(findings, settings, chains(), tell)),
+        ("frames there, without threads", partial(timed, way=Chains.without_threads, short="")),
+        ("frames there, to a store", partial(timed, way=Chains.frames_there_to_store, short="")),
+        ("the flow dropped on the host", partial(timed, way=Chains.dropped_on_the_host, short="")),
+        ("to a store, PyAV", partial(timed, way=partial(Chains.to_store, decoder="pyav"), short="")),
+        ("operations of all threads", lambda _: _trace_operations(findings, settings, chains())),
+    ):
+        findings.attempt(name, partial(action, name))
+
+
+def asking_sooner(chains: Chains) -> Ran:
+    """All of it, while a thread that wants the interpreter's lock lets others keep it for less long."""
+    before_s = sys.getswitchinterval()
+    sys.setswitchinterval(SOONER_S)
+    try:
+        return chains.to_store()
+    finally:
+        sys.setswitchinterval(before_s)
+
+
+def _stages(one: Ran) -> dict[str, object]:
+    """What each stage's thread did with its time, in shares of the run's."""
+    return {
+        "seconds": one.seconds,
+        "stages": {
+            stage.name: {
+                "items": stage.items,
+                "busy": round(stage.busy_s / one.seconds, 3),
+                "busy_ms_an_item": round(1e3 * stage.busy_s / max(stage.items, 1), 3),
+                "waits_in": round(stage.wait_in_s / one.seconds, 3),
+                "waits_out": round(stage.wait_out_s / one.seconds, 3),
+                "peak_queue": stage.peak_queue,
+            }
+            for stage in one.stages
+        },
+    }
+
+
+def _watch(findings: Findings, chains: Chains, tell: Callable[[str, str], None]) -> None:
+    """Where the threads stand, their processor time, and how long whoever wants the interpreter's lock waits."""
+    withheld_us = _withheld_us()
+    with_watch = Watch()
+    one = chains.to_store(around=with_watch)
+    findings.row(run="to a store, watched", pairs_s=one.pairs_s, **_stages(one))
+    waits = with_watch.lock_waits()
+    findings.row(lock=f"{len(with_watch.late_s)} looks, how late", **waits)
+    tell("lock", f"the lock comes {waits['median_ms']:.2f} ms late, 1 of 10 times {waits['nine_of_10_ms']:.2f}")
+    for row in (*with_watch.processors(), *with_watch.stood(MOST)):
+        findings.row(**row)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    findings.note(
+        f"{cores} processors may be used, {sys.getswitchinterval() * 1e3:g} ms until the lock is asked for, "
+        f"{(_withheld_us() - withheld_us) / 1e3:.0f} ms of processors withheld by a quota"
+    )
+
+
+def _trace(findings: Findings, settings: Settings, chains: Chains, tell: Callable[[str, str], None]) -> None:
+    """What the card does when, and what each thread asks of CUDA."""
+    one, events, names = _seen(chains, profiled(settings.device == "cuda"), trace.CALL)
+    findings.row(run="to a store, under torch's profiler", pairs_s=one.pairs_s, **_stages(one))
+    if not any(event.on_card for event in events):
+        raise Skipped("the profiler saw nothing on a card")
+    within = trace.middle([event for event in events if event.on_card])
+    card = trace.card(events, within, names)
+    findings.row(looked_at_ms=(within[1] - within[0]) / 1e6, events=len(events), **card.shares)
+    for row in (trace.waits(card.pauses, within), *card.rows, *trace.calls(events, within, names, card.pauses, MOST)):
+        findings.row(**row)
+    share = card.shares[trace.NETWORK_RUNS]
+    tell("card", f"under the profiler ({one.pairs_s:.0f} pairs/s) the network's kernels run {share:.0%} of the time")
+
+
+def _trace_operations(findings: Findings, settings: Settings, chains: Chains) -> None:
+    """What each thread asks of torch, those that ask for others included. An experiment of torch's, so it comes last.
+
+    Raises Skipped where torch has it no more.
+    """
+    try:
+        every_thread = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
+    except (AttributeError, TypeError) as error:
+        raise Skipped(f"torch {torch.__version__} follows no other threads: {error}") from error
+    one, events, names = _seen(chains, profiled(settings.device == "cuda", how=every_thread), OPERATION)
+    findings.row(run="to a store, operations of all threads", pairs_s=one.pairs_s, **_stages(one))
+    events = [event for event in events if not event.on_card]
+    for row in trace.calls(events, trace.middle(events), names, [], MOST):
+        findings.row(**row)
+
+
+def _seen(chains: Chains, profiler: Any, calls: re.Pattern[str]) -> tuple[Ran, list[trace.Event], dict[int, str]]:
+    """A run under that profiler, what it saw, and what the threads were called."""
+    with Watch(NAMING_S, resting=1) as watch:
+        one = chains.to_store(around=profiler)
+    return one, trace.events_of(profiler, calls), watch.names
+
+
+def _place(settings: Settings) -> Path:
+    """In memory, where there is room: a disk may be what bounds."""
+    if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free >= STORE_BYTES:
+        folder = memory_folder(settings.folder)
+        folder.mkdir(exist_ok=True)
+        return folder
+    return Path(settings.folder)
+
+
+def _withheld_us() -> int:
+    """Time for which this container's threads were kept from running, so far; 0 where there is no such limit."""
+    try:
+        found = re.search(r"^throttled_usec (\d+)", QUOTA.read_text(), re.M)
+    except OSError:
+        return 0
+    return int(found[1]) if found else 0

@@ -1,0 +1,107 @@
+"""Training on the card: the first loss and its gradients are those of a CPU, by our kernels, and it learns."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import flowreel
+from benchmarks.gpu.findings import Findings, Settings
+from flowreel.engine.training import train as training
+from flowreel.engine.training.train import Batch, Progress, TrainConfig
+from flowreel.kernels.launch import recording
+
+SAME = 1e-3  # relative, of the loss, and of all gradients as one vector, in float32; two ways on a CPU: 1e-5
+KERNELS = {  # that must have run, there and back
+    "FlowNet2C": {"correlation", "correlation_backward"},
+    "FlowNet2": {
+        "correlation",
+        "correlation_backward",
+        "warp",
+        "warp_flow_gradient",
+        "channel_norm",
+        "channel_norm_backward",
+    },
+}
+LEARNT = 0.85  # of the loss of the first quarter of the steps, in the last one; on a CPU .74
+CONFIG = TrainConfig(
+    width=0.125,
+    steps=80,
+    batch=4,
+    height=128,
+    width_px=192,
+    reuse=80,  # one scene
+    learning_rate=2e-3,
+    warm_up=5,
+    precision="fp32",
+)
+DRY = replace(CONFIG, width=0.05, steps=4, batch=2, height=64, width_px=64, warm_up=1)
+
+
+def check(findings: Findings, settings: Settings) -> None:
+    """Small networks: what is looked at is whether it works."""
+    config = DRY if settings.dry else CONFIG
+    for model in KERNELS:
+        findings.attempt(
+            f"{model}: one step", partial(_compare, findings, settings, replace(config, model=model, batch_norm=False))
+        )
+    for precision in ("fp32", "bf16"):
+        findings.attempt(
+            f"{precision}: some steps", partial(_train, findings, settings, replace(config, precision=precision))
+        )
+
+
+def _compare(findings: Findings, settings: Settings, config: TrainConfig) -> None:
+    """Loss and gradients of one step on both devices, from the same weights and scenes."""
+    torch.manual_seed(config.seed)
+    net = training._fresh(config).to(memory_format=torch.channels_last)
+    batch = training.render(config.seed, 0, config.batch, config.height, config.width_px)
+    wanted, gradients = _step(config, net, batch)
+    device = torch.device(settings.device)
+    used: dict[str, str] = {}
+    with recording(used), torch.autograd.set_multithreading_enabled(False):  # else the way back has its own thread
+        loss, ours = _step(config, net.to(device), training._on(device, batch))
+    apart = abs(loss - wanted) / abs(wanted)
+    findings.check(f"{config.model}: the first loss is the CPU's", apart <= SAME, loss=loss, wanted=wanted)
+    apart = float((ours - gradients).norm() / gradients.norm())
+    findings.check(f"{config.model}: so are its gradients", apart <= SAME, apart=apart)
+    by = "torch" if settings.dry else "cuda"
+    good = {name for name, how in used.items() if how == by} >= KERNELS[config.model]
+    findings.check(f"{config.model}: there and back by our kernels", good, ran=used)
+
+
+def _step(config: TrainConfig, net: nn.Module, batch: Batch) -> tuple[float, Tensor]:
+    """The loss, and all gradients in one vector on the host, float64."""
+    net.zero_grad(set_to_none=True)
+    loss = training._gradients(config, net, batch, 1)
+    found = [weight.grad.detach().double().cpu().flatten() for weight in net.parameters() if weight.grad is not None]
+    return float(loss), torch.cat(found)
+
+
+def _train(findings: Findings, settings: Settings, config: TrainConfig) -> None:
+    """What the command does, on one scene that is flipped and cropped anew each step; and the weights it leaves."""
+    reports: list[Progress] = []
+    out = Path(settings.folder) / f"training-{config.precision}"
+    every = max(config.steps // 4, 1)
+    weights = training.train(config, out, workers=0, report_every=every, report=reports.append, device=settings.device)
+    losses = [progress.loss for progress in reports]
+    findings.check(f"{config.precision}: every loss is finite", all(map(math.isfinite, losses)), losses=losses)
+    learnt = settings.dry or losses[-1] <= LEARNT * losses[0]
+    findings.check(f"{config.precision}: it learns", learnt, first=losses[0], last=losses[-1])
+    net = flowreel.load_model("FlowNet2C", weights=weights, device=settings.device)
+    frames = torch.zeros(2, 1, 3, config.height, config.width_px, device=settings.device)
+    with torch.no_grad():
+        findings.check(f"{config.precision}: its weights load", bool(net(*frames).isfinite().all()))
+    seconds = reports[-1].seconds - reports[0].seconds
+    findings.row(
+        precision=config.precision,
+        steps_s=(reports[-1].step - reports[0].step) / seconds if seconds > 0 else None,
+        losses=losses,
+        held_out_px=[progress.held_out_epe for progress in reports],
+    )
+    findings.add(headline=f"{config.precision}: loss {losses[0]:.2f} to {losses[-1]:.2f} in {config.steps} steps")
