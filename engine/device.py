@@ -31,6 +31,7 @@ _MEMORY_ENDED = ("out of memory", "unable to find an engine", "STATUS_ALLOC_FAIL
 # Of the stages' streams: above that of a network's captured work (``compiled/graphs.py``). What is short goes first, so
 # that no frame on its way in and no result on its way out waits for kernels that would take the whole device.
 STAGE_PRIORITY = -2
+_BF16_SINCE = (8, 0)  # compute capability; TF32 came with it
 MOST_UPLOADS = 4  # frames on their way to the device at once: each holds a pinned buffer
 
 
@@ -76,7 +77,7 @@ def _resolved(name: str, given: str) -> torch.device:
 
 
 def resolve_precision(precision: Precision | None, device: torch.device) -> Precision:
-    """auto is fp32 on a CPU and fp16 on a GPU; a CPU also takes bf16.
+    """auto is fp32 on a CPU and fp16 on a GPU; a CPU also takes bf16. A GPU's bf16 and tf32 ask for a newer one.
 
     Raises:
         UsageError: the device has no such precision.
@@ -85,6 +86,13 @@ def resolve_precision(precision: Precision | None, device: torch.device) -> Prec
         return "fp16" if device.type == "cuda" else "fp32"
     if device.type == "cpu" and precision not in ("fp32", "bf16"):
         raise UsageError(f"a CPU runs fp32 or bf16, not {precision}")
+    if device.type == "cuda" and precision in ("bf16", "tf32"):
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) < _BF16_SINCE:
+            raise UsageError(
+                f"{precision} needs compute capability {_BF16_SINCE[0]}.{_BF16_SINCE[1]}, and {device_name(device)} "
+                f"has {major}.{minor}: take fp16 or fp32"
+            )
     return precision
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowreel.kernels.launch import SUFFIXES, THREADS, implement, launch, sizes, view
+from flowreel.kernels.launch import SUFFIXES, THREADS, implement, launch, parts, sizes, view
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,23 +39,21 @@ def bias_leaky_relu_in_place_definition(x: Tensor, bias: Tensor, slope: float, a
 _TOGETHER = 8  # channels a thread computes
 
 
+def _takes(x: Tensor, bias: Tensor, slope: float, out: Tensor | None) -> bool:
+    return out is None or out.dtype == x.dtype
+
+
 def _bias_leaky_relu_cuda(x: Tensor, bias: Tensor, slope: float, out: Tensor) -> None:
-    if out.dtype == x.dtype:
-        _launched(x, bias, slope, out, None)
-    else:
-        bias_leaky_relu_definition(x, bias, slope, out)
+    _launched(x, bias, slope, out, None)
 
 
 def _bias_leaky_relu_in_place_cuda(x: Tensor, bias: Tensor, slope: float, also: Tensor | None) -> None:
-    if also is None or also.dtype == x.dtype:
-        _launched(x, bias, slope, x, also)
-    else:
-        bias_leaky_relu_in_place_definition(x, bias, slope, also)
+    _launched(x, bias, slope, x, also)
 
 
 def _launched(x: Tensor, bias: Tensor, slope: float, out: Tensor, also: Tensor | None) -> None:
     batch, channels, height, width = x.shape
-    blocks_a_row = -(-width * -(-channels // _TOGETHER) // THREADS)
+    blocks_a_row = parts(width * parts(channels, _TOGETHER), THREADS)
     counts = sizes(channels, out.shape[1], 0 if also is None else also.shape[1], height, width)
     views = (*view(x), bias.contiguous(), *view(out), *view(out if also is None else also))
     entry, grid = f"bias_leaky_relu_{SUFFIXES[x.dtype]}", (batch * height * blocks_a_row,)
@@ -68,8 +66,14 @@ _torch_library: Any = torch.library  # its functions carry no types
 _LIBRARY = _torch_library.Library("flowreel", "FRAGMENT")
 _LIBRARY.define("bias_leaky_relu(Tensor x, Tensor bias, float slope, Tensor(a!) out) -> ()")
 _LIBRARY.define("bias_leaky_relu_(Tensor(a!) x, Tensor bias, float slope, Tensor(b!)? also) -> ()")
-implement(_LIBRARY, "bias_leaky_relu", bias_leaky_relu_definition, on_cuda=_bias_leaky_relu_cuda)
-implement(_LIBRARY, "bias_leaky_relu_", bias_leaky_relu_in_place_definition, on_cuda=_bias_leaky_relu_in_place_cuda)
+implement(_LIBRARY, "bias_leaky_relu", bias_leaky_relu_definition, on_cuda=_bias_leaky_relu_cuda, takes=_takes)
+implement(
+    _LIBRARY,
+    "bias_leaky_relu_",
+    bias_leaky_relu_in_place_definition,
+    on_cuda=_bias_leaky_relu_in_place_cuda,
+    takes=_takes,
+)
 
 
 def _nothing_of(x: Tensor, bias: Tensor, slope: float, out: Tensor | None) -> None:
@@ -95,7 +99,7 @@ def bias_leaky_relu(x: Tensor, bias: Tensor, slope: float, out: Tensor) -> None:
     Formed in float32 and rounded once. Without gradients: for inference.
 
     Raises:
-        ValueError: shapes do not fit together.
+        ValueError: shapes do not fit together, or the bias is not float32.
     """
     _check(x, bias, out)
     _into(x, bias, slope, out)
@@ -105,7 +109,7 @@ def bias_leaky_relu_(x: Tensor, bias: Tensor, slope: float, also: Tensor | None 
     """The same in place of x, which is given back; ``also`` gets its first channels, as ``out`` above.
 
     Raises:
-        ValueError: shapes do not fit together.
+        ValueError: shapes do not fit together, or the bias is not float32.
     """
     _check(x, bias, x if also is None else also)
     _in_place(x, bias, slope, also)
@@ -115,6 +119,8 @@ def bias_leaky_relu_(x: Tensor, bias: Tensor, slope: float, also: Tensor | None 
 def _check(x: Tensor, bias: Tensor, out: Tensor) -> None:
     if x.ndim != 4 or bias.shape != x.shape[1:2]:
         raise ValueError(f"expected (B, C, H, W) and (C,), got {tuple(x.shape)} and {tuple(bias.shape)}")
+    if bias.dtype != torch.float32:
+        raise ValueError(f"a bias is float32, got {bias.dtype}")
     batch, channels, *size = out.shape
     if batch != x.shape[0] or channels > x.shape[1] or size != list(x.shape[2:]):
         raise ValueError(f"{tuple(x.shape)} does not go into {tuple(out.shape)}")

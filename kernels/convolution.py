@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowreel.kernels.launch import SUFFIXES, implement, launch, sizes, view
+from flowreel.kernels.launch import SUFFIXES, implement, launch, on_tensor_cores, parts, sizes, view
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,7 +32,10 @@ def convolution_definition(
     out: Tensor,
     also: Tensor | None,
 ) -> None:
-    """Summed in float32 and rounded once. ``packed``, the same weights in another order, is for the CUDA version."""
+    """Summed in float32 and rounded once. ``packed``, the same weights in another order, is for the CUDA version.
+
+    Of half types TF32, which a process may allow for float32, loses nothing.
+    """
     convolve = F.conv_transpose2d if transposed else F.conv2d
     channels = weight.shape[0 if transposed else 1]
     value = convolve(x[:, :channels].float(), weight.float(), bias, stride, padding_of(weight))
@@ -66,11 +69,11 @@ class Tiling(NamedTuple):
     @property
     def half_steps(self) -> int:
         """How often 8 of a filter row's columns and channels are taken."""
-        return -(-self.kernel * self.channels // _TOGETHER)
+        return parts(self.kernel * self.channels, _TOGETHER)
 
     @property
     def steps(self) -> int:
-        return -(-self.kernel * self.half_steps // 2)
+        return parts(self.kernel * self.half_steps, 2)
 
     @property
     def run(self) -> int:
@@ -95,7 +98,7 @@ def tiling(weight: Tensor, stride: int, transposed: bool) -> Tiling | None:
         fits = (kernel, stride) == (4, 2) and outputs % _RESULTS == 0 and inputs <= 176
         return Tiling(_NEIGHBOURS, 1, 16, 4 * _RESULTS, 4, True) if fits else None
     if (kernel, stride) == (7, 2) and outputs % 64 == 0 and inputs <= 12:
-        return Tiling(7, 2, -(-inputs // 4) * 4, 64, 4, False)
+        return Tiling(7, 2, 4 * parts(inputs, 4), 64, 4, False)
     if (kernel, stride) == (3, 1) and outputs % 64 == 0 and inputs <= 16:
         return Tiling(3, 1, 8 if inputs <= 8 else 16, 64, 2, False)
     return None
@@ -114,7 +117,7 @@ def pack(weight: Tensor, stride: int, transposed: bool) -> Tensor:
         weight = _as_convolution(weight)
     outputs, inputs, kernel, _ = weight.shape
     channels, tiles = found.channels, found.outputs // 8
-    chunks = -(-inputs // channels)
+    chunks = parts(inputs, channels)
     # k: filter row, then its columns and channels, 8 at a time
     padded = F.pad(weight, (0, 0, 0, 0, 0, chunks * channels - inputs)).view(outputs, chunks, channels, kernel, kernel)
     rows = padded.permute(1, 3, 4, 2, 0).reshape(chunks, kernel, kernel * channels, outputs)
@@ -130,6 +133,12 @@ def pack(weight: Tensor, stride: int, transposed: bool) -> Tensor:
     return torch.cat((flat, flat.new_zeros(found.outputs * 16)))  # one step more: fetched, and not used
 
 
+def _packed_size(found: Tiling, inputs: int, outputs: int) -> int:
+    """Elements that ``pack`` gives for a layer of so many channels."""
+    groups, chunks = outputs // (_RESULTS if found.enlarges else found.outputs), parts(inputs, found.channels)
+    return (groups * chunks * found.steps + 1) * 16 * found.outputs
+
+
 def _as_convolution(weight: Tensor) -> Tensor:
     """A 4x4 deconvolution's (in, out, 4, 4) to (4 out, in, 3, 3): 2x2 results of 16 channels, from 3x3 neighbours."""
     inputs, outputs = weight.shape[:2]
@@ -139,6 +148,20 @@ def _as_convolution(weight: Tensor) -> Tensor:
         for x, dx, kx in taps:
             made[y, x, :, :, dy + 1, dx + 1] = weight[:, :, ky, kx].mT
     return made.view(4, -1, _RESULTS, *made.shape[3:]).transpose(0, 1).flatten(0, 2)
+
+
+def _takes(
+    x: Tensor,
+    weight: Tensor,
+    packed: Tensor,
+    bias: Tensor,
+    stride: int,
+    transposed: bool,
+    slope: float,
+    out: Tensor,
+    also: Tensor | None,
+) -> bool:
+    return tiling(weight, stride, transposed) is not None and x.dtype == weight.dtype and on_tensor_cores(x.device)
 
 
 def _convolution_cuda(
@@ -153,9 +176,7 @@ def _convolution_cuda(
     also: Tensor | None,
 ) -> None:
     found = tiling(weight, stride, transposed)
-    if found is None or x.dtype != weight.dtype:
-        convolution_definition(x, weight, packed, bias, stride, transposed, slope, out, also)
-        return
+    assert found is not None  # or ``_takes`` would have said so
     inputs = weight.shape[0 if transposed else 1]
     if not _reaches(x, _TOGETHER):
         x = x.contiguous(memory_format=torch.channels_last)
@@ -163,7 +184,7 @@ def _convolution_cuda(
     second = first if also is None or not _reaches(also, found.run) else also
     height, width = (x if transposed else out).shape[2:]
     groups = out.shape[1] // (_RESULTS if transposed else found.outputs)
-    grid = (-(-width // _COLUMNS) * groups, -(-height // (_WARPS * found.rows)), x.shape[0])
+    grid = (parts(width, _COLUMNS) * groups, parts(height, _WARPS * found.rows), x.shape[0])
     counts = sizes(int(second is not first), inputs, *x.shape[2:], height, width, groups, found.kernel // 2)
     arguments = (*view(x), packed, bias, *view(first), *view(second), *counts, np.float32(slope))
     launch("convolution", found.entry(x.dtype), grid, arguments, (32 * _WARPS,))
@@ -188,7 +209,7 @@ _LIBRARY.define(
     "convolution(Tensor x, Tensor weight, Tensor packed, Tensor bias, int stride, bool transposed, float slope, "
     "Tensor(a!) out, Tensor(b!)? also) -> ()"
 )
-implement(_LIBRARY, "convolution", convolution_definition, on_cuda=_convolution_cuda)
+implement(_LIBRARY, "convolution", convolution_definition, on_cuda=_convolution_cuda, takes=_takes)
 
 
 def _nothing_of(*given: object) -> None:
@@ -231,14 +252,19 @@ def convolution(
     Without gradients: for inference.
 
     Raises:
-        ValueError: shapes or types do not fit together.
+        ValueError: shapes or types do not fit together, or ``tiling`` does not know the layer.
     """
+    found = tiling(weight, stride, transposed)
+    if found is None:
+        raise ValueError(f"no kernel for {weight.dtype} weights {tuple(weight.shape)} with stride {stride}")
     outputs, inputs = (weight.shape[1], weight.shape[0]) if transposed else weight.shape[:2]
-    size = [side * stride if transposed else -(-side // stride) for side in x.shape[2:]]
+    size = [side * stride if transposed else parts(side, stride) for side in x.shape[2:]]
     if x.ndim != 4 or x.shape[1] < inputs or x.shape[1] % _TOGETHER or bias.shape != (outputs,):
         raise ValueError(f"{tuple(x.shape)}, {tuple(weight.shape)} and {tuple(bias.shape)} do not fit together")
     if not weight.dtype == packed.dtype == x.dtype or bias.dtype != torch.float32:
         raise ValueError(f"maps take weights of their type and float32 biases: {x.dtype}, {weight.dtype}, {bias.dtype}")
+    if packed.numel() != _packed_size(found, inputs, outputs) or not packed.is_contiguous():
+        raise ValueError(f"{tuple(packed.shape)} is not what pack makes of weights {tuple(weight.shape)}")
     shape = (x.shape[0], outputs, *size)
     if out is None:
         out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

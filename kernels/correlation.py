@@ -150,7 +150,7 @@ def pixel_correlation_on_cuda_cores(
 ) -> None:
     batch, channels, height, width = a.shape
     side, phases = 2 * radius + 1, 2 if stride == 2 else 1  # phases in x that one block computes
-    columns = min(_COLUMNS, key=lambda n: -(-side // n) * n)  # the least that is computed in vain
+    columns = min(_COLUMNS, key=lambda n: parts(side, n) * n)  # the least that is computed in vain
     across = stride // phases * parts(parts(width, stride), _TILE // phases)
     down = stride * parts(parts(height, stride), _ROWS)
     deep = parts(side, columns) * parts(side, _SHIFTS)

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowreel.kernels.launch import MOST_DEEP, SUFFIXES, launch, on_tensor_cores, parts, sizes, view
+from flowreel.kernels.launch import MOST_DEEP, SUFFIXES, launch, multiprocessors, on_tensor_cores, parts, sizes, view
 
 RADII = (10, 4)  # an entry each: 21 x 21 displacements, and 9 x 9
 _TYPES = (torch.float16, torch.bfloat16)
 _COLUMNS, _ROWS, _BLOCK = 16, 8, 128  # what a block computes, and by how many threads: as in the source
 _MOST_CHANNELS = 256  # that its registers hold
 _WORDS = 8  # elements of 16 bytes, in which the maps are read
-_AT_ONCE = 264  # blocks that run at once where registers for two are in each of 132 multiprocessors, as in an H100
+_AT_ONCE = 2  # blocks that a multiprocessor has registers for
 _START = 2  # what a block does before its first row of b, counted in rows
 
 
@@ -34,7 +34,8 @@ def pixel_correlation_into(
     a, b = _read_in_words(a), _read_in_words(b)
     across = stride * parts(parts(width, stride), _COLUMNS)
     down = stride * parts(parts(height, stride), _ROWS)
-    shares = _shares(across * down * batch, _ROWS + 2 * radius)
+    at_once = _AT_ONCE * multiprocessors(a.device)
+    shares = _shares(across * down * batch, _ROWS + 2 * radius, at_once)
     entry = f"correlation_products_{radius}_{SUFFIXES[a.dtype]}"
     for first in range(0, batch, MOST_DEEP // shares):
         some = slice(first, first + MOST_DEEP // shares)
@@ -52,6 +53,6 @@ def _read_in_words(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last).copy_(x)
 
 
-def _shares(tiles: int, rows: int) -> int:
+def _shares(tiles: int, rows: int, at_once: int) -> int:
     """Into how many blocks a tile's rows of b go: as makes the least of rounds, each as long as its longest block."""
-    return min(range(1, rows // 4 + 1), key=lambda n: parts(tiles * n, _AT_ONCE) * (_START + parts(rows, n)))
+    return min(range(1, rows // 4 + 1), key=lambda n: parts(tiles * n, at_once) * (_START + parts(rows, n)))

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 def enlarge_flow_definition(flow: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
-    """What ``enlarge_flow`` means."""
-    out.copy_(F.conv_transpose2d(flow, weight, bias, stride=2, padding=1))
+    """What ``enlarge_flow`` means. In float64: for float32 a process may allow TF32, which keeps 10 bits."""
+    out.copy_(F.conv_transpose2d(flow.double(), weight.double(), bias.double(), stride=2, padding=1))
 
 
 # --- the CUDA version -------------------------------------------------------------------------------------------------

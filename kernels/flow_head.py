@@ -19,7 +19,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowreel.kernels.launch import MOST_DEEP, SUFFIXES, blocks_for, implement, launch, on_tensor_cores, sizes, view
+from flowreel.kernels.launch import (
+    MOST_DEEP,
+    SUFFIXES,
+    implement,
+    launch,
+    multiprocessors,
+    on_tensor_cores,
+    parts,
+    sizes,
+    view,
+)
 
 
 class Borders(NamedTuple):
@@ -53,7 +63,7 @@ def pack_flow_head(weight: Tensor, dtype: torch.dtype) -> Tensor:
     outputs, channels, kernel = weight.shape[:3]
     if outputs != _OUTPUTS or kernel not in _TILES or weight.shape[3] != kernel:
         raise ValueError(f"a flow head is (2, C, 3, 3) or (2, C, 5, 5), not {tuple(weight.shape)}")
-    chunks = -(-channels // CHUNK)
+    chunks = parts(channels, CHUNK)
     columns = weight.new_zeros(_TILES[kernel], _TILE, chunks * CHUNK)
     by_place = weight.permute(2, 3, 0, 1)  # (ky, kx, output, channel)
     first = by_place[:, :_FIRST].flatten(1, 2)
@@ -80,40 +90,42 @@ def unpack_flow_head(packed: Tensor, channels: int) -> Tensor:
 
 
 def flow_head_definition(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """(B, C, H, W), packed weights and (2,) to (B, 2, H, W) float32."""
-    wide = unpack_flow_head(weight, x.shape[1]).float()
-    return F.conv2d(x.float(), wide, bias, padding=wide.shape[2] // 2).contiguous()
+    """(B, C, H, W), packed weights and (2,) to (B, 2, H, W) float32.
+
+    For float32 a process may allow TF32, which keeps 10 bits: enough for what was a half type, else it is float64.
+    """
+    dtype = torch.float32 if x.element_size() < 4 else torch.float64
+    wide = unpack_flow_head(weight, x.shape[1]).to(dtype)
+    return F.conv2d(x.to(dtype), wide, bias.to(dtype), padding=wide.shape[2] // 2).float().contiguous()
 
 
 def take_off_borders_definition(
     out: Tensor, x: Tensor, along: Tensor, along_constants: Tensor, corners: Tensor, corner_constants: Tensor
 ) -> None:
-    """Of ``out`` (B, N, H, W), which a 5x5 layer made of ``x`` (B, C, H, W)."""
+    """Of ``out`` (B, N, H, W), which a 5x5 layer made of ``x`` (B, C, H, W). In float64: see above."""
     ends = (2, 0), (2, -1), (3, 0), (3, -1)  # axis, place
     for side, (axis, place) in enumerate(ends):
-        edge, filters = x.select(axis, place).to(along.dtype), along[side].permute(1, 2, 0)
-        out.select(axis, place).sub_(F.conv1d(edge, filters, along_constants[side], padding=2))
+        edge, filters = x.select(axis, place).double(), along[side].permute(1, 2, 0).double()
+        out.select(axis, place).sub_(F.conv1d(edge, filters, along_constants[side].double(), padding=2))
     for corner, weight in enumerate(corners):
         y, column = -(corner // 2), -(corner % 2)
-        out[:, :, y, column] += x[:, :, y, column].to(along.dtype) @ weight.T + corner_constants[corner]
+        out[:, :, y, column] += x[:, :, y, column].double() @ weight.T.double() + corner_constants[corner]
 
 
 # --- the CUDA version -------------------------------------------------------------------------------------------------
 
 _WARPS = 4  # of a block, as in flow_head.cu
 _COLUMNS = 32  # that a warp reads
+_BORDER_WARPS, _RUN = 8, 4  # of a block at the borders, and pixels that a lane has there
 _AT_ONCE = {3: 4, 5: 3}  # by filter: blocks that a multiprocessor runs at once
 _ENOUGH = 2.5  # with fewer it waits for the latency of memory; chosen by reckoning, not by measuring
-_MULTIPROCESSORS = 132  # where nobody tells
 
 
 def _flow_head_cuda(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    if not _fits(x) or weight.dtype != x.dtype:
-        return flow_head_definition(x, weight, bias)
     batch, channels, height, width = x.shape
     kernel = _KERNELS[weight.shape[1]]
     out = x.new_empty(batch, _OUTPUTS, height, width, dtype=torch.float32)
-    splits, rows, grid = _shares(batch, channels, height, width, kernel, _multiprocessors(x.device))
+    splits, rows, grid = _shares(batch, channels, height, width, kernel, multiprocessors(x.device))
     arguments = (*view(x), weight.contiguous(), bias.contiguous(), out)
     arguments += sizes(channels, height, width, splits, rows)
     launch("flow_head", f"flow_head_{kernel}_{SUFFIXES[x.dtype]}", grid, arguments, (32 * _WARPS,))
@@ -124,16 +136,22 @@ def _take_off_borders_cuda(
     out: Tensor, x: Tensor, along: Tensor, along_constants: Tensor, corners: Tensor, corner_constants: Tensor
 ) -> None:
     borders = along, along_constants, corners, corner_constants
-    plain = out.is_contiguous() and out.shape[1] == _OUTPUTS and all(y.dtype == torch.float32 for y in (out, *borders))
-    if not _fits(x) or not plain:
-        take_off_borders_definition(out, x, *borders)
-        return
     batch, channels, height, width = x.shape
-    rows = min(height, 2)
-    pixels = batch * (rows * width + (height - rows) * min(width, 2))
-    arguments = (*view(x), *(b.contiguous() for b in borders), out, *sizes(batch, channels, height, width))
-    grid, block = blocks_for(32 * pixels, 32 * _WARPS), (32 * _WARPS,)
+    splits = next((n for n in (1, 2, 4) if n * CHUNK >= channels), _BORDER_WARPS)  # by the channels alone: as _shares
+    rows, columns = min(height, 2), min(width, 2)
+    runs = rows * parts(width, _RUN) + columns * parts(height - rows, _RUN)
+    arguments = (*view(x), *(b.contiguous() for b in borders), out, *sizes(channels, height, width, splits))
+    grid, block = (parts(runs, 4 * _BORDER_WARPS // splits), batch), (32 * _BORDER_WARPS,)
     launch("flow_head", f"flow_head_borders_{SUFFIXES[x.dtype]}", grid, arguments, block)
+
+
+def _takes_head(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    return _fits(x)
+
+
+def _takes_borders(out: Tensor, x: Tensor, *borders: Tensor) -> bool:
+    wide = all(y.dtype == torch.float32 for y in (out, *borders))
+    return _fits(x) and wide and out.is_contiguous() and out.shape[1] == _OUTPUTS
 
 
 def _fits(x: Tensor) -> bool:
@@ -146,32 +164,25 @@ def _fits(x: Tensor) -> bool:
 
 @lru_cache
 def _shares(
-    batch: int, channels: int, height: int, width: int, kernel: int, multiprocessors: int
+    batch: int, channels: int, height: int, width: int, kernel: int, processors: int
 ) -> tuple[int, int, tuple[int, int, int]]:
     """How many warps share the channels, how many rows a block makes, and the grid.
 
     The first decides in what order sums are made: by the channels alone, so that bits do not depend on the batch.
     """
-    chunks = -(-channels // CHUNK)
+    chunks = parts(channels, CHUNK)
     splits = 1 if chunks <= 3 else 2 if chunks <= 6 else 4
-    strips = -(-width // (_COLUMNS - kernel + 1))
-    across = -(-strips // (_WARPS // splits))
+    strips = parts(width, _COLUMNS - kernel + 1)
+    across = parts(strips, _WARPS // splits)
 
     def time(rows: int) -> float:
         """Of the busiest multiprocessor, in rows of one block."""
-        blocks = -(-batch * across * -(-height // rows) // multiprocessors)
+        blocks = parts(batch * across * parts(height, rows), processors)
         rest = blocks % _AT_ONCE[kernel]
         return (blocks - rest + (max(rest, _ENOUGH) if rest else 0)) * (rows + kernel - 1)
 
     rows = min(range(height, 0, -1), key=time)  # of those that take the same time what reads least twice
-    return splits, rows, (across, -(-height // rows), batch)
-
-
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _MULTIPROCESSORS
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return count
+    return splits, rows, (across, parts(height, rows), batch)
 
 
 # --- registration -----------------------------------------------------------------------------------------------------
@@ -183,8 +194,14 @@ _LIBRARY.define(
     "take_off_borders_(Tensor(a!) out, Tensor x, Tensor along, Tensor along_constants, Tensor corners, "
     "Tensor corner_constants) -> ()"
 )
-implement(_LIBRARY, "flow_head", flow_head_definition, on_cuda=_flow_head_cuda)
-implement(_LIBRARY, "take_off_borders_", take_off_borders_definition, on_cuda=_take_off_borders_cuda)
+implement(_LIBRARY, "flow_head", flow_head_definition, on_cuda=_flow_head_cuda, takes=_takes_head)
+implement(
+    _LIBRARY,
+    "take_off_borders_",
+    take_off_borders_definition,
+    on_cuda=_take_off_borders_cuda,
+    takes=_takes_borders,
+)
 
 
 def _shape_of_flow(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -217,12 +234,15 @@ def flow_head(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Without gradients: for inference.
 
     Raises:
-        ValueError: shapes do not fit together.
+        ValueError: shapes or types do not fit together.
     """
-    packed = weight.ndim == 5 and x.ndim == 4 and weight.shape[0] == -(-x.shape[1] // CHUNK)
+    fits = x.ndim == 4 and weight.ndim == 5 and weight.shape[1] in _KERNELS
+    packed = fits and weight.shape == (parts(x.shape[1], CHUNK), weight.shape[1], _TILE, 4, CHUNK // 4)
     if not packed or bias.shape != (_OUTPUTS,) or bias.dtype != torch.float32:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (x, weight, bias))
         raise ValueError(f"expected (B, C, H, W), packed weights for C channels and (2,) float32, got {shapes}")
+    if weight.dtype != x.dtype:
+        raise ValueError(f"maps take weights of their type: {x.dtype}, {weight.dtype}")
     return _head(x, weight, bias)
 
 

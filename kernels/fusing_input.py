@@ -36,11 +36,13 @@ def fusing_input_definition(
 # --- the CUDA version -------------------------------------------------------------------------------------------------
 
 
+def _takes(frames: Tensor, small: Tensor, small_scale: float, large: Tensor, large_scale: float, out: Tensor) -> bool:
+    return aligned(out)
+
+
 def _fusing_input_cuda(
     frames: Tensor, small: Tensor, small_scale: float, large: Tensor, large_scale: float, out: Tensor
 ) -> None:
-    if not aligned(out):
-        return fusing_input_definition(frames, small, small_scale, large, large_scale, out)
     batch, _, height, width = frames.shape
     scales = np.float32(small_scale), np.float32(large_scale)
     arguments = (frames, *view(small), *view(large), out, *sizes(height, width), *scales)
@@ -55,7 +57,7 @@ _LIBRARY.define(
     "fusing_input(Tensor frames, Tensor small, float small_scale, Tensor large, float large_scale, Tensor(a!) out)"
     " -> ()"
 )
-implement(_LIBRARY, "fusing_input", fusing_input_definition, on_cuda=_fusing_input_cuda)
+implement(_LIBRARY, "fusing_input", fusing_input_definition, on_cuda=_fusing_input_cuda, takes=_takes)
 
 
 def _nothing_comes_back(

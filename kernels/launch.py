@@ -5,7 +5,8 @@
 Nothing of CuPy is imported before the first launch. A launch allocates nothing and waits for nothing, so it may be
 captured in a CUDA graph once its module is loaded: ``prepare`` loads all that run on a device.
 
-Without CuPy, and for float64, the plain torch definitions run on the GPU as well; ``recording`` tells what ran.
+Without CuPy, for float64, and for what a kernel does not take, the plain torch definitions run on the GPU as well;
+``recording`` tells what ran.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from flowreel.engine.errors import DeviceError, MissingDependencyError
 SOURCES = Path(__file__).resolve().parent / "cuda"
 OPTIONS = ("-std=c++17", "--ptxas-options=-v")  # -v: the log tells of registers and spills
 SUFFIXES = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat16"}  # of an entry's name
+TENSOR_CORES_SINCE = (8, 0)  # compute capability: of those that ``tensor_core.cuh`` asks for
 THREADS = 256  # of a block, where nothing speaks for another number
+MOST_DEEP = (1 << 16) - 1  # blocks of a grid along its second and its third axis
 
 Argument = Tensor | np.int32 | np.int64 | np.float32 | None
 Size = tuple[int, ...]
@@ -83,36 +86,47 @@ def sizes(*numbers: int) -> tuple[np.int32, ...]:
     return tuple(map(np.int32, numbers))
 
 
-def blocks_for(count: int, threads: int = THREADS) -> Size:
-    """The grid of one thread for each of ``count`` items."""
-    return (-(-count // threads),)
-
-
-MOST_DEEP = (1 << 16) - 1  # blocks of a grid along its third axis
-
-
 def parts(count: int, size: int) -> int:
     """How many parts of ``size`` hold ``count`` things: the last may be short."""
     return -(-count // size)
 
 
+def blocks_for(count: int) -> Size:
+    """The grid of one thread for each of ``count`` items."""
+    return (parts(count, THREADS),)
+
+
 def blocks_for_picture(height: int, width: int) -> int:
     """How many blocks share a picture, where each ends by adding what it found to a total: few, 16 pixels a thread."""
-    return -(-height * width // (16 * THREADS))
+    return parts(height * width, 16 * THREADS)
 
 
 def prepare(device: torch.device) -> None:
     """Loads a GPU's kernels, so that none is compiled or loaded while a CUDA graph is being captured."""
     if kernels_on(device) == "cuda":
         for path in sorted(SOURCES.glob("*.cu")):
-            if on_tensor_cores(device) or "tensor_core.cuh" not in path.read_text():
+            if on_tensor_cores(device) or not needs_tensor_cores(path.stem):
                 _module(path.stem, device)
+
+
+def needs_tensor_cores(source: str) -> bool:
+    """Whether it is written with ``tensor_core.cuh``."""
+    return '#include "tensor_core.cuh"' in (SOURCES / f"{source}.cu").read_text()
 
 
 @cache
 def on_tensor_cores(device: torch.device) -> bool:
     """Whether what is written with ``tensor_core.cuh`` runs there. GPUs before compute capability 8.0 do without it."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= TENSOR_CORES_SINCE
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has, to share work among; a CPU says what an H100 would."""
+    if device.type != "cuda":
+        return 132
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
 
 
 def kernels_on(device: torch.device) -> str:
@@ -132,9 +146,13 @@ def implement(
     *,
     on_cpu: Callable[..., Any] | None = None,
     on_cuda: Callable[..., Any] | None = None,
+    takes: Callable[..., bool] = lambda *_: True,
 ) -> None:
-    """Registers the versions of one operation: our kernel on CUDA tensors where it can run, else the definition."""
+    """Registers the versions of one operation: our kernel on CUDA tensors where it can run, else the definition.
 
+    ``takes`` says of the operation's arguments whether our kernel does: it is asked here and nowhere else, so that what
+    is noted is what runs.
+    """
     operation = name.removesuffix("_into")  # the same, written to where it is wanted
 
     def run(on: Callable[..., Any], how: str) -> Callable[..., Any]:
@@ -152,8 +170,8 @@ def implement(
         ours = run(on_cuda, "cuda")
 
         def chosen(*arguments: Any) -> Any:
-            fits = all(x.dtype in SUFFIXES for x in arguments if isinstance(x, Tensor) and x.is_floating_point())
-            return (ours if fits and _cupy_is_there() else plain)(*arguments)
+            known = all(x.dtype in SUFFIXES for x in arguments if isinstance(x, Tensor) and x.is_floating_point())
+            return (ours if known and _cupy_is_there() and takes(*arguments) else plain)(*arguments)
 
         library.impl(name, chosen, "CUDA")
 

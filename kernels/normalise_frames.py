@@ -41,11 +41,13 @@ def _mean(frames: Tensor) -> Tensor:
 # --- the CUDA version -------------------------------------------------------------------------------------------------
 
 
+def _takes(first: Tensor, second: Tensor, planes: Tensor | None, pair: Tensor | None, both: Tensor | None) -> bool:
+    return aligned(pair) and aligned(both)
+
+
 def _normalise_frames_cuda(
     first: Tensor, second: Tensor, planes: Tensor | None, pair: Tensor | None, both: Tensor | None
 ) -> None:
-    if not (aligned(pair) and aligned(both)):
-        return normalise_frames_definition(first, second, planes, pair, both)
     batch, _, height, width = first.shape
     room = next((x for x in (pair, both, planes) if x is not None), None)
     if room is None:
@@ -62,7 +64,7 @@ _LIBRARY = _torch_library.Library("flowreel", "FRAGMENT")
 _LIBRARY.define(
     "normalise_frames(Tensor first, Tensor second, Tensor(a!)? planes, Tensor(b!)? pair, Tensor(c!)? both) -> ()"
 )
-implement(_LIBRARY, "normalise_frames", normalise_frames_definition, on_cuda=_normalise_frames_cuda)
+implement(_LIBRARY, "normalise_frames", normalise_frames_definition, on_cuda=_normalise_frames_cuda, takes=_takes)
 
 
 def _nothing_comes_back(

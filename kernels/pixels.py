@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flowreel.kernels.launch import Size
+from flowreel.kernels.launch import Size, parts
 
 _TILE = 32, 32  # rows and columns of pixels a block takes, as there
 _PIECE = 16  # bytes of a store
@@ -13,7 +13,7 @@ _PIECE = 16  # bytes of a store
 
 def tiles_for(batch: int, height: int, width: int, rows: int = _TILE[0]) -> Size:
     """The grid: a block for each tile of each picture, of which a GPU takes 65535."""
-    return -(-width // _TILE[1]), -(-height // rows), batch
+    return parts(width, _TILE[1]), parts(height, rows), batch
 
 
 def check_room(out: Tensor, channels: int, batch: int, height: int, width: int) -> None:
@@ -33,12 +33,12 @@ def aligned(out: Tensor | None) -> bool:
     return out is None or out.data_ptr() % _PIECE == 0
 
 
-def fill(out: Tensor, *parts: Tensor) -> None:
-    """The parts side by side, then zeros: what the kernels' definitions store."""
+def fill(out: Tensor, *values: Tensor) -> None:
+    """All values side by side, then zeros: what the kernels' definitions store."""
     start = 0
-    for part in parts:
-        out[:, start : start + part.shape[1]].copy_(part)
-        start += part.shape[1]
+    for value in values:
+        out[:, start : start + value.shape[1]].copy_(value)
+        start += value.shape[1]
     out[:, start:].zero_()
 
 

@@ -33,9 +33,11 @@ def refining_input_definition(frames: Tensor, flow: Tensor, scale: float, out: T
 # --- the CUDA version -------------------------------------------------------------------------------------------------
 
 
+def _takes(frames: Tensor, flow: Tensor, scale: float, out: Tensor) -> bool:
+    return aligned(out)
+
+
 def _refining_input_cuda(frames: Tensor, flow: Tensor, scale: float, out: Tensor) -> None:
-    if not aligned(out):
-        return refining_input_definition(frames, flow, scale, out)
     batch, _, height, width = frames.shape
     arguments = (frames, *view(flow), out, *sizes(height, width), np.float32(scale), np.float32(1 / scale))
     launch("refining_input", f"refining_input_{SUFFIXES[out.dtype]}", tiles_for(batch, height, width), arguments)
@@ -46,7 +48,7 @@ def _refining_input_cuda(frames: Tensor, flow: Tensor, scale: float, out: Tensor
 _torch_library: Any = torch.library  # its functions carry no types
 _LIBRARY = _torch_library.Library("flowreel", "FRAGMENT")
 _LIBRARY.define("refining_input(Tensor frames, Tensor flow, float scale, Tensor(a!) out) -> ()")
-implement(_LIBRARY, "refining_input", refining_input_definition, on_cuda=_refining_input_cuda)
+implement(_LIBRARY, "refining_input", refining_input_definition, on_cuda=_refining_input_cuda, takes=_takes)
 
 
 def _nothing_comes_back(frames: Tensor, flow: Tensor, scale: float, out: Tensor) -> None:

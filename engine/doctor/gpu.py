@@ -134,11 +134,12 @@ def _bare_nvrtc() -> Finding:
 
 
 def kernels() -> Finding:
-    """One of flowreel's own, compiled with CUDA's headers, which needs no GPU; on one it also runs."""
+    """One of flowreel's own, compiled with CUDA's headers, which needs no GPU; on one it runs, and another one too."""
     import torch
 
     from flowreel.kernels import channel_norm
-    from flowreel.kernels.launch import compile_source
+    from flowreel.kernels.flow_head import flow_head, pack_flow_head
+    from flowreel.kernels.launch import TENSOR_CORES_SINCE, compile_source
 
     try:
         compile_source("channel_norm", "compute_80")
@@ -148,7 +149,16 @@ def kernels() -> Finding:
         return Finding("ok", detail="compiled; there is no GPU to run them on")
     x = torch.arange(24.0).view(1, 2, 3, 4)
     expect(torch.allclose(channel_norm(x.to("cuda")).cpu(), channel_norm(x)), "a kernel computes something else")
-    return Finding("ok", detail="compiled, and run on the GPU")
+    capability = torch.cuda.get_device_capability()
+    if capability < TENSOR_CORES_SINCE:
+        has, needed = (".".join(map(str, numbers)) for numbers in (capability, TENSOR_CORES_SINCE))
+        without = f"without tensor-core kernels: its compute capability is {has}, they need {needed}"
+        return Finding("ok", detail=f"compiled, and run on the GPU, {without}")
+    half = (torch.arange(960.0) % 7 - 3).view(1, 5, 6, 32).half().permute(0, 3, 1, 2)  # channels last
+    given = half, pack_flow_head((torch.arange(576.0) % 5 - 2).view(2, 32, 3, 3), torch.float16), torch.ones(2)
+    flow = flow_head(*(tensor.to("cuda") for tensor in given)).cpu()
+    expect(torch.equal(flow, flow_head(*given)), "a tensor-core kernel computes something else")
+    return Finding("ok", detail="compiled, and run on the GPU, on its tensor cores too")
 
 
 def libnvcuvid() -> Finding:

@@ -10,17 +10,12 @@
 
 constexpr int TOGETHER = 8;
 
-template <class T>
-struct alignas(16) Eight {  // alignas: loads and stores of 16 bytes
-    T values[TOGETHER];
-};
-
 __device__ __forceinline__ bool aligned(const void* place) { return (unsigned long long)place % 16 == 0; }
 
 template <class T>
 __device__ __forceinline__ void read(const T* place, long long step, int count, float* wide) {
     if (step == 1 && count == TOGETHER && aligned(place)) {
-        const Eight<T> all = *(const Eight<T>*)place;
+        const auto all = *(const Several<T, TOGETHER>*)place;
 #pragma unroll
         for (int k = 0; k < TOGETHER; ++k) wide[k] = widened(all.values[k]);
         return;
@@ -32,10 +27,10 @@ __device__ __forceinline__ void read(const T* place, long long step, int count, 
 template <class T>
 __device__ __forceinline__ void write(T* place, long long step, int count, const float* wide) {
     if (step == 1 && count == TOGETHER && aligned(place)) {
-        Eight<T> all;
+        Several<T, TOGETHER> all;
 #pragma unroll
         for (int k = 0; k < TOGETHER; ++k) store(all.values + k, wide[k]);
-        *(Eight<T>*)place = all;
+        *(Several<T, TOGETHER>*)place = all;
         return;
     }
 #pragma unroll

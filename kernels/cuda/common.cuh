@@ -27,6 +27,12 @@ __device__ __forceinline__ void store(float* place, float x) { *place = x; }
 __device__ __forceinline__ void store(__half* place, float x) { *place = __float2half_rn(x); }
 __device__ __forceinline__ void store(__nv_bfloat16* place, float x) { *place = __float2bfloat16_rn(x); }
 
+// Neighbouring values, loaded or stored at once where they lie at a multiple of their size, at most of 16 bytes.
+template <class T, int COUNT>
+struct alignas(COUNT * sizeof(T) < 16 ? COUNT * sizeof(T) : 16) Several {
+    T values[COUNT];
+};
+
 #define FOR_EACH_TYPE(ENTRY) ENTRY(float, float) ENTRY(half, __half) ENTRY(bfloat16, __nv_bfloat16)
 
 // --- tensors: (N, C, H, W) with the strides of each axis in elements, whatever their order in memory --------------

@@ -19,10 +19,24 @@
 
 constexpr int WARPS = 4, COLUMNS = 16, TOGETHER = 8;
 
-template <class T, int COUNT>
-struct alignas(COUNT * sizeof(T)) Several {  // alignas: stored at once
-    T values[COUNT];
+template <int BYTES>
+struct Word;
+template <>
+struct Word<8> {
+    using type = uint2;
 };
+template <>
+struct Word<16> {
+    using type = uint4;
+};
+
+// By one store: a plain copy, of the struct or of a word, was seen to be taken apart into stores of 2 or 4 bytes.
+template <class T, int COUNT>
+__device__ __forceinline__ void put(T* place, const Several<T, COUNT>& values) {
+    typename Word<sizeof values>::type word;
+    memcpy(&word, &values, sizeof word);
+    __stwb((decltype(word)*)place, word);
+}
 
 struct Steps {  // from a pixel to one a few rows and columns away, in elements
     int y, x;
@@ -175,8 +189,8 @@ __device__ __forceinline__ void convolution(
                     store(all.values + k, fmaxf(value, value * slope));
                 }
                 const int down = SCALE * r + (ENLARGES ? q / 2 : 0), right = SCALE * 8 * side + (ENLARGES ? q % 2 : 0);
-                *(Several<T, L::RUN>*)(target + of_out.to(down, right) + q * FROM_RUN_TO_RUN) = all;
-                if (twice) *(Several<T, L::RUN>*)(second + of_also.to(down, right) + q * FROM_RUN_TO_RUN) = all;
+                put(target + of_out.to(down, right) + q * FROM_RUN_TO_RUN, all);
+                if (twice) put(second + of_also.to(down, right) + q * FROM_RUN_TO_RUN, all);
             }
         }
     }

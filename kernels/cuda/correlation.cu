@@ -54,7 +54,7 @@ __device__ __forceinline__ void correlation(
     const int fetched_column = of_a ? first_column : first_column + first_dx - size.radius;
     const int fetched_y = fetched_row * size.stride + first_y;
     const int span = of_a ? A_PITCH : TILE + phases * (COLUMNS - 1);  // pixels of the row
-    const int pitch = of_a ? A_PITCH : B_PITCH, phase_pitch = span / phases;
+    const int phase_pitch = span / phases;
     const int place = of_a ? warp * A_PITCH : CHANNELS * ROWS * A_PITCH + (warp - ROWS) * B_PITCH;
     const int channel_pitch = of_a ? ROWS * A_PITCH : B_ROWS * B_PITCH;
     const View<const T> from = of_a ? a : b;

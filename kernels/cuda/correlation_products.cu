@@ -30,20 +30,20 @@ struct Problem {
     int channels, height, width, stride, shares;
 };
 
-template <class T>
-struct alignas(4) Pair {
-    T low, high;
-};
-
-// Every STEP-th of the values in shared memory to every step-th place: the first `count` of TURNS.
+// Every STEP-th of the values in shared memory to every step-th place: the first `count` of TURNS. Place by place: with
+// a product of 64 bits for each, every store becomes a branch that waits for it and for its own value.
 template <int TURNS, int STEP, class T>
 __device__ __forceinline__ void write(const T* from, T* to, long long step, int count) {
-    T values[TURNS];
+    constexpr int AT_ONCE = 8;  // on their way from shared memory, as registers allow
 #pragma unroll
-    for (int turn = 0; turn < TURNS; ++turn) values[turn] = from[turn * STEP];
+    for (int first = 0; first < TURNS; first += AT_ONCE) {
+        T values[AT_ONCE];
 #pragma unroll
-    for (int turn = 0; turn < TURNS; ++turn)
-        if (turn < count) to[turn * step] = values[turn];
+        for (int turn = first; turn < first + AT_ONCE && turn < TURNS; ++turn) values[turn - first] = from[turn * STEP];
+#pragma unroll
+        for (int turn = first; turn < first + AT_ONCE && turn < TURNS; ++turn, to += step)
+            if (turn < count) *to = values[turn - first];
+    }
 }
 
 template <class T, int RADIUS>
@@ -53,8 +53,9 @@ __device__ __forceinline__ void correlation(
     constexpr int SIDE = 2 * RADIUS + 1, NEEDED = TILE + 2 * RADIUS;  // columns of b
     constexpr int GROUPS = (16 + 2 * RADIUS + 7) / 8;                 // of 8 columns, in a warp's product
     constexpr int PITCH = 8 * GROUPS, STAGE = (TILE - 16 + PITCH) * UNITS;  // the last columns are never fetched
+    using Pair = Several<T, 2>;
     SHARED(uint4, stages, STAGES * STAGE);
-    SHARED(Pair<T>, results, WARPS * 16 * PITCH / 2);
+    SHARED(Pair, results, WARPS * 16 * PITCH / 2);
 
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
     const int phase_x = (int)(blockIdx.x % size.stride), first_column = (int)(blockIdx.x / size.stride) * TILE;
@@ -115,11 +116,11 @@ __device__ __forceinline__ void correlation(
         }
 
     // --- what it writes in a turn: of one pixel all dx, a lane each; or of all pixels two dx, the middle one twice ---
-    Pair<T>* const own_results = results + warp * 16 * PITCH / 2;
+    Pair* const own_results = results + warp * 16 * PITCH / 2;
     const bool by_pixel = out.c < out.x;
     const int m = by_pixel ? 0 : lane % 16, dx = by_pixel ? min(lane, SIDE - 1) : lane / 16 * RADIUS;
     const int count = by_pixel ? (lane < SIDE ? columns - own_column : 0) : own_column + m < columns ? SIDE : 0;
-    const T* const from = &own_results->low + m * (PITCH + 1) + dx;
+    const T* const from = own_results->values + m * (PITCH + 1) + dx;
     T* const target = out.at(n, dx, own_row * size.stride + phase_y, (own_column + m) * size.stride + phase_x);
 
     // --- the rows of b in turn ---
@@ -168,8 +169,9 @@ __device__ __forceinline__ void correlation(
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     const float low = sums[i][c][2 * half] * scale, high = sums[i][c][2 * half + 1] * scale;
-                    Pair<T> pair;
-                    store(&pair.low, low < 0 ? low * slope : low), store(&pair.high, high < 0 ? high * slope : high);
+                    Pair pair;
+                    store(pair.values, low < 0 ? low * slope : low);
+                    store(pair.values + 1, high < 0 ? high * slope : high);
                     own_results[(g + 8 * half) * (PITCH / 2) + 4 * c + t] = pair;
                 }
             __syncwarp();

@@ -7,18 +7,13 @@
 constexpr int TILE_COLUMNS = 32;  // as in enlarge_flow.py: a block's 8 warps take one row of these each
 
 template <class T>
-struct alignas(2 * sizeof(T)) Two {  // one store
-    T values[2];
-};
-
-template <class T>
 __device__ __forceinline__ void write_flow(View<T> out, int n, int y, int x, float u, float v) {
     T* const place = out.at(n, 0, y, x);
-    if (out.c == 1 && (unsigned long long)place % sizeof(Two<T>) == 0) {
-        Two<T> both;
+    if (out.c == 1 && (unsigned long long)place % sizeof(Several<T, 2>) == 0) {
+        Several<T, 2> both;
         store(both.values, u);
         store(both.values + 1, v);
-        *(Two<T>*)place = both;
+        *(Several<T, 2>*)place = both;
         return;
     }
     store(place, u);

@@ -167,96 +167,140 @@ HEAD_ENTRY(5, bfloat16, __nv_bfloat16)
 
 // --- what a 5x5 head that stands for two layers adds too much at the borders -----------------------------------------
 //
-// A warp a pixel of the border, which are numbered: the first row, the last, then the rows between, left and right. Its
-// lanes share the channels, 8 each. `along`: (side, place along it, output, channel), the sides being above, below, left
-// and right; `corners`: (corner, output, channel), above left, above right, below left, below right.
+// The border of a picture is four lines: the first row, the last, then the columns between, left and right. A line is
+// cut into runs of RUN pixels, of which a warp takes 4. Lane (run, output, t) has channels 8t to 8t + 7 of each chunk,
+// whose weights serve all pixels of its run; `splits` warps of a block share the chunks, and one adds up what they found.
+//
+// `along`: (side, place along it, output, channel), the sides being above, below, left and right; `corners`: (corner,
+// output, channel), above left, above right, below left, below right. The corners' pixels lie in rows, and are the only
+// ones that meet a side across their line.
+constexpr int BORDER_WARPS = 8, RUN = 4, TAPS = 5;  // as in flow_head.py
 
-template <class T>
-struct alignas(16) Eight {  // alignas: one load
-    T values[8];
+// The channels of a lane: 8 of every `step`, as long as there are any.
+struct Channels {
+    int first, step, all;
 };
 
+// 8 channels of a pixel times their weights.
 template <class T>
-__device__ __forceinline__ void add_products(
-    float (&sums)[2], const Eight<T>& pixel, const float* weights, int channels
+__device__ __forceinline__ void add_product(float& sum, const uint4& pixel, const float4& low, const float4& high) {
+    Several<T, 8> of;
+    memcpy(&of, &pixel, sizeof of);
+    const T* const x = of.values;
+    sum += widened(x[0]) * low.x + widened(x[1]) * low.y + widened(x[2]) * low.z + widened(x[3]) * low.w;
+    sum += widened(x[4]) * high.x + widened(x[5]) * high.y + widened(x[6]) * high.z + widened(x[7]) * high.w;
+}
+
+// What a side adds to one output of COUNT neighbours in a line, of which `pixel` is the first, at `place` of `size`.
+template <int COUNT, class T>
+__device__ __forceinline__ void add_side(
+    float (&sums)[COUNT], const T* pixel, long long step, int place, int size, const float* filter, Channels channels
 ) {
-    const T* const values = pixel.values;
+#pragma unroll 1
+    for (int c = channels.first; c < channels.all; c += channels.step) {
+        uint4 near[COUNT + TAPS - 1];  // these and the weights are on their way before the first is needed
 #pragma unroll
-    for (int output = 0; output < 2; ++output)
-#pragma unroll
-        for (int part = 0; part < 2; ++part) {
-            const float4 by = __ldg((const float4*)(weights + output * channels) + part);
-            sums[output] += widened(values[part * 4]) * by.x + widened(values[part * 4 + 1]) * by.y +
-                            widened(values[part * 4 + 2]) * by.z + widened(values[part * 4 + 3]) * by.w;
+        for (int i = 0; i < COUNT + TAPS - 1; ++i) {
+            const int away = i - TAPS / 2;
+            const bool inside = place + away >= 0 && place + away < size;
+            near[i] = inside ? __ldg((const uint4*)(pixel + away * step + c)) : uint4{0, 0, 0, 0};
         }
+#pragma unroll
+        for (int k = 0; k < TAPS; ++k) {
+            const float4* const by = (const float4*)(filter + k * 2 * channels.all + c);
+            const float4 low = __ldg(by), high = __ldg(by + 1);
+#pragma unroll
+            for (int r = 0; r < COUNT; ++r) add_product<T>(sums[r], near[r + k], low, high);
+        }
+    }
 }
 
 template <class T>
 __device__ __forceinline__ void take_off_borders(
     View<const T> x, const float* along, const float* along_constants, const float* corners,
-    const float* corner_constants, float* out, int batch, int channels, int height, int width
+    const float* corner_constants, float* out, int all_channels, int height, int width, int splits
 ) {
-    const int lane = (int)threadIdx.x % 32, rows = min(height, 2), columns = min(width, 2);
-    const int border = rows * width + (height - rows) * columns;
-    const long long number = (long long)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-    const int n = (int)(number / border), p = (int)(number % border);
-    if (n >= batch) return;  // the whole warp
-    const bool in_rows = p < rows * width;
-    const int y = in_rows ? p / width * (height - 1) : 1 + (p - rows * width) / columns;
-    const int column = in_rows ? p % width : (p - rows * width) % columns * (width - 1);
+    SHARED(float, given, BORDER_WARPS * 32);
+    const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32, t = lane % 4, output = lane / 4 % 2;
+    const int share = warp % splits, n = (int)blockIdx.y;
+    const Channels channels = {(share * 4 + t) * 8, splits * CHUNK, all_channels};
+    const bool adds_constants = share == 0 && t == 0;  // once
 
-    float sums[2] = {0, 0}, again[2] = {0, 0}, constants[2] = {0, 0};  // again: a corner is taken off with two sides
-    const unsigned beyond = (y == 0) | (y == height - 1) << 1 | (column == 0) << 2 | (column == width - 1) << 3;
-    const T* const middle = x.at(n, 0, y, column);
+    // --- which pixels ---
+    const int rows = min(height, 2), columns = min(width, 2);
+    const int of_row = (width + RUN - 1) / RUN, of_column = (height - rows + RUN - 1) / RUN;  // runs
+    const int run = ((int)blockIdx.x * (BORDER_WARPS / splits) + warp / splits) * 4 + lane / 8;
+    const int after = run - rows * of_row;
+    const bool there = run < rows * of_row + columns * of_column, in_row = after < 0;
+    const int y = in_row ? run / of_row * (height - 1) : 1 + after % max(of_column, 1) * RUN;  // of the first
+    const int first = in_row ? run % of_row * RUN : after / max(of_column, 1) * (width - 1);   // its column
+    const int count = !there ? 0 : in_row ? width - first : height - 1 - y;  // may be more than RUN
+    const unsigned at_row = (y == 0) | (y == height - 1) << 1, at_column = (first == 0) | (first == width - 1) << 1;
+    const unsigned beside = !there ? 0 : in_row ? at_row : at_column << 2;  // the sides that this line lies at
+    const T* const pixel = x.at(n, 0, y, first);
+
+    // --- what it has found before: asked for early. Lane t writes pixel t of its run ---
+    static_assert(RUN == 4, "a lane a pixel");
+    float* const place = out + (((long long)n * 2 + output) * height + y) * width + first + (in_row ? t : t * width);
+    const bool writes = share == 0 && t < count;
+    const float before = writes ? *place : 0;
+
+    float sums[RUN] = {};
 #pragma unroll 1
     for (int side = 0; side < 4; ++side) {
-        if (!(beyond >> side & 1)) continue;
-        const int step_y = side / 2, step_x = 1 - side / 2;
-        const long long step = step_y ? x.y : x.x;
+        if (!(beside >> side & 1)) continue;
+        const float* const filter = along + (side * TAPS * 2 + output) * all_channels;
+        add_side(sums, pixel, in_row ? x.x : x.y, in_row ? first : y, in_row ? width : height, filter, channels);
+        const float constant = adds_constants ? along_constants[side * 2 + output] : 0;
+#pragma unroll
+        for (int r = 0; r < RUN; ++r) sums[r] += constant;
+    }
+
+    // --- the ends of rows lie at a side across as well, and at corners, which were taken off twice ---
 #pragma unroll 1
-        for (int c = lane * 8; c < channels; c += 32 * 8) {
-            Eight<T> pixels[5];  // all on their way before the first is needed
-#pragma unroll
-            for (int k = 0; k < 5; ++k) {
-                const int from_y = y + (k - 2) * step_y, from_x = column + (k - 2) * step_x;
-                if (from_y >= 0 && from_y < height && from_x >= 0 && from_x < width) {
-                    pixels[k] = *(const Eight<T>*)(middle + (k - 2) * step + c);
-                } else {
-#pragma unroll
-                    for (int i = 0; i < 8; ++i) store(pixels[k].values + i, 0);
-                }
+    for (int end = 0; end < 2; ++end) {
+        const int r = end ? width - 1 - first : -first;  // which pixel of the run
+        if (!in_row || r < 0 || r >= RUN) continue;
+        const T* const here = pixel + r * x.x;
+        float sum[1] = {}, again = 0;
+        add_side(sum, here, x.y, y, height, along + ((2 + end) * TAPS * 2 + output) * all_channels, channels);
+        if (adds_constants) sum[0] += along_constants[(2 + end) * 2 + output];
+#pragma unroll 1
+        for (int corner = end; corner < 4; corner += 2) {
+            if (!(beside >> corner / 2 & 1)) continue;
+            for (int c = channels.first; c < channels.all; c += channels.step) {
+                const float4* const by = (const float4*)(corners + (corner * 2 + output) * all_channels + c);
+                add_product<T>(again, __ldg((const uint4*)(here + c)), __ldg(by), __ldg(by + 1));
             }
-#pragma unroll
-            for (int k = 0; k < 5; ++k)
-                add_products(sums, pixels[k], along + (side * 5 + k) * 2 * channels + c, channels);
+            if (adds_constants) again += corner_constants[corner * 2 + output];
         }
-        for (int output = 0; output < 2; ++output) constants[output] += along_constants[side * 2 + output];
-    }
-#pragma unroll 1
-    for (int corner = 0; corner < 4; ++corner) {
-        if (!(beyond >> corner / 2 & 1) || !(beyond >> (2 + corner % 2) & 1)) continue;
-        for (int c = lane * 8; c < channels; c += 32 * 8) {
-            const Eight<T> pixel = *(const Eight<T>*)(middle + c);
-            add_products(again, pixel, corners + corner * 2 * channels + c, channels);
-        }
-        for (int output = 0; output < 2; ++output) constants[output] -= corner_constants[corner * 2 + output];
-    }
 #pragma unroll
-    for (int output = 0; output < 2; ++output) {
-        float sum = sums[output] - again[output];
-        for (int other = 16; other > 0; other /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
-        if (lane == 0) out[(((long long)n * 2 + output) * height + y) * width + column] -= sum + constants[output];
+        for (int i = 0; i < RUN; ++i)
+            if (i == r) sums[i] += sum[0] - again;
     }
+
+    // --- of the four lanes that share a run's output, then of the warps ---
+#pragma unroll
+    for (int r = 0; r < RUN; ++r) {
+        float sum = sums[r];
+        for (int other = 2; other > 0; other /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
+        if (t == r) given[warp * 32 + lane] = sum;
+    }
+    __syncthreads();
+    if (!writes) return;
+    float sum = 0;
+    for (int other = 0; other < splits; ++other) sum += given[(warp + other) * 32 + lane];
+    *place = before - sum;
 }
 
 #define BORDERS_ENTRY(name, T)                                                                                         \
-    extern "C" __global__ void __launch_bounds__(128) flow_head_borders_##name(                                        \
+    extern "C" __global__ void __launch_bounds__(32 * BORDER_WARPS, 2) flow_head_borders_##name(                       \
         VIEW(const T, x), const float* along, const float* along_constants, const float* corners,                      \
-        const float* corner_constants, float* out, int batch, int channels, int height, int width                      \
+        const float* corner_constants, float* out, int channels, int height, int width, int splits                     \
     ) {                                                                                                                \
         take_off_borders<T>(                                                                                           \
-            AS_VIEW(const T, x), along, along_constants, corners, corner_constants, out, batch, channels, height,      \
-            width                                                                                                      \
+            AS_VIEW(const T, x), along, along_constants, corners, corner_constants, out, channels, height, width,      \
+            splits                                                                                                     \
         );                                                                                                             \
     }
 BORDERS_ENTRY(half, __half)

@@ -95,14 +95,26 @@ def test_on_a_cpu_stages_frames_and_flow_pass_as_they_are() -> None:
     assert next(download(iter([batch]))) is batch
 
 
-def test_precision_follows_from_the_device() -> None:
+def test_precision_follows_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert (resolve_precision(None, cpu), resolve_precision(None, gpu)) == ("fp32", "fp16")
     assert resolve_precision("bf16", cpu) == "bf16"
+    assert resolve_precision("bf16", gpu) == "bf16"
     assert resolve_precision("tf32", gpu) == "tf32"
     for precision in ("fp16", "tf32"):
         with pytest.raises(UsageError, match=precision):
             resolve_precision(precision, cpu)  # type: ignore[arg-type]
+
+
+def test_older_gpus_have_neither_bf16_nor_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    assert [resolve_precision(precision, gpu) for precision in (None, "fp16", "fp32")] == ["fp16", "fp16", "fp32"]
+    for precision in ("bf16", "tf32"):
+        with pytest.raises(UsageError, match=rf"{precision} .*8\.0.*cuda:1 \(Tesla T4\) has 7\.5: take fp16 or fp32"):
+            resolve_precision(precision, gpu)  # type: ignore[arg-type]
 
 
 def test_memory_that_ended_is_found_behind_other_errors_even_such_as_hang_on_themselves() -> None:

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,6 +130,17 @@ def passed_as(x: object, expected: str) -> str:
     return {np.int32: "i", np.int64: "l", np.float32: "f"}[type(x)]
 
 
+def as_on_a_gpu(operation: Any, *arguments: object) -> str:
+    """Calls an operation of ours (``torch.ops.flowreel...default``) as a GPU's tensors do; what it says ran."""
+    with launch.recording(ran := {}):
+        if any(isinstance(x, Tensor) and x.is_cuda for x in arguments):
+            operation(*arguments)
+        else:
+            operation.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *arguments)
+    (how,) = ran.values()
+    return how
+
+
 # --- compiling --------------------------------------------------------------------------------------------------------
 
 
@@ -213,6 +225,7 @@ def acting(built: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..
         monkeypatch.setattr(launch, "SOURCES", sources)
         monkeypatch.setattr(launch, "pointer_of", cpu.pointer_of)
         monkeypatch.setitem(launch.loaders, "cpu", cpu.load)
+        monkeypatch.setattr(launch, "_cupy_is_there", lambda: True)
         monkeypatch.setattr(launch, "_modules", {})
         monkeypatch.setattr(launch, "_kernels", {})
         return cpu

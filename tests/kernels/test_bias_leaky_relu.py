@@ -44,3 +44,5 @@ def test_what_does_not_fit() -> None:
             bias_leaky_relu(x, bias, 0.1, out)
     with pytest.raises(ValueError, match="expected"):
         bias_leaky_relu_(x, torch.zeros(7), 0.1)
+    with pytest.raises(ValueError, match="float32"):
+        bias_leaky_relu_(x, bias.half(), 0.1)

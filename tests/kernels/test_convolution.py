@@ -67,10 +67,35 @@ def test_what_does_not_fit() -> None:
     ):
         with pytest.raises(ValueError, match="weights of their type and float32 biases"):
             convolution(x, its_weight, its_packed, its_bias, 0.1, 1)
+    for its_packed in (packed[:-1], packed[: packed.numel() // 2], pack(weight[:, :8], 1, False)):
+        with pytest.raises(ValueError, match="not what pack makes"):
+            convolution(x, weight, its_packed, bias, 0.1, 1)
+    with pytest.raises(ValueError, match="no kernel"):
+        convolution(x, weight, packed, bias, 0.1, 2)
     with pytest.raises(ValueError, match="slope"):
         convolution(x, weight, packed, bias, 2.0, 1)
     with pytest.raises(ValueError, match="no kernel"):
         pack(weight.float(), 1, False)
+
+
+@pytest.mark.parametrize(
+    ("shape", "stride", "transposed"),
+    [
+        ((128, 3, 7, 7), 2, False),
+        ((64, 12, 7, 7), 2, False),
+        ((64, 6, 3, 3), 1, False),
+        ((64, 11, 3, 3), 1, False),
+        ((162, 32, 4, 4), 2, True),
+    ],
+)
+def test_packed_weights_are_of_the_size_that_is_asked_for(
+    shape: tuple[int, ...], stride: int, transposed: bool
+) -> None:
+    weight = weight_of(*shape)
+    outputs, inputs = (shape[1], shape[0]) if transposed else shape[:2]
+    x = torch.zeros(1, -(-inputs // 8) * 8, 2, 2, dtype=torch.float16)
+    out = convolution(x, weight, pack(weight, stride, transposed), torch.ones(outputs), 1.0, stride, transposed)
+    assert bool((out == 1).all())
 
 
 @pytest.mark.parametrize(

@@ -83,15 +83,26 @@ def test_goes_into_its_part_of_a_concatenation_and_nowhere_else(
 
 @pytest.mark.parametrize("shares", [1, 3, 28])
 def test_blocks_may_share_the_rows(card: torch.device, monkeypatch: pytest.MonkeyPatch, shares: int) -> None:
-    monkeypatch.setattr(correlation_products, "_shares", lambda tiles, rows: shares)
+    monkeypatch.setattr(correlation_products, "_shares", lambda tiles, rows, at_once: shares)
     monkeypatch.setattr(correlation_products, "MOST_DEEP", 2 * shares)  # two pairs at a time
     compare(*maps(card, torch.bfloat16, (3, 8, 19, 3)), 10, 2)
 
 
 def test_shares_fill_the_gpu_and_no_more() -> None:
-    assert correlation_products._shares(64, 28) == 4  # one round of 256 blocks in place of one of 64
-    assert correlation_products._shares(512, 28) == 1
-    assert correlation_products._shares(10**6, 28) == 1
+    assert correlation_products._shares(64, 28, 264) == 4  # one round of 256 blocks in place of one of 64
+    assert correlation_products._shares(64, 28, 80) == 1  # 40 multiprocessors
+    assert correlation_products._shares(512, 28, 264) == 1
+    assert correlation_products._shares(10**6, 28, 264) == 1
+
+
+@pytest.mark.parametrize(("count", "deep"), [(132, 4), (40, 1)])
+def test_a_smaller_gpu_gets_fewer_blocks(monkeypatch: pytest.MonkeyPatch, count: int, deep: int) -> None:
+    grids: list[tuple[int, ...]] = []
+    monkeypatch.setattr(correlation_products, "multiprocessors", lambda device: count)
+    monkeypatch.setattr(correlation_products, "launch", lambda source, entry, grid, *how: grids.append(grid))
+    a, b = maps(torch.device("cpu"), torch.float16, (1, 8, 64, 128))
+    correlation_products.pixel_correlation_into(a.new_empty(1, 441, 64, 128), a, b, 10, 2, 1.0, 1.0)
+    assert grids == [(8, 8, deep)]
 
 
 def test_what_lies_beyond_is_neither_read_nor_spoilt(card: torch.device, dtype: torch.dtype) -> None:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from flowreel.kernels.bias_leaky_relu import (
-    _bias_leaky_relu_cuda,
     _bias_leaky_relu_in_place_cuda,
     bias_leaky_relu_definition,
     bias_leaky_relu_in_place_definition,
 )
+from tests.kernels.conftest import as_on_a_gpu
 
 SHAPES = ((1, 1, 1, 1), (2, 2, 5, 3), (2, 24, 4, 5), (1, 21, 2, 40), (2, 264, 2, 9))
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -52,7 +52,8 @@ def compare(
                 bias_leaky_relu_in_place_definition(wanted_x, bias, slope, wanted[:, part])
                 torch.testing.assert_close(ours_x, wanted_x, rtol=1e-6, atol=1e-7)
             else:
-                _bias_leaky_relu_cuda(x, bias, slope, ours[:, part])
+                how = as_on_a_gpu(torch.ops.flowreel.bias_leaky_relu.default, x, bias, slope, ours[:, part])
+                assert how == ("cuda" if into == dtype else "torch")
                 bias_leaky_relu_definition(x, bias, slope, wanted[:, part])
             torch.testing.assert_close(ours, wanted, rtol=1e-6, atol=1e-7)  # rounded once, and nothing beside it
 
@@ -76,11 +77,19 @@ def test_other_layouts(layout: Callable[[Tensor], Tensor], card: torch.device) -
     compare((2, 19, 3, 5), torch.float16, card, torch.float16, layout)
 
 
+def test_in_place_and_into_another_type(card: torch.device) -> None:
+    x, bias = random((1, 8, 2, 3), torch.float16, card), random((8,), torch.float32, card)
+    also, wanted = torch.empty(1, 8, 2, 3, device=card), torch.empty(1, 8, 2, 3, device=card)
+    bias_leaky_relu_in_place_definition(x.clone(), bias, 0.1, wanted)
+    assert as_on_a_gpu(torch.ops.flowreel.bias_leaky_relu_.default, x, bias, 0.1, also) == "torch"
+    assert torch.equal(also, wanted)
+
+
 def test_alone_in_place(card: torch.device) -> None:
     x, bias = channels_last(random((2, 16, 3, 5), torch.float16, card)), random((16,), torch.float32, card)
     wanted = x.clone()
     bias_leaky_relu_in_place_definition(wanted, bias, 0.1, None)
-    _bias_leaky_relu_in_place_cuda(x, bias, 0.1, None)
+    assert as_on_a_gpu(torch.ops.flowreel.bias_leaky_relu_.default, x, bias, 0.1, None) == "cuda"
     torch.testing.assert_close(x, wanted, rtol=1e-6, atol=1e-7)
 
 

@@ -20,8 +20,9 @@ from flowreel.kernels import launch
 
 HERE = Path(__file__).resolve().parent
 BUDGET: dict[str, dict[str, dict[str, int]]] = json.loads((HERE / "cuda_budget.json").read_text())
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+OLDEST, ARCHITECTURES = "sm_75", ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 SOURCES = sorted(path.stem for path in launch.SOURCES.glob("*.cu"))
+ON_TENSOR_CORES = {"convolution", "correlation_products", "flow_head"}  # which the oldest do without
 
 
 class Use(NamedTuple):
@@ -63,6 +64,23 @@ def test_source_compiles_within_its_budget(source: str, architecture: str) -> No
         if use.registers > BUDGET[source][name]["registers"] or use.shared_bytes > BUDGET[source][name]["shared_bytes"]
     }
     assert over == {}
+
+
+@pytest.mark.parametrize("source", sorted(set(SOURCES) - ON_TENSOR_CORES))
+def test_the_oldest_gpus_get_what_needs_no_tensor_cores(source: str) -> None:
+    """How many registers the compiler takes there is left to it: nothing has been tuned for them."""
+    taken = uses(launch.compile_source(source, OLDEST)[1])
+    assert set(taken) == set(BUDGET[source])
+    for name, use in taken.items():
+        assert use.spilled_bytes == 0, name
+        assert use.shared_bytes <= BUDGET[source][name]["shared_bytes"], name
+
+
+def test_the_oldest_gpus_do_without_what_needs_them() -> None:
+    assert {source for source in SOURCES if launch.needs_tensor_cores(source)} == ON_TENSOR_CORES
+    for source in ON_TENSOR_CORES:
+        with pytest.raises(DeviceError, match=f"does not compile for {OLDEST}"):
+            launch.compile_source(source, OLDEST)
 
 
 def test_budget_names_every_source() -> None:

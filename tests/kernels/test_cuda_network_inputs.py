@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flowreel.kernels import enlarge_flow, fusing_input, normalise_frames, refining_input
 from flowreel.kernels.channel_norm import channel_norm_definition
+from tests.kernels.conftest import as_on_a_gpu
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}  # half types: one rounding
@@ -222,17 +223,20 @@ def test_a_room_that_cannot_be_stored_whole_is_filled_by_the_definition(name: st
         memory = torch.zeros(2 * 8 * 8 * channels + by, dtype=torch.float16, device=card)
         return memory[by:].view(2, 8, 8, channels).permute(0, 3, 1, 2)
 
-    found = []
+    found: list[Tensor] = []
+    given: tuple[object, ...]
     for by in (0, 4):
         if name == "refining_input":
             found.append(shifted(16, by))
-            refining_input._refining_input_cuda(frames, flow, 20.0, found[-1])
+            given = frames, flow, 20.0, found[-1]
         elif name == "fusing_input":
             found.append(shifted(16, by))
-            fusing_input._fusing_input_cuda(frames, flow, 0.05, flow, 20.0, found[-1])
+            given = frames, flow, 0.05, flow, 20.0, found[-1]
         else:
             found.append(shifted(8, by))
-            normalise_frames._normalise_frames_cuda(frames[:, :3], frames[:, 3:], None, found[-1], None)
+            given = frames[:, :3], frames[:, 3:], None, found[-1], None
+        how = as_on_a_gpu(getattr(torch.ops.flowreel, name).default, *given)
+        assert how == ("torch" if by else "cuda")
     same(*found)
 
 

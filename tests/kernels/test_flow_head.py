@@ -35,7 +35,8 @@ def test_packed_weights_are_the_same_weights(kernel: int, channels: int) -> None
     with recording(ran := {}):
         found = heads.flow_head(x, packed, bias)
     assert ran == {"flow_head": "torch"}
-    torch.testing.assert_close(found, F.conv2d(x, weight, bias, padding=kernel // 2))
+    wide = F.conv2d(x.double(), weight.double(), bias.double(), padding=kernel // 2)
+    torch.testing.assert_close(found, wide.float())
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 3, 3), (2, 8, 4, 4), (2, 8, 3, 5), (2, 8, 7, 7)])
@@ -53,6 +54,13 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match="packed weights for C channels"):
             heads.flow_head(x.half(), packed, by)
+    x = torch.zeros(1, 40, 3, 4).half()
+    for wrong in (packed[:, :2], packed.expand(2, 3, 8, 4, 8).repeat(1, 2, 1, 1, 1), packed[..., :4], packed[:, :, :4]):
+        with pytest.raises(ValueError, match="packed weights for C channels"):
+            heads.flow_head(x, wrong, bias)
+    for other in (torch.bfloat16, torch.float32):
+        with pytest.raises(ValueError, match="weights of their type"):
+            heads.flow_head(x, packed.to(other), bias)
     with pytest.raises(ValueError, match="was not made of"):
         heads.take_off_borders_(torch.zeros(1, 2, 3, 4), torch.zeros(1, 8, 3, 5), borders_of(8))
 

@@ -66,6 +66,16 @@ def test_on_cuda_tensors_ours_runs_where_it_can(monkeypatch: pytest.MonkeyPatch,
     assert ran == {"op": "cuda and torch" if cupy else "torch"}
 
 
+def test_what_our_kernel_does_not_take_is_told_to_run_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_cupy_is_there", lambda: True)
+    library = Library()
+    implement(library, "op", lambda *_: "definition", on_cuda=lambda *_: "on cuda", takes=lambda x, n: n > 1)
+    for n, ran_by in ((1, "torch"), (2, "cuda")):
+        with recording(ran := {}):
+            assert library.versions["CUDA"](torch.ones(1), n) == ("on cuda" if n > 1 else "definition")
+        assert ran == {"op": ran_by}
+
+
 class NotingCupy:
     """Stands for CuPy where kernels are fetched: notes on which device that happens."""
 
@@ -154,6 +164,18 @@ def test_older_gpus_do_without_the_tensor_core_kernels(
     assert {"warp", "correlation", "bias_leaky_relu"} <= loaded
     assert ({"convolution", "correlation_products", "flow_head"} <= loaded) == tensor_cores
     assert len(loaded) == len(list(launch.SOURCES.glob("*.cu"))) - (0 if tensor_cores else 3)
+
+
+def test_the_device_tells_how_many_multiprocessors_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=10 * device.index)
+    )
+    launch.multiprocessors.cache_clear()
+    try:
+        assert [launch.multiprocessors(torch.device("cuda", index)) for index in (3, 4)] == [30, 40]
+    finally:
+        launch.multiprocessors.cache_clear()
+    assert launch.multiprocessors(torch.device("cpu")) == 132
 
 
 def test_maps_on_such_a_gpu_take_the_other_way(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from flowreel.kernels import launch as launching
 
@@ -20,7 +21,11 @@ __device__ __forceinline__ void product(const T* a, const T* b, float* d) {
     const int lane = (int)threadIdx.x, g = lane / 4, t = lane % 4;
     fetch_16(kept_a + 8 * lane, a + 8 * lane, true);
     fetch_end();
-    fetch_16(memory + 32 + lane % 16, b + 8 * (lane % 16), lane % 16 < OUTSIDE);
+    for (int part = 0; part < 16 / BYTES; ++part)
+        fetch_BYTES(
+            (char*)(memory + 32 + lane % 16) + part * BYTES, (const char*)(b + 8 * (lane % 16)) + part * BYTES,
+            lane % 16 * (16 / BYTES) + part < INSIDE
+        );
     fetch_end();
     fetch_wait<1>();
     WAIT
@@ -43,20 +48,34 @@ Product = Callable[..., float]
 
 @pytest.fixture
 def apart(card: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Product:
-    """How far a product of random matrices is from torch's."""
+    """How far a product of random matrices is from torch's, with zeros for what the second has outside.
 
-    def run(dtype: torch.dtype, by_rows: bool, wait: str = "fetch_wait<0>();", outside: int = 16) -> float:
+    That is all but its first ``inside`` pieces of so many bytes, which are NaN where they are fetched from.
+    """
+
+    def run(
+        dtype: torch.dtype, by_rows: bool, wait: str = "fetch_wait<0>();", piece: int = 16, inside: int | None = None
+    ) -> float:
+        inside = 256 // piece if inside is None else inside
         for name in ("common.cuh", "tensor_core.cuh"):
             (tmp_path / name).write_text((launching.SOURCES / name).read_text())
-        text = BODY.replace("LAID", str(by_rows).lower()).replace("WAIT", wait).replace("OUTSIDE", str(outside))
+        text = BODY.replace("LAID", str(by_rows).lower()).replace("WAIT", wait)
+        text = text.replace("BYTES", str(piece)).replace("INSIDE", str(inside))
         (tmp_path / "made.cu").write_text(text)
         monkeypatch.setattr(launching, "SOURCES", tmp_path)
         monkeypatch.setattr(launching, "_modules", {})
         monkeypatch.setattr(launching, "_kernels", {})
         a, b = torch.randn(16, 16).to(card, dtype), torch.randn(16, 8).to(card, dtype)
         given, out = (b if by_rows else b.mT).contiguous(), torch.empty(16, 8, device=card)
+        pieces = given.view(-1, piece // 2)
+        pieces[inside:] = 0
+        wanted = a.double() @ b_of(given, by_rows).double()
+        pieces[inside:] = torch.nan
         launching.launch("made", f"product_{launching.SUFFIXES[dtype]}", (1,), (a, given, out), (32,))
-        return float((out - a.float() @ b.float()).abs().max())
+        return float((out - wanted).abs().max())
+
+    def b_of(given: Tensor, by_rows: bool) -> Tensor:
+        return given if by_rows else given.mT
 
     return run
 
@@ -73,5 +92,7 @@ def test_what_is_not_waited_for_is_not_there(card: torch.device, apart: Product)
     assert not apart(torch.float16, True, wait="") < 1e9
 
 
-def test_what_lies_outside_is_zero(apart: Product) -> None:
-    assert apart(torch.float16, True, outside=0) > 0.1
+@pytest.mark.parametrize("by_rows", [True, False])
+@pytest.mark.parametrize(("piece", "inside"), [(16, 0), (16, 5), (16, 15), (8, 0), (8, 13), (8, 32)])
+def test_what_lies_outside_is_zero_and_not_read(apart: Product, piece: int, inside: int, by_rows: bool) -> None:
+    assert apart(torch.float16, by_rows, piece=piece, inside=inside) < 1e-4

@@ -66,7 +66,7 @@ def test_padding_and_folding_change_nothing(name: str, batch_norm: bool, filled:
     program = cuda.pack(model, "fp32").program((3, 64, 128))
     flow = program.flow(*frames)
     assert (flow.dtype, flow.shape, flow.is_contiguous()) == (torch.float32, (3, 2, 64, 128), True)
-    torch.testing.assert_close(flow, model(*frames), rtol=0, atol=1e-4)
+    torch.testing.assert_close(flow, model(*frames), rtol=0, atol=2e-4)
     if name != "FlowNet2":
         quarter = program.quarter(*frames)
         assert (quarter.shape, quarter.is_contiguous()) == ((3, 2, 16, 32), True)
@@ -201,6 +201,58 @@ def test_a_call_waits_for_one_that_is_held_up_in_the_same_memory(filled: Filled)
     assert calls == ["slow", "quick"]
     for name, pair in frames.items():
         torch.testing.assert_close(found[name], model(*pair), rtol=0, atol=1e-4)
+
+
+def later(work: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """What runs beside, only when it is asked for: after all that comes in between."""
+    return work
+
+
+def in_a_thread(work: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """What runs beside, at the same time as what comes in between."""
+    done: list[Tensor] = []
+
+    def run() -> None:
+        with torch.no_grad():
+            done.append(work())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+
+    def awaited() -> Tensor:
+        thread.join(60)
+        return done[0]
+
+    return awaited
+
+
+@pytest.mark.parametrize("beside", [later, in_a_thread])
+def test_flownet2s_second_stream_may_run_at_any_time_and_for_several_threads(
+    beside: Callable[..., Any], filled: Filled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two programs of one network, two threads at each: the same bits as one after the other, all on one stream."""
+    network = cuda.pack(filled("FlowNet2", width=0.1), "fp32")
+    cases = [(count, frames_of(20 + seed, count)) for count in (1, 2) for seed in (0, 1)]
+    expected = [network.program((count, 64, 128)).flow(*frames) for count, frames in cases]
+    asked: list[object] = []
+    monkeypatch.setattr(cuda, "beside", lambda *given: (asked.append(given), beside(*given))[1])
+    programs = {count: network.program((count, 64, 128)) for count in (1, 2)}
+    made = len(asked)
+    found: dict[int, list[Tensor]] = {}
+
+    def run(number: int) -> None:
+        count, frames = cases[number]
+        with torch.no_grad():
+            found[number] = [programs[count].flow(*frames) for _ in range(3)]
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(cases))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(asked) == made + 3 * len(cases)
+    for number, flow in enumerate(expected):
+        assert all(torch.equal(one, flow) for one in found[number])
 
 
 @pytest.mark.parametrize("loud", ["flownetc.conv3", "flownets_1.deconv2", "flownets_1.predict_flow2"])

@@ -69,8 +69,9 @@ def test_a_graph_is_what_runs(filled: Filled, gpu: torch.device) -> None:
         assert isinstance(getattr(repeat, "__self__", None), torch.cuda.CUDAGraph)
 
 
-def test_streams_and_threads_at_once(filled: Filled, gpu: torch.device) -> None:
-    fast = flowreel.compile(filled("FlowNet2CS", width=0.25).to(gpu), SHAPE, "fp16")
+@pytest.mark.parametrize("name", ["FlowNet2CS", "FlowNet2"])  # the second works on two streams of its own
+def test_streams_and_threads_at_once(name: str, filled: Filled, gpu: torch.device) -> None:
+    fast = flowreel.compile(filled(name, width=0.25).to(gpu), SHAPE, "fp16")
     inputs = [frames_of(seed, gpu) for seed in range(4)]
     expected = [fast(*frames) for frames in inputs]
     torch.cuda.synchronize()
@@ -89,6 +90,33 @@ def test_streams_and_threads_at_once(filled: Filled, gpu: torch.device) -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_programs_made_and_run_in_several_threads(filled: Filled, gpu: torch.device) -> None:
+    """FlowNet2's, of one network: each thread captures its own, on two streams, while others capture or run theirs."""
+    network = cuda.pack(filled("FlowNet2", width=0.25).to(gpu), "fp16")
+    frames = frames_of(1, gpu)
+    inputs = [tuple(x[:count] for x in frames) for count in (1, 2)] * 2
+    with torch.no_grad():
+        expected = [network.program((len(first), *SHAPE[1:])).flow(first, second) for first, second in inputs]
+    torch.cuda.synchronize()
+    right: list[int] = []
+
+    def work(number: int) -> None:
+        first, second = inputs[number]
+        with warnings.catch_warnings(), torch.no_grad(), torch.cuda.stream(torch.cuda.Stream(gpu)):
+            warnings.simplefilter("error")  # a graph that cannot be captured
+            program = network.program((len(first), *SHAPE[1:]))
+            found = [program.flow(first, second) for _ in range(20)]
+            torch.cuda.current_stream(gpu).synchronize()
+        right.extend(number for flow in found if torch.equal(flow, expected[number]))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(right) == sorted([*range(len(inputs))] * 20)
 
 
 def test_memory_comes_back_when_a_program_goes(filled: Filled, gpu: torch.device) -> None:

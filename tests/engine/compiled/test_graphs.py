@@ -30,8 +30,9 @@ class NotingCuda:
 
         class Stream:
             def __init__(self, name: object = "side", priority: int = 0) -> None:
-                self.name = name if isinstance(name, str) else "side"
-                assert priority == (-1 if self.name == "side" else 0)  # of a pool of its own
+                made = not isinstance(name, str)  # not the current one
+                self.name = "side" if made else str(name)
+                assert priority == (-1 if made else 0)  # of a pool of its own
 
             def wait_event(self, event: Event) -> None:
                 cuda.said.append(f"{self.name} waits for {event.recorded}")
@@ -140,6 +141,37 @@ def test_work_beside_other_work_in_a_capture_alone(noting: NotingCuda, capturing
     noting.work()
     forked = ["side waits for s1", "captured on side", "captured on s1", "s1 waits for side", "captured on s1"]
     assert noting.said == (forked if capturing else ["done on s1"] * 3)
+
+
+def test_what_runs_beside_belongs_to_its_own_threads_capture(noting: NotingCuda) -> None:
+    """Three threads capture work that forks: one capture begins when the one before has come together again."""
+
+    def work() -> None:
+        name = threading.current_thread().name
+        awaited = beside(lambda: noting.said.append(f"{name} beside on {noting.stream}"), GPU)
+        pause.wait(0.005)
+        noting.said.append(f"{name} on {noting.stream}")
+        awaited()
+
+    pause = threading.Event()
+    threads = [threading.Thread(target=captured, args=(work, GPU), name=f"t{number}") for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    one_capture = len(noting.said) // 3
+    for first in range(0, 3 * one_capture, one_capture):
+        said = noting.said[first : first + one_capture]
+        name = said[1].split()[0]
+        assert said == [
+            "side waits for s1",
+            *[f"{name} beside on side", f"{name} on side"] * 3,  # to warm up: not beside
+            "side waits for side",  # the fork
+            f"{name} beside on side",
+            f"{name} on side",
+            "side waits for side",  # and together again
+            "s1 waits for side",
+        ]
 
 
 def test_this_torch_can_be_told_that_a_capture_is_over() -> None:

@@ -189,15 +189,38 @@ class TestKernels:
         assert finding.detail.endswith(str(error).splitlines()[0])
         assert "flowreel[cuda]" in finding.advice
 
-    @pytest.mark.parametrize(("factor", "status"), [(1.0, "ok"), (1.5, "broken")])
-    def test_run_on_a_gpu(self, monkeypatch: pytest.MonkeyPatch, factor: float, status: str) -> None:
+    @pytest.mark.parametrize(
+        ("wrong", "capability", "status", "says"),
+        [
+            (None, (9, 0), "ok", "on its tensor cores too"),
+            (None, (7, 5), "ok", "without tensor-core kernels: its compute capability is 7.5, they need 8.0"),
+            (torch.float32, (9, 0), "broken", "a kernel computes something else"),
+            (torch.float16, (9, 0), "broken", "a tensor-core kernel computes something else"),
+            (torch.float16, (7, 5), "ok", "they need 8.0"),  # it is not run
+        ],
+    )
+    def test_run_on_a_gpu(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        wrong: torch.dtype | None,
+        capability: tuple[int, int],
+        status: str,
+        says: str,
+    ) -> None:
+        """Where the maps of one type come to something else."""
         to = torch.Tensor.to
+
+        def moved(x: torch.Tensor, *to_what: Any, **how: Any) -> torch.Tensor:
+            on_gpu = to_what == ("cuda",) and x.ndim == 4
+            return 1.5 * x if on_gpu and x.dtype == wrong else x if to_what == ("cuda",) else to(x, *to_what, **how)
+
         monkeypatch.setattr(launch, "compile_source", lambda *_: (b"", ""))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.Tensor, "to", lambda x, *a, **k: factor * x if a == ("cuda",) else to(x, *a, **k))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        monkeypatch.setattr(torch.Tensor, "to", moved)
         finding = found("CUDA kernels")
         assert finding.status == status
-        assert finding.detail.endswith("run on the GPU" if status == "ok" else "computes something else")
+        assert finding.detail.endswith(says)
 
 
 LIBRARIES = {"libnvcuvid": "libnvcuvid.so.1", "libnvidia-encode": "libnvidia-encode.so.1"}

@@ -31,8 +31,6 @@
 #define __syncwarp(...) shim::together(0, 0xffffffffu, __LINE__)
 #define __shfl_sync(mask, value, lane) shim::together(value, mask, __LINE__)[(lane) & 31]
 #define __shfl_xor_sync(mask, value, other) shim::together(value, mask, __LINE__)[shim::lane() ^ (other)]
-#define __shfl_down_sync(mask, value, by) \
-    shim::together(value, mask, __LINE__)[shim::lane() + (by) < 32 ? shim::lane() + (by) : shim::lane()]
 #define WARP_GIVES(value) shim::together(value, 0xffffffffu, __LINE__)  // of every lane, by its number
 #define lane_of_warp() shim::lane()
 #define SHARED(type, name, count)                                                                    \
@@ -44,6 +42,9 @@ struct uint3 {
 };
 static uint3 threadIdx, blockIdx, blockDim, gridDim;
 
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
@@ -411,7 +412,6 @@ static inline T atomicMax(T* place, T value) {
 static inline float __fadd_rn(float a, float b) { return a + b; }
 static inline float __fmul_rn(float a, float b) { return a * b; }
 static inline int __float_as_int(float x) { return (int)bits_of(x); }
-static inline float __int_as_float(int x) { return float_of((unsigned)x); }
 template <class T>
 static inline T min(T a, T b) {
     return b < a ? b : a;
