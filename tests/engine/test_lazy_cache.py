@@ -149,8 +149,8 @@ class TestReading:
         """As a device gives them whose memory is too small for whole ones."""
         from flowreel.engine.inference import Inference
 
-        whole = Inference._flows_that_fit
-        monkeypatch.setattr(Inference, "_flows_that_fit", lambda *a: None if len(a[1]) > 2 else whole(*a))
+        whole = Inference.flows_that_fit
+        monkeypatch.setattr(Inference, "flows_that_fit", lambda *a: None if len(a[1]) > 2 else whole(*a))
         flow = opened()
         for key in (slice(5, 11), [30, 2, 31, 3, 4]):
             assert (flow[key] - expected[key]).abs().max() <= 1 / 64 + 1e-4

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import av
@@ -426,6 +427,7 @@ def test_ctrl_c_ends_with_130_and_nothing_finished(tiny: str) -> None:
     with spawn("run", endless, "-o", "a.zarr", "--weights", tiny, stderr=subprocess.PIPE) as process:
         while not Path("a.zarr.partial/flow/zarr.json").exists():
             assert process.poll() is None
+            time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=120)
     assert process.returncode == 130

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -190,6 +191,7 @@ def test_ctrl_c_ends_with_130(tiny: str) -> None:
         process.stdin.flush()  # and nothing more, though the pipe stays open
         while not Path("a.zarr.partial/flow/zarr.json").exists():
             assert process.poll() is None
+            time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         said = process.stderr.read().decode()
         assert process.wait(timeout=200) == 130

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,7 @@ def test_of_two_processes_on_one_store_one_gives_up_and_nothing_is_lost(tiny: li
     with subprocess.Popen(command, stderr=subprocess.PIPE) as other:
         while not Path("k.zarr.partial/flow/zarr.json").exists():
             assert other.poll() is None
+            time.sleep(0.01)
         for option in ([], ["--overwrite"], ["--resume"]):
             assert call(["run", SOURCE, "-o", "k.zarr", *tiny, *option]) == 1
             assert "is being written by another run" in said(capsys)
