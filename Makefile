@@ -23,7 +23,7 @@ demo: setup
 	$(BIN)/flowreel demo demo --overwrite
 
 test: check
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 check: setup
 	$(BIN)/ruff check .
