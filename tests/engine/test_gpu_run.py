@@ -19,7 +19,7 @@ import zarr
 from PIL import Image
 
 import flowreel
-from flowreel.engine import api, compiled
+from flowreel.engine import api, compiled, device
 from flowreel.engine.inference import Inference, Made, Network
 from flowreel.sinks import VideoWriter
 from tests.fakes.cuda_streams import GPU, Card, LateCopies, Stream
@@ -181,10 +181,12 @@ def test_a_hand_off_that_is_forgotten_is_found_out(
     tiny_weights: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Of so few frames that no copy is waited for to use its buffer again; nor, here, at the end."""
     request.getfixturevalue(where)
     monkeypatch.setattr(Stream, "wait_event", lambda self, event: None)  # a planted fault
-    run(tmp_path, tiny_weights, "x.zarr")
-    expected, got = (flowreel.open_store(folder / "x.zarr")[:] for folder in (on_cpu, tmp_path))
+    monkeypatch.setattr(device._Sender, "finish", lambda self: None)
+    run(tmp_path, tiny_weights, "x.zarr", stop=device.MOST_UPLOADS)
+    expected, got = (flowreel.open_store(folder / "x.zarr")[:3] for folder in (on_cpu, tmp_path))
     assert not np.array_equal(got, expected)
 
 
