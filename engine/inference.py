@@ -24,7 +24,6 @@ from flowreel.kernels.launch import recording
 
 _BATCH_PIXELS = {"cpu": 1 << 20, "cuda": 16 << 20}  # a batch of so many keeps the device busy; more only adds latency
 _MOST = 8
-_MOST_SIZES = 3  # of frames whose programs a network keeps: each holds memory
 _SHARE = 0.7  # of a GPU's free memory for the model: the rest is for frames, flow under way, and cuDNN's own
 # FlowNet2 computes one pair in about 800 bytes a pixel with half types, in 1500 with float32, the others in less than
 # half. The allocator's rounding, cuDNN's scratch and the maps that SD holds beside the stack's come on top: seen on an
@@ -235,7 +234,9 @@ class Network:
     device: torch.device
     precision: Precision
     others: tuple[Network, ...] = ()  # the same on other GPUs
-    _made: dict[tuple[int, int], Made] = field(default_factory=dict, repr=False)  # by (height, width) of its input
+    _made: dict[tuple[int, int], Made] = field(
+        default_factory=dict, repr=False
+    )  # by (height, width) of its input: the last
 
     def fitted(self, height: int, width: int, *, native: bool = False, recorded_batch: int | None = None) -> Inference:
         """Settles fit and batch for frames of one size.
@@ -269,10 +270,10 @@ class Network:
         return replace(inference, others=tuple(others))
 
     def _made_for(self, size: tuple[int, int]) -> Made:
-        """Kept for the sizes that were asked for last."""
-        made = self._made[size] = self._made.pop(size, Made())
-        for other in list(self._made)[:-_MOST_SIZES]:
-            self._made.pop(other, None)
+        """Of the size that was asked for last alone: what is kept of others would be missing for this one's batches."""
+        made = self._made.get(size) or Made()
+        self._made.clear()
+        self._made[size] = made
         return made
 
     def _auto_batch(self, height: int, width: int) -> int:

@@ -3,7 +3,7 @@
     batch 0, 2, 4, ... -> cuda:0 ─┐
     batch 1, 3, 5, ... -> cuda:1 ─┴─> flow of batch 0, 1, 2, ... on the first device
 
-Giving a GPU its work takes no time beside the work, so one thread serves all. Of N GPUs each has a batch when the flow
+One thread serves all: it gives a GPU its work and waits for none of them. Of N GPUs each has a batch when the flow
 of the first of them is handed on: a source that keeps the run waiting, a camera, gets its flow N-1 batches later.
 """
 

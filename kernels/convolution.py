@@ -150,17 +150,7 @@ def _as_convolution(weight: Tensor) -> Tensor:
     return made.view(4, -1, _RESULTS, *made.shape[3:]).transpose(0, 1).flatten(0, 2)
 
 
-def _takes(
-    x: Tensor,
-    weight: Tensor,
-    packed: Tensor,
-    bias: Tensor,
-    stride: int,
-    transposed: bool,
-    slope: float,
-    out: Tensor,
-    also: Tensor | None,
-) -> bool:
+def _takes(x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor, stride: int, transposed: bool, *_: object) -> bool:
     return tiling(weight, stride, transposed) is not None and x.dtype == weight.dtype and on_tensor_cores(x.device)
 
 

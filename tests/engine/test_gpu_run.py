@@ -61,6 +61,12 @@ def twice(late: LateCopies, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Network, "fitted", on_both)
 
 
+@pytest.fixture(params=["late", "twice"])
+def lanes(request: pytest.FixtureRequest) -> None:
+    """One, then two."""
+    request.getfixturevalue(request.param)
+
+
 def run(folder: Path, weights: str, *names: str, **options: Any) -> api.RunReport:
     paths = [folder / name for name in names]
     return flowreel.run(SOURCE, paths, weights=weights, device="cpu", **{"max_error": 0.0, "batch": 3} | options)
@@ -172,17 +178,10 @@ def test_a_store_brings_steps_alone_to_the_host_and_is_that_of_a_cpu(
     assert flow_files(tmp_path / "x.zarr") == flow_files(on_cpu / f"{resolution}.zarr")
 
 
-@pytest.mark.parametrize("where", ["late", "twice"])
 def test_a_hand_off_that_is_forgotten_is_found_out(
-    where: str,
-    request: pytest.FixtureRequest,
-    on_cpu: Path,
-    tmp_path: Path,
-    tiny_weights: str,
-    monkeypatch: pytest.MonkeyPatch,
+    lanes: None, on_cpu: Path, tmp_path: Path, tiny_weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of so few frames that no copy is waited for to use its buffer again; nor, here, at the end."""
-    request.getfixturevalue(where)
     monkeypatch.setattr(Stream, "wait_event", lambda self, event: None)  # a planted fault
     monkeypatch.setattr(device._Sender, "finish", lambda self: None)
     run(tmp_path, tiny_weights, "x.zarr", stop=device.MOST_UPLOADS)
@@ -190,16 +189,9 @@ def test_a_hand_off_that_is_forgotten_is_found_out(
     assert not np.array_equal(got, expected)
 
 
-@pytest.mark.parametrize("where", ["late", "twice"])
 def test_memory_that_ends_on_the_card_loses_no_flow(
-    where: str,
-    request: pytest.FixtureRequest,
-    on_cpu: Path,
-    tmp_path: Path,
-    tiny_weights: str,
-    monkeypatch: pytest.MonkeyPatch,
+    lanes: None, on_cpu: Path, tmp_path: Path, tiny_weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request.getfixturevalue(where)
     flow = Inference.flow
 
     def for_two(self: Inference, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
