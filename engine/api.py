@@ -39,8 +39,8 @@ from flowreel.engine.pipeline import Pipeline
 from flowreel.engine.places import require_harmless
 from flowreel.engine.restore import restore
 from flowreel.engine.resume import Resumption, require_made_so, take_up
-from flowreel.engine.sources import STDIN, MayWait, open_source, source_stem
-from flowreel.engine.stages import Stage, StageFunction, StageStatistics, joined
+from flowreel.engine.sources import STDIN, MayWait, OnDevice, open_source, source_stem
+from flowreel.engine.stages import Stage, StageFunction, StageStatistics, compose, joined
 from flowreel.sinks import open_sink, open_store
 
 if TYPE_CHECKING:
@@ -242,7 +242,11 @@ class Chain(Pipeline):
     ) -> None:
         self._streams = Streams(device)
         self._source = source
-        super().__init__("decode", source, stages, queues, self._streams.on_stream if device.type == "cuda" else None)
+        on_gpu = device.type == "cuda"
+        if on_gpu and isinstance(source, OnDevice) and source.on_device:
+            # What is done by frame shares the decoder's thread: to hand each frame on costs more than all that.
+            source, stages = compose(source, stages[:1]), stages[1:]
+        super().__init__("decode", source, stages, queues, self._streams.on_stream if on_gpu else None)
 
     def flows(self) -> Generator[FlowBatch, None, None]:
         """What ``stream`` gives, ready on whatever stream is current where it is taken."""

@@ -153,11 +153,12 @@ class Streams:
     def _awaited(self, items: Iterator[Item], stream: Callable[[], torch.cuda.Stream]) -> Iterator[Item]:
         def taken(item: Item) -> Item:
             event = self._ready.get(item)
+            here = stream()
             if event is not None:
-                stream().wait_event(event)
-            for tensor in getattr(item, "tensors", ()):
+                here.wait_event(event)
+            for tensor in set(getattr(item, "tensors", ())):  # a frame is in two pairs of a batch
                 if tensor.is_cuda:
-                    tensor.record_stream(stream())
+                    tensor.record_stream(here)
             return item
 
         return map(taken, items)  # a map keeps no item alive while whoever took it works
@@ -252,20 +253,17 @@ class WorkStream:
         self.device = device
         current = torch.cuda.current_stream(device)
         self._stream = current if current.cuda_stream else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-    @property
-    def handle(self) -> int:
-        """Its cudaStream_t, never 0."""
-        return int(self._stream.cuda_stream)
+        self.handle = int(self._stream.cuda_stream)  # its cudaStream_t, never 0
 
     def run(self, work: Callable[[], Tensor]) -> Tensor:
         """Does ``work`` on the stream; its result is ready on the stream that is current outside."""
+        outside = torch.cuda.current_stream(self.device)
+        if outside == self._stream:
+            return work()
         with torch.cuda.stream(self._stream):
             result = work()
-        outside = torch.cuda.current_stream(self.device)
-        if outside != self._stream:
-            outside.wait_stream(self._stream)
-            result.record_stream(outside)
+        outside.wait_stream(self._stream)
+        result.record_stream(outside)
         return result
 
     def finish(self) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowreel.engine.compiled import Packed, Program, pack, quarter_upsampling
 from flowreel.engine.config import ModelConfig, Precision
-from flowreel.engine.data import JSON, FlowBatch, NativeGrid, PairBatch
+from flowreel.engine.data import JSON, FlowBatch, FramePair, NativeGrid, PairBatch
 from flowreel.engine.device import Lane, free_bytes, ran_out_of_memory, resolve_devices, resolve_precision
 from flowreel.engine.errors import DeviceError, StageError, UsageError
 from flowreel.engine.models.layers import Upsampling, upsample
@@ -93,12 +93,6 @@ class Inference:
         program = self._program(len(first))
         with torch.no_grad(), recording(self.kernels):
             return program.flow(self._fitted(first), self._fitted(second))
-
-    def quarter(self, first: Tensor, second: Tensor) -> Tensor:
-        """The same before it is enlarged: (N, 2, h, w) at a quarter of the network's size, the network's pixels."""
-        program = self._program(len(first))
-        with torch.no_grad(), recording(self.kernels):
-            return program.quarter(self._fitted(first), self._fitted(second))
 
     def _fitted(self, frames: Tensor) -> Tensor:
         return self.fit.apply(frames.to(self.device).float())
@@ -185,11 +179,13 @@ class Inference:
     def _flows(self, batch: PairBatch) -> FlowBatch:
         pairs = len(batch)
         filled = (*batch.pairs, *[batch.pairs[-1]] * (self._length(pairs) - pairs))
-        first = torch.stack([pair.first.rgb for pair in filled])
-        second = torch.stack([pair.second.rgb for pair in filled])
-        native = self.quarter(first, second)[:pairs] if self.native else None
+        program = self._program(len(filled))
+        with torch.no_grad(), recording(self.kernels):
+            first, second = self._both(filled)
+            native = program.quarter(first, second)[:pairs] if self.native else None
+            flow = program.flow(first, second)[:pairs] if native is None else self._enlarged(native)
         return FlowBatch(
-            flow=self.flow(first, second)[:pairs] if native is None else self._enlarged(native),
+            flow=flow,
             index=batch.index,
             frame=np.array([pair.first.index for pair in batch.pairs], np.int64),
             frame_to=np.array([pair.second.index for pair in batch.pairs], np.int64),
@@ -197,6 +193,23 @@ class Inference:
             timestamp_to_s=np.array([pair.second.timestamp_s for pair in batch.pairs], np.float64),
             native=native,
         )
+
+    def _both(self, pairs: Sequence[FramePair]) -> tuple[Tensor, Tensor]:
+        """First and second frames, (N, 3, *fit.network_size): each fitted once, though most are in two pairs."""
+        frames = sorted({frame for pair in pairs for frame in (pair.first, pair.second)}, key=lambda frame: frame.index)
+        fitted = self._fitted(torch.stack([frame.rgb for frame in frames]))
+        places = {frame: place for place, frame in enumerate(frames)}
+        return (
+            _rows(fitted, [places[pair.first] for pair in pairs]),
+            _rows(fitted, [places[pair.second] for pair in pairs]),
+        )
+
+
+def _rows(frames: Tensor, places: list[int]) -> Tensor:
+    """Those frames; a view where they follow one another."""
+    if places == list(range(places[0], places[0] + len(places))):
+        return frames[places[0] : places[0] + len(places)]
+    return torch.stack([frames[place] for place in places])
 
 
 class _Share:

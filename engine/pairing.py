@@ -42,17 +42,14 @@ def batches(batch: int, shard: int, first_index: int = 0) -> Callable[[Iterator[
 
     def gather(pairs: Iterator[FramePair]) -> Iterator[PairBatch]:
         waiting: list[FramePair] = []
-        start = first_index
         for index, pair in enumerate(pairs, first_index):
-            place = index % shard
-            if waiting and place % batch == 0:  # also true of place 0, the first of the next shard
-                yield PairBatch(tuple(waiting), start)
-                waiting.clear()
-            if not waiting:
-                start = index
             waiting.append(pair)
+            following = (index + 1) % shard
+            if following % batch == 0:  # also true of place 0, the first of the next shard
+                yield PairBatch(tuple(waiting), index + 1 - len(waiting))
+                waiting.clear()
         if waiting:
-            yield PairBatch(tuple(waiting), start)
+            yield PairBatch(tuple(waiting), index + 1 - len(waiting))
 
     return gather
 

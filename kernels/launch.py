@@ -15,13 +15,14 @@ import hashlib
 import os
 import re
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ Size = tuple[int, ...]
 class Kernel(Protocol):
     """One entry of a loaded module, called the way CuPy's are."""
 
-    def __call__(self, grid: Size, block: Size, args: tuple[object, ...]) -> None: ...
+    def __call__(self, grid: Size, block: Size, args: tuple[object, ...], **where: object) -> None: ...
 
 
 class Module(Protocol):
@@ -71,10 +72,30 @@ def launch(source: str, entry: str, grid: Size, arguments: Sequence[Argument], b
         DeviceError: the source does not compile for this device.
     """
     device = next(x.device for x in arguments if isinstance(x, Tensor))
-    kernel = _kernel(source, entry, device)
     passed = tuple(pointer_of(x) if isinstance(x, Tensor) else 0 if x is None else x for x in arguments)
-    with _current(device):
-        kernel(grid, block, passed)
+    _start(_kernel(source, entry, device), device, grid, block, passed)
+
+
+class Prepared:
+    """One launch for many calls, which differ in nothing but where their tensors begin.
+
+    To look at a tensor's strides and to make NumPy's numbers of them takes Python longer than to launch a kernel.
+    """
+
+    def __init__(self, source: str, entry: str, grid: Size, arguments: Sequence[Argument], block: Size = (THREADS,)):
+        """As of ``launch``, and raises as that does; the tensors are what the first call would be given."""
+        self._device = next(x.device for x in arguments if isinstance(x, Tensor))
+        self._kernel = _kernel(source, entry, self._device)
+        self._grid, self._block = grid, block
+        self._places = [place for place, x in enumerate(arguments) if isinstance(x, Tensor)]
+        self._passed: list[object] = [0 if x is None or isinstance(x, Tensor) else x for x in arguments]
+
+    def __call__(self, *pointers: int) -> None:
+        """Runs it on torch's current stream. pointers: where each tensor begins, in their order."""
+        passed = self._passed.copy()
+        for place, pointer in zip(self._places, pointers, strict=True):
+            passed[place] = pointer
+        _start(self._kernel, self._device, self._grid, self._block, tuple(passed))
 
 
 def view(x: Tensor) -> tuple[Argument, ...]:
@@ -222,18 +243,33 @@ def _module(source: str, device: torch.device) -> Module:
     return _modules[key]
 
 
+class _Stream(NamedTuple):
+    """What CuPy asks of a stream to launch on."""
+
+    ptr: int  # cudaStream_t
+
+
+_thread = threading.local()  # ``ready``: the GPUs that it has worked on
+
+
+def _start(kernel: Kernel, device: torch.device, grid: Size, block: Size, passed: tuple[object, ...]) -> None:
+    """On torch's current stream of that device."""
+    if device.type != "cuda":
+        kernel(grid, block, passed)
+        return
+    with _current(device):
+        kernel(grid, block, passed, stream=_Stream(torch.cuda.current_stream(device.index).cuda_stream))
+
+
 def _current(device: torch.device) -> AbstractContextManager[object]:
-    """CuPy on the device, and on the stream that torch works on there."""
+    """The GPU as this thread's current one; nothing to do where it is."""
     if device.type != "cuda":
         return nullcontext()
-    cupy = _cupy()
-    stream: Any = torch.cuda.current_stream(device)
+    if torch.cuda.current_device() == device.index and device.index in getattr(_thread, "ready", ()):
+        return nullcontext()
     entered = ExitStack()
-    entered.enter_context(cupy.cuda.Device(device.index)).use()  # a thread that is new to CUDA has no context yet
-    if hasattr(stream, "__cuda_stream__"):
-        entered.enter_context(cupy.cuda.Stream.from_external(stream))
-    else:  # torch before 2.9
-        entered.enter_context(cupy.cuda.ExternalStream(stream.cuda_stream, device.index))
+    entered.enter_context(_cupy().cuda.Device(device.index)).use()  # a thread that is new to CUDA has no context yet
+    _thread.ready = {*getattr(_thread, "ready", ()), device.index}
     return entered
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowreel.kernels.launch import blocks_for, implement, launch, sizes, view
+from flowreel.kernels import launch as launching
+from flowreel.kernels.launch import Argument, Prepared, Size, blocks_for, implement, launch, sizes, view
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -106,13 +107,19 @@ def _repeated(inner: int, outer: int, device: torch.device) -> Tensor:
 
 
 def _yuv_to_rgb_cuda(out: Tensor, luma: Tensor, chroma: Tensor, matrix: str, full_range: bool, bits: int) -> None:
+    launch(*_launched(out, luma, chroma, matrix, full_range, bits))
+
+
+def _launched(
+    out: Tensor, luma: Tensor, chroma: Tensor, matrix: str, full_range: bool, bits: int
+) -> tuple[str, str, Size, tuple[Argument, ...]]:
     stored_bits = 8 * luma.element_size()
     picture, samples = luma.shape, chroma.shape[:2]
     scales = (np.float32(count / side) for count, side in zip(samples, picture, strict=True))
     weights = map(np.float32, coefficients(matrix, full_range, bits, stored_bits))
     views = (*view(luma[None, None]), *view(chroma.permute(2, 0, 1)[None]), *view(out[None]))
     arguments = (*views, *sizes(*picture, *samples, *out.shape[1:]), *scales, *weights)
-    launch("yuv_to_rgb", f"yuv_to_rgb_{stored_bits}", blocks_for(out[0].numel()), arguments)
+    return "yuv_to_rgb", f"yuv_to_rgb_{stored_bits}", blocks_for(out[0].numel()), arguments
 
 
 # --- registration -----------------------------------------------------------------------------------------------------
@@ -198,3 +205,35 @@ def yuv_to_rgb(
 
 
 _convert: Callable[[Tensor, Tensor, Tensor, str, bool, int], None] = torch.ops.flowreel.yuv_to_rgb.default
+
+
+class SurfacesToRgb:
+    """``yuv_to_rgb`` for the surfaces of a decoder: each one tensor, with its planes below one another.
+
+    One lies in memory as the other does, and there are hundreds a second. So what ``yuv_to_rgb`` checks, and what it
+    works out from strides and colours, is done for the first of them alone.
+    """
+
+    def __init__(
+        self, planes: Callable[[Tensor], tuple[Tensor, Tensor]], *, matrix: str, full_range: bool, bits: int
+    ) -> None:
+        """Args: planes: a surface's luma and chroma, views of it. The others: as of ``yuv_to_rgb``."""
+        self._planes = planes
+        self._colours = matrix, full_range, bits
+        self._laid: object = None  # how surface and picture of the prepared launch lie in memory
+        self._prepared: Prepared | None = None
+        self._chroma_bytes = 0  # from the beginning of a surface on
+
+    def __call__(self, surface: Tensor, out: Tensor) -> None:
+        """Writes all of ``out``, (3, H', W') uint8. Raises what ``yuv_to_rgb`` raises."""
+        laid = surface.dtype, surface.device, surface.shape, surface.stride(), out.device, out.shape, out.stride()
+        if self._prepared is not None and laid == self._laid and out.dtype == torch.uint8:
+            begins = launching.pointer_of(surface)
+            self._prepared(begins, begins + self._chroma_bytes, launching.pointer_of(out))
+            return
+        luma, chroma = self._planes(surface)
+        matrix, full_range, bits = self._colours
+        yuv_to_rgb(luma, chroma, matrix=matrix, full_range=full_range, bits=bits, out=out)
+        if launching.kernels_on(surface.device) == "cuda" and luma.data_ptr() == surface.data_ptr():
+            self._laid, self._chroma_bytes = laid, chroma.data_ptr() - surface.data_ptr()
+            self._prepared = Prepared(*_launched(out, luma, chroma, matrix, full_range, bits))

@@ -49,16 +49,17 @@ class OriginalCorrelation:
         """The cost volume; memory that the next call writes to."""
         import numpy as np
 
-        from flowreel.kernels.launch import _current
+        from flowreel.kernels.launch import _start
 
         batch, channels, height, width = a.shape
         numbers = [np.int32(x) for x in (channels, height, width)]
         settings = [np.int32(x) for x in (DISPLACEMENT, 1, DISPLACEMENT, 1, STRIDE)]
         grid, block = (batch, height, width), (THREADS,)
-        with _current(a.device):
-            for given, kept in zip((a, b), self._maps, strict=True):
-                self._rearrange(grid, block, (given.data_ptr(), kept.data_ptr(), *numbers, settings[0]))
-            out = [np.int32(SIDE * SIDE), *numbers[1:]]
-            first, second = (kept.data_ptr() for kept in self._maps)
-            self._correlate(grid, block, (self._out.data_ptr(), *out, first, *numbers, second, *settings))
+        for given, kept in zip((a, b), self._maps, strict=True):
+            passed = (given.data_ptr(), kept.data_ptr(), *numbers, settings[0])
+            _start(self._rearrange, a.device, grid, block, passed)
+        out = [np.int32(SIDE * SIDE), *numbers[1:]]
+        first, second = (kept.data_ptr() for kept in self._maps)
+        passed = (self._out.data_ptr(), *out, first, *numbers, second, *settings)
+        _start(self._correlate, a.device, grid, block, passed)
         return self._out

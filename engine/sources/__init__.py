@@ -26,6 +26,13 @@ class MayWait(Protocol):
         ...
 
 
+@runtime_checkable
+class OnDevice(Protocol):
+    """A source that may give its frames on the device they are wanted on."""
+
+    on_device: bool  # whether it does, until it says otherwise in its notes
+
+
 def _is_stdin(name: str) -> bool:
     return name == STDIN
 

@@ -37,7 +37,7 @@ from flowreel.engine.errors import DeviceError, FlowreelError, FrameSizeError
 from flowreel.engine.sources import nvcodec, nvsession
 from flowreel.engine.sources.nvsession import Session
 from flowreel.engine.sources.pyav import PyAVDecoder
-from flowreel.kernels import yuv_to_rgb
+from flowreel.kernels.yuv_to_rgb import SurfacesToRgb
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -140,6 +140,10 @@ class NvdecDecoder:
         layout = _layout(probe.pixel_format.name)
         assert layout is not None, "why_not() tells"
         self._chroma, self._bits = layout
+        pixels = probe.pixel_format
+        self._to_rgb = SurfacesToRgb(
+            self._planes, matrix=pixels.used_matrix, full_range=pixels.used_range == "full", bits=self._bits
+        )
 
     @property
     def name(self) -> str:
@@ -183,18 +187,21 @@ class NvdecDecoder:
 
     def _converted(self, picture: Any) -> Tensor:
         """Reads the surface and writes RGB, both on the decoder's stream."""
-        pixels, turn, (width, height) = self._probe.pixel_format, self._probe.turn, self._probe.stored_size
-        surface = from_dlpack(picture)  # (rows of all planes, W), one below the other
-        luma, rest = surface[:height], surface[height:]
-        interleaved = self._chroma == "420"
-        chroma = rest.view(height // 2, -1, 2) if interleaved else rest.view(2, height, width).permute(1, 2, 0)
+        assert self._stream is not None
+        turn, (width, height) = self._probe.turn, self._probe.stored_size
+        surface = from_dlpack(picture.__dlpack__(stream=self._stream.handle))  # its own stream: nothing to wait for
         size = (width, height) if turn.transpose else (height, width)
         shown = torch.empty((3, *size), dtype=torch.uint8, device=surface.device)
-        out = shown.transpose(1, 2) if turn.transpose else shown
-        full_range = pixels.used_range == "full"
-        yuv_to_rgb(luma, chroma, matrix=pixels.used_matrix, full_range=full_range, bits=self._bits, out=out)
+        self._to_rgb(surface, shown.transpose(1, 2) if turn.transpose else shown)
         mirrored = [dim for dim, asked in ((2, turn.flip_x), (1, turn.flip_y)) if asked]
         return shown.flip(mirrored) if mirrored else shown
+
+    def _planes(self, surface: Tensor) -> tuple[Tensor, Tensor]:
+        """Luma and chroma of a surface, (rows of all planes, W), one below the other."""
+        width, height = self._probe.stored_size
+        luma, rest = surface[:height], surface[height:]
+        interleaved = self._chroma == "420"
+        return luma, rest.view(height // 2, -1, 2) if interleaved else rest.view(2, height, width).permute(1, 2, 0)
 
     def _surfaces(self, first: int) -> Generator[tuple[int, Any], None, None]:
         """Numbered surfaces, from ``first`` or somewhat before it; in rising order, but it may begin once again."""

@@ -70,7 +70,7 @@ def open_video(name: str, select: SelectConfig, device: str = "cpu") -> VideoSou
         notes: list[str] = []
         instead = PyAVDecoder(probe) if select.decoder == "auto" else None
         decoder = NvdecDecoder(probe, device, instead, notes.append)
-        return VideoSource(probe, select, decoder, notes, made_by={"decoder": "nvdec"})
+        return VideoSource(probe, select, decoder, notes, made_by={"decoder": "nvdec"}, on_device=True)
     if select.decoder == "nvdec":
         raise refusal
     return VideoSource(probe, select, notes=[f"decoded on the CPU, not with NVDEC: {refusal}"])
@@ -92,11 +92,14 @@ class VideoSource:
         decoder: VideoDecoder | None = None,
         notes: list[str] | None = None,
         made_by: dict[str, JSON] | None = None,
+        on_device: bool = False,
     ) -> None:
         """Raises TooFewFramesError or UsageError when ``select`` leaves nothing to pair or makes no sense.
 
         decoder: None: PyAV. notes: to which the decoder may add while it works. made_by: what a store records of it.
+        on_device: as of ``sources.OnDevice``.
         """
+        self.on_device = on_device
         times_s = probe.timeline.times_s
         self._probe = probe
         self._stat = _identity(probe)
@@ -106,6 +109,7 @@ class VideoSource:
         self._decoder: VideoDecoder = decoder or PyAVDecoder(probe)
         self._decoder_notes = [] if notes is None else notes
         self._iteration: Generator[Frame, None, None] | None = None
+        self._pictures: Generator[tuple[int, Any], None, None] | None = None  # of the iteration
         self._closed = False
         width, height = probe.shown_size
         self._info = FlowInfo(
@@ -179,15 +183,17 @@ class VideoSource:
 
     def _frames(self) -> Generator[Frame, None, None]:
         given = 0
-        with closing(self._decoder.pictures(self._wanted[0])) as pictures:
-            for number, picture in pictures:
-                if self._closed:
-                    return
-                if number in self._wanted:
-                    yield self._frame(number, self._decoder.rgb(picture, number))
-                    given += 1
-                if number >= self._wanted[-1]:
-                    break
+        # Left open at the end: a decoder of NVDEC takes a tenth of a second to free, and has all other threads wait.
+        self._pictures = pictures = self._decoder.pictures(self._wanted[0])
+        for number, picture in pictures:
+            if self._closed:
+                pictures.close()
+                return
+            if number in self._wanted:
+                yield self._frame(number, self._decoder.rgb(picture, number))
+                given += 1
+            if number >= self._wanted[-1]:
+                break
         self._account(given)
 
     def _account(self, given: int) -> None:
@@ -207,9 +213,10 @@ class VideoSource:
     def close(self) -> None:
         """Release the file. While another thread is inside the iteration, that ends itself at its next frame."""
         self._closed = True
-        if self._iteration is not None:
-            with suppress(ValueError):  # "generator already executing"
-                self._iteration.close()
+        for generator in (self._iteration, self._pictures):
+            if generator is not None:
+                with suppress(ValueError):  # "generator already executing"
+                    generator.close()
 
     def __enter__(self) -> VideoSource:
         return self

@@ -6,7 +6,7 @@ and what is brought there. What a GPU computes is not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,9 @@ from PIL import Image
 
 import flowreel
 from flowreel.engine import api, compiled, device
+from flowreel.engine.data import Frame, FramePair
 from flowreel.engine.inference import Inference, Made, Network
+from flowreel.engine.sources.synthetic import SyntheticSource
 from flowreel.sinks import VideoWriter
 from tests.fakes.cuda_streams import GPU, Card, LateCopies, Stream
 
@@ -125,6 +127,22 @@ def test_flow_and_pictures_are_those_of_a_cpu(
         assert path.read_bytes() == (on_cpu / "flo" / path.name).read_bytes()
 
 
+def test_what_is_decoded_on_the_card_is_paired_in_the_decoders_thread(
+    late: LateCopies, on_cpu: Path, tmp_path: Path, tiny_weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames = SyntheticSource.__iter__
+
+    def there(self: SyntheticSource) -> Iterator[Frame]:
+        return (replace(frame, rgb=late.put(frame.rgb.clone())) for frame in frames(self))
+
+    monkeypatch.setattr(SyntheticSource, "__iter__", there)
+    monkeypatch.setattr(SyntheticSource, "on_device", True, raising=False)
+    report = run(tmp_path, tiny_weights, "x.zarr")
+    assert [stage.name for stage in report.stages[:-1]] == ["decode", "model", "download"]
+    expected, got = (flowreel.open_store(folder / "x.zarr")[:] for folder in (on_cpu, tmp_path))
+    assert np.array_equal(got, expected)
+
+
 def test_over_several_gpus_flow_is_the_same(twice: None, on_cpu: Path, tmp_path: Path, tiny_weights: str) -> None:
     report = run(tmp_path, tiny_weights, "x.zarr", "flo/%06d.flo")
     assert report.device == "cuda:0, cuda:0"
@@ -139,13 +157,13 @@ def test_a_short_batch_goes_through_a_full_ones_work(
 ) -> None:
     """Eight flows in batches of five: the last three are computed as five, and three are kept."""
     lengths: list[int] = []
-    flow = Inference.flow
+    both = Inference._both
 
-    def noted(self: Inference, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        lengths.append(len(first))
-        return flow(self, first, second)
+    def noted(self: Inference, pairs: Sequence[FramePair]) -> tuple[torch.Tensor, torch.Tensor]:
+        lengths.append(len(pairs))
+        return both(self, pairs)
 
-    monkeypatch.setattr(Inference, "flow", noted)
+    monkeypatch.setattr(Inference, "_both", noted)
     report = run(tmp_path, tiny_weights, "x.zarr", batch=5)
     assert (lengths, report.pairs) == ([5, 5], 8)
     expected, got = (flowreel.open_store(folder / "x.zarr")[:] for folder in (on_cpu, tmp_path))

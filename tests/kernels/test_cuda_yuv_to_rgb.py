@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowreel.kernels.yuv_to_rgb import LUMA_WEIGHTS, _yuv_to_rgb_cuda, yuv_to_rgb_definition
+from flowreel.kernels import launch
+from flowreel.kernels.yuv_to_rgb import (
+    LUMA_WEIGHTS,
+    SurfacesToRgb,
+    _yuv_to_rgb_cuda,
+    yuv_to_rgb_definition,
+)
 
 SIZES = ((1, 1), (2, 2), (5, 8), (17, 33), (36, 20))
 
@@ -86,3 +92,50 @@ def test_a_planted_fault_is_caught(plant: Callable[..., torch.device], right: st
     device = plant("yuv_to_rgb.cu", right, wrong)
     with pytest.raises(AssertionError):
         compare((17, 33), device)
+
+
+class TestSurfaces:
+    """One launch is prepared for all of them: it must notice what lies in memory otherwise."""
+
+    HEIGHT, WIDTH = 6, 10
+
+    @pytest.fixture(autouse=True)
+    def _by_the_kernel(self, card: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(launch, "kernels_on", lambda device: "cuda")  # on the acting CPU as well
+
+    def planes(self, surface: Tensor) -> tuple[Tensor, Tensor]:
+        return surface[: self.HEIGHT], surface[self.HEIGHT :].unflatten(1, (-1, 2))
+
+    def surfaces(self, device: torch.device, pitch: int, dtype: torch.dtype = torch.uint8) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(pitch)
+        rows = self.HEIGHT * 3 // 2
+        most = 256 if dtype == torch.uint8 else 1 << 16
+        noise = torch.randint(0, most, (3, rows, pitch), generator=generator).to(dtype).to(device)
+        return [one[:, : self.WIDTH] for one in noise]
+
+    def apart(self, convert: SurfacesToRgb, surface: Tensor, transposed: bool = False) -> float:
+        size = (self.WIDTH, self.HEIGHT) if transposed else (self.HEIGHT, self.WIDTH)
+        out, wanted = (torch.zeros(3, *size, dtype=torch.uint8, device=surface.device) for _ in range(2))
+        convert(surface, out.transpose(1, 2) if transposed else out)
+        luma, chroma = self.planes(surface)
+        bits = 8 * surface.element_size()
+        yuv_to_rgb_definition(wanted.transpose(1, 2) if transposed else wanted, luma, chroma, "bt601", True, bits)
+        return float((out.int() - wanted.int()).abs().max())
+
+    def test_each_is_converted(self, card: torch.device) -> None:
+        convert = SurfacesToRgb(self.planes, matrix="bt601", full_range=True, bits=8)
+        assert all(self.apart(convert, surface) <= 1 for surface in self.surfaces(card, 16))
+        assert convert._prepared is not None
+
+    def test_what_lies_otherwise_is_noticed(self, card: torch.device) -> None:
+        convert = SurfacesToRgb(self.planes, matrix="bt601", full_range=True, bits=8)
+        for pitch in (16, 12, 16):
+            assert all(self.apart(convert, surface) <= 1 for surface in self.surfaces(card, pitch))
+            assert self.apart(convert, self.surfaces(card, pitch)[0], transposed=True) <= 1
+
+    def test_a_picture_of_another_type_is_refused_later_too(self, card: torch.device) -> None:
+        convert = SurfacesToRgb(self.planes, matrix="bt601", full_range=True, bits=8)
+        surface = self.surfaces(card, 16)[0]
+        assert self.apart(convert, surface) <= 1
+        with pytest.raises(TypeError, match="out is uint8"):
+            convert(surface, torch.zeros(3, self.HEIGHT, self.WIDTH, device=card))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -109,29 +110,63 @@ class NotingCupy:
                 said.append(f"{name} on {cupy.device}")
                 return name
 
-        stream = SimpleNamespace(from_external=lambda stream: nullcontext())
         nvrtc = SimpleNamespace(getSupportedArchs=lambda: [90], getVersion=lambda: (13, 0))
-        self.cuda = SimpleNamespace(Device=Device, Stream=stream, nvrtc=nvrtc)
+        self.cuda = SimpleNamespace(Device=Device, nvrtc=nvrtc)
         self.RawModule = RawModule
 
 
-def test_a_kernel_is_loaded_and_fetched_on_its_device_in_a_thread_that_has_none(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    cupy, gpu = NotingCupy(), torch.device("cuda", 1)
+@pytest.fixture
+def noting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> NotingCupy:
+    """In a thread that has worked on no GPU yet."""
+    cupy = NotingCupy()
     monkeypatch.setattr(launch, "_cupy", lambda: cupy)
     monkeypatch.setattr(launch, "_modules", {})
     monkeypatch.setattr(launch, "_kernels", {})
+    monkeypatch.setattr(launch, "_thread", threading.local())
     monkeypatch.setattr(launch, "_cache_folder", lambda: tmp_path)
     monkeypatch.setattr(launch, "compile_source", lambda name, architecture: (b"program", ""))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(__cuda_stream__=None))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: cupy.device)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0x5EED + device))
+    return cupy
+
+
+def test_a_kernel_is_loaded_and_fetched_on_its_device_in_a_thread_that_has_none(noting: NotingCupy) -> None:
+    gpu = torch.device("cuda", 1)
     assert launch._module("warp", gpu) is not None
-    assert cupy.said == ["device 1 has its context", "loaded on 1"]  # before anything is captured
-    cupy.said.clear()
-    assert launch._kernel("warp", "warp_float", gpu) == "warp_float"
-    assert cupy.said == ["device 1 has its context", "warp_float on 1"]
-    assert cupy.device == 0
+    assert noting.said == ["device 1 has its context", "loaded on 1"]  # before anything is captured
+    noting.said.clear()
+    assert launch._kernel("warp", "warp_float", gpu) == "warp_float"  # type: ignore[comparison-overlap]
+    assert noting.said == ["device 1 has its context", "warp_float on 1"]
+    assert noting.device == 0
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_launch_goes_to_torchs_stream_and_its_device(noting: NotingCupy, number: int) -> None:
+    started: list[tuple[object, ...]] = []
+
+    def kernel(grid: launch.Size, block: launch.Size, passed: tuple[object, ...], *, stream: Any) -> None:
+        started.append((noting.device, stream.ptr, grid, block, passed))
+
+    gpu = torch.device("cuda", number)
+    for _ in range(2):
+        launch._start(kernel, gpu, (3,), (256,), (np.int32(5),))
+    assert started == [(number, 0x5EED + number, (3,), (256,), (np.int32(5),))] * 2
+    # The thread's own device is entered once, any other each time.
+    assert noting.said == [f"device {number} has its context"] * (number + 1)
+    assert noting.device == 0
+
+
+def test_a_prepared_launch_changes_its_pointers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[object, ...]] = []
+    monkeypatch.setattr(launch, "_kernel", lambda *_: lambda *given: started.append(given))
+    first, second = torch.zeros(4), torch.zeros(4)
+    prepared = launch.Prepared("warp", "warp_float", (2, 3), (first, np.int32(7), None, second), block=(32,))
+    prepared(16, 32)
+    prepared(48, 64)
+    assert started == [((2, 3), (32,), (16, np.int32(7), 0, 32)), ((2, 3), (32,), (48, np.int32(7), 0, 64))]
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        prepared(16)
 
 
 def test_programs_of_a_user_without_a_home_are_kept_for_the_process(

@@ -344,6 +344,13 @@ class TestSessionsThatFail:
         list(on_gpu(long_clip, stop=5))
         assert nvc.behaviour.log == ["finished", "freed"]
 
+    def test_the_session_stays_until_the_source_is_closed(self, nvc: ModuleType, long_clip: Path) -> None:
+        """To free it takes long and has all threads wait: those that still compute the last flows, too."""
+        with on_gpu(long_clip, stop=5) as source:
+            assert len(list(source)) == 5
+            assert (nvc.behaviour.alive, nvc.behaviour.log) == (1, [])
+        assert nvc.behaviour.log == ["finished", "freed"]
+
     def test_leaving_early_frees_the_session(self, nvc: ModuleType, long_clip: Path) -> None:
         source = on_gpu(long_clip)
         frames = iter(source)
