@@ -90,9 +90,14 @@ class Inference:
 
         Gradients are off, but the result is an ordinary tensor: it can take part in training.
         """
+        with torch.no_grad():
+            return self.of_fitted(self._fitted(first), self._fitted(second))
+
+    def of_fitted(self, first: Tensor, second: Tensor) -> Tensor:
+        """The same of frames that are on the device, float32 and of the network's size."""
         program = self._program(len(first))
         with torch.no_grad(), recording(self.kernels):
-            return program.flow(self._fitted(first), self._fitted(second))
+            return program.flow(first, second)
 
     def _fitted(self, frames: Tensor) -> Tensor:
         return self.fit.apply(frames.to(self.device).float())
@@ -179,13 +184,10 @@ class Inference:
     def _flows(self, batch: PairBatch) -> FlowBatch:
         pairs = len(batch)
         filled = (*batch.pairs, *[batch.pairs[-1]] * (self._length(pairs) - pairs))
-        program = self._program(len(filled))
-        with torch.no_grad(), recording(self.kernels):
-            first, second = self._both(filled)
-            native = program.quarter(first, second)[:pairs] if self.native else None
-            flow = program.flow(first, second)[:pairs] if native is None else self._enlarged(native)
+        first, second = self._both(filled)
+        native = self._quarter(first, second)[:pairs] if self.native else None
         return FlowBatch(
-            flow=flow,
+            flow=self.of_fitted(first, second)[:pairs] if native is None else self._enlarged(native),
             index=batch.index,
             frame=np.array([pair.first.index for pair in batch.pairs], np.int64),
             frame_to=np.array([pair.second.index for pair in batch.pairs], np.int64),
@@ -193,6 +195,12 @@ class Inference:
             timestamp_to_s=np.array([pair.second.timestamp_s for pair in batch.pairs], np.float64),
             native=native,
         )
+
+    def _quarter(self, first: Tensor, second: Tensor) -> Tensor:
+        """``of_fitted`` before it is enlarged: (N, 2, h, w) at a quarter of the network's size, in its pixels."""
+        program = self._program(len(first))
+        with torch.no_grad(), recording(self.kernels):
+            return program.quarter(first, second)
 
     def _both(self, pairs: Sequence[FramePair]) -> tuple[Tensor, Tensor]:
         """First and second frames, (N, 3, *fit.network_size): each fitted once, though most are in two pairs."""

@@ -15,7 +15,6 @@ import hashlib
 import os
 import re
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -249,7 +248,7 @@ class _Stream(NamedTuple):
     ptr: int  # cudaStream_t
 
 
-_thread = threading.local()  # ``ready``: the GPUs that it has worked on
+_ready: ContextVar[frozenset[int]] = ContextVar("_ready", default=frozenset())  # GPUs this thread has worked on
 
 
 def _start(kernel: Kernel, device: torch.device, grid: Size, block: Size, passed: tuple[object, ...]) -> None:
@@ -265,11 +264,11 @@ def _current(device: torch.device) -> AbstractContextManager[object]:
     """The GPU as this thread's current one; nothing to do where it is."""
     if device.type != "cuda":
         return nullcontext()
-    if torch.cuda.current_device() == device.index and device.index in getattr(_thread, "ready", ()):
+    if torch.cuda.current_device() == device.index and device.index in _ready.get():
         return nullcontext()
     entered = ExitStack()
     entered.enter_context(_cupy().cuda.Device(device.index)).use()  # a thread that is new to CUDA has no context yet
-    _thread.ready = {*getattr(_thread, "ready", ()), device.index}
+    _ready.set(_ready.get() | {device.index})
     return entered
 
 

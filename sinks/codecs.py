@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import google_crc32c
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     BoolArray = npt.NDArray[np.bool_]
     Array = npt.NDArray[Any]
 
+
+Chunk = tuple[bytes, ...]  # the pieces of one, its checksum in the last of them
 
 # Blosc's own threads order their blocks by chance; one thread a call makes equal input give equal bytes.
 numcodecs.blosc.use_threads = False
@@ -67,17 +70,22 @@ INDEX_MISSING = 2**64 - 1  # offset and length of a chunk that is not in the sha
 
 
 def compress(values: Array, codec: Codec) -> bytes:
-    """One chunk's bytes: the values, an array in C order, compressed, with their crc32c behind."""
+    """One chunk: the values, an array in C order, compressed, with their crc32c behind."""
+    return b"".join(chunk_of(values, codec))
+
+
+def chunk_of(values: Array, codec: Codec) -> Chunk:
+    """The same in pieces. To join them, while all other threads wait, would take a tenth of compressing them."""
     if codec == "blosc":
         block = BLOSC_BLOCK_VALUES * values.itemsize
         blosc = numcodecs.blosc.Blosc("zstd", BLOSC_LEVEL, numcodecs.blosc.BITSHUFFLE, block)
-        return with_checksum(blosc.encode(values))
+        return _checked(blosc.encode(values))
     if codec == "zstd":
-        return with_checksum(Zstd(ZSTD_LEVEL).encode(values))
+        return _checked(Zstd(ZSTD_LEVEL).encode(values))
     options = _pcodec_options(codec, values.dtype)
     if _predicts(codec, values.dtype):
         values = differences(values)
-    return with_checksum(PCodec(**options).encode(values))
+    return _checked(PCodec(**options).encode(values))
 
 
 def decompress(chunk: bytes, codec: Codec, dtype: np.dtype[Any], shape: int | tuple[int, ...]) -> Array:
@@ -143,8 +151,8 @@ def _turned(planes: Array) -> Array:
     return turned
 
 
-def with_checksum(body: bytes) -> bytes:
-    return body + int(google_crc32c.value(body)).to_bytes(CHECKSUM_BYTES, "little")
+def _checked(body: bytes) -> Chunk:
+    return body, int(google_crc32c.value(body)).to_bytes(CHECKSUM_BYTES, "little")
 
 
 def without_checksum(data: bytes) -> bytes:
@@ -196,9 +204,14 @@ def codec_of(names: Sequence[str]) -> Codec:
 class EncodedFlow:
     """One flow field as its chunk, and what could not be kept of it."""
 
-    chunk: bytes
+    pieces: Chunk
     unknown: int = 0  # vectors that were NaN, infinite or beyond 1e9 px
     beyond_range: int = 0  # vectors that were known but do not fit the integers
+
+    @property
+    def chunk(self) -> bytes:
+        """As one."""
+        return b"".join(self.pieces)
 
 
 @dataclass(frozen=True)
@@ -232,9 +245,9 @@ class FlowCodec:
         if flow.shape != (2, self.height, self.width):
             raise ValueError(f"this store's flows are (2, {self.height}, {self.width}), got {flow.shape}")
         if self.lossless:
-            return EncodedFlow(compress(np.ascontiguousarray(flow, self.dtype), self.codec))
+            return EncodedFlow(chunk_of(np.ascontiguousarray(flow, self.dtype), self.codec))
         steps, unknown, beyond_range = self.quantise(flow)
-        return EncodedFlow(compress(steps, self.codec), unknown, beyond_range)
+        return EncodedFlow(chunk_of(steps, self.codec), unknown, beyond_range)
 
     def encode_steps(self, steps: Array, unknown: int, beyond_range: int, worst: float) -> EncodedFlow:
         """The same from what ``kernels.quantise`` made of a flow; worst: its largest error, in pixels.
@@ -244,7 +257,7 @@ class FlowCodec:
         if (steps.shape, steps.dtype) != ((2, self.height, self.width), self.dtype):
             raise ValueError(f"this store's flows are {self.dtype} (2, {self.height}, {self.width}), got {steps.shape}")
         self._require_bound(worst)
-        return EncodedFlow(compress(steps, self.codec), unknown, beyond_range)
+        return EncodedFlow(chunk_of(steps, self.codec), unknown, beyond_range)
 
     def decode(self, chunk: bytes, out: Float32Array) -> None:
         """Writes the flow of ``chunk`` into out: (2, H, W) float32, NaN where there is no vector."""
@@ -323,16 +336,16 @@ def flow_codec(height: int, width: int, config: SinkConfig, side: int | None = N
     raise UsageError(f"max-error {config.max_error} px is too fine for {width}x{height} frames: use 0 (lossless)")
 
 
-def pack_shard(chunks: Sequence[bytes], length: int) -> list[bytes]:
-    """The pieces of a shard file of ``length`` places: the chunks from place 0 on, then the index.
+def pack_shard(chunks: Sequence[Chunk], length: int) -> list[bytes]:
+    """The pieces of a shard file of ``length`` places: those of the chunks from place 0 on, then the index.
 
     Places behind the last chunk are marked missing; this is how the last shard of a clip is ragged.
     """
     index = np.full((length, 2), INDEX_MISSING, "<u8")
-    sizes = np.array([len(chunk) for chunk in chunks], "<u8")
+    sizes = np.array([sum(map(len, chunk)) for chunk in chunks], "<u8")
     index[: len(chunks), 0] = np.cumsum(sizes) - sizes
     index[: len(chunks), 1] = sizes
-    return [*chunks, with_checksum(index.tobytes())]
+    return [*chain.from_iterable(chunks), *_checked(index.tobytes())]
 
 
 def index_bytes(length: int) -> int:

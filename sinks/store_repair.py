@@ -16,7 +16,7 @@ import numpy as np
 
 from flowreel.engine.errors import DamagedStoreError, ResumeMismatchError, StoreError
 from flowreel.sinks import publish
-from flowreel.sinks.codecs import pack_shard
+from flowreel.sinks.codecs import Chunk, pack_shard
 from flowreel.sinks.store_layout import COORDINATES, check_coordinate, coordinate_chunk, flow_shard, open_file
 from flowreel.sinks.store_metadata import other_settings, other_source
 from flowreel.sinks.store_reader import open_store
@@ -94,7 +94,7 @@ class ShardRewriter:
         self.others = 0  # flows that could be read and came out a little different: they stayed as they were
         self.farthest = 0.0  # pixels, the largest difference among those
         self._damaged: dict[int, ShardDamage] = {}
-        self._chunks: list[bytes] = []  # of the shard that is filling up
+        self._chunks: list[Chunk] = []  # of the shard that is filling up
         self._coordinates: dict[str, list[Any]] = {name: [] for name in COORDINATES}  # of the same shard
 
     def damage(self, suspected: Collection[int]) -> tuple[ShardDamage, ...]:
@@ -162,7 +162,7 @@ class ShardRewriter:
         for name, values in self._coordinates.items():
             values.extend(getattr(batch, name))
         for number, flow in enumerate(flows.detach().numpy(), batch.index):
-            self._chunks.append(self._kept(number, flow))
+            self._chunks.append((self._kept(number, flow),))
             self.flows += 1
         if batch.index + len(batch) == damage.last_flow + 1:
             self._publish(damage)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from flowreel.engine.errors import OutputWriteError
 from flowreel.sinks import publish
-from flowreel.sinks.codecs import compress, pack_shard
+from flowreel.sinks.codecs import Chunk, compress, pack_shard
 from flowreel.sinks.parallel import OrderedPool
 from flowreel.sinks.store_checksums import flow_checksums, time_checksums
 from flowreel.sinks.store_layout import BESIDE_FLOW, COORDINATES
@@ -43,12 +44,12 @@ class StoreWriter:
         for name, values in places.items():
             self._put(f"{name}/c/0", compress(values, "blosc"))
 
-    def submit(self, number: int, chunks: list[bytes], times: Mapping[str, Sequence[Any]]) -> None:
+    def submit(self, number: int, chunks: list[Chunk], times: Mapping[str, Sequence[Any]]) -> None:
         """Hands over a shard: its flows, compressed, and their times. Waits while two are on their way.
 
         What went wrong with an earlier one is raised here, in ``check`` or in ``flush``.
         """
-        self._behind.submit(self._publish, number, chunks, times, nbytes=sum(map(len, chunks)))
+        self._behind.submit(self._publish, number, chunks, times, nbytes=sum(map(len, chain.from_iterable(chunks))))
 
     def check(self) -> None:
         """Raises what went wrong with a shard on its way, without waiting for any."""
@@ -74,7 +75,7 @@ class StoreWriter:
                 self._behind.drain()
         self._behind.close()
 
-    def _publish(self, number: int, chunks: list[bytes], times: Mapping[str, Sequence[Any]]) -> None:
+    def _publish(self, number: int, chunks: list[Chunk], times: Mapping[str, Sequence[Any]]) -> None:
         """One shard: array lengths, then times and checksums, then the flow."""
         if self._hole:
             raise OutputWriteError(f"cannot write {self._target.name}: the shard before this one could not be written")
@@ -117,9 +118,12 @@ class StoreWriter:
         return written
 
 
-def values_beside(first: int, chunks: Sequence[bytes], times: Mapping[str, Any]) -> dict[str, Any]:
+def values_beside(first: int, chunks: Sequence[Chunk], times: Mapping[str, Any]) -> dict[str, Any]:
     """What goes into the arrays beside ``flow`` for the flows of one shard, the first of which has number ``first``."""
-    checksums = {"flow_crc32c": flow_checksums(first, chunks), "time_crc32c": time_checksums(first, times)}
+    checksums = {
+        "flow_crc32c": flow_checksums(first, [chunk[-1] for chunk in chunks]),
+        "time_crc32c": time_checksums(first, times),
+    }
     return {name: times[name] for name in COORDINATES} | checksums
 
 

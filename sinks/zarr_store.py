@@ -27,7 +27,7 @@ from flowreel.engine.data import Prepared, ResumePoint, StepsBatch
 from flowreel.engine.errors import OutputBusyError, ResumeMismatchError
 from flowreel.kernels.quantise import quantise
 from flowreel.sinks import publish
-from flowreel.sinks.codecs import EncodedFlow, flow_codec
+from flowreel.sinks.codecs import Chunk, EncodedFlow, flow_codec
 from flowreel.sinks.parallel import OrderedPool, encode_workers
 from flowreel.sinks.store_checksums import COVERED
 from flowreel.sinks.store_layout import COORDINATES, published_shards
@@ -58,7 +58,7 @@ class ZarrSink:
         self._taken = 0  # flows that arrived, those of a resumed store included
         self._count = 0  # flows compressed and in their shard
         self._announced = ""  # of how many flows they are, for messages
-        self._chunks: list[bytes] = []  # of the shard that is filling up
+        self._chunks: list[Chunk] = []  # of the shard that is filling up
         self._coordinates: dict[str, list[Any]] = {name: [] for name in COORDINATES}  # of the same shard
         self._invalid: dict[str, tuple[int, int]] = {}  # what -> vectors, first frame
         self._pool: OrderedPool[tuple[EncodedFlow, dict[str, Any]]] = OrderedPool(self._keep, 0)  # until ``open``
@@ -297,7 +297,7 @@ class ZarrSink:
         """The next flow in order, compressed."""
         encoded, coordinates = result
         self._note_invalid(encoded, int(coordinates["frame"]))
-        self._chunks.append(encoded.chunk)
+        self._chunks.append(encoded.pieces)
         for name, value in coordinates.items():
             self._coordinates[name].append(value)
         self._count += 1

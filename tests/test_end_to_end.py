@@ -99,7 +99,7 @@ def test_all_that_a_run_needs_is_made_ready_before_its_clock_starts(
 
 
 def test_a_run_that_is_out_of_memory_loses_no_flow(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flow = Inference.flow
+    flow = Inference.of_fitted
 
     def for_one_pair(self: Inference, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         if len(first) > 1:
@@ -108,7 +108,7 @@ def test_a_run_that_is_out_of_memory_loses_no_flow(tiny: str, tmp_path: Path, mo
 
     options = {"weights": tiny, "device": "cpu", "max_error": 0.0}
     flowreel.run(SOURCE, tmp_path / "one.zarr", batch=1, **options)
-    monkeypatch.setattr(Inference, "flow", for_one_pair)
+    monkeypatch.setattr(Inference, "of_fitted", for_one_pair)
     report = flowreel.run(SOURCE, tmp_path / "four.zarr", batch=4, **options)
     assert report.pairs == 8
     assert [note for note in report.notes if "did not fit" in note][-1].endswith("1 from flow 0 on")

@@ -184,15 +184,15 @@ def beside_a_hog(room: int) -> Iterator[None]:
 @contextmanager
 def as_if(pairs: int) -> Iterator[None]:
     """For a dry run: a network in whose memory only so many pairs fit."""
-    flow = Inference.flow
+    flow = Inference.of_fitted
 
     def little(self: Inference, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         if len(first) > pairs:
             raise torch.OutOfMemoryError("CUDA out of memory, as if")
         return flow(self, first, second)
 
-    Inference.flow = little  # type: ignore[method-assign]
+    Inference.of_fitted = little  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Inference.flow = flow  # type: ignore[method-assign]
+        Inference.of_fitted = flow  # type: ignore[method-assign]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -14,8 +13,7 @@ from benchmarks.gpu import made_clips, nvdec
 from benchmarks.gpu.findings import Settings
 from benchmarks.gpu.made_clips import Encoding
 from benchmarks.measure import Skipped
-from flowreel.engine.sources import nvdec as decoder
-from flowreel.kernels import yuv_to_rgb
+from flowreel.engine.sources.nvdec import NvdecDecoder
 from tests.fakes.gpu_parts import Found
 from tests.fakes.pynvvideocodec import installed
 
@@ -49,11 +47,14 @@ def test_frames_that_are_the_same_pass_wherever_they_begin(
 def test_ten_bits_cut_to_fewer_on_the_way_fail(
     lost_bits: int, nvc: ModuleType, findings: Found, on_card: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def cut(luma: Tensor, chroma: Tensor, **options: Any) -> Tensor:
-        drop = 6 + lost_bits
-        return yuv_to_rgb((luma.int() >> drop << drop).to(torch.uint16), chroma, **options)
+    planes = NvdecDecoder._planes
 
-    monkeypatch.setattr(decoder, "yuv_to_rgb", cut)
+    def cut(self: NvdecDecoder, surface: Tensor) -> tuple[Tensor, Tensor]:
+        luma, chroma = planes(self, surface)
+        drop = 6 + lost_bits
+        return (luma.int() >> drop << drop).to(torch.uint16), chroma
+
+    monkeypatch.setattr(NvdecDecoder, "_planes", cut)
     nvdec._compare_kind(findings, on_card, KINDS["HEVC 10 bits"])
     assert not findings.verdicts["HEVC 10 bits: colours within rounding"]
     assert findings.verdicts["HEVC 10 bits: the same numbers and times"]

@@ -6,7 +6,7 @@ and what is brought there. What a GPU computes is not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from PIL import Image
 
 import flowreel
 from flowreel.engine import api, compiled, device
-from flowreel.engine.data import Frame, FramePair
+from flowreel.engine.data import Frame
 from flowreel.engine.inference import Inference, Made, Network
 from flowreel.engine.sources.synthetic import SyntheticSource
 from flowreel.sinks import VideoWriter
@@ -157,13 +157,13 @@ def test_a_short_batch_goes_through_a_full_ones_work(
 ) -> None:
     """Eight flows in batches of five: the last three are computed as five, and three are kept."""
     lengths: list[int] = []
-    both = Inference._both
+    flow = Inference.of_fitted
 
-    def noted(self: Inference, pairs: Sequence[FramePair]) -> tuple[torch.Tensor, torch.Tensor]:
-        lengths.append(len(pairs))
-        return both(self, pairs)
+    def noted(self: Inference, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        lengths.append(len(first))
+        return flow(self, first, second)
 
-    monkeypatch.setattr(Inference, "_both", noted)
+    monkeypatch.setattr(Inference, "of_fitted", noted)
     report = run(tmp_path, tiny_weights, "x.zarr", batch=5)
     assert (lengths, report.pairs) == ([5, 5], 8)
     expected, got = (flowreel.open_store(folder / "x.zarr")[:] for folder in (on_cpu, tmp_path))
@@ -210,14 +210,14 @@ def test_a_hand_off_that_is_forgotten_is_found_out(
 def test_memory_that_ends_on_the_card_loses_no_flow(
     lanes: None, on_cpu: Path, tmp_path: Path, tiny_weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flow = Inference.flow
+    flow = Inference.of_fitted
 
     def for_two(self: Inference, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         if len(first) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return flow(self, first, second)
 
-    monkeypatch.setattr(Inference, "flow", for_two)
+    monkeypatch.setattr(Inference, "of_fitted", for_two)
     run(tmp_path, tiny_weights, "x.zarr")
     expected, got = (flowreel.open_store(folder / "x.zarr")[:] for folder in (on_cpu, tmp_path))
     assert np.allclose(got, expected, atol=1e-3)

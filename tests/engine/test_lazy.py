@@ -449,7 +449,7 @@ class TestWhatGoesWrong:
         def broken(*_: Any) -> Any:
             raise RuntimeError("out of something")
 
-        monkeypatch.setattr("flowreel.engine.inference.Inference.flow", broken)
+        monkeypatch.setattr("flowreel.engine.inference.Inference.of_fitted", broken)
         flow = opened()
         for key in (3, slice(0, 9)):
             with pytest.raises(RuntimeError, match="out of something"):

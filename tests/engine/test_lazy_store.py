@@ -276,7 +276,7 @@ class TestWhatGoesWrong:
             raise error
 
         array = reader(opened().store())
-        monkeypatch.setattr("flowreel.engine.inference.Inference.flow", broken)
+        monkeypatch.setattr("flowreel.engine.inference.Inference.of_fitted", broken)
         with pytest.raises(type(error)):
             np.asarray(array[2:9])
 

@@ -170,7 +170,9 @@ def swap_chunks() -> None:
     index = files.index(1)
     assert index is not None
     first, second, *rest = [files.chunk(1, int(offset), int(size)) for offset, size in index]
-    Path("X.zarr", FLOW.format(1)).write_bytes(b"".join(pack_shard([second, first, *rest], SHARD)))
+    Path("X.zarr", FLOW.format(1)).write_bytes(
+        b"".join(pack_shard([(chunk,) for chunk in (second, first, *rest)], SHARD))
+    )
 
 
 def shard_of_another_store() -> None:
@@ -233,8 +235,8 @@ def test_only_what_cannot_be_read_is_taken_from_the_new_flow(weights: str, monke
     """Another processor computes a little differently: sound flows of the shard stay as they were first written."""
     flip(FLOW.format(1), 0.1)
     before = open_store("X.zarr")[5:8]
-    flow = Inference.flow
-    monkeypatch.setattr(Inference, "flow", lambda self, *frames: flow(self, *frames) * 1.02 + 0.01)
+    flow = Inference.of_fitted
+    monkeypatch.setattr(Inference, "of_fitted", lambda self, *frames: flow(self, *frames) * 1.02 + 0.01)
     report = repair("X.zarr", "frames", weights=weights)
     assert report.after.sound
     assert report.shards[0].flows == (4,)

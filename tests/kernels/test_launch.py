@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -122,7 +122,7 @@ def noting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> NotingCupy:
     monkeypatch.setattr(launch, "_cupy", lambda: cupy)
     monkeypatch.setattr(launch, "_modules", {})
     monkeypatch.setattr(launch, "_kernels", {})
-    monkeypatch.setattr(launch, "_thread", threading.local())
+    monkeypatch.setattr(launch, "_ready", ContextVar("_ready", default=frozenset()))
     monkeypatch.setattr(launch, "_cache_folder", lambda: tmp_path)
     monkeypatch.setattr(launch, "compile_source", lambda name, architecture: (b"program", ""))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))

@@ -144,7 +144,7 @@ def test_what_is_not_in_its_place_is_made_again(tmp_path: Path, whole: dict[str,
         index = files.index(1)
         assert index is not None
         chunks = [files.chunk(1, int(offset), int(size)) for offset, size in index]
-        second.write_bytes(b"".join(pack_shard(chunks[::-1], SHARD)))
+        second.write_bytes(b"".join(pack_shard([(chunk,) for chunk in chunks[::-1]], SHARD)))
     elif what == "times of elsewhere":
         shutil.copy(partial / "timestamp_s/c/2", partial / "timestamp_s/c/1")
     else:

@@ -71,13 +71,13 @@ def swap_shards(store: FlowStore, _: Path) -> list[int]:
 
 def swap_chunks(store: FlowStore, _: Path) -> list[int]:
     first, second, third = chunks_of(store, 1)
-    flow_shard(store.folder, 1).write_bytes(b"".join(pack_shard([third, second, first], SHARD)))
+    flow_shard(store.folder, 1).write_bytes(b"".join(pack_shard([(third,), (second,), (first,)], SHARD)))
     return [3, 5]
 
 
 def repeat_a_chunk(store: FlowStore, _: Path) -> list[int]:
     first, second, _third = chunks_of(store, 0)
-    flow_shard(store.folder, 0).write_bytes(b"".join(pack_shard([first, second, second], SHARD)))
+    flow_shard(store.folder, 0).write_bytes(b"".join(pack_shard([(first,), (second,), (second,)], SHARD)))
     return [2]
 
 

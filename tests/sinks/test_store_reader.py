@@ -34,7 +34,7 @@ from flowreel.engine.errors import (
     StoreNotFoundError,
 )
 from flowreel.sinks import store_check, store_reader
-from flowreel.sinks.codecs import FlowCodec, compress, pack_shard, with_checksum
+from flowreel.sinks.codecs import FlowCodec, _checked, compress, pack_shard
 from flowreel.sinks.store_check import StoreProblem
 from flowreel.sinks.store_layout import CHECKSUMS, COORDINATES, coordinate_chunk, flow_shard
 from flowreel.sinks.store_reader import FlowStore, open_store
@@ -513,7 +513,7 @@ def test_sound_checksums_over_nonsense_are_no_trap(tmp_path: Path) -> None:
     chunk = compress(np.zeros(2 * H * W, "<i2"), "blosc")
     short = compress(np.zeros(5, "<i2"), "blosc")
     shard = flow_shard(store.folder, 1)
-    shard.write_bytes(b"".join(pack_shard([chunk, short, chunk], SHARD)))
+    shard.write_bytes(b"".join(pack_shard([(chunk,), (short,), (chunk,)], SHARD)))
     store = open_store(store.path)
     assert same(store[3], np.zeros((2, H, W), np.float32))
     with pytest.raises(DamagedStoreError, match=r"flow 4 \(frame 8\): holds 5 values instead of 108"):
@@ -521,7 +521,7 @@ def test_sound_checksums_over_nonsense_are_no_trap(tmp_path: Path) -> None:
     sizes = [(0, 2**63), (2**62, 9), (2**64 - 2, 2**64 - 1), (10**6, 10)]
     for offset, length in sizes:
         index = np.array([[0, len(chunk)], [offset, length], [0, len(chunk)]], "<u8").tobytes()
-        shard.write_bytes(chunk + with_checksum(index))
+        shard.write_bytes(chunk + b"".join(_checked(index)))
         with pytest.raises(DamagedStoreError, match=r"flow 4 \(frame 8\): its \d+ bytes"):
             open_store(store.path)[4]
         assert len(list(open_store(store.path).check())) == 1

@@ -191,7 +191,7 @@ def test_every_strange_clip_gives_one_flow_less_than_frames(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if frames > 60:  # what this is about is not the network, which would take longer than all the rest
-        monkeypatch.setattr(Inference, "flow", lambda _, first, __: torch.zeros(len(first), 2, *NETWORK_SIZE))
+        monkeypatch.setattr(Inference, "of_fitted", lambda _, first, __: torch.zeros(len(first), 2, *NETWORK_SIZE))
     clip = str(data_dir / "videos_corner" / name)
     assert call(["run", clip, "-o", "a.zarr", "--weights", tiniest, "--max-error", "0.5", "-q"]) == 0
     store = open_store("a.zarr")
