@@ -29,6 +29,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import torch
+from av import Codec
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
@@ -92,9 +93,9 @@ def _unsuitable(codec: ModuleType, probe: VideoProbe, gpu: int) -> str | None:
     try:
         caps = nvcodec.decodes(codec, gpu, kind, chroma, bits)
     except DeviceError as error:
-        return f"this GPU cannot be asked about {probe.codec}: {error}"
+        return f"this GPU cannot be asked about {_format(probe)}: {error}"
     if not (caps.get("supported") and caps.get("num_decoder_engines")):
-        return f"this GPU decodes no {probe.codec} with {chroma} chroma and {bits} bits"
+        return f"this GPU decodes no {_format(probe)} with {chroma} chroma and {bits} bits"
     return _unsuitable_size(caps, width, height)
 
 
@@ -113,6 +114,11 @@ def _layout(pixel_format: str) -> tuple[str, int] | None:
     """Subsampling and bits of a pixel format; None where what its surfaces look like is not known."""
     match = _PIXEL_FORMAT.fullmatch(pixel_format)
     return None if match is None else (match[1], int(match[2] or 8))
+
+
+def _format(probe: VideoProbe) -> str:
+    """What the stream is, and not the decoder that FFmpeg has for it: av1, of libdav1d."""
+    return Codec(probe.codec, "r").canonical_name
 
 
 def _gpu(device: str) -> int:
@@ -148,7 +154,7 @@ class NvdecDecoder:
     @property
     def name(self) -> str:
         taken_over = f", then {self._instead.name}" if self._relieved and self._instead is not None else ""
-        return f"NVDEC ({self._probe.codec}){taken_over}"
+        return f"NVDEC ({_format(self._probe)}){taken_over}"
 
     def pictures(self, first: int) -> Generator[tuple[int, Any], None, None]:
         """See ``VideoDecoder``."""

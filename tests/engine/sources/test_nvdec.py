@@ -66,7 +66,7 @@ class TestSameFramesAsOnTheCpu:
         with on_gpu(path, stop=stop) as gpu, on_cpu(path, stop=stop) as cpu:
             assert (gpu.info.height, gpu.info.width) == (cpu.info.height, cpu.info.width)
             assert levels_apart(list(gpu), list(cpu)) <= 1
-            assert gpu.decoder == cpu.decoder.replace("PyAV", "NVDEC")
+            assert gpu.decoder == cpu.decoder.replace("PyAV", "NVDEC").replace("libdav1d", "av1")
             assert (gpu.losses, gpu.notes) == (cpu.losses, cpu.notes)
 
     @pytest.mark.parametrize("pix_fmt", ["yuv444p", "yuv444p10le", "yuv420p10le", "yuvj420p"])
@@ -488,6 +488,10 @@ class TestFallingBack:
         """The demuxer would say eight."""
         nvc.behaviour.engines_for = {("H264", "420", 8)}
         assert "10 bits" in self.refused(clip("nv_ten.mp4", pix_fmt="yuv420p10le", count=3))
+
+    def test_the_stream_is_named_and_not_its_decoder(self, nvc: ModuleType, data_dir: Path) -> None:
+        nvc.behaviour.caps = {}
+        assert "this GPU decodes no av1" in self.refused(data_dir / "videos_corner/av1_640x360.mkv")
 
     @pytest.mark.parametrize(("pix_fmt", "codec"), [("yuv422p", "libx264"), ("bgr0", "ffv1"), ("gray", "ffv1")])
     def test_surfaces_of_another_kind(self, nvc: ModuleType, clip: Clip, pix_fmt: str, codec: str) -> None:
