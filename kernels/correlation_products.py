@@ -13,7 +13,7 @@ from flowreel.kernels.launch import MOST_DEEP, SUFFIXES, launch, multiprocessors
 
 RADII = (10, 4)  # an entry each: 21 x 21 displacements, and 9 x 9
 _TYPES = (torch.float16, torch.bfloat16)
-_COLUMNS, _ROWS, _BLOCK = 32, 4, 256  # what a block computes, and by how many threads: as in the source
+_COLUMNS, _ROWS, _BLOCK = 32, 4, 128  # what a block computes, and by how many threads: as in the source
 _MOST_CHANNELS = 256  # that its registers hold
 _WORDS = 8  # elements of 16 bytes, in which the maps are read
 _AT_ONCE = 2  # blocks that a multiprocessor has registers for
@@ -41,8 +41,7 @@ def pixel_correlation_into(
         some = slice(first, first + MOST_DEEP // shares)
         count = len(range(batch)[some])
         views = (*view(a[some]), *view(b[some]), *view(out[some]))
-        numbers = sizes(channels, height, width, stride, shares, _in_words(out))
-        arguments = (*views, *numbers, np.float32(scale), np.float32(slope))
+        arguments = (*views, *sizes(channels, height, width, stride, shares), np.float32(scale), np.float32(slope))
         launch("correlation_products", entry, (across, down, shares * count), arguments, (_BLOCK,))
 
 
@@ -52,12 +51,6 @@ def _read_in_words(x: Tensor) -> Tensor:
     if x.stride(1) == 1 and x.data_ptr() % 16 == 0 and all(pitch % _WORDS == 0 for pitch in pitches):
         return x
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last).copy_(x)
-
-
-def _in_words(out: Tensor) -> bool:
-    """Whether the result's channels lie together, four of them wherever eight bytes can be written at once."""
-    pitches = (out.stride(axis) for axis in (0, 2, 3))
-    return out.stride(1) == 1 and out.data_ptr() % 8 == 0 and all(pitch % 4 == 0 for pitch in pitches)
 
 
 def _shares(tiles: int, rows: int, at_once: int) -> int:

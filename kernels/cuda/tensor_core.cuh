@@ -48,17 +48,6 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const unsigned (&a)[
 }
 #endif
 
-// --- threadIdx.x, asked for anew: what follows from it is worked out again, and takes no registers until then ---------
-#ifdef WARP_GIVES
-__device__ inline int thread_anew() { return (int)threadIdx.x; }
-#else
-__device__ __forceinline__ int thread_anew() {
-    int thread;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-    return thread;
-}
-#endif
-
 // --- four 8x8 matrices of a half type from shared memory --------------------------------------------------------------
 //
 // Lane i names where row i % 8 of matrix i / 8 lies: 8 elements, aligned to 16 bytes. It gets, of each matrix, elements
