@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -130,6 +130,25 @@ def without_threads(source: Source, network: Network, config: RunConfig) -> Ran:
     with closing(source):
         pace.let_go(compose(source, steps))
     return Ran(*pace.rate(shard), time.perf_counter() - began_s, (), source.decoder)
+
+
+def written(source: Source, network: Network, config: RunConfig, output: Path) -> Ran:
+    """The store alone: it is given the source's first batch of flow again and again, as fast as it takes them."""
+    inference = network.fitted(source.info.height, source.info.width)
+    header = flow_header(source.info, inference, config)
+    shard, count = header.shard_length(config.sink.shard_bytes), header.flow_count or 0
+    steps = stages(inference, config.model.direction, batches(inference.batch, shard), to_host=False)
+    with closing(source):
+        flow = next(iter(compose(source, steps)))
+    sinks = [open_sink(str(output), config.sink)]
+    with opened_sinks(sinks, header):
+        pace, tally = Pace(), Tally(sinks[0], on_gpu=inference.device.type == "cuda")
+        began_s = time.perf_counter()
+        starts = (start for start in range(0, count, len(flow)) if start + len(flow) <= count)
+        tally.consume(pace.timed(replace(flow, index=start) for start in starts))
+        seconds = time.perf_counter() - began_s
+        sinks[0].commit()
+    return Ran(*pace.rate(shard), seconds, (), source.decoder)
 
 
 class InMemory:

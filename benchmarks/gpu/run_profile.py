@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import trace
-from benchmarks.gpu.chains import InMemory, Ran, ran, without_threads
+from benchmarks.gpu.chains import InMemory, Ran, ran, without_threads, written
 from benchmarks.gpu.end_to_end import job_of
 from benchmarks.gpu.findings import Findings, Settings
 from benchmarks.gpu.nvdec import numbered
@@ -33,6 +33,7 @@ from flowreel.engine.sources import open_source
 
 PAIRS = 12 * 32  # twelve shards of 1024x436
 STORE_BYTES = 4 << 30  # two stores of so many, as large as float32, and some room
+LIGHT, LIGHT_PAIRS = "FlowNet2C", 4 * PAIRS  # a network that leaves the others little time
 MOST = 8  # places and calls that are told of each thread
 SOONER_S = 1e-4  # instead of Python's 5 ms
 NAMING_S = 0.02  # how often the threads are asked what they are called while the profiler runs
@@ -43,11 +44,11 @@ QUOTA = Path("/sys/fs/cgroup/cpu.stat")  # of Linux: whether processors were wit
 class Chains:
     """The ways to run it."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, model: str = "FlowNet2", pairs: int = PAIRS) -> None:
         self._device = numbered(settings.device)
         self._job = job_of(settings)
-        self._frames = self._job.frames if settings.dry else PAIRS + 1
-        self._config = RunConfig.of(**self._job.options, stop=self._frames)
+        self._frames = self._job.frames if settings.dry else pairs + 1
+        self._config = RunConfig.of(**self._job.options, model=model, stop=self._frames)
         self._network = load_network(self._config.model)
         self._store = _place(settings) / "run-profile.zarr"
         self.to_store()  # the card and its libraries wake up
@@ -72,6 +73,10 @@ class Chains:
         """No decoding, but everything behind it."""
         return ran(self._memory(), self._network, self._config, self._store)
 
+    def store_alone(self) -> Ran:
+        """Neither decoding nor the network."""
+        return written(self._memory(), self._network, self._config, self._store)
+
     def without_threads(self) -> Ran:
         """Frames on the device, the stages one after the other, the flow dropped."""
         return without_threads(self._memory(), self._network, self._config)
@@ -86,14 +91,15 @@ class Chains:
 def run(findings: Findings, settings: Settings) -> None:
     """1024x436, FlowNet2 in fp16; a few hundred pairs each time."""
     chains = cache(partial(Chains, settings))
+    light = cache(partial(Chains, settings, LIGHT, LIGHT_PAIRS))
     told: dict[str, str] = {}
 
     def tell(what: str, words: str) -> None:
         told[what] = words
         findings.add(headline="; ".join(told.values()))
 
-    def timed(name: str, way: Callable[[Chains], Ran], short: str) -> None:
-        one = way(chains())
+    def timed(name: str, way: Callable[[Chains], Ran], short: str = "", on: Callable[[], Chains] = chains) -> None:
+        one = way(on())
         findings.row(run=name, decoder=one.decoder, pairs_s=one.pairs_s, by_shard=one.by_shard.cell(), **_stages(one))
         if short:
             tell(name, f"{short} {one.pairs_s:.0f} pairs/s")
@@ -103,12 +109,17 @@ def run(findings: Findings, settings: Settings) -> None:
         ("the flow dropped", partial(timed, way=Chains.dropped, short="no store")),
         ("frames there, the flow dropped", partial(timed, way=Chains.frames_there, short="no decoder either")),
         ("to a store, the lock asked for sooner", partial(timed, way=asking_sooner, short="lock asked for sooner")),
-        ("watched", lambda _: _watch(findings, chains(), tell)),
+        ("watched", lambda _: _watch(findings, chains(), "", tell)),
         ("under torch's profiler", lambda _: _trace(findings, settings, chains(), tell)),
-        ("frames there, without threads", partial(timed, way=Chains.without_threads, short="")),
-        ("frames there, to a store", partial(timed, way=Chains.frames_there_to_store, short="")),
-        ("the flow dropped on the host", partial(timed, way=Chains.dropped_on_the_host, short="")),
-        ("to a store, PyAV", partial(timed, way=partial(Chains.to_store, decoder="pyav"), short="")),
+        ("frames there, without threads", partial(timed, way=Chains.without_threads)),
+        ("frames there, to a store", partial(timed, way=Chains.frames_there_to_store)),
+        ("the flow dropped on the host", partial(timed, way=Chains.dropped_on_the_host)),
+        ("to a store, PyAV", partial(timed, way=partial(Chains.to_store, decoder="pyav"))),
+        (f"{LIGHT}, to a store", partial(timed, way=Chains.to_store, short=f"{LIGHT}, to a store", on=light)),
+        (f"{LIGHT}, the flow dropped", partial(timed, way=Chains.dropped, on=light)),
+        (f"{LIGHT}, frames there, to a store", partial(timed, way=Chains.frames_there_to_store, on=light)),
+        (f"{LIGHT}, flow there, to a store", partial(timed, way=Chains.store_alone, on=light)),
+        (f"{LIGHT}, watched", lambda _: _watch(findings, light(), f"{LIGHT}, ", lambda *_: None)),
         ("operations of all threads", lambda _: _trace_operations(findings, settings, chains())),
     ):
         findings.attempt(name, partial(action, name))
@@ -142,12 +153,12 @@ def _stages(one: Ran) -> dict[str, object]:
     }
 
 
-def _watch(findings: Findings, chains: Chains, tell: Callable[[str, str], None]) -> None:
+def _watch(findings: Findings, chains: Chains, of: str, tell: Callable[[str, str], None]) -> None:
     """Where the threads stand, their processor time, and how long whoever wants the interpreter's lock waits."""
     withheld_us = _withheld_us()
     with_watch = Watch()
     one = chains.to_store(around=with_watch)
-    findings.row(run="to a store, watched", pairs_s=one.pairs_s, **_stages(one))
+    findings.row(run=f"{of}to a store, watched", pairs_s=one.pairs_s, **with_watch.paid(), **_stages(one))
     waits = with_watch.lock_waits()
     findings.row(lock=f"{len(with_watch.late_s)} looks, how late", **waits)
     tell("lock", f"the lock comes {waits['median_ms']:.2f} ms late, 1 of 10 times {waits['nine_of_10_ms']:.2f}")

@@ -47,6 +47,7 @@ class Watch:
         self.seconds = 0.0
         self._every_s = every_s
         self._resting = resting
+        self._paid: list[float] = []
         self._first: dict[int, Spent] = {}
         self._last: dict[int, Spent] = {}
         self._over = threading.Event()
@@ -55,12 +56,14 @@ class Watch:
     def __enter__(self) -> Watch:
         self.resting_s = [self._slept_late() for _ in range(self._resting)]
         self._first = spent()
+        self._paid = _paid()
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
+        self._paid = [after - before for before, after in zip(self._paid, _paid(), strict=True)]
 
     def _slept_late(self) -> float:
         before_s = time.perf_counter()
@@ -114,6 +117,10 @@ class Watch:
         ]
         return sorted(rows, key=lambda row: -row["on it"])
 
+    def paid(self) -> dict[str, float]:
+        """What the whole process took meanwhile: pages that it touched first, seconds of processors. Of Unix."""
+        return dict(zip(("page_faults", "user_s", "system_s"), self._paid, strict=False))
+
     def lock_waits(self) -> dict[str, float]:
         """How much later a look comes than when nothing runs, ms."""
         rest_s = statistics.median(self.resting_s)
@@ -124,6 +131,15 @@ class Watch:
             "longest_ms": waits_ms[-1],
             "resting_nine_of_10_ms": 1e3 * (sorted(self.resting_s)[len(self.resting_s) * 9 // 10] - rest_s),
         }
+
+
+def _paid() -> list[float]:
+    try:
+        import resource
+    except ImportError:
+        return []
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return [used.ru_minflt, used.ru_utime, used.ru_stime]
 
 
 def place(frame: FrameType) -> str:

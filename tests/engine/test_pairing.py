@@ -86,6 +86,21 @@ def test_resumed_batches_are_those_of_the_first_run(count: int, batch: int, shar
     assert sizes(max(count - start, 0), batch, shard, start) == [made for made in whole if made[0] >= start]
 
 
+def test_a_batch_leaves_with_its_last_pair() -> None:
+    """And does not wait for the next one, which a camera gives later and a decoder perhaps never."""
+    taken: list[int] = []
+
+    def noted() -> Iterator[FramePair]:
+        for number, pair in enumerate(pairs(frames(9))):
+            taken.append(number)
+            yield pair
+
+    sizes = []
+    for batch in batches(3, 5)(noted()):
+        sizes.append((len(batch), len(taken)))
+    assert sizes == [(3, 3), (2, 5), (3, 8)]
+
+
 def test_order_is_kept() -> None:
     made = batches(3, 7)(pairs(frames(12)))
     assert places(pair for batch in made for pair in batch.pairs) == [(n, n + 1) for n in range(11)]
