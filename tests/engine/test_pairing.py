@@ -95,10 +95,7 @@ def test_a_batch_leaves_with_its_last_pair() -> None:
             taken.append(number)
             yield pair
 
-    sizes = []
-    for batch in batches(3, 5)(noted()):
-        sizes.append((len(batch), len(taken)))
-    assert sizes == [(3, 3), (2, 5), (3, 8)]
+    assert [(len(batch), len(taken)) for batch in batches(3, 5)(noted())] == [(3, 3), (2, 5), (3, 8)]
 
 
 def test_order_is_kept() -> None:
