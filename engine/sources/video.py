@@ -183,17 +183,20 @@ class VideoSource:
 
     def _frames(self) -> Generator[Frame, None, None]:
         given = 0
-        # Left open at the end: a decoder of NVDEC takes a tenth of a second to free, and has all other threads wait.
         self._pictures = pictures = self._decoder.pictures(self._wanted[0])
-        for number, picture in pictures:
-            if self._closed:
-                pictures.close()
-                return
-            if number in self._wanted:
-                yield self._frame(number, self._decoder.rgb(picture, number))
-                given += 1
-            if number >= self._wanted[-1]:
-                break
+        try:
+            for number, picture in pictures:
+                if self._closed:
+                    return
+                if number in self._wanted:
+                    yield self._frame(number, self._decoder.rgb(picture, number))
+                    given += 1
+                if number >= self._wanted[-1]:
+                    break
+        finally:
+            # To free a decoder of NVDEC takes long and has all other threads wait, those with the last flows, too.
+            if self._closed or not self.on_device:
+                self._end_decoding()
         self._account(given)
 
     def _account(self, given: int) -> None:
@@ -213,10 +216,18 @@ class VideoSource:
     def close(self) -> None:
         """Release the file. While another thread is inside the iteration, that ends itself at its next frame."""
         self._closed = True
-        for generator in (self._iteration, self._pictures):
-            if generator is not None:
-                with suppress(ValueError):  # "generator already executing"
-                    generator.close()
+        try:
+            if self._iteration is not None:
+                self._iteration.close()
+        except ValueError:  # "generator already executing"
+            return
+        self._end_decoding()
+
+    def _end_decoding(self) -> None:
+        """What fails now, of a device that has failed, has been told; and nothing of what was given hangs on it."""
+        if self._pictures is not None:
+            with suppress(Exception):
+                self._pictures.close()
 
     def __enter__(self) -> VideoSource:
         return self

@@ -6,6 +6,7 @@ and what is brought there. What a GPU computes is not.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +22,7 @@ from PIL import Image
 import flowreel
 from flowreel.engine import api, compiled, device
 from flowreel.engine.data import Frame
+from flowreel.engine.errors import StageError
 from flowreel.engine.inference import Inference, Made, Network
 from flowreel.engine.sources.synthetic import SyntheticSource
 from flowreel.sinks import VideoWriter
@@ -141,6 +143,31 @@ def test_what_is_decoded_on_the_card_is_paired_in_the_decoders_thread(
     assert [stage.name for stage in report.stages[:-1]] == ["decode", "model", "download"]
     expected, got = (flowreel.open_store(folder / "x.zarr")[:] for folder in (on_cpu, tmp_path))
     assert np.array_equal(got, expected)
+
+
+def test_what_fails_in_the_decoders_thread_names_its_stage_and_frame(
+    late: LateCopies, tmp_path: Path, tiny_weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames = SyntheticSource.__iter__
+
+    def broken(self: SyntheticSource) -> Iterator[Frame]:
+        yield from itertools.islice(frames(self), 5)
+        raise OSError("a bad sector")
+
+    monkeypatch.setattr(SyntheticSource, "__iter__", broken)
+    monkeypatch.setattr(SyntheticSource, "on_device", True, raising=False)
+    with pytest.raises(StageError, match="decode, frame 4: a bad sector") as failed:
+        run(tmp_path, tiny_weights, "x.zarr")
+    assert (failed.value.stage, failed.value.frame) == ("decode", 4)
+
+    def unpaired(*_: object, **__: object) -> Iterator[object]:
+        raise ValueError("no pair")
+        yield
+
+    monkeypatch.setattr(SyntheticSource, "__iter__", frames)
+    monkeypatch.setattr(api, "pairs", unpaired)
+    with pytest.raises(StageError, match="batches: no pair"):
+        run(tmp_path, tiny_weights, "x.zarr", overwrite=True)
 
 
 def test_over_several_gpus_flow_is_the_same(twice: None, on_cpu: Path, tmp_path: Path, tiny_weights: str) -> None:

@@ -351,6 +351,20 @@ class TestSessionsThatFail:
             assert (nvc.behaviour.alive, nvc.behaviour.log) == (1, [])
         assert nvc.behaviour.log == ["finished", "freed"]
 
+    def test_what_fails_when_it_is_freed_replaces_no_other_error(
+        self, nvc: ModuleType, long_clip: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A device that has failed fails again when it is asked to finish."""
+
+        def broken(self: object) -> None:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        monkeypatch.setattr(nvdec.WorkStream, "finish", broken)
+        with pytest.raises(KeyError, match="the model's own"), on_gpu(long_clip) as source:
+            next(iter(source))
+            raise KeyError("the model's own")
+        assert nvc.behaviour.alive == 0
+
     def test_leaving_early_frees_the_session(self, nvc: ModuleType, long_clip: Path) -> None:
         source = on_gpu(long_clip)
         frames = iter(source)

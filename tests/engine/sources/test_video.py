@@ -460,6 +460,24 @@ class TestLifetime:
         assert list(frames) == []
         source.close()
 
+    def test_closed_while_a_frame_is_being_converted(self, long_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The picture is still in use, and nothing of the file is lost."""
+        source: Any = open_source(long_clip)
+        rgb = source._decoder.rgb
+
+        def closed_meanwhile(picture: Any, number: int) -> Any:
+            if number == 3:
+                closer = threading.Thread(target=source.close)
+                closer.start()
+                closer.join()
+                assert source._pictures.gi_frame is not None  # still open
+            return rgb(picture, number)
+
+        monkeypatch.setattr(source._decoder, "rgb", closed_meanwhile)
+        assert numbers(source) == [0, 1, 2, 3]
+        assert source.losses == []
+        assert source._pictures.gi_frame is None
+
     def test_closed_from_another_thread(self, long_clip: Path) -> None:
         source = open_source(long_clip)
         given: list[int] = []
