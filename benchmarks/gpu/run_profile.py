@@ -32,7 +32,7 @@ from flowreel.engine.inference import load_network
 from flowreel.engine.sources import open_source
 
 PAIRS = 12 * 32  # twelve shards of 1024x436
-STORE_BYTES = 4 << 30  # two stores of so many, as large as float32, and some room
+STORE_BYTES = 12 << 30  # two stores of LIGHT_PAIRS, as large as float32, and some room
 LIGHT, LIGHT_PAIRS = "FlowNet2C", 4 * PAIRS  # a network that leaves the others little time
 MOST = 8  # places and calls that are told of each thread
 SOONER_S = 1e-4  # instead of Python's 5 ms
@@ -89,7 +89,7 @@ class Chains:
 
 
 def run(findings: Findings, settings: Settings) -> None:
-    """1024x436, FlowNet2 in fp16; a few hundred pairs each time."""
+    """1024x436 in fp16; a few hundred pairs of FlowNet2 each time, then more of a lighter network."""
     chains = cache(partial(Chains, settings))
     light = cache(partial(Chains, settings, LIGHT, LIGHT_PAIRS))
     told: dict[str, str] = {}
@@ -159,11 +159,11 @@ def _watch(findings: Findings, chains: Chains, of: str, tell: Callable[[str, str
     with_watch = Watch()
     one = chains.to_store(around=with_watch)
     findings.row(run=f"{of}to a store, watched", pairs_s=one.pairs_s, **with_watch.paid(), **_stages(one))
-    waits = with_watch.lock_waits()
-    findings.row(lock=f"{len(with_watch.late_s)} looks, how late", **waits)
+    waits, of_whom = with_watch.lock_waits(), {"of": of.rstrip(", ")} if of else {}
+    findings.row(**of_whom, lock=f"{len(with_watch.late_s)} looks, how late", **waits)
     tell("lock", f"the lock comes {waits['median_ms']:.2f} ms late, 1 of 10 times {waits['nine_of_10_ms']:.2f}")
     for row in (*with_watch.processors(), *with_watch.stood(MOST)):
-        findings.row(**row)
+        findings.row(**of_whom, **row)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     findings.note(
         f"{cores} processors may be used, {sys.getswitchinterval() * 1e3:g} ms until the lock is asked for, "

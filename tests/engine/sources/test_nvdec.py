@@ -360,9 +360,14 @@ class TestSessionsThatFail:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
         monkeypatch.setattr(nvdec.WorkStream, "finish", broken)
-        with pytest.raises(KeyError, match="the model's own"), on_gpu(long_clip) as source:
-            next(iter(source))
-            raise KeyError("the model's own")
+
+        def fail() -> None:
+            with on_gpu(long_clip) as source:
+                next(iter(source))
+                raise KeyError("the model's own")
+
+        with pytest.raises(KeyError, match="the model's own"):
+            fail()
         assert nvc.behaviour.alive == 0
 
     def test_leaving_early_frees_the_session(self, nvc: ModuleType, long_clip: Path) -> None:
