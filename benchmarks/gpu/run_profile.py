@@ -159,11 +159,11 @@ def _watch(findings: Findings, chains: Chains, of: str, tell: Callable[[str, str
     with_watch = Watch()
     one = chains.to_store(around=with_watch)
     findings.row(run=f"{of}to a store, watched", pairs_s=one.pairs_s, **with_watch.paid(), **_stages(one))
-    waits, of_whom = with_watch.lock_waits(), {"of": of.rstrip(", ")} if of else {}
-    findings.row(**of_whom, lock=f"{len(with_watch.late_s)} looks, how late", **waits)
+    waits, whose = with_watch.lock_waits(), {"model": of.rstrip(", ")} if of else {}
+    findings.row(**whose, lock=f"{len(with_watch.late_s)} looks, how late", **waits)
     tell("lock", f"the lock comes {waits['median_ms']:.2f} ms late, 1 of 10 times {waits['nine_of_10_ms']:.2f}")
     for row in (*with_watch.processors(), *with_watch.stood(MOST)):
-        findings.row(**of_whom, **row)
+        findings.row(**whose, **row)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     findings.note(
         f"{cores} processors may be used, {sys.getswitchinterval() * 1e3:g} ms until the lock is asked for, "
