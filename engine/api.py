@@ -13,12 +13,12 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flowreel.engine.config import Direction, QueueConfig, RunConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, Frame, OneFileAFlow, Resumable, Sink, Source
 from flowreel.engine.device import Streams, device_name, download, resolve_device, upload
-from flowreel.engine.errors import OutputExistsError, StageError, TooFewFramesError, TruncatedSourceError, UsageError
+from flowreel.engine.errors import OutputExistsError, TooFewFramesError, TruncatedSourceError, UsageError
 from flowreel.engine.export import export
 from flowreel.engine.inference import Inference, Network, load_network
 from flowreel.engine.outputs import (
@@ -40,7 +40,7 @@ from flowreel.engine.places import require_harmless
 from flowreel.engine.restore import restore
 from flowreel.engine.resume import Resumption, require_made_so, take_up
 from flowreel.engine.sources import STDIN, MayWait, OnDevice, open_source, source_stem
-from flowreel.engine.stages import Stage, StageFunction, StageStatistics, compose, is_ours_to_close, joined
+from flowreel.engine.stages import Stage, StageFunction, StageStatistics, joined
 from flowreel.sinks import open_sink, open_store
 
 if TYPE_CHECKING:
@@ -225,8 +225,8 @@ def stages(
     if inference.device.type != "cuda":
         return [*by_frame, Stage("model", inference.stage), Stage("restore", restored)]
     return [
-        Stage("batches", joined(upload(inference.device), *(stage.function for stage in by_frame))),
-        Stage("model", joined(inference.stage, restored)),
+        Stage("batches", joined(Stage("upload", upload(inference.device)), *by_frame)),
+        Stage("model", joined(Stage("model", inference.stage), Stage("restore", restored))),
         *([Stage("download", download)] if to_host else []),
     ]
 
@@ -246,8 +246,7 @@ class Chain(Pipeline):
         if on_gpu and isinstance(source, OnDevice) and source.on_device:
             # What is done by frame shares the decoder's thread: to hand each frame on costs more than all that.
             by_frame, *stages = stages
-            source = _blamed("decode", source)
-            source = _blamed(by_frame.name, compose(source, [by_frame]))
+            source = joined(Stage("decode", lambda _: iter(self._source)), by_frame)(iter(()))
         super().__init__("decode", source, stages, queues, self._streams.on_stream if on_gpu else None)
 
     def flows(self) -> Generator[FlowBatch, None, None]:
@@ -259,27 +258,6 @@ class Chain(Pipeline):
         super().stop()  # first: nobody may take the stream's end for a good one
         if isinstance(self._source, MayWait):
             self._source.interrupt()
-
-
-def _blamed(name: str, items: Iterable[Any]) -> Generator[Any, None, None]:
-    """The same items. What fails is told as by a stage of that name, though its thread has another."""
-    iterator, last_frame = iter(items), None
-    try:
-        while True:
-            try:
-                item = next(iterator)
-            except StopIteration:
-                return
-            except StageError:
-                raise
-            except Exception as error:
-                raise StageError(name, last_frame, error) from error
-            last_frame = item.last_frame
-            yield item
-            del item  # not kept alive while the next one is made
-    finally:
-        if is_ours_to_close(iterator, items):
-            iterator.close()  # type: ignore[attr-defined]
 
 
 def flow_header(info: FlowInfo, inference: Inference, config: RunConfig) -> FlowInfo:

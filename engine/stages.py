@@ -7,9 +7,12 @@ calls it on a list.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from types import GeneratorType
 from typing import Any
+
+from flowreel.engine.errors import StageError
 
 StageFunction = Callable[[Iterator[Any]], Iterator[Any]]
 Consumer = Callable[[Iterator[Any]], object]  # runs to its end; what it yields or returns is dropped
@@ -50,13 +53,41 @@ def compose(source: Iterable[Any], stages: Sequence[Stage]) -> Iterator[Any]:
                 iterator.close()
 
 
-def joined(*functions: StageFunction) -> StageFunction:
+def joined(*stages: Stage) -> StageFunction:
     """Several stages as one, with one thread: for steps so short that handing each item on would cost more than they.
 
-    On a GPU a hand-off is an event, a wait and a note for the allocator of each tensor, beside the channel's own.
+    On a GPU a hand-off is an event, a wait and a note for the allocator of each tensor, beside the channel's own. What
+    fails is a StageError of the very stage, as if each had its own thread.
     """
-    steps = [Stage("", function) for function in functions]
+    steps = [replace(stage, function=partial(_blamed, stage)) for stage in stages]
     return lambda items: compose(items, steps)
+
+
+def _blamed(stage: Stage, items: Iterator[Any]) -> Iterator[Any]:
+    """What the stage gives; its errors name it, and the frame of what it took or gave last."""
+    last_frame: int | None = None
+
+    def seen(item: Any) -> Any:
+        nonlocal last_frame
+        last_frame = getattr(item, "last_frame", last_frame)
+        return item
+
+    results = stage.function(map(seen, items))
+    try:
+        while True:
+            try:
+                item = next(results)
+            except StopIteration:
+                return
+            except StageError:
+                raise
+            except Exception as error:
+                raise StageError(stage.name, last_frame, error) from error
+            yield seen(item)
+            del item  # not kept alive while the next one is made
+    finally:
+        if is_ours_to_close(results, items):
+            results.close()  # type: ignore[attr-defined]
 
 
 def is_ours_to_close(iterator: object, source: object) -> bool:

@@ -248,9 +248,6 @@ class _Stream(NamedTuple):
     ptr: int  # cudaStream_t
 
 
-_ready: ContextVar[frozenset[int]] = ContextVar("_ready", default=frozenset())  # GPUs this thread has worked on
-
-
 def _start(kernel: Kernel, device: torch.device, grid: Size, block: Size, passed: tuple[object, ...]) -> None:
     """On torch's current stream of that device."""
     if device.type != "cuda":
@@ -261,14 +258,14 @@ def _start(kernel: Kernel, device: torch.device, grid: Size, block: Size, passed
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:
-    """The GPU as this thread's current one; nothing to do where it is."""
+    """The GPU as this thread's current one."""
     if device.type != "cuda":
         return nullcontext()
-    if torch.cuda.current_device() == device.index and device.index in _ready.get():
-        return nullcontext()
+    gpu = _cupy().cuda.Device(device.index)
     entered = ExitStack()
-    entered.enter_context(_cupy().cuda.Device(device.index)).use()  # a thread that is new to CUDA has no context yet
-    _ready.set(_ready.get() | {device.index})
+    if torch.cuda.current_device() != device.index:
+        entered.enter_context(gpu)
+    gpu.use()  # a thread that is new to CUDA has no context yet
     return entered
 
 

@@ -166,7 +166,7 @@ def test_what_fails_in_the_decoders_thread_names_its_stage_and_frame(
 
     monkeypatch.setattr(SyntheticSource, "__iter__", frames)
     monkeypatch.setattr(api, "pairs", unpaired)
-    with pytest.raises(StageError, match="batches: no pair"):
+    with pytest.raises(StageError, match="pairs: no pair"):
         run(tmp_path, tiny_weights, "x.zarr", overwrite=True)
 
 

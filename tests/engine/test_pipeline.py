@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -175,7 +176,31 @@ def test_compose_closes_its_stages() -> None:
 def test_joined_stages_give_what_they_give_one_by_one(functions: list[Function], count: int) -> None:
     source = [(i,) for i in range(count)]
     expected = list(compose(source, [Stage("", function) for function in functions]))
-    assert list(Pipeline("source", source, [Stage("all", joined(*functions))])) == expected
+    assert (
+        list(Pipeline("source", source, [Stage("all", joined(*(Stage("", function) for function in functions)))]))
+        == expected
+    )
+
+
+@pytest.mark.parametrize("fails", ["a", "b", "c"])
+def test_each_of_joined_stages_answers_for_its_own_errors(fails: str) -> None:
+    """With the frame that it took last; and one that fails inside another join keeps its name."""
+
+    def stage(name: str) -> Stage:
+        def run(items: Iterator[Any]) -> Iterator[Any]:
+            for item in items:
+                if name == fails and item.last_frame == 3:
+                    raise ValueError("it is odd")
+                yield item
+
+        return Stage(name, run)
+
+    source = [SimpleNamespace(last_frame=number) for number in range(6)]
+    inner = Stage("b and c", joined(stage("b"), stage("c")))
+    pipeline = Pipeline("source", source, [Stage("all", joined(stage("a"), inner))])
+    with pytest.raises(StageError, match=f"^{fails}, frame 3: it is odd") as failed:
+        list(pipeline)
+    assert isinstance(failed.value.__cause__, ValueError)
 
 
 def test_joined_stages_are_all_closed_and_the_last_error_is_heard() -> None:
@@ -192,7 +217,7 @@ def test_joined_stages_are_all_closed_and_the_last_error_is_heard() -> None:
 
         return run
 
-    pipeline = Pipeline("source", range(9), [Stage("both", joined(stage("a"), stage("b")))])
+    pipeline = Pipeline("source", range(9), [Stage("both", joined(Stage("a", stage("a")), Stage("b", stage("b"))))])
     with pytest.raises(StageError, match="the file would not close"), contextlib.closing(pipeline.stream()) as items:
         next(items)
     assert sorted(closed) == ["a", "b"]
