@@ -1,7 +1,7 @@
 """Encoding on several cores, results in order: a bounded pool inside one sink.
 
 This is no second pipeline: it has no stages, channels or stop of its own. It spreads the work inside one ``write``, and
-what is kept of it is kept in the thread that calls; or, with one worker, a store's shards are published behind it.
+what is kept of it is kept in the thread that calls; or, in their turn, a store's shards are published behind it.
 
 Only work that lets go of Python's interpreter lock gains: zlib, Blosc and NumPy on large arrays do. What merely
 copies bytes, or encodes under the lock, is as quick in the calling thread: give it 0 workers.
@@ -12,10 +12,11 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Generic, TypeVar
 
 Result = TypeVar("Result")
+Made = TypeVar("Made")
 
 CORES_PER_WORKER = 2  # the decoder and the model want the other half
 MOST_WORKERS = 8  # beside a model on the CPU, which gives no more than these can take
@@ -59,6 +60,17 @@ class OrderedPool(Generic[Result]):
         Takes the results that are ready first, and waits for as many as it needs to keep within the bounds of calls
         and bytes; one call larger than the bound goes alone.
         """
+        self._start(function, args, nbytes)
+
+    def submit_in_turn(self, make: Callable[[], Made], then: Callable[[Made], Result], nbytes: int = 0) -> None:
+        """As ``submit``, in two steps: ``make`` beside other calls, ``then`` with what it made in the calls' order.
+
+        Both run in a worker. ``then`` begins when the call before has ended, whether or not it failed.
+        """
+        before = self._in_flight[-1][0] if self._in_flight else None
+        self._start(_in_turn, (before, make, then), nbytes)
+
+    def _start(self, function: Callable[..., Result], args: tuple[Any, ...], nbytes: int) -> None:
         if self._closed:
             raise ValueError("this pool is closed")
         try:
@@ -107,3 +119,11 @@ class OrderedPool(Generic[Result]):
         call, nbytes = self._in_flight.popleft()
         self._bytes -= nbytes
         self._take(call.result())
+
+
+def _in_turn(before: Future[Result] | None, make: Callable[[], Made], then: Callable[[Made], Result]) -> Result:
+    """Workers begin calls in their order, so the one before is running, or over, and nobody waits for what never is."""
+    made = make()
+    if before is not None:
+        wait((before,))
+    return then(made)

@@ -118,15 +118,16 @@ def publish_bytes(path: Path, *pieces: bytes) -> int:
     return sum(len(piece) for piece in pieces)
 
 
-def write_unfinished(contents: Mapping[Path, Iterable[bytes | memoryview]]) -> int:
+def write_unfinished(contents: Mapping[Path, Iterable[bytes | memoryview]], output: Path | str | None = None) -> int:
     """Writes files that belong together under their unfinished names, durably; on an error none of them is left.
 
-    ``contents``: by the names they are to get, see ``give_names``. Parent folders are created. Returns their bytes.
+    ``contents``: by the names they are to get, see ``give_names``. ``output``: what an error says cannot be written;
+    None: the file. Parent folders are created. Returns their bytes.
     """
     written, nbytes = [], 0
     try:
         for path, pieces in contents.items():
-            with write_errors(path):
+            with write_errors(output or path):
                 make_folder(path.parent)
                 temporary = partial_path(path)
                 remove_leftover(temporary)
@@ -147,6 +148,12 @@ def give_names(paths: Iterable[Path]) -> None:
     for path in paths:
         with write_errors(path):
             os.replace(partial_path(path), path)
+
+
+def give_name(path: Path) -> None:
+    """A finished file loses the ``.partial`` of its name, durably."""
+    os.replace(partial_path(path), path)
+    sync_folder(path.parent)
 
 
 def publish_first(path: Path, *pieces: bytes) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +24,21 @@ class StoreTarget(Protocol):
 
     def put(self, key: str, *pieces: bytes) -> int:
         """Makes the pieces one file that is there, durably, when this returns. Returns its bytes."""
+        ...
+
+    def prepare(self, files: Mapping[str, Iterable[bytes]]) -> int:
+        """Brings what files are to hold to where it stays, by their keys, under no name that counts.
+
+        Returns the bytes. On an error nothing is left. Threads may prepare different files at once.
+        """
+        ...
+
+    def publish(self, keys: Iterable[str]) -> None:
+        """Makes prepared files be there, one after another, durably."""
+        ...
+
+    def withdraw(self, keys: Iterable[str]) -> None:
+        """Drops prepared files."""
         ...
 
     def delete(self, key: str) -> None: ...
@@ -103,6 +118,17 @@ class LocalTarget:
 
     def put(self, key: str, *pieces: bytes) -> int:
         return publish.publish_bytes(self.folder / key, *pieces)
+
+    def prepare(self, files: Mapping[str, Iterable[bytes]]) -> int:
+        return publish.write_unfinished({self.folder / key: pieces for key, pieces in files.items()}, self.name)
+
+    def publish(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            publish.give_name(self.folder / key)
+
+    def withdraw(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            publish.remove(publish.partial_path(self.folder / key), ignore_errors=True)
 
     def delete(self, key: str) -> None:
         (self.folder / key).unlink(missing_ok=True)

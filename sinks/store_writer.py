@@ -1,14 +1,16 @@
 """A store's files as they come to be: metadata, then whole shards in order, each behind the times it belongs to.
 
-Shards are published by a thread of their own, which waits for the disk while the next ones are being compressed. One
-thread, so that they come in order; and none behind one that could not be written: what is there of a store has no hole.
+Shards are written by threads of their own, which wait for the disk while the next ones are being compressed: several,
+as the system takes from one thread less than a card can give. They get their names in order, and none behind one that
+could not be written: what is there of a store has no hole.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -22,6 +24,9 @@ from flowreel.sinks.store_checksums import flow_checksums, time_checksums
 from flowreel.sinks.store_layout import BESIDE_FLOW, COORDINATES
 from flowreel.sinks.store_target import StoreTarget
 
+WRITERS = 4  # more than are busy at any speed that encoders on sixteen cores can give
+MOST_BYTES = 128 << 20  # of compressed shards on their way
+
 
 class StoreWriter:
     """Writes the arrays of one store into its target. Errors: OutputWriteError."""
@@ -33,8 +38,8 @@ class StoreWriter:
         self._shard_length = shard_length
         self._length: int = metadata["flow"]["shape"][0]  # flows the arrays are declared to hold
         self._metadata_bytes: dict[str, int] = {}  # of each array's zarr.json as it was last written
-        self._behind: OrderedPool[None] = OrderedPool(lambda _: None, 1)
-        self._hole = False  # a shard could not be published: none may come after it
+        self._behind: OrderedPool[None] = OrderedPool(lambda _: None, WRITERS, MOST_BYTES)
+        self._failed: list[int] = []  # shards that could not be published: none may come after one
         self.bytes_written = 0
 
     def start(self, places: Mapping[str, Any]) -> None:
@@ -45,11 +50,15 @@ class StoreWriter:
             self._put(f"{name}/c/0", compress(values, "blosc"))
 
     def submit(self, number: int, chunks: list[Chunk], times: Mapping[str, Sequence[Any]]) -> None:
-        """Hands over a shard: its flows, compressed, and their times. Waits while two are on their way.
+        """Hands over a shard: its flows, compressed, and their times. Waits while too many are on their way.
 
         What went wrong with an earlier one is raised here, in ``check`` or in ``flush``.
         """
-        self._behind.submit(self._publish, number, chunks, times, nbytes=sum(map(len, chain.from_iterable(chunks))))
+        nbytes = sum(map(len, chain.from_iterable(chunks)))
+        length = number * self._shard_length + len(chunks)
+        self._behind.submit_in_turn(
+            partial(self._prepare, number, chunks, times), partial(self._publish, number, length), nbytes
+        )
 
     def check(self) -> None:
         """Raises what went wrong with a shard on its way, without waiting for any."""
@@ -65,7 +74,7 @@ class StoreWriter:
         self._consolidate()
 
     def require_no_hole(self) -> None:
-        if self._hole:
+        if self._failed:
             raise OutputWriteError(f"cannot finish {self._target.name}: one of its shards could not be written")
 
     def close(self, *, in_haste: bool = False) -> None:
@@ -75,19 +84,40 @@ class StoreWriter:
                 self._behind.drain()
         self._behind.close()
 
-    def _publish(self, number: int, chunks: list[Chunk], times: Mapping[str, Sequence[Any]]) -> None:
-        """One shard: array lengths, then times and checksums, then the flow."""
-        if self._hole:
-            raise OutputWriteError(f"cannot write {self._target.name}: the shard before this one could not be written")
+    def _prepare(self, number: int, chunks: list[Chunk], times: Mapping[str, Sequence[Any]]) -> tuple[list[str], int]:
+        """One shard's files, in the order in which they get their names: times and checksums, then the flow."""
+        with self._noting_failure(number):
+            first, length = number * self._shard_length, self._shard_length
+            files: dict[str, Sequence[bytes]] = {
+                f"{name}/c/{number}": [pack_values(name, values, length)]
+                for name, values in values_beside(first, chunks, times).items()
+            }
+            files[f"flow/c/{number}/0/0/0"] = pack_shard(chunks, length)
+            return list(files), self._target.prepare(files)
+
+    def _publish(self, number: int, length: int, prepared: tuple[list[str], int]) -> None:
+        """Array lengths, then the shard's files. In turn, so everything of the shards before is there, or failed."""
+        keys, nbytes = prepared
+        with self._noting_failure(number):
+            try:
+                if any(failed < number for failed in self._failed):
+                    raise OutputWriteError(
+                        f"cannot write {self._target.name}: the shard before this one could not be written"
+                    )
+                self._set_length(max(self._length, length))
+                self._target.publish(keys)
+            except BaseException:
+                self._target.withdraw(keys)
+                raise
+        self.bytes_written += nbytes
+
+    @contextmanager
+    def _noting_failure(self, number: int) -> Iterator[None]:
         try:
             with publish.write_errors(self._target.name):
-                first = number * self._shard_length
-                self._set_length(max(self._length, first + len(chunks)))
-                for name, values in values_beside(first, chunks, times).items():
-                    self._put(f"{name}/c/{number}", pack_values(name, values, self._shard_length))
-                self._put(f"flow/c/{number}/0/0/0", *pack_shard(chunks, self._shard_length))
+                yield
         except BaseException:
-            self._hole = True
+            self._failed.append(number)
             raise
 
     def _set_length(self, length: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -72,6 +73,59 @@ def test_a_quick_call_waits_for_a_slow_one_before_it() -> None:
     pool.drain()
     pool.close()
     assert taken == ["first", "second"]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_second_steps_come_in_the_calls_order(workers: int) -> None:
+    """Whatever the first steps do; and the results as ever."""
+    turns: list[int] = []
+    taken: list[int] = []
+    last_made = threading.Event()
+
+    def make(value: int) -> int:
+        if value == 2:
+            last_made.set()
+        assert workers < 3 or value > 0 or last_made.wait(LONG_S)
+        return value
+
+    def then(value: int) -> int:
+        turns.append(value)
+        return value * value
+
+    pool = OrderedPool(taken.append, workers)
+    for value in range(3):
+        pool.submit_in_turn(partial(make, value), then)
+    pool.drain()
+    pool.submit_in_turn(partial(make, 3), then)  # with none before it any more
+    pool.drain()
+    pool.close()
+    assert (turns, taken) == ([0, 1, 2, 3], [0, 1, 4, 9])
+
+
+@pytest.mark.parametrize("step", ["make", "then"])
+def test_a_second_step_follows_a_call_that_failed(step: str) -> None:
+    """What that means is for the step itself to say; its result is dropped."""
+    turns: list[int] = []
+    taken: list[int] = []
+    last_made = threading.Event()
+
+    def done(at: str, value: int) -> int:
+        if value == 2:
+            last_made.set()
+        if (at, value) == (step, 1):
+            assert last_made.wait(LONG_S)
+            fail("call 1")
+        if at == "then":
+            turns.append(value)
+        return value
+
+    pool = OrderedPool(taken.append, workers=3)
+    for value in range(3):
+        pool.submit_in_turn(partial(done, "make", value), partial(done, "then"))
+    with pytest.raises(RuntimeError, match="call 1"):
+        pool.drain()
+    assert (turns, taken) == ([0, 2], [0])
+    assert encoders() == []
 
 
 def test_no_more_calls_than_the_bound_are_in_flight() -> None:

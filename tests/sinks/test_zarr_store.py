@@ -6,10 +6,11 @@ import copy
 import errno
 import json
 import os
+import re
 import shutil
 import tracemalloc
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 from dataclasses import replace
 from fractions import Fraction
@@ -321,13 +322,16 @@ def test_summary(tmp_path: Path) -> None:
 def test_bytes_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Write amplification 1.0: beside the group's metadata, which gains the consolidated one, nothing goes twice."""
     put: list[int] = []
-    real = LocalTarget.put
 
-    def counting(target: LocalTarget, key: str, *pieces: bytes) -> int:
-        put.append(real(target, key, *pieces))
-        return put[-1]
+    def counted(real: Callable[..., int]) -> Callable[..., int]:
+        def counting(*arguments: Any) -> int:
+            put.append(real(*arguments))
+            return put[-1]
 
-    monkeypatch.setattr(LocalTarget, "put", counting)
+        return counting
+
+    for way in ("put", "prepare"):
+        monkeypatch.setattr(LocalTarget, way, counted(getattr(LocalTarget, way)))
     sink = written(ZarrSink(str(tmp_path / "X.zarr"), config()), moving(8))
     root = (tmp_path / "X.zarr.partial" / "zarr.json").stat().st_size
     sink.commit()
@@ -425,15 +429,15 @@ def test_abort_before_open_and_after_commit_touches_nothing(tmp_path: Path) -> N
 
 def test_times_go_before_flow_and_lengths_before_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-    real = publish.publish_bytes
+    real = os.replace
 
-    def record(path: Path, *pieces: bytes) -> int:
+    def record(source: Path, path: Path) -> None:
         order.append(path.relative_to(tmp_path / "X.zarr.partial").as_posix())
-        return real(path, *pieces)
+        real(source, path)
 
     sink = ZarrSink(str(tmp_path / "X.zarr"), config())
     sink.open(header(None))
-    monkeypatch.setattr(publish, "publish_bytes", record)
+    monkeypatch.setattr(os, "replace", record)
     for batch in batches(moving(4)):
         sink.write(batch)
     sink._flush()
@@ -441,24 +445,31 @@ def test_times_go_before_flow_and_lengths_before_both(tmp_path: Path, monkeypatc
     assert order == [*lengths, *(f"{name}/c/0" for name in BESIDE_FLOW), "flow/c/0/0/0/0"]
 
 
-def test_no_shard_is_published_behind_one_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Although the next one is on its way already when the error is heard."""
+@pytest.mark.parametrize("step", ["write_unfinished", "give_name"])
+def test_no_shard_is_published_behind_one_that_failed(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although the next one is on its way already when the error is heard, and the one before has not been named."""
     sink = ZarrSink(str(tmp_path / "X.zarr"), config())
     sink.open(header(None))
-    real, second_is_full = publish.publish_bytes, Event()
+    real, third_is_full, second_failed = getattr(publish, step), Event(), Event()
 
-    def failing(path: Path, *pieces: bytes) -> int:
-        if path.as_posix().endswith("flow/c/1/0/0/0"):
-            second_is_full.wait(60)
+    def failing(what: object, *rest: object) -> Any:
+        shard = int(re.findall(r"/c/(\d)", str(what))[0])
+        if shard == 1:
+            third_is_full.wait(60)
+            second_failed.set()
             raise OSError(errno.EIO, "no more")
-        return real(path, *pieces)
+        if shard == 0 and step == "write_unfinished":
+            second_failed.wait(60)
+        return real(what, *rest)
 
-    monkeypatch.setattr(publish, "publish_bytes", failing)
+    monkeypatch.setattr(publish, step, failing)
     for batch in batches(moving(3 * SHARD)):
         sink.write(batch)
     sink._pool.drain()
-    second_is_full.set()
-    with pytest.raises(OutputWriteError, match="no more"):
+    third_is_full.set()
+    with pytest.raises(OutputWriteError, match=r"cannot write .*X\.zarr: .*no more"):
         sink.commit()
     with pytest.raises(OutputWriteError, match="could not be written"):
         sink.commit()  # once there is room again, say
@@ -466,6 +477,35 @@ def test_no_shard_is_published_behind_one_that_failed(tmp_path: Path, monkeypatc
     assert "holds 3 flows" in str(sink.abort())
     assert open_store(tmp_path / "X.zarr").available == SHARD
     assert [path.parent.parent.parent.name for path in (tmp_path / "X.zarr.partial").glob("flow/c/*/0/0/0")] == ["0"]
+    assert not list((tmp_path / "X.zarr.partial").rglob("*.partial"))
+
+
+def test_shards_are_written_beside_each_other_and_named_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one waits until the second is written, and still comes before it."""
+    sink = ZarrSink(str(tmp_path / "X.zarr"), config())
+    sink.open(header(2 * SHARD))
+    real, second_is_written, order = publish.write_unfinished, Event(), list[str]()
+
+    def writing(contents: dict[Path, Any], output: str) -> int:
+        if any("c/0" in str(path) for path in contents):
+            assert second_is_written.wait(60)
+        written = real(contents, output)
+        second_is_written.set()
+        return written
+
+    def naming(path: Path) -> None:
+        order.append(path.relative_to(tmp_path / "X.zarr.partial").as_posix())
+
+    monkeypatch.setattr(publish, "write_unfinished", writing)
+    monkeypatch.setattr(publish, "give_name", naming)
+    for batch in batches(moving(2 * SHARD)):
+        sink.write(batch)
+    sink._flush()
+    times = [[f"{name}/c/{shard}" for name in BESIDE_FLOW] for shard in (0, 1)]
+    assert order == [*times[0], "flow/c/0/0/0/0", *times[1], "flow/c/1/0/0/0"]
+    sink.abort()
 
 
 @pytest.mark.parametrize("then", ["write", "commit"])
