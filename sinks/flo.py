@@ -109,7 +109,6 @@ class FloSink(NumberedFilesSink):
     """One ``.flo`` file a flow: ``DIR/%06d.flo``, exact to the bit. See ``NumberedFilesSink``."""
 
     example = "flows/%06d.flo"
-    encodes_in_pool = False  # one copy of the vectors: a thread more would gain nothing
 
     def encode(self, flow: SingleFlow) -> FlowFiles:
         return FlowFiles((_pieces(flow.flow),))

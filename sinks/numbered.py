@@ -1,6 +1,6 @@
 """One file a flow, numbered: what all such outputs share. A format only says how one flow becomes bytes.
 
-    batch -> its flows -> encode, side by side -> write, one by one and in order -> at the end, give all their names
+    batch -> its flows -> encode and write, side by side -> at the end, give all their names, in order
 
 Until the last one is written each is called ``000012.flo.partial``, so that a folder never holds part of a run, or
 parts of two. What the readers of such files share stands at the end.
@@ -29,6 +29,7 @@ from flowreel.sinks.publish import (
     claimed_file,
     give_names,
     make_folder,
+    remove,
     sync_folder,
     write_errors,
     write_unfinished,
@@ -109,17 +110,17 @@ class NumberedFilesSink(ABC):
     A format gives ``example``, ``encode``, and, where a flow becomes several files, their patterns ``beside`` the
     first; of one flow's files the first one gets its name last: where it is, the others are.
 
-    Flows are encoded in a small pool and written in order: after ``write`` a few may still be under way, after
-    ``commit`` and ``abort`` none is. What is written outlives an abort, under its unfinished names. With ``overwrite``
-    the files that were there stay until ``commit``, which removes all of that pattern: the folder then holds this run
-    and nothing else. From ``open`` on, ``.%06d.flo.partial`` is locked: one run at a time.
+    Flows are encoded and written in a small pool, as a disk takes several files sooner together than one after
+    another: after ``write`` a few may still be under way, after ``commit`` and ``abort`` none is. What is written
+    outlives an abort, under its unfinished names. With ``overwrite`` the files that were there stay until ``commit``,
+    which removes all of that pattern: the folder then holds this run and nothing else. From ``open`` on,
+    ``.%06d.flo.partial`` is locked: one run at a time.
 
     Raises:
         UnknownOutputError: the file name does not have exactly one number such as ``%06d``.
     """
 
     example: ClassVar[str]  # a right name, for messages
-    encodes_in_pool: ClassVar[bool] = True  # False where encoding only copies: see ``sinks/parallel.py``
 
     def __init__(self, path: str, config: SinkConfig, *beside: str) -> None:
         self._path = path
@@ -130,7 +131,8 @@ class NumberedFilesSink(ABC):
         self._claim: Claim | None = None
         self._pool = OrderedPool(self._keep, 0)  # until ``open``
         self._size = (0, 0)
-        self._written: list[int] = []  # numbers of the flows whose files are, in order
+        self._came: list[int] = []  # numbers of the flows, in order
+        self._written: list[int] = []  # of those, the first ones: their files are whole
         self._bytes = 0
         self._lost: dict[str, tuple[int, int]] = {}  # what -> vectors, first frame
         self._notes: list[str] = []
@@ -146,7 +148,7 @@ class NumberedFilesSink(ABC):
         OutputBusyError while another run writes such files.
         """
         self._size = (info.height, info.width)
-        self._pool = OrderedPool(self._keep, encode_workers(info.device) if self.encodes_in_pool else 0)
+        self._pool = OrderedPool(self._keep, encode_workers(info.device))
         with write_errors(self._folder):
             make_folder(self._folder)
             self._claim = claimed_file(self._folder / f".{Path(self._path).name}.partial", self._path)
@@ -173,7 +175,7 @@ class NumberedFilesSink(ABC):
         return there and all(name.present().keys() == set(range(flows)) for name in self._names)
 
     def write(self, batch: FlowBatch) -> None:
-        """Encodes each flow and writes those that are ready. Raises what went wrong with an earlier one, too."""
+        """Has each flow encoded and written. Raises what went wrong with an earlier one, too."""
         if tuple(batch.flow.shape[2:]) != self._size:
             raise ValueError(f"opened for flow of (H, W) {self._size}, got {tuple(batch.flow.shape[2:])}")
         if batch.flow.device.type != "cpu":
@@ -192,8 +194,9 @@ class NumberedFilesSink(ABC):
     def submit(
         self, number: int, frame: int, encode: Callable[..., FlowFiles], *arguments: object, nbytes: int
     ) -> None:
-        """Has one flow's files encoded, and writes those that are ready. ``nbytes`` are held until it is done."""
-        self._pool.submit(self._encode_one, number, frame, encode, *arguments, nbytes=nbytes)
+        """Has one flow's files encoded and written. ``nbytes`` are held until it is done."""
+        self._came.append(number)
+        self._pool.submit(self._write_one, number, frame, encode, *arguments, nbytes=nbytes)
 
     def commit(self, complete: bool = True) -> None:
         """Gives all files their names; those of a former run of the pattern go. Incomplete, they stay unfinished."""
@@ -208,12 +211,19 @@ class NumberedFilesSink(ABC):
         self._claim.withdraw()
 
     def abort(self) -> str | None:
-        """Leaves the files that are written, under their unfinished names: each is whole."""
+        """Leaves the files that are written, under their unfinished names: each is whole, as are all before it."""
         self._pool.close()
         if self._claim is None or not self._claim.held:
             return None
+        self._drop_others()
         self._claim.withdraw()
         return self._kept() if self._written else None
+
+    def _drop_others(self) -> None:
+        """Removes the files of flows that were faster than one before them which will never come."""
+        for number in self._came[len(self._written) :]:
+            for name in self._unfinished:
+                remove(name.file(number), ignore_errors=True)
 
     def _kept(self) -> str:
         count, example = len(self._written) * len(self._names), self._unfinished[0].file(self._written[0]).name
@@ -250,21 +260,23 @@ class NumberedFilesSink(ABC):
             for what, (lost, frame) in self._lost.items()
         ]
 
-    @staticmethod
-    def _encode_one(
-        number: int, frame: int, encode: Callable[..., FlowFiles], *arguments: object
-    ) -> tuple[int, int, FlowFiles]:
-        return number, frame, encode(*arguments)
-
-    def _keep(self, encoded: tuple[int, int, FlowFiles]) -> None:
-        number, frame, files = encoded
+    def _write_one(
+        self, number: int, frame: int, encode: Callable[..., FlowFiles], *arguments: object
+    ) -> tuple[int, int, int, Mapping[str, int]]:
+        """In a worker. Returns beside number and frame the files' bytes, and what could not be kept of the flow."""
+        files = encode(*arguments)
         paths = [name.file(number) for name in self._names]
-        self._bytes += write_unfinished(dict(zip(paths, files.contents, strict=True)))
+        return number, frame, write_unfinished(dict(zip(paths, files.contents, strict=True))), files.lost
+
+    def _keep(self, written: tuple[int, int, int, Mapping[str, int]]) -> None:
+        """In order: the first frame is known of which something was lost."""
+        number, frame, nbytes, lost = written
+        self._bytes += nbytes
         self._written.append(number)
-        for what, lost in files.lost.items():
-            if lost:
+        for what, vectors in lost.items():
+            if vectors:
                 before, first = self._lost.get(what, (0, frame))
-                self._lost[what] = (before + lost, first)
+                self._lost[what] = (before + vectors, first)
 
 
 def write_flow_file(path: str | os.PathLike[str], pieces: Sequence[Piece]) -> None:

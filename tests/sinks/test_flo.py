@@ -147,6 +147,7 @@ def test_sink_numbers_its_files_from_zero(tmp_path: Path) -> None:
     sink = FloSink(str(tmp_path / "out" / "%06d.flo"), SinkConfig())
     sink.open(INFO)
     sink.write(batch_of(flows[:3]))
+    sink._pool.drain()
     unfinished = [".%06d.flo.partial", *(f"00000{number}.flo.partial" for number in range(3))]
     assert names(tmp_path / "out") == unfinished
     sink.write(batch_of(flows[3:], index=3))

@@ -315,11 +315,9 @@ def test_being_stopped_while_writing_leaves_whole_files_only(
     written(output, tmp_path / "whole", some_flows())
     sink = sink_for(output, tmp_path / "out")
     sink.open(INFO)
-    calls = [0]
 
     def stopped(path: Path) -> None:
-        calls[0] += path.is_file()
-        if calls[0] == 5:
+        if "00002" in path.name:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(publish, "sync_file", stopped)
@@ -333,7 +331,7 @@ def test_being_stopped_while_writing_leaves_whole_files_only(
     sink.abort()
     assert encoders() == []
     after, whole = contents(tmp_path / "out"), contents(tmp_path / "whole")
-    assert 0 < len(after) < len(whole)
+    assert len(after) == 2 * files_a_flow(output)  # what was faster than the third flow goes with it
     assert {name.removesuffix(".partial"): data for name, data in after.items()}.items() <= whole.items()
 
 

@@ -373,7 +373,9 @@ def test_any_damage_to_any_file_is_told(victims: Any, data: st.DataObject) -> No
         path.unlink() if damaged is None else path.write_bytes(damaged)
         refused = right_or_refused(store.folder, moving(T if store.complete else 5))
         if name.startswith(tuple(CHECKSUMS)):  # they hide no flow, but are missed
-            assert len(list(FlowStore(store.folder).check())) > (not store.complete) or damaged != flipped
+            found = len(list(FlowStore(store.folder).check())) - (not store.complete)
+            # An unfinished store has no copy yet that tells of a changed name of what may as well not be there.
+            assert found or damaged != flipped or (name.endswith("zarr.json") and not store.complete)
         else:
             assert refused or damaged != flipped or name.endswith("zarr.json")
     finally:
