@@ -93,7 +93,8 @@ def opened_sinks(sinks: Sequence[Sink], header: FlowInfo, *, resumes: bool = Fal
 class Counting(Protocol):
     """What takes flows in a pipeline and knows how many it has."""
 
-    flows: int
+    @property
+    def flows(self) -> int: ...
 
 
 def preparing(sink: Sink) -> DeviceSink | None:

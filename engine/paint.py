@@ -1,14 +1,14 @@
 """Stored flow to pictures: a PNG for every flow, a video of them all, as flow2image made them from ``.flo`` files.
 
-read ──▢▢▢▢──> paint ──┬──▢▢▢▢──> write pictures
-                       └──▢▢▢▢──> write video
+read ──┬──▢▢▢▢──> paint and write pictures, several at a time
+       └──▢▢▢▢──> write video
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
@@ -17,16 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from flowreel.engine.data import FlowBatch, FlowInfo, Sink
 from flowreel.engine.errors import FrameSizeError, OutputExistsError, UnknownOutputError, UsageError
 from flowreel.engine.export import export_config
 from flowreel.engine.outputs import OutputReport, PathLike, ProgressHook, opened_sinks, output_report, teller
 from flowreel.engine.pipeline import Pipeline
-from flowreel.engine.stages import Stage, StageStatistics
-from flowreel.kernels import flow_to_color
-from flowreel.sinks import frame_rate_of, open_flows, open_sink, write_color_png
+from flowreel.engine.stages import StageStatistics
+from flowreel.sinks import ColorPictures, frame_rate_of, open_flows, open_sink
 
 if TYPE_CHECKING:
     from flowreel.sinks import StoredFlow
@@ -55,22 +53,6 @@ class ColorReport:
     def as_json(self) -> dict[str, object]:
         """The report as plain values, for a file."""
         return asdict(self)
-
-
-@dataclass(frozen=True, eq=False)
-class Painted:
-    """One flow and its picture."""
-
-    batch: FlowBatch  # of this flow alone
-    rgb: torch.Tensor  # (H, W, 3) uint8, on the CPU
-
-    @property
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        return (*self.batch.tensors, self.rgb)
-
-    @property
-    def last_frame(self) -> int:
-        return self.batch.last_frame
 
 
 def color(
@@ -121,11 +103,10 @@ def color(
         info = readers[0].info
         header = replace(info, frame_rate=rate or info.frame_rate, frame_count=len(titles) + 1)
         opened.enter_context(opened_sinks(sinks, header))
-        writers: list[PictureWriter | VideoFeed] = [VideoFeed(sink, header, titles, rate) for sink in sinks]
+        writers: list[PictureFeed | VideoFeed] = [VideoFeed(sink, header, titles, rate) for sink in sinks]
         if pictures:
-            writers.insert(0, PictureWriter(os.fspath(output), pictures))
-        stages = [Stage("paint", painted(config.sink.max_flow))] if pictures else []
-        pipeline = Pipeline("read", _one_by_one(readers), stages, config.queues)
+            writers.insert(0, PictureFeed(os.fspath(output), ColorPictures(pictures, config.sink.max_flow)))
+        pipeline = Pipeline("read", _one_by_one(readers), queues=config.queues)
         started_s = time.perf_counter()
         tell = teller(progress, writers, len(titles))
         pipeline.run({f"write {writer.path}": writer.consume for writer in writers}, tell)
@@ -145,34 +126,25 @@ def color(
         )
 
 
-def painted(max_flow: float | None) -> Callable[[Iterator[FlowBatch]], Iterator[Painted]]:
-    """The stage that paints: one flow in, the flow and its picture out."""
+class PictureFeed:
+    """Hands the flows to their pictures."""
 
-    def paint(flows: Iterator[FlowBatch]) -> Iterator[Painted]:
-        for batch in flows:
-            rgb = flow_to_color(batch.flow[0].permute(1, 2, 0).numpy(), max_flow)  # an array: no torch threads
-            yield Painted(batch, torch.from_numpy(rgb))
-
-    return paint
-
-
-class PictureWriter:
-    """Encodes pictures as PNG, each published by itself."""
-
-    def __init__(self, path: str, pictures: Sequence[Path]) -> None:
+    def __init__(self, path: str, pictures: ColorPictures) -> None:
         self.path = path  # the folder, or the one picture
-        self.flows = 0
         self._pictures = pictures
-        self._bytes = 0
 
-    def consume(self, flows: Iterator[Painted]) -> None:
-        for flow in flows:
-            picture = self._pictures[self.flows]
-            self._bytes += write_color_png(picture, flow.rgb.numpy())
-            self.flows += 1
+    @property
+    def flows(self) -> int:
+        return self._pictures.count
+
+    def consume(self, flows: Iterator[FlowBatch]) -> None:
+        with closing(self._pictures):
+            for flow in flows:
+                self._pictures.write(flow)
+            self._pictures.finish()
 
     def report(self) -> OutputReport:
-        return OutputReport(self.path, self._bytes)
+        return OutputReport(self.path, self._pictures.bytes_written)
 
 
 class VideoFeed:
@@ -189,10 +161,9 @@ class VideoFeed:
         self._rate = rate
         self._titles = titles
 
-    def consume(self, flows: Iterator[Painted | FlowBatch]) -> None:
+    def consume(self, flows: Iterator[FlowBatch]) -> None:
         shift_s = end_s = 0.0  # from an input's own times to the video's; when what there is of that ends
-        for item in flows:
-            batch = item.batch if isinstance(item, Painted) else item
+        for batch in flows:
             height, width = batch.flow.shape[2:]
             if (height, width) != self._size:
                 here, first = (self._titles[number].removesuffix(".png") for number in (self.flows, 0))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from flowreel.sinks.registry import known_outputs, open_sink
 
 if TYPE_CHECKING:
-    from flowreel.sinks.color_png import write_color_png
+    from flowreel.sinks.color_png import ColorPictures
     from flowreel.sinks.computed_store import ComputedStore
     from flowreel.sinks.flo import read_flo, write_flo
     from flowreel.sinks.flow_cache import FlowCache, open_cache
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from flowreel.sinks.video_writer import VideoWriter, why_no_nvenc
 
 __all__ = [
+    "ColorPictures",
     "ComputedStore",
     "FlowCache",
     "FlowStore",
@@ -48,13 +49,13 @@ __all__ = [
     "read_two_stream",
     "select",
     "why_no_nvenc",
-    "write_color_png",
     "write_flo",
     "write_flow_npz",
     "write_kitti",
 ]
 
 _HOME = {
+    "ColorPictures": "color_png",
     "ComputedStore": "computed_store",
     "FlowCache": "flow_cache",
     "FlowStore": "store_reader",
@@ -73,7 +74,6 @@ _HOME = {
     "read_two_stream": "two_stream",
     "select": "store_select",
     "why_no_nvenc": "video_writer",
-    "write_color_png": "color_png",
     "write_flo": "flo",
     "write_flow_npz": "npz",
     "write_kitti": "kitti",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from flowreel.engine.data import ColorBatch
 from flowreel.kernels.flow_color import flow_to_color
 from flowreel.sinks.numbered import UNKNOWN, FlowFiles, NumberedFilesSink, SingleFlow, known_vectors
 from flowreel.sinks.painting import painted
+from flowreel.sinks.parallel import OrderedPool, encode_workers
 from flowreel.sinks.publish import publish_bytes, write_errors
 
 if TYPE_CHECKING:
@@ -75,10 +76,39 @@ def _picture_file(rgb: npt.NDArray[np.uint8], unknown: int) -> FlowFiles:
     return FlowFiles((png_pieces(rgb),), {f"{UNKNOWN} and black": unknown})
 
 
-def write_color_png(path: Path, rgb: npt.NDArray[np.uint8]) -> int:
-    """Writes a picture (H, W, 3) as a PNG that appears whole or not at all. Returns its size in bytes."""
-    with write_errors(path):
-        return publish_bytes(path, *png_pieces(rgb))
+class ColorPictures:
+    """Colour pictures under any names, painted and encoded several at a time, each published by itself.
+
+    Errors, of any picture before: OutputWriteError. What is published stays.
+    """
+
+    def __init__(self, paths: Iterable[Path], max_flow: float | None) -> None:
+        """paths: of the flows in turn. max_flow: pixels that get the full colour; None: each flow's own longest."""
+        self.count = 0  # pictures that are there
+        self.bytes_written = 0
+        self._paths = iter(paths)
+        self._max_flow = max_flow
+        self._pool = OrderedPool(self._keep, encode_workers(None) + 1)  # who hands the flows over has little to do
+
+    def write(self, flows: FlowBatch) -> None:
+        """Has the next pictures painted: flow (N, 2, H, W) on the CPU."""
+        for flow in flows.flow.detach().numpy():
+            self._pool.submit(self._publish, next(self._paths), flow, nbytes=flow.nbytes)
+
+    def finish(self) -> None:
+        """Waits until all pictures are there."""
+        self._pool.drain()
+
+    def close(self) -> None:
+        self._pool.close()
+
+    def _publish(self, path: Path, flow: npt.NDArray[np.float32]) -> int:
+        with write_errors(path):
+            return publish_bytes(path, *png_pieces(flow_to_color(flow.transpose(1, 2, 0), self._max_flow)))
+
+    def _keep(self, nbytes: int) -> None:
+        self.bytes_written += nbytes
+        self.count += 1
 
 
 def png_pieces(samples: npt.NDArray[Any]) -> tuple[bytes, ...]:

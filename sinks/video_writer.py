@@ -84,6 +84,7 @@ class VideoWriter:
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         context = stream.codec_context
         context.thread_count = self._threads
+        context.thread_type = "AUTO"  # whole frames, where the encoder can; PyAV's own choice is parts of one
         context.time_base = stream.time_base = Fraction(1, self._ticks)
         context.color_range = ColorRange.MPEG
         context.colorspace = context.color_primaries = context.color_trc = _BT709

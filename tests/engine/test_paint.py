@@ -245,8 +245,8 @@ def test_progress_and_stages(folder: Path) -> None:
     done: list[tuple[int, int | None]] = []
     report = color(folder, "out", progress=lambda told: done.append((told.flows_done, told.flow_count)))
     assert done[-1] == (4, 4)
-    assert [stage.name for stage in report.stages] == ["read", "paint", "write out"]
-    assert [stage.items for stage in report.stages] == [4, 4, 4]
+    assert [stage.name for stage in report.stages] == ["read", "write out"]
+    assert [stage.items for stage in report.stages] == [4, 4]
     assert json.loads(json.dumps(report.as_json()))["pictures"] == 4
 
 
