@@ -19,7 +19,7 @@ from flowreel.engine.data import ColorBatch
 from flowreel.kernels.flow_color import flow_to_color
 from flowreel.sinks.numbered import UNKNOWN, FlowFiles, NumberedFilesSink, SingleFlow, known_vectors
 from flowreel.sinks.painting import painted
-from flowreel.sinks.parallel import OrderedPool, encode_workers
+from flowreel.sinks.parallel import OrderedPool, file_workers
 from flowreel.sinks.publish import publish_bytes, write_errors
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class ColorPictures:
         self.bytes_written = 0
         self._paths = iter(paths)
         self._max_flow = max_flow
-        self._pool = OrderedPool(self._keep, encode_workers(None) + 1)  # who hands the flows over has little to do
+        self._pool = OrderedPool(self._keep, file_workers(None))
 
     def write(self, flows: FlowBatch) -> None:
         """Has the next pictures painted: flow (N, 2, H, W) on the CPU."""

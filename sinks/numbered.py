@@ -23,7 +23,7 @@ import numpy as np
 from flowreel.engine.claims import Claim
 from flowreel.engine.data import UNKNOWN_ABOVE
 from flowreel.engine.errors import FlowFileError, OutputExistsError, SourceNotFoundError, UnknownOutputError
-from flowreel.sinks.parallel import OrderedPool, encode_workers
+from flowreel.sinks.parallel import OrderedPool, file_workers
 from flowreel.sinks.publish import (
     atomic_file,
     claimed_file,
@@ -148,7 +148,7 @@ class NumberedFilesSink(ABC):
         OutputBusyError while another run writes such files.
         """
         self._size = (info.height, info.width)
-        self._pool = OrderedPool(self._keep, encode_workers(info.device))
+        self._pool = OrderedPool(self._keep, file_workers(info.device))
         with write_errors(self._folder):
             make_folder(self._folder)
             self._claim = claimed_file(self._folder / f".{Path(self._path).name}.partial", self._path)

@@ -36,6 +36,11 @@ def encode_workers(device: str | None = "cpu") -> int:
     return min(MOST_ALONE, max(1, cores - 1))
 
 
+def file_workers(device: str | None) -> int:
+    """The same for calls that also write what they have encoded: one more, as who submits them only hands over."""
+    return encode_workers(device) + 1
+
+
 class OrderedPool(Generic[Result]):
     """Runs calls on worker threads and hands each result to ``take``, in the order the calls were submitted.
 

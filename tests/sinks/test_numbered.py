@@ -42,13 +42,13 @@ def output(request: pytest.FixtureRequest) -> Output:
 
 @pytest.fixture(params=WORKERS, ids=lambda workers: f"{workers} workers")
 def workers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(numbered, "encode_workers", lambda *_: request.param)
+    monkeypatch.setattr(numbered, "file_workers", lambda *_: request.param)
     return int(request.param)
 
 
 @pytest.fixture
 def several(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(numbered, "encode_workers", lambda *_: 3)
+    monkeypatch.setattr(numbered, "file_workers", lambda *_: 3)
 
 
 def some_flows(count: int = COUNT, unknown: bool = False) -> torch.Tensor:

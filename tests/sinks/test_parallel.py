@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 from flowreel.sinks import parallel
-from flowreel.sinks.parallel import OrderedPool, encode_workers
+from flowreel.sinks.parallel import OrderedPool, encode_workers, file_workers
 
 LONG_S = 60.0  # an event that takes this long will not come: the test fails, rather than hangs
 
@@ -234,3 +234,4 @@ def test_workers_leave_half_of_the_cores_to_a_model_there(
     monkeypatch.setattr(parallel.os, "cpu_count", count)
     assert encode_workers() == workers
     assert encode_workers("cuda:0") == encode_workers(None) == alone
+    assert (file_workers("cpu"), file_workers(None)) == (workers + 1, alone + 1)
