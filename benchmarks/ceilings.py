@@ -6,6 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from benchmarks.measure import Effort, Sample, alternated, device_sync, devices
 GEMM = 2048  # rows and columns
 CONV = (1, 256, 56, 128)  # FlowNetC's features at 1024x448, into as many channels by 3x3
 GEMM_ON_GPU, CONV_ON_GPU = 4, 8  # times as many rows and columns, and maps: less leaves a large GPU half idle
+AT_ONCE = 4  # files, as many as a store has writers
+MEMORY = Path("/dev/shm")  # a folder in memory, on Linux
 COPY_BYTES = 256 << 20  # far beyond any cache
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ON_CPU = ("fp32", "bf16")
@@ -29,7 +32,11 @@ def run(short: bool = False) -> dict[str, object]:
     rows: list[dict[str, Any]] = []
     for device in devices():
         rows += rows_of(device, effort)
-    rows.append(_row("disk", "write and fsync", _disk(4 if short else 10), _DISK_BYTES / 1e9, "GB/s"))
+    with tempfile.TemporaryDirectory() as folder:
+        rows += written_rows("disk", folder, 4 if short else 10)
+    if MEMORY.is_dir():
+        with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+            rows += written_rows("files in memory", folder, 4 if short else 10)
     return {"rows": rows, "ceilings": best(rows)}
 
 
@@ -43,6 +50,14 @@ def rows_of(device: str, effort: Effort) -> list[dict[str, Any]]:
     action, moved = _copy(device)
     rows.append(_row(device, "memory copy", _timed(action, effort, device), moved / 1e9, "GB/s"))
     return rows
+
+
+def written_rows(device: str, folder: str | Path, times: int) -> list[dict[str, Any]]:
+    """Bytes put into files of a folder, for good: one file after another, and several at once."""
+    return [
+        _row(device, limit, _written(Path(folder), times, at_once), _FILE_BYTES * at_once / 1e9, "GB/s")
+        for limit, at_once in (("write and fsync", 1), (f"write and fsync, {AT_ONCE} files at once", AT_ONCE))
+    ]
 
 
 def best(rows: list[dict[str, Any]]) -> Ceilings:
@@ -94,20 +109,24 @@ def _copy(device: str) -> tuple[Callable[[], object], float]:
     return lambda: target.copy_(source), 2.0 * COPY_BYTES  # read once, written once
 
 
-_DISK_BYTES = 128 << 20
+_FILE_BYTES = 32 << 20  # about a shard of flow, compressed
 
 
-def _disk(times: int) -> list[float]:
-    """Seconds to put one shard's worth of bytes on the disk that holds temporary files, for good."""
-    block = os.urandom(_DISK_BYTES)
+def _written(folder: Path, times: int, at_once: int) -> list[float]:
+    """Seconds for ``at_once`` files, each by a thread of its own. They replace those of the time before the last."""
+    block = os.urandom(_FILE_BYTES)
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file:
+            file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+
     found = []
-    with tempfile.TemporaryDirectory() as folder:
+    with ThreadPoolExecutor(at_once) as pool:
         for number in range(times):
             began_s = time.perf_counter()
-            with (Path(folder) / str(number % 2)).open("wb") as file:
-                file.write(block)
-                file.flush()
-                os.fsync(file.fileno())
+            list(pool.map(write, [folder / f"{number % 2}-{file}" for file in range(at_once)]))
             found.append(time.perf_counter() - began_s)
     return found
 

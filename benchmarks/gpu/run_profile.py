@@ -13,10 +13,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
+from benchmarks.ceilings import written_rows
 from benchmarks.gpu import trace
 from benchmarks.gpu.chains import InMemory, Ran, ran, without_threads, written
 from benchmarks.gpu.end_to_end import job_of
@@ -30,6 +32,7 @@ from flowreel.engine.config import RunConfig, SelectConfig
 from flowreel.engine.data import Source
 from flowreel.engine.inference import load_network
 from flowreel.engine.sources import open_source
+from flowreel.sinks import store_writer
 
 PAIRS = 12 * 32  # twelve shards of 1024x436
 STORE_BYTES = 12 << 30  # two stores of LIGHT_PAIRS, as large as float32, and some room
@@ -50,7 +53,8 @@ class Chains:
         self._frames = self._job.frames if settings.dry else pairs + 1
         self._config = RunConfig.of(**self._job.options, model=model, stop=self._frames)
         self._network = load_network(self._config.model)
-        self._store = _place(settings) / "run-profile.zarr"
+        self.place = _place(settings)
+        self._store = self.place / "run-profile.zarr"
         self.to_store()  # the card and its libraries wake up
 
     def to_store(self, decoder: Any = "auto", around: AbstractContextManager[object] | None = None) -> Ran:
@@ -116,6 +120,8 @@ def run(findings: Findings, settings: Settings) -> None:
         ("the flow dropped on the host", partial(timed, way=Chains.dropped_on_the_host)),
         ("to a store, PyAV", partial(timed, way=partial(Chains.to_store, decoder="pyav"))),
         (f"{LIGHT}, to a store", partial(timed, way=Chains.to_store, short=f"{LIGHT}, to a store", on=light)),
+        (f"{LIGHT}, to a store, one writer", partial(timed, way=with_one_writer, on=light)),
+        ("files of the store's folder", lambda _: _files(findings, light())),
         (f"{LIGHT}, the flow dropped", partial(timed, way=Chains.dropped, on=light)),
         (f"{LIGHT}, frames there, to a store", partial(timed, way=Chains.frames_there_to_store, on=light)),
         (f"{LIGHT}, flow there, to a store", partial(timed, way=Chains.store_alone, on=light)),
@@ -133,6 +139,22 @@ def asking_sooner(chains: Chains) -> Ran:
         return chains.to_store()
     finally:
         sys.setswitchinterval(before_s)
+
+
+def with_one_writer(chains: Chains) -> Ran:
+    """All of it, the shards written one after the other, as they were until commit 6f81ed3."""
+    before, store_writer.WRITERS = store_writer.WRITERS, 1
+    try:
+        return chains.to_store()
+    finally:
+        store_writer.WRITERS = before
+
+
+def _files(findings: Findings, chains: Chains) -> None:
+    """What the place of the stores takes by itself."""
+    with TemporaryDirectory(dir=chains.place) as folder:
+        for row in written_rows("files", folder, times=4):
+            findings.row(files=row["limit"], gb_s=row["reached"], best_gb_s=row["best"])
 
 
 def _stages(one: Ran) -> dict[str, object]:

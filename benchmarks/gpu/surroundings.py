@@ -7,9 +7,8 @@ import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
+from benchmarks.ceilings import MEMORY
 from benchmarks.processes import ROOT
-
-MEMORY = Path("/dev/shm")  # a folder in memory, on Linux
 
 
 def memory_folder(folder: str) -> Path:

@@ -23,6 +23,7 @@ from benchmarks.gpu.profile import profiled
 from benchmarks.gpu.trace import Event
 from flowreel.engine import compiled, pipeline
 from flowreel.engine.inference import Inference, Network
+from flowreel.sinks import store_writer
 from tests.fakes.cuda_streams import GPU, Card, LateCopies
 from tests.fakes.gpu_parts import Found
 
@@ -290,6 +291,17 @@ def test_the_lock_is_asked_for_as_before_afterwards() -> None:
         run_profile.asking_sooner(SimpleNamespace(to_store=to_store))  # type: ignore[arg-type]
     assert during_s == [pytest.approx(run_profile.SOONER_S)]
     assert sys.getswitchinterval() == before_s
+
+
+def test_one_writer_is_as_many_as_it_says_and_others_come_back() -> None:
+    before, during = store_writer.WRITERS, []
+
+    def to_store() -> str:
+        during.append(store_writer.WRITERS)
+        return "ran"
+
+    assert run_profile.with_one_writer(SimpleNamespace(to_store=to_store)) == "ran"  # type: ignore[arg-type, comparison-overlap]
+    assert (during, store_writer.WRITERS) == ([1], before)
 
 
 def test_time_that_a_quota_took_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
