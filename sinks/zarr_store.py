@@ -296,7 +296,8 @@ class ZarrSink:
     def _keep(self, result: tuple[EncodedFlow, dict[str, Any]]) -> None:
         """The next flow in order, compressed."""
         encoded, coordinates = result
-        self._note_invalid(encoded, int(coordinates["frame"]))
+        if encoded.unknown or encoded.beyond_range:
+            self._note_invalid(encoded, int(coordinates["frame"]))
         self._chunks.append(encoded.pieces)
         for name, value in coordinates.items():
             self._coordinates[name].append(value)
