@@ -39,6 +39,9 @@ Each also inherits the builtin its users already catch. Messages say what was ex
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class FlowreelError(Exception):
     """Base of every error flowreel raises on purpose."""
@@ -178,6 +181,22 @@ class StageError(FlowreelError):
     def __reduce__(self) -> tuple[type[StageError], tuple[str, int | None, BaseException]]:
         assert self.__cause__ is not None
         return StageError, (self.stage, self.frame, self.__cause__)
+
+
+@contextmanager
+def concerning(frame: int) -> Iterator[None]:
+    """What fails inside concerns this frame, whichever its stage has come to when it hears of it: see ``frame_of``."""
+    try:
+        yield
+    except Exception as error:
+        error.concerned_frame = frame  # type: ignore[attr-defined]
+        raise
+
+
+def frame_of(error: BaseException, otherwise: int | None) -> int | None:
+    """The frame that an error concerns, where it was noted."""
+    frame: int | None = getattr(error, "concerned_frame", otherwise)
+    return frame
 
 
 class PrecisionWarning(UserWarning):

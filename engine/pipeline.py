@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 from flowreel.engine.budget import Budget, storages_of
 from flowreel.engine.config import QueueConfig
-from flowreel.engine.errors import StageError
+from flowreel.engine.errors import StageError, frame_of
 from flowreel.engine.stages import Consumer, Stage, StageStatistics, Wrap, is_ours_to_close
 
 Result = TypeVar("Result")
@@ -476,7 +476,10 @@ class Pipeline:
 
     def _fail(self, worker: _Worker, error: BaseException) -> None:
         self.stop()  # first: whatever becomes of the message, nobody may take the stream's end for a good one
-        failure = error if isinstance(error, StageError) else StageError(worker.name, worker.last_frame, error)
+        if isinstance(error, StageError):
+            failure = error
+        else:
+            failure = StageError(worker.name, frame_of(error, worker.last_frame), error)
         with self._lock:
             if self._failure is None:
                 self._failure = failure

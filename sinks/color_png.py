@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flowreel.engine.data import ColorBatch
+from flowreel.engine.errors import concerning
 from flowreel.kernels.flow_color import flow_to_color
 from flowreel.sinks.numbered import UNKNOWN, FlowFiles, NumberedFilesSink, SingleFlow, known_vectors
 from flowreel.sinks.painting import painted
@@ -92,8 +93,8 @@ class ColorPictures:
 
     def write(self, flows: FlowBatch) -> None:
         """Has the next pictures painted: flow (N, 2, H, W) on the CPU."""
-        for flow in flows.flow.detach().numpy():
-            self._pool.submit(self._publish, next(self._paths), flow, nbytes=flow.nbytes)
+        for frame, flow in zip(flows.frame.tolist(), flows.flow.detach().numpy(), strict=True):
+            self._pool.submit(self._publish, next(self._paths), flow, frame, nbytes=flow.nbytes)
 
     def finish(self) -> None:
         """Waits until all pictures are there."""
@@ -102,8 +103,8 @@ class ColorPictures:
     def close(self) -> None:
         self._pool.close()
 
-    def _publish(self, path: Path, flow: npt.NDArray[np.float32]) -> int:
-        with write_errors(path):
+    def _publish(self, path: Path, flow: npt.NDArray[np.float32], frame: int) -> int:
+        with concerning(frame), write_errors(path):
             return publish_bytes(path, *png_pieces(flow_to_color(flow.transpose(1, 2, 0), self._max_flow)))
 
     def _keep(self, nbytes: int) -> None:

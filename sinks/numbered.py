@@ -22,14 +22,21 @@ import numpy as np
 
 from flowreel.engine.claims import Claim
 from flowreel.engine.data import UNKNOWN_ABOVE
-from flowreel.engine.errors import FlowFileError, OutputExistsError, SourceNotFoundError, UnknownOutputError
+from flowreel.engine.errors import (
+    FlowFileError,
+    OutputExistsError,
+    SourceNotFoundError,
+    UnknownOutputError,
+    concerning,
+)
 from flowreel.sinks.parallel import OrderedPool, file_workers
 from flowreel.sinks.publish import (
     atomic_file,
     claimed_file,
+    drop_unfinished,
     give_names,
     make_folder,
-    remove,
+    partial_path,
     sync_folder,
     write_errors,
     write_unfinished,
@@ -221,12 +228,12 @@ class NumberedFilesSink(ABC):
 
     def _drop_others(self) -> None:
         """Removes the files of flows that were faster than one before them which will never come."""
-        for number in self._came[len(self._written) :]:
-            for name in self._unfinished:
-                remove(name.file(number), ignore_errors=True)
+        others = self._came[len(self._written) :]
+        drop_unfinished(name.file(number) for number in others for name in self._names)
 
     def _kept(self) -> str:
-        count, example = len(self._written) * len(self._names), self._unfinished[0].file(self._written[0]).name
+        count, first = len(self._written) * len(self._names), self._names[0].file(self._written[0])
+        example = next((file.name for file in (partial_path(first), first) if file.exists()), first.name)
         return f"{self._folder} keeps {count} whole files such as {example}"
 
     def _publish(self) -> None:
@@ -237,11 +244,18 @@ class NumberedFilesSink(ABC):
         sync_folder(self._folder)  # what was written is there to stay, before
         for file in (*former, *left):  # so that at no moment files of two runs go by the same kind of name
             file.unlink()
-        for number in self._written:
-            give_names(name.file(number) for name in reversed(self._names))
+        try:
+            give_names(self._files())
+        except KeyboardInterrupt:  # a part of them would be worth less than the moment that the rest takes
+            give_names(file for file in self._files() if partial_path(file).exists())
+            raise
         sync_folder(self._folder)
         if gone := len(left) + max(0, len(former) - len(self._written) * len(self._names)):
             self._notes.append(f"{self._folder}: removed {gone} files of a former, longer run")
+
+    def _files(self) -> Iterator[Path]:
+        """Of this run, in the order in which they get their names."""
+        return (name.file(number) for number in self._written for name in reversed(self._names))
 
     @property
     def path(self) -> str:
@@ -264,9 +278,10 @@ class NumberedFilesSink(ABC):
         self, number: int, frame: int, encode: Callable[..., FlowFiles], *arguments: object
     ) -> tuple[int, int, int, Mapping[str, int]]:
         """In a worker. Returns beside number and frame the files' bytes, and what could not be kept of the flow."""
-        files = encode(*arguments)
-        paths = [name.file(number) for name in self._names]
-        return number, frame, write_unfinished(dict(zip(paths, files.contents, strict=True))), files.lost
+        with concerning(frame):
+            files = encode(*arguments)
+            paths = [name.file(number) for name in self._names]
+            return number, frame, write_unfinished(dict(zip(paths, files.contents, strict=True))), files.lost
 
     def _keep(self, written: tuple[int, int, int, Mapping[str, int]]) -> None:
         """In order: the first frame is known of which something was lost."""

@@ -1,10 +1,11 @@
 """Encoding on several cores, results in order: a bounded pool inside one sink.
 
 This is no second pipeline: it has no stages, channels or stop of its own. It spreads the work inside one ``write``, and
-what is kept of it is kept in the thread that calls; or, in their turn, a store's shards are published behind it.
+what is kept of its results is kept in the thread that calls.
 
-Only work that lets go of Python's interpreter lock gains: zlib, Blosc and NumPy on large arrays do. What merely
-copies bytes, or encodes under the lock, is as quick in the calling thread: give it 0 workers.
+Only work that lets go of Python's interpreter lock gains: zlib, Blosc, NumPy on large arrays, and writing files, which
+a system takes sooner from several threads than from one. What keeps the lock is as quick in the calling thread: give it
+0 workers.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ class OrderedPool(Generic[Result]):
     def submit_in_turn(self, make: Callable[[], Made], then: Callable[[Made], Result], nbytes: int = 0) -> None:
         """As ``submit``, in two steps: ``make`` beside other calls, ``then`` with what it made in the calls' order.
 
-        Both run in a worker. ``then`` begins when the call before has ended, whether or not it failed.
+        Both run in a worker. ``then`` begins when the call before has ended, whether or not it failed; and a ``make``
+        that fails ends its call without waiting for those before.
         """
         before = self._in_flight[-1][0] if self._in_flight else None
         self._start(_in_turn, (before, make, then), nbytes)

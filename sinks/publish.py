@@ -131,16 +131,22 @@ def write_unfinished(contents: Mapping[Path, Iterable[bytes | memoryview]], outp
                 make_folder(path.parent)
                 temporary = partial_path(path)
                 remove_leftover(temporary)
-                written.append(temporary)
+                written.append(path)
                 with open(temporary, "wb") as file:
                     file.writelines(pieces)
                     nbytes += file.tell()
                 sync_file(temporary)
     except BaseException:
-        for temporary in written:
-            remove(temporary, ignore_errors=True)
+        drop_unfinished(written)
         raise
     return nbytes
+
+
+def drop_unfinished(paths: Iterable[Path]) -> None:
+    """Removes what ``write_unfinished`` wrote, by the names it was to get. Folders are somebody else's."""
+    for path in paths:
+        with suppress(OSError):
+            remove_leftover(partial_path(path))
 
 
 def give_names(paths: Iterable[Path]) -> None:

@@ -127,8 +127,7 @@ class LocalTarget:
             publish.give_name(self.folder / key)
 
     def withdraw(self, keys: Iterable[str]) -> None:
-        for key in keys:
-            publish.remove(publish.partial_path(self.folder / key), ignore_errors=True)
+        publish.drop_unfinished(self.folder / key for key in keys)
 
     def delete(self, key: str) -> None:
         (self.folder / key).unlink(missing_ok=True)

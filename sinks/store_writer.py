@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from flowreel.engine.errors import OutputWriteError
+from flowreel.engine.errors import OutputWriteError, concerning
 from flowreel.sinks import publish
 from flowreel.sinks.codecs import Chunk, compress, pack_shard
 from flowreel.sinks.parallel import OrderedPool
@@ -78,7 +78,7 @@ class StoreWriter:
             raise OutputWriteError(f"cannot finish {self._target.name}: one of its shards could not be written")
 
     def close(self, *, in_haste: bool = False) -> None:
-        """Ends the thread. In haste: what is full is still written where that works, and nothing is raised."""
+        """Ends the threads. In haste: what is full is still written where that works, and nothing is raised."""
         if in_haste:
             with suppress(Exception):  # whoever is in haste has a reason of its own already
                 self._behind.drain()
@@ -86,7 +86,7 @@ class StoreWriter:
 
     def _prepare(self, number: int, chunks: list[Chunk], times: Mapping[str, Sequence[Any]]) -> tuple[list[str], int]:
         """One shard's files, in the order in which they get their names: times and checksums, then the flow."""
-        with self._noting_failure(number):
+        with self._noting_failure(number), concerning(int(times["frame"][0])):
             first, length = number * self._shard_length, self._shard_length
             files: dict[str, Sequence[bytes]] = {
                 f"{name}/c/{number}": [pack_values(name, values, length)]
@@ -96,7 +96,7 @@ class StoreWriter:
             return list(files), self._target.prepare(files)
 
     def _publish(self, number: int, length: int, prepared: tuple[list[str], int]) -> None:
-        """Array lengths, then the shard's files. In turn, so everything of the shards before is there, or failed."""
+        """Array lengths, then the shard's files. In turn: the shards before are there, or one of them has failed."""
         keys, nbytes = prepared
         with self._noting_failure(number):
             try:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from flowreel.engine.data import Prepared, ResumePoint, StepsBatch
-from flowreel.engine.errors import OutputBusyError, ResumeMismatchError
+from flowreel.engine.errors import OutputBusyError, ResumeMismatchError, concerning
 from flowreel.kernels.quantise import quantise
 from flowreel.sinks import publish
 from flowreel.sinks.codecs import Chunk, EncodedFlow, flow_codec
@@ -325,7 +325,8 @@ class ZarrSink:
 def _encoded(
     encode: Callable[..., EncodedFlow], flow: tuple[Any, ...], coordinates: dict[str, Any]
 ) -> tuple[EncodedFlow, dict[str, Any]]:
-    return encode(*flow), coordinates
+    with concerning(int(coordinates["frame"])):
+        return encode(*flow), coordinates
 
 
 def _whole_flows(store: FlowStore) -> int:

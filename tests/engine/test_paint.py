@@ -239,6 +239,7 @@ def test_a_failure_on_the_way(folder: Path) -> None:
     with pytest.raises(StageError, match="file") as caught:
         color("flows/8.flo", "file")
     assert isinstance(caught.value.__cause__, OutputWriteError)
+    assert caught.value.frame == 0
 
 
 def test_progress_and_stages(folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,14 @@ import torch
 
 from flowreel.engine.config import SinkConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
-from flowreel.engine.errors import OutputBusyError, OutputExistsError, OutputWriteError, UnknownOutputError
+from flowreel.engine.errors import (
+    OutputBusyError,
+    OutputExistsError,
+    OutputWriteError,
+    StageError,
+    UnknownOutputError,
+)
+from flowreel.engine.pipeline import Pipeline
 from flowreel.sinks import numbered, open_sink, publish
 from flowreel.sinks.numbered import NumberedFilesSink, NumberedName
 from flowreel.sinks.registry import OUTPUTS, Output
@@ -333,6 +340,58 @@ def test_being_stopped_while_writing_leaves_whole_files_only(
     after, whole = contents(tmp_path / "out"), contents(tmp_path / "whole")
     assert len(after) == 2 * files_a_flow(output)  # what was faster than the third flow goes with it
     assert {name.removesuffix(".partial"): data for name, data in after.items()}.items() <= whole.items()
+
+
+def test_being_stopped_while_names_are_given_ends_with_all_of_them(
+    tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The former run's files are gone by then, and a folder never holds part of a run."""
+    written(output, tmp_path / "whole", some_flows())
+    written(output, tmp_path / "out", some_flows(3))
+    sink = sink_for(output, tmp_path / "out", overwrite=True)
+    sink.open(INFO)
+    sink.write(batch_of(some_flows()))
+    real, calls = os.replace, [0]
+
+    def stopped(source: Path, path: Path) -> None:
+        real(source, path)
+        calls[0] += 1
+        if calls[0] == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        sink.commit()
+    assert str(sink.abort()).endswith(
+        f"{len(contents(tmp_path / 'out'))} whole files such as {Path(output.form % 0).name}"
+    )
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("several")
+def test_what_goes_wrong_is_told_with_its_own_frame(
+    tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although the stage has taken others by then."""
+    sink = sink_for(output, tmp_path)
+    sink.open(INFO)
+
+    def stopped(path: Path) -> None:
+        if "00002" in path.name:
+            raise OSError(5, "broken")
+
+    monkeypatch.setattr(publish, "sync_file", stopped)
+    flows = batch_of(some_flows(), frame=100)
+
+    def consume(batches: Iterator[FlowBatch]) -> None:
+        for batch in batches:
+            sink.write(batch)
+        sink.commit()
+
+    with pytest.raises(StageError, match=r"write, frame 102: cannot write .*00002.*: broken") as caught:
+        Pipeline("read", [flows]).run({"write": consume})
+    assert caught.value.frame == 102
+    sink.abort()
 
 
 @pytest.mark.usefixtures("several")

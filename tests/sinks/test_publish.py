@@ -182,6 +182,17 @@ def test_when_one_of_several_files_does_not_fit_none_is_there(
     assert os.listdir(tmp_path) == []
 
 
+def test_a_folder_by_an_unfinished_name_stays(tmp_path: Path) -> None:
+    """It is an error, and nobody's to remove."""
+    (tmp_path / "y.partial").mkdir()
+    (tmp_path / "y.partial" / "mine").write_text("the only copy")
+    with pytest.raises(OutputWriteError, match="/y: Is a directory"):
+        publish.write_unfinished({tmp_path / name: [b"1"] for name in "xy"})
+    publish.drop_unfinished([tmp_path / "x", tmp_path / "y"])
+    assert os.listdir(tmp_path) == ["y.partial"]
+    assert (tmp_path / "y.partial" / "mine").read_text() == "the only copy"
+
+
 def test_a_file_is_claimed_anew_whatever_lay_there(tmp_path: Path) -> None:
     (tmp_path / "target").write_text("mine")
     (tmp_path / "leftover").write_text("of a killed run")
