@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from benchmarks.measure import Effort, Sample, alternated, device_sync, devices
+from benchmarks.processes import MEMORY
+from flowreel.sinks.store_writer import WRITERS
 
 GEMM = 2048  # rows and columns
 CONV = (1, 256, 56, 128)  # FlowNetC's features at 1024x448, into as many channels by 3x3
 GEMM_ON_GPU, CONV_ON_GPU = 4, 8  # times as many rows and columns, and maps: less leaves a large GPU half idle
-AT_ONCE = 4  # files, as many as a store has writers
-MEMORY = Path("/dev/shm")  # a folder in memory, on Linux
 COPY_BYTES = 256 << 20  # far beyond any cache
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ON_CPU = ("fp32", "bf16")
@@ -53,10 +53,10 @@ def rows_of(device: str, effort: Effort) -> list[dict[str, Any]]:
 
 
 def written_rows(device: str, folder: str | Path, times: int) -> list[dict[str, Any]]:
-    """Bytes put into files of a folder, for good: one file after another, and several at once."""
+    """Bytes put into files of a folder, for good: one file after another, then several, as a store's writers do."""
     return [
         _row(device, limit, _written(Path(folder), times, at_once), _FILE_BYTES * at_once / 1e9, "GB/s")
-        for limit, at_once in (("write and fsync", 1), (f"write and fsync, {AT_ONCE} files at once", AT_ONCE))
+        for limit, at_once in (("write and fsync", 1), (f"write and fsync, {WRITERS} files at once", WRITERS))
     ]
 
 

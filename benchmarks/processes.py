@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+MEMORY = Path("/dev/shm")  # a folder in memory, on Linux
 
 _LAUNCHER = """
 import json, os, sys, time

@@ -24,7 +24,7 @@ from flowreel.sinks.store_checksums import flow_checksums, time_checksums
 from flowreel.sinks.store_layout import BESIDE_FLOW, COORDINATES
 from flowreel.sinks.store_target import StoreTarget
 
-WRITERS = 4  # more than are busy at any speed that encoders on sixteen cores can give
+WRITERS = 4  # on two cores files come to a disk, or to memory, half as fast again as by one, or twice
 MOST_BYTES = 128 << 20  # of compressed shards on their way
 
 
@@ -55,9 +55,9 @@ class StoreWriter:
         What went wrong with an earlier one is raised here, in ``check`` or in ``flush``.
         """
         nbytes = sum(map(len, chain.from_iterable(chunks)))
-        length = number * self._shard_length + len(chunks)
+        length, frame = number * self._shard_length + len(chunks), int(times["frame"][0])
         self._behind.submit_in_turn(
-            partial(self._prepare, number, chunks, times), partial(self._publish, number, length), nbytes
+            partial(self._prepare, number, frame, chunks, times), partial(self._publish, number, frame, length), nbytes
         )
 
     def check(self) -> None:
@@ -84,9 +84,11 @@ class StoreWriter:
                 self._behind.drain()
         self._behind.close()
 
-    def _prepare(self, number: int, chunks: list[Chunk], times: Mapping[str, Sequence[Any]]) -> tuple[list[str], int]:
+    def _prepare(
+        self, number: int, frame: int, chunks: list[Chunk], times: Mapping[str, Sequence[Any]]
+    ) -> tuple[list[str], int]:
         """One shard's files, in the order in which they get their names: times and checksums, then the flow."""
-        with self._noting_failure(number), concerning(int(times["frame"][0])):
+        with self._noting_failure(number, frame):
             first, length = number * self._shard_length, self._shard_length
             files: dict[str, Sequence[bytes]] = {
                 f"{name}/c/{number}": [pack_values(name, values, length)]
@@ -95,10 +97,10 @@ class StoreWriter:
             files[f"flow/c/{number}/0/0/0"] = pack_shard(chunks, length)
             return list(files), self._target.prepare(files)
 
-    def _publish(self, number: int, length: int, prepared: tuple[list[str], int]) -> None:
+    def _publish(self, number: int, frame: int, length: int, prepared: tuple[list[str], int]) -> None:
         """Array lengths, then the shard's files. In turn: the shards before are there, or one of them has failed."""
         keys, nbytes = prepared
-        with self._noting_failure(number):
+        with self._noting_failure(number, frame):
             try:
                 if any(failed < number for failed in self._failed):
                     raise OutputWriteError(
@@ -112,9 +114,10 @@ class StoreWriter:
         self.bytes_written += nbytes
 
     @contextmanager
-    def _noting_failure(self, number: int) -> Iterator[None]:
+    def _noting_failure(self, number: int, frame: int) -> Iterator[None]:
+        """Of a shard, and of its first frame."""
         try:
-            with publish.write_errors(self._target.name):
+            with concerning(frame), publish.write_errors(self._target.name):
                 yield
         except BaseException:
             self._failed.append(number)

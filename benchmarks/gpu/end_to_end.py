@@ -19,9 +19,10 @@ import flowreel
 from benchmarks.gpu.findings import Findings, Settings
 from benchmarks.gpu.made_clips import written_clip
 from benchmarks.gpu.nvdec import numbered
-from benchmarks.gpu.surroundings import MEMORY, memory_folder
+from benchmarks.gpu.surroundings import memory_folder
 from benchmarks.measure import Effort, Sample, Skipped, alternated, device_sync
 from benchmarks.networks import filled
+from benchmarks.processes import MEMORY
 from flowreel.engine.api import RunReport
 from flowreel.engine.config import ModelConfig, SelectConfig
 from flowreel.engine.inference import prepare

@@ -26,8 +26,9 @@ from benchmarks.gpu.findings import Findings, Settings
 from benchmarks.gpu.nvdec import numbered
 from benchmarks.gpu.profile import profiled
 from benchmarks.gpu.sampling import Watch
-from benchmarks.gpu.surroundings import MEMORY, memory_folder
+from benchmarks.gpu.surroundings import memory_folder
 from benchmarks.measure import Skipped
+from benchmarks.processes import MEMORY
 from flowreel.engine.config import RunConfig, SelectConfig
 from flowreel.engine.data import Source
 from flowreel.engine.inference import load_network

@@ -7,8 +7,7 @@ import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
-from benchmarks.ceilings import MEMORY
-from benchmarks.processes import ROOT
+from benchmarks.processes import MEMORY, ROOT
 
 
 def memory_folder(folder: str) -> Path:

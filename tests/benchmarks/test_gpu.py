@@ -16,6 +16,7 @@ from benchmarks.gpu import main as gpu
 from benchmarks.gpu import running, surroundings
 from benchmarks.gpu.findings import Settings
 from benchmarks.gpu.parts import PARTS, Part
+from benchmarks.processes import ROOT
 from tests.fakes.gpu_parts import part
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -124,6 +125,13 @@ def test_a_second_run_on_a_day_overwrites_nothing(tmp_path: Path, monkeypatch: p
         gpu.main(["--dry-run", "--out", str(tmp_path / "out")])
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert [name.partition("-gpu-dry-run")[2] for name in names] == ["-2.json", "-3.json", ".json"]
+
+
+def test_who_starts_the_parts_loads_neither_torch_nor_flowreel() -> None:
+    """It holds nothing on the card, and flowreel is not there for it where it is not installed."""
+    code = "import sys, benchmarks.gpu.main; print({'torch', 'flowreel'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_flowreel_need_not_be_installed(tmp_path: Path) -> None:

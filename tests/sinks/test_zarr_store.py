@@ -35,6 +35,7 @@ from flowreel.engine.errors import (
     OutputWriteError,
     StoreError,
     StoreNotFoundError,
+    frame_of,
 )
 from flowreel.sinks import publish, zarr_store
 from flowreel.sinks.codecs import flow_codec
@@ -469,8 +470,9 @@ def test_no_shard_is_published_behind_one_that_failed(
         sink.write(batch)
     sink._pool.drain()
     third_is_full.set()
-    with pytest.raises(OutputWriteError, match=r"cannot write .*X\.zarr: .*no more"):
+    with pytest.raises(OutputWriteError, match=r"cannot write .*X\.zarr: .*no more") as caught:
         sink.commit()
+    assert frame_of(caught.value, None) == 2 * SHARD  # the first of its shard: every second frame is taken here
     with pytest.raises(OutputWriteError, match="could not be written"):
         sink.commit()  # once there is room again, say
     assert not (tmp_path / "X.zarr").exists()
