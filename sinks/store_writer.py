@@ -24,7 +24,7 @@ from flowreel.sinks.store_checksums import flow_checksums, time_checksums
 from flowreel.sinks.store_layout import BESIDE_FLOW, COORDINATES
 from flowreel.sinks.store_target import StoreTarget
 
-WRITERS = 4  # on two cores files come to a disk, or to memory, half as fast again as by one, or twice
+WRITERS = 4  # on two cores they bring files to a disk 1.4 times as fast as one does, to memory twice
 MOST_BYTES = 128 << 20  # of compressed shards on their way
 
 
