@@ -19,8 +19,9 @@ from flowreel.engine.compiled.composed import composed
 from flowreel.engine.compiled.padded import Convolution, pack_layer, padded
 from flowreel.engine.config import Precision
 from flowreel.engine.models.layers import conv, deconv
-from flowreel.kernels import channel_norm, correlation, flow_to_color, quantise, warp, yuv_to_rgb
+from flowreel.kernels import bitshuffle, channel_norm, correlation, flow_to_color, quantise, warp, yuv_to_rgb
 from flowreel.kernels.bias_leaky_relu import bias_leaky_relu_, bias_leaky_relu_in_place_definition
+from flowreel.kernels.bitshuffle import bitshuffle_definition
 from flowreel.kernels.channel_norm import channel_norm_definition
 from flowreel.kernels.correlation import (
     correlation_definition,
@@ -125,7 +126,12 @@ def kernels(device: str) -> list[Kernel]:
     made += [_correlation_into(device, half, batch=8)] if device == "cuda" else []
     made += [_warp(device, "fp32"), _warp(device, half), _channel_norm(device, 3), _channel_norm(device, 2)]
     if device == "cuda":
-        made += [_yuv_to_rgb(device), _bias_leaky_relu(device, "fp32"), _bias_leaky_relu(device, half)]
+        made += [
+            _yuv_to_rgb(device),
+            _bitshuffle(device),
+            _bias_leaky_relu(device, "fp32"),
+            _bias_leaky_relu(device, half),
+        ]
         made += [_flow_head(device, level, channels) for level, channels in HEADS.items()]
         made += [_smoothed_head(device, level, *channels) for level, channels in SMOOTHED_HEADS.items()]
         made += [kernel(device, half) for kernel in (_normalise_frames, _refining_input, _fusing_input, _enlarge_flow)]
@@ -485,6 +491,15 @@ def _quantise(device: str) -> Kernel:
         codec = flow_codec(*PIXELS, SinkConfig(max_error=1 / 128))
         ways["the store's, NumPy"] = _without_gradients(codec.quantise, [(flow[0].numpy(),) for (flow,) in inputs])
     return Kernel("quantise", _shape(inputs[0][0]), "fp32", ways, 0.0, 2 * (4 + 2) * PIXELS[0] * PIXELS[1])
+
+
+def _bitshuffle(device: str) -> Kernel:
+    """Of int16 steps, in blocks as a store has them."""
+    from flowreel.sinks.blosc import BLOCK_VALUES
+
+    inputs = _many(lambda: (quantise(_flow(device), 1 / 64).steps, BLOCK_VALUES))
+    ways = _ways({OURS: bitshuffle, "torch definition": bitshuffle_definition}, inputs)
+    return Kernel("bitshuffle", _shape(inputs[0][0]), "16 bits", ways, 0.0, 2 * (2 + 2) * PIXELS[0] * PIXELS[1])
 
 
 def _hsv(flow: Any, max_flow: float) -> Any:

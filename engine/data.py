@@ -232,10 +232,8 @@ class ColorBatch:
 class StepsBatch:
     """Flow fields in order, as a store keeps them: whole numbers of steps, and what could not be kept."""
 
-    steps: Tensor  # (N, 2, H, W) int16 or int32; the type's smallest number, twice, where there is no vector
-    unknown: Tensor  # (N,) int32, vectors of each field that nobody knows
-    beyond_range: Tensor  # (N,) int32, vectors that are known but too long for the integers
-    worst: Tensor  # (N,) float32, pixels: the largest error of what is kept
+    steps: Tensor  # (N, 2, H, W) int16 or int32, or (N, bytes) uint8 of the same, as ``kernels.bitshuffle`` has them
+    found: Tensor  # (3, N) int32, of ``kernels.quantise``: what could not be kept, and how near the rest is
     index: int  # place of steps[0] in the output, from 0
     frame: Int64Array  # (N,) number of each pair's first frame in the source
     frame_to: Int64Array  # (N,) number of each pair's second frame
@@ -247,12 +245,11 @@ class StepsBatch:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return (self.steps, self.unknown, self.beyond_range, self.worst)
+        return (self.steps, self.found)
 
     def moved(self, copy: Callable[[Tensor], Tensor]) -> StepsBatch:
         """The same with a copy of each tensor in its place."""
-        steps, unknown, beyond_range, worst = map(copy, self.tensors)
-        return replace(self, steps=steps, unknown=unknown, beyond_range=beyond_range, worst=worst)
+        return replace(self, steps=copy(self.steps), found=copy(self.found))
 
 
 Prepared = ColorBatch | StepsBatch  # what a ``DeviceSink`` wants on the host

@@ -12,6 +12,7 @@ from __future__ import annotations
 import platform
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from flowreel.engine.config import Precision
 from flowreel.engine.data import FlowBatch, Frame, Prepared
-from flowreel.engine.errors import DeviceError, UsageError
+from flowreel.engine.errors import DeviceError, FlowreelError, UsageError, first_line
 from flowreel.engine.pinned import PinnedRing
 
 Item = TypeVar("Item")
@@ -122,7 +123,7 @@ class Streams:
 
         def staged(items: Iterator[Any]) -> Any:
             stream = torch.cuda.Stream(self.device, priority=STAGE_PRIORITY)  # type: ignore[no-untyped-call]
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(stream), _memory_told(self.device):
                 results = stage(self._awaited(items, lambda: stream))
             return self._stepped(results, stream) if isinstance(results, Iterator) else results
 
@@ -139,7 +140,8 @@ class Streams:
             while True:
                 with torch.cuda.stream(stream):  # left before the yield: streams are the thread's, not ours
                     try:
-                        item = next(results)
+                        with _memory_told(self.device):
+                            item = next(results)
                     except StopIteration:
                         return
                     self._ready[item] = stream.record_event()
@@ -315,6 +317,20 @@ def ran_out_of_memory(error: BaseException | None) -> bool:
         seen.append(error)
         error = error.__cause__ or error.__context__
     return False
+
+
+@contextmanager
+def _memory_told(device: torch.device) -> Iterator[None]:
+    """Says what to do where a stage finds no memory that knows nothing better itself."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, FlowreelError) or not ran_out_of_memory(error):
+            raise
+        raise DeviceError(
+            f"{device} has too little free memory: end what else runs there, take a smaller --batch or --model, or "
+            f"--device cpu ({first_line(error)})"
+        ) from error
 
 
 def free_bytes(device: torch.device) -> int:

@@ -199,5 +199,10 @@ def frame_of(error: BaseException, otherwise: int | None) -> int | None:
     return frame
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, short enough for a message of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class PrecisionWarning(UserWarning):
     """A network's numbers come near the end of what the chosen precision can hold."""

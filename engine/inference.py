@@ -14,7 +14,7 @@ from flowreel.engine.compiled import Packed, Program, pack, quarter_upsampling
 from flowreel.engine.config import ModelConfig, Precision
 from flowreel.engine.data import JSON, FlowBatch, FramePair, NativeGrid, PairBatch
 from flowreel.engine.device import Lane, free_bytes, ran_out_of_memory, resolve_devices, resolve_precision
-from flowreel.engine.errors import DeviceError, StageError, UsageError
+from flowreel.engine.errors import DeviceError, StageError, UsageError, first_line
 from flowreel.engine.models.layers import Upsampling, upsample
 from flowreel.engine.models.weights import Weights, instantiate, read_weights
 from flowreel.engine.pipeline import in_own_thread
@@ -167,7 +167,7 @@ class Inference:
             raise DeviceError(
                 f"{self.device} has too little free memory for one pair of {width}x{height} with {self.model}: end "
                 "what else runs there, take --precision fp16 or a smaller --model, or --device cpu "
-                f"({_first_line(error)})"
+                f"({first_line(error)})"
             ) from error
 
     def fewer(self, batch: PairBatch) -> int:
@@ -320,7 +320,7 @@ def load_network(config: ModelConfig) -> Network:
             raise
         raise DeviceError(
             f"{' or '.join(map(str, devices))} has too little free memory for the weights: end what else runs there, "
-            f"take a smaller --model, or --device cpu ({_first_line(error)})"
+            f"take a smaller --model, or --device cpu ({first_line(error)})"
         ) from error
 
 
@@ -351,10 +351,6 @@ def auto_batch(height: int, width: int, precision: Precision = "fp32", free: int
         return max(1, min(_MOST, _BATCH_PIXELS["cpu"] // pixels))
     fitting = int(_SHARE * free) // (_BYTES_A_PIXEL[precision] * pixels)
     return max(1, min(_MOST, _BATCH_PIXELS["cuda"] // pixels, fitting))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _name(model: str) -> str:

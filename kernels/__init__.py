@@ -2,8 +2,9 @@
 
 ``correlation``, ``warp`` and ``channel_norm`` are FlowNet2's three layers, registered with torch as
 ``torch.ops.flowreel.*``. So are ``yuv_to_rgb``, which makes pictures of decoded surfaces, ``flow_to_color``, which
-paints flow, and ``quantise``, which makes whole numbers of it. What compiled networks alone use (their inputs, what
-follows a convolution, flow between levels) is in files of its own and comes from there.
+paints flow, ``quantise``, which makes whole numbers of it, and ``bitshuffle``, which orders the bits of those. What
+compiled networks alone use (their inputs, what follows a convolution, flow between levels) is in files of its own and
+comes from there.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 # Not lazily: functions that share their module's name would be replaced by the module when that is imported first.
+from flowreel.kernels.bitshuffle import bitshuffle
 from flowreel.kernels.channel_norm import channel_norm
 from flowreel.kernels.correlation import correlation
 from flowreel.kernels.quantise import quantise
@@ -20,7 +22,7 @@ from flowreel.kernels.yuv_to_rgb import yuv_to_rgb
 if TYPE_CHECKING:
     from flowreel.kernels.flow_color import flow_to_color
 
-__all__ = ["channel_norm", "correlation", "flow_to_color", "quantise", "warp", "yuv_to_rgb"]
+__all__ = ["bitshuffle", "channel_norm", "correlation", "flow_to_color", "quantise", "warp", "yuv_to_rgb"]
 
 
 def __getattr__(name: str) -> object:

@@ -20,18 +20,29 @@ class Quantised(NamedTuple):
     """N flows in steps, all on their device."""
 
     steps: Tensor  # (N, 2, H, W) int16 or int32; the type's smallest number, twice, where there is no vector
-    unknown: Tensor  # (N,) int32: vectors that were NaN, infinite or beyond 1e9 px
-    beyond_range: Tensor  # (N,) int32: vectors that were known but are longer than the limit, in x or in y
-    worst: Tensor  # (N,) float32 pixels: the largest error of what was kept, in x or in y
+    found: Tensor  # (3, N) int32, in one piece, so that it is copied as one
+
+    @property
+    def unknown(self) -> Tensor:
+        """(N,) int32: vectors that were NaN, infinite or beyond 1e9 px."""
+        return self.found[0]
+
+    @property
+    def beyond_range(self) -> Tensor:
+        """(N,) int32: vectors that were known but are longer than the limit, in x or in y."""
+        return self.found[1]
+
+    @property
+    def worst(self) -> Tensor:
+        """(N,) float32 pixels: the largest error of what was kept, in x or in y. Its bits are what is in ``found``."""
+        return self.found[2].view(torch.float32)
 
 
 # --- the definition: any device ---------------------------------------------------------------------------------------
 
 
-def quantise_definition(
-    flow: Tensor, step: float, limit: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What ``quantise`` means; the four tensors of ``Quantised``."""
+def quantise_definition(flow: Tensor, step: float, limit: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What ``quantise`` means; the two tensors of ``Quantised``."""
     wide = flow.float()
     steps = (wide * (1 / step)).round()
     known = (wide.abs() <= UNKNOWN_ABOVE).all(1, keepdim=True)
@@ -39,42 +50,35 @@ def quantise_definition(
     stored = torch.where(kept, steps, torch.iinfo(dtype).min).to(dtype)
     error = torch.where(kept, stored.float() * step - wide, 0).abs()
     unknown, beyond = (vectors.sum((1, 2, 3), dtype=torch.int32) for vectors in (~known, known & ~kept))
-    return stored, unknown, beyond, error.amax((1, 2, 3))
+    return stored, torch.stack([unknown, beyond, error.amax((1, 2, 3)).view(torch.int32)])
 
 
 # --- the CUDA version -------------------------------------------------------------------------------------------------
 
 
-def _quantise_cuda(
-    flow: Tensor, step: float, limit: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _quantise_cuda(flow: Tensor, step: float, limit: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     count, _, height, width = flow.shape
     out = torch.empty(flow.shape, dtype=dtype, device=flow.device)
-    unknown, beyond, worst = (
-        torch.zeros(count, dtype=kind, device=flow.device) for kind in (torch.int32, torch.int32, torch.float32)
-    )
+    found = torch.zeros(3, count, dtype=torch.int32, device=flow.device)
     blocks = blocks_for_picture(height, width)
     scales = map(np.float32, (step, 1 / step, limit))
-    arguments = (*view(flow), *view(out), unknown, beyond, worst, *sizes(height, width, blocks), *scales)
+    arguments = (*view(flow), *view(out), found, *sizes(count, height, width, blocks), *scales)
     entry = f"quantise_{8 * dtype.itemsize}_{SUFFIXES[flow.dtype]}"
     launch("quantise", entry, (blocks * count,), (*arguments, np.int32(torch.iinfo(dtype).min)))
-    return out, unknown, beyond, worst
+    return out, found
 
 
 # --- registration -----------------------------------------------------------------------------------------------------
 
 _torch_library: Any = torch.library  # its functions carry no types
 _LIBRARY = _torch_library.Library("flowreel", "FRAGMENT")
-_LIBRARY.define("quantise(Tensor flow, float step, float limit, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)")
+_LIBRARY.define("quantise(Tensor flow, float step, float limit, ScalarType dtype) -> (Tensor, Tensor)")
 implement(_LIBRARY, "quantise", quantise_definition, on_cuda=_quantise_cuda)
 
 
-def _shapes(flow: Tensor, step: float, limit: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    def made(kind: torch.dtype, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=kind, device=flow.device)
-
-    count = flow.shape[0]
-    return made(dtype, *flow.shape), made(torch.int32, count), made(torch.int32, count), made(torch.float32, count)
+def _shapes(flow: Tensor, step: float, limit: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    steps = torch.empty(flow.shape, dtype=dtype, device=flow.device)
+    return steps, torch.empty((3, flow.shape[0]), dtype=torch.int32, device=flow.device)
 
 
 _torch_library.register_fake("flowreel::quantise", _shapes, lib=_LIBRARY)
@@ -117,4 +121,4 @@ def quantise(flow: Tensor, step: float, limit: float | None = None, dtype: torch
     return Quantised(*_quantise(flow, step, limit, dtype))
 
 
-_quantise: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = torch.ops.flowreel.quantise.default
+_quantise: Callable[..., tuple[Tensor, Tensor]] = torch.ops.flowreel.quantise.default

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-import google_crc32c
 import numcodecs.blosc
 import numpy as np
 from numcodecs.pcodec import PCodec
@@ -34,6 +33,8 @@ from numcodecs.zstd import Zstd
 from flowreel.engine.config import Codec, SinkConfig
 from flowreel.engine.data import UNKNOWN_ABOVE
 from flowreel.engine.errors import DamagedStoreError, OutputError, UsageError
+from flowreel.sinks import blosc
+from flowreel.sinks.chunk_pieces import CHECKSUM_BYTES, Chunk, crc32c
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -43,16 +44,9 @@ if TYPE_CHECKING:
     Array = npt.NDArray[Any]
 
 
-Chunk = tuple[bytes, ...]  # the pieces of one, its checksum in the last of them
-
 # Blosc's own threads order their blocks by chance; one thread a call makes equal input give equal bytes.
 numcodecs.blosc.use_threads = False
 
-# Measured on FlowNet2 output at 1/64 px: with Blosc's own choice of block, levels 1, 2, 3, 5 make it 4.55, 4.63, 4.73,
-# 4.77 times smaller, the last at a fifth of the speed. With blocks of half a million values level 1 reaches 4.98 at its
-# full speed; higher levels and larger blocks add next to nothing to that.
-BLOSC_LEVEL = 1
-BLOSC_BLOCK_VALUES = 1 << 19
 ZSTD_LEVEL = 3
 PCODEC_LEVEL = 8  # 12 is slower and hardly smaller, 4 costs a sixth of the size
 # Of integers: no search for common factors, which flow has not, and small pages, which fit themselves to a still
@@ -65,7 +59,6 @@ PCODEC_PREDICTED = {"delta_spec": "try_consecutive", "delta_encoding_order": 1}
 CACHE_LINE_BYTES = 64
 
 BLOCK_VALUES = 1 << 17  # quantised at a time, so that the float32 scratch stays in a core's second-level cache
-CHECKSUM_BYTES = 4
 INDEX_MISSING = 2**64 - 1  # offset and length of a chunk that is not in the shard
 
 
@@ -75,11 +68,11 @@ def compress(values: Array, codec: Codec) -> bytes:
 
 
 def chunk_of(values: Array, codec: Codec) -> Chunk:
-    """The same in pieces: joining them would copy it all once more, and nobody else's Python runs meanwhile."""
+    """The same in pieces."""
     if codec == "blosc":
-        block = BLOSC_BLOCK_VALUES * values.itemsize
-        blosc = numcodecs.blosc.Blosc("zstd", BLOSC_LEVEL, numcodecs.blosc.BITSHUFFLE, block)
-        return _checked(blosc.encode(values))
+        block = blosc.BLOCK_VALUES * values.itemsize
+        encoder = numcodecs.blosc.Blosc("zstd", blosc.LEVEL, numcodecs.blosc.BITSHUFFLE, block)
+        return _checked(encoder.encode(values))
     if codec == "zstd":
         return _checked(Zstd(ZSTD_LEVEL).encode(values))
     options = _pcodec_options(codec, values.dtype)
@@ -152,13 +145,13 @@ def _turned(planes: Array) -> Array:
 
 
 def _checked(body: bytes) -> Chunk:
-    return body, int(google_crc32c.value(body)).to_bytes(CHECKSUM_BYTES, "little")
+    return body, crc32c(body)
 
 
 def without_checksum(data: bytes) -> bytes:
     """The bytes before the crc32c at the end. Raises DamagedStoreError when it does not fit them."""
     body, stored = data[:-CHECKSUM_BYTES], data[-CHECKSUM_BYTES:]
-    if len(data) < CHECKSUM_BYTES or int(google_crc32c.value(body)).to_bytes(CHECKSUM_BYTES, "little") != stored:
+    if len(data) < CHECKSUM_BYTES or crc32c(body) != stored:
         raise DamagedStoreError("checksum is wrong")
     return body
 
@@ -175,9 +168,9 @@ def zarr_codecs(codec: Codec, dtype: np.dtype[Any]) -> list[dict[str, Any]]:
     plain: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
     if codec == "zstd":
         return [plain, {"name": "zstd", "configuration": {"level": ZSTD_LEVEL, "checksum": False}}, checksum]
-    blosc: dict[str, Any] = {"typesize": dtype.itemsize, "cname": "zstd", "clevel": BLOSC_LEVEL}
-    blosc |= {"shuffle": "bitshuffle", "blocksize": BLOSC_BLOCK_VALUES * dtype.itemsize}
-    return [plain, {"name": "blosc", "configuration": blosc}, checksum]
+    settings: dict[str, Any] = {"typesize": dtype.itemsize, "cname": "zstd", "clevel": blosc.LEVEL}
+    settings |= {"shuffle": "bitshuffle", "blocksize": blosc.BLOCK_VALUES * dtype.itemsize}
+    return [plain, {"name": "blosc", "configuration": settings}, checksum]
 
 
 def zarr_arguments(codec: Codec, dtype: np.dtype[Any]) -> dict[str, Any]:
@@ -249,15 +242,26 @@ class FlowCodec:
         steps, unknown, beyond_range = self.quantise(flow)
         return EncodedFlow(chunk_of(steps, self.codec), unknown, beyond_range)
 
-    def encode_steps(self, steps: Array, unknown: int, beyond_range: int, worst: float) -> EncodedFlow:
-        """The same from what ``kernels.quantise`` made of a flow; worst: its largest error, in pixels.
+    @property
+    def shuffles(self) -> bool:
+        """Whether a device may shuffle the bits of its steps: ``encode_prepared`` wants that then."""
+        return self.codec == "blosc" and not self.lossless
 
-        Raises OutputError if that is beyond the error bound.
+    def encode_prepared(self, steps: Array, threads: int = 1) -> list[Chunk]:
+        """The chunks of flows that ``kernels.quantise`` has made steps of, where they were.
+
+        Args:
+            steps: (N, 2, H, W); where the codec ``shuffles``, what ``kernels.bitshuffle`` made of them in blocks of
+                ``blosc.BLOCK_VALUES``: (N, bytes) uint8.
+            threads: for a codec that has any of its own.
         """
-        if (steps.shape, steps.dtype) != ((2, self.height, self.width), self.dtype):
-            raise ValueError(f"this store's flows are {self.dtype} (2, {self.height}, {self.width}), got {steps.shape}")
-        self._require_bound(worst)
-        return EncodedFlow(chunk_of(steps, self.codec), unknown, beyond_range)
+        size = (2, self.height, self.width)
+        shape, dtype = ((math.prod(size) * self.dtype.itemsize,), np.uint8) if self.shuffles else (size, self.dtype)
+        if (steps.shape[1:], steps.dtype) != (shape, dtype):
+            raise ValueError(f"this store's flows come as {dtype} {shape}, got {steps.dtype} {steps.shape[1:]}")
+        if self.shuffles:
+            return blosc.chunks_of_shuffled(steps, self.dtype.itemsize, threads)
+        return [chunk_of(flow, self.codec) for flow in steps]
 
     def decode(self, chunk: bytes, out: Float32Array) -> None:
         """Writes the flow of ``chunk`` into out: (2, H, W) float32, NaN where there is no vector."""
@@ -303,9 +307,10 @@ class FlowCodec:
         np.subtract(scratch, part, out=scratch)
         if invalid is not None:
             scratch[:, invalid] = 0
-        self._require_bound(max(float(scratch.max()), -float(scratch.min())))
+        self.require_bound(max(float(scratch.max()), -float(scratch.min())))
 
-    def _require_bound(self, worst: float) -> None:
+    def require_bound(self, worst: float) -> None:
+        """Raises OutputError if an error of so many pixels breaks the promise."""
         if not worst <= self.max_error:
             raise OutputError(f"a stored vector is off by {worst} px, more than the promised {self.max_error} px")
 

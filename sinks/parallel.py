@@ -23,6 +23,7 @@ CORES_PER_WORKER = 2  # the decoder and the model want the other half
 MOST_WORKERS = 8  # beside a model on the CPU, which gives no more than these can take
 MOST_ALONE = 16  # beyond that a disk, not the encoder, is what a run waits for
 CALLS_PER_WORKER = 2  # one being worked on, one waiting, so that no worker runs dry while a result is taken
+CALLS_AT_ONCE = 3  # that have threads of their own: while one ends and another begins, the third has work for them
 MOST_BYTES = 256 << 20  # of input in flight; with 8 workers, 16 flows of 1920x1080 just fit
 
 
@@ -40,6 +41,12 @@ def encode_workers(device: str | None = "cpu") -> int:
 def file_workers(device: str | None) -> int:
     """The same for calls that also write what they have encoded: one more, as who submits them only hands over."""
     return encode_workers(device) + 1
+
+
+def shared_out(threads: int) -> tuple[int, int]:
+    """For calls that use several threads themselves: how many at once, and how many threads each."""
+    calls = min(threads, CALLS_AT_ONCE)
+    return calls, -(-threads // calls)
 
 
 class OrderedPool(Generic[Result]):

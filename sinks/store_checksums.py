@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import google_crc32c
 import numpy as np
 
-from flowreel.sinks.codecs import CHECKSUM_BYTES
+from flowreel.sinks.chunk_pieces import CHECKSUM_BYTES
 
 if TYPE_CHECKING:
     import numpy.typing as npt

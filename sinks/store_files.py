@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flowreel.engine.errors import DamagedStoreError
-from flowreel.sinks.codecs import CHECKSUM_BYTES, INDEX_MISSING, decompress, index_bytes, unpack_index
+from flowreel.sinks.chunk_pieces import CHECKSUM_BYTES
+from flowreel.sinks.codecs import INDEX_MISSING, decompress, index_bytes, unpack_index
 from flowreel.sinks.native import enlarge
 from flowreel.sinks.store_checksums import COVERED, flow_checksums, time_checksums
 from flowreel.sinks.store_layout import (

@@ -18,6 +18,7 @@ full shard. Batches never cross shards: the resumed run computes the very batche
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,10 +26,12 @@ from torch import Tensor
 
 from flowreel.engine.data import Prepared, ResumePoint, StepsBatch
 from flowreel.engine.errors import OutputBusyError, ResumeMismatchError, concerning
-from flowreel.kernels.quantise import quantise
-from flowreel.sinks import publish
-from flowreel.sinks.codecs import Chunk, EncodedFlow, flow_codec
-from flowreel.sinks.parallel import OrderedPool, encode_workers
+from flowreel.kernels.bitshuffle import bitshuffle
+from flowreel.kernels.quantise import Quantised, quantise
+from flowreel.sinks import blosc, publish
+from flowreel.sinks.chunk_pieces import Chunk
+from flowreel.sinks.codecs import EncodedFlow, FlowCodec, flow_codec
+from flowreel.sinks.parallel import OrderedPool, encode_workers, shared_out
 from flowreel.sinks.store_checksums import COVERED
 from flowreel.sinks.store_layout import COORDINATES, published_shards
 from flowreel.sinks.store_metadata import other_settings, places_in_frame, store_metadata
@@ -37,6 +40,9 @@ from flowreel.sinks.store_target import LocalTarget
 from flowreel.sinks.store_writer import StoreWriter
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from flowreel.engine.config import SinkConfig
     from flowreel.engine.data import FlowBatch, FlowInfo
 
@@ -61,7 +67,7 @@ class ZarrSink:
         self._chunks: list[Chunk] = []  # of the shard that is filling up
         self._coordinates: dict[str, list[Any]] = {name: [] for name in COORDINATES}  # of the same shard
         self._invalid: dict[str, tuple[int, int]] = {}  # what -> vectors, first frame
-        self._pool: OrderedPool[tuple[EncodedFlow, dict[str, Any]]] = OrderedPool(self._keep, 0)  # until ``open``
+        self._pool: OrderedPool[list[tuple[EncodedFlow, dict[str, Any]]]] = OrderedPool(self._keep, 0)  # until ``open``
         self._files: StoreWriter | None = None  # from ``open`` on
 
     @property
@@ -161,7 +167,10 @@ class ZarrSink:
         self._codec = flow_codec(*info.stored_size, self._config, max(info.height, info.width))
         self._native = info.native is not None
         self._shard_length = info.shard_length(self._config.shard_bytes)
-        self._pool = OrderedPool(self._keep, encode_workers(info.device))
+        workers, self._threads = encode_workers(info.device), 1
+        if self._codec.shuffles and info.device not in (None, "cpu"):
+            workers, self._threads = shared_out(workers)  # flows come by ``take``
+        self._pool = OrderedPool(self._keep, workers)
         with publish.write_errors(self.path):
             if self._config.resume and not self._asked:
                 self.resume_point()
@@ -200,7 +209,7 @@ class ZarrSink:
         if flows.device.type != "cpu":
             raise ValueError(f"a sink takes flow on the CPU, got {flows.device}")
         for place, flow in enumerate(flows.detach().numpy()):
-            self._submit(batch, place, flow.nbytes, self._codec.encode, flow)
+            self._submit(batch, range(place, place + 1), flow.nbytes, partial(_encoded, self._codec, flow))
 
     @property
     def prepares(self) -> bool:
@@ -208,20 +217,29 @@ class ZarrSink:
         return not self._codec.lossless
 
     def prepare(self, batches: Iterator[FlowBatch]) -> Iterator[StepsBatch]:
-        """See ``DeviceSink``: whole numbers of steps, as they are stored."""
+        """See ``DeviceSink``: whole numbers of steps, as they are stored, and as far compressed as a device can."""
+        kind = torch.int16 if self._codec.dtype.itemsize == 2 else torch.int32
         for batch in batches:
-            kind = torch.int16 if self._codec.dtype.itemsize == 2 else torch.int32
-            made = quantise(self._stored(batch), self._codec.step, self._codec.limit, kind)
-            yield StepsBatch(*made, batch.index, **{name: getattr(batch, name) for name in COORDINATES})
+            steps, found = quantise(self._stored(batch), self._codec.step, self._codec.limit, kind)
+            if self._codec.shuffles:
+                steps = bitshuffle(steps, blosc.BLOCK_VALUES)
+            yield StepsBatch(steps, found, batch.index, **{name: getattr(batch, name) for name in COORDINATES})
 
     def take(self, prepared: Prepared) -> None:
         """See ``DeviceSink``."""
         assert isinstance(prepared, StepsBatch)
-        told = (prepared.unknown.tolist(), prepared.beyond_range.tolist(), prepared.worst.tolist())
-        for place, steps in enumerate(prepared.steps.numpy()):  # views that keep the batch alive
-            self._submit(
-                prepared, place, steps.nbytes, self._codec.encode_steps, steps, *(values[place] for values in told)
-            )
+        made, steps = Quantised(prepared.steps, prepared.found), prepared.steps.numpy()
+        unknown, beyond_range = made.unknown.tolist(), made.beyond_range.tolist()
+        for frame, worst in zip(prepared.frame, made.worst.tolist(), strict=True):
+            with concerning(int(frame)):
+                self._codec.require_bound(worst)
+        together = len(steps) if self._codec.shuffles else 1  # else the codec has no threads of its own
+        for first in range(0, len(steps), together):
+            part = slice(first, first + together)
+            encode = partial(
+                _encoded_steps, self._codec, steps[part], unknown[part], beyond_range[part], self._threads
+            )  # a view that keeps the batch alive
+            self._submit(prepared, range(len(steps))[part], steps[part].nbytes, encode)
 
     def commit(self, complete: bool = True) -> None:
         """Publishes the last, perhaps ragged shard; if complete, trims the arrays to what came and names the store."""
@@ -283,27 +301,27 @@ class ZarrSink:
         return flows
 
     def _submit(
-        self, batch: FlowBatch | StepsBatch, place: int, nbytes: int, encode: Callable[..., EncodedFlow], *flow: Any
+        self, batch: FlowBatch | StepsBatch, places: range, nbytes: int, encode: Callable[[], list[EncodedFlow]]
     ) -> None:
-        """The next flow, to be encoded and kept."""
+        """The next flows, to be encoded and kept: those at ``places`` of the batch, of so many bytes."""
         self._require_open().check()  # what went wrong with a shard is heard with the next flow, not shards later
-        if batch.index + place != self._taken:
-            raise ValueError(f"flows arrive in order: expected number {self._taken}, got {batch.index + place}")
-        self._taken += 1
-        coordinates = {name: getattr(batch, name)[place] for name in COORDINATES}
-        self._pool.submit(_encoded, encode, flow, coordinates, nbytes=nbytes)
+        if batch.index + places[0] != self._taken:
+            raise ValueError(f"flows arrive in order: expected number {self._taken}, got {batch.index + places[0]}")
+        self._taken += len(places)
+        coordinates = [{name: getattr(batch, name)[place] for name in COORDINATES} for place in places]
+        self._pool.submit(_with_coordinates, encode, coordinates, nbytes=nbytes)
 
-    def _keep(self, result: tuple[EncodedFlow, dict[str, Any]]) -> None:
-        """The next flow in order, compressed."""
-        encoded, coordinates = result
-        if encoded.unknown or encoded.beyond_range:
-            self._note_invalid(encoded, int(coordinates["frame"]))
-        self._chunks.append(encoded.pieces)
-        for name, value in coordinates.items():
-            self._coordinates[name].append(value)
-        self._count += 1
-        if len(self._chunks) == self._shard_length:
-            self._shard_is_full()
+    def _keep(self, results: list[tuple[EncodedFlow, dict[str, Any]]]) -> None:
+        """The next flows in order, compressed."""
+        for encoded, coordinates in results:
+            if encoded.unknown or encoded.beyond_range:
+                self._note_invalid(encoded, int(coordinates["frame"]))
+            self._chunks.append(encoded.pieces)
+            for name, value in coordinates.items():
+                self._coordinates[name].append(value)
+            self._count += 1
+            if len(self._chunks) == self._shard_length:
+                self._shard_is_full()
 
     def _shard_is_full(self) -> None:
         """Hands the waiting flows over to be published."""
@@ -322,11 +340,21 @@ class ZarrSink:
                 self._invalid[what] = (before + vectors, first)
 
 
-def _encoded(
-    encode: Callable[..., EncodedFlow], flow: tuple[Any, ...], coordinates: dict[str, Any]
-) -> tuple[EncodedFlow, dict[str, Any]]:
-    with concerning(int(coordinates["frame"])):
-        return encode(*flow), coordinates
+def _encoded(codec: FlowCodec, flow: npt.NDArray[np.float32]) -> list[EncodedFlow]:
+    return [codec.encode(flow)]
+
+
+def _encoded_steps(
+    codec: FlowCodec, steps: npt.NDArray[Any], unknown: list[int], beyond_range: list[int], threads: int
+) -> list[EncodedFlow]:
+    return list(map(EncodedFlow, codec.encode_prepared(steps, threads), unknown, beyond_range))
+
+
+def _with_coordinates(
+    encode: Callable[[], list[EncodedFlow]], coordinates: list[dict[str, Any]]
+) -> list[tuple[EncodedFlow, dict[str, Any]]]:
+    with concerning(int(coordinates[0]["frame"])):
+        return list(zip(encode(), coordinates, strict=True))
 
 
 def _whole_flows(store: FlowStore) -> int:

@@ -13,8 +13,9 @@ from torch import Tensor
 from benchmarks import kernels as cases
 from benchmarks.gpu.findings import Findings, Settings
 from flowreel.engine.compiled.padded import convolve, pack_layer, padded
-from flowreel.kernels import channel_norm, correlation, flow_to_color, quantise, warp, yuv_to_rgb
+from flowreel.kernels import bitshuffle, channel_norm, correlation, flow_to_color, quantise, warp, yuv_to_rgb
 from flowreel.kernels.bias_leaky_relu import bias_leaky_relu_, bias_leaky_relu_in_place_definition
+from flowreel.kernels.bitshuffle import bitshuffle_definition
 from flowreel.kernels.channel_norm import channel_norm_definition
 from flowreel.kernels.correlation import correlation_definition
 from flowreel.kernels.enlarge_flow import enlarge_flow, enlarge_flow_definition
@@ -32,6 +33,7 @@ from flowreel.kernels.quantise import quantise_definition
 from flowreel.kernels.refining_input import refining_input, refining_input_definition
 from flowreel.kernels.warp import warp_definition
 from flowreel.kernels.yuv_to_rgb import yuv_to_rgb_definition
+from flowreel.sinks.blosc import BLOCK_VALUES
 
 TOLERANCE = {"fp32": 1e-5, "fp16": 2**-10, "bf16": 2**-7}  # relative; half types: one rounding of the result
 LAYOUTS = {"": torch.contiguous_format, " channels last": torch.channels_last}
@@ -276,6 +278,10 @@ def _quantise(findings: Findings, device: str) -> None:
     ):
         same = all(torch.equal(x.cpu(), y.cpu()) for x, y in zip(ours, wanted, strict=True))
         findings.check(f"quantise is that of {where}", same)
+    for kind in (torch.int16, torch.int32):
+        steps = quantise(flow, 1 / 64, dtype=kind).steps
+        same = torch.equal(bitshuffle(steps, BLOCK_VALUES).cpu(), bitshuffle_definition(steps.cpu(), BLOCK_VALUES))
+        findings.check(f"bitshuffle is that of its definition, {str(kind).removeprefix('torch.')}", same)
 
 
 def _flow_to_color(findings: Findings, device: str) -> None:

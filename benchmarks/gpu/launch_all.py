@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from flowreel.kernels import channel_norm, correlation, flow_to_color, quantise, warp, yuv_to_rgb
+from flowreel.kernels import bitshuffle, channel_norm, correlation, flow_to_color, quantise, warp, yuv_to_rgb
 from flowreel.kernels.bias_leaky_relu import bias_leaky_relu, bias_leaky_relu_
 from flowreel.kernels.convolution import convolution, pack
 from flowreel.kernels.enlarge_flow import enlarge_flow
@@ -55,7 +55,7 @@ def main(device: str) -> None:
         for max_flow in (None, 20.0):
             flow_to_color(flow.to(dtype), max_flow)
         for steps in (torch.int16, torch.int32):
-            quantise(flow.to(dtype), 1 / 64, dtype=steps)
+            bitshuffle(quantise(flow.to(dtype), 1 / 64, dtype=steps).steps, 64)
     for weight, stride, transposed in weights(device):
         x = torch.randn(2, -(-weight.shape[0 if transposed else 1] // 8) * 8, HEIGHT, WIDTH, device=device)
         bias = torch.randn(weight.shape[1 if transposed else 0], device=device)

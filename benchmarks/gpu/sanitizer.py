@@ -23,8 +23,8 @@ UNSUPPORTED = "Device not supported"  # in some virtual machines; then it counts
 BROKEN = "Internal Sanitizer Error"  # the tool itself, and not what it watches
 AT_ONCE = 4  # processes, of which each takes some of the card's memory
 FILTERS = ("--kernel-name", "--kernel-regex")  # of one version or another: which kernels are watched
-KERNELS = ("correlation_", "warp_", "channel_norm_", "bias_leaky_relu_", "flow_", "quantise_", "yuv_to_rgb_")
-KERNELS += ("convolution_", "normalise_frames_", "refining_input_", "fusing_input_", "enlarge_flow_")
+KERNELS = ("correlation_", "warp_", "channel_norm_", "bias_leaky_relu_", "flow_", "yuv_to_rgb_", "convolution_")
+KERNELS += ("normalise_frames_", "refining_input_", "fusing_input_", "enlarge_flow_", "quantise_", "bitshuffle_")
 
 
 def memcheck(findings: Findings, settings: Settings) -> None:

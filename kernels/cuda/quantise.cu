@@ -13,12 +13,12 @@ struct Found {
     }
 };
 
-// limit: the largest number of steps that is kept. fill: what stands for a vector that is not. All of unknown,
-// beyond_range and worst are 0 before.
+// limit: the largest number of steps that is kept. fill: what stands for a vector that is not. found: of each picture
+// the unknown vectors, then of each those beyond range, then of each the bits of the largest error; 0 before.
 template <class T, class Steps>
 __device__ __forceinline__ void quantise(
-    View<const T> flow, View<Steps> out, int* unknown, int* beyond_range, float* worst, int height, int width,
-    int blocks, float step, float per_step, float limit, int fill
+    View<const T> flow, View<Steps> out, int* found, int batch, int height, int width, int blocks, float step,
+    float per_step, float limit, int fill
 ) {
     const Share share = share_of_picture(blocks);
     const long long pixels = (long long)height * width;
@@ -40,19 +40,19 @@ __device__ __forceinline__ void quantise(
     }
     const Found all = total_of_block(mine);
     if (threadIdx.x != 0) return;
-    if (all.unknown) atomicAdd(unknown + share.n, all.unknown);
-    if (all.beyond_range) atomicAdd(beyond_range + share.n, all.beyond_range);
-    raise(worst + share.n, all.worst);
+    if (all.unknown) atomicAdd(found + share.n, all.unknown);
+    if (all.beyond_range) atomicAdd(found + batch + share.n, all.beyond_range);
+    raise((float*)(found + 2 * batch + share.n), all.worst);
 }
 
 #define ENTRY_OF(name, T, bits, Steps)                                                                               \
     extern "C" __global__ void __launch_bounds__(256) quantise_##bits##_##name(                                      \
-        VIEW(const T, flow), VIEW(Steps, out), int* unknown, int* beyond_range, float* worst, int height, int width, \
-        int blocks, float step, float per_step, float limit, int fill                                                \
+        VIEW(const T, flow), VIEW(Steps, out), int* found, int batch, int height, int width, int blocks, float step, \
+        float per_step, float limit, int fill                                                                        \
     ) {                                                                                                              \
         quantise<T, Steps>(                                                                                          \
-            AS_VIEW(const T, flow), AS_VIEW(Steps, out), unknown, beyond_range, worst, height, width, blocks, step,  \
-            per_step, limit, fill                                                                                    \
+            AS_VIEW(const T, flow), AS_VIEW(Steps, out), found, batch, height, width, blocks, step, per_step, limit, \
+            fill                                                                                                     \
         );                                                                                                           \
     }
 #define ENTRIES(name, T) ENTRY_OF(name, T, 16, short) ENTRY_OF(name, T, 32, int)

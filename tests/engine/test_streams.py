@@ -14,6 +14,7 @@ from flowreel.engine import device
 from flowreel.engine.config import QueueConfig
 from flowreel.engine.data import FlowBatch, Frame
 from flowreel.engine.device import MOST_UPLOADS, Streams, WorkStream, download, upload
+from flowreel.engine.errors import DeviceError
 from flowreel.engine.pinned import PinnedRing
 from flowreel.engine.pipeline import Pipeline
 from flowreel.engine.stages import Stage, compose
@@ -148,6 +149,39 @@ def test_streams_are_left_when_a_stage_fails(card: Card) -> None:
     with pytest.raises(ValueError, match="broken"):
         next(stage)
     assert card.current is card.streams[0]
+
+
+def test_a_stage_that_finds_no_memory_says_what_to_do(card: Card) -> None:
+    """In its place, whether it gives items or takes them to the end; unless it has said so itself."""
+    ended = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB\nand much more")
+
+    def giving(items: Iterator[Item]) -> Iterator[Item]:
+        for item in items:
+            yield item
+            raise ended
+
+    def taking(items: Iterator[Item]) -> None:
+        for _ in items:
+            raise ended
+
+    def saying(items: Iterator[Item]) -> Iterator[Item]:
+        raise DeviceError("take another") from ended
+        yield from items
+
+    def wrong(items: Iterator[Item]) -> Iterator[Item]:
+        raise RuntimeError("something else")
+        yield from items
+
+    told = rf"{GPU} has too little free memory: .*--batch.*\(CUDA out of memory. Tried to allocate 20.00 MiB\)$"
+    items = Streams(GPU).on_stream(giving)(iter([Item()]))
+    next(items)
+    with pytest.raises(DeviceError, match=told):
+        next(items)
+    with pytest.raises(DeviceError, match=told):
+        Streams(GPU).on_stream(taking)(iter([Item()]))
+    for stage, error in ((saying, "^take another$"), (wrong, "^something else$")):
+        with pytest.raises(RuntimeError, match=error):
+            next(Streams(GPU).on_stream(stage)(iter([Item()])))
 
 
 def test_an_item_that_passes_through_is_handed_on_again(card: Card) -> None:

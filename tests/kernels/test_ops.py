@@ -145,9 +145,9 @@ def test_names_are_functions_whatever_was_imported_first() -> None:
     """A module and its function share a name; the package must hand out the function."""
     code = (
         "import flowreel.kernels.warp, flowreel.kernels.correlation, flowreel.kernels.channel_norm\n"
-        "import flowreel.kernels.quantise, flowreel.kernels.yuv_to_rgb\n"
-        "from flowreel.kernels import warp, correlation, channel_norm, quantise, yuv_to_rgb\n"
-        "functions = (warp, correlation, channel_norm, quantise, yuv_to_rgb)\n"
+        "import flowreel.kernels.quantise, flowreel.kernels.bitshuffle, flowreel.kernels.yuv_to_rgb\n"
+        "from flowreel.kernels import warp, correlation, channel_norm, quantise, bitshuffle, yuv_to_rgb\n"
+        "functions = (warp, correlation, channel_norm, quantise, bitshuffle, yuv_to_rgb)\n"
         "assert all(f.__class__.__name__ == 'function' for f in functions)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -12,7 +12,7 @@ import torch
 from flowreel.engine.config import SinkConfig
 from flowreel.engine.data import DeviceSink, FlowBatch, FlowInfo, SourceId, StepsBatch
 from flowreel.engine.errors import OutputError
-from flowreel.sinks import open_sink
+from flowreel.sinks import open_sink, zarr_store
 from flowreel.sinks.zarr_store import ZarrSink
 
 SIZE = (64, 128)
@@ -45,9 +45,16 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("length", [1, 3, 7])
 @pytest.mark.parametrize("max_error", [1 / 64, 1e-6], ids=["int16", "int32"])
-@pytest.mark.parametrize("codec", ["blosc", "pcodec2d"])
-def test_the_same_either_way(tmp_path: Path, codec: str, max_error: float, length: int) -> None:
-    as_flow, as_steps = (opened(tmp_path / name, codec=codec, max_error=max_error) for name in ("x.zarr", "y.zarr"))
+@pytest.mark.parametrize(("codec", "device"), [("blosc", "cpu"), ("blosc", "cuda"), ("pcodec2d", "cuda")])
+def test_the_same_either_way(
+    tmp_path: Path, codec: str, device: str, max_error: float, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the sink takes its flow to come from a GPU, of which its metadata tells nothing."""
+    monkeypatch.setattr(zarr_store, "encode_workers", lambda device: {"cpu": 1, "cuda": 5}[device])
+    info = replace(INFO, device=device)
+    as_flow, as_steps = (
+        opened(tmp_path / name, info, codec=codec, max_error=max_error) for name in ("x.zarr", "y.zarr")
+    )
     for batch in batches(length):
         as_flow.write(batch)
     assert isinstance(as_steps, DeviceSink)
@@ -71,7 +78,7 @@ def test_the_bound_is_checked_on_the_host(tmp_path: Path) -> None:
     sink = opened(tmp_path / "x.zarr")
     (steps,) = sink.prepare(iter(batches(7)))
     with pytest.raises(OutputError, match="more than the promised"):
-        _write_all(sink, replace(steps, worst=steps.worst + 1))
+        _write_all(sink, replace(steps, found=steps.found + 0x01000000 * torch.tensor([[0], [0], [1]])))
     sink.abort()
 
 
@@ -80,11 +87,12 @@ def _write_all(sink: ZarrSink, steps: StepsBatch) -> None:
     sink.commit()
 
 
-def test_steps_out_of_order_or_of_another_size_are_refused(tmp_path: Path) -> None:
-    sink = opened(tmp_path / "x.zarr")
+@pytest.mark.parametrize("codec", ["blosc", "zstd"])
+def test_steps_out_of_order_or_of_another_size_are_refused(tmp_path: Path, codec: str) -> None:
+    sink = opened(tmp_path / "x.zarr", codec=codec)
     first, second = sink.prepare(iter(batches(4)))
     with pytest.raises(ValueError, match="expected number 0, got 4"):
         sink.take(second)
-    with pytest.raises(ValueError, match="this store's flows are"):
-        _write_all(sink, replace(first, steps=first.steps[:, :, 1:]))
+    with pytest.raises(ValueError, match="this store's flows come as"):
+        _write_all(sink, replace(first, steps=first.steps[:, 1:]))
     sink.abort()

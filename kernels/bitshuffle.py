@@ -1,0 +1,98 @@
+"""Integers to the planes of their bits, which compress better: the filter ``bitshuffle`` of Blosc, done by a GPU.
+
+Neighbouring values of flow share their upper bits; plane by plane these are long runs of equal bytes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from flowreel.kernels.launch import blocks_for, implement, launch, parts, sizes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+TOGETHER = 8  # values whose bits make a byte of each plane
+_TYPES = (torch.int16, torch.int32)
+
+# --- the definition: any device ---------------------------------------------------------------------------------------
+
+
+def bitshuffle_definition(values: Tensor, block: int) -> Tensor:
+    """What ``bitshuffle`` means."""
+    flat = values.flatten(1)
+    starts = range(0, flat.shape[1], block)
+    return torch.cat([_planes(flat[:, start : start + block].contiguous()) for start in starts], 1)
+
+
+def _planes(values: Tensor) -> Tensor:
+    """One block: (N, n) to (N, bytes)."""
+    if values.shape[1] % TOGETHER:
+        return values.view(torch.uint8)
+    bits = 8 * values.element_size()
+    place = torch.arange(bits, dtype=values.dtype, device=values.device)
+    planes = values.view(len(values), 1, -1, TOGETHER).bitwise_right_shift(place.view(1, bits, 1, 1)).bitwise_and(1)
+    weights = torch.tensor([1 << place for place in range(TOGETHER)], dtype=torch.uint8, device=values.device)
+    return (planes.to(torch.uint8) * weights).sum(3, dtype=torch.uint8).flatten(1)
+
+
+# --- the CUDA version -------------------------------------------------------------------------------------------------
+
+
+def _bitshuffle_cuda(values: Tensor, block: int) -> Tensor:
+    values = values.contiguous()
+    batch, count = values.shape[0], values[0].numel()
+    out = torch.empty(batch, count * values.element_size(), dtype=torch.uint8, device=values.device)
+    grid = blocks_for(batch * parts(count, TOGETHER))
+    launch("bitshuffle", f"bitshuffle_{8 * values.element_size()}", grid, (values, out, *sizes(batch, count, block)))
+    return out
+
+
+# --- registration -----------------------------------------------------------------------------------------------------
+
+_torch_library: Any = torch.library  # its functions carry no types
+_LIBRARY = _torch_library.Library("flowreel", "FRAGMENT")
+_LIBRARY.define("bitshuffle(Tensor values, int block) -> Tensor")
+implement(_LIBRARY, "bitshuffle", bitshuffle_definition, on_cuda=_bitshuffle_cuda)
+
+
+def _shape(values: Tensor, block: int) -> Tensor:
+    count = values[0].numel() * values.element_size()
+    return torch.empty((values.shape[0], count), dtype=torch.uint8, device=values.device)
+
+
+_torch_library.register_fake("flowreel::bitshuffle", _shape, lib=_LIBRARY)
+
+
+# --- the public function ----------------------------------------------------------------------------------------------
+
+
+def bitshuffle(values: Tensor, block: int) -> Tensor:
+    """The planes of bits of each batch's values, block by block, the lowest bits first.
+
+    Args:
+        values: (N, ...) int16 or int32, any strides, none of the sizes zero.
+        block: values that are shuffled together, a multiple of 8; the last block may be short.
+
+    Returns:
+        (N, bytes) uint8, as many as the values have. Plane b of a block of n values holds bit b of value 8i + k as bit
+        k of its byte i. A block that is no multiple of 8 stays as it is, in little-endian order: so has it version 2 of
+        Blosc's format. On a GPU: equal to the definition.
+
+    Raises:
+        TypeError: the values are of another type.
+        ValueError: a shape or block that cannot be.
+    """
+    if values.dtype not in _TYPES:
+        raise TypeError(f"int16 or int32 can be shuffled, got {values.dtype}")
+    if values.ndim < 2 or values.numel() == 0:
+        raise ValueError(f"values are (N, ...) and there are some, got {tuple(values.shape)}")
+    if block <= 0 or block % TOGETHER:
+        raise ValueError(f"a block is a multiple of {TOGETHER} values, got {block}")
+    return _bitshuffle(values, block)
+
+
+_bitshuffle: Callable[[Tensor, int], Tensor] = torch.ops.flowreel.bitshuffle.default

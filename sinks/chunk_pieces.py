@@ -1,0 +1,18 @@
+"""A chunk in pieces: joining them would copy it all once more, and nobody else's Python runs meanwhile."""
+
+from __future__ import annotations
+
+import google_crc32c
+
+Piece = bytes  # or what else can only be read, as a segment of a buffer of Zstandard's; no memoryview, says crc32c
+Chunk = tuple[Piece, ...]  # its checksum is the last
+
+CHECKSUM_BYTES = 4
+
+
+def crc32c(*pieces: Piece) -> bytes:
+    """The checksum of the pieces, one after another, as Zarr puts it behind a chunk."""
+    value = 0
+    for piece in pieces:
+        value = google_crc32c.extend(value, piece)
+    return int(value).to_bytes(CHECKSUM_BYTES, "little")
