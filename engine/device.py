@@ -22,7 +22,7 @@ from torch import Tensor
 
 from flowreel.engine.config import Precision
 from flowreel.engine.data import FlowBatch, Frame, Prepared
-from flowreel.engine.errors import DeviceError, FlowreelError, UsageError, first_line
+from flowreel.engine.errors import DeviceError, FlowreelError, StageError, UsageError, first_line
 from flowreel.engine.pinned import PinnedRing
 
 Item = TypeVar("Item")
@@ -321,16 +321,21 @@ def ran_out_of_memory(error: BaseException | None) -> bool:
 
 @contextmanager
 def _memory_told(device: torch.device) -> Iterator[None]:
-    """Says what to do where a stage finds no memory that knows nothing better itself."""
+    """Says what to do where a stage, or one of several joined ones, finds no memory and knows nothing better itself."""
     try:
         yield
-    except RuntimeError as error:
-        if isinstance(error, FlowreelError) or not ran_out_of_memory(error):
+    except (RuntimeError, StageError) as error:
+        cause = error.__cause__ if isinstance(error, StageError) else error
+        if cause is None or isinstance(cause, FlowreelError) or not ran_out_of_memory(cause):
             raise
-        raise DeviceError(
+        told = DeviceError(
             f"{device} has too little free memory: end what else runs there, take a smaller --batch or --model, or "
-            f"--device cpu ({first_line(error)})"
-        ) from error
+            f"--device cpu ({first_line(cause)})"
+        )
+        told.__cause__ = cause
+        if isinstance(error, StageError):
+            raise StageError(error.stage, error.frame, told) from told
+        raise told from cause
 
 
 def free_bytes(device: torch.device) -> int:

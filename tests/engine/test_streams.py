@@ -14,10 +14,10 @@ from flowreel.engine import device
 from flowreel.engine.config import QueueConfig
 from flowreel.engine.data import FlowBatch, Frame
 from flowreel.engine.device import MOST_UPLOADS, Streams, WorkStream, download, upload
-from flowreel.engine.errors import DeviceError
+from flowreel.engine.errors import DeviceError, StageError
 from flowreel.engine.pinned import PinnedRing
 from flowreel.engine.pipeline import Pipeline
-from flowreel.engine.stages import Stage, compose
+from flowreel.engine.stages import Stage, compose, joined
 from tests.fakes.cuda_streams import GPU, Card, Event, LateCopies, OnCard, Stream
 
 
@@ -179,6 +179,12 @@ def test_a_stage_that_finds_no_memory_says_what_to_do(card: Card) -> None:
         next(items)
     with pytest.raises(DeviceError, match=told):
         Streams(GPU).on_stream(taking)(iter([Item()]))
+    several = joined(Stage("first", lambda items: items), Stage("second", giving))
+    items = Streams(GPU).on_stream(several)(iter([Item()]))
+    next(items)
+    with pytest.raises(StageError, match=f"^second: {told}") as failure:
+        next(items)
+    assert isinstance(failure.value.__cause__, DeviceError)
     for stage, error in ((saying, "^take another$"), (wrong, "^something else$")):
         with pytest.raises(RuntimeError, match=error):
             next(Streams(GPU).on_stream(stage)(iter([Item()])))
