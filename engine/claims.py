@@ -32,6 +32,7 @@ class Claim:
     """
 
     made: bool  # it was not there before
+    descriptor: int | None = None  # of the open file, by which a process that inherits it holds it too; None: no locks
     _close: weakref.finalize[Any, Any]  # also when nobody has this object any more
 
     def __init__(self, path: Path, output: str, make: Callable[[Path], None]) -> None:
@@ -46,16 +47,17 @@ class Claim:
                 self._close = weakref.finalize(self, int)
                 return
             try:
-                self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
+                descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
             except FileNotFoundError:
                 if os.path.lexists(path):  # a link to nothing
                     raise
                 continue  # its holder has just published or removed it
-            self._close = weakref.finalize(self, os.close, self._descriptor)
-            if not locked(self._descriptor):
+            self._close = weakref.finalize(self, os.close, descriptor)
+            self.descriptor = descriptor
+            if not locked(descriptor):
                 self._close()
                 raise OutputBusyError(f"{output} is being written by another run: wait for it to end")
-            if still_named(self._descriptor, path):
+            if still_named(descriptor, path):
                 return
             self._close()
 
@@ -74,14 +76,14 @@ class Claim:
 
     def release(self) -> None:
         """Others may have it now. More than once is no harm."""
-        if self.held and fcntl is not None:
+        if self.held and fcntl is not None and self.descriptor is not None:
             with suppress(OSError):  # closing alone would not do where a child process has inherited it
-                fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+                fcntl.flock(self.descriptor, fcntl.LOCK_UN)
         self._close()
 
     def withdraw(self) -> None:
         """Releases it as if it had never been held: what was made for it goes, unless it holds something by now."""
-        if self.made and self.held and (fcntl is None or still_named(self._descriptor, self.path)):
+        if self.made and self.held and (self.descriptor is None or still_named(self.descriptor, self.path)):
             with suppress(OSError):
                 if self.path.is_dir():
                     self.path.rmdir()

@@ -223,6 +223,11 @@ class FlowCodec:
         return self.dtype.kind == "f"
 
     @property
+    def flow_bytes(self) -> int:
+        """Of one flow as it is stored, before compression."""
+        return 2 * self.height * self.width * self.dtype.itemsize
+
+    @property
     def fill(self) -> int | float:
         """The stored value that means "no vector here"."""
         return math.nan if self.lossless else int(np.iinfo(self.dtype).min)
@@ -256,7 +261,7 @@ class FlowCodec:
             threads: for a codec that has any of its own.
         """
         size = (2, self.height, self.width)
-        shape, dtype = ((math.prod(size) * self.dtype.itemsize,), np.uint8) if self.shuffles else (size, self.dtype)
+        shape, dtype = ((self.flow_bytes,), np.uint8) if self.shuffles else (size, self.dtype)
         if (steps.shape[1:], steps.dtype) != (shape, dtype):
             raise ValueError(f"this store's flows come as {dtype} {shape}, got {steps.dtype} {steps.shape[1:]}")
         if self.shuffles:

@@ -83,7 +83,7 @@ class StoreLayout:
     @property
     def stored_bytes(self) -> int:
         """Bytes of one flow as it is stored, before compression."""
-        return self.codec.dtype.itemsize * math.prod(self.stored_shape)
+        return self.codec.flow_bytes
 
 
 def flow_shard(folder: Path, number: int) -> Path:

@@ -78,6 +78,12 @@ class LocalTarget:
         self._claim = Claim.of_folder(self.folder, self.name)
         publish.settle_replaced(self.final)
 
+    @property
+    def held(self) -> tuple[int, ...]:
+        """The descriptors that another process inherits to hold it as well."""
+        descriptor = None if self._claim is None else self._claim.descriptor
+        return () if descriptor is None else (descriptor,)
+
     def let_go(self) -> None:
         """What is there of the unfinished store stays, for others to go on with."""
         if self._claim is not None:

@@ -8,7 +8,7 @@ could not be written: what is there of a store has no hole.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
@@ -32,14 +32,25 @@ MOST_BYTES = 128 << 20  # of compressed shards on their way
 class StoreWriter:
     """Writes the arrays of one store into its target. Errors: OutputWriteError."""
 
-    def __init__(self, target: StoreTarget, metadata: dict[str, dict[str, Any]], shard_length: int) -> None:
-        """metadata: by the names of the arrays, "" the group itself; it is published by ``start``."""
+    def __init__(
+        self,
+        target: StoreTarget,
+        metadata: dict[str, dict[str, Any]],
+        shard_length: int,
+        writers: int | None = None,
+        most_bytes: int | None = None,
+    ) -> None:
+        """metadata: by the names of the arrays, "" the group itself; it is published by ``start``.
+
+        writers, most_bytes: shards on their way at once, and the bytes that they are said to take; None: ``WRITERS``
+        and ``MOST_BYTES``.
+        """
         self._target = target
         self._metadata = metadata
         self._shard_length = shard_length
         self._length: int = metadata["flow"]["shape"][0]  # flows the arrays are declared to hold
         self._metadata_bytes: dict[str, int] = {}  # of each array's zarr.json as it was last written
-        self._behind: OrderedPool[None] = OrderedPool(lambda _: None, WRITERS, MOST_BYTES)
+        self._behind: OrderedPool[None] = OrderedPool(lambda _: None, writers or WRITERS, most_bytes or MOST_BYTES)
         self._failed: list[int] = []  # shards that could not be published: none may come after one
         self.bytes_written = 0
 
@@ -55,10 +66,24 @@ class StoreWriter:
 
         What went wrong with an earlier one is raised here, in ``check`` or in ``flush``.
         """
-        nbytes = sum(map(len, chain.from_iterable(chunks)))
-        length, frame = number * self._shard_length + len(chunks), int(times["frame"][0])
+        make = partial(self._made, number, chunks, times)
+        self.submit_made(number, len(chunks), times, make, sum(map(len, chain.from_iterable(chunks))))
+
+    def submit_made(
+        self,
+        number: int,
+        count: int,
+        times: Mapping[str, Sequence[Any]],
+        make: Callable[[], tuple[list[str], int]],
+        nbytes: int,
+    ) -> None:
+        """Hands over a shard of so many flows whose files ``make`` prepares in the target.
+
+        It returns their keys, in the order in which they get their names, and their bytes.
+        """
+        length, frame = number * self._shard_length + count, int(times["frame"][0])
         self._behind.submit_in_turn(
-            partial(self._prepare, number, frame, chunks, times), partial(self._publish, number, frame, length), nbytes
+            partial(self._prepare, number, frame, make), partial(self._publish, number, frame, length), nbytes
         )
 
     def check(self) -> None:
@@ -85,18 +110,13 @@ class StoreWriter:
                 self._behind.drain()
         self._behind.close()
 
-    def _prepare(
-        self, number: int, frame: int, chunks: list[Chunk], times: Mapping[str, Sequence[Any]]
-    ) -> tuple[list[str], int]:
-        """One shard's files, in the order in which they get their names: times and checksums, then the flow."""
+    def _made(self, number: int, chunks: list[Chunk], times: Mapping[str, Sequence[Any]]) -> tuple[list[str], int]:
+        files = shard_files(number, self._shard_length, chunks, times)
+        return list(files), self._target.prepare(files)
+
+    def _prepare(self, number: int, frame: int, make: Callable[[], tuple[list[str], int]]) -> tuple[list[str], int]:
         with self._noting_failure(number, frame):
-            first, length = number * self._shard_length, self._shard_length
-            files: dict[str, Sequence[bytes]] = {
-                f"{name}/c/{number}": [pack_values(name, values, length)]
-                for name, values in values_beside(first, chunks, times).items()
-            }
-            files[f"flow/c/{number}/0/0/0"] = pack_shard(chunks, length)
-            return list(files), self._target.prepare(files)
+            return make()
 
     def _publish(self, number: int, frame: int, length: int, prepared: tuple[list[str], int]) -> None:
         """Array lengths, then the shard's files. In turn: the shards before are there, or one of them has failed."""
@@ -150,6 +170,21 @@ class StoreWriter:
         written = self._target.put(key, *pieces)
         self.bytes_written += written
         return written
+
+
+def shard_files(
+    number: int, length: int, chunks: Sequence[Chunk], times: Mapping[str, Sequence[Any]]
+) -> dict[str, Sequence[bytes]]:
+    """One shard's files by their keys, in the order in which they get their names: times and checksums, then the flow.
+
+    length: flows of a full shard.
+    """
+    files: dict[str, Sequence[bytes]] = {
+        f"{name}/c/{number}": [pack_values(name, values, length)]
+        for name, values in values_beside(number * length, chunks, times).items()
+    }
+    files[f"flow/c/{number}/0/0/0"] = pack_shard(chunks, length)
+    return files
 
 
 def values_beside(first: int, chunks: Sequence[Chunk], times: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ full shard. Batches never cross shards: the resumed run computes the very batche
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,10 +28,11 @@ from flowreel.engine.data import Prepared, ResumePoint, StepsBatch
 from flowreel.engine.errors import OutputBusyError, ResumeMismatchError, concerning
 from flowreel.kernels.bitshuffle import bitshuffle
 from flowreel.kernels.quantise import Quantised, quantise
-from flowreel.sinks import blosc, publish
-from flowreel.sinks.chunk_pieces import Chunk
-from flowreel.sinks.codecs import EncodedFlow, FlowCodec, flow_codec
-from flowreel.sinks.parallel import OrderedPool, encode_workers, shared_out
+from flowreel.sinks import blosc, publish, shard_processes
+from flowreel.sinks.codecs import flow_codec
+from flowreel.sinks.parallel import encode_workers, shared_out
+from flowreel.sinks.shard_processes import ShardsInProcesses
+from flowreel.sinks.shards import ShardsInThreads
 from flowreel.sinks.store_checksums import COVERED
 from flowreel.sinks.store_layout import COORDINATES, published_shards
 from flowreel.sinks.store_metadata import other_settings, places_in_frame, store_metadata
@@ -40,9 +41,6 @@ from flowreel.sinks.store_target import LocalTarget
 from flowreel.sinks.store_writer import StoreWriter
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
     from flowreel.engine.config import SinkConfig
     from flowreel.engine.data import FlowBatch, FlowInfo
 
@@ -62,13 +60,10 @@ class ZarrSink:
         self._below: int | None = None  # with what it was asked
         self._asked = False
         self._taken = 0  # flows that arrived, those of a resumed store included
-        self._count = 0  # flows compressed and in their shard
         self._announced = ""  # of how many flows they are, for messages
-        self._chunks: list[Chunk] = []  # of the shard that is filling up
-        self._coordinates: dict[str, list[Any]] = {name: [] for name in COORDINATES}  # of the same shard
         self._invalid: dict[str, tuple[int, int]] = {}  # what -> vectors, first frame
-        self._pool: OrderedPool[list[tuple[EncodedFlow, dict[str, Any]]]] = OrderedPool(self._keep, 0)  # until ``open``
         self._files: StoreWriter | None = None  # from ``open`` on
+        self._shards: ShardsInThreads | ShardsInProcesses | None = None  # likewise
 
     @property
     def path(self) -> str:
@@ -82,7 +77,7 @@ class ZarrSink:
     def notes(self) -> list[str]:
         if not self._invalid:
             return []
-        total = self._count * self._codec.height * self._codec.width
+        total = self._taken * self._codec.height * self._codec.width
         return [
             f"{vectors} of {total} vectors are {what}, first in frame {frame}: stored as missing"
             for what, (vectors, frame) in self._invalid.items()
@@ -167,10 +162,6 @@ class ZarrSink:
         self._codec = flow_codec(*info.stored_size, self._config, max(info.height, info.width))
         self._native = info.native is not None
         self._shard_length = info.shard_length(self._config.shard_bytes)
-        workers, self._threads = encode_workers(info.device), 1
-        if self._codec.shuffles and info.device not in (None, "cpu"):
-            workers, self._threads = shared_out(workers)  # flows come by ``take``
-        self._pool = OrderedPool(self._keep, workers)
         with publish.write_errors(self.path):
             if self._config.resume and not self._asked:
                 self.resume_point()
@@ -182,11 +173,11 @@ class ZarrSink:
                 raise
             self._state = "open"
             try:
-                length = max(info.flow_count or 0, self._count)
+                length = max(info.flow_count or 0, self._taken)
                 self._announced = "" if info.flow_count is None else f" of {info.flow_count}"
                 metadata = store_metadata(info, self._config, self._codec, self._shard_length, length)
-                self._files = StoreWriter(self._target, metadata, self._shard_length)
-                self._files.start(places_in_frame(info))
+                self._start(metadata, encode_workers(info.device), on_gpu=info.device not in (None, "cpu"))
+                self._require_open().start(places_in_frame(info))
             except BaseException:
                 self.abort()
                 raise
@@ -201,15 +192,37 @@ class ZarrSink:
         self.require_same(info)  # as asked before, but now that nobody else can change it
         self._target.reopen(finished=point.complete)
         self._drop_from(point.flows // self._shard_length)
-        self._taken = self._count = point.flows
+        self._taken = point.flows
+
+    def _start(self, metadata: dict[str, dict[str, Any]], workers: int, *, on_gpu: bool) -> None:
+        """Whoever compresses and writes. Flow that is on a GPU comes by ``take``."""
+        if on_gpu and shard_processes.are_possible(self._codec, self._shard_length):
+            processes = shard_processes.how_many(workers)
+            most_bytes = processes * self._shard_length * self._codec.flow_bytes
+            self._files = StoreWriter(self._target, metadata, self._shard_length, processes, most_bytes)
+            setting = shard_processes.Setting(self.path, self._codec, self._shard_length)
+            with suppress(OSError):  # no process may be had, or no memory: threads do as well
+                self._shards = ShardsInProcesses(self._files, self._target, setting, self._taken, processes)
+                return
+        self._files = StoreWriter(self._target, metadata, self._shard_length)
+        workers, threads = shared_out(workers) if on_gpu and self._codec.shuffles else (workers, 1)
+        self._shards = ShardsInThreads(
+            self._files, self._codec, self._shard_length, self._taken, workers, threads, self._note_invalid
+        )
 
     def write(self, batch: FlowBatch) -> None:
         """Compresses each flow, and publishes each shard that is full. The batch's tensor is on the CPU."""
         flows = self._stored(batch)
         if flows.device.type != "cpu":
             raise ValueError(f"a sink takes flow on the CPU, got {flows.device}")
+        shards = self._require_shards()
+        if isinstance(shards, ShardsInProcesses):
+            for prepared in self.prepare(iter([batch])):
+                self.take(prepared)
+            return
         for place, flow in enumerate(flows.detach().numpy()):
-            self._submit(batch, range(place, place + 1), flow.nbytes, partial(_encoded, self._codec, flow))
+            times = self._times_of_next(batch, batch.index + place, slice(place, place + 1))
+            shards.add_flow(flow, times)
 
     @property
     def prepares(self) -> bool:
@@ -228,63 +241,67 @@ class ZarrSink:
     def take(self, prepared: Prepared) -> None:
         """See ``DeviceSink``."""
         assert isinstance(prepared, StepsBatch)
-        made, steps = Quantised(prepared.steps, prepared.found), prepared.steps.numpy()
-        unknown, beyond_range = made.unknown.tolist(), made.beyond_range.tolist()
-        for frame, worst in zip(prepared.frame, made.worst.tolist(), strict=True):
-            with concerning(int(frame)):
+        made = Quantised(prepared.steps, prepared.found)
+        told = made.unknown.tolist(), made.beyond_range.tolist(), made.worst.tolist()
+        for frame, unknown, beyond_range, worst in zip(map(int, prepared.frame), *told, strict=True):
+            with concerning(frame):
                 self._codec.require_bound(worst)
-        together = len(steps) if self._codec.shuffles else 1  # else the codec has no threads of its own
-        for first in range(0, len(steps), together):
-            part = slice(first, first + together)
-            encode = partial(
-                _encoded_steps, self._codec, steps[part], unknown[part], beyond_range[part], self._threads
-            )  # a view that keeps the batch alive
-            self._submit(prepared, range(len(steps))[part], steps[part].nbytes, encode)
+            self._note_invalid(unknown, beyond_range, frame)
+        times = self._times_of_next(prepared, prepared.index, slice(len(prepared)))
+        self._require_shards().add_steps(prepared.steps.numpy(), times)
+
+    @property
+    def memory(self) -> Callable[[int], Tensor] | None:
+        """See ``KeepsMemory``."""
+        if not isinstance(self._shards, ShardsInProcesses):
+            return None
+        take = self._shards.memory.take
+        return lambda nbytes: torch.from_numpy(take(nbytes))
 
     def commit(self, complete: bool = True) -> None:
         """Publishes the last, perhaps ragged shard; if complete, trims the arrays to what came and names the store."""
-        files = self._require_open()
+        files, shards = self._require_open(), self._require_shards()
         files.flush()  # first: an error that nobody has heard of says more than the hole it has left
         files.require_no_hole()
-        self._pool.drain()
-        if self._chunks:
-            self._shard_is_full()
+        shards.finish()
         files.flush()
-        self._pool.close()
+        shards.close()
         files.close()
         with publish.write_errors(self.path):
             if complete:
-                files.finish(self._count)
+                files.finish(self._taken)
                 self._target.finish()
             self._target.let_go()
         self._state = "done"
 
     def abort(self) -> str | None:
         """Removes the unfinished store, unless it holds a whole shard: that is worth resuming from, and stays."""
-        self._pool.close()
+        if self._shards is not None:
+            self._shards.stop()
         if self._files is not None:
             self._files.close(in_haste=True)  # what is full is worth keeping
+        if self._shards is not None:
+            self._shards.close()
         kept = None
         if self._state == "open":
             self._state = "done"
             if shards := len(published_shards(self._target.folder)):
-                flows = min(shards * self._shard_length, self._count)
+                flows = min(shards * self._shard_length, self._taken)
                 kept = f"{self._target.folder} holds {flows}{self._announced} flows"
             else:
                 self._target.discard()
         self._target.let_go()
-        self._chunks = []
         return kept
-
-    def _flush(self) -> None:
-        """Waits until every flow is compressed and every full shard on the disk."""
-        self._pool.drain()
-        self._require_open().flush()
 
     def _require_open(self) -> StoreWriter:
         if self._state != "open" or self._files is None:
             raise ValueError(f"{self.path} is not open")
         return self._files
+
+    def _require_shards(self) -> ShardsInThreads | ShardsInProcesses:
+        self._require_open()
+        assert self._shards is not None, "open makes both"
+        return self._shards
 
     def _drop_from(self, shard: int) -> None:
         """Deletes every chunk file of the shards from this one on: a ragged last one, or one without its flow."""
@@ -300,61 +317,24 @@ class ZarrSink:
             raise ValueError("opened for the network's own prediction, which did not come with the flow")
         return flows
 
-    def _submit(
-        self, batch: FlowBatch | StepsBatch, places: range, nbytes: int, encode: Callable[[], list[EncodedFlow]]
-    ) -> None:
-        """The next flows, to be encoded and kept: those at ``places`` of the batch, of so many bytes."""
+    def _times_of_next(self, batch: FlowBatch | StepsBatch, index: int, part: slice) -> dict[str, list[Any]]:
+        """Of the flows that this part of a batch holds, the first of which has that place in the store."""
         self._require_open().check()  # what went wrong with a shard is heard with the next flow, not shards later
-        if batch.index + places[0] != self._taken:
-            raise ValueError(f"flows arrive in order: expected number {self._taken}, got {batch.index + places[0]}")
-        self._taken += len(places)
-        coordinates = [{name: getattr(batch, name)[place] for name in COORDINATES} for place in places]
-        self._pool.submit(_with_coordinates, encode, coordinates, nbytes=nbytes)
+        if index != self._taken:
+            raise ValueError(f"flows arrive in order: expected number {self._taken}, got {index}")
+        times = {name: list(getattr(batch, name)[part]) for name in COORDINATES}
+        self._taken += len(times["frame"])
+        return times
 
-    def _keep(self, results: list[tuple[EncodedFlow, dict[str, Any]]]) -> None:
-        """The next flows in order, compressed."""
-        for encoded, coordinates in results:
-            if encoded.unknown or encoded.beyond_range:
-                self._note_invalid(encoded, int(coordinates["frame"]))
-            self._chunks.append(encoded.pieces)
-            for name, value in coordinates.items():
-                self._coordinates[name].append(value)
-            self._count += 1
-            if len(self._chunks) == self._shard_length:
-                self._shard_is_full()
-
-    def _shard_is_full(self) -> None:
-        """Hands the waiting flows over to be published."""
-        number, chunks, times = (self._count - 1) // self._shard_length, self._chunks, self._coordinates
-        self._chunks, self._coordinates = [], {name: [] for name in COORDINATES}
-        self._require_open().submit(number, chunks, times)
-
-    def _note_invalid(self, encoded: EncodedFlow, frame: int) -> None:
+    def _note_invalid(self, unknown: int, beyond_range: int, frame: int) -> None:
         reach = self._codec.limit * self._codec.step
         for what, vectors in (
-            ("unknown (NaN, infinite or beyond 1e9 px)", encoded.unknown),
-            (f"beyond the range of ±{reach:.6g} px", encoded.beyond_range),
+            ("unknown (NaN, infinite or beyond 1e9 px)", unknown),
+            (f"beyond the range of ±{reach:.6g} px", beyond_range),
         ):
             if vectors:
                 before, first = self._invalid.get(what, (0, frame))
                 self._invalid[what] = (before + vectors, first)
-
-
-def _encoded(codec: FlowCodec, flow: npt.NDArray[np.float32]) -> list[EncodedFlow]:
-    return [codec.encode(flow)]
-
-
-def _encoded_steps(
-    codec: FlowCodec, steps: npt.NDArray[Any], unknown: list[int], beyond_range: list[int], threads: int
-) -> list[EncodedFlow]:
-    return list(map(EncodedFlow, codec.encode_prepared(steps, threads), unknown, beyond_range))
-
-
-def _with_coordinates(
-    encode: Callable[[], list[EncodedFlow]], coordinates: list[dict[str, Any]]
-) -> list[tuple[EncodedFlow, dict[str, Any]]]:
-    with concerning(int(coordinates[0]["frame"])):
-        return list(zip(encode(), coordinates, strict=True))
 
 
 def _whole_flows(store: FlowStore) -> int:

@@ -212,11 +212,15 @@ def test_flow_alone_is_brought_once_for_all_outputs(late: LateCopies, tmp_path: 
     assert sum(late.brought) == 8 * 8 * PIXELS
 
 
+@pytest.mark.parametrize("pins", [True, False])
 @pytest.mark.parametrize("resolution", ["full", "native"])
 def test_a_store_brings_steps_alone_to_the_host_and_is_that_of_a_cpu(
-    resolution: str, late: LateCopies, on_cpu: Path, tmp_path: Path, tiny_weights: str
+    resolution: str, pins: bool, late: LateCopies, on_cpu: Path, tmp_path: Path, tiny_weights: str
 ) -> None:
+    """To where the processes see them that make its shards, whether or not CUDA pins such memory."""
+    late.card.runtime.refuses = not pins
     run(tmp_path, tiny_weights, "x.zarr", max_error=1 / 64, resolution=resolution)
+    assert late.card.runtime.pinned == {}  # any more
     stored: Any = zarr.open_group(tmp_path / "x.zarr", mode="r")["flow"]
     assert stored.dtype == np.int16
     assert sum(late.brought) == 2 * stored.size + 8 * 12  # what is missing and the largest error go with each of 8

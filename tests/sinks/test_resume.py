@@ -25,6 +25,7 @@ from flowreel.sinks.codecs import flow_codec, pack_shard
 from flowreel.sinks.store_metadata import store_metadata
 from flowreel.sinks.store_reader import flow_shard
 from flowreel.sinks.zarr_store import ZarrSink
+from tests.sinks.waiting import flush
 
 H, W, SHARD, FLOWS = 6, 8, 3, 11
 INFO = FlowInfo(
@@ -72,7 +73,7 @@ def cut_after(path: Path, flows: int) -> None:
     sink.open(INFO)
     for batch in batches(0, flows):
         sink.write(batch)
-    sink._flush()
+    flush(sink)
     sink._target.let_go()  # as the system does for the dead
 
 
@@ -300,7 +301,7 @@ def test_a_second_run_on_the_same_store_is_refused(
     one.open(INFO)
     for batch in batches(0 if point is None else point.flows, 8):
         one.write(batch)
-    one._flush()
+    flush(one)
     before = contents(tmp_path)
     with pytest.raises(OutputBusyError, match=rf"{path} is being written by another run"):
         other.open(INFO)
@@ -337,7 +338,7 @@ def test_a_run_that_slept_while_another_one_wrote(tmp_path: Path, whole: dict[st
         sink.open(INFO)
         for batch in batches(0, 7):
             sink.write(batch)
-        sink._flush()
+        flush(sink)
         sink._target.let_go()
     before = contents(tmp_path)
     refusal = ResumeMismatchError if "otherwise" in meanwhile else OutputBusyError

@@ -39,11 +39,13 @@ from flowreel.engine.errors import (
 )
 from flowreel.sinks import publish, zarr_store
 from flowreel.sinks.codecs import flow_codec
+from flowreel.sinks.shards import ShardsInThreads
 from flowreel.sinks.store_layout import BESIDE_FLOW, COORDINATES
 from flowreel.sinks.store_metadata import store_metadata
 from flowreel.sinks.store_reader import FlowStore, flow_shard, open_store, published_shards
 from flowreel.sinks.store_target import LocalTarget
 from flowreel.sinks.zarr_store import ZarrSink
+from tests.sinks.waiting import flush
 
 CODECS: tuple[Codec, ...] = get_args(Codec)
 H, W = 6, 9
@@ -375,7 +377,7 @@ def test_memory_never_holds_a_raw_shard(tmp_path: Path, monkeypatch: pytest.Monk
 def test_until_commit_only_the_partial_is_there(tmp_path: Path) -> None:
     flows = moving(8)
     sink = written(ZarrSink(str(tmp_path / "X.zarr"), config(max_error=0)), flows)
-    sink._flush()
+    flush(sink)
     assert names(tmp_path) == ["X.zarr.partial"]
     store = open_store(tmp_path / "X.zarr")
     assert not store.complete
@@ -441,7 +443,7 @@ def test_times_go_before_flow_and_lengths_before_both(tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "replace", record)
     for batch in batches(moving(4)):
         sink.write(batch)
-    sink._flush()
+    flush(sink)
     lengths = [*(f"{name}/zarr.json" for name in BESIDE_FLOW), "flow/zarr.json"]
     assert order == [*lengths, *(f"{name}/c/0" for name in BESIDE_FLOW), "flow/c/0/0/0/0"]
 
@@ -468,7 +470,8 @@ def test_no_shard_is_published_behind_one_that_failed(
     monkeypatch.setattr(publish, step, failing)
     for batch in batches(moving(3 * SHARD)):
         sink.write(batch)
-    sink._pool.drain()
+    assert isinstance(sink._shards, ShardsInThreads)
+    sink._shards.drain()
     third_is_full.set()
     with pytest.raises(OutputWriteError, match=r"cannot write .*X\.zarr: .*no more") as caught:
         sink.commit()
@@ -504,7 +507,7 @@ def test_shards_are_written_beside_each_other_and_named_in_order(
     monkeypatch.setattr(publish, "give_name", naming)
     for batch in batches(moving(2 * SHARD)):
         sink.write(batch)
-    sink._flush()
+    flush(sink)
     times = [[f"{name}/c/{shard}" for name in BESIDE_FLOW] for shard in (0, 1)]
     assert order == [*times[0], "flow/c/0/0/0/0", *times[1], "flow/c/1/0/0/0"]
     sink.abort()
@@ -600,7 +603,7 @@ def test_existing_store_is_kept_unless_overwritten(tmp_path: Path) -> None:
 def test_unfinished_store_of_a_killed_run(tmp_path: Path) -> None:
     path = tmp_path / "X.zarr"
     killed = written(ZarrSink(str(path), config()), moving(5))  # and never committed
-    killed._flush()
+    flush(killed)
     killed._target.let_go()  # as the system does for the dead
     with pytest.raises(OutputExistsError, match=r"unfinished store.*--resume.*--overwrite"):
         ZarrSink(str(path), config()).open(header(5))

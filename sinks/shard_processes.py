@@ -1,0 +1,246 @@
+"""From flows to full shards in processes of their own, so that a fast run keeps Python's lock to itself.
+
+    a GPU's steps -> memory that both sides see -> a full shard's place in it -> a process: compresses, writes -> names
+
+On a GPU a light network's run is bound by how often its few threads come by the lock, for which those that compress and
+write would queue as well. So the steps of a shard stay where the GPU has copied them until the shard is full; then one
+of the processes is told where they lie, and brings the shard's files to the disk under unfinished names. In this
+process a thread sleeps until that is done, and gives them their names.
+
+A process ends when its socket does, and so with whoever started it, however that ended. Meanwhile it holds the same
+claim on the unfinished store. Ctrl-C reaches it by what this process makes of it, not by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+from flowreel.engine.errors import FlowreelError, OutputWriteError
+from flowreel.sinks.shared_memory import SharedMemory, SharedView
+from flowreel.sinks.store_layout import COORDINATES
+from flowreel.sinks.store_target import LocalTarget
+from flowreel.sinks.store_writer import StoreWriter, shard_files
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from flowreel.sinks.codecs import FlowCodec
+    from flowreel.sinks.shards import Times
+
+THREADS = 2  # of a process: one alone leaves a shard's steps in memory for long, more wait for each other's blocks
+MOST_PROCESSES = 8  # each has a shard's steps in memory
+MOST_SHARD_BYTES = 128 << 20  # of steps; a larger one would wait in memory for too long
+GRACE_S = 30.0  # to finish a shard nobody waits for any more, before a process is killed
+_CODE = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from flowreel.sinks.shard_processes import serve; serve(*map(int, sys.argv[2:]))"
+)
+
+
+class Setting(NamedTuple):
+    """What is the same for all shards of a store."""
+
+    path: str  # of the finished store
+    codec: FlowCodec
+    shard_length: int
+
+
+class Request(NamedTuple):
+    """A shard to be made."""
+
+    number: int
+    places: list[tuple[int, int]]  # in the shared memory, and how many flows lie there one after another
+    times: Times
+
+
+def are_possible(codec: FlowCodec, shard_length: int) -> bool:
+    """Whether shards of such flows may be made in processes of their own, on this system."""
+    system = sys.platform == "linux" and bool(sys.executable) and not getattr(sys, "frozen", False)
+    return system and codec.shuffles and shard_length * codec.flow_bytes <= MOST_SHARD_BYTES
+
+
+def how_many(workers: int) -> int:
+    """Processes for a machine that has cores for so many threads."""
+    return min(MOST_PROCESSES, max(1, workers // THREADS))
+
+
+class ShardsInProcesses:
+    """See ``Shards``."""
+
+    def __init__(self, files: StoreWriter, target: LocalTarget, setting: Setting, count: int, processes: int) -> None:
+        """count: flows that are there already. Raises OSError where the system gives no process or memory."""
+        self.count = count
+        self.memory = SharedMemory()
+        self._files = files
+        self._setting = setting
+        self._steps: list[npt.NDArray[Any]] = []  # of the shard that is filling up
+        self._times: dict[str, list[Any]] = {name: [] for name in COORDINATES}  # of the same
+        self._all: list[_Process] = []
+        self._idle: SimpleQueue[_Process] = SimpleQueue()
+        try:
+            for _ in range(processes):
+                self._all.append(_Process(setting, self.memory.descriptor, target.held))
+                self._idle.put(self._all[-1])
+        except BaseException:
+            self.close()
+            raise
+
+    def add_steps(self, steps: npt.NDArray[np.uint8], times: Times) -> None:
+        length, first = self._setting.shard_length, 0
+        while first < len(steps):
+            part = slice(first, first + length - self.count % length)  # in one shard: mostly, all of it
+            first = part.stop
+            self._gather(steps[part])
+            for name, values in times.items():
+                self._times[name].extend(values[part])
+            if self.count % length == 0:
+                self._is_full()
+
+    def _gather(self, steps: npt.NDArray[np.uint8]) -> None:
+        if not self.memory.holds(steps):  # no GPU has copied it there
+            there = self.memory.take(steps.nbytes).reshape(steps.shape)
+            there[:] = steps
+            steps = there
+        self._steps.append(steps)
+        self.count += len(steps)
+
+    def finish(self) -> None:
+        if self._steps:
+            self._is_full()
+
+    def stop(self) -> None:
+        self._steps = []
+
+    def close(self) -> None:
+        for process in self._all:
+            process.let_go()  # all of them, before the first is waited for
+        for process in self._all:
+            process.wait()
+        self._steps = []
+        self.memory.close()
+
+    def _is_full(self) -> None:
+        """Hands the waiting flows over."""
+        steps, times = self._steps, self._times
+        self._steps, self._times = [], {name: [] for name in COORDINATES}
+        number, nbytes = (self.count - 1) // self._setting.shard_length, sum(part.nbytes for part in steps)
+        self._files.submit_made(number, len(times["frame"]), times, partial(self._made, number, steps, times), nbytes)
+
+    def _made(self, number: int, steps: list[npt.NDArray[Any]], times: Times) -> tuple[list[str], int]:
+        """The shard's files by their keys, prepared, and their bytes."""
+        places = [(self.memory.place_of(part), len(part)) for part in steps]
+        process = self._idle.get()  # as many calls at once as there are processes
+        try:
+            return process.make(Request(number, places, times), steps.clear)
+        finally:
+            self._idle.put(process)
+
+
+class _Process:
+    """One of them, as seen from here."""
+
+    def __init__(self, setting: Setting, memory: int, held: Sequence[int]) -> None:
+        self._name = setting.path
+        ours, theirs = socket.socketpair()
+        with theirs:
+            paths = json.dumps([path for path in sys.path if isinstance(path, str)])
+            numbers = [str(number) for number in (theirs.fileno(), memory)]
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _CODE, paths, *numbers],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), memory, *held),
+                start_new_session=True,  # where a terminal's Ctrl-C does not reach it
+            )
+        self._socket = ours
+        self._stream: BinaryIO = ours.makefile("rwb")  # type: ignore[assignment]  # unbuffered it would be raw
+        self._send(setting)
+
+    def make(self, request: Request, compressed: Any) -> tuple[list[str], int]:
+        """Calls ``compressed`` when the steps are not needed any more."""
+        try:
+            self._send(request)
+            self._answer()
+            compressed()
+            made: tuple[list[str], int] = self._answer()
+        except (EOFError, OSError, pickle.UnpicklingError) as error:
+            if isinstance(error, FlowreelError):
+                raise
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(GRACE_S)
+            raise OutputWriteError(
+                f"cannot write {self._name}: the process that made shard {request.number} ended early "
+                f"(exit code {self._process.returncode})"
+            ) from error
+        return made
+
+    def let_go(self) -> None:
+        """It ends when it has done what it does."""
+        with suppress(OSError):
+            self._stream.close()
+        self._socket.close()
+
+    def wait(self) -> None:
+        try:
+            self._process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _send(self, what: object) -> None:
+        pickle.dump(what, self._stream)
+        self._stream.flush()
+
+    def _answer(self) -> Any:
+        answer = pickle.load(self._stream)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+
+# --- the other side ---------------------------------------------------------------------------------------------------
+
+
+def serve(connection: int, memory: int) -> None:
+    """The life of such a process: makes shards as they are asked for, until nobody can ask any more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with socket.socket(fileno=connection) as ours, ours.makefile("rwb") as stream, suppress(EOFError, OSError):
+        setting: Setting = pickle.load(stream)
+        view, target = SharedView(memory), LocalTarget(setting.path)
+        while True:
+            request: Request = pickle.load(stream)
+            try:
+                chunks = []
+                for place, count in request.places:
+                    steps = view.at(place, count * setting.codec.flow_bytes).reshape(count, -1)
+                    chunks += setting.codec.encode_prepared(steps, THREADS)
+                _tell(None, stream)
+                files = shard_files(request.number, setting.shard_length, chunks, request.times)
+                answer: object = list(files), target.prepare(files)
+            except Exception as error:
+                answer = _as_sent(error)
+            _tell(answer, stream)
+
+
+def _tell(what: object, stream: Any) -> None:
+    pickle.dump(what, stream)
+    stream.flush()
+
+
+def _as_sent(error: Exception) -> Exception:
+    """The error itself where it goes through a pickle, else what it says."""
+    try:
+        return pickle.loads(pickle.dumps(error))  # type: ignore[no-any-return]
+    except Exception:
+        return OutputWriteError(f"{type(error).__name__}: {error}")

@@ -1,0 +1,65 @@
+"""Memory that other processes see as well: one file without a name, of which each buffer is a part."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Bytes = npt.NDArray[np.uint8]
+
+
+class SharedMemory:
+    """Grows by a buffer at a time; all of it goes with the last process that has its descriptor or a buffer.
+
+    A process that inherits ``descriptor`` finds a buffer there by its place. Linux alone has such files.
+    """
+
+    def __init__(self) -> None:
+        self.descriptor = os.memfd_create("flowreel", os.MFD_CLOEXEC)
+        self._size = 0
+        self._places: dict[int, int] = {}  # by the address of a buffer, where in the file it begins
+
+    def take(self, nbytes: int) -> Bytes:
+        """A new buffer, (nbytes,) uint8, that begins with a page. It stays as long as the array is held."""
+        place, size = self._size, -(-max(nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+        os.ftruncate(self.descriptor, place + size)
+        self._size += size
+        buffer = np.frombuffer(mmap.mmap(self.descriptor, size, offset=place), np.uint8)[:nbytes]
+        self._places[buffer.ctypes.data] = place
+        return buffer
+
+    def holds(self, array: npt.NDArray[np.generic]) -> bool:
+        """Whether a buffer begins with this array."""
+        return array.ctypes.data in self._places
+
+    def place_of(self, array: npt.NDArray[np.generic]) -> int:
+        """Where in the file the buffer lies that begins with this array. Raises KeyError where none does."""
+        return self._places[array.ctypes.data]
+
+    def close(self) -> None:
+        """No more buffers; those that were taken stay."""
+        self._places.clear()
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+
+class SharedView:
+    """The same memory in a process that has inherited its descriptor."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._whole: Bytes = np.empty(0, np.uint8)
+
+    def at(self, place: int, nbytes: int) -> Bytes:
+        """(nbytes,) uint8 of a buffer, to be read."""
+        if place + nbytes > self._whole.size:  # it has grown
+            size = os.fstat(self._descriptor).st_size
+            self._whole = np.frombuffer(mmap.mmap(self._descriptor, size, prot=mmap.PROT_READ), np.uint8)
+        return self._whole[place : place + nbytes]

@@ -1,0 +1,14 @@
+"""Waiting for what a sink does on threads of its own."""
+
+from __future__ import annotations
+
+from flowreel.sinks.shards import ShardsInThreads
+from flowreel.sinks.zarr_store import ZarrSink
+
+
+def flush(sink: ZarrSink) -> None:
+    """Until every flow is compressed and every full shard on the disk."""
+    assert isinstance(sink._shards, ShardsInThreads)
+    assert sink._files is not None
+    sink._shards.drain()
+    sink._files.flush()
