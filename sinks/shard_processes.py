@@ -1,6 +1,6 @@
 """From flows to full shards in processes of their own, so that a fast run keeps Python's lock to itself.
 
-    a GPU's steps -> memory that both sides see -> a full shard's place in it -> a process: compresses, writes -> names
+    a GPU's steps -> memory that both sides see -> a full shard's place in it -> a process (``shard_maker.py``) -> names
 
 On a GPU a light network's run is bound by how often its few threads come by the lock, for which those that compress and
 write would queue as well. So the steps of a shard stay where the GPU has copied them until the shard is full; then one
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import signal
 import socket
 import subprocess
 import sys
@@ -23,13 +22,15 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import torch
 
 from flowreel.engine.errors import FlowreelError, OutputWriteError
-from flowreel.sinks.shared_memory import SharedMemory, SharedView
+from flowreel.engine.pinned import PinnedRing
+from flowreel.sinks.shard_maker import THREADS, Request, Setting
+from flowreel.sinks.shared_memory import SharedMemory
 from flowreel.sinks.store_layout import COORDINATES
-from flowreel.sinks.store_target import LocalTarget
-from flowreel.sinks.store_writer import StoreWriter, shard_files
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,31 +38,16 @@ if TYPE_CHECKING:
 
     from flowreel.sinks.codecs import FlowCodec
     from flowreel.sinks.shards import Times
+    from flowreel.sinks.store_target import LocalTarget
+    from flowreel.sinks.store_writer import StoreWriter
 
-THREADS = 2  # of a process: one alone leaves a shard's steps in memory for long, more wait for each other's blocks
 MOST_PROCESSES = 8  # each has a shard's steps in memory
 MOST_SHARD_BYTES = 128 << 20  # of steps; a larger one would wait in memory for too long
 GRACE_S = 30.0  # to finish a shard nobody waits for any more, before a process is killed
 _CODE = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from flowreel.sinks.shard_processes import serve; serve(*map(int, sys.argv[2:]))"
+    "from flowreel.sinks.shard_maker import serve; serve(*map(int, sys.argv[2:]))"
 )
-
-
-class Setting(NamedTuple):
-    """What is the same for all shards of a store."""
-
-    path: str  # of the finished store
-    codec: FlowCodec
-    shard_length: int
-
-
-class Request(NamedTuple):
-    """A shard to be made."""
-
-    number: int
-    places: list[tuple[int, int]]  # in the shared memory, and how many flows lie there one after another
-    times: Times
 
 
 def are_possible(codec: FlowCodec, shard_length: int) -> bool:
@@ -86,6 +72,7 @@ class ShardsInProcesses:
         self._setting = setting
         self._steps: list[npt.NDArray[Any]] = []  # of the shard that is filling up
         self._times: dict[str, list[Any]] = {name: [] for name in COORDINATES}  # of the same
+        self._ring = PinnedRing(lambda nbytes: torch.from_numpy(self.memory.take(nbytes)))  # though nobody pins it
         self._all: list[_Process] = []
         self._idle: SimpleQueue[_Process] = SimpleQueue()
         try:
@@ -109,9 +96,8 @@ class ShardsInProcesses:
 
     def _gather(self, steps: npt.NDArray[np.uint8]) -> None:
         if not self.memory.holds(steps):  # no GPU has copied it there
-            there = self.memory.take(steps.nbytes).reshape(steps.shape)
-            there[:] = steps
-            steps = there
+            there = torch.from_numpy(steps)
+            steps = self._ring.take(there).copy_(there).numpy()
         self._steps.append(steps)
         self.count += len(steps)
 
@@ -207,40 +193,3 @@ class _Process:
         if isinstance(answer, BaseException):
             raise answer
         return answer
-
-
-# --- the other side ---------------------------------------------------------------------------------------------------
-
-
-def serve(connection: int, memory: int) -> None:
-    """The life of such a process: makes shards as they are asked for, until nobody can ask any more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with socket.socket(fileno=connection) as ours, ours.makefile("rwb") as stream, suppress(EOFError, OSError):
-        setting: Setting = pickle.load(stream)
-        view, target = SharedView(memory), LocalTarget(setting.path)
-        while True:
-            request: Request = pickle.load(stream)
-            try:
-                chunks = []
-                for place, count in request.places:
-                    steps = view.at(place, count * setting.codec.flow_bytes).reshape(count, -1)
-                    chunks += setting.codec.encode_prepared(steps, THREADS)
-                _tell(None, stream)
-                files = shard_files(request.number, setting.shard_length, chunks, request.times)
-                answer: object = list(files), target.prepare(files)
-            except Exception as error:
-                answer = _as_sent(error)
-            _tell(answer, stream)
-
-
-def _tell(what: object, stream: Any) -> None:
-    pickle.dump(what, stream)
-    stream.flush()
-
-
-def _as_sent(error: Exception) -> Exception:
-    """The error itself where it goes through a pickle, else what it says."""
-    try:
-        return pickle.loads(pickle.dumps(error))  # type: ignore[no-any-return]
-    except Exception:
-        return OutputWriteError(f"{type(error).__name__}: {error}")

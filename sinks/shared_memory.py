@@ -55,11 +55,13 @@ class SharedView:
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
-        self._whole: Bytes = np.empty(0, np.uint8)
+        self._buffers: dict[int, Bytes] = {}  # by where they begin, as far as anybody has asked
 
     def at(self, place: int, nbytes: int) -> Bytes:
-        """(nbytes,) uint8 of a buffer, to be read."""
-        if place + nbytes > self._whole.size:  # it has grown
-            size = os.fstat(self._descriptor).st_size
-            self._whole = np.frombuffer(mmap.mmap(self._descriptor, size, prot=mmap.PROT_READ), np.uint8)
-        return self._whole[place : place + nbytes]
+        """(nbytes,) uint8, to be read: the beginning of the buffer at that place."""
+        buffer = self._buffers.get(place)
+        if buffer is None or buffer.size < nbytes:
+            flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)  # not page by page, when each is first touched
+            mapped = mmap.mmap(self._descriptor, nbytes, flags=flags, prot=mmap.PROT_READ, offset=place)
+            buffer = self._buffers[place] = np.frombuffer(mapped, np.uint8)
+        return buffer[:nbytes]

@@ -31,6 +31,7 @@ from flowreel.kernels.quantise import Quantised, quantise
 from flowreel.sinks import blosc, publish, shard_processes
 from flowreel.sinks.codecs import flow_codec
 from flowreel.sinks.parallel import encode_workers, shared_out
+from flowreel.sinks.shard_maker import Setting
 from flowreel.sinks.shard_processes import ShardsInProcesses
 from flowreel.sinks.shards import ShardsInThreads
 from flowreel.sinks.store_checksums import COVERED
@@ -200,7 +201,7 @@ class ZarrSink:
             processes = shard_processes.how_many(workers)
             most_bytes = processes * self._shard_length * self._codec.flow_bytes
             self._files = StoreWriter(self._target, metadata, self._shard_length, processes, most_bytes)
-            setting = shard_processes.Setting(self.path, self._codec, self._shard_length)
+            setting = Setting(self.path, self._codec, self._shard_length)
             with suppress(OSError):  # no process may be had, or no memory: threads do as well
                 self._shards = ShardsInProcesses(self._files, self._target, setting, self._taken, processes)
                 return
@@ -246,7 +247,8 @@ class ZarrSink:
         for frame, unknown, beyond_range, worst in zip(map(int, prepared.frame), *told, strict=True):
             with concerning(frame):
                 self._codec.require_bound(worst)
-            self._note_invalid(unknown, beyond_range, frame)
+            if unknown or beyond_range:
+                self._note_invalid(unknown, beyond_range, frame)
         times = self._times_of_next(prepared, prepared.index, slice(len(prepared)))
         self._require_shards().add_steps(prepared.steps.numpy(), times)
 
@@ -322,7 +324,7 @@ class ZarrSink:
         self._require_open().check()  # what went wrong with a shard is heard with the next flow, not shards later
         if index != self._taken:
             raise ValueError(f"flows arrive in order: expected number {self._taken}, got {index}")
-        times = {name: list(getattr(batch, name)[part]) for name in COORDINATES}
+        times = {name: getattr(batch, name)[part].tolist() for name in COORDINATES}
         self._taken += len(times["frame"])
         return times
 
