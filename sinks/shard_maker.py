@@ -36,6 +36,7 @@ class Setting(NamedTuple):
 class Request(NamedTuple):
     """A shard to be made."""
 
+    setting: Setting
     number: int
     places: list[tuple[int, int]]  # in the shared memory, and how many flows lie there one after another
     times: Mapping[str, Sequence[Any]]  # by the names of ``COORDINATES``
@@ -49,10 +50,10 @@ def serve(connection: int, memory: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with socket.socket(fileno=connection) as ours, ours.makefile("rwb") as stream, suppress(EOFError, OSError):
-        setting: Setting = pickle.load(stream)
-        view, target = SharedView(memory), LocalTarget(setting.path)
+        view = SharedView(memory)
         while True:
             request: Request = pickle.load(stream)
+            setting = request.setting
             try:
                 chunks = []
                 for place, count in request.places:
@@ -60,7 +61,7 @@ def serve(connection: int, memory: int) -> None:
                     chunks += setting.codec.encode_prepared(steps, THREADS)
                 _tell(None, stream)
                 files = shard_files(request.number, setting.shard_length, chunks, request.times)
-                answer: object = list(files), target.prepare(files)
+                answer: object = list(files), LocalTarget(setting.path).prepare(files)
             except Exception as error:
                 answer = _as_sent(error)
             _tell(answer, stream)

@@ -19,7 +19,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -77,7 +77,7 @@ class ShardsInProcesses:
         self._idle: SimpleQueue[_Process] = SimpleQueue()
         try:
             for _ in range(processes):
-                self._all.append(_Process(setting, self.memory.descriptor, target.held))
+                self._all.append(_Process(target.name, self.memory.descriptor, target.held))
                 self._idle.put(self._all[-1])
         except BaseException:
             self.close()
@@ -128,7 +128,7 @@ class ShardsInProcesses:
         places = [(self.memory.place_of(part), len(part)) for part in steps]
         process = self._idle.get()  # as many calls at once as there are processes
         try:
-            return process.make(Request(number, places, times), steps.clear)
+            return process.make(Request(self._setting, number, places, times), steps.clear)
         finally:
             self._idle.put(process)
 
@@ -136,10 +136,12 @@ class ShardsInProcesses:
 class _Process:
     """One of them, as seen from here."""
 
-    def __init__(self, setting: Setting, memory: int, held: Sequence[int]) -> None:
-        self._name = setting.path
+    def __init__(self, name: str, memory: int, held: Sequence[int]) -> None:
+        """name: of the store. held: descriptors that it is to keep open."""
+        self._name = name
         ours, theirs = socket.socketpair()
-        with theirs:
+        with theirs, ExitStack() as undone:
+            undone.callback(ours.close)
             paths = json.dumps([path for path in sys.path if isinstance(path, str)])
             numbers = [str(number) for number in (theirs.fileno(), memory)]
             self._process = subprocess.Popen(
@@ -149,9 +151,9 @@ class _Process:
                 pass_fds=(theirs.fileno(), memory, *held),
                 start_new_session=True,  # where a terminal's Ctrl-C does not reach it
             )
+            undone.pop_all()
         self._socket = ours
         self._stream: BinaryIO = ours.makefile("rwb")  # type: ignore[assignment]  # unbuffered it would be raw
-        self._send(setting)
 
     def make(self, request: Request, compressed: Any) -> tuple[list[str], int]:
         """Calls ``compressed`` when the steps are not needed any more."""

@@ -1,0 +1,247 @@
+"""Shards made by other processes: what can go wrong between two of them, and that none stays behind."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flowreel.engine.config import SinkConfig
+from flowreel.engine.data import FlowBatch, FlowInfo, KeepsMemory, SourceId
+from flowreel.engine.errors import OutputWriteError, frame_of
+from flowreel.sinks import open_store, shard_processes
+from flowreel.sinks.codecs import FlowCodec, flow_codec
+from flowreel.sinks.shard_maker import _as_sent
+from flowreel.sinks.shard_processes import MOST_PROCESSES, ShardsInProcesses
+from flowreel.sinks.shared_memory import SharedMemory, SharedView
+from flowreel.sinks.zarr_store import ZarrSink
+
+H, W, SHARD = 12, 20, 4
+INFO = FlowInfo(H, W, frame_rate=None, frame_count=None, source=SourceId("test"), device="cuda:0", batch=2)
+CONFIG = SinkConfig(shard_bytes=SHARD * 8 * H * W)
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has memory without a name")
+
+
+def batches(count: int, size: int = 2, first: int = 0) -> Iterator[FlowBatch]:
+    flow = 5 * torch.randn(count, 2, H, W, generator=torch.Generator().manual_seed(count))
+    for index in range(first, count, size):
+        frames = np.arange(index, min(index + size, count))
+        yield FlowBatch(flow[index : index + size], index, frames, frames + 1, frames / 50, frames / 50 + 0.02)
+
+
+def opened(path: Path, config: SinkConfig = CONFIG) -> tuple[ZarrSink, ShardsInProcesses]:
+    sink = ZarrSink(str(path), config)
+    sink.open(INFO)
+    assert isinstance(sink._shards, ShardsInProcesses)
+    return sink, sink._shards
+
+
+def stored(path: Path, count: int) -> None:
+    """The flows are there, each within the bound."""
+    store = open_store(path)
+    assert store.complete
+    wanted = torch.cat([batch.flow for batch in batches(count)]).numpy()
+    assert np.abs(store[:] - wanted).max() <= CONFIG.max_error
+    assert store.timestamps_s.tolist() == (np.arange(count) / 50).tolist()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 11])
+def test_batches_of_any_size(tmp_path: Path, size: int) -> None:
+    sink, shards = opened(tmp_path / "x.zarr")
+    for batch in batches(11, size):
+        sink.write(batch)  # the sink makes steps of them itself
+    sink.commit()
+    stored(tmp_path / "x.zarr", 11)
+    assert {process._process.returncode for process in shards._all} == {0}
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(shards.memory.descriptor)
+
+
+def test_going_on_with_what_an_earlier_run_left(tmp_path: Path) -> None:
+    sink, _ = opened(tmp_path / "x.zarr")
+    for batch in batches(10):
+        sink.write(batch)
+    assert "holds 8 flows" in str(sink.abort())
+    sink = ZarrSink(str(tmp_path / "x.zarr"), replace(CONFIG, resume=True))
+    point = sink.resume_point()
+    assert point is not None
+    assert point.flows == SHARD  # how many flows there are to be is not known: the last shard is made again
+    sink.open(INFO)
+    for batch in batches(11, first=point.flows):
+        sink.write(batch)
+    sink.commit()
+    assert len(open_store(tmp_path / "x.zarr")) == 11
+
+
+def test_no_more_memory_than_what_is_under_way(tmp_path: Path) -> None:
+    """Of a long run, whoever made the steps."""
+    sink, shards = opened(tmp_path / "x.zarr")
+    for batch in batches(400):
+        sink.write(batch)
+    sink.commit()
+    most = (len(shards._all) + 1) * SHARD // 2 + 1  # buffers: of each shard on its way, and of the one that fills up
+    assert shards._ring.buffers <= most
+
+
+def test_a_process_that_is_killed_is_an_error_that_names_its_shard(tmp_path: Path) -> None:
+    sink, shards = opened(tmp_path / "x.zarr")
+    for process in shards._all:
+        os.kill(process._process.pid, signal.SIGKILL)
+        process._process.wait()
+    for batch in batches(SHARD):
+        sink.write(batch)
+    with pytest.raises(OutputWriteError, match=r"x\.zarr: .*made shard 0 ended early \(exit code -9\)") as caught:
+        sink.commit()
+    assert frame_of(caught.value, None) == 0
+    sink.abort()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_disk_that_is_full_is_told_as_by_this_process(tmp_path: Path) -> None:
+    sink, _ = opened(tmp_path / "x.zarr")
+    folder = tmp_path / "x.zarr.partial" / "flow" / "c" / "1"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.write_bytes(b"")  # where the second shard's folder is to be
+    with pytest.raises(OutputWriteError, match=r"cannot write .*x\.zarr: Not a directory") as caught:
+        _write_all(sink, 3 * SHARD)
+    assert (caught.value.errno or errno.ENOTDIR, frame_of(caught.value, None)) == (errno.ENOTDIR, SHARD)
+    assert "holds 4 flows" in str(sink.abort())  # the first, and no hole
+    assert len(list((tmp_path / "x.zarr.partial" / "flow" / "c").glob("*/0/0/0"))) == 1
+
+
+def _write_all(sink: ZarrSink, count: int) -> None:
+    for batch in batches(count):
+        sink.write(batch)
+    sink.commit()
+
+
+def test_none_stays_behind_when_nothing_comes(tmp_path: Path) -> None:
+    sink, shards = opened(tmp_path / "x.zarr")
+    sink.abort()
+    assert {process._process.returncode for process in shards._all} == {0}
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_run_that_is_killed_takes_them_along_and_its_claim_as_well(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; from pathlib import Path; from tests.sinks.test_shard_processes import *\n"
+        "sink, shards = opened(Path(sys.argv[1]) / 'x.zarr')\n"
+        "for batch in batches(10): sink.write(batch)\n"
+        "sink._files.flush(); print(*(process._process.pid for process in shards._all), flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    root = Path(__file__).parents[2]
+    run = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], cwd=root, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    for pid in map(int, run.stdout.split()):
+        for _ in range(600):
+            if not _runs(pid):
+                break
+            signal.sigtimedwait([], 0.1)
+        assert not _runs(pid)
+    sink = ZarrSink(str(tmp_path / "x.zarr"), replace(CONFIG, resume=True))
+    point = sink.resume_point()  # nobody holds it any more
+    assert point is not None
+    assert point.flows == SHARD
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:1]
+    except OSError:
+        return False
+
+
+def test_ctrl_c_in_a_terminal_does_not_reach_them(tmp_path: Path) -> None:
+    sink, shards = opened(tmp_path / "x.zarr")
+    for process in shards._all:
+        assert os.getpgid(process._process.pid) != os.getpgid(0)
+    for batch in batches(SHARD):
+        sink.write(batch)
+    assert sink._files is not None
+    sink._files.flush()  # they are up by now
+    for process in shards._all:
+        os.kill(process._process.pid, signal.SIGINT)
+    for batch in batches(3 * SHARD, first=SHARD):
+        sink.write(batch)
+    sink.commit()
+    assert len(open_store(tmp_path / "x.zarr")) == 3 * SHARD
+
+
+def test_threads_do_it_where_no_process_may_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*arguments: Any, **options: Any) -> Any:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", refused)
+    sink = ZarrSink(str(tmp_path / "x.zarr"), CONFIG)
+    sink.open(INFO)
+    assert not isinstance(sink._shards, ShardsInProcesses)
+    assert isinstance(sink, KeepsMemory)
+    assert sink.memory is None
+    for batch in batches(11):
+        sink.write(batch)
+    sink.commit()
+    stored(tmp_path / "x.zarr", 11)
+
+
+def test_where_they_are_possible(monkeypatch: pytest.MonkeyPatch) -> None:
+    def codec(**changes: Any) -> FlowCodec:
+        return flow_codec(1080, 1920, replace(SinkConfig(), **changes))
+
+    assert shard_processes.are_possible(codec(), 8)
+    assert not shard_processes.are_possible(codec(), 17)  # 141 MB would wait in memory, and so for each of them
+    assert not shard_processes.are_possible(codec(codec="pcodec"), 8)
+    assert not shard_processes.are_possible(codec(max_error=0.0), 4)
+    for name, value in (("platform", "win32"), ("executable", ""), ("executable", None)):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, name, value)
+            assert not shard_processes.are_possible(codec(), 8)
+    monkeypatch.setattr(sys, "frozen", True, raising=False)  # the executable is a program of its own
+    assert not shard_processes.are_possible(codec(), 8)
+    assert [shard_processes.how_many(workers) for workers in (1, 2, 4, 15, 100)] == [1, 1, 2, 7, MOST_PROCESSES]
+
+
+def test_they_import_no_torch() -> None:
+    code = "import sys, flowreel.sinks.shard_maker; assert not {'torch', 'zarr', 'av'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_what_does_not_go_through_a_pickle_is_told_in_words() -> None:
+    class OwnError(Exception):
+        def __init__(self, one: int, other: int) -> None:
+            super().__init__(f"{one} of {other}")
+
+    told = _as_sent(OwnError(1, 2))
+    assert str(told) == "OwnError: 1 of 2"
+    kept = pickle.loads(pickle.dumps(_as_sent(OSError(errno.EIO, "no more"))))
+    assert (type(kept), kept.errno) == (OSError, errno.EIO)
+
+
+def test_buffers_are_seen_where_they_were_taken() -> None:
+    memory = SharedMemory()
+    view = SharedView(memory.descriptor)
+    buffers = [memory.take(size) for size in (1, 5000, 4096, 0, 7)]
+    for number, buffer in enumerate(buffers):
+        buffer[:] = number
+        assert memory.holds(buffer)
+        assert (view.at(memory.place_of(buffer), buffer.size) == number).all()
+    buffers[1][:] = 9
+    assert (view.at(memory.place_of(buffers[1]), 5000) == 9).all()  # and not as it was
+    assert not memory.holds(np.zeros(7, np.uint8))
+    memory.close()
+    memory.close()
+    assert (buffers[1] == 9).all()  # stays
