@@ -43,11 +43,17 @@ if TYPE_CHECKING:
 
 MOST_PROCESSES = 8  # each has a shard's steps in memory
 MOST_SHARD_BYTES = 128 << 20  # of steps; a larger one would wait in memory for too long
+FEW_SHARDS = 4  # which threads have made by the time a process is up
 GRACE_S = 30.0  # to finish a shard nobody waits for any more, before a process is killed
 _CODE = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from flowreel.sinks.shard_maker import serve; serve(*map(int, sys.argv[2:]))"
 )
+
+
+def are_worth_it(shards: float) -> bool:
+    """Whether so many, infinity where nobody knows, take longer than to start and to end processes for them."""
+    return shards > FEW_SHARDS
 
 
 def are_possible(codec: FlowCodec, shard_length: int) -> bool:

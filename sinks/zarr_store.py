@@ -17,6 +17,7 @@ full shard. Batches never cross shards: the resumed run computes the very batche
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -177,7 +178,7 @@ class ZarrSink:
                 length = max(info.flow_count or 0, self._taken)
                 self._announced = "" if info.flow_count is None else f" of {info.flow_count}"
                 metadata = store_metadata(info, self._config, self._codec, self._shard_length, length)
-                self._start(metadata, encode_workers(info.device), on_gpu=info.device not in (None, "cpu"))
+                self._start(info, metadata)
                 self._require_open().start(places_in_frame(info))
             except BaseException:
                 self.abort()
@@ -195,9 +196,12 @@ class ZarrSink:
         self._drop_from(point.flows // self._shard_length)
         self._taken = point.flows
 
-    def _start(self, metadata: dict[str, dict[str, Any]], workers: int, *, on_gpu: bool) -> None:
+    def _start(self, info: FlowInfo, metadata: dict[str, dict[str, Any]]) -> None:
         """Whoever compresses and writes. Flow that is on a GPU comes by ``take``."""
-        if on_gpu and shard_processes.are_possible(self._codec, self._shard_length):
+        workers, on_gpu = encode_workers(info.device), info.device not in (None, "cpu")
+        shards = math.inf if info.flow_count is None else (info.flow_count - self._taken) / self._shard_length
+        possible = shard_processes.are_possible(self._codec, self._shard_length)
+        if on_gpu and possible and shard_processes.are_worth_it(shards):
             processes = shard_processes.how_many(workers)
             most_bytes = processes * self._shard_length * self._codec.flow_bytes
             self._files = StoreWriter(self._target, metadata, self._shard_length, processes, most_bytes)

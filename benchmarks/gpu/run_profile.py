@@ -33,7 +33,7 @@ from flowreel.engine.config import RunConfig, SelectConfig
 from flowreel.engine.data import Source
 from flowreel.engine.inference import load_network
 from flowreel.engine.sources import open_source
-from flowreel.sinks import store_writer
+from flowreel.sinks import shard_processes
 
 PAIRS = 12 * 32  # twelve shards of 1024x436
 STORE_BYTES = 12 << 30  # two stores of LIGHT_PAIRS, as large as float32, and some room
@@ -121,7 +121,7 @@ def run(findings: Findings, settings: Settings) -> None:
         ("the flow dropped on the host", partial(timed, way=Chains.dropped_on_the_host)),
         ("to a store, PyAV", partial(timed, way=partial(Chains.to_store, decoder="pyav"))),
         (f"{LIGHT}, to a store", partial(timed, way=Chains.to_store, short=f"{LIGHT}, to a store", on=light)),
-        (f"{LIGHT}, to a store, one writer", partial(timed, way=with_one_writer, on=light)),
+        (f"{LIGHT}, to a store, shards made by threads", partial(timed, way=by_threads, on=light)),
         ("files of the store's folder", lambda _: _files(findings, light())),
         (f"{LIGHT}, the flow dropped", partial(timed, way=Chains.dropped, on=light)),
         (f"{LIGHT}, frames there, to a store", partial(timed, way=Chains.frames_there_to_store, on=light)),
@@ -142,13 +142,13 @@ def asking_sooner(chains: Chains) -> Ran:
         sys.setswitchinterval(before_s)
 
 
-def with_one_writer(chains: Chains) -> Ran:
-    """All of it, the shards written one after the other, as they were until commit 6f81ed3."""
-    before, store_writer.WRITERS = store_writer.WRITERS, 1
+def by_threads(chains: Chains) -> Ran:
+    """All of it, the shards made by threads of this process, as they are where processes are not to be had."""
+    before, shard_processes.are_possible = shard_processes.are_possible, lambda *_: False
     try:
         return chains.to_store()
     finally:
-        store_writer.WRITERS = before
+        shard_processes.are_possible = before
 
 
 def _files(findings: Findings, chains: Chains) -> None:

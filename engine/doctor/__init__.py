@@ -29,6 +29,7 @@ CHECKS = (
     Check("zarr", "cpu", "flow stores", packages.zarr, REINSTALL + "'zarr>=3.1'"),
     Check("blosc zstd", "cpu", "flow stores", packages.blosc, REINSTALL + "'numcodecs>=0.16.1'"),
     Check("pcodec", "cpu", "--codec pcodec", packages.pcodec, REINSTALL + "pcodec 'numcodecs>=0.16.1'"),
+    Check("zstandard", "cpu", "flow stores", packages.zstandard, REINSTALL + "zstandard"),
     Check("crc32c", "cpu", "flow stores", packages.crc32c, REINSTALL + "google-crc32c"),
     Check("CPU bf16", "extra", "a fast --precision bf16", machine.bf16, "nothing to do: stay with fp32 here"),
     Check("NVIDIA driver", "gpu", "--device cuda", gpu.driver, gpu.DRIVER),

@@ -90,6 +90,15 @@ def crc32c() -> Finding:
     return Finding("ok", version("google-crc32c"), slow)
 
 
+def zstandard() -> Finding:
+    import zstandard
+
+    blocks = zstandard.ZstdCompressor().multi_compress_to_buffer([bytes(1000), bytes(range(256))], threads=2)
+    back = [zstandard.ZstdDecompressor().decompress(block.tobytes()) for block in blocks]  # type: ignore[attr-defined]
+    expect(back == [bytes(1000), bytes(range(256))], "what was compressed does not come back")
+    return Finding("ok", zstandard.__version__)
+
+
 def _round_trip(codec: Any) -> None:
     import numpy as np
 

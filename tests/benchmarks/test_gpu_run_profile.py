@@ -22,10 +22,10 @@ from benchmarks.gpu.findings import Settings
 from benchmarks.gpu.profile import profiled
 from benchmarks.gpu.trace import Event
 from flowreel.engine import compiled, pipeline
+from flowreel.engine.config import SinkConfig
 from flowreel.engine.inference import Inference, Network
-from flowreel.sinks import store_writer
-from flowreel.sinks.parallel import CALLS_PER_WORKER
-from flowreel.sinks.store_target import LocalTarget
+from flowreel.sinks import shard_processes
+from flowreel.sinks.codecs import flow_codec
 from tests.fakes.cuda_streams import GPU, Card, LateCopies
 from tests.fakes.gpu_parts import Found
 
@@ -295,16 +295,14 @@ def test_the_lock_is_asked_for_as_before_afterwards() -> None:
     assert sys.getswitchinterval() == before_s
 
 
-def test_one_writer_is_as_many_as_it_says_and_others_come_back() -> None:
-    before, during = store_writer.WRITERS, []
+def test_shards_are_made_by_threads_for_as_long_as_it_says() -> None:
+    before, codec = shard_processes.are_possible, flow_codec(8, 8, SinkConfig())
 
-    def to_store() -> str:
-        writer = store_writer.StoreWriter(LocalTarget("x.zarr"), {"flow": {"shape": [0]}}, 1)
-        during.append(writer._behind._most_calls // CALLS_PER_WORKER)
-        return "ran"
+    def to_store() -> bool:
+        return shard_processes.are_possible(codec, 1)
 
-    assert run_profile.with_one_writer(SimpleNamespace(to_store=to_store)) == "ran"  # type: ignore[arg-type, comparison-overlap]
-    assert (during, store_writer.WRITERS) == ([1], before)
+    assert run_profile.by_threads(SimpleNamespace(to_store=to_store)) is False  # type: ignore[arg-type, comparison-overlap]
+    assert shard_processes.are_possible is before
 
 
 def test_time_that_a_quota_took_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

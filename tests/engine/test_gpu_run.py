@@ -25,7 +25,7 @@ from flowreel.engine.data import Frame
 from flowreel.engine.errors import StageError
 from flowreel.engine.inference import Inference, Made, Network
 from flowreel.engine.sources.synthetic import SyntheticSource
-from flowreel.sinks import VideoWriter
+from flowreel.sinks import VideoWriter, shard_processes
 from tests.fakes.cuda_streams import GPU, Card, LateCopies, Stream
 
 SOURCE = "synthetic:objects?size=100x70&frames=9"
@@ -212,14 +212,22 @@ def test_flow_alone_is_brought_once_for_all_outputs(late: LateCopies, tmp_path: 
     assert sum(late.brought) == 8 * 8 * PIXELS
 
 
-@pytest.mark.parametrize("pins", [True, False])
+@pytest.mark.parametrize("made_by", ["threads", "processes", "processes, not pinned"])
 @pytest.mark.parametrize("resolution", ["full", "native"])
 def test_a_store_brings_steps_alone_to_the_host_and_is_that_of_a_cpu(
-    resolution: str, pins: bool, late: LateCopies, on_cpu: Path, tmp_path: Path, tiny_weights: str
+    resolution: str,
+    made_by: str,
+    late: LateCopies,
+    on_cpu: Path,
+    tmp_path: Path,
+    tiny_weights: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """To where the processes see them that make its shards, whether or not CUDA pins such memory."""
-    late.card.runtime.refuses = not pins
+    monkeypatch.setattr(shard_processes, "FEW_SHARDS", 0 if "processes" in made_by else 100)
+    late.card.runtime.refuses = "not pinned" in made_by
     run(tmp_path, tiny_weights, "x.zarr", max_error=1 / 64, resolution=resolution)
+    assert (late.card.runtime.asked > 0) == ("processes" in made_by)
     assert late.card.runtime.pinned == {}  # any more
     stored: Any = zarr.open_group(tmp_path / "x.zarr", mode="r")["flow"]
     assert stored.dtype == np.int16

@@ -240,10 +240,12 @@ class Runtime:
 
     def __init__(self) -> None:
         self.pinned: dict[int, int] = {}  # bytes, by address
+        self.asked = 0  # how often
         self.refuses = False
 
     def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
         assert address not in self.pinned, "pinned already"
+        self.asked += 1
         if not self.refuses:
             self.pinned[address] = size
         return 2 if self.refuses else 0

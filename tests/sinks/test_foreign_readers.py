@@ -122,6 +122,22 @@ def test_values_are_ours(made: Open, reader: str, codec: Codec, kind: str) -> No
     assert np.isnan(store[1][:, 1, 2]).all()
 
 
+@pytest.mark.parametrize("size", [(6, 9), (301, 901)])  # a block of values that stay as they are; two, one of each kind
+@pytest.mark.parametrize("reader", READERS)
+def test_chunks_whose_bits_a_device_has_shuffled(tmp_path: Path, reader: str, size: tuple[int, int]) -> None:
+    flows = torch.empty(COUNT, 2, *size).uniform_(-20, 20, generator=torch.Generator().manual_seed(0))
+    flows[1] = flows[1].cumsum(-1) / 50  # the others are noise
+    sink = ZarrSink(str(tmp_path / "x.zarr"), SinkConfig(shard_bytes=2 * 8 * size[0] * size[1]))
+    sink.open(FlowInfo(*size, Fraction(25), COUNT + 1, SourceId("clip.mp4"), device="cuda:0"))
+    frame = np.arange(COUNT)
+    for steps in sink.prepare(iter([FlowBatch(flows, 0, frame, frame + 1, frame / 25, (frame + 1) / 25)])):
+        sink.take(steps)
+    sink.commit()
+    store = open_store(sink.path)
+    assert np.abs(store[:] - flows.numpy()).max() <= 1 / 64
+    assert same(pixels(READERS[reader](store, "flow"), store), store[:])
+
+
 @pytest.mark.parametrize("reader", READERS)
 def test_times_and_frames_are_ours(made: Open, reader: str) -> None:
     store = made("pcodec", "int16")  # their own codec is always blosc

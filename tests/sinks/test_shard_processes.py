@@ -198,6 +198,24 @@ def test_threads_do_it_where_no_process_may_be_had(tmp_path: Path, monkeypatch: 
     stored(tmp_path / "x.zarr", 11)
 
 
+@pytest.mark.parametrize(
+    ("flows", "there", "processes"), [(4 * SHARD, 0, False), (4 * SHARD + 1, 0, True), (16, 4, False)]
+)
+def test_threads_make_a_few_shards(tmp_path: Path, flows: int, there: int, processes: bool) -> None:
+    """Or what few a resumed run has left."""
+    path, info = tmp_path / "x.zarr", replace(INFO, frame_count=flows + 1)
+    if there:
+        sink = ZarrSink(str(path), CONFIG)
+        sink.open(info)
+        for batch in batches(there):
+            sink.write(batch)
+        sink.abort()
+    sink = ZarrSink(str(path), replace(CONFIG, resume=bool(there)))
+    sink.open(info)
+    assert isinstance(sink._shards, ShardsInProcesses) == processes
+    sink.abort()
+
+
 def test_where_they_are_possible(monkeypatch: pytest.MonkeyPatch) -> None:
     def codec(**changes: Any) -> FlowCodec:
         return flow_codec(1080, 1920, replace(SinkConfig(), **changes))

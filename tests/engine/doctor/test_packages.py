@@ -27,6 +27,7 @@ Fake = Callable[..., types.ModuleType]
         ("zarr", "zarr"),
         ("blosc zstd", "numcodecs"),
         ("pcodec", "pcodec"),
+        ("zstandard", "zstandard"),
         ("crc32c", "google_crc32c"),
         ("torch CUDA", "torch"),
         ("CuPy", "cupy"),
