@@ -49,7 +49,8 @@ def serve(connection: int, memory: int) -> None:
     bytes; or the error in place of either. Args: descriptors of the socket and of the shared memory.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with socket.socket(fileno=connection) as ours, ours.makefile("rwb") as stream, suppress(EOFError, OSError):
+    # Whoever asked may have gone by the time there is an answer: then this ends without a word, too.
+    with suppress(EOFError, OSError), socket.socket(fileno=connection) as ours, ours.makefile("rwb") as stream:
         view = SharedView(memory)
         while True:
             request: Request = pickle.load(stream)

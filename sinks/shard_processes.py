@@ -14,6 +14,7 @@ claim on the unfinished store. Ctrl-C reaches it by what this process makes of i
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import socket
 import subprocess
@@ -70,8 +71,19 @@ def how_many(workers: int) -> int:
 class ShardsInProcesses:
     """See ``Shards``."""
 
-    def __init__(self, files: StoreWriter, target: LocalTarget, setting: Setting, count: int, processes: int) -> None:
-        """count: flows that are there already. Raises OSError where the system gives no process or memory."""
+    def __init__(
+        self,
+        files: StoreWriter,
+        target: LocalTarget,
+        setting: Setting,
+        count: int,
+        processes: int,
+        shards: float = math.inf,
+    ) -> None:
+        """count: flows that are there already. shards: that will come, as far as anybody knows.
+
+        Raises OSError where the system gives no process or memory.
+        """
         self.count = count
         self.memory = SharedMemory()
         self._files = files
@@ -85,6 +97,8 @@ class ShardsInProcesses:
             for _ in range(processes):
                 self._all.append(_Process(target.name, self.memory.descriptor, target.held))
                 self._idle.put(self._all[-1])
+            at_once = min(processes + 1, math.ceil(shards) if shards < math.inf else processes + 1)
+            self.memory.reserve(at_once * setting.shard_length * setting.codec.flow_bytes)
         except BaseException:
             self.close()
             raise

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mmap
 import os
+from contextlib import suppress
+from threading import Event, Thread
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +14,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     Bytes = npt.NDArray[np.uint8]
+
+AT_ONCE = 16 << 20  # bytes that are asked of the system ahead of time, before it is seen whether to go on
 
 
 class SharedMemory:
@@ -22,14 +26,26 @@ class SharedMemory:
 
     def __init__(self) -> None:
         self.descriptor = os.memfd_create("flowreel", os.MFD_CLOEXEC)
-        self._size = 0
+        self._taken = self._size = 0  # bytes of the buffers, and of the file
         self._places: dict[int, int] = {}  # by the address of a buffer, where in the file it begins
+        self._closed = Event()
+        self._ahead: Thread | None = None
+
+    def reserve(self, nbytes: int) -> None:
+        """So much will be taken: the system is asked for it by a thread, before anybody waits for it.
+
+        A system finds and clears memory when it is first touched. That takes longer than to copy something there, in
+        some virtual machines ten times as long, and CUDA pins it meanwhile, for which all that use it wait.
+        """
+        self._grow(nbytes)
+        self._ahead = Thread(target=self._find, args=(nbytes,), name="memory", daemon=True)
+        self._ahead.start()
 
     def take(self, nbytes: int) -> Bytes:
         """A new buffer, (nbytes,) uint8, that begins with a page. It stays as long as the array is held."""
-        place, size = self._size, -(-max(nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
-        os.ftruncate(self.descriptor, place + size)
-        self._size += size
+        place, size = self._taken, -(-max(nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._grow(place + size)
+        self._taken += size
         buffer = np.frombuffer(mmap.mmap(self.descriptor, size, offset=place), np.uint8)[:nbytes]
         self._places[buffer.ctypes.data] = place
         return buffer
@@ -44,10 +60,25 @@ class SharedMemory:
 
     def close(self) -> None:
         """No more buffers; those that were taken stay."""
+        self._closed.set()
+        if self._ahead is not None:
+            self._ahead.join()  # else it might use the descriptor when that is another file's
         self._places.clear()
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
+
+    def _grow(self, size: int) -> None:
+        if size > self._size:
+            os.ftruncate(self.descriptor, size)
+            self._size = size
+
+    def _find(self, nbytes: int) -> None:
+        for place in range(0, nbytes, AT_ONCE):
+            if self._closed.is_set():
+                return
+            with suppress(OSError):  # there is too little: whoever touches it will hear of it
+                os.posix_fallocate(self.descriptor, place, min(AT_ONCE, nbytes - place))
 
 
 class SharedView:

@@ -207,7 +207,7 @@ class ZarrSink:
             self._files = StoreWriter(self._target, metadata, self._shard_length, processes, most_bytes)
             setting = Setting(self.path, self._codec, self._shard_length)
             with suppress(OSError):  # no process may be had, or no memory: threads do as well
-                self._shards = ShardsInProcesses(self._files, self._target, setting, self._taken, processes)
+                self._shards = ShardsInProcesses(self._files, self._target, setting, self._taken, processes, shards)
                 return
         self._files = StoreWriter(self._target, metadata, self._shard_length)
         workers, threads = shared_out(workers) if on_gpu and self._codec.shuffles else (workers, 1)

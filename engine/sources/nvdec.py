@@ -54,7 +54,6 @@ _SURFACES = {  # by subsampling, and whether they are of more than 8 bits: the n
     ("444", True): "YUV444_16Bit",
 }
 _BLOCK = 16  # pixels, the side of a macroblock
-ROOMS = 4  # pictures whose memory is asked for in one call, and free again when none of them is needed any more
 
 
 def why_not(probe: VideoProbe, device: str) -> FlowreelError | None:
@@ -143,7 +142,6 @@ class NvdecDecoder:
         self._say = say
         self._stream: WorkStream | None = None
         self._relieved = False  # the CPU has taken over
-        self._rooms: list[Tensor] = []  # for the next pictures
         self._checked = False  # whether a good surface has come
         layout = _layout(probe.pixel_format.name)
         assert layout is not None, "why_not() tells"
@@ -199,17 +197,10 @@ class NvdecDecoder:
         turn, (width, height) = self._probe.turn, self._probe.stored_size
         surface = from_dlpack(picture.__dlpack__(stream=self._stream.handle))  # its own stream: nothing to wait for
         size = (width, height) if turn.transpose else (height, width)
-        shown = self._room_for(size, surface.device)
+        shown = torch.empty((3, *size), dtype=torch.uint8, device=surface.device)
         self._to_rgb(surface, shown.transpose(1, 2) if turn.transpose else shown)
         mirrored = [dim for dim, asked in ((2, turn.flip_x), (1, turn.flip_y)) if asked]
         return shown.flip(mirrored) if mirrored else shown
-
-    def _room_for(self, size: tuple[int, int], device: torch.device) -> Tensor:
-        """(3, H, W) uint8 of any content. In a fast run a thread waits for Python's lock after each call to torch, so
-        one makes several."""
-        if not self._rooms:
-            self._rooms = list(torch.empty((ROOMS, 3, *size), dtype=torch.uint8, device=device).unbind())
-        return self._rooms.pop()
 
     def _planes(self, surface: Tensor) -> tuple[Tensor, Tensor]:
         """Luma and chroma of a surface, (rows of all planes, W), one below the other."""

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 from flowreel.engine.config import SinkConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, KeepsMemory, SourceId
 from flowreel.engine.errors import OutputWriteError, frame_of
-from flowreel.sinks import open_store, shard_processes
+from flowreel.sinks import open_store, shard_processes, shared_memory
 from flowreel.sinks.codecs import FlowCodec, flow_codec
 from flowreel.sinks.shard_maker import _as_sent
 from flowreel.sinks.shard_processes import MOST_PROCESSES, ShardsInProcesses
@@ -247,6 +248,45 @@ def test_what_does_not_go_through_a_pickle_is_told_in_words() -> None:
     assert str(told) == "OwnError: 1 of 2"
     kept = pickle.loads(pickle.dumps(_as_sent(OSError(errno.EIO, "no more"))))
     assert (type(kept), kept.errno) == (OSError, errno.EIO)
+
+
+@pytest.mark.parametrize("reserved", [0, 100, 5000, 1 << 20])
+def test_what_is_reserved_is_taken_first_and_more_may_be(reserved: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_memory, "AT_ONCE", 4096)
+    memory = SharedMemory()
+    memory.reserve(reserved)
+    buffers = [memory.take(4000) for _ in range(10)]
+    for number, buffer in enumerate(buffers):
+        buffer[:] = number
+    assert memory._ahead is not None
+    memory._ahead.join()
+    status = os.fstat(memory.descriptor)
+    assert status.st_size == max(reserved, 10 * 4096)
+    assert 512 * status.st_blocks == max(-(-reserved // 4096), 10) * 4096  # all of it is there
+    view = SharedView(memory.descriptor)
+    assert [int(view.at(memory.place_of(buffer), 4000)[-1]) for buffer in buffers] == list(range(10))
+    memory.close()
+
+
+def test_nothing_more_is_asked_for_once_it_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_memory, "AT_ONCE", 4096)
+    asked, may_go_on = [], Event()
+
+    def slow(descriptor: int, place: int, nbytes: int) -> None:
+        asked.append(place)
+        assert may_go_on.wait(60)
+        os.fstat(descriptor)  # still open
+
+    monkeypatch.setattr(os, "posix_fallocate", slow)
+    memory = SharedMemory()
+    memory.reserve(1 << 20)
+    closing = Thread(target=memory.close)
+    closing.start()
+    assert memory._closed.wait(60)
+    may_go_on.set()
+    closing.join()
+    assert len(asked) <= 1
+    assert memory.descriptor == -1
 
 
 def test_buffers_are_seen_where_they_were_taken() -> None:
