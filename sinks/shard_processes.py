@@ -19,16 +19,13 @@ import pickle
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-import torch
-
 from flowreel.engine.errors import FlowreelError, OutputWriteError
-from flowreel.engine.pinned import PinnedRing
 from flowreel.sinks.shard_maker import THREADS, Request, Setting
 from flowreel.sinks.shared_memory import SharedMemory
 from flowreel.sinks.store_layout import COORDINATES
@@ -90,13 +87,14 @@ class ShardsInProcesses:
         self._setting = setting
         self._steps: list[npt.NDArray[Any]] = []  # of the shard that is filling up
         self._times: dict[str, list[Any]] = {name: [] for name in COORDINATES}  # of the same
-        self._ring = PinnedRing(lambda nbytes: torch.from_numpy(self.memory.take(nbytes)))  # though nobody pins it
+        self._copies: dict[int, npt.NDArray[np.uint8]] = {}  # buffers filled here, by address
+        self._spare: list[npt.NDArray[np.uint8]] = []  # of these those whose steps are not needed any more
         self._all: list[_Process] = []
-        self._idle: SimpleQueue[_Process] = SimpleQueue()
+        self._idle: deque[_Process] = deque()
         try:
             for _ in range(processes):
                 self._all.append(_Process(target.name, self.memory.descriptor, target.held))
-                self._idle.put(self._all[-1])
+                self._idle.append(self._all[-1])
             at_once = min(processes + 1, math.ceil(shards) if shards < math.inf else processes + 1)
             self.memory.reserve(at_once * setting.shard_length * setting.codec.flow_bytes)
         except BaseException:
@@ -115,11 +113,18 @@ class ShardsInProcesses:
                 self._is_full()
 
     def _gather(self, steps: npt.NDArray[np.uint8]) -> None:
-        if not self.memory.holds(steps):  # no GPU has copied it there
-            there = torch.from_numpy(steps)
-            steps = self._ring.take(there).copy_(there).numpy()
-        self._steps.append(steps)
+        self._steps.append(steps if self.memory.holds(steps) else self._copied(steps))
         self.count += len(steps)
+
+    def _copied(self, steps: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Where the processes see them: no GPU has copied them there."""
+        fitting = (place for place, buffer in enumerate(self._spare) if buffer.size >= steps.nbytes)
+        place = next(fitting, None)
+        buffer = self.memory.take(steps.nbytes) if place is None else self._spare.pop(place)
+        self._copies[buffer.ctypes.data] = buffer
+        there = buffer[: steps.nbytes].reshape(steps.shape)
+        there[:] = steps
+        return there
 
     def finish(self) -> None:
         if self._steps:
@@ -146,11 +151,17 @@ class ShardsInProcesses:
     def _made(self, number: int, steps: list[npt.NDArray[Any]], times: Times) -> tuple[list[str], int]:
         """The shard's files by their keys, prepared, and their bytes."""
         places = [(self.memory.place_of(part), len(part)) for part in steps]
-        process = self._idle.get()  # as many calls at once as there are processes
+        copies = [buffer for part in steps if (buffer := self._copies.get(part.ctypes.data)) is not None]
+
+        def compressed() -> None:
+            steps.clear()
+            self._spare.extend(copies)
+
+        process = self._idle.pop()  # there is one: as many calls are made at once
         try:
-            return process.make(Request(self._setting, number, places, times), steps.clear)
+            return process.make(Request(self._setting, number, places, times), compressed)
         finally:
-            self._idle.put(process)
+            self._idle.append(process)
 
 
 class _Process:
@@ -175,7 +186,7 @@ class _Process:
         self._socket = ours
         self._stream: BinaryIO = ours.makefile("rwb")  # type: ignore[assignment]  # unbuffered it would be raw
 
-    def make(self, request: Request, compressed: Any) -> tuple[list[str], int]:
+    def make(self, request: Request, compressed: Callable[[], None]) -> tuple[list[str], int]:
         """Calls ``compressed`` when the steps are not needed any more."""
         try:
             self._send(request)

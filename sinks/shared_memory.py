@@ -5,10 +5,11 @@ from __future__ import annotations
 import mmap
 import os
 from contextlib import suppress
-from threading import Event, Thread
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from flowreel.sinks.parallel import OrderedPool
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -28,18 +29,17 @@ class SharedMemory:
         self.descriptor = os.memfd_create("flowreel", os.MFD_CLOEXEC)
         self._taken = self._size = 0  # bytes of the buffers, and of the file
         self._places: dict[int, int] = {}  # by the address of a buffer, where in the file it begins
-        self._closed = Event()
-        self._ahead: Thread | None = None
+        self._closed = False
+        self._ahead: OrderedPool[None] = OrderedPool(lambda _: None, 1)
 
     def reserve(self, nbytes: int) -> None:
-        """So much will be taken: the system is asked for it by a thread, before anybody waits for it.
+        """So much will be taken: the system is asked for it in the background, before anybody waits for it.
 
         A system finds and clears memory when it is first touched. That takes longer than to copy something there, in
         some virtual machines ten times as long, and CUDA pins it meanwhile, for which all that use it wait.
         """
         self._grow(nbytes)
-        self._ahead = Thread(target=self._find, args=(nbytes,), name="memory", daemon=True)
-        self._ahead.start()
+        self._ahead.submit(self._find, nbytes)
 
     def take(self, nbytes: int) -> Bytes:
         """A new buffer, (nbytes,) uint8, that begins with a page. It stays as long as the array is held."""
@@ -60,9 +60,8 @@ class SharedMemory:
 
     def close(self) -> None:
         """No more buffers; those that were taken stay."""
-        self._closed.set()
-        if self._ahead is not None:
-            self._ahead.join()  # else it might use the descriptor when that is another file's
+        self._closed = True
+        self._ahead.close()  # waits: it might use the descriptor when that is another file's
         self._places.clear()
         if self.descriptor >= 0:
             os.close(self.descriptor)
@@ -75,7 +74,7 @@ class SharedMemory:
 
     def _find(self, nbytes: int) -> None:
         for place in range(0, nbytes, AT_ONCE):
-            if self._closed.is_set():
+            if self._closed:
                 return
             with suppress(OSError):  # there is too little: whoever touches it will hear of it
                 os.posix_fallocate(self.descriptor, place, min(AT_ONCE, nbytes - place))

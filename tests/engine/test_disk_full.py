@@ -6,7 +6,7 @@ import errno
 import io
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,16 @@ class Disk:
         assert mode == "wb"
         return io.BufferedWriter(OnDisk(self, path))
 
+    def writev(self, descriptor: int, buffers: Sequence[memoryview]) -> int:
+        return self.write(b"".join(buffers), lambda data: os.write(descriptor, data))
+
+    def write(self, data: Any, write: Callable[[memoryview], int]) -> int:
+        if not self.free:
+            raise OSError(self.error, os.strerror(self.error))
+        written = write(memoryview(data)[: self.free])
+        self.free -= written
+        return written
+
 
 class OnDisk(io.FileIO):
     def __init__(self, disk: Disk, path: Path) -> None:
@@ -42,11 +52,7 @@ class OnDisk(io.FileIO):
         self._disk = disk
 
     def write(self, data: Any) -> int:
-        if not self._disk.free:
-            raise OSError(self._disk.error, os.strerror(self._disk.error))
-        written = super().write(memoryview(data)[: self._disk.free])
-        self._disk.free -= written
-        return written
+        return self._disk.write(data, super().write)
 
 
 @pytest.fixture
@@ -61,7 +67,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         Image.fromarray(texture[:, 2 * number : 2 * number + W]).save(f"frames/{number:03}.png")
 
     def on(free: int, *arguments: str, store: str = "X.zarr", error: int = errno.ENOSPC) -> int:
-        monkeypatch.setattr(publish, "open", Disk(free, error).open, raising=False)
+        disk = Disk(free, error)
+        monkeypatch.setattr(publish, "open", disk.open, raising=False)
+        monkeypatch.setattr(os, "writev", disk.writev)
         return call(["run", "frames", "-o", store, "--weights", "tiny.safetensors", "--batch", "2", "-q", *arguments])
 
     monkeypatch.setattr(os, "fsync", lambda _: None)
