@@ -421,13 +421,3 @@ class DeviceSink(Protocol):
     def take(self, prepared: Prepared) -> None:
         """Takes one such, on the host, in place of what ``write`` takes."""
         ...
-
-
-@runtime_checkable
-class KeepsMemory(DeviceSink, Protocol):
-    """A ``DeviceSink`` that wants what it takes to lie in memory of its own on the host."""
-
-    @property
-    def memory(self) -> Callable[[int], Tensor] | None:
-        """Gives so many bytes of it, (bytes,) uint8, which stay as long as they are held; None: this one does not."""
-        ...

@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -203,30 +202,24 @@ class _Sender:
             self._under_way.popleft()[0].synchronize()
 
 
-def download(batches: Iterator[Batch], memory: Callable[[int], Tensor] | None = None) -> Iterator[Batch]:
+def download(batches: Iterator[Batch]) -> Iterator[Batch]:
     """A stage that brings flow, or what is made of it, to the host; what is there already passes untouched.
 
     It lands in a ring of pinned buffers, none of which is filled again while anybody still holds what was in it.
-    memory: where those are to be, see ``KeepsMemory``; it is pinned as long as the stage runs.
     """
-    theirs: list[Tensor] = []
-    ring = PinnedRing(_pinned if memory is None else partial(_pinned_there, memory, theirs))
+    ring = PinnedRing(_pinned)
 
     def begun(tensor: Tensor) -> Tensor:
         tensor = tensor.contiguous()
         return ring.take(tensor).copy_(tensor, non_blocking=True)
 
-    try:
-        for batch in batches:
-            device = batch.tensors[0].device
-            if device.type != "cpu":
-                batch = batch.moved(begun)  # its memory on the device is free from here on
-                _recorded(device).synchronize()
-            yield batch
-            del batch
-    finally:
-        for buffer in theirs:
-            _unpin(buffer)
+    for batch in batches:
+        device = batch.tensors[0].device
+        if device.type != "cpu":
+            batch = batch.moved(begun)  # its memory on the device is free from here on
+            _recorded(device).synchronize()
+        yield batch
+        del batch
 
 
 def _recorded(device: torch.device) -> torch.cuda.Event:
@@ -242,18 +235,6 @@ def _is_over(event: torch.cuda.Event) -> bool:
 
 def _pinned(size: int) -> Tensor:
     return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-
-
-def _pinned_there(memory: Callable[[int], Tensor], made: list[Tensor], size: int) -> Tensor:
-    """Where CUDA will not pin it, copies take longer, and are as good."""
-    buffer = memory(size)
-    if int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0)) == 0:  # type: ignore[no-untyped-call]
-        made.append(buffer)
-    return buffer
-
-
-def _unpin(buffer: Tensor) -> None:
-    torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())  # type: ignore[no-untyped-call]
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -6,6 +6,7 @@ and takes little memory.
 
 from __future__ import annotations
 
+import os
 import pickle
 import signal
 import socket
@@ -66,6 +67,7 @@ def serve(connection: int, memory: int) -> None:
             except Exception as error:
                 answer = _as_sent(error)
             _tell(answer, stream)
+    os._exit(0)  # whoever asked waits for it, and there is nothing to tidy up
 
 
 def _tell(what: object, stream: Any) -> None:

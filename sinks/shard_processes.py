@@ -1,11 +1,11 @@
 """From flows to full shards in processes of their own, so that a fast run keeps Python's lock to itself.
 
-    a GPU's steps -> memory that both sides see -> a full shard's place in it -> a process (``shard_maker.py``) -> names
+    steps -> memory that all of them see -> where in it a full shard lies -> a process (``shard_maker.py``) -> names
 
 On a GPU a light network's run is bound by how often its few threads come by the lock, for which those that compress and
-write would queue as well. So the steps of a shard stay where the GPU has copied them until the shard is full; then one
-of the processes is told where they lie, and brings the shard's files to the disk under unfinished names. In this
-process a thread sleeps until that is done, and gives them their names.
+write would queue as well. So the steps of a shard are copied where other processes see them. When it is full, one of
+these is told where they lie, and brings the shard's files to the disk under unfinished names. In this process a thread
+sleeps until that is done, and gives them their names.
 
 A process ends when its socket does, and so with whoever started it, however that ended. Meanwhile it holds the same
 claim on the unfinished store. Ctrl-C reaches it by what this process makes of it, not by itself.
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from flowreel.engine.errors import FlowreelError, OutputWriteError
 from flowreel.sinks.shard_maker import THREADS, Request, Setting
-from flowreel.sinks.shared_memory import SharedMemory
+from flowreel.sinks.shared_memory import Buffer, SharedMemory
 from flowreel.sinks.store_layout import COORDINATES
 
 if TYPE_CHECKING:
@@ -41,7 +41,11 @@ if TYPE_CHECKING:
 
 MOST_PROCESSES = 8  # each has a shard's steps in memory
 MOST_SHARD_BYTES = 128 << 20  # of steps; a larger one would wait in memory for too long
-FEW_SHARDS = 4  # which threads have made by the time a process is up
+# On 16 cores processes brought 1.7 times as many flows of a light network to a store once they were up, and took half a
+# second of a run to start and to end. So few shards are left to threads of this process, and all of them where there
+# are few cores. Measure before you lower either.
+FEW_SHARDS = 128
+FEW_WORKERS = 7
 GRACE_S = 30.0  # to finish a shard nobody waits for any more, before a process is killed
 _CODE = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -49,9 +53,9 @@ _CODE = (
 )
 
 
-def are_worth_it(shards: float) -> bool:
-    """Whether so many, infinity where nobody knows, take longer than to start and to end processes for them."""
-    return shards > FEW_SHARDS
+def are_worth_it(shards: float, workers: int) -> bool:
+    """Whether processes are sooner done with so many shards, infinity where nobody knows, than so many threads."""
+    return shards > FEW_SHARDS and workers > FEW_WORKERS
 
 
 def are_possible(codec: FlowCodec, shard_length: int) -> bool:
@@ -82,21 +86,20 @@ class ShardsInProcesses:
         Raises OSError where the system gives no process or memory.
         """
         self.count = count
-        self.memory = SharedMemory()
+        self._memory = SharedMemory()
         self._files = files
         self._setting = setting
-        self._steps: list[npt.NDArray[Any]] = []  # of the shard that is filling up
+        self._spare: list[Buffer] = []  # whose steps are not needed any more
+        self._steps: list[tuple[Buffer, int]] = []  # of the shard that is filling up, and how many flows are in each
         self._times: dict[str, list[Any]] = {name: [] for name in COORDINATES}  # of the same
-        self._copies: dict[int, npt.NDArray[np.uint8]] = {}  # buffers filled here, by address
-        self._spare: list[npt.NDArray[np.uint8]] = []  # of these those whose steps are not needed any more
         self._all: list[_Process] = []
         self._idle: deque[_Process] = deque()
         try:
             for _ in range(processes):
-                self._all.append(_Process(target.name, self.memory.descriptor, target.held))
+                self._all.append(_Process(target.name, self._memory.descriptor, target.held))
                 self._idle.append(self._all[-1])
             at_once = min(processes + 1, math.ceil(shards) if shards < math.inf else processes + 1)
-            self.memory.reserve(at_once * setting.shard_length * setting.codec.flow_bytes)
+            self._memory.reserve(at_once * setting.shard_length * setting.codec.flow_bytes)
         except BaseException:
             self.close()
             raise
@@ -113,18 +116,13 @@ class ShardsInProcesses:
                 self._is_full()
 
     def _gather(self, steps: npt.NDArray[np.uint8]) -> None:
-        self._steps.append(steps if self.memory.holds(steps) else self._copied(steps))
-        self.count += len(steps)
-
-    def _copied(self, steps: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """Where the processes see them: no GPU has copied them there."""
-        fitting = (place for place, buffer in enumerate(self._spare) if buffer.size >= steps.nbytes)
+        """Copies them where the processes see them."""
+        fitting = (place for place, buffer in enumerate(self._spare) if buffer.bytes.size >= steps.nbytes)
         place = next(fitting, None)
-        buffer = self.memory.take(steps.nbytes) if place is None else self._spare.pop(place)
-        self._copies[buffer.ctypes.data] = buffer
-        there = buffer[: steps.nbytes].reshape(steps.shape)
-        there[:] = steps
-        return there
+        buffer = self._memory.take(steps.nbytes) if place is None else self._spare.pop(place)
+        buffer.bytes[: steps.nbytes].reshape(steps.shape)[:] = steps
+        self._steps.append((buffer, len(steps)))
+        self.count += len(steps)
 
     def finish(self) -> None:
         if self._steps:
@@ -139,27 +137,23 @@ class ShardsInProcesses:
         for process in self._all:
             process.wait()
         self._steps = []
-        self.memory.close()
+        self._memory.close()
 
     def _is_full(self) -> None:
         """Hands the waiting flows over."""
         steps, times = self._steps, self._times
         self._steps, self._times = [], {name: [] for name in COORDINATES}
-        number, nbytes = (self.count - 1) // self._setting.shard_length, sum(part.nbytes for part in steps)
-        self._files.submit_made(number, len(times["frame"]), times, partial(self._made, number, steps, times), nbytes)
+        number, flows = (self.count - 1) // self._setting.shard_length, len(times["frame"])
+        make = partial(self._made, number, steps, times)
+        self._files.submit_made(number, flows, times, make, flows * self._setting.codec.flow_bytes)
 
-    def _made(self, number: int, steps: list[npt.NDArray[Any]], times: Times) -> tuple[list[str], int]:
+    def _made(self, number: int, steps: list[tuple[Buffer, int]], times: Times) -> tuple[list[str], int]:
         """The shard's files by their keys, prepared, and their bytes."""
-        places = [(self.memory.place_of(part), len(part)) for part in steps]
-        copies = [buffer for part in steps if (buffer := self._copies.get(part.ctypes.data)) is not None]
-
-        def compressed() -> None:
-            steps.clear()
-            self._spare.extend(copies)
-
+        places = [(buffer.place, flows) for buffer, flows in steps]
         process = self._idle.pop()  # there is one: as many calls are made at once
         try:
-            return process.make(Request(self._setting, number, places, times), compressed)
+            request = Request(self._setting, number, places, times)
+            return process.make(request, lambda: self._spare.extend(buffer for buffer, _ in steps))
         finally:
             self._idle.append(process)
 

@@ -30,8 +30,8 @@ class Shards(Protocol):
         ...
 
     def add_steps(self, steps: npt.NDArray[Any], times: Times) -> None:
-        """Flows as a device has prepared them: what ``FlowCodec.encode_prepared`` takes. They stay as they are
-        for as long as the array is held."""
+        """Flows as a device has prepared them: what ``FlowCodec.encode_prepared`` takes. As long as the array is held
+        nobody changes it."""
         ...
 
     def finish(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 AT_ONCE = 16 << 20  # bytes that are asked of the system ahead of time, before it is seen whether to go on
 
 
+class Buffer(NamedTuple):
+    """A part of such memory."""
+
+    place: int  # bytes, where in the file it begins
+    bytes: Bytes  # (N,) uint8
+
+
 class SharedMemory:
     """Grows by a buffer at a time; all of it goes with the last process that has its descriptor or a buffer.
 
@@ -28,7 +35,6 @@ class SharedMemory:
     def __init__(self) -> None:
         self.descriptor = os.memfd_create("flowreel", os.MFD_CLOEXEC)
         self._taken = self._size = 0  # bytes of the buffers, and of the file
-        self._places: dict[int, int] = {}  # by the address of a buffer, where in the file it begins
         self._closed = False
         self._ahead: OrderedPool[None] = OrderedPool(lambda _: None, 1)
 
@@ -36,33 +42,22 @@ class SharedMemory:
         """So much will be taken: the system is asked for it in the background, before anybody waits for it.
 
         A system finds and clears memory when it is first touched. That takes longer than to copy something there, in
-        some virtual machines ten times as long, and CUDA pins it meanwhile, for which all that use it wait.
+        some virtual machines ten times as long.
         """
         self._grow(nbytes)
         self._ahead.submit(self._find, nbytes)
 
-    def take(self, nbytes: int) -> Bytes:
-        """A new buffer, (nbytes,) uint8, that begins with a page. It stays as long as the array is held."""
+    def take(self, nbytes: int) -> Buffer:
+        """A new one that begins with a page. It stays as long as it is held."""
         place, size = self._taken, -(-max(nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
         self._grow(place + size)
         self._taken += size
-        buffer = np.frombuffer(mmap.mmap(self.descriptor, size, offset=place), np.uint8)[:nbytes]
-        self._places[buffer.ctypes.data] = place
-        return buffer
-
-    def holds(self, array: npt.NDArray[np.generic]) -> bool:
-        """Whether a buffer begins with this array."""
-        return array.ctypes.data in self._places
-
-    def place_of(self, array: npt.NDArray[np.generic]) -> int:
-        """Where in the file the buffer lies that begins with this array. Raises KeyError where none does."""
-        return self._places[array.ctypes.data]
+        return Buffer(place, np.frombuffer(mmap.mmap(self.descriptor, size, offset=place), np.uint8)[:nbytes])
 
     def close(self) -> None:
         """No more buffers; those that were taken stay."""
         self._closed = True
         self._ahead.close()  # waits: it might use the descriptor when that is another file's
-        self._places.clear()
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1

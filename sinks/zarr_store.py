@@ -18,7 +18,7 @@ full shard. Batches never cross shards: the resumed run computes the very batche
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -201,7 +201,7 @@ class ZarrSink:
         workers, on_gpu = encode_workers(info.device), info.device not in (None, "cpu")
         shards = math.inf if info.flow_count is None else (info.flow_count - self._taken) / self._shard_length
         possible = shard_processes.are_possible(self._codec, self._shard_length)
-        if on_gpu and possible and shard_processes.are_worth_it(shards):
+        if on_gpu and possible and shard_processes.are_worth_it(shards, workers):
             processes = shard_processes.how_many(workers)
             most_bytes = processes * self._shard_length * self._codec.flow_bytes
             self._files = StoreWriter(self._target, metadata, self._shard_length, processes, most_bytes)
@@ -255,14 +255,6 @@ class ZarrSink:
                 self._note_invalid(unknown, beyond_range, frame)
         times = self._times_of_next(prepared, prepared.index, slice(len(prepared)))
         self._require_shards().add_steps(prepared.steps.numpy(), times)
-
-    @property
-    def memory(self) -> Callable[[int], Tensor] | None:
-        """See ``KeepsMemory``."""
-        if not isinstance(self._shards, ShardsInProcesses):
-            return None
-        take = self._shards.memory.take
-        return lambda nbytes: torch.from_numpy(take(nbytes))
 
     def commit(self, complete: bool = True) -> None:
         """Publishes the last, perhaps ragged shard; if complete, trims the arrays to what came and names the store."""

@@ -74,6 +74,7 @@ class Ran:
     seconds: float  # of all of it, from the first frame asked for
     stages: tuple[StageStatistics, ...]
     decoder: str
+    with_outputs_s: float  # with opening the outputs before it, and giving them their names
 
 
 def ran(
@@ -94,6 +95,7 @@ def ran(
         opened.enter_context(closing(source))
         inference = network.fitted(source.info.height, source.info.width)
         header = flow_header(source.info, inference, config)
+        opening_s = time.perf_counter()
         sinks = [] if output is None else [open_sink(str(output), config.sink)]
         opened.enter_context(opened_sinks(sinks, header))
         shard = header.shard_length(config.sink.shard_bytes)
@@ -116,7 +118,8 @@ def ran(
             seconds = time.perf_counter() - began_s
         for sink in sinks:
             sink.commit()
-    return Ran(*pace.rate(shard), seconds, pipeline.statistics(), source.decoder)
+        with_outputs_s = time.perf_counter() - opening_s
+    return Ran(*pace.rate(shard), seconds, pipeline.statistics(), source.decoder, with_outputs_s)
 
 
 def without_threads(source: Source, network: Network, config: RunConfig) -> Ran:
@@ -129,7 +132,8 @@ def without_threads(source: Source, network: Network, config: RunConfig) -> Ran:
     pace, began_s = Pace(), time.perf_counter()
     with closing(source):
         pace.let_go(compose(source, steps))
-    return Ran(*pace.rate(shard), time.perf_counter() - began_s, (), source.decoder)
+    seconds = time.perf_counter() - began_s
+    return Ran(*pace.rate(shard), seconds, (), source.decoder, seconds)
 
 
 def written(source: Source, network: Network, config: RunConfig, output: Path) -> Ran:
@@ -140,7 +144,7 @@ def written(source: Source, network: Network, config: RunConfig, output: Path) -
     steps = stages(inference, config.model.direction, batches(inference.batch, shard), to_host=False)
     with closing(source):
         flow = next(iter(compose(source, steps)))
-    sinks = [open_sink(str(output), config.sink)]
+    sinks, opening_s = [open_sink(str(output), config.sink)], time.perf_counter()
     with opened_sinks(sinks, header):
         pace, tally = Pace(), Tally(sinks[0], on_gpu=inference.device.type == "cuda")
         began_s = time.perf_counter()
@@ -148,7 +152,7 @@ def written(source: Source, network: Network, config: RunConfig, output: Path) -
         tally.consume(pace.timed(replace(flow, index=start) for start in starts))
         seconds = time.perf_counter() - began_s
         sinks[0].commit()
-    return Ran(*pace.rate(shard), seconds, (), source.decoder)
+    return Ran(*pace.rate(shard), seconds, (), source.decoder, time.perf_counter() - opening_s)
 
 
 class InMemory:

@@ -109,6 +109,7 @@ def run(findings: Findings, settings: Settings) -> None:
         if short:
             tell(name, f"{short} {one.pairs_s:.0f} pairs/s")
 
+    alone_by_processes = partial(by_processes, way=Chains.store_alone)
     for name, action in (
         ("to a store", partial(timed, way=Chains.to_store, short="whole run")),
         ("the flow dropped", partial(timed, way=Chains.dropped, short="no store")),
@@ -119,13 +120,18 @@ def run(findings: Findings, settings: Settings) -> None:
         ("frames there, without threads", partial(timed, way=Chains.without_threads)),
         ("frames there, to a store", partial(timed, way=Chains.frames_there_to_store)),
         ("the flow dropped on the host", partial(timed, way=Chains.dropped_on_the_host)),
+        ("to a store, shards made by processes", partial(timed, way=by_processes)),
         ("to a store, PyAV", partial(timed, way=partial(Chains.to_store, decoder="pyav"))),
         (f"{LIGHT}, to a store", partial(timed, way=Chains.to_store, short=f"{LIGHT}, to a store", on=light)),
-        (f"{LIGHT}, to a store, shards made by threads", partial(timed, way=by_threads, on=light)),
+        (f"{LIGHT}, to a store, shards made by processes", partial(timed, way=by_processes, on=light)),
         ("files of the store's folder", lambda _: _files(findings, light())),
         (f"{LIGHT}, the flow dropped", partial(timed, way=Chains.dropped, on=light)),
         (f"{LIGHT}, frames there, to a store", partial(timed, way=Chains.frames_there_to_store, on=light)),
         (f"{LIGHT}, flow there, to a store", partial(timed, way=Chains.store_alone, on=light)),
+        (
+            f"{LIGHT}, flow there, to a store, by processes",
+            partial(timed, way=alone_by_processes, on=light),
+        ),
         (f"{LIGHT}, watched", lambda _: _watch(findings, light(), f"{LIGHT}, ", lambda *_: None)),
         ("operations of all threads", lambda _: _trace_operations(findings, settings, chains())),
     ):
@@ -142,13 +148,13 @@ def asking_sooner(chains: Chains) -> Ran:
         sys.setswitchinterval(before_s)
 
 
-def by_threads(chains: Chains) -> Ran:
-    """All of it, the shards made by threads of this process, as they are where processes are not to be had."""
-    before, shard_processes.are_possible = shard_processes.are_possible, lambda *_: False
+def by_processes(chains: Chains, way: Callable[[Chains], Ran] = Chains.to_store) -> Ran:
+    """The same, the shards made by processes of their own, as those of longer runs are."""
+    before, shard_processes.are_worth_it = shard_processes.are_worth_it, lambda *_: True
     try:
-        return chains.to_store()
+        return way(chains)
     finally:
-        shard_processes.are_possible = before
+        shard_processes.are_worth_it = before
 
 
 def _files(findings: Findings, chains: Chains) -> None:
@@ -162,6 +168,7 @@ def _stages(one: Ran) -> dict[str, object]:
     """What each stage's thread did with its time, in shares of the run's."""
     return {
         "seconds": one.seconds,
+        "with_outputs_s": one.with_outputs_s,
         "stages": {
             stage.name: {
                 "items": stage.items,

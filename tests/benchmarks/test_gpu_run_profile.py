@@ -22,10 +22,8 @@ from benchmarks.gpu.findings import Settings
 from benchmarks.gpu.profile import profiled
 from benchmarks.gpu.trace import Event
 from flowreel.engine import compiled, pipeline
-from flowreel.engine.config import SinkConfig
 from flowreel.engine.inference import Inference, Network
 from flowreel.sinks import shard_processes
-from flowreel.sinks.codecs import flow_codec
 from tests.fakes.cuda_streams import GPU, Card, LateCopies
 from tests.fakes.gpu_parts import Found
 
@@ -142,7 +140,7 @@ def test_on_a_card_the_rows_say_what_bounds(
     findings: Found, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a profiler that has seen one, in the middle of its time: from 180 to 720 us."""
-    one = chains.Ran(271.0, sample_of(271.0), 1.0, (), "NVDEC (h264)")
+    one = chains.Ran(271.0, sample_of(271.0), 1.0, (), "NVDEC (h264)", 1.5)
     monkeypatch.setattr(run_profile, "profiled", lambda on_gpu: RUN)
     made = SimpleNamespace(to_store=lambda around: one)
     run_profile._trace(findings, settings, made, lambda what, words: findings.add(headline=words))  # type: ignore[arg-type]
@@ -295,14 +293,14 @@ def test_the_lock_is_asked_for_as_before_afterwards() -> None:
     assert sys.getswitchinterval() == before_s
 
 
-def test_shards_are_made_by_threads_for_as_long_as_it_says() -> None:
-    before, codec = shard_processes.are_possible, flow_codec(8, 8, SinkConfig())
+def test_shards_are_made_by_processes_for_as_long_as_it_says() -> None:
+    before = shard_processes.are_worth_it
 
-    def to_store() -> bool:
-        return shard_processes.are_possible(codec, 1)
+    def to_store(chains: object) -> bool:
+        return shard_processes.are_worth_it(1, 1)
 
-    assert run_profile.by_threads(SimpleNamespace(to_store=to_store)) is False  # type: ignore[arg-type, comparison-overlap]
-    assert shard_processes.are_possible is before
+    assert run_profile.by_processes(SimpleNamespace(), to_store) is True  # type: ignore[arg-type, comparison-overlap]
+    assert shard_processes.are_worth_it is before
 
 
 def test_time_that_a_quota_took_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,8 +165,6 @@ class Card:
         monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)  # ``OnCard`` looks at it
         monkeypatch.setattr(torch.cuda, "stream", self.entered)
         monkeypatch.setattr(torch.cuda, "current_stream", self.current_on)
-        self.runtime = Runtime()
-        monkeypatch.setattr(torch.cuda, "cudart", lambda: self.runtime)
 
         def never(*_: object) -> None:
             raise AssertionError("the whole device is waited for")
@@ -233,26 +231,6 @@ class Card:
     def _after(self, stream: Stream, other: tuple[int, int] | None, what: str) -> None:
         if other is not None and stream.clock.get(other[0], 0) < other[1]:
             self.races.append(f"on stream {stream.cuda_stream}: {what.format(other[0])}")
-
-
-class Runtime:
-    """Of CUDA's own functions those that pin memory that torch has not made."""
-
-    def __init__(self) -> None:
-        self.pinned: dict[int, int] = {}  # bytes, by address
-        self.asked = 0  # how often
-        self.refuses = False
-
-    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
-        assert address not in self.pinned, "pinned already"
-        self.asked += 1
-        if not self.refuses:
-            self.pinned[address] = size
-        return 2 if self.refuses else 0
-
-    def cudaHostUnregister(self, address: int) -> int:
-        del self.pinned[address]
-        return 0
 
 
 GPU = torch.device("cuda", 0)

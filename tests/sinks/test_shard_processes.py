@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import pickle
 import signal
@@ -19,7 +20,7 @@ import pytest
 import torch
 
 from flowreel.engine.config import SinkConfig
-from flowreel.engine.data import FlowBatch, FlowInfo, KeepsMemory, SourceId
+from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
 from flowreel.engine.errors import OutputWriteError, frame_of
 from flowreel.sinks import open_store, shard_processes, shared_memory
 from flowreel.sinks.codecs import FlowCodec, flow_codec
@@ -33,6 +34,11 @@ INFO = FlowInfo(H, W, frame_rate=None, frame_count=None, source=SourceId("test")
 CONFIG = SinkConfig(shard_bytes=SHARD * 8 * H * W)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has memory without a name")
+
+
+@pytest.fixture(autouse=True)
+def _however_few_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_processes, "FEW_WORKERS", 0)
 
 
 def batches(count: int, size: int = 2, first: int = 0) -> Iterator[FlowBatch]:
@@ -67,7 +73,7 @@ def test_batches_of_any_size(tmp_path: Path, size: int) -> None:
     stored(tmp_path / "x.zarr", 11)
     assert {process._process.returncode for process in shards._all} == {0}
     with pytest.raises(OSError, match="Bad file descriptor"):
-        os.fstat(shards.memory.descriptor)
+        os.fstat(shards._memory.descriptor)
 
 
 def test_going_on_with_what_an_earlier_run_left(tmp_path: Path) -> None:
@@ -93,8 +99,7 @@ def test_no_more_memory_than_what_is_under_way(tmp_path: Path) -> None:
         sink.write(batch)
     sink.commit()
     most = (len(shards._all) + 1) * SHARD // 2 + 1  # buffers: of each shard on its way, and of the one that fills up
-    assert len(shards._copies) <= most
-    assert shards.memory._taken <= most * 4096
+    assert shards._memory._taken <= most * 4096
 
 
 def test_a_process_that_is_killed_is_an_error_that_names_its_shard(tmp_path: Path) -> None:
@@ -139,7 +144,7 @@ def test_none_stays_behind_when_nothing_comes(tmp_path: Path) -> None:
 def test_a_run_that_is_killed_takes_them_along_and_its_claim_as_well(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys; from pathlib import Path; from tests.sinks.test_shard_processes import *\n"
-        "sink, shards = opened(Path(sys.argv[1]) / 'x.zarr')\n"
+        "shard_processes.FEW_WORKERS = 0; sink, shards = opened(Path(sys.argv[1]) / 'x.zarr')\n"
         "for batch in batches(10): sink.write(batch)\n"
         "sink._files.flush(); print(*(process._process.pid for process in shards._all), flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -192,19 +197,18 @@ def test_threads_do_it_where_no_process_may_be_had(tmp_path: Path, monkeypatch: 
     sink = ZarrSink(str(tmp_path / "x.zarr"), CONFIG)
     sink.open(INFO)
     assert not isinstance(sink._shards, ShardsInProcesses)
-    assert isinstance(sink, KeepsMemory)
-    assert sink.memory is None
     for batch in batches(11):
         sink.write(batch)
     sink.commit()
     stored(tmp_path / "x.zarr", 11)
 
 
-@pytest.mark.parametrize(
-    ("flows", "there", "processes"), [(4 * SHARD, 0, False), (4 * SHARD + 1, 0, True), (16, 4, False)]
-)
-def test_threads_make_a_few_shards(tmp_path: Path, flows: int, there: int, processes: bool) -> None:
+@pytest.mark.parametrize(("flows", "there", "processes"), [(16, 0, False), (17, 0, True), (20, 4, False)])
+def test_threads_make_a_few_shards(
+    tmp_path: Path, flows: int, there: int, processes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Or what few a resumed run has left."""
+    monkeypatch.setattr(shard_processes, "FEW_SHARDS", 4)
     path, info = tmp_path / "x.zarr", replace(INFO, frame_count=flows + 1)
     if there:
         sink = ZarrSink(str(path), CONFIG)
@@ -232,6 +236,9 @@ def test_where_they_are_possible(monkeypatch: pytest.MonkeyPatch) -> None:
             assert not shard_processes.are_possible(codec(), 8)
     monkeypatch.setattr(sys, "frozen", True, raising=False)  # the executable is a program of its own
     assert not shard_processes.are_possible(codec(), 8)
+    assert shard_processes.are_worth_it(math.inf, 1)
+    monkeypatch.setattr(shard_processes, "FEW_WORKERS", 7)
+    assert [shard_processes.are_worth_it(math.inf, workers) for workers in (1, 7, 8)] == [False, False, True]
     assert [shard_processes.how_many(workers) for workers in (1, 2, 4, 15, 100)] == [1, 1, 2, 7, MOST_PROCESSES]
 
 
@@ -258,13 +265,13 @@ def test_what_is_reserved_is_taken_first_and_more_may_be(reserved: int, monkeypa
     memory.reserve(reserved)
     buffers = [memory.take(4000) for _ in range(10)]
     for number, buffer in enumerate(buffers):
-        buffer[:] = number
+        buffer.bytes[:] = number
     memory._ahead.drain()
     status = os.fstat(memory.descriptor)
     assert status.st_size == max(reserved, 10 * 4096)
     assert 512 * status.st_blocks == max(-(-reserved // 4096), 10) * 4096  # all of it is there
     view = SharedView(memory.descriptor)
-    assert [int(view.at(memory.place_of(buffer), 4000)[-1]) for buffer in buffers] == list(range(10))
+    assert [int(view.at(buffer.place, 4000)[-1]) for buffer in buffers] == list(range(10))
     memory.close()
 
 
@@ -293,13 +300,11 @@ def test_buffers_are_seen_where_they_were_taken() -> None:
     memory = SharedMemory()
     view = SharedView(memory.descriptor)
     buffers = [memory.take(size) for size in (1, 5000, 4096, 0, 7)]
-    for number, buffer in enumerate(buffers):
-        buffer[:] = number
-        assert memory.holds(buffer)
-        assert (view.at(memory.place_of(buffer), buffer.size) == number).all()
-    buffers[1][:] = 9
-    assert (view.at(memory.place_of(buffers[1]), 5000) == 9).all()  # and not as it was
-    assert not memory.holds(np.zeros(7, np.uint8))
+    for number, (place, own) in enumerate(buffers):
+        own[:] = number
+        assert (view.at(place, own.size) == number).all()
+    buffers[1].bytes[:] = 9
+    assert (view.at(buffers[1].place, 5000) == 9).all()  # and not as it was
     memory.close()
     memory.close()
-    assert (buffers[1] == 9).all()  # stays
+    assert (buffers[1].bytes == 9).all()  # stays

@@ -12,7 +12,7 @@ import torch
 from flowreel.engine.config import SinkConfig
 from flowreel.engine.data import DeviceSink, FlowBatch, FlowInfo, SourceId, StepsBatch
 from flowreel.engine.errors import OutputError
-from flowreel.sinks import open_sink, zarr_store
+from flowreel.sinks import open_sink, shard_processes, zarr_store
 from flowreel.sinks.zarr_store import ZarrSink
 
 SIZE = (64, 128)
@@ -45,12 +45,22 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("length", [1, 3, 7])
 @pytest.mark.parametrize("max_error", [1 / 64, 1e-6], ids=["int16", "int32"])
-@pytest.mark.parametrize(("codec", "device"), [("blosc", "cpu"), ("blosc", "cuda"), ("pcodec2d", "cuda")])
+@pytest.mark.parametrize(
+    ("codec", "device", "processes"),
+    [("blosc", "cpu", False), ("blosc", "cuda", False), ("blosc", "cuda", True), ("pcodec2d", "cuda", True)],
+)
 def test_the_same_either_way(
-    tmp_path: Path, codec: str, device: str, max_error: float, length: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    codec: str,
+    device: str,
+    processes: bool,
+    max_error: float,
+    length: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also where the sink takes its flow to come from a GPU, of which its metadata tells nothing."""
     monkeypatch.setattr(zarr_store, "encode_workers", lambda device: {"cpu": 1, "cuda": 5}[device])
+    monkeypatch.setattr(shard_processes, "are_worth_it", lambda *_: processes)
     info = replace(INFO, device=device)
     as_flow, as_steps = (
         opened(tmp_path / name, info, codec=codec, max_error=max_error) for name in ("x.zarr", "y.zarr")
