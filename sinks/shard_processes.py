@@ -14,7 +14,6 @@ claim on the unfinished store. Ctrl-C reaches it by what this process makes of i
 from __future__ import annotations
 
 import json
-import math
 import pickle
 import socket
 import subprocess
@@ -54,7 +53,7 @@ _CODE = (
 
 
 def are_worth_it(shards: float, workers: int) -> bool:
-    """Whether processes are sooner done with so many shards, infinity where nobody knows, than so many threads."""
+    """Whether processes are sooner done with so many shards than so many threads."""
     return shards > FEW_SHARDS and workers > FEW_WORKERS
 
 
@@ -72,19 +71,8 @@ def how_many(workers: int) -> int:
 class ShardsInProcesses:
     """See ``Shards``."""
 
-    def __init__(
-        self,
-        files: StoreWriter,
-        target: LocalTarget,
-        setting: Setting,
-        count: int,
-        processes: int,
-        shards: float = math.inf,
-    ) -> None:
-        """count: flows that are there already. shards: that will come, as far as anybody knows.
-
-        Raises OSError where the system gives no process or memory.
-        """
+    def __init__(self, files: StoreWriter, target: LocalTarget, setting: Setting, count: int, processes: int) -> None:
+        """count: flows that are there already. Raises OSError where the system gives no process or memory."""
         self.count = count
         self._memory = SharedMemory()
         self._files = files
@@ -98,8 +86,7 @@ class ShardsInProcesses:
             for _ in range(processes):
                 self._all.append(_Process(target.name, self._memory.descriptor, target.held))
                 self._idle.append(self._all[-1])
-            at_once = min(processes + 1, math.ceil(shards) if shards < math.inf else processes + 1)
-            self._memory.reserve(at_once * setting.shard_length * setting.codec.flow_bytes)
+            self._memory.reserve((processes + 1) * setting.shard_length * setting.codec.flow_bytes)
         except BaseException:
             self.close()
             raise

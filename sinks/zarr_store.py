@@ -17,7 +17,6 @@ full shard. Batches never cross shards: the resumed run computes the very batche
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -199,7 +198,7 @@ class ZarrSink:
     def _start(self, info: FlowInfo, metadata: dict[str, dict[str, Any]]) -> None:
         """Whoever compresses and writes. Flow that is on a GPU comes by ``take``."""
         workers, on_gpu = encode_workers(info.device), info.device not in (None, "cpu")
-        shards = math.inf if info.flow_count is None else (info.flow_count - self._taken) / self._shard_length
+        shards = ((info.flow_count or 0) - self._taken) / self._shard_length  # pipes, that tell none, are slow
         possible = shard_processes.are_possible(self._codec, self._shard_length)
         if on_gpu and possible and shard_processes.are_worth_it(shards, workers):
             processes = shard_processes.how_many(workers)
@@ -207,7 +206,7 @@ class ZarrSink:
             self._files = StoreWriter(self._target, metadata, self._shard_length, processes, most_bytes)
             setting = Setting(self.path, self._codec, self._shard_length)
             with suppress(OSError):  # no process may be had, or no memory: threads do as well
-                self._shards = ShardsInProcesses(self._files, self._target, setting, self._taken, processes, shards)
+                self._shards = ShardsInProcesses(self._files, self._target, setting, self._taken, processes)
                 return
         self._files = StoreWriter(self._target, metadata, self._shard_length)
         workers, threads = shared_out(workers) if on_gpu and self._codec.shuffles else (workers, 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import math
 import os
 import pickle
 import signal
@@ -36,9 +35,12 @@ CONFIG = SinkConfig(shard_bytes=SHARD * 8 * H * W)
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has memory without a name")
 
 
+worth_it = shard_processes.are_worth_it
+
+
 @pytest.fixture(autouse=True)
-def _however_few_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_processes, "FEW_WORKERS", 0)
+def _however_little_there_is_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_processes, "are_worth_it", lambda *_: True)
 
 
 def batches(count: int, size: int = 2, first: int = 0) -> Iterator[FlowBatch]:
@@ -144,7 +146,7 @@ def test_none_stays_behind_when_nothing_comes(tmp_path: Path) -> None:
 def test_a_run_that_is_killed_takes_them_along_and_its_claim_as_well(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys; from pathlib import Path; from tests.sinks.test_shard_processes import *\n"
-        "shard_processes.FEW_WORKERS = 0; sink, shards = opened(Path(sys.argv[1]) / 'x.zarr')\n"
+        "shard_processes.are_worth_it = lambda *_: True; sink, shards = opened(Path(sys.argv[1]) / 'x.zarr')\n"
         "for batch in batches(10): sink.write(batch)\n"
         "sink._files.flush(); print(*(process._process.pid for process in shards._all), flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -209,6 +211,8 @@ def test_threads_make_a_few_shards(
 ) -> None:
     """Or what few a resumed run has left."""
     monkeypatch.setattr(shard_processes, "FEW_SHARDS", 4)
+    monkeypatch.setattr(shard_processes, "FEW_WORKERS", 0)
+    monkeypatch.setattr(shard_processes, "are_worth_it", worth_it)
     path, info = tmp_path / "x.zarr", replace(INFO, frame_count=flows + 1)
     if there:
         sink = ZarrSink(str(path), CONFIG)
@@ -236,9 +240,8 @@ def test_where_they_are_possible(monkeypatch: pytest.MonkeyPatch) -> None:
             assert not shard_processes.are_possible(codec(), 8)
     monkeypatch.setattr(sys, "frozen", True, raising=False)  # the executable is a program of its own
     assert not shard_processes.are_possible(codec(), 8)
-    assert shard_processes.are_worth_it(math.inf, 1)
-    monkeypatch.setattr(shard_processes, "FEW_WORKERS", 7)
-    assert [shard_processes.are_worth_it(math.inf, workers) for workers in (1, 7, 8)] == [False, False, True]
+    assert [worth_it(1000, workers) for workers in (1, 7, 8)] == [False, False, True]
+    assert [worth_it(shards, 16) for shards in (0, 128, 129)] == [False, False, True]
     assert [shard_processes.how_many(workers) for workers in (1, 2, 4, 15, 100)] == [1, 1, 2, 7, MOST_PROCESSES]
 
 
