@@ -28,11 +28,11 @@ def load(path: Path) -> Result:
     return result
 
 
-def newest(case: str, folder: Path = RESULTS) -> Path | None:
-    """The latest result filed as ``case``, or None."""
+def newest(case: str, folder: Path = RESULTS, *, with_rows: bool = False) -> Path | None:
+    """The latest result filed as ``case``, or None. with_rows: one that has any, as a GPU's of some parts has not."""
     matches = [(match, path) for path in folder.glob("*.json") if (match := _NAME.fullmatch(path.name))]
     found = [(match["date"], int(match["number"] or 1), path) for match, path in matches if match["case"] == case]
-    return max(found)[-1] if found else None
+    return next((path for _, _, path in sorted(found, reverse=True) if not with_rows or load(path).get("rows")), None)
 
 
 def cases_in(folder: Path) -> list[str]:

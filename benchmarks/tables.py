@@ -69,7 +69,7 @@ def filled(text: str, page: Path, results: Path = RESULTS, plots: Path = PLOTS) 
         if match["kind"] == "plot":
             made = _picture(plots / f"{case}.svg", page)
         else:
-            path = newest(case, results)
+            path = newest(case, results, with_rows=True)
             made = None if path is None else _made(match["kind"], load(path), conditions, match["asked"])
         return match[0] if made is None else f"{match['marker']}\n{made}\n"
 

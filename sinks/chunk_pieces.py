@@ -8,11 +8,12 @@ Piece = bytes  # or what else can only be read, as a segment of a buffer of Zsta
 Chunk = tuple[Piece, ...]  # its checksum is the last
 
 CHECKSUM_BYTES = 4
+IN_C = google_crc32c.implementation == "c"  # that in Python takes nothing but bytes
 
 
 def crc32c(*pieces: Piece) -> bytes:
     """The checksum of the pieces, one after another, as Zarr puts it behind a chunk."""
     value = 0
     for piece in pieces:
-        value = google_crc32c.extend(value, piece)
+        value = google_crc32c.extend(value, piece if IN_C else bytes(piece))
     return int(value).to_bytes(CHECKSUM_BYTES, "little")

@@ -19,9 +19,10 @@ from flowreel.sinks.store_target import LocalTarget
 from flowreel.sinks.store_writer import shard_files
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from flowreel.sinks.codecs import FlowCodec
+    from flowreel.sinks.shared_memory import Bytes
 
 THREADS = 2  # that compress: one alone leaves a shard's steps in memory for long, more wait for each other's blocks
 
@@ -39,31 +40,40 @@ class Request(NamedTuple):
 
     setting: Setting
     number: int
-    places: list[tuple[int, int]]  # in the shared memory, and how many flows lie there one after another
+    place: int  # bytes, where in the shared memory its steps lie one after another
+    flows: int
     times: Mapping[str, Sequence[Any]]  # by the names of ``COORDINATES``
 
 
-def serve(connection: int, memory: int) -> None:
-    """Makes shards as they are asked for, until nobody can ask any more.
+def make(request: Request, steps: Bytes, compressed: Callable[[], None]) -> tuple[list[str], int]:
+    """Prepares the shard's files. Returns their keys, in the order in which they get their names, and their bytes.
 
-    An answer is None when the steps are not needed any more, then the keys of the files that are prepared, and their
-    bytes; or the error in place of either. Args: descriptors of the socket and of the shared memory.
+    steps: (flows x bytes of one,) uint8, as ``FlowCodec.encode_prepared`` wants them. compressed: called when nobody
+    needs them any more.
+    """
+    path, codec, length = request.setting
+    chunks = codec.encode_prepared(steps.reshape(request.flows, -1), THREADS)
+    compressed()
+    files = shard_files(request.number, length, chunks, request.times)
+    return list(files), LocalTarget(path).prepare(files)
+
+
+def serve(connection: int, memory: int) -> None:
+    """Makes shards as they are asked for, until nobody can ask any more. Args: descriptors.
+
+    What it says: None when it is ready; of each shard None when the steps are not needed any more, then what ``make``
+    returns; or the error in place of either.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Whoever asked may have gone by the time there is an answer: then this ends without a word, too.
     with suppress(EOFError, OSError), socket.socket(fileno=connection) as ours, ours.makefile("rwb") as stream:
         view = SharedView(memory)
+        _tell(None, stream)
         while True:
             request: Request = pickle.load(stream)
-            setting = request.setting
             try:
-                chunks = []
-                for place, count in request.places:
-                    steps = view.at(place, count * setting.codec.flow_bytes).reshape(count, -1)
-                    chunks += setting.codec.encode_prepared(steps, THREADS)
-                _tell(None, stream)
-                files = shard_files(request.number, setting.shard_length, chunks, request.times)
-                answer: object = list(files), LocalTarget(setting.path).prepare(files)
+                steps = view.at(request.place, request.flows * request.setting.codec.flow_bytes)
+                answer: object = make(request, steps, lambda: _tell(None, stream))
             except Exception as error:
                 answer = _as_sent(error)
             _tell(answer, stream)

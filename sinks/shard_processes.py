@@ -24,8 +24,9 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from flowreel.engine.errors import FlowreelError, OutputWriteError
-from flowreel.sinks.shard_maker import THREADS, Request, Setting
+from flowreel.engine.errors import OutputWriteError
+from flowreel.sinks import publish
+from flowreel.sinks.shard_maker import THREADS, Request, Setting, make
 from flowreel.sinks.shared_memory import Buffer, SharedMemory
 from flowreel.sinks.store_layout import COORDINATES
 
@@ -46,6 +47,7 @@ MOST_SHARD_BYTES = 128 << 20  # of steps; a larger one would wait in memory for 
 FEW_SHARDS = 128
 FEW_WORKERS = 7
 GRACE_S = 30.0  # to finish a shard nobody waits for any more, before a process is killed
+_GONE = (EOFError, OSError, pickle.UnpicklingError)  # what reading and writing raise when there is nobody any more
 _CODE = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from flowreel.sinks.shard_maker import serve; serve(*map(int, sys.argv[2:]))"
@@ -77,8 +79,8 @@ class ShardsInProcesses:
         self._memory = SharedMemory()
         self._files = files
         self._setting = setting
-        self._spare: list[Buffer] = []  # whose steps are not needed any more
-        self._steps: list[tuple[Buffer, int]] = []  # of the shard that is filling up, and how many flows are in each
+        self._spare: list[Buffer] = []  # of shards whose steps are not needed any more
+        self._filling: Buffer | None = None  # of the shard that is filling up
         self._times: dict[str, list[Any]] = {name: [] for name in COORDINATES}  # of the same
         self._all: list[_Process] = []
         self._idle: deque[_Process] = deque()
@@ -103,44 +105,50 @@ class ShardsInProcesses:
                 self._is_full()
 
     def _gather(self, steps: npt.NDArray[np.uint8]) -> None:
-        """Copies them where the processes see them."""
-        fitting = (place for place, buffer in enumerate(self._spare) if buffer.bytes.size >= steps.nbytes)
-        place = next(fitting, None)
-        buffer = self._memory.take(steps.nbytes) if place is None else self._spare.pop(place)
-        buffer.bytes[: steps.nbytes].reshape(steps.shape)[:] = steps
-        self._steps.append((buffer, len(steps)))
+        """Copies them where the processes see them, behind those of the same shard."""
+        if self._filling is None:
+            with publish.write_errors(self._setting.path):
+                shard_bytes = self._setting.shard_length * self._setting.codec.flow_bytes
+                self._filling = self._spare.pop() if self._spare else self._memory.take(shard_bytes)
+        place = self.count % self._setting.shard_length * self._setting.codec.flow_bytes
+        self._filling.bytes[place : place + steps.nbytes] = steps.reshape(-1)
         self.count += len(steps)
 
     def finish(self) -> None:
-        if self._steps:
+        if self._filling is not None:
             self._is_full()
 
     def stop(self) -> None:
-        self._steps = []
+        self._filling = None
 
     def close(self) -> None:
         for process in self._all:
             process.let_go()  # all of them, before the first is waited for
         for process in self._all:
             process.wait()
-        self._steps = []
+        self._filling, self._spare = None, []
         self._memory.close()
 
     def _is_full(self) -> None:
         """Hands the waiting flows over."""
-        steps, times = self._steps, self._times
-        self._steps, self._times = [], {name: [] for name in COORDINATES}
+        buffer, times = self._filling, self._times
+        assert buffer is not None, "a flow is in it"
+        self._filling, self._times = None, {name: [] for name in COORDINATES}
         number, flows = (self.count - 1) // self._setting.shard_length, len(times["frame"])
-        make = partial(self._made, number, steps, times)
+        make = partial(self._made, Request(self._setting, number, buffer.place, flows, times), buffer)
         self._files.submit_made(number, flows, times, make, flows * self._setting.codec.flow_bytes)
 
-    def _made(self, number: int, steps: list[tuple[Buffer, int]], times: Times) -> tuple[list[str], int]:
+    def _made(self, request: Request, buffer: Buffer) -> tuple[list[str], int]:
         """The shard's files by their keys, prepared, and their bytes."""
-        places = [(buffer.place, flows) for buffer, flows in steps]
+
+        def compressed() -> None:
+            self._spare.append(buffer)
+
         process = self._idle.pop()  # there is one: as many calls are made at once
         try:
-            request = Request(self._setting, number, places, times)
-            return process.make(request, lambda: self._spare.extend(buffer for buffer, _ in steps))
+            if process.is_ready():
+                return process.make(request, compressed)
+            return make(request, buffer.bytes[: request.flows * self._setting.codec.flow_bytes], compressed)
         finally:
             self._idle.append(process)
 
@@ -157,36 +165,51 @@ class _Process:
             paths = json.dumps([path for path in sys.path if isinstance(path, str)])
             numbers = [str(number) for number in (theirs.fileno(), memory)]
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _CODE, paths, *numbers],
+                [sys.executable, "-P", "-c", _CODE, paths, *numbers],  # -P: no module of the working folder comes first
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(), memory, *held),
                 start_new_session=True,  # where a terminal's Ctrl-C does not reach it
             )
             undone.pop_all()
+        self._ready: bool | None = None  # None: it has not been asked yet
         self._socket = ours
         self._stream: BinaryIO = ours.makefile("rwb")  # type: ignore[assignment]  # unbuffered it would be raw
 
+    def is_ready(self) -> bool:
+        """Waits until it has said so, once. False: this Python starts no other that finds flowreel."""
+        if self._ready is None:
+            try:
+                self._ready = self._answer() is None
+            except _GONE:
+                self._ready = False
+        return self._ready
+
     def make(self, request: Request, compressed: Callable[[], None]) -> tuple[list[str], int]:
-        """Calls ``compressed`` when the steps are not needed any more."""
+        """As ``shard_maker.make``, there."""
         try:
-            self._send(request)
-            self._answer()
-            compressed()
-            made: tuple[list[str], int] = self._answer()
-        except (EOFError, OSError, pickle.UnpicklingError) as error:
-            if isinstance(error, FlowreelError):
-                raise
+            pickle.dump(request, self._stream)
+            self._stream.flush()
+            answer = self._answer()
+            if answer is None:
+                compressed()
+                answer = self._answer()
+        except _GONE as error:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(GRACE_S)
             raise OutputWriteError(
                 f"cannot write {self._name}: the process that made shard {request.number} ended early "
                 f"(exit code {self._process.returncode})"
             ) from error
+        if isinstance(answer, Exception):
+            raise answer
+        made: tuple[list[str], int] = answer
         return made
 
     def let_go(self) -> None:
-        """It ends when it has done what it does."""
+        """It ends when it has done what it does. Also where a process that was forked meanwhile holds the socket."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
         with suppress(OSError):
             self._stream.close()
         self._socket.close()
@@ -198,12 +221,5 @@ class _Process:
             self._process.kill()
             self._process.wait()
 
-    def _send(self, what: object) -> None:
-        pickle.dump(what, self._stream)
-        self._stream.flush()
-
     def _answer(self) -> Any:
-        answer = pickle.load(self._stream)
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer
+        return pickle.load(self._stream)

@@ -35,7 +35,7 @@ class Shards(Protocol):
         ...
 
     def finish(self) -> None:
-        """Waits for all that came, and hands over the last shard, perhaps a short one."""
+        """Hands over the last shard, perhaps a short one, when all that came is in its shard."""
         ...
 
     def stop(self) -> None:

@@ -7,7 +7,8 @@
       flow_crc32c/c/<shard>  time_crc32c/...      S checksums (``store_checksums.py``)
 
 Flows are compressed as they arrive, several at a time; only compressed bytes are held until the shard is full and
-published (``store_writer.py``). The times, frame numbers and checksums of a shard go before its flow, so a flow that is
+published (``store_writer.py``). Long runs on a GPU leave both to other processes (``shard_processes.py``): there what
+is held is not compressed yet. The times, frame numbers and checksums of a shard go before its flow, so a flow that is
 there can always be placed. The metadata is zarr-python's own, see ``store_metadata.py``; the shards are assembled by
 us, because zarr-python rewrites a shard for each chunk that is added and never waits for the disk.
 
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from flowreel.engine.data import Prepared, ResumePoint, StepsBatch
-from flowreel.engine.errors import OutputBusyError, ResumeMismatchError, concerning
+from flowreel.engine.errors import OutputBusyError, OutputWriteError, ResumeMismatchError, concerning
 from flowreel.kernels.bitshuffle import bitshuffle
 from flowreel.kernels.quantise import Quantised, quantise
 from flowreel.sinks import blosc, publish, shard_processes
@@ -33,7 +34,7 @@ from flowreel.sinks.codecs import flow_codec
 from flowreel.sinks.parallel import encode_workers, shared_out
 from flowreel.sinks.shard_maker import Setting
 from flowreel.sinks.shard_processes import ShardsInProcesses
-from flowreel.sinks.shards import ShardsInThreads
+from flowreel.sinks.shards import Shards, ShardsInThreads
 from flowreel.sinks.store_checksums import COVERED
 from flowreel.sinks.store_layout import COORDINATES, published_shards
 from flowreel.sinks.store_metadata import other_settings, places_in_frame, store_metadata
@@ -64,7 +65,7 @@ class ZarrSink:
         self._announced = ""  # of how many flows they are, for messages
         self._invalid: dict[str, tuple[int, int]] = {}  # what -> vectors, first frame
         self._files: StoreWriter | None = None  # from ``open`` on
-        self._shards: ShardsInThreads | ShardsInProcesses | None = None  # likewise
+        self._shards: Shards | None = None  # likewise
 
     @property
     def path(self) -> str:
@@ -220,7 +221,7 @@ class ZarrSink:
         if flows.device.type != "cpu":
             raise ValueError(f"a sink takes flow on the CPU, got {flows.device}")
         shards = self._require_shards()
-        if isinstance(shards, ShardsInProcesses):
+        if not isinstance(shards, ShardsInThreads):  # it is for flow on a GPU, and this has come another way
             for prepared in self.prepare(iter([batch])):
                 self.take(prepared)
             return
@@ -261,6 +262,8 @@ class ZarrSink:
         files.flush()  # first: an error that nobody has heard of says more than the hole it has left
         files.require_no_hole()
         shards.finish()
+        if shards.count < self._taken:
+            raise OutputWriteError(f"cannot finish {self.path}: some of its flows could not be compressed")
         files.flush()
         shards.close()
         files.close()
@@ -295,7 +298,7 @@ class ZarrSink:
             raise ValueError(f"{self.path} is not open")
         return self._files
 
-    def _require_shards(self) -> ShardsInThreads | ShardsInProcesses:
+    def _require_shards(self) -> Shards:
         self._require_open()
         assert self._shards is not None, "open makes both"
         return self._shards
@@ -312,6 +315,8 @@ class ZarrSink:
         flows = batch.native if self._native else batch.flow
         if flows is None:
             raise ValueError("opened for the network's own prediction, which did not come with the flow")
+        if tuple(flows.shape[1:]) != (size := (2, self._codec.height, self._codec.width)):
+            raise ValueError(f"this store's flows are {size}, got {tuple(flows.shape[1:])}")
         return flows
 
     def _times_of_next(self, batch: FlowBatch | StepsBatch, index: int, part: slice) -> dict[str, list[Any]]:

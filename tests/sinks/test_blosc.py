@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowreel.kernels import bitshuffle
-from flowreel.sinks import blosc
+from flowreel.sinks import blosc, chunk_pieces
 from flowreel.sinks.chunk_pieces import Chunk
 from flowreel.sinks.codecs import decompress
 
@@ -79,3 +79,12 @@ def test_what_cannot_be_compressed_stays_as_it_is() -> None:
     whole = b"".join(chunk)
     assert len(whole) == values.nbytes + 16 + 4 + 4 + 4  # header, the block's place and length, the checksum
     np.testing.assert_array_equal(decompress(whole, "blosc", values.dtype, values.shape[1:]), values[0])
+
+
+def test_checksums_by_a_package_without_its_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    import google_crc32c.python as slow
+
+    (chunk,) = chunks_of(made((1, 2, 40, 50), "<i2", 3.0))
+    monkeypatch.setattr(chunk_pieces, "IN_C", False)
+    monkeypatch.setattr(chunk_pieces.google_crc32c, "extend", slow.extend)
+    assert chunk_pieces.crc32c(*chunk[:-1]) == chunk[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import pickle
 import signal
@@ -100,13 +101,15 @@ def test_no_more_memory_than_what_is_under_way(tmp_path: Path) -> None:
     for batch in batches(400):
         sink.write(batch)
     sink.commit()
-    most = (len(shards._all) + 1) * SHARD // 2 + 1  # buffers: of each shard on its way, and of the one that fills up
+    most = 2 * len(shards._all) + 1  # a shard's: of those on their way, and of the one that fills up
     assert shards._memory._taken <= most * 4096
+    assert shards._spare == []  # and none of it is kept
 
 
 def test_a_process_that_is_killed_is_an_error_that_names_its_shard(tmp_path: Path) -> None:
     sink, shards = opened(tmp_path / "x.zarr")
     for process in shards._all:
+        assert process.is_ready()
         os.kill(process._process.pid, signal.SIGKILL)
         process._process.wait()
     for batch in batches(SHARD):
@@ -116,6 +119,62 @@ def test_a_process_that_is_killed_is_an_error_that_names_its_shard(tmp_path: Pat
     assert frame_of(caught.value, None) == 0
     sink.abort()
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("executable", ["/bin/false", "/bin/cat"])
+def test_a_process_that_does_not_start_is_done_without(
+    tmp_path: Path, executable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that ends, and one that does something else."""
+    monkeypatch.setattr(sys, "executable", executable)
+    sink, _ = opened(tmp_path / "x.zarr")
+    for batch in batches(11):
+        sink.write(batch)
+    sink.commit()
+    stored(tmp_path / "x.zarr", 11)
+
+
+def test_modules_of_the_working_folder_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("json", "pickle", "numpy"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong one')")
+    monkeypatch.chdir(tmp_path)
+    sink, shards = opened(Path("x.zarr"))
+    assert all(process.is_ready() for process in shards._all)
+    for batch in batches(11):
+        sink.write(batch)
+    sink.commit()
+    stored(Path("x.zarr"), 11)
+
+
+def test_a_process_that_was_forked_meanwhile_does_not_keep_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the sockets as well, and ends when it likes."""
+    monkeypatch.setattr(shard_processes, "GRACE_S", 1e9)
+    sink, shards = opened(tmp_path / "x.zarr")
+    forked = multiprocessing.get_context("fork").Process(target=signal.pause, daemon=True)
+    forked.start()
+    try:
+        for batch in batches(11):
+            sink.write(batch)
+        sink.commit()
+        assert {process._process.returncode for process in shards._all} == {0}
+        assert forked.is_alive()
+    finally:
+        forked.kill()
+        forked.join()
+
+
+def test_an_error_of_the_system_there_is_no_death(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for a process that has said what is wrong."""
+    monkeypatch.setattr(shard_processes, "GRACE_S", 1e9)
+    sink, shards = opened(tmp_path / "x.zarr")
+    buffer = shards._memory.take(1 << 20)
+    shards._spare.append(buffer._replace(place=1))  # no mapping begins there
+    with pytest.raises(OutputWriteError, match=r"cannot write .*x\.zarr: Invalid argument") as caught:
+        _write_all(sink, SHARD)
+    assert frame_of(caught.value, None) == 0
+    sink.abort()
 
 
 def test_a_disk_that_is_full_is_told_as_by_this_process(tmp_path: Path) -> None:

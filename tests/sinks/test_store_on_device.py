@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ import torch
 
 from flowreel.engine.config import SinkConfig
 from flowreel.engine.data import DeviceSink, FlowBatch, FlowInfo, SourceId, StepsBatch
-from flowreel.engine.errors import OutputError
+from flowreel.engine.errors import OutputError, OutputWriteError
 from flowreel.sinks import open_sink, shard_processes, zarr_store
+from flowreel.sinks.codecs import FlowCodec
+from flowreel.sinks.shards import ShardsInThreads
 from flowreel.sinks.zarr_store import ZarrSink
 
 SIZE = (64, 128)
@@ -95,6 +98,47 @@ def test_the_bound_is_checked_on_the_host(tmp_path: Path) -> None:
 def _write_all(sink: ZarrSink, steps: StepsBatch) -> None:
     sink.take(steps)
     sink.commit()
+
+
+@pytest.mark.parametrize("processes", [False, True])
+@pytest.mark.parametrize("how", ["write", "take"])
+def test_flow_of_another_size_is_refused_whichever_way_it_comes(
+    tmp_path: Path, how: str, processes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of as many bytes."""
+    monkeypatch.setattr(shard_processes, "are_worth_it", lambda *_: processes)
+    sink = opened(tmp_path / "x.zarr", replace(INFO, device="cuda"))
+    for size in ((64, 64), (64, 129), (128, 64)):
+        frame = np.zeros(1, np.int64)
+        batch = FlowBatch(torch.zeros(1, 2, *size), 0, frame, frame + 1, frame / 50, frame / 50 + 0.02)
+        with pytest.raises(ValueError, match=r"this store's flows are \(2, 64, 128\), got"):
+            sink.write(batch) if how == "write" else next(sink.prepare(iter([batch])))
+    sink.abort()
+
+
+def test_flows_that_could_not_be_compressed_are_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whoever commits although there was an error."""
+    sink = opened(tmp_path / "x.zarr", replace(INFO, device="cuda"))
+    steps = list(sink.prepare(iter(batches(2))))
+    with pytest.raises(ZeroDivisionError):
+        _write_all_but_one(sink, steps, monkeypatch)
+    with pytest.raises(OutputWriteError, match="some of its flows could not be compressed"):
+        sink.commit()
+    sink.abort()
+
+
+def _write_all_but_one(sink: ZarrSink, steps: list[StepsBatch], monkeypatch: pytest.MonkeyPatch) -> None:
+    made = FlowCodec.encode_prepared
+
+    def failing(codec: FlowCodec, values: Any, threads: int) -> Any:
+        return made(codec, values, threads) if len(failed.append(1) or failed) != 2 else 1 / 0
+
+    failed: list[int] = []
+    monkeypatch.setattr(FlowCodec, "encode_prepared", failing)
+    for batch in steps:
+        sink.take(batch)
+    assert isinstance(sink._shards, ShardsInThreads)
+    sink._shards.drain()
 
 
 @pytest.mark.parametrize("codec", ["blosc", "zstd"])
