@@ -126,12 +126,8 @@ def kernels(device: str) -> list[Kernel]:
     made += [_correlation_into(device, half, batch=8)] if device == "cuda" else []
     made += [_warp(device, "fp32"), _warp(device, half), _channel_norm(device, 3), _channel_norm(device, 2)]
     if device == "cuda":
-        made += [
-            _yuv_to_rgb(device),
-            _bitshuffle(device),
-            _bias_leaky_relu(device, "fp32"),
-            _bias_leaky_relu(device, half),
-        ]
+        made += [_yuv_to_rgb(device), _bitshuffle(device)]
+        made += [_bias_leaky_relu(device, "fp32"), _bias_leaky_relu(device, half)]
         made += [_flow_head(device, level, channels) for level, channels in HEADS.items()]
         made += [_smoothed_head(device, level, *channels) for level, channels in SMOOTHED_HEADS.items()]
         made += [kernel(device, half) for kernel in (_normalise_frames, _refining_input, _fusing_input, _enlarge_flow)]

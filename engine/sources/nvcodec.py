@@ -8,7 +8,7 @@ from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
-from flowreel.engine.errors import DeviceError, MissingDependencyError
+from flowreel.engine.errors import DeviceError, MissingDependencyError, first_line
 from flowreel.engine.pipeline import in_own_thread
 
 OLDEST = (2, 2, 4)  # before it, the strides of 16-bit surfaces were wrong
@@ -41,7 +41,7 @@ def load() -> ModuleType:
 
 
 def _cannot_load(error: Exception) -> MissingDependencyError:
-    return MissingDependencyError(f"PyNvVideoCodec is installed, but cannot load: {first_line(error)}")
+    return MissingDependencyError(f"PyNvVideoCodec is installed, but cannot load: {reason(error)}")
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -78,11 +78,11 @@ def _answer(codec: ModuleType, gpu: int, kind: Any, chroma: str, bits: int) -> d
     try:
         return in_own_thread(ask)  # one that fails leaves its context current, on the thread that asked
     except Exception as error:  # errors of its own kinds, and a plain one where a library is missing
-        return first_line(error)
+        return reason(error)
 
 
-def first_line(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """What is wrong: the line "Error Type : ..." of its own errors, which go on for lines, else the first line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = (line.strip() for line in str(error).splitlines())
     told = next((line.partition(":")[2].strip() for line in lines if line.startswith("Error Type")), "")
-    return told or (lines[0] if lines else type(error).__name__)
+    return told or first_line(error)

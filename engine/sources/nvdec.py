@@ -85,7 +85,7 @@ def _unsuitable(codec: ModuleType, probe: VideoProbe, gpu: int) -> str | None:
         time_base = (demuxer.GetTimebaseNum(), demuxer.GetTimebaseDen())
         stream = demuxer.GetVideoStreamId()
     except Exception as error:  # its own kinds, and plain ones
-        return nvcodec.first_line(error)
+        return nvcodec.reason(error)
     if stream != probe.stream_index:
         return f"its demuxer takes stream {stream} of the file, not {probe.stream_index}"
     if time_base != (probe.time_base.numerator, probe.time_base.denominator):
@@ -168,7 +168,7 @@ class NvdecDecoder:
                         return
                     break  # its demuxer takes a damaged place for the end of the file, PyAV reads on behind it
                 except Exception as error:  # of many kinds, plain ones among them
-                    why = nvcodec.first_line(error)
+                    why = nvcodec.reason(error)
                     if self._instead is not None:
                         break
                     if isinstance(error, FrameSizeError):

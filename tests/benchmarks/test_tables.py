@@ -86,6 +86,13 @@ def test_of_several_runs_on_one_day_the_last_counts(tmp_path: Path) -> None:
     assert cases_in(tmp_path) == ["gpu", "gpu-dry-run"]
 
 
+def test_a_result_without_rows_is_no_table(tmp_path: Path, write: Any) -> None:
+    """As of a GPU that has run some of the parts."""
+    path = write(tmp_path, "model", [{"model": "C"}])
+    (tmp_path / "2999-01-01-model.json").write_text('{"rows": []}')
+    assert "| C |" in filled("<!-- table: model -->\n", tmp_path / "x.md", tmp_path), path
+
+
 def test_a_condition_that_nothing_meets_is_an_error(tmp_path: Path, write: Any) -> None:
     write(tmp_path, "model", [{"model": "C"}])
     with pytest.raises(ValueError, match=r"no row .*model=D"):

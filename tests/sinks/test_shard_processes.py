@@ -101,7 +101,7 @@ def test_no_more_memory_than_what_is_under_way(tmp_path: Path) -> None:
     for batch in batches(400):
         sink.write(batch)
     sink.commit()
-    most = 2 * len(shards._all) + 1  # a shard's: of those on their way, and of the one that fills up
+    most = len(shards._all) + 1  # a shard's: of those on their way, and of the one that fills up
     assert shards._memory._taken <= most * 4096
     assert shards._spare == []  # and none of it is kept
 
