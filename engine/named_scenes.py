@@ -15,7 +15,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from flowreel.engine.errors import UsageError
-from flowreel.engine.outlines import Outline, bar_outline, polygon, radial_outline
+from flowreel.engine.outlines import BarOutline, Outline, polygon, radial_outline
 from flowreel.engine.scenes import Bend, Layer, Matrix, Pose, Scene, similarity
 from flowreel.engine.textures import make_texture
 
@@ -107,9 +107,7 @@ _CAST = (  # back to front; neighbours differ in texture, so that each stands ou
     _Actor("stripes", _ring(0.58), 0.27, (0.36, 0.28), (170, 120), 4.1, turn=0.02, pulse=0.12),
     _Actor("dots", _wavy(5, 0.10), 0.20, (0.44, 0.34), (130, 140), 5.3, turn=-0.02, flutter=0.10),
     _Actor("posterised", _regular(5, inner=0.45), 0.25, (0.38, 0.36), (160, 110), 1.2, turn=0.03),
-    _Actor(
-        "cells", lambda radius: bar_outline(radius, 0.14 * radius), 0.38, (0.30, 0.25), (190, 150), 3.3, turn=-0.025
-    ),
+    _Actor("cells", lambda radius: BarOutline(radius, 0.14 * radius), 0.38, (0.30, 0.25), (190, 150), 3.3, turn=-0.025),
     _Actor("dead_leaves", _regular(4), 0.17, (0.46, 0.40), (120, 95), 0.1, turn=0.015, pulse=0.2),
     _Actor("fractal", _ring(0.0), 0.12, (0.48, 0.42), (85, 75), 2.9, turn=0.05),
     _Actor("stripes", _regular(3), 0.13, (0.45, 0.40), (100, 130), 4.9, turn=-0.04),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,54 +14,81 @@ from torch import Tensor
 Radii = npt.NDArray[np.float64]  # (n,) lengths in object px, or the angles in radians at which they hold
 
 
-@dataclass(frozen=True, eq=False)
-class Outline:
+class Outline(Protocol):
     """Where a layer is: a signed distance to its edge, and a rectangle around the origin that it stays within."""
 
-    distance: Callable[[Tensor, Tensor], Tensor]  # object x, y -> object px, positive inside
-    extent: tuple[float, float]  # half width, half height, object px
+    @property
+    def extent(self) -> tuple[float, float]:
+        """Half width, half height, object px."""
+        ...
+
+    def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """Object x, y to object px, positive inside."""
+        ...
 
 
-def radial_outline(radii: npt.NDArray[np.floating], hole: float = 0.0) -> Outline:
+@dataclass(frozen=True, eq=False)
+class RadialOutline:
+    """A star-shaped outline; see ``radial_outline``."""
+
+    edge: Tensor  # (n + 2,) float32, object px, radius at angles -pi + 2 pi k / n; after n, the first again
+    lean: Tensor  # (n + 2,) float32, distance to the edge as a share of that along the radius
+    hole: float  # share of the radius cut out
+    extent: tuple[float, float]
+
+    def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        count = len(self.edge) - 2
+        angle = torch.atan2(y, x).add_(math.pi).mul_(count / (2 * math.pi))
+        place = angle.to(torch.int32).clamp_(0, count)
+        edge = torch.lerp(self.edge[place], self.edge[place + 1], angle.sub_(place))
+        radius = torch.hypot(x, y)
+        inside = edge - radius
+        if self.hole > 0:
+            inside = torch.minimum(inside, radius - self.hole * edge)
+        return inside.mul_(self.lean[place])
+
+
+@dataclass(frozen=True, eq=False)
+class BarOutline:
+    """A straight bar along x."""
+
+    half_length: float  # object px
+    half_width: float  # object px
+
+    @property
+    def extent(self) -> tuple[float, float]:
+        return self.half_length, self.half_width
+
+    def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.minimum(self.half_length - x.abs(), self.half_width - y.abs())
+
+
+@dataclass(frozen=True, eq=False)
+class GratingOutline:
+    """Parallel bars within a circle: what is behind shows through."""
+
+    radius: float  # of the circle, object px
+    half_width: float  # of a bar, object px
+    pitch: float  # from bar to bar, object px
+
+    @property
+    def extent(self) -> tuple[float, float]:
+        return self.radius, self.radius
+
+    def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        bars = self.half_width - torch.remainder(y, self.pitch).sub_(self.pitch / 2).abs_()
+        return torch.minimum(bars, self.radius - torch.hypot(x, y))
+
+
+def radial_outline(radii: npt.NDArray[np.floating], hole: float = 0.0) -> RadialOutline:
     """A star-shaped outline: ``radii`` (n,) at angles -pi + 2 pi k / n; ``hole``: share of the radius cut out."""
     count = len(radii)
     slope = (np.roll(radii, -1) - np.roll(radii, 1)) * count / (4 * np.pi)
     lean = 1 / np.sqrt(1 + (slope / radii) ** 2)  # the edge leans: its distance is shorter than along the radius
-    table = torch.from_numpy(np.concatenate([radii, radii[:2]]).astype(np.float32))
-    leans = torch.from_numpy(np.concatenate([lean, lean[:2]]).astype(np.float32))
-
-    def distance(x: Tensor, y: Tensor) -> Tensor:
-        angle = torch.atan2(y, x).add_(math.pi).mul_(count / (2 * math.pi))
-        place = angle.to(torch.int32).clamp_(0, count)
-        edge = torch.lerp(table[place], table[place + 1], angle.sub_(place))
-        radius = torch.hypot(x, y)
-        inside = edge - radius
-        if hole > 0:
-            inside = torch.minimum(inside, radius - hole * edge)
-        return inside.mul_(leans[place])
-
+    edges, leans = (torch.from_numpy(np.concatenate([v, v[:2]]).astype(np.float32)) for v in (radii, lean))
     angles = -np.pi + 2 * np.pi * np.arange(count) / count
     extent = (float(np.abs(radii * np.cos(angles)).max()) + 1, float(np.abs(radii * np.sin(angles)).max()) + 1)
-    return Outline(distance, extent)
-
-
-def bar_outline(half_length: float, half_width: float) -> Outline:
-    """A straight bar along x."""
-
-    def distance(x: Tensor, y: Tensor) -> Tensor:
-        return torch.minimum(half_length - x.abs(), half_width - y.abs())
-
-    return Outline(distance, (half_length, half_width))
-
-
-def grating_outline(radius: float, half_width: float, pitch: float) -> Outline:
-    """Parallel bars within a circle: what is behind shows through."""
-
-    def distance(x: Tensor, y: Tensor) -> Tensor:
-        bars = half_width - torch.remainder(y, pitch).sub_(pitch / 2).abs_()
-        return torch.minimum(bars, radius - torch.hypot(x, y))
-
-    return Outline(distance, (radius, radius))
+    return RadialOutline(edges, leans, hole, extent)
 
 
 def polygon(angles: Radii, corner_angles: Radii, corner_radii: Radii) -> Radii:
@@ -95,6 +122,6 @@ def random_outline(rng: np.random.Generator, radius: float) -> Outline:
         flat = rng.uniform(0.2, 1)
         return radial_outline(radius * flat / np.hypot(flat * np.cos(angles), np.sin(angles)), hole)
     if kind == 3:  # a bar, often thin
-        return bar_outline(radius, max(radius * math.exp(rng.uniform(math.log(0.03), math.log(0.6))), 1.0))
+        return BarOutline(radius, max(radius * math.exp(rng.uniform(math.log(0.03), math.log(0.6))), 1.0))
     pitch = max(radius * rng.uniform(0.12, 0.5), 6.0)
-    return grating_outline(radius, pitch * rng.uniform(0.1, 0.3), pitch)
+    return GratingOutline(radius, pitch * rng.uniform(0.1, 0.3), pitch)

@@ -32,6 +32,8 @@ Pose = Callable[[float], Matrix]  # time -> object coordinates to frame pixels
 Points = tuple[Tensor, Tensor]  # x and y, each (h, w) float32
 Box = tuple[int, int, int, int]  # top, bottom, left, right of a part of the frame, bottom and right exclusive
 
+NEAR = 1e-3  # px: what ends on the frame's border is in it, whatever the rounding
+
 
 @dataclass(frozen=True, eq=False)
 class Bend:
@@ -86,6 +88,7 @@ class Layer:
     bend: Bend | None = None
     wraps: bool = False  # the texture repeats for ever, its last row and column being the first again;
     # else its border colours go on
+    tint: tuple[Tensor, Tensor] | None = None  # (3, 3) gain and (3,) offset that colours go through, clipped to 0..255
 
     def box(self, t: float, height: int, width: int) -> Box | None:
         """The part of the frame this layer can touch at time t; None: it is outside."""
@@ -112,13 +115,16 @@ class Layer:
         """Colour (3, h, w) float32 and cover (h, w) 0..1 of the pixels of ``box``; cover None: all of it."""
         x, y = self.object_points(t, box)
         sampled = self._sample(x, y)
+        colour = sampled[:3]
+        if self.tint is not None:
+            gain, offset = self.tint
+            colour = torch.addmm(offset[:, None], gain, colour.reshape(3, -1)).clamp_(0, 255).view(colour.shape)
         if self.outline is None:
-            return sampled[:3], None
+            return colour, None
         inside = self.outline.distance(x, y)
         if len(sampled) > 3:
             inside = torch.minimum(inside, sampled[3])
-        scale = math.sqrt(abs(np.linalg.det(self.pose(t)[:2, :2])))
-        return sampled[:3], inside.mul_(scale / self.softness).add_(0.5).clamp_(0, 1)
+        return colour, inside.mul_(sharpness(self.pose(t), self.softness)).add_(0.5).clamp_(0, 1)
 
     def _sample(self, x: Tensor, y: Tensor) -> Tensor:
         height, width = self.texture.shape[-2:]
@@ -202,7 +208,8 @@ class Scene:
                 flow[:, part[0], part[1]] = torch.where(mine, moved, flow[:, part[0], part[1]])
         x = flow[0] + torch.arange(self.width)
         y = flow[1] + torch.arange(self.height)[:, None]
-        inside = (x >= 0) & (x <= self.width - 1) & (y >= 0) & (y <= self.height - 1)
+        right, bottom = self.width - 1 + NEAR, self.height - 1 + NEAR
+        inside = (x >= -NEAR) & (x <= right) & (y >= -NEAR) & (y <= bottom)
         column = x.round_().clamp_(0, self.width - 1)
         row = y.round_().clamp_(0, self.height - 1)
         in_front = owner1.view(-1)[row.mul_(self.width).add_(column).to(torch.int64)]
@@ -218,6 +225,11 @@ def similarity(x: float, y: float, angle: float = 0.0, scale: float = 1.0) -> Ma
 def inverse(matrix: Matrix) -> Matrix:
     """The inverse, (3, 3) float64: frame pixels to object coordinates, given a pose's matrix."""
     return np.asarray(np.linalg.inv(matrix), dtype=np.float64)
+
+
+def sharpness(pose: Matrix, softness: float) -> float:
+    """How fast cover grows with the distance from an outline, 1/object px, where its edge is so many frame px wide."""
+    return math.sqrt(abs(np.linalg.det(pose[:2, :2]))) / softness
 
 
 def _is_affine(matrix: Matrix) -> bool:

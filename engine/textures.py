@@ -225,22 +225,34 @@ def make_texture(kind: str, seed: int, size: int) -> Tensor:
     return torch.from_numpy(np.clip(picture, 0, 255).round().astype(np.uint8)).permute(2, 0, 1).contiguous()
 
 
+LEVELS = 3  # of a texture's pyramid, each half the size of the one before
+
+
+def kind_of(index: int) -> str:
+    """The maker of a bank's texture, whatever its seed and size."""
+    return _MIX[index % len(_MIX)]
+
+
 class TextureBank:
     """Many textures at several resolutions, as uint8: 48 of 512 px take 50 MB and about four seconds of one core.
 
     Attributes:
-        kinds: the maker of each texture.
         levels: for each texture, (3, size, size), (3, size/2, size/2), (3, size/4, size/4) uint8.
+        grey: for each texture, the mean of all its values.
     """
 
     def __init__(self, seed: int = 0, count: int = 48, size: int = 512) -> None:
-        self.kinds = [_MIX[index % len(_MIX)] for index in range(count)]
-        self.levels = [self._pyramid(make_texture(kind, seed * 9973 + i, size)) for i, kind in enumerate(self.kinds)]
+        textures = [make_texture(kind_of(index), seed * 9973 + index, size) for index in range(count)]
+        self.levels = [self._pyramid(texture) for texture in textures]
+        self.grey = [float(texture.double().mean()) for texture in textures]
 
     @staticmethod
     def _pyramid(texture: Tensor) -> list[Tensor]:
-        half = functional.avg_pool2d(texture.float(), 2)
-        return [texture, half.round().to(torch.uint8), functional.avg_pool2d(half, 2).round().to(torch.uint8)]
+        pyramid, level = [texture], texture.float()
+        for _ in range(LEVELS - 1):
+            level = functional.avg_pool2d(level, 2)
+            pyramid.append(level.round().to(torch.uint8))
+        return pyramid
 
     def window(self, index: int, level: int, top: int, left: int, height: int, width: int) -> Tensor:
         """A part of one texture, wrapped at its borders: (3, height, width) float32."""
@@ -257,3 +269,20 @@ class TextureBank:
 def texture_bank(seed: int = 0, count: int = 48, size: int = 512) -> TextureBank:
     """The bank of these settings, built on first use in a process."""
     return TextureBank(seed, count, size)
+
+
+TATTERS, TATTER_SIZE = 4, 384  # fields that cut holes, and their side in texels
+
+
+@functools.cache
+def tatters() -> Array:
+    """Smooth random fields that repeat, (TATTERS, TATTER_SIZE, TATTER_SIZE), divided by their slope.
+
+    So near zero, where holes begin, they are signed distances in texels.
+    """
+    fields = []
+    for index in range(TATTERS):
+        field = noise(np.random.default_rng((11, index)), TATTER_SIZE, 3.0, cutoff=5.0 * 2**index)
+        down, right = np.gradient(field)
+        fields.append((field + 0.4) / np.sqrt(np.mean(down**2 + right**2)))
+    return np.asarray(fields, dtype=np.float32)

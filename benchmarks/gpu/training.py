@@ -78,7 +78,7 @@ def _compare(findings: Findings, settings: Settings, config: TrainConfig) -> Non
 def _step(config: TrainConfig, net: nn.Module, batch: Batch) -> tuple[float, Tensor]:
     """The loss, and all gradients in one vector on the host, float64."""
     net.zero_grad(set_to_none=True)
-    loss = training._gradients(config, net, batch, 1)
+    loss = training._gradients(config, net, batch, visible_alone=True)
     found = [weight.grad.detach().double().cpu().flatten() for weight in net.parameters() if weight.grad is not None]
     return float(loss), torch.cat(found)
 

@@ -18,6 +18,9 @@ def train(
     model: Annotated[str, typer.Option(help="Which network.")] = "FlowNet2C",
     width: Annotated[float, typer.Option(help="Factor on its channels; 1 is the published network.")] = 0.25,
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 20_000,
+    minutes: Annotated[
+        float | None, typer.Option(help="Train for so long, in place of --steps.", show_default=False)
+    ] = None,
     batch: Annotated[int, typer.Option(help="Pairs a step.")] = 8,
     height: Annotated[int, typer.Option(help="Rows the network sees; a multiple of 64.")] = 192,
     width_px: Annotated[int, typer.Option(help="Columns the network sees; a multiple of 64.")] = 256,
@@ -39,7 +42,7 @@ def train(
     reuse: Annotated[int, typer.Option(help="Times each scene is used, each time flipped and cropped anew.")] = 3,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
     device: Device = "auto",
-    workers: Annotated[int, typer.Option(help="Processes that render scenes; does not change the result.")] = 1,
+    workers: Annotated[int, typer.Option(help="Processes that make scenes; does not change the result.")] = 1,
     report_every: Annotated[int, typer.Option(help="Steps between reports and checkpoints.")] = 250,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint.")] = False,
     quiet: Quiet = False,
@@ -47,9 +50,9 @@ def train(
 ) -> None:
     """Train weights on procedural scenes, the way the shipped ones were made.
 
-    The same settings give the same weights on the same kind of CPU; on a GPU, roundings differ from run to run. Scenes
-    are rendered on the CPU: give a GPU several --workers. OUT gets weights.safetensors (for --weights), checkpoint.pt
-    (for --resume) and log.csv.
+    The same settings give the same weights on the same kind of CPU; on a GPU, roundings differ from run to run. The CPU
+    draws the scenes, and paints them where it also trains; a GPU paints its own. OUT gets weights.safetensors (for
+    --weights), checkpoint.pt (for --resume) and log.csv.
     """
     from flowreel.engine.device import resolve_device
     from flowreel.engine.training import train as training
@@ -58,17 +61,19 @@ def train(
     where = resolve_device(device)
 
     def report(progress: training.Progress) -> None:
-        left_s = progress.seconds / progress.step * (steps - progress.step)
+        left_s = progress.seconds * (steps / progress.step - 1) if minutes is None else 60 * minutes - progress.seconds
+        of = f" of {steps}" if minutes is None else ""
         console.print(
-            f"step {progress.step} of {steps} on {where}  loss {progress.loss:.3f}  held-out error "
+            f"step {progress.step}{of} on {where}  loss {progress.loss:.3f}  held-out error "
             f"{progress.held_out_epe:.2f} px (no motion: {progress.zero_epe:.2f})  {progress.seconds:.0f} s, "
-            f"{left_s:.0f} s to go"
+            f"{max(left_s, 0):.0f} s to go"
         )
 
     config = training.TrainConfig(
         model=model,
         width=width,
         steps=steps,
+        minutes=minutes,
         batch=batch,
         height=height,
         width_px=width_px,

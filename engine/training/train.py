@@ -27,8 +27,11 @@ from flowreel.engine.models.layers import STRIDE, folded_state, normalise, scale
 from flowreel.engine.models.stacks import FlowNet2, FlowNet2CS, FlowNet2CSS, refining_input
 from flowreel.engine.models.weights import instantiate, read_weights, save_weights
 from flowreel.engine.places import make_folder
+from flowreel.engine.textures import texture_bank
+from flowreel.engine.training.drawing import SceneConfig, draw_pair
 from flowreel.engine.training.identity import start_as_identity
 from flowreel.engine.training.loss import end_point_error, matching_loss, multi_scale_loss, zero_flow_error
+from flowreel.engine.training.painting import Packed, Painter, pack
 from flowreel.engine.training.pairs import sample_pair
 from flowreel.engine.training.widen import widen
 
@@ -37,6 +40,7 @@ CORRELATION_GAIN = 5.0
 WIDEST = 4  # as of weights that are read
 LARGEST_SIDE = 8192  # pixels
 LARGEST_BATCH = 4096
+MOST_STEPS = 1 << 31  # of a run whose minutes are set
 MOST_SEEDS = 1 << 20  # a run's samples are numbered behind its seed, in 64 bits together
 HELD_OUT_SEED = 1 << 40  # no training run reaches scenes this far
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # first, second (B,3,H,W) uint8; flow (B,2,H,W) px; visible (B,H,W)
@@ -49,11 +53,12 @@ class TrainConfig:
     model: str = "FlowNet2C"
     width: float = 0.25  # factor on channels; 0.25: 2.7 M parameters for FlowNet2C, 0.125: 0.73 M
     steps: int = 20_000
+    minutes: float | None = None  # of training, however many steps that makes; what comes of it depends on the machine
     batch: int = 8  # small batches learn most per sample while samples are what is scarce
     height: int = 192  # pixels the network sees; multiple of 64
     width_px: int = 256
     reuse: int = 3  # times each rendered scene is used, each time flipped and cropped anew: rendering is slow
-    learning_rate: float = 8e-4  # peak, reached after the warm-up, then a cosine to zero
+    learning_rate: float = 8e-4  # that a cosine to zero begins with, after the warm-up
     warm_up: int = 500  # steps
     weight_decay: float = 1e-4
     clip: float = 1.0  # largest gradient norm
@@ -71,6 +76,8 @@ class TrainConfig:
         for name in ("steps", "batch", "reuse"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.minutes is not None and not 0 < self.minutes < float("inf"):
+            raise UsageError(f"minutes must be positive, got {self.minutes:g}")
         if not 0 < self.width <= WIDEST:
             raise UsageError(f"width must be positive and at most {WIDEST}, got {self.width:g}")
         if not 0 <= self.learning_rate < float("inf"):
@@ -117,20 +124,24 @@ class _CentredCorrelation(nn.Module):
         return torch.cat((redirected, CORRELATION_GAIN * centred), 1)
 
 
-class _Scenes(Dataset[Batch]):
-    """Batch number k of a run: scenes k*batch ... rendered larger than the crop, so that crops can differ."""
+class _Scenes(Dataset["Batch | list[Packed]"]):
+    """The batches numbered ``first`` to ``last`` of a run, somewhat larger than the network sees, so that crops differ.
 
-    def __init__(self, config: TrainConfig, first: int, last: int) -> None:
-        self.config, self.first, self.last = config, first, last
+    Painted, or as the numbers that a painter on the network's device takes.
+    """
+
+    def __init__(self, config: TrainConfig, first: int, last: int, *, painted: bool) -> None:
+        self.config, self.first, self.last, self.painted = config, first, last, painted
 
     def __len__(self) -> int:
         return self.last - self.first
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> Batch | list[Packed]:
         torch.set_num_threads(1)
         config = self.config
+        make = render if self.painted else draw
         number = (self.first + index) * config.batch
-        return render(config.seed, number, config.batch, config.height + STRIDE, config.width_px + STRIDE)
+        return make(config.seed, number, config.batch, config.height + STRIDE, config.width_px + STRIDE)
 
 
 def render(seed: int, number: int, count: int, height: int, width: int) -> Batch:
@@ -142,6 +153,11 @@ def render(seed: int, number: int, count: int, height: int, width: int) -> Batch
         torch.stack([pair.flow for pair in pairs]),
         torch.stack([pair.visible for pair in pairs]),
     )
+
+
+def draw(seed: int, number: int, count: int, height: int, width: int) -> list[Packed]:
+    """The same scenes, not painted yet."""
+    return pack([draw_pair((seed << 42) + number + i, height, width) for i in range(count)])
 
 
 def augment(batch: Batch, height: int, width: int, generator: torch.Generator) -> Batch:
@@ -157,9 +173,9 @@ def augment(batch: Batch, height: int, width: int, generator: torch.Generator) -
     first, second = first[:, channels, rows, columns], second[:, channels, rows, columns]
     flow, visible = flow[:, :, rows, columns], visible[:, rows, columns]
     for axis in (-1, -2):  # mirror left-right, then up-down; the motion along that axis turns round
-        mirrored = torch.randint(2, (len(flow),), generator=generator).bool()
+        mirrored = to_device(torch.randint(2, (len(flow),), generator=generator).bool(), flow.device)
         picture = mirrored.view(-1, 1, 1, 1)
-        sign = torch.tensor([-1.0, 1.0] if axis == -1 else [1.0, -1.0]).view(1, 2, 1, 1)
+        sign = flow.new_tensor([-1.0, 1.0] if axis == -1 else [1.0, -1.0]).view(1, 2, 1, 1)
         first, second = (torch.where(picture, frames.flip(axis), frames) for frames in (first, second))
         flow = torch.where(picture, flow.flip(axis) * sign, flow)
         visible = torch.where(mirrored.view(-1, 1, 1), visible.flip(axis), visible)
@@ -180,10 +196,11 @@ def train(
 
     Args:
         resume: go on from ``out/checkpoint.pt`` if it is there.
-        workers: processes that render scenes beside the training; 0 renders in this one. Does not change the result.
+        workers: processes that make scenes beside the training; 0 makes them in this one. Does not change the result.
         report_every: steps between held-out measurements, log lines and checkpoints.
-        device: where the network is trained: cpu, cuda, cuda:N, or auto, which takes CUDA when it is there. Scenes are
-            rendered on the host. On a GPU sums are made in no fixed order, so two runs differ by roundings that grow.
+        device: where the network is trained: cpu, cuda, cuda:N, or auto, which takes CUDA when it is there. A GPU also
+            paints the scenes that workers have drawn as numbers; its pictures are a CPU's within a level. On a GPU sums
+            are made in no fixed order, so two runs differ by roundings that grow.
 
     Returns:
         The path of the finished weights.
@@ -212,18 +229,24 @@ def train(
 
     losses: list[Tensor] = []  # scalars where they were made: to read each would wait for the device each step
     started = time.monotonic() - state.seconds
-    for batch in _batches(config, state.step, workers):
+    done = share_done(config, state.step, state.seconds)
+    painter = None if where.type == "cpu" else Painter(where, texture_bank(*SceneConfig().bank))
+    for batch in _batches(config, state.step, workers, painter):
+        if done >= 1:
+            break
         state.step += 1
+        rate = learning_rate(config, state.step, done)
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(config, state.step)
+            group["lr"] = rate
         optimiser.zero_grad(set_to_none=True)
-        losses.append(_gradients(config, model, _on(where, batch), state.step))
+        losses.append(_gradients(config, model, batch, visible_alone=done < config.visible_only))
         nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimiser.step()
-        if state.step % report_every == 0 or state.step == config.steps:
-            state.seconds = time.monotonic() - started
+        done = share_done(config, state.step, time.monotonic() - started)
+        if state.step % report_every == 0 or done >= 1:
             epe, zero = _held_out(model, held_out)
-            loss, rate = float(torch.stack(losses).double().mean()), learning_rate(config, state.step)
+            loss = float(torch.stack(losses).double().mean())
+            state.seconds = time.monotonic() - started
             progress = Progress(state.step, state.seconds, loss, epe, zero, rate)
             losses.clear()
             state.save(progress)
@@ -236,11 +259,11 @@ def _on(device: torch.device, batch: Batch) -> Batch:
     return first, second, flow, visible
 
 
-def _gradients(config: TrainConfig, model: nn.Module, batch: Batch, step: int) -> Tensor:
+def _gradients(config: TrainConfig, model: nn.Module, batch: Batch, *, visible_alone: bool) -> Tensor:
     """Leaves the gradients of one step in the model's parameters. Gives the loss, a scalar on its device."""
     first, second, flow, visible = batch
     model.train()
-    mask = visible if step <= config.visible_only * config.steps else torch.ones_like(visible)
+    mask = visible if visible_alone else torch.ones_like(visible)
     half = torch.autocast(flow.device.type, torch.bfloat16, enabled=config.precision == "bf16")
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # float32 is float32, in the flow heads above all
         with half:
@@ -249,17 +272,23 @@ def _gradients(config: TrainConfig, model: nn.Module, batch: Batch, step: int) -
     return loss.detach()
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, then a cosine to zero at the last step."""
-    if step <= config.warm_up:
-        return config.learning_rate * step / config.warm_up
-    done = (step - config.warm_up) / max(config.steps - config.warm_up, 1)
-    return config.learning_rate * 0.5 * (1 + cos(pi * done))
+def share_done(config: TrainConfig, step: int, seconds: float) -> float:
+    """How far a run is after so many steps, or so many seconds where its minutes were set: 0..1."""
+    return min(step / config.steps if config.minutes is None else seconds / (60 * config.minutes), 1.0)
 
 
-def _batches(config: TrainConfig, step: int, workers: int) -> Iterator[Batch]:
-    """The batches of steps ``step`` ... ``config.steps``, each rendered one used ``reuse`` times in a row."""
-    scenes = _Scenes(config, step // config.reuse, -(-config.steps // config.reuse))
+def learning_rate(config: TrainConfig, step: int, done: float) -> float:
+    """Of a step before which so much was done: linear warm-up over some steps, times a cosine to zero."""
+    return config.learning_rate * min(step / max(config.warm_up, 1), 1.0) * 0.5 * (1 + cos(pi * done))
+
+
+def _batches(config: TrainConfig, step: int, workers: int, painter: Painter | None = None) -> Iterator[Batch]:
+    """The batches of step ``step`` and those after it, each rendered one used ``reuse`` times in a row.
+
+    With a ``painter`` they are painted and changed on its device, else on the host.
+    """
+    last = config.steps if config.minutes is None else MOST_STEPS
+    scenes = _Scenes(config, step // config.reuse, -(-last // config.reuse), painted=painter is None)
     loader = DataLoader(
         scenes,
         batch_size=None,
@@ -269,9 +298,10 @@ def _batches(config: TrainConfig, step: int, workers: int) -> Iterator[Batch]:
     )
     generator = torch.Generator()
     skip = step % config.reuse
-    for batch in loader:
+    for scene in loader:
+        batch = scene if painter is None else painter.paint(scene)
         for _ in range(skip, config.reuse):
-            if step == config.steps:
+            if step == last:
                 return
             step += 1
             generator.manual_seed((config.seed << 42) + step)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from flowreel.engine.outlines import bar_outline, radial_outline
+from flowreel.engine.outlines import BarOutline, radial_outline
 
 
 def test_outlines_are_distances() -> None:
@@ -11,7 +11,7 @@ def test_outlines_are_distances() -> None:
     ring = radial_outline(np.full(256, 15.0), hole=0.4).distance(x, y)
     radius = torch.hypot(x, y)
     assert (ring - torch.minimum(15 - radius, radius - 6)).abs().max() < 1e-4
-    bar = bar_outline(12, 3).distance(x, y)
+    bar = BarOutline(12, 3).distance(x, y)
     assert torch.equal(bar > 0, (x.abs() < 12) & (y.abs() < 3))
     angles = -np.pi + 2 * np.pi * np.arange(512) / 512  # a square's straight side, seen from its middle
     side = radial_outline(10 / np.maximum(np.abs(np.cos(angles)), np.abs(np.sin(angles)))).distance(x, y)

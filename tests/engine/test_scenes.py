@@ -11,7 +11,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from flowreel.engine.named_scenes import named_scene
-from flowreel.engine.outlines import bar_outline, radial_outline
+from flowreel.engine.outlines import BarOutline, radial_outline
 from flowreel.engine.scenes import Bend, Layer, Pose, Scene
 
 Pulled = Callable[[Tensor, Tensor], Tensor]
@@ -32,7 +32,7 @@ def plain(value: float, pose: Pose, **fields: object) -> Layer:
 
 def test_front_layer_gives_the_flow_and_hides_what_it_passes_over() -> None:
     """A bar 20 px wide and 60 high moves 10 px right over a ground that moves 2 px up."""
-    bar = plain(200, placed(50.0, 48.0, dx=10), outline=bar_outline(10.75, 30.75))
+    bar = plain(200, placed(50.0, 48.0, dx=10), outline=BarOutline(10.75, 30.75))
     scene = Scene(HEIGHT, WIDTH, (plain(50, shift(0, -2)), bar))
     frame = scene.render(0)
     expected = torch.zeros((HEIGHT, WIDTH), dtype=torch.bool)
@@ -68,7 +68,7 @@ def test_texels_land_on_pixels_and_tiles_join() -> None:
 def test_the_box_follows_what_a_bend_pushes_out() -> None:
     """A wave of no frequency is a plain shift: here 6 px left, 4 px up."""
     bend = Bend(np.array([[6.0, 4.0]]), np.zeros((1, 2)), np.array([math.pi / 2]), lambda t: t)
-    bar = plain(200, placed(50, 40), outline=bar_outline(10.25, 5.25), bend=bend)
+    bar = plain(200, placed(50, 40), outline=BarOutline(10.25, 5.25), bend=bend)
     frames = [Scene(HEIGHT, WIDTH, (plain(50, shift(0, 0)), bar)).render(t)[0] for t in (0, 1)]
     assert (frames[0] > 125).sum() == 21 * 11
     assert torch.equal(frames[1][:-4, :-6], frames[0][4:, 6:])

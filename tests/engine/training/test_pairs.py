@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowreel.engine.training.pairs import SceneConfig, sample_pair
+from flowreel.engine.training.drawing import SceneConfig
+from flowreel.engine.training.pairs import sample_pair
 
 Pulled = Callable[[Tensor, Tensor], Tensor]
 BANK = (3, 16, 128)  # small: one texture of each kind is enough here

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 from flowreel.engine.errors import CheckpointError, DeviceError, UsageError
 from flowreel.engine.models.weights import load_model, read_weights
 from flowreel.engine.training import train as training
-from flowreel.engine.training.train import Progress, TrainConfig, augment, learning_rate, train
+from flowreel.engine.training.train import Progress, TrainConfig, augment, learning_rate, share_done, train
 
 TINY = TrainConfig(width=0.05, steps=4, batch=2, height=64, width_px=64, warm_up=1, precision="fp32")
 
@@ -83,9 +84,10 @@ def test_a_step_keeps_to_the_device_of_the_network(model: str, monkeypatch: pyte
     net = training._fresh(replace(TINY, model=model)).to("meta")
     frames = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
     batch = frames, frames, torch.zeros(2, 2, 64, 64), torch.ones(2, 64, 64, dtype=torch.bool)
-    for step in (1, TINY.steps):  # occluded pixels left out, and all
+    for visible_alone in (True, False):
         net.zero_grad()
-        loss = training._gradients(replace(TINY, model=model), net, training._on(torch.device("meta"), batch), step)
+        moved = training._on(torch.device("meta"), batch)
+        loss = training._gradients(replace(TINY, model=model), net, moved, visible_alone=visible_alone)
         assert loss.device.type == "meta"
         assert all(weight.grad is not None and weight.grad.is_meta for weight in net.parameters())
 
@@ -166,12 +168,49 @@ def test_augmentation_moves_the_flow_with_the_picture() -> None:
 
 def test_learning_rate_warms_up_and_ends_at_zero() -> None:
     config = TrainConfig(steps=100, warm_up=10)
-    rates = [learning_rate(config, step) for step in range(1, 101)]
-    assert rates[9] == max(rates) == config.learning_rate
-    assert rates[-1] == pytest.approx(0, abs=1e-12)
+    rates = [learning_rate(config, step, share_done(config, step - 1, math.nan)) for step in range(1, 101)]
+    assert rates[9] == max(rates) == pytest.approx(config.learning_rate, rel=0.03)
+    assert rates[4] == pytest.approx(config.learning_rate / 2, rel=0.01)
+    assert 0 < rates[-1] < 0.001 * config.learning_rate
 
 
-@pytest.mark.parametrize("wrong", [{"height": 100}, {"steps": 0}, {"precision": "fp16"}, {"model": "x"}])
+def test_minutes_in_place_of_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The schedule follows the clock, over an interruption too: here a step takes 10 s."""
+    now = [0.0]
+
+    class Clock:
+        @staticmethod
+        def monotonic() -> float:
+            return now[0]
+
+    def step(*args: object, **kwargs: object) -> Tensor:
+        now[0] += 10
+        return gradients(*args, **kwargs)  # type: ignore[arg-type]
+
+    class Stopped(Exception):
+        pass
+
+    def stop(progress: Progress) -> None:
+        raise Stopped
+
+    gradients = training._gradients
+    monkeypatch.setattr(training, "_gradients", step)
+    monkeypatch.setattr(training, "time", Clock)
+    config = replace(TINY, minutes=1.0, steps=1)
+    reports: list[Progress] = []
+    with pytest.raises(Stopped):
+        train(config, tmp_path, workers=0, report_every=2, report=stop)
+    now[0] += 1000  # nobody trains
+    train(config, tmp_path, workers=0, report_every=2, resume=True, report=reports.append)
+    assert [(progress.step, progress.seconds) for progress in reports] == [(4, 40), (6, 60)]
+    assert reports[0].learning_rate == pytest.approx(config.learning_rate * 0.5)  # the step began at 30 s
+    assert read_weights(tmp_path / "weights.safetensors").made_by["minutes"] == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"height": 100}, {"steps": 0}, {"minutes": 0}, {"minutes": float("nan")}, {"precision": "fp16"}, {"model": "x"}],
+)
 def test_impossible_settings(wrong: dict[str, object]) -> None:
     with pytest.raises(UsageError):
         TrainConfig(**wrong)  # type: ignore[arg-type]

@@ -1,0 +1,102 @@
+"""Pairs painted together are those painted one by one."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flowreel.engine.textures import TextureBank, texture_bank
+from flowreel.engine.training import painting
+from flowreel.engine.training import train as training
+from flowreel.engine.training.drawing import DrawnPair, SceneConfig, draw_pair
+from flowreel.engine.training.painting import Painted, Painter, pack
+from flowreel.engine.training.pairs import ScenePair, sample_pair
+from flowreel.engine.training.train import TrainConfig
+
+CONFIG = SceneConfig(bank=(3, 16, 128), motion_blur=0.2)
+HEIGHT, WIDTH = 96, 128
+SEEDS = range(100)  # every kind of outline, bend, hole and light is among them
+
+
+def bank() -> TextureBank:
+    return texture_bank(*CONFIG.bank)
+
+
+def drawn(config: SceneConfig = CONFIG) -> list[DrawnPair]:
+    return [draw_pair(seed, HEIGHT, WIDTH, config) for seed in SEEDS]
+
+
+def assert_alike(painted: Painted, wanted: list[ScenePair]) -> None:
+    """Pictures within a level, but for few pixels; the same flow; the same seen, but where an end is between pixels."""
+    first, second, flow, visible = (part.cpu() for part in painted)
+    for frames, name in ((first, "first"), (second, "second")):
+        apart = (frames.float() - torch.stack([getattr(pair, name) for pair in wanted])).abs()
+        assert (apart <= 1).float().mean() > 0.9999
+        assert (apart <= 1).flatten(1).float().mean(1).min() > 0.995
+        assert (apart > 0).float().mean() < 0.01
+    apart = (flow - torch.stack([pair.flow for pair in wanted])).norm(dim=1)
+    assert (apart > 2e-3).float().mean() < 1e-4  # a front layer that covers half a pixel, more or less
+    assert apart.median() < 1e-4
+    assert (visible != torch.stack([pair.visible for pair in wanted])).float().mean() < 1e-3
+
+
+def test_together_they_are_as_one_by_one() -> None:
+    pairs = drawn()
+    layers = [layer for pair in pairs for layer in pair.layers]
+    assert len({type(layer.outline) for layer in layers}) == 4
+    assert {layer.piece.level for layer in layers} == {0, 1, 2}
+    assert any(layer.bend is not None and layer.outline is not None for layer in layers)
+    assert any(layer.piece.tatters is not None for layer in layers)
+    assert 5 < sum(bool(pair.moments) for pair in pairs) < 50
+    assert len({len(pair.layers) for pair in pairs}) == 7
+    assert_alike(
+        Painter(torch.device("cpu"), bank()).paint(pack(pairs)),
+        [sample_pair(seed, HEIGHT, WIDTH, CONFIG) for seed in SEEDS],
+    )
+
+
+def test_parts_of_a_batch_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    painter, pairs = Painter(torch.device("cpu"), bank()), drawn()[:10]
+    whole = painter.paint(pack(pairs))
+    monkeypatch.setattr(painting, "_PIXELS", 2 * 3 * HEIGHT * WIDTH)
+    parts = pack(pairs)
+    assert [len(part.counts) for part in parts] == [3, 3, 3, 1]
+    for one, other in zip(whole, painter.paint(pickle.loads(pickle.dumps(parts))), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_clean_scenes_of_a_background_alone() -> None:
+    config = replace(CONFIG, objects=(0, 0), photometric=0, motion_blur=0, bends=0)
+    painted = Painter(torch.device("cpu"), bank()).paint(pack(drawn(config)))
+    assert_alike(painted, [sample_pair(seed, HEIGHT, WIDTH, config) for seed in SEEDS])
+
+
+def test_painting_keeps_to_its_device() -> None:
+    """Without a GPU: a device of tensors without numbers, which like a GPU refuses those of a CPU."""
+    painted = Painter(torch.device("meta"), bank()).paint(pack(drawn()))
+    assert {part.device.type for part in painted} == {"meta"}
+    assert [part.shape[1:] for part in painted] == [
+        (3, HEIGHT, WIDTH),
+        (3, HEIGHT, WIDTH),
+        (2, HEIGHT, WIDTH),
+        (HEIGHT, WIDTH),
+    ]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_sees_the_same_scenes_whoever_paints(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig(steps=3, batch=3, height=64, width_px=64, reuse=2)
+    painter = Painter(torch.device("cpu"), texture_bank())
+    wanted = list(training._batches(config, 0, workers=0))
+    painted = list(training._batches(config, 0, workers, painter))
+    assert len(wanted) == len(painted) == 3
+    for one, other in zip(painted, wanted, strict=True):
+        assert_alike(one, [ScenePair(*parts) for parts in zip(*other, strict=True)])
+
+
+def test_on_a_gpu(gpu: torch.device) -> None:
+    wanted = [sample_pair(seed, HEIGHT, WIDTH, CONFIG) for seed in SEEDS]
+    assert_alike(Painter(gpu, bank()).paint(pack(drawn())), wanted)
