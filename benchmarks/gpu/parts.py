@@ -35,7 +35,7 @@ PARTS = (
     Part("store", f"{HERE}.store", "check", 60, "what a store holds against what the network gives"),
     Part("nvdec", f"{HERE}.nvdec", "check", 60, "frames and flow by NVDEC against those by PyAV, of several codecs"),
     Part("memory", f"{HERE}.memory", "check", 75, "memory over a long video must not grow; and too little of it"),
-    Part("training", f"{HERE}.training", "check", 45, "loss and gradients against a CPU's, and whether it learns"),
+    Part("training", f"{HERE}.training", "check", 60, "scenes, loss and gradients against a CPU's; whether it learns"),
     Part("memcheck", f"{HERE}.sanitizer", "memcheck", 90, "every kernel under compute-sanitizer's memcheck"),
     Part("model times", f"{HERE}.network", "times", 150, "pairs a second by network, precision, size and batch", True),
     Part(
@@ -51,6 +51,7 @@ PARTS = (
     Part("peers", f"{HERE}.peers", "run", 45, "torchvision's RAFT-small beside FlowNet2-C", True),
     Part("profile", f"{HERE}.profile", "run", 60, "which kernels the time goes into, and what bounds the run", True),
     Part("host calls", f"{HERE}.host_calls", "run", 30, "what a run's calls cost its threads", True),
+    Part("training times", f"{HERE}.training_times", "run", 60, "scenes painted, and steps made with them", True),
     Part("tests graphs", f"{HERE}.tests", "graphs", 120, "each kernel in a captured graph and compiled", env=ALONE),
     Part("racecheck", f"{HERE}.sanitizer", "racecheck", 90, "every kernel under compute-sanitizer's racecheck"),
 )

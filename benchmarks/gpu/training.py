@@ -1,4 +1,4 @@
-"""Training on the card: the first loss and its gradients are those of a CPU, by our kernels, and it learns."""
+"""Training on the card: the first loss and its gradients are those of a CPU, by our kernels, scenes too; it learns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 import flowreel
 from benchmarks.gpu.findings import Findings, Settings
+from flowreel.engine.textures import texture_bank
 from flowreel.engine.training import train as training
+from flowreel.engine.training.drawing import SceneConfig
+from flowreel.engine.training.painting import Painter
 from flowreel.engine.training.train import Batch, Progress, TrainConfig
 from flowreel.kernels.launch import recording
 
@@ -40,12 +43,15 @@ CONFIG = TrainConfig(
     warm_up=5,
     precision="fp32",
 )
+PAINTED = 128  # pairs that are compared
+FEW = 0.001  # of the pixels may be painted otherwise than on a CPU: on edges, rounding decides
 DRY = replace(CONFIG, width=0.05, steps=4, batch=2, height=64, width_px=64, warm_up=1)
 
 
 def check(findings: Findings, settings: Settings) -> None:
     """Small networks: what is looked at is whether it works."""
     config = DRY if settings.dry else CONFIG
+    findings.attempt("painting", partial(_paint, findings, settings, config))
     for model in KERNELS:
         findings.attempt(
             f"{model}: one step", partial(_compare, findings, settings, replace(config, model=model, batch_norm=False))
@@ -54,6 +60,19 @@ def check(findings: Findings, settings: Settings) -> None:
         findings.attempt(
             f"{precision}: some steps", partial(_train, findings, settings, replace(config, precision=precision))
         )
+
+
+def _paint(findings: Findings, settings: Settings, config: TrainConfig) -> None:
+    """The same scenes painted by both, and how long the card takes."""
+    height, width, count = config.height, config.width_px, 4 if settings.dry else PAINTED
+    painter = Painter(torch.device(settings.device), texture_bank(*SceneConfig().bank))
+    packed = training.draw(config.seed, 0, count, height, width)
+    wanted = training.render(config.seed, 0, count, height, width)
+    painted = painter.paint(packed)
+    apart = [(one.float().cpu() - other.float()).abs() for one, other in zip(painted, wanted, strict=True)]
+    shares = [float((part > most).float().mean()) for part, most in zip(apart, (1, 1, 2e-3, 0), strict=True)]
+    names = ("first frames", "second frames", "flow", "visible")
+    findings.check("painted scenes are the CPU's", max(shares) <= FEW, shares=dict(zip(names, shares, strict=True)))
 
 
 def _compare(findings: Findings, settings: Settings, config: TrainConfig) -> None:

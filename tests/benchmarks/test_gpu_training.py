@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from benchmarks.gpu import training as part
 from benchmarks.gpu.findings import Settings
 from flowreel.engine.training import train as training
+from flowreel.engine.training.painting import Packed, Painted, Painter
 from flowreel.engine.training.train import Batch, Progress
 from tests.fakes.gpu_parts import Found
 
@@ -63,3 +65,23 @@ def test_a_loss_that_does_not_fall_fails(
     verdicts = findings.verdicts
     assert (verdicts["fp32: every loss is finite"], verdicts["fp32: it learns"]) == (finite, learns)
     assert findings["rows"][0]["steps_s"] == 20
+
+
+def test_scenes_painted_as_on_a_cpu_pass(findings: Found, settings: Settings) -> None:
+    part._paint(findings, settings, CONFIG)
+    assert list(findings.verdicts.values()) == [True]
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 3])
+def test_scenes_painted_otherwise_fail(
+    place: int, findings: Found, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Wrong(Painter):
+        def paint(self, parts: Sequence[Packed]) -> Painted:
+            painted = list(super().paint(parts))
+            painted[place] = painted[place].roll(1, -1)
+            return painted[0], painted[1], painted[2], painted[3]
+
+    monkeypatch.setattr(part, "Painter", Wrong)
+    part._paint(findings, settings, CONFIG)
+    assert list(findings.verdicts.values()) == [False]
