@@ -210,22 +210,22 @@ class FlowBatch:
 class ColorBatch:
     """Flow fields in order, as pictures."""
 
-    rgb: Tensor  # (N, H, W, 3) uint8
+    pictures: Tensor  # (N, H, W, 3) uint8 RGB; for a video (N, 3 h / 2, w) uint8, planes of 4:2:0, h and w even
     unknown: Tensor  # (N,) int64, vectors of each field that nobody knows
-    index: int  # place of rgb[0] in the output, from 0
+    index: int  # place of pictures[0] in the output, from 0
     frame: Int64Array  # (N,) number of each pair's first frame in the source
     timestamp_s: Float64Array  # (N,) seconds, presentation time of that frame
 
     def __len__(self) -> int:
-        return int(self.rgb.shape[0])
+        return int(self.pictures.shape[0])
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return (self.rgb, self.unknown)
+        return (self.pictures, self.unknown)
 
     def moved(self, copy: Callable[[Tensor], Tensor]) -> ColorBatch:
         """The same with a copy of each tensor in its place."""
-        return replace(self, rgb=copy(self.rgb), unknown=copy(self.unknown))
+        return replace(self, pictures=copy(self.pictures), unknown=copy(self.unknown))
 
 
 @dataclass(frozen=True, eq=False)

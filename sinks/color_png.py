@@ -63,13 +63,13 @@ class ColorPngSink(NumberedFilesSink):
                 batch.flow, self._max_flow, index=batch.index, frame=batch.frame, timestamp_s=batch.timestamp_s
             )
 
-    def take(self, pictures: Prepared) -> None:
+    def take(self, prepared: Prepared) -> None:
         """See ``DeviceSink``. Raises what went wrong with an earlier one, too."""
-        assert isinstance(pictures, ColorBatch)
+        assert isinstance(prepared, ColorBatch)
         for place, (rgb, unknown) in enumerate(
-            zip(pictures.rgb.numpy(), pictures.unknown.tolist(), strict=True)  # views that keep the batch alive
+            zip(prepared.pictures.numpy(), prepared.unknown.tolist(), strict=True)  # views that keep the prepared alive
         ):
-            number, frame = pictures.index + place, int(pictures.frame[place])
+            number, frame = prepared.index + place, int(prepared.frame[place])
             self.submit(number, frame, _picture_file, rgb, unknown, nbytes=rgb.nbytes)
 
 

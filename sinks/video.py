@@ -127,7 +127,12 @@ class ColorVideoSink:
             self._require_size(batch)
             if self._max_flow is not None:
                 yield painted(
-                    batch.flow, self._max_flow, index=batch.index, frame=batch.frame, timestamp_s=batch.timestamp_s
+                    batch.flow,
+                    self._max_flow,
+                    index=batch.index,
+                    frame=batch.frame,
+                    timestamp_s=batch.timestamp_s,
+                    for_video=True,
                 )
                 continue
             for place, flow in enumerate(batch.flow):
@@ -139,12 +144,12 @@ class ColorVideoSink:
             self._settle_scale()
             yield from self._paint_held()
 
-    def take(self, pictures: Prepared) -> None:
+    def take(self, prepared: Prepared) -> None:
         """See ``DeviceSink``."""
-        assert isinstance(pictures, ColorBatch)
-        self._unknown += int(pictures.unknown.sum())
-        for colors, time_s in zip(pictures.rgb.numpy(), pictures.timestamp_s.tolist(), strict=True):
-            self._encode(colors, time_s)
+        assert isinstance(prepared, ColorBatch)
+        self._unknown += int(prepared.unknown.sum())
+        for picture, time_s in zip(prepared.pictures.numpy(), prepared.timestamp_s.tolist(), strict=True):
+            self._encode(picture, time_s)
 
     def commit(self, complete: bool = True) -> None:
         """Ends the file and publishes it; incomplete, it stays playable under its unfinished name."""
@@ -250,12 +255,13 @@ class ColorVideoSink:
                 index=held.index,
                 frame=np.array([held.frame]),
                 timestamp_s=np.array([held.time_s]),
+                for_video=True,
             )
 
-    def _encode(self, colors: npt.NDArray[np.uint8], time_s: float) -> None:
+    def _encode(self, picture: npt.NDArray[np.uint8], time_s: float) -> None:
         assert self._encoder is not None, "open comes before write"
         with video_write_errors(self._destination):
-            self._encoder.encode(colors, time_s)
+            self._encoder.encode(picture, time_s)
 
 
 @dataclass(frozen=True)

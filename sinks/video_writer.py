@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import av
 import av.logging
 import numpy as np
-from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from flowreel.engine.errors import OutputWriteError
 from flowreel.sinks.publish import remove, write_errors
@@ -36,7 +36,7 @@ _BT709 = 1  # FFmpeg's number for it among matrices, primaries and transfer curv
 
 
 class VideoWriter:
-    """One video file being written: RGB pictures with times go in, yuv420p BT.709 limited range comes out."""
+    """One video file being written: pictures with times go in, yuv420p BT.709 limited range comes out."""
 
     def __init__(
         self,
@@ -90,21 +90,29 @@ class VideoWriter:
         context.colorspace = context.color_primaries = context.color_trc = _BT709
         self._container.start_encoding()  # opens the encoder and writes the header: what can fail early fails now
 
-    def encode(self, colors: npt.NDArray[np.uint8], time_s: float) -> None:
-        """Takes (H, W, 3) uint8 RGB, shown from ``time_s`` seconds, counted from the first picture's."""
-        picture = av.VideoFrame.from_ndarray(np.pad(colors, self._padding, mode="edge"), format="rgb24")
-        frame = self._to_yuv.reformat(
-            picture,
-            format="yuv420p",
-            dst_colorspace=Colorspace.ITU709,
-            src_color_range=ColorRange.JPEG,
-            dst_color_range=ColorRange.MPEG,
-            **({"threads": self._threads} if _CONVERTS_IN_THREADS else {}),
-        )
+    def encode(self, picture: npt.NDArray[np.uint8], time_s: float) -> None:
+        """Takes a picture that is shown from ``time_s`` seconds on, counted from the first one's.
+
+        (H, W, 3) uint8 RGB, or (h * 3 / 2, w) uint8 as ``painting.yuv420`` makes it.
+        """
+        planes = picture.ndim == 2
+        frame = av.VideoFrame.from_ndarray(picture, format="yuv420p") if planes else self._converted(picture)
         frame.pts = self._tick(time_s)
         frame.time_base = Fraction(1, self._ticks)
         self._container.mux(self._stream.encode(frame))
         self.frames += 1
+
+    def _converted(self, colors: npt.NDArray[np.uint8]) -> av.VideoFrame:
+        padded = np.pad(colors, self._padding, mode="edge") if any(map(any, self._padding)) else colors
+        return self._to_yuv.reformat(
+            av.VideoFrame.from_ndarray(padded, format="rgb24"),
+            format="yuv420p",
+            dst_colorspace=Colorspace.ITU709,
+            src_color_range=ColorRange.JPEG,
+            dst_color_range=ColorRange.MPEG,
+            interpolation=Interpolation.AREA,  # each chroma the mean of 2x2 pixels, as ``painting.yuv420`` makes it
+            **({"threads": self._threads} if _CONVERTS_IN_THREADS else {}),
+        )
 
     def finish(self) -> None:
         """Writes what the encoder still holds, the index, and closes the file."""

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
+from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from PIL import Image
 
 from flowreel.engine.config import SinkConfig
 from flowreel.engine.data import ColorBatch, DeviceSink, FlowBatch, FlowInfo, SourceId
 from flowreel.sinks import VideoWriter, open_sink, video
-from flowreel.sinks.painting import packed, painted
+from flowreel.sinks.painting import packed, painted, yuv420
 from flowreel.sinks.video import _pack
 
 SIZE = (32, 48)
@@ -40,17 +42,22 @@ def batches(count: int, length: int) -> list[FlowBatch]:
 def write(
     path: Path, config: SinkConfig, given: list[FlowBatch], *, paint: bool
 ) -> tuple[list[str], list[np.ndarray], list[float]]:
-    """What the sink notes, without its path, the pictures (H, W, 3) it encodes, and a video's times in seconds."""
+    """What the sink notes, without its path, the pictures it encodes, and a video's times in seconds.
+
+    A video's are planes, whoever made them.
+    """
     sink = open_sink(str(path), config)
     sink.open(FlowInfo(*SIZE, frame_rate=None, frame_count=None, source=SourceId("test")))
     pictures: list[np.ndarray] = []
     times: list[float] = []
     encode = VideoWriter.encode
 
-    def noted(self: VideoWriter, colors: np.ndarray, time_s: float) -> None:
-        pictures.append(colors.astype(int))
+    def noted(self: VideoWriter, picture: np.ndarray, time_s: float) -> None:
+        assert (picture.ndim == 2) == paint
+        planes = picture if paint else yuv420(torch.from_numpy(picture).permute(2, 0, 1)[None])[0].numpy()
+        pictures.append(planes.astype(int))
         times.append(time_s)
-        encode(self, colors, time_s)
+        encode(self, picture, time_s)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(VideoWriter, "encode", noted)
@@ -101,9 +108,53 @@ def test_pictures_lie_as_an_encoder_takes_them() -> None:
     one = np.zeros(2)
     pictures = painted(flows(2), None, index=5, frame=one.astype(np.int64), timestamp_s=one)
     assert isinstance(pictures, ColorBatch)
-    assert (pictures.rgb.shape, pictures.rgb.dtype) == ((2, *SIZE, 3), torch.uint8)
-    assert pictures.rgb.is_contiguous()
+    assert (pictures.pictures.shape, pictures.pictures.dtype) == ((2, *SIZE, 3), torch.uint8)
+    assert pictures.pictures.is_contiguous()
     assert pictures.unknown.tolist() == [4, 0]
+
+
+@pytest.mark.parametrize("size", [(48, 64), (33, 46), (48, 31), (1, 1)])
+def test_planes_are_those_that_ffmpeg_makes(size: tuple[int, int]) -> None:
+    """Of noise, primaries and ramps; an odd side gains its last row or column once more."""
+    height, width = size
+    noise = torch.randint(0, 256, (3, height, width), generator=torch.Generator().manual_seed(1))
+    bright = torch.linspace(0, 255, width).expand(3, height, width)
+    plain = [torch.tensor(color).view(3, 1, 1).expand(3, height, width) for color in np.eye(3) * 255]
+    pictures = torch.stack([picture.to(torch.uint8) for picture in (noise, bright, *plain)])
+    found = yuv420(pictures)
+    assert (found.dtype, found.is_contiguous()) == (torch.uint8, True)
+    assert found.shape == (5, -(-height // 2) * 3, -(-width // 2) * 2)
+    for picture, planes in zip(pictures, found, strict=True):
+        padded = np.pad(picture.permute(1, 2, 0).numpy(), ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        wanted = av.VideoFrame.from_ndarray(padded, format="rgb24").reformat(
+            format="yuv420p",
+            dst_colorspace=Colorspace.ITU709,
+            src_color_range=ColorRange.JPEG,
+            dst_color_range=ColorRange.MPEG,
+            interpolation=Interpolation.AREA,
+        )
+        assert np.abs(planes.numpy().astype(int) - wanted.to_ndarray()).max() <= 1
+
+
+def test_a_video_of_planes_is_the_video_of_pictures(tmp_path: Path) -> None:
+    """What comes out of the decoder, in colour, from a size with odd sides."""
+    height, width = 63, 95
+    down, right = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    given = [FlowBatch(torch.stack((right, down))[None] * 5, 0, *[np.zeros(1, int)] * 2, *[np.zeros(1)] * 2)]
+    shown = []
+    for name, paint in (("pictures.mp4", False), ("planes.mp4", True)):
+        sink = open_sink(str(tmp_path / name), SinkConfig(max_flow=8.0))
+        sink.open(FlowInfo(height, width, frame_rate=None, frame_count=None, source=SourceId("test")))
+        assert isinstance(sink, DeviceSink)
+        for batch in sink.prepare(iter(given)) if paint else given:
+            sink.take(batch) if paint else sink.write(batch)  # type: ignore[arg-type]
+        sink.commit()
+        with av.open(tmp_path / name) as file:
+            (frame,) = file.decode(video=0)
+        assert (frame.colorspace, frame.color_range) == (Colorspace.ITU709, ColorRange.MPEG)
+        shown.append(frame.to_ndarray(format="rgb24").astype(int))
+    assert shown[0].std() > 40
+    assert np.abs(shown[0] - shown[1]).mean() < 1  # the encoder makes more of a level here and there
 
 
 def test_held_flow_is_packed_as_on_a_cpu() -> None:
