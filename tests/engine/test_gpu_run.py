@@ -26,6 +26,7 @@ from flowreel.engine.errors import StageError
 from flowreel.engine.inference import Inference, Made, Network
 from flowreel.engine.sources.synthetic import SyntheticSource
 from flowreel.sinks import VideoWriter, shard_processes
+from flowreel.sinks.painting import yuv420
 from tests.fakes.cuda_streams import GPU, Card, LateCopies, Stream
 
 SOURCE = "synthetic:objects?size=100x70&frames=9"
@@ -78,13 +79,15 @@ def run(folder: Path, weights: str, *names: str, **options: Any) -> api.RunRepor
 
 @contextmanager
 def encoded() -> Iterator[list[np.ndarray]]:
-    """The pictures that are given to the video's encoder, (H, W, 3)."""
+    """The pictures that are given to the video's encoder, as planes of 4:2:0, whoever made them."""
     pictures: list[np.ndarray] = []
     encode = VideoWriter.encode
 
-    def noted(self: VideoWriter, colors: np.ndarray, time_s: float) -> None:
-        pictures.append(colors.astype(int))
-        encode(self, colors, time_s)
+    def noted(self: VideoWriter, picture: np.ndarray, time_s: float) -> None:
+        as_planes = picture.ndim == 2
+        planes = picture if as_planes else yuv420(torch.from_numpy(picture).permute(2, 0, 1)[None])[0].numpy()
+        pictures.append(planes.astype(int))
+        encode(self, picture, time_s)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(VideoWriter, "encode", noted)
@@ -200,7 +203,7 @@ def test_a_short_batch_goes_through_a_full_ones_work(
 
 def test_pictures_alone_bring_pictures_alone_to_the_host(late: LateCopies, tmp_path: Path, tiny_weights: str) -> None:
     run(tmp_path, tiny_weights, "x.mp4", max_flow=5.0)
-    assert sum(late.brought) == 8 * (3 * PIXELS + 8)  # 8 flows; a count of unknown vectors goes with each
+    assert sum(late.brought) == 8 * (PIXELS * 3 // 2 + 8)  # 8 flows; a count of unknown vectors goes with each
     late.brought.clear()
     run(tmp_path, tiny_weights, "png/%06d.png")
     assert sum(late.brought) == 8 * (3 * PIXELS + 8)
