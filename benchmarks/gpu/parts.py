@@ -42,7 +42,7 @@ PARTS = (
         "end to end",
         f"{HERE}.end_to_end",
         "run",
-        85,
+        110,
         "video file to stores, to video; both ends alone",
         True,
     ),
