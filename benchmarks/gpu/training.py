@@ -13,10 +13,12 @@ from torch import Tensor, nn
 import flowreel
 from benchmarks.gpu.findings import Findings, Settings
 from flowreel.engine.textures import texture_bank
+from flowreel.engine.training import batches, start
 from flowreel.engine.training import train as training
+from flowreel.engine.training.config import TrainConfig
 from flowreel.engine.training.drawing import SceneConfig
-from flowreel.engine.training.painting import Painter
-from flowreel.engine.training.train import Batch, Progress, TrainConfig
+from flowreel.engine.training.painting import Batch, Painter
+from flowreel.engine.training.train import Progress
 from flowreel.kernels.launch import recording
 
 SAME = 1e-3  # relative, of the loss, and of all gradients as one vector, in float32; two ways on a CPU: 1e-5
@@ -66,8 +68,8 @@ def _paint(findings: Findings, settings: Settings, config: TrainConfig) -> None:
     """The same scenes painted by both, and how long the card takes."""
     height, width, count = config.height, config.width_px, 4 if settings.dry else PAINTED
     painter = Painter(torch.device(settings.device), texture_bank(*SceneConfig().bank))
-    packed = training.draw(config.seed, 0, count, height, width)
-    wanted = training.render(config.seed, 0, count, height, width)
+    packed = batches.draw(config.seed, 0, count, height, width)
+    wanted = batches.render(config.seed, 0, count, height, width)
     painted = painter.paint(packed)
     apart = [(one.float().cpu() - other.float()).abs() for one, other in zip(painted, wanted, strict=True)]
     shares = [float((part > most).float().mean()) for part, most in zip(apart, (1, 1, 2e-3, 0), strict=True)]
@@ -78,13 +80,13 @@ def _paint(findings: Findings, settings: Settings, config: TrainConfig) -> None:
 def _compare(findings: Findings, settings: Settings, config: TrainConfig) -> None:
     """Loss and gradients of one step on both devices, from the same weights and scenes."""
     torch.manual_seed(config.seed)
-    net = training._fresh(config).to(memory_format=torch.channels_last)
-    batch = training.render(config.seed, 0, config.batch, config.height, config.width_px)
+    net = start.network(config).to(memory_format=torch.channels_last)
+    batch = batches.render(config.seed, 0, config.batch, config.height, config.width_px)
     wanted, gradients = _step(config, net, batch)
     device = torch.device(settings.device)
     used: dict[str, str] = {}
     with recording(used), torch.autograd.set_multithreading_enabled(False):  # else the way back has its own thread
-        loss, ours = _step(config, net.to(device), training._on(device, batch))
+        loss, ours = _step(config, net.to(device), batches.on(device, batch))
     apart = abs(loss - wanted) / abs(wanted)
     findings.check(f"{config.model}: the first loss is the CPU's", apart <= SAME, loss=loss, wanted=wanted)
     apart = float((ours - gradients).norm() / gradients.norm())
@@ -97,7 +99,7 @@ def _compare(findings: Findings, settings: Settings, config: TrainConfig) -> Non
 def _step(config: TrainConfig, net: nn.Module, batch: Batch) -> tuple[float, Tensor]:
     """The loss, and all gradients in one vector on the host, float64."""
     net.zero_grad(set_to_none=True)
-    loss = training._gradients(config, net, batch, visible_alone=True)
+    loss = training.gradients(config, net, batch, visible_alone=True)
     found = [weight.grad.detach().double().cpu().flatten() for weight in net.parameters() if weight.grad is not None]
     return float(loss), torch.cat(found)
 

@@ -14,10 +14,12 @@ from benchmarks.gpu import training as checks
 from benchmarks.gpu.findings import Findings, Settings
 from flowreel.engine.device import to_host
 from flowreel.engine.textures import texture_bank
+from flowreel.engine.training import batches
 from flowreel.engine.training import train as training
+from flowreel.engine.training.config import TrainConfig
 from flowreel.engine.training.drawing import SceneConfig
 from flowreel.engine.training.painting import Painter
-from flowreel.engine.training.train import Progress, TrainConfig
+from flowreel.engine.training.train import Progress
 
 CASES = (("FlowNet2C", 16), ("FlowNet2C", 64), ("FlowNet2CSS", 16), ("FlowNet2CSS", 64))  # network, pairs a step
 LONG_S = 4.0  # of training, each
@@ -34,7 +36,7 @@ def run(findings: Findings, settings: Settings) -> None:
 def _paint(findings: Findings, settings: Settings) -> None:
     device, count = torch.device(settings.device), 2 if settings.dry else 64
     painter = Painter(device, texture_bank(*SceneConfig().bank))
-    packed = training.draw(0, 0, count, HEIGHT, WIDTH)
+    packed = batches.draw(0, 0, count, HEIGHT, WIDTH)
     best_s = math.inf
     for _ in range(2 if settings.dry else 5):
         before_s = time.perf_counter()

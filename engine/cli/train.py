@@ -56,6 +56,7 @@ def train(
     """
     from flowreel.engine.device import resolve_device
     from flowreel.engine.training import train as training
+    from flowreel.engine.training.config import TrainConfig
 
     console = Console(stderr=True, highlight=False, quiet=quiet)
     where = resolve_device(device)
@@ -69,7 +70,7 @@ def train(
             f"{max(left_s, 0):.0f} s to go"
         )
 
-    config = training.TrainConfig(
+    config = TrainConfig(
         model=model,
         width=width,
         steps=steps,

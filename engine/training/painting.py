@@ -25,7 +25,7 @@ from flowreel.engine.textures import LEVELS, TATTER_SIZE, TextureBank, tatters
 from flowreel.engine.training.development import develop
 from flowreel.engine.training.drawing import Development, DrawnLayer, DrawnPair
 
-Painted = tuple[Tensor, Tensor, Tensor, Tensor]  # first, second (B,3,H,W) uint8; flow (B,2,H,W) px; visible (B,H,W)
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # first, second (B,3,H,W) uint8; flow (B,2,H,W) px; visible (B,H,W)
 
 _ANGLES = 512  # of a radial outline
 _WAVES = 3  # most of a bend
@@ -204,13 +204,13 @@ class Painter:
         self._tatters = functional.pad(fields, (0, 1, 0, 1), mode="circular")
 
     @torch.no_grad()
-    def paint(self, parts: Sequence[Packed]) -> Painted:
+    def paint(self, parts: Sequence[Packed]) -> Batch:
         """What ``pack`` packed, as pictures and truth, in the order of its pairs."""
         painted = [self._part(packed) for packed in parts]
         first, second, flow, visible = (torch.cat(whole) for whole in zip(*painted, strict=True))
         return first, second, flow, visible
 
-    def _part(self, packed: Packed) -> Painted:
+    def _part(self, packed: Packed) -> Batch:
         count = len(packed.counts)
         layers = torch.from_numpy(packed.layers).to(self.device)
         frames, owner = self._frames(packed, layers)

@@ -12,9 +12,10 @@ import torch
 
 from benchmarks.gpu import training as part
 from benchmarks.gpu.findings import Settings
+from flowreel.engine.training import batches
 from flowreel.engine.training import train as training
-from flowreel.engine.training.painting import Packed, Painted, Painter
-from flowreel.engine.training.train import Batch, Progress
+from flowreel.engine.training.painting import Batch, Packed, Painter
+from flowreel.engine.training.train import Progress
 from tests.fakes.gpu_parts import Found
 
 CONFIG = replace(part.DRY, batch_norm=False)
@@ -33,7 +34,7 @@ def test_a_device_that_computes_otherwise_fails(
     def on(device: torch.device, batch: Batch) -> Any:
         return tuple((x * factor).to(x.dtype) if place == plane else x for place, x in enumerate(batch))
 
-    monkeypatch.setattr(training, "_on", on)
+    monkeypatch.setattr(batches, "on", on)
     part._compare(findings, settings, CONFIG)
     assert [passed for name, passed in findings.verdicts.items() if wrong in name] == [False]
 
@@ -77,7 +78,7 @@ def test_scenes_painted_otherwise_fail(
     place: int, findings: Found, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Wrong(Painter):
-        def paint(self, parts: Sequence[Packed]) -> Painted:
+        def paint(self, parts: Sequence[Packed]) -> Batch:
             painted = list(super().paint(parts))
             painted[place] = painted[place].roll(1, -1)
             return painted[0], painted[1], painted[2], painted[3]

@@ -13,8 +13,9 @@ from flowreel.engine.errors import UsageError
 from flowreel.engine.models import build_model
 from flowreel.engine.models.flownets import FlowNetS
 from flowreel.engine.models.weights import read_weights
+from flowreel.engine.training.config import TrainConfig
 from flowreel.engine.training.identity import start_as_identity
-from flowreel.engine.training.train import TrainConfig, train
+from flowreel.engine.training.train import train
 from flowreel.engine.training.widen import widen
 
 TINY = TrainConfig(width=0.0625, steps=1, batch=2, height=64, width_px=64, warm_up=1, precision="fp32")

@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from flowreel.engine.textures import TextureBank, texture_bank
-from flowreel.engine.training import painting
-from flowreel.engine.training import train as training
+from flowreel.engine.training import batches, painting
+from flowreel.engine.training.config import TrainConfig
 from flowreel.engine.training.drawing import DrawnPair, SceneConfig, draw_pair
-from flowreel.engine.training.painting import Painted, Painter, pack
+from flowreel.engine.training.painting import Batch, Painter, pack
 from flowreel.engine.training.pairs import ScenePair, sample_pair
-from flowreel.engine.training.train import TrainConfig
 
 CONFIG = SceneConfig(bank=(3, 16, 128), motion_blur=0.2)
 HEIGHT, WIDTH = 96, 128
@@ -29,7 +28,7 @@ def drawn(config: SceneConfig = CONFIG) -> list[DrawnPair]:
     return [draw_pair(seed, HEIGHT, WIDTH, config) for seed in SEEDS]
 
 
-def assert_alike(painted: Painted, wanted: list[ScenePair]) -> None:
+def assert_alike(painted: Batch, wanted: list[ScenePair]) -> None:
     """Pictures within a level, but for few pixels; the same flow; the same seen, but where an end is between pixels."""
     first, second, flow, visible = (part.cpu() for part in painted)
     for frames, name in ((first, "first"), (second, "second")):
@@ -90,8 +89,8 @@ def test_painting_keeps_to_its_device() -> None:
 def test_a_run_sees_the_same_scenes_whoever_paints(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     config = TrainConfig(steps=3, batch=3, height=64, width_px=64, reuse=2)
     painter = Painter(torch.device("cpu"), texture_bank())
-    wanted = list(training._batches(config, 0, workers=0))
-    painted = list(training._batches(config, 0, workers, painter))
+    wanted = list(batches.batches(config, 0, workers=0))
+    painted = list(batches.batches(config, 0, workers, painter))
     assert len(wanted) == len(painted) == 3
     for one, other in zip(painted, wanted, strict=True):
         assert_alike(one, [ScenePair(*parts) for parts in zip(*other, strict=True)])

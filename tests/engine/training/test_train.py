@@ -14,8 +14,11 @@ from torch import Tensor
 
 from flowreel.engine.errors import CheckpointError, DeviceError, UsageError
 from flowreel.engine.models.weights import load_model, read_weights
+from flowreel.engine.training import batches, start
 from flowreel.engine.training import train as training
-from flowreel.engine.training.train import Progress, TrainConfig, augment, learning_rate, share_done, train
+from flowreel.engine.training.batches import augment
+from flowreel.engine.training.config import TrainConfig, learning_rate, share_done
+from flowreel.engine.training.train import Progress, train
 
 TINY = TrainConfig(width=0.05, steps=4, batch=2, height=64, width_px=64, warm_up=1, precision="fp32")
 
@@ -81,13 +84,13 @@ def test_other_networks_train_too(model: str, tmp_path: Path) -> None:
 def test_a_step_keeps_to_the_device_of_the_network(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU: on the device of tensors without numbers, which like a GPU refuses those of a CPU."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # of which it has none
-    net = training._fresh(replace(TINY, model=model)).to("meta")
+    net = start.network(replace(TINY, model=model)).to("meta")
     frames = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
     batch = frames, frames, torch.zeros(2, 2, 64, 64), torch.ones(2, 64, 64, dtype=torch.bool)
     for visible_alone in (True, False):
         net.zero_grad()
-        moved = training._on(torch.device("meta"), batch)
-        loss = training._gradients(replace(TINY, model=model), net, moved, visible_alone=visible_alone)
+        moved = batches.on(torch.device("meta"), batch)
+        loss = training.gradients(replace(TINY, model=model), net, moved, visible_alone=visible_alone)
         assert loss.device.type == "meta"
         assert all(weight.grad is not None and weight.grad.is_meta for weight in net.parameters())
 
@@ -129,7 +132,7 @@ def test_it_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On one fixed batch the loss must fall: the data, the loss and the optimiser pull the same way."""
     reports: list[Progress] = []
     config = replace(TINY, steps=40, reuse=40, learning_rate=2e-3)
-    monkeypatch.setattr(training, "augment", lambda batch, h, w, g: tuple(part[..., :h, :w] for part in batch))
+    monkeypatch.setattr(batches, "augment", lambda batch, h, w, g: tuple(part[..., :h, :w] for part in batch))
     train(config, tmp_path, workers=0, report_every=10, report=reports.append)
     assert reports[-1].loss < 0.7 * reports[0].loss
 
@@ -193,8 +196,8 @@ def test_minutes_in_place_of_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def stop(progress: Progress) -> None:
         raise Stopped
 
-    gradients = training._gradients
-    monkeypatch.setattr(training, "_gradients", step)
+    gradients = training.gradients
+    monkeypatch.setattr(training, "gradients", step)
     monkeypatch.setattr(training, "time", Clock)
     config = replace(TINY, minutes=1.0, steps=1)
     reports: list[Progress] = []

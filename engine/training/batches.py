@@ -1,0 +1,105 @@
+"""What a training run sees: batches of scenes, painted on the host or where the network is, each used several times."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from flowreel.engine.device import to_device
+from flowreel.engine.models.layers import STRIDE
+from flowreel.engine.training.config import MOST_STEPS, TrainConfig
+from flowreel.engine.training.drawing import draw_pair
+from flowreel.engine.training.painting import Batch, Packed, Painter, pack
+from flowreel.engine.training.pairs import sample_pair
+
+
+def batches(config: TrainConfig, step: int, workers: int, painter: Painter | None = None) -> Iterator[Batch]:
+    """The batches of step ``step`` and those after it, each rendered one used ``reuse`` times in a row.
+
+    With a ``painter`` they are painted and changed on its device, else on the host.
+    """
+    last = config.steps if config.minutes is None else MOST_STEPS
+    scenes = _Scenes(config, step // config.reuse, -(-last // config.reuse), painted=painter is None)
+    loader = DataLoader(
+        scenes,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        multiprocessing_context="spawn" if workers else None,  # a fork would copy torch's thread pools half alive
+    )
+    generator = torch.Generator()
+    skip = step % config.reuse
+    for scene in loader:
+        batch = scene if painter is None else painter.paint(scene)
+        for _ in range(skip, config.reuse):
+            if step == last:
+                return
+            step += 1
+            generator.manual_seed((config.seed << 42) + step)
+            yield augment(batch, config.height, config.width_px, generator)
+        skip = 0
+
+
+class _Scenes(Dataset["Batch | list[Packed]"]):
+    """The batches numbered ``first`` to ``last`` of a run, somewhat larger than the network sees, so that crops differ.
+
+    Painted, or as the numbers that a painter on the network's device takes.
+    """
+
+    def __init__(self, config: TrainConfig, first: int, last: int, *, painted: bool) -> None:
+        self.config, self.first, self.last, self.painted = config, first, last, painted
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __getitem__(self, index: int) -> Batch | list[Packed]:
+        torch.set_num_threads(1)
+        config = self.config
+        make = render if self.painted else draw
+        number = (self.first + index) * config.batch
+        return make(config.seed, number, config.batch, config.height + STRIDE, config.width_px + STRIDE)
+
+
+def render(seed: int, number: int, count: int, height: int, width: int) -> Batch:
+    """Scenes ``number`` to ``number + count`` of a seed, stacked."""
+    pairs = [sample_pair((seed << 42) + number + i, height, width) for i in range(count)]
+    return (
+        torch.stack([pair.first for pair in pairs]),
+        torch.stack([pair.second for pair in pairs]),
+        torch.stack([pair.flow for pair in pairs]),
+        torch.stack([pair.visible for pair in pairs]),
+    )
+
+
+def draw(seed: int, number: int, count: int, height: int, width: int) -> list[Packed]:
+    """The same scenes, not painted yet."""
+    return pack([draw_pair((seed << 42) + number + i, height, width) for i in range(count)])
+
+
+def augment(batch: Batch, height: int, width: int, generator: torch.Generator) -> Batch:
+    """One crop and channel order for the whole batch, flips for each sample, and the flow changed with them."""
+    first, second, flow, visible = batch
+
+    def draw(count: int) -> int:
+        return int(torch.randint(count, (), generator=generator))
+
+    top, left = draw(flow.shape[2] - height + 1), draw(flow.shape[3] - width + 1)
+    rows, columns = slice(top, top + height), slice(left, left + width)
+    channels = torch.randperm(3, generator=generator)
+    first, second = first[:, channels, rows, columns], second[:, channels, rows, columns]
+    flow, visible = flow[:, :, rows, columns], visible[:, rows, columns]
+    for axis in (-1, -2):  # mirror left-right, then up-down; the motion along that axis turns round
+        mirrored = to_device(torch.randint(2, (len(flow),), generator=generator).bool(), flow.device)
+        picture = mirrored.view(-1, 1, 1, 1)
+        sign = flow.new_tensor([-1.0, 1.0] if axis == -1 else [1.0, -1.0]).view(1, 2, 1, 1)
+        first, second = (torch.where(picture, frames.flip(axis), frames) for frames in (first, second))
+        flow = torch.where(picture, flow.flip(axis) * sign, flow)
+        visible = torch.where(mirrored.view(-1, 1, 1), visible.flip(axis), visible)
+    return first, second, flow, visible
+
+
+def on(device: torch.device, batch: Batch) -> Batch:
+    first, second, flow, visible = (to_device(part, device) for part in batch)
+    return first, second, flow, visible
