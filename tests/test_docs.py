@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 
 import flowreel
+from flowreel.engine.cli import call
 
 ROOT = Path(__file__).resolve().parent.parent
 LAZY = (ROOT / "docs/lazy.md").read_text()
@@ -67,3 +70,25 @@ def test_what_lazy_reading_costs(dance: Path) -> None:
         flow = flowreel.open(dance, model="FlowNet2C")
         eval(read, {"flow": flow})
         assert (flow.statistics.decoded, flow.statistics.computed) == (int(decoded), int(computed)), read
+
+
+def test_training(dance: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands as they stand, but short: what comes last counts."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dance.mp4").symlink_to(dance)
+    lines = [
+        line
+        for block in re.findall(r"```sh\n(.*?)```", (ROOT / "docs/training.md").read_text(), re.DOTALL)
+        for line in block.splitlines()
+    ]
+    assert len(lines) == 6
+    for line in lines:
+        program, *arguments = shlex.split(line)
+        assert program == "flowreel"
+        short = ["--stop", "2"]
+        if arguments[0] == "train":
+            shutil.rmtree(tmp_path / arguments[1], ignore_errors=True)
+            short = shlex.split("--steps 1 --batch 2 --height 64 --width-px 64 --workers 0 --device cpu")
+            short += ["--minutes", "0.001"] if "--minutes" in arguments else []
+        assert call([*arguments, *short]) == 0
+    assert len(flowreel.open_store("dance.flow.zarr")) == 1
