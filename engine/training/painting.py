@@ -29,7 +29,7 @@ Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # first, second (B,3,H,W) uint8; 
 
 _ANGLES = 512  # of a radial outline
 _WAVES = 3  # most of a bend
-_UNDOING = 10  # steps: each leaves at most .3 of the error, as ``drawing`` draws bends; all together less than 1e-3 px
+_UNDOING = 10  # steps: each leaves at most .3 of the error, as ``drawing`` draws bends; ten less than 1e-3 px
 _PIXELS = 1 << 24  # of all views of a part of a batch: some hundred bytes each
 
 
@@ -140,13 +140,12 @@ def _packed(pairs: Sequence[DrawnPair]) -> Packed:
 def _fill_layer(row: npt.NDArray[np.float32], layer: DrawnLayer) -> int:
     """Gives the kind of outline."""
     piece, outline = layer.piece, layer.outline
-    corner = np.add(piece.corner, piece.origin) % (1 << 20)  # of which every texture's size is a divisor
     _OF_LAYER.fill(
         row,
         texture=piece.texture,
         level=piece.level,
         texels=piece.texels,
-        corner=corner,
+        corner=np.add(piece.corner, piece.origin),
         gain=piece.gain,
         wanted=piece.wanted,
         inverse=inverse(layer.pose(0.0)),
