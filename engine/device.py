@@ -242,6 +242,13 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor if tensor.device == device else tensor.to(device)
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The same of something small that is wanted often: nobody waits for what the device has still to do."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # torch keeps that until it is copied
+    return tensor.to(device, non_blocking=True)
+
+
 def to_host(flow: Tensor) -> Tensor:
     """Flow on the host; waits for it. The tensor itself where it is there already."""
     return flow if flow.device.type == "cpu" else flow.cpu()

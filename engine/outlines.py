@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 Radii = npt.NDArray[np.float64]  # (n,) lengths in object px, or the angles in radians at which they hold
+Length = float | Tensor  # object px; of many outlines at once (M, 1, 1), for points (M, h, w)
+
+ANGLES = 512  # that a random outline's radius is known at
 
 
 class Outline(Protocol):
@@ -37,15 +40,7 @@ class RadialOutline:
     extent: tuple[float, float]
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        count = len(self.edge) - 2
-        angle = torch.atan2(y, x).add_(math.pi).mul_(count / (2 * math.pi))
-        place = angle.to(torch.int32).clamp_(0, count)
-        edge = torch.lerp(self.edge[place], self.edge[place + 1], angle.sub_(place))
-        radius = torch.hypot(x, y)
-        inside = edge - radius
-        if self.hole > 0:
-            inside = torch.minimum(inside, radius - self.hole * edge)
-        return inside.mul_(self.lean[place])
+        return radial_distance(x, y, self.edge, self.lean, self.hole)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +55,7 @@ class BarOutline:
         return self.half_length, self.half_width
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        return torch.minimum(self.half_length - x.abs(), self.half_width - y.abs())
+        return bar_distance(x, y, self.half_length, self.half_width)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,8 +71,37 @@ class GratingOutline:
         return self.radius, self.radius
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        bars = self.half_width - torch.remainder(y, self.pitch).sub_(self.pitch / 2).abs_()
-        return torch.minimum(bars, self.radius - torch.hypot(x, y))
+        return grating_distance(x, y, self.radius, self.half_width, self.pitch)
+
+
+def radial_distance(x: Tensor, y: Tensor, edge: Tensor, lean: Tensor, hole: Length) -> Tensor:
+    """As of ``RadialOutline``; of many, the tables are (M, n + 2)."""
+    count = edge.shape[-1] - 2
+    angle = torch.atan2(y, x).add_(math.pi).mul_(count / (2 * math.pi))
+    place = angle.to(torch.int32 if edge.ndim == 1 else torch.int64).clamp_(0, count)
+
+    def at(table: Tensor, places: Tensor) -> Tensor:
+        return table[places] if table.ndim == 1 else table.gather(1, places.flatten(1)).view(places.shape)
+
+    reach = torch.lerp(at(edge, place), at(edge, place + 1), angle.sub_(place))
+    radius = torch.hypot(x, y)
+    inside = reach - radius
+    if isinstance(hole, Tensor):
+        inside = torch.minimum(inside, torch.where(hole > 0, radius - hole * reach, torch.inf))
+    elif hole > 0:
+        inside = torch.minimum(inside, radius - hole * reach)
+    return inside.mul_(at(lean, place))
+
+
+def bar_distance(x: Tensor, y: Tensor, half_length: Length, half_width: Length) -> Tensor:
+    """As of ``BarOutline``."""
+    return torch.minimum(half_length - x.abs(), half_width - y.abs())
+
+
+def grating_distance(x: Tensor, y: Tensor, radius: Length, half_width: Length, pitch: Length) -> Tensor:
+    """As of ``GratingOutline``."""
+    bars = half_width - torch.remainder(y, pitch).sub_(pitch / 2).abs_()
+    return torch.minimum(bars, radius - torch.hypot(x, y))
 
 
 def radial_outline(radii: npt.NDArray[np.floating], hole: float = 0.0) -> RadialOutline:
@@ -104,7 +128,7 @@ def polygon(angles: Radii, corner_angles: Radii, corner_radii: Radii) -> Radii:
 
 def random_outline(rng: np.random.Generator, radius: float) -> Outline:
     """Polygons, wobbly blobs, ellipses, rings, bars and gratings of about this outer radius, in object px."""
-    angles = -np.pi + 2 * np.pi * np.arange(512) / 512
+    angles = -np.pi + 2 * np.pi * np.arange(ANGLES) / ANGLES
     hole = float(rng.uniform(0.35, 0.8)) if rng.random() < 0.12 else 0.0
     kind = rng.choice(5, p=[0.34, 0.27, 0.17, 0.16, 0.06])
     if kind == 0:  # smooth and wobbly

@@ -9,7 +9,7 @@ Rendering only walks left to right, so every pixel is evaluated exactly and with
 and back at t1: x0 -> p -> x1, where the bend, a contraction, is undone by fixed-point iteration. The flow of a pixel
 is the motion of the front-most layer that covers at least half of it.
 
-What there is to see comes from elsewhere: ``training/pairs.py`` draws random scenes, ``named_scenes.py`` composes
+What there is to see comes from elsewhere: ``training/drawing.py`` draws random scenes, ``named_scenes.py`` composes
 those of ``synthetic:NAME``.
 """
 
@@ -210,9 +210,9 @@ class Scene:
         y = flow[1] + torch.arange(self.height)[:, None]
         right, bottom = self.width - 1 + NEAR, self.height - 1 + NEAR
         inside = (x >= -NEAR) & (x <= right) & (y >= -NEAR) & (y <= bottom)
-        column = x.round_().clamp_(0, self.width - 1)
-        row = y.round_().clamp_(0, self.height - 1)
-        in_front = owner1.view(-1)[row.mul_(self.width).add_(column).to(torch.int64)]
+        column = x.round_().clamp_(0, self.width - 1).long()
+        row = y.round_().clamp_(0, self.height - 1).long()
+        in_front = owner1.view(-1)[row.mul_(self.width).add_(column)]
         return flow, inside & (in_front <= owner0)  # <: the layer's own edge, rounded to the pixel beside it
 
 

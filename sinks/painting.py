@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _LUMA = (0.2126, 0.7152, 0.0722)  # of red, green and blue: BT.709
 _LUMA_RANGE, _CHROMA_RANGE = 219 / 255, 224 / 255  # limited, of full
 _BLACK, _GREY = 16, 128
+_PIXELS = 1 << 21  # of pictures that are converted together: each takes about 33 bytes meanwhile
 
 
 def painted(
@@ -52,8 +53,13 @@ def yuv420(rgb: Tensor) -> Tensor:
     Gives (N, h * 3 / 2, w) uint8, h and w being H and W made even by their last row and column once more: h rows of
     luma, then all of Cb, then all of Cr, packed: FFmpeg's yuv420p. Within a level of swscale's, averaging areas.
     """
-    count, _, height, width = rgb.shape
-    colors = rgb.float()
+    height, width = rgb.shape[2:]
+    together = max(_PIXELS // (height * width), 1)
+    return torch.cat([_planes(colors.float()) for colors in torch.split(rgb, together)])
+
+
+def _planes(colors: Tensor) -> Tensor:
+    count, _, height, width = colors.shape
     if height % 2 or width % 2:
         colors = functional.pad(colors, (0, width % 2, 0, height % 2), mode="replicate")
     luma = _weighted(colors)

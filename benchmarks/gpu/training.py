@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import flowreel
 from benchmarks.gpu.findings import Findings, Settings
-from flowreel.engine.textures import texture_bank
 from flowreel.engine.training import batches, start
 from flowreel.engine.training import train as training
 from flowreel.engine.training.config import TrainConfig
@@ -65,9 +64,9 @@ def check(findings: Findings, settings: Settings) -> None:
 
 
 def _paint(findings: Findings, settings: Settings, config: TrainConfig) -> None:
-    """The same scenes painted by both, and how long the card takes."""
+    """The same scenes painted by both."""
     height, width, count = config.height, config.width_px, 4 if settings.dry else PAINTED
-    painter = Painter(torch.device(settings.device), texture_bank(*SceneConfig().bank))
+    painter = Painter(torch.device(settings.device), SceneConfig().bank)
     packed = batches.draw(config.seed, 0, count, height, width)
     wanted = batches.render(config.seed, 0, count, height, width)
     painted = painter.paint(packed)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from flowreel.engine.device import to_device
+from flowreel.engine.device import send, to_device
 from flowreel.engine.models.layers import STRIDE
 from flowreel.engine.training.config import MOST_STEPS, TrainConfig
 from flowreel.engine.training.drawing import draw_pair
-from flowreel.engine.training.painting import Batch, Packed, Painter, pack
+from flowreel.engine.training.packing import Packed, pack
+from flowreel.engine.training.painting import Batch, Painter
 from flowreel.engine.training.pairs import sample_pair
 
 
-def batches(config: TrainConfig, step: int, workers: int, painter: Painter | None = None) -> Iterator[Batch]:
+def batches(
+    config: TrainConfig, step: int, workers: int, painter: Painter | None = None
+) -> Generator[Batch, None, None]:
     """The batches of step ``step`` and those after it, each rendered one used ``reuse`` times in a row.
 
     With a ``painter`` they are painted and changed on its device, else on the host.
@@ -87,19 +90,21 @@ def augment(batch: Batch, height: int, width: int, generator: torch.Generator) -
 
     top, left = draw(flow.shape[2] - height + 1), draw(flow.shape[3] - width + 1)
     rows, columns = slice(top, top + height), slice(left, left + width)
-    channels = torch.randperm(3, generator=generator)
+    channels = send(torch.randperm(3, generator=generator), flow.device)
     first, second = first[:, channels, rows, columns], second[:, channels, rows, columns]
     flow, visible = flow[:, :, rows, columns], visible[:, rows, columns]
     for axis in (-1, -2):  # mirror left-right, then up-down; the motion along that axis turns round
-        mirrored = to_device(torch.randint(2, (len(flow),), generator=generator).bool(), flow.device)
+        mirrored = send(torch.randint(2, (len(flow),), generator=generator).bool(), flow.device)
         picture = mirrored.view(-1, 1, 1, 1)
-        sign = flow.new_tensor([-1.0, 1.0] if axis == -1 else [1.0, -1.0]).view(1, 2, 1, 1)
         first, second = (torch.where(picture, frames.flip(axis), frames) for frames in (first, second))
-        flow = torch.where(picture, flow.flip(axis) * sign, flow)
+        turned = flow.flip(axis)
+        turned[:, -1 - axis].neg_()  # component 0 is along the last axis
+        flow = torch.where(picture, turned, flow)
         visible = torch.where(mirrored.view(-1, 1, 1), visible.flip(axis), visible)
     return first, second, flow, visible
 
 
 def on(device: torch.device, batch: Batch) -> Batch:
+    """The batch on a device."""
     first, second, flow, visible = (to_device(part, device) for part in batch)
     return first, second, flow, visible

@@ -12,8 +12,10 @@ from flowreel.engine.models.layers import STRIDE
 WIDEST = 4  # as of weights that are read
 LARGEST_SIDE = 8192  # pixels
 LARGEST_BATCH = 4096
-MOST_STEPS = 1 << 31  # of a run whose minutes are set
+MOST_STEPS = 1 << 28  # of a run whose minutes are set: with the largest batch it ends before ``HELD_OUT_SEED``
 MOST_SEEDS = 1 << 20  # a run's samples are numbered behind its seed, in 64 bits together
+
+_LONGEST_WARM_UP = 0.05  # of a run
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ class TrainConfig:
     height: int = 192  # pixels the network sees; multiple of 64
     width_px: int = 256
     reuse: int = 3  # times each rendered scene is used, each time flipped and cropped anew: rendering is slow
-    learning_rate: float = 8e-4  # that a cosine to zero begins with, after the warm-up
-    warm_up: int = 500  # steps
+    learning_rate: float = 8e-4  # its peak: a warm-up leads there, a cosine from there to zero
+    warm_up: int = 500  # steps, if they are less than a twentieth of the run
     weight_decay: float = 1e-4
     clip: float = 1.0  # largest gradient norm
     visible_only: float = 0.33  # share of the run in which occluded pixels are left out of the loss
@@ -47,7 +49,7 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.minutes is not None and not 0 < self.minutes < float("inf"):
-            raise UsageError(f"minutes must be positive, got {self.minutes:g}")
+            raise UsageError(f"minutes must be a positive number, got {self.minutes:g}")
         if not 0 < self.width <= WIDEST:
             raise UsageError(f"width must be positive and at most {WIDEST}, got {self.width:g}")
         if not 0 <= self.learning_rate < float("inf"):
@@ -73,5 +75,6 @@ def share_done(config: TrainConfig, step: int, seconds: float) -> float:
 
 
 def learning_rate(config: TrainConfig, step: int, done: float) -> float:
-    """Of a step before which so much was done: linear warm-up over some steps, times a cosine to zero."""
-    return config.learning_rate * min(step / max(config.warm_up, 1), 1.0) * 0.5 * (1 + cos(pi * done))
+    """Of a step before which so much was done: a linear warm-up, times a cosine to zero."""
+    risen = min(max(step / max(config.warm_up, 1), done / _LONGEST_WARM_UP), 1.0)
+    return config.learning_rate * risen * 0.5 * (1 + cos(pi * done))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from flowreel.engine.device import send
 from flowreel.engine.training.drawing import Development
 
 
@@ -30,11 +31,11 @@ def _places(chosen: Numbered, frames: Tensor) -> Tensor | slice:
     """An index of those pairs: all of them are a view, and need no copy."""
     if len(chosen) == len(frames):
         return slice(None)
-    return torch.tensor([place for place, _ in chosen], device=frames.device)
+    return send(torch.tensor([place for place, _ in chosen]), frames.device)
 
 
 def _values(values: Sequence[object], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.asarray(values, dtype=np.float32)).to(device)
+    return send(torch.from_numpy(np.asarray(values, dtype=np.float32)), device)
 
 
 def _haze(frames: Tensor, chosen: Numbered) -> None:
@@ -86,7 +87,7 @@ def _grain(frames: Tensor, chosen: Numbered) -> None:
     if size >= len(tile):
         tile = tile.repeat(size // len(tile) + 2)
     starts = [int(at * (len(tile) - size)) for _, each in chosen for at in each.grain_at]
-    windows = tile.unfold(0, size, 1)[torch.tensor(starts, device=device)]
+    windows = tile.unfold(0, size, 1)[send(torch.tensor(starts), device)]
     amplitude = _values([each.grain for _, each in chosen], device)[:, None, None, None, None]
     frames[_places(chosen, frames)] += windows.view(-1, *frames.shape[1:]) * amplitude
 

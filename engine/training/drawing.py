@@ -19,9 +19,12 @@ from flowreel.engine.textures import LEVELS, TATTER_SIZE, TATTERS, Rng, TextureB
 HAZE = (3, 4)  # rows and columns of the coarse grid of a haze
 
 
+Bank = tuple[int, int, int]  # seed, count, size of a ``TextureBank``
+
+
 @dataclass(frozen=True)
 class SceneConfig:
-    """What ``sample_pair`` draws from. Speeds hold for 256 x 192 px and grow with the frame's diagonal."""
+    """What ``draw_pair`` draws from. Speeds hold for 256 x 192 px and grow with the frame's diagonal."""
 
     objects: tuple[int, int] = (0, 6)  # fewest and most moving layers before the background
     median_px: float = 5.0  # the middle of the pairs' speeds; 0.8 or so for a network of small motions
@@ -32,7 +35,7 @@ class SceneConfig:
     bends: float = 0.25  # share of layers that also move non-rigidly
     photometric: float = 0.6  # strength of lighting changes, noise, blur, fog; 0: clean pictures
     motion_blur: float = 0.04  # share of pairs with an open shutter
-    bank: tuple[int, int, int] = (0, 48, 512)  # seed, count, size of the texture bank
+    bank: Bank = (0, 48, 512)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +88,7 @@ class DrawnPair:
 
     height: int  # px
     width: int  # px
+    bank: Bank  # that the layers' textures are from
     layers: tuple[DrawnLayer, ...]  # from back to front
     moments: tuple[float, ...]  # frames before and after each time at which the shutter is open, too
     development: Development | None  # None: the pictures stay clean
@@ -100,7 +104,7 @@ def draw_pair(seed: int, height: int, width: int, config: SceneConfig | None = N
     steps = min(max(round(shutter * speed / 4), 1), 4) if shutter else 0
     moments = tuple(np.linspace(-shutter / 2, shutter / 2, 2 * steps).tolist())
     development = _development(rng, config.photometric) if config.photometric > 0 else None
-    return DrawnPair(height, width, layers, moments, development)
+    return DrawnPair(height, width, config.bank, layers, moments, development)
 
 
 def _random_layers(rng: Rng, height: int, width: int, config: SceneConfig) -> tuple[tuple[DrawnLayer, ...], float]:

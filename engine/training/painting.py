@@ -1,17 +1,13 @@
 """Many training pairs painted at once, on the device where the network is trained.
 
-The numbers of a batch of drawn pairs become two tables (``pack``, on the host, in any process): of each layer, and of
-each *view*, a pair at one moment: times 0 and 1, and more where the shutter was open. Layer by layer, back to front,
-all views that have one are painted together; pairs with many layers come first, so these are always the first views.
-
-``pairs.py`` and ``scenes.py`` paint the same pictures one by one, each layer only where it is: cheaper where work costs
-more than starting it. The tests compare the two.
+Layer by layer, back to front, all views of a batch (``packing.py``) that have one are painted together; pairs with many
+layers come first, so these are always the first views. ``pairs.py`` and ``scenes.py`` paint the same pictures one by
+one, each layer only where it is: cheaper where work costs more than starting it. The tests compare the two.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -19,182 +15,26 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from flowreel.engine.outlines import BarOutline, GratingOutline, RadialOutline
-from flowreel.engine.scenes import NEAR, Matrix, inverse, sharpness, to_bytes
-from flowreel.engine.textures import LEVELS, TATTER_SIZE, TextureBank, tatters
+from flowreel.engine.device import send
+from flowreel.engine.outlines import bar_distance, grating_distance, radial_distance
+from flowreel.engine.scenes import NEAR, to_bytes
+from flowreel.engine.textures import LEVELS, TATTER_SIZE, TextureBank, tatters, texture_bank
 from flowreel.engine.training.development import develop
-from flowreel.engine.training.drawing import Development, DrawnLayer, DrawnPair
+from flowreel.engine.training.drawing import Bank
+from flowreel.engine.training.packing import BAR, GRATING, OF_LAYER, OF_VIEW, RADIAL, WAVES, Packed
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # first, second (B,3,H,W) uint8; flow (B,2,H,W) px; visible (B,H,W)
 
-_ANGLES = 512  # of a radial outline
-_WAVES = 3  # most of a bend
 _UNDOING = 10  # steps: each leaves at most .3 of the error, as ``drawing`` draws bends; ten less than 1e-3 px
-_PIXELS = 1 << 24  # of all views of a part of a batch: some hundred bytes each
-
-
-class _Columns:
-    """Named columns of a table of float32."""
-
-    def __init__(self, **sizes: int) -> None:
-        ends = np.cumsum(list(sizes.values())).tolist()
-        self.count = ends[-1]
-        self._slices = {name: slice(end - size, end) for (name, size), end in zip(sizes.items(), ends, strict=True)}
-
-    def fill(self, row: npt.NDArray[np.float32], **values: npt.ArrayLike) -> None:
-        for name, value in values.items():
-            row[self._slices[name]] = np.asarray(value, dtype=np.float32).ravel()
-
-    def __getitem__(self, name: str) -> slice:
-        return self._slices[name]
-
-
-_OF_LAYER = _Columns(
-    texture=1,
-    level=1,
-    texels=1,
-    corner=2,  # texel x, y of the level at object (0, 0)
-    gain=9,
-    wanted=3,
-    bar=3,  # half length or radius, half width, pitch
-    edge=_ANGLES + 2,
-    lean=_ANGLES + 2,
-    hole=1,
-    tatters=3,  # field, texel x and y at object (0, 0)
-    wave=2 * _WAVES,
-    phase=_WAVES,
-    strength=2 * _WAVES,  # at time 1
-    inverse=9,  # of the pose at time 0
-    pose=9,  # at time 1
-    across=9,  # from the frame at time 0 to that at 1, less the identity
-)
-_OF_VIEW = _Columns(inverse=9, sharpness=1, strength=2 * _WAVES)
-_PLAIN, _RADIAL, _BAR, _GRATING = range(4)  # kinds of outlines; the first is none
-
-
-@dataclass(frozen=True, eq=False)
-class Packed:
-    """B drawn pairs as numbers, those with most layers first. Slot n is the n-th layer from the back."""
-
-    height: int  # px
-    width: int  # px
-    layers: npt.NDArray[np.float32]  # (slots, B, _OF_LAYER.count)
-    views: npt.NDArray[np.float32]  # (slots, V, _OF_VIEW.count)
-    pair_of: npt.NDArray[np.int64]  # (V,) each view's pair
-    frame_of: npt.NDArray[np.int64]  # (V,) the frame it is part of: pair, or B + pair at time 1
-    main: npt.NDArray[np.int64]  # (2 B,) by frame, the view at its very time
-    kinds: npt.NDArray[np.uint8]  # (slots, B) of outlines; meaningless where a pair has no such layer
-    tattered: npt.NDArray[np.bool_]  # (slots, B)
-    bent: npt.NDArray[np.bool_]  # (slots, B)
-    counts: npt.NDArray[np.int64]  # (B,) layers
-    places: npt.NDArray[np.int64]  # (B,) where each pair was before they were put in this order
-    developments: tuple[Development | None, ...]
-
-
-def pack(pairs: Sequence[DrawnPair]) -> list[Packed]:
-    """Pairs of one size in as many parts as keep the memory of painting within bounds."""
-    at_once = max(_PIXELS // (2 * pairs[0].height * pairs[0].width), 1)
-    return [_packed(pairs[first : first + at_once]) for first in range(0, len(pairs), at_once)]
-
-
-def _packed(pairs: Sequence[DrawnPair]) -> Packed:
-    places = np.argsort([-len(pair.layers) for pair in pairs], kind="stable")
-    pairs = [pairs[place] for place in places]
-    count, slots = len(pairs), len(pairs[0].layers)
-    views = [
-        (number, number + time * count, time + moment)
-        for number, pair in enumerate(pairs)
-        for time in (0, 1)
-        for moment in (0.0, *pair.moments)
-    ]
-    layers = np.zeros((slots, count, _OF_LAYER.count), np.float32)
-    seen = np.zeros((slots, len(views), _OF_VIEW.count), np.float32)
-    kinds = np.zeros((slots, count), np.uint8)
-    tattered, bent = np.zeros((2, slots, count), np.bool_)
-    for number, pair in enumerate(pairs):
-        for slot, layer in enumerate(pair.layers):
-            kinds[slot, number] = _fill_layer(layers[slot, number], layer)
-            tattered[slot, number] = layer.piece.tatters is not None
-            bent[slot, number] = layer.bend is not None
-    for place, (number, _, time) in enumerate(views):
-        for slot, layer in enumerate(pairs[number].layers):
-            _fill_view(seen[slot, place], layer, time)
-    frame_of = np.array([frame for _, frame, _ in views])
-    return Packed(
-        height=pairs[0].height,
-        width=pairs[0].width,
-        layers=layers,
-        views=seen,
-        pair_of=np.array([number for number, _, _ in views]),
-        frame_of=frame_of,
-        main=np.unique(frame_of, return_index=True)[1],
-        kinds=kinds,
-        tattered=tattered,
-        bent=bent,
-        counts=np.array([len(pair.layers) for pair in pairs]),
-        places=places,
-        developments=tuple(pair.development for pair in pairs),
-    )
-
-
-def _fill_layer(row: npt.NDArray[np.float32], layer: DrawnLayer) -> int:
-    """Gives the kind of outline."""
-    piece, outline = layer.piece, layer.outline
-    _OF_LAYER.fill(
-        row,
-        texture=piece.texture,
-        level=piece.level,
-        texels=piece.texels,
-        corner=np.add(piece.corner, piece.origin),
-        gain=piece.gain,
-        wanted=piece.wanted,
-        inverse=inverse(layer.pose(0.0)),
-        pose=layer.pose(1.0),
-        across=layer.pose(1.0) @ inverse(layer.pose(0.0)) - np.eye(3),
-    )
-    if layer.bend is not None:
-        bend, blank = layer.bend, _WAVES - len(layer.bend.phase)
-        _OF_LAYER.fill(
-            row,
-            wave=np.pad(bend.wave, ((0, blank), (0, 0))),
-            phase=np.pad(bend.phase, (0, blank)),
-            strength=_strength(layer, 1.0),
-        )
-    if piece.tatters is not None:
-        number, top, left = piece.tatters
-        _OF_LAYER.fill(row, tatters=(number, *(np.add((left, top), piece.origin) % TATTER_SIZE)))
-    if isinstance(outline, RadialOutline):
-        _OF_LAYER.fill(row, edge=outline.edge, lean=outline.lean, hole=outline.hole)
-        return _RADIAL
-    if isinstance(outline, BarOutline):
-        _OF_LAYER.fill(row, bar=(outline.half_length, outline.half_width, 0))
-        return _BAR
-    if isinstance(outline, GratingOutline):
-        _OF_LAYER.fill(row, bar=(outline.radius, outline.half_width, outline.pitch))
-        return _GRATING
-    return _PLAIN
-
-
-def _fill_view(row: npt.NDArray[np.float32], layer: DrawnLayer, t: float) -> None:
-    back = inverse(layer.pose(t))
-    _OF_VIEW.fill(
-        row, inverse=back / back[2, 2], sharpness=sharpness(layer.pose(t), layer.softness), strength=_strength(layer, t)
-    )
-
-
-def _strength(layer: DrawnLayer, t: float) -> Matrix:
-    """(_WAVES, 2) of a layer's bend at a time."""
-    if layer.bend is None:
-        return np.zeros((_WAVES, 2))
-    strength = layer.bend.strength * layer.bend.amount(t)
-    return np.pad(strength, ((0, _WAVES - len(strength)), (0, 0)))
 
 
 class Painter:
     """A bank of textures on a device, and the pictures made of it there."""
 
-    def __init__(self, device: torch.device, bank: TextureBank) -> None:
+    def __init__(self, device: torch.device, settings: Bank) -> None:
         self.device = device
+        self._settings = settings
+        bank = texture_bank(*settings)
         self._grey = torch.tensor(bank.grey, device=device)
         self._sizes = torch.tensor([level.shape[-1] for level in bank.levels[0]], device=device)
         atlas, corners = _atlas(bank)
@@ -204,14 +44,19 @@ class Painter:
 
     @torch.no_grad()
     def paint(self, parts: Sequence[Packed]) -> Batch:
-        """What ``pack`` packed, as pictures and truth, in the order of its pairs."""
+        """What ``pack`` packed, as pictures and truth, in the order of its pairs.
+
+        Raises ValueError for pairs that were drawn from another bank.
+        """
+        if any(packed.bank != self._settings for packed in parts):
+            raise ValueError(f"this painter has the textures of bank {self._settings}, got {parts[0].bank}")
         painted = [self._part(packed) for packed in parts]
         first, second, flow, visible = (torch.cat(whole) for whole in zip(*painted, strict=True))
         return first, second, flow, visible
 
     def _part(self, packed: Packed) -> Batch:
         count = len(packed.counts)
-        layers = torch.from_numpy(packed.layers).to(self.device)
+        layers = send(torch.from_numpy(packed.layers), self.device)
         frames, owner = self._frames(packed, layers)
         flow, visible = _truth(packed, layers, owner[:count], owner[count:])
         pairs = torch.stack((frames[:count], frames[count:]), 1)
@@ -227,20 +72,20 @@ class Painter:
         others = np.setdiff1d(np.arange(len(packed.pair_of)), packed.main)
         if len(others):
             frames.index_add_(0, self._index(packed.frame_of[others]), colour[self._index(others)])
-            frames /= torch.from_numpy(counts).to(self.device)[:, None, None, None]
+            frames /= self._index(counts)[:, None, None, None]
         return frames, owner[main]
 
     def _views(self, packed: Packed, layers: Tensor) -> tuple[Tensor, Tensor]:
         height, width, device = packed.height, packed.width, self.device
         colour = torch.zeros((len(packed.pair_of), 3, height, width), device=device)
         owner = torch.zeros((len(packed.pair_of), height, width), dtype=torch.uint8, device=device)
-        views = torch.from_numpy(packed.views).to(device)
+        views = send(torch.from_numpy(packed.views), device)
         pair_of = self._index(packed.pair_of)
         for slot in range(len(packed.layers)):
             count = int((packed.counts[packed.pair_of] > slot).sum())  # those views come first
             shown = packed.pair_of[:count]
             layer, view = layers[slot][pair_of[:count]], views[slot, :count]
-            x, y = _object_points(view[:, _OF_VIEW["inverse"]], height, width)
+            x, y = _object_points(view[:, OF_VIEW["inverse"]], height, width)
             if len(bent := np.flatnonzero(packed.bent[slot][shown])):
                 self._bend(x, y, self._index(bent), layer, view)
             drawn = self._colours(x, y, layer)
@@ -248,37 +93,37 @@ class Painter:
                 colour[:] = drawn  # the background covers everything
                 continue
             inside = self._inside(x, y, packed.kinds[slot][shown], packed.tattered[slot][shown], layer)
-            cover = inside.mul_(_planes(view, _OF_VIEW["sharpness"])[0]).add_(0.5).clamp_(0, 1)
+            cover = inside.mul_(_planes(view, OF_VIEW["sharpness"])[0]).add_(0.5).clamp_(0, 1)
             colour[:count].lerp_(drawn, cover[:, None])
             owner[:count].masked_fill_(cover >= 0.5, slot)
         return colour, owner
 
     def _index(self, places: npt.NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(places).to(self.device)
+        return send(torch.from_numpy(places), self.device)
 
     @staticmethod
     def _bend(x: Tensor, y: Tensor, bent: Tensor, layer: Tensor, view: Tensor) -> None:
         """Moves the points of those views, in place."""
         at_x, at_y = x[bent], y[bent]
-        shift_x, shift_y = _shift(at_x, at_y, layer[bent], view[bent][:, _OF_VIEW["strength"]])
+        shift_x, shift_y = _shift(at_x, at_y, layer[bent], view[bent][:, OF_VIEW["strength"]])
         x[bent] = at_x.add_(shift_x)
         y[bent] = at_y.add_(shift_y)
 
     def _colours(self, x: Tensor, y: Tensor, layer: Tensor) -> Tensor:
         """(M, 3, H, W): from the bank's textures, recoloured."""
         count, height, width = x.shape
-        texture, level = (layer[:, _OF_LAYER[name]][:, 0].long() for name in ("texture", "level"))
+        texture, level = (layer[:, OF_LAYER[name]][:, 0].long() for name in ("texture", "level"))
         size = self._sizes[level].float()[:, None, None]
-        (texels,) = _planes(layer, _OF_LAYER["texels"])
+        (texels,) = _planes(layer, OF_LAYER["texels"])
         grid = torch.empty((1, count * height, width, 2), device=x.device)
-        starts = _planes(layer, _OF_LAYER["corner"])
+        starts = _planes(layer, OF_LAYER["corner"])
         for axis, (at, start) in enumerate(zip((x, y), starts, strict=True)):
             place = torch.remainder(at * texels + torch.remainder(start, size), size)
             place += self._corners[level, texture, axis][:, None, None]
             torch.add(place * (2 / (self._atlas.shape[-1 - axis] - 1)), -1, out=grid[0, ..., axis].view(x.shape))
         sampled = functional.grid_sample(self._atlas, grid, padding_mode="border", align_corners=True)
-        gain = layer[:, _OF_LAYER["gain"]].view(count, 3, 3)
-        offset = layer[:, _OF_LAYER["wanted"]] - gain.sum(2) * self._grey[texture][:, None]
+        gain = layer[:, OF_LAYER["gain"]].view(count, 3, 3)
+        offset = layer[:, OF_LAYER["wanted"]] - gain.sum(2) * self._grey[texture][:, None]
         sampled = sampled.view(3, count, height * width).transpose(0, 1)
         return torch.baddbmm(offset[..., None], gain, sampled).clamp_(0, 255).view(count, 3, height, width)
 
@@ -303,8 +148,8 @@ class Painter:
         return inside
 
     def _holes(self, x: Tensor, y: Tensor, layer: Tensor) -> Tensor:
-        field, *starts = _planes(layer, _OF_LAYER["tatters"])
-        (texels,) = _planes(layer, _OF_LAYER["texels"])
+        field, *starts = _planes(layer, OF_LAYER["tatters"])
+        (texels,) = _planes(layer, OF_LAYER["texels"])
         grid = torch.stack(
             [
                 torch.remainder(at * texels + start, TATTER_SIZE) * (2 / TATTER_SIZE) - 1
@@ -362,12 +207,12 @@ def _pixels(height: int, width: int, device: torch.device) -> tuple[Tensor, Tens
 def _shift(x: Tensor, y: Tensor, layer: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
     """A bend's displacement at the points (M, H, W); ``strength`` (M, 2 waves)."""
     wave, phase, pull = (
-        _planes(layer, _OF_LAYER["wave"]),
-        _planes(layer, _OF_LAYER["phase"]),
+        _planes(layer, OF_LAYER["wave"]),
+        _planes(layer, OF_LAYER["phase"]),
         _planes(strength, slice(None)),
     )
     shift_x, shift_y = torch.zeros_like(x), torch.zeros_like(y)
-    for number in range(_WAVES):
+    for number in range(WAVES):
         swing = torch.addcmul(phase[number], x, wave[2 * number]).addcmul_(y, wave[2 * number + 1]).sin_()
         shift_x.addcmul_(swing, pull[2 * number])
         shift_y.addcmul_(swing, pull[2 * number + 1])
@@ -375,33 +220,20 @@ def _shift(x: Tensor, y: Tensor, layer: Tensor, strength: Tensor) -> tuple[Tenso
 
 
 def _radial(x: Tensor, y: Tensor, layer: Tensor) -> Tensor:
-    """As ``RadialOutline.distance``, of many."""
-    edges, leans = layer[:, _OF_LAYER["edge"]], layer[:, _OF_LAYER["lean"]]
-    (hole,) = _planes(layer, _OF_LAYER["hole"])
-    angle = torch.atan2(y, x).add_(torch.pi).mul_(_ANGLES / (2 * torch.pi))
-    place = angle.long().clamp_(0, _ANGLES)
-    flat = place.flatten(1)
-    low, high, lean = (
-        table.gather(1, at).view(x.shape) for table, at in ((edges, flat), (edges, flat + 1), (leans, flat))
-    )
-    edge = torch.lerp(low, high, angle.sub_(place))
-    radius = torch.hypot(x, y)
-    within = torch.where(hole > 0, radius - hole * edge, torch.inf)
-    return torch.minimum(edge - radius, within).mul_(lean)
+    (hole,) = _planes(layer, OF_LAYER["hole"])
+    return radial_distance(x, y, layer[:, OF_LAYER["edge"]], layer[:, OF_LAYER["lean"]], hole)
 
 
 def _bar(x: Tensor, y: Tensor, layer: Tensor) -> Tensor:
-    half_length, half_width, _ = _planes(layer, _OF_LAYER["bar"])
-    return torch.minimum(half_length - x.abs(), half_width - y.abs())
+    half_length, half_width, _ = _planes(layer, OF_LAYER["bar"])
+    return bar_distance(x, y, half_length, half_width)
 
 
 def _grating(x: Tensor, y: Tensor, layer: Tensor) -> Tensor:
-    radius, half_width, pitch = _planes(layer, _OF_LAYER["bar"])
-    bars = half_width - (torch.remainder(y, pitch) - pitch / 2).abs_()
-    return torch.minimum(bars, radius - torch.hypot(x, y))
+    return grating_distance(x, y, *_planes(layer, OF_LAYER["bar"]))
 
 
-_DISTANCES = {_RADIAL: _radial, _BAR: _bar, _GRATING: _grating}
+_DISTANCES = {RADIAL: _radial, BAR: _bar, GRATING: _grating}
 
 
 # --- the truth --------------------------------------------------------------------------------------------------------
@@ -418,7 +250,7 @@ def _truth(packed: Packed, layers: Tensor, owner0: Tensor, owner1: Tensor) -> tu
 
     def of_owner(name: str, at: int) -> Tensor:
         """One number of every pixel's layer, (B, H, W)."""
-        return layers[:, :, _OF_LAYER[name]][..., at].T.gather(1, owned).view(owner0.shape)
+        return layers[:, :, OF_LAYER[name]][..., at].T.gather(1, owned).view(owner0.shape)
 
     moved = [
         of_owner("across", row) * columns + of_owner("across", row + 1) * rows + of_owner("across", row + 2)
@@ -433,7 +265,7 @@ def _truth(packed: Packed, layers: Tensor, owner0: Tensor, owner1: Tensor) -> tu
     flow = torch.stack([(moved[0] - columns * moved[2]) / depth, (moved[1] - rows * moved[2]) / depth], 1)
     x, y = flow[:, 0] + columns, flow[:, 1] + rows
     inside = (x >= -NEAR) & (x <= width - 1 + NEAR) & (y >= -NEAR) & (y <= height - 1 + NEAR)
-    end = y.round_().clamp_(0, height - 1).mul_(width).add_(x.round_().clamp_(0, width - 1)).long()
+    end = y.round_().clamp_(0, height - 1).long().mul_(width).add_(x.round_().clamp_(0, width - 1).long())
     in_front = owner1.flatten(1).gather(1, end.flatten(1)).view(owner0.shape)
     return flow, inside & (in_front <= owner0)
 
@@ -441,10 +273,10 @@ def _truth(packed: Packed, layers: Tensor, owner0: Tensor, owner1: Tensor) -> tu
 def _undone(packed: Packed, layers: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
     """What takes each pixel's object point to where its layer has not been bent, (B, H, W) each; 0 where none is."""
     slots, pairs = np.nonzero(packed.bent)
-    slot, pair = (torch.from_numpy(places).to(owner.device) for places in (slots, pairs))
+    slot, pair = (send(torch.from_numpy(places), owner.device) for places in (slots, pairs))
     layer = layers[slot, pair]
-    x, y = _object_points(layer[:, _OF_LAYER["inverse"]], packed.height, packed.width)
-    strength = layer[:, _OF_LAYER["strength"]]
+    x, y = _object_points(layer[:, OF_LAYER["inverse"]], packed.height, packed.width)
+    strength = layer[:, OF_LAYER["strength"]]
     shift_x, shift_y = torch.zeros_like(x), torch.zeros_like(y)
     for _ in range(_UNDOING):
         shift_x, shift_y = _shift(x - shift_x, y - shift_y, layer, strength)

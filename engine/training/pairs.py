@@ -26,9 +26,8 @@ class ScenePair:
 
 def sample_pair(seed: int, height: int, width: int, config: SceneConfig | None = None) -> ScenePair:
     """A random scene at times 0 and 1. The same seed, size and config give the same pair."""
-    config = config or SceneConfig()
     drawn = draw_pair(seed, height, width, config)
-    bank = texture_bank(*config.bank)
+    bank = texture_bank(*drawn.bank)
     scene = Scene(height, width, tuple(_layer(layer, bank) for layer in drawn.layers))
     (first, owner0), (second, owner1) = (_expose(scene, t, drawn.moments) for t in (0.0, 1.0))
     flow, visible = scene.flow_between(0.0, owner0, 1.0, owner1)

@@ -1,7 +1,8 @@
 """Trains a network on procedural scenes: how the baseline weights were made.
 
 Everything follows from ``TrainConfig``: sample *i* of a run is the scene of seed (run seed, i), augmentation of step
-*s* is drawn from (run seed, s), so a run can be stopped at any step, resumed, and end with the same weights.
+*s* is drawn from (run seed, s), so a run can be stopped at any step, resumed, and end with the same weights; unless its
+minutes were set in place of its steps.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from flowreel.engine.models.layers import folded_state, normalise, to_pixels
 from flowreel.engine.models.stacks import FlowNet2, FlowNet2CS, FlowNet2CSS, refining_input
 from flowreel.engine.models.weights import read_weights, save_weights
 from flowreel.engine.places import make_folder
-from flowreel.engine.textures import texture_bank
 from flowreel.engine.training.batches import batches, on, render
 from flowreel.engine.training.config import TrainConfig, learning_rate, share_done
 from flowreel.engine.training.drawing import SceneConfig
@@ -60,7 +60,8 @@ def train(
 
     Args:
         resume: go on from ``out/checkpoint.pt`` if it is there.
-        workers: processes that make scenes beside the training; 0 makes them in this one. Does not change the result.
+        workers: processes that make scenes beside the training; 0 makes them in this one. Does not change the result,
+            unless by how many steps the minutes of ``config`` give.
         report_every: steps between held-out measurements, log lines and checkpoints.
         device: where the network is trained: cpu, cuda, cuda:N, or auto, which takes CUDA when it is there. A GPU also
             paints the scenes that workers have drawn as numbers; its pictures are a CPU's within a level. On a GPU sums
@@ -83,28 +84,21 @@ def train(
     make_folder(out)
     torch.manual_seed(config.seed)
     model = network(config).to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimiser = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
+    optimiser = optimiser_of(config, model)
     state = _Run(config, out, model, optimiser)
     state.load(resume)
     held_out = on(where, render(0, HELD_OUT_SEED, 16, config.height, config.width_px))
 
     losses: list[Tensor] = []  # scalars where they were made: to read each would wait for the device each step
-    started = time.monotonic() - state.seconds
     done = share_done(config, state.step, state.seconds)
-    painter = None if where.type == "cpu" else Painter(where, texture_bank(*SceneConfig().bank))
-    for batch in batches(config, state.step, workers, painter):
-        if done >= 1:
-            break
+    painter = None if where.type == "cpu" else Painter(where, SceneConfig().bank)
+    started: float | None = None
+    for batch in batches(config, state.step, workers, painter) if done < 1 else ():
+        if started is None:  # what it takes to get there is no training
+            started = time.monotonic() - state.seconds
         state.step += 1
         rate = learning_rate(config, state.step, done)
-        for group in optimiser.param_groups:
-            group["lr"] = rate
-        optimiser.zero_grad(set_to_none=True)
-        losses.append(gradients(config, model, batch, visible_alone=done < config.visible_only))
-        nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        optimiser.step()
+        losses.append(make_step(config, model, optimiser, batch, rate, visible_alone=done < config.visible_only))
         done = share_done(config, state.step, time.monotonic() - started)
         if state.step % report_every == 0 or done >= 1:
             epe, zero = _held_out(model, held_out)
@@ -114,7 +108,32 @@ def train(
             losses.clear()
             state.save(progress)
             report(progress)
+        if done >= 1:
+            break  # before another batch is made
     return state.finish()
+
+
+def optimiser_of(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True)
+
+
+def make_step(
+    config: TrainConfig,
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    batch: Batch,
+    rate: float,
+    *,
+    visible_alone: bool,
+) -> Tensor:
+    """Changes the model by one batch. Gives the loss before, a scalar on its device."""
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+    optimiser.zero_grad(set_to_none=True)
+    loss = gradients(config, model, batch, visible_alone=visible_alone)
+    nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    optimiser.step()
+    return loss
 
 
 def gradients(config: TrainConfig, model: nn.Module, batch: Batch, *, visible_alone: bool) -> Tensor:
@@ -224,6 +243,7 @@ class _Run:
     def finish(self) -> Path:
         path = self.out / "weights.safetensors"
         made_by = asdict(self.config) | {
+            "steps": self.step,
             "trained_on": "procedural scenes (flowreel.engine.training.drawing) alone",
             "seconds": round(self.seconds),
         }

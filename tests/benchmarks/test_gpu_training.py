@@ -14,7 +14,8 @@ from benchmarks.gpu import training as part
 from benchmarks.gpu.findings import Settings
 from flowreel.engine.training import batches
 from flowreel.engine.training import train as training
-from flowreel.engine.training.painting import Batch, Packed, Painter
+from flowreel.engine.training.packing import Packed
+from flowreel.engine.training.painting import Batch, Painter
 from flowreel.engine.training.train import Progress
 from tests.fakes.gpu_parts import Found
 

@@ -5,23 +5,21 @@ from __future__ import annotations
 import pickle
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from flowreel.engine.textures import TextureBank, texture_bank
-from flowreel.engine.training import batches, painting
+from flowreel.engine.training import batches, packing
 from flowreel.engine.training.config import TrainConfig
 from flowreel.engine.training.drawing import DrawnPair, SceneConfig, draw_pair
-from flowreel.engine.training.painting import Batch, Painter, pack
+from flowreel.engine.training.packing import pack
+from flowreel.engine.training.painting import Batch, Painter
 from flowreel.engine.training.pairs import ScenePair, sample_pair
+from tests.fakes.one_device import NOWHERE, OneDevice
 
 CONFIG = SceneConfig(bank=(3, 16, 128), motion_blur=0.2)
 HEIGHT, WIDTH = 96, 128
 SEEDS = range(100)  # every kind of outline, bend, hole and light is among them
-
-
-def bank() -> TextureBank:
-    return texture_bank(*CONFIG.bank)
 
 
 def drawn(config: SceneConfig = CONFIG) -> list[DrawnPair]:
@@ -52,30 +50,33 @@ def test_together_they_are_as_one_by_one() -> None:
     assert 5 < sum(bool(pair.moments) for pair in pairs) < 50
     assert len({len(pair.layers) for pair in pairs}) == 7
     assert_alike(
-        Painter(torch.device("cpu"), bank()).paint(pack(pairs)),
+        Painter(torch.device("cpu"), CONFIG.bank).paint(pack(pairs)),
         [sample_pair(seed, HEIGHT, WIDTH, CONFIG) for seed in SEEDS],
     )
 
 
 def test_parts_of_a_batch_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    painter, pairs = Painter(torch.device("cpu"), bank()), drawn()[:10]
+    painter, pairs = Painter(torch.device("cpu"), CONFIG.bank), drawn()[:10]
     whole = painter.paint(pack(pairs))
-    monkeypatch.setattr(painting, "_PIXELS", 2 * 3 * HEIGHT * WIDTH)
+    monkeypatch.setattr(packing, "PIXELS", 6 * HEIGHT * WIDTH)  # three pairs, if no shutter is open
     parts = pack(pairs)
-    assert [len(part.counts) for part in parts] == [3, 3, 3, 1]
+    views = [2 * (1 + len(pair.moments)) for pair in pairs]
+    assert len(parts) >= sum(views) / 6 > 3
+    assert all(len(part.pair_of) < 6 + max(views) for part in parts)
     for one, other in zip(whole, painter.paint(pickle.loads(pickle.dumps(parts))), strict=True):
         assert torch.equal(one, other)
 
 
 def test_clean_scenes_of_a_background_alone() -> None:
     config = replace(CONFIG, objects=(0, 0), photometric=0, motion_blur=0, bends=0)
-    painted = Painter(torch.device("cpu"), bank()).paint(pack(drawn(config)))
+    painted = Painter(torch.device("cpu"), CONFIG.bank).paint(pack(drawn(config)))
     assert_alike(painted, [sample_pair(seed, HEIGHT, WIDTH, config) for seed in SEEDS])
 
 
 def test_painting_keeps_to_its_device() -> None:
-    """Without a GPU: a device of tensors without numbers, which like a GPU refuses those of a CPU."""
-    painted = Painter(torch.device("meta"), bank()).paint(pack(drawn()))
+    painter = Painter(NOWHERE, CONFIG.bank)
+    with OneDevice():
+        painted = painter.paint(pack(drawn()))
     assert {part.device.type for part in painted} == {"meta"}
     assert [part.shape[1:] for part in painted] == [
         (3, HEIGHT, WIDTH),
@@ -88,7 +89,7 @@ def test_painting_keeps_to_its_device() -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_run_sees_the_same_scenes_whoever_paints(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     config = TrainConfig(steps=3, batch=3, height=64, width_px=64, reuse=2)
-    painter = Painter(torch.device("cpu"), texture_bank())
+    painter = Painter(torch.device("cpu"), SceneConfig().bank)
     wanted = list(batches.batches(config, 0, workers=0))
     painted = list(batches.batches(config, 0, workers, painter))
     assert len(wanted) == len(painted) == 3
@@ -96,6 +97,41 @@ def test_a_run_sees_the_same_scenes_whoever_paints(workers: int, monkeypatch: py
         assert_alike(one, [ScenePair(*parts) for parts in zip(*other, strict=True)])
 
 
+def test_a_batch_of_another_bank_is_refused() -> None:
+    with pytest.raises(ValueError, match="textures of bank"):
+        Painter(torch.device("cpu"), CONFIG.bank).paint(pack([draw_pair(0, 64, 64)]))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (97, 131)])
+def test_one_pair_of_any_size(size: tuple[int, int]) -> None:
+    (painted,) = zip(*Painter(torch.device("cpu"), CONFIG.bank).paint(pack([draw_pair(3, *size, CONFIG)])), strict=True)
+    wanted = sample_pair(3, *size, CONFIG)
+    assert torch.equal(painted[3], wanted.visible)
+    assert (painted[0].float() - wanted.first).abs().max() <= 1
+    torch.testing.assert_close(painted[2], wanted.flow, atol=2e-3, rtol=0)
+
+
+def test_a_strong_bend_is_undone_as_by_itself() -> None:
+    """On a still ground that bends alone: the flow is what undoes the bend, to a thousandth of a pixel."""
+    pairs = [draw_pair(seed, HEIGHT, WIDTH, replace(CONFIG, objects=(0, 0), bends=1, still=0)) for seed in range(8)]
+    bends = []
+    for pair in pairs:
+        bend = pair.layers[0].bend
+        assert bend is not None
+        largest = 0.29 / float((np.hypot(*bend.strength.T) * np.hypot(*bend.wave.T)).sum())
+        bends.append(replace(bend, strength=bend.strength * largest))
+    still = [
+        replace(pair, layers=(replace(pair.layers[0], pose=lambda t: np.eye(3), bend=bend),), moments=())
+        for pair, bend in zip(pairs, bends, strict=True)
+    ]
+    _, _, flow, _ = Painter(torch.device("cpu"), CONFIG.bank).paint(pack(still))
+    y, x = torch.meshgrid(torch.arange(float(HEIGHT)), torch.arange(float(WIDTH)), indexing="ij")
+    for moved, bend in zip(flow, bends, strict=True):
+        dx, dy = bend.shift(x + moved[0], y + moved[1], 1.0)
+        assert moved.norm(dim=0).max() > 1
+        assert max((moved[0] + dx).abs().max(), (moved[1] + dy).abs().max()) < 1e-3
+
+
 def test_on_a_gpu(gpu: torch.device) -> None:
     wanted = [sample_pair(seed, HEIGHT, WIDTH, CONFIG) for seed in SEEDS]
-    assert_alike(Painter(gpu, bank()).paint(pack(drawn())), wanted)
+    assert_alike(Painter(gpu, CONFIG.bank).paint(pack(drawn())), wanted)

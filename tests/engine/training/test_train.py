@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import multiprocessing
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from flowreel.engine.training import train as training
 from flowreel.engine.training.batches import augment
 from flowreel.engine.training.config import TrainConfig, learning_rate, share_done
 from flowreel.engine.training.train import Progress, train
+from tests.fakes.one_device import NOWHERE, OneDevice
 
 TINY = TrainConfig(width=0.05, steps=4, batch=2, height=64, width_px=64, warm_up=1, precision="fp32")
 
@@ -58,6 +60,15 @@ def test_a_worker_process_changes_nothing(tmp_path: Path) -> None:
     assert_same(weights_of(tmp_path / "0"), weights_of(tmp_path / "1"))
 
 
+def test_minutes_end_a_workers_endless_scenes(tmp_path: Path) -> None:
+    """However long a step takes: the first one is made."""
+    reports: list[Progress] = []
+    train(replace(TINY, minutes=1e-9), tmp_path, workers=1, report=reports.append)
+    assert [progress.step for progress in reports] == [1]
+    assert read_weights(tmp_path / "weights.safetensors").made_by["steps"] == 1
+    assert not multiprocessing.active_children()
+
+
 def test_another_seed_gives_other_weights(tmp_path: Path) -> None:
     for seed in (0, 1):
         train(replace(TINY, steps=1, seed=seed), tmp_path / str(seed), workers=0)
@@ -82,15 +93,16 @@ def test_other_networks_train_too(model: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", ["FlowNet2C", "FlowNet2S", "FlowNet2SD", "FlowNet2CS", "FlowNet2CSS", "FlowNet2"])
 def test_a_step_keeps_to_the_device_of_the_network(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU: on the device of tensors without numbers, which like a GPU refuses those of a CPU."""
+    """A GPU's, were there one."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # of which it has none
-    net = start.network(replace(TINY, model=model)).to("meta")
+    net = start.network(replace(TINY, model=model)).to(NOWHERE)
     frames = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
     batch = frames, frames, torch.zeros(2, 2, 64, 64), torch.ones(2, 64, 64, dtype=torch.bool)
     for visible_alone in (True, False):
         net.zero_grad()
-        moved = batches.on(torch.device("meta"), batch)
-        loss = training.gradients(replace(TINY, model=model), net, moved, visible_alone=visible_alone)
+        with OneDevice():
+            seen = batches.augment(batches.on(NOWHERE, batch), 64, 64, torch.Generator())
+            loss = training.gradients(replace(TINY, model=model), net, seen, visible_alone=visible_alone)
         assert loss.device.type == "meta"
         assert all(weight.grad is not None and weight.grad.is_meta for weight in net.parameters())
 
@@ -172,9 +184,10 @@ def test_augmentation_moves_the_flow_with_the_picture() -> None:
 def test_learning_rate_warms_up_and_ends_at_zero() -> None:
     config = TrainConfig(steps=100, warm_up=10)
     rates = [learning_rate(config, step, share_done(config, step - 1, math.nan)) for step in range(1, 101)]
-    assert rates[9] == max(rates) == pytest.approx(config.learning_rate, rel=0.03)
-    assert rates[4] == pytest.approx(config.learning_rate / 2, rel=0.01)
+    assert rates[5] == max(rates) == pytest.approx(config.learning_rate, rel=0.01)  # a twentieth is less than 10 steps
+    assert rates[2] == pytest.approx(config.learning_rate * 2 / 5, rel=0.01)
     assert 0 < rates[-1] < 0.001 * config.learning_rate
+    assert learning_rate(replace(config, steps=10_000), 5, 4 / 10_000) == pytest.approx(config.learning_rate / 2)
 
 
 def test_minutes_in_place_of_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
