@@ -26,6 +26,7 @@ def warp_definition(image: Tensor, flow: Tensor) -> Tensor:
 
 def warp_image_gradient_definition(grad: Tensor, flow: Tensor) -> Tensor:
     """Gradient for the image, from the gradient (B, C, H, W) of the output."""
+    grad, flow = _where_known(grad, flow)
     wide = _widened(grad)
     total = torch.zeros_like(wide, memory_format=torch.contiguous_format).flatten(2)
     for corner, wx, wy in _corners(flow.to(wide.dtype)):
@@ -36,6 +37,7 @@ def warp_image_gradient_definition(grad: Tensor, flow: Tensor) -> Tensor:
 
 def warp_flow_gradient_definition(grad: Tensor, image: Tensor, flow: Tensor) -> Tensor:
     """Gradient for the flow: the slope of the image between the four neighbours."""
+    grad, flow = _where_known(grad, flow)
     wide = _widened(image)
     gradient = torch.zeros_like(flow, dtype=wide.dtype, memory_format=torch.contiguous_format)
     for number, (corner, wx, wy) in enumerate(_corners(flow.to(wide.dtype))):
@@ -43,6 +45,12 @@ def warp_flow_gradient_definition(grad: Tensor, image: Tensor, flow: Tensor) -> 
         gradient[:, :1] += match * (wy if number % 2 else -wy)
         gradient[:, 1:] += match * (wx if number // 2 else -wx)
     return gradient.to(flow.dtype)
+
+
+def _where_known(grad: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
+    """Without the pixels whose flow is NaN, as of vectors that nobody knows: they give no gradient."""
+    unknown = flow.isnan().any(1, keepdim=True)
+    return grad.masked_fill(unknown, 0), flow.masked_fill(unknown, 0)
 
 
 def _corners(flow: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -94,6 +102,7 @@ def _warp_cpu(image: Tensor, flow: Tensor) -> Tensor:
 
 
 def _warp_image_gradient_cpu(grad: Tensor, flow: Tensor) -> Tensor:
+    grad, flow = _without_nan(grad, flow)
     wide = grad.to(_sampling_dtype(grad))
     height, width = grad.shape[2:]
     grid = _grid(flow, 0, height, width, wide.dtype)
@@ -101,12 +110,18 @@ def _warp_image_gradient_cpu(grad: Tensor, flow: Tensor) -> Tensor:
 
 
 def _warp_flow_gradient_cpu(grad: Tensor, image: Tensor, flow: Tensor) -> Tensor:
+    grad, flow = _without_nan(grad, flow)
     wide = image.to(_sampling_dtype(image))
     height, width = image.shape[2:]
     grid = _grid(flow, 0, height, width, wide.dtype)
     slope = _grid_sample_backward(grad.to(wide.dtype), wide, grid, (False, True))[1]
     scale = slope.new_tensor((2 / max(width - 1, 1), 2 / max(height - 1, 1)))
     return slope.mul_(scale).permute(0, 3, 1, 2).to(flow.dtype, memory_format=torch.contiguous_format)
+
+
+def _without_nan(grad: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
+    """The way back of grid_sample reads and writes outside the image at NaN."""
+    return (grad, flow) if flow.sum().isfinite() else _where_known(grad, flow)
 
 
 def _grid_sample_backward(
@@ -236,7 +251,7 @@ def warp(image: Tensor, flow: Tensor) -> Tensor:
 
     Returns:
         (B, C, H, W) in the image's unit and dtype, contiguous. What lies outside the image reads its nearest border
-        pixel, at infinity too. Where u or v is NaN, so is every channel.
+        pixel, at infinity too. Where u or v is NaN, so is every channel, and no gradient comes from there.
 
     Differentiable (once) in both. At the very place where the border begins the slope is one-sided, and the versions
     may choose different sides. Sums are formed in float32 (float64 for float64), and coordinates are exact to 1e-4 px

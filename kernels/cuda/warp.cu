@@ -24,14 +24,19 @@ __device__ __forceinline__ void warp(
     for (int c = 0; c < channels; ++c, plane += image.c, place += out.c) store(place, sampled(plane, at));
 }
 
-// Gradient for the image: each pixel of the output gives its four sources their shares. ``out`` is float and zero
-// before; the order of the additions is the hardware's, so the last bits may differ from run to run.
+__device__ __forceinline__ bool is_known(const Pixel& p, View<const float> flow) {
+    const float u = *flow.at(p.n, 0, p.y, p.x), v = *flow.at(p.n, 1, p.y, p.x);
+    return u == u && v == v;
+}
+
+// Gradient for the image: each pixel of the output gives its four sources their shares, unless its flow is NaN. ``out``
+// is float and zero before; the order of the additions is the hardware's, so the last bits may differ from run to run.
 template <class T>
 __device__ __forceinline__ void warp_image_gradient(
     View<const T> grad, View<const float> flow, View<float> out, int batch, int channels, int height, int width
 ) {
     const Pixel p = this_pixel(batch, height, width);
-    if (!p.inside) return;
+    if (!p.inside || !is_known(p, flow)) return;
     const Corners<long long> at = corners_of(p, flow, out, height, width);
     const T* value = grad.at(p.n, 0, p.y, p.x);
     float* plane = out.at(p.n, 0, 0, 0);
@@ -44,7 +49,7 @@ __device__ __forceinline__ void warp_image_gradient(
     }
 }
 
-// Gradient for the flow: the slope of the image between the four neighbours.
+// Gradient for the flow: the slope of the image between the four neighbours; none where it is NaN.
 template <class T>
 __device__ __forceinline__ void warp_flow_gradient(
     View<const T> grad, View<const T> image, View<const float> flow, View<float> out, int batch, int channels, int height,
@@ -63,8 +68,11 @@ __device__ __forceinline__ void warp_flow_gradient(
         bottom_left += widened(plane[at.bottom_left]) * wide;
         bottom_right += widened(plane[at.bottom_right]) * wide;
     }
-    *out.at(p.n, 0, p.y, p.x) = (top_right - top_left) * at.top + (bottom_right - bottom_left) * at.bottom;
-    *out.at(p.n, 1, p.y, p.x) = (bottom_left - top_left) * at.left + (bottom_right - top_right) * at.right;
+    const bool known = is_known(p, flow);
+    const float along_x = (top_right - top_left) * at.top + (bottom_right - bottom_left) * at.bottom;
+    const float along_y = (bottom_left - top_left) * at.left + (bottom_right - top_right) * at.right;
+    *out.at(p.n, 0, p.y, p.x) = known ? along_x : 0;
+    *out.at(p.n, 1, p.y, p.x) = known ? along_y : 0;
 }
 
 #define SIZES int batch, int channels, int height, int width

@@ -150,6 +150,20 @@ def test_an_unknown_flow_spoils_its_own_pixel_only(card: torch.device) -> None:
     assert out.isnan().nonzero().tolist() == [[0, 0, 1, 2], [0, 1, 1, 2]]
 
 
+def test_no_gradient_comes_from_an_unknown_flow(card: torch.device) -> None:
+    """Whatever the one of the output is there."""
+    random = random_tensors(card, torch.float32)
+    image, grad, flow = random(1, 3, 5, 6), random(1, 3, 5, 6), random(1, 2, 5, 6)
+    flow[0, 0, 1, 2] = flow[0, 1, 3, 4] = grad[0, 1, 1, 2] = torch.nan
+    known = ~flow.isnan().any(1, keepdim=True)
+    module, kept = _module(warp), (torch.where(known, grad, 0), torch.where(known, flow, 0))
+    for name, between in (("warp_image_gradient", ()), ("warp_flow_gradient", (image,))):
+        launched, definition = getattr(module, f"_{name}_cuda"), getattr(module, f"{name}_definition")
+        wanted = definition(kept[0], *between, kept[1])
+        assert_close(launched(grad, *between, flow), wanted, 1e-5)
+        assert_close(definition(grad, *between, flow), wanted, 1e-6)
+
+
 def test_far_coordinates_stay_exact(card: torch.device) -> None:
     """4000 pixels from the left a float's spacing is 2.4e-4, but the fraction is never added to that."""
     image = torch.arange(4096.0, device=card).expand(1, 1, 1, 4096) % 2

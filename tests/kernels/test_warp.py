@@ -126,6 +126,30 @@ def test_infinity_reads_the_border_and_nan_stays(
     assert spoilt.sum() == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("size", [(8, 8), (1, 1), (5, 70), (3, 1100)])
+def test_no_gradient_comes_from_flow_that_is_nan(size: tuple[int, int], dtype: torch.dtype) -> None:
+    """Nor a crash: torch's own way back reads and writes outside the image there. It is that of the rest alone."""
+    image, flow = pictures(2, 3, *size)
+    image, flow = image.to(dtype), flow.double() if dtype == torch.float64 else flow
+    unknown = torch.rand(2, 1, *size, generator=torch.Generator().manual_seed(3)) < 0.3
+    unknown[0, 0, 0, 0] = True
+    spoilt = flow.masked_fill(unknown & torch.tensor([True, False]).view(1, 2, 1, 1), torch.nan)
+    found = []
+    for used in (spoilt, flow):
+        inputs = image.clone().requires_grad_(), used.clone().requires_grad_()
+        torch.where(unknown, 0, warp(*inputs)).sum().backward()
+        found.append([x.grad for x in inputs])
+    grad = torch.where(unknown, torch.nan, 1.0).expand_as(image).to(dtype)  # whatever it is there
+    defined = warp_image_gradient_definition(grad, spoilt), warp_flow_gradient_definition(grad, image, spoilt)
+    for ours, of_the_rest, expected in zip(*found, defined, strict=True):
+        assert ours is not None
+        assert of_the_rest is not None
+        torch.testing.assert_close(ours, of_the_rest, rtol=0, atol=0)
+        tolerance = 2e-2 if dtype == torch.bfloat16 else 2e-3
+        torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2**-7), (torch.float16, 2**-10)])
 @pytest.mark.parametrize("version", [warp, warp_definition])
 def test_half_images_keep_float32_coordinates(
