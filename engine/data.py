@@ -36,6 +36,7 @@ class SourceId:
     size_bytes: int | None = None  # of the file, or of all the images together
     duration_s: float | None = None  # as the container tells
     head_sha256: str | None = None  # of the first MiB: stays the same when a recording grows
+    sampled_sha256: str | None = None  # of samples all over: does not, and hardly when something else changes
 
 
 @dataclass(frozen=True)

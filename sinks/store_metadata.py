@@ -163,6 +163,9 @@ def other_source(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         return [f"source was {was.get('name')}, is {now['name']}"]
     if None not in (was.get("head_sha256"), now["head_sha256"]) and was["head_sha256"] != now["head_sha256"]:
         return [f"{now['name']} is another file than it was"]
+    samples = was.get("sampled_sha256"), now["sampled_sha256"]
+    if was.get("size_bytes") == now["size_bytes"] and None not in samples and samples[0] != samples[1]:
+        return [f"{now['name']} holds something else than it did"]
     if (now["size_bytes"] or 0) < (was.get("size_bytes") or 0):
         return [f"{now['name']} had {was['size_bytes']} bytes, has {now['size_bytes']}"]
     return []

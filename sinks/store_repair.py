@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,8 +129,7 @@ class ShardRewriter:
 
     def require_source(self, source: SourceId) -> None:
         """Raises ResumeMismatchError unless this is the source the store was made of, or that one grown."""
-        now = {"name": source.name, "size_bytes": source.size_bytes, "head_sha256": source.head_sha256}
-        self._refuse(other_source(self.store.attrs.get("source") or {}, now))
+        self._refuse(other_source(self.store.attrs.get("source") or {}, asdict(source)))
 
     def require_same(self, info: FlowInfo, config: SinkConfig) -> None:
         """Raises ResumeMismatchError naming what differs, unless a run with this header would write this store."""

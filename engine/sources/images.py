@@ -19,9 +19,15 @@ from PIL import Image, UnidentifiedImageError
 
 from flowreel.engine.config import SelectConfig
 from flowreel.engine.data import FlowInfo, Frame, Picture
-from flowreel.engine.errors import FrameSizeError, SourceNotFoundError, UnsupportedSourceError, UsageError
+from flowreel.engine.errors import (
+    FrameSizeError,
+    SourceChangedError,
+    SourceNotFoundError,
+    UnsupportedSourceError,
+    UsageError,
+)
 from flowreel.engine.sources import IMAGE_SUFFIXES
-from flowreel.engine.sources.fingerprint import source_id
+from flowreel.engine.sources.fingerprint import last_change, source_id
 from flowreel.engine.timecode import select_frames
 
 if TYPE_CHECKING:
@@ -113,6 +119,7 @@ class ImageSource:
         self._losses: list[str] = []
         self._notes = [f"images carry no times: {FRAME_RATE} frames per second are assumed"]
         self._closed = False
+        self._changes = [last_change(path) for path in paths[: self._wanted[-1] + 1]]
         width, height = self._common_size()
         self._info = FlowInfo(
             height=height,
@@ -171,9 +178,14 @@ class ImageSource:
     def _frame(self, number: int) -> Frame:
         path = self._paths[number]
         try:
+            changed = last_change(path) != self._changes[number]
             rgb = read_rgb(path)
         except FileNotFoundError as error:
             raise SourceNotFoundError(f"{path} is gone since the images were looked through") from error
+        if changed:
+            raise SourceChangedError(
+                f"{path} is another file than when the images were looked through: open them again"
+            )
         first = self._paths[self._wanted[0]]
         _expect_size(path, (rgb.shape[1], rgb.shape[0]), first, (self._info.width, self._info.height))
         return Frame(torch.from_numpy(rgb).permute(2, 0, 1), number, float(self._times_s[number]))

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from flowreel.engine.config import SelectConfig
 from flowreel.engine.data import JSON, FlowInfo, Frame, Picture
 from flowreel.engine.errors import DeviceError, SourceChangedError, SourceNotFoundError, TooFewFramesError
-from flowreel.engine.sources.fingerprint import source_id
+from flowreel.engine.sources.fingerprint import last_change, source_id
 from flowreel.engine.sources.probe import VideoProbe, probe_video
 from flowreel.engine.sources.pyav import PyAVDecoder, key_frame_before
 from flowreel.engine.timecode import parse_seconds, select_frames
@@ -102,7 +101,7 @@ class VideoSource:
         self.on_device = on_device
         times_s = probe.timeline.times_s
         self._probe = probe
-        self._stat = _identity(probe)
+        self._stat = last_change(probe.path)
         self._wanted = select_frames(select, times_s, probe.path.name)
         self._to_the_end = _reaches_beyond(select.stop, probe)
         self._losses: list[str] = []
@@ -155,7 +154,7 @@ class VideoSource:
         """
         name = self._probe.path.name
         try:
-            changed = _identity(self._probe) != self._stat
+            changed = last_change(self._probe.path) != self._stat
         except OSError as error:
             raise SourceNotFoundError(f"{self._probe.path} is gone since it was opened") from error
         if changed:
@@ -242,9 +241,3 @@ def _reaches_beyond(stop: int | str | None, probe: VideoProbe) -> bool:
     if isinstance(stop, str):
         return parse_seconds(stop) > float(times_s[-1] - times_s[0] + 1 / probe.frame_rate)
     return stop is None or stop > len(times_s)
-
-
-def _identity(probe: VideoProbe) -> tuple[int, int]:
-    """Bytes and time of the last change: enough to see that a file was replaced while it is being used."""
-    status = os.stat(probe.path)
-    return status.st_size, status.st_mtime_ns

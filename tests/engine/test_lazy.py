@@ -422,6 +422,24 @@ class TestWhatGoesWrong:
         with pytest.raises(SourceNotFoundError, match=r"gone\.mp4 is gone"):
             flow[key]
 
+    def test_an_image_that_is_replaced(self, tmp_path: Path, tiny_weights: str) -> None:
+        """What it would give is not kept, either."""
+        frames = tmp_path / "frames"
+        frames.mkdir()
+        rng = np.random.default_rng(0)
+        for number in range(8):
+            Image.fromarray(rng.integers(0, 255, (64, 96, 3), np.uint8)).save(frames / f"{number}.png")
+        sound = (frames / "6.png").read_bytes()
+        with flowreel.open(frames, weights=tiny_weights, batch=2, cache=tmp_path / "cache") as flow:
+            flow[0]
+            Image.new("RGB", (96, 64)).save(frames / "6.png")
+            with pytest.raises(SourceChangedError, match=r"6\.png is another file"):
+                flow[6]
+            assert flow.cached == 2
+        (frames / "6.png").write_bytes(sound)
+        with flowreel.open(frames, weights=tiny_weights, batch=2, cache=tmp_path / "cache") as flow:
+            torch.testing.assert_close(flow[6], flowreel.open(frames, weights=tiny_weights, batch=2)[6])
+
     def test_frames_that_the_packets_promise_and_the_decoder_does_not_give(
         self, opened: Callable[..., LazyFlow], video: Path, tiny_weights: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -331,3 +331,23 @@ def test_native_has_its_limits(tmp_path: Path) -> None:
     flowreel.run(source, "x.zarr", resolution="native", weights=str(path), model="FlowNet2CSS")
     with pytest.raises(UsageError, match="no output is one"):
         flowreel.run(source, "x.mp4", resolution="native", weights=str(path), model="FlowNet2CSS")
+
+
+def test_pictures_drawn_anew_by_the_same_names_are_another_source(tiny: str) -> None:
+    """Plain ones, so that they have the same sizes, and all but some are as they were."""
+    rng = np.random.default_rng(0)
+
+    def draw(first: int, last: int) -> None:
+        Path("frames").mkdir(exist_ok=True)
+        for number in range(first, last):
+            Image.fromarray(rng.integers(0, 255, (H, W, 3), np.uint8)).save(f"frames/{number:03}.ppm")
+
+    options = {"weights": tiny, "batch": 2, "shard_bytes": SHARD_BYTES}
+    draw(0, 9)
+    flowreel.run("frames", "x.zarr", **options)
+    draw(5, 7)
+    with pytest.raises(ResumeMismatchError, match="frames holds something else than it did"):
+        flowreel.run("frames", "x.zarr", resume=True, **options)
+    (report,) = flowreel.run_many(["frames"], "x.zarr", **options).sources
+    assert report.status == "failed"
+    assert "holds something else" in str(report.error)
