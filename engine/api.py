@@ -39,7 +39,7 @@ from flowreel.engine.pipeline import Pipeline
 from flowreel.engine.places import require_harmless
 from flowreel.engine.restore import restore
 from flowreel.engine.resume import Resumption, require_made_so, take_up
-from flowreel.engine.sources import STDIN, MayWait, OnDevice, open_source, source_stem
+from flowreel.engine.sources import STDIN, MayWait, OnDevice, lasting_name, open_source, source_stem
 from flowreel.engine.stages import Stage, StageFunction, StageStatistics, joined
 from flowreel.sinks import open_sink, open_store
 
@@ -181,7 +181,7 @@ def stream(source: PathLike, **options: object) -> Iterator[FlowBatch]:
     config = RunConfig.of(**options)
     with ExitStack() as opened:
         device = str(resolve_device(config.model.device))
-        frames = opened.enter_context(closing(open_source(source, config.select, device)))
+        frames = opened.enter_context(closing(open_source(lasting_name(source), config.select, device)))
         inference = load_network(config.model).fitted(frames.info.height, frames.info.width)
         header = flow_header(frames.info, inference, config)
         inference.make_ready(header.shard_length(config.sink.shard_bytes), header.flow_count)

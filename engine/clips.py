@@ -32,6 +32,7 @@ from flowreel.engine.errors import SourceChangedError, StoreError, UsageError
 from flowreel.engine.inference import Network, load_network
 from flowreel.engine.lazy import LazyFlow, refuse_fork
 from flowreel.engine.outputs import PathLike
+from flowreel.engine.sources import lasting_name
 from flowreel.sinks import FlowStore
 
 Source = PathLike | LazyFlow | FlowStore
@@ -124,13 +125,14 @@ class FlowClips(Dataset[Any]):
             SourceError, WeightsError, DeviceError, CacheMismatchError: as of ``flowreel.open``.
         """
         given = [sources] if isinstance(sources, str | os.PathLike | LazyFlow | FlowStore) else list(sources)
-        self._given = [source if isinstance(source, LazyFlow | FlowStore) else os.fspath(source) for source in given]
+        self._given = [source if isinstance(source, LazyFlow | FlowStore) else lasting_name(source) for source in given]
         if not self._given:
             raise UsageError("give at least one source of clips")
         _check_whole("length", length, 1)
         _check_whole("stride", stride, 1)
         _check_whole("clips", clips, 1)
         _check_whole("open_at_once", open_at_once, 1)
+        _check_whole("seed", seed, 0)
         if stride is not None and clips is not None:
             raise UsageError("stride and clips both say where clips lie: give one of them")
         if bound is not None and not 0 < bound < float("inf"):
@@ -146,7 +148,7 @@ class FlowClips(Dataset[Any]):
         self._labels = None if labels is None else list(labels)
         self._open_at_once = open_at_once
         self._options = {"frames_mb": 64.0} | options
-        self._caches = None if cache is None else _caches(Path(cache), self._given)
+        self._caches = None if cache is None else _caches(Path(cache).absolute(), self._given)
         self._epoch = torch.zeros((), dtype=torch.int64)  # shared with workers, which may stay from epoch to epoch
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]
         self._start_here()
@@ -287,7 +289,7 @@ def _check_whole(name: str, value: object, least: int) -> None:
 def _caches(folder: Path, given: Sequence[Source]) -> dict[str, Path]:
     """The cache of each video that is given by path. Raises UsageError for two of the same name."""
     videos = dict.fromkeys(source for source in given if isinstance(source, str) and not sinks.is_store(source))
-    names = {video: re.sub(r"[^\w.-]+", "_", os.path.basename(os.path.abspath(video))) for video in videos}
+    names = {video: re.sub(r"[^\w.-]+", "_", os.path.basename(video.rstrip(os.sep))) for video in videos}
     if twice := [name for name, count in Counter(names.values()).items() if count > 1]:
         same = [video for video in videos if names[video] == twice[0]]
         raise UsageError(

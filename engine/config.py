@@ -6,8 +6,11 @@ once, so that every later part can trust them.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypeVar, get_args
+from os import PathLike, fspath
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from flowreel.engine.errors import UsageError
 
@@ -19,6 +22,8 @@ Direction = Literal["forward", "backward"]
 Resolution = Literal["full", "native"]
 Decoder = Literal["auto", "nvdec", "pyav"]
 Encoder = Literal["auto", "nvenc", "cpu"]
+_WHOLE = re.compile("[+-]?[0-9]{1,30}", re.ASCII)
+_KINDS: dict[object, str] = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
 MOST_FRAMES = (1 << 62) - 1  # numbers of frames, and their sums, are of 64 bits
 MOST_QUEUE_MB = 1 << 40  # more than any machine has, and still a number of bytes
 
@@ -33,7 +38,7 @@ def _one_of(name: str, value: str, kind: object) -> None:
 class SelectConfig:
     """Which frames of the source are used."""
 
-    start: int | str = 0  # frame number, or a time: "10s", "1:02.5"
+    start: int | str = 0  # frame number, also as text, or a time: "10s", "1:02.5"
     stop: int | str | None = None  # exclusive; None: to the end
     step: int = 1  # take every step-th frame and pair neighbours of that sequence
     stream: int | None = None  # which video stream of the container; None: FFmpeg's "best"
@@ -44,6 +49,9 @@ class SelectConfig:
             raise UsageError(f"step must be at least 1, got {self.step}")
         for name in ("start", "stop"):
             value = getattr(self, name)
+            if isinstance(value, str) and _WHOLE.fullmatch(value.strip()):
+                value = int(value)
+                object.__setattr__(self, name, value)
             if isinstance(value, int) and value < 0:
                 raise UsageError(f"{name} must not be negative, got {value}")
         for name in ("start", "stop", "step"):
@@ -138,7 +146,9 @@ class RunConfig:
 
         ``"auto"`` stands for a field's None. Unknown names and impossible values raise UsageError.
         """
-        tolerate = bool(options.pop("tolerate_truncation", False))
+        options = {name: _plain(value) for name, value in options.items()}
+        tolerate = options.pop("tolerate_truncation", False)
+        _require_kind("tolerate_truncation", tolerate, bool)
         if "queue_mb" in options:
             options["total_bytes"] = _megabytes(options.pop("queue_mb"))
         config = cls(
@@ -155,12 +165,33 @@ class RunConfig:
 
 def _taken(kind: type[Part], options: dict[str, Any]) -> Part:
     """Moves the options that are fields of ``kind`` into one; ``"auto"`` leaves the default."""
-    names = [field.name for field in fields(kind) if field.name in options]
-    values = {name: options.pop(name) for name in names}
-    try:
-        return kind(**{name: value for name, value in values.items() if value != "auto"})
-    except TypeError as error:  # a value of another kind than the field's, met by the checks above
-        raise UsageError(f"among {', '.join(f'{n}={v!r}' for n, v in values.items())}: {error}") from error
+    hints = get_type_hints(kind)
+    given = {field.name: options.pop(field.name) for field in fields(kind) if field.name in options}
+    values = {name: value for name, value in given.items() if not (isinstance(value, str) and value == "auto")}
+    for name, value in values.items():
+        _require_kind(name, value, hints[name])
+    return kind(**values)
+
+
+def _plain(value: object) -> object:
+    """A number, text or path of another library as Python's own: of NumPy, torch, pathlib."""
+    if isinstance(value, PathLike):
+        return fspath(value)
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        plain: object = value.item()
+        return plain
+    return str(value) if type(value).__module__ == "torch" and type(value).__name__ == "device" else value
+
+
+def _require_kind(name: str, value: object, hint: object) -> None:
+    """Raises UsageError for a value of another kind than the field's."""
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    kinds = {str if get_origin(part) is Literal else part for part in parts}
+    if isinstance(value, int) and not isinstance(value, bool) and float in kinds:
+        return
+    if type(value) not in kinds:
+        words = [words for kind, words in _KINDS.items() if kind in kinds]
+        raise UsageError(f"{name.replace('_', '-')} must be {' or '.join(words)}, got {value!r}")
 
 
 def _megabytes(value: object) -> int:

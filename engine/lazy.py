@@ -10,6 +10,7 @@ bit. Cut in another way, a batch gives results that differ by less than 1e-4 px 
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -33,7 +34,7 @@ from flowreel.engine.inference import Network, load_network
 from flowreel.engine.outputs import PathLike
 from flowreel.engine.pairing import batches_of, planned
 from flowreel.engine.pipeline import OneAtATime
-from flowreel.engine.sources import is_synthetic, open_random_access
+from flowreel.engine.sources import lasting_name, open_random_access
 from flowreel.engine.stages import Stage, compose
 from flowreel.sinks import select
 
@@ -91,7 +92,8 @@ class LazyFlow:
     tensors that can take part in training. Iterating gives one flow after the other, decoding ahead.
 
     Threads may share one; they take turns. A copy that is pickled, or that a forked process inherits, opens the source
-    again. ``with flowreel.open(...) as flow:`` or ``close()`` lets go of the decoder and the kept frames.
+    again; in a forked process torch computes with one thread. ``with flowreel.open(...) as flow:`` or ``close()`` lets
+    go of the decoder and the kept frames.
 
     Raises, when read: IndexError; TruncatedSourceError for a frame that the file lists but that does not decode;
     SourceNotFoundError and SourceChangedError when the source has gone or is another one; DeviceError in a forked
@@ -129,7 +131,8 @@ class LazyFlow:
         self._options = options
         self._config = config
         self._most_bytes = int(frames_mb * (1 << 20))
-        self._source = open_random_access(self.path, config.select)
+        self._lasting = lasting_name(self.path)
+        self._source = open_random_access(self._lasting, config.select)
         info = self._source.info
         network = network or load_network(config.model)
         self._inference = network.fitted(info.height, info.width)
@@ -286,8 +289,11 @@ class LazyFlow:
         return sinks.ComputedStore(self.info, _OnHost(self))
 
     def rgb(self, number: int) -> Tensor:
-        """The frame in which flow ``number`` begins: (3, H, W) uint8 RGB on the host, cut as the flow is."""
-        number = int(select(number, self.shape[:1]).numbers[0])
+        """The frame in which flow ``number`` begins: (3, H, W) uint8 RGB on the host, cut as the flow is.
+
+        Raises TypeError for anything but one whole number.
+        """
+        number = int(select(operator.index(number), self.shape[:1]).numbers[0])
         self._require_usable()
         with self._turn, self._counted(self._reader), _plain_errors():
             rgb = self._reader.frame(int(self.frame[number])).rgb
@@ -368,11 +374,10 @@ class LazyFlow:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        path = self.path if is_synthetic(self.path) else os.path.abspath(self.path)
         options = self._options | {"frames_mb": self._most_bytes / (1 << 20)}
         if self._cache is not None:
             options["cache"] = str(self._cache.folder)
-        return _reopened, (path, options, self.info.source, len(self))
+        return _reopened, (self._lasting, options, self.info.source, len(self))
 
     def _require_usable(self) -> None:
         if self._closed:
@@ -380,6 +385,8 @@ class LazyFlow:
         if os.getpid() == self._process:
             return
         refuse_fork(self.path, self.device)
+        # GNU's OpenMP waits for ever for threads that its parent had. DataLoader does the same for its workers.
+        torch.set_num_threads(1)
         _ABANDONED.append(self._reader)
         self._start_here()
 

@@ -67,7 +67,7 @@ class ManyProgress:
 
 
 def run_many(
-    sources: Iterable[PathLike],
+    sources: PathLike | Iterable[PathLike],
     outputs: PathLike | Iterable[PathLike] | None = None,
     *,
     progress: Callable[[ManyProgress], None] | None = None,
@@ -82,7 +82,7 @@ def run_many(
     unfinished in an earlier run with the same manifest is made anew. ``overwrite`` makes everything anew.
 
     Args:
-        sources: as ``source`` of ``flowreel.run``.
+        sources: each as ``source`` of ``flowreel.run``; one alone will do.
         outputs: as of ``flowreel.run``; with more than one source each must contain ``{stem}``, which stands for the
             source's name without folder and ending.
         progress: called a few times a second with a ``ManyProgress``, and once as each source begins.
@@ -102,7 +102,8 @@ def run_many(
     """
     began_s = time.perf_counter()
     config = RunConfig.of(**options)
-    jobs = _jobs([os.fspath(source) for source in sources], outputs)
+    given = [sources] if isinstance(sources, str | os.PathLike) else sources
+    jobs = _jobs([os.fspath(source) for source in given], outputs)
     for path in jobs[0].outputs:
         open_sink(path, config.sink)  # writes nothing yet: a name that no format goes by is told of at once
     with closing(Ledger(_manifest_path(manifest, outputs), jobs)) as ledger:

@@ -25,11 +25,14 @@ _TIME = re.compile(r"(?:(?:(\d{1,12}):)?(\d{1,12}):)?(\d+(?:\.\d*)?|\.\d+)s?", r
 
 
 def parse_seconds(text: str) -> float:
-    """Seconds of ``"10s"``, ``"90"``, ``"1:02.5"`` or ``"1:00:02.5"``. Raises UsageError for anything else."""
-    match = _TIME.fullmatch(text.strip())
-    if match is None:
-        raise UsageError(f"a time is written as 10s, 1:02.5 or 1:00:02.5, got {text!r}")
+    """Seconds of ``"10s"``, ``"1.5s"``, ``"1:02.5"`` or ``"1:00:02.5"``. Raises UsageError for anything else."""
+    text = text.strip()
+    match = _TIME.fullmatch(text)
+    if match is None or not (":" in text or text.endswith("s")):
+        raise UsageError(f"a frame is a whole number, and a time is written as 10s, 1:02.5 or 1:00:02.5, got {text!r}")
     hours, minutes, seconds = match.groups()
+    if (minutes and float(seconds) >= 60) or (hours and int(minutes) >= 60):
+        raise UsageError(f"{text!r} is no time: behind a colon there are less than 60 minutes or seconds")
     whole = 3600 * int(hours or 0) + 60 * int(minutes or 0) + float(seconds)
     if whole > LONGEST_S:
         raise UsageError(f"a time of more than {LONGEST_S:.0e} seconds: {text[:40]!r}")

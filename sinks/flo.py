@@ -26,6 +26,7 @@ from flowreel.sinks.numbered import (
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+    from torch import Tensor
 
 TAG = b"PIEH"
 HEADER_BYTES = 12
@@ -80,18 +81,20 @@ def flo_bytes(height: int, width: int) -> int:
     return HEADER_BYTES + 8 * height * width
 
 
-def write_flo(path: str | os.PathLike[str], flow: npt.ArrayLike) -> None:
+def write_flo(path: str | os.PathLike[str], flow: npt.ArrayLike | Tensor) -> None:
     """Write flow as a ``.flo`` file, which appears whole or not at all and replaces one of that name.
 
     Args:
         path: missing parent folders are created.
-        flow: (H, W, 2) of any float dtype, an array or a tensor on the CPU, pixels, x (right) then y (down); stored as
-            float32.
+        flow: (H, W, 2) of any float dtype, an array or a tensor, pixels, x (right) then y (down); stored as float32.
 
     Raises:
         ValueError: another shape, or a dtype that is not a float.
         OutputWriteError: the file cannot be written.
     """
+    if hasattr(flow, "detach"):  # a tensor; torch is not loaded for files alone
+        flow = flow.detach().cpu()
+        flow = flow.float() if flow.element_size() == 2 else flow  # NumPy has no bfloat16
     vectors = np.asarray(flow)
     require_flow(vectors)
     write_flow_file(path, _pieces(vectors))

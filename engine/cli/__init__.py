@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from typing import NoReturn
 
 from flowreel.engine.errors import FlowreelError, StageError, UsageError
@@ -41,7 +42,7 @@ def patience() -> dict[str, str]:
 def call(arguments: list[str]) -> int:
     """Runs one command line and returns its exit code; everything wrong becomes one line on stderr.
 
-    ``--debug`` anywhere among the arguments lets errors through as they are, with their tracebacks.
+    ``--debug`` anywhere among the arguments shows an error's traceback before it.
     """
     if any("\0" in argument for argument in arguments):  # no shell can give it, and no file system takes it
         return _say("an argument holds a NUL character: no file or option goes by such a name", 2)
@@ -56,7 +57,7 @@ def call(arguments: list[str]) -> int:
     except Exception as raised:
         error = raised.__cause__ if isinstance(raised, EndOfFile) else raised
         if "--debug" in arguments:
-            raise
+            traceback.print_exception(raised)
         assert isinstance(error, Exception)
         return _report(error)
     if result == INTERRUPTED:  # what typer makes of Ctrl-C
@@ -74,7 +75,8 @@ def _report(error: Exception) -> int:
     if hasattr(error, "format_message"):  # typer's own: an unknown option, a value of the wrong kind
         if not error.format_message():  # no arguments at all: the help has been shown
             return 2
-        return _say(f"{error.format_message()} (flowreel --help shows what there is)", 2)
+        command = getattr(getattr(error, "ctx", None), "command_path", "flowreel")
+        return _say(f"{error.format_message()} ({command} --help shows what there is)", 2)
     if type(error).__name__ == "Abort":  # typer's, for Ctrl-C and Ctrl-D at a prompt
         return _say("interrupted", INTERRUPTED)
     return _say(f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1)

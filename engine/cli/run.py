@@ -198,8 +198,8 @@ def run(
         "precision": precision,
         "fit": fit,
         "direction": direction,
-        "start": _frame_or_time(start),
-        "stop": None if stop is None else _frame_or_time(stop),
+        "start": start,
+        "stop": stop,
         "step": step,
         "stream": stream,
         "max_error": max_error,
@@ -263,10 +263,3 @@ def _run_many(
     if not quiet:
         print_many(report)
     report.raise_if_failed()
-
-
-def _frame_or_time(value: str) -> int | str:
-    try:
-        return int(value)
-    except ValueError:
-        return value

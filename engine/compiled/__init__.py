@@ -138,17 +138,19 @@ def compile(model: nn.Module, shape: Shape, precision: str = "auto") -> Compiled
 
     Returns:
         A callable like the network: two (B, 3, H, W) float tensors to (B, 2, H, W) float32 pixels, without gradients.
-        When the network's weights change later, by training or loading others, it says so instead of answering.
+        When the network's weights change later, by training or loading others, it says so instead of answering
+        (unless they are changed behind torch's back, through ``.data``).
 
     Raises:
         UsageError: not one of the six networks, an impossible shape, or a precision the device does not have.
     """
-    if len(shape) != 3 or min(shape) < 1 or shape[1] % STRIDE or shape[2] % STRIDE:
+    possible = len(shape) == 3 and all(isinstance(size, int) and size > 0 for size in shape)
+    if not possible or shape[1] % STRIDE or shape[2] % STRIDE:
         raise UsageError(f"shape is (pairs, height, width), height and width multiples of {STRIDE}, got {shape}")
     if not isinstance(model, Refiner | FlowNet2CS):
         raise UsageError(f"only the networks {', '.join(MODELS)} can be compiled, not {type(model).__name__}")
     asked = RunConfig.of(precision=precision).model.precision
-    return CompiledModel(model, shape, resolve_precision(asked, _device_of(model)))
+    return CompiledModel(model, (shape[0], shape[1], shape[2]), resolve_precision(asked, _device_of(model)))
 
 
 def _device_of(net: nn.Module) -> torch.device:

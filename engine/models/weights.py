@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from flowreel.engine.data import JSON
+from flowreel.engine.device import resolve_device
 from flowreel.engine.errors import (
     OutputExistsError,
     UnreadableWeightsError,
@@ -136,7 +137,7 @@ def load_model(
             weights hold.
         weights: ``"baseline"``, a ``.safetensors`` or a ``.pth.tar`` file, or a downloaded checkpoint's name; None:
             initialised, not loaded.
-        device: where the parameters go.
+        device: where the parameters go: cpu, cuda, cuda:N, or auto, which takes CUDA when it is there.
         batch_norm, width: architecture; with ``weights`` they are read from the file, and giving another is an error.
 
     Returns:
@@ -144,9 +145,11 @@ def load_model(
         of 64, to (B, 2, H, W) float32 flow in pixels, x (right) then y (down).
 
     Raises:
-        UsageError: no model by that name, or neither a model nor weights.
+        UsageError: no model by that name, neither a model nor weights, or no such kind of device.
+        DeviceError: CUDA was asked for and is not there.
         WeightsNotFoundError, UnreadableWeightsError, WeightsMismatchError: see ``read_weights``.
     """
+    device = resolve_device(str(device))
     if weights is None:
         if model is None:
             raise UsageError("name a model, or give weights that say which model they hold")

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from flowreel.engine.cupy_cache import settle
 
 if TYPE_CHECKING:
+    __version__: str
+
     from flowreel.engine import errors as errors
     from flowreel.engine.api import RunReport as RunReport
     from flowreel.engine.api import run as run
@@ -56,18 +58,20 @@ __all__ = [*(name for name in _HOME if name != "open"), "__version__", "errors"]
 settle()
 
 
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import version
+if not TYPE_CHECKING:  # a type checker would take it for a promise of every name
 
-        return version("flowreel")
-    if name == "errors":
-        return import_module("flowreel.engine.errors")
-    if name not in _HOME:
-        raise AttributeError(f"module 'flowreel' has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            from importlib.metadata import version
+
+            return version("flowreel")
+        if name == "errors":
+            return import_module("flowreel.engine.errors")
+        if name not in _HOME:
+            raise AttributeError(f"module 'flowreel' has no attribute {name!r}")
+        value = getattr(import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -42,6 +42,16 @@ def is_synthetic(name: str) -> bool:
     return name.startswith("synthetic:")
 
 
+def lasting_name(name: str | os.PathLike[str]) -> str:
+    """The same source by a name that means it from any working folder."""
+    text = os.fspath(name)
+    if _is_stdin(text) or is_synthetic(text) or os.path.isabs(text):
+        return text
+    if os.path.lexists(text) or not glob.has_magic(text):
+        return os.path.abspath(text)
+    return os.path.join(glob.escape(os.getcwd()), text)
+
+
 def _is_images(name: str) -> bool:
     if os.path.exists(name):  # before the glob: a file may well be called clip[1].mp4
         return os.path.isdir(name) or Path(name).suffix.lower() in IMAGE_SUFFIXES

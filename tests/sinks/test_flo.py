@@ -164,6 +164,9 @@ def test_a_tensor_is_written_as_an_array_is(tmp_path: Path) -> None:
     flow = torch.randn(2, 4, 5)  # as models give it
     write_flo(tmp_path / "x.flo", flow.permute(1, 2, 0))
     assert np.array_equal(read_flo(tmp_path / "x.flo"), flow.permute(1, 2, 0).numpy())
+    for odd in (flow.bfloat16(), flow.half(), flow.double(), flow.clone().requires_grad_()):
+        write_flo(tmp_path / "x.flo", odd.permute(1, 2, 0))
+        assert np.array_equal(read_flo(tmp_path / "x.flo"), odd.detach().float().permute(1, 2, 0).numpy())
     with pytest.raises(ValueError, match="float dtype, got int64"):
         write_flo(tmp_path / "y.flo", torch.zeros(4, 5, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"flow is \(H, W, 2\)"):

@@ -293,9 +293,30 @@ def test_a_damaged_clip_tells_how_many_frames_are_lost(data_dir: Path, tiniest: 
     assert 0 < open_store("a.zarr").available < 24
 
 
-def test_debug_lets_the_error_through(capsys: Capture) -> None:
-    with pytest.raises(FileNotFoundError):
-        call(["run", "nowhere.mp4", "--debug"])
+@pytest.mark.parametrize(
+    ("arguments", "error", "code"),
+    [
+        (["run", "nowhere.mp4"], "SourceNotFoundError", 1),
+        (["run", "nowhere.mp4", "--precision", "fp8"], "UsageError", 2),
+        (["run", "nowhere.mp4", "--stpo", "3"], "NoSuchOption", 2),
+    ],
+)
+def test_debug_shows_the_traceback_too(arguments: list[str], error: str, code: int, capsys: Capture) -> None:
+    assert call(arguments) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert call([*arguments, "--debug"]) == code
+    *traceback, last = capsys.readouterr().err.splitlines()
+    assert last == line
+    assert traceback[0] == "Traceback (most recent call last):"
+    assert error in traceback[-1]
+
+
+def test_usage_errors_name_the_commands_own_help(capsys: Capture) -> None:
+    for command in ("run", "color", "train"):
+        assert call([command, "--stpo"]) == 2
+        assert f"(flowreel {command} --help shows" in capsys.readouterr().err
+    assert call(["--stpo"]) == 2
+    assert "(flowreel --help shows" in capsys.readouterr().err
 
 
 def test_help_has_examples_and_every_command(capsys: Capture) -> None:

@@ -112,5 +112,5 @@ def test_one_failure_is_one_line(capsys: Capture) -> None:
     assert call(["info", "nowhere.mp4", "--json"]) == 1
     out, err = capsys.readouterr()
     assert (out, len(err.splitlines())) == ("", 1)
-    with pytest.raises(FileNotFoundError):
-        call(["info", "a.flo", "nowhere.mp4", "--debug"])
+    assert call(["info", "a.flo", "nowhere.mp4", "--debug"]) == 1
+    assert "SourceNotFoundError" in capsys.readouterr().err

@@ -17,19 +17,41 @@ RATE = Fraction(25)
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("10s", 10), ("90", 90), ("1:02.5", 62.5), ("1:00:02.5", 3602.5), (".5s", 0.5), ("0", 0), (" 2.25s ", 2.25)],
+    [
+        ("10s", 10),
+        ("90s", 90),
+        ("1:02.5", 62.5),
+        ("1:00:02.5", 3602.5),
+        (".5s", 0.5),
+        ("0s", 0),
+        (" 2.25s ", 2.25),
+        ("59:59", 3599),
+    ],
 )
 def test_times_that_can_be_read(text: str, seconds: float) -> None:
     assert parse_seconds(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "s", "ten", "-1s", "1:2:3:4", "1::2", "1.5:2", "10 s", "1e3", "nan", ":5", "٣s"])
+@pytest.mark.parametrize(
+    "text", ["", "s", "ten", "-1s", "1:2:3:4", "1::2", "1.5:2", "10 s", "1e3", "nan", ":5", "٣s", "2.0", "90"]
+)
 def test_times_that_cannot(text: str) -> None:
     with pytest.raises(UsageError, match="a time is written as"):
         parse_seconds(text)
 
 
-@pytest.mark.parametrize("text", ["9" * 400 + "s", "999999999999:0:0", "2000000000000"])
+@pytest.mark.parametrize("text", ["1:60", "1:75.5", "1:60:00", "1:59:60"])
+def test_sixty_seconds_are_a_minute(text: str) -> None:
+    with pytest.raises(UsageError, match="less than 60"):
+        parse_seconds(text)
+
+
+@pytest.mark.parametrize(("given", "taken"), [("120", 120), (" 7 ", 7), ("7s", "7s"), (7, 7)])
+def test_a_frame_may_be_text(given: int | str, taken: int | str) -> None:
+    assert SelectConfig(stop=given).stop == taken
+
+
+@pytest.mark.parametrize("text", ["9" * 400 + "s", "999999999999:0:0", "2000000000000s"])
 def test_times_beyond_all_clips(text: str) -> None:
     with pytest.raises(UsageError, match="a time of more than"):
         parse_seconds(text)

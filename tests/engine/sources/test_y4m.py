@@ -114,7 +114,7 @@ def test_the_range_matters(opened: Opened) -> None:
         {"stop": 100},
         {"start": 1, "stop": 9, "step": 3},
         {"start": "0.08s", "stop": "0.2s"},
-        {"start": "0.07", "step": 2},
+        {"start": "0.07s", "step": 2},
     ],
 )
 def test_selection_is_that_of_a_file(select: dict[str, int | str], opened: Opened, tmp_path: Path) -> None:
