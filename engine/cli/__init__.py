@@ -6,13 +6,17 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
 import traceback
+from types import FrameType
 from typing import NoReturn
 
 from flowreel.engine.errors import FlowreelError, StageError, UsageError
 
 INTERRUPTED = 130
+SAME_INTERRUPT_S = 1.0  # in which another Ctrl-C is the same one, from a hand or a script that sends it twice
 
 
 class EndOfFile(Exception):
@@ -26,7 +30,31 @@ class Interrupted(Exception):
 def main() -> NoReturn:
     """Entry point of ``flowreel`` and ``python -m flowreel``."""
     os.environ.update(patience() | os.environ)  # read when torch loads
-    sys.exit(call(sys.argv[1:]))
+    take_interrupts()
+    code = call(sys.argv[1:])
+    if code == INTERRUPTED:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as Python ends it would let the same one end it by force
+    sys.exit(code)
+
+
+def take_interrupts() -> None:
+    """The first Ctrl-C stops a command in good order, which takes its time; those right behind it mean the same.
+
+    Cut short, that would leave threads inside torch, which abort the process as it ends. One that comes later ends it
+    at once: what is unfinished keeps its unfinished name.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return  # a shell has put this in the background, where Ctrl-C is for others
+    came_s: list[float] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        came_s.append(time.monotonic())
+        if len(came_s) == 1:
+            raise KeyboardInterrupt
+        if came_s[-1] - came_s[0] > SAME_INTERRUPT_S:
+            os._exit(INTERRUPTED)
+
+    signal.signal(signal.SIGINT, interrupt)
 
 
 def patience() -> dict[str, str]:

@@ -20,13 +20,14 @@ def child(wanted):
 
 process = multiprocessing.get_context("fork").Process(target=child, args=(before,))
 process.start()
-process.join()
-sys.exit(process.exitcode)
+process.join(60)
+if process.exitcode is None:  # it hangs
+    process.kill()
+sys.exit(4 if process.exitcode is None else process.exitcode)
 """
 
 
 @pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="no fork here")
-@pytest.mark.timeout(120)
 def test_flow_is_computed_in_a_forked_process() -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, "synthetic:objects?size=192x128&frames=9"], capture_output=True, text=True

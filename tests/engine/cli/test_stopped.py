@@ -50,6 +50,29 @@ def said(capsys: Capture) -> str:
     return line
 
 
+INTERRUPTS = """
+import os, signal, sys, time
+from flowreel.engine import cli
+now = [0.0]
+cli.time = type("", (), {"monotonic": staticmethod(lambda: now[0])})
+cli.take_interrupts()
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(10)
+except KeyboardInterrupt:
+    now[0] = float(sys.argv[1])
+    os.kill(os.getpid(), signal.SIGINT)
+    print("went on")
+    sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize(("after_s", "code", "said"), [(0.1, 7, "went on\n"), (0.9, 7, "went on\n"), (1.1, 130, "")])
+def test_a_second_ctrl_c_is_the_same_or_ends_it_at_once(after_s: float, code: int, said: str) -> None:
+    done = subprocess.run([sys.executable, "-c", INTERRUPTS, str(after_s)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (code, said, "")
+
+
 @pytest.mark.usefixtures("stopped")
 def test_ctrl_c_tells_what_is_kept(tiny: list[str], capsys: Capture) -> None:
     outputs = ["-o", "k.zarr", "-o", "k.mp4", "-o", "f/%03d.flo", "--batch", "1"]
