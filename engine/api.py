@@ -362,7 +362,9 @@ def _with_others(
                 f"{path}: what is there is not the {report.flows} flows of {resumed.store.path}: remove it, or choose "
                 "another place"
             ) from error
-        notes.append(f"{path} was made from the store")
+        bound = config.sink.max_error
+        within = f", and so is within {bound:g} px of what was computed" if bound else ""
+        notes.append(f"{path} was made from the store{within}")
     written = sum(output.bytes_written for output in outputs)
     return replace(report, outputs=tuple(outputs), bytes_written=written, notes=tuple(notes))
 

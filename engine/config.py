@@ -28,8 +28,8 @@ MOST_FRAMES = (1 << 62) - 1  # numbers of frames, and their sums, are of 64 bits
 MOST_QUEUE_MB = 1 << 40  # more than any machine has, and still a number of bytes
 
 
-def _one_of(name: str, value: str, kind: object) -> None:
-    allowed = get_args(kind)
+def _one_of(name: str, value: str, kind: object, *others: str) -> None:
+    allowed = (*others, *get_args(kind))
     if value not in allowed:
         raise UsageError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
@@ -81,7 +81,7 @@ class ModelConfig:
         if self.batch is not None and self.batch < 1:
             raise UsageError(f"batch must be at least 1, got {self.batch}")
         if self.precision is not None:
-            _one_of("precision", self.precision, Precision)
+            _one_of("precision", self.precision, Precision, "auto")
         _one_of("fit", self.fit, FitMode)
         _one_of("direction", self.direction, Direction)
 

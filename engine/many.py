@@ -23,7 +23,7 @@ from flowreel.engine.models import model_name
 from flowreel.engine.models.weights import Weights, read_weights
 from flowreel.engine.outputs import PathLike, Progress
 from flowreel.engine.settings import settings, settings_of_others
-from flowreel.engine.sources import source_identity, source_stem
+from flowreel.engine.sources import IMAGE_SUFFIXES, source_identity, source_stem
 from flowreel.sinks import differing_settings, open_sink, open_store
 
 
@@ -45,7 +45,7 @@ class ManyReport:
             first = self.failed[0]
             raise SomeSourcesFailedError(
                 f"{len(self.failed)} of {len(self.sources)} sources failed, the first {first.source}: {first.error}; "
-                f"{self.manifest} tells of each, and the same command again redoes only these"
+                f"{self.manifest} tells of each, and the same command again leaves out what is done"
             ) from first.error
 
     def as_json(self) -> dict[str, object]:
@@ -142,6 +142,13 @@ def _run_each(
         _attempt(job, missing, again, network, ledger, tell)
 
 
+def _instead(source: str) -> str:
+    """What to do where two sources meet."""
+    if Path(source).suffix.lower() in IMAGE_SUFFIXES:
+        return "to take images as one sequence, name their folder, or put the glob in quotes"
+    return "rename one, or run them apart"
+
+
 def _jobs(sources: list[str], outputs: PathLike | Iterable[PathLike] | None) -> list[Job]:
     """Each source with its outputs' names. Raises UsageError when two sources would meet in one output."""
     if not sources:
@@ -160,7 +167,7 @@ def _jobs(sources: list[str], outputs: PathLike | Iterable[PathLike] | None) -> 
         if stem in by_stem:
             raise UsageError(
                 f"{by_stem[stem]} and {source} both go by the name {stem!r}, so their outputs would meet: "
-                "rename one, or run them apart"
+                f"{_instead(source)}"
             )
         by_stem[stem] = source
     return [Job(source, tuple(output_names(templates, source))) for source in sources]

@@ -190,13 +190,12 @@ class VideoFeed:
 def _readers(names: Sequence[PathLike], frame_rate: Fraction, bound: float) -> Iterator[StoredFlow]:
     """Opens the inputs in the order given; neighbouring files of one kind go together, in natural order."""
 
-    def together(name: PathLike) -> tuple[bool, str]:
-        is_file = Path(name).is_file()
-        return is_file, Path(name).suffix.lower() if is_file else os.fspath(name)
+    def together(name: PathLike) -> object:
+        return Path(name).suffix.lower() if Path(name).is_file() else object()  # a store or folder by itself
 
     if not names:
         raise UsageError("name at least one store, folder or file of flow")
-    for (_, _), group in groupby(names, together):
+    for _, group in groupby(names, together):
         yield open_flows(list(group), frame_rate=frame_rate, bound=bound, one_size=False)
 
 

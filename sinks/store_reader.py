@@ -12,6 +12,7 @@ import math
 import os
 import stat
 from collections.abc import Callable, Collection, Iterator
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flowreel.engine.data import UNKNOWN_ABOVE
-from flowreel.engine.errors import DamagedStoreError, MissingDependencyError, StoreError, StoreNotFoundError
+from flowreel.engine.errors import (
+    DamagedStoreError,
+    MissingDependencyError,
+    StoreError,
+    StoreNotFoundError,
+    concerning,
+)
 from flowreel.sinks.parallel import OrderedPool
 from flowreel.sinks.publish import partial_path
 from flowreel.sinks.store_files import StoreFiles
@@ -67,7 +74,8 @@ def open_store(path: str | os.PathLike[str]) -> FlowStore:
         return FlowStore(unfinished)
     if os.path.lexists(final):
         raise DamagedStoreError(f"{final} is a file: a flow store is a folder")
-    raise StoreNotFoundError(f"no flow store at {final}, and none unfinished at {unfinished.name}")
+    beside = "" if final.suffix == unfinished.suffix else f", and none unfinished at {unfinished}"
+    raise StoreNotFoundError(f"no flow store at {final}{beside}")
 
 
 class FlowStore:
@@ -289,7 +297,9 @@ class FlowStore:
         try:
             there = self.files.flow(number, out)
         except DamagedStoreError as error:
-            raise DamagedStoreError(f"{self.path}: {self.name_of(number)}: {error}") from error
+            frame = self.frame_of(number)
+            with nullcontext() if frame is None else concerning(frame):
+                raise DamagedStoreError(f"{self.path}: {self.name_of(number)}: {error}") from error
         if there:
             return
         if not self.folder.is_dir():

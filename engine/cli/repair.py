@@ -8,8 +8,8 @@ import typer
 
 from flowreel.engine.cli import printable
 from flowreel.engine.cli.options import Debug, Device, Quiet, Weights
-from flowreel.engine.cli.table import Live, clock, size
-from flowreel.engine.cli.verify import _lines, _plural
+from flowreel.engine.cli.table import Live, clock, plural, size
+from flowreel.engine.cli.verify import _lines
 
 if TYPE_CHECKING:
     from flowreel.engine.repair import RepairReport
@@ -61,7 +61,7 @@ def summary(report: RepairReport, dry_run: bool = False) -> list[str]:
         return [f"to be made again: {shard}" for shard in report.shards] or ["nothing that can be computed again"]
     lines = [*_lines(report.before), *(f"made again: {shard}" for shard in report.shards)]
     if report.shards:
-        flows, shards = _plural(report.flows, "flow"), _plural(len(report.shards), "shard")
+        flows, shards = plural(report.flows, "flow"), plural(len(report.shards), "shard")
         lines += [
             f"{report.flows} {flows} of {len(report.shards)} {shards} computed in {clock(report.seconds)}, "
             f"{size(report.bytes_written)} written",

@@ -95,7 +95,10 @@ def run(
     codec: Annotated[str, typer.Option(help=CODECS, rich_help_panel=OUTPUT)] = "blosc",
     max_flow: Annotated[
         str,
-        typer.Option(help="Motion in pixels at full colour; auto measures the first flows.", rich_help_panel=OUTPUT),
+        typer.Option(
+            help="Motion in pixels at full colour; auto: of a video from its first flows, of a picture its own.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = "auto",
     encoder: Annotated[
         str,

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from flowreel.engine.many import ManyProgress, ManyReport
     from flowreel.engine.outputs import Progress
 
+_BAR_WIDTH = 26  # characters: a line of 80 also holds "1023 of 1188 flows, 12.34 a second, 1:02:03 to go"
+_LOG_WIDTH = 10_000  # a log keeps names in one piece
 PLAIN_EVERY_S = 10.0  # a line in a log file now and then is enough
 
 
@@ -79,14 +81,17 @@ def stage_table(progress: Progress) -> Table:
 
 
 def _bar(progress: Progress) -> Table:
-    line = Table.grid(padding=(0, 1))
-    line.add_row(ProgressBar(progress.flow_count, progress.flows_done, width=40), Text(_headline(progress)))
-    return line
+    return _beside(ProgressBar(progress.flow_count, progress.flows_done, width=_BAR_WIDTH), _headline(progress))
 
 
 def _sources_bar(progress: ManyProgress) -> Table:
+    return _beside(ProgressBar(progress.count, progress.number - 1, width=_BAR_WIDTH), _place(progress))
+
+
+def _beside(bar: ProgressBar, words: str) -> Table:
+    """On one line, whatever that takes."""
     line = Table.grid(padding=(0, 1))
-    line.add_row(ProgressBar(progress.count, progress.number - 1, width=40), Text(_place(progress)))
+    line.add_row(bar, Text(words, no_wrap=True, overflow="ellipsis"))
     return line
 
 
@@ -101,7 +106,8 @@ def _headline(progress: Progress) -> str:
     left = ""
     if progress.flow_count is not None and progress.flows_done:
         left = f", {clock((progress.flow_count - progress.flows_done) / rate)} to go"
-    return f"{progress.flows_done}{total} flows, {rate:.2f} a second{left}"
+    noun = plural(progress.flows_done if progress.flow_count is None else progress.flow_count, "flow")
+    return f"{progress.flows_done}{total} {noun}, {rate:.2f} a second{left}"
 
 
 def print_summary(report: RunReport) -> None:
@@ -112,14 +118,16 @@ def print_summary(report: RunReport) -> None:
             console.print(note)
         return
     console.print(
-        f"{report.pairs} flows of {report.width}x{report.height} in {clock(report.seconds)} "
+        f"{report.pairs} {plural(report.pairs, 'flow')} of {report.width}x{report.height} in {clock(report.seconds)} "
         f"({report.pairs_per_s:.2f} a second; start-up {report.startup_s:.1f} s)"
     )
     console.print(printable(_how(report)))
     for output in report.outputs:
         smaller = (output.flo_bytes or 0) / max(output.bytes_written, 1)
-        share = f", {smaller:.1f}x smaller than .flo" if output.bytes_written else ""
-        console.print(f"{printable(output.path)}  {size(output.bytes_written)}{share}")
+        share = f", {smaller:.1f}x smaller than .flo" if output.bytes_written and round(smaller, 1) != 1 else ""
+        # A store that was gone on with; what else there is was made of all of it.
+        added = " more" if report.flows > report.pairs and output is report.outputs[0] else ""
+        console.print(f"{printable(output.path)}  {size(output.bytes_written)}{added}{share}")
         for note in output.notes:
             console.print(f"  {printable(note)}")
     for note in report.notes:
@@ -129,9 +137,11 @@ def print_summary(report: RunReport) -> None:
 def print_many(report: ManyReport) -> None:
     """One line a source, what was wrong with those that failed, and where all this is written down."""
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = _LOG_WIDTH
     table = Table(box=None, pad_edge=False)
-    for heading in ("source", "", "flows", "time", "size"):
-        table.add_column(heading, justify="left" if heading in ("source", "") else "right", overflow="fold")
+    for heading in ("source", "status", "flows", "time", "size"):
+        table.add_column(heading, justify="left" if heading in ("source", "status") else "right", overflow="fold")
     for source in report.sources:
         table.add_row(*(Text(printable(cell)) for cell in _cells(source)))
     console.print(table)
@@ -173,6 +183,10 @@ def _which(kernels: Mapping[str, str]) -> str:
     if len(by) < 2:
         return "".join(by) or "none"
     return ", ".join(f"{how} ({', '.join(names)})" for how, names in by.items())
+
+
+def plural(count: int, noun: str) -> str:
+    return noun if count == 1 else f"{noun}s"
 
 
 def clock(seconds: float) -> str:

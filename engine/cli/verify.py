@@ -10,6 +10,7 @@ import typer
 
 from flowreel.engine.cli import printable
 from flowreel.engine.cli.options import Debug, Quiet
+from flowreel.engine.cli.table import plural
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -41,13 +42,13 @@ def verify(
 
     done = []
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
-        for store in stores:
+    for store in stores:
+        # One for each, as it has to be gone from the terminal before anything is said there.
+        with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
             task = bar.add_task(printable(store), total=None)
             done.append(verifying.verify(store, partial(_show, bar, task)))
-            bar.remove_task(task)
-            if not as_json and not (quiet and done[-1].sound):
-                typer.echo("\n".join(map(printable, _lines(done[-1]))))
+        if not as_json and not (quiet and done[-1].sound):
+            typer.echo("\n".join(map(printable, _lines(done[-1]))))
     if as_json:
         typer.echo(json.dumps([one.as_json() for one in done], indent=2))
     if not all(one.sound for one in done):
@@ -62,12 +63,8 @@ def _lines(one: Verification) -> list[str]:
     """What a person reads about one store."""
     if one.sound:
         count = str(one.flows) if one.available == one.flows else f"{one.available} of {one.flows}"  # a cache's
-        return [f"{one.path}: sound, {count} {_plural(one.flows, 'flow')} of {one.width}x{one.height}"]
+        return [f"{one.path}: sound, {count} {plural(one.flows, 'flow')} of {one.width}x{one.height}"]
     if len(one.findings) == 1 and one.findings[0].first_flow is None:
         return [f"{one.path}: {one.findings[0]}"]
-    heading = f"{one.path}: {len(one.findings)} {_plural(len(one.findings), 'thing')} wrong"
+    heading = f"{one.path}: {len(one.findings)} {plural(len(one.findings), 'thing')} wrong"
     return [heading, *(f"  {finding}" for finding in one.findings)]
-
-
-def _plural(count: int, noun: str) -> str:
-    return noun if count == 1 else f"{noun}s"

@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 
 from flowreel.engine.config import SelectConfig
 from flowreel.engine.data import RandomAccess, Source, SourceId
-from flowreel.engine.errors import SourceNotFoundError, UnsupportedSourceError, UsageError
+from flowreel.engine.errors import FlowreelError, SourceNotFoundError, UnsupportedSourceError, UsageError
 
 STDIN = "-"
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp"})
@@ -136,6 +136,8 @@ def source_identity(name: str | os.PathLike[str]) -> SourceId:
             paths = find_images(text)
             return source_id(paths[0].absolute().parent.name, paths)
         return source_id(Path(text).name, [Path(text)])
+    except FlowreelError:
+        raise  # it has said what is wrong
     except FileNotFoundError as error:
         raise SourceNotFoundError(f"there is no file {text}") from error
     except OSError as error:

@@ -86,7 +86,7 @@ def _what_else(place: Path, found: list[Path]) -> str:
         return "; it is a flow store, which flowreel.open_store reads and flowreel export and color take"
     flow = [path for path in found if path.suffix.lower() in FLOW_SUFFIXES]
     if flow:
-        return f"; there is flow, such as {_first(flow)}, which flowreel export, color and info take"
+        return f"; there is flow, such as {_first(flow)}, which flowreel export and color take, and info one by one"
     if found and not place.is_dir():
         return (
             f"; {_first(found)} is there, but globs in quotes are for images: without quotes, the shell names each file"
@@ -112,10 +112,11 @@ class ImageSource:
     def __init__(self, paths: list[Path], select: SelectConfig) -> None:
         """``paths`` in the order of the frames; see :func:`open_images`."""
         folder = paths[0].absolute().parent.name
+        called = folder if len(paths) > 1 else paths[0].name
         times_s = np.arange(len(paths)) / float(FRAME_RATE)
         self._paths = paths
         self._times_s = times_s
-        self._wanted = select_frames(select, times_s, folder)
+        self._wanted = select_frames(select, times_s, called)
         self._losses: list[str] = []
         self._notes = [f"images carry no times: {FRAME_RATE} frames per second are assumed"]
         self._closed = False

@@ -75,7 +75,7 @@ class TestWhichFiles:
     @pytest.mark.parametrize(
         ("name", "inside", "words"),
         [
-            ("", "a/10.flo a/2.flo", r"such as 2\.flo, which flowreel export, color and info take"),
+            ("", "a/10.flo a/2.flo", r"such as 2\.flo, which flowreel export and color take, and info one by one"),
             ("*.flo", "a/10.flo a/2.flo", r"such as 2\.flo, which flowreel export"),
             ("", "a/zarr.json", r"it is a flow store, which flowreel\.open_store reads"),
             ("*.mp4", "a/10.mp4 a/2.mp4", r"2\.mp4 is there, but globs in quotes are for images"),
