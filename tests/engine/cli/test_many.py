@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from flowreel.engine import many
 from flowreel.engine.cli import call
@@ -65,6 +66,30 @@ def test_a_failure_is_told_of_and_the_rest_done(tiny: list[str], capsys: Capture
     assert "1 done, 0 skipped, 1 failed" in err
     statuses = [entry["status"] for entry in json.loads(Path("list.json").read_text())["sources"]]
     assert statuses == ["failed", "done"]
+
+
+def test_names_stay_whole_in_a_log(tiny: list[str], capsys: Capture) -> None:
+    long = "x" * 150 + ".mp4"
+    assert call(["run", long, B, *STORE, *tiny]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert any(line.split() == [long, "failed", "0.0", "s"] for line in lines)
+    assert any(line.split() == ["source", "status", "flows", "time", "size"] for line in lines)
+
+
+def test_a_store_among_the_sources_is_called_one(tiny: list[str], capsys: Capture) -> None:
+    assert call(["run", B, "-o", "b.zarr", *tiny, "-q"]) == 0
+    assert call(["run", "b.zarr", A, *STORE, *tiny, "-q"]) == 1
+    assert "it is a flow store, which flowreel.open_store reads" in capsys.readouterr().err
+
+
+def test_images_one_by_one_are_told_how_to_be_a_sequence(tiny: list[str], capsys: Capture) -> None:
+    Path("frames").mkdir()
+    for name in ("1.png", "2.png"):
+        Image.new("RGB", (64, 64)).save(f"frames/{name}")
+    assert call(["run", "frames/1.png", "frames/2.png", *STORE, *tiny]) == 2
+    assert "name their folder, or put the glob in quotes" in capsys.readouterr().err
+    assert call(["run", "frames/1.png", *STORE, *tiny]) == 1
+    assert "1.png has 1 frame: flow needs at least two" in capsys.readouterr().err
 
 
 def test_quiet_prints_the_error_alone(tiny: list[str], capsys: Capture) -> None:

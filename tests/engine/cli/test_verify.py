@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import shutil
+import sys
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -62,6 +64,20 @@ def damage() -> None:
     offset, length = np.frombuffer(data, "<u8", 6, len(data) - 52).reshape(3, 2)[1]
     data[int(offset + length // 2)] ^= 16
     shard.write_bytes(data)
+
+
+def test_on_a_terminal_the_bar_is_gone_before_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    parent, child = pty.openpty()
+    monkeypatch.setenv("TERM", "xterm")
+    with os.fdopen(child, "w") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        monkeypatch.setattr(sys, "stderr", terminal)
+        assert call(["verify", "a.zarr"]) == 0
+    with os.fdopen(parent, "rb", 0) as shown:
+        said = shown.read(1 << 16).decode()
+    before, _, _ = said.partition("a.zarr: sound, 8 flows")
+    assert "a.zarr" in before  # the bar
+    assert before.endswith("\x1b[2K")  # and its line was wiped
 
 
 def test_sound_stores(capsys: Capture) -> None:
