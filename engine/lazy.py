@@ -88,8 +88,9 @@ class LazyFlow:
 
     ``flow[5]`` is a torch.Tensor (2, H, W), float32, pixels of the source frame, x (right) then y (down), on the
     model's device; ``flow[2:9]``, ``flow[[3, 1]]`` and ``flow[mask]`` are (N, 2, H, W). Negative numbers count from the
-    end, and what follows picks from each flow as NumPy does: ``flow[5, :, 10:20, 30:40]``. Results are ordinary
-    tensors that can take part in training. Iterating gives one flow after the other, decoding ahead.
+    end, and numbers and slices that follow pick from each flow as NumPy does: ``flow[5, :, 10:20, 30:40]``. Results are
+    ordinary tensors that can take part in training (in ``torch.inference_mode`` they are of its kind). Iterating gives
+    one flow after the other, decoding ahead.
 
     Threads may share one; they take turns. A copy that is pickled, or that a forked process inherits, opens the source
     again; in a forked process torch computes with one thread. ``with flowreel.open(...) as flow:`` or ``close()`` lets

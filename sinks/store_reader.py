@@ -82,8 +82,8 @@ class FlowStore:
     """A flow store, read on demand; nothing is kept but the shards' indexes and checksums.
 
     ``store[5]`` is (2, H, W) float32, pixels of the source frame, x then y, NaN where there is no vector.
-    ``store[2:9]``, ``store[[3, 1]]`` and ``store[mask]`` with a truth value a flow are (N, 2, H, W). What follows
-    picks from each flow as from an array: ``store[5, :, 10:20, 30:40]``, ``store[2:6, 0]``, ``store[..., ::4, ::4]``.
+    ``store[2:9]``, ``store[[3, 1]]`` and ``store[mask]`` with a truth value a flow are (N, 2, H, W). Numbers and slices
+    that follow pick from each flow: ``store[5, :, 10:20, 30:40]``, ``store[2:6, 0]``, ``store[..., ::4, ::4]``.
     Negative numbers count from the end. Only the flows named are decoded, each once, several side by side where
     that pays.
 

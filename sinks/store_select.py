@@ -32,7 +32,7 @@ def select(key: Any, shape: tuple[int, ...]) -> Selection:
         TypeError: anything else that is no index, also ``None`` and truth values as numbers.
     """
     first, *others = _one_an_axis(key if isinstance(key, tuple) else (key,), len(shape))
-    inside = tuple(other if isinstance(other, slice) else _whole(other) for other in others)
+    inside = tuple(other if isinstance(other, slice) else _inside(other) for other in others)
     # NumPy itself judges the rest, on an array that has the shape and no memory.
     inner_shape = np.broadcast_to(np.int8(0), shape)[(slice(None), *inside)].shape[1:]
     all_of_it = [slice(0, size, 1) for size in shape[1:]]
@@ -57,6 +57,15 @@ def _one_an_axis(parts: tuple[Any, ...], axes: int) -> list[Any]:
         raise IndexError(f"too many indices: {given} for {axes} axes")
     place = dots[0] if dots else len(parts)
     return [*parts[:place], *[slice(None)] * (axes - given), *parts[place + 1 :]]
+
+
+def _inside(key: Any) -> int:
+    try:
+        return _whole(key)
+    except TypeError as error:
+        raise TypeError(
+            f"of each flow an index takes numbers, slices and '...', got {key!r}: pick the rest from what that gives"
+        ) from error
 
 
 def _listed(key: Any, count: int) -> list[int]:

@@ -5,15 +5,16 @@ The names below are loaded on first use, so that ``import flowreel`` stays fast 
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from flowreel.engine import errors as errors
 from flowreel.engine.cupy_cache import settle
 
 if TYPE_CHECKING:
     __version__: str
 
-    from flowreel.engine import errors as errors
     from flowreel.engine.api import RunReport as RunReport
     from flowreel.engine.api import run as run
     from flowreel.engine.api import stream as stream
@@ -54,6 +55,7 @@ _HOME = {
 
 __all__ = [*(name for name in _HOME if name != "open"), "__version__", "errors"]  # ``import *`` leaves Python's open
 
+sys.modules[f"{__name__}.errors"] = errors  # for ``from flowreel.errors import StageError``
 
 settle()
 
@@ -65,8 +67,6 @@ if not TYPE_CHECKING:  # a type checker would take it for a promise of every nam
             from importlib.metadata import version
 
             return version("flowreel")
-        if name == "errors":
-            return import_module("flowreel.engine.errors")
         if name not in _HOME:
             raise AttributeError(f"module 'flowreel' has no attribute {name!r}")
         value = getattr(import_module(_HOME[name]), name)
