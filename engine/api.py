@@ -151,6 +151,8 @@ def run_one(
             raise TooFewFramesError(f"{_named(source)} gave fewer than two frames: there is no pair, so no flow")
         whole = not frames.losses or config.tolerate_truncation
         for sink in sinks:
+            if frames.losses and isinstance(sink, Resumable):
+                sink.tell_losses(frames.losses)
             sink.commit(complete=whole)
         ended_s = time.perf_counter()
         if not whole:

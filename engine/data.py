@@ -343,6 +343,10 @@ class Resumable(Protocol):
         """Raises ResumeMismatchError unless a run with this header would have written what is there."""
         ...
 
+    def tell_losses(self, losses: Sequence[str]) -> None:
+        """Of what the source did not give, before a ``commit`` that takes the rest as the whole: to be recorded."""
+        ...
+
 
 @runtime_checkable
 class FlowReader(Protocol):

@@ -135,10 +135,10 @@ def _store(name: str) -> Facts:
     for key in ("model", "weights", "software_version"):
         facts[key] = attributes.pop(key, None)
     rate = attributes.pop("frame_rate", None)
-    notes = []
+    notes = [f"what its source did not give was let pass: {loss}" for loss in attributes.get("source_losses") or ()]
     if not store.complete and not store.layout.cache:
         missing = "" if Path(name) == Path(store.path) else f"{Path(name).name} is not there yet; "
-        notes = [f"{missing}{Path(store.path).name} is {store.state}"]
+        notes.append(f"{missing}{Path(store.path).name} is {store.state}")
     return facts | {
         "frame_rate": None if rate is None else float(Fraction(rate)),
         "source": source,

@@ -94,8 +94,10 @@ class StoreWriter:
         """Waits until every shard is on the disk."""
         self._behind.drain()
 
-    def finish(self, count: int) -> None:
-        """Trims the arrays to the flows that came, and gathers their metadata."""
+    def finish(self, count: int, losses: Sequence[str] = ()) -> None:
+        """Trims the arrays to the flows that came, records what did not, and gathers the metadata."""
+        if losses:
+            self._metadata[""]["attributes"]["flowreel"]["source_losses"] = list(losses)
         self._set_length(count)
         self._consolidate()
 

@@ -18,7 +18,7 @@ full shard. Batches never cross shards: the resumed run computes the very batche
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,7 @@ class ZarrSink:
         self._asked = False
         self._taken = 0  # flows that arrived, those of a resumed store included
         self._announced = ""  # of how many flows they are, for messages
+        self._losses: tuple[str, ...] = ()  # what the source did not give
         self._invalid: dict[str, tuple[int, int]] = {}  # what -> vectors, first frame
         self._files: StoreWriter | None = None  # from ``open`` on
         self._shards: Shards | None = None  # likewise
@@ -256,6 +257,10 @@ class ZarrSink:
         times = self._times_of_next(prepared, prepared.index, slice(len(prepared)))
         self._require_shards().add_steps(prepared.steps.numpy(), times)
 
+    def tell_losses(self, losses: Sequence[str]) -> None:
+        """See ``Resumable``."""
+        self._losses = tuple(losses)
+
     def commit(self, complete: bool = True) -> None:
         """Publishes the last, perhaps ragged shard; if complete, trims the arrays to what came and names the store."""
         files, shards = self._require_open(), self._require_shards()
@@ -269,7 +274,7 @@ class ZarrSink:
         files.close()
         with publish.write_errors(self.path):
             if complete:
-                files.finish(self._taken)
+                files.finish(self._taken, self._losses)
                 self._target.finish()
             self._target.let_go()
         self._state = "done"

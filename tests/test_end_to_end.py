@@ -19,6 +19,7 @@ from flowreel.engine import api
 from flowreel.engine.compiled import Program
 from flowreel.engine.config import RunConfig
 from flowreel.engine.data import FlowBatch
+from flowreel.engine.describe import describe
 from flowreel.engine.errors import (
     OutputExistsError,
     OutputWriteError,
@@ -342,7 +343,14 @@ def test_a_cut_video_stays_unfinished_unless_told_otherwise(tiny: str, tmp_path:
     assert not unfinished.complete
     assert unfinished.available > 0
     report = flowreel.run(cut, outputs, weights=tiny, tolerate_truncation=True, overwrite=True)
-    assert flowreel.open_store(outputs[0]).complete
+    store = flowreel.open_store(outputs[0])
+    assert store.complete
+    assert store.attrs["source_losses"][0] in " ".join(report.notes)
+    assert describe(str(outputs[0]))["notes"] == [
+        f"what its source did not give was let pass: {loss}" for loss in store.attrs["source_losses"]
+    ]
+    flowreel.run(whole, outputs[0], weights=tiny, overwrite=True)
+    assert "source_losses" not in flowreel.open_store(outputs[0]).attrs
     assert 0 < report.pairs < 19
     assert any("cut" in note or "decoded" in note for note in report.notes)
 
