@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +39,11 @@ def demo(
     device: str = "auto",
     overwrite: bool = False,
     progress: ProgressHook | None = None,
+    say: Callable[[str], object] = lambda _: None,
 ) -> DemoReport:
     """Renders ``scene.mp4``, computes ``scene.zarr`` and ``flow.mp4`` from it, and compares with the truth.
+
+    progress: as of ``flowreel.run``. say: told what begins now, in words.
 
     Raises:
         OutputExistsError: one of them is there, and is not to be replaced.
@@ -51,8 +55,11 @@ def demo(
             raise OutputExistsError(f"{path} is already there: pass --overwrite to replace it, or name another folder")
     make_folder(folder)
     with closing(SyntheticSource(SCENE, SelectConfig())) as scene:
+        say(f"rendering {scene.info.frame_count} frames into {clip}")
         render(scene, clip)
+        say("computing their flow")
         report = api.run(clip, outputs, weights=weights, device=device, overwrite=overwrite, progress=progress)
+        say("comparing it with the truth")
         errors, motions = [], []
         for i, flow in enumerate(open_store(outputs[0])):
             truth = scene.flow(i, i + 1)[0].numpy()

@@ -25,7 +25,9 @@ def demo(
     from flowreel.engine.cli.table import Live, print_summary, size
 
     with Live(quiet) as live:
-        report = demonstration.demo(folder, weights=weights, device=device, overwrite=overwrite, progress=live.show)
+        report = demonstration.demo(
+            folder, weights=weights, device=device, overwrite=overwrite, progress=live.show, say=live.say
+        )
     if not quiet:
         print_summary(report.run)
     store, video = report.run.outputs

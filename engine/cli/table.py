@@ -47,6 +47,11 @@ class Live:
         if self._live is not None:
             self._live.stop()
 
+    def say(self, words: str) -> None:
+        """A line of its own, above whatever is drawn."""
+        if not self._quiet:
+            self.console.print(printable(words), highlight=False)
+
     def show(self, progress: Progress) -> None:
         if self._live is not None:
             self._live.update(Group(stage_table(progress), _bar(progress)))

@@ -411,13 +411,16 @@ def test_demo(tiny: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(demo, "SCENE", SyntheticConfig("objects", width=128, height=64, frames=5))
     assert call(["demo", "shown", "--weights", tiny]) == 0
-    said = capsys.readouterr().out
+    said, told = capsys.readouterr()
     assert "error against the truth" in said
     assert ".flo" in said
+    assert "rendering 5 frames into shown/scene.mp4" in told
+    assert "comparing it with the truth" in told
     for name in ("scene.mp4", "flow.mp4"):
         assert Path("shown", name).exists()
     assert len(open_store("shown/scene.zarr")) == 4
     assert call(["demo", "shown", "--weights", tiny, "--quiet", "--overwrite"]) == 0
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["scene.mp4", "scene.zarr", "flow.mp4"])
