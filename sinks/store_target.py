@@ -94,9 +94,9 @@ class LocalTarget:
 
         afresh: an unfinished one is removed, although nothing may be overwritten.
         """
-        publish.require_absent(self.final, overwrite)
         if self.final.exists() and not (self.final / "zarr.json").is_file():
             raise OutputExistsError(f"{self.final} is there and is not a Zarr store: remove it yourself if it can go")
+        publish.require_absent(self.final, overwrite)
         assert self._claim is not None, "hold comes before start"
         if not self._claim.made and not (overwrite or afresh):
             raise OutputExistsError(
