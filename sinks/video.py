@@ -102,6 +102,9 @@ class ColorVideoSink:
             except BaseException:
                 self._claim.withdraw()
                 raise
+        if info.height % 2 or info.width % 2:
+            even = f"{info.width + info.width % 2}x{info.height + info.height % 2}"
+            self._notes.append(f"{self.path}: {even}, as 4:2:0 has even sides: the last row or column comes twice")
         if self._encoder.fallback is not None:
             self._notes.append(f"{self.path}: {self._encoder.fallback}")
         if self._max_flow is not None:

@@ -175,7 +175,9 @@ def test_times_that_make_no_sense_still_give_a_video(tmp_path: Path, suffix: str
 def test_odd_and_tiny_sizes_are_padded_to_even(tmp_path: Path, height: int, width: int) -> None:
     flow = np.empty((2, height, width), np.float32)
     flow[0], flow[1] = 0, 1
-    record(tmp_path / "x.mp4", [batch_of([flow] * 2)], SinkConfig(max_flow=1.0))
+    notes = record(tmp_path / "x.mp4", [batch_of([flow] * 2)], SinkConfig(max_flow=1.0))
+    told = f"x.mp4: {width + width % 2}x{height + height % 2}, as 4:2:0 has even sides"
+    assert any(told in note for note in notes) == bool(height % 2 or width % 2)
     pictures, _, _ = play(tmp_path / "x.mp4")
     assert [picture.shape for picture in pictures] == [(height + height % 2, width + width % 2, 3)] * 2
     # The added row and column repeat the last one: all yellow, and no seam in another colour.
