@@ -234,29 +234,41 @@ def kind_of(index: int) -> str:
 
 
 class TextureBank:
-    """Many textures at several resolutions, as uint8: 48 of 512 px take 50 MB and about four seconds of one core.
+    """Many textures at several resolutions, as uint8, each made when it is first asked for.
 
-    Attributes:
-        levels: for each texture, (3, size, size), (3, size/2, size/2), (3, size/4, size/4) uint8.
-        grey: for each texture, the mean of all its values.
+    48 of 512 px take 50 MB and about four seconds of one core.
     """
 
     def __init__(self, seed: int = 0, count: int = 48, size: int = 512) -> None:
-        textures = [make_texture(kind_of(index), seed * 9973 + index, size) for index in range(count)]
-        self.levels = [self._pyramid(texture) for texture in textures]
-        self.grey = [float(texture.double().mean()) for texture in textures]
+        self.seed, self.count, self.size = seed, count, size
+        self._made: dict[int, tuple[Tensor, ...]] = {}
+        self._grey: dict[int, float] = {}
+
+    def levels(self, index: int) -> tuple[Tensor, ...]:
+        """A texture: (3, size, size), (3, size/2, size/2), (3, size/4, size/4) uint8."""
+        levels = self._made.get(index)
+        if levels is None:
+            texture = make_texture(kind_of(index), self.seed * 9973 + index, self.size)
+            levels = self._made[index] = self._pyramid(texture)
+        return levels
+
+    def grey(self, index: int) -> float:
+        """The mean of all a texture's values."""
+        if index not in self._grey:
+            self._grey[index] = float(self.levels(index)[0].double().mean())
+        return self._grey[index]
 
     @staticmethod
-    def _pyramid(texture: Tensor) -> list[Tensor]:
+    def _pyramid(texture: Tensor) -> tuple[Tensor, ...]:
         pyramid, level = [texture], texture.float()
         for _ in range(LEVELS - 1):
             level = functional.avg_pool2d(level, 2)
             pyramid.append(level.round().to(torch.uint8))
-        return pyramid
+        return tuple(pyramid)
 
     def window(self, index: int, level: int, top: int, left: int, height: int, width: int) -> Tensor:
         """A part of one texture, wrapped at its borders: (3, height, width) float32."""
-        texture = self.levels[index][level]
+        texture = self.levels(index)[level]
         size = texture.shape[1]
         top, left = top % size, left % size
         if top + height <= size and left + width <= size:
@@ -267,7 +279,7 @@ class TextureBank:
 
 @functools.cache
 def texture_bank(seed: int = 0, count: int = 48, size: int = 512) -> TextureBank:
-    """The bank of these settings, built on first use in a process."""
+    """The bank of these settings, one in a process."""
     return TextureBank(seed, count, size)
 
 

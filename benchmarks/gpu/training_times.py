@@ -27,16 +27,19 @@ MOST_WORKERS = 12
 
 
 def run(findings: Findings, settings: Settings) -> None:
-    painter = Painter(torch.device(settings.device), SceneConfig().bank)
-    findings.attempt("painting", partial(_paint, findings, settings, painter))
+    scenes = checks.FEW_TEXTURES if settings.dry else SceneConfig()
+    painter = Painter(torch.device(settings.device), scenes.bank)
+    findings.attempt("painting", partial(_paint, findings, settings, painter, scenes))
     for model, batch in CASES[:1] if settings.dry else CASES:
-        findings.attempt(f"{model}, {batch} pairs", partial(_train, findings, settings, painter, model, batch))
+        # A dry run's scenes are painted on the host: of all textures they take few.
+        by = None if settings.dry else painter
+        findings.attempt(f"{model}, {batch} pairs", partial(_train, findings, settings, by, model, batch))
 
 
-def _paint(findings: Findings, settings: Settings, painter: Painter) -> None:
+def _paint(findings: Findings, settings: Settings, painter: Painter, scenes: SceneConfig) -> None:
     """Scenes that are drawn already."""
     count, sync = 2 if settings.dry else 64, device_sync(settings.device)
-    packed, best_s = batches.draw(0, 0, count, HEIGHT, WIDTH), math.inf
+    packed, best_s = batches.draw(0, 0, count, HEIGHT, WIDTH, scenes), math.inf
     for _ in range(2 if settings.dry else 5):
         sync()
         before_s = time.perf_counter()
@@ -46,7 +49,7 @@ def _paint(findings: Findings, settings: Settings, painter: Painter) -> None:
     findings.row(what="painting", size=f"{WIDTH}x{HEIGHT}", batch=count, pairs_s=count / best_s)
 
 
-def _train(findings: Findings, settings: Settings, painter: Painter, model: str, batch: int) -> None:
+def _train(findings: Findings, settings: Settings, painter: Painter | None, model: str, batch: int) -> None:
     """The steps that the command makes, with scenes drawn by processes; no reports in between."""
     config = TrainConfig(model=model, batch=batch, height=HEIGHT, width_px=WIDTH, batch_norm=False, minutes=1)
     workers, warm_up = max(min((os.cpu_count() or 1) - 2, MOST_WORKERS), 1), WARM_UP

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from flowreel.engine.device import send, to_device
 from flowreel.engine.models.layers import STRIDE
 from flowreel.engine.training.config import MOST_STEPS, TrainConfig
-from flowreel.engine.training.drawing import draw_pair
+from flowreel.engine.training.drawing import SceneConfig, draw_pair
 from flowreel.engine.training.packing import Packed, pack
 from flowreel.engine.training.painting import Batch, Painter
 from flowreel.engine.training.pairs import sample_pair
@@ -65,9 +65,9 @@ class _Scenes(Dataset["Batch | list[Packed]"]):
         return make(config.seed, number, config.batch, config.height + STRIDE, config.width_px + STRIDE)
 
 
-def render(seed: int, number: int, count: int, height: int, width: int) -> Batch:
-    """Scenes ``number`` to ``number + count`` of a seed, stacked."""
-    pairs = [sample_pair((seed << 42) + number + i, height, width) for i in range(count)]
+def render(seed: int, number: int, count: int, height: int, width: int, scenes: SceneConfig | None = None) -> Batch:
+    """Scenes ``number`` to ``number + count`` of a seed, stacked. ``scenes``: how they are drawn."""
+    pairs = [sample_pair((seed << 42) + number + i, height, width, scenes) for i in range(count)]
     return (
         torch.stack([pair.first for pair in pairs]),
         torch.stack([pair.second for pair in pairs]),
@@ -76,9 +76,11 @@ def render(seed: int, number: int, count: int, height: int, width: int) -> Batch
     )
 
 
-def draw(seed: int, number: int, count: int, height: int, width: int) -> list[Packed]:
+def draw(
+    seed: int, number: int, count: int, height: int, width: int, scenes: SceneConfig | None = None
+) -> list[Packed]:
     """The same scenes, not painted yet."""
-    return pack([draw_pair((seed << 42) + number + i, height, width) for i in range(count)])
+    return pack([draw_pair((seed << 42) + number + i, height, width, scenes) for i in range(count)])
 
 
 def augment(batch: Batch, height: int, width: int, generator: torch.Generator) -> Batch:

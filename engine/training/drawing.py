@@ -54,7 +54,7 @@ class Piece:
 
     def offset(self, bank: TextureBank) -> Matrix:
         """(3,) float64: what is added to the colours after ``gain``."""
-        return np.asarray(self.wanted - self.gain @ np.full(3, bank.grey[self.texture]))
+        return np.asarray(self.wanted - self.gain @ np.full(3, bank.grey(self.texture)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -35,8 +35,8 @@ class Painter:
         self.device = device
         self._settings = settings
         bank = texture_bank(*settings)
-        self._grey = torch.tensor(bank.grey, device=device)
-        self._sizes = torch.tensor([level.shape[-1] for level in bank.levels[0]], device=device)
+        self._grey = torch.tensor([bank.grey(texture) for texture in range(bank.count)], device=device)
+        self._sizes = torch.tensor([level.shape[-1] for level in bank.levels(0)], device=device)
         atlas, corners = _atlas(bank)
         self._atlas, self._corners = atlas.to(device), corners.to(device)
         fields = torch.from_numpy(tatters()).to(device)[:, None]
@@ -166,13 +166,13 @@ def _atlas(bank: TextureBank) -> tuple[Tensor, Tensor]:
 
     And the texel (x, y) at which each begins, (levels, textures, 2).
     """
-    count = len(bank.levels)
+    count = bank.count
     across = int(np.ceil(np.sqrt(count)))
     rows: list[Tensor] = []
     corners = torch.zeros((LEVELS, count, 2))
     top = 0
     for level in range(LEVELS):
-        tiles = torch.stack([levels[level] for levels in bank.levels]).float()
+        tiles = torch.stack([bank.levels(texture)[level] for texture in range(count)]).float()
         tiles = functional.pad(tiles, (0, 1, 0, 1), mode="circular")
         side = tiles.shape[-1]
         for first in range(0, count, across):

@@ -24,7 +24,7 @@ def test_textures_repeat_without_a_seam(kind: str, seed: int) -> None:
 def test_a_window_wraps_round_its_texture() -> None:
     bank = TextureBank(seed=1, count=1, size=64)
     window = bank.window(0, 1, top=30, left=-5, height=70, width=40)
-    texture = bank.levels[0][1].float()
+    texture = bank.levels(0)[1].float()
     assert texture.shape == (3, 32, 32)
     rows, columns = (torch.arange(70) + 30) % 32, (torch.arange(40) - 5) % 32
     assert torch.equal(window, texture[:, rows][:, :, columns])
