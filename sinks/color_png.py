@@ -67,7 +67,7 @@ class ColorPngSink(NumberedFilesSink):
         """See ``DeviceSink``. Raises what went wrong with an earlier one, too."""
         assert isinstance(prepared, ColorBatch)
         for place, (rgb, unknown) in enumerate(
-            zip(prepared.pictures.numpy(), prepared.unknown.tolist(), strict=True)  # views that keep the prepared alive
+            zip(prepared.pictures.numpy(), prepared.unknown.tolist(), strict=True)  # views that keep the batch alive
         ):
             number, frame = prepared.index + place, int(prepared.frame[place])
             self.submit(number, frame, _picture_file, rgb, unknown, nbytes=rgb.nbytes)
