@@ -189,6 +189,8 @@ def _require_kind(name: str, value: object, hint: object) -> None:
     kinds = {str if get_origin(part) is Literal else part for part in parts}
     if isinstance(value, int) and not isinstance(value, bool) and float in kinds:
         return
+    if isinstance(value, str) and str in kinds:  # also of a kind of its own, as of an enumeration
+        return
     if type(value) not in kinds:
         words = [words for kind, words in _KINDS.items() if kind in kinds]
         raise UsageError(f"{name.replace('_', '-')} must be {' or '.join(words)}, got {value!r}")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from flowreel.engine.config import RunConfig
 from flowreel.engine.errors import UsageError
@@ -50,3 +54,46 @@ def test_impossible_values_are_named(options: dict[str, Any]) -> None:
     (name,) = options if len(options) == 1 else ("stop",)
     with pytest.raises(UsageError, match=name.replace("_", "[-_]")):
         RunConfig.of(**options)
+
+
+class Way(StrEnum):
+    BACK = "backward"
+
+
+def test_options_of_other_libraries_kinds() -> None:
+    config = RunConfig.of(
+        stop=np.int64(12),
+        step=torch.tensor(2),
+        batch=np.int32(4),
+        max_error=np.float32(0.5),
+        device=torch.device("cpu"),
+        weights=Path("w.safetensors"),
+        overwrite=np.bool_(True),
+        codec=np.str_("zstd"),
+        direction=Way.BACK,
+    )
+    assert (config.select.stop, config.select.step, config.model.batch) == (12, 2, 4)
+    assert (config.sink.max_error, config.sink.overwrite, config.sink.codec) == (0.5, True, "zstd")
+    assert (config.model.device, config.model.weights, config.model.direction) == ("cpu", "w.safetensors", "backward")
+    assert {type(config.select.stop), type(config.model.batch)} == {int}
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ({"batch": 2.0}, "batch must be a whole number, got 2.0"),
+        ({"stop": 4.0}, "stop must be a whole number or text"),
+        ({"step": True}, "step must be a whole number, got True"),
+        ({"device": None}, "device must be text, got None"),
+        ({"weights": None}, "weights must be text"),
+        ({"max_error": "much"}, "max-error must be a number, got 'much'"),
+        ({"max_flow": [1]}, "max-flow must be a number"),
+        ({"resume": 1}, "resume must be True or False"),
+        ({"tolerate_truncation": "no"}, "tolerate-truncation must be True or False"),
+        ({"precision": 16}, "precision must be text"),
+        ({"precision": "fp8"}, "precision must be one of auto, fp32"),
+    ],
+)
+def test_values_of_another_kind_are_named(option: dict[str, object], expected: str) -> None:
+    with pytest.raises(UsageError, match=expected):
+        RunConfig.of(**option)
