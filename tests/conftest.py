@@ -24,11 +24,15 @@ hypothesis.settings.load_profile("unhurried")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """``-m gpu`` chooses the tests that take the fixture ``gpu``, by name or as a parameter of another one."""
+    """``-m gpu`` chooses the tests that take the fixture ``gpu``, by name or as a parameter of another one.
+
+    Those that are marked ``early`` come first.
+    """
     for item in items:
         chosen = getattr(getattr(item, "callspec", None), "params", {}).values()
         if "gpu" in getattr(item, "fixturenames", ()) or any(isinstance(x, str) and x == "gpu" for x in chosen):
             item.add_marker(pytest.mark.gpu)
+    items.sort(key=lambda item: item.get_closest_marker("early") is None)
 
 
 @pytest.fixture

@@ -41,6 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.early
 def test_commands_and_code(folder: Path) -> None:
     commands, code = blocks("sh"), blocks("python")
     assert len(commands) == len(code) == 1

@@ -28,6 +28,7 @@ def result_in(folder: Path) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.early
 def test_a_dry_run_walks_through_every_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["gpu", "--dry-run", "--out", str(tmp_path)]) == 0
     result = result_in(tmp_path)

@@ -244,6 +244,7 @@ def killed_at(path: Path, call: int, resume: bool) -> bool:
     return in_a_child(die_at_last) == signal.SIGKILL
 
 
+@pytest.mark.early
 def test_killed_at_every_step_then_resumed_gives_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
