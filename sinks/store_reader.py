@@ -322,14 +322,14 @@ class FlowStore:
 
     def name_of(self, number: int) -> str:
         """ "flow 17 (frame 34)", or without the frame when that cannot be told."""
+        number += len(self) if number < 0 else 0
         frame = self.frame_of(number)
-        number = number + len(self) if number < 0 else number
         return f"flow {number}" if frame is None else f"flow {number} (frame {frame})"
 
     def frame_of(self, number: int) -> int | None:
         """Number of a flow's first frame in the source, None when that cannot be told."""
         try:
-            frame = int(self.files.value("frame", number + len(self) if number < 0 else number))
+            frame = int(self.files.value("frame", number + (len(self) if number < 0 else 0)))
         except DamagedStoreError:
             return None
         return None if frame < 0 else frame

@@ -117,3 +117,8 @@ def test_every_public_name_is_there_and_documented() -> None:
         assert name == "__version__" or value.__doc__, name
     with pytest.raises(AttributeError, match="nothing_like_it"):
         flowreel.nothing_like_it  # noqa: B018
+
+
+def test_errors_can_be_imported_from() -> None:
+    code = "from flowreel.errors import StageError; import flowreel; assert flowreel.errors.StageError is StageError"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -91,25 +92,28 @@ def train(
 
     losses: list[Tensor] = []  # scalars where they were made: to read each would wait for the device each step
     done = share_done(config, state.step, state.seconds)
+    if done >= 1:
+        return state.finish()
     painter = None if where.type == "cpu" else Painter(where, SceneConfig().bank)
     started: float | None = None
-    for batch in batches(config, state.step, workers, painter) if done < 1 else ():
-        if started is None:  # what it takes to get there is no training
-            started = time.monotonic() - state.seconds
-        state.step += 1
-        rate = learning_rate(config, state.step, done)
-        losses.append(make_step(config, model, optimiser, batch, rate, visible_alone=done < config.visible_only))
-        done = share_done(config, state.step, time.monotonic() - started)
-        if state.step % report_every == 0 or done >= 1:
-            epe, zero = _held_out(model, held_out)
-            loss = float(torch.stack(losses).double().mean())
-            state.seconds = time.monotonic() - started
-            progress = Progress(state.step, state.seconds, loss, epe, zero, rate)
-            losses.clear()
-            state.save(progress)
-            report(progress)
-        if done >= 1:
-            break  # before another batch is made
+    with closing(batches(config, state.step, workers, painter)) as seen:  # or an error would keep its processes
+        for batch in seen:
+            if started is None:  # what it takes to get there is no training
+                started = time.monotonic() - state.seconds
+            state.step += 1
+            rate = learning_rate(config, state.step, done)
+            losses.append(make_step(config, model, optimiser, batch, rate, visible_alone=done < config.visible_only))
+            done = share_done(config, state.step, time.monotonic() - started)
+            if state.step % report_every == 0 or done >= 1:
+                epe, zero = _held_out(model, held_out)
+                loss = float(torch.stack(losses).double().mean())
+                state.seconds = time.monotonic() - started
+                progress = Progress(state.step, state.seconds, loss, epe, zero, rate)
+                losses.clear()
+                state.save(progress)
+                report(progress)
+            if done >= 1:
+                break  # before another batch is made
     return state.finish()
 
 

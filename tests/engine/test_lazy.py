@@ -390,6 +390,15 @@ class TestWhatGoesWrong:
         with pytest.raises((IndexError, TypeError)):
             opened()[key]
 
+    @pytest.mark.parametrize("key", [slice(3, 9), [3, 1], 1.5, "3"])
+    def test_a_frame_is_asked_for_by_one_number(self, opened: Callable[..., LazyFlow], key: Any) -> None:
+        with pytest.raises(TypeError):
+            opened().rgb(key)
+
+    def test_a_list_behind_the_flows_is_told_of(self, opened: Callable[..., LazyFlow]) -> None:
+        with pytest.raises(TypeError, match="of each flow an index takes numbers, slices"):
+            opened()[:, [1, 0]]
+
     def test_stdin(self) -> None:
         with pytest.raises(UsageError, match="stdin passes by only once"):
             flowreel.open("-")

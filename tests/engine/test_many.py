@@ -524,3 +524,8 @@ def test_failed_sources_keep_no_memory(tiny: str, monkeypatch: pytest.MonkeyPatc
     assert "and here it ends" in str(report.sources[0].error)
     assert manifest()["sources"][0]["error"]["type"] == "UnsupportedSourceError"
     assert [reference() for reference in opened] == [None, None]
+
+
+def test_one_source_needs_no_list(tiny: str) -> None:
+    assert statuses(run_many(clip("a.mp4"), "a.zarr", weights=tiny)) == ["done"]
+    assert statuses(run_many(Path("a.mp4"), "a.zarr", weights=tiny)) == ["skipped"]

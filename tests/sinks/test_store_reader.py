@@ -32,6 +32,7 @@ from flowreel.engine.errors import (
     MissingDependencyError,
     StoreError,
     StoreNotFoundError,
+    frame_of,
 )
 from flowreel.sinks import store_check, store_reader
 from flowreel.sinks.codecs import FlowCodec, _checked, compress, pack_shard
@@ -115,6 +116,28 @@ def spoil(path: Path, place: int) -> None:
     data = bytearray(path.read_bytes())
     data[place] ^= 4
     path.write_bytes(data)
+
+
+def test_names_of_flows_counted_from_the_end(store: FlowStore) -> None:
+    assert [store.frame_of(number) for number in (1, -1)] == [2, 2 * (len(store) - 1)]
+    assert store.name_of(-1) == store.name_of(len(store) - 1) == f"flow {len(store) - 1} (frame {2 * (len(store) - 1)})"
+
+
+def test_what_is_damaged_concerns_its_own_frame(tmp_path: Path) -> None:
+    """Whatever frame its reader has come to."""
+    damaged = make(tmp_path / "X.zarr", moving())
+    spoil(damaged.folder / "flow" / "c" / "0" / "0" / "0" / "0", 40)
+    with pytest.raises(DamagedStoreError, match="flow 0") as caught:
+        damaged[0:3]
+    assert frame_of(caught.value, 99) == 0
+
+
+def test_a_store_that_is_not_there_is_named_as_it_was(tmp_path: Path) -> None:
+    for name, beside in (("X.zarr", True), ("X.zarr.partial", False)):
+        with pytest.raises(StoreNotFoundError) as caught:
+            open_store(tmp_path / name)
+        assert str(tmp_path / name) in str(caught.value)
+        assert (f"{tmp_path / 'X.zarr.partial'}" in str(caught.value)) if beside else "none" not in str(caught.value)
 
 
 # Indexing

@@ -147,7 +147,7 @@ def test_other_inputs_are_refused() -> None:
 
 def test_what_cannot_be_compiled() -> None:
     model = build_model("FlowNet2S", width=0.05)
-    for shape in ((1, 64), (1, 60, 64), (0, 64, 64), (1, 64, 0)):
+    for shape in ((1, 64), (1, 60, 64), (0, 64, 64), (1, 64, 0), (1.0, 64, 64)):
         with pytest.raises(UsageError, match="shape"):
             flowreel.compile(model, shape)  # type: ignore[arg-type]
     for precision in ("fp16", "tf32", "fp64"):
@@ -155,6 +155,10 @@ def test_what_cannot_be_compiled() -> None:
             flowreel.compile(model, (1, 64, 64), precision)
     with pytest.raises(UsageError, match="Linear"):
         flowreel.compile(nn.Linear(2, 2), (1, 64, 64))
+
+
+def test_a_list_is_a_shape_too() -> None:
+    assert flowreel.compile(build_model("FlowNet2S", width=0.05), [1, 64, 64]) is not None  # type: ignore[arg-type]
 
 
 def trained(model: nn.Module) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from flowreel.engine.errors import (
+    DeviceError,
     OutputExistsError,
     OutputWriteError,
     UnreadableWeightsError,
@@ -498,3 +499,13 @@ def test_a_network_may_share_the_weights_tensors_or_have_copies(
     assert same(shared, model)
     assert same(copied, model)
     assert not any(tensor.is_meta for tensor in shared.state_dict().values())
+
+
+def test_where_a_network_may_go() -> None:
+    """As elsewhere; on this machine auto is whatever there is."""
+    for device in ("cpu", torch.device("cpu"), "auto"):
+        load_model("FlowNet2S", device=device, width=0.02)
+    with pytest.raises(DeviceError, match="cuda:99"):
+        load_model("FlowNet2S", device="cuda:99", width=0.02)
+    with pytest.raises(UsageError, match="device must be auto"):
+        load_model("FlowNet2S", device="tpu", width=0.02)

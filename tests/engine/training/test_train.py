@@ -68,6 +68,13 @@ def test_minutes_end_a_workers_endless_scenes(tmp_path: Path) -> None:
     assert read_weights(tmp_path / "weights.safetensors").made_by["steps"] == 1
     assert not multiprocessing.active_children()
 
+    def fail(progress: Progress) -> None:
+        raise ValueError("no room on the screen")
+
+    with pytest.raises(ValueError, match="no room"):
+        train(replace(TINY, steps=9), tmp_path / "failed", workers=1, report_every=1, report=fail)
+    assert not multiprocessing.active_children()
+
 
 def test_another_seed_gives_other_weights(tmp_path: Path) -> None:
     for seed in (0, 1):
