@@ -41,7 +41,7 @@ from flowreel.engine.restore import restore
 from flowreel.engine.resume import Resumption, require_made_so, take_up
 from flowreel.engine.sources import STDIN, MayWait, OnDevice, lasting_name, open_source, source_stem
 from flowreel.engine.stages import Stage, StageFunction, StageStatistics, joined
-from flowreel.sinks import open_sink, open_store
+from flowreel.sinks import open_sink, open_store, without_effect
 
 if TYPE_CHECKING:
     import torch
@@ -161,6 +161,7 @@ def run_one(
                 f"{', '.join(paths)}; pass --tolerate-truncation to take it as the whole"
             )
         report = _report(frames, inference, header, sinks, tallies, pipeline, (began_s, started_s, ended_s))
+        report = replace(report, notes=(*report.notes, *without_effect(paths, config.sink)))
     if resumed is None:
         return report
     report = replace(report, flows=resumed.point.flows + report.pairs)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flowreel.engine.config import RunConfig
+from flowreel.engine.config import RunConfig, SinkConfig
 from flowreel.engine.data import FlowBatch, Sink
 from flowreel.engine.errors import UsageError
 from flowreel.engine.outputs import (
@@ -30,7 +30,7 @@ from flowreel.engine.outputs import (
 )
 from flowreel.engine.pipeline import Pipeline
 from flowreel.engine.stages import StageStatistics
-from flowreel.sinks import open_flows, open_sink
+from flowreel.sinks import open_flows, open_sink, without_effect
 
 if TYPE_CHECKING:
     from flowreel.sinks import StoredFlow
@@ -124,7 +124,7 @@ def export(
             source=flows.info.source.name,
             outputs=tuple(output_report(sink, flo_bytes) for sink in sinks),
             stages=pipeline.statistics(),
-            notes=tuple(_notes(flows, frame_rate)),
+            notes=tuple(_notes(flows, paths, config.sink, frame_rate)),
         )
 
 
@@ -150,10 +150,12 @@ def unknown_marked(batch: FlowBatch) -> FlowBatch:
     return replace(batch, flow=torch.where(unknown, FLO_UNKNOWN, batch.flow))
 
 
-def _notes(flows: StoredFlow, frame_rate: object) -> Iterator[str]:
+def _notes(flows: StoredFlow, paths: list[str], config: SinkConfig, frame_rate: object) -> Iterator[str]:
     yield from flows.notes
     error = flows.info.made_by.get("earlier_max_error")
     if isinstance(error, float):
         yield f"the flow was stored within {error:g} px of what had been computed; every output carries that error too"
     if flows.has_times and frame_rate is not None:
         yield "a store keeps its own times: the frame rate that was given does not apply"
+    # Of files that are read, two-stream pictures take the bound.
+    yield from without_effect(paths, config if flows.has_times else replace(config, bound=SinkConfig.bound))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from flowreel.sinks.registry import known_outputs, open_sink
+from flowreel.sinks.registry import known_outputs, open_sink, without_effect
 
 if TYPE_CHECKING:
     from flowreel.sinks.color_png import ColorPictures
@@ -49,6 +49,7 @@ __all__ = [
     "read_two_stream",
     "select",
     "why_no_nvenc",
+    "without_effect",
     "write_flo",
     "write_flow_npz",
     "write_kitti",

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from flowreel.engine.config import SinkConfig
 from flowreel.engine.errors import UnknownOutputError
 
 if TYPE_CHECKING:
-    from flowreel.engine.config import SinkConfig
     from flowreel.engine.data import Sink
 
 
@@ -23,6 +24,7 @@ class Output:
     meaning: str  # one phrase for --help
     module: str
     factory: str  # called as factory(path, config)
+    reads: tuple[str, ...] = ()  # fields of its config that concern it, beside those that concern any output
     prefix: str = ""  # how its last part begins, where the suffix alone does not tell
 
     def fits(self, name: str) -> bool:
@@ -30,17 +32,34 @@ class Output:
 
 
 _PAIRS = "two-stream pairs: x and y as 8-bit grey pictures"
+_STORE = ("max_error", "codec")
+_VIDEO = ("max_flow", "encoder")
 
 OUTPUTS = (
-    Output(".zarr", "X.zarr", "compressed flow store, Zarr v3", "flowreel.sinks.zarr_store", "ZarrSink"),
-    Output(".mp4", "X.mp4", "colour video, H.264", "flowreel.sinks.video", "ColorVideoSink"),
-    Output(".mkv", "X.mkv", "colour video, H.264", "flowreel.sinks.video", "ColorVideoSink"),
+    Output(".zarr", "X.zarr", "compressed flow store, Zarr v3", "flowreel.sinks.zarr_store", "ZarrSink", _STORE),
+    Output(".mp4", "X.mp4", "colour video, H.264", "flowreel.sinks.video", "ColorVideoSink", _VIDEO),
+    Output(".mkv", "X.mkv", "colour video, H.264", "flowreel.sinks.video", "ColorVideoSink", _VIDEO),
     Output(".flo", "DIR/%06d.flo", "one Middlebury .flo a flow", "flowreel.sinks.flo", "FloSink"),
     Output(".kitti.png", "DIR/%06d.kitti.png", "one 16-bit KITTI picture a flow", "flowreel.sinks.kitti", "KittiSink"),
     Output(".npz", "DIR/%06d.npz", "one NumPy .npz a flow", "flowreel.sinks.npz", "NpzSink"),
-    Output(".jpg", "DIR/flow_x_%05d.jpg", f"{_PAIRS}, JPEG", "flowreel.sinks.two_stream", "TwoStreamSink"),
-    Output(".png", "DIR/flow_x_%05d.png", f"{_PAIRS}, PNG", "flowreel.sinks.two_stream", "TwoStreamSink", "flow_x_"),
-    Output(".png", "DIR/%06d.png", "one colour picture a flow", "flowreel.sinks.color_png", "ColorPngSink"),
+    Output(".jpg", "DIR/flow_x_%05d.jpg", f"{_PAIRS}, JPEG", "flowreel.sinks.two_stream", "TwoStreamSink", ("bound",)),
+    Output(
+        ".png",
+        "DIR/flow_x_%05d.png",
+        f"{_PAIRS}, PNG",
+        "flowreel.sinks.two_stream",
+        "TwoStreamSink",
+        ("bound",),
+        prefix="flow_x_",
+    ),
+    Output(
+        ".png",
+        "DIR/%06d.png",
+        "one colour picture a flow",
+        "flowreel.sinks.color_png",
+        "ColorPngSink",
+        ("max_flow",),
+    ),
 )
 
 
@@ -68,3 +87,14 @@ def open_sink(name: str | os.PathLike[str], config: SinkConfig) -> Sink:
 def known_outputs() -> tuple[tuple[str, str], ...]:
     """Every form an output's name may take, with what it means: for ``--help``."""
     return tuple((output.form, output.meaning) for output in OUTPUTS)
+
+
+def without_effect(names: Iterable[str | os.PathLike[str]], config: SinkConfig) -> list[str]:
+    """A sentence for each option that is not at its default and that none of these outputs reads."""
+    read = {option for name in names for option in find_output(os.fspath(name)).reads}
+    told = []
+    for option in fields(config):
+        forms = [output.form for output in OUTPUTS if option.name in output.reads]
+        if forms and option.name not in read and getattr(config, option.name) != option.default:
+            told.append(f"{option.name.replace('_', '-')} has no effect here: it is for {', '.join(forms)}")
+    return told

@@ -152,6 +152,13 @@ def test_run_writes_what_stream_gives(tiny: str, tmp_path: Path) -> None:
     json.dumps(report.as_json())
 
 
+def test_options_that_nothing_reads_are_noted(tiny: str, tmp_path: Path) -> None:
+    note = "codec has no effect here: it is for X.zarr"
+    options = {"weights": tiny, "codec": "zstd", "max_flow": 9.0}
+    assert note in flowreel.run(SOURCE, tmp_path / "a.mp4", **options).notes
+    assert note not in flowreel.run(SOURCE, [tmp_path / "b.zarr", tmp_path / "b.mp4"], **options).notes
+
+
 def test_the_store_records_how_its_flow_was_made(tiny: str, tmp_path: Path) -> None:
     flowreel.run(SOURCE, tmp_path / "x.zarr", weights=tiny, stop=4, step=1)
     attributes = flowreel.open_store(tmp_path / "x.zarr").attrs

@@ -150,12 +150,16 @@ def print_many(report: ManyReport) -> None:
     for source in report.sources:
         table.add_row(*(Text(printable(cell)) for cell in _cells(source)))
     console.print(table)
+    shared = _shared_notes(report)
     for source in report.sources:
         if source.error is not None:
             told = "; ".join([str(source.error), *getattr(source.error, "__notes__", ())])
             console.print(printable(f"{source.source}: {told}"))
         for note in () if source.run is None else _notes(source.run):
-            console.print(printable(f"{source.source}: {note}"))
+            if note not in shared:
+                console.print(printable(f"{source.source}: {note}"))
+    for note in shared:
+        console.print(f"note: {printable(note)}")
     runs = [source.run for source in report.sources if source.run is not None]
     if runs:
         console.print(printable(_how(runs[0])))
@@ -173,6 +177,12 @@ def _cells(source: SourceReport) -> tuple[str, ...]:
 
 def _notes(report: RunReport) -> list[str]:
     return [note for output in report.outputs for note in output.notes] + list(report.notes)
+
+
+def _shared_notes(report: ManyReport) -> list[str]:
+    """What is noted of every source, where they are several: told once."""
+    each = [_notes(source.run) for source in report.sources if source.run is not None]
+    return [note for note in each[0] if all(note in notes for notes in each)] if len(each) > 1 else []
 
 
 def _how(report: RunReport) -> str:

@@ -119,6 +119,15 @@ def test_a_slice_into_several_outputs(folder: Path) -> None:
     assert report.notes == ()
 
 
+def test_options_that_no_output_reads_are_noted(folder: Path) -> None:
+    bound = "bound has no effect here: it is for DIR/flow_x_%05d.jpg, DIR/flow_x_%05d.png"
+    assert bound not in export(folder, "a.zarr", bound=9).notes  # pictures that it may read take it
+    notes = export("a.zarr", "b/%d.flo", bound=9, codec="zstd").notes
+    assert bound in notes
+    assert "codec has no effect here: it is for X.zarr" in notes
+    assert bound not in export("a.zarr", "b/flow_x_%d.png", bound=9).notes
+
+
 def test_unknown_vectors_are_nan_in_stores_and_beyond_1e9_in_flo(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,7 +296,7 @@ def test_reading_waits_for_a_slow_output(folder: Path, monkeypatch: pytest.Monke
             yield batch
 
     class Slow:
-        path, notes, bytes_written = "slow", (), 0
+        path, notes, bytes_written = "slow.zarr", (), 0
 
         def open(self, info: FlowInfo) -> None: ...
         def commit(self, complete: bool = True) -> None: ...
@@ -300,7 +309,7 @@ def test_reading_waits_for_a_slow_output(folder: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(reading.FileFlows, "__iter__", one_by_one)
     monkeypatch.setattr("flowreel.sinks.flow_readers.BATCH_FLOWS", 1)
     monkeypatch.setattr(exporting, "open_sink", lambda path, config: Slow())
-    report = export(folder, "slow", queue_mb=1e-5)
+    report = export(folder, "slow.zarr", queue_mb=1e-5)
     assert (given, taken, report.flows) == (10, 10, 10)
     assert most <= 3  # one in work, one in the channel, one in the reader's hand
 

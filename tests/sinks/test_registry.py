@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import flowreel.sinks
-from flowreel.engine.config import SinkConfig
+from flowreel.engine.config import RunConfig, SinkConfig
+from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
 from flowreel.engine.errors import UnknownOutputError
-from flowreel.sinks import known_outputs, open_sink
+from flowreel.sinks import known_outputs, open_sink, without_effect
 from flowreel.sinks.registry import OUTPUTS, Output, find_output
 
 
@@ -61,6 +65,44 @@ def test_open_sink_writes_nothing(tmp_path: Path) -> None:
 def test_every_line_of_the_table_leads_to_its_module(output: Output) -> None:
     assert find_spec(output.module) is not None
     assert find_output(output.form) is output  # none hides behind a line above it
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "told"),
+    [
+        (["X.zarr"], {"codec": "zstd", "max_error": 0.0}, []),
+        (["X.mp4", "a/%06d.flo"], {"codec": "zstd"}, ["codec has no effect here: it is for X.zarr"]),
+        (["a/%06d.flo"], {"overwrite": True, "shard_bytes": 1}, []),  # of any output, or none of the command line's
+        (["a/%06d.png"], {"max_flow": 3.0}, []),
+        (["X.zarr", "X.mkv"], {"max_flow": 3.0, "codec": "zstd"}, []),  # each is read by one of them
+        (["X.zarr"], {"max_flow": 3.0}, ["max-flow has no effect here: it is for X.mp4, X.mkv, DIR/%06d.png"]),
+        (["a/flow_x_%05d.jpg"], {"bound": 9.0}, []),
+        (["a/%06d.png"], {"encoder": "cpu"}, ["encoder has no effect here: it is for X.mp4, X.mkv"]),
+    ],
+)
+def test_options_that_no_output_reads_are_told(names: list[str], options: dict[str, object], told: list[str]) -> None:
+    assert without_effect(names, RunConfig.of(**options).sink) == told
+
+
+@pytest.mark.parametrize("output", OUTPUTS, ids=lambda output: output.form)
+def test_the_table_names_the_options_that_a_format_reads(
+    output: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[str] = set()
+
+    class Watched(SinkConfig):
+        def __getattribute__(self, name: str) -> object:
+            seen.add(name)
+            return super().__getattribute__(name)
+
+    config = Watched()
+    seen.clear()  # what it looks at itself
+    sink = open_sink(tmp_path / output.form, config)
+    sink.open(FlowInfo(16, 32, frame_rate=Fraction(25), frame_count=2, source=SourceId("test")))
+    flow, number, time_s = torch.zeros(1, 2, 16, 32), np.zeros(1, np.int64), np.zeros(1)
+    sink.write(FlowBatch(flow, 0, number, number + 1, time_s, time_s + 0.04))
+    sink.commit()
+    assert seen & {option for line in OUTPUTS for option in line.reads} == set(output.reads)
 
 
 def test_importing_the_package_loads_no_format() -> None:

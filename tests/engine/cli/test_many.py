@@ -54,6 +54,12 @@ def test_default_outputs_and_quiet(tiny: list[str], capsys: Capture) -> None:
     }
 
 
+def test_what_is_noted_of_every_source_is_told_once(tiny: list[str], capsys: Capture) -> None:
+    assert call(["run", A, B, *STORE, *tiny, "--bound", "3"]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "no effect" in line]
+    assert told == ["note: bound has no effect here: it is for DIR/flow_x_%05d.jpg, DIR/flow_x_%05d.png"]
+
+
 def test_a_failure_is_told_of_and_the_rest_done(tiny: list[str], capsys: Capture) -> None:
     assert call(["run", "no[where].mp4", B, *STORE, *tiny, "--manifest", "list.json"]) == 1
     out, err = capsys.readouterr()
