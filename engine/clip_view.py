@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from flowreel.engine.config import as_whole
 from flowreel.engine.errors import UsageError
 
 Size = int | tuple[int, int]  # pixels: the shorter side, or height and width
@@ -34,7 +35,7 @@ class ClipView:
         if self.mirrored:
             scale[0] = -scale[0]
             seen = seen.flip(-1)
-        return seen * torch.tensor(scale, device=flow.device)[:, None, None]
+        return seen * torch.tensor(scale, dtype=flow.dtype, device=flow.device)[:, None, None]
 
     def rgb(self, rgb: Tensor) -> Tensor:
         """(3, H, W) uint8 to (3, height, width) uint8."""
@@ -61,11 +62,13 @@ class ViewRule:
     def __post_init__(self) -> None:
         for name in ("size", "crop"):
             value = getattr(self, name)
-            sides = value if isinstance(value, tuple | list) else () if value is None else (value, value)
-            if value is not None and not (
-                len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides)
-            ):
+            if value is None:
+                continue
+            several = isinstance(value, tuple | list)
+            sides = [as_whole(side) or 0 for side in (value if several else (value, value))]
+            if len(sides) != 2 or min(sides) < 1:
                 raise UsageError(f"{name} must be a number of pixels or (height, width), got {value!r}")
+            object.__setattr__(self, name, tuple(sides) if several else sides[0])
 
     def sizes(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """What frames of this size are resized to, and the size that is cut out. Raises UsageError: there is less."""
@@ -98,4 +101,4 @@ class ViewRule:
 
 def random_below(count: int, generator: torch.Generator | None) -> int:
     """A number from 0 to count - 1."""
-    return int(torch.randint(count, (), generator=generator))
+    return int(torch.randint(count, (), generator=generator, device="cpu"))

@@ -8,6 +8,7 @@ by it (Simonyan, Zisserman, "Two-Stream Convolutional Networks for Action Recogn
 
 from __future__ import annotations
 
+import operator
 import os
 import re
 from bisect import bisect_right
@@ -25,8 +26,8 @@ from torch.utils.data import Dataset
 
 from flowreel import sinks
 from flowreel.engine.clip_view import ClipView, Size, ViewRule, random_below
-from flowreel.engine.config import RunConfig
-from flowreel.engine.data import SourceId
+from flowreel.engine.config import RunConfig, as_whole
+from flowreel.engine.data import UNKNOWN_ABOVE, SourceId
 from flowreel.engine.device import to_device
 from flowreel.engine.errors import SourceChangedError, StoreError, UsageError
 from flowreel.engine.inference import Network, load_network
@@ -128,11 +129,11 @@ class FlowClips(Dataset[Any]):
         self._given = [source if isinstance(source, LazyFlow | FlowStore) else lasting_name(source) for source in given]
         if not self._given:
             raise UsageError("give at least one source of clips")
-        _check_whole("length", length, 1)
-        _check_whole("stride", stride, 1)
-        _check_whole("clips", clips, 1)
-        _check_whole("open_at_once", open_at_once, 1)
-        _check_whole("seed", seed, 0)
+        length, open_at_once = _whole("length", length, 1), _whole("open_at_once", open_at_once, 1)
+        stride, clips, seed = (
+            None if value is None else _whole(name, value, least)
+            for name, value, least in (("stride", stride, 1), ("clips", clips, 1), ("seed", seed, 0))
+        )
         if stride is not None and clips is not None:
             raise UsageError("stride and clips both say where clips lie: give one of them")
         if bound is not None and not 0 < bound < float("inf"):
@@ -149,7 +150,9 @@ class FlowClips(Dataset[Any]):
         self._open_at_once = open_at_once
         self._options = {"frames_mb": 64.0} | options
         self._caches = None if cache is None else _caches(Path(cache).absolute(), self._given)
-        self._epoch = torch.zeros((), dtype=torch.int64)  # shared with workers, which may stay from epoch to epoch
+        self._epoch = torch.zeros(
+            (), dtype=torch.int64, device="cpu"
+        )  # shared with workers, which may stay from epoch to epoch
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]
         self._start_here()
         self._extents: list[_Extent] = []
@@ -172,6 +175,7 @@ class FlowClips(Dataset[Any]):
         return f"<FlowClips {len(self)} {kind} clips of {self.length} flows, {size}, from {len(self._given)} sources>"
 
     def __getitem__(self, index: int) -> Any:
+        index = operator.index(index)
         if not -len(self) <= index < len(self):
             raise IndexError(f"clip {index} of {len(self)}")
         index %= len(self)
@@ -192,8 +196,11 @@ class FlowClips(Dataset[Any]):
         return item if self.transform is None else self.transform(item)
 
     def set_epoch(self, epoch: int) -> None:
-        """Other random clips: call it before each pass over them, when there is a seed. Workers hear of it, too."""
-        self._epoch.fill_(epoch)
+        """Other random clips: call it before each pass over them, when there is a seed. Workers hear of it, too.
+
+        Raises UsageError for anything but a whole number from 0 on.
+        """
+        self._epoch.fill_(_whole("epoch", epoch, 0))
 
     # -- One clip ------------------------------------------------------------------------------------------------
 
@@ -204,13 +211,15 @@ class FlowClips(Dataset[Any]):
         generator = None
         if self.seed is not None:
             state = np.random.SeedSequence([self.seed, int(self._epoch), index]).generate_state(1, np.uint64)
-            generator = torch.Generator().manual_seed(int(state[0]))
+            generator = torch.Generator("cpu").manual_seed(int(state[0]))
         first = random_below(extent.count - self.length + 1, generator)
         return first, self._rule.random(extent.height, extent.width, generator)
 
     def _stack(self, flows: Any, view: ClipView) -> Tensor:
         """(L, 2, H, W) pixels of the source, a tensor or an array, to a (2L, h, w) stack."""
-        seen = view.flow(torch.nan_to_num(torch.as_tensor(flows), nan=0.0))
+        given = flows if isinstance(flows, Tensor) else torch.from_numpy(flows)
+        known = (given.abs() <= UNKNOWN_ABOVE).all(1, keepdim=True)
+        seen = view.flow(torch.where(known, given, 0))
         if self.bound is not None:
             seen = (seen / self.bound).clamp(-1, 1)
         return seen.flatten(0, 1)
@@ -281,9 +290,12 @@ class FlowClips(Dataset[Any]):
         self._start_here()
 
 
-def _check_whole(name: str, value: object, least: int) -> None:
-    if value is not None and not (isinstance(value, int) and not isinstance(value, bool) and value >= least):
+def _whole(name: str, value: object, least: int) -> int:
+    """Python's own of any whole number, NumPy's and torch's included."""
+    whole = as_whole(value)
+    if whole is None or whole < least:
         raise UsageError(f"{name} must be a whole number from {least} on, got {value!r}")
+    return whole
 
 
 def _caches(folder: Path, given: Sequence[Source]) -> dict[str, Path]:

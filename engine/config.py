@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, fields
+from operator import index
 from os import PathLike, fspath
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -181,6 +182,14 @@ def _plain(value: object) -> object:
         plain: object = value.item()
         return plain
     return str(value) if type(value).__module__ == "torch" and type(value).__name__ == "device" else value
+
+
+def as_whole(value: object) -> int | None:
+    """Python's own of a whole number, also of NumPy's and torch's; None: it is none."""
+    try:
+        return None if isinstance(value, bool) else index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 def _require_kind(name: str, value: object, hint: object) -> None:

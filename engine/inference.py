@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowreel.engine.compiled import Packed, Program, pack, quarter_upsampling
+from flowreel.engine.compiled import Packed, Program, pack, plain_modes, quarter_upsampling
 from flowreel.engine.config import ModelConfig, Precision
 from flowreel.engine.data import JSON, FlowBatch, FramePair, NativeGrid, PairBatch
 from flowreel.engine.device import Lane, free_bytes, ran_out_of_memory, resolve_devices, resolve_precision
@@ -90,13 +90,13 @@ class Inference:
 
         Gradients are off, but the result is an ordinary tensor: it can take part in training.
         """
-        with torch.no_grad():
+        with plain_modes(self.device):
             return self.of_fitted(self._fitted(first), self._fitted(second))
 
     def of_fitted(self, first: Tensor, second: Tensor) -> Tensor:
         """The same of frames that are on the device, float32 and of the network's size."""
         program = self._program(len(first))
-        with torch.no_grad(), recording(self.kernels):
+        with plain_modes(self.device), recording(self.kernels):
             return program.flow(first, second)
 
     def _fitted(self, frames: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class Inference:
         """Made once for full batches and once for each length of a short one, so that equal batches run equally."""
         program = self.made.programs.get(pairs)
         if program is None:
-            with torch.no_grad(), recording(self.kernels):  # what is captured now is only replayed later
+            with plain_modes(self.device), recording(self.kernels):  # what is captured now is only replayed later
                 program = self.made.programs.setdefault(pairs, self.packed.program((pairs, *self.fit.network_size)))
         return program
 
@@ -199,7 +199,7 @@ class Inference:
     def _quarter(self, first: Tensor, second: Tensor) -> Tensor:
         """``of_fitted`` before it is enlarged: (N, 2, h, w) at a quarter of the network's size, in its pixels."""
         program = self._program(len(first))
-        with torch.no_grad(), recording(self.kernels):
+        with plain_modes(self.device), recording(self.kernels):
             return program.quarter(first, second)
 
     def _both(self, pairs: Sequence[FramePair]) -> tuple[Tensor, Tensor]:

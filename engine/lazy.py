@@ -212,7 +212,7 @@ class LazyFlow:
         shape = (len(chosen.numbers), *chosen.inner_shape)
         for place, number in enumerate(chosen.numbers if 0 not in shape else ()):
             places.setdefault(number, []).append(place)
-        out = torch.empty(shape, device=self.device)
+        out = torch.empty(shape, dtype=self.dtype, device=self.device)
         for number, flow in self._read(sorted(places)):
             part = flow if chosen.whole else _inside(flow, chosen.inside)
             for place in places[number]:
@@ -318,7 +318,7 @@ class LazyFlow:
         if self._cache is None:
             missing += numbers
             return
-        flow = torch.empty(self.shape[1:])
+        flow = torch.empty(self.shape[1:], dtype=self.dtype, device="cpu")
         for number in numbers:
             if self._cache.find(number, flow.numpy()):
                 self._count(LazyStatistics(from_cache=1))

@@ -128,7 +128,7 @@ class Layer:
 
     def _sample(self, x: Tensor, y: Tensor) -> Tensor:
         height, width = self.texture.shape[-2:]
-        grid = torch.empty((1, *x.shape, 2))
+        grid = x.new_empty((1, *x.shape, 2))
         for axis, (at, texels) in enumerate(((x, width), (y, height))):
             if self.wraps:  # one texel of the far side has been added, so the period is one less
                 at = torch.remainder(at * self.texels + self.origin[axis], texels - 1)
@@ -168,7 +168,7 @@ class Scene:
 
     def paint(self, t: float) -> tuple[Tensor, Tensor]:
         """RGB (3, H, W) float32 0..255 at time t (in frames), and the number of the front layer (H, W) uint8."""
-        colour = torch.zeros((3, self.height, self.width))
+        colour = torch.zeros((3, self.height, self.width), dtype=torch.float32)
         owner = torch.zeros((self.height, self.width), dtype=torch.uint8)
         for number, layer in enumerate(self.layers):
             box = layer.box(t, self.height, self.width)
@@ -194,7 +194,7 @@ class Scene:
 
     def flow_between(self, t0: float, owner0: Tensor, t1: float, owner1: Tensor) -> tuple[Tensor, Tensor]:
         """``flow`` for a caller who has painted both frames and so knows their front layers."""
-        flow = torch.zeros((2, self.height, self.width))
+        flow = torch.zeros((2, self.height, self.width), dtype=torch.float32)
         for number, layer in enumerate(self.layers):
             box = layer.box(t0, self.height, self.width)
             if box is None:

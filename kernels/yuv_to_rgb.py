@@ -93,7 +93,9 @@ def _enlarged(chroma: Tensor, height: int, width: int) -> Tensor:
 
 def _between(samples: int, pixels: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """For each pixel of one side: the sample before it, the one after it, and how far it is on the way."""
-    place = ((torch.arange(pixels, device=device) + 0.5) * (samples / pixels) - 0.5).clamp(0, samples - 1)
+    place = ((torch.arange(pixels, dtype=torch.float32, device=device) + 0.5) * (samples / pixels) - 0.5).clamp(
+        0, samples - 1
+    )
     before = place.floor()
     return before.long(), (before.long() + 1).clamp(max=samples - 1), place - before
 

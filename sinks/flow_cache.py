@@ -103,7 +103,10 @@ class FlowCache(FlowStore):
     @property
     def stored(self) -> int:
         """How many flows have been computed. Looks at the disk: others may be filling it."""
-        names = map(_FLOW.fullmatch, os.listdir(self.folder / "flow"))
+        try:
+            names = map(_FLOW.fullmatch, os.listdir(self.folder / "flow"))
+        except FileNotFoundError:  # somebody has removed it
+            return 0
         return sum(1 for name in names if name is not None and int(name[1]) < len(self))
 
     def has(self, number: int) -> bool:
@@ -192,6 +195,8 @@ def _file_of(folder: Path, number: int) -> Path:
 def _create(folder: Path, info: FlowInfo, config: SinkConfig, flows: Placed) -> None:
     """An empty cache, made beside its place and then given its name, unless another process was faster."""
     assert info.flow_count is not None
+    if folder.exists() and folder.samefile("."):
+        raise CacheMismatchError(f"{folder} is the working folder, whose place a cache cannot take: choose another")
     codec = flow_codec(info.height, info.width, config)
     metadata = store_metadata(info, config, codec, None, info.flow_count, cache=True)
     temporary = folder.with_name(f"{folder.name}.{secrets.token_hex(8)}.partial")

@@ -25,6 +25,7 @@ from flowreel.engine.data import UNKNOWN_ABOVE
 from flowreel.engine.errors import (
     FlowFileError,
     OutputExistsError,
+    OutputWriteError,
     SourceNotFoundError,
     UnknownOutputError,
     concerning,
@@ -296,6 +297,8 @@ class NumberedFilesSink(ABC):
 
 def write_flow_file(path: str | os.PathLike[str], pieces: Sequence[Piece]) -> None:
     """Writes one file by itself, which appears whole or not at all."""
+    if not Path(path).name:
+        raise OutputWriteError(f"cannot write {path!r}: it is a folder")
     with write_errors(Path(path)), atomic_file(Path(path)) as file:
         file.writelines(pieces)
 

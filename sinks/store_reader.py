@@ -13,7 +13,6 @@ import os
 import stat
 from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +80,8 @@ def open_store(path: str | os.PathLike[str]) -> FlowStore:
 class FlowStore:
     """A flow store, read on demand; nothing is kept but the shards' indexes and checksums.
 
-    ``store[5]`` is (2, H, W) float32, pixels of the source frame, x then y, NaN where there is no vector.
+    ``store[5]`` is (2, H, W) float32, pixels of the source frame, x then y. Where there is no vector it is NaN; in a
+    lossless store it stays what was written there, such as a ``.flo``'s 1e10 (``valid`` tells).
     ``store[2:9]``, ``store[[3, 1]]`` and ``store[mask]`` with a truth value a flow are (N, 2, H, W). Numbers and slices
     that follow pick from each flow: ``store[5, :, 10:20, 30:40]``, ``store[2:6, 0]``, ``store[..., ::4, ::4]``.
     Negative numbers count from the end. Only the flows named are decoded, each once, several side by side where
@@ -99,6 +99,8 @@ class FlowStore:
     folder: Path  # absolute
     layout: StoreLayout
     files: StoreFiles
+    dtype = np.dtype(np.float32)
+    ndim = 4
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute()
@@ -109,6 +111,7 @@ class FlowStore:
         self.shard_length: int = self.layout.shard_length
         self.files = StoreFiles(self.folder, self.layout, self._finished)
         self._codec = self.layout.codec
+        self._coordinates: dict[str, tuple[Array, int]] = {}  # by name: its values, when how many flows were there
 
     def __reduce__(self) -> tuple[type[FlowStore], tuple[Path]]:
         return type(self), (self.folder,)
@@ -157,25 +160,25 @@ class FlowStore:
         """How many flows are there in all: of a cache, wherever they lie."""
         return self.available
 
-    @cached_property
+    @property
     def timestamps_s(self) -> Float64Array:
         """(N,) seconds, presentation time of each pair's first frame; NaN where not written yet."""
-        return self._read_coordinate("timestamp_s")
+        return self._coordinate("timestamp_s")
 
-    @cached_property
+    @property
     def timestamps_to_s(self) -> Float64Array:
         """(N,) seconds, of each pair's second frame."""
-        return self._read_coordinate("timestamp_to_s")
+        return self._coordinate("timestamp_to_s")
 
-    @cached_property
+    @property
     def frame(self) -> Int64Array:
         """(N,) number of each pair's first frame in the source; -1 where not written yet."""
-        return self._read_coordinate("frame")
+        return self._coordinate("frame")
 
-    @cached_property
+    @property
     def frame_to(self) -> Int64Array:
         """(N,) number of each pair's second frame."""
-        return self._read_coordinate("frame_to")
+        return self._coordinate("frame_to")
 
     @property
     def valid(self) -> ValidVectors:
@@ -199,8 +202,8 @@ class FlowStore:
     def to_xarray(self) -> xarray.DataArray:
         """The flow as an xarray.DataArray, float32, read when it is looked at and only as far as needed.
 
-        Dimensions time, component, y, x; the times and frame numbers are coordinates of time. NaN where there is no
-        vector. Of an unfinished store it holds the flows that are there now.
+        Dimensions time, component, y, x; the times and frame numbers are coordinates of time. Values are those
+        of ``store[...]``. Of an unfinished store it holds the flows that are there now.
 
         Raises:
             MissingDependencyError: xarray is not installed.
@@ -314,11 +317,17 @@ class FlowStore:
             f"{self.path} is unfinished: {self.name_of(number)} is not there yet, the first {self.available} are"
         )
 
-    def _read_coordinate(self, name: str) -> Array:
-        try:
-            return self.files.coordinate(name)
-        except DamagedStoreError as error:
-            raise DamagedStoreError(f"{self.path}: {error}") from error
+    def _coordinate(self, name: str) -> Array:
+        """Kept from one time to the next, unless more flows have come since."""
+        available = len(self) if self.layout.cache else self.available  # a cache has them from the start
+        values, known = self._coordinates.get(name, (None, 0))
+        if values is None or known < available:
+            try:
+                values = self.files.coordinate(name)
+            except DamagedStoreError as error:
+                raise DamagedStoreError(f"{self.path}: {error}") from error
+            self._coordinates[name] = values, available
+        return values
 
     def name_of(self, number: int) -> str:
         """ "flow 17 (frame 34)", or without the frame when that cannot be told."""

@@ -5,11 +5,13 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
 import time
 import traceback
+import warnings
 from types import FrameType
 from typing import NoReturn
 
@@ -30,6 +32,9 @@ class Interrupted(Exception):
 def main() -> NoReturn:
     """Entry point of ``flowreel`` and ``python -m flowreel``."""
     os.environ.update(patience() | os.environ)  # read when torch loads
+    # What Pillow has to say of a file is either told by an error of ours or of no concern.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
     take_interrupts()
     code = call(sys.argv[1:])
     if code == INTERRUPTED:

@@ -10,16 +10,17 @@ What that file may rely on, and what it owes:
   the caller may drop it, so that its weights are not in memory twice. BatchNorm means its evaluation form.
 - ``Packed.program((B, H, W))`` settles everything that depends on the shape: buffers, layouts, a captured graph. H and
   W are multiples of 64. Programs of one packed network share its weights.
-- ``Program.flow`` and ``Program.quarter`` are called with gradients off, on whatever thread and current stream, with
+- ``Program.flow`` and ``Program.quarter`` are called in ``plain_modes``, on whatever thread and current stream, with
   two (B, 3, H, W) float32 tensors on the device, of any strides, whose shape was checked. They give a tensor of its
   own: ordinary, contiguous, never memory that a later call writes to. Two threads may call one program at once.
-- Modes (autocast, cuDNN flags, streams) are entered and left within a call.
+- Other modes (cuDNN flags, streams) are entered and left within a call.
 - Accuracy: fp32 equals the module to 2e-4 px; the other precisions differ by at most .05 px on average.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Protocol
 
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from flowreel.engine.compiled.unchanged import Unchanged
-from flowreel.engine.config import Precision, RunConfig
+from flowreel.engine.config import Precision, RunConfig, as_whole
 from flowreel.engine.device import resolve_precision
 from flowreel.engine.errors import UsageError
 from flowreel.engine.models import MODELS
@@ -61,10 +62,17 @@ class Packed(Protocol):
 _BACKENDS: dict[str, str] = {"cpu": "cpu", "cuda": "cuda"}
 
 
+@contextmanager
+def plain_modes(device: torch.device) -> Iterator[None]:
+    """What a network is packed, captured and run under: no gradients, and no autocast of whoever calls."""
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast(device.type, enabled=False):
+        yield
+
+
 def pack(net: nn.Module, precision: Precision) -> Packed:
     """The weights of one of the six networks in the form its device runs. ``net`` stays as it is; it may be dropped."""
     backend = import_module(f"flowreel.engine.compiled.{_BACKENDS.get(_device_of(net).type, 'plain')}")
-    with torch.no_grad():
+    with plain_modes(_device_of(net)):
         packed: Packed = backend.pack(net, precision)
         return packed
 
@@ -83,7 +91,7 @@ class CompiledModel:
         self.device = _device_of(net)
         self._weights = Unchanged(net)
         self._has_quarter = quarter_upsampling(net) is not None
-        with torch.no_grad():
+        with plain_modes(self.device):
             self._program = pack(net, precision).program(shape)
 
     def __call__(self, first: Tensor, second: Tensor) -> Tensor:
@@ -122,7 +130,7 @@ class CompiledModel:
             if frames.device != self.device:
                 raise ValueError(f"compiled for {self.device}, got a tensor on {frames.device}")
         self._weights.require()
-        with torch.no_grad():
+        with plain_modes(self.device):
             return form(first.float(), second.float())
 
 
@@ -139,18 +147,19 @@ def compile(model: nn.Module, shape: Shape, precision: str = "auto") -> Compiled
     Returns:
         A callable like the network: two (B, 3, H, W) float tensors to (B, 2, H, W) float32 pixels, without gradients.
         When the network's weights change later, by training or loading others, it says so instead of answering
-        (unless they are changed behind torch's back, through ``.data``).
+        (unless they are changed behind torch's back: through ``.data``, or in place where they were made in
+        ``torch.inference_mode``).
 
     Raises:
         UsageError: not one of the six networks, an impossible shape, or a precision the device does not have.
     """
-    possible = len(shape) == 3 and all(isinstance(size, int) and size > 0 for size in shape)
-    if not possible or shape[1] % STRIDE or shape[2] % STRIDE:
+    sizes = [as_whole(size) or 0 for size in shape]
+    if len(sizes) != 3 or min(sizes) < 1 or sizes[1] % STRIDE or sizes[2] % STRIDE:
         raise UsageError(f"shape is (pairs, height, width), height and width multiples of {STRIDE}, got {shape}")
     if not isinstance(model, Refiner | FlowNet2CS):
         raise UsageError(f"only the networks {', '.join(MODELS)} can be compiled, not {type(model).__name__}")
     asked = RunConfig.of(precision=precision).model.precision
-    return CompiledModel(model, (shape[0], shape[1], shape[2]), resolve_precision(asked, _device_of(model)))
+    return CompiledModel(model, (sizes[0], sizes[1], sizes[2]), resolve_precision(asked, _device_of(model)))
 
 
 def _device_of(net: nn.Module) -> torch.device:

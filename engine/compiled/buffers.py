@@ -20,7 +20,7 @@ def apart(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """
     size = math.prod(shape) * dtype.itemsize
     if size < mmap.PAGESIZE:
-        return torch.zeros(shape, dtype=dtype)
+        return torch.zeros(shape, dtype=dtype, device="cpu")
     private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     return torch.frombuffer(mmap.mmap(-1, size, **private), dtype=dtype).view(shape)
 
@@ -39,7 +39,7 @@ class Buffers:
         shape = (batch, height, width, channels)
         size = math.prod(shape) * dtype.itemsize
         if size < SMALLEST:
-            return torch.empty(shape, dtype=dtype).permute(0, 3, 1, 2)
+            return torch.empty(shape, dtype=dtype, device="cpu").permute(0, 3, 1, 2)
         blocks = self._free.setdefault(size, [])
         try:
             memory = blocks.pop()

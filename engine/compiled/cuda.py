@@ -13,6 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -130,12 +131,13 @@ class Work:
         self.network, self.shape = network, shape
         batch, height, width = shape
         shrink = 1 if network.upsampling is None else 4
-        self.flow = torch.zeros(batch, 2, height // shrink, width // shrink, device=network.device)  # pixels
+        zeros = partial(torch.zeros, dtype=torch.float32, device=network.device)
+        self.flow = zeros(batch, 2, height // shrink, width // shrink)  # pixels
         self.parts = {name: self._part(layers) for name, layers in network.parts.items()}
         stacked = issubclass(network.kind, FlowNet2CS)
         self.both = self._room(3, batch=2 * batch) if stacked or network.kind is FlowNetC else None  # for C
         self.pair = None if network.kind in (FlowNetC, FlowNet2CS, FlowNet2CSS) else self._room(6)  # for S or SD
-        self.frames = torch.zeros(batch, 6, height, width, device=network.device) if stacked else None  # for warps
+        self.frames = zeros(batch, 6, height, width) if stacked else None  # for warps
         self.refining = self._room(REFINING_CHANNELS) if stacked else None  # what S1, then S2 are given
         self.fusing = self._room(FUSION_CHANNELS) if network.kind is FlowNet2 else None
 

@@ -141,7 +141,7 @@ def pack_layer(module: nn.Module, precision: Precision, by_cudnn: bool = False) 
         )
         spread[: weight.shape[0], : weight.shape[1]] = weight
         weight = spread
-    bias = torch.zeros(weight.shape[1 if transposed else 0], device=weight.device)
+    bias = torch.zeros(weight.shape[1 if transposed else 0], dtype=torch.float32, device=weight.device)
     if layer.bias is not None:
         bias[: layer.out_channels] = layer.bias.detach()
     activation = parts[-1]

@@ -28,7 +28,10 @@ class SmoothedHead:
         whole = composed(smooth, head)
         outputs, inputs = whole.weight.shape[:2]
         each = whole.weight.permute(2, 0, 1, 3).reshape(KERNEL * outputs, inputs, 1, KERNEL)  # (row, output), as below
-        places = torch.einsum("ry,op->orpy", torch.eye(KERNEL), torch.eye(outputs))
+        rows, columns = (
+            torch.eye(size, dtype=whole.weight.dtype, device=whole.weight.device) for size in (KERNEL, outputs)
+        )
+        places = torch.einsum("ry,op->orpy", rows, columns)
         self.outputs = outputs
         self._rows = PackedConvolution(each.contiguous(), None, (1, 1), KERNEL // 2)
         self._sum = PackedConvolution(places.reshape(outputs, KERNEL * outputs, KERNEL, 1), whole.bias, (1, 1), 0)

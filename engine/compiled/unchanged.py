@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from weakref import ReferenceType, ref
 
@@ -32,11 +33,31 @@ class _Place:
         return (now.data_ptr(), _version(now)) == (self.address, self.version)
 
 
+@dataclass(frozen=True)
+class _Child:
+    """One module inside another."""
+
+    name: str
+    module: ReferenceType[nn.Module]
+    key: str
+    child: ReferenceType[nn.Module]
+
+    def same(self) -> bool:
+        module, child = self.module(), self.child()
+        return module is not None and child is not None and module._modules.get(self.key) is child
+
+
 class Unchanged:
-    """Remembers a network's parameters and buffers without keeping them alive."""
+    """Remembers a network's modules, parameters and buffers without keeping them alive."""
 
     def __init__(self, net: nn.Module) -> None:
         self._net = ref(net)
+        self._children = [
+            _Child(f"{path}.{key}".lstrip("."), ref(module), key, ref(child))
+            for path, module in net.named_modules()
+            for key, child in module._modules.items()
+            if child is not None
+        ]
         self._places = [
             _Place(f"{path}.{key}", ref(module), key, ref(tensor), tensor.data_ptr(), _version(tensor))
             for path, module in net.named_modules()
@@ -50,11 +71,12 @@ class Unchanged:
         What is written through ``tensor.data``, behind torch's back, is not seen.
 
         Raises:
-            StaleModelError: a parameter or buffer was written to or replaced.
+            StaleModelError: a parameter or buffer was written to, or one of them or a module replaced.
         """
         if self._net() is None:
             return
-        for place in self._places:
+        parts: Sequence[_Child | _Place] = (*self._children, *self._places)
+        for place in parts:
             if not place.same():
                 raise StaleModelError(
                     f"{place.name} has changed since the network was compiled: call flowreel.compile again"

@@ -107,7 +107,7 @@ class Winograd:
         weighed[:, : self._outputs, : self._inputs, :, 0] = torch.einsum(
             "pt,oiyt->poiy", torch.from_numpy(by.weigh), weight.double()
         )
-        constant = torch.zeros(products, self._held_outputs)
+        constant = weight.new_zeros(products, self._held_outputs)
         if bias is not None:
             constant[:, : self._outputs] = torch.from_numpy(by.constant).float()[:, None] * bias
         self._multiply = PackedConvolution(weighed.flatten(0, 1), constant.flatten(), (stride, 1), 0, groups=products)
@@ -151,7 +151,7 @@ class Winograd:
         batch, channels, height, width = x.shape
         count = width // step
         own = x.permute(0, 2, 3, 1).reshape(batch, height, count, step, channels)
-        tiles = torch.empty(batch, height, count, inputs, self._held_inputs)
+        tiles = x.new_empty(batch, height, count, inputs, self._held_inputs)
         tiles[..., self._inputs :] = 0
         left, middle, right = torch.split(tiles[..., : self._inputs], [before, step, inputs - before - step], 3)
         middle.copy_(own)

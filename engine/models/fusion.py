@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flowreel.engine.models.layers import FlowHead, conv, deconv, initialise, inter_conv, scaled, upsample_flow
+from flowreel.engine.models.layers import FlowHead, UpsampledFlow, conv, deconv, initialise, inter_conv, scaled
 
 
 class FlowNetFusion(nn.Module):
@@ -31,8 +31,8 @@ class FlowNetFusion(nn.Module):
         self.predict_flow2 = FlowHead(n(128))
         self.predict_flow1 = FlowHead(n(32))
         self.predict_flow0 = FlowHead(n(16))
-        self.upsampled_flow2_to_1 = upsample_flow()
-        self.upsampled_flow1_to_0 = upsample_flow()
+        self.upsampled_flow2_to_1 = UpsampledFlow()
+        self.upsampled_flow1_to_0 = UpsampledFlow()
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def warped_and_error(x: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
 def refining_input(x: Tensor, flow: Tensor) -> Tensor:
     """(B, 6, H, W) frames and (B, 2, H, W) flow in pixels to the (B, 12, H, W) input of the next network."""
     warped, error = warped_and_error(x, flow)
-    return torch.cat((x, warped, flow / FLOW_SCALE, error), 1)
+    return torch.cat((x, warped, flow / FLOW_SCALE, error), 1).to(x.dtype)  # flow may be wider than what it goes with
 
 
 class FlowNet2CS(nn.Module):
@@ -91,5 +91,5 @@ class FlowNet2(FlowNet2CSS):
         _, error_css = warped_and_error(x, flow_css)
         _, error_sd = warped_and_error(x, flow_sd)
         parts = (x[:, :3], flow_sd, flow_css, channel_norm(flow_sd), channel_norm(flow_css), error_sd, error_css)
-        fused: Tensor = self.flownetfusion(torch.cat(parts, 1))
+        fused: Tensor = self.flownetfusion(torch.cat(parts, 1).to(x.dtype))
         return fused

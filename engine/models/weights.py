@@ -12,7 +12,6 @@ import math
 import os
 import reprlib
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -176,7 +175,7 @@ def instantiate(weights: Weights, model: str | None = None, *, share: bool = Fal
     name = weights.model if model is None else model_name(model)
     state = weights.state_for(name)
     _require_enough(state, weights, name)
-    with without_values() if share else nullcontext():
+    with without_values():  # nothing is drawn from torch's generator
         net = build_model(name, batch_norm=weights.batch_norm, width=weights.width)
     expected = net.state_dict()
     problems = [f"lacks {key}" for key in expected if key not in state and not key.endswith("num_batches_tracked")]
@@ -189,8 +188,11 @@ def instantiate(weights: Weights, model: str | None = None, *, share: bool = Fal
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise WeightsMismatchError(f"{weights.name} does not fit {name}: {', '.join(problems[:3])}{more}")
-    counts = {key: torch.zeros((), dtype=torch.long) for key in expected if key.endswith("num_batches_tracked")}
-    net.load_state_dict(counts | state, assign=share)  # checked above; only those may be absent
+    counts = {
+        key: torch.zeros((), dtype=torch.long, device="cpu") for key in expected if key.endswith("num_batches_tracked")
+    }
+    own = state if share else {key: tensor.clone() for key, tensor in state.items()}
+    net.load_state_dict(counts | own, assign=True)  # checked above; only those may be absent
     return net
 
 

@@ -43,8 +43,10 @@ def is_synthetic(name: str) -> bool:
 
 
 def lasting_name(name: str | os.PathLike[str]) -> str:
-    """The same source by a name that means it from any working folder."""
+    """The same source by a name that means it from any working folder. Raises UsageError for an empty one."""
     text = os.fspath(name)
+    if not text:
+        raise UsageError("the source's name is empty")
     if _is_stdin(text) or is_synthetic(text) or os.path.isabs(text):
         return text
     if os.path.lexists(text) or not glob.has_magic(text):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import glob
-import logging
 import re
 import struct
-import warnings
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -35,10 +33,6 @@ if TYPE_CHECKING:
 
 FLOW_SUFFIXES = frozenset({".flo", ".npz", ".zarr"})
 FRAME_RATE = Fraction(25)  # pictures carry no times; FFmpeg reads image sequences at the same rate
-
-# What Pillow has to say of a file is either told by an error of ours or of no concern.
-warnings.filterwarnings("ignore", module=r"PIL\.")
-logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 _ORIENTATION = 0x0112  # the EXIF tag
 _UPRIGHT = {

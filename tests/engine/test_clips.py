@@ -76,6 +76,18 @@ class TestStacks:
         assert (item["source"], item["first"], item["timestamp_s"]) == (0, 3, 0.12)
         assert set(item) == {"flow", "source", "first", "timestamp_s"}
 
+    @pytest.mark.parametrize("max_error", [0.0, 1 / 64])
+    def test_unknown_vectors_of_flo_files_are_no_motion(self, tmp_path: Path, max_error: float) -> None:
+        flow = np.ones((16, 16, 2), np.float32)
+        flow[2, 3], flow[4, 5], flow[6, 7] = 1e10, np.inf, (np.nan, 0)
+        for number in range(2):
+            flowreel.write_flo(tmp_path / "flo" / f"{number}.flo", flow)
+        flowreel.export(tmp_path / "flo", tmp_path / "a.zarr", max_error=max_error)
+        seen = flowreel.FlowClips(tmp_path / "a.zarr", 2, bound=None)[0]["flow"]
+        assert seen[:, [2, 4, 6], [3, 5, 7]].abs().max() == 0
+        assert seen.sum() == 4 * (16 * 16 - 3)
+        assert flowreel.FlowClips(tmp_path / "a.zarr", 2, bound=None, size=8)[0]["flow"].max() <= 0.5
+
     def test_in_pixels(self, store: Path) -> None:
         assert flowreel.FlowClips(store, 2, bound=None)[2]["flow"][:, 0, 0].tolist() == [4, -4, 5, -5]
 
@@ -154,6 +166,23 @@ class TestPlaces:
         one.set_epoch(0)
         assert places(one) == first
         assert places(make(random=True, clips=6, seed=4)) != first
+        for epoch in (-1, 1.5, True):
+            with pytest.raises(UsageError, match="epoch must be a whole number from 0 on"):
+                one.set_epoch(epoch)
+        assert places(one) == first
+
+    def test_numbers_of_other_libraries_are_numbers(self, make: Make) -> None:
+        n = np.int64
+        one = make(random=True, clips=n(6), seed=n(3), length=torch.tensor(3), size=n(40), crop=(n(32), n(24)))
+        other = make(random=True, clips=6, seed=3, length=3, size=40, crop=(32, 24))
+        for index in torch.randperm(len(one)):
+            assert torch.equal(one[index]["flow"], other[int(index)]["flow"])
+        one.set_epoch(n(2))
+        other.set_epoch(2)
+        assert places(one) == places(other)
+        for index in (1.0, slice(0, 2), "1"):
+            with pytest.raises(TypeError):
+                one[index]
 
     def test_without_a_seed_chance_is_torchs(self, make: Make) -> None:
         dataset = make(random=True, clips=6)
@@ -274,6 +303,8 @@ class TestWhatGoesWrong:
         [
             ({"length": 0}, "length must be a whole number from 1 on, got 0"),
             ({"length": 2.5}, "length must be"),
+            ({"length": True}, "length must be"),
+            ({"length": None}, "length must be"),
             ({"stride": 0}, "stride must be"),
             ({"clips": 0}, "clips must be"),
             ({"open_at_once": 0}, "open_at_once must be"),

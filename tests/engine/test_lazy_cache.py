@@ -164,6 +164,21 @@ class TestReading:
         assert flow.cached == 5
         assert repr(flow).endswith(f"; 5 of 39 flows in {cache}>")
 
+    def test_one_that_was_removed_holds_nothing(self, opened: Open, cache: Path) -> None:
+        flow = opened(cache=cache)
+        flow[0]
+        shutil.rmtree(cache)
+        assert flow.cached == 0
+        assert "0 of " in repr(flow)
+
+    def test_the_working_folder_is_no_place_for_one(
+        self, opened: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "empty").mkdir()
+        monkeypatch.chdir(tmp_path / "empty")
+        with pytest.raises(CacheMismatchError, match="is the working folder"):
+            opened(cache=".")
+
 
 class TestSharing:
     def test_threads(self, opened: Open) -> None:

@@ -53,6 +53,12 @@ def test_every_bit_survives(tmp_path: Path) -> None:
     assert np.array_equal(back.view(np.uint32), bits)
 
 
+def test_a_folder_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputWriteError, match="it is a folder"):
+        write_flo(".", some_flow())
+
+
 @pytest.mark.parametrize("mapped_from", [0, 1 << 40])
 def test_reading_gives_a_writable_array_and_leaves_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mapped_from: int

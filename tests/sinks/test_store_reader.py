@@ -40,6 +40,7 @@ from flowreel.sinks.store_check import StoreProblem
 from flowreel.sinks.store_layout import CHECKSUMS, COORDINATES, coordinate_chunk, flow_shard
 from flowreel.sinks.store_reader import FlowStore, open_store
 from flowreel.sinks.zarr_store import ZarrSink
+from tests.sinks.waiting import flush
 
 T, H, W = 7, 6, 9
 SHARD = 3  # flows
@@ -685,3 +686,25 @@ def test_metadata_copies_must_agree(tmp_path: Path) -> None:
     del group["consolidated_metadata"]  # whoever wants none may have none
     path.write_text(json.dumps(group))
     assert same(open_store(store.path)[:], moving())
+
+
+def test_times_and_frames_of_a_growing_store_come_with_its_flows(tmp_path: Path) -> None:
+    flows = moving(2 * SHARD + 1)
+    sink = ZarrSink(str(tmp_path / "X.zarr"), SinkConfig(shard_bytes=SHARD * 8 * H * W))
+    sink.open(FlowInfo(H, W, Fraction(25), len(flows) + 1, SourceId("clip.mp4")))
+    store = open_store(tmp_path / "X.zarr")
+    seen = []
+    for first in range(0, len(flows), SHARD):
+        part = slice(first, first + SHARD)
+        frame = np.arange(len(flows))[part]
+        sink.write(FlowBatch(torch.from_numpy(flows[part]), first, frame, frame + 1, frame / 25, (frame + 1) / 25))
+        if first + SHARD <= len(flows):
+            flush(sink)
+        there = store.available
+        seen.append(there)
+        assert store.frame.tolist() == [*range(there), *[-1] * (len(flows) - there)]
+        assert np.array_equal(store.timestamps_to_s[:there], np.arange(1, there + 1) / 25)
+        assert store.to_xarray().frame_to.values.tolist() == list(range(1, there + 1))
+        assert store.frame is store.frame  # kept meanwhile
+    sink.abort()
+    assert seen == [SHARD, 2 * SHARD, 2 * SHARD]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import shutil
 import sys
 from collections.abc import Iterator
@@ -66,16 +65,11 @@ def damage() -> None:
     shard.write_bytes(data)
 
 
-def test_on_a_terminal_the_bar_is_gone_before_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    parent, child = pty.openpty()
-    monkeypatch.setenv("TERM", "xterm")
-    with os.fdopen(child, "w") as terminal:
-        monkeypatch.setattr(sys, "stdout", terminal)
-        monkeypatch.setattr(sys, "stderr", terminal)
-        assert call(["verify", "a.zarr"]) == 0
-    with os.fdopen(parent, "rb", 0) as shown:
-        said = shown.read(1 << 16).decode()
-    before, _, _ = said.partition("a.zarr: sound, 8 flows")
+def test_on_a_terminal_the_bar_is_gone_before_the_result(terminal: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", terminal.file)
+    monkeypatch.setattr(sys, "stderr", terminal.file)
+    assert call(["verify", "a.zarr"]) == 0
+    before, _, _ = terminal.said().partition("a.zarr: sound, 8 flows")
     assert "a.zarr" in before  # the bar
     assert before.endswith("\x1b[2K")  # and its line was wiped
 

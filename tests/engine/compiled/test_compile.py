@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,6 +103,17 @@ def test_modes_of_the_caller_stay_and_do_not_matter(filled: Filled) -> None:
     assert model.training
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_autocast_of_the_caller_changes_nothing(half: torch.dtype, filled: Filled) -> None:
+    model = filled("FlowNet2C", width=0.1)
+    frames = smooth_frames(6, 1)
+    fast = flowreel.compile(model, (1, 64, 128), "fp32")
+    expected = fast(*frames)
+    with torch.autocast("cpu", half):
+        assert torch.equal(fast(*frames), expected)
+        assert torch.equal(flowreel.compile(model, (1, 64, 128), "fp32")(*frames), expected)
+
+
 def test_several_threads_at_once(filled: Filled) -> None:
     fast = flowreel.compile(filled("FlowNet2CS", width=0.1), (1, 64, 128))
     inputs = [smooth_frames(seed, 1) for seed in range(4)]
@@ -157,8 +170,9 @@ def test_what_cannot_be_compiled() -> None:
         flowreel.compile(nn.Linear(2, 2), (1, 64, 64))
 
 
-def test_a_list_is_a_shape_too() -> None:
-    assert flowreel.compile(build_model("FlowNet2S", width=0.05), [1, 64, 64]) is not None  # type: ignore[arg-type]
+@pytest.mark.parametrize("shape", [[1, 64, 64], np.array([1, 64, 64]), torch.Size([1, 64, 64])], ids=type)
+def test_other_kinds_of_numbers_and_lists_are_shapes_too(shape: Any) -> None:
+    assert flowreel.compile(build_model("FlowNet2S", width=0.05), shape).shape == (1, 64, 64)
 
 
 def trained(model: nn.Module) -> None:
@@ -180,11 +194,19 @@ def rebuilt(model: nn.Module) -> None:
     model.add_module("predict_flow2", FlowHead(model.get_submodule("predict_flow2").in_channels))  # type: ignore[arg-type]
 
 
+kept: list[nn.Module] = []  # a module that was replaced is still there somewhere
+
+
+def rebuilt_beside(model: nn.Module) -> None:
+    kept.append(model.get_submodule("conv1"))
+    model.add_module("conv1", deepcopy(kept[-1]))
+
+
 def cast(model: nn.Module) -> None:
     model.double()
 
 
-@pytest.mark.parametrize("change", [trained, loaded, replaced, rebuilt, cast])
+@pytest.mark.parametrize("change", [trained, loaded, replaced, rebuilt, rebuilt_beside, cast])
 def test_weights_that_change_afterwards_are_noticed(change: Callable[[nn.Module], None]) -> None:
     model = build_model("FlowNet2SD", width=0.05).eval()
     frames = smooth_frames(8, 1, 64, 64)

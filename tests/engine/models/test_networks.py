@@ -67,6 +67,20 @@ def test_training_mode_gives_the_five_predictions(
         np.testing.assert_allclose(flow.detach().numpy(), expected, rtol=0, atol=TOLERANCE_PX)
 
 
+@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_of_any_type(name: str, batch_norm: bool, filled: Filled) -> None:
+    """``.half()`` and the like: flow itself stays float32, or becomes float64."""
+    frames = smooth_frames(3, 1)
+    with torch.no_grad():
+        expected = filled(name, width=0.1, batch_norm=batch_norm).eval()(*frames)
+        for dtype, most, given in ((torch.float64, 1e-5, torch.float64), (torch.bfloat16, 0.05, torch.float32)):
+            model = filled(name, width=0.1, batch_norm=batch_norm).eval().to(dtype)
+            flow = model(*(frame.to(dtype) for frame in frames))
+            assert flow.dtype == given
+            assert (flow - expected).norm() < most * expected.norm(), dtype
+
+
 @pytest.mark.parametrize("name", ["FlowNet2CS", "FlowNet2CSS", "FlowNet2"])
 def test_stacks_give_one_full_resolution_flow_in_training_too(name: str) -> None:
     model = build_model(name, width=0.05).train()

@@ -1,0 +1,46 @@
+"""A terminal for commands that run in the test's own process."""
+
+from __future__ import annotations
+
+import os
+import pty
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+
+class Terminal:
+    """What is written to ``file`` is read meanwhile, as a terminal does: it holds only a few kilobytes unread."""
+
+    def __init__(self) -> None:
+        self._parent, child = pty.openpty()
+        self.file = os.fdopen(child, "w")
+        self._seen = b""
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        try:
+            while seen := os.read(self._parent, 1 << 16):
+                self._seen += seen
+        except OSError:  # closed at the other end
+            pass
+
+    def said(self) -> str:
+        """All of it, with the codes that move the cursor. Nothing can be written afterwards."""
+        self.file.close()
+        self._reader.join()
+        return self._seen.decode(errors="replace")
+
+    def close(self) -> None:
+        self.said()
+        os.close(self._parent)
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
+    monkeypatch.setenv("TERM", "xterm")
+    made = Terminal()
+    yield made
+    made.close()

@@ -1,0 +1,82 @@
+"""Torch's modes and defaults are the caller's: they change no flow, and are as they were afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import flowreel
+
+Clip = Callable[..., Path]
+SCENE = "synthetic:objects?size=96x64&frames=4"
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "autocast bf16": lambda: torch.autocast("cpu", torch.bfloat16),
+    "autocast fp16": lambda: torch.autocast("cpu", torch.float16),
+    "default float64": lambda: default_dtype(torch.float64),
+    "default bf16": lambda: default_dtype(torch.bfloat16),
+    "another default device": lambda: torch.device("meta"),
+    "inference": torch.inference_mode,
+}
+
+
+@pytest.fixture(scope="module")
+def video(clip: Clip) -> Path:
+    return clip("modes.mp4", count=7)
+
+
+def everything(video: Path, folder: Path) -> dict[str, Any]:
+    """Flow by every way in, of the baseline's first network."""
+    options: dict[str, Any] = {"model": "FlowNet2C", "batch": 4}
+    lazy = flowreel.open(video, **options)
+    kept = flowreel.open(video, cache=folder / "cache", **options)
+    found: dict[str, Any] = {"one": lazy[0], "all": lazy[:], "kept": kept[1], "read": kept[1:3]}
+    with flowreel.open(video, cache=folder / "cache", **options) as again:
+        found["read again"] = again[1:3]
+    found |= {f"batch {batch.index}": batch.flow for batch in flowreel.stream(video, **options)}
+    flowreel.run(SCENE, folder / "a.zarr", **options)
+    found["stored"] = flowreel.open_store(folder / "a.zarr")[:]
+    clips = flowreel.FlowClips([video, folder / "a.zarr"], length=2, size=48, crop=32, random=True, seed=1, **options)
+    found |= {f"clip {index}": clips[index]["flow"] for index in (0, len(clips) - 1)}
+    found["module"] = flowreel.load_model("FlowNet2C", weights="baseline").get_parameter("conv1.0.weight")
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(video: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return everything(video, tmp_path_factory.mktemp("modes"))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_flow_does_not_depend_on_them(mode: str, video: Path, expected: dict[str, Any], tmp_path: Path) -> None:
+    with MODES[mode]():
+        found = everything(video, tmp_path)
+    for name, values in expected.items():
+        assert found[name].dtype in (torch.float32, np.float32), name
+        assert not isinstance(values, Tensor) or found[name].device == values.device, name
+        assert np.array_equal(np.asarray(found[name].detach() if isinstance(values, Tensor) else found[name]),
+                              np.asarray(values.detach() if isinstance(values, Tensor) else values)), name  # fmt: skip
+
+
+def test_a_network_from_a_file_draws_nothing() -> None:
+    before = torch.get_rng_state()
+    flowreel.load_model("FlowNet2C", weights="baseline")
+    assert torch.equal(torch.get_rng_state(), before)

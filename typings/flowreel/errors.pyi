@@ -1,0 +1,1 @@
+../../engine/public/errors.pyi
