@@ -11,7 +11,7 @@ from typing import Protocol
 
 from flowreel.engine.data import DeviceSink, FlowBatch, FlowInfo, OneFileAFlow, Resumable, Sink
 from flowreel.engine.device import download
-from flowreel.engine.errors import TruncatedSourceError, UsageError
+from flowreel.engine.errors import FrameSizeError, TruncatedSourceError, UsageError
 from flowreel.engine.places import require_apart, require_outside_stores
 from flowreel.engine.stages import StageStatistics
 
@@ -73,7 +73,8 @@ def named_outputs(outputs: PathLike | Iterable[PathLike], stem: str) -> list[str
 def opened_sinks(sinks: Sequence[Sink], header: FlowInfo, *, resumes: bool = False) -> Iterator[None]:
     """Opens the sinks; when anything goes wrong inside, those that are open are aborted.
 
-    What they keep nevertheless is told in the error's notes, and that --resume goes on with it, where it ``resumes``.
+    What they keep nevertheless is told in the error's notes, and that --resume goes on with it, where it ``resumes``
+    and would not come to the same end.
     """
     opened: list[Sink] = []
     try:
@@ -86,7 +87,8 @@ def opened_sinks(sinks: Sequence[Sink], header: FlowInfo, *, resumes: bool = Fal
     except BaseException as error:
         for sink in opened:
             if kept := sink.abort():
-                error.add_note(kept + ("; --resume goes on with it" if resumes and isinstance(sink, Resumable) else ""))
+                goes_on = resumes and isinstance(sink, Resumable) and not isinstance(error.__cause__, FrameSizeError)
+                error.add_note(kept + ("; --resume goes on with it" if goes_on else ""))
         raise
 
 

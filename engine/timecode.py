@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 NO_STAMP = -(1 << 63)  # stands for a missing time stamp, as in FFmpeg
 MOST_REORDERED = 32  # frames; codecs hold back at most 16, so stamps out of order by more than this are no order at all
-
 LONGEST_S = 1e12  # thirty thousand years; beyond it, numbers of frames would not be numbers for long
 
 _TIME = re.compile(r"(?:(?:(\d{1,12}):)?(\d{1,12}):)?(\d+(?:\.\d*)?|\.\d+)s?", re.ASCII)
@@ -83,7 +82,14 @@ class Timeline:
 
     @classmethod
     def from_packets(
-        cls, stamps: Sequence[int], time_base: Fraction, rate: Fraction, *, trusted: bool = True
+        cls,
+        stamps: Sequence[int],
+        time_base: Fraction,
+        rate: Fraction,
+        *,
+        decoded: Sequence[int] = (),
+        keys: Sequence[int] = (),
+        trusted: bool = True,
     ) -> Timeline:
         """Order the stamps of a stream's packets.
 
@@ -91,6 +97,8 @@ class Timeline:
             stamps: presentation stamp of each packet that will be shown, in file order, in units of ``time_base``
                 seconds; NO_STAMP where the container has none.
             rate: average frames per second; fills the gaps.
+            decoded: when each packet is to be decoded, likewise. keys: places of those that need no others. Both tell a
+                jump back from mere reordering.
             trusted: False where the container stores no presentation stamps, only something like them (AVI). The
                 stamps then give times in the right order, but a frame's own stamp does not tell its number.
         """
@@ -102,13 +110,15 @@ class Timeline:
             note = f"{missing} of {len(raw)} frames carry no time stamp: filled in at {_per_second(rate)}"
             return cls(_seconds(ticks, time_base), None, (note,))
         order = np.argsort(raw, kind="stable")
-        if len(raw) and np.abs(order - np.arange(len(raw))).max() > MOST_REORDERED:
+        far = bool(len(raw)) and np.abs(order - np.arange(len(raw))).max() > MOST_REORDERED
+        if far or _jumps_back(raw, np.asarray(decoded, np.int64), np.asarray(keys, np.int64), period):
             ticks = raw[0] + period * np.arange(len(raw))
             note = f"the time stamps jump back: all replaced by an even {_per_second(rate)}"
             return cls(_seconds(ticks, time_base), None, (note,))
         ordered = raw[order]
         repeated = int(np.count_nonzero(np.diff(ordered) == 0))
-        notes = (f"{repeated} frames carry the same time stamp as the one before",) if repeated else ()
+        frames = "1 frame carries" if repeated == 1 else f"{repeated} frames carry"
+        notes = (f"{frames} the same time stamp as the one before",) if repeated else ()
         return cls(_seconds(ordered, time_base), ordered if trusted and not repeated else None, notes)
 
     def __len__(self) -> int:
@@ -122,11 +132,35 @@ class Timeline:
         return place if place < len(self.stamps) and self.stamps[place] == stamp else None
 
 
+def _jumps_back(shown: Int64Array, decoded: Int64Array, keys: Int64Array, period: float) -> bool:
+    """Whether the stamps are of recordings one after the other, or of one that was begun again.
+
+    Then a key frame is to be shown before one that comes earlier in the file, or any frame before an earlier one was
+    to be decoded. Where frames are only reordered neither is so, however far.
+    """
+    latest = np.maximum.accumulate(shown)  # of this packet and all before it
+    if (shown[keys] < latest[keys]).any():
+        return True
+    if len(decoded) != len(shown):
+        return False
+    earliest = np.minimum.accumulate(shown[::-1])[::-1]  # of this packet and all behind it
+    known = decoded[:-1] != NO_STAMP
+    return bool((decoded[:-1][known] - earliest[1:][known] > period).any())
+
+
 def _filled(raw: Int64Array, period: float) -> Float64Array:
-    """Each missing stamp becomes the one before it, plus a period."""
+    """Each missing stamp becomes the one before it, plus a period; those before the first known one count back from it.
+
+    Where none is known, the first frame is shown at 0.
+    """
     ticks = raw.astype(np.float64)
+    known = np.flatnonzero(raw != NO_STAMP)
+    first = int(known[0]) if len(known) else 0
+    start = ticks[first] if len(known) else 0.0
+    ticks[: first + 1] = start - period * np.arange(first, -1, -1)
     for index in np.flatnonzero(raw == NO_STAMP):
-        ticks[index] = ticks[index - 1] + period if index else 0.0
+        if index > first:
+            ticks[index] = ticks[index - 1] + period
     return np.sort(ticks)
 
 

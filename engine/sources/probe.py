@@ -17,6 +17,7 @@ import av
 import numpy as np
 
 from flowreel.engine.errors import SourceNotFoundError, UnsupportedSourceError, UsageError
+from flowreel.engine.sources.file_ends import is_cut_short
 from flowreel.engine.sources.picture import Turn, colour_notes, is_full_range, matrix_of, shape_notes
 from flowreel.engine.timecode import NO_STAMP, Timeline
 
@@ -119,7 +120,7 @@ def probe_video(name: str, stream: int | None = None) -> VideoProbe:
     path = Path(name)
     with opened(path) as container:
         chosen, notes = _choose_stream(container, path, stream)
-        stamps = array("q")  # eight bytes a frame, also for a whole day of video
+        stamps, decoding = array("q"), array("q")  # sixteen bytes a frame, also for a whole day of video
         key_places = array("q")  # which of them belong to key frames
         first: VideoFrame | None = None
         for packet in packets(container, chosen):
@@ -127,13 +128,21 @@ def probe_video(name: str, stream: int | None = None) -> VideoProbe:
                 if packet.is_keyframe:
                     key_places.append(len(stamps))
                 stamps.append(NO_STAMP if packet.pts is None else packet.pts)
+                decoding.append(NO_STAMP if packet.dts is None else packet.dts)
             if first is None:
                 first = next(iter(decoded(packet)), None)
         if first is None:
             raise UnsupportedSourceError(f"{path.name} holds {len(stamps)} frames, none of which could be decoded")
-        rate = chosen.average_rate or chosen.guessed_rate or Fraction(25)
+        average, stated = chosen.average_rate, chosen.guessed_rate
+        if all(stamp == NO_STAMP for stamp in stamps):  # a bare stream: the average is what FFmpeg makes up
+            average, stated = stated, average
+        rate = average or stated or Fraction(25)
         assert chosen.time_base is not None  # only an encoder's stream may lack it
-        timeline = Timeline.from_packets(stamps, chosen.time_base, rate, trusted=container.format.name != "avi")
+        # AVI has no presentation stamps, only an order of packets: of frames that do not lean on others it is the same.
+        trusted = container.format.name != "avi" or chosen.codec_context.codec.intra_only
+        timeline = Timeline.from_packets(
+            stamps, chosen.time_base, rate, decoded=decoding, keys=key_places, trusted=trusted
+        )
         turn, turn_notes = Turn.of(first)
         return VideoProbe(
             path=path,
@@ -148,7 +157,7 @@ def probe_video(name: str, stream: int | None = None) -> VideoProbe:
             stored_size=(first.width, first.height),
             turn=turn,
             duration_s=None if container.duration is None else container.duration / 1e6,
-            cut_short=_is_cut_short(path),
+            cut_short=is_cut_short(path),
             notes=(*notes, *timeline.notes, *turn_notes, *colour_notes(first), *shape_notes(chosen)),
         )
 
@@ -238,57 +247,3 @@ def decoded(packet: Packet[VideoStream]) -> list[VideoFrame]:
         return packet.decode()
     except av.FFmpegError:
         return []
-
-
-# -- Is the file whole? ------------------------------------------------------------------------------------------
-
-
-MP4_FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp", b"uuid")
-
-
-def _is_cut_short(path: Path) -> bool:
-    """Whether the outermost elements of an MP4/MOV, Matroska/WebM or AVI file reach beyond its end."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(64)
-        if head.startswith(b"\x1a\x45\xdf\xa3"):
-            return _matroska_end(head) > size
-        position = 0
-        riff = head.startswith(b"RIFF")
-        if not riff and head[4:8] not in MP4_FIRST_BOXES:
-            return False
-        while position + 8 <= size:
-            file.seek(position)
-            box = file.read(16)
-            kind, length = (box[:4], _riff_length(box)) if riff else (box[4:8], int.from_bytes(box[:4], "big"))
-            if length == 1:
-                length = int.from_bytes(box[8:16], "big")
-            if length < 8 or not kind.isalnum():  # to the end of the file; or not such a file at all
-                return False
-            position += length
-        return position > size
-
-
-def _riff_length(chunk: bytes) -> int:
-    payload = int.from_bytes(chunk[4:8], "little")
-    return 8 + payload if payload else 0  # 0 is what a recording leaves that was never finished
-
-
-def _matroska_end(head: bytes) -> int:
-    """Where the segment says it ends; 0 when it does not say (a live recording)."""
-
-    def number(position: int) -> tuple[int | None, int]:
-        """A length of 1..8 bytes, the leading zeros of the first telling how many; and where it ends."""
-        width = 9 - head[position].bit_length()
-        value = int.from_bytes(head[position : position + width], "big") & ~(1 << 7 * width)
-        return (None if value == (1 << 7 * width) - 1 else value), position + width
-
-    try:
-        length, position = number(4)
-        position += length or 0
-        if head[position : position + 4] != b"\x18\x53\x80\x67":
-            return 0
-        length, position = number(position + 4)
-    except IndexError:
-        return 0
-    return 0 if length is None else position + length

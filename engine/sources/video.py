@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from flowreel.engine.config import SelectConfig
 from flowreel.engine.data import JSON, FlowInfo, Frame, Picture
-from flowreel.engine.errors import DeviceError, SourceChangedError, SourceNotFoundError, TooFewFramesError
+from flowreel.engine.errors import DeviceError, SourceChangedError, SourceNotFoundError, TooFewFramesError, concerning
 from flowreel.engine.sources.fingerprint import last_change, source_id
 from flowreel.engine.sources.probe import VideoProbe, probe_video
 from flowreel.engine.sources.pyav import PyAVDecoder, key_frame_before
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from flowreel.engine.data import Float64Array
 
+MOST_NAMED = 8  # numbers of frames in a message
 REOPENING_FRAMES = 32  # decoding on past so many frames is quicker than opening the file again and seeking
 
 
@@ -79,7 +80,7 @@ class VideoSource:
     """Selected frames of one video stream, in order of presentation.
 
     A frame that cannot be decoded is left out; the others keep their numbers and times. ``losses`` then tells how
-    many, and whether the file itself ends too early.
+    many, how many the decoder has patched up, and whether the file itself ends too early.
     """
 
     reopening_frames = REOPENING_FRAMES
@@ -105,6 +106,7 @@ class VideoSource:
         self._wanted = select_frames(select, times_s, probe.path.name)
         self._to_the_end = _reaches_beyond(select.stop, probe)
         self._losses: list[str] = []
+        self._patched: set[int] = set()  # frames whose damage the decoder has concealed
         self._decoder: VideoDecoder = decoder or PyAVDecoder(probe)
         self._decoder_notes = [] if notes is None else notes
         self._iteration: Generator[Frame, None, None] | None = None
@@ -134,7 +136,8 @@ class VideoSource:
 
     @property
     def notes(self) -> list[str]:
-        return [*self._probe.notes, *self._decoder_notes]
+        patched = [] if not self._patched or self._losses else [_patched_words(self._patched)]
+        return [*self._probe.notes, *self._decoder_notes, *patched]
 
     @property
     def wanted(self) -> range:
@@ -167,6 +170,8 @@ class VideoSource:
 
         with closing(decoder.pictures(first)) as numbered:
             for number, picture in numbered:
+                if picture.is_corrupt:
+                    self._patched.add(number)
                 size = sum(plane.buffer_size for plane in picture.planes)
                 yield Picture(number, size, developed(number, picture))
 
@@ -188,7 +193,12 @@ class VideoSource:
                 if self._closed:
                     return
                 if number in self._wanted:
-                    yield self._frame(number, self._decoder.rgb(picture, number))
+                    if getattr(picture, "is_corrupt", False):  # NVDEC does not tell
+                        self._patched.add(number)
+                    with concerning(number):
+                        rgb = self._decoder.rgb(picture, number)
+                    yield self._frame(number, rgb)
+                    del rgb  # not kept alive while the next one is made
                     given += 1
                 if number >= self._wanted[-1]:
                     break
@@ -203,6 +213,8 @@ class VideoSource:
         asked, probe = len(self._wanted), self._probe
         if given < asked:
             self._losses.append(f"{asked - given} of {asked} frames could not be decoded")
+        if self._patched:
+            self._losses.append(_patched_words(self._patched))
         if probe.cut_short and self._to_the_end:
             promised = "" if probe.duration_s is None else f" of the {probe.duration_s:.2f} s it should last"
             reached = float(probe.timeline.times_s[-1])
@@ -233,6 +245,13 @@ class VideoSource:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _patched_words(numbers: set[int]) -> str:
+    """E.g. "3 frames are damaged, and patched up by the decoder: 8, 9, 12"."""
+    named = ", ".join(map(str, sorted(numbers)[:MOST_NAMED])) + (", ..." if len(numbers) > MOST_NAMED else "")
+    frames = "1 frame is" if len(numbers) == 1 else f"{len(numbers)} frames are"
+    return f"{frames} damaged, and patched up by the decoder: {named}"
 
 
 def _reaches_beyond(stop: int | str | None, probe: VideoProbe) -> bool:

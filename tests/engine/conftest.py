@@ -50,22 +50,23 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         container_options: dict[str, str] | None = None,
         b_frames: int | None = None,
         colour: dict[str, int] | None = None,
+        rate: int = RATE,
     ) -> Path:
         path = folder / name
         frames: Iterator[av.VideoFrame] = iter(pictures or ())
         if pictures is None:
             frames = (av.VideoFrame.from_ndarray(numbered_picture(n, *size), "rgb24") for n in range(count))
         with av.open(str(path), "w", options=container_options or {}) as container:
-            stream: Any = container.add_stream(codec, rate=RATE, options=options or {})
+            stream: Any = container.add_stream(codec, rate=rate, options=options or {})
             stream.width, stream.height = size
             stream.pix_fmt = pix_fmt
-            stream.codec_context.time_base = Fraction(1, RATE)
+            stream.codec_context.time_base = Fraction(1, rate)
             if b_frames is not None:
                 stream.codec_context.max_b_frames = b_frames
             for field, value in (colour or {}).items():
                 setattr(stream.codec_context, field, value)
             for number, frame in enumerate(frames):
-                frame.pts, frame.time_base = stamps(number), Fraction(1, RATE)
+                frame.pts, frame.time_base = stamps(number), Fraction(1, rate)
                 for field, value in (colour or {}).items():
                     setattr(frame, field, value)
                 container.mux(stream.encode(frame))

@@ -107,11 +107,42 @@ class TestTimeline:
         assert timeline.times_s == pytest.approx(1 + np.arange(100) / 25)
         assert timeline.number_of(100) is None
 
+    @pytest.mark.parametrize("back", [4, 15, 40])
+    def test_a_jump_back_is_no_reordering(self, back: int) -> None:
+        """Two recordings, of which the second begins before the first ends: IPBB in both."""
+        place = np.arange(60)
+        shown = 4 * (place + 1 + 2 * (place % 3 == 0) - 1 * (place % 3 > 0))  # 3 0 1  6 3 4 ..., so I or P, B, B
+        shown, decoded = shown + 1, 4 * (place - 2)
+        again = 4 * (60 - back) - 2  # no stamp twice
+        stamps, times = np.append(shown, shown + again), np.append(decoded, decoded + again)
+        one = Timeline.from_packets(shown, TICK, RATE, decoded=decoded, keys=[0, 30])
+        assert one.stamps is not None
+        by_keys = Timeline.from_packets(stamps, TICK, RATE, keys=[0, 30, 60, 90])
+        by_decoding = Timeline.from_packets(stamps, TICK, RATE, decoded=times)
+        for both in [by_keys, *([by_decoding] if back > 4 else [])]:
+            assert both.stamps is None
+            assert "jump back" in both.notes[0]
+            assert np.diff(both.times_s) == pytest.approx(1 / 25)
+
+    @pytest.mark.parametrize("late", [0, 3, 16])
+    def test_frames_may_be_held_back_as_long_as_codecs_do(self, late: int) -> None:
+        group = late + 1  # one frame, and in the file behind it those that are shown before it
+        place = np.arange(5 * group)
+        shown = 4 * np.where(place % group == 0, place + late, place - 1)
+        decoded = 4 * (place - late)
+        timeline = Timeline.from_packets(shown, TICK, RATE, decoded=decoded, keys=range(0, len(place), group))
+        assert timeline.stamps is not None
+        assert timeline.stamps.tolist() == list(range(0, 4 * len(place), 4))
+
+    def test_what_comes_before_the_first_stamp_counts_back_from_it(self) -> None:
+        timeline = Timeline.from_packets([NO_STAMP, NO_STAMP, 1000, 1004], TICK, RATE)
+        assert timeline.times_s == pytest.approx([9.92, 9.96, 10.00, 10.04])
+
     def test_repeated_stamps_tell_no_number(self) -> None:
         timeline = Timeline.from_packets([0, 4, 4, 8], TICK, RATE)
         assert timeline.times_s.tolist() == [0, 0.04, 0.04, 0.08]
         assert timeline.number_of(8) is None
-        assert "1 frames carry the same" in timeline.notes[0]
+        assert "1 frame carries the same" in timeline.notes[0]
 
     def test_untrusted_stamps_tell_times_only(self) -> None:
         timeline = Timeline.from_packets([0, 4], TICK, RATE, trusted=False)

@@ -26,6 +26,7 @@ from flowreel.engine.errors import (
     TooFewFramesError,
     UnsupportedSourceError,
     UsageError,
+    frame_of,
 )
 from flowreel.engine.sources import open_source
 from flowreel.engine.sources.picture import Turn
@@ -225,6 +226,12 @@ class TestTimes:
         assert [frame.timestamp_s for frame in source] == pytest.approx([n / 25 for n in range(5, 12)])
         assert any("12 of 12 frames carry no time stamp" in note for note in source.notes)
 
+    def test_a_bare_stream_runs_at_the_rate_that_it_states(self, clip: Clip) -> None:
+        """FFmpeg calls it 25 on average, where nothing tells an average."""
+        source = open_source(clip("fast.h264", count=12, rate=60))
+        assert source.info.frame_rate == 60
+        assert [frame.timestamp_s for frame in source] == pytest.approx([n / 60 for n in range(12)])
+
     def test_stamps_that_start_over(self, clip: Clip, tmp_path: Path) -> None:
         part = clip("part.ts", count=60)
         source = open_source(joined(tmp_path / "twice.ts", part, part))
@@ -232,6 +239,18 @@ class TestTimes:
         assert [frame.index for frame in frames] == list(range(120))
         assert pictured(frames) == 2 * list(range(60))
         assert np.diff([frame.timestamp_s for frame in frames]).min() > 0
+        assert any("jump back" in note for note in source.notes)
+
+    @pytest.mark.parametrize("back", [2, 15])
+    def test_stamps_that_jump_back_a_little(self, clip: Clip, tmp_path: Path, back: int) -> None:
+        """Less far than frames may be reordered: none is lost, and none comes in another's place."""
+        first = clip("first.ts", count=40, b_frames=2)
+        second = clip(f"second{back}.ts", count=40, b_frames=2, stamps=lambda n: n + 40 - back)
+        source = open_source(joined(tmp_path / "both.ts", first, second))
+        frames = list(source)
+        assert [frame.index for frame in frames] == list(range(80))
+        assert pictured(frames) == 2 * list(range(40))
+        assert source.losses == []
         assert any("jump back" in note for note in source.notes)
 
     def test_frames_never_shown_are_not_counted(self, clip: Clip) -> None:
@@ -360,9 +379,11 @@ class TestWhatIsNoVideo:
 
 
 class TestDamage:
-    @pytest.mark.parametrize("kind", ["mp4", "mkv", "avi"])
+    @pytest.mark.parametrize("kind", ["mp4", "mkv", "avi", "wmv", "gif", "y4m"])
     def test_cut_file_says_so(self, clip: Clip, long_clip: Path, tmp_path: Path, kind: str) -> None:
-        whole = long_clip if kind == "mp4" else clip(f"cuttable.{kind}", count=100, codec="mpeg4")
+        codec = {"wmv": "wmv2", "gif": "gif", "y4m": "wrapped_avframe"}.get(kind, "mpeg4")
+        pixels = "rgb8" if kind == "gif" else "yuv420p"
+        whole = long_clip if kind == "mp4" else clip(f"cuttable.{kind}", count=100, codec=codec, pix_fmt=pixels)
         intact = open_source(whole)
         assert (len(list(intact)), intact.losses) == (100, [])
         data = whole.read_bytes()
@@ -401,6 +422,45 @@ class TestDamage:
         assert [frame.timestamp_s for frame in frames] == pytest.approx([frame.index / 25 for frame in frames])
         assert source.losses == ["3 of 100 frames could not be decoded"]
 
+    @pytest.fixture
+    def patched(self, clip: Clip, tmp_path: Path) -> tuple[Path, int]:
+        """A file with a frame of which the decoder makes something, and that frame's number."""
+        whole = clip("patched.mp4", count=40, codec="mpeg4", options={"g": "10"})
+        data = bytearray(whole.read_bytes())
+        with av.open(str(whole)) as container:
+            position, size = [(p.pos, p.size) for p in container.demux(video=0) if p.size][23]
+        data[position + size // 2 : position + size // 2 + 12] = b"\xff" * 12
+        (tmp_path / "patched.mp4").write_bytes(data)
+        return tmp_path / "patched.mp4", 23
+
+    def test_what_the_decoder_patches_up_is_told(self, patched: tuple[Path, int]) -> None:
+        path, number = patched
+        source = open_source(path)
+        assert numbers(source) == list(range(40))
+        assert source.losses == [f"1 frame is damaged, and patched up by the decoder: {number}"]
+        assert numbers(open_source(path, SelectConfig(stop=number))) == list(range(number))
+
+    def test_that_matters_only_to_who_asks_for_it(self, patched: tuple[Path, int]) -> None:
+        path, number = patched
+        for select in (SelectConfig(stop=number), SelectConfig(start=number + 1)):
+            source = open_source(path, select)
+            list(source)
+            assert source.losses == []
+
+    def test_frames_of_an_avi_keep_their_numbers_where_one_is_lost(self, clip: Clip, tmp_path: Path) -> None:
+        """Its packets carry no times, but where no frame leans on others their order is that of the frames."""
+        whole = clip("motion.avi", count=20, codec="mjpeg", pix_fmt="yuvj420p")
+        data = bytearray(whole.read_bytes())
+        with av.open(str(whole)) as container:
+            position, size = [(p.pos, p.size) for p in container.demux(video=0) if p.size][9]
+        data[position : position + size] = b"\xff" * size
+        (tmp_path / "motion.avi").write_bytes(data)
+        source = open_source(tmp_path / "motion.avi")
+        frames = list(source)
+        assert pictured(frames) == [frame.index for frame in frames] == [n for n in range(20) if n != 9]
+        assert [frame.timestamp_s for frame in frames] == pytest.approx([frame.index / 25 for frame in frames])
+        assert source.losses == ["1 of 20 frames could not be decoded"]
+
     def test_sound_frames_survive_at_the_end(self, long_clip: Path, tmp_path: Path) -> None:
         """Several decoding threads would take the frames still inside them down with the last, damaged packet."""
         data = bytearray(long_clip.read_bytes())
@@ -424,8 +484,9 @@ class TestDamage:
 
     def test_size_that_changes(self, clip: Clip, tmp_path: Path) -> None:
         small, large = clip("small.ts", count=10), clip("large.ts", count=10, size=(96, 80))
-        with pytest.raises(FrameSizeError, match=r"frame 10 .* is 96x80, but the first is 64x48"):
+        with pytest.raises(FrameSizeError, match=r"frame 10 .* is 96x80, but the first is 64x48.*--stop 10") as caught:
             list(open_source(joined(tmp_path / "grown.ts", small, large)))
+        assert frame_of(caught.value, None) == 10
 
 
 @pytest.mark.usefixtures("each_decoder")
