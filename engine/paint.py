@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from flowreel.engine.config import RunConfig, SinkConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, Sink
 from flowreel.engine.errors import FrameSizeError, OutputExistsError, UnknownOutputError, UsageError
 from flowreel.engine.export import export_config
@@ -122,8 +123,19 @@ def color(
             pictures=len(pictures),
             outputs=reports,
             stages=pipeline.statistics(),
-            notes=tuple(note for reader in readers for note in reader.notes),
+            notes=tuple(_notes(readers, videos, rate, config)),
         )
+
+
+def _notes(
+    readers: Sequence[StoredFlow], videos: Sequence[str], rate: Fraction | None, config: RunConfig
+) -> Iterator[str]:
+    for reader in readers:
+        yield from reader.notes
+    given = {"frame-rate": rate is not None, "encoder": config.sink.encoder != SinkConfig.encoder}
+    for option in given if not videos else ():
+        if given[option]:
+            yield f"{option} has no effect here: no video is made (-v makes one)"
 
 
 class PictureFeed:

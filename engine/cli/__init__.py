@@ -1,6 +1,6 @@
 """The command line: flags to settings to the library's functions, and errors to one line and an exit code.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (143: by SIGTERM).
 """
 
 from __future__ import annotations
@@ -35,31 +35,40 @@ def main() -> NoReturn:
     # What Pillow has to say of a file is either told by an error of ours or of no concern.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").addHandler(logging.NullHandler())
-    take_interrupts()
+    if not os.environ.get("COLUMNS", "").strip("0"):  # as some who have no terminal say; nothing would be shown
+        os.environ.pop("COLUMNS", None)
+    stopped_by = take_interrupts()
     code = call(sys.argv[1:])
-    if code == INTERRUPTED:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as Python ends it would let the same one end it by force
+    if code == INTERRUPTED and stopped_by:
+        code = 128 + stopped_by[0]
+        for number in (signal.SIGINT, signal.SIGTERM):  # as Python ends it would let the same one end it by force
+            signal.signal(number, signal.SIG_IGN)
     sys.exit(code)
 
 
-def take_interrupts() -> None:
-    """The first Ctrl-C stops a command in good order, which takes its time; those right behind it mean the same.
+def take_interrupts() -> list[int]:
+    """The first Ctrl-C, or SIGTERM, stops a command in good order, which takes its time; those right behind it mean the
+    same. The numbers of the signals that came are added to what is returned.
 
     Cut short, that would leave threads inside torch, which abort the process as it ends. One that comes later ends it
     at once: what is unfinished keeps its unfinished name.
     """
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        return  # a shell has put this in the background, where Ctrl-C is for others
+    came: list[int] = []
     came_s: list[float] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        came.append(number)
         came_s.append(time.monotonic())
-        if len(came_s) == 1:
+        if len(came) == 1:
             raise KeyboardInterrupt
         if came_s[-1] - came_s[0] > SAME_INTERRUPT_S:
-            os._exit(INTERRUPTED)
+            os._exit(128 + number)
 
-    signal.signal(signal.SIGINT, interrupt)
+    # A shell that puts this in the background, where Ctrl-C is for others, has it ignored.
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        if signal.getsignal(number) is usual:
+            signal.signal(number, interrupt)
+    return came
 
 
 def patience() -> dict[str, str]:

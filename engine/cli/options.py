@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -50,6 +51,8 @@ def require_report_free(path: Path | None, outputs: Sequence[str | Path], source
 def write_stats(path: Path, report: dict[str, object]) -> None:
     """``--stats``: a report as JSON. Raises OutputWriteError; by then the outputs are done."""
     if path == STDOUT:
+        if sys.stdout is None:
+            raise OutputWriteError("stdout is closed, so the report is lost; the outputs are done")
         typer.echo(json.dumps(report, indent=2))
         return
     try:

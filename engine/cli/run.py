@@ -190,7 +190,7 @@ def run(
       ffmpeg -i dance.mp4 -f yuv4mpegpipe - | flowreel run - -o dance.zarr
 
     Exit codes: 0 done, 1 failed (of many: at least one), 2 wrong usage,
-    130 interrupted.
+    130 interrupted (143 by SIGTERM).
     """
     options: dict[str, object] = {
         "model": model,

@@ -21,6 +21,7 @@ from flowreel.engine.errors import (
     FrameSizeError,
     SourceChangedError,
     SourceNotFoundError,
+    TooFewFramesError,
     UnsupportedSourceError,
     UsageError,
 )
@@ -105,14 +106,15 @@ class ImageSource:
 
     def __init__(self, paths: list[Path], select: SelectConfig) -> None:
         """``paths`` in the order of the frames; see :func:`open_images`."""
+        if len(paths) == 1:
+            _refuse_single(paths[0])
         folder = paths[0].absolute().parent.name
-        called = folder if len(paths) > 1 else paths[0].name
         times_s = np.arange(len(paths)) / float(FRAME_RATE)
         self._paths = paths
         self._times_s = times_s
-        self._wanted = select_frames(select, times_s, called)
+        self._wanted = select_frames(select, times_s, folder)
         self._losses: list[str] = []
-        self._notes = [f"images carry no times: {FRAME_RATE} frames per second are assumed"]
+        self._notes = [f"images carry no times: {FRAME_RATE} frames per second are assumed", *self._gaps()]
         self._closed = False
         self._changes = [last_change(path) for path in paths[: self._wanted[-1] + 1]]
         width, height = self._common_size()
@@ -127,10 +129,27 @@ class ImageSource:
     def _common_size(self) -> tuple[int, int]:
         """(width, height) as shown, from the headers of the images that will be used."""
         first = self._paths[self._wanted[0]]
-        size = _shown_size(first)
+        size, animated = _looked_at(first)
+        several = int(animated)
         for number in self._wanted[1:]:
-            _expect_size(self._paths[number], _shown_size(self._paths[number]), first, size)
+            shown, animated = _looked_at(self._paths[number])
+            _expect_size(self._paths[number], shown, first, size)
+            several += animated
+        if several:
+            self._notes.append(f"{several} of the files hold more than one picture: of each the first is taken")
         return size
+
+    def _gaps(self) -> Iterator[str]:
+        """What to say where the names are those of a sequence of which some are missing."""
+        parts = [re.split(r"([0-9]+)(?!.*[0-9])", self._paths[number].stem) for number in self._wanted]
+        if any(len(part) != 3 or (part[0], part[2]) != (parts[0][0], parts[0][2]) for part in parts):
+            return  # of other kinds of names
+        numbers = np.array([int(part[1]) for part in parts], object)
+        steps = np.diff(numbers)
+        if min(steps) > 0 and (wide := np.flatnonzero(steps > min(steps))).size:
+            before, after = (self._paths[self._wanted[wide[0] + place]].name for place in (0, 1))
+            gaps = "a gap" if len(wide) == 1 else f"{len(wide)} gaps, the first"
+            yield f"the images' numbers have {gaps} between {before} and {after}: flow goes from one to the other"
 
     @property
     def info(self) -> FlowInfo:
@@ -245,10 +264,25 @@ def _orientation(image: Image.Image) -> int:
         return 1  # the picture itself may well be sound
 
 
-def _shown_size(path: Path) -> tuple[int, int]:
+def _looked_at(path: Path) -> tuple[tuple[int, int], bool]:
+    """(width, height) as shown, and whether the file holds more pictures than one."""
     with _opened(path) as image:
         width, height = image.size
-        return (height, width) if _orientation(image) >= 5 else (width, height)
+        several = bool(getattr(image, "is_animated", False))
+        return ((height, width) if _orientation(image) >= 5 else (width, height)), several
+
+
+def _refuse_single(path: Path) -> None:
+    """One file is no sequence, whatever it holds. Raises TooFewFramesError, or UnsupportedSourceError for no image."""
+    _, several = _looked_at(path)
+    if several:
+        raise TooFewFramesError(
+            f"{path.name} holds several pictures, of which one would be read: make a folder of images of it, or a "
+            "video (an animated PNG is one by the ending .apng)"
+        )
+    raise TooFewFramesError(
+        f"{path.name} is one image: flow needs at least two, as a folder or a quoted glob ('{path.parent}/*.png')"
+    )
 
 
 def _expect_size(path: Path, size: tuple[int, int], first: Path, expected: tuple[int, int]) -> None:

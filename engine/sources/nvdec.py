@@ -13,8 +13,8 @@ event for whoever reads it, ``record_stream`` for the allocator. That allocator 
 one size and the channels bound their number, so after the first few nothing new is allocated, and it alone knows
 when every stream has done with a block. A ring of our own would have to learn that from each consumer.
 
-*What differs from the CPU.* The chip conceals damage: a damaged picture comes as it could be decoded and counts as
-good, with a line on stdout that cannot be stopped; only what does not come at all is told as lost. And it mends
+*What differs from the CPU.* Both patch damaged pictures up, but the chip does not tell which: there they count as good,
+with a line on stdout that cannot be stopped; only what does not come at all is told as lost. And it mends
 interlaced pictures, so a file whose first frame is interlaced is left to the CPU; later frames are not looked at.
 
 On a GPU H.264, HEVC and VP9 were seen to give the CPU's frames and times. The rest is tested against a stand-in

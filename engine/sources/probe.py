@@ -6,6 +6,7 @@ time of every frame, where decoding can start, and how the picture has to be tur
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import numpy as np
 from flowreel.engine.errors import SourceNotFoundError, UnsupportedSourceError, UsageError
 from flowreel.engine.sources.file_ends import is_cut_short
 from flowreel.engine.sources.picture import Turn, colour_notes, is_full_range, matrix_of, shape_notes
+from flowreel.engine.sources.y4m import RECIPE
 from flowreel.engine.timecode import NO_STAMP, Timeline
 
 if TYPE_CHECKING:
@@ -176,9 +178,12 @@ def _numbers(places: Sequence[int], stamps: Sequence[int], timeline: Timeline) -
 def opened(path: Path) -> InputContainer:
     """The container, to be closed by the caller. Raises SourceNotFoundError or UnsupportedSourceError."""
     if not path.exists():
-        raise SourceNotFoundError(f"there is no file {path}")
+        pattern = re.sub(r"%0?\d*d", "*", str(path))
+        hint = "" if pattern == str(path) else f"; images are named by their folder, or by a quoted glob: '{pattern}'"
+        raise SourceNotFoundError(f"there is no file {path}{hint}")
     if not path.is_file():
-        raise UnsupportedSourceError(f"{path} is neither a file nor a folder")
+        hint = f"; what comes through a pipe is read from -, as YUV4MPEG2: {RECIPE}" if _is_pipe(path) else ""
+        raise UnsupportedSourceError(f"{path} is neither a file nor a folder{hint}")
     if path.stat().st_size == 0:
         raise UnsupportedSourceError(f"{path.name} is empty")
     try:
@@ -199,6 +204,10 @@ def opened(path: Path) -> InputContainer:
         container.close()
         raise UnsupportedSourceError(f"{path.name} is not a video that FFmpeg can read: it looks like text")
     return container
+
+
+def _is_pipe(path: Path) -> bool:
+    return path.is_fifo() or path.is_socket() or path.is_char_device()
 
 
 def _choose_stream(container: InputContainer, path: Path, number: int | None) -> tuple[VideoStream, list[str]]:

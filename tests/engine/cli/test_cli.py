@@ -76,6 +76,23 @@ def test_stats_to_stdout(tiny: str, capsys: Capture) -> None:
     assert sorted(path.name for path in Path().iterdir()) == ["a.zarr", "b.zarr", "c", "list.json"]
 
 
+def test_stats_to_a_closed_stdout_are_not_lost_in_silence(
+    tiny: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", None)
+        assert call(["run", SOURCE, "-o", "a.zarr", "--weights", tiny, "--stats", "-", "-q"]) == 1
+    assert one_line(capsys) == "flowreel: stdout is closed, so the report is lost; the outputs are done\n"
+    assert Path("a.zarr").exists()
+
+
+@pytest.mark.parametrize("columns", ["0", "", "100"])
+def test_a_terminal_of_no_width_is_shown_to_nevertheless(columns: str) -> None:
+    with spawn("--help", stdout=subprocess.PIPE, env={**os.environ, "COLUMNS": columns}) as process:
+        assert process.stdout is not None
+        assert b"verify" in process.stdout.read()
+
+
 def test_quiet_is_quiet(tiny: str, capsys: Capture) -> None:
     assert call(["run", SOURCE, "-o", "a.zarr", "--weights", tiny, "--quiet"]) == 0
     assert capsys.readouterr() == ("", "")

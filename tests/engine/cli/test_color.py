@@ -76,6 +76,15 @@ def test_other_inputs_and_outputs(capsys: Capture) -> None:
     assert "1 flow painted" in plain(capsys.readouterr().err)
 
 
+def test_options_of_a_video_that_is_not_made_are_noted(capsys: Capture) -> None:
+    assert call(["color", "000001.flo", "-o", "a", "-r", "30", "--encoder", "cpu"]) == 0
+    said = plain(capsys.readouterr().err)
+    for option in ("frame-rate", "encoder"):
+        assert f"note: {option} has no effect here: no video is made (-v makes one)" in said
+    assert call(["color", "000001.flo", "000002.flo", "-o", "b", "-v", "-r", "30", "--encoder", "cpu"]) == 0
+    assert "no effect" not in plain(capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [

@@ -94,7 +94,7 @@ def test_images_one_by_one_are_told_how_to_be_a_sequence(tiny: list[str], capsys
     assert call(["run", "frames/1.png", "frames/2.png", *STORE, *tiny]) == 2
     assert "name their folder, or put the glob in quotes" in capsys.readouterr().err
     assert call(["run", "frames/1.png", *STORE, *tiny]) == 1
-    assert "1.png has 1 frame: flow needs at least two" in capsys.readouterr().err
+    assert "1.png is one image: flow needs at least two" in capsys.readouterr().err
 
 
 def test_quiet_prints_the_error_alone(tiny: list[str], capsys: Capture) -> None:

@@ -73,6 +73,29 @@ def test_a_second_ctrl_c_is_the_same_or_ends_it_at_once(after_s: float, code: in
     assert (done.returncode, done.stdout, done.stderr) == (code, said, "")
 
 
+TERMINATED = """
+import os, signal, sys
+from flowreel.engine import cli
+from flowreel.engine.cli.table import Live
+def stop(live, progress):
+    if progress.flows_done >= 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+Live.show = stop
+cli.main()
+"""
+
+
+def test_sigterm_is_a_stop_in_good_order(tiny: list[str]) -> None:
+    """As of a job scheduler, or of a container that is stopped."""
+    source = "synthetic:objects?size=64x64&frames=4000"
+    arguments = ["run", source, "-o", "k.zarr", "-o", "k.mp4", "--batch", "1", *tiny]
+    done = subprocess.run([sys.executable, "-c", TERMINATED, *arguments], capture_output=True, text=True)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stderr.startswith("flowreel: interrupted")
+    assert len(done.stderr.splitlines()) == 1
+    assert not Path("k.mp4.partial").exists()
+
+
 @pytest.mark.usefixtures("stopped")
 def test_ctrl_c_tells_what_is_kept(tiny: list[str], capsys: Capture) -> None:
     outputs = ["-o", "k.zarr", "-o", "k.mp4", "-o", "f/%03d.flo", "--batch", "1"]

@@ -91,8 +91,41 @@ class TestWhichFiles:
             open_source(tmp_path / "a" / name)
 
     def test_one_image_is_too_few(self, tmp_path: Path) -> None:
-        with pytest.raises(TooFewFramesError, match="has 1 frame"):
+        with pytest.raises(TooFewFramesError, match=r"alone\.png is one image: flow needs at least two.*/\*\.png"):
             open_source(grey(tmp_path / "alone.png", 0))
+        (tmp_path / "film.png").write_bytes(b"\0\0\0\x20ftypisom")
+        with pytest.raises(UnsupportedSourceError, match="is not an image"):
+            open_source(tmp_path / "film.png")
+
+    @pytest.mark.parametrize("suffix", ["png", "webp", "tif"])
+    def test_several_pictures_in_a_file(self, tmp_path: Path, suffix: str) -> None:
+        for number in range(2):
+            first, *others = (Image.new("RGB", (WIDTH, HEIGHT), (9 * n, number, 0)) for n in range(3))
+            first.save(tmp_path / f"{number}.{suffix}", save_all=True, append_images=others, lossless=True)
+        source = open_source(tmp_path)
+        assert first_levels(list(source)) == [0, 0]
+        assert "2 of the files hold more than one picture: of each the first is taken" in source.notes
+        with pytest.raises(TooFewFramesError, match="holds several pictures, of which one would be read"):
+            open_source(tmp_path / f"0.{suffix}")
+
+    @pytest.mark.parametrize(
+        ("numbers", "said"),
+        [
+            ([1, 2, 3], ""),
+            ([0, 5, 10], ""),
+            ([1, 2, 4, 5], "have a gap between f2.png and f4.png"),
+            ([9, 10, 12, 13, 20], "have 2 gaps, the first between f10.png and f12.png"),
+        ],
+    )
+    def test_gaps_in_the_numbers_are_told(self, tmp_path: Path, numbers: list[int], said: str) -> None:
+        for number in numbers:
+            grey(tmp_path / f"f{number}.png", 1)
+        told = [note for note in open_source(tmp_path).notes if "gap" in note]
+        assert len(told) == bool(said)
+        assert said in "".join(told)
+        assert not any("gap" in note for note in open_source(tmp_path, SelectConfig(stop=2)).notes)
+        grey(tmp_path / "other.png", 1)
+        assert not any("gap" in note for note in open_source(tmp_path).notes)
 
     def test_real_pair(self, data_dir: Path) -> None:
         source = open_source(data_dir / "pairs" / "chairs_1")

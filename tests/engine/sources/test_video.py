@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -347,6 +348,17 @@ class TestWhatIsNoVideo:
         with pytest.raises(UnsupportedSourceError, match=says) as caught:
             open_source(tmp_path / name)
         assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("name", ["frames/%04d.png", "frames/img%d.jpg"])
+    def test_patterns_of_ffmpeg(self, tmp_path: Path, name: str) -> None:
+        glob = name.replace("%04d", "*").replace("%d", "*")
+        with pytest.raises(SourceNotFoundError, match=re.escape(f"by a quoted glob: '{tmp_path / glob}'")):
+            open_source(tmp_path / name)
+
+    def test_a_pipe_is_told_of_the_other_way(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(UnsupportedSourceError, match=r"is read from -, as YUV4MPEG2: ffmpeg -i CLIP"):
+            open_source(tmp_path / "pipe")
 
     def test_sound_only(self, tmp_path: Path) -> None:
         with av.open(str(tmp_path / "sound.m4a"), "w") as container:

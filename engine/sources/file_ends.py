@@ -1,0 +1,156 @@
+"""Is a video file whole? Its own structure tells where it ends; how much of it decodes does not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from flowreel.engine.errors import UnsupportedSourceError
+from flowreel.engine.sources import y4m
+
+_MP4_FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp", b"uuid")
+_ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
+_ASF_FILE_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
+_ASF_LONGEST_HEADER = 1 << 20  # bytes; an index of scripts may make it long, the file's properties come early
+
+
+def is_cut_short(path: Path) -> bool:
+    """Whether a file ends before the place that it names as its end itself.
+
+    Told of MP4/MOV, Matroska/WebM, AVI, ASF (WMV), GIF and YUV4MPEG2. Others do not say (transport and elementary
+    streams, live recordings), or FFmpeg notices (FLV): of those False.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(64)
+        for fits, end in _ENDS:
+            if fits(head):
+                file.seek(0)
+                return end(file, size) > size
+    return False
+
+
+# Each: the place where the file should end; any place inside it when it does not say.
+
+
+def _mp4_end(file: BinaryIO, size: int) -> int:
+    """Boxes one behind the other: length, kind, and for long ones the length again."""
+    position = 0
+    while position + 8 <= size:
+        file.seek(position)
+        box = file.read(16)
+        length = int.from_bytes(box[:4], "big")
+        if length == 1:
+            length = int.from_bytes(box[8:16], "big")
+        if length < 8 or not box[4:8].isalnum():  # to the end of the file; or not such a file at all
+            return 0
+        position += length
+    return position
+
+
+def _riff_end(file: BinaryIO, size: int) -> int:
+    """AVI: chunks one behind the other, kind and length."""
+    position = 0
+    while position + 8 <= size:
+        file.seek(position)
+        chunk = file.read(8)
+        payload = int.from_bytes(chunk[4:], "little")
+        if not payload or not chunk[:4].isalnum():  # 0 is what a recording leaves that was never finished
+            return 0
+        position += 8 + payload
+    return position
+
+
+def _matroska_end(file: BinaryIO, _: int) -> int:
+    """Where the segment says it ends; 0 when it does not say (a live recording)."""
+    head = file.read(64)
+
+    def number(position: int) -> tuple[int | None, int]:
+        """A length of 1..8 bytes, the leading zeros of the first telling how many; and where it ends."""
+        width = 9 - head[position].bit_length()
+        value = int.from_bytes(head[position : position + width], "big") & ~(1 << 7 * width)
+        return (None if value == (1 << 7 * width) - 1 else value), position + width
+
+    with suppress(IndexError):
+        length, position = number(4)
+        position += length or 0
+        if head[position : position + 4] == b"\x18\x53\x80\x67":
+            length, position = number(position + 4)
+            return 0 if length is None else position + length
+    return 0
+
+
+def _asf_end(file: BinaryIO, _: int) -> int:
+    """The file's size as its properties tell it; a broadcast does not know it."""
+    head = file.read(_ASF_LONGEST_HEADER)
+    place = head.find(_ASF_FILE_PROPERTIES)
+    properties = head[place : place + 92]
+    if place < 0 or len(properties) < 92 or properties[88] & 1:
+        return 0
+    return int.from_bytes(properties[40:48], "little")
+
+
+def _gif_end(file: BinaryIO, size: int) -> int:
+    """Behind the trailer, to which blocks of up to 255 bytes lead; beyond the file when they lead out of it."""
+    beyond = size + 1
+
+    def skip(count: int) -> None:
+        file.seek(count, os.SEEK_CUR)
+
+    def byte() -> int:
+        found = file.read(1)
+        if not found:
+            raise EOFError
+        return found[0]
+
+    def table(flags: int) -> int:
+        """Bytes of the colours that follow."""
+        return 3 << (flags & 7) + 1 if flags & 0x80 else 0
+
+    try:
+        file.seek(10)
+        flags = byte()
+        skip(2 + table(flags))
+        while (kind := byte()) != 0x3B:
+            if kind == 0x2C:  # a picture: its place, perhaps its own colours, and how it is packed
+                skip(8)
+                flags = byte()
+                skip(table(flags) + 1)
+            elif kind == 0x21:
+                skip(1)
+            else:
+                return 0  # damaged, which is another matter
+            while length := byte():
+                skip(length)
+    except EOFError:
+        return beyond
+    return file.tell()
+
+
+def _y4m_end(file: BinaryIO, size: int) -> int:
+    """Behind the last frame that is begun."""
+    try:
+        header = y4m.Header.parse(file.readline(y4m.LONGEST_LINE).rstrip(b"\n"))
+    except UnsupportedSourceError:  # FFmpeg may know more kinds
+        return 0
+    position = file.tell()
+    while position < size:
+        file.seek(position)
+        marker = file.readline(y4m.LONGEST_LINE)
+        if not y4m.MARKER.startswith(marker[: len(y4m.MARKER)]):
+            return 0
+        position += len(marker) + (0 if marker.endswith(b"\n") else 1) + header.frame_bytes
+    return position
+
+
+_ENDS: tuple[tuple[Callable[[bytes], bool], Callable[[BinaryIO, int], int]], ...] = (
+    (lambda head: head.startswith(b"\x1a\x45\xdf\xa3"), _matroska_end),
+    (lambda head: head.startswith(b"RIFF"), _riff_end),
+    (lambda head: head[4:8] in _MP4_FIRST_BOXES, _mp4_end),
+    (lambda head: head.startswith(_ASF_HEADER), _asf_end),
+    (lambda head: head.startswith((b"GIF87a", b"GIF89a")), _gif_end),
+    (lambda head: head.startswith(y4m.MAGIC + b" "), _y4m_end),
+)
