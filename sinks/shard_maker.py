@@ -64,7 +64,8 @@ def serve(connection: int, memory: int) -> None:
     What it says: None when it is ready; of each shard None when the steps are not needed any more, then what ``make``
     returns; or the error in place of either.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):  # what stops a whole group: whoever asked ends this in good order
+        signal.signal(number, signal.SIG_IGN)
     # Whoever asked may have gone by the time there is an answer: then this ends without a word, too.
     with suppress(EOFError, OSError), socket.socket(fileno=connection) as ours, ours.makefile("rwb") as stream:
         view = SharedView(memory)
