@@ -234,7 +234,8 @@ def _runs(pid: int) -> bool:
         return False
 
 
-def test_ctrl_c_in_a_terminal_does_not_reach_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_stops_a_whole_group_does_not_reach_them(number: int, tmp_path: Path) -> None:
     sink, shards = opened(tmp_path / "x.zarr")
     for process in shards._all:
         assert os.getpgid(process._process.pid) != os.getpgid(0)
@@ -243,7 +244,7 @@ def test_ctrl_c_in_a_terminal_does_not_reach_them(tmp_path: Path) -> None:
     assert sink._files is not None
     sink._files.flush()  # they are up by now
     for process in shards._all:
-        os.kill(process._process.pid, signal.SIGINT)
+        os.kill(process._process.pid, number)
     for batch in batches(3 * SHARD, first=SHARD):
         sink.write(batch)
     sink.commit()
