@@ -31,7 +31,6 @@ CASES = (
     "classical",
     "peers",
     "end_to_end",
-    "gpu_peers",
     "backpressure",
     "memory",
     "old_way",

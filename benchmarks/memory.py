@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+from statistics import median
 
 from benchmarks.data import found
 from benchmarks.processes import flowreel, measured
 
 CLIP = "conveyor_640x360.mp4"
 LENGTHS = (120, 1189)  # frames; the second is the whole clip
-REPEATS = 2
+REPEATS = 3
 MODEL = "--model=FlowNet2C"  # the lightest network of the baseline: what could grow lies around it
 
 
@@ -20,7 +21,7 @@ def run(short: bool = False) -> dict[str, object]:
     for _ in range(1 if short else REPEATS):
         for length in lengths:
             peaks[length].append(peak_bytes(length))
-    medians = {length: sorted(found)[len(found) // 2] for length, found in peaks.items()}
+    medians = {length: median(found) for length, found in peaks.items()}
     rows = [
         {
             "frames": length,

@@ -87,7 +87,7 @@ def _made(kind: str, result: Result, conditions: Sequence[str], asked: str) -> s
 
 
 def measured_on(result: Result) -> str:
-    """Hardware, versions, commit, date, and how busy the machine was, in one line."""
+    """Hardware, versions, commit, date, how busy the machine was, and what else is to be said, in one line."""
     machine = result["machine"]
     what = [f"{machine['gpu']}, " if machine.get("gpu") else "", f"{machine['cpu']}, {machine['cores']} cores"]
     torch = f"torch {machine['versions']['torch']}"
@@ -95,6 +95,8 @@ def measured_on(result: Result) -> str:
     said = [f"{''.join(what)}, {torch}, {machine['date']}, commit {commit}"]
     if machine.get("load") is not None and "load_after" in result:
         said.append(f"load {machine['load']:.1f} before and {result['load_after']:.1f} after")
+    if result.get("said"):
+        said.append(str(result["said"]))
     return f"*{'; '.join(said)}.*"
 
 

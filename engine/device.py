@@ -234,7 +234,7 @@ def _is_over(event: torch.cuda.Event) -> bool:
 
 
 def _pinned(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

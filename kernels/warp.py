@@ -143,8 +143,8 @@ def _grid(flow: Tensor, top: int, height: int, width: int, dtype: torch.dtype) -
     """Flow (B, 2, rows, W) from row ``top`` on -> (B, rows, W, 2), where -1 and 1 are the outer pixels' centres."""
     kx, ky = 2 / max(width - 1, 1), 2 / max(height - 1, 1)
     rows = flow.shape[2]
-    x = torch.arange(width, dtype=torch.float64).mul_(kx).sub_(1).to(dtype)
-    y = torch.arange(top, top + rows, dtype=torch.float64).mul_(ky).sub_(1).to(dtype)[:, None]
+    x = torch.arange(width, dtype=torch.float64, device=flow.device).mul_(kx).sub_(1).to(dtype)
+    y = torch.arange(top, top + rows, dtype=torch.float64, device=flow.device).mul_(ky).sub_(1).to(dtype)[:, None]
     grid = flow.new_empty((flow.shape[0], rows, width, 2), dtype=dtype)
     torch.add(x, flow[:, 0].to(dtype), alpha=kx, out=grid[..., 0])
     torch.add(y, flow[:, 1].to(dtype), alpha=ky, out=grid[..., 1])

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import tempfile
 from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from benchmarks.gpu.findings import Findings, Settings
-from benchmarks.gpu_peers import OURS, RAFT, SIZES, raft_rows, torchvision_models
-from benchmarks.measure import Effort
+from benchmarks.measure import Action, Effort, Sample, Skipped, alternated, device_sync, ratio
+from benchmarks.networks import random_weights
+from flowreel.engine.config import ModelConfig
+from flowreel.engine.inference import prepare
 
+SIZES = {"1024x448": (448, 1024), "1920x1088": (1088, 1920)}
 DRY = {"128x128": (128, 128)}  # the smallest that RAFT takes
+RAFT, OURS = "torchvision RAFT-small, 12 updates", "flowreel FlowNet2C"
 
 
 def run(findings: Findings, settings: Settings) -> None:
@@ -26,3 +37,46 @@ def _compare(findings: Findings, settings: Settings, name: str, size: tuple[int,
     if name in (next(iter(SIZES)), *DRY):
         times = next(row["its time / ours"]["median"] for row in rows if row["peer"] == RAFT)
         findings.add(headline=f"{name}: {RAFT} takes {times:.1f} times as long as {OURS}")
+
+
+def raft_rows(name: str, size: tuple[int, int], device: str, precision: str, effort: Effort) -> list[dict[str, Any]]:
+    """Both on frames of one size (height, width), in turn. Raises Skipped where torchvision cannot be had."""
+    with tempfile.TemporaryDirectory() as folder:
+        ways = raft_and_ours(device, precision, *size, Path(folder))
+    found = alternated({RAFT: ways[0], OURS: ways[1]}, effort, device_sync(device))
+    return [
+        {
+            "peer": peer,
+            "size": name,
+            "pairs/s": Sample.of(seconds).rate(1).cell(),
+            "its time / ours": ratio(seconds, found[OURS]),
+        }
+        for peer, seconds in found.items()
+    ]
+
+
+def raft_and_ours(device: str, precision: str, height: int, width: int, folder: Path) -> tuple[Action, Action]:
+    """Both on the same frames, one pair a call, random weights. Raises Skipped where torchvision cannot be had."""
+    raft = torchvision_models().raft_small(weights=None).eval().to(device)
+    weights = str(random_weights("FlowNet2C", folder))
+    config = ModelConfig(model="FlowNet2C", weights=weights, device=device, precision=precision, batch=1)  # type: ignore
+    inference = prepare(config, height, width)
+    torch.manual_seed(0)
+    frames = [torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8, device=device) for _ in range(2)]
+    half = torch.float16 if precision == "fp16" else torch.bfloat16
+
+    def theirs() -> Tensor:
+        first, second = (frame.float() / 127.5 - 1 for frame in frames)
+        with torch.no_grad(), torch.autocast(device, half, enabled=precision != "fp32"):
+            flow: Tensor = raft(first, second)[-1]
+            return flow
+
+    return theirs, lambda: inference.flow(*frames)
+
+
+def torchvision_models() -> Any:
+    """Its module of flow networks. Raises Skipped where there is none."""
+    try:
+        return import_module("torchvision.models.optical_flow")
+    except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
+        raise Skipped(f"torchvision cannot be used: {error}") from error

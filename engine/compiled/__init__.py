@@ -64,8 +64,12 @@ _BACKENDS: dict[str, str] = {"cpu": "cpu", "cuda": "cuda"}
 
 @contextmanager
 def plain_modes(device: torch.device) -> Iterator[None]:
-    """What a network is packed, captured and run under: no gradients, and no autocast of whoever calls."""
-    with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast(device.type, enabled=False):
+    """What a network is packed, captured and run under: no gradients, and none of the modes of whoever calls.
+
+    Inference mode would make tensors of its own kind of buffers that later calls write to outside it.
+    """
+    cpu, there = torch.autocast("cpu", enabled=False), torch.autocast(device.type, enabled=False)
+    with torch.inference_mode(False), torch.no_grad(), cpu, there:  # the first allows gradients
         yield
 
 

@@ -7,6 +7,7 @@ two channels a tap, and a second layer that puts each tap in its place, it is up
 from __future__ import annotations
 
 from copy import copy
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,8 +25,9 @@ class Taps:
         """``weight`` and ``bias`` as torch's layer has them."""
         outputs, inputs, kernel, _ = weight.shape
         each = weight.permute(2, 3, 0, 1).reshape(-1, inputs, 1, 1)  # (tap, output), as in the places below
-        taps = torch.eye(kernel * kernel, dtype=weight.dtype).view(kernel * kernel, kernel, kernel)
-        places = torch.einsum("tyx,op->otpyx", taps, torch.eye(outputs, dtype=weight.dtype)).flatten(1, 2)
+        eye = partial(torch.eye, dtype=weight.dtype, device=weight.device)
+        taps = eye(kernel * kernel).view(kernel * kernel, kernel, kernel)
+        places = torch.einsum("tyx,op->otpyx", taps, eye(outputs)).flatten(1, 2)
         self._each = PackedConvolution(each, None, (1, 1), 0)
         self._sum = PackedConvolution(places, bias, (1, 1), kernel // 2)
         self.bytes_a_pixel = inputs * weight.itemsize

@@ -25,7 +25,6 @@ from benchmarks import (
     data,
     decode,
     encode,
-    gpu_peers,
     kernels,
     memory,
     model,
@@ -228,13 +227,6 @@ def test_classical(folder: Path, monkeypatch: pytest.MonkeyPatch, checked: Any) 
     rows = checked("classical", classical.run(short=True))
     assert [row["method"] for row in rows][-1] == classical.OURS
     assert {"OpenCV DIS medium", "OpenCV Farneback"} < {row["method"] for row in rows}
-
-
-def test_gpu_peers_say_why_they_are_left_out(checked: Any) -> None:
-    rows = checked("gpu_peers", gpu_peers.run(short=True))
-    assert rows
-    if not torch.cuda.is_available():
-        assert {row["skipped"] for row in rows} == {"there is no GPU"}
 
 
 def test_accuracy(folder: Path, monkeypatch: pytest.MonkeyPatch, checked: Any) -> None:

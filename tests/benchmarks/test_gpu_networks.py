@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import flowreel
-from benchmarks import gpu_peers
 from benchmarks.gpu import end_to_end, kernel_times, memory, network, peers, precision, profile, store
 from benchmarks.gpu.findings import Settings
 from benchmarks.gpu.original import kernels_of
@@ -138,10 +137,10 @@ def test_on_a_cpu_calls_are_timed_as_they_are() -> None:
 
 
 def test_a_peer_beside_ours(findings: Found, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_peers, "raft_and_ours", lambda *_: (lambda: sum(range(10**5)), lambda: sum(range(10**4))))
+    monkeypatch.setattr(peers, "raft_and_ours", lambda *_: (lambda: sum(range(10**5)), lambda: sum(range(10**4))))
     peers._compare(findings, settings, "128x128", (128, 128), Effort(least=3, most=3))
-    assert [row["peer"] for row in findings["rows"]] == [gpu_peers.RAFT, gpu_peers.OURS]
-    assert f"{gpu_peers.RAFT} takes " in findings["headline"]
+    assert [row["peer"] for row in findings["rows"]] == [peers.RAFT, peers.OURS]
+    assert f"{peers.RAFT} takes " in findings["headline"]
 
 
 def test_only_the_kernels_of_a_fetched_source_are_compiled() -> None:

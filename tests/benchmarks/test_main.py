@@ -32,17 +32,18 @@ def test_every_case_says_what_it_measures(capsys: pytest.CaptureFixture[str]) ->
     assert all(len(describe(case)) > 20 for case in CASES)
 
 
+@pytest.mark.usefixtures("data_dir")
 def test_a_case_is_run_and_filed_with_its_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(["gpu_peers", "--short", "--out", str(tmp_path / "new")]) == 0
+    assert command.main(["accuracy", "--out", str(tmp_path / "new")]) == 0
     (path,) = (tmp_path / "new").iterdir()  # no ceilings: this case does not ask for them
     result = json.loads(path.read_text())
-    assert result["case"] == "gpu_peers"
-    assert result["short"]
+    assert result["case"] == "accuracy"
+    assert not result["short"]
     assert {"cpu", "cores", "versions", "commit", "date", "load", "torch_threads"} <= set(result["machine"])
     assert result["machine"]["versions"]["torch"]
     assert path.name == f"{result['machine']['date']}-{filed_as(result)}.json"
     assert newest(filed_as(result), tmp_path / "new") == path
-    assert "| peer |" in capsys.readouterr().out
+    assert "| pair |" in capsys.readouterr().out
 
 
 def test_a_case_without_what_it_needs_is_skipped_and_says_why(

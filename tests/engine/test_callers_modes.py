@@ -44,8 +44,8 @@ def video(clip: Clip) -> Path:
 
 
 def everything(video: Path, folder: Path) -> dict[str, Any]:
-    """Flow by every way in, of the baseline's first network."""
-    options: dict[str, Any] = {"model": "FlowNet2C", "batch": 4}
+    """Flow by every way in, of the baseline's networks."""
+    options: dict[str, Any] = {"batch": 4}
     lazy = flowreel.open(video, **options)
     kept = flowreel.open(video, cache=folder / "cache", **options)
     found: dict[str, Any] = {"one": lazy[0], "all": lazy[:], "kept": kept[1], "read": kept[1:3]}
@@ -56,6 +56,8 @@ def everything(video: Path, folder: Path) -> dict[str, Any]:
     found["stored"] = flowreel.open_store(folder / "a.zarr")[:]
     clips = flowreel.FlowClips([video, folder / "a.zarr"], length=2, size=48, crop=32, random=True, seed=1, **options)
     found |= {f"clip {index}": clips[index]["flow"] for index in (0, len(clips) - 1)}
+    net = flowreel.load_model(weights="baseline")
+    found["compiled"] = [flowreel.compile(net, (1, 64, 64), precision) for precision in ("fp32", "bf16")]
     found["module"] = flowreel.load_model("FlowNet2C", weights="baseline").get_parameter("conv1.0.weight")
     return found
 
@@ -69,11 +71,19 @@ def expected(video: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 def test_flow_does_not_depend_on_them(mode: str, video: Path, expected: dict[str, Any], tmp_path: Path) -> None:
     with MODES[mode]():
         found = everything(video, tmp_path)
+    frames = [torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(seed)) * 255 for seed in (0, 1)]
+    for mine, other in zip(found.pop("compiled"), expected["compiled"], strict=True):
+        assert torch.equal(mine(*frames), other(*frames))
+        with MODES[mode]():
+            given = mine(*frames)
+        assert torch.equal(given, other(*frames))
     for name, values in expected.items():
+        if name == "compiled":
+            continue
         assert found[name].dtype in (torch.float32, np.float32), name
         assert not isinstance(values, Tensor) or found[name].device == values.device, name
-        assert np.array_equal(np.asarray(found[name].detach() if isinstance(values, Tensor) else found[name]),
-                              np.asarray(values.detach() if isinstance(values, Tensor) else values)), name  # fmt: skip
+        mine, other = (torch.as_tensor(one).detach() for one in (found[name], values))
+        assert torch.equal(mine, other), name
 
 
 def test_a_network_from_a_file_draws_nothing() -> None:

@@ -85,7 +85,7 @@ def test_resumed_is_the_same_to_the_byte(tiny: str, step: int, direction: str) -
     assert 4 <= open_store("X.zarr").available < len(open_store("whole.zarr"))
     report = flowreel.run("frames", ["X.zarr", "X.mp4", "flo/%03d.flo"], resume=True, **options)
     assert contents("X.zarr") == contents("whole.zarr")
-    assert report.pairs == len(open_store("X.zarr")) - 4 * (len(open_store("X.zarr")) - report.pairs) // 4
+    assert (len(open_store("X.zarr")) - report.pairs) % 4 == 0  # whole shards were kept
     assert any("went on after" in note for note in report.notes)
     assert Path("X.mp4").exists()
     assert len(list(Path("flo").iterdir())) == len(open_store("X.zarr"))

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flowreel.engine import inference
-from flowreel.engine.compiled import cuda, padded
+from flowreel.engine.compiled import cuda, padded, plain_modes
 from flowreel.engine.compiled.heads import Head
 from flowreel.engine.config import Precision
 from flowreel.engine.errors import PrecisionWarning
@@ -324,3 +324,14 @@ def test_the_automatic_batch_counts_on_the_memory_that_a_program_takes(precision
         cuda.Work(packed, shape)()
     needed = held.most / (shape[0] * shape[1] * shape[2])
     assert 1.2 * needed < inference._BYTES_A_PIXEL[precision] < 4 * needed
+
+
+@pytest.mark.parametrize("name", ["FlowNet2", "FlowNet2C"])
+def test_what_is_made_in_inference_mode_serves_outside_it(name: str) -> None:
+    """In fp16 the first run goes through the buffers call by call."""
+    model = build_model(name, width=0.1).eval()
+    frames = frames_of(9, 1)
+    expected = cuda.pack(model, "fp16").program((1, 64, 128)).flow(*frames)
+    with torch.inference_mode(), plain_modes(torch.device("cpu")):
+        program = cuda.pack(model, "fp16").program((1, 64, 128))
+    assert torch.equal(program.flow(*frames), expected)
