@@ -34,6 +34,7 @@ from flowreel.kernels.refining_input import refining_input, refining_input_defin
 from flowreel.kernels.warp import warp_definition
 from flowreel.kernels.yuv_to_rgb import yuv_to_rgb_definition
 from flowreel.sinks.blosc import BLOCK_VALUES
+from flowreel.sinks.painting import yuv420
 
 TOLERANCE = {"fp32": 1e-5, "fp16": 2**-10, "bf16": 2**-7}  # relative; half types: one rounding of the result
 LAYOUTS = {"": torch.contiguous_format, " channels last": torch.channels_last}
@@ -80,7 +81,8 @@ def check(findings: Findings, settings: Settings) -> None:
             findings.attempt(
                 f"{name}{layout} {precision}", partial(_compare, findings, f"{name}{layout}", precision, compared, made)
             )
-    for name, compare in (("yuv_to_rgb", _yuv_to_rgb), ("quantise", _quantise), ("flow_to_color", _flow_to_color)):
+    whole = {"yuv_to_rgb": _yuv_to_rgb, "quantise": _quantise, "flow_to_color": _flow_to_color, "yuv420": _yuv420}
+    for name, compare in whole.items():
         findings.attempt(name, partial(compare, findings, settings.device))
 
 
@@ -287,6 +289,14 @@ def _quantise(findings: Findings, device: str) -> None:
 def _flow_to_color(findings: Findings, device: str) -> None:
     flow = torch.randn(1, 2, *cases.PIXELS, device=device) * 8
     _check_levels(findings, "flow_to_color", flow_to_color(flow, 20.0).cpu(), flow_to_color(flow.cpu(), 20.0))
+
+
+def _yuv420(findings: Findings, device: str) -> None:
+    """A video's planes of pictures that are converted one by one, of several together, and of an odd size."""
+    height, width = cases.PIXELS
+    for shape in ((2, 3, 2 * height, 2 * width), (3, 3, height, width), (1, 3, 33, 47)):
+        colors = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+        _check_levels(findings, f"yuv420, {shape[3]}x{shape[2]}", yuv420(colors).cpu(), yuv420(colors.cpu()))
 
 
 def _check_levels(findings: Findings, name: str, ours: Tensor, wanted: Tensor) -> None:

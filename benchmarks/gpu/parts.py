@@ -20,6 +20,7 @@ class Part:
     limit_s: float  # after which it is stopped; what it had found by then is kept
     what: str
     times: bool = False  # it gives rows, and no checks: what it has when it is stopped is good
+    least_s: float = 0.0  # with less than that it is not begun: it would be stopped before it has shown anything
     env: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -42,16 +43,32 @@ PARTS = (
         "end to end",
         f"{HERE}.end_to_end",
         "run",
-        110,
+        170,
         "video file to stores, to video; both ends alone",
         True,
+        least_s=40,
     ),
     Part("run profile", f"{HERE}.run_profile", "run", 80, "what bounds a whole run: its ends, threads and calls", True),
     Part("kernel times", f"{HERE}.kernel_times", "run", 75, "each kernel beside torch's and flownet2-pytorch's", True),
     Part("peers", f"{HERE}.peers", "run", 45, "torchvision's RAFT-small beside FlowNet2-C", True),
     Part("profile", f"{HERE}.profile", "run", 60, "which kernels the time goes into, and what bounds the run", True),
     Part("host calls", f"{HERE}.host_calls", "run", 30, "what a run's calls cost its threads", True),
-    Part("training times", f"{HERE}.training_times", "run", 60, "scenes painted, and steps made with them", True),
-    Part("tests graphs", f"{HERE}.tests", "graphs", 120, "each kernel in a captured graph and compiled", env=ALONE),
-    Part("racecheck", f"{HERE}.sanitizer", "racecheck", 90, "every kernel under compute-sanitizer's racecheck"),
+    Part(
+        "training times",
+        f"{HERE}.training_times",
+        "run",
+        90,
+        "scenes painted, and steps made with them",
+        True,
+        least_s=25,
+    ),
+    Part("tests graphs", f"{HERE}.tests", "graphs", 120, "each kernel captured and compiled", least_s=45, env=ALONE),
+    Part(
+        "racecheck",
+        f"{HERE}.sanitizer",
+        "racecheck",
+        90,
+        "every kernel under compute-sanitizer's racecheck",
+        least_s=15,
+    ),
 )

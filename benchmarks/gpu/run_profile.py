@@ -120,7 +120,6 @@ def run(findings: Findings, settings: Settings) -> None:
         ("frames there, without threads", partial(timed, way=Chains.without_threads)),
         ("frames there, to a store", partial(timed, way=Chains.frames_there_to_store)),
         ("the flow dropped on the host", partial(timed, way=Chains.dropped_on_the_host)),
-        ("to a store, shards made by processes", partial(timed, way=by_processes)),
         ("to a store, PyAV", partial(timed, way=partial(Chains.to_store, decoder="pyav"))),
         (f"{LIGHT}, to a store", partial(timed, way=Chains.to_store, short=f"{LIGHT}, to a store", on=light)),
         (f"{LIGHT}, to a store, shards made by processes", partial(timed, way=by_processes, on=light)),

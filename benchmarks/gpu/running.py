@@ -24,10 +24,14 @@ RUNNING = "running.json"  # beside the result while a part runs: what it has fou
 def run_part(part: Part, settings: Settings, env: Mapping[str, str], limit_s: float) -> dict[str, Any]:
     """What one part found, however it ended.
 
-    Its ``status``: done; skipped, it lacks something; failed; stopped, its time was over; cut short, likewise, but what
-    it had timed is good; empty, it came to its end and found nothing. All but the first two and cut short count as a
-    failed check.
+    Its ``status``: done; skipped, it lacks something, be it time; failed; stopped, its time was over; cut short,
+    likewise, but what it had timed is good; empty, it came to its end and found nothing. All but the first two and cut
+    short count as a failed check.
     """
+    if limit_s < part.least_s:
+        reason = f"{max(limit_s, 0):.0f} s are left for it, and it wants {part.least_s:.0f}"
+        found = {name: value for name, value in nothing_found().items() if name not in ("begun", "under_way")}
+        return {"name": part.name, "what": part.what, "status": "skipped", "reason": reason, "seconds": 0.0, **found}
     path = settings.kept(RUNNING)
     path.unlink(missing_ok=True)
     began_s, begun = time.monotonic(), 0

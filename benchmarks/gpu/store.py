@@ -14,6 +14,7 @@ from benchmarks.gpu.made_clips import written_clip
 from benchmarks.gpu.nvdec import frames_of
 from flowreel.engine.config import ModelConfig, SinkConfig
 from flowreel.engine.inference import prepare
+from flowreel.sinks import shard_processes
 
 ROUNDING = 2e-4  # of the longest vector, in float32, between two programs of one network
 
@@ -22,6 +23,32 @@ def check(findings: Findings, settings: Settings) -> None:
     """Flows read back from a store that was written there, beside the network's own for the same frames."""
     for precision in ("fp32",) if settings.dry else ("fp32", "fp16"):
         findings.attempt(f"a store in {precision}", partial(_compare_store, findings, settings, precision))
+    findings.attempt("shards made by processes", partial(_compare_processes, findings, settings))
+
+
+def _compare_processes(findings: Findings, settings: Settings) -> None:
+    """A store whose shards other processes make, as those of a long run are, is the same to the byte."""
+    width, height, batch = (96, 64, 2) if settings.dry else (640, 360, 8)
+    clip = written_clip(settings.folder, width, height, 4 * batch + 2)
+    options: dict[str, Any] = {"device": settings.device, "batch": batch, "shard_bytes": 8 * width * height * batch}
+    options["precision"] = "fp32" if settings.dry else "fp16"
+    stores = [Path(settings.folder) / f"{by}.zarr" for by in ("threads", "processes")]
+    asked: list[bool] = []
+    before = shard_processes.are_worth_it
+    for path, worth in zip(stores, (False, True), strict=True):
+        shard_processes.are_worth_it = lambda *_, worth=worth: asked.append(worth) or worth  # type: ignore[misc, func-returns-value]
+        try:
+            flowreel.run(clip, path, overwrite=True, **options)
+        finally:
+            shard_processes.are_worth_it = before
+    files = [
+        {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+        for path in stores
+    ]
+    same = files[0] == files[1]
+    by_processes = settings.dry or True in asked  # on a CPU there are none
+    said = "a store is the same to the byte by threads and by processes"
+    findings.check(said, same and by_processes, files=len(files[0]), asked=asked)
 
 
 def _compare_store(findings: Findings, settings: Settings, precision: str) -> None:

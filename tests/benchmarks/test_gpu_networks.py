@@ -121,9 +121,11 @@ def test_the_speed_of_a_run_is_that_of_its_middle(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(flowreel, "run", run)
     monkeypatch.setattr(flowreel, "open_store", lambda _: SimpleNamespace(shard_length=7))
-    sample, _ = end_to_end._rate(end_to_end.Job(tmp_path, 4, 4, 100, {}), "FlowNet2", tmp_path / "x.mp4", "auto")
-    assert sample.median == pytest.approx(100)
-    assert asked[1:] == [7, 7, 98, 98]
+    for name, long in (("x.zarr", [98, 98]), ("x.mp4", [98])):
+        asked.clear()
+        sample, _ = end_to_end._rate(end_to_end.Job(tmp_path, 4, 4, 100, {}), "FlowNet2", tmp_path / name, "auto")
+        assert sample.median == pytest.approx(100)
+        assert asked[1:] == [7, 7, *long]
 
 
 # --- kernels and peers ------------------------------------------------------------------------------------------------

@@ -58,6 +58,13 @@ def test_what_is_not_installed_is_left_out_but_a_mistake_of_ours_is_not(run: Run
     assert run("lacks_ours")["status"] == "failed"
 
 
+def test_a_part_that_has_too_little_time_is_not_begun(run: Run) -> None:
+    found = run("fine", least_s=301)
+    assert (found["status"], found["reason"]) == ("skipped", "300 s are left for it, and it wants 301")
+    assert (found["checks"], found["rows"], found["seconds"]) == ([], [], 0.0)
+    assert set(found) == set(run("fine", least_s=300))
+
+
 def test_a_part_that_shows_nothing_is_not_taken_for_one_that_passed(run: Run) -> None:
     found = run("silent")
     assert (found["status"], verdicts(found)) == ("empty", {"silent comes to its end": False})
