@@ -32,10 +32,9 @@ def settle() -> None:
 
 
 def _can_be_kept_in(folder: str) -> bool:
+    """Whether there is, or could be made, such a folder. An import makes none."""
     if not os.path.isabs(folder):  # no home, or no cache folder
         return False
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(folder, os.W_OK)
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
