@@ -27,7 +27,7 @@ from flowreel.engine.errors import (
 )
 from flowreel.engine.sources import IMAGE_SUFFIXES
 from flowreel.engine.sources.fingerprint import last_change, source_id
-from flowreel.engine.timecode import select_frames
+from flowreel.engine.sources.timecode import select_frames
 
 if TYPE_CHECKING:
     from flowreel.engine.data import Float64Array

@@ -23,7 +23,7 @@ from flowreel.engine.errors import DeviceError, FrameSizeError
 from flowreel.engine.pipeline import OneAtATime
 from flowreel.engine.sources.headers import ENOUGH_BYTES, stated_size
 from flowreel.engine.sources.pyav import key_frame_before
-from flowreel.engine.timecode import MOST_REORDERED
+from flowreel.engine.sources.timecode import MOST_REORDERED
 
 if TYPE_CHECKING:
     from types import ModuleType

@@ -20,8 +20,8 @@ import numpy as np
 from flowreel.engine.errors import SourceNotFoundError, UnsupportedSourceError, UsageError
 from flowreel.engine.sources.file_ends import is_cut_short
 from flowreel.engine.sources.picture import Turn, colour_notes, is_full_range, matrix_of, shape_notes
+from flowreel.engine.sources.timecode import NO_STAMP, Timeline
 from flowreel.engine.sources.y4m import RECIPE
-from flowreel.engine.timecode import NO_STAMP, Timeline
 
 if TYPE_CHECKING:
     from av.container import InputContainer

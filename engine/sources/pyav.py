@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowreel.engine.sources.picture import Converter
 from flowreel.engine.sources.probe import VideoProbe, decoded, opened, packets
-from flowreel.engine.timecode import MOST_REORDERED, Timeline
+from flowreel.engine.sources.timecode import MOST_REORDERED, Timeline
 
 if TYPE_CHECKING:
     from av.packet import Packet

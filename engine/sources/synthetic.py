@@ -17,8 +17,8 @@ import numpy as np
 from flowreel.engine.config import SelectConfig
 from flowreel.engine.data import FlowInfo, Frame, Picture, SourceId
 from flowreel.engine.errors import UsageError
-from flowreel.engine.named_scenes import SCENES, named_scene
-from flowreel.engine.timecode import select_frames
+from flowreel.engine.scenes.named import SCENES, named_scene
+from flowreel.engine.sources.timecode import select_frames
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,7 +16,7 @@ from flowreel.engine.errors import DeviceError, SourceChangedError, SourceNotFou
 from flowreel.engine.sources.fingerprint import last_change, source_id
 from flowreel.engine.sources.probe import VideoProbe, probe_video
 from flowreel.engine.sources.pyav import PyAVDecoder, key_frame_before
-from flowreel.engine.timecode import parse_seconds, select_frames
+from flowreel.engine.sources.timecode import parse_seconds, select_frames
 
 if TYPE_CHECKING:
     from av.video.frame import VideoFrame

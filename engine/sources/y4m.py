@@ -26,7 +26,7 @@ from flowreel.engine.config import SelectConfig
 from flowreel.engine.data import FlowInfo, Frame, SourceId
 from flowreel.engine.errors import TooFewFramesError, UnsupportedSourceError, UsageError
 from flowreel.engine.sources.picture import Converter, Turn, colour_notes
-from flowreel.engine.timecode import parse_seconds
+from flowreel.engine.sources.timecode import parse_seconds
 
 MAGIC = b"YUV4MPEG2"
 MARKER = b"FRAME"

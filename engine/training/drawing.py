@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flowreel.engine.outlines import Outline, random_outline
-from flowreel.engine.scenes import Bend, Matrix, Pose, inverse, similarity
-from flowreel.engine.textures import LEVELS, TATTER_SIZE, TATTERS, Rng, TextureBank, kind_of
+from flowreel.engine.scenes.outlines import Outline, random_outline
+from flowreel.engine.scenes.scene import Bend, Matrix, Pose, inverse, similarity
+from flowreel.engine.scenes.textures import LEVELS, TATTER_SIZE, TATTERS, Rng, TextureBank, kind_of
 
 HAZE = (3, 4)  # rows and columns of the coarse grid of a haze
 

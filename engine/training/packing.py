@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from flowreel.engine.outlines import ANGLES, BarOutline, GratingOutline, RadialOutline
-from flowreel.engine.scenes import Matrix, inverse, sharpness
-from flowreel.engine.textures import TATTER_SIZE
+from flowreel.engine.scenes.outlines import ANGLES, BarOutline, GratingOutline, RadialOutline
+from flowreel.engine.scenes.scene import Matrix, inverse, sharpness
+from flowreel.engine.scenes.textures import TATTER_SIZE
 from flowreel.engine.training.drawing import Bank, Development, DrawnLayer, DrawnPair
 
 WAVES = 3  # most of a bend

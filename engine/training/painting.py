@@ -16,9 +16,9 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from flowreel.engine.device import send
-from flowreel.engine.outlines import bar_distance, grating_distance, radial_distance
-from flowreel.engine.scenes import NEAR, to_bytes
-from flowreel.engine.textures import LEVELS, TATTER_SIZE, TextureBank, tatters, texture_bank
+from flowreel.engine.scenes.outlines import bar_distance, grating_distance, radial_distance
+from flowreel.engine.scenes.scene import NEAR, to_bytes
+from flowreel.engine.scenes.textures import LEVELS, TATTER_SIZE, TextureBank, tatters, texture_bank
 from flowreel.engine.training.development import develop
 from flowreel.engine.training.drawing import Bank
 from flowreel.engine.training.packing import BAR, GRATING, OF_LAYER, OF_VIEW, RADIAL, WAVES, Packed

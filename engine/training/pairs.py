@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowreel.engine.scenes import Layer, Scene, to_bytes
-from flowreel.engine.textures import TATTER_SIZE, TextureBank, tatters, texture_bank
+from flowreel.engine.scenes.scene import Layer, Scene, to_bytes
+from flowreel.engine.scenes.textures import TATTER_SIZE, TextureBank, tatters, texture_bank
 from flowreel.engine.training.development import develop
 from flowreel.engine.training.drawing import DrawnLayer, Piece, SceneConfig, draw_pair
 

@@ -16,7 +16,7 @@ from flowreel.engine.config import ModelConfig
 from flowreel.engine.data import FlowBatch, Frame, FramePair, PairBatch
 from flowreel.engine.errors import DeviceError, StageError, UsageError
 from flowreel.engine.inference import Inference, Made, auto_batch, load_network, prepare
-from flowreel.engine.named_scenes import named_scene
+from flowreel.engine.scenes.named import named_scene
 from tests.fakes.cuda_streams import GPU
 
 

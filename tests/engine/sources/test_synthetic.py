@@ -8,7 +8,7 @@ import torch
 from flowreel.engine.config import SelectConfig
 from flowreel.engine.data import Source
 from flowreel.engine.errors import TooFewFramesError, UsageError
-from flowreel.engine.named_scenes import SCENES
+from flowreel.engine.scenes.named import SCENES
 from flowreel.engine.sources.synthetic import SyntheticConfig, open_synthetic
 
 SMALL = "size=64x48&frames=6"

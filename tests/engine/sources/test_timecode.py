@@ -9,7 +9,7 @@ import pytest
 
 from flowreel.engine.config import SelectConfig
 from flowreel.engine.errors import TooFewFramesError, UsageError
-from flowreel.engine.timecode import NO_STAMP, Timeline, parse_seconds, select_frames
+from flowreel.engine.sources.timecode import NO_STAMP, Timeline, parse_seconds, select_frames
 
 TICK = Fraction(1, 100)
 RATE = Fraction(25)

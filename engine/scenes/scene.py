@@ -9,7 +9,7 @@ Rendering only walks left to right, so every pixel is evaluated exactly and with
 and back at t1: x0 -> p -> x1, where the bend, a contraction, is undone by fixed-point iteration. The flow of a pixel
 is the motion of the front-most layer that covers at least half of it.
 
-What there is to see comes from elsewhere: ``training/drawing.py`` draws random scenes, ``named_scenes.py`` composes
+What there is to see comes from elsewhere: ``training/drawing.py`` draws random scenes, ``named.py`` composes
 those of ``synthetic:NAME``.
 """
 
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from flowreel.engine.outlines import Outline
+from flowreel.engine.scenes.outlines import Outline
 
 Matrix = npt.NDArray[np.float64]  # (3, 3), acts on column vectors (x, y, 1)
 Pose = Callable[[float], Matrix]  # time -> object coordinates to frame pixels

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from flowreel.engine.outlines import BarOutline, radial_outline
+from flowreel.engine.scenes.outlines import BarOutline, radial_outline
 
 
 def test_outlines_are_distances() -> None:

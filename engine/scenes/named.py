@@ -15,9 +15,9 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from flowreel.engine.errors import UsageError
-from flowreel.engine.outlines import BarOutline, Outline, polygon, radial_outline
-from flowreel.engine.scenes import Bend, Layer, Matrix, Pose, Scene, similarity
-from flowreel.engine.textures import make_texture
+from flowreel.engine.scenes.outlines import BarOutline, Outline, polygon, radial_outline
+from flowreel.engine.scenes.scene import Bend, Layer, Matrix, Pose, Scene, similarity
+from flowreel.engine.scenes.textures import make_texture
 
 _remembered_texture = functools.lru_cache(16)(make_texture)  # named scenes are often opened twice in a row
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flowreel.engine.textures import MAKERS, TextureBank, make_texture
+from flowreel.engine.scenes.textures import MAKERS, TextureBank, make_texture
 
 
 @pytest.mark.parametrize("kind", MAKERS)

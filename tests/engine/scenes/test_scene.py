@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from flowreel.engine.named_scenes import named_scene
-from flowreel.engine.outlines import BarOutline, radial_outline
-from flowreel.engine.scenes import Bend, Layer, Pose, Scene
+from flowreel.engine.scenes.named import named_scene
+from flowreel.engine.scenes.outlines import BarOutline, radial_outline
+from flowreel.engine.scenes.scene import Bend, Layer, Pose, Scene
 
 Pulled = Callable[[Tensor, Tensor], Tensor]
 HEIGHT, WIDTH = 96, 128

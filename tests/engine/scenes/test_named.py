@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flowreel.engine.errors import UsageError
-from flowreel.engine.named_scenes import SCENES, named_scene
+from flowreel.engine.scenes.named import SCENES, named_scene
 
 Pulled = Callable[[Tensor, Tensor], Tensor]
 HEIGHT, WIDTH = 96, 128
