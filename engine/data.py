@@ -366,9 +366,23 @@ class FlowReader(Protocol):
         ...
 
     @property
+    def stem(self) -> str | None:
+        """What a store's outputs are called after; None: those of files, after the files."""
+        ...
+
+    @property
+    def has_times(self) -> bool:
+        """Whether it keeps the times and frame numbers of its flows, as a store does and files do not."""
+        ...
+
+    @property
     def notes(self) -> list[str]: ...
     def __iter__(self) -> Iterator[FlowBatch]: ...
     def close(self) -> None: ...
+
+    def reads(self, output: str) -> bool:
+        """Whether writing ``output`` would destroy what is still being read."""
+        ...
 
 
 @runtime_checkable

@@ -10,12 +10,12 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from flowreel.engine.config import RunConfig, SinkConfig
-from flowreel.engine.data import FlowBatch, Sink
+from flowreel.engine.data import FlowBatch, FlowReader, Sink
 from flowreel.engine.errors import UsageError
 from flowreel.engine.outputs import (
     FLO_HEADER_BYTES,
@@ -31,9 +31,6 @@ from flowreel.engine.outputs import (
 from flowreel.engine.pipeline import Pipeline
 from flowreel.engine.stages import StageStatistics
 from flowreel.sinks import open_flows, open_sink, without_effect
-
-if TYPE_CHECKING:
-    from flowreel.sinks import StoredFlow
 
 OPTIONS = ("codec", "max_error", "max_flow", "encoder", "bound", "overwrite", "shard_bytes", "queue_mb")
 FLO_UNKNOWN = 1e10  # pixels; what Middlebury's own tools write for a vector nobody knows
@@ -150,7 +147,7 @@ def unknown_marked(batch: FlowBatch) -> FlowBatch:
     return replace(batch, flow=torch.where(unknown, FLO_UNKNOWN, batch.flow))
 
 
-def _notes(flows: StoredFlow, paths: list[str], config: SinkConfig, frame_rate: object) -> Iterator[str]:
+def _notes(flows: FlowReader, paths: list[str], config: SinkConfig, frame_rate: object) -> Iterator[str]:
     yield from flows.notes
     error = flows.info.made_by.get("earlier_max_error")
     if isinstance(error, float):

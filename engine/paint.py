@@ -14,21 +14,17 @@ from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from flowreel.engine.config import RunConfig, SinkConfig
-from flowreel.engine.data import FlowBatch, FlowInfo, Sink
+from flowreel.engine.data import FlowBatch, FlowInfo, FlowReader, Sink
 from flowreel.engine.errors import FrameSizeError, OutputExistsError, UnknownOutputError, UsageError
 from flowreel.engine.export import export_config
 from flowreel.engine.outputs import OutputReport, PathLike, ProgressHook, opened_sinks, output_report, teller
 from flowreel.engine.pipeline import Pipeline
 from flowreel.engine.stages import StageStatistics
 from flowreel.sinks import ColorPictures, frame_rate_of, open_flows, open_sink
-
-if TYPE_CHECKING:
-    from flowreel.sinks import StoredFlow
 
 FRAME_RATE = Fraction(30)  # of files, which carry no times, in frames per second: flow2image's own
 VIDEO_SUFFIXES = (".mp4", ".mkv")
@@ -128,7 +124,7 @@ def color(
 
 
 def _notes(
-    readers: Sequence[StoredFlow], videos: Sequence[str], rate: Fraction | None, config: RunConfig
+    readers: Sequence[FlowReader], videos: Sequence[str], rate: Fraction | None, config: RunConfig
 ) -> Iterator[str]:
     for reader in readers:
         yield from reader.notes
@@ -199,7 +195,7 @@ class VideoFeed:
         return output_report(self._sink)
 
 
-def _readers(names: Sequence[PathLike], frame_rate: Fraction, bound: float) -> Iterator[StoredFlow]:
+def _readers(names: Sequence[PathLike], frame_rate: Fraction, bound: float) -> Iterator[FlowReader]:
     """Opens the inputs in the order given; neighbouring files of one kind go together, in natural order."""
 
     def together(name: PathLike) -> object:
@@ -211,7 +207,7 @@ def _readers(names: Sequence[PathLike], frame_rate: Fraction, bound: float) -> I
         yield open_flows(list(group), frame_rate=frame_rate, bound=bound, one_size=False)
 
 
-def _one_by_one(readers: Sequence[StoredFlow]) -> Iterator[FlowBatch]:
+def _one_by_one(readers: Sequence[FlowReader]) -> Iterator[FlowBatch]:
     """The flows of all readers, each in a batch of its own; no copies."""
     for reader in readers:
         for batch in reader:
@@ -227,12 +223,12 @@ def _one_by_one(readers: Sequence[StoredFlow]) -> Iterator[FlowBatch]:
                 )
 
 
-def _picture_names(reader: StoredFlow) -> list[str]:
+def _picture_names(reader: FlowReader) -> list[str]:
     """``000001.flo.png`` of a file, ``dance_000001.png`` of a store's flow."""
     return [f"{name}.png" if reader.stem is None else f"{reader.stem}_{name}.png" for name in reader.names]
 
 
-def _places(output: str, video: bool, names: list[str], first: StoredFlow) -> tuple[list[Path], list[str]]:
+def _places(output: str, video: bool, names: list[str], first: FlowReader) -> tuple[list[Path], list[str]]:
     """Where each picture goes, and where the video; neither may be wanted."""
     place = Path(output)
     suffix = "" if place.is_dir() else place.suffix.lower()
@@ -253,7 +249,7 @@ def _places(output: str, video: bool, names: list[str], first: StoredFlow) -> tu
     return [place / name for name in names], [str(place / title)] if video else []
 
 
-def _require_free(places: Sequence[Path | str], readers: Sequence[StoredFlow], overwrite: bool) -> None:
+def _require_free(places: Sequence[Path | str], readers: Sequence[FlowReader], overwrite: bool) -> None:
     """Raises OutputExistsError for what is there already, UsageError for what is being read."""
     for place in places:
         if any(reader.reads(str(place)) for reader in readers):

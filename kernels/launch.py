@@ -11,12 +11,14 @@ Without CuPy, for float64, and for what a kernel does not take, the plain torch 
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
@@ -28,6 +30,7 @@ import torch
 from torch import Tensor
 
 from flowreel.engine.errors import DeviceError, MissingDependencyError
+from flowreel.engine.files import cache_folder
 
 SOURCES = Path(__file__).resolve().parent / "cuda"
 OPTIONS = ("-std=c++17", "--ptxas-options=-v")  # -v: the log tells of registers and spills
@@ -342,20 +345,21 @@ def _architecture(major: int, minor: int, supported: Sequence[int]) -> str:
 
 
 def _cache_folder() -> Path:
-    """Where programs are kept: the user's cache, or for one who has none a folder of this process's own."""
-    try:
-        wanted = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flowreel" / "kernels"
-        wanted.mkdir(parents=True, exist_ok=True)
-        if os.access(wanted, os.W_OK):
-            return wanted
-    except (OSError, RuntimeError):  # the latter from Path.home(), of a user whom the system does not know
-        pass
+    """Where programs are kept: with flowreel's other files, or for a user who has no place a folder of this process."""
+    wanted = cache_folder("kernels")
+    if wanted.is_absolute():
+        with suppress(OSError):
+            wanted.mkdir(parents=True, exist_ok=True)
+            if os.access(wanted, os.W_OK):
+                return wanted
     return _own_folder()
 
 
 @cache
 def _own_folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="flowreel-kernels-"))
+    folder = tempfile.mkdtemp(prefix="flowreel-kernels-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def _publish(path: Path, content: bytes) -> None:

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from flowreel.sinks.flow_cache import FlowCache, open_cache
     from flowreel.sinks.kitti import read_kitti, write_kitti
     from flowreel.sinks.npz import read_flow_npz, write_flow_npz
-    from flowreel.sinks.reading import StoredFlow as StoredFlow
     from flowreel.sinks.reading import frame_rate_of, is_store, open_flows
     from flowreel.sinks.store_metadata import differing_settings
     from flowreel.sinks.store_reader import FlowStore, open_store

@@ -1,7 +1,6 @@
 """Stored flow as a stream: a store, or files of flow, a few fields at a time. ``reading.py`` opens them by name.
 
-Both are FlowReaders (see ``engine/data.py``) with three things more: ``stem`` and ``has_times``, which tell a store
-from files, and ``reads``, with which a caller makes sure not to overwrite what it is still reading.
+Both are FlowReaders: see ``engine/data.py``.
 """
 
 from __future__ import annotations

@@ -15,7 +15,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flowreel.engine.data import FlowReader
 from flowreel.engine.errors import FlowFileError, SourceNotFoundError, StoreError, UsageError
+from flowreel.engine.files import natural_order
 from flowreel.sinks.flow_readers import FileFlows, StoreFlows
 from flowreel.sinks.store_reader import open_store
 
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 PathLike = str | os.PathLike[str]
-StoredFlow = StoreFlows | FileFlows
 SLOWEST, FASTEST = Fraction(1, 100_000), Fraction(1_000_000)  # frames per second: one a day, a burst
 
 
@@ -59,7 +60,7 @@ def open_flows(
     start: int | None = None,
     stop: int | None = None,
     one_size: bool = True,
-) -> StoredFlow:
+) -> FlowReader:
     """Opens stored flow for reading in order, a few fields at a time.
 
     Args:
@@ -229,9 +230,3 @@ def _reader(kind: FlowFile, bound: float) -> Callable[[Path], npt.NDArray[Any]]:
 
 def _known_forms() -> str:
     return ", ".join(kind.form for kind in FLOW_FILES)
-
-
-def natural_order(path: Path) -> tuple[list[int | str], str]:
-    """Sort key under which numbers inside names count as numbers, in every part of the path."""
-    parts = re.split(r"([0-9]+)", str(path).casefold())  # text, digits, text, ...
-    return [int(part) if place % 2 else part for place, part in enumerate(parts)], str(path)

@@ -8,7 +8,7 @@ import typer
 
 from flowreel.engine.cli import printable
 from flowreel.engine.cli.options import Debug, Quiet, number_or_auto
-from flowreel.engine.cli.table import Live, clock, size
+from flowreel.engine.cli.table import Live, clock, plural, size
 
 if TYPE_CHECKING:
     from flowreel.engine.paint import ColorReport
@@ -86,13 +86,12 @@ def color(
 
 def summary(report: ColorReport) -> list[str]:
     """What was painted and how large it is."""
-    flows, pictures = _counted(report.flows, "flow"), _counted(report.pictures, "picture")
-    lines = [f"{flows} painted in {clock(report.seconds)} ({report.flows_per_s:.1f} a second)"]
+    pictures = f"{report.pictures} {plural(report.pictures, 'picture')}"
+    lines = [
+        f"{report.flows} {plural(report.flows, 'flow')} painted in {clock(report.seconds)} "
+        f"({report.flows_per_s:.1f} a second)"
+    ]
     for number, output in enumerate(report.outputs):
         what = f"{pictures}, " if report.pictures and number == 0 else ""
         lines += [f"{output.path}  {what}{size(output.bytes_written)}", *(f"  {note}" for note in output.notes)]
     return [*lines, *(f"note: {note}" for note in report.notes)]
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"

@@ -9,7 +9,7 @@ import typer
 
 from flowreel.engine.cli import printable
 from flowreel.engine.cli.options import CODECS, Debug, Quiet, number_or_auto, require_report_free, write_stats
-from flowreel.engine.cli.table import Live, clock, size
+from flowreel.engine.cli.table import Live, beside_flo, clock, plural, size
 
 if TYPE_CHECKING:
     from flowreel.engine.export import ExportReport
@@ -96,17 +96,11 @@ def export(
 
 def summary(report: ExportReport) -> list[str]:
     """What was exported, how large it is, and how that compares with ``.flo``."""
-    flows = f"{report.flows} flow{'s' if report.flows != 1 else ''}"
     lines = [
-        f"{flows} of {report.width}x{report.height} from {report.source} in {clock(report.seconds)} "
-        f"({report.flows_per_s:.1f} a second); as .flo {size(report.flo_bytes)}"
+        f"{report.flows} {plural(report.flows, 'flow')} of {report.width}x{report.height} from {report.source} "
+        f"in {clock(report.seconds)} ({report.flows_per_s:.1f} a second); as .flo {size(report.flo_bytes)}"
     ]
     for output in report.outputs:
-        lines += [f"{output.path}  {size(output.bytes_written)}, {_ratio(report.flo_bytes, output.bytes_written)}"]
+        lines += [f"{output.path}  {size(output.bytes_written)}{beside_flo(report.flo_bytes, output.bytes_written)}"]
         lines += [f"  {note}" for note in output.notes]
     return [*lines, *(f"note: {note}" for note in report.notes)]
-
-
-def _ratio(flo_bytes: int, written: int) -> str:
-    smaller = flo_bytes / max(written, 1)
-    return f"{smaller:.1f}x smaller than .flo" if smaller >= 1 else f"{1 / smaller:.1f}x larger than .flo"

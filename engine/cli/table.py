@@ -128,8 +128,7 @@ def print_summary(report: RunReport) -> None:
     )
     console.print(printable(_how(report)))
     for output in report.outputs:
-        smaller = (output.flo_bytes or 0) / max(output.bytes_written, 1)
-        share = f", {smaller:.1f}x smaller than .flo" if output.bytes_written and round(smaller, 1) != 1 else ""
+        share = beside_flo(output.flo_bytes or 0, output.bytes_written)
         # A store that was gone on with; what else there is was made of all of it.
         added = " more" if report.flows > report.pairs and output is report.outputs[0] else ""
         console.print(f"{printable(output.path)}  {size(output.bytes_written)}{added}{share}")
@@ -198,6 +197,14 @@ def _which(kernels: Mapping[str, str]) -> str:
     if len(by) < 2:
         return "".join(by) or "none"
     return ", ".join(f"{how} ({', '.join(names)})" for how, names in by.items())
+
+
+def beside_flo(flo_bytes: int, written: int) -> str:
+    """``, 4.2x smaller than .flo``, or nothing where there is nothing to compare, or no difference to speak of."""
+    if not flo_bytes or not written or round(flo_bytes / written, 1) == 1:
+        return ""
+    smaller = flo_bytes / written
+    return f", {smaller:.1f}x smaller than .flo" if smaller > 1 else f", {1 / smaller:.1f}x larger than .flo"
 
 
 def plural(count: int, noun: str) -> str:

@@ -1,18 +1,18 @@
 """The published FlowNet2 checkpoints: where each is to be had, how large it is, its sha256, and under what terms.
 
 They were trained by the authors of FlowNet 2.0 and converted by NVIDIA for flownet2-pytorch. None is shipped; what
-``flowreel weights download`` fetched lies in ``cache_folder()``.
+``flowreel weights download`` fetched lies in ``cache_folder("weights")``.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from flowreel.engine.data import JSON
 from flowreel.engine.errors import UsageError
+from flowreel.engine.files import cache_folder
 
 BASELINE = "baseline"  # the shipped weights' name; they are no download
 RESEARCH_ONLY = "research only; commercial use needs the consent of FlowNet2's authors (Ilg et al., CVPR 2017)"
@@ -55,7 +55,7 @@ class Checkpoint:
     @property
     def path(self) -> Path:
         """Where its download lies, or would."""
-        return cache_folder() / self.file_name
+        return cache_folder("weights") / self.file_name
 
     @property
     def downloaded(self) -> bool:
@@ -182,15 +182,6 @@ def published() -> list[dict[str, JSON]]:
         }
         for known in CHECKPOINTS
     ]
-
-
-def cache_folder() -> Path:
-    """Where downloads go: ``$FLOWREEL_CACHE/weights``, else ``flowreel/weights`` in the user's cache folder."""
-    own, users = os.environ.get("FLOWREEL_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
-    if own:
-        return Path(own) / "weights"
-    base = Path(users) if os.path.isabs(users) else Path(os.path.expanduser("~/.cache"))
-    return base / "flowreel" / "weights"
 
 
 def file_sha256(path: Path) -> str:

@@ -25,6 +25,7 @@ from flowreel.engine.errors import (
     UnsupportedSourceError,
     UsageError,
 )
+from flowreel.engine.files import natural_order
 from flowreel.engine.sources import IMAGE_SUFFIXES
 from flowreel.engine.sources.fingerprint import last_change, source_id
 from flowreel.engine.sources.timecode import select_frames
@@ -91,12 +92,6 @@ def _what_else(place: Path, found: list[Path]) -> str:
 
 def _first(paths: list[Path]) -> str:
     return min(paths, key=natural_order).name
-
-
-def natural_order(path: Path) -> tuple[list[int | str], str]:
-    """Sort key under which numbers inside names count as numbers, in every part of the path."""
-    parts = re.split(r"([0-9]+)", str(path).casefold())  # text, digits, text, digits, ...
-    return [int(part) if place % 2 else part for place, part in enumerate(parts)], str(path)
 
 
 class ImageSource:

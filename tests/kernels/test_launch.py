@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -169,12 +170,15 @@ def test_a_prepared_launch_changes_its_pointers_alone(monkeypatch: pytest.Monkey
 def test_programs_of_a_user_without_a_home_are_kept_for_the_process(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def no_home() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(Path, "home", no_home)
+    for name in ("FLOWREEL_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     monkeypatch.setattr(launch, "_own_folder", lambda: tmp_path)
+    assert launch._cache_folder() == tmp_path
+    monkeypatch.setenv("FLOWREEL_CACHE", str(tmp_path / "kept"))
+    assert launch._cache_folder() == tmp_path / "kept" / "kernels"
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FLOWREEL_CACHE", str(tmp_path / "file"))
     assert launch._cache_folder() == tmp_path
 
 

@@ -12,7 +12,6 @@ from flowreel.engine.models import MODELS
 from flowreel.engine.models.checkpoints import (
     CHECKPOINTS,
     LICENCE_TEXT,
-    cache_folder,
     checkpoint,
     checkpoint_of,
     file_sha256,
@@ -86,19 +85,6 @@ def test_models_of_the_names() -> None:
 def test_the_licence_says_what_matters() -> None:
     for words in ("research only", "consent", "Ilg", "CVPR 2017", "https://drive.google.com/file/d/1R5byo1qLKAF"):
         assert words in LICENCE_TEXT
-
-
-def test_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("FLOWREEL_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / ".cache" / "flowreel" / "weights"
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # the specification says to ignore such
-    assert cache_folder() == tmp_path / ".cache" / "flowreel" / "weights"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "users"))
-    assert cache_folder() == tmp_path / "users" / "flowreel" / "weights"
-    monkeypatch.setenv("FLOWREEL_CACHE", str(tmp_path / "own"))
-    assert cache_folder() == tmp_path / "own" / "weights"
 
 
 def test_what_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,39 @@
+"""Where what is kept lies, and that numbers in names count as numbers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from flowreel.engine.files import cache_folder, natural_order
+
+
+def test_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FLOWREEL_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder("weights") == tmp_path / ".cache" / "flowreel" / "weights"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # the specification says to ignore such
+    assert cache_folder("kernels") == tmp_path / ".cache" / "flowreel" / "kernels"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "users"))
+    assert cache_folder("weights") == tmp_path / "users" / "flowreel" / "weights"
+    monkeypatch.setenv("FLOWREEL_CACHE", str(tmp_path / "own"))
+    assert cache_folder("weights") == tmp_path / "own" / "weights"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLOWREEL_CACHE", "own")
+    assert cache_folder("weights") == tmp_path / "own" / "weights"
+
+
+def test_of_a_user_whom_the_system_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FLOWREEL_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert not cache_folder("kernels").is_absolute()
+
+
+def test_natural_order() -> None:
+    names = ["b/1.png", "a/x10.png", "a/X2.png", "a/x03.png", "a/x.png"]
+    ordered = [str(path) for path in sorted(map(Path, names), key=natural_order)]
+    assert ordered == ["a/X2.png", "a/x03.png", "a/x10.png", "a/x.png", "b/1.png"]
