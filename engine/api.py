@@ -37,6 +37,7 @@ from flowreel.engine.outputs import (
 from flowreel.engine.pairing import batches, pairs
 from flowreel.engine.pipeline import Pipeline
 from flowreel.engine.places import require_harmless
+from flowreel.engine.provenance import selection
 from flowreel.engine.restore import restore
 from flowreel.engine.resume import Resumption, require_made_so, take_up
 from flowreel.engine.sources import STDIN, MayWait, OnDevice, lasting_name, open_source, source_stem
@@ -266,22 +267,11 @@ class Chain(Pipeline):
 def flow_header(info: FlowInfo, inference: Inference, config: RunConfig) -> FlowInfo:
     """What the sinks are opened with: the flow's own size, and how it is made."""
     height, width = inference.fit.flow_size
-    made_by = (
-        dict(info.made_by)
-        | inference.made_by()
-        | {
-            "direction": config.model.direction,
-            "start": config.select.start,
-            "stop": config.select.stop,
-            "step": config.select.step,
-            "stream": config.select.stream,
-        }
-    )
     return replace(
         info,
         height=height,
         width=width,
-        made_by=made_by,
+        made_by=dict(info.made_by) | inference.made_by() | selection(config),
         native=inference.grid,
         device=str(inference.device),
         batch=inference.batch,

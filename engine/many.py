@@ -22,7 +22,7 @@ from flowreel.engine.manifest import MANIFEST, Job, Ledger, SourceReport
 from flowreel.engine.models import model_name
 from flowreel.engine.models.weights import Weights, read_weights
 from flowreel.engine.outputs import PathLike, Progress
-from flowreel.engine.settings import settings, settings_of_others
+from flowreel.engine.provenance import settings, settings_of_others
 from flowreel.engine.sources import IMAGE_SUFFIXES, source_identity, source_stem
 from flowreel.sinks import differing_settings, open_sink, open_store
 

@@ -15,8 +15,8 @@ from flowreel.engine.data import FlowInfo, Frame, Resumable, ResumePoint, Sink, 
 from flowreel.engine.errors import ResumeMismatchError, TooFewFramesError, UsageError
 from flowreel.engine.models.weights import read_weights
 from flowreel.engine.outputs import PathLike
+from flowreel.engine.provenance import settings
 from flowreel.engine.restore import Fit
-from flowreel.engine.settings import settings
 from flowreel.engine.sources import STDIN, open_source
 from flowreel.sinks import differing_settings
 

@@ -220,6 +220,8 @@ class Y4MSource:
                     rgb = torch.from_numpy(convert(frame, number)).permute(2, 0, 1)
                     yield Frame(rgb, number, float(number / header.rate))
                     given += 1
+                    if not self._bytes.wanted:  # closed meanwhile, though more may have come
+                        return
                 number += 1
         except _Interrupted:
             return

@@ -17,20 +17,28 @@ from flowreel.engine.models.weights import Weights
 OF_STORES = ("max_error", "codec", "resolution")  # what concerns no other output
 
 
+def selection(config: RunConfig) -> dict[str, JSON]:
+    """Which frames, and which of each pair comes first."""
+    select = config.select
+    return {
+        "direction": config.model.direction,
+        "start": select.start,
+        "stop": select.stop,
+        "step": select.step,
+        "stream": select.stream,
+    }
+
+
 def settings(config: RunConfig, source: SourceId, weights: Weights) -> dict[str, JSON]:
     """By the names that a store's attributes have. Raises UsageError for a model that is none."""
-    model, select, sink = config.model, config.select, config.sink
+    model, sink = config.model, config.sink
     chosen: dict[str, JSON] = {"batch": model.batch, "precision": model.precision}
     return {name: value for name, value in chosen.items() if value is not None} | {
         "model": weights.model if model.model is None else model_name(model.model),
         "weights": weights.name,
         "weights_sha256": weights.sha256,
         "fit": model.fit,
-        "direction": model.direction,
-        "start": select.start,
-        "stop": select.stop,
-        "step": select.step,
-        "stream": select.stream,
+        **selection(config),
         "max_error": sink.max_error,
         "codec": sink.codec,
         "resolution": sink.resolution,
