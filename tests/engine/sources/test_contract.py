@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -38,11 +38,8 @@ def make(
         data = b"YUV4MPEG2 W64 H48 F25:1 C420\n" + COUNT * (b"FRAME\n" + bytes(HEIGHT * WIDTH * 3 // 2))
 
         def write() -> None:
-            with io.FileIO(writing, "w") as pipe:
-                try:
-                    pipe.write(data)
-                except BrokenPipeError:
-                    pass
+            with io.FileIO(writing, "w") as pipe, suppress(BrokenPipeError):
+                pipe.write(data)
 
         writers.append(threading.Thread(target=write))
         writers[-1].start()
