@@ -58,6 +58,14 @@ def resolve_device(name: str) -> torch.device:
     return resolve_devices(name)[0]
 
 
+def one_device(name: str) -> torch.device:
+    """The only one; raises as ``resolve_devices`` does, and UsageError for several."""
+    device, *others = resolve_devices(name)
+    if others:
+        raise UsageError(f"only one device can be used here, got {name!r}")
+    return device
+
+
 def _resolved(name: str, given: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -72,6 +72,23 @@ def test_what_lazy_reading_costs(dance: Path) -> None:
         assert (flow.statistics.decoded, flow.statistics.computed) == (int(decoded), int(computed)), read
 
 
+def test_the_page_names_all_that_a_store_holds(tmp_path: Path) -> None:
+    page = (ROOT / "docs/store.md").read_text()
+    arrays, attributes = (
+        {name for cell in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", cell)}
+        for table in page.split("The group's attribute `flowreel`")
+    )
+    seen_arrays, seen_attributes = set(), set()
+    for resolution in ("full", "native"):
+        path = tmp_path / f"{resolution}.zarr"
+        flowreel.run("synthetic:still?size=64x64&frames=3", path, model="FlowNet2C", resolution=resolution)
+        seen_arrays |= {folder.name for folder in path.iterdir() if folder.is_dir()}
+        seen_attributes |= set(flowreel.open_store(path).attrs)
+    seldom = {"decoder", "source_losses", "earlier_max_error", "earlier_step", "imported_from", "cache"}
+    assert arrays == seen_arrays
+    assert attributes == seen_attributes | seldom
+
+
 def test_training(dance: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The commands as they stand, but short: what comes last counts."""
     monkeypatch.chdir(tmp_path)

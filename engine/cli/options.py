@@ -22,6 +22,7 @@ Device = Annotated[
         help="auto, cpu, cuda, cuda:N or, for a run over several GPUs, cuda:0,1. auto takes CUDA when it is there."
     ),
 ]
+OneDevice = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N. auto takes CUDA when it is there.")]
 STDOUT = Path("-")  # as where ``--stats`` goes
 CODECS = "blosc (every reader opens it), zstd, pcodec (smaller) or pcodec2d (smaller still; fewest readers)."
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]

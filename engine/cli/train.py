@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from flowreel.engine.cli.options import Debug, Device, Quiet
+from flowreel.engine.cli.options import Debug, OneDevice, Quiet
 
 
 def train(
@@ -41,7 +41,7 @@ def train(
     ] = True,
     reuse: Annotated[int, typer.Option(help="Times each scene is used, each time flipped and cropped anew.")] = 3,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
-    device: Device = "auto",
+    device: OneDevice = "auto",
     workers: Annotated[int, typer.Option(help="Processes that make scenes; does not change the result.")] = 1,
     report_every: Annotated[int, typer.Option(help="Steps between reports and checkpoints.")] = 250,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint.")] = False,
@@ -54,12 +54,12 @@ def train(
     draws the scenes, and paints them where it also trains; a GPU paints its own. OUT gets weights.safetensors (for
     --weights), checkpoint.pt (for --resume) and log.csv.
     """
-    from flowreel.engine.device import resolve_device
+    from flowreel.engine.device import one_device
     from flowreel.engine.training import train as training
     from flowreel.engine.training.config import TrainConfig
 
     console = Console(stderr=True, highlight=False, quiet=quiet)
-    where = resolve_device(device)
+    where = one_device(device)
 
     def report(progress: training.Progress) -> None:
         left_s = progress.seconds * (steps / progress.step - 1) if minutes is None else 60 * minutes - progress.seconds

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from flowreel.engine.data import JSON
-from flowreel.engine.device import resolve_device
+from flowreel.engine.device import one_device
 from flowreel.engine.errors import (
     OutputExistsError,
     UnreadableWeightsError,
@@ -148,7 +148,7 @@ def load_model(
         DeviceError: CUDA was asked for and is not there.
         WeightsNotFoundError, UnreadableWeightsError, WeightsMismatchError: see ``read_weights``.
     """
-    device = resolve_device(str(device))
+    device = one_device(str(device))
     if weights is None:
         if model is None:
             raise UsageError("name a model, or give weights that say which model they hold")

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flowreel.engine.device import resolve_devices
+from flowreel.engine.device import one_device
 from flowreel.engine.errors import CheckpointError, UsageError
 from flowreel.engine.models.flownetc import FlowNetC
 from flowreel.engine.models.layers import folded_state, normalise, to_pixels
@@ -79,9 +79,7 @@ def train(
     """
     if workers < 0 or report_every < 1:
         raise UsageError(f"workers must be at least 0 and report-every at least 1, got {workers} and {report_every}")
-    where, *others = resolve_devices(device)
-    if others:
-        raise UsageError(f"training takes one device, got {device}")
+    where = one_device(device)
     make_folder(out)
     torch.manual_seed(config.seed)
     model = network(config).to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
