@@ -32,9 +32,7 @@ class Interrupted(Exception):
 def main() -> NoReturn:
     """Entry point of ``flowreel`` and ``python -m flowreel``."""
     os.environ.update(patience() | os.environ)  # read when torch loads
-    # What Pillow has to say of a file is either told by an error of ours or of no concern.
-    warnings.filterwarnings("ignore", module=r"PIL\.")
-    logging.getLogger("PIL").addHandler(logging.NullHandler())
+    silence_pillow()
     if not os.environ.get("COLUMNS", "").strip("0"):  # as some who have no terminal say; nothing would be shown
         os.environ.pop("COLUMNS", None)
     stopped_by = take_interrupts()
@@ -44,6 +42,12 @@ def main() -> NoReturn:
         for number in (signal.SIGINT, signal.SIGTERM):  # as Python ends it would let the same one end it by force
             signal.signal(number, signal.SIG_IGN)
     sys.exit(code)
+
+
+def silence_pillow() -> None:
+    """In this process: what Pillow has to say of a file is either told by an error of ours or of no concern."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 def take_interrupts() -> list[int]:

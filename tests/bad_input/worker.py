@@ -33,7 +33,7 @@ import zarr  # noqa: F401
 
 from flowreel import sinks
 from flowreel.engine import api, export, many, paint  # noqa: F401
-from flowreel.engine.cli import call
+from flowreel.engine.cli import call, silence_pillow
 from flowreel.engine.data import Source
 from flowreel.engine.errors import FlowreelError
 from flowreel.engine.models import checkpoints, download
@@ -200,6 +200,7 @@ def main(commands: int, answers: int, scratch: str, room_bytes: str) -> None:
         typer.main.get_command
     )  # built anew for each call, it takes longest of all
     PIL.Image.init()
+    silence_pillow()  # as the command line does; what is said beside it is ours
     shut_off()
     watched = Watched(Path(scratch), int(room_bytes))
     with os.fdopen(commands) as cases, os.fdopen(answers, "w") as results:

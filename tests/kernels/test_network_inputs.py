@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowreel.engine.models.layers import normalise, to_pixels, upsample, upsample_flow
+from flowreel.engine.models.layers import UpsampledFlow, normalise, to_pixels, upsample
 from flowreel.engine.models.stacks import refining_input as refining_module
 from flowreel.engine.models.stacks import warped_and_error
 from flowreel.kernels import channel_norm
@@ -69,7 +69,7 @@ def test_normalised_frames_are_the_module_s() -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_enlarged_flow_is_the_layer_s(bias: bool) -> None:
-    layer, flow, out = upsample_flow(bias), normal(BATCH, 2, HEIGHT // 2, WIDTH // 2), room(5)
+    layer, flow, out = UpsampledFlow(bias), normal(BATCH, 2, HEIGHT // 2, WIDTH // 2), room(5)
     with torch.no_grad():
         enlarge_flow(flow, layer.weight, torch.zeros(2) if layer.bias is None else layer.bias, out[:, 1:3])
         torch.testing.assert_close(out[:, 1:3], layer(flow))

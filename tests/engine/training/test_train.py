@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flowreel.engine import device
 from flowreel.engine.errors import CheckpointError, DeviceError, UsageError
 from flowreel.engine.models.weights import load_model, read_weights
 from flowreel.engine.training import batches, start
@@ -134,15 +135,15 @@ def test_what_was_begun_on_a_gpu_goes_on_without_one(tmp_path: Path, monkeypatch
 
 
 def test_a_gpu_that_is_not_there_is_an_error_before_anything_is_made(tmp_path: Path) -> None:
-    for device, error in (("cuda:99", DeviceError), ("tpu", UsageError)):
-        with pytest.raises(error, match=device):
-            train(TINY, tmp_path / "out", workers=0, device=device)
+    for name, error in (("cuda:99", DeviceError), ("tpu", UsageError)):
+        with pytest.raises(error, match=name):
+            train(TINY, tmp_path / "out", workers=0, device=name)
     assert not (tmp_path / "out").exists()
 
 
 def test_several_gpus_are_not_taken_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "resolve_devices", lambda name: (torch.device("cuda:0"), torch.device("cuda:1")))
-    with pytest.raises(UsageError, match="one device, got cuda:0,1"):
+    monkeypatch.setattr(device, "resolve_devices", lambda name: (torch.device("cuda:0"), torch.device("cuda:1")))
+    with pytest.raises(UsageError, match="only one device can be used here, got 'cuda:0,1'"):
         train(TINY, tmp_path / "out", workers=0, device="cuda:0,1")
     assert not (tmp_path / "out").exists()
 
