@@ -150,9 +150,8 @@ class FlowClips(Dataset[Any]):
         self._open_at_once = open_at_once
         self._options = {"frames_mb": 64.0} | options
         self._caches = None if cache is None else _caches(Path(cache).absolute(), self._given)
-        self._epoch = torch.zeros(
-            (), dtype=torch.int64, device="cpu"
-        )  # shared with workers, which may stay from epoch to epoch
+        # Shared with workers, which may stay from epoch to epoch.
+        self._epoch = torch.zeros((), dtype=torch.int64, device="cpu")
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]
         self._start_here()
         self._extents: list[_Extent] = []
