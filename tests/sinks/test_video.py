@@ -291,10 +291,12 @@ class TestWhichEncoder:
         record(tmp_path / "x.mp4", [batch_of([smooth_flow()])], FIXED, replace(info(), device=device))
         assert [one["gpu"] for one in given] == [number, number]  # to try, and to encode
 
-    def test_without_one_the_cpu_encodes_and_says_why(self, tmp_path: Path) -> None:
+    def test_without_one_the_cpu_encodes_and_says_why(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        level = av.logging.get_level()
         if video_writer.why_no_nvenc(0, 48, 64) is None:
             pytest.skip("this machine has NVENC")
-        assert video_writer.why_no_nvenc(0, 48, 64) == video_writer.why_no_nvenc(0, 48, 64)  # it logs nothing twice
+        assert video_writer.why_no_nvenc(0, 48, 64) == video_writer.why_no_nvenc(0, 48, 64)  # FFmpeg says it each time
+        assert (av.logging.get_level(), capfd.readouterr()) == (level, ("", ""))
         header = replace(info(), device="cuda:0")
         notes = record(tmp_path / "x.mp4", [batch_of([smooth_flow()])], FIXED, header)
         said = next(note for note in notes if "NVENC" in note)
