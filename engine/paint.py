@@ -17,14 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
-from flowreel.engine.config import RunConfig, SinkConfig
+from flowreel.engine.config import SinkConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, FlowReader, Sink
 from flowreel.engine.errors import FrameSizeError, OutputExistsError, UnknownOutputError, UsageError
 from flowreel.engine.export import export_config
 from flowreel.engine.outputs import OutputReport, PathLike, ProgressHook, opened_sinks, output_report, teller
 from flowreel.engine.pipeline import Pipeline
 from flowreel.engine.stages import StageStatistics
-from flowreel.sinks import ColorPictures, frame_rate_of, open_flows, open_sink
+from flowreel.sinks import ColorPictures, frame_rate_of, open_flows, open_sink, without_effect
 
 FRAME_RATE = Fraction(30)  # of files, which carry no times, in frames per second: flow2image's own
 VIDEO_SUFFIXES = (".mp4", ".mkv")
@@ -119,19 +119,23 @@ def color(
             pictures=len(pictures),
             outputs=reports,
             stages=pipeline.statistics(),
-            notes=tuple(_notes(readers, videos, rate, config)),
+            notes=tuple(_notes(readers, pictures, videos, rate, config.sink)),
         )
 
 
 def _notes(
-    readers: Sequence[FlowReader], videos: Sequence[str], rate: Fraction | None, config: RunConfig
+    readers: Sequence[FlowReader],
+    pictures: Sequence[Path],
+    videos: Sequence[str],
+    rate: Fraction | None,
+    config: SinkConfig,
 ) -> Iterator[str]:
     for reader in readers:
         yield from reader.notes
-    given = {"frame-rate": rate is not None, "encoder": config.sink.encoder != SinkConfig.encoder}
-    for option in given if not videos else ():
-        if given[option]:
-            yield f"{option} has no effect here: no video is made (-v makes one)"
+    if rate is not None and not videos:
+        yield "frame-rate has no effect here: no video is made (-v makes one)"
+    # Of what is read, two-stream pictures take the bound.
+    yield from without_effect([*pictures[:1], *videos], replace(config, bound=SinkConfig.bound))
 
 
 class PictureFeed:

@@ -119,6 +119,15 @@ def test_every_public_name_is_there_and_documented() -> None:
         flowreel.nothing_like_it  # noqa: B018
 
 
+def test_type_checkers_find_the_errors() -> None:
+    """Which mypy reads with the rest of the package; here, that it is brought along."""
+    stub = ROOT / "engine" / "public" / "errors.pyi"
+    assert "from flowreel.engine.errors import *" in stub.read_text()
+    assert (ROOT / "typings" / "flowreel" / "errors.pyi").samefile(stub)
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert "*.pyi" in config["package-data"]["flowreel"]
+
+
 def test_errors_can_be_imported_from() -> None:
     code = "from flowreel.errors import StageError; import flowreel; assert flowreel.errors.StageError is StageError"
     subprocess.run([sys.executable, "-c", code], check=True)

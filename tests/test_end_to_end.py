@@ -372,6 +372,25 @@ def test_a_cut_video_ends_a_stream_with_an_error(tiny: str, tmp_path: Path) -> N
         list(flows)
 
 
+def test_a_size_that_changes_is_not_told_to_resume(tiny: str, tmp_path: Path) -> None:
+    """It would come to the same end."""
+    parts = []
+    for number, width in enumerate((64, 128)):
+        with av.open(str(tmp_path / f"{number}.ts"), "w") as container:
+            stream: Any = container.add_stream("libx264", rate=25)
+            stream.width, stream.height, stream.pix_fmt = width, 64, "yuv420p"
+            for _ in range(6):
+                container.mux(stream.encode(av.VideoFrame(width, 64, "yuv420p")))
+            container.mux(stream.encode())
+        parts.append((tmp_path / f"{number}.ts").read_bytes())
+    (tmp_path / "both.ts").write_bytes(b"".join(parts))
+    with pytest.raises(flowreel.errors.StageError, match=r"frame 6: .*--stop 6") as caught:
+        flowreel.run(tmp_path / "both.ts", tmp_path / "x.zarr", weights=tiny, batch=1, shard_bytes=8 * 64 * 64)
+    notes = getattr(caught.value, "__notes__", [])
+    assert any("x.zarr.partial holds" in note for note in notes)
+    assert not any("--resume" in note for note in notes)
+
+
 def test_memory_in_the_queues_stays_in_its_bound(tiny: str, tmp_path: Path) -> None:
     """A slow sink slows the decoder: what waits never exceeds the budget by more than an item a channel."""
     config = RunConfig.of(weights=tiny, batch=2, queue_mb=0.1)

@@ -34,9 +34,14 @@ def _compare_processes(findings: Findings, settings: Settings) -> None:
     options["precision"] = "fp32" if settings.dry else "fp16"
     stores = [Path(settings.folder) / f"{by}.zarr" for by in ("threads", "processes")]
     asked: list[bool] = []
+
+    def answer(worth: bool, *_: object) -> bool:
+        asked.append(worth)
+        return worth
+
     before = shard_processes.are_worth_it
     for path, worth in zip(stores, (False, True), strict=True):
-        shard_processes.are_worth_it = lambda *_, worth=worth: asked.append(worth) or worth  # type: ignore[misc, func-returns-value]
+        shard_processes.are_worth_it = partial(answer, worth)
         try:
             flowreel.run(clip, path, overwrite=True, **options)
         finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -36,32 +37,30 @@ def is_cut_short(path: Path) -> bool:
 # Each: the place where the file should end; any place inside it when it does not say.
 
 
-def _mp4_end(file: BinaryIO, size: int) -> int:
-    """Boxes one behind the other: length, kind, and for long ones the length again."""
+def _elements_end(file: BinaryIO, size: int, head_bytes: int, length_of: Callable[[bytes], int]) -> int:
+    """Behind elements that lie one behind the other; ``length_of`` tells an element's, 0 where it does not end."""
     position = 0
     while position + 8 <= size:
         file.seek(position)
-        box = file.read(16)
-        length = int.from_bytes(box[:4], "big")
-        if length == 1:
-            length = int.from_bytes(box[8:16], "big")
-        if length < 8 or not box[4:8].isalnum():  # to the end of the file; or not such a file at all
+        length = length_of(file.read(head_bytes))
+        if not length:
             return 0
         position += length
     return position
 
 
-def _riff_end(file: BinaryIO, size: int) -> int:
-    """AVI: chunks one behind the other, kind and length."""
-    position = 0
-    while position + 8 <= size:
-        file.seek(position)
-        chunk = file.read(8)
-        payload = int.from_bytes(chunk[4:], "little")
-        if not payload or not chunk[:4].isalnum():  # 0 is what a recording leaves that was never finished
-            return 0
-        position += 8 + payload
-    return position
+def _box_bytes(box: bytes) -> int:
+    """Of an MP4: length, kind, and for long ones the length again. 0: to the end of the file, or no box at all."""
+    length = int.from_bytes(box[:4], "big")
+    if length == 1:
+        length = int.from_bytes(box[8:16], "big")
+    return length if length >= 8 and box[4:8].isalnum() else 0
+
+
+def _chunk_bytes(chunk: bytes) -> int:
+    """Of an AVI: kind and length, which a recording that was never finished leaves at 0."""
+    payload = int.from_bytes(chunk[4:], "little")
+    return 8 + payload if payload and chunk[:4].isalnum() else 0
 
 
 def _matroska_end(file: BinaryIO, _: int) -> int:
@@ -148,8 +147,8 @@ def _y4m_end(file: BinaryIO, size: int) -> int:
 
 _ENDS: tuple[tuple[Callable[[bytes], bool], Callable[[BinaryIO, int], int]], ...] = (
     (lambda head: head.startswith(b"\x1a\x45\xdf\xa3"), _matroska_end),
-    (lambda head: head.startswith(b"RIFF"), _riff_end),
-    (lambda head: head[4:8] in _MP4_FIRST_BOXES, _mp4_end),
+    (lambda head: head.startswith(b"RIFF"), partial(_elements_end, head_bytes=8, length_of=_chunk_bytes)),
+    (lambda head: head[4:8] in _MP4_FIRST_BOXES, partial(_elements_end, head_bytes=16, length_of=_box_bytes)),
     (lambda head: head.startswith(_ASF_HEADER), _asf_end),
     (lambda head: head.startswith((b"GIF87a", b"GIF89a")), _gif_end),
     (lambda head: head.startswith(y4m.MAGIC + b" "), _y4m_end),

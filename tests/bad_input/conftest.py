@@ -368,10 +368,21 @@ def judged() -> set[bytes]:
     return set()
 
 
+@pytest.fixture(scope="session")
+def begun() -> set[str]:
+    """The tests of this session that had the catalogue: where several processes share the tests, those of this one."""
+    return set()
+
+
 @pytest.fixture
 def catalogue(
-    request: pytest.FixtureRequest, tmp_path: Path, _workers: queue.Queue[Worker], judged: set[bytes]
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    _workers: queue.Queue[Worker],
+    judged: set[bytes],
+    begun: set[str],
 ) -> Iterator[Catalogue]:
+    begun.add(request.node.nodeid)
     catalogue = Catalogue(tmp_path, _workers, judged, random.Random(request.node.name))
     yield catalogue
     catalogue.close()

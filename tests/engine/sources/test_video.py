@@ -9,6 +9,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -451,6 +452,15 @@ class TestDamage:
         assert numbers(source) == list(range(40))
         assert source.losses == [f"1 frame is damaged, and patched up by the decoder: {number}"]
         assert numbers(open_source(path, SelectConfig(stop=number))) == list(range(number))
+
+    def test_so_it_is_to_who_reads_in_any_order(self, patched: tuple[Path, int]) -> None:
+        path, number = patched
+        source = open_source(path)
+        assert isinstance(source, VideoSource)
+        assert not any("patched" in note for note in source.notes)
+        with closing(source.pictures_from(number)) as pictures:
+            assert number in {picture.number for picture in pictures}
+        assert f"1 frame is damaged, and patched up by the decoder: {number}" in source.notes
 
     def test_that_matters_only_to_who_asks_for_it(self, patched: tuple[Path, int]) -> None:
         path, number = patched
