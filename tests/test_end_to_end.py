@@ -379,12 +379,12 @@ def test_a_size_that_changes_is_not_told_to_resume(tiny: str, tmp_path: Path) ->
         with av.open(str(tmp_path / f"{number}.ts"), "w") as container:
             stream: Any = container.add_stream("libx264", rate=25)
             stream.width, stream.height, stream.pix_fmt = width, 64, "yuv420p"
-            for _ in range(6):
+            for _ in range(60):  # more than the channels hold: flows are there by then
                 container.mux(stream.encode(av.VideoFrame(width, 64, "yuv420p")))
             container.mux(stream.encode())
         parts.append((tmp_path / f"{number}.ts").read_bytes())
     (tmp_path / "both.ts").write_bytes(b"".join(parts))
-    with pytest.raises(flowreel.errors.StageError, match=r"frame 6: .*--stop 6") as caught:
+    with pytest.raises(flowreel.errors.StageError, match=r"frame 60: .*--stop 60") as caught:
         flowreel.run(tmp_path / "both.ts", tmp_path / "x.zarr", weights=tiny, batch=1, shard_bytes=8 * 64 * 64)
     notes = getattr(caught.value, "__notes__", [])
     assert any("x.zarr.partial holds" in note for note in notes)
