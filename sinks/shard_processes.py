@@ -3,7 +3,8 @@
     steps -> memory that all of them see -> where in it a full shard lies -> a process (``shard_maker.py``) -> names
 
 On a GPU a light network's run is bound by how often its few threads come by the lock, for which those that compress and
-write would queue as well. So the steps of a shard are copied where other processes see them. When it is full, one of
+write would queue as well. So the steps of a shard are copied where other processes see them, by several threads: one
+alone was seen to take 2 GB a second, which held up the run. When it is full, one of
 these is told where they lie, and brings the shard's files to the disk under unfinished names. In this process a thread
 sleeps until that is done, and gives them their names.
 
@@ -22,16 +23,18 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+import numpy as np
 
 from flowreel.engine.errors import OutputWriteError
 from flowreel.sinks import publish
+from flowreel.sinks.parallel import OrderedPool
 from flowreel.sinks.shard_maker import THREADS, Request, Setting, make
 from flowreel.sinks.shared_memory import Buffer, SharedMemory
 from flowreel.sinks.store_layout import COORDINATES
 
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
 
     from flowreel.sinks.codecs import FlowCodec
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
     from flowreel.sinks.store_writer import StoreWriter
 
 MOST_PROCESSES = 8  # each has a shard's steps in memory
+COPIERS = 4  # threads that copy steps to where the processes see them
 MOST_SHARD_BYTES = 128 << 20  # of steps; a larger one would wait in memory for too long
 # On 16 cores processes brought 1.7 times as many flows of a light network to a store once they were up, and took half a
 # second of a run to start and to end. So few shards are left to threads of this process, and all of them where there
@@ -70,6 +74,16 @@ def how_many(workers: int) -> int:
     return min(MOST_PROCESSES, max(1, workers // THREADS))
 
 
+class _Copied(NamedTuple):
+    buffer: Buffer
+    times: Times
+
+
+def _copied(steps: npt.NDArray[np.uint8], into: npt.NDArray[np.uint8], told: _Copied) -> _Copied:
+    np.copyto(into, steps.reshape(-1))
+    return told
+
+
 class ShardsInProcesses:
     """See ``Shards``."""
 
@@ -79,8 +93,12 @@ class ShardsInProcesses:
         self._memory = SharedMemory()
         self._files = files
         self._setting = setting
+        self._shard_bytes = setting.shard_length * setting.codec.flow_bytes
         self._spare: list[Buffer] = []  # of shards whose steps are not needed any more
-        self._filling: Buffer | None = None  # of the shard that is filling up
+        self._placed = count  # flows that have their place in a buffer
+        self._filling: Buffer | None = None  # where the next flow goes; None: the last one's is full
+        self._copies: OrderedPool[_Copied] = OrderedPool(self._keep, COPIERS, self._shard_bytes)
+        self._last: Buffer | None = None  # that a flow was copied to
         self._times: dict[str, list[Any]] = {name: [] for name in COORDINATES}  # of the same
         self._all: list[_Process] = []
         self._idle: deque[_Process] = deque()
@@ -88,7 +106,7 @@ class ShardsInProcesses:
             for _ in range(processes):
                 self._all.append(_Process(target.name, self._memory.descriptor, target.held))
                 self._idle.append(self._all[-1])
-            self._memory.reserve((processes + 1) * setting.shard_length * setting.codec.flow_bytes)
+            self._memory.reserve((processes + 1) * self._shard_bytes)
         except BaseException:
             self.close()
             raise
@@ -96,44 +114,56 @@ class ShardsInProcesses:
     def add_steps(self, steps: npt.NDArray[np.uint8], times: Times) -> None:
         length, first = self._setting.shard_length, 0
         while first < len(steps):
-            part = slice(first, first + length - self.count % length)  # in one shard: mostly, all of it
+            part = slice(first, first + length - self._placed % length)  # in one shard: mostly, all of it
             first = part.stop
-            self._gather(steps[part])
-            for name, values in times.items():
-                self._times[name].extend(values[part])
-            if self.count % length == 0:
-                self._is_full()
+            self._gather(steps[part], {name: values[part] for name, values in times.items()})
 
-    def _gather(self, steps: npt.NDArray[np.uint8]) -> None:
-        """Copies them where the processes see them, behind those of the same shard."""
+    def _gather(self, steps: npt.NDArray[np.uint8], times: Times) -> None:
+        """Has them copied where the processes see them, behind those of the same shard."""
+        length, flow_bytes = self._setting.shard_length, self._setting.codec.flow_bytes
         if self._filling is None:
             with publish.write_errors(self._setting.path):
-                shard_bytes = self._setting.shard_length * self._setting.codec.flow_bytes
-                self._filling = self._spare.pop() if self._spare else self._memory.take(shard_bytes)
-        place = self.count % self._setting.shard_length * self._setting.codec.flow_bytes
-        self._filling.bytes[place : place + steps.nbytes] = steps.reshape(-1)
-        self.count += len(steps)
+                self._filling = self._spare.pop() if self._spare else self._memory.take(self._shard_bytes)
+        buffer, place = self._filling, self._placed % length * flow_bytes
+        self._placed += len(steps)
+        if self._placed % length == 0:
+            self._filling = None
+        into = buffer.bytes[place : place + steps.nbytes]
+        self._copies.submit(_copied, steps, into, _Copied(buffer, times), nbytes=steps.nbytes)
+
+    def _keep(self, copied: _Copied) -> None:
+        """The next flows in order."""
+        for name, values in copied.times.items():
+            self._times[name].extend(values)
+        self.count += len(copied.times["frame"])
+        self._last = copied.buffer
+        if self.count % self._setting.shard_length == 0:
+            self._is_full()
 
     def finish(self) -> None:
-        if self._filling is not None:
+        self._copies.drain()
+        if self._times["frame"]:
             self._is_full()
 
     def stop(self) -> None:
-        self._filling = None
+        with suppress(Exception):  # whoever stops has a reason of its own already
+            self._copies.drain()  # what is full is worth keeping
+        self._copies.close()
 
     def close(self) -> None:
         for process in self._all:
             process.let_go()  # all of them, before the first is waited for
         for process in self._all:
             process.wait()
-        self._filling, self._spare = None, []
+        self._copies.close()
+        self._filling, self._last, self._spare = None, None, []
         self._memory.close()
 
     def _is_full(self) -> None:
         """Hands the waiting flows over."""
-        buffer, times = self._filling, self._times
+        buffer, times = self._last, self._times
         assert buffer is not None, "a flow is in it"
-        self._filling, self._times = None, {name: [] for name in COORDINATES}
+        self._last, self._times = None, {name: [] for name in COORDINATES}
         number, flows = (self.count - 1) // self._setting.shard_length, len(times["frame"])
         make = partial(self._made, Request(self._setting, number, buffer.place, flows, times), buffer)
         self._files.submit_made(number, flows, times, make, flows * self._setting.codec.flow_bytes)

@@ -101,7 +101,7 @@ def test_no_more_memory_than_what_is_under_way(tmp_path: Path) -> None:
     for batch in batches(400):
         sink.write(batch)
     sink.commit()
-    most = len(shards._all) + 1  # a shard's: of those on their way, and of the one that fills up
+    most = len(shards._all) + 2  # a shard's: of those on their way, the one that is copied, the one that fills up
     assert shards._memory._taken <= most * 4096
     assert shards._spare == []  # and none of it is kept
 
@@ -207,7 +207,8 @@ def test_a_run_that_is_killed_takes_them_along_and_its_claim_as_well(tmp_path: P
         "import os, signal, sys; from pathlib import Path; from tests.sinks.test_shard_processes import *\n"
         "shard_processes.are_worth_it = lambda *_: True; sink, shards = opened(Path(sys.argv[1]) / 'x.zarr')\n"
         "for batch in batches(10): sink.write(batch)\n"
-        "sink._files.flush(); print(*(process._process.pid for process in shards._all), flush=True)\n"
+        "shards._copies.drain(); sink._files.flush()\n"
+        "print(*(process._process.pid for process in shards._all), flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     root = Path(__file__).parents[2]

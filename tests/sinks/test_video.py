@@ -14,7 +14,6 @@ import av.logging
 import numpy as np
 import pytest
 import torch
-from av.codec.context import ThreadType
 from av.video.reformatter import ColorRange, Colorspace
 
 from flowreel.engine.config import Encoder, SinkConfig
@@ -327,18 +326,20 @@ class TestWhichEncoder:
         assert video_writer.why_no_nvenc(0, 48, 64) == "this FFmpeg has no h264_nothing"
 
     @pytest.mark.parametrize(("device", "threads"), [("cpu", 1), ("cuda:0", 3), (None, 3)])
-    def test_a_model_on_the_cpu_leaves_the_encoder_one_core(
+    def test_beside_a_model_on_the_cpu_one_thread_encodes_else_several_do(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str | None, threads: int
     ) -> None:
         monkeypatch.setattr(video, "encode_workers", lambda *_: 3)
         sink = ColorVideoSink(str(tmp_path / "x.mp4"), replace(FIXED, encoder="cpu"))
         sink.open(replace(info(), device=device))
         assert sink._encoder is not None
-        context = sink._encoder._stream.codec_context
-        assert (context.thread_count, context.thread_type) == (threads, ThreadType.AUTO)  # whole frames in libx264
+        assert (sink._encoder._parts is not None) == (threads > 1)
         flows = [smooth_flow(number) for number in range(40)]
         sink.write(batch_of(flows))
         sink.commit()
+        with av.open(str(tmp_path / "x.mp4")) as container:
+            keys = [number for number, frame in enumerate(container.decode(video=0)) if frame.key_frame]
+        assert keys == ([0] if threads == 1 else [0, 16, 32])  # each thread encodes a part of its own
         pictures, times_s, _ = play(tmp_path / "x.mp4")
         assert times_s == pytest.approx(np.arange(40) / 25, abs=1e-9)
         assert max(difference(*pair) for pair in zip(pictures, (colors_of(f, 4.0) for f in flows), strict=True)) < 6
