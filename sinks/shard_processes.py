@@ -6,7 +6,7 @@ On a GPU a light network's run is bound by how often its few threads come by the
 write would queue as well. So the steps of a shard are copied where other processes see them, by several threads: one
 alone was seen to take 2 GB a second, which held up the run. When it is full, one of
 these is told where they lie, and brings the shard's files to the disk under unfinished names. In this process a thread
-sleeps until that is done, and gives them their names.
+sleeps until that is done, and gives them their names. What is full before they are up, it makes itself.
 
 A process ends when its socket does, and so with whoever started it, however that ended. Meanwhile it holds the same
 claim on the unfinished store. Ctrl-C reaches it by what this process makes of it, not by itself.
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import select
 import socket
 import subprocess
 import sys
@@ -202,18 +203,24 @@ class _Process:
                 start_new_session=True,  # where a terminal's Ctrl-C does not reach it
             )
             undone.pop_all()
-        self._ready: bool | None = None  # None: it has not been asked yet
+        self._ready: bool | None = None  # None: it has not said anything yet
         self._socket = ours
         self._stream: BinaryIO = ours.makefile("rwb")  # type: ignore[assignment]  # unbuffered it would be raw
 
     def is_ready(self) -> bool:
-        """Waits until it has said so, once. False: this Python starts no other that finds flowreel."""
-        if self._ready is None:
+        """Whether it has said so by now. Never, where this Python starts no other that finds flowreel."""
+        if self._ready is None and self._has_said_something():
             try:
                 self._ready = self._answer() is None
             except _GONE:
                 self._ready = False
-        return self._ready
+        return self._ready is True
+
+    def _has_said_something(self) -> bool:
+        """Or has gone."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(0))
 
     def make(self, request: Request, compressed: Callable[[], None]) -> tuple[list[str], int]:
         """As ``shard_maker.make``, there."""

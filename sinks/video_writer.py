@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import av
 import av.logging
@@ -73,7 +73,7 @@ class VideoWriter:
         self._part_frames = max(LEAST, min(PART, PART_BYTES // frame_bytes))
         self._part: list[av.VideoFrame] = []  # of the video, that fills up
         in_parts = self.codec == "libx264" and threads > 1
-        self._parts: OrderedPool[list[av.Packet]] | None = OrderedPool(self._mux, threads) if in_parts else None
+        self._parts: OrderedPool[list[av.Packet[Any]]] | None = OrderedPool(self._mux, threads) if in_parts else None
         self._ticks = _MATROSKA_TICKS if suffix == ".mkv" else _ticks_per_second(rate)
         self._frame_ticks = max(1, round(self._ticks / rate))
         self._zero_s: float | None = None  # the source's time at tick 0
@@ -132,7 +132,7 @@ class VideoWriter:
         assert self._parts is not None
         self._parts.submit(partial(self._encoded, part), nbytes=nbytes)
 
-    def _encoded(self, part: list[av.VideoFrame]) -> list[av.Packet]:
+    def _encoded(self, part: list[av.VideoFrame]) -> list[av.Packet[Any]]:
         """By an encoder of its own, set up as the stream's, whose header is the file's."""
         like = self._stream.codec_context
         context = av.CodecContext.create(self.codec, "w")
@@ -143,7 +143,7 @@ class VideoWriter:
         packets = [packet for frame in part for packet in context.encode(frame)]
         return packets + context.encode(None)
 
-    def _mux(self, packets: list[av.Packet]) -> None:
+    def _mux(self, packets: list[av.Packet[Any]]) -> None:
         for packet in packets:
             packet.stream = self._stream
         self._container.mux(packets)

@@ -51,10 +51,13 @@ def batches(count: int, size: int = 2, first: int = 0) -> Iterator[FlowBatch]:
         yield FlowBatch(flow[index : index + size], index, frames, frames + 1, frames / 50, frames / 50 + 0.02)
 
 
-def opened(path: Path, config: SinkConfig = CONFIG) -> tuple[ZarrSink, ShardsInProcesses]:
+def opened(path: Path, config: SinkConfig = CONFIG, *, up: bool = True) -> tuple[ZarrSink, ShardsInProcesses]:
+    """up: once its processes are: what is full before is made without them."""
     sink = ZarrSink(str(path), config)
     sink.open(INFO)
     assert isinstance(sink._shards, ShardsInProcesses)
+    while up and not all(process.is_ready() for process in sink._shards._all):
+        signal.sigtimedwait([], 0.01)
     return sink, sink._shards
 
 
@@ -127,11 +130,22 @@ def test_a_process_that_does_not_start_is_done_without(
 ) -> None:
     """One that ends, and one that does something else."""
     monkeypatch.setattr(sys, "executable", executable)
-    sink, _ = opened(tmp_path / "x.zarr")
+    sink, _ = opened(tmp_path / "x.zarr", up=False)
     for batch in batches(11):
         sink.write(batch)
     sink.commit()
     stored(tmp_path / "x.zarr", 11)
+
+
+def test_what_is_full_before_they_are_up_is_made_without_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_processes, "_CODE", "import signal; signal.pause()")
+    monkeypatch.setattr(shard_processes, "GRACE_S", 0.01)
+    sink, shards = opened(tmp_path / "x.zarr", up=False)
+    for batch in batches(11):
+        sink.write(batch)
+    sink.commit()
+    stored(tmp_path / "x.zarr", 11)
+    assert {process._process.returncode for process in shards._all} == {-signal.SIGKILL}
 
 
 def test_modules_of_the_working_folder_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
