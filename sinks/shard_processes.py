@@ -2,11 +2,11 @@
 
     steps -> memory that all of them see -> where in it a full shard lies -> a process (``shard_maker.py``) -> names
 
-On a GPU a light network's run is bound by how often its few threads come by the lock, for which those that compress and
-write would queue as well. So the steps of a shard are copied where other processes see them, by several threads: one
-alone was seen to take 2 GB a second, which held up the run. When it is full, one of
-these is told where they lie, and brings the shard's files to the disk under unfinished names. In this process a thread
-sleeps until that is done, and gives them their names. What is full before they are up, it makes itself.
+On a GPU a light network's run is bound by how often its few threads come by the lock, for which those that compress
+and write would queue as well. So the steps of a shard are copied where other processes see them, by several threads:
+one was seen to copy 2 GB a second in a run, which held it up. When the shard is full, one of these processes is told
+where they lie, and brings the shard's files to the disk under unfinished names. In this process a thread sleeps until
+that is done, and gives them their names. What is full before they are up, it makes itself.
 
 A process ends when its socket does, and so with whoever started it, however that ended. Meanwhile it holds the same
 claim on the unfinished store. Ctrl-C reaches it by what this process makes of it, not by itself.
@@ -46,9 +46,10 @@ if TYPE_CHECKING:
 MOST_PROCESSES = 8  # each has a shard's steps in memory
 COPIERS = 4  # threads that copy steps to where the processes see them
 MOST_SHARD_BYTES = 128 << 20  # of steps; a larger one would wait in memory for too long
-# On 16 cores processes brought 1.7 times as many flows of a light network to a store once they were up, and took half a
-# second of a run to start and to end. So few shards are left to threads of this process, and all of them where there
-# are few cores. Measure before you lower either.
+# On 16 cores processes brought 1.7 times as many flows of a light network to a store once they were up; with what it
+# takes to start and end them, they were sooner done from about 72 shards on, and later for networks that take their
+# time. So few shards are left to threads of this process, and all of them where there are few cores. Measure before
+# you lower either.
 FEW_SHARDS = 128
 FEW_WORKERS = 7
 GRACE_S = 30.0  # to finish a shard nobody waits for any more, before a process is killed
