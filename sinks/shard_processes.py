@@ -81,9 +81,9 @@ class _Copied(NamedTuple):
     times: Times
 
 
-def _copied(steps: npt.NDArray[np.uint8], into: npt.NDArray[np.uint8], told: _Copied) -> _Copied:
+def _copied(steps: npt.NDArray[np.uint8], into: npt.NDArray[np.uint8], copied: _Copied) -> _Copied:
     np.copyto(into, steps.reshape(-1))
-    return told
+    return copied
 
 
 class ShardsInProcesses:
@@ -96,11 +96,12 @@ class ShardsInProcesses:
         self._files = files
         self._setting = setting
         self._shard_bytes = setting.shard_length * setting.codec.flow_bytes
+        self._together = -(-setting.shard_length // COPIERS)  # flows that one thread copies
         self._spare: list[Buffer] = []  # of shards whose steps are not needed any more
         self._placed = count  # flows that have their place in a buffer
         self._filling: Buffer | None = None  # where the next flow goes; None: the last one's is full
         self._copies: OrderedPool[_Copied] = OrderedPool(self._keep, COPIERS, self._shard_bytes)
-        self._last: Buffer | None = None  # that a flow was copied to
+        self._copied_to: Buffer | None = None  # the last one that is known
         self._times: dict[str, list[Any]] = {name: [] for name in COORDINATES}  # of the same
         self._all: list[_Process] = []
         self._idle: deque[_Process] = deque()
@@ -108,7 +109,7 @@ class ShardsInProcesses:
             for _ in range(processes):
                 self._all.append(_Process(target.name, self._memory.descriptor, target.held))
                 self._idle.append(self._all[-1])
-            self._memory.reserve((processes + 1) * self._shard_bytes)
+            self._memory.reserve((processes + 2) * self._shard_bytes)  # one is copied to, one fills up
         except BaseException:
             self.close()
             raise
@@ -116,7 +117,8 @@ class ShardsInProcesses:
     def add_steps(self, steps: npt.NDArray[np.uint8], times: Times) -> None:
         length, first = self._setting.shard_length, 0
         while first < len(steps):
-            part = slice(first, first + length - self._placed % length)  # in one shard: mostly, all of it
+            left = length - self._placed % length  # of the shard
+            part = slice(first, first + min(left, self._together))
             first = part.stop
             self._gather(steps[part], {name: values[part] for name, values in times.items()})
 
@@ -138,7 +140,7 @@ class ShardsInProcesses:
         for name, values in copied.times.items():
             self._times[name].extend(values)
         self.count += len(copied.times["frame"])
-        self._last = copied.buffer
+        self._copied_to = copied.buffer
         if self.count % self._setting.shard_length == 0:
             self._is_full()
 
@@ -158,14 +160,14 @@ class ShardsInProcesses:
         for process in self._all:
             process.wait()
         self._copies.close()
-        self._filling, self._last, self._spare = None, None, []
+        self._filling, self._copied_to, self._spare = None, None, []
         self._memory.close()
 
     def _is_full(self) -> None:
         """Hands the waiting flows over."""
-        buffer, times = self._last, self._times
+        buffer, times = self._copied_to, self._times
         assert buffer is not None, "a flow is in it"
-        self._last, self._times = None, {name: [] for name in COORDINATES}
+        self._copied_to, self._times = None, {name: [] for name in COORDINATES}
         number, flows = (self.count - 1) // self._setting.shard_length, len(times["frame"])
         make = partial(self._made, Request(self._setting, number, buffer.place, flows, times), buffer)
         self._files.submit_made(number, flows, times, make, flows * self._setting.codec.flow_bytes)
@@ -177,12 +179,13 @@ class ShardsInProcesses:
             self._spare.append(buffer)
 
         process = self._idle.pop()  # there is one: as many calls are made at once
+        ready = process.is_ready()
         try:
-            if process.is_ready():
+            if ready:
                 return process.make(request, compressed)
             return make(request, buffer.bytes[: request.flows * self._setting.codec.flow_bytes], compressed)
-        finally:
-            self._idle.append(process)
+        finally:  # to the end that is taken from, or behind all the others, of which one may be up
+            (self._idle.append if ready else self._idle.appendleft)(process)
 
 
 class _Process:

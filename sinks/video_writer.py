@@ -3,10 +3,11 @@
 A GPU's own encoder (NVENC) is driven through FFmpeg too, as one encoder more. PyNvVideoCodec would give a bare stream,
 for whose headers, times and order of frames in a container FFmpeg is needed all the same.
 
-x264's own threads look ahead in one, and each waits for rows of the frame before it: 15 of them encoded 1024x436 four
-times as fast as one. So several threads encode short parts of the video each, from a key frame on, as if it was alone.
-Without B-frames, which flow does not gain by (seen: the same size, half the speed), nothing is reordered, and the
-parts follow one another as they are.
+x264's own threads look ahead in one, and each waits for rows of the frame before it. So several encoders have short
+parts of the video each, from a key frame on, as if it was alone. Without B-frames, which flow does not gain by (seen:
+the same size, half the speed), nothing is reordered, and the parts follow one another as they are. Of large pictures
+only so many parts are in memory at once that each encoder gets several threads; of very large ones, whose many rows
+x264's threads do better with, there are no parts.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from flowreel.engine.errors import OutputWriteError
-from flowreel.sinks.parallel import OrderedPool
+from flowreel.sinks.parallel import MOST_BYTES, OrderedPool
 from flowreel.sinks.publish import remove, write_errors
 
 if TYPE_CHECKING:
@@ -34,10 +35,10 @@ if TYPE_CHECKING:
 CONTAINERS = {".mp4": ("mp4", {"movflags": "+faststart"}), ".mkv": ("matroska", {})}
 ENCODERS = ("libx264", "libopenh264", "mpeg4")  # the first that this FFmpeg has
 NVENC = "h264_nvenc"
-PART = 16  # frames that one thread encodes: a key frame as often makes a file of flow some percent larger
-PART_BYTES = 128 << 20  # of them, as yuv420p; fewer are a part where they are larger
-LEAST = 4  # of a part
-_X264 = {"crf": "18", "preset": "veryfast", "bf": "0"}
+PART = 16  # frames that one encoder has: a key frame as often makes a file of flow one percent larger
+FEW_PARTS = 4  # in memory at once are not worth it
+# keyint_min: a part has one key frame, as two in a row, one of them the next part's, would have the same number.
+_X264 = {"crf": "18", "preset": "veryfast", "bf": "0", "keyint_min": str(PART)}
 _FALLBACK_RATE = Fraction(25)
 _MATROSKA_TICKS = 1_000  # per second; finer times would be rounded to these, and two could fall together
 _FINEST_TICKS = 60_000  # per second; MPEG-4 part 2 allows 65535, and the usual frame rates divide it
@@ -69,11 +70,11 @@ class VideoWriter:
         self.frames = 0
         self._gpu = gpu
         self._threads = threads
-        frame_bytes = (height + height % 2) * (width + width % 2) * 3 // 2
-        self._part_frames = max(LEAST, min(PART, PART_BYTES // frame_bytes))
-        self._part: list[av.VideoFrame] = []  # of the video, that fills up
-        in_parts = self.codec == "libx264" and threads > 1
-        self._parts: OrderedPool[list[av.Packet[Any]]] | None = OrderedPool(self._mux, threads) if in_parts else None
+        self._part: list[av.VideoFrame] = []  # that fills up
+        at_once = min(threads, MOST_BYTES // (PART * height * width * 3 // 2))
+        self._threads_of_part = -(-threads // max(at_once, 1))
+        in_parts = self.codec == "libx264" and threads > 1 and at_once >= min(threads, FEW_PARTS)
+        self._parts: OrderedPool[list[av.Packet[Any]]] | None = OrderedPool(self._mux, at_once) if in_parts else None
         self._ticks = _MATROSKA_TICKS if suffix == ".mkv" else _ticks_per_second(rate)
         self._frame_ticks = max(1, round(self._ticks / rate))
         self._zero_s: float | None = None  # the source's time at tick 0
@@ -100,7 +101,7 @@ class VideoWriter:
         self._set_up(stream.codec_context, height, width)
         stream.time_base = stream.codec_context.time_base
         stream.codec_context.thread_count = self._threads if self._parts is None else 1
-        stream.codec_context.thread_type = "AUTO"  # whole frames, where it can; PyAV's own choice is parts of one
+        stream.codec_context.thread_type = "AUTO"  # whole frames, where it can; PyAV's own choice is slices of one
         self._container.start_encoding()  # opens the encoder and writes the header: what can fail early fails now
 
     def _set_up(self, context: av.VideoCodecContext, height: int, width: int) -> None:
@@ -123,7 +124,7 @@ class VideoWriter:
             self._container.mux(self._stream.encode(frame))
             return
         self._part.append(frame)
-        if len(self._part) == self._part_frames:
+        if len(self._part) == PART:
             self._encode_part()
 
     def _encode_part(self) -> None:
@@ -134,14 +135,18 @@ class VideoWriter:
 
     def _encoded(self, part: list[av.VideoFrame]) -> list[av.Packet[Any]]:
         """By an encoder of its own, set up as the stream's, whose header is the file's."""
+        context = self._encoder_of_part()
+        packets = [packet for frame in part for packet in context.encode(frame)]
+        return packets + context.encode(None)
+
+    def _encoder_of_part(self) -> av.VideoCodecContext:
         like = self._stream.codec_context
         context = av.CodecContext.create(self.codec, "w")
         assert isinstance(context, av.VideoCodecContext)
         self._set_up(context, like.height, like.width)
-        context.framerate, context.options = like.framerate, _X264
-        context.thread_count, context.flags = 1, like.flags
-        packets = [packet for frame in part for packet in context.encode(frame)]
-        return packets + context.encode(None)
+        context.framerate, context.options, context.flags = like.framerate, _X264, like.flags
+        context.thread_count, context.thread_type = self._threads_of_part, "FRAME"
+        return context
 
     def _mux(self, packets: list[av.Packet[Any]]) -> None:
         for packet in packets:

@@ -24,7 +24,7 @@ from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
 from flowreel.engine.errors import OutputWriteError, frame_of
 from flowreel.sinks import open_store, shard_processes, shared_memory
 from flowreel.sinks.codecs import FlowCodec, flow_codec
-from flowreel.sinks.shard_maker import _as_sent
+from flowreel.sinks.shard_maker import Request, _as_sent
 from flowreel.sinks.shard_processes import MOST_PROCESSES, ShardsInProcesses
 from flowreel.sinks.shared_memory import SharedMemory, SharedView
 from flowreel.sinks.zarr_store import ZarrSink
@@ -70,7 +70,7 @@ def stored(path: Path, count: int) -> None:
     assert store.timestamps_s.tolist() == (np.arange(count) / 50).tolist()
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 11])
+@pytest.mark.parametrize("size", [1, 2, 3, SHARD, 5, 11])
 def test_batches_of_any_size(tmp_path: Path, size: int) -> None:
     sink, shards = opened(tmp_path / "x.zarr")
     for batch in batches(11, size):
@@ -146,6 +146,30 @@ def test_what_is_full_before_they_are_up_is_made_without_them(tmp_path: Path, mo
     sink.commit()
     stored(tmp_path / "x.zarr", 11)
     assert {process._process.returncode for process in shards._all} == {-signal.SIGKILL}
+
+
+def test_one_that_never_comes_up_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for every shard: those that are up are taken before it."""
+    monkeypatch.setattr(shard_processes, "how_many", lambda *_: 3)
+    made_here: list[int] = []
+
+    def noted(request: Request, *rest: Any) -> Any:
+        made_here.append(request.number)
+        return make(request, *rest)
+
+    make = shard_processes.make
+    monkeypatch.setattr(shard_processes, "make", noted)
+    sink, shards = opened(tmp_path / "x.zarr")
+    assert len(shards._all) == 3
+    monkeypatch.setattr(shards._all[-1], "_ready", False)  # the first to be taken
+    for batch in batches(6 * SHARD + 1):
+        sink.write(batch)
+        shards._copies.drain()
+        assert sink._files is not None
+        sink._files.flush()  # one is needed at a time
+    sink.commit()
+    stored(tmp_path / "x.zarr", 6 * SHARD + 1)
+    assert made_here == [0]
 
 
 def test_modules_of_the_working_folder_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +281,8 @@ def test_what_stops_a_whole_group_does_not_reach_them(number: int, tmp_path: Pat
     for batch in batches(SHARD):
         sink.write(batch)
     assert sink._files is not None
-    sink._files.flush()  # they are up by now
+    shards._copies.drain()
+    sink._files.flush()  # one of them has made a shard
     for process in shards._all:
         os.kill(process._process.pid, number)
     for batch in batches(3 * SHARD, first=SHARD):

@@ -28,6 +28,7 @@ from flowreel.engine.errors import (
 from flowreel.kernels.flow_color import flow_to_color
 from flowreel.sinks import video, video_writer
 from flowreel.sinks.video import ColorVideoSink
+from flowreel.sinks.video_writer import VideoWriter
 
 FIXED = SinkConfig(max_flow=4.0)
 
@@ -79,6 +80,20 @@ def play(path: Path) -> tuple[list[np.ndarray], list[float], float]:
             for frame in frames
         ]
         return pictures, [frame.time for frame in frames], float(stream.average_rate)
+
+
+def refreshed(path: Path) -> list[int]:
+    """The numbers of the frames behind which nothing refers to what is before them (H.264's IDR pictures)."""
+    found = []
+    with av.open(str(path)) as container:
+        for number, packet in enumerate(container.demux(video=0)):
+            rest = bytes(packet)
+            while rest:
+                length = int.from_bytes(rest[:4], "big")
+                if rest[4] & 31 == 5:
+                    found.append(number)
+                rest = rest[4 + length :]
+    return found
 
 
 def colors_of(flow: np.ndarray, max_flow: float) -> np.ndarray:
@@ -325,24 +340,141 @@ class TestWhichEncoder:
         monkeypatch.setattr(video_writer, "NVENC", "h264_nothing")
         assert video_writer.why_no_nvenc(0, 48, 64) == "this FFmpeg has no h264_nothing"
 
-    @pytest.mark.parametrize(("device", "threads"), [("cpu", 1), ("cuda:0", 3), (None, 3)])
-    def test_beside_a_model_on_the_cpu_one_thread_encodes_else_several_do(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str | None, threads: int
-    ) -> None:
+
+class TestParts:
+    """Several encoders have parts of the video, where several threads are free."""
+
+    @pytest.fixture(autouse=True)
+    def several_threads(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(video, "encode_workers", lambda *_: 3)
+
+    @pytest.mark.parametrize(("device", "in_parts"), [("cpu", False), ("cuda:0", True), (None, True)])
+    def test_beside_a_model_on_the_cpu_one_thread_encodes_else_several_do(
+        self, tmp_path: Path, device: str | None, in_parts: bool
+    ) -> None:
         sink = ColorVideoSink(str(tmp_path / "x.mp4"), replace(FIXED, encoder="cpu"))
         sink.open(replace(info(), device=device))
         assert sink._encoder is not None
-        assert (sink._encoder._parts is not None) == (threads > 1)
-        flows = [smooth_flow(number) for number in range(40)]
-        sink.write(batch_of(flows))
-        sink.commit()
-        with av.open(str(tmp_path / "x.mp4")) as container:
-            keys = [number for number, frame in enumerate(container.decode(video=0)) if frame.key_frame]
-        assert {16, 32} & set(keys) == ({16, 32} if threads > 1 else set())  # each thread encodes parts of its own
-        pictures, times_s, _ = play(tmp_path / "x.mp4")
-        assert times_s == pytest.approx(np.arange(40) / 25, abs=1e-9)
-        assert max(difference(*pair) for pair in zip(pictures, (colors_of(f, 4.0) for f in flows), strict=True)) < 6
+        assert (sink._encoder._parts is not None) == in_parts
+        sink.abort()
+
+    @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+    @pytest.mark.parametrize(("count", "height", "width"), [(40, 48, 64), (16, 33, 47), (33, 35, 64)])
+    def test_they_are_one_video(self, tmp_path: Path, suffix: str, count: int, height: int, width: int) -> None:
+        """Of frames that come when they like."""
+        times_s = np.cumsum(np.random.default_rng(0).uniform(0.01, 0.3, count)).round(3)
+        flows = [smooth_flow(number, height, width) for number in range(count)]
+        batches = [
+            batch_of(flows[first : first + 7], first, times_s[first : first + 7]) for first in range(0, count, 7)
+        ]
+        record(tmp_path / f"x{suffix}", batches)
+        pictures, shown_s, _ = play(tmp_path / f"x{suffix}")
+        assert shown_s == pytest.approx(times_s - times_s[0], abs=2e-5 if suffix == ".mp4" else 1e-9)
+        assert len(pictures) == count
+        for picture, flow in zip(pictures, flows, strict=True):
+            assert difference(picture[:height, :width], colors_of(flow, 4.0)) < 6
+        assert refreshed(tmp_path / f"x{suffix}") == list(range(0, count, 16))
+
+    @pytest.mark.parametrize("rate", [Fraction(1, 2), Fraction(10), Fraction(60)])
+    def test_no_two_key_frames_in_a_row(self, tmp_path: Path, rate: Fraction) -> None:
+        """They would have the same number, which H.264 forbids. Slow videos may have them closer together."""
+        flows = [smooth_flow(0)] * 15 + [smooth_flow(3)] * 20  # a new scene with the last frame of the first part
+        batch = batch_of(flows, times_s=np.arange(35) / float(rate))
+        record(tmp_path / "x.mp4", [batch], header=info(rate=rate))
+        assert refreshed(tmp_path / "x.mp4") == [0, 16, 32]
+
+    @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+    @pytest.mark.parametrize("rate", [Fraction(1, 2), Fraction(30000, 1001), Fraction(240)])
+    @pytest.mark.parametrize(("height", "width"), [(2, 2), (436, 1024), (1080, 1920)])
+    def test_their_parameters_are_those_of_the_header(
+        self, tmp_path: Path, suffix: str, rate: Fraction, height: int, width: int
+    ) -> None:
+        writer = VideoWriter(tmp_path / "x", suffix, height, width, rate, threads=12)
+        part = writer._encoder_of_part()
+        part.open()
+        assert part.extradata == writer._stream.codec_context.extradata
+        assert part.extradata is not None
+        writer.discard()
+
+    @pytest.mark.parametrize(
+        ("threads", "height", "width", "at_once", "threads_each"),
+        [
+            (1, 436, 1024, None, 1),
+            (15, 436, 1024, 15, 1),
+            (15, 1080, 1920, 5, 3),
+            (15, 1440, 2560, None, 15),
+            (2, 1440, 2560, 2, 1),
+            (15, 4320, 7680, None, 15),
+        ],
+    )
+    def test_of_large_pictures_fewer_are_in_memory(
+        self, tmp_path: Path, threads: int, height: int, width: int, at_once: int | None, threads_each: int
+    ) -> None:
+        """None: there are no parts, and x264 has all threads for the whole video."""
+        writer = VideoWriter(tmp_path / "x", ".mp4", height, width, None, threads=threads)
+        assert writer._stream.codec_context.thread_count == (threads_each if at_once is None else 1)
+        if at_once is None:
+            assert writer._parts is None
+        else:
+            assert writer._parts is not None
+            assert writer._encoder_of_part().thread_count == threads_each
+            calls = 0
+            while not writer._parts._is_full(16 * height * width * 3 // 2 * calls):
+                calls += 1
+            assert calls >= at_once
+        writer.discard()
+
+    @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+    @pytest.mark.parametrize("most_bytes", [1000, 60_000, 150_000])
+    def test_a_full_disk_is_an_error_and_leaves_nothing(
+        self,
+        tmp_path: Path,
+        files_up_to: Callable[[int], AbstractContextManager[None]],
+        suffix: str,
+        most_bytes: int,
+    ) -> None:
+        noise = np.random.default_rng(0).normal(size=(16, 2, 96, 96)).astype(np.float32)
+        sink = ColorVideoSink(str(tmp_path / f"x{suffix}"), FIXED)
+
+        def whole_run() -> None:
+            sink.open(info(96, 96))
+            for number in range(6):
+                sink.write(batch_of(list(noise), index=16 * number))
+            sink.commit()
+
+        with files_up_to(most_bytes), pytest.raises(OutputWriteError, match=f"cannot write .*x{suffix}"):
+            whole_run()
+        sink.abort()
+        assert names(tmp_path) == []
+
+    def test_an_encoder_that_fails_is_an_error(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        sink = ColorVideoSink(str(tmp_path / "x.mp4"), FIXED)
+        sink.open(info())
+        monkeypatch.setattr(video_writer, "_X264", {"preset": "no such"})
+
+        def whole_run() -> None:
+            for first in range(0, 320, 16):
+                sink.write(batch_of([smooth_flow()] * 16, first))
+
+        with pytest.raises(OutputWriteError, match=r"cannot write .*x\.mp4"):
+            whole_run()
+        sink.abort()
+        assert names(tmp_path) == []
+
+    def test_one_that_is_given_up_leaves_nothing(self, tmp_path: Path) -> None:
+        sink = ColorVideoSink(str(tmp_path / "x.mp4"), FIXED)
+        sink.open(info())
+        sink.write(batch_of([smooth_flow(number) for number in range(40)]))
+        sink.abort()
+        assert names(tmp_path) == []
+
+    def test_an_incomplete_one_plays(self, tmp_path: Path) -> None:
+        sink = ColorVideoSink(str(tmp_path / "x.mp4"), FIXED)
+        sink.open(info())
+        sink.write(batch_of([smooth_flow(number) for number in range(40)]))
+        sink.commit(complete=False)
+        assert names(tmp_path) == ["x.mp4.partial"]
+        assert len(play(tmp_path / "x.mp4.partial")[0]) == 40
 
 
 def test_unfinished_never_looks_finished(tmp_path: Path) -> None:
