@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import platform
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -166,12 +166,16 @@ class Streams:
             here = stream()
             if event is not None:
                 here.wait_event(event)
-            for tensor in set(getattr(item, "tensors", ())):  # a frame is in two pairs of a batch
-                if tensor.is_cuda:
-                    tensor.record_stream(here)
+            for tensor in _each_storage(getattr(item, "tensors", ())):
+                tensor.record_stream(here)
             return item
 
         return map(taken, items)  # a map keeps no item alive while whoever took it works
+
+
+def _each_storage(tensors: Iterable[Tensor]) -> Iterable[Tensor]:
+    """One tensor of each block of a GPU's memory: a frame is in two pairs of a batch, and shares its block."""
+    return {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors if tensor.is_cuda}.values()
 
 
 def upload(device: torch.device) -> Stage:
@@ -308,7 +312,7 @@ class Lane:
         Calling for the results makes them ready on the stream that is current then.
         """
         self._at_home.wait_stream(torch.cuda.current_stream(self._home))
-        for tensor in item.tensors:
+        for tensor in _each_storage(item.tensors):
             tensor.record_stream(self._at_home)
         with torch.cuda.stream(self._at_home), torch.cuda.stream(self._there):
             # A copy between devices comes after all work on the streams that are current on both, and before what they

@@ -13,7 +13,7 @@ from torch import Tensor
 from flowreel.engine.compiled import Packed, Program, pack, plain_modes, quarter_upsampling
 from flowreel.engine.config import ModelConfig, Precision
 from flowreel.engine.data import JSON, FlowBatch, FramePair, NativeGrid, PairBatch
-from flowreel.engine.device import Lane, free_bytes, ran_out_of_memory, resolve_devices, resolve_precision
+from flowreel.engine.device import Lane, free_bytes, ran_out_of_memory, resolve_devices, resolve_precision, to_device
 from flowreel.engine.errors import DeviceError, StageError, UsageError, first_line
 from flowreel.engine.models.layers import Upsampling, upsample
 from flowreel.engine.models.weights import Weights, instantiate, read_weights
@@ -100,7 +100,7 @@ class Inference:
             return program.flow(first, second)
 
     def _fitted(self, frames: Tensor) -> Tensor:
-        return self.fit.apply(frames.to(self.device).float())
+        return self.fit.apply(to_device(frames, self.device).float())
 
     def _program(self, pairs: int) -> Program:
         """Made once for full batches and once for each length of a short one, so that equal batches run equally."""

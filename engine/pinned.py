@@ -14,6 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# What NumPy has a word for is lent in its shape at once: each of torch's views lets go of Python's lock.
+_NUMPY = {torch.uint8: "|u1", torch.int16: "<i2", torch.int32: "<i4", torch.int64: "<i8", torch.float32: "<f4"}
+
 
 class PinnedRing:
     """Buffers that are lent and come back with the last tensor, view or array that lies in them.
@@ -37,17 +40,18 @@ class PinnedRing:
         else:
             buffer = self._pinned(size)
             self.buffers += 1
-        lent = torch.from_numpy(np.asarray(_Loan(buffer, size, self._free))).view(like.dtype)
-        if like.is_contiguous():
-            return lent.view(like.shape)
+        if like.is_contiguous() and like.dtype in _NUMPY:
+            return torch.from_numpy(np.asarray(_Loan(buffer, like.shape, _NUMPY[like.dtype], self._free)))
+        lent = torch.from_numpy(np.asarray(_Loan(buffer, (size,), "|u1", self._free))).view(like.dtype)
         return lent.as_strided(like.shape, torch.empty_like(like, device="meta").stride())
 
 
 class _Loan:
     """What NumPy keeps alive for as long as any array, and so any tensor, uses the buffer."""
 
-    def __init__(self, buffer: Tensor, size: int, back_to: list[Tensor]) -> None:
-        self.__array_interface__ = buffer[:size].numpy().__array_interface__
+    def __init__(self, buffer: Tensor, shape: tuple[int, ...], kind: str, back_to: list[Tensor]) -> None:
+        """kind: of the numbers, as NumPy's ``typestr`` says it. They begin with the buffer and lie together."""
+        self.__array_interface__ = {"shape": shape, "typestr": kind, "data": (buffer.data_ptr(), False), "version": 3}
         self._buffer = buffer
         self._back_to = back_to
 

@@ -44,7 +44,7 @@ def _planes(values: Tensor) -> Tensor:
 
 def _bitshuffle_cuda(values: Tensor, block: int) -> Tensor:
     values = values.contiguous()
-    batch, count = values.shape[0], values[0].numel()
+    batch, count = values.shape[0], values.shape[1:].numel()
     out = torch.empty(batch, count * values.element_size(), dtype=torch.uint8, device=values.device)
     grid = blocks_for(batch * parts(count, TOGETHER))
     launch("bitshuffle", f"bitshuffle_{8 * values.element_size()}", grid, (values, out, *sizes(batch, count, block)))

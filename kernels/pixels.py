@@ -24,7 +24,7 @@ def check_room(out: Tensor, channels: int, batch: int, height: int, width: int) 
     """
     if out.shape != (batch, channels, height, width):
         raise ValueError(f"expected room for {(batch, channels, height, width)}, got {tuple(out.shape)}")
-    if not out.permute(0, 2, 3, 1).is_contiguous():
+    if not out.is_contiguous(memory_format=torch.channels_last):
         raise ValueError("room for whole pixels is channels-last without gaps")
 
 

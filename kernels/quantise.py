@@ -38,6 +38,15 @@ class Quantised(NamedTuple):
         return self.found[2].view(torch.float32)
 
 
+def numbers_found(found: Tensor) -> tuple[list[int], list[int], list[float]]:
+    """``Quantised.found`` that is on the host, of each flow: vectors unknown, and beyond range; the worst error, px.
+
+    Through NumPy, which keeps Python's lock meanwhile: torch's operations let go of it, each for the next thread.
+    """
+    unknown, beyond_range, worst = found.numpy()
+    return unknown.tolist(), beyond_range.tolist(), worst.view(np.float32).tolist()
+
+
 # --- the definition: any device ---------------------------------------------------------------------------------------
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from flowreel.engine.data import Prepared, ResumePoint, StepsBatch
 from flowreel.engine.errors import OutputBusyError, OutputWriteError, ResumeMismatchError, concerning
 from flowreel.kernels.bitshuffle import bitshuffle
-from flowreel.kernels.quantise import Quantised, quantise
+from flowreel.kernels.quantise import numbers_found, quantise
 from flowreel.sinks import blosc, publish, shard_processes
 from flowreel.sinks.codecs import flow_codec
 from flowreel.sinks.parallel import encode_workers, shared_out
@@ -247,9 +247,8 @@ class ZarrSink:
     def take(self, prepared: Prepared) -> None:
         """See ``DeviceSink``."""
         assert isinstance(prepared, StepsBatch)
-        made = Quantised(prepared.steps, prepared.found)
-        told = made.unknown.tolist(), made.beyond_range.tolist(), made.worst.tolist()
-        for frame, unknown, beyond_range, worst in zip(map(int, prepared.frame), *told, strict=True):
+        found = numbers_found(prepared.found)
+        for frame, unknown, beyond_range, worst in zip(prepared.frame.tolist(), *found, strict=True):
             with concerning(frame):
                 self._codec.require_bound(worst)
             if unknown or beyond_range:

@@ -11,7 +11,9 @@ conversion to RGB is the one copy. Both run on the decoder's stream: the copy co
 next, and the CPU waits for neither. The copy's memory is torch's, handed on by the rule of ``engine/device.py``: an
 event for whoever reads it, ``record_stream`` for the allocator. That allocator is the pool: a run's frames are all of
 one size and the channels bound their number, so after the first few nothing new is allocated, and it alone knows
-when every stream has done with a block. A ring of our own would have to learn that from each consumer.
+when every stream has done with a block. A ring of our own would have to learn that from each consumer. Small frames
+get one block for several: to ask for memory lets go of Python's lock, and a thread that has to wait for it again for
+every frame was seen to spend a fifth of its time there.
 
 *What differs from the CPU.* Both patch damaged pictures up, but the chip does not tell which: there they count as good,
 with a line on stdout that cannot be stopped; only what does not come at all is told as lost. And it mends
@@ -54,6 +56,7 @@ _SURFACES = {  # by subsampling, and whether they are of more than 8 bits: the n
     ("444", True): "YUV444_16Bit",
 }
 _BLOCK = 16  # pixels, the side of a macroblock
+_TOGETHER, _TOGETHER_BYTES = 8, 16 << 20  # frames of one allocation at most; it lasts as long as any of them
 
 
 def why_not(probe: VideoProbe, device: str) -> FlowreelError | None:
@@ -143,6 +146,7 @@ class NvdecDecoder:
         self._stream: WorkStream | None = None
         self._relieved = False  # the CPU has taken over
         self._checked = False  # whether a good surface has come
+        self._room: list[Tensor] = []  # for the next frames
         layout = _layout(probe.pixel_format.name)
         assert layout is not None, "why_not() tells"
         self._chroma, self._bits = layout
@@ -196,8 +200,11 @@ class NvdecDecoder:
         assert self._stream is not None
         turn, (width, height) = self._probe.turn, self._probe.stored_size
         surface = from_dlpack(picture.__dlpack__(stream=self._stream.handle))  # its own stream: nothing to wait for
-        size = (width, height) if turn.transpose else (height, width)
-        shown = torch.empty((3, *size), dtype=torch.uint8, device=surface.device)
+        if not self._room:
+            count = max(1, min(_TOGETHER, _TOGETHER_BYTES // (3 * height * width)))
+            size = (width, height) if turn.transpose else (height, width)
+            self._room.extend(torch.empty((count, 3, *size), dtype=torch.uint8, device=surface.device).unbind())
+        shown = self._room.pop()
         self._to_rgb(surface, shown.transpose(1, 2) if turn.transpose else shown)
         mirrored = [dim for dim, asked in ((2, turn.flip_x), (1, turn.flip_y)) if asked]
         return shown.flip(mirrored) if mirrored else shown
