@@ -3,11 +3,10 @@
 A GPU's own encoder (NVENC) is driven through FFmpeg too, as one encoder more. PyNvVideoCodec would give a bare stream,
 for whose headers, times and order of frames in a container FFmpeg is needed all the same.
 
-x264's own threads look ahead in one, and each waits for rows of the frame before it. So several encoders have short
-parts of the video each, from a key frame on, as if it was alone. Without B-frames, which flow does not gain by (seen:
-the same size, half the speed), nothing is reordered, and the parts follow one another as they are. Of large pictures
-only so many parts are in memory at once that each encoder gets several threads; of very large ones, whose many rows
-x264's threads do better with, there are no parts.
+x264's own threads each have a frame, and wait for rows of the one before it. Where pictures have few rows for many
+threads, several encoders have short parts of the video each instead, from a key frame on, as if it was alone. Without
+B-frames, which flow does not gain by (seen: the same size, half the speed), nothing is reordered, and the parts follow
+one another as they are. Of pictures with many rows x264's threads were seen to make more, in files a third smaller.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from flowreel.engine.errors import OutputWriteError
-from flowreel.sinks.parallel import MOST_BYTES, OrderedPool
+from flowreel.sinks.parallel import OrderedPool
 from flowreel.sinks.publish import remove, write_errors
 
 if TYPE_CHECKING:
@@ -36,7 +35,8 @@ CONTAINERS = {".mp4": ("mp4", {"movflags": "+faststart"}), ".mkv": ("matroska", 
 ENCODERS = ("libx264", "libopenh264", "mpeg4")  # the first that this FFmpeg has
 NVENC = "h264_nvenc"
 PART = 16  # frames that one encoder has: a key frame as often makes a file of flow one percent larger
-FEW_PARTS = 4  # in memory at once are not worth it
+MACROBLOCK = 16  # pixels, the side of one
+ROWS_OF_A_THREAD = 3  # of them. With 4.5 x264's threads did better than parts; with 1.9, on smooth flow, as well
 # keyint_min: a part has one key frame, as two in a row, one of them the next part's, would have the same number.
 _X264 = {"crf": "18", "preset": "veryfast", "bf": "0", "keyint_min": str(PART)}
 _FALLBACK_RATE = Fraction(25)
@@ -71,10 +71,9 @@ class VideoWriter:
         self._gpu = gpu
         self._threads = threads
         self._part: list[av.VideoFrame] = []  # that fills up
-        at_once = min(threads, MOST_BYTES // (PART * height * width * 3 // 2))
-        self._threads_of_part = -(-threads // max(at_once, 1))
-        in_parts = self.codec == "libx264" and threads > 1 and at_once >= min(threads, FEW_PARTS)
-        self._parts: OrderedPool[list[av.Packet[Any]]] | None = OrderedPool(self._mux, at_once) if in_parts else None
+        many_threads = threads > 1 and threads * ROWS_OF_A_THREAD > -(-height // MACROBLOCK)
+        in_parts = self.codec == "libx264" and many_threads
+        self._parts: OrderedPool[list[av.Packet[Any]]] | None = OrderedPool(self._mux, threads) if in_parts else None
         self._ticks = _MATROSKA_TICKS if suffix == ".mkv" else _ticks_per_second(rate)
         self._frame_ticks = max(1, round(self._ticks / rate))
         self._zero_s: float | None = None  # the source's time at tick 0
@@ -145,7 +144,7 @@ class VideoWriter:
         assert isinstance(context, av.VideoCodecContext)
         self._set_up(context, like.height, like.width)
         context.framerate, context.options, context.flags = like.framerate, _X264, like.flags
-        context.thread_count, context.thread_type = self._threads_of_part, "FRAME"
+        context.thread_count = 1
         return context
 
     def _mux(self, packets: list[av.Packet[Any]]) -> None:

@@ -28,6 +28,7 @@ from flowreel.engine.config import ModelConfig, SelectConfig
 from flowreel.engine.inference import prepare
 from flowreel.engine.models.weights import BASELINE, save_weights
 from flowreel.engine.sources import open_source
+from flowreel.sinks import video_writer
 
 IN_MEMORY = "store in memory"
 MEMORY_BYTES = 8 << 30  # for two stores, of which one is being replaced
@@ -48,7 +49,8 @@ class Job(NamedTuple):
 def run(findings: Findings, settings: Settings) -> None:
     """1024x436. Stores in memory first: random weights give flow that hardly shrinks, and a disk may be what bounds.
 
-    For an encoder of video such flow is noise: so there is one with the baseline's flow, too.
+    For an encoder of video such flow is noise: so there is one with the baseline's flow, too. Both also without parts
+    (``sinks/video_writer.py``), which are worth having only where they are faster.
     """
     job = job_of(settings)
     trained = job._replace(options=job.options | {"weights": BASELINE})
@@ -65,6 +67,13 @@ def run(findings: Findings, settings: Settings) -> None:
         decoders.append(report.decoder)
         _file(findings, name, sample, report, alone(model, report.batch))
 
+    def by_its_threads(*arguments: Any) -> None:
+        before, video_writer.ROWS_OF_A_THREAD = video_writer.ROWS_OF_A_THREAD, 0
+        try:
+            timed(*arguments)
+        finally:
+            video_writer.ROWS_OF_A_THREAD = before
+
     a_part = 1.0 if settings.dry else 0.3  # of the clip: what is slow is known sooner
     for name, model, output, decoder, share in (
         (IN_MEMORY, "FlowNet2", in_memory, "auto", 1.0),
@@ -75,6 +84,9 @@ def run(findings: Findings, settings: Settings) -> None:
         (f"{IN_MEMORY}, PyAV", "FlowNet2", in_memory, "pyav", a_part),
     ):
         findings.attempt(name, partial(timed, name, model, output, decoder, share))
+    for name, model in (("video, baseline weights", TRAINED), ("video", "FlowNet2")):
+        name, video = f"{name}, x264's threads", on_disk.with_suffix(".mp4")
+        findings.attempt(name, partial(by_its_threads, name, model, video, "auto", a_part))
     for decoder in ("auto", "pyav"):
         findings.attempt(f"decoder {decoder} alone", partial(_decoder_alone, findings, settings, job, decoder))
 
