@@ -36,7 +36,7 @@ ENCODERS = ("libx264", "libopenh264", "mpeg4")  # the first that this FFmpeg has
 NVENC = "h264_nvenc"
 PART = 16  # frames that one encoder has: a key frame as often makes a file of flow one percent larger
 MACROBLOCK = 16  # pixels, the side of one
-ROWS_OF_A_THREAD = 3  # of them. With 4.5 x264's threads did better than parts; with 1.9, on smooth flow, as well
+ROWS_OF_A_THREAD = 3  # of them. With 4.5 x264's threads did better than parts; with 1.9 only parts were timed
 # keyint_min: a part has one key frame, as two in a row, one of them the next part's, would have the same number.
 _X264 = {"crf": "18", "preset": "veryfast", "bf": "0", "keyint_min": str(PART)}
 _FALLBACK_RATE = Fraction(25)

@@ -511,6 +511,8 @@ def test_a_terminal_shows_the_live_table(tiny: str) -> None:
 
 def test_torch_waits_as_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "call", lambda arguments: 0)
+    for lasting in ("take_interrupts", "silence_pillow"):  # they are for the whole process, which is the tests' here
+        monkeypatch.setattr(cli, lasting, list)
     monkeypatch.setattr(os, "environ", {"OMP_WAIT_POLICY": "active"})
     with pytest.raises(SystemExit):
         cli.main()
