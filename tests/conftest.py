@@ -59,6 +59,17 @@ def _ctrl_c_works() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(autouse=True)
+def _ctrl_c_still_works(_ctrl_c_works: None) -> Iterator[None]:
+    """A command's own handling of it, left behind by a test, would end a later one's whole process."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    yield
+    left = {number: signal.getsignal(number) for number in usual}
+    for number, handler in usual.items():
+        signal.signal(number, handler)
+    assert left == usual
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """Folder of real videos, image pairs and goldens that are not part of the repository."""
