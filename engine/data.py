@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     Int64Array = npt.NDArray[np.int64]
     Float64Array = npt.NDArray[np.float64]
+    Bytes = npt.NDArray[np.uint8]
+    Pin = Callable[[Bytes], Callable[[], None]]  # has memory pinned, as ``engine.pinned.pin``
 
 # Pixels; a component beyond it, NaN or infinite marks a vector that nobody knows: Middlebury's convention.
 UNKNOWN_ABOVE = 1e9
@@ -439,4 +441,17 @@ class DeviceSink(Protocol):
 
     def take(self, prepared: Prepared) -> None:
         """Takes one such, on the host, in place of what ``write`` takes."""
+        ...
+
+
+@runtime_checkable
+class LandingSink(Protocol):
+    """A ``DeviceSink`` that has memory where what it has prepared may come to lie, so that nobody copies it there."""
+
+    def landing(self, prepared: Prepared, pin: Pin) -> Tensor | None:
+        """Host memory for the first of the tensors of what comes next, of its shape and dtype; None: anywhere.
+
+        pin: to be called with memory before the first piece of it is given away. What comes back is called before
+        that memory goes.
+        """
         ...

@@ -14,7 +14,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,7 +24,10 @@ from torch import Tensor
 from flowreel.engine.config import Precision
 from flowreel.engine.data import FlowBatch, Frame, Prepared
 from flowreel.engine.errors import DeviceError, FlowreelError, StageError, UsageError, first_line
-from flowreel.engine.pinned import PinnedRing
+from flowreel.engine.pinned import PinnedRing, pin
+
+if TYPE_CHECKING:
+    from flowreel.engine.data import Pin
 
 Item = TypeVar("Item")
 Batch = TypeVar("Batch", FlowBatch, Prepared)
@@ -214,24 +218,34 @@ class _Sender:
             self._under_way.popleft()[0].synchronize()
 
 
-def download(batches: Iterator[Batch]) -> Iterator[Batch]:
+def download(batches: Iterator[Batch], landing: Callable[[Batch, Pin], Tensor | None] | None = None) -> Iterator[Batch]:
     """A stage that brings flow, or what is made of it, to the host; what is there already passes untouched.
 
-    It lands in a ring of pinned buffers, none of which is filled again while anybody still holds what was in it.
+    It lands in a ring of pinned buffers, none of which is filled again while anybody still holds what was in it; the
+    first tensor of a batch where ``landing`` says, see ``LandingSink``.
     """
     ring = PinnedRing(_pinned)
-
-    def begun(tensor: Tensor) -> Tensor:
-        tensor = tensor.contiguous()
-        return ring.take(tensor).copy_(tensor, non_blocking=True)
-
     for batch in batches:
         device = batch.tensors[0].device
         if device.type != "cpu":
-            batch = batch.moved(begun)  # its memory on the device is free from here on
+            place = None if landing is None else landing(batch, partial(pin, device=device))
+            batch = _begun(batch, place, ring)  # its memory on the device is free from here on
+            del place
             _recorded(device).synchronize()
         yield batch
         del batch
+
+
+def _begun(batch: Batch, place: Tensor | None, ring: PinnedRing) -> Batch:
+    """On its way to the host."""
+    first = batch.tensors[0]
+
+    def copied(tensor: Tensor) -> Tensor:
+        room = place if tensor is first else None
+        tensor = tensor.contiguous()
+        return (ring.take(tensor) if room is None else room).copy_(tensor, non_blocking=True)
+
+    return batch.moved(copied)
 
 
 def _recorded(device: torch.device) -> torch.cuda.Event:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from flowreel.engine.data import DeviceSink, FlowBatch, FlowInfo, OneFileAFlow, Resumable, Sink
+from flowreel.engine.data import DeviceSink, FlowBatch, FlowInfo, LandingSink, OneFileAFlow, Resumable, Sink
 from flowreel.engine.device import download
 from flowreel.engine.errors import FrameSizeError, TruncatedSourceError, UsageError
 from flowreel.engine.places import require_apart, require_outside_stores
@@ -117,7 +117,8 @@ class Tally:
 
     def consume(self, flows: Iterator[FlowBatch]) -> None:
         if self._on_gpu and (sink := preparing(self.sink)) is not None:
-            for prepared in download(sink.prepare(flows)):
+            landing = sink.landing if isinstance(sink, LandingSink) else None
+            for prepared in download(sink.prepare(flows), landing):
                 sink.take(prepared)
                 self.flows += len(prepared)
         else:

@@ -1,4 +1,4 @@
-"""Pinned host memory, lent and taken back: what copies between host and device pass through.
+"""Pinned host memory, lent and taken back: what copies between host and device pass through. And ``pin``.
 
 A copy from or to other memory holds up the thread that asks for it; but pinning memory is slow and holds up the whole
 device, so a buffer is pinned once and used for all of a run. It may be filled again only when nobody reads what it
@@ -9,10 +9,17 @@ or array that lies in it has gone, which only Python knows: so buffers are lent,
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from flowreel.kernels.launch import kernels_on
+
+if TYPE_CHECKING:
+    from flowreel.engine.data import Bytes
 
 # What NumPy has a word for is lent in its shape at once: each of torch's views lets go of Python's lock.
 _NUMPY = {torch.uint8: "|u1", torch.int16: "<i2", torch.int32: "<i4", torch.int64: "<i8", torch.float32: "<f4"}
@@ -57,3 +64,27 @@ class _Loan:
 
     def __del__(self) -> None:
         self._back_to.append(self._buffer)
+
+
+def pin(memory: Bytes, device: torch.device) -> Callable[[], None]:
+    """Pins memory that somebody has already, so that a device may write to it by itself.
+
+    What is returned undoes that, and is to be called before the memory goes. Memory that cannot be pinned stays as it
+    is: copies there take longer, and hold up the thread that asks for them.
+    """
+    if kernels_on(device) != "cuda":
+        return lambda: None
+    from cupy.cuda import runtime  # torch's own call would leave a refusal behind as the error of the next kernel
+
+    address = memory.ctypes.data
+    try:
+        with torch.cuda.device(device):
+            runtime.hostRegister(address, memory.nbytes, 0)
+    except runtime.CUDARuntimeError:
+        return lambda: None
+
+    def undo() -> None:
+        with torch.cuda.device(device), suppress(runtime.CUDARuntimeError):
+            runtime.hostUnregister(address)
+
+    return undo

@@ -3,10 +3,10 @@
     steps -> memory that all of them see -> where in it a full shard lies -> a process (``shard_maker.py``) -> names
 
 On a GPU a light network's run is bound by how often its few threads come by the lock, for which those that compress
-and write would queue as well. So the steps of a shard are copied where other processes see them, by several threads:
-one was seen to copy 2 GB a second in a run, which held it up. When the shard is full, one of these processes is told
-where they lie, and brings the shard's files to the disk under unfinished names. In this process a thread sleeps until
-that is done, and gives them their names. What is full before they are up, it makes itself.
+and write would queue as well. So the steps of a shard come from the GPU to where other processes see them: pinned, so
+that no thread copies them, which one was seen to do at 2 GB a second in a run. When the shard is full, one of these
+processes is told where they lie, and brings the shard's files to the disk under unfinished names. In this process a
+thread sleeps until that is done, and gives them their names. What is full before they are up, it makes itself.
 
 A process ends when its socket does, and so with whoever started it, however that ended. Meanwhile it holds the same
 claim on the unfinished store. Ctrl-C reaches it by what this process makes of it, not by itself.
@@ -24,13 +24,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from flowreel.engine.errors import OutputWriteError
 from flowreel.sinks import publish
-from flowreel.sinks.parallel import OrderedPool
 from flowreel.sinks.shard_maker import THREADS, Request, Setting, make
 from flowreel.sinks.shared_memory import Buffer, SharedMemory
 from flowreel.sinks.store_layout import COORDINATES
@@ -38,13 +37,13 @@ from flowreel.sinks.store_layout import COORDINATES
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from flowreel.engine.data import Bytes, Pin
     from flowreel.sinks.codecs import FlowCodec
     from flowreel.sinks.shards import Times
     from flowreel.sinks.store_target import LocalTarget
     from flowreel.sinks.store_writer import StoreWriter
 
 MOST_PROCESSES = 8  # each has a shard's steps in memory
-COPIERS = 4  # threads that copy steps to where the processes see them
 MOST_SHARD_BYTES = 128 << 20  # of steps; a larger one would wait in memory for too long
 # On 16 cores processes brought 1.7 times as many flows of a light network to a store once they were up; with what it
 # takes to start and end them, they were sooner done from about 72 shards on, and later for networks that take their
@@ -76,16 +75,6 @@ def how_many(workers: int) -> int:
     return min(MOST_PROCESSES, max(1, workers // THREADS))
 
 
-class _Copied(NamedTuple):
-    buffer: Buffer
-    times: Times
-
-
-def _copied(steps: npt.NDArray[np.uint8], into: npt.NDArray[np.uint8], copied: _Copied) -> _Copied:
-    np.copyto(into, steps.reshape(-1))
-    return copied
-
-
 class ShardsInProcesses:
     """See ``Shards``."""
 
@@ -96,78 +85,85 @@ class ShardsInProcesses:
         self._files = files
         self._setting = setting
         self._shard_bytes = setting.shard_length * setting.codec.flow_bytes
-        self._together = -(-setting.shard_length // COPIERS)  # flows that one thread copies
         self._spare: list[Buffer] = []  # of shards whose steps are not needed any more
-        self._placed = count  # flows that have their place in a buffer
-        self._filling: Buffer | None = None  # where the next flow goes; None: the last one's is full
-        self._copies: OrderedPool[_Copied] = OrderedPool(self._keep, COPIERS, self._shard_bytes)
-        self._copied_to: Buffer | None = None  # the last one that is known
-        self._times: dict[str, list[Any]] = {name: [] for name in COORDINATES}  # of the same
+        self._filling: Buffer | None = None  # where the next flow goes, if that is known yet
+        self._unpinned: list[Callable[[], None]] = []  # what makes it so again, of each buffer that was pinned
+        self._times: dict[str, list[Any]] = {name: [] for name in COORDINATES}  # of the shard that fills up
         self._all: list[_Process] = []
         self._idle: deque[_Process] = deque()
         try:
             for _ in range(processes):
                 self._all.append(_Process(target.name, self._memory.descriptor, target.held))
                 self._idle.append(self._all[-1])
-            self._memory.reserve((processes + 2) * self._shard_bytes)  # one is copied to, one fills up
+            self._memory.reserve((processes + 1) * self._shard_bytes)  # one fills up
         except BaseException:
             self.close()
             raise
 
+    def room(self, flows: int, pin: Pin) -> Bytes | None:
+        """Where the steps of the next so many are to lie, (flows, bytes of one) uint8; None: not in one piece.
+
+        ``add_steps`` of what lies there copies nothing.
+        """
+        if self.count % self._setting.shard_length + flows > self._setting.shard_length:
+            return None
+        return self._place(flows, pin).reshape(flows, -1)
+
     def add_steps(self, steps: npt.NDArray[np.uint8], times: Times) -> None:
         length, first = self._setting.shard_length, 0
         while first < len(steps):
-            left = length - self._placed % length  # of the shard
-            part = slice(first, first + min(left, self._together))
+            part = slice(first, first + length - self.count % length)  # in one shard: mostly, all of it
             first = part.stop
-            self._gather(steps[part], {name: values[part] for name, values in times.items()})
+            self._add(steps[part], {name: values[part] for name, values in times.items()})
 
-    def _gather(self, steps: npt.NDArray[np.uint8], times: Times) -> None:
-        """Has them copied where the processes see them, behind those of the same shard."""
-        length, flow_bytes = self._setting.shard_length, self._setting.codec.flow_bytes
-        if self._filling is None:
-            with publish.write_errors(self._setting.path):
-                self._filling = self._spare.pop() if self._spare else self._memory.take(self._shard_bytes)
-        buffer, place = self._filling, self._placed % length * flow_bytes
-        self._placed += len(steps)
-        if self._placed % length == 0:
-            self._filling = None
-        into = buffer.bytes[place : place + steps.nbytes]
-        self._copies.submit(_copied, steps, into, _Copied(buffer, times), nbytes=steps.nbytes)
-
-    def _keep(self, copied: _Copied) -> None:
-        """The next flows in order."""
-        for name, values in copied.times.items():
+    def _add(self, steps: npt.NDArray[np.uint8], times: Times) -> None:
+        """Flows of one shard."""
+        place = self._place(len(steps))
+        if place.ctypes.data != steps.ctypes.data:
+            np.copyto(place, steps.reshape(-1))
+        for name, values in times.items():
             self._times[name].extend(values)
-        self.count += len(copied.times["frame"])
-        self._copied_to = copied.buffer
+        self.count += len(steps)
         if self.count % self._setting.shard_length == 0:
             self._is_full()
 
+    def _place(self, flows: int, pin: Pin | None = None) -> Bytes:
+        """Of the steps of the next flows of the shard that fills up."""
+        if self._filling is None:
+            with publish.write_errors(self._setting.path):
+                self._filling = self._spare.pop() if self._spare else self._new(pin)
+        flow_bytes = self._setting.codec.flow_bytes
+        begin = self.count % self._setting.shard_length * flow_bytes
+        return self._filling.bytes[begin : begin + flows * flow_bytes]
+
+    def _new(self, pin: Pin | None) -> Buffer:
+        buffer = self._memory.take(self._shard_bytes)
+        if pin is not None:
+            self._unpinned.append(pin(buffer.bytes))
+        return buffer
+
     def finish(self) -> None:
-        self._copies.drain()
         if self._times["frame"]:
             self._is_full()
 
     def stop(self) -> None:
-        with suppress(Exception):  # whoever stops has a reason of its own already
-            self._copies.drain()  # what is full is worth keeping
-        self._copies.close()
+        """Nothing waits that is full."""
 
     def close(self) -> None:
         for process in self._all:
             process.let_go()  # all of them, before the first is waited for
         for process in self._all:
             process.wait()
-        self._copies.close()
-        self._filling, self._copied_to, self._spare = None, None, []
+        while self._unpinned:
+            self._unpinned.pop()()
+        self._filling, self._spare = None, []
         self._memory.close()
 
     def _is_full(self) -> None:
         """Hands the waiting flows over."""
-        buffer, times = self._copied_to, self._times
+        buffer, times = self._filling, self._times
         assert buffer is not None, "a flow is in it"
-        self._copied_to, self._times = None, {name: [] for name in COORDINATES}
+        self._filling, self._times = None, {name: [] for name in COORDINATES}
         number, flows = (self.count - 1) // self._setting.shard_length, len(times["frame"])
         make = partial(self._made, Request(self._setting, number, buffer.place, flows, times), buffer)
         self._files.submit_made(number, flows, times, make, flows * self._setting.codec.flow_bytes)

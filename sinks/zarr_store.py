@@ -44,7 +44,7 @@ from flowreel.sinks.store_writer import StoreWriter
 
 if TYPE_CHECKING:
     from flowreel.engine.config import SinkConfig
-    from flowreel.engine.data import FlowBatch, FlowInfo
+    from flowreel.engine.data import FlowBatch, FlowInfo, Pin
 
 
 class ZarrSink:
@@ -243,6 +243,12 @@ class ZarrSink:
             if self._codec.shuffles:
                 steps = bitshuffle(steps, blosc.BLOCK_VALUES)
             yield StepsBatch(steps, found, batch.index, **{name: getattr(batch, name) for name in COORDINATES})
+
+    def landing(self, prepared: Prepared, pin: Pin) -> Tensor | None:
+        """See ``LandingSink``: where other processes see it, if they make the shards."""
+        shards = self._require_shards()
+        room = shards.room(len(prepared), pin) if isinstance(shards, ShardsInProcesses) else None
+        return None if room is None else torch.from_numpy(room)
 
     def take(self, prepared: Prepared) -> None:
         """See ``DeviceSink``."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from flowreel.engine.pinned import PinnedRing
+from flowreel.engine import pinned
+from flowreel.engine.pinned import PinnedRing, pin
 
 HOLDS: dict[str, Callable[[torch.Tensor], object]] = {
     "itself": lambda tensor: tensor,
@@ -60,6 +64,47 @@ def test_short_batches_and_small_ones_find_room(ring: PinnedRing) -> None:
 def test_type_and_order_of_dimensions_are_kept(ring: PinnedRing, like: torch.Tensor) -> None:
     taken = ring.take(like)
     assert (taken.dtype, taken.shape, taken.stride()) == (like.dtype, like.shape, like.stride())
+
+
+class Runtime:
+    """CuPy's, of which two calls are wanted."""
+
+    class CUDARuntimeError(Exception):
+        pass
+
+    def __init__(self, *, refuses: bool) -> None:
+        self.pinned: dict[int, int] = {}
+        self._refuses = refuses
+
+    def hostRegister(self, address: int, nbytes: int, flags: int) -> None:
+        if self._refuses:
+            raise self.CUDARuntimeError("cudaErrorMemoryAllocation")
+        assert flags == 0
+        self.pinned[address] = nbytes
+
+    def hostUnregister(self, address: int) -> None:
+        if address not in self.pinned:
+            raise self.CUDARuntimeError("cudaErrorHostMemoryNotRegistered")
+        del self.pinned[address]
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_memory_is_pinned_where_it_is_as_far_as_that_goes(refuses: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime, entered = Runtime(refuses=refuses), []
+    monkeypatch.setitem(sys.modules, "cupy.cuda", SimpleNamespace(runtime=runtime))
+    monkeypatch.setattr(pinned, "kernels_on", lambda device: "cuda")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(entered.append(device)))
+    memory, device = np.zeros(4096, np.uint8), torch.device("cuda", 1)
+    undo = pin(memory, device)
+    assert runtime.pinned == ({} if refuses else {memory.ctypes.data: 4096})
+    undo()
+    assert runtime.pinned == {}
+    undo()  # as where the driver has gone meanwhile
+    assert set(entered) == {device}
+
+
+def test_without_cupy_nothing_is_pinned() -> None:
+    pin(np.zeros(4096, np.uint8), torch.device("cpu"))()
 
 
 def test_gaps_are_not_kept(ring: PinnedRing) -> None:

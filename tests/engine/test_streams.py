@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 
 import numpy as np
 import pytest
@@ -317,6 +318,17 @@ def batch_of(late: LateCopies, number: int, flows: int = 2) -> FlowBatch:
 
 
 class TestDownload:
+    def test_the_first_tensor_lands_where_it_is_wanted(self, card: Card, late: LateCopies, rings: Rings) -> None:
+        places = [torch.zeros(2, 2, 4, 6) for _ in range(3)]
+        asked = iter([*places, None])
+        batches = (batch_of(late, number) for number in range(4))
+        on_stream = Streams(GPU).on_stream(partial(download, landing=lambda batch, pin: next(asked)))
+        for number, batch in enumerate(on_stream(batches)):
+            assert (number < 3) == any(batch.flow is place for place in places)
+            assert bool((batch.flow == number).all() and (batch.native == number).all())
+        assert [float(place.min()) for place in places] == [0, 1, 2]
+        assert len(card.waits) == 4
+
     def test_reads_back_into_a_ring(self, card: Card, late: LateCopies, rings: Rings) -> None:
         on_stream = Streams(GPU).on_stream(download)
         kept = []

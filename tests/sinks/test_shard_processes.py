@@ -9,7 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
@@ -82,6 +82,68 @@ def test_batches_of_any_size(tmp_path: Path, size: int) -> None:
         os.fstat(shards._memory.descriptor)
 
 
+class Pinning:
+    """Stands for a GPU's driver: memory that is pinned, and in how many pieces."""
+
+    def __init__(self) -> None:
+        self.pieces = 0
+        self.held: list[np.ndarray] = []
+
+    def __call__(self, memory: np.ndarray) -> Callable[[], None]:
+        self.pieces += 1
+        self.held.append(memory)
+        memory[:] = 77  # as it is, before anything lies there
+
+        def undo() -> None:
+            memory[:1] = 0  # the memory is still there
+            self.held = [piece for piece in self.held if piece is not memory]
+
+        return undo
+
+
+@pytest.mark.parametrize("size", [1, 2, SHARD])
+def test_steps_that_land_where_the_processes_see_them_are_not_copied(
+    tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sink, shards = opened(tmp_path / "x.zarr")
+    pin = Pinning()
+    monkeypatch.setattr(np, "copyto", None)
+    for prepared in sink.prepare(batches(9 * SHARD + 1, size)):
+        place = sink.landing(prepared, pin)
+        assert place is not None
+        assert any(np.shares_memory(place.numpy(), piece) for piece in pin.held)
+        sink.take(replace(prepared, steps=place.copy_(prepared.steps)))
+    assert 1 <= pin.pieces <= len(shards._all) + 1  # each piece once, however often it is used
+    sink.commit()
+    assert not pin.held
+    stored(tmp_path / "x.zarr", 9 * SHARD + 1)
+
+
+def test_what_does_not_lie_in_one_shard_is_copied_into_two(tmp_path: Path) -> None:
+    sink, _ = opened(tmp_path / "x.zarr")
+    pin = Pinning()
+    nowhere = 0
+    for prepared in sink.prepare(batches(11, 3)):
+        place = sink.landing(prepared, pin)
+        nowhere += place is None
+        sink.take(prepared if place is None else replace(prepared, steps=place.copy_(prepared.steps)))
+    sink.commit()
+    assert nowhere == 2  # flows 3 to 5, and 6 to 8
+    stored(tmp_path / "x.zarr", 11)
+
+
+def test_where_threads_make_the_shards_steps_land_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_processes, "are_worth_it", lambda *_: False)
+    sink = ZarrSink(str(tmp_path / "x.zarr"), CONFIG)
+    sink.open(INFO)
+    pin = Pinning()
+    for prepared in sink.prepare(batches(5)):
+        assert sink.landing(prepared, pin) is None
+        sink.take(prepared)
+    sink.commit()
+    assert pin.pieces == 0
+
+
 def test_going_on_with_what_an_earlier_run_left(tmp_path: Path) -> None:
     sink, _ = opened(tmp_path / "x.zarr")
     for batch in batches(10):
@@ -104,7 +166,7 @@ def test_no_more_memory_than_what_is_under_way(tmp_path: Path) -> None:
     for batch in batches(400):
         sink.write(batch)
     sink.commit()
-    most = len(shards._all) + 2  # a shard's: of those on their way, the one that is copied, the one that fills up
+    most = len(shards._all) + 1  # a shard's: of those on their way, and of the one that fills up
     assert shards._memory._taken <= most * 4096
     assert shards._spare == []  # and none of it is kept
 
@@ -164,7 +226,6 @@ def test_one_that_never_comes_up_is_asked_once(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(shards._all[-1], "_ready", False)  # the first to be taken
     for batch in batches(6 * SHARD + 1):
         sink.write(batch)
-        shards._copies.drain()
         assert sink._files is not None
         sink._files.flush()  # one is needed at a time
     sink.commit()
@@ -245,7 +306,7 @@ def test_a_run_that_is_killed_takes_them_along_and_its_claim_as_well(tmp_path: P
         "import os, signal, sys; from pathlib import Path; from tests.sinks.test_shard_processes import *\n"
         "shard_processes.are_worth_it = lambda *_: True; sink, shards = opened(Path(sys.argv[1]) / 'x.zarr')\n"
         "for batch in batches(10): sink.write(batch)\n"
-        "shards._copies.drain(); sink._files.flush()\n"
+        "sink._files.flush()\n"
         "print(*(process._process.pid for process in shards._all), flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -281,7 +342,6 @@ def test_what_stops_a_whole_group_does_not_reach_them(number: int, tmp_path: Pat
     for batch in batches(SHARD):
         sink.write(batch)
     assert sink._files is not None
-    shards._copies.drain()
     sink._files.flush()  # one of them has made a shard
     for process in shards._all:
         os.kill(process._process.pid, number)
