@@ -14,6 +14,7 @@ import torch
 
 from flowreel.engine import pinned
 from flowreel.engine.pinned import PinnedRing, pin
+from flowreel.sinks.shared_memory import SharedMemory
 
 HOLDS: dict[str, Callable[[torch.Tensor], object]] = {
     "itself": lambda tensor: tensor,
@@ -101,6 +102,25 @@ def test_memory_is_pinned_where_it_is_as_far_as_that_goes(refuses: bool, monkeyp
     assert runtime.pinned == {}
     undo()  # as where the driver has gone meanwhile
     assert set(entered) == {device}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has memory without a name")
+def test_a_card_writes_to_memory_that_processes_share(gpu: torch.device) -> None:
+    if pinned.kernels_on(gpu) != "cuda":
+        pytest.skip("no CuPy")
+    memory = SharedMemory()
+    buffer = memory.take(1 << 20).bytes
+    assert not torch.from_numpy(buffer).is_pinned()
+    undo = pin(buffer, gpu)
+    place = torch.from_numpy(buffer)
+    assert place.is_pinned()
+    values = torch.randint(0, 256, (1 << 20,), dtype=torch.uint8, device=gpu)
+    place.copy_(values, non_blocking=True)
+    torch.cuda.current_stream(gpu).synchronize()
+    assert torch.equal(place, values.cpu())
+    undo()
+    assert not torch.from_numpy(buffer).is_pinned()
+    memory.close()
 
 
 def test_without_cupy_nothing_is_pinned() -> None:
