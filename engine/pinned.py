@@ -45,7 +45,7 @@ class PinnedRing:
         if fitting:
             buffer = self._free.pop(min(fitting)[1])  # others only append meanwhile, so the place still holds it
         else:
-            buffer = self._pinned(size)
+            buffer = self._pinned(max(size, 1))
             self.buffers += 1
         if like.is_contiguous() and like.dtype in _NUMPY:
             return torch.from_numpy(np.asarray(_Loan(buffer, like.shape, _NUMPY[like.dtype], self._free)))

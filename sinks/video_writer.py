@@ -6,7 +6,7 @@ for whose headers, times and order of frames in a container FFmpeg is needed all
 x264's own threads each have a frame, and wait for rows of the one before it. Where pictures have few rows for many
 threads, several encoders have short parts of the video each instead, from a key frame on, as if it was alone. Without
 B-frames, which flow does not gain by (seen: the same size, half the speed), nothing is reordered, and the parts follow
-one another as they are. Of pictures with many rows x264's threads were seen to make more, in files a third smaller.
+one another as they are. Of smooth flow with many rows x264's threads alone made more, in files a third smaller.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from flowreel.engine.errors import OutputWriteError
-from flowreel.sinks.parallel import OrderedPool
+from flowreel.sinks.parallel import MOST_BYTES, OrderedPool
 from flowreel.sinks.publish import remove, write_errors
 
 if TYPE_CHECKING:
@@ -34,10 +34,11 @@ if TYPE_CHECKING:
 CONTAINERS = {".mp4": ("mp4", {"movflags": "+faststart"}), ".mkv": ("matroska", {})}
 ENCODERS = ("libx264", "libopenh264", "mpeg4")  # the first that this FFmpeg has
 NVENC = "h264_nvenc"
-PART = 16  # frames that one encoder has: a key frame as often makes a file of flow one percent larger
+PART = 16  # frames that one encoder has. A key frame as often takes 1 % more of most flow, half as much again of smooth
 MACROBLOCK = 16  # pixels, the side of one
-ROWS_OF_A_THREAD = 3  # of them. With 4.5 x264's threads did better than parts; with 1.9 only parts were timed
-# keyint_min: a part has one key frame, as two in a row, one of them the next part's, would have the same number.
+ROWS_OF_A_THREAD = 3  # of them. With 4.5 x264's threads did better than parts; with 1.9 not timed without B-frames
+# keyint_min: a part has one key frame. Their numbers alternate and begin anew with each part, and two key frames in a
+# row, the second one the next part's, must not have the same.
 _X264 = {"crf": "18", "preset": "veryfast", "bf": "0", "keyint_min": str(PART)}
 _FALLBACK_RATE = Fraction(25)
 _MATROSKA_TICKS = 1_000  # per second; finer times would be rounded to these, and two could fall together
@@ -71,8 +72,9 @@ class VideoWriter:
         self._gpu = gpu
         self._threads = threads
         self._part: list[av.VideoFrame] = []  # that fills up
-        many_threads = threads > 1 and threads * ROWS_OF_A_THREAD > -(-height // MACROBLOCK)
-        in_parts = self.codec == "libx264" and many_threads
+        few_rows = -(-height // MACROBLOCK) < threads * ROWS_OF_A_THREAD
+        all_fit = threads * PART * height * width * 3 // 2 <= MOST_BYTES
+        in_parts = self.codec == "libx264" and threads > 1 and few_rows and all_fit
         self._parts: OrderedPool[list[av.Packet[Any]]] | None = OrderedPool(self._mux, threads) if in_parts else None
         self._ticks = _MATROSKA_TICKS if suffix == ".mkv" else _ticks_per_second(rate)
         self._frame_ticks = max(1, round(self._ticks / rate))

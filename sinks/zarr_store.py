@@ -202,7 +202,7 @@ class ZarrSink:
         workers, on_gpu = encode_workers(info.device), info.device not in (None, "cpu")
         shards = ((info.flow_count or 0) - self._taken) / self._shard_length  # pipes, that tell none, are slow
         possible = shard_processes.are_possible(self._codec, self._shard_length)
-        if on_gpu and possible and shard_processes.are_worth_it(shards, workers):
+        if on_gpu and possible and shard_processes.are_worth_it(shards, self._shard_length, workers):
             processes = shard_processes.how_many(workers)
             most_bytes = processes * self._shard_length * self._codec.flow_bytes
             self._files = StoreWriter(self._target, metadata, self._shard_length, processes, most_bytes)

@@ -62,12 +62,12 @@ def _ctrl_c_works() -> None:
 @pytest.fixture(autouse=True)
 def _ctrl_c_still_works(_ctrl_c_works: None) -> Iterator[None]:
     """A command's own handling of it, left behind by a test, would end a later one's whole process."""
-    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
-    left = {number: signal.getsignal(number) for number in usual}
-    for number, handler in usual.items():
+    left = {number: signal.getsignal(number) for number in before}
+    for number, handler in before.items():
         signal.signal(number, handler)
-    assert left == usual
+    assert left == before
 
 
 @pytest.fixture(scope="session")

@@ -297,7 +297,7 @@ def test_shards_are_made_by_processes_for_as_long_as_it_says() -> None:
     before = shard_processes.are_worth_it
 
     def to_store(chains: object) -> bool:
-        return shard_processes.are_worth_it(1, 1)
+        return shard_processes.are_worth_it(1, 1, 1)
 
     assert run_profile.by_processes(SimpleNamespace(), to_store) is True  # type: ignore[arg-type, comparison-overlap]
     assert shard_processes.are_worth_it is before

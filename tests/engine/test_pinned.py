@@ -127,6 +127,18 @@ def test_without_cupy_nothing_is_pinned() -> None:
     pin(np.zeros(4096, np.uint8), torch.device("cpu"))()
 
 
+@pytest.mark.parametrize("shape", [(), (3, 5), (0, 2)])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.uint8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64],
+)
+def test_numbers_of_each_type_are_kept(ring: PinnedRing, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    given = (torch.arange(torch.Size(shape).numel()) - 7).to(dtype).view(shape)
+    taken = ring.take(given).copy_(given)
+    assert (taken.dtype, taken.shape) == (dtype, given.shape)
+    assert torch.equal(taken, given)
+
+
 def test_gaps_are_not_kept(ring: PinnedRing) -> None:
     taken = ring.take(torch.zeros(2, 2, 8, 8)[..., 1:5, 2:6])
     assert (taken.shape, taken.is_contiguous()) == ((2, 2, 4, 4), True)

@@ -6,6 +6,8 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,6 +131,21 @@ def test_half_a_hand_off_is_found_out(
         card.read(*item.tensors)
         del item
     assert any(says in race for race in card.races)
+
+
+def test_a_block_of_memory_is_marked_once(card: Card) -> None:
+    """Whatever lies in it."""
+    marked: list[int] = []
+
+    def piece(block: int) -> Any:
+        storage = SimpleNamespace(data_ptr=lambda: block)
+        return SimpleNamespace(
+            is_cuda=True, untyped_storage=lambda: storage, record_stream=lambda stream: marked.append(block)
+        )
+
+    on_host = SimpleNamespace(is_cuda=False, untyped_storage=lambda: SimpleNamespace(data_ptr=lambda: 3))
+    assert list(Streams(GPU).handed_over(iter([Item(piece(1), piece(2), piece(1), on_host)])))
+    assert sorted(marked) == [1, 2]
 
 
 def test_streams_are_left_before_anything_is_handed_on(card: Card) -> None:

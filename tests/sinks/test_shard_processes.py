@@ -372,6 +372,7 @@ def test_threads_make_a_few_shards(
     """Or what few a resumed run has left."""
     monkeypatch.setattr(shard_processes, "FEW_SHARDS", 4)
     monkeypatch.setattr(shard_processes, "FEW_WORKERS", 0)
+    monkeypatch.setattr(shard_processes, "LEAST_FLOWS", 0)
     monkeypatch.setattr(shard_processes, "are_worth_it", worth_it)
     path, info = tmp_path / "x.zarr", replace(INFO, frame_count=flows + 1)
     if there:
@@ -400,8 +401,9 @@ def test_where_they_are_possible(monkeypatch: pytest.MonkeyPatch) -> None:
             assert not shard_processes.are_possible(codec(), 8)
     monkeypatch.setattr(sys, "frozen", True, raising=False)  # the executable is a program of its own
     assert not shard_processes.are_possible(codec(), 8)
-    assert [worth_it(1000, workers) for workers in (1, 7, 8)] == [False, False, True]
-    assert [worth_it(shards, 16) for shards in (0, 128, 129)] == [False, False, True]
+    assert [worth_it(1000, 32, workers) for workers in (1, 7, 8)] == [False, False, True]
+    assert [worth_it(shards, 32, 16) for shards in (0, 128, 129)] == [False, False, True]
+    assert [worth_it(1000, length, 16) for length in (8, 16)] == [False, True]
     assert [shard_processes.how_many(workers) for workers in (1, 2, 4, 15, 100)] == [1, 1, 2, 7, MOST_PROCESSES]
 
 

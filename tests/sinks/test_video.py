@@ -377,8 +377,8 @@ class TestParts:
 
     @pytest.mark.parametrize("rate", [Fraction(1, 2), Fraction(10), Fraction(60)])
     def test_no_two_key_frames_in_a_row(self, tmp_path: Path, rate: Fraction) -> None:
-        """They would have the same number, which H.264 forbids. Slow videos may have them closer together."""
-        flows = [smooth_flow(0)] * 15 + [smooth_flow(3)] * 20  # a new scene with the last frame of the first part
+        """They might have the same number, which H.264 forbids. Slow videos may have them closer together."""
+        flows = [smooth_flow(0)] * 8 + [smooth_flow(3)] * 7 + [smooth_flow(6)] * 20  # new scenes in the first part
         batch = batch_of(flows, times_s=np.arange(35) / float(rate))
         record(tmp_path / "x.mp4", [batch], header=info(rate=rate))
         assert refreshed(tmp_path / "x.mp4") == [0, 16, 32]
@@ -397,21 +397,22 @@ class TestParts:
         writer.discard()
 
     @pytest.mark.parametrize(
-        ("threads", "height", "in_parts"),
+        ("threads", "height", "width", "in_parts"),
         [
-            (1, 2, False),
-            (2, 80, True),
-            (2, 96, False),
-            (15, 436, True),
-            (9, 436, False),
-            (16, 720, True),
-            (16, 1080, False),
+            (1, 2, 2, False),
+            (2, 80, 64, True),
+            (2, 96, 64, False),
+            (15, 436, 1024, True),
+            (9, 436, 1024, False),
+            (15, 720, 64, False),
+            (16, 720, 64, True),
+            (16, 720, 1280, False),  # all of them would take more than they may
         ],
     )
-    def test_where_pictures_have_many_rows_x264_shares_the_threads_out(
-        self, tmp_path: Path, threads: int, height: int, in_parts: bool
+    def test_where_pictures_have_many_rows_or_bytes_x264_shares_the_threads_out(
+        self, tmp_path: Path, threads: int, height: int, width: int, in_parts: bool
     ) -> None:
-        writer = VideoWriter(tmp_path / "x", ".mp4", height, 64, None, threads=threads)
+        writer = VideoWriter(tmp_path / "x", ".mp4", height, width, None, threads=threads)
         assert (writer._parts is not None) == in_parts
         assert writer._stream.codec_context.thread_count == (1 if in_parts else threads)
         writer.discard()

@@ -127,6 +127,15 @@ class TestSurfacesAreLent:
         assert len(pictures) == 30
         assert all(one.data_ptr() + one.nbytes <= other.data_ptr() for one, other in itertools.pairwise(pictures))
 
+    @pytest.mark.parametrize(("most_bytes", "allocations"), [(16 << 20, 4), (0, 30)])
+    def test_small_frames_share_their_allocations(
+        self, nvc: ModuleType, long_clip: Path, most_bytes: int, allocations: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of eight, as far as these are not too large."""
+        monkeypatch.setattr(nvdec, "_TOGETHER_BYTES", most_bytes)
+        frames = list(on_gpu(long_clip, stop=30))
+        assert len({frame.rgb.untyped_storage().data_ptr() for frame in frames}) == allocations
+
     def test_the_decoder_works_on_our_stream_in_device_memory(self, nvc: ModuleType, long_clip: Path) -> None:
         list(open_video(str(long_clip), SelectConfig(decoder="nvdec"), "cuda:3"))
         assert nvc.behaviour.sessions == [{"gpuid": 3, "cudastream": 0x5EED, "usedevicememory": True}]
