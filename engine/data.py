@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     Int64Array = npt.NDArray[np.int64]
     Float64Array = npt.NDArray[np.float64]
     Bytes = npt.NDArray[np.uint8]
-    Pin = Callable[[Bytes], Callable[[], None]]  # has memory pinned, as ``engine.pinned.pin``
+    Pin = Callable[[Bytes], Callable[[], None]]  # has memory pinned, as ``engine.pinned.pin`` does for a device
 
 # Pixels; a component beyond it, NaN or infinite marks a vector that nobody knows: Middlebury's convention.
 UNKNOWN_ABOVE = 1e9

@@ -229,9 +229,11 @@ def download(batches: Iterator[Batch], landing: Callable[[Batch, Pin], Tensor | 
         device = batch.tensors[0].device
         if device.type != "cpu":
             place = None if landing is None else landing(batch, partial(pin, device=device))
-            batch = _begun(batch, place, ring)  # its memory on the device is free from here on
-            del place
-            _recorded(device).synchronize()
+            try:
+                batch = _begun(batch, place, ring)  # its memory on the device is free from here on
+            finally:  # also when one of its copies cannot be begun: none outlasts this, and what it writes to
+                del place
+                _recorded(device).synchronize()
         yield batch
         del batch
 

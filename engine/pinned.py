@@ -1,4 +1,5 @@
-"""Pinned host memory, lent and taken back: what copies between host and device pass through. And ``pin``.
+"""Pinned host memory, lent and taken back: what copies between host and device pass through. Others' memory is pinned
+where it lies.
 
 A copy from or to other memory holds up the thread that asks for it; but pinning memory is slow and holds up the whole
 device, so a buffer is pinned once and used for all of a run. It may be filled again only when nobody reads what it
@@ -69,22 +70,22 @@ class _Loan:
 def pin(memory: Bytes, device: torch.device) -> Callable[[], None]:
     """Pins memory that somebody has already, so that a device may write to it by itself.
 
-    What is returned undoes that, and is to be called before the memory goes. Memory that cannot be pinned stays as it
-    is: copies there take longer, and hold up the thread that asks for them.
+    What is returned undoes that, and keeps the memory until it is called: a driver that takes for pinned what has gone
+    writes into whatever comes to lie there. Memory that cannot be pinned stays as it is: copies there take longer, and
+    hold up the thread that asks for them.
     """
     if kernels_on(device) != "cuda":
         return lambda: None
     from cupy.cuda import runtime  # torch's own call would leave a refusal behind as the error of the next kernel
 
-    address = memory.ctypes.data
     try:
         with torch.cuda.device(device):
-            runtime.hostRegister(address, memory.nbytes, 0)
-    except runtime.CUDARuntimeError:
+            runtime.hostRegister(memory.ctypes.data, memory.nbytes, 0)
+    except RuntimeError:  # CuPy's are, too
         return lambda: None
 
     def undo() -> None:
-        with torch.cuda.device(device), suppress(runtime.CUDARuntimeError):
-            runtime.hostUnregister(address)
+        with suppress(RuntimeError), torch.cuda.device(device):
+            runtime.hostUnregister(memory.ctypes.data)
 
     return undo

@@ -21,8 +21,8 @@ from flowreel.sinks.store_writer import shard_files
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from flowreel.engine.data import Bytes
     from flowreel.sinks.codecs import FlowCodec
-    from flowreel.sinks.shared_memory import Bytes
 
 THREADS = 2  # that compress: one alone leaves a shard's steps in memory for long, more wait for each other's blocks
 

@@ -88,7 +88,7 @@ class ShardsInProcesses:
         self._shard_bytes = setting.shard_length * setting.codec.flow_bytes
         self._spare: list[Buffer] = []  # of shards whose steps are not needed any more
         self._filling: Buffer | None = None  # where the next flow goes, if that is known yet
-        self._unpinned: list[Callable[[], None]] = []  # what makes it so again, of each buffer that was pinned
+        self._unpin: list[Callable[[], None]] = []  # to be called for each buffer that was pinned
         self._times: dict[str, list[Any]] = {name: [] for name in COORDINATES}  # of the shard that fills up
         self._all: list[_Process] = []
         self._idle: deque[_Process] = deque()
@@ -108,7 +108,7 @@ class ShardsInProcesses:
         """
         if self.count % self._setting.shard_length + flows > self._setting.shard_length:
             return None
-        return self._place(flows, pin).reshape(flows, -1)
+        return self._place(flows, pin).reshape(flows, self._setting.codec.flow_bytes)
 
     def add_steps(self, steps: npt.NDArray[np.uint8], times: Times) -> None:
         length, first = self._setting.shard_length, 0
@@ -129,7 +129,8 @@ class ShardsInProcesses:
             self._is_full()
 
     def _place(self, flows: int, pin: Pin | None = None) -> Bytes:
-        """Of the steps of the next flows of the shard that fills up."""
+        """Of the steps of the next flows of the shard that fills up. Memory that is first asked for without ``pin`` is
+        never pinned: it is of batches that do not come from a device, or do not lie in one shard."""
         if self._filling is None:
             with publish.write_errors(self._setting.path):
                 self._filling = self._spare.pop() if self._spare else self._new(pin)
@@ -140,7 +141,7 @@ class ShardsInProcesses:
     def _new(self, pin: Pin | None) -> Buffer:
         buffer = self._memory.take(self._shard_bytes)
         if pin is not None:
-            self._unpinned.append(pin(buffer.bytes))
+            self._unpin.append(pin(buffer.bytes))
         return buffer
 
     def finish(self) -> None:
@@ -151,12 +152,12 @@ class ShardsInProcesses:
         """Nothing waits that is full."""
 
     def close(self) -> None:
+        while self._unpin:  # first: to wait for the processes may be cut short
+            self._unpin.pop()()
         for process in self._all:
             process.let_go()  # all of them, before the first is waited for
         for process in self._all:
             process.wait()
-        while self._unpinned:
-            self._unpinned.pop()()
         self._filling, self._spare = None, []
         self._memory.close()
 
@@ -166,8 +167,8 @@ class ShardsInProcesses:
         assert buffer is not None, "a flow is in it"
         self._filling, self._times = None, {name: [] for name in COORDINATES}
         number, flows = (self.count - 1) // self._setting.shard_length, len(times["frame"])
-        make = partial(self._made, Request(self._setting, number, buffer.place, flows, times), buffer)
-        self._files.submit_made(number, flows, times, make, flows * self._setting.codec.flow_bytes)
+        made = partial(self._made, Request(self._setting, number, buffer.place, flows, times), buffer)
+        self._files.submit_made(number, flows, times, made, flows * self._setting.codec.flow_bytes)
 
     def _made(self, request: Request, buffer: Buffer) -> tuple[list[str], int]:
         """The shard's files by their keys, prepared, and their bytes."""

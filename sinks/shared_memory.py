@@ -12,9 +12,7 @@ import numpy as np
 from flowreel.sinks.parallel import OrderedPool
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
-    Bytes = npt.NDArray[np.uint8]
+    from flowreel.engine.data import Bytes
 
 AT_ONCE = 16 << 20  # bytes that are asked of the system ahead of time, before it is seen whether to go on
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -15,6 +17,8 @@ from benchmarks.gpu.nvdec import frames_of
 from flowreel.engine.config import ModelConfig, SinkConfig
 from flowreel.engine.inference import prepare
 from flowreel.sinks import shard_processes
+from flowreel.sinks.shard_maker import Request
+from flowreel.sinks.shard_processes import MOST_PROCESSES, _Process
 
 ROUNDING = 2e-4  # of the longest vector, in float32, between two programs of one network
 
@@ -27,33 +31,42 @@ def check(findings: Findings, settings: Settings) -> None:
 
 
 def _compare_processes(findings: Findings, settings: Settings) -> None:
-    """A store whose shards other processes make, as those of a long run are, is the same to the byte."""
-    width, height, batch = (96, 64, 2) if settings.dry else (640, 360, 8)
-    clip = written_clip(settings.folder, width, height, 4 * batch + 2)
-    options: dict[str, Any] = {"device": settings.device, "batch": batch, "shard_bytes": 8 * width * height * batch}
+    """A store whose shards other processes make, as those of a long run are, is the same to the byte.
+
+    Of two batches a shard, and of so many shards that the memory of each is used again and again.
+    """
+    width, height, batch, shards = (96, 64, 2, 2) if settings.dry else (640, 360, 8, 3 * (MOST_PROCESSES + 1))
+    clip = written_clip(settings.folder, width, height, 2 * batch * shards + 4)
+    options: dict[str, Any] = {"device": settings.device, "batch": batch, "shard_bytes": 16 * width * height * batch}
     options["precision"] = "fp32" if settings.dry else "fp16"
     stores = [Path(settings.folder) / f"{by}.zarr" for by in ("threads", "processes")]
-    asked: list[bool] = []
+    made_there: list[int] = []  # the number of each shard that a process made
 
-    def answer(worth: bool, *_: object) -> bool:
-        asked.append(worth)
-        return worth
+    def noted(process: _Process, request: Request, *rest: Any) -> Any:
+        made_there.append(request.number)
+        return make(process, request, *rest)
 
-    before = shard_processes.are_worth_it
-    for path, worth in zip(stores, (False, True), strict=True):
-        shard_processes.are_worth_it = partial(answer, worth)
-        try:
-            flowreel.run(clip, path, overwrite=True, **options)
-        finally:
-            shard_processes.are_worth_it = before
+    def patient(process: _Process) -> bool:
+        while not said_something(process):
+            time.sleep(0.01)
+        return True
+
+    make, said_something = _Process.make, _Process._has_said_something
+    with (
+        mock.patch.object(_Process, "make", noted),
+        mock.patch.object(_Process, "_has_said_something", patient),  # else threads make what is full before
+    ):
+        for path, worth in zip(stores, (False, True), strict=True):
+            with mock.patch.object(shard_processes, "are_worth_it", lambda *_, worth=worth: worth):
+                flowreel.run(clip, path, overwrite=True, **options)
     files = [
         {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
         for path in stores
     ]
     same = files[0] == files[1]
-    by_processes = settings.dry or True in asked  # on a CPU there are none
+    by_processes = settings.dry or bool(made_there)  # on a CPU there are none
     said = "a store is the same to the byte by threads and by processes"
-    findings.check(said, same and by_processes, files=len(files[0]), asked=asked)
+    findings.check(said, same and by_processes, files=len(files[0]), shards_made_there=len(made_there))
 
 
 def _compare_store(findings: Findings, settings: Settings, precision: str) -> None:

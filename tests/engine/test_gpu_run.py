@@ -7,7 +7,7 @@ and what is brought there. What a GPU computes is not.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -226,8 +226,16 @@ def test_a_store_brings_steps_alone_to_the_host_and_is_that_of_a_cpu(
     tiny_weights: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    pinned: list[torch.device] = []
+
+    def pin(memory: np.ndarray, device: torch.device) -> Callable[[], None]:
+        pinned.append(device)
+        return lambda: pinned.append(GPU)
+
+    monkeypatch.setattr(device, "pin", pin)
     monkeypatch.setattr(shard_processes, "are_worth_it", lambda *_: made_by == "processes")
     run(tmp_path, tiny_weights, "x.zarr", max_error=1 / 64, resolution=resolution)
+    assert pinned == (2 * [GPU] if made_by == "processes" else [])  # and given up; steps land where processes see them
     stored: Any = zarr.open_group(tmp_path / "x.zarr", mode="r")["flow"]
     assert stored.dtype == np.int16
     assert sum(late.brought) == 2 * stored.size + 8 * 12  # what is missing and the largest error go with each of 8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import torch
 
 from flowreel.engine import pinned
 from flowreel.engine.pinned import PinnedRing, pin
-from flowreel.sinks.shared_memory import SharedMemory
+from flowreel.sinks.shared_memory import SharedMemory, SharedView
 
 HOLDS: dict[str, Callable[[torch.Tensor], object]] = {
     "itself": lambda tensor: tensor,
@@ -70,7 +71,7 @@ def test_type_and_order_of_dimensions_are_kept(ring: PinnedRing, like: torch.Ten
 class Runtime:
     """CuPy's, of which two calls are wanted."""
 
-    class CUDARuntimeError(Exception):
+    class CUDARuntimeError(RuntimeError):
         pass
 
     def __init__(self, *, refuses: bool) -> None:
@@ -96,30 +97,44 @@ def test_memory_is_pinned_where_it_is_as_far_as_that_goes(refuses: bool, monkeyp
     monkeypatch.setattr(pinned, "kernels_on", lambda device: "cuda")
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(entered.append(device)))
     memory, device = np.zeros(4096, np.uint8), torch.device("cuda", 1)
-    undo = pin(memory, device)
+    undo, kept = pin(memory, device), weakref.ref(memory)
     assert runtime.pinned == ({} if refuses else {memory.ctypes.data: 4096})
+    del memory
+    gc.collect()
+    assert (kept() is None) == refuses
     undo()
     assert runtime.pinned == {}
     undo()  # as where the driver has gone meanwhile
     assert set(entered) == {device}
 
 
+def test_a_torch_that_has_no_gpu_pins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("it has one")
+    monkeypatch.setattr(pinned, "kernels_on", lambda device: "cuda")
+    pin(np.zeros(4096, np.uint8), torch.device("cuda", 0))()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has memory without a name")
 def test_a_card_writes_to_memory_that_processes_share(gpu: torch.device) -> None:
     if pinned.kernels_on(gpu) != "cuda":
         pytest.skip("no CuPy")
-    memory = SharedMemory()
-    buffer = memory.take(1 << 20).bytes
-    assert not torch.from_numpy(buffer).is_pinned()
-    undo = pin(buffer, gpu)
-    place = torch.from_numpy(buffer)
+    memory, size = SharedMemory(), (1 << 24) + 77
+    memory.reserve(2 * size)  # while this goes on
+    memory.take(size)
+    buffer = memory.take(size)
+    place = torch.from_numpy(buffer.bytes)
+    assert not place.is_pinned()
+    undo = pin(buffer.bytes, gpu)
     assert place.is_pinned()
-    values = torch.randint(0, 256, (1 << 20,), dtype=torch.uint8, device=gpu)
-    place.copy_(values, non_blocking=True)
-    torch.cuda.current_stream(gpu).synchronize()
-    assert torch.equal(place, values.cpu())
+    seen = SharedView(memory.descriptor).at(buffer.place, size)  # as another process maps it
+    for _ in range(2):
+        values = torch.randint(0, 256, (size,), dtype=torch.uint8, device=gpu)
+        place.copy_(values, non_blocking=True)
+        torch.cuda.current_stream(gpu).synchronize()
+        assert np.array_equal(seen, values.cpu().numpy())
     undo()
-    assert not torch.from_numpy(buffer).is_pinned()
+    assert not place.is_pinned()
     memory.close()
 
 

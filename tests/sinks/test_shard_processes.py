@@ -83,22 +83,21 @@ def test_batches_of_any_size(tmp_path: Path, size: int) -> None:
 
 
 class Pinning:
-    """Stands for a GPU's driver: memory that is pinned, and in how many pieces."""
+    """Stands for a GPU's driver: what is pinned, and how often anything was."""
 
     def __init__(self) -> None:
         self.pieces = 0
-        self.held: list[np.ndarray] = []
+        self.pinned: dict[int, int] = {}  # bytes by address
 
     def __call__(self, memory: np.ndarray) -> Callable[[], None]:
         self.pieces += 1
-        self.held.append(memory)
+        self.pinned[memory.ctypes.data] = memory.nbytes
         memory[:] = 77  # as it is, before anything lies there
+        return lambda: self.pinned.__delitem__(memory.ctypes.data)
 
-        def undo() -> None:
-            memory[:1] = 0  # the memory is still there
-            self.held = [piece for piece in self.held if piece is not memory]
-
-        return undo
+    def covers(self, place: torch.Tensor) -> bool:
+        begin = place.data_ptr()
+        return any(start <= begin and begin + place.nbytes <= start + size for start, size in self.pinned.items())
 
 
 @pytest.mark.parametrize("size", [1, 2, SHARD])
@@ -111,11 +110,11 @@ def test_steps_that_land_where_the_processes_see_them_are_not_copied(
     for prepared in sink.prepare(batches(9 * SHARD + 1, size)):
         place = sink.landing(prepared, pin)
         assert place is not None
-        assert any(np.shares_memory(place.numpy(), piece) for piece in pin.held)
+        assert pin.covers(place)
         sink.take(replace(prepared, steps=place.copy_(prepared.steps)))
     assert 1 <= pin.pieces <= len(shards._all) + 1  # each piece once, however often it is used
     sink.commit()
-    assert not pin.held
+    assert not pin.pinned
     stored(tmp_path / "x.zarr", 9 * SHARD + 1)
 
 
@@ -130,6 +129,23 @@ def test_what_does_not_lie_in_one_shard_is_copied_into_two(tmp_path: Path) -> No
     sink.commit()
     assert nowhere == 2  # flows 3 to 5, and 6 to 8
     stored(tmp_path / "x.zarr", 11)
+
+
+def test_what_was_pinned_is_given_up_whatever_happens(tmp_path: Path) -> None:
+    sink, shards = opened(tmp_path / "x.zarr")
+    pin = Pinning()
+    for process in shards._all:
+        os.kill(process._process.pid, signal.SIGKILL)
+        process._process.wait()
+    for prepared in sink.prepare(batches(SHARD)):
+        place = sink.landing(prepared, pin)
+        assert place is not None
+        sink.take(replace(prepared, steps=place.copy_(prepared.steps)))
+    with pytest.raises(OutputWriteError, match="ended early"):
+        sink.commit()
+    assert pin.pinned
+    sink.abort()
+    assert not pin.pinned
 
 
 def test_where_threads_make_the_shards_steps_land_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
