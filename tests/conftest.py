@@ -61,12 +61,16 @@ def _ctrl_c_works() -> None:
 
 @pytest.fixture(autouse=True)
 def _ctrl_c_still_works(_ctrl_c_works: None) -> Iterator[None]:
-    """A command's own handling of it, left behind by a test, would end a later one's whole process."""
+    """A command's own handling of it, left behind by a test, would end a later one's whole process.
+
+    Torch's DataLoader takes SIGCHLD and keeps it.
+    """
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     left = {number: signal.getsignal(number) for number in before}
     for number, handler in before.items():
         signal.signal(number, handler)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     assert left == before
 
 

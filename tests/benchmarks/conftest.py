@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.gpu import surroundings
 from benchmarks.gpu.findings import Settings
 from tests.fakes.gpu_parts import Found
 
@@ -61,5 +62,7 @@ def findings(tmp_path: Path) -> Found:
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Settings:
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    (tmp_path / "memory").mkdir()
+    monkeypatch.setattr(surroundings, "MEMORY", tmp_path / "memory")  # a name in /dev/shm is every other session's, too
     return Settings("cpu", True, str(tmp_path), str(tmp_path))

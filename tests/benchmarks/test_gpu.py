@@ -29,6 +29,7 @@ def result_in(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.early
+@pytest.mark.timeout(900)  # of many parts: a slow machine takes minutes
 def test_a_dry_run_walks_through_every_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["gpu", "--dry-run", "--out", str(tmp_path)]) == 0
     result = result_in(tmp_path)

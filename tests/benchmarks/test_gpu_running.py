@@ -136,7 +136,8 @@ def test_killing_the_command_loses_nothing_and_leaves_nothing_running(how: signa
         "main.PARTS = [part('fine'), part('hangs')];"
         f"sys.exit(main.main(['--dry-run', '--out', {str(out)!r}]))"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
+    own = {**os.environ, "TMPDIR": str(tmp_path)}  # a command that is killed leaves a folder there
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL, env=own)
     while not (under_way := list(out.glob(f"*{running.RUNNING}"))) or '"before"' not in under_way[0].read_text():
         assert process.poll() is None
         time.sleep(0.02)

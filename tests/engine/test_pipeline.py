@@ -666,7 +666,7 @@ def test_leaving_a_stream_early_stops_everything(how: str, count: int) -> None:
         gc.collect()
         stream = None
     del stream
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before
     if count:  # else the threads may have stopped before they opened anything, or never begun
         assert {name for name, _ in closed} <= {"source", "a", "b"}
         assert ("b", "b") in closed

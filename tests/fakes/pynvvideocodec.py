@@ -18,6 +18,7 @@ on stand-ins of the driver's libraries. What the chip itself does awaits a GPU.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import enum
 import re
@@ -418,7 +419,7 @@ def fake_module() -> types.ModuleType:
             error = _error("GetDecoderCaps", "CUDA_ERROR_INVALID_VALUE")
         if error is not None:
             behaviour.left_current.append(threading.get_ident())
-            raise error
+            raise copy.copy(error)  # a parameter's outlives its test, and with it what it was raised through
         none = behaviour.engines_for is not None and asked not in behaviour.engines_for
         return behaviour.caps | ({"supported": 0, "num_decoder_engines": 0} if none else {})
 

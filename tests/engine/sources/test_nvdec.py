@@ -3,6 +3,7 @@ sessions that fail, and telling aloud why the CPU decodes instead. A GPU has run
 
 from __future__ import annotations
 
+import copy
 import itertools
 import sys
 import threading
@@ -417,7 +418,7 @@ def put_aside(nvc: ModuleType, monkeypatch: pytest.MonkeyPatch, error: Exception
     class Finder:
         def find_spec(self, name: str, *_: object) -> None:
             if name == "PyNvVideoCodec":
-                raise error
+                raise copy.copy(error)  # a parameter outlives the test, and with it what it was raised through
 
     monkeypatch.delitem(sys.modules, "PyNvVideoCodec")
     monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
