@@ -27,6 +27,7 @@ from flowreel.engine.inference import Inference, Made, Network
 from flowreel.engine.sources.synthetic import SyntheticSource
 from flowreel.sinks import VideoWriter, shard_processes
 from flowreel.sinks.painting import yuv420
+from flowreel.sinks.shard_processes import ShardsInProcesses
 from tests.fakes.cuda_streams import GPU, Card, LateCopies, Stream
 
 SOURCE = "synthetic:objects?size=100x70&frames=9"
@@ -240,6 +241,43 @@ def test_a_store_brings_steps_alone_to_the_host_and_is_that_of_a_cpu(
     assert stored.dtype == np.int16
     assert sum(late.brought) == 2 * stored.size + 8 * 12  # what is missing and the largest error go with each of 8
     assert flow_files(tmp_path / "x.zarr") == flow_files(on_cpu / f"{resolution}.zarr")
+
+
+def test_memory_that_processes_share_is_used_again(
+    late: LateCopies, tmp_path: Path, tiny_weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of shards of two batches each, which land there one behind the other."""
+    pieces: list[int] = []
+
+    def pin(memory: np.ndarray, device: torch.device) -> Callable[[], None]:
+        memory[:] = 77
+        pieces.append(memory.nbytes)
+        return lambda: None
+
+    is_full = ShardsInProcesses._is_full
+
+    def handed_over(shards: ShardsInProcesses) -> None:
+        assert not late.card.current.late, "a copy to the shard is still under way"
+        is_full(shards)
+
+    monkeypatch.setattr(device, "pin", pin)
+    monkeypatch.setattr(ShardsInProcesses, "_is_full", handed_over)
+    stores = []
+    for made_by in ("threads", "processes"):
+        monkeypatch.setattr(shard_processes, "are_worth_it", lambda *_, by=made_by: by == "processes")
+        path = tmp_path / f"{made_by}.zarr"
+        flowreel.run(
+            SOURCE.replace("frames=9", "frames=42"),
+            path,
+            weights=tiny_weights,
+            device="cpu",
+            batch=2,
+            shard_bytes=4 * 8 * PIXELS,
+        )
+        stores.append(flow_files(path))
+    assert len(stores[0]) == 11
+    assert stores[0] == stores[1]
+    assert len(pieces) <= shard_processes.how_many(2) + 1
 
 
 def test_a_hand_off_that_is_forgotten_is_found_out(
