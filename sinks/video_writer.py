@@ -6,7 +6,8 @@ for whose headers, times and order of frames in a container FFmpeg is needed all
 x264's own threads each have a frame, and wait for rows of the one before it. Where pictures have few rows for many
 threads, several encoders have short parts of the video each instead, from a key frame on, as if it was alone. Without
 B-frames, by which flow that moves was not seen to gain (half the speed, the same size), nothing is reordered, and the
-parts follow one another as they are. Of smooth flow with many rows x264's threads alone made more, in files a third smaller.
+parts follow one another as they are. Of smooth flow with many rows x264's threads alone made more, in files a third
+smaller.
 """
 
 from __future__ import annotations
