@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from flowreel.engine import api
 from flowreel.engine.config import SelectConfig
@@ -16,7 +17,8 @@ from flowreel.engine.errors import OutputExistsError
 from flowreel.engine.outputs import ProgressHook
 from flowreel.engine.places import make_folder
 from flowreel.engine.sources.synthetic import SyntheticConfig, SyntheticSource
-from flowreel.sinks import VideoWriter, open_store
+from flowreel.kernels.flow_color import flow_to_color
+from flowreel.sinks import VideoWriter, open_store, write_png
 
 SCENE = SyntheticConfig("objects", frames=48)
 
@@ -28,6 +30,7 @@ class DemoReport:
     run: api.RunReport
     clip: Path
     clip_bytes: int
+    comparison: Path  # a picture
     epe: float  # px, mean end-point error against the truth, all pixels of all flows
     mean_motion: float  # px; also the error of predicting no motion
 
@@ -43,6 +46,8 @@ def demo(
 ) -> DemoReport:
     """Renders ``scene.mp4``, computes ``scene.zarr`` and ``flow.mp4`` from it, and compares with the truth.
 
+    ``comparison.png`` shows the middle frame, its true flow, and the flow that was computed.
+
     progress: as of ``flowreel.run``. say: told what begins now, in words.
 
     Raises:
@@ -50,7 +55,8 @@ def demo(
         What ``flowreel.run`` raises.
     """
     clip, outputs = folder / "scene.mp4", [folder / "scene.zarr", folder / "flow.mp4"]
-    for path in () if overwrite else (clip, *outputs):
+    comparison = folder / "comparison.png"
+    for path in () if overwrite else (clip, *outputs, comparison):
         if os.path.lexists(path):
             raise OutputExistsError(f"{path} is already there: pass --overwrite to replace it, or name another folder")
     make_folder(folder)
@@ -60,18 +66,30 @@ def demo(
         say("computing their flow")
         report = api.run(clip, outputs, weights=weights, device=device, overwrite=overwrite, progress=progress)
         say("comparing it with the truth")
-        errors, motions = [], []
-        for i, flow in enumerate(open_store(outputs[0])):
+        store, errors, motions = open_store(outputs[0]), [], []
+        for i, flow in enumerate(store):
             truth = scene.flow(i, i + 1)[0].numpy()
             errors.append(np.hypot(*(flow - truth)).mean())
             motions.append(np.hypot(*truth).mean())
+        middle = len(store) // 2
+        write_png(comparison, beside(scene, middle, store[middle]))
     return DemoReport(
         run=report,
         clip=clip,
         clip_bytes=clip.stat().st_size,
+        comparison=comparison,
         epe=float(np.mean(errors)),
         mean_motion=float(np.mean(motions)),
     )
+
+
+def beside(scene: SyntheticSource, number: int, flow: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """A frame, its true flow and this flow (2, H, W), both in colours of one scale: (H, 3 W, 3)."""
+    truth = scene.flow(number, number + 1)[0].numpy()
+    frame = next(scene.pictures_from(number)).develop().rgb.permute(1, 2, 0).numpy()
+    longest = float(np.hypot(*truth).max()) or None
+    painted = (flow_to_color(each.transpose(1, 2, 0), longest) for each in (truth, flow))
+    return np.concatenate([frame, *painted], axis=1)
 
 
 def render(scene: SyntheticSource, path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from flowreel.sinks.registry import known_outputs, open_sink, without_effect
 
 if TYPE_CHECKING:
-    from flowreel.sinks.color_png import ColorPictures
+    from flowreel.sinks.color_png import ColorPictures, write_png
     from flowreel.sinks.computed_store import ComputedStore
     from flowreel.sinks.flo import read_flo, write_flo
     from flowreel.sinks.flow_cache import FlowCache, open_cache
@@ -52,6 +52,7 @@ __all__ = [
     "write_flo",
     "write_flow_npz",
     "write_kitti",
+    "write_png",
 ]
 
 _HOME = {
@@ -77,6 +78,7 @@ _HOME = {
     "write_flo": "flo",
     "write_flow_npz": "npz",
     "write_kitti": "kitti",
+    "write_png": "color_png",
 }
 
 

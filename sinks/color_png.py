@@ -104,12 +104,21 @@ class ColorPictures:
         self._pool.close()
 
     def _publish(self, path: Path, flow: npt.NDArray[np.float32], frame: int) -> int:
-        with concerning(frame), write_errors(path):
-            return publish_bytes(path, *png_pieces(flow_to_color(flow.transpose(1, 2, 0), self._max_flow)))
+        with concerning(frame):
+            return write_png(path, flow_to_color(flow.transpose(1, 2, 0), self._max_flow))
 
     def _keep(self, nbytes: int) -> None:
         self.bytes_written += nbytes
         self.count += 1
+
+
+def write_png(path: Path, samples: npt.NDArray[Any]) -> int:
+    """Writes grey (H, W) or RGB (H, W, 3) samples, uint8 or uint16, atomically. Returns the file's size in bytes.
+
+    Raises OutputWriteError.
+    """
+    with write_errors(path):
+        return publish_bytes(path, *png_pieces(samples))
 
 
 def png_pieces(samples: npt.NDArray[Any]) -> tuple[bytes, ...]:

@@ -36,4 +36,5 @@ def demo(
         f"sizes: the clip {size(report.clip_bytes)}, its flow {size(store.bytes_written)} "
         f"(as .flo files {size(report.run.flo_bytes)}), the colour video {size(video.bytes_written)}"
     )
-    typer.echo(f"look at {video.path} beside {report.clip}; open {store.path} with flowreel.open_store or xarray")
+    typer.echo(f"look at {report.comparison}: a frame, its true flow, the computed flow; {video.path} plays it all")
+    typer.echo(f"open {store.path} with flowreel.open_store or xarray")

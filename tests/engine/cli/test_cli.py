@@ -10,10 +10,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import av
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
@@ -23,6 +25,8 @@ from flowreel.engine.config import RunConfig
 from flowreel.engine.inference import Inference
 from flowreel.engine.models import build_model
 from flowreel.engine.models.weights import save_weights
+from flowreel.engine.sources.synthetic import SyntheticConfig, SyntheticSource
+from flowreel.kernels.flow_color import flow_to_color
 from flowreel.sinks import known_outputs, open_store, write_flo
 
 SOURCE = "synthetic:objects?size=96x64&frames=6"
@@ -424,9 +428,9 @@ def test_info_of_an_unfinished_store(tiny: str, capsys: Capture) -> None:
 
 def test_demo(tiny: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     from flowreel.engine import demo
-    from flowreel.engine.sources.synthetic import SyntheticConfig
 
-    monkeypatch.setattr(demo, "SCENE", SyntheticConfig("objects", width=128, height=64, frames=5))
+    scene = SyntheticConfig("objects", width=128, height=64, frames=5)
+    monkeypatch.setattr(demo, "SCENE", scene)
     assert call(["demo", "shown", "--weights", tiny]) == 0
     said, told = capsys.readouterr()
     assert "error against the truth" in said
@@ -435,12 +439,21 @@ def test_demo(tiny: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> No
     assert "comparing it with the truth" in told
     for name in ("scene.mp4", "flow.mp4"):
         assert Path("shown", name).exists()
-    assert len(open_store("shown/scene.zarr")) == 4
+    store = open_store("shown/scene.zarr")
+    assert len(store) == 4
+    with PIL.Image.open("shown/comparison.png") as picture:
+        frame, truth, computed = np.split(np.asarray(picture), 3, axis=1)
+    with closing(SyntheticSource(scene)) as source:
+        np.testing.assert_array_equal(frame, list(source)[2].rgb.permute(1, 2, 0))
+        flow = source.flow(2, 3)[0].permute(1, 2, 0).numpy()
+    longest = float(np.hypot(flow[..., 0], flow[..., 1]).max())
+    np.testing.assert_array_equal(truth, flow_to_color(flow, longest))
+    np.testing.assert_array_equal(computed, flow_to_color(store[2].transpose(1, 2, 0), longest))
     assert call(["demo", "shown", "--weights", tiny, "--quiet", "--overwrite"]) == 0
     assert not capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["scene.mp4", "scene.zarr", "flow.mp4"])
+@pytest.mark.parametrize("name", ["scene.mp4", "scene.zarr", "flow.mp4", "comparison.png"])
 def test_demo_replaces_nothing_unasked(name: str, capsys: Capture) -> None:
     Path("demo").mkdir()
     Path("demo", name).write_text("the user's own")
