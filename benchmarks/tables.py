@@ -4,7 +4,7 @@ A line ``<!-- KIND: CASE -->`` in a page is a marker; the lines below it, up to 
 made from the newest result of that case, and stay as they are while there is none. KIND is
 
 - ``table``: its rows. ``<!-- table: model | size=1024x448 | batch=1 -->`` keeps the rows that have these cells, and
-  leaves out the columns that are named so;
+  leaves out the columns that are named so; ``<!-- table: model | only: model, pairs/s -->`` has these columns alone;
 - ``where``: one line that says on what and when it was measured;
 - ``plot``: the picture ``docs/plots/CASE.svg``, once it is drawn (``benchmarks.plots``).
 """
@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))  # where markers stand
 PLOTS = ROOT / "docs" / "plots"
 _MARKED = re.compile(r"(?P<marker><!-- (?P<kind>table|where|plot): (?P<asked>[^\n]*?) -->)\n(?:(?!<!-- )[^\n]+\n)*")
+_ONLY = "only: "
 
 Row = Mapping[str, object]
 
@@ -61,7 +62,7 @@ def filled(text: str, page: Path, results: Path = RESULTS, plots: Path = PLOTS) 
     """The text of ``page`` with what stands below each marker made anew.
 
     Raises:
-        ValueError: a marker whose conditions no row of the result meets.
+        ValueError: a marker whose conditions no row of the result meets, or whose columns none has.
     """
 
     def below(match: re.Match[str]) -> str:
@@ -79,11 +80,15 @@ def filled(text: str, page: Path, results: Path = RESULTS, plots: Path = PLOTS) 
 def _made(kind: str, result: Result, conditions: Sequence[str], asked: str) -> str:
     if kind == "where":
         return measured_on(result)
-    wanted = dict(condition.split("=", 1) for condition in conditions)
+    columns = [name for part in conditions if part.startswith(_ONLY) for name in part[len(_ONLY) :].split(", ")]
+    wanted = dict(condition.split("=", 1) for condition in conditions if not condition.startswith(_ONLY))
     rows = [row for row in result["rows"] if all(str(row.get(name)) == cell for name, cell in wanted.items())]
     if not rows:
         raise ValueError(f"no row of the result meets <!-- table: {asked} -->")
-    return as_markdown([{name: cell for name, cell in row.items() if name not in wanted} for row in rows])
+    if missing := [name for name in columns if all(row.get(name) is None for row in rows)]:
+        raise ValueError(f"no row has {', '.join(missing)}: <!-- table: {asked} -->")
+    shown = [columns or [name for name in row if name not in wanted] for row in rows]
+    return as_markdown([{name: row.get(name) for name in names} for row, names in zip(rows, shown, strict=True)])
 
 
 def measured_on(result: Result) -> str:

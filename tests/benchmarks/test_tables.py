@@ -99,6 +99,14 @@ def test_a_condition_that_nothing_meets_is_an_error(tmp_path: Path, write: Any) 
         filled("<!-- table: model | model=D -->\n", tmp_path / "x.md", tmp_path)
 
 
+def test_a_table_of_some_columns(tmp_path: Path, write: Any) -> None:
+    write(tmp_path, "model", [{"model": "C", "ms": 3, "batch": 1, "size": "8x8"}, {"model": "S", "ms": 2, "batch": 2}])
+    text = filled("<!-- table: model | batch=1 | only: ms, model -->\n", tmp_path / "x.md", tmp_path)
+    assert text.splitlines()[1:] == ["| ms | model |", "| --- | --- |", "| 3 | C |"]
+    with pytest.raises(ValueError, match=r"no row has speed: .*table: model"):
+        filled("<!-- table: model | only: ms, speed -->\n", tmp_path / "x.md", tmp_path)
+
+
 def test_every_marker_of_the_pages_names_a_case() -> None:
     """A marker with a slip in its name would stay empty and nobody would be told."""
     import re
