@@ -1,40 +1,25 @@
-"""From one flow field to one compressed chunk and back, and from chunks to one shard file.
+"""From one flow field to one chunk of a store, and back.
 
-    flow (2, H, W) float32 -> quantise -> (2, H, W) int16 | int32 [-> predict] -> compress -> checksum -> bytes
-    the chunks of a shard, in order -> their index (offset, length) -> the index's checksum -> one file
-
-The bytes are those of the Zarr v3 specification (codecs ``bytes``, ``blosc``, ``zstd``, ``transpose``, ``crc32c``,
-``sharding_indexed``), so any Zarr reader opens them; those of ``pcodec`` and ``pcodec2d`` need a reader that has
-the registered ``numcodecs.pcodec``, or that and ``numcodecs.delta``, as zarr-python does.
-
-**2-D prediction** (``pcodec2d``). Flow is smooth along both axes, pcodec looks along one. So the differences to the
-left neighbour are taken first, and turned, so that pcodec finds the differences between rows of those itself. The
-rest is the error of guessing a pixel as left + above - above left: a quarter to a third smaller than pcodec alone.
+    flow (2, H, W) float32 -> quantise -> (2, H, W) int16 | int32 -> compress, checksum (``compressors.py``) -> a chunk
 
 **Invalid vectors.** A vector is known or it is not: when one component is NaN, beyond 1e9 (the ``.flo`` mark of
 "unknown") or outside the integers' range, both components get the fill value and read back as NaN.
-
-Nothing here keeps state between calls, and the compressors release the GIL: a pool may encode flows side by side.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-import numcodecs.blosc
 import numpy as np
-from numcodecs.pcodec import PCodec
-from numcodecs.zstd import Zstd
 
 from flowreel.engine.config import Codec, SinkConfig
 from flowreel.engine.data import UNKNOWN_ABOVE
-from flowreel.engine.errors import DamagedStoreError, OutputError, UsageError
+from flowreel.engine.errors import OutputError, UsageError
 from flowreel.sinks import blosc
-from flowreel.sinks.chunk_pieces import CHECKSUM_BYTES, Chunk, crc32c
+from flowreel.sinks.chunk_pieces import Chunk
+from flowreel.sinks.compressors import chunk_of, decompress
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -43,154 +28,7 @@ if TYPE_CHECKING:
     BoolArray = npt.NDArray[np.bool_]
     Array = npt.NDArray[Any]
 
-
-# Blosc's own threads order their blocks by chance; one thread a call makes equal input give equal bytes.
-numcodecs.blosc.use_threads = False
-
-ZSTD_LEVEL = 3
-PCODEC_LEVEL = 8  # 12 is slower and hardly smaller, 4 costs a sixth of the size
-# Of integers: no search for common factors, which flow has not, and small pages, which fit themselves to a still
-# background. 5 % faster, and up to 6 % smaller (10 % with prediction). Floats keep the search: KITTI's are multiples.
-PCODEC_PAGE_VALUES = 1 << 16
-# After prediction it is known which differences pcodec is to take, those to the value before: not searching for better
-# ones saves a quarter of its time. Of the fields measured, one became 1 % larger, the others stayed or shrank.
-PCODEC_PREDICTED = {"delta_spec": "try_consecutive", "delta_encoding_order": 1}
-
-CACHE_LINE_BYTES = 64
-
 BLOCK_VALUES = 1 << 17  # quantised at a time, so that the float32 scratch stays in a core's second-level cache
-INDEX_MISSING = 2**64 - 1  # offset and length of a chunk that is not in the shard
-
-
-def compress(values: Array, codec: Codec) -> bytes:
-    """One chunk: the values, an array in C order, compressed, with their crc32c behind."""
-    return b"".join(chunk_of(values, codec))
-
-
-def chunk_of(values: Array, codec: Codec) -> Chunk:
-    """The same in pieces."""
-    if codec == "blosc":
-        block = blosc.BLOCK_VALUES * values.itemsize
-        encoder = numcodecs.blosc.Blosc("zstd", blosc.LEVEL, numcodecs.blosc.BITSHUFFLE, block)
-        return _checked(encoder.encode(values))
-    if codec == "zstd":
-        return _checked(Zstd(ZSTD_LEVEL).encode(values))
-    options = _pcodec_options(codec, values.dtype)
-    if _predicts(codec, values.dtype):
-        values = differences(values)
-    return _checked(PCodec(**options).encode(values))
-
-
-def decompress(chunk: bytes, codec: Codec, dtype: np.dtype[Any], shape: int | tuple[int, ...]) -> Array:
-    """The values of a chunk, in their shape; flat when that is a count, which is not enough for ``pcodec2d``.
-
-    Raises DamagedStoreError saying what is wrong with the chunk.
-    """
-    body = without_checksum(chunk)
-    decoder = {"blosc": numcodecs.blosc.Blosc, "zstd": Zstd, "pcodec": PCodec, "pcodec2d": PCodec}[codec]()
-    try:
-        values = np.frombuffer(decoder.decode(body), dtype)
-    except (RuntimeError, ValueError, TypeError, SystemError, MemoryError) as error:
-        raise DamagedStoreError(f"does not decompress ({error})") from error
-    if values.size != (count := math.prod(shape) if isinstance(shape, tuple) else shape):
-        raise DamagedStoreError(f"holds {values.size} values instead of {count}")
-    if _predicts(codec, dtype):
-        if not isinstance(shape, tuple):
-            raise TypeError(f"{codec} needs the shape of the values, got their number {shape}")
-        return from_differences(values, shape)
-    return values.reshape(shape)
-
-
-def _predicts(codec: Codec, dtype: np.dtype[Any]) -> bool:
-    """Never floats: their differences would not add up to the same bits again."""
-    return codec == "pcodec2d" and dtype.kind != "f"
-
-
-def _pcodec_options(codec: Codec, dtype: np.dtype[Any]) -> dict[str, Any]:
-    if dtype.kind == "f":
-        return {"level": PCODEC_LEVEL}
-    options = {"level": PCODEC_LEVEL, "mode_spec": "classic", "equal_pages_up_to": PCODEC_PAGE_VALUES}
-    return options | PCODEC_PREDICTED if _predicts(codec, dtype) else options
-
-
-def differences(steps: Array) -> Array:
-    """(..., H, W) integers -> (..., W, H), C order: each minus the one before it in its row.
-
-    "Before" the first of a row is the last of the row above, as ``numcodecs.delta`` has it. What goes over the
-    integers' range wraps around, here and back.
-    """
-    flat = steps.reshape(-1)
-    change = np.empty_like(flat)
-    change[:1] = flat[:1]
-    np.subtract(flat[1:], flat[:-1], out=change[1:])
-    return _turned(change.reshape(steps.shape))
-
-
-def from_differences(change: Array, shape: tuple[int, ...]) -> Array:
-    """Undoes ``differences``: its values, flat or not, to the steps in their shape (..., H, W)."""
-    *planes, height, width = shape
-    rows = _turned(change.reshape(*planes, width, height))
-    steps = np.cumsum(rows, dtype=np.int32)  # NumPy sums int16 four times slower; both wrap around to the same end
-    return steps.astype(change.dtype, copy=False).reshape(shape)
-
-
-def _turned(planes: Array) -> Array:
-    """(..., H, W) -> (..., W, H), C order, in strips of a cache line: whole lines are written, none twice."""
-    *others, height, width = planes.shape
-    turned: Array = np.empty((*others, width, height), planes.dtype)
-    strip = CACHE_LINE_BYTES // planes.itemsize
-    for top in range(0, height, strip):
-        turned[..., top : top + strip] = planes[..., top : top + strip, :].swapaxes(-1, -2)
-    return turned
-
-
-def _checked(body: bytes) -> Chunk:
-    return body, crc32c(body)
-
-
-def without_checksum(data: bytes) -> bytes:
-    """The bytes before the crc32c at the end. Raises DamagedStoreError when it does not fit them."""
-    body, stored = data[:-CHECKSUM_BYTES], data[-CHECKSUM_BYTES:]
-    if len(data) < CHECKSUM_BYTES or crc32c(body) != stored:
-        raise DamagedStoreError("checksum is wrong")
-    return body
-
-
-def zarr_codecs(codec: Codec, dtype: np.dtype[Any]) -> list[dict[str, Any]]:
-    """The same chain as ``compress``, in the words of Zarr's metadata."""
-    checksum: dict[str, Any] = {"name": "crc32c"}
-    if codec in ("pcodec", "pcodec2d"):
-        pcodec: dict[str, Any] = {"name": "numcodecs.pcodec", "configuration": _pcodec_options(codec, dtype)}
-        if not _predicts(codec, dtype):
-            return [pcodec, checksum]
-        delta: dict[str, Any] = {"name": "numcodecs.delta", "configuration": {"dtype": dtype.str}}
-        return [delta, {"name": "transpose", "configuration": {"order": [0, 1, 3, 2]}}, pcodec, checksum]
-    plain: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
-    if codec == "zstd":
-        return [plain, {"name": "zstd", "configuration": {"level": ZSTD_LEVEL, "checksum": False}}, checksum]
-    settings: dict[str, Any] = {"typesize": dtype.itemsize, "cname": "zstd", "clevel": blosc.LEVEL}
-    settings |= {"shuffle": "bitshuffle", "blocksize": blosc.BLOCK_VALUES * dtype.itemsize}
-    return [plain, {"name": "blosc", "configuration": settings}, checksum]
-
-
-def zarr_arguments(codec: Codec, dtype: np.dtype[Any]) -> dict[str, Any]:
-    """The chain sorted into the three arguments by which zarr-python's ``create_array`` takes it."""
-    chain = zarr_codecs(codec, dtype)
-    serializer = next(place for place, step in enumerate(chain) if step["name"] in ("bytes", "numcodecs.pcodec"))
-    return {"filters": chain[:serializer], "serializer": chain[serializer], "compressors": chain[serializer + 1 :]}
-
-
-def codec_of(names: Sequence[str]) -> Codec:
-    """Which codec a chain of Zarr codec names stands for. Raises DamagedStoreError for one flowreel does not write."""
-    chains: dict[tuple[str, ...], Codec] = {
-        ("bytes", "blosc", "crc32c"): "blosc",
-        ("bytes", "zstd", "crc32c"): "zstd",
-        ("numcodecs.pcodec", "crc32c"): "pcodec",
-        ("numcodecs.delta", "transpose", "numcodecs.pcodec", "crc32c"): "pcodec2d",
-    }
-    if tuple(names) not in chains:
-        raise DamagedStoreError(f"codecs {' + '.join(names)} are none that flowreel writes: open it with zarr-python")
-    return chains[tuple(names)]
 
 
 @dataclass(frozen=True)
@@ -344,25 +182,3 @@ def flow_codec(height: int, width: int, config: SinkConfig, side: int | None = N
     if (2**31 - 1) * step >= side:
         return FlowCodec(height, width, np.dtype("<i4"), step, config.max_error, config.codec)
     raise UsageError(f"max-error {config.max_error} px is too fine for {width}x{height} frames: use 0 (lossless)")
-
-
-def pack_shard(chunks: Sequence[Chunk], length: int) -> list[bytes]:
-    """The pieces of a shard file of ``length`` places: those of the chunks from place 0 on, then the index.
-
-    Places behind the last chunk are marked missing; this is how the last shard of a clip is ragged.
-    """
-    index = np.full((length, 2), INDEX_MISSING, "<u8")
-    sizes = np.array([sum(map(len, chunk)) for chunk in chunks], "<u8")
-    index[: len(chunks), 0] = np.cumsum(sizes) - sizes
-    index[: len(chunks), 1] = sizes
-    return [*chain.from_iterable(chunks), *_checked(index.tobytes())]
-
-
-def index_bytes(length: int) -> int:
-    """Bytes at the end of a shard file that hold its index."""
-    return 16 * length + CHECKSUM_BYTES
-
-
-def unpack_index(data: bytes) -> Array:
-    """(S, 2) uint64 (offset, length) of a shard's chunks. Raises DamagedStoreError when the checksum is wrong."""
-    return np.frombuffer(without_checksum(data), "<u8").reshape(-1, 2)

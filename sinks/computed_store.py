@@ -25,7 +25,8 @@ import numpy as np
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 
 from flowreel.engine.config import SinkConfig
-from flowreel.sinks.codecs import compress, flow_codec
+from flowreel.sinks.codecs import flow_codec
+from flowreel.sinks.compressors import compress
 from flowreel.sinks.flows import Flows, coordinates
 from flowreel.sinks.store_checksums import ATTRIBUTES_CHECKSUM, attributes_checksum
 from flowreel.sinks.store_layout import BYTES

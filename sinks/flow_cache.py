@@ -28,7 +28,8 @@ import numpy as np
 
 from flowreel.engine.errors import CacheMismatchError, DamagedStoreError, StoreError
 from flowreel.sinks import publish
-from flowreel.sinks.codecs import compress, flow_codec
+from flowreel.sinks.codecs import flow_codec
+from flowreel.sinks.compressors import compress
 from flowreel.sinks.flows import Placed, coordinates
 from flowreel.sinks.parallel import OrderedPool, encode_workers
 from flowreel.sinks.store_files import SPARE_BYTES, StoreFiles

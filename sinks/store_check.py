@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flowreel.engine.errors import DamagedStoreError
-from flowreel.sinks.codecs import INDEX_MISSING, decompress
+from flowreel.sinks.compressors import decompress
 from flowreel.sinks.native import vector_places
 from flowreel.sinks.parallel import OrderedPool
+from flowreel.sinks.shard_file import INDEX_MISSING
 from flowreel.sinks.store_checksums import ATTRIBUTES_CHECKSUM, attributes_checksum
 from flowreel.sinks.store_files import SPARE_BYTES
 from flowreel.sinks.store_layout import (

@@ -15,8 +15,9 @@ import numpy as np
 
 from flowreel.engine.errors import DamagedStoreError
 from flowreel.sinks.chunk_pieces import CHECKSUM_BYTES
-from flowreel.sinks.codecs import INDEX_MISSING, decompress, index_bytes, unpack_index
+from flowreel.sinks.compressors import decompress
 from flowreel.sinks.native import enlarge
+from flowreel.sinks.shard_file import INDEX_MISSING, index_bytes, unpack_index
 from flowreel.sinks.store_checksums import COVERED, flow_checksums, time_checksums
 from flowreel.sinks.store_layout import (
     BESIDE_FLOW,

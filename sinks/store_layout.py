@@ -22,7 +22,8 @@ import numpy as np
 from flowreel.engine.config import SinkConfig
 from flowreel.engine.data import NativeGrid
 from flowreel.engine.errors import DamagedStoreError
-from flowreel.sinks.codecs import FlowCodec, codec_of, flow_codec, zarr_codecs
+from flowreel.sinks.codecs import FlowCodec, flow_codec
+from flowreel.sinks.compressors import codec_of, zarr_codecs
 
 FORMAT_VERSION = 1
 

@@ -16,7 +16,8 @@ import numpy as np
 import zarr
 from zarr.storage import MemoryStore
 
-from flowreel.sinks.codecs import FlowCodec, zarr_arguments, zarr_codecs
+from flowreel.sinks.codecs import FlowCodec
+from flowreel.sinks.compressors import zarr_arguments, zarr_codecs
 from flowreel.sinks.native import vector_places
 from flowreel.sinks.store_checksums import ATTRIBUTES_CHECKSUM, attributes_checksum
 from flowreel.sinks.store_layout import BESIDE_FLOW, CHECKSUMS, COORDINATES, FORMAT_VERSION

@@ -17,7 +17,7 @@ import numpy as np
 from flowreel.engine.errors import DamagedStoreError, ResumeMismatchError, StoreError
 from flowreel.sinks import publish
 from flowreel.sinks.chunk_pieces import Chunk
-from flowreel.sinks.codecs import pack_shard
+from flowreel.sinks.shard_file import pack_shard
 from flowreel.sinks.store_layout import COORDINATES, check_coordinate, coordinate_chunk, flow_shard, open_file
 from flowreel.sinks.store_metadata import other_settings, other_source
 from flowreel.sinks.store_reader import open_store

@@ -19,8 +19,9 @@ import numpy as np
 from flowreel.engine.errors import OutputWriteError, concerning
 from flowreel.sinks import publish
 from flowreel.sinks.chunk_pieces import Chunk
-from flowreel.sinks.codecs import compress, pack_shard
+from flowreel.sinks.compressors import compress
 from flowreel.sinks.parallel import OrderedPool
+from flowreel.sinks.shard_file import pack_shard
 from flowreel.sinks.store_checksums import flow_checksums, time_checksums
 from flowreel.sinks.store_layout import BESIDE_FLOW, COORDINATES
 from flowreel.sinks.store_target import StoreTarget

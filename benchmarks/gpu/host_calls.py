@@ -28,7 +28,7 @@ from flowreel.engine.data import Frame, Source
 from flowreel.engine.device import Streams
 from flowreel.engine.sources import open_source
 from flowreel.kernels import channel_norm
-from flowreel.sinks.codecs import compress
+from flowreel.sinks.compressors import compress
 from flowreel.sinks.parallel import encode_workers
 
 Call = Callable[[], object]

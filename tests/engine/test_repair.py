@@ -39,7 +39,7 @@ from flowreel.engine.outputs import Progress
 from flowreel.engine.pairing import batches, pairs
 from flowreel.engine.repair import RepairReport, batches_of, repair
 from flowreel.sinks import open_store
-from flowreel.sinks.codecs import pack_shard
+from flowreel.sinks.shard_file import pack_shard
 from flowreel.sinks.store_repair import ShardDamage
 
 H, W, FRAMES = 64, 96, 15

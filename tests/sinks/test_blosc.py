@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from flowreel.kernels import bitshuffle
 from flowreel.sinks import blosc, chunk_pieces
 from flowreel.sinks.chunk_pieces import Chunk
-from flowreel.sinks.codecs import decompress
+from flowreel.sinks.compressors import decompress
 
 TYPES = ("<i2", "<i4")
 

@@ -21,7 +21,8 @@ from flowreel.engine.config import SinkConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, Resumable, SourceId
 from flowreel.engine.errors import OutputBusyError, OutputExistsError, ResumeMismatchError
 from flowreel.sinks import open_store, zarr_store
-from flowreel.sinks.codecs import flow_codec, pack_shard
+from flowreel.sinks.codecs import flow_codec
+from flowreel.sinks.shard_file import pack_shard
 from flowreel.sinks.store_metadata import store_metadata
 from flowreel.sinks.store_reader import flow_shard
 from flowreel.sinks.zarr_store import ZarrSink

@@ -19,7 +19,8 @@ from flowreel.engine.config import SinkConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
 from flowreel.engine.errors import DamagedStoreError, ResumeMismatchError
 from flowreel.engine.verify import verify
-from flowreel.sinks.codecs import compress, pack_shard
+from flowreel.sinks.compressors import compress
+from flowreel.sinks.shard_file import pack_shard
 from flowreel.sinks.store_layout import BESIDE_FLOW, CHECKSUMS, COORDINATES, coordinate_chunk, flow_shard
 from flowreel.sinks.store_reader import FlowStore, open_store
 from flowreel.sinks.zarr_store import ZarrSink

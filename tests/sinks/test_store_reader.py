@@ -35,7 +35,10 @@ from flowreel.engine.errors import (
     frame_of,
 )
 from flowreel.sinks import store_check, store_reader
-from flowreel.sinks.codecs import FlowCodec, _checked, compress, pack_shard
+from flowreel.sinks.chunk_pieces import crc32c
+from flowreel.sinks.codecs import FlowCodec
+from flowreel.sinks.compressors import compress
+from flowreel.sinks.shard_file import pack_shard
 from flowreel.sinks.store_check import StoreProblem
 from flowreel.sinks.store_layout import CHECKSUMS, COORDINATES, coordinate_chunk, flow_shard
 from flowreel.sinks.store_reader import FlowStore, open_store
@@ -563,7 +566,7 @@ def test_sound_checksums_over_nonsense_are_no_trap(tmp_path: Path) -> None:
     sizes = [(0, 2**63), (2**62, 9), (2**64 - 2, 2**64 - 1), (10**6, 10)]
     for offset, length in sizes:
         index = np.array([[0, len(chunk)], [offset, length], [0, len(chunk)]], "<u8").tobytes()
-        shard.write_bytes(chunk + b"".join(_checked(index)))
+        shard.write_bytes(chunk + index + crc32c(index))
         with pytest.raises(DamagedStoreError, match=r"flow 4 \(frame 8\): its \d+ bytes"):
             open_store(store.path)[4]
         assert len(list(open_store(store.path).check())) == 1

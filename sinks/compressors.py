@@ -1,0 +1,115 @@
+"""From the values of one chunk to its bytes and back: the codecs of a store. One codec = one class in this folder and
+one line in ``COMPRESSORS``.
+
+    values, an array in C order -> compress -> checksum -> a chunk
+
+The bytes are those of the Zarr v3 specification, so any Zarr reader opens them that knows the codec. Nothing here keeps
+state between calls, and compressing lets go of Python's lock: a pool may do several chunks side by side.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flowreel.engine.config import Codec
+from flowreel.engine.errors import DamagedStoreError
+from flowreel.sinks.chunk_pieces import Chunk, crc32c, without_checksum
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Array = npt.NDArray[Any]
+
+
+class Compressor(ABC):
+    """One codec: what ``--codec`` chooses between."""
+
+    @abstractmethod
+    def encode(self, values: Array) -> bytes:
+        """The values, an array in C order, compressed."""
+
+    @abstractmethod
+    def decode(self, body: bytes, dtype: np.dtype[Any]) -> Array:
+        """What was compressed, flat.
+
+        Of a damaged body it may raise RuntimeError, ValueError, TypeError, SystemError or MemoryError.
+        """
+
+    def arranged(self, decoded: Array, shape: int | tuple[int, ...]) -> Array:
+        """The values in their shape, of what ``decode`` gave; flat where that is their number."""
+        return decoded.reshape(shape)
+
+    @abstractmethod
+    def in_zarr(self, dtype: np.dtype[Any]) -> list[dict[str, Any]]:
+        """The same in the words of Zarr's metadata: what is done to values of this type, in turn."""
+
+
+# By the names that users give them: (module, class).
+COMPRESSORS: dict[Codec, tuple[str, str]] = {
+    "blosc": ("flowreel.sinks.blosc", "Blosc"),
+    "zstd": ("flowreel.sinks.zstd", "Zstd"),
+    "pcodec": ("flowreel.sinks.pcodec", "Pcodec"),
+    "pcodec2d": ("flowreel.sinks.pcodec", "Pcodec2d"),
+}
+_CHECKSUM = "crc32c"
+_SERIALIZERS = ("bytes", "numcodecs.pcodec")  # Zarr's names of what makes bytes of an array
+
+
+@cache
+def _compressor(codec: Codec) -> Compressor:
+    module, name = COMPRESSORS[codec]
+    compressor: Compressor = getattr(import_module(module), name)()
+    return compressor
+
+
+def compress(values: Array, codec: Codec) -> bytes:
+    """One chunk: the values, an array in C order, compressed, with their crc32c behind."""
+    return b"".join(chunk_of(values, codec))
+
+
+def chunk_of(values: Array, codec: Codec) -> Chunk:
+    """The same in pieces."""
+    body = _compressor(codec).encode(values)
+    return body, crc32c(body)
+
+
+def decompress(chunk: bytes, codec: Codec, dtype: np.dtype[Any], shape: int | tuple[int, ...]) -> Array:
+    """The values of a chunk, in their shape; flat when that is a count, which is not enough for ``pcodec2d``.
+
+    Raises DamagedStoreError saying what is wrong with the chunk.
+    """
+    body, compressor = without_checksum(chunk), _compressor(codec)
+    try:
+        values = compressor.decode(body, dtype)
+    except (RuntimeError, ValueError, TypeError, SystemError, MemoryError) as error:
+        raise DamagedStoreError(f"does not decompress ({error})") from error
+    if values.size != (count := math.prod(shape) if isinstance(shape, tuple) else shape):
+        raise DamagedStoreError(f"holds {values.size} values instead of {count}")
+    return compressor.arranged(values, shape)
+
+
+def zarr_codecs(codec: Codec, dtype: np.dtype[Any]) -> list[dict[str, Any]]:
+    """The same chain as ``compress``, in the words of Zarr's metadata."""
+    return [*_compressor(codec).in_zarr(dtype), {"name": _CHECKSUM}]
+
+
+def zarr_arguments(codec: Codec, dtype: np.dtype[Any]) -> dict[str, Any]:
+    """The chain sorted into the three arguments by which zarr-python's ``create_array`` takes it."""
+    chain = zarr_codecs(codec, dtype)
+    serializer = next(place for place, step in enumerate(chain) if step["name"] in _SERIALIZERS)
+    return {"filters": chain[:serializer], "serializer": chain[serializer], "compressors": chain[serializer + 1 :]}
+
+
+def codec_of(names: Sequence[str]) -> Codec:
+    """Which codec a chain of Zarr codec names stands for. Raises DamagedStoreError for one flowreel does not write."""
+    for codec in COMPRESSORS:
+        if [*names] == [step["name"] for step in zarr_codecs(codec, np.dtype(np.int32))]:
+            return codec
+    raise DamagedStoreError(f"codecs {' + '.join(names)} are none that flowreel writes: open it with zarr-python")

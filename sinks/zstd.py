@@ -1,0 +1,34 @@
+"""Zstandard alone: larger than Blosc, and the plainest codec there is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numcodecs.zstd
+import numpy as np
+
+from flowreel.sinks.compressors import Compressor
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Array = npt.NDArray[Any]
+
+LEVEL = 3
+
+
+class Zstd(Compressor):
+    """See ``Compressor``."""
+
+    def encode(self, values: Array) -> bytes:
+        encoded: bytes = numcodecs.zstd.Zstd(LEVEL).encode(values)
+        return encoded
+
+    def decode(self, body: bytes, dtype: np.dtype[Any]) -> Array:
+        return np.frombuffer(numcodecs.zstd.Zstd().decode(body), dtype)
+
+    def in_zarr(self, _: np.dtype[Any]) -> list[dict[str, Any]]:
+        return [
+            {"name": "bytes", "configuration": {"endian": "little"}},
+            {"name": "zstd", "configuration": {"level": LEVEL, "checksum": False}},
+        ]
