@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 
 import flowreel
 from flowreel.engine.cli import call
+from flowreel.sinks import registry
 
 ROOT = Path(__file__).resolve().parent.parent
 LAZY = (ROOT / "docs/lazy.md").read_text()
@@ -109,3 +111,19 @@ def test_training(dance: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             short += ["--minutes", "0.001"] if "--minutes" in arguments else []
         assert call([*arguments, *short]) == 0
     assert len(flowreel.open_store("dance.flow.zarr")) == 1
+
+
+def test_developing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its example is an output as soon as it has its line; its tables name what is there."""
+    page = (ROOT / "docs/developing.md").read_text()
+    module, line = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    npy = types.ModuleType("flowreel.sinks.npy")
+    exec(compile(module, "sinks/npy.py", "exec"), npy.__dict__)
+    monkeypatch.setitem(sys.modules, npy.__name__, npy)
+    monkeypatch.setattr(registry, "OUTPUTS", (eval(line, {"Output": registry.Output}), *registry.OUTPUTS))
+    flowreel.run("synthetic:still?size=64x64&frames=3", tmp_path / "%06d.npy", model="FlowNet2C")
+    assert [np.load(path).shape for path in sorted(tmp_path.iterdir())] == [(64, 64, 2)] * 2
+    for name in re.findall(r"`((?:engine|kernels|sinks|tests|benchmarks)/[^`*]*)`", page):
+        assert name == "sinks/npy.py" or (ROOT / name).exists(), name
+    for table, name in re.findall(r"`(\w+)` in `(\S+\.py)`", page):
+        assert re.search(rf"^{table}\b", (ROOT / name).read_text(), re.MULTILINE), table
