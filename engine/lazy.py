@@ -356,8 +356,8 @@ class LazyFlow:
         wanted = self._source.wanted
         numbers = [number for batch in plan for number in batch]
         for _, run in groupby(enumerate(numbers), lambda item: item[1] - item[0]):
-            first, *_, last = [number for _, number in run] * 2
-            yield wanted[first : last + 2]
+            stretch = [number for _, number in run]
+            yield wanted[stretch[0] : stretch[-1] + 2]
 
     # -- Sharing -------------------------------------------------------------------------------------------------
 
