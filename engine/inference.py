@@ -15,6 +15,7 @@ from flowreel.engine.config import ModelConfig, Precision
 from flowreel.engine.data import JSON, FlowBatch, FramePair, NativeGrid, PairBatch
 from flowreel.engine.device import Lane, free_bytes, ran_out_of_memory, resolve_devices, resolve_precision, to_device
 from flowreel.engine.errors import DeviceError, StageError, UsageError, first_line
+from flowreel.engine.models import model_name
 from flowreel.engine.models.layers import Upsampling, upsample
 from flowreel.engine.models.weights import Weights, instantiate, read_weights
 from flowreel.engine.pipeline import in_own_thread
@@ -266,7 +267,7 @@ class Network:
         goes on with. Raises UsageError when frames cannot be made to fit, or when there is no such prediction.
         """
         fit = Fit(self.config.fit, height, width)
-        model = self.weights.model if self.config.model is None else _name(self.config.model)
+        model = self.weights.model if self.config.model is None else model_name(self.config.model)
         if native and self.upsampling is None:
             raise UsageError("FlowNet2 ends at full resolution, so it has no native one: use resolution full")
         made = self._made_for(fit.network_size)
@@ -351,9 +352,3 @@ def auto_batch(height: int, width: int, precision: Precision = "fp32", free: int
         return max(1, min(_MOST, _BATCH_PIXELS["cpu"] // pixels))
     fitting = int(_SHARE * free) // (_BYTES_A_PIXEL[precision] * pixels)
     return max(1, min(_MOST, _BATCH_PIXELS["cuda"] // pixels, fitting))
-
-
-def _name(model: str) -> str:
-    from flowreel.engine.models import model_name
-
-    return model_name(model)
