@@ -1,8 +1,8 @@
 """Many training pairs painted at once, on the device where the network is trained.
 
 Layer by layer, back to front, all views of a batch (``packing.py``) that have one are painted together; pairs with many
-layers come first, so these are always the first views. ``pairs.py`` and ``scenes.py`` paint the same pictures one by
-one, each layer only where it is: cheaper where work costs more than starting it. The tests compare the two.
+layers come first, so these are always the first views. ``pairs.py`` and ``scenes/scene.py`` paint the same pictures
+one by one, each layer only where it is: cheaper where work costs more than starting it. The tests compare the two.
 """
 
 from __future__ import annotations
