@@ -6,8 +6,8 @@ since one network serves frames of many sizes: ``pack`` once, then ``Packed.prog
 How a device joins in: it has a file here with a function ``pack(net, precision) -> Packed``, named in ``_BACKENDS``.
 What that file may rely on, and what it owes:
 
-- ``net`` is one of ``engine.models.MODELS``, its parameters on the device. ``pack`` neither changes it nor keeps it;
-  the caller may drop it, so that its weights are not in memory twice. BatchNorm means its evaluation form.
+- ``net`` is one of ``WRITTEN_OUT``, its parameters on the device. ``pack`` neither changes it nor keeps it; the caller
+  may drop it, so that its weights are not in memory twice. BatchNorm means its evaluation form.
 - ``Packed.program((B, H, W))`` settles everything that depends on the shape: buffers, layouts, a captured graph. H and
   W are multiples of 64. Programs of one packed network share its weights.
 - ``Program.flow`` and ``Program.quarter`` are called in ``plain_modes``, on whatever thread and current stream, with
@@ -32,8 +32,12 @@ from flowreel.engine.config import Precision, RunConfig, as_whole
 from flowreel.engine.device import resolve_precision
 from flowreel.engine.errors import UsageError
 from flowreel.engine.models import MODELS
-from flowreel.engine.models.layers import STRIDE, Refiner, Upsampling
-from flowreel.engine.models.stacks import FlowNet2, FlowNet2CS
+from flowreel.engine.models.flownetc import FlowNetC
+from flowreel.engine.models.flownets import FlowNetS
+from flowreel.engine.models.flownetsd import FlowNetSD
+from flowreel.engine.models.fusion import FlowNetFusion
+from flowreel.engine.models.layers import STRIDE, FlowHead, Refiner, UpsampledFlow, Upsampling
+from flowreel.engine.models.stacks import FlowNet2, FlowNet2CS, FlowNet2CSS
 
 Shape = tuple[int, int, int]  # pairs, height, width
 
@@ -60,6 +64,8 @@ class Packed(Protocol):
 
 # Device type to module here; any other device runs the module as it is.
 _BACKENDS: dict[str, str] = {"cpu": "cpu", "cuda": "cuda"}
+WRITTEN_OUT = (FlowNetC, FlowNetS, FlowNetSD, FlowNet2, FlowNet2CS, FlowNet2CSS)  # what the backends compute themselves
+_LAYERS = (nn.Sequential, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.LeakyReLU, FlowHead, UpsampledFlow)
 
 
 @contextmanager
@@ -74,11 +80,21 @@ def plain_modes(device: torch.device) -> Iterator[None]:
 
 
 def pack(net: nn.Module, precision: Precision) -> Packed:
-    """The weights of one of the six networks in the form its device runs. ``net`` stays as it is; it may be dropped."""
-    backend = import_module(f"flowreel.engine.compiled.{_BACKENDS.get(_device_of(net).type, 'plain')}")
+    """A network's weights in the form its device runs. ``net`` stays as it is; it may be dropped."""
+    name = _BACKENDS.get(_device_of(net).type, "plain") if _is_as_written(net) else "plain"
+    backend = import_module(f"flowreel.engine.compiled.{name}")
     with plain_modes(_device_of(net)):
         packed: Packed = backend.pack(net, precision)
         return packed
+
+
+def _is_as_written(net: nn.Module) -> bool:
+    """Whether the network does just what its class says. A subclass, another kind of layer, a hook may change that."""
+    known = {*WRITTEN_OUT, FlowNetFusion, *_LAYERS}
+    return type(net) in WRITTEN_OUT and all(
+        type(module) in known and not module._forward_hooks and not module._forward_pre_hooks
+        for module in net.modules()
+    )
 
 
 def quarter_upsampling(net: nn.Module) -> Upsampling | None:
@@ -143,7 +159,8 @@ def compile(model: nn.Module, shape: Shape, precision: str = "auto") -> Compiled
 
     Args:
         model: a network as ``load_model`` gives it, on the device it is to run on. It is not changed, and not kept
-            alive. BatchNorm is taken in its evaluation form.
+            alive. BatchNorm is taken in its evaluation form. Only the six networks as they are have a faster form: of
+            a subclass, and with layers or hooks of your own, a copy is run.
         shape: (B, H, W): pairs in a batch, and their height and width in pixels, multiples of 64.
         precision: ``auto`` (fp32 on a CPU, fp16 on a GPU), ``fp32``, ``bf16``; on a GPU also ``tf32`` and ``fp16``.
             Half types differ from fp32 by at most .05 px on average; coordinates and flow are float32 in all of them.

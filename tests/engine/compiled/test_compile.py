@@ -19,6 +19,7 @@ from flowreel.engine.compiled import plain
 from flowreel.engine.config import Precision
 from flowreel.engine.errors import StaleModelError, UsageError
 from flowreel.engine.models import MODELS, build_model
+from flowreel.engine.models.flownets import FlowNetS
 from flowreel.engine.models.layers import FlowHead
 
 Filled = Callable[..., nn.Module]
@@ -237,6 +238,53 @@ def test_the_network_may_go() -> None:
     del model
     gc.collect()
     assert torch.equal(fast(*frames), expected)
+
+
+class Doubled(FlowNetS):
+    def predict(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(2 * flow for flow in super().predict(x))
+
+
+def of_a_subclass() -> nn.Module:
+    return Doubled(width=0.1)
+
+
+def with_a_part_of_a_subclass() -> nn.Module:
+    model = build_model("FlowNet2CS", width=0.1)
+    model.flownets_1 = Doubled(width=0.1, input_channels=12)
+    return model
+
+
+def with_another_activation() -> nn.Module:
+    model = build_model("FlowNet2S", width=0.1)
+    model.get_submodule("conv1")[1] = nn.ReLU()  # type: ignore[operator]
+    return model
+
+
+def with_a_hook() -> nn.Module:
+    model = build_model("FlowNet2S", width=0.1)
+    model.get_submodule("conv3").register_forward_hook(lambda _module, _inputs, output: 2 * output)
+    return model
+
+
+def with_normed_weights() -> nn.Module:
+    model = build_model("FlowNet2S", width=0.1)
+    nn.utils.parametrizations.weight_norm(model.get_submodule("conv1.0"))
+    return model
+
+
+OWN = [of_a_subclass, with_a_part_of_a_subclass, with_another_activation, with_a_hook, with_normed_weights]
+
+
+@pytest.mark.parametrize("make", OWN)
+def test_networks_of_the_users_own_are_run_as_they_are(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(1)
+    model = make().eval()
+    frames = smooth_frames(12, 1)
+    fast = flowreel.compile(model, (1, 64, 128))
+    with torch.no_grad():
+        assert apart(fast(*frames), model(*frames)) < 1e-5
+        assert apart(fast.quarter(*frames), model.quarter(*frames)) < 1e-5  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
