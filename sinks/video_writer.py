@@ -45,7 +45,9 @@ _FALLBACK_RATE = Fraction(25)
 _MATROSKA_TICKS = 1_000  # per second; finer times would be rounded to these, and two could fall together
 _FINEST_TICKS = 60_000  # per second; MPEG-4 part 2 allows 65535, and the usual frame rates divide it
 _CONVERTS_IN_THREADS = int(av.__version__.split(".")[0]) >= 18  # older PyAVs know one only, and no such argument
-_NVENC_OPTIONS = {"preset": "p4", "tune": "hq", "rc": "constqp", "qp": "20"}  # meant to look like crf 18; not seen yet
+# Meant to look like crf 18; not seen yet. Its presets ask for B-frames, for each of which older FFmpegs count a tick of
+# our fine clock where a whole frame is meant: one would be decoded after it is shown, which no container takes.
+_NVENC_OPTIONS = {"preset": "p4", "tune": "hq", "rc": "constqp", "qp": "20", "bf": "0"}
 _BT709 = 1  # FFmpeg's number for it among matrices, primaries and transfer curves alike
 
 

@@ -82,6 +82,12 @@ def play(path: Path) -> tuple[list[np.ndarray], list[float], float]:
         return pictures, [frame.time for frame in frames], float(stream.average_rate)
 
 
+def in_order(path: Path) -> bool:
+    """Whether its frames are decoded in the order in which they are shown: none leans on a later one."""
+    with av.open(str(path)) as container:
+        return all(packet.pts == packet.dts for packet in container.demux(video=0) if packet.size)
+
+
 def refreshed(path: Path) -> list[int]:
     """The numbers of the frames behind which nothing refers to what is before them (H.264's IDR pictures)."""
     found = []
@@ -305,6 +311,15 @@ class TestWhichEncoder:
         record(tmp_path / "x.mp4", [batch_of([smooth_flow()])], FIXED, replace(info(), device=device))
         assert [one["gpu"] for one in given] == [number, number]  # to try, and to encode
 
+    def test_it_is_asked_for_no_b_frames(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As its presets do. Here x264 acts for it, which also makes them unless told not to."""
+        known = {name: value for name, value in video_writer._NVENC_OPTIONS.items() if name in ("qp", "bf")}
+        monkeypatch.setattr(video_writer, "NVENC", "libx264")
+        monkeypatch.setattr(video_writer, "_nvenc_options", lambda gpu: known)
+        flows = [smooth_flow(number / 8) for number in range(12)]
+        record(tmp_path / "x.mp4", [batch_of(flows)], FIXED, replace(info(), device="cuda:0"))
+        assert in_order(tmp_path / "x.mp4")
+
     def test_without_one_the_cpu_encodes_and_says_why(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         level = av.logging.get_level()
         if video_writer.why_no_nvenc(0, 48, 64) is None:
@@ -329,6 +344,7 @@ class TestWhichEncoder:
         assert any("encoded by the GPU" in note for note in notes)
         pictures, times_s, _ = play(tmp_path / "x.mp4")
         assert times_s == pytest.approx(np.arange(30) / 25, abs=1e-9)
+        assert in_order(tmp_path / "x.mp4")
         assert max(difference(*pair) for pair in zip(pictures, (colors_of(f, 4.0) for f in flows), strict=True)) < 6
 
     def test_trying_leaves_what_ffmpeg_logs_as_it_was(self) -> None:
