@@ -41,6 +41,7 @@ KINDS = (
     Encoding("AV1 10 bits", ("libsvtav1", "libaom-av1"), "yuv420p10le", "mkv", options=AV1),
     Encoding("H.264 4:4:4", ("libx264",), "yuv444p", options={"libx264": X264}),
 )
+GOOD = EVERY  # frames of a damaged clip that lie before the damage
 FLOW_OF = "HEVC 10 bits"  # beside the plain clip
 
 
@@ -57,6 +58,7 @@ def check(findings: Findings, settings: Settings) -> None:
     findings.attempt("flow", partial(_compare_flow, findings, settings, PLAIN.name, clip))
     for kind in KINDS:
         findings.attempt(kind.name, partial(_compare_kind, findings, settings, kind))
+    findings.attempt("damaged", partial(_read_damaged, findings, settings))  # last: it might take the process along
 
 
 def _compare_kind(findings: Findings, settings: Settings, kind: Encoding) -> None:
@@ -109,6 +111,30 @@ def _compare(
         most, mean = _levels_apart(ours, wanted[start:])
         good = _same_times(ours, wanted[start:]) and most <= LEVELS_MOST and mean <= LEVELS_MEAN
         findings.check(f"{name}: the same from frame {start} on", good, frames=len(ours), most=most, mean=mean)
+
+
+def _read_damaged(findings: Findings, settings: Settings) -> None:
+    """A file whose middle is junk: its first frames are good, the others come in order or are told as lost.
+
+    By whom, and what was said: NVDEC may go on, or leave the rest to the CPU.
+    """
+    width, height, count = (128, 96, 3 * EVERY) if settings.dry else (330, 190, 3 * EVERY)
+    clip = written_clip(settings.folder, width, height, count)
+    good = [frame for frame in frames_of(clip, "pyav", settings) if frame.index < GOOD]
+    content = bytearray(clip.read_bytes())
+    middle = slice(len(content) // 2, len(content) // 2 + len(content) // 16)
+    content[middle] = bytes(255 - byte for byte in content[middle])  # the lengths of its pictures, too
+    damaged = clip.with_stem(f"{clip.stem}-damaged")
+    damaged.write_bytes(content)
+    with closing(open_source(damaged, SelectConfig(), numbered(settings.device))) as source:
+        frames = list(source)
+        told = {"decoder": source.decoder, "losses": source.losses, "notes": source.notes}
+    numbers = [frame.index for frame in frames]
+    most, mean = _levels_apart(frames, good)
+    findings.check("damaged: each frame comes once, in order", numbers == sorted(set(numbers)), **told)
+    findings.check("damaged: what is missing is told", len(frames) == count or bool(told["losses"]), frames=len(frames))
+    same = numbers[:GOOD] == list(range(GOOD)) and most <= LEVELS_MOST and mean <= LEVELS_MEAN
+    findings.check("damaged: the frames before it are good", same, most=most, mean=mean)
 
 
 def _same_times(ours: Sequence[Frame], wanted: Sequence[Frame]) -> bool:

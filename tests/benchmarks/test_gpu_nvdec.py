@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from benchmarks.gpu.findings import Settings
 from benchmarks.gpu.made_clips import Encoding
 from benchmarks.measure import Skipped
 from flowreel.engine.sources.nvdec import NvdecDecoder
+from flowreel.engine.sources.video import VideoSource
 from tests.fakes.gpu_parts import Found
 from tests.fakes.pynvvideocodec import installed
 
@@ -41,6 +43,27 @@ def test_frames_that_are_the_same_pass_wherever_they_begin(
     starts = [check.rpartition("frame ")[2] for check in findings.verdicts if "from frame" in check]
     assert starts == ["10 on", "22 on", "24 on", "25 on", "34 on"]  # 12 and 24 are key frames
     assert nvc.behaviour.sessions  # it was the stand-in that decoded
+
+
+@pytest.mark.parametrize("fault", [{"packets": 20}, {"fail_at": 20}])
+def test_a_damaged_file_that_the_cpu_reads_on_passes(
+    fault: dict[str, Any], nvc: ModuleType, findings: Found, on_card: Settings
+) -> None:
+    """Whether NVDEC's demuxer takes the place for the end of the file, or the chip gives up."""
+    vars(nvc.behaviour).update(fault)
+    nvdec._read_damaged(findings, on_card)
+    assert list(findings.verdicts.values()) == [True] * 3
+    assert findings["checks"][0]["decoder"] == "NVDEC (h264), then PyAV (h264)"
+
+
+def test_damage_that_spoils_what_is_before_it_or_is_not_told_fails(
+    nvc: ModuleType, findings: Found, on_card: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = made_clips.written_clip(on_card.folder, 330, 190, 36)
+    nvc.behaviour.dropped = frozenset({decoder_stamps(clip)[3]})
+    monkeypatch.setattr(VideoSource, "losses", [])
+    nvdec._read_damaged(findings, on_card)
+    assert list(findings.verdicts.values()) == [True, False, False]
 
 
 @pytest.mark.parametrize("lost_bits", [1, 2])
