@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
@@ -16,9 +17,13 @@ from benchmarks.gpu.made_clips import written_clip
 from benchmarks.gpu.nvdec import frames_of
 from flowreel.engine.config import ModelConfig, SinkConfig
 from flowreel.engine.inference import prepare
+from flowreel.engine.pinned import pin
 from flowreel.sinks import shard_processes
 from flowreel.sinks.shard_maker import Request
 from flowreel.sinks.shard_processes import MOST_PROCESSES, _Process
+
+if TYPE_CHECKING:
+    from flowreel.engine.data import Bytes
 
 ROUNDING = 2e-4  # of the longest vector, in float32, between two programs of one network
 
@@ -51,8 +56,16 @@ def _compare_processes(findings: Findings, settings: Settings) -> None:
             time.sleep(0.01)
         return True
 
+    pinned: list[bool] = []  # each piece that the processes share: one that is refused is slow, and nothing else tells
+
+    def looked_at(memory: Bytes, device: torch.device) -> Callable[[], None]:
+        undo = pin(memory, device)
+        pinned.append(torch.from_numpy(memory).is_pinned())
+        return undo
+
     make, said_something = _Process.make, _Process._has_said_something
     with (
+        mock.patch("flowreel.engine.device.pin", looked_at),
         mock.patch.object(_Process, "make", noted),
         mock.patch.object(_Process, "_has_said_something", patient),  # else threads make what is full before
     ):
@@ -67,6 +80,8 @@ def _compare_processes(findings: Findings, settings: Settings) -> None:
     by_processes = settings.dry or bool(made_there)  # on a CPU there are none
     said = "a store is the same to the byte by threads and by processes"
     findings.check(said, same and by_processes, files=len(files[0]), shards_made_there=len(made_there))
+    landed = settings.dry or (bool(pinned) and all(pinned))
+    findings.check("steps land where processes see them, pinned", landed, pieces=len(pinned), pinned=sum(pinned))
 
 
 def _compare_store(findings: Findings, settings: Settings, precision: str) -> None:

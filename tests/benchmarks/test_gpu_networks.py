@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,8 +17,10 @@ from benchmarks.gpu import end_to_end, kernel_times, memory, network, peers, pre
 from benchmarks.gpu.findings import Settings
 from benchmarks.gpu.original import kernels_of
 from benchmarks.measure import Effort, Skipped
+from flowreel.engine import device
 from flowreel.engine.compiled import graphs
 from flowreel.engine.data import FlowInfo
+from flowreel.sinks.shard_processes import _Process
 from tests.fakes.gpu_parts import Found
 
 # --- networks ---------------------------------------------------------------------------------------------------------
@@ -99,6 +102,28 @@ def test_a_store_that_is_not_what_the_network_gives_fails(
     monkeypatch.setattr(flowreel, "open_store", Store)
     store._compare_store(findings, settings, "fp32")
     assert list(findings.verdicts.values()) == [True, not wrong_px, not wrong_px]
+
+
+@pytest.mark.parametrize("answers", [[True, True], [True, False], []])
+def test_steps_that_land_in_memory_that_is_not_pinned_fail(
+    answers: list[bool], findings: Found, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which a run does not tell: it is slower, and nothing else."""
+
+    def run(_: Path, path: Path, **__: object) -> None:
+        path.mkdir()
+        _Process.make(None, SimpleNamespace(number=0), None)  # type: ignore[arg-type]
+        for _ in answers if path.stem == "processes" else ():
+            device.pin(np.zeros(8, np.uint8), torch.device("cuda"))
+
+    said = iter(answers)
+    monkeypatch.setattr(store, "written_clip", lambda *_: tmp_path / "x.mp4")
+    monkeypatch.setattr(store, "pin", lambda *_: None)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda _: next(said))
+    monkeypatch.setattr(_Process, "make", lambda *_: None)
+    monkeypatch.setattr(flowreel, "run", run)
+    store._compare_processes(findings, Settings("cuda", False, str(tmp_path), str(tmp_path)))
+    assert list(findings.verdicts.values()) == [True, answers == [True, True]]
 
 
 def test_the_memory_check_ends_with_a_whole_shard_of_whole_batches() -> None:
