@@ -5,6 +5,9 @@ that makes an item records an event after its work; the stage that takes it make
 and marks the item's tensors as used there, so that the allocator does not hand their memory out too early. The CPU
 never waits for the device except in ``download``, where the bytes are needed, and then for that copy's event alone. On
 a CPU all of this is nothing.
+
+A stream is entered with its device. torch leaves one by making the stream current that was before; on another device
+that would make a context there, which takes half a gigabyte, and fails where others have filled that one's memory.
 """
 
 from __future__ import annotations
@@ -135,7 +138,7 @@ class Streams:
 
         def staged(items: Iterator[Any]) -> Any:
             stream = torch.cuda.Stream(self.device, priority=STAGE_PRIORITY)  # type: ignore[no-untyped-call]
-            with torch.cuda.stream(stream), _memory_told(self.device):
+            with torch.cuda.device(self.device), torch.cuda.stream(stream), _memory_told(self.device):
                 results = stage(self._awaited(items, lambda: stream))
             return self._stepped(results, stream) if isinstance(results, Iterator) else results
 
@@ -150,7 +153,8 @@ class Streams:
     def _stepped(self, results: Iterator[Any], stream: torch.cuda.Stream) -> Iterator[Any]:
         try:
             while True:
-                with torch.cuda.stream(stream):  # left before the yield: streams are the thread's, not ours
+                # Left before the yield: streams are the thread's, not ours.
+                with torch.cuda.device(self.device), torch.cuda.stream(stream):
                     try:
                         with _memory_told(self.device):
                             item = next(results)
@@ -297,7 +301,7 @@ class WorkStream:
         outside = torch.cuda.current_stream(self.device)
         if outside == self._stream:
             return work()
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
             result = work()
         outside.wait_stream(self._stream)
         result.record_stream(outside)

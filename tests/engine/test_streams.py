@@ -156,6 +156,27 @@ def test_streams_are_left_before_anything_is_handed_on(card: Card) -> None:
     assert card.current is card.streams[0]
 
 
+def test_a_device_that_is_not_asked_for_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one, say, which is full: a context there would be too much for it."""
+    card, second = Card(monkeypatch, devices=2), torch.device("cuda", 1)
+
+    def frames(_: Iterator[Item]) -> Iterator[Item]:
+        for _number in range(3):
+            assert card.current.device == second.index
+            yield Item(card.made())
+
+    def sink(items: Iterator[Item]) -> None:
+        for item in items:
+            card.read(*item.tensors)
+
+    on_stream = Streams(second).on_stream
+    on_stream(sink)(on_stream(frames)(iter(())))
+    WorkStream(second).run(card.made)  # type: ignore[arg-type]
+    assert card.current is card.streams[0]
+    assert card.contexts == {second.index}
+    assert card.races == []
+
+
 def test_streams_are_left_when_a_stage_fails(card: Card) -> None:
     def failing(items: Iterator[Item]) -> Iterator[Item]:
         assert card.current is not card.streams[0]

@@ -158,12 +158,14 @@ class Card:
         self.copies: LateCopies | None = None  # entered with every stream
         self.free: list[Block] = []
         self.blocks = 0
+        self.contexts: set[int] = set()  # devices that were used, if only to make one of their streams current
         self.streams = [Stream(self, number, number) for number in range(devices)]  # the default ones
         self._here = threading.local()
         monkeypatch.setattr(torch.cuda, "Stream", self._new_stream)
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)  # ``OnCard`` looks at it
         monkeypatch.setattr(torch.cuda, "stream", self.entered)
+        monkeypatch.setattr(torch.cuda, "device", self.on_device)
         monkeypatch.setattr(torch.cuda, "current_stream", self.current_on)
 
         def never(*_: object) -> None:
@@ -191,11 +193,23 @@ class Card:
         """As torch does: the stream is current on its device, and that is the current one."""
         before = dict(getattr(self._here, "streams", {})), getattr(self._here, "device", 0)
         self._here.streams, self._here.device = before[0] | {stream.device: stream}, stream.device
+        self.contexts.add(stream.device)
         try:
             with nullcontext() if self.copies is None or self.copies in _modes() else self.copies:
                 yield
         finally:
             self._here.streams, self._here.device = before
+            self.contexts.add(before[1])
+
+    @contextmanager
+    def on_device(self, device: torch.device) -> Iterator[None]:
+        """As torch does: the one before becomes current again without being used."""
+        before, self._here.device = getattr(self._here, "device", 0), device.index or 0
+        self.contexts.add(self._here.device)
+        try:
+            yield
+        finally:
+            self._here.device = before
 
     def made(self) -> OnCard:
         """A new tensor, written on the current stream."""
