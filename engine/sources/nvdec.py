@@ -18,8 +18,8 @@ get one block for several: to ask for memory lets go of Python's lock, which a f
 with a line on stdout that cannot be stopped; only what does not come at all is told as lost. And it mends
 interlaced pictures, so a file whose first frame is interlaced is left to the CPU; later frames are not looked at.
 
-On a GPU H.264, HEVC and VP9 were seen to give the CPU's frames and times. The rest is tested against a stand-in
-(``tests/fakes``) that decodes with PyAV and has the manners of the real package.
+On a GPU H.264, HEVC (4:4:4 too) and VP9 were seen to give the CPU's frames and times. The rest is tested against a
+stand-in (``tests/fakes``) that decodes with PyAV and has the manners of the real package.
 """
 
 from __future__ import annotations
