@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from flowreel.engine.errors import OutputExistsError, OutputWriteError
 from flowreel.engine.outputs import is_finished
 from flowreel.sinks import open_sink
 from flowreel.sinks.registry import OUTPUTS, Output
+from tests.fakes.disk import Disk
 
 COUNT = 5
 INFO = FlowInfo(16, 32, Fraction(25), COUNT + 1, SourceId("clip.mp4"))
@@ -26,7 +28,7 @@ def name(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path / "new" / output.form)
 
 
-def opened(name: str, **changes: bool) -> Sink:
+def opened(name: str, **changes: Any) -> Sink:
     sink = open_sink(name, SinkConfig(**changes))
     sink.open(INFO)
     return sink
@@ -81,6 +83,13 @@ def test_what_is_there_is_replaced_when_told_to_and_only_by_a_whole(name: str) -
     assert {path: path.read_bytes() for path in before} == before
     written(opened(name, overwrite=True)).commit()
     assert is_finished(open_sink(name, SinkConfig()), COUNT)
+
+
+def test_a_power_cut_takes_nothing_that_was_published(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch)
+    for overwrite in (False, True):
+        written(opened(name, overwrite=overwrite, shard_bytes=2 * INFO.flow_bytes)).commit()
+        assert not disk.waiting
 
 
 def test_a_file_in_the_way_of_its_folder_is_told_of(name: str) -> None:
