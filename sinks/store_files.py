@@ -90,8 +90,10 @@ class StoreFiles:
             for name in self._layout.arrays:
                 self.coordinate_chunk(name, shard)
             checksums = self._checksums_of_flows(shard)
-            ends = [self.chunk(shard, int(offset + size) - CHECKSUM_BYTES, CHECKSUM_BYTES) for offset, size in index]
-        except (OSError, OverflowError, DamagedStoreError):
+            ends = [
+                self.chunk(shard, offset + size - CHECKSUM_BYTES, CHECKSUM_BYTES) for offset, size in index.tolist()
+            ]
+        except (OSError, DamagedStoreError):
             return False
         return checksums is None or bool((checksums == flow_checksums(shard * length, ends)).all())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,11 @@ def unfinished(name: str) -> bool:
     return not any(is_finished(sink, count) for count in range(1, COUNT + 1)) and partial == there
 
 
+def threads_left() -> list[threading.Thread]:
+    """That a sink has left behind."""
+    return [thread for thread in threading.enumerate() if thread.name.startswith("pool")]
+
+
 def test_an_output_is_there_when_it_is_committed_and_not_before(name: str) -> None:
     sink = written(opened(name))
     assert unfinished(name)
@@ -59,11 +66,13 @@ def test_an_output_is_there_when_it_is_committed_and_not_before(name: str) -> No
     assert sink.bytes_written == size > 0
     assert sink.path == name
     assert not list(Path(name).parent.rglob("*.partial"))
+    assert threads_left() == []
 
 
 def test_what_is_aborted_never_looks_finished(name: str) -> None:
     kept = written(opened(name)).abort()
     assert unfinished(name)
+    assert threads_left() == []
     there = [path for path in Path(name).parent.rglob("*") if path.is_file()]
     assert (kept is None) == (not there)  # what is kept is told
 
@@ -72,6 +81,14 @@ def test_what_is_cut_is_kept_under_an_unfinished_name(name: str) -> None:
     written(opened(name), 3).commit(complete=False)
     assert unfinished(name)
     assert list(Path(name).parent.rglob("*.partial"))
+
+
+def test_what_is_cut_before_its_first_flow_never_looks_finished(name: str) -> None:
+    sink = opened(name)
+    with suppress(OutputWriteError):  # a video without a frame is none
+        sink.commit(complete=False)
+    sink.abort()
+    assert unfinished(name)
 
 
 def test_what_is_there_is_replaced_when_told_to_and_only_by_a_whole(name: str) -> None:

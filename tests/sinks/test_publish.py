@@ -14,6 +14,7 @@ import pytest
 
 from flowreel.engine.errors import OutputBusyError, OutputExistsError, OutputWriteError
 from flowreel.sinks import publish
+from tests.fakes.disk import Disk
 
 
 def fill(folder: Path, text: str) -> Path:
@@ -27,6 +28,8 @@ def test_bytes_appear_whole_with_their_parents(tmp_path: Path) -> None:
     assert publish.publish_bytes(path, b"one", b"", b"two") == 6
     assert path.read_bytes() == b"onetwo"
     assert list(path.parent.iterdir()) == [path]
+    with pytest.raises(NotADirectoryError, match="file"):
+        publish.make_folder(path / "deeper")
 
 
 def test_replacing_a_file_is_one_step(tmp_path: Path) -> None:
@@ -100,6 +103,7 @@ def test_folder_gets_its_name(tmp_path: Path, replaces: bool) -> None:
     path = tmp_path / "X.zarr"
     if replaces:
         fill(path, "old")
+        fill(publish.replaced_path(path), "older")  # of a process that was killed
     publish.publish_folder(fill(publish.partial_path(path), "new"), path)
     assert (path / "content").read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
@@ -125,12 +129,16 @@ def test_old_folder_returns_when_the_new_one_cannot_take_its_name(
 
 
 @pytest.mark.parametrize("survivor", ["old", "new"])
-def test_settle_after_a_death_between_the_renames(tmp_path: Path, survivor: str) -> None:
-    path = tmp_path / "X.zarr"
+def test_settle_after_a_death_between_the_renames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, survivor: str
+) -> None:
+    path, disk = tmp_path / "X.zarr", Disk(monkeypatch)
     fill(publish.replaced_path(path), "old")
     if survivor == "new":
         fill(path, "new")
+    publish.sync_folder(tmp_path)
     publish.settle_replaced(path)
+    assert not disk.waiting
     assert (path / "content").read_text() == survivor
     assert list(tmp_path.iterdir()) == [path]
     publish.settle_replaced(path)
@@ -206,11 +214,30 @@ def test_a_folder_by_an_unfinished_name_stays(tmp_path: Path) -> None:
     """It is an error, and nobody's to remove."""
     (tmp_path / "y.partial").mkdir()
     (tmp_path / "y.partial" / "mine").write_text("the only copy")
+    (tmp_path / "x.partial").symlink_to("y.partial")  # but a link to one goes
     with pytest.raises(OutputWriteError, match="/y: Is a directory"):
         publish.write_unfinished({tmp_path / name: [b"1"] for name in "xy"})
     publish.drop_unfinished([tmp_path / "x", tmp_path / "y"])
     assert os.listdir(tmp_path) == ["y.partial"]
     assert (tmp_path / "y.partial" / "mine").read_text() == "the only copy"
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_first_of_a_name_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    """Also on a file system that knows no links."""
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    disk = Disk(monkeypatch)
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    assert publish.publish_first(tmp_path / "x", b"fir", b"st")
+    publish.sync_folder(tmp_path)
+    assert not disk.waiting
+    assert not publish.publish_first(tmp_path / "x", b"second")
+    assert (tmp_path / "x").read_bytes() == b"first"
+    assert os.listdir(tmp_path) == ["x"]
 
 
 def test_a_file_is_claimed_anew_whatever_lay_there(tmp_path: Path) -> None:

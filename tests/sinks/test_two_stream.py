@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,21 @@ def test_one_picture_of_the_pair_is_enough_to_be_in_the_way(tmp_path: Path) -> N
         written(tmp_path / "flow_x_%05d.jpg", smooth_flow()[None])
     written(tmp_path / "flow_x_%05d.jpg", smooth_flow()[None], overwrite=True)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["flow_x_00000.jpg", "flow_y_00000.jpg"]
+
+
+def test_where_the_x_picture_is_the_other_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every moment; and one picture of a pair alone is no finished output."""
+    real = os.replace
+
+    def naming(source: Path, path: Path) -> None:
+        real(source, path)
+        assert (tmp_path / path.name.replace("_x_", "_y_")).exists()
+
+    monkeypatch.setattr(os, "replace", naming)
+    sink = written(tmp_path / "flow_x_%05d.png", np.stack([smooth_flow()] * 3))
+    assert sink.holds(3)
+    (tmp_path / "flow_y_00002.png").unlink()
+    assert not sink.holds(3)
 
 
 def test_flow_too_large_for_jpeg_is_refused_at_once(tmp_path: Path) -> None:

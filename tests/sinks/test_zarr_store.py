@@ -37,13 +37,14 @@ from flowreel.engine.errors import (
     StoreNotFoundError,
     frame_of,
 )
-from flowreel.sinks import publish, zarr_store
+from flowreel.sinks import publish, store_writer, zarr_store
 from flowreel.sinks.codecs import flow_codec
 from flowreel.sinks.shards import ShardsInThreads
 from flowreel.sinks.store_layout import BESIDE_FLOW, COORDINATES
 from flowreel.sinks.store_metadata import store_metadata
 from flowreel.sinks.store_reader import FlowStore, flow_shard, open_store, published_shards
 from flowreel.sinks.store_target import LocalTarget
+from flowreel.sinks.store_writer import StoreWriter
 from flowreel.sinks.zarr_store import ZarrSink
 from tests.sinks.waiting import flush
 
@@ -407,7 +408,10 @@ def test_incomplete_commit_keeps_all_and_stays_partial(tmp_path: Path, announced
     store = open_store(tmp_path / "X.zarr")
     assert (store.complete, store.available, len(store)) == (False, 8, announced or 8)
     assert np.array_equal(store[:8], flows)
-    with pytest.raises((StoreError, IndexError)):
+    assert store.frame.tolist() == [*range(0, 16, 2), *[-1] * (len(store) - 8)]
+    assert np.isnan(store.timestamps_s).tolist() == [False] * 8 + [True] * (len(store) - 8)
+    past = (StoreError, "flow 8.* is not there yet, the first 8 are") if announced else (IndexError, "flow 8 of 8")
+    with pytest.raises(past[0], match=past[1]):
         store[8]
 
 
@@ -484,6 +488,33 @@ def test_no_shard_is_published_behind_one_that_failed(
     assert open_store(tmp_path / "X.zarr").available == SHARD
     assert [path.parent.parent.parent.name for path in (tmp_path / "X.zarr.partial").glob("flow/c/*/0/0/0")] == ["0"]
     assert not list((tmp_path / "X.zarr.partial").rglob("*.partial"))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_abort_waits_for_the_full_shards_on_their_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """One is being written, the other has not begun. What goes wrong is not heard: whoever aborts has a reason."""
+    monkeypatch.setattr(store_writer, "WRITERS", 1)
+    sink = ZarrSink(str(tmp_path / "X.zarr"), config())
+    sink.open(header(None))
+    real_write, real_close, aborted = publish.write_unfinished, StoreWriter.close, Event()
+
+    def writing(contents: dict[Path, Any], output: str) -> int:
+        assert aborted.wait(60)
+        if fails and any("c/1" in str(path) for path in contents):
+            raise OSError(errno.EIO, "no more")
+        return real_write(contents, output)
+
+    def close(writer: StoreWriter, **options: bool) -> None:
+        aborted.set()
+        real_close(writer, **options)
+
+    monkeypatch.setattr(publish, "write_unfinished", writing)
+    monkeypatch.setattr(StoreWriter, "close", close)
+    for batch in batches(moving(2 * SHARD), SHARD):
+        sink.write(batch)
+    assert f"holds {SHARD if fails else 2 * SHARD} flows" in str(sink.abort())
 
 
 def test_shards_are_written_beside_each_other_and_named_in_order(
