@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -44,6 +45,10 @@ class StoreTarget(Protocol):
     def delete(self, key: str) -> None: ...
     def keys(self) -> Iterator[str]:
         """What is there of the unfinished store."""
+        ...
+
+    def tidy(self) -> None:
+        """Removes what is left where files have been deleted, or never came to be."""
         ...
 
     def finish(self) -> None:
@@ -142,6 +147,12 @@ class LocalTarget:
         for path in self.folder.rglob("*"):
             if not path.is_dir():
                 yield path.relative_to(self.folder).as_posix()
+
+    def tidy(self) -> None:
+        for path in sorted(self.folder.rglob("*"), reverse=True):  # what is in a folder comes before it
+            if path.is_dir() and not path.is_symlink():
+                with suppress(OSError):  # mostly, it holds something
+                    path.rmdir()
 
     def finish(self) -> None:
         publish.publish_folder(self.folder, self.final)

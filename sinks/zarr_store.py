@@ -319,6 +319,7 @@ class ZarrSink:
             _, chunks, rest = key.partition("/c/")
             if chunks and int(rest.split("/")[0]) >= shard:
                 self._target.delete(key)
+        self._target.tidy()  # a shard's folder would look like one behind the last flow, should no other come into it
 
     def _stored(self, batch: FlowBatch) -> Tensor:
         """What is to be kept of a batch."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import random
 import shutil
@@ -23,6 +24,7 @@ from flowreel.engine.errors import OutputBusyError, OutputExistsError, ResumeMis
 from flowreel.sinks import open_store, zarr_store
 from flowreel.sinks.codecs import flow_codec
 from flowreel.sinks.shard_file import pack_shard
+from flowreel.sinks.store_layout import CHECKSUMS
 from flowreel.sinks.store_metadata import store_metadata
 from flowreel.sinks.store_reader import flow_shard
 from flowreel.sinks.zarr_store import ZarrSink
@@ -203,6 +205,52 @@ def test_what_differs_is_named(tmp_path: Path, info: FlowInfo, changes: dict[str
     assert contents(tmp_path) == before
 
 
+def test_a_store_of_an_older_version_is_not_gone_on_with(tmp_path: Path) -> None:
+    """Of its first flows nobody could tell whether they are in their place."""
+    cut_after(tmp_path / "X.zarr", 7)
+    partial = tmp_path / "X.zarr.partial"
+    flow = json.loads((partial / "flow" / "zarr.json").read_text())
+    del flow["attributes"]["ancillary_variables"]
+    (partial / "flow" / "zarr.json").write_text(json.dumps(flow))
+    for name in CHECKSUMS:
+        shutil.rmtree(partial / name)
+    with pytest.raises(ResumeMismatchError, match="older version"):
+        ZarrSink(str(tmp_path / "X.zarr"), config(resume=True)).open(INFO)
+
+
+@pytest.mark.parametrize(("below", "flows"), [(None, 9), (10, 9), (9, 6), (8, 6), (4, 3)])
+def test_fewer_flows_are_kept_when_told_to(tmp_path: Path, below: int | None, flows: int) -> None:
+    cut_after(tmp_path / "X.zarr", 10)
+    point = ZarrSink(str(tmp_path / "X.zarr"), config()).resume_point(below)
+    assert point is not None
+    assert point.flows == flows
+
+
+def test_a_source_that_now_ends_earlier_leaves_nothing_of_the_shards_behind_its_end(tmp_path: Path) -> None:
+    sink = ZarrSink(str(tmp_path / "X.zarr"), config())
+    sink.open(INFO)
+    for batch in batches(0, 8):
+        sink.write(batch)
+    sink.commit(complete=False)
+    run(tmp_path / "X.zarr", 6, resume=True)
+    assert list(open_store(tmp_path / "X.zarr").problems()) == []
+
+
+def test_a_reader_of_an_unfinished_store_sees_a_ragged_shard_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "X.zarr"
+    for flows in (8, 9):  # of the shard two, then all
+        sink = ZarrSink(str(path), config(resume=True))
+        point = sink.resume_point()
+        sink.open(INFO)
+        for batch in batches(0 if point is None else point.flows, flows):
+            sink.write(batch)
+        sink.commit(complete=False)
+        if point is None:
+            store = open_store(path)
+        assert store.available == flows
+        assert np.abs(store[flows - 1] - flow_of(flows - 1).numpy()).max() <= 1 / 64
+
+
 def test_without_resume_an_unfinished_store_is_left_alone(tmp_path: Path) -> None:
     cut_after(tmp_path / "X.zarr", 7)
     with pytest.raises(OutputExistsError, match="--resume"):
@@ -353,11 +401,23 @@ def test_a_run_that_slept_while_another_one_wrote(tmp_path: Path, whole: dict[st
         assert contents(path) == whole
 
 
+def test_a_store_that_stepped_aside_for_a_killed_run_is_still_there(tmp_path: Path) -> None:
+    """Killed between the two renames. Whoever may not overwrite it does not."""
+    run(tmp_path / "X.zarr", 5)
+    before = contents(tmp_path / "X.zarr")
+    (tmp_path / "X.zarr").rename(tmp_path / "X.zarr.replaced")
+    with pytest.raises(OutputExistsError, match="--overwrite"):
+        ZarrSink(str(tmp_path / "X.zarr"), config()).open(INFO)
+    assert contents(tmp_path / "X.zarr") == before
+    assert os.listdir(tmp_path) == ["X.zarr"]
+
+
 def test_killed_while_a_finished_store_was_reopened(tmp_path: Path, whole: dict[str, bytes]) -> None:
     """An empty unfinished store, and a half-made copy beside it: neither is taken for anything."""
     run(tmp_path / "X.zarr", 5)
     (tmp_path / "X.zarr.partial").mkdir()
     shutil.copytree(tmp_path / "X.zarr" / "frame", tmp_path / "X.zarr.partial.new" / "frame")
+    (tmp_path / "X.zarr.partial.new" / "flow.zip").write_bytes(b"of another kind of store")
     run(tmp_path / "X.zarr", resume=True)
     assert contents(tmp_path / "X.zarr") == whole
     assert os.listdir(tmp_path) == ["X.zarr"]
