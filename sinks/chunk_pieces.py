@@ -24,6 +24,6 @@ def crc32c(*pieces: Piece) -> bytes:
 def without_checksum(data: bytes) -> bytes:
     """The bytes before the crc32c at the end. Raises DamagedStoreError when it does not fit them."""
     body, stored = data[:-CHECKSUM_BYTES], data[-CHECKSUM_BYTES:]
-    if len(data) < CHECKSUM_BYTES or crc32c(body) != stored:
+    if crc32c(body) != stored:
         raise DamagedStoreError("checksum is wrong")
     return body

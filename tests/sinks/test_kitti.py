@@ -115,6 +115,15 @@ def test_comments_and_split_pixels_are_fine(tmp_path: Path) -> None:
     assert not valid.any()
 
 
+def test_any_blue_but_zero_is_valid_as_in_the_development_kit(tmp_path: Path) -> None:
+    samples = np.full((1, 3, 3), 32768, np.uint16)
+    samples[0, :, 2] = 0, 1, 65535
+    (tmp_path / "x.png").write_bytes(b"".join(png_pieces(samples)))
+    flow, valid = read_kitti(tmp_path / "x.png")
+    assert valid.tolist() == [[False, True, True]]
+    assert np.isnan(flow[0, :, 0]).tolist() == [True, False, False]
+
+
 GOOD = png(header(3, 2), zlib.compress(ROWS))
 ADLER_OFF = zlib.compress(ROWS)[:-1] + bytes([zlib.compress(ROWS)[-1] ^ 1])
 
@@ -142,6 +151,8 @@ ADLER_OFF = zlib.compress(ROWS)[:-1] + bytes([zlib.compress(ROWS)[-1] ^ 1])
         (png(header(3, 2), b"not zlib"), "do not decompress"),
         (png(header(3, 2), ADLER_OFF), "do not decompress"),
         (png(header(3, 2), b""), "expected 38 bytes of pixels, found 0"),
+        (png(header(3, 2), zlib.compress(b"\5" + ROWS[1:])), "filtered in no way"),
+        (png(header(3, 2), zlib.compress(ROWS[:19] + b"\5" + ROWS[20:])), "filtered in no way"),
     ],
 )
 def test_damaged_files_say_what_is_wrong(tmp_path: Path, data: bytes, message: str) -> None:
