@@ -120,6 +120,11 @@ def empty(name: str) -> None:
     Path("X.zarr", name).write_bytes(b"")
 
 
+def lengthen(name: str) -> None:
+    with Path("X.zarr", name).open("ab") as file:
+        file.write(b"more")
+
+
 def mended(sound: Contents, weights: str, source: str = "frames") -> RepairReport:
     """Repairs X.zarr and finds it as it was, with nothing written but what was damaged."""
     damaged, before = contents(), times_ns()
@@ -134,7 +139,7 @@ def mended(sound: Contents, weights: str, source: str = "frames") -> RepairRepor
     return report
 
 
-@pytest.mark.parametrize("damage", [flip, cut, remove, empty])
+@pytest.mark.parametrize("damage", [flip, cut, remove, empty, lengthen])
 @pytest.mark.parametrize("shard", [1, 3])
 def test_a_damaged_shard_comes_back_to_the_byte(weights: str, shard: int, damage: Callable[[str], None]) -> None:
     sound = contents()

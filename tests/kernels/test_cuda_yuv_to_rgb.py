@@ -131,7 +131,17 @@ class TestSurfaces:
         convert = SurfacesToRgb(self.planes, matrix="bt601", full_range=True, bits=8)
         for pitch in (16, 12, 16):
             assert all(self.apart(convert, surface) <= 1 for surface in self.surfaces(card, pitch))
+        for pitch in (16, 12):
+            assert self.apart(convert, self.surfaces(card, pitch)[1]) <= 1
             assert self.apart(convert, self.surfaces(card, pitch)[0], transposed=True) <= 1
+
+    def test_planes_that_lie_outside_the_surface_are_asked_for_each_time(self, card: torch.device) -> None:
+        convert = SurfacesToRgb(lambda surface: self.planes(surface.flip(0)), matrix="bt601", full_range=True, bits=8)
+        for surface in self.surfaces(card, self.WIDTH):
+            out, wanted = (torch.zeros(3, self.HEIGHT, self.WIDTH, dtype=torch.uint8, device=card) for _ in range(2))
+            convert(surface, out)
+            yuv_to_rgb_definition(wanted, *self.planes(surface.flip(0)), "bt601", True, 8)
+            assert (out.int() - wanted.int()).abs().max() <= 1
 
     def test_a_picture_of_another_type_is_refused_later_too(self, card: torch.device) -> None:
         convert = SurfacesToRgb(self.planes, matrix="bt601", full_range=True, bits=8)

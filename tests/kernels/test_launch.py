@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from flowreel.engine.compiled import padded
+from flowreel.engine.errors import DeviceError
 from flowreel.kernels import channel_norm, correlation_products, flow_head, launch, warp
 from flowreel.kernels.launch import implement, note, recording
 
@@ -138,6 +139,50 @@ def test_a_kernel_is_loaded_and_fetched_on_its_device_in_a_thread_that_has_none(
     assert launch._kernel("warp", "warp_float", gpu) == "warp_float"  # type: ignore[comparison-overlap]
     assert noting.said == ["device 1 has its context", "warp_float on 1"]
     assert noting.device == 0
+
+
+@pytest.mark.parametrize(
+    ("own", "architecture"),
+    [((9, 0), "sm_90"), ((7, 5), "sm_75"), ((10, 3), "compute_90"), ((8, 7), "compute_86"), ((12, 0), "compute_90")],
+)
+def test_a_gpu_gets_its_own_program_or_the_newest_that_its_driver_translates(
+    own: tuple[int, int], architecture: str
+) -> None:
+    assert launch._architecture(*own, [75, 80, 86, 90]) == architecture
+
+
+def test_a_gpu_older_than_the_compiler_is_refused() -> None:
+    with pytest.raises(DeviceError, match=r"capability 7\.5 and newer, not 7\.0"):
+        launch._architecture(7, 0, [75, 80, 86, 90])
+
+
+def test_a_program_is_kept_until_its_source_or_its_compiler_changes(
+    noting: NotingCupy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiled: list[str] = []
+
+    def compiling(name: str, architecture: str) -> tuple[bytes, str]:
+        compiled.append(architecture)
+        return b"program", ""
+
+    monkeypatch.setattr(launch, "compile_source", compiling)
+
+    def load() -> int:
+        launch._modules.clear()
+        launch._module("warp", torch.device("cuda", 0))
+        return len(compiled)
+
+    assert [load(), load()] == [1, 1]
+    monkeypatch.setattr(launch, "read_source", lambda name: "another source")
+    assert [load(), load()] == [2, 2]
+    noting.cuda.nvrtc.getVersion = lambda: (13, 1)
+    assert [load(), load()] == [3, 3]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    assert [load(), load()] == [4, 4]
+    assert compiled[-1] == "compute_90"
+    files = list(tmp_path.iterdir())
+    assert [file.suffix for file in files] == [".bin"] * 4  # and nothing half written
+    assert all(file.read_bytes() == b"program" for file in files)
 
 
 @pytest.mark.parametrize("number", [0, 1])

@@ -8,6 +8,7 @@ import numcodecs.blosc
 import numpy as np
 import pytest
 import torch
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -49,6 +50,21 @@ def test_blosc_reads_them(count: int, size: tuple[int, int], block: int, dtype: 
         np.testing.assert_array_equal(decompress(whole, "blosc", flow.dtype, flow.shape), flow)
         sizes = struct.unpack_from("<3i", whole, 4)
         assert sizes == (flow.nbytes, min(block * flow.itemsize, flow.nbytes), len(whole) - 4)
+
+
+def test_a_frame_as_long_as_its_block_is_not_taken_for_the_block() -> None:
+    """A reader takes what is as long as a block for the block itself. Bytes that shrink little by little."""
+    noise = np.random.default_rng(0).integers(0, 256, 256, np.uint8)
+    frames = zstandard.ZstdCompressor(level=blosc.LEVEL)
+    as_long = 0
+    for same in range(64):
+        noise[:same] = 0
+        as_long += len(frames.compress(noise.tobytes())) == noise.size
+        (chunk,) = blosc.chunks_of_shuffled(noise[None], 2, 1)
+        planes = np.unpackbits(noise.reshape(16, -1), axis=1, bitorder="little")  # bit by bit of all values
+        values = np.packbits(planes.T, axis=1, bitorder="little").reshape(-1).view("<i2")
+        np.testing.assert_array_equal(decompress(b"".join(chunk), "blosc", values.dtype, values.size), values)
+    assert as_long
 
 
 @pytest.mark.parametrize("dtype", TYPES)

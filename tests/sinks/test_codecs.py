@@ -42,7 +42,15 @@ def test_step_is_the_largest_power_of_two_within_twice_the_bound(max_error: floa
 
 @pytest.mark.parametrize(
     ("width", "max_error", "dtype"),
-    [(1023, 1 / 64, "int16"), (1024, 1 / 64, "int32"), (1920, 1 / 32, "int16"), (9, 1e-9, "int32"), (99, 0, "float32")],
+    [
+        (1023, 1 / 64, "int16"),
+        (1024, 1 / 64, "int32"),
+        (1920, 1 / 32, "int16"),
+        (32767, 1 / 2, "int16"),
+        (32768, 1 / 2, "int32"),
+        (9, 1e-9, "int32"),
+        (99, 0, "float32"),
+    ],
 )
 def test_integers_reach_across_the_longer_side(width: int, max_error: float, dtype: str) -> None:
     if max_error == 1e-9:
@@ -51,6 +59,7 @@ def test_integers_reach_across_the_longer_side(width: int, max_error: float, dty
         return
     assert flow_codec(5, width, SinkConfig(max_error=max_error)).dtype == dtype
     assert flow_codec(width, 5, SinkConfig(max_error=max_error)).dtype == dtype
+    assert flow_codec(5, 9, SinkConfig(max_error=max_error), side=width).dtype == dtype  # stored smaller than the frame
 
 
 def test_row_blocks_and_strides_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,10 +77,12 @@ def test_row_blocks_and_strides_change_nothing(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_broken_bound_is_noticed() -> None:
-    flow = np.random.default_rng(0).normal(0, 5, (2, 8, 8)).astype(np.float32)
     codec = replace(flow_codec(8, 8, SinkConfig()), step=1 / 16)
-    with pytest.raises(OutputError, match="promised"):
-        codec.encode(flow)
+    for rounded_up_or_down in (0.04, 0.02):
+        with pytest.raises(OutputError, match="promised"):
+            codec.encode(np.full((2, 8, 8), rounded_up_or_down, np.float32))
+    with pytest.raises(OutputError, match="off by nan px"):
+        codec.require_bound(math.nan)
 
 
 def test_size_is_checked() -> None:

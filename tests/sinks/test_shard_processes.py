@@ -312,6 +312,9 @@ def _write_all(sink: ZarrSink, count: int) -> None:
 
 def test_none_stays_behind_when_nothing_comes(tmp_path: Path) -> None:
     sink, shards = opened(tmp_path / "x.zarr")
+    for process in shards._all:  # each holds the claim as well, should this process be killed first
+        held = [os.path.realpath(file) for file in Path(f"/proc/{process._process.pid}/fd").iterdir()]
+        assert str(tmp_path / "x.zarr.partial") in held
     sink.abort()
     assert {process._process.returncode for process in shards._all} == {0}
     assert os.listdir(tmp_path) == []

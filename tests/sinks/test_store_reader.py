@@ -678,6 +678,8 @@ def test_check_of_an_unfinished_store_reads_what_is_there(tmp_path: Path, decode
     state, *damaged = FlowStore(store.folder).problems()
     assert state == "unfinished: 5 of 40 flows are there"
     assert [line.split(":")[0] for line in damaged] == ["flow 0 (frame 0)", "flow 1 (frame 2)", "flow 2 (frame 4)"]
+    flow_shard(store.folder, 0).unlink()
+    assert FlowStore(store.folder).available == 0  # none behind the hole counts
 
 
 def test_metadata_copies_must_agree(tmp_path: Path) -> None:
@@ -713,5 +715,7 @@ def test_times_and_frames_of_a_growing_store_come_with_its_flows(tmp_path: Path)
         assert np.array_equal(store.timestamps_to_s[:there], np.arange(1, there + 1) / 25)
         assert store.to_xarray().frame_to.values.tolist() == list(range(1, there + 1))
         assert store.frame is store.frame  # kept meanwhile
+        with pytest.raises(ValueError, match="read-only"):
+            store.frame[0] = 5
     sink.abort()
     assert seen == [SHARD, 2 * SHARD, 2 * SHARD]

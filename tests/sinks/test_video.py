@@ -146,6 +146,29 @@ def test_flat_colours_are_the_wheels(tmp_path: Path, direction: tuple[int, int])
     assert np.abs(picture.astype(int) - colors_of(flow, 1.0)).max() <= 4
 
 
+@pytest.mark.parametrize("name", ["x.mp4", "x.mkv"])
+@pytest.mark.parametrize("step", ["__init__", "_open_stream"])
+def test_an_encoder_that_does_not_start_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, step: str
+) -> None:
+    real = getattr(VideoWriter, step)
+
+    def failing(*arguments: object, **options: object) -> None:
+        if step == "_open_stream":  # the file's header is written by then
+            real(*arguments, **options)
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(VideoWriter, step, failing)
+    sink = ColorVideoSink(str(tmp_path / name), SinkConfig(max_flow=3))
+    with pytest.raises(OutputWriteError, match="Input/output error"):
+        sink.open(info())
+    assert names(tmp_path) == []
+    monkeypatch.undo()
+    again = ColorVideoSink(str(tmp_path / name), SinkConfig(max_flow=3))
+    again.open(info())
+    again.abort()
+
+
 def test_mp4_starts_with_its_index(tmp_path: Path) -> None:
     record(tmp_path / "x.mp4", [batch_of([smooth_flow(number) for number in range(3)])])
     contents = (tmp_path / "x.mp4").read_bytes()
