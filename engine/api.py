@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 from flowreel.engine.config import Direction, QueueConfig, RunConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, Frame, OneFileAFlow, Resumable, Sink, Source
@@ -21,6 +21,7 @@ from flowreel.engine.device import Streams, device_name, download, resolve_devic
 from flowreel.engine.errors import OutputExistsError, TooFewFramesError, TruncatedSourceError, UsageError
 from flowreel.engine.export import export
 from flowreel.engine.inference import Inference, Network, load_network
+from flowreel.engine.options import RunOptions
 from flowreel.engine.outputs import (
     FLO_HEADER_BYTES,
     OutputReport,
@@ -82,7 +83,7 @@ def run(
     outputs: PathLike | Iterable[PathLike] | None = None,
     *,
     progress: ProgressHook | None = None,
-    **options: object,
+    **options: Unpack[RunOptions],
 ) -> RunReport:
     """Computes the optical flow of a source and writes it to one or several outputs.
 
@@ -169,7 +170,7 @@ def run_one(
     return _with_others(report, resumed, paths, config, overwrite=True)
 
 
-def stream(source: PathLike, **options: object) -> Iterator[FlowBatch]:
+def stream(source: PathLike, **options: Unpack[RunOptions]) -> Iterator[FlowBatch]:
     """The optical flow of a source, batch by batch, in order, computed as it is asked for and a little ahead.
 
     Args:

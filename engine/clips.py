@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from flowreel.engine.device import to_device
 from flowreel.engine.errors import SourceChangedError, StoreError, UsageError
 from flowreel.engine.inference import Network, load_network
 from flowreel.engine.lazy import LazyFlow, refuse_fork
+from flowreel.engine.options import ClipOptions
 from flowreel.engine.outputs import PathLike
 from flowreel.engine.sources import lasting_name
 from flowreel.sinks import FlowStore
@@ -94,7 +95,7 @@ class FlowClips(Dataset[Any]):
         seed: int | None = None,
         cache: PathLike | None = None,
         open_at_once: int = 8,
-        **options: Any,
+        **options: Unpack[ClipOptions],
     ) -> None:
         """Opens every source once, to know how long it is.
 

@@ -7,16 +7,17 @@ read ──▢▢▢▢──┬──▢▢▢▢──> write        the same 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
 from flowreel.engine.config import RunConfig, SinkConfig
 from flowreel.engine.data import FlowBatch, FlowReader, Sink
 from flowreel.engine.errors import UsageError
+from flowreel.engine.options import ExportOptions
 from flowreel.engine.outputs import (
     FLO_HEADER_BYTES,
     OutputReport,
@@ -32,7 +33,6 @@ from flowreel.engine.pipeline import Pipeline
 from flowreel.engine.stages import StageStatistics
 from flowreel.sinks import open_flows, open_sink, without_effect
 
-OPTIONS = ("codec", "max_error", "max_flow", "encoder", "bound", "overwrite", "shard_bytes", "queue_mb")
 FLO_UNKNOWN = 1e10  # pixels; what Middlebury's own tools write for a vector nobody knows
 
 
@@ -64,7 +64,7 @@ def export(
     progress: ProgressHook | None = None,
     start: int | None = None,
     stop: int | None = None,
-    **options: object,
+    **options: Unpack[ExportOptions],
 ) -> ExportReport:
     """Writes flow that is stored already to one or several other outputs.
 
@@ -125,9 +125,9 @@ def export(
         )
 
 
-def export_config(options: dict[str, Any]) -> RunConfig:
+def export_config(options: Mapping[str, Any]) -> RunConfig:
     """The settings of the outputs and queues. Raises UsageError for options that concern only computing flow."""
-    if unknown := sorted(set(options) - set(OPTIONS)):
+    if unknown := sorted(set(options) - ExportOptions.__optional_keys__):
         raise UsageError(f"unknown option {', '.join(unknown)}: flow that is stored is not computed again")
     return RunConfig.of(**options)
 

@@ -17,7 +17,7 @@ from contextlib import closing, contextmanager
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from itertools import chain, groupby, islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from flowreel.engine.device import to_device, to_host
 from flowreel.engine.errors import DeviceError, MissingDependencyError, SourceChangedError, StageError, UsageError
 from flowreel.engine.frame_reader import FrameReader
 from flowreel.engine.inference import Network, load_network
+from flowreel.engine.options import LazyOptions
 from flowreel.engine.outputs import PathLike
 from flowreel.engine.pairing import batches_of, planned
 from flowreel.engine.pipeline import OneAtATime
@@ -51,7 +52,9 @@ FRAMES_MB = 256.0  # of decoded frames that are kept: 700 of 640x360, 80 of 1920
 _RUNS_ONLY = ("resume", "overwrite", "tolerate_truncation")
 
 
-def open(source: PathLike, *, cache: PathLike | None = None, frames_mb: float = FRAMES_MB, **options: Any) -> LazyFlow:
+def open(
+    source: PathLike, *, cache: PathLike | None = None, frames_mb: float = FRAMES_MB, **options: Unpack[LazyOptions]
+) -> LazyFlow:
     """Opens a video so that its flow can be indexed; each flow is computed when it is asked for.
 
     Args:
@@ -118,7 +121,7 @@ class LazyFlow:
         cache: PathLike | None = None,
         frames_mb: float = FRAMES_MB,
         network: Network | None = None,
-        **options: Any,
+        **options: Unpack[LazyOptions],
     ) -> None:
         """As of ``open``. network: loaded before, with the same options, so that many sources can share it."""
         if given := [name for name in _RUNS_ONLY if options.get(name)]:

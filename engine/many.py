@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Unpack
 
 from flowreel.engine.api import output_names, run_one
 from flowreel.engine.config import ModelConfig, RunConfig
@@ -21,6 +22,7 @@ from flowreel.engine.inference import Network, load_network
 from flowreel.engine.manifest import MANIFEST, Job, Ledger, SourceReport
 from flowreel.engine.models import model_name
 from flowreel.engine.models.weights import Weights, read_weights
+from flowreel.engine.options import RunOptions
 from flowreel.engine.outputs import PathLike, Progress
 from flowreel.engine.provenance import settings, settings_of_others
 from flowreel.engine.sources import IMAGE_SUFFIXES, source_identity, source_stem
@@ -72,7 +74,7 @@ def run_many(
     *,
     progress: Callable[[ManyProgress], None] | None = None,
     manifest: PathLike | None = None,
-    **options: object,
+    **options: Unpack[RunOptions],
 ) -> ManyReport:
     """Computes the flow of many sources with one network, one source after another.
 

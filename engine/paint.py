@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from itertools import groupby
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from flowreel.engine.config import SinkConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, FlowReader, Sink
 from flowreel.engine.errors import FrameSizeError, OutputExistsError, UnknownOutputError, UsageError
 from flowreel.engine.export import export_config
+from flowreel.engine.options import ColorOptions
 from flowreel.engine.outputs import OutputReport, PathLike, ProgressHook, opened_sinks, output_report, teller
 from flowreel.engine.pipeline import Pipeline
 from flowreel.engine.stages import StageStatistics
@@ -60,7 +62,7 @@ def color(
     frame_rate: Fraction | float | str | None = None,
     max_flow: float | str | None = None,
     progress: ProgressHook | None = None,
-    **options: object,
+    **options: Unpack[ColorOptions],
 ) -> ColorReport:
     """Paints stored flow with the Middlebury colours.
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from flowreel.engine.cli import printable
 from flowreel.engine.cli.options import Debug, Quiet, number_or_auto
 from flowreel.engine.cli.table import Live, clock, plural, size
+from flowreel.engine.config import Encoder
 
 if TYPE_CHECKING:
     from flowreel.engine.paint import ColorReport
@@ -74,7 +75,7 @@ def color(
             frame_rate=frame_rate,
             max_flow=number_or_auto("max-flow", max_flow, float),
             progress=live.show,
-            encoder=encoder,
+            encoder=cast(Encoder, encoder),
             bound=bound,
             overwrite=overwrite,
             queue_mb=queue_mb,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from flowreel.engine.cli import printable
 from flowreel.engine.cli.options import CODECS, Debug, Quiet, number_or_auto, require_report_free, write_stats
 from flowreel.engine.cli.table import Live, beside_flo, clock, plural, size
+from flowreel.engine.config import Codec, Encoder
 
 if TYPE_CHECKING:
     from flowreel.engine.export import ExportReport
@@ -79,9 +80,9 @@ def export(
             start=start,
             stop=stop,
             max_error=max_error,
-            codec=codec,
+            codec=cast(Codec, codec),
             max_flow=number_or_auto("max-flow", max_flow, float),
-            encoder=encoder,
+            encoder=cast(Encoder, encoder),
             bound=bound,
             frame_rate=frame_rate,
             overwrite=overwrite,

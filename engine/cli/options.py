@@ -7,11 +7,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
 from flowreel.engine.errors import OutputWriteError, UsageError
+from flowreel.engine.options import Auto
+
+Number = TypeVar("Number", int, float)
 
 Weights = Annotated[
     str, typer.Option(help="'baseline' (shipped), a .safetensors, NVIDIA's .pth.tar, or a downloaded one's name.")
@@ -29,10 +32,10 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but er
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
 
 
-def number_or_auto(name: str, value: str, kind: type[int] | type[float]) -> int | float | str:
+def number_or_auto(name: str, value: str, kind: type[Number]) -> Number | Auto:
     """The value of an option that is ``auto`` or a number. Raises UsageError for anything else."""
     if value == "auto":
-        return value
+        return "auto"
     try:
         return kind(value)
     except ValueError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 from rich.markup import escape
@@ -21,6 +21,7 @@ from flowreel.engine.cli.options import (
 )
 from flowreel.engine.cli.table import Live, print_many, print_summary
 from flowreel.engine.errors import UsageError
+from flowreel.engine.options import RunOptions
 from flowreel.sinks import known_outputs
 
 FRAMES, NETWORK, OUTPUT, STREAM = "Which frames", "Which network, where, how", "Outputs", "The run"
@@ -192,7 +193,7 @@ def run(
     Exit codes: 0 done, 1 failed (of many: at least one), 2 wrong usage,
     130 interrupted (143 by SIGTERM).
     """
-    options: dict[str, object] = {
+    given = {
         "model": model,
         "weights": weights,
         "device": device,
@@ -216,6 +217,7 @@ def run(
         "tolerate_truncation": tolerate_truncation,
         "queue_mb": queue_mb,
     }
+    options = cast(RunOptions, given)  # their values are checked where they are used
     require_report_free(stats, output or [], sources)
     if len(sources) == 1 and manifest is None:
         _run_one(sources[0], output or None, options, stats, quiet)
@@ -232,9 +234,7 @@ def _output_lines() -> str:
 run.__doc__ = (run.__doc__ or "").replace("    OUTPUTS", _output_lines())  # every format that is registered
 
 
-def _run_one(
-    source: str, outputs: list[str] | None, options: dict[str, object], stats: Path | None, quiet: bool
-) -> None:
+def _run_one(source: str, outputs: list[str] | None, options: RunOptions, stats: Path | None, quiet: bool) -> None:
     from flowreel.engine import api
 
     with Live(quiet) as live:
@@ -248,7 +248,7 @@ def _run_one(
 def _run_many(
     sources: list[str],
     outputs: list[str] | None,
-    options: dict[str, object],
+    options: RunOptions,
     stats: Path | None,
     quiet: bool,
     manifest: Path | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from flowreel.engine.config import RunConfig
+from flowreel.engine.config import ModelConfig, RunConfig, SelectConfig, SinkConfig
 from flowreel.engine.errors import UsageError
+from flowreel.engine.options import ClipOptions, ColorOptions, ExportOptions, LazyOptions, RunOptions
 
 
 def test_flat_names_reach_their_parts() -> None:
@@ -97,3 +99,12 @@ def test_options_of_other_libraries_kinds() -> None:
 def test_values_of_another_kind_are_named(option: dict[str, object], expected: str) -> None:
     with pytest.raises(UsageError, match=expected):
         RunConfig.of(**option)
+
+
+def test_type_checkers_know_the_options_that_there_are() -> None:
+    settings = {field.name for part in (SelectConfig, ModelConfig, SinkConfig) for field in fields(part)}
+    known = settings | {"tolerate_truncation", "queue_mb"}
+    assert RunOptions.__optional_keys__ == known
+    assert ExportOptions.__optional_keys__ - {"frame_rate"} < known
+    assert ClipOptions.__optional_keys__ - {"frames_mb"} == LazyOptions.__optional_keys__
+    assert LazyOptions.__optional_keys__ | ColorOptions.__optional_keys__ < known
