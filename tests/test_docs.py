@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import types
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,26 @@ def test_training(dance: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             short += ["--minutes", "0.001"] if "--minutes" in arguments else []
         assert call([*arguments, *short]) == 0
     assert len(flowreel.open_store("dance.flow.zarr")) == 1
+
+
+def test_python(
+    dance: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It runs, and names all that there is."""
+    page = (ROOT / "docs/python.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(dance, tmp_path)
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(block, "docs/python.md", "exec"), names)
+    told = capsys.readouterr().out
+    assert "(4, 2, 64, 96)" in told
+    assert "True" in told
+    assert len(list(tmp_path.glob("colours/*.png"))) == 4
+    words = set(re.findall(r"\w+", page))
+    assert set(flowreel.__all__) <= words
+    for report in (flowreel.RunReport, flowreel.OutputReport, flowreel.StageStatistics):
+        assert {field.name for field in fields(report)} <= words
 
 
 def test_developing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

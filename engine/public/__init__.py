@@ -22,11 +22,25 @@ if TYPE_CHECKING:
     from flowreel.engine.compiled import CompiledModel as CompiledModel
     from flowreel.engine.compiled import compile as compile
     from flowreel.engine.data import FlowBatch as FlowBatch
+    from flowreel.engine.export import ExportReport as ExportReport
     from flowreel.engine.export import export as export
     from flowreel.engine.lazy import LazyFlow as LazyFlow
     from flowreel.engine.lazy import open as open
+    from flowreel.engine.manifest import SourceReport as SourceReport
+    from flowreel.engine.many import ManyProgress as ManyProgress
+    from flowreel.engine.many import ManyReport as ManyReport
     from flowreel.engine.many import run_many as run_many
     from flowreel.engine.models.weights import load_model as load_model
+    from flowreel.engine.outputs import OutputReport as OutputReport
+    from flowreel.engine.outputs import Progress as Progress
+    from flowreel.engine.paint import ColorReport as ColorReport
+    from flowreel.engine.paint import color as color
+    from flowreel.engine.repair import RepairReport as RepairReport
+    from flowreel.engine.repair import repair as repair
+    from flowreel.engine.stages import StageStatistics as StageStatistics
+    from flowreel.engine.verify import Finding as Finding
+    from flowreel.engine.verify import Verification as Verification
+    from flowreel.engine.verify import verify as verify
     from flowreel.kernels import flow_to_color as flow_to_color
     from flowreel.sinks.flo import read_flo as read_flo
     from flowreel.sinks.flo import write_flo as write_flo
@@ -34,12 +48,24 @@ if TYPE_CHECKING:
     from flowreel.sinks.store_reader import open_store as open_store
 
 _HOME = {
+    "ColorReport": "flowreel.engine.paint",
     "CompiledModel": "flowreel.engine.compiled",
+    "ExportReport": "flowreel.engine.export",
+    "Finding": "flowreel.engine.verify",
     "FlowBatch": "flowreel.engine.data",
     "FlowClips": "flowreel.engine.clips",
     "FlowStore": "flowreel.sinks.store_reader",
     "LazyFlow": "flowreel.engine.lazy",
+    "ManyProgress": "flowreel.engine.many",
+    "ManyReport": "flowreel.engine.many",
+    "OutputReport": "flowreel.engine.outputs",
+    "Progress": "flowreel.engine.outputs",
+    "RepairReport": "flowreel.engine.repair",
     "RunReport": "flowreel.engine.api",
+    "SourceReport": "flowreel.engine.manifest",
+    "StageStatistics": "flowreel.engine.stages",
+    "Verification": "flowreel.engine.verify",
+    "color": "flowreel.engine.paint",
     "compile": "flowreel.engine.compiled",
     "export": "flowreel.engine.export",
     "flow_to_color": "flowreel.kernels",
@@ -47,9 +73,11 @@ _HOME = {
     "open": "flowreel.engine.lazy",
     "open_store": "flowreel.sinks.store_reader",
     "read_flo": "flowreel.sinks.flo",
+    "repair": "flowreel.engine.repair",
     "run": "flowreel.engine.api",
     "run_many": "flowreel.engine.many",
     "stream": "flowreel.engine.api",
+    "verify": "flowreel.engine.verify",
     "write_flo": "flowreel.sinks.flo",
 }
 
