@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from flowreel.engine.cli import printable
-from flowreel.engine.cli.options import Debug, Quiet, number_or_auto
+from flowreel.engine.cli.options import BOUND, QUEUE_MB, Debug, Quiet, number_or_auto
 from flowreel.engine.cli.table import Live, clock, plural, size
 from flowreel.engine.config import Encoder
 
@@ -20,9 +20,9 @@ def color(
         list[str],
         typer.Argument(
             metavar="IN",
-            help="Files of flow (.flo, .kitti.png, .npz, flow_x_N.jpg), folders or quoted globs of them, stores, or "
-            "slices of stores (X.zarr@10:20), one after the other. Files of one kind in a row are taken in natural "
-            "order, 2.flo before 10.flo.",
+            help="Flow files (.flo, .kitti.png, .npz, flow_x_N.jpg), folders or quoted globs of them, stores, or "
+            "slices of stores (X.zarr@10:20), one after the other. Files of one kind are taken in natural "
+            "order: 2.flo before 10.flo.",
             show_default=False,
         ),
     ],
@@ -31,32 +31,32 @@ def color(
         typer.Option(
             "--output",
             "-o",
-            help="A folder; or X.mp4 or X.mkv for the video alone, or X.png for one flow.",
+            help="A folder for images; X.mp4 or X.mkv for a video only; X.png for a single flow.",
             show_default=False,
         ),
     ],
-    video: Annotated[bool, typer.Option("--video", "-v", help="Make a video in the folder, too.")] = False,
+    video: Annotated[bool, typer.Option("--video", "-v", help="Also make a video in the folder.")] = False,
     frame_rate: Annotated[
         str | None,
         typer.Option(
             "--frame-rate",
             "-r",
-            help="Of the video, in frames per second. \\[default: a store's own times; 30 for files]",
+            help="Frame rate of the video. \\[default: a store's own timestamps; 30 for files]",
             show_default=False,
         ),
     ] = None,
     max_flow: Annotated[
         str,
-        typer.Option(help="Motion in pixels at full colour; auto: each picture's longest vector, one for the video."),
+        typer.Option(help="Flow magnitude in pixels at full saturation; auto: measured per image, once for a video."),
     ] = "auto",
-    encoder: Annotated[str, typer.Option(help="Of the video: auto (the CPU, here), nvenc or cpu.")] = "auto",
-    bound: Annotated[float, typer.Option(help="Pixels at either end of two-stream pictures.")] = 20.0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures and videos that are there.")] = False,
-    queue_mb: Annotated[float, typer.Option(help="Most megabytes that may wait between the stages.")] = 512,
+    encoder: Annotated[str, typer.Option(help="Encoder of the video: auto (the CPU), nvenc or cpu.")] = "auto",
+    bound: Annotated[float, typer.Option(help=BOUND)] = 20.0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing images and videos.")] = False,
+    queue_mb: Annotated[float, typer.Option(help=QUEUE_MB)] = 512,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Paint stored flow with the Middlebury colours: a PNG for each flow, and a video.
+    """Colour-code stored flow (Middlebury colour wheel): one PNG per flow, and a video.
 
     \b
     [bold]Examples[/bold]

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from flowreel.engine.cli import printable
-from flowreel.engine.cli.options import CODECS, Debug, Quiet, number_or_auto, require_report_free, write_stats
+from flowreel.engine.cli.options import (
+    BOUND,
+    CODECS,
+    MAX_ERROR,
+    QUEUE_MB,
+    Debug,
+    Quiet,
+    number_or_auto,
+    require_report_free,
+    write_stats,
+)
 from flowreel.engine.cli.table import Live, beside_flo, clock, plural, size
 from flowreel.engine.config import Codec, Encoder
 
@@ -21,9 +31,9 @@ def export(
         list[str],
         typer.Argument(
             metavar="SOURCE",
-            help="A store, a slice of one (X.zarr@10:20), a full cache of lazy flow, or a folder, quoted glob or list "
-            "of files of flow (.flo, .kitti.png, .npz, flow_x_N.jpg). Files are taken in natural order, 2.flo before "
-            "10.flo, in whatever order they are named.",
+            help="A store, a slice of one (X.zarr@10:20), a complete lazy-flow cache, or a folder, quoted glob or list "
+            "of flow files (.flo, .kitti.png, .npz, flow_x_N.jpg). Files are always taken in natural order: 2.flo "
+            "before 10.flo.",
             show_default=False,
         ),
     ],
@@ -32,35 +42,40 @@ def export(
         typer.Option(
             "--output",
             "-o",
-            help="X.zarr, X.mp4, DIR/%06d.flo, ... as for run. May be given several times.",
+            help="X.zarr, X.mp4, DIR/%06d.flo, ... as for run. May be repeated.",
             show_default=False,
         ),
     ],
     start: Annotated[
-        int | None, typer.Option(help="First flow, by number; negative: from the end.", show_default=False)
+        int | None, typer.Option(help="Number of the first flow; negative counts from the end.", show_default=False)
     ] = None,
-    stop: Annotated[int | None, typer.Option(help="First flow not taken, likewise.", show_default=False)] = None,
-    max_error: Annotated[float, typer.Option(help="Largest error of stored flow, in pixels; 0 is lossless.")] = 1 / 64,
+    stop: Annotated[int | None, typer.Option(help="End (exclusive), likewise.", show_default=False)] = None,
+    max_error: Annotated[float, typer.Option(help=MAX_ERROR)] = 1 / 64,
     codec: Annotated[str, typer.Option(help=CODECS)] = "blosc",
     max_flow: Annotated[
-        str, typer.Option(help="Motion in pixels at full colour; auto measures the first flows.")
+        str, typer.Option(help="Flow magnitude in pixels at full saturation; auto: measured on the first flows.")
     ] = "auto",
-    encoder: Annotated[str, typer.Option(help="Of colour video: auto (the CPU, here), nvenc or cpu.")] = "auto",
-    bound: Annotated[float, typer.Option(help="Pixels at either end of two-stream pictures, in and out.")] = 20.0,
+    encoder: Annotated[str, typer.Option(help="Encoder of colour video: auto (the CPU), nvenc or cpu.")] = "auto",
+    bound: Annotated[float, typer.Option(help=BOUND)] = 20.0,
     frame_rate: Annotated[
         str | None,
-        typer.Option("--frame-rate", "-r", help="Of files, which carry no times. \\[default: 25]", show_default=False),
+        typer.Option(
+            "--frame-rate",
+            "-r",
+            help="Frame rate of flow files, which carry no timestamps. \\[default: 25]",
+            show_default=False,
+        ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace outputs that are there.")] = False,
-    queue_mb: Annotated[float, typer.Option(help="Most megabytes that may wait between the stages.")] = 512,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing outputs.")] = False,
+    queue_mb: Annotated[float, typer.Option(help=QUEUE_MB)] = 512,
     stats: Annotated[
         Path | None,
-        typer.Option(help="Write what the export did as JSON to this file; -: to stdout.", show_default=False),
+        typer.Option(help="Write a report of the export as JSON to this file; - is stdout.", show_default=False),
     ] = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Write stored flow to another form: out of a store, or .flo files into one.
+    """Convert stored flow to other formats: a store to files, or files to a store.
 
     \b
     [bold]Examples[/bold]

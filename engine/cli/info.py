@@ -23,7 +23,7 @@ def info(
         list[str],
         typer.Argument(
             metavar="PATH",
-            help="Videos, image folders or quoted globs, synthetic:NAME, files of flow (.flo, .kitti.png, .npz), "
+            help="Videos, image folders or quoted globs, synthetic:NAME, flow files (.flo, .kitti.png, .npz), "
             "flow stores (complete or not) or weights.",
             show_default=False,
         ),
@@ -31,7 +31,7 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, for scripts: a list for several PATHs.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Say what videos, images, files of flow, flow stores or weights hold."""
+    """Show what videos, images, flow files, flow stores or weights contain."""
     from flowreel.engine.describe import describe
 
     answers: list[Facts] = []

@@ -16,20 +16,21 @@ from flowreel.engine.options import Auto
 
 Number = TypeVar("Number", int, float)
 
-Weights = Annotated[
-    str, typer.Option(help="'baseline' (shipped), a .safetensors, NVIDIA's .pth.tar, or a downloaded one's name.")
-]
-Device = Annotated[
-    str,
-    typer.Option(
-        help="auto, cpu, cuda, cuda:N or, for a run over several GPUs, cuda:0,1. auto takes CUDA when it is there."
-    ),
-]
-OneDevice = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N. auto takes CUDA when it is there.")]
+WEIGHTS = (
+    "'baseline' (shipped; small, for trying things out), a .safetensors or NVIDIA .pth.tar file, or the name of a "
+    "downloaded checkpoint."
+)
+DEVICE = "auto (CUDA if available), cpu, cuda, cuda:N, or cuda:0,1 to spread the run over several GPUs."
+Weights = Annotated[str, typer.Option(help=WEIGHTS)]
+Device = Annotated[str, typer.Option(help=DEVICE)]
+OneDevice = Annotated[str, typer.Option(help="auto (CUDA if available), cpu, cuda or cuda:N.")]
 STDOUT = Path("-")  # as where ``--stats`` goes
-CODECS = "blosc (every reader opens it), zstd, pcodec (smaller) or pcodec2d (smaller still; fewest readers)."
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
+CODECS = "blosc (readable by every Zarr v3 reader), zstd, pcodec (smaller) or pcodec2d (smallest, fewest readers)."
+BOUND = "Two-stream images map -BOUND..BOUND pixels to 0..255."
+QUEUE_MB = "Memory limit, in megabytes, for frames and flow queued between stages."
+MAX_ERROR = "Largest error of stored flow, in pixels; 0 is lossless."
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
 def number_or_auto(name: str, value: str, kind: type[Number]) -> Number | Auto:

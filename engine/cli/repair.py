@@ -28,12 +28,12 @@ def repair(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Compute damaged shards of STORE again from the SOURCE it was made of.
+    """Recompute the damaged shards of STORE from the SOURCE it was made of.
 
-    Finds what verify finds: wrong bits, shards and chunks that are cut or missing. The settings are those the store
-    records; what can be read stays as it is. On a CPU the new shards are the old ones, byte for byte.
+    Finds what verify finds: flipped bits, truncated or missing shards and chunks. Settings are taken from the store,
+    and everything still readable is kept. On a CPU the new shards are byte-identical to the original ones.
 
-    Exit code 0 when all is sound in the end, 1 when something is still wrong.
+    Exit code 0 if nothing is wrong in the end, else 1.
 
     \b
     [bold]Examples[/bold]

@@ -9,12 +9,15 @@ import typer
 from rich.markup import escape
 
 from flowreel.engine.cli.options import (
+    BOUND,
     CODECS,
+    DEVICE,
+    MAX_ERROR,
+    QUEUE_MB,
     STDOUT,
+    WEIGHTS,
     Debug,
-    Device,
     Quiet,
-    Weights,
     number_or_auto,
     require_report_free,
     write_stats,
@@ -24,7 +27,7 @@ from flowreel.engine.errors import UsageError
 from flowreel.engine.options import RunOptions
 from flowreel.sinks import known_outputs
 
-FRAMES, NETWORK, OUTPUT, STREAM = "Which frames", "Which network, where, how", "Outputs", "The run"
+FRAMES, NETWORK, OUTPUT, STREAM = "Frames", "Network", "Outputs", "Run"
 
 
 def run(
@@ -41,8 +44,8 @@ def run(
         typer.Option(
             "--output",
             "-o",
-            help="Where to; the name decides the kind (see above). May be given several times, all in one pass. "
-            "\\[default: {stem}.flow.zarr here]",
+            help="Output; its name determines the format (see above). May be repeated: all are written in one pass. "
+            "\\[default: {stem}.flow.zarr in the working folder]",
             show_default=False,
             rich_help_panel=OUTPUT,
         ),
@@ -51,15 +54,20 @@ def run(
         str | None,
         typer.Option(
             help="FlowNet2, FlowNet2C, FlowNet2S, FlowNet2SD, FlowNet2CS or FlowNet2CSS. "
-            "\\[default: what the weights hold]",
+            "\\[default: the network of the weights]",
             show_default=False,
             rich_help_panel=NETWORK,
         ),
     ] = None,
-    weights: Weights = "baseline",
-    device: Device = "auto",
-    decoder: Annotated[str, typer.Option(help="auto, nvdec or pyav.", rich_help_panel=FRAMES)] = "auto",
-    batch: Annotated[str, typer.Option(help="Pairs computed together, or auto.", rich_help_panel=NETWORK)] = "auto",
+    weights: Annotated[str, typer.Option(help=WEIGHTS, rich_help_panel=NETWORK)] = "baseline",
+    device: Annotated[str, typer.Option(help=DEVICE, rich_help_panel=NETWORK)] = "auto",
+    decoder: Annotated[
+        str,
+        typer.Option(
+            help="auto (NVDEC where the GPU can decode the file, else PyAV), nvdec or pyav.", rich_help_panel=FRAMES
+        ),
+    ] = "auto",
+    batch: Annotated[str, typer.Option(help="Frame pairs per batch, or auto.", rich_help_panel=NETWORK)] = "auto",
     precision: Annotated[
         str,
         typer.Option(help="auto (fp32 on a CPU, fp16 on a GPU), fp32, tf32, fp16 or bf16.", rich_help_panel=NETWORK),
@@ -67,55 +75,60 @@ def run(
     fit: Annotated[
         str,
         typer.Option(
-            help="How frames are made a multiple of 64: pad (undone exactly), crop, resize.", rich_help_panel=NETWORK
+            help="How frames are fitted to multiples of 64: pad (undone exactly), crop or resize.",
+            rich_help_panel=NETWORK,
         ),
     ] = "pad",
-    direction: Annotated[str, typer.Option(help="forward or backward.", rich_help_panel=NETWORK)] = "forward",
+    direction: Annotated[
+        str, typer.Option(help="forward (t to t+1) or backward (t+1 to t).", rich_help_panel=NETWORK)
+    ] = "forward",
     start: Annotated[
         str,
         typer.Option(
-            help="First frame, as a number or a time since the first: 120, 10s, 1:02.5.", rich_help_panel=FRAMES
+            help="First frame, as a number or a time from the first frame: 120, 10s, 1:02.5.", rich_help_panel=FRAMES
         ),
     ] = "0",
     stop: Annotated[
         str | None,
         typer.Option(
-            help="First frame not used, likewise. \\[default: the end]", show_default=False, rich_help_panel=FRAMES
+            help="End (exclusive), as a number or time. \\[default: end of the source]",
+            show_default=False,
+            rich_help_panel=FRAMES,
         ),
     ] = None,
-    step: Annotated[int, typer.Option(help="Use every N-th frame.", rich_help_panel=FRAMES)] = 1,
+    step: Annotated[int, typer.Option(help="Use every STEP-th frame.", rich_help_panel=FRAMES)] = 1,
     stream: Annotated[
         int | None,
         typer.Option(
-            help="Which video stream, from 0. \\[default: the best]", show_default=False, rich_help_panel=FRAMES
+            help="Video stream of the container, from 0. \\[default: FFmpeg's choice]",
+            show_default=False,
+            rich_help_panel=FRAMES,
         ),
     ] = None,
-    max_error: Annotated[
-        float, typer.Option(help="Largest error of stored flow, in pixels; 0 is lossless.", rich_help_panel=OUTPUT)
-    ] = 1 / 64,
+    max_error: Annotated[float, typer.Option(help=MAX_ERROR, rich_help_panel=OUTPUT)] = 1 / 64,
     codec: Annotated[str, typer.Option(help=CODECS, rich_help_panel=OUTPUT)] = "blosc",
     max_flow: Annotated[
         str,
         typer.Option(
-            help="Motion in pixels at full colour; auto: of a video from its first flows, of a picture its own.",
+            help="Flow magnitude in pixels at full saturation; auto: for a video, the 95th percentile of the first 32 "
+            "flows; for an image, its largest vector.",
             rich_help_panel=OUTPUT,
         ),
     ] = "auto",
     encoder: Annotated[
         str,
         typer.Option(
-            help="Of colour video: auto (the GPU's own where it computes the flow and has one), nvenc or cpu.",
+            help="Encoder of colour video: auto (NVENC if the flow is computed on a GPU that has it, else the CPU), "
+            "nvenc or cpu.",
             rich_help_panel=OUTPUT,
         ),
     ] = "auto",
-    bound: Annotated[
-        float, typer.Option(help="Pixels at either end of two-stream pictures' scale.", rich_help_panel=OUTPUT)
-    ] = 20.0,
+    bound: Annotated[float, typer.Option(help=BOUND, rich_help_panel=OUTPUT)] = 20.0,
     resolution: Annotated[
         str,
         typer.Option(
-            help="full, or native: the store keeps the network's own quarter-resolution flow, 16 times less, and "
-            "gives back the full one. Not with FlowNet2.",
+            help="full, or native: store the network's quarter-resolution prediction (16 times fewer values); it is "
+            "upsampled when read. Not for FlowNet2.",
             rich_help_panel=OUTPUT,
         ),
     ] = "full",
@@ -123,24 +136,26 @@ def run(
         bool,
         typer.Option(
             "--resume",
-            help="Go on with the store an earlier run left, or whose source has grown.",
+            help="Continue an unfinished store, or extend one whose source has grown.",
             rich_help_panel=OUTPUT,
         ),
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace outputs that are there.", rich_help_panel=OUTPUT)
+        bool, typer.Option("--overwrite", help="Replace existing outputs.", rich_help_panel=OUTPUT)
     ] = False,
     tolerate_truncation: Annotated[
         bool,
-        typer.Option("--tolerate-truncation", help="Take what a cut file gives as the whole.", rich_help_panel=STREAM),
+        typer.Option(
+            "--tolerate-truncation",
+            help="Accept a truncated source and finish with the frames that decode.",
+            rich_help_panel=STREAM,
+        ),
     ] = False,
-    queue_mb: Annotated[
-        float, typer.Option(help="Most megabytes that may wait between the stages.", rich_help_panel=STREAM)
-    ] = 512,
+    queue_mb: Annotated[float, typer.Option(help=QUEUE_MB, rich_help_panel=STREAM)] = 512,
     stats: Annotated[
         Path | None,
         typer.Option(
-            help="Write what the run did as JSON to this file; -: to stdout.",
+            help="Write a report of the run as JSON to this file; - is stdout.",
             show_default=False,
             rich_help_panel=STREAM,
         ),
@@ -148,7 +163,7 @@ def run(
     manifest: Annotated[
         Path | None,
         typer.Option(
-            help="Of many sources: write what became of each as JSON to this file. "
+            help="With several sources: write the outcome of each as JSON to this file. "
             "\\[default: flowreel-manifest.json beside the outputs]",
             show_default=False,
             rich_help_panel=STREAM,
@@ -163,22 +178,22 @@ def run(
     [bold]Sources[/bold]
       clip.mp4           a video file, anything FFmpeg reads
       frames/            a folder of images, in natural order
-      'frames/*.png'     the images that a glob matches, likewise
+      'frames/*.png'     images matching a quoted glob
       synthetic:objects  a procedural scene (synthetic:objects?size=640x360)
       -                  YUV4MPEG2 on stdin, as ffmpeg -f yuv4mpegpipe - writes
 
-    With several SOURCEs every output's name must hold {stem}, which stands for
-    the source's name. The network is loaded once; a source whose outputs are
-    all there is skipped; one that fails does not stop the others. A manifest
-    tells what became of each, and the same command again does what is left.
+    With several SOURCEs, output names must contain {stem}, the name of the
+    source. The network is loaded once, sources that are already done are
+    skipped, and a failing source does not stop the others. A manifest records
+    the outcome of each; running the same command again does what is left.
 
     \b
     [bold]Outputs[/bold]
     OUTPUTS
 
-    Missing folders are created. Until an output is complete its name ends in
-    .partial, and so does for good what a cut SOURCE gave, unless
-    --tolerate-truncation takes it as the whole.
+    Missing folders are created. The name of an output ends in .partial until
+    it is complete. The output of a truncated SOURCE stays .partial unless
+    --tolerate-truncation is given.
 
     \b
     [bold]Examples[/bold]
@@ -190,7 +205,7 @@ def run(
       flowreel run *.mp4 -o 'out/{stem}.zarr' -o 'out/{stem}.mp4'
       ffmpeg -i dance.mp4 -f yuv4mpegpipe - | flowreel run - -o dance.zarr
 
-    Exit codes: 0 done, 1 failed (of many: at least one), 2 wrong usage,
+    Exit codes: 0 success, 1 failure (of at least one source), 2 wrong usage,
     130 interrupted (143 by SIGTERM).
     """
     given = {

@@ -15,44 +15,44 @@ def train(
     out: Annotated[
         Path, typer.Argument(metavar="OUT", help="Folder for weights, checkpoint and log.", show_default=False)
     ],
-    model: Annotated[str, typer.Option(help="Which network.")] = "FlowNet2C",
-    width: Annotated[float, typer.Option(help="Factor on its channels; 1 is the published network.")] = 0.25,
+    model: Annotated[str, typer.Option(help="Network to train.")] = "FlowNet2C",
+    width: Annotated[float, typer.Option(help="Channel multiplier; 1 is the published network.")] = 0.25,
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 20_000,
     minutes: Annotated[
-        float | None, typer.Option(help="Train for so long, in place of --steps.", show_default=False)
+        float | None, typer.Option(help="Training time, instead of --steps.", show_default=False)
     ] = None,
-    batch: Annotated[int, typer.Option(help="Pairs a step.")] = 8,
-    height: Annotated[int, typer.Option(help="Rows the network sees; a multiple of 64.")] = 192,
-    width_px: Annotated[int, typer.Option(help="Columns the network sees; a multiple of 64.")] = 256,
-    learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 8e-4,
-    precision: Annotated[str, typer.Option(help="Of the convolutions: bf16 or fp32.")] = "bf16",
+    batch: Annotated[int, typer.Option(help="Pairs per step.")] = 8,
+    height: Annotated[int, typer.Option(help="Height of training crops, a multiple of 64.")] = 192,
+    width_px: Annotated[int, typer.Option(help="Width of training crops, a multiple of 64.")] = 256,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 8e-4,
+    precision: Annotated[str, typer.Option(help="Precision of the convolutions: bf16 or fp32.")] = "bf16",
     init: Annotated[
         str | None,
         typer.Option(
-            help="Weights to go on from instead of random ones; FlowNet2C grows wider or into CS, that into CSS.",
+            help="Initial weights. A FlowNet2C can be widened or extended to FlowNet2CS, and that to FlowNet2CSS.",
             show_default=False,
         ),
     ] = None,
     last_only: Annotated[
-        bool, typer.Option("--last-only", help="Of FlowNet2CS and CSS, train only the last network.")
+        bool, typer.Option("--last-only", help="Train only the last network of FlowNet2CS or CSS.")
     ] = False,
     batch_norm: Annotated[
-        bool, typer.Option(help="BatchNorm while training a network from nothing; folded away at the end.")
+        bool, typer.Option(help="Train with BatchNorm when starting from random weights; it is folded at the end.")
     ] = True,
-    reuse: Annotated[int, typer.Option(help="Times each scene is used, each time flipped and cropped anew.")] = 3,
-    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    reuse: Annotated[int, typer.Option(help="Times each scene is used, with new flips and crops each time.")] = 3,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     device: OneDevice = "auto",
-    workers: Annotated[int, typer.Option(help="Processes that make scenes; does not change the result.")] = 1,
+    workers: Annotated[int, typer.Option(help="Processes that generate scenes; does not affect the result.")] = 1,
     report_every: Annotated[int, typer.Option(help="Steps between reports and checkpoints.")] = 250,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint in OUT.")] = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Train weights on procedural scenes, the way the shipped ones were made.
 
-    The same settings give the same weights on the same kind of CPU; on a GPU, roundings differ from run to run. The CPU
-    draws the scenes, and paints them where it also trains; a GPU paints its own. OUT gets weights.safetensors (for
-    --weights), checkpoint.pt (for --resume) and log.csv.
+    On the same kind of CPU the same settings give the same weights; on a GPU rounding varies from run to run. Scenes
+    are described on the CPU and rendered on the device that trains. OUT gets weights.safetensors (for --weights),
+    checkpoint.pt (for --resume) and log.csv.
     """
     from flowreel.engine.device import one_device
     from flowreel.engine.training import train as training

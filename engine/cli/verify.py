@@ -26,9 +26,9 @@ def verify(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Read stores whole: checksums, metadata, times, and whether every flow is there.
+    """Read whole stores and check checksums, metadata, timestamps and completeness.
 
-    Exit code 0 when all is sound, 1 with the list of what is wrong.
+    Exit code 0 if nothing is wrong, else 1 with a list of what is.
 
     \b
     [bold]Examples[/bold]

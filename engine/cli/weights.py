@@ -32,7 +32,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for scripts.")]
 
 @weights_app.command("list", cls=Command)
 def list_known(as_json: AsJson = False, debug: Debug = False) -> None:
-    """List the shipped weights and NVIDIA's seven checkpoints: model, size, licence, sha256, and which are here.
+    """List the shipped weights and NVIDIA's seven checkpoints: model, size, licence, sha256, and which are downloaded.
 
     \b
     [bold]Examples[/bold]
@@ -59,7 +59,7 @@ def info(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Say what weights hold: model, size, licence, history, and which known checkpoint the file is, if it is one.
+    """Show what a weights file contains: model, size, licence, history, and which known checkpoint it is, if any.
 
     \b
     [bold]Examples[/bold]
@@ -93,7 +93,7 @@ def convert(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Turn NVIDIA's .pth.tar into .safetensors, or back. float32 values stay the same to the bit.
+    """Convert NVIDIA's .pth.tar to .safetensors, or back. float32 values stay bit-identical.
 
     Licence and history go along, with the name and sha256 of what was converted.
 
@@ -130,7 +130,7 @@ def download(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Fetch one of NVIDIA's checkpoints, once its licence (research only) is accepted, and check it.
+    """Download and check one of NVIDIA's checkpoints, after accepting its licence (research only).
 
     An interrupted download goes on where it stopped. Nothing has the file's name before its size and sha256 are right;
     of FlowNet2-SD and FlowNet2-CSS-ft-sd nobody knows the sha256: there the file must load as its model.
