@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (143: by SIGTERM).
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -33,6 +34,8 @@ def main() -> NoReturn:
     """Entry point of ``flowreel`` and ``python -m flowreel``."""
     os.environ.update(patience() | os.environ)  # read when torch loads
     silence_pillow()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as of stderr: a name is shown in whatever the terminal can show
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not os.environ.get("COLUMNS", "").strip("0"):  # as some who have no terminal say; nothing would be shown
         os.environ.pop("COLUMNS", None)
     stopped_by = take_interrupts()
@@ -94,6 +97,10 @@ def call(arguments: list[str]) -> int:
         return _say("an argument holds a NUL character: no file or option goes by such a name", 2)
     if "" in arguments:
         return _say("an argument is empty: a shell variable that is not set?", 2)
+    try:
+        os.getcwd()
+    except OSError as lost:  # MKL would end the process, blaming a file of torch's
+        return _say(f"the working folder cannot be used ({lost.strerror}): change into one that is there", 1)
     try:
         from flowreel.engine.cli.app import app  # here, as Ctrl-C may come while it loads
 

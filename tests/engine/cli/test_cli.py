@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -95,6 +96,24 @@ def test_a_terminal_of_no_width_is_shown_to_nevertheless(columns: str) -> None:
     with spawn("--help", stdout=subprocess.PIPE, env={**os.environ, "COLUMNS": columns}) as process:
         assert process.stdout is not None
         assert b"verify" in process.stdout.read()
+
+
+def test_a_name_that_stdout_cannot_show_is_written_out() -> None:
+    Path("\u65e5.flo").write_bytes(b"PIEH" + struct.pack("<ii2f", 1, 1, 0, 0))
+    latin = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    with spawn("info", "\u65e5.flo", stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=latin) as process:
+        out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, b"")
+    assert out.startswith(b"\\u65e5.flo: ")
+
+
+def test_without_a_working_folder(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = Path("gone").absolute()
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert call(["doctor"]) == 1
+    assert "working folder cannot be used (No such file or directory)" in one_line(capsys)
 
 
 def test_quiet_is_quiet(tiny: str, capsys: Capture) -> None:
