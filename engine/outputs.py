@@ -65,6 +65,8 @@ def named_outputs(outputs: PathLike | Iterable[PathLike], stem: str) -> list[str
                 raise UsageError(f"{path} is given twice as an output{again}")
             require_apart(path, before, "another output")
             require_apart(before, path, "another output")
+            for one, other in ((path, before), (before, path)):  # nor in what is renamed to the other one in the end
+                require_apart(one, f"{other}.partial", f"the unfinished {other}")
         require_outside_stores(path)
     return paths
 
