@@ -6,7 +6,6 @@ Numbers are finite, so that the whole is strictly valid JSON.
 
 from __future__ import annotations
 
-import glob
 import math
 import os
 import pickle
@@ -24,6 +23,7 @@ from flowreel import sinks
 from flowreel.engine.config import SelectConfig
 from flowreel.engine.data import JSON, UNKNOWN_ABOVE
 from flowreel.engine.errors import SourceNotFoundError, UnsupportedSourceError
+from flowreel.engine.files import as_glob
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -66,7 +66,7 @@ def _kind(name: str) -> tuple[str, Callable[[str], Facts]]:
     if not os.path.lexists(path):
         if name == "baseline":
             return "weights", _weights
-        if glob.has_magic(name):
+        if as_glob(name) is not None:
             return "images", _images
         raise SourceNotFoundError(f"nothing is at {name}: expected {KNOWN_KINDS}")
     if path.is_dir():

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowreel.engine.data import FlowReader
 from flowreel.engine.errors import FlowFileError, SourceNotFoundError, StoreError, UsageError
-from flowreel.engine.files import natural_order
+from flowreel.engine.files import as_glob, leads_nowhere, natural_order
 from flowreel.sinks.flow_readers import FileFlows, StoreFlows
 from flowreel.sinks.store_reader import open_store
 
@@ -166,11 +166,17 @@ def _find(name: str) -> tuple[list[Path], bool]:
     elif os.path.lexists(place):
         return [place], True
     else:
-        found = [Path(match) for match in glob.glob(name, recursive=True)]
+        pattern = as_glob(name)
+        found = [Path(match) for match in glob.glob(pattern, recursive=True)] if pattern else []
         if not found:
-            missing = "nothing matches" if glob.has_magic(name) else "nothing is at"
+            missing = "nothing matches" if pattern else "nothing is at"
             raise SourceNotFoundError(f"{missing} {name}: expected a flow store, or files such as {_known_forms()}")
-    return [path for path in found if not path.name.startswith(".") and path.is_file()], False
+    shown = [path for path in found if not path.name.startswith(".")]
+    if lost := [
+        path for path in shown if _kind(path) in FLOW_FILES and leads_nowhere(path)
+    ]:  # to leave one out would shift the others
+        raise SourceNotFoundError(f"{min(lost, key=natural_order)} is a link to a file that is not there")
+    return [path for path in shown if path.is_file()], False
 
 
 def _listed(names: list[str]) -> list[Path]:

@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 from flowreel.engine.config import SelectConfig
 from flowreel.engine.data import RandomAccess, Source, SourceId
 from flowreel.engine.errors import FlowreelError, SourceNotFoundError, UnsupportedSourceError, UsageError
+from flowreel.engine.files import as_glob
 
 STDIN = "-"
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp"})
@@ -49,15 +50,14 @@ def lasting_name(name: str | os.PathLike[str]) -> str:
         raise UsageError("the source's name is empty")
     if _is_stdin(text) or is_synthetic(text) or os.path.isabs(text):
         return text
-    if os.path.lexists(text) or not glob.has_magic(text):
-        return os.path.abspath(text)
-    return os.path.join(glob.escape(os.getcwd()), text)
+    pattern = None if os.path.lexists(text) else as_glob(text)
+    return os.path.abspath(text) if pattern is None else os.path.join(glob.escape(os.getcwd()), pattern)
 
 
 def _is_images(name: str) -> bool:
     if os.path.exists(name):  # before the glob: a file may well be called clip[1].mp4
         return os.path.isdir(name) or Path(name).suffix.lower() in IMAGE_SUFFIXES
-    return glob.has_magic(name)
+    return as_glob(name) is not None
 
 
 def image_folder(name: str | os.PathLike[str]) -> str | None:
@@ -157,5 +157,5 @@ def source_stem(name: str | os.PathLike[str]) -> str:
         return Path(text).stem
     folder = Path(text)
     if not folder.is_dir():
-        folder = min(map(Path, glob.glob(text, recursive=True)), default=folder).parent
+        folder = min(map(Path, glob.glob(as_glob(text) or text, recursive=True)), default=folder).parent
     return Path(os.path.abspath(folder)).name or "flow"  # the root folder has no name

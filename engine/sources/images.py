@@ -25,7 +25,7 @@ from flowreel.engine.errors import (
     UnsupportedSourceError,
     UsageError,
 )
-from flowreel.engine.files import natural_order
+from flowreel.engine.files import as_glob, leads_nowhere, natural_order
 from flowreel.engine.sources import IMAGE_SUFFIXES
 from flowreel.engine.sources.fingerprint import last_change, source_id
 from flowreel.engine.sources.timecode import select_frames
@@ -60,19 +60,24 @@ def open_images(name: str, select: SelectConfig, device: str = "cpu") -> ImageSo
 
 
 def find_images(name: str) -> list[Path]:
-    """The image files of a folder, or those that a glob matches, in natural order. Hidden files are left out."""
+    """The image files of a folder, or those that a glob matches, in natural order. Hidden files are left out.
+
+    Raises SourceNotFoundError when there is none, or one is a link to nothing: without it flow would leave a frame out.
+    """
     place = Path(name)
     if place.is_dir():
         found = list(place.iterdir())
     elif place.exists():
         found = [place]
     else:
-        found = [Path(match) for match in glob.glob(name, recursive=True)]
+        found = [Path(match) for match in glob.glob(as_glob(name) or name, recursive=True)]
     images = [path for path in found if _is_image(path)]
     if not images:
         kinds = " ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
         verb = "holds" if place.is_dir() else "matches"
         raise SourceNotFoundError(f"{name} {verb} no images; looked for {kinds}{_what_else(place, found)}")
+    if lost := [path for path in images if leads_nowhere(path)]:
+        raise SourceNotFoundError(f"{min(lost, key=natural_order)} is a link to a file that is not there")
     return sorted(images, key=natural_order)
 
 
@@ -135,12 +140,16 @@ class ImageSource:
         return size
 
     def _gaps(self) -> Iterator[str]:
-        """What to say where the names are those of a sequence of which some are missing."""
+        """What to say where the names are those of a sequence of which some are missing, or there twice."""
         parts = [re.split(r"([0-9]+)(?!.*[0-9])", self._paths[number].stem) for number in self._wanted]
         if any(len(part) != 3 or (part[0], part[2]) != (parts[0][0], parts[0][2]) for part in parts):
             return  # of other kinds of names
         numbers = np.array([int(part[1]) for part in parts], object)
         steps = np.diff(numbers)
+        if (same := np.flatnonzero(steps == 0)).size:  # say, each as .jpg and as .png
+            one, other = (self._paths[self._wanted[same[0] + place]].name for place in (0, 1))
+            more = f", as do {len(same) - 1} more" if len(same) > 1 else ""
+            yield f"{one} and {other} bear one number{more}: both are taken, flow goes from one to the other"
         if min(steps) > 0 and (wide := np.flatnonzero(steps > min(steps))).size:
             before, after = (self._paths[self._wanted[wide[0] + place]].name for place in (0, 1))
             gaps = "a gap" if len(wide) == 1 else f"{len(wide)} gaps, the first"
@@ -289,4 +298,8 @@ def _expect_size(path: Path, size: tuple[int, int], first: Path, expected: tuple
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+    return (
+        path.suffix.lower() in IMAGE_SUFFIXES
+        and not path.name.startswith(".")
+        and (path.is_file() or leads_nowhere(path))
+    )

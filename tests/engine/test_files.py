@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flowreel.engine.files import cache_folder, natural_order
+from flowreel.engine.files import as_glob, cache_folder, natural_order
 
 
 def test_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,6 +31,26 @@ def test_of_a_user_whom_the_system_does_not_know(monkeypatch: pytest.MonkeyPatch
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     assert not cache_folder("kernels").is_absolute()
+
+
+def test_a_folder_that_is_there_is_no_glob(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "clip[1]" / "a*").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for name, pattern in {
+        "clip[1]/x.png": None,
+        "clip[1]/*.png": "clip[[]1]/*.png",
+        "clip[1]/a*/b?": "clip[[]1]/a[*]/b?",
+        "clip[1]/b*/x.png": "clip[[]1]/b*/x.png",
+        "clip[1]": None,
+        "clip[2]/x.png": "clip[2]/x.png",
+        "*.png": "*.png",
+        "x.png": None,
+        "": None,
+        "/*": "/*",
+        f"{tmp_path}/clip[1]/*": f"{tmp_path}/clip[[]1]/*",
+    }.items():
+        assert as_glob(name) == pattern
+        assert pattern is None or as_glob(pattern) == pattern
 
 
 def test_natural_order() -> None:

@@ -122,6 +122,20 @@ def test_globs_lists_and_single_files(folder: Path) -> None:
     assert list(open_flows([folder]).names) == list(open_flows(folder).names)
 
 
+def test_a_link_to_nothing_is_not_left_out(folder: Path) -> None:
+    (folder / "picture.png").symlink_to("nowhere")  # beside the flow
+    (folder / "frame5.flo").unlink()
+    (folder / "frame5.flo").symlink_to("nowhere")
+    for name in (folder, str(folder / "*.flo")):
+        with pytest.raises(SourceNotFoundError, match=r"frame5\.flo is a link to a file that is not there"):
+            open_flows(name)
+
+
+def test_a_glob_in_a_folder_whose_name_looks_like_one(folder: Path) -> None:
+    odd = folder.rename(folder.with_name("clip[1]"))
+    assert list(open_flows(str(odd / "frame1[12].flo")).names) == ["frame11.flo", "frame12.flo"]
+
+
 def test_start_and_stop_keep_the_numbers(folder: Path) -> None:
     reader = open_flows(folder, start=2, stop=-8)
     _, frames, times_s = read_all(reader)

@@ -18,7 +18,7 @@ from flowreel.engine.errors import (
     UnsupportedSourceError,
     UsageError,
 )
-from flowreel.engine.sources import open_source
+from flowreel.engine.sources import lasting_name, open_source, source_stem
 from flowreel.engine.sources.images import find_images, read_rgb
 
 WIDTH, HEIGHT = 6, 4
@@ -126,6 +126,36 @@ class TestWhichFiles:
         assert not any("gap" in note for note in open_source(tmp_path, SelectConfig(stop=2)).notes)
         grey(tmp_path / "other.png", 1)
         assert not any("gap" in note for note in open_source(tmp_path).notes)
+
+    def test_images_of_one_number_are_told(self, tmp_path: Path) -> None:
+        for name in ("f1.png", "f1.jpg", "f2.png", "f2.jpg"):
+            grey(tmp_path / name, 1)
+        expected = "f1.jpg and f1.png bear one number, as do 1 more: both are taken, flow goes from one to the other"
+        assert expected in open_source(tmp_path).notes
+        assert not any("bear one" in note for note in open_source(str(tmp_path / "*.png")).notes)
+
+    def test_a_link_to_nothing_is_not_left_out(self, tmp_path: Path) -> None:
+        for number in (1, 2):
+            grey(tmp_path / f"{number}.png", 1)
+        (tmp_path / ".3.png").symlink_to("nowhere")  # as some editors make
+        assert len(list(open_source(tmp_path))) == 2
+        (tmp_path / "3.png").symlink_to("nowhere")
+        for name in (tmp_path, tmp_path / "*.png"):
+            with pytest.raises(SourceNotFoundError, match=r"3\.png is a link to a file that is not there"):
+                open_source(name)
+
+    def test_a_glob_in_a_folder_whose_name_looks_like_one(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "[a]" / "clip[1]").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / "[a]")
+        for number in (1, 2):
+            grey(Path(f"clip[1]/{number}.png"), number)
+        for name in ("clip[1]/*.png", "clip[1]/[12].png", lasting_name("clip[1]/*.png")):
+            assert first_levels(list(open_source(name))) == [1, 2]
+            assert source_stem(name) == "clip[1]"
+        with pytest.raises(SourceNotFoundError, match="there is no file"):
+            open_source("clip[1]/other.mp4")
 
     def test_real_pair(self, data_dir: Path) -> None:
         source = open_source(data_dir / "pairs" / "chairs_1")
