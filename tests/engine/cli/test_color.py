@@ -141,5 +141,5 @@ def test_ctrl_c_ends_with_130_and_no_video(tmp_path: Path) -> None:
 def test_help_has_examples(capsys: Capture) -> None:
     assert call(["color", "--help"]) == 0
     said = plain(capsys.readouterr().out)
-    for words in ("flowreel color *.flo -o colors -v -r 30", "--max-flow", "a store's own"):
+    for words in ("flowreel color *.flo -o colors -v -r 30", "--max-flow", "30 for files"):
         assert words in said
