@@ -552,6 +552,17 @@ def test_later_failures_are_notes_of_the_first() -> None:
     assert all("also failed" in line for line in told[1:])
 
 
+def test_items_that_tell_no_frame_leave_the_last_one_known() -> None:
+    def counting(items: Iterator[Item]) -> Iterator[int]:
+        for item in items:
+            yield item.last_frame
+        raise Boom
+
+    with pytest.raises(StageError) as caught:
+        list(Pipeline("source", map(Item, range(9)), [Stage("a", counting)]))
+    assert caught.value.frame == 8
+
+
 def test_a_failure_in_an_inner_pipeline_keeps_its_place() -> None:
     def outer(items: Iterator[Item]) -> Iterator[Item]:
         return Pipeline("inner source", items, [Stage("inner", failing("middle"))]).stream()
@@ -621,6 +632,7 @@ def test_a_failure_elsewhere_ends_a_blocked_take_and_put(blocked: str) -> None:
     with pytest.raises(StageError) as caught:
         pipeline.run({"sink": sink})
     assert caught.value.stage == "sink"
+    assert not hasattr(caught.value, "__notes__")  # the source did not wait in vain
     assert seen == [Cancelled if blocked == "take" else GeneratorExit]
 
 
@@ -733,6 +745,20 @@ def test_stop_from_a_stage() -> None:
     pipeline.stop()
 
 
+def test_stop_where_nobody_takes() -> None:
+    """Items that are dropped meet no channel: whoever gives them has to look."""
+
+    def source() -> Iterator[int]:
+        yield 0
+        pipeline.stop()
+        yield 1
+        raise Boom("went on")
+
+    pipeline = Pipeline("source", source())
+    with pytest.raises(Cancelled):
+        pipeline.run()
+
+
 @pytest.mark.parametrize("by_run", [True, False], ids=["run", "stream"])
 def test_nothing_is_called_after_a_stop_before_the_start(by_run: bool) -> None:
     called: list[Any] = []
@@ -792,8 +818,9 @@ def test_ctrl_c_while_everything_waits(by_run: bool) -> None:
             left.set()
 
     pipeline = Pipeline("source", source(), [Stage("a", stage)])
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as caught:
         pipeline.run({"sink": drain}) if by_run else drain_and_close(pipeline.stream())
+    assert not hasattr(caught.value, "__notes__")  # the source did not wait in vain
 
 
 @pytest.mark.usefixtures("no_collection")
