@@ -228,7 +228,7 @@ def read_rgb(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
             raise UnsupportedSourceError(f"{path} cannot be decoded: {error}") from error
         turned = image if upright is None else image.transpose(upright)
         if turned.mode.startswith("I"):  # convert() would clip these to 255 instead of scaling
-            grey = np.minimum(np.asarray(turned).astype(np.int64) >> 8, 255).astype(np.uint8)
+            grey = np.clip(np.asarray(turned).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
             return np.repeat(grey[:, :, None], 3, axis=2)
         if turned.mode == "P":  # a palette with transparency loses it only by way of RGBA without a warning
             turned = turned.convert("RGBA")

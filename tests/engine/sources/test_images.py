@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +158,12 @@ class TestWhichFiles:
         with pytest.raises(SourceNotFoundError, match="there is no file"):
             open_source("clip[1]/other.mp4")
 
+    @pytest.mark.parametrize("names", [["a", "b", "c"], ["1", "01", "2"]])
+    def test_names_that_are_no_sequence_have_no_gaps(self, tmp_path: Path, names: list[str]) -> None:
+        for name in names:
+            grey(tmp_path / f"{name}.png", 1)
+        assert not any("gap" in note for note in open_source(tmp_path).notes)
+
     def test_real_pair(self, data_dir: Path) -> None:
         source = open_source(data_dir / "pairs" / "chairs_1")
         frames = list(source)
@@ -180,6 +187,9 @@ class TestHeader:
     def test_images_have_no_streams(self, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="no video stream 1"):
             open_source(tmp_path, SelectConfig(stream=1))
+        for number in range(2):
+            grey(tmp_path / f"{number}.png", number)
+        assert len(list(open_source(tmp_path, SelectConfig(stream=0)))) == 2
 
     def test_closed_source_gives_no_more(self, tmp_path: Path) -> None:
         for number in range(3):
@@ -236,6 +246,10 @@ class TestPixels:
         assert np.array_equal(rgb[..., 0], values >> 8)
         assert np.array_equal(rgb[..., 0], rgb[..., 2])
 
+    def test_grey_beyond_16_bits_is_cut_off(self, tmp_path: Path) -> None:
+        Image.fromarray(np.array([[-70000, -1, 0x1234, 1 << 16, 1 << 30]], np.int32)).save(tmp_path / "a.tif")
+        assert read_rgb(tmp_path / "a.tif")[0, :, 0].tolist() == [0, 0, 0x12, 255, 255]
+
     def test_16_bit_rgb_is_scaled(self, tmp_path: Path) -> None:
         import cv2
 
@@ -257,7 +271,9 @@ class TestPixels:
         image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
         image.putdata([0, 1, 2])
         image.save(tmp_path / "a.png", **({} if transparency is None else {"transparency": transparency}))
-        assert read_rgb(tmp_path / "a.png").tolist() == [[[255, 0, 0], [0, 255, 0], [0, 0, 255]]]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert read_rgb(tmp_path / "a.png").tolist() == [[[255, 0, 0], [0, 255, 0], [0, 0, 255]]]
 
     def test_one_bit(self, tmp_path: Path) -> None:
         Image.fromarray(np.array([[True, False]])).save(tmp_path / "a.png")
