@@ -141,7 +141,7 @@ def _y4m_end(file: BinaryIO, size: int) -> int:
         marker = file.readline(y4m.LONGEST_LINE)
         if not y4m.MARKER.startswith(marker[: len(y4m.MARKER)]):
             return 0
-        position += len(marker) + (0 if marker.endswith(b"\n") else 1) + header.frame_bytes
+        position += len(marker) + header.frame_bytes
     return position
 
 
