@@ -71,6 +71,7 @@ def test_numbers_beyond_all_frames(select: dict[str, int]) -> None:
         (SelectConfig(start="0.1s"), range(3, 10)),  # 0.1 lies between frames 2 and 3
         (SelectConfig(start="0.12s", stop="0.2s"), range(3, 5)),  # on the frame: start takes it, stop does not
         (SelectConfig(stop="1:00"), range(10)),
+        (SelectConfig(stop=99), range(10)),
     ],
 )
 def test_selection(select: SelectConfig, expected: range) -> None:
@@ -82,6 +83,8 @@ def test_selection_that_makes_no_sense() -> None:
     times = np.arange(10) / 25
     with pytest.raises(UsageError, match="must be later"):
         select_frames(SelectConfig(start="2s", stop="1s"), times, "x")
+    with pytest.raises(UsageError, match="must be later"):
+        select_frames(SelectConfig(start="0.2s", stop="0.2s"), times, "x")
     with pytest.raises(TooFewFramesError, match="x has 10 frames, of which start, stop and step leave 1"):
         select_frames(SelectConfig(start="0.1s", stop=4), times, "x")
     with pytest.raises(TooFewFramesError, match="x has 0 frames: flow needs"):
@@ -137,6 +140,18 @@ class TestTimeline:
     def test_what_comes_before_the_first_stamp_counts_back_from_it(self) -> None:
         timeline = Timeline.from_packets([NO_STAMP, NO_STAMP, 1000, 1004], TICK, RATE)
         assert timeline.times_s == pytest.approx([9.92, 9.96, 10.00, 10.04])
+
+    def test_without_any_stamp_the_first_frame_is_shown_at_0(self) -> None:
+        timeline = Timeline.from_packets([NO_STAMP] * 3, TICK, RATE)
+        assert timeline.times_s == pytest.approx([0, 0.04, 0.08])
+
+    def test_stamps_that_are_filled_in_keep_the_order(self) -> None:
+        timeline = Timeline.from_packets([108, NO_STAMP, 104], TICK, RATE)
+        assert timeline.times_s == pytest.approx([1.04, 1.08, 1.12])
+
+    def test_a_time_of_decoding_that_is_missing_or_near_tells_no_jump(self) -> None:
+        timeline = Timeline.from_packets([1, 5, 9, 13], TICK, RATE, decoded=[1, NO_STAMP, 15, 13], keys=[0])
+        assert timeline.stamps is not None
 
     def test_repeated_stamps_tell_no_number(self) -> None:
         timeline = Timeline.from_packets([0, 4, 4, 8], TICK, RATE)

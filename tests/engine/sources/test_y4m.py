@@ -137,6 +137,7 @@ def test_it_is_a_source_that_may_wait_and_is_read_once(opened: Opened) -> None:
     assert isinstance(source, MayWait)
     assert source.decoder == "YUV4MPEG2 (420jpeg)"
     assert source.info.source.name == "stdin"
+    assert source.notes == opened(stream(6, HEADER.replace(b"Ip A1:1", b"I A0:0"))).notes  # which tell nothing more
     assert len(list(source)) == 6
     with pytest.raises(RuntimeError, match="once"):
         iter(source)
@@ -152,6 +153,7 @@ def test_markers_may_say_more(opened: Opened) -> None:
     [
         (b"YUV4MPEG2 W33 H18 C420", "25 frames per second are assumed"),
         (b"YUV4MPEG2 W33 H18 F0:0 C420", "25 frames per second are assumed"),
+        (b"YUV4MPEG2 W33 H18 F0:1 C420", "25 frames per second are assumed"),
         (b"YUV4MPEG2 W33 H18 F25:1 It C420", "interlaced"),
         (b"YUV4MPEG2 W33 H18 F25:1 A16:15 C420", "not square (16:15)"),
         (b"YUV4MPEG2 W33 H18 F25:1 C420", "BT601"),
@@ -223,7 +225,7 @@ def test_fewer_than_two_frames(data: bytes, select: dict[str, int], words: str, 
 
 @pytest.mark.parametrize(
     ("select", "error"),
-    [({"stop": 1}, TooFewFramesError), ({"start": "1s", "stop": "0.5s"}, UsageError), ({"start": "soon"}, UsageError)],
+    [({"stop": 1}, TooFewFramesError), ({"start": "1s", "stop": "1s"}, UsageError), ({"start": "soon"}, UsageError)],
 )
 def test_an_impossible_selection_is_told_of_at_once(
     select: dict[str, int | str], error: type[SourceError], opened: Opened
@@ -302,6 +304,14 @@ def test_stdin_by_name(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(list(open_source("-", SelectConfig(stop=2)))) == 2
     with pytest.raises(UsageError, match="stream 1"):
         open_source("-", SelectConfig(stream=1))
+
+
+def test_stdin_holds_stream_0(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = pipe
+    writing.write(stream(3))
+    writing.close()
+    monkeypatch.setattr("sys.stdin", reading)
+    assert len(list(open_source("-", SelectConfig(stream=0)))) == 3
 
 
 def test_a_terminal_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
