@@ -20,12 +20,11 @@ from flowreel.engine.data import FlowBatch, FlowInfo, Frame, OneFileAFlow, Resum
 from flowreel.engine.device import Streams, device_name, download, resolve_device, upload
 from flowreel.engine.errors import OutputExistsError, TooFewFramesError, TruncatedSourceError, UsageError
 from flowreel.engine.export import export
+from flowreel.engine.files import PathLike
 from flowreel.engine.inference import Inference, Network, load_network
 from flowreel.engine.options import RunOptions
 from flowreel.engine.outputs import (
-    FLO_HEADER_BYTES,
     OutputReport,
-    PathLike,
     ProgressHook,
     Tally,
     is_finished,
@@ -374,7 +373,7 @@ def _report(
 ) -> RunReport:
     began_s, started_s, ended_s = times_s
     flows, seconds = tallies[0].flows, ended_s - started_s
-    flo_bytes = flows * (FLO_HEADER_BYTES + header.flow_bytes)
+    flo_bytes = flows * header.flo_bytes
     notes = [*frames.notes, *inference.notes]
     if frames.losses:
         notes += [f"taken as the whole although {loss}" for loss in frames.losses]

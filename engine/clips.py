@@ -30,10 +30,10 @@ from flowreel.engine.config import RunConfig, as_whole
 from flowreel.engine.data import UNKNOWN_ABOVE, SourceId
 from flowreel.engine.device import to_device
 from flowreel.engine.errors import SourceChangedError, StoreError, UsageError
+from flowreel.engine.files import PathLike
 from flowreel.engine.inference import Network, load_network
 from flowreel.engine.lazy import LazyFlow, refuse_fork
 from flowreel.engine.options import ClipOptions
-from flowreel.engine.outputs import PathLike
 from flowreel.engine.sources import lasting_name
 from flowreel.sinks import FlowStore
 

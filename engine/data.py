@@ -85,6 +85,11 @@ class FlowInfo:
         return 8 * self.height * self.width
 
     @property
+    def flo_bytes(self) -> int:
+        """Bytes of one flow field as a ``.flo`` file, which begins with a tag, the width and the height."""
+        return 12 + self.flow_bytes
+
+    @property
     def stored_size(self) -> tuple[int, int]:
         """(height, width) of what a store keeps of each flow."""
         return (self.height, self.width) if self.native is None else (self.native.height, self.native.width)

@@ -17,11 +17,10 @@ import torch
 from flowreel.engine.config import RunConfig, SinkConfig
 from flowreel.engine.data import FlowBatch, FlowReader, Sink
 from flowreel.engine.errors import UsageError
+from flowreel.engine.files import PathLike
 from flowreel.engine.options import ExportOptions
 from flowreel.engine.outputs import (
-    FLO_HEADER_BYTES,
     OutputReport,
-    PathLike,
     ProgressHook,
     Tally,
     named_outputs,
@@ -109,7 +108,7 @@ def export(
         for sink in sinks:
             sink.commit()
         seconds = time.perf_counter() - started_s
-        flo_bytes = tallies[0].flows * (FLO_HEADER_BYTES + flows.info.flow_bytes)
+        flo_bytes = tallies[0].flows * flows.info.flo_bytes
         return ExportReport(
             flows=tallies[0].flows,
             seconds=seconds,

@@ -7,6 +7,8 @@ import os
 import re
 from pathlib import Path
 
+PathLike = str | os.PathLike[str]
+
 
 def natural_order(path: Path) -> tuple[list[int | str], str]:
     """Sort key under which numbers inside names count as numbers, in every part of the path."""

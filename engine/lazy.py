@@ -29,10 +29,10 @@ from flowreel.engine.config import RunConfig
 from flowreel.engine.data import FlowBatch, SourceId
 from flowreel.engine.device import to_device, to_host
 from flowreel.engine.errors import DeviceError, MissingDependencyError, SourceChangedError, StageError, UsageError
+from flowreel.engine.files import PathLike
 from flowreel.engine.frame_reader import FrameReader
 from flowreel.engine.inference import Network, load_network
 from flowreel.engine.options import LazyOptions
-from flowreel.engine.outputs import PathLike
 from flowreel.engine.pairing import batches_of, planned
 from flowreel.engine.pipeline import OneAtATime
 from flowreel.engine.sources import lasting_name, open_random_access

@@ -12,12 +12,11 @@ from typing import Protocol
 from flowreel.engine.data import DeviceSink, FlowBatch, FlowInfo, LandingSink, OneFileAFlow, Resumable, Sink
 from flowreel.engine.device import download
 from flowreel.engine.errors import FrameSizeError, TruncatedSourceError, UsageError
+from flowreel.engine.files import PathLike
 from flowreel.engine.places import require_apart, require_outside_stores
 from flowreel.engine.stages import StageStatistics
 
-PathLike = str | os.PathLike[str]
 ProgressHook = Callable[["Progress"], None]
-FLO_HEADER_BYTES = 12
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from flowreel.engine.errors import OutputExistsError, OutputWriteError, UsageError
+from flowreel.engine.files import PathLike
 from flowreel.engine.sources import IMAGE_SUFFIXES, image_folder
-
-PathLike = str | os.PathLike[str]
 
 
 def require_apart(path: PathLike, other: PathLike, what: str) -> None:

@@ -27,9 +27,10 @@ from flowreel.engine.errors import (
     UsageError,
     WeightsMismatchError,
 )
+from flowreel.engine.files import PathLike
 from flowreel.engine.inference import Network, load_network
 from flowreel.engine.models.weights import read_weights
-from flowreel.engine.outputs import PathLike, Progress, ProgressHook, teller
+from flowreel.engine.outputs import Progress, ProgressHook, teller
 from flowreel.engine.pairing import batches
 from flowreel.engine.sources import STDIN, open_source
 from flowreel.engine.stages import StageStatistics

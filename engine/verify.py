@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from flowreel.engine.errors import StoreError
+from flowreel.engine.files import PathLike
 from flowreel.sinks import open_store
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Verification:
         return {"sound": self.sound} | asdict(self) | {"findings": [asdict(finding) for finding in self.findings]}
 
 
-def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> Verification:
+def verify(path: PathLike, progress: Progress | None = None) -> Verification:
     """Reads every chunk of a flow store, finished or not, and says what is wrong with it.
 
     A store that is not there or cannot be opened is a finding, too, so that the others of a list are still read.

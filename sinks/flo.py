@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flowreel.engine.errors import FlowFileError
+from flowreel.engine.files import PathLike
 from flowreel.sinks.numbered import (
     LONGEST_SIDE,
     FlowFiles,
@@ -33,7 +34,7 @@ HEADER_BYTES = 12
 MAPPED_FROM_BYTES = 32 << 20  # larger files are mapped: a slice of a huge field then reads only its own pages
 
 
-def read_flo(path: str | os.PathLike[str]) -> npt.NDArray[np.float32]:
+def read_flo(path: PathLike) -> npt.NDArray[np.float32]:
     """Read a ``.flo`` file.
 
     Returns:
@@ -56,7 +57,7 @@ def read_flo(path: str | os.PathLike[str]) -> npt.NDArray[np.float32]:
     return np.asarray(flow, dtype=np.float32).reshape(height, width, 2)
 
 
-def _read_size(path: str | os.PathLike[str], header: bytes, file_bytes: int) -> tuple[int, int]:
+def _read_size(path: PathLike, header: bytes, file_bytes: int) -> tuple[int, int]:
     """Height and width in pixels, once tag, size and length have been found to agree."""
     name = os.fspath(path)
     if len(header) < HEADER_BYTES:
@@ -81,7 +82,7 @@ def flo_bytes(height: int, width: int) -> int:
     return HEADER_BYTES + 8 * height * width
 
 
-def write_flo(path: str | os.PathLike[str], flow: npt.ArrayLike | Tensor) -> None:
+def write_flo(path: PathLike, flow: npt.ArrayLike | Tensor) -> None:
     """Write flow as a ``.flo`` file, which appears whole or not at all and replaces one of that name.
 
     Args:

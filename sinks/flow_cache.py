@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flowreel.engine.errors import CacheMismatchError, DamagedStoreError, StoreError
+from flowreel.engine.files import PathLike
 from flowreel.sinks import publish
 from flowreel.sinks.codecs import flow_codec
 from flowreel.sinks.compressors import compress
@@ -54,7 +55,7 @@ _FLOW = re.compile(r"c\.(\d+)\.0\.0\.0")
 _STALE_S = 3600.0  # a file that has been unfinished for so long is of a process that was killed
 
 
-def open_cache(path: str | os.PathLike[str], info: FlowInfo, config: SinkConfig, flows: Placed) -> FlowCache:
+def open_cache(path: PathLike, info: FlowInfo, config: SinkConfig, flows: Placed) -> FlowCache:
     """Opens a cache, or makes an empty one where nothing is.
 
     Args:

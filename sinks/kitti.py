@@ -17,6 +17,7 @@ import av
 import numpy as np
 
 from flowreel.engine.errors import FlowFileError
+from flowreel.engine.files import PathLike
 from flowreel.sinks.color_png import PNG_RGB, PNG_SIGNATURE, png_pieces
 from flowreel.sinks.numbered import (
     UNKNOWN,
@@ -45,7 +46,7 @@ FILTERS = {0, 1, 2, 3, 4}  # each row begins with the number of its own
 INFLATE_BLOCK_BYTES = 1 << 20
 
 
-def read_kitti(path: str | os.PathLike[str]) -> tuple[Float32Array, BoolArray]:
+def read_kitti(path: PathLike) -> tuple[Float32Array, BoolArray]:
     """Read a KITTI flow picture.
 
     Returns:
@@ -78,7 +79,7 @@ def read_kitti(path: str | os.PathLike[str]) -> tuple[Float32Array, BoolArray]:
     return flow, valid
 
 
-def write_kitti(path: str | os.PathLike[str], flow: npt.NDArray[np.floating[Any]]) -> None:
+def write_kitti(path: PathLike, flow: npt.NDArray[np.floating[Any]]) -> None:
     """Write flow as a KITTI picture, which appears whole or not at all and replaces one of that name.
 
     Args:

@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from flowreel.engine.errors import FlowFileError
+from flowreel.engine.files import PathLike
 from flowreel.sinks.numbered import (
     FlowFiles,
     NumberedFilesSink,
@@ -46,7 +47,7 @@ ENCRYPTED = 0x1  # flag of a zip's entry
 _BROKEN = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, OverflowError, RuntimeError)
 
 
-def read_flow_npz(path: str | os.PathLike[str]) -> Float32Array:
+def read_flow_npz(path: PathLike) -> Float32Array:
     """Read the flow in an ``.npz``: the array ``flow``, or else the only one of its kind, whatever its name.
 
     What the file says about itself is checked before memory is taken for it, and nothing in it is unpickled.
@@ -76,7 +77,7 @@ def read_flow_npz(path: str | os.PathLike[str]) -> Float32Array:
 
 
 def write_flow_npz(
-    path: str | os.PathLike[str],
+    path: PathLike,
     flow: npt.NDArray[np.floating[Any]],
     *,
     frame: int | None = None,

@@ -30,6 +30,7 @@ from flowreel.engine.errors import (
     UnknownOutputError,
     concerning,
 )
+from flowreel.engine.files import PathLike
 from flowreel.sinks.parallel import OrderedPool, file_workers
 from flowreel.sinks.publish import (
     atomic_file,
@@ -295,7 +296,7 @@ class NumberedFilesSink(ABC):
                 self._lost[what] = (before + vectors, first)
 
 
-def write_flow_file(path: str | os.PathLike[str], pieces: Sequence[Piece]) -> None:
+def write_flow_file(path: PathLike, pieces: Sequence[Piece]) -> None:
     """Writes one file by itself, which appears whole or not at all."""
     if not Path(path).name:
         raise OutputWriteError(f"cannot write {path!r}: it is a folder")
@@ -326,7 +327,7 @@ def require_size(name: str, height: int, width: int) -> None:
 
 
 @contextmanager
-def read_errors(path: str | os.PathLike[str], what: str) -> Iterator[None]:
+def read_errors(path: PathLike, what: str) -> Iterator[None]:
     """Turns the operating system's errors on reading ``what`` into SourceNotFoundError and FlowFileError.
 
     Also raises FlowFileError, before anything is opened, for what is no file.

@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from flowreel.engine.data import FlowReader
 from flowreel.engine.errors import FlowFileError, SourceNotFoundError, StoreError, UsageError
-from flowreel.engine.files import as_glob, leads_nowhere, natural_order
+from flowreel.engine.files import PathLike, as_glob, leads_nowhere, natural_order
 from flowreel.sinks.flow_readers import FileFlows, StoreFlows
 from flowreel.sinks.store_reader import open_store
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-PathLike = str | os.PathLike[str]
 SLOWEST, FASTEST = Fraction(1, 100_000), Fraction(1_000_000)  # frames per second: one a day, a burst
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from flowreel.engine.config import SinkConfig
 from flowreel.engine.errors import UnknownOutputError
+from flowreel.engine.files import PathLike
 
 if TYPE_CHECKING:
     from flowreel.engine.data import Sink
@@ -72,7 +73,7 @@ def find_output(name: str) -> Output:
     raise UnknownOutputError(f"no output format goes by the name {name!r}: expected one of {known}")
 
 
-def open_sink(name: str | os.PathLike[str], config: SinkConfig) -> Sink:
+def open_sink(name: PathLike, config: SinkConfig) -> Sink:
     """A sink for the output ``name``, its format told by the name's end. Nothing is written before its ``open``.
 
     Raises:
@@ -89,7 +90,7 @@ def known_outputs() -> tuple[tuple[str, str], ...]:
     return tuple((output.form, output.meaning) for output in OUTPUTS)
 
 
-def without_effect(names: Iterable[str | os.PathLike[str]], config: SinkConfig) -> list[str]:
+def without_effect(names: Iterable[PathLike], config: SinkConfig) -> list[str]:
     """A sentence for each option that is not at its default and that none of these outputs reads."""
     read = {option for name in names for option in find_output(os.fspath(name)).reads}
     told = []

@@ -26,6 +26,8 @@ from flowreel.engine.errors import (
     StoreNotFoundError,
     concerning,
 )
+from flowreel.engine.files import PathLike
+from flowreel.sinks.flo import flo_bytes
 from flowreel.sinks.parallel import OrderedPool
 from flowreel.sinks.publish import partial_path
 from flowreel.sinks.store_files import StoreFiles
@@ -52,7 +54,7 @@ DECODE_THREADS = min(4, os.cpu_count() or 1)  # a reader shares its machine with
 PARALLEL_FROM_BYTES = 16 << 20  # of float32; below it, starting the threads takes longer than they save
 
 
-def open_store(path: str | os.PathLike[str]) -> FlowStore:
+def open_store(path: PathLike) -> FlowStore:
     """Opens a flow store, or the unfinished ``X.zarr.partial`` when there is no ``X.zarr``; also a cache of
     ``flowreel.open``, of which the flows that have been computed can be read.
 
@@ -232,7 +234,7 @@ class FlowStore:
         _, _, height, width = self.shape
         available = self.stored
         disk_bytes = sum(map(_file_bytes, self.folder.rglob("*")))
-        flo_bytes = available * (12 + 8 * height * width)
+        as_flo = available * flo_bytes(height, width)
         return {
             "path": self.path,
             "complete": self.complete,
@@ -248,8 +250,8 @@ class FlowStore:
             "step": None if self._codec.lossless else self._codec.step,
             "shard_length": self.shard_length,
             "disk_bytes": disk_bytes,
-            "flo_bytes": flo_bytes,
-            "ratio": flo_bytes / disk_bytes,
+            "flo_bytes": as_flo,
+            "ratio": as_flo / disk_bytes,
         }
 
     def _gather(self, chosen: Selection, dtype: np.dtype[Any], take: Callable[[int, Array], None]) -> Array:

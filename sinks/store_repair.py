@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flowreel.engine.errors import DamagedStoreError, ResumeMismatchError, StoreError
+from flowreel.engine.files import PathLike
 from flowreel.sinks import publish
 from flowreel.sinks.chunk_pieces import Chunk
 from flowreel.sinks.shard_file import pack_shard
@@ -24,8 +25,6 @@ from flowreel.sinks.store_reader import open_store
 from flowreel.sinks.store_writer import pack_values, values_beside
 
 if TYPE_CHECKING:
-    import os
-
     import numpy.typing as npt
 
     from flowreel.engine.config import SinkConfig
@@ -68,7 +67,7 @@ class ShardRewriter:
     DamagedStoreError for metadata that cannot be believed; OutputWriteError.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: PathLike) -> None:
         try:
             self.store = open_store(path)
             if self.store.complete:

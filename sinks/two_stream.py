@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +18,7 @@ from PIL import Image
 
 from flowreel.engine.data import UNKNOWN_ABOVE
 from flowreel.engine.errors import FlowFileError, OutputError, UnknownOutputError, UsageError
+from flowreel.engine.files import PathLike
 from flowreel.sinks.color_png import png_pieces
 from flowreel.sinks.numbered import (
     UNKNOWN,
@@ -46,7 +46,7 @@ JPEG_LONGEST_SIDE = 65_500  # pixels; libjpeg's own
 MIDDLE = 127.5  # the level, before rounding, of no motion; as far as levels go to either side
 
 
-def read_two_stream(path: str | os.PathLike[str], bound: float = 20.0) -> Float32Array:
+def read_two_stream(path: PathLike, bound: float = 20.0) -> Float32Array:
     """Read a pair of two-stream pictures.
 
     Args:

@@ -46,14 +46,14 @@ def info(
             typer.echo(f"flowreel: {printable(said)}", err=True)
         answers.append(facts)
         if not as_json and "error" not in facts:
-            _print(facts, follows=len(answers) > 1)
+            print_facts(facts, follows=len(answers) > 1)
     if as_json:
         typer.echo(json.dumps(answers if len(path) > 1 else answers[0], indent=2, allow_nan=False))
     if any("error" in facts for facts in answers):
         raise typer.Exit(1)
 
 
-def _print(facts: Facts, follows: bool) -> None:
+def print_facts(facts: Facts, follows: bool = False) -> None:
     """Headings and aligned rows on stdout; colours only on a terminal, and no line is broken."""
     from rich.console import Console
     from rich.text import Text
@@ -251,7 +251,16 @@ def _other_groups(parts: Facts) -> Iterator[Group]:
 
 
 def _other_rows(facts: Facts) -> Rows:
-    return [_row(key, value) for key, value in facts.items() if value not in (None, [], {})]
+    return [row for key, value in facts.items() if value not in (None, [], {}) for row in _rows(key, value)]
+
+
+def _rows(key: str, value: Any) -> Iterator[tuple[str, str]]:
+    """A fact's row; of one that is a list of steps, such as a history of training, a row for each."""
+    if isinstance(value, list) and any(isinstance(part, dict) for part in value):
+        for number, part in enumerate(value, 1):
+            yield key.replace("_", " ") if number == 1 else "", f"{number}  {_plain(part)}"
+    else:
+        yield _row(key, value)
 
 
 def _row(key: str, value: Any) -> tuple[str, str]:
@@ -269,7 +278,7 @@ def _plain(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_plain(part)}" for key, part in value.items())
     if isinstance(value, list):
-        return ("; " if any(isinstance(part, dict) for part in value) else ", ").join(map(_plain, value))
+        return ", ".join(map(_plain, value))
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +11,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
+from flowreel.engine.cli import printable
 from flowreel.engine.cli.help import Command, Group
+from flowreel.engine.cli.info import print_facts
 from flowreel.engine.cli.options import Debug, Quiet
 from flowreel.engine.data import JSON
 from flowreel.engine.errors import UsageError
@@ -72,9 +73,7 @@ def info(
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
-    for name, value in facts.items():
-        if value not in (None, [], {}, "weights"):
-            typer.echo("\n".join(_lines(name, value)))
+    print_facts({"path": source, "kind": "weights", **facts})
 
 
 @weights_app.command(cls=Command, no_args_is_help=True)
@@ -106,7 +105,7 @@ def convert(
     from flowreel.engine.models.weights import convert as convert_file
 
     held = convert_file(source, output, half=half, overwrite=overwrite)
-    typer.echo(f"{_plain(str(output))}: {held.model}, licence: {_plain(held.licence)}, sha256 {held.sha256}")
+    typer.echo(f"{printable(str(output))}: {held.model}, licence: {printable(held.licence)}, sha256 {held.sha256}")
 
 
 @weights_app.command(cls=Command, no_args_is_help=True)
@@ -221,27 +220,3 @@ def _table(facts: list[dict[str, JSON]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
     return "\n".join(lines)
-
-
-def _lines(name: str, value: object, depth: int = 0) -> Iterator[str]:
-    """A fact; one of many parts, such as a history of training, has a line for each."""
-    margin, label = "  " * depth, _plain(name.replace("_", " "))
-    if isinstance(value, dict) and depth == 0:
-        yield label
-        for key, part in value.items():
-            yield from _lines(str(key), part, depth + 1)
-    elif isinstance(value, list) and any(isinstance(part, dict) for part in value):
-        yield f"{margin}{label}"
-        yield from (f"{margin}  {number}  {_plain(part)}" for number, part in enumerate(value, 1))
-    else:
-        yield f"{margin}{label:10}  {_plain(value)}"
-
-
-def _plain(value: object) -> str:
-    """For a person; what a file says of itself must not steer the terminal."""
-    if isinstance(value, dict):
-        return ", ".join(f"{_plain(key)} {_plain(part)}" for key, part in value.items())
-    if isinstance(value, list):
-        return ", ".join(map(_plain, value))
-    said = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return "".join(letter if letter.isprintable() else "?" for letter in said)

@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 from flowreel.engine.config import SelectConfig
 from flowreel.engine.data import RandomAccess, Source, SourceId
 from flowreel.engine.errors import FlowreelError, SourceNotFoundError, UnsupportedSourceError, UsageError
-from flowreel.engine.files import as_glob
+from flowreel.engine.files import PathLike, as_glob
 
 STDIN = "-"
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp"})
@@ -43,7 +43,7 @@ def is_synthetic(name: str) -> bool:
     return name.startswith("synthetic:")
 
 
-def lasting_name(name: str | os.PathLike[str]) -> str:
+def lasting_name(name: PathLike) -> str:
     """The same source by a name that means it from any working folder. Raises UsageError for an empty one."""
     text = os.fspath(name)
     if not text:
@@ -60,7 +60,7 @@ def _is_images(name: str) -> bool:
     return as_glob(name) is not None
 
 
-def image_folder(name: str | os.PathLike[str]) -> str | None:
+def image_folder(name: PathLike) -> str | None:
     """The folder whose images a source is, by its name; None for a source of another kind."""
     name = os.fspath(name)
     if _is_stdin(name) or is_synthetic(name) or not _is_images(name):
@@ -81,7 +81,7 @@ _KINDS: tuple[tuple[Callable[[str], bool], str, str], ...] = (
 )
 
 
-def open_source(name: str | os.PathLike[str], select: SelectConfig | None = None, device: str = "cpu") -> Source:
+def open_source(name: PathLike, select: SelectConfig | None = None, device: str = "cpu") -> Source:
     """Open a video file, a folder or glob of images, ``synthetic:NAME`` or ``-`` (stdin); the name decides which.
 
     Args:
@@ -105,7 +105,7 @@ def open_source(name: str | os.PathLike[str], select: SelectConfig | None = None
     raise AssertionError("the last kind takes every name")
 
 
-def open_random_access(name: str | os.PathLike[str], select: SelectConfig | None = None) -> RandomAccess:
+def open_random_access(name: PathLike, select: SelectConfig | None = None) -> RandomAccess:
     """``open_source`` of what can be read in any order. Raises UsageError for stdin, which passes by only once."""
     if os.fspath(name) == STDIN:
         raise UsageError("stdin passes by only once, so its flow cannot be had in any order: use stream or run")
@@ -114,7 +114,7 @@ def open_random_access(name: str | os.PathLike[str], select: SelectConfig | None
     return source
 
 
-def source_identity(name: str | os.PathLike[str]) -> SourceId:
+def source_identity(name: PathLike) -> SourceId:
     """Which input a name means: quickly, without opening it as a source.
 
     It is what the source's header tells, less its duration.
@@ -146,7 +146,7 @@ def source_identity(name: str | os.PathLike[str]) -> SourceId:
         raise UnsupportedSourceError(f"{text} cannot be read: {error.strerror or error}") from error
 
 
-def source_stem(name: str | os.PathLike[str]) -> str:
+def source_stem(name: PathLike) -> str:
     """What outputs are called after: a file without its ending, the images' folder, the scene, ``stdin``."""
     text = os.fspath(name)
     if _is_stdin(text):
