@@ -17,6 +17,7 @@ from flowreel.engine.claims import Claim
 from flowreel.engine.data import Resumable, Sink
 from flowreel.engine.errors import OutputBusyError, OutputExistsError, OutputWriteError, StageError
 from flowreel.engine.outputs import is_finished
+from flowreel.engine.publish import publish_bytes
 from flowreel.sinks import open_sink
 
 if TYPE_CHECKING:
@@ -108,13 +109,8 @@ class Ledger:
             "earlier": [entry for source, entry in self._former.items() if source not in self._reports],
             "made": self._made,
         }
-        temporary = Path(f"{self.path}.partial")
         try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(json.dumps(content, indent=2) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.path)
+            publish_bytes(self.path, json.dumps(content, indent=2).encode() + b"\n")
         except OSError as error:
             raise OutputWriteError(f"cannot write the manifest {self.path}: {error.strerror or error}") from error
 

@@ -17,11 +17,11 @@ import numpy as np
 
 from flowreel.engine.data import ColorBatch
 from flowreel.engine.errors import concerning
+from flowreel.engine.publish import publish_bytes, write_errors
 from flowreel.kernels.flow_color import flow_to_color
 from flowreel.sinks.numbered import UNKNOWN, FlowFiles, NumberedFilesSink, SingleFlow, known_vectors
 from flowreel.sinks.painting import painted
 from flowreel.sinks.parallel import OrderedPool, file_workers
-from flowreel.sinks.publish import publish_bytes, write_errors
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flowreel.engine import publish
 from flowreel.engine.errors import CacheMismatchError, DamagedStoreError, StoreError
 from flowreel.engine.files import PathLike
-from flowreel.sinks import publish
 from flowreel.sinks.codecs import flow_codec
 from flowreel.sinks.compressors import compress
 from flowreel.sinks.flows import Placed, coordinates

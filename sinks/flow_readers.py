@@ -18,7 +18,7 @@ import torch
 
 from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
 from flowreel.engine.errors import FlowFileError, FlowreelError, FrameSizeError
-from flowreel.sinks.publish import partial_path
+from flowreel.engine.publish import partial_path
 
 if TYPE_CHECKING:
     import numpy.typing as npt

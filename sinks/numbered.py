@@ -31,8 +31,7 @@ from flowreel.engine.errors import (
     concerning,
 )
 from flowreel.engine.files import PathLike
-from flowreel.sinks.parallel import OrderedPool, file_workers
-from flowreel.sinks.publish import (
+from flowreel.engine.publish import (
     atomic_file,
     claimed_file,
     drop_unfinished,
@@ -43,6 +42,7 @@ from flowreel.sinks.publish import (
     write_errors,
     write_unfinished,
 )
+from flowreel.sinks.parallel import OrderedPool, file_workers
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from flowreel.engine import publish
 from flowreel.engine.errors import OutputWriteError
-from flowreel.sinks import publish
 from flowreel.sinks.shard_maker import THREADS, Request, Setting, make
 from flowreel.sinks.shared_memory import Buffer, SharedMemory
 from flowreel.sinks.store_layout import COORDINATES

@@ -27,9 +27,9 @@ from flowreel.engine.errors import (
     concerning,
 )
 from flowreel.engine.files import PathLike
+from flowreel.engine.publish import partial_path
 from flowreel.sinks.flo import flo_bytes
 from flowreel.sinks.parallel import OrderedPool
-from flowreel.sinks.publish import partial_path
 from flowreel.sinks.store_files import StoreFiles
 from flowreel.sinks.store_layout import BESIDE_FLOW as BESIDE_FLOW
 from flowreel.sinks.store_layout import COORDINATES as COORDINATES

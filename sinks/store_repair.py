@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flowreel.engine import publish
 from flowreel.engine.errors import DamagedStoreError, ResumeMismatchError, StoreError
 from flowreel.engine.files import PathLike
-from flowreel.sinks import publish
 from flowreel.sinks.chunk_pieces import Chunk
 from flowreel.sinks.shard_file import pack_shard
 from flowreel.sinks.store_layout import COORDINATES, check_coordinate, coordinate_chunk, flow_shard, open_file

@@ -13,9 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
+from flowreel.engine import publish
 from flowreel.engine.claims import Claim
 from flowreel.engine.errors import OutputExistsError
-from flowreel.sinks import publish
 
 
 class StoreTarget(Protocol):

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from flowreel.engine import publish
 from flowreel.engine.errors import OutputWriteError, concerning
-from flowreel.sinks import publish
 from flowreel.sinks.chunk_pieces import Chunk
 from flowreel.sinks.compressors import compress
 from flowreel.sinks.parallel import OrderedPool

@@ -18,10 +18,10 @@ from torch import Tensor
 from flowreel.engine.claims import Claim
 from flowreel.engine.data import UNKNOWN_ABOVE, ColorBatch
 from flowreel.engine.errors import DeviceError, OutputError, OutputExistsError, OutputWriteError, UnknownOutputError
+from flowreel.engine.publish import claimed_file, make_folder, partial_path, publish_file, remove, require_absent
 from flowreel.kernels.flow_color import flow_to_color, percentile_magnitude
 from flowreel.sinks.painting import packed, painted
 from flowreel.sinks.parallel import encode_workers
-from flowreel.sinks.publish import claimed_file, make_folder, partial_path, publish_file, remove, require_absent
 from flowreel.sinks.video_writer import CONTAINERS, VideoWriter, video_write_errors, why_no_nvenc
 
 if TYPE_CHECKING:

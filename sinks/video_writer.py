@@ -26,8 +26,8 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from flowreel.engine.errors import OutputWriteError
+from flowreel.engine.publish import remove, write_errors
 from flowreel.sinks.parallel import MOST_BYTES, OrderedPool
-from flowreel.sinks.publish import remove, write_errors
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -25,11 +25,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from flowreel.engine import publish
 from flowreel.engine.data import Prepared, ResumePoint, StepsBatch
 from flowreel.engine.errors import OutputBusyError, OutputWriteError, ResumeMismatchError, concerning
 from flowreel.kernels.bitshuffle import bitshuffle
 from flowreel.kernels.quantise import numbers_found, quantise
-from flowreel.sinks import blosc, publish, shard_processes
+from flowreel.sinks import blosc, shard_processes
 from flowreel.sinks.codecs import flow_codec
 from flowreel.sinks.parallel import encode_workers, shared_out
 from flowreel.sinks.shard_maker import Setting

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-BASE_LAYER = {f"flowreel.engine.{name}" for name in ("data", "config", "errors", "claims", "files")}
+BASE_LAYER = {f"flowreel.engine.{name}" for name in ("data", "config", "errors", "claims", "files", "publish")}
 SINKS_REGISTRY = {"flowreel.sinks"}  # its names load their modules on first use
 
 
@@ -30,7 +30,11 @@ def imports(path: Path) -> set[str]:
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
             assert node.level == 0, f"{path}: imports are absolute"
-            found.add(node.module)
+            folder = ROOT.joinpath(*node.module.split(".")[1:])  # of a package, where its modules lie
+            inside = {alias.name for alias in node.names if (folder / f"{alias.name}.py").is_file()}
+            found.update(f"{node.module}.{name}" for name in inside)
+            if len(inside) < len(node.names):
+                found.add(node.module)
         for child in ast.iter_child_nodes(node):
             visit(child)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import pickle
 import re
 import reprlib
@@ -26,6 +25,7 @@ from torch import Tensor
 from flowreel.engine.data import JSON
 from flowreel.engine.errors import OutputWriteError, UnreadableWeightsError, WeightsMismatchError
 from flowreel.engine.models.pickles import MOST_BYTES, check_checkpoint
+from flowreel.engine.publish import atomic_path
 
 METADATA_KEY = "flowreel"
 LARGEST_BYTES = 16 << 30  # of a file; FlowNet2 four times as wide as published has 10.4 GB
@@ -53,21 +53,13 @@ def read_tensors(path: Path, name: str) -> tuple[dict[str, Tensor], Mapping[str,
 
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path``. When the block ends it is renamed; on an error nothing of it remains."""
-    temporary = path.with_name(f"{path.name}.partial")
+    """``publish.atomic_path`` for what torch writes. Raises OutputWriteError."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError | RuntimeError):  # torch's writer tells of a full disk in its own words
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
-            raise OutputWriteError(f"cannot write {path}: {reason}") from error
-        raise
+        with atomic_path(path) as temporary:
+            yield temporary
+    except (OSError, RuntimeError) as error:  # torch's writer tells of a full disk in its own words
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
+        raise OutputWriteError(f"cannot write {path}: {reason}") from error
 
 
 def _require_real(state: Mapping[str, Tensor], size_bytes: int, name: str) -> None:

@@ -22,6 +22,7 @@ from flowreel.engine.errors import CheckpointError, UsageError
 from flowreel.engine.models.flownetc import FlowNetC
 from flowreel.engine.models.layers import folded_state, normalise, to_pixels
 from flowreel.engine.models.stacks import FlowNet2, FlowNet2CS, FlowNet2CSS, refining_input
+from flowreel.engine.models.weight_files import appearing
 from flowreel.engine.models.weights import read_weights, save_weights
 from flowreel.engine.places import make_folder
 from flowreel.engine.training.batches import batches, on, render
@@ -223,18 +224,15 @@ class _Run:
         self.step, self.seconds = saved["step"], saved["seconds"]
 
     def save(self, progress: Progress) -> None:
-        temporary = self.checkpoint.with_suffix(".partial")
-        torch.save(
-            {
-                "config": asdict(self.config),
-                "model": self.model.state_dict(),
-                "optimiser": self.optimiser.state_dict(),
-                "step": self.step,
-                "seconds": self.seconds,
-            },
-            temporary,
-        )
-        temporary.replace(self.checkpoint)
+        content = {
+            "config": asdict(self.config),
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+        with appearing(self.checkpoint) as temporary:
+            torch.save(content, temporary)
         new = not self.log.exists()
         with self.log.open("a", newline="") as file:
             writer = csv.DictWriter(file, list(asdict(progress)))

@@ -15,11 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
+from flowreel.engine import publish
 from flowreel.engine.cli import call
 from flowreel.engine.data import FlowInfo
 from flowreel.engine.models import build_model
 from flowreel.engine.models.weights import save_weights
-from flowreel.sinks import open_store, publish
+from flowreel.sinks import open_store
 
 H, W, FRAMES, SHARD = 64, 96, 15, 4  # 14 flows: three shards and a ragged one
 

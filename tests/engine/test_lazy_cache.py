@@ -287,7 +287,7 @@ class TestProcesses:
         spot = {"in the file": "sync_file", "before its name": "os.link", "with its name": "sync_folder"}[moment]
         code = f"""
 import os, signal, sys, flowreel
-from flowreel.sinks import publish
+from flowreel.engine import publish
 if __name__ == "__main__":
     flow = flowreel.open(sys.argv[1], weights=sys.argv[2], batch=4, cache=sys.argv[3])
     flow[:2]
@@ -315,7 +315,7 @@ if __name__ == "__main__":
     def test_killed_while_it_makes_the_cache(self, cache: Path, video: Path, tiny_weights: str, opened: Open) -> None:
         code = """
 import os, signal, sys, flowreel
-from flowreel.sinks import publish
+from flowreel.engine import publish
 if __name__ == "__main__":
     real = publish.publish_bytes
     def dies(path, *pieces):

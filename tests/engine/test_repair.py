@@ -514,7 +514,7 @@ def test_stopped_between_two_shards(weights: str) -> None:
 def test_killed_at_any_moment(weights: str) -> None:
     """Dies without a word at its n-th rename or sync: every file is then the damaged one or the sound one."""
     code = (
-        "import sys, os, torch; torch.set_num_threads(1); import flowreel.sinks.publish as publish\n"
+        "import sys, os, torch; torch.set_num_threads(1); import flowreel.engine.publish as publish\n"
         "left = int(sys.argv[1])\n"
         "def counted(real):\n"
         "    def call(*arguments):\n"

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from flowreel.sinks import publish
+from flowreel.engine import publish
 
 
 class Disk:

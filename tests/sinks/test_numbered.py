@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from flowreel.engine import publish
 from flowreel.engine.config import SinkConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
 from flowreel.engine.errors import (
@@ -23,7 +24,7 @@ from flowreel.engine.errors import (
     UnknownOutputError,
 )
 from flowreel.engine.pipeline import Pipeline
-from flowreel.sinks import numbered, open_sink, publish
+from flowreel.sinks import numbered, open_sink
 from flowreel.sinks.numbered import NumberedFilesSink, NumberedName
 from flowreel.sinks.registry import OUTPUTS, Output
 

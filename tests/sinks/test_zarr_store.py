@@ -27,6 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, Crc32cCodec
 
+from flowreel.engine import publish
 from flowreel.engine.config import Codec, SinkConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
 from flowreel.engine.errors import (
@@ -37,7 +38,7 @@ from flowreel.engine.errors import (
     StoreNotFoundError,
     frame_of,
 )
-from flowreel.sinks import publish, store_writer, zarr_store
+from flowreel.sinks import store_writer, zarr_store
 from flowreel.sinks.codecs import flow_codec
 from flowreel.sinks.shards import ShardsInThreads
 from flowreel.sinks.store_layout import BESIDE_FLOW, COORDINATES

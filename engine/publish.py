@@ -1,6 +1,6 @@
 """Publish on success: write beside the destination, make it durable, then give it its name in one step.
 
-Every sink goes through here, so that a killed run or a full disk leaves either the whole file or folder, or something
+Every output goes through here, so that a killed run or a full disk leaves either the whole file or folder, or something
 whose name ends in ``.partial``. The order is always the same: contents to disk, rename, the folder's entry to disk;
 a power cut between any two of them loses nothing that was already published.
 """
@@ -96,8 +96,8 @@ def publish_file(temporary: Path, path: Path) -> None:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Opens a new file that appears at ``path``, whole, when the block ends; on an error nothing remains.
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A name to write a new file under, which gets its own name ``path`` when the block ends; else nothing remains.
 
     Parent folders are created. The temporary name is always the same one, so that leftovers of a killed run are
     replaced rather than collected.
@@ -106,13 +106,19 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     temporary = partial_path(path)
     remove_leftover(temporary)
     try:
-        with open(temporary, "wb") as file:
-            yield file
+        yield temporary
         publish_file(temporary, path)
     except BaseException:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """The same, opened for writing."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        yield file
 
 
 def publish_bytes(path: Path, *pieces: bytes) -> int:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from flowreel.engine import publish
 from flowreel.engine.errors import OutputBusyError, OutputExistsError, OutputWriteError
-from flowreel.sinks import publish
 from tests.fakes.disk import Disk
 
 
