@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # Pixels; a component beyond it, NaN or infinite marks a vector that nobody knows: Middlebury's convention.
 UNKNOWN_ABOVE = 1e9
+UNKNOWN = 1e10  # pixels; what Middlebury's own tools write in a .flo for a vector nobody knows
 MOST_FLOWS_A_SHARD = 512
 _SHARD_BYTES = 128 << 20
 

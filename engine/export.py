@@ -15,7 +15,7 @@ from typing import Any, Unpack
 import torch
 
 from flowreel.engine.config import RunConfig, SinkConfig
-from flowreel.engine.data import FlowBatch, FlowReader, Sink
+from flowreel.engine.data import UNKNOWN, FlowBatch, FlowReader, Sink
 from flowreel.engine.errors import UsageError
 from flowreel.engine.files import PathLike
 from flowreel.engine.options import ExportOptions
@@ -31,8 +31,6 @@ from flowreel.engine.outputs import (
 from flowreel.engine.pipeline import Pipeline
 from flowreel.engine.stages import StageStatistics
 from flowreel.sinks import open_flows, open_sink, without_effect
-
-FLO_UNKNOWN = 1e10  # pixels; what Middlebury's own tools write for a vector nobody knows
 
 
 @dataclass(frozen=True)
@@ -143,7 +141,7 @@ def unknown_marked(batch: FlowBatch) -> FlowBatch:
     unknown = ~batch.flow.isfinite().all(1, keepdim=True)  # (N, 1, H, W)
     if not unknown.any():
         return batch
-    return replace(batch, flow=torch.where(unknown, FLO_UNKNOWN, batch.flow))
+    return replace(batch, flow=torch.where(unknown, UNKNOWN, batch.flow))
 
 
 def _notes(flows: FlowReader, paths: list[str], config: SinkConfig, frame_rate: object) -> Iterator[str]:

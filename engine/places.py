@@ -11,7 +11,7 @@ from pathlib import Path
 
 from flowreel.engine.errors import OutputExistsError, OutputWriteError, UsageError
 from flowreel.engine.files import PathLike
-from flowreel.engine.sources import IMAGE_SUFFIXES, image_folder
+from flowreel.engine.sources import IMAGE_SUFFIXES, image_folders
 
 
 def require_apart(path: PathLike, other: PathLike, what: str) -> None:
@@ -30,12 +30,12 @@ def require_harmless(path: PathLike, source: PathLike) -> None:
     """
     if not os.fspath(source):
         raise UsageError("the source's name is empty")
-    folder = image_folder(source)
-    if folder is None:
+    folders = image_folders(source)
+    if folders is None:
         require_apart(path, source, "what is being read")
         return
     here = os.path.realpath(os.path.dirname(path) or ".")
-    if Path(path).suffix.lower() in IMAGE_SUFFIXES and here == os.path.realpath(folder):
+    if Path(path).suffix.lower() in IMAGE_SUFFIXES and here in map(os.path.realpath, folders):
         raise UsageError(f"{os.fspath(path)} lies among the images that are being read: choose another folder")
 
 

@@ -65,7 +65,7 @@ def flow_to_color(flow: FloatArray | Tensor, max_flow: float | None = None) -> U
 
     Args:
         flow: a NumPy array (H, W, 2), or a tensor (2, H, W) or (N, 2, H, W) on any device; pixels, x (right) then
-            y (down). It is not changed.
+            y (down). It is not changed. What is masked in a masked array is unknown.
         max_flow: length in pixels that gets the full colour; longer vectors get it at 3/4 of its brightness.
             None: each picture's own longest known vector, as is usual for single pictures. A video wants one number
             for all its pictures, see ``percentile_magnitude``.
@@ -79,12 +79,13 @@ def flow_to_color(flow: FloatArray | Tensor, max_flow: float | None = None) -> U
         ValueError: the shape is none of these, or ``max_flow`` is not a positive number.
     """
     if max_flow is not None:
-        if not 0 < max_flow < math.inf:
-            raise ValueError(f"max_flow must be a positive number of pixels or None, got {max_flow}")
+        if isinstance(max_flow, str) or not 0 < max_flow < math.inf:
+            raise ValueError(f"max_flow must be a positive number of pixels or None, got {max_flow!r}")
         max_flow = max(float(max_flow), _SMALLEST_SCALE)
     if isinstance(flow, Tensor):
         return _color_tensor(flow, max_flow)
-    return _color_array(flow, max_flow)
+    array = flow.filled(np.nan) if isinstance(flow, np.ma.MaskedArray) else np.asarray(flow)
+    return _color_array(array, max_flow)
 
 
 def percentile_magnitude(

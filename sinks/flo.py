@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flowreel.engine.data import UNKNOWN
 from flowreel.engine.errors import FlowFileError
 from flowreel.engine.files import PathLike
 from flowreel.sinks.numbered import (
@@ -88,6 +89,7 @@ def write_flo(path: PathLike, flow: npt.ArrayLike | Tensor) -> None:
     Args:
         path: missing parent folders are created.
         flow: (H, W, 2) of any float dtype, an array or a tensor, pixels, x (right) then y (down); stored as float32.
+            What is masked in a masked array becomes 1e10, which stands for unknown.
 
     Raises:
         ValueError: another shape, or a dtype that is not a float.
@@ -96,6 +98,8 @@ def write_flo(path: PathLike, flow: npt.ArrayLike | Tensor) -> None:
     if hasattr(flow, "detach"):  # a tensor; torch is not loaded for files alone
         flow = flow.detach().cpu()
         flow = flow.float() if flow.element_size() == 2 else flow  # NumPy has no bfloat16
+    if isinstance(flow, np.ma.MaskedArray):
+        flow = flow.filled(UNKNOWN)
     vectors = np.asarray(flow)
     require_flow(vectors)
     write_flow_file(path, _pieces(vectors))

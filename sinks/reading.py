@@ -169,7 +169,11 @@ def _find(name: str) -> tuple[list[Path], bool]:
         found = [Path(match) for match in glob.glob(pattern, recursive=True)] if pattern else []
         if not found:
             missing = "nothing matches" if pattern else "nothing is at"
-            raise SourceNotFoundError(f"{missing} {name}: expected a flow store, or files such as {_known_forms()}")
+            store = name.rpartition("@")[0]
+            hint = f"; of {store} a part is {store}@10:20, or one flow {store}@10" if os.path.isdir(store) else ""
+            raise SourceNotFoundError(
+                f"{missing} {name}: expected a flow store, or files such as {_known_forms()}{hint}"
+            )
     shown = [path for path in found if not path.name.startswith(".")]
     if lost := [
         path for path in shown if _kind(path) in FLOW_FILES and leads_nowhere(path)

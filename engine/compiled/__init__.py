@@ -19,7 +19,7 @@ What that file may rely on, and what it owes:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Protocol
@@ -174,7 +174,7 @@ def compile(model: nn.Module, shape: Shape, precision: str = "auto") -> Compiled
     Raises:
         UsageError: not one of the six networks, an impossible shape, or a precision the device does not have.
     """
-    sizes = [as_whole(size) or 0 for size in shape]
+    sizes = [as_whole(size) or 0 for size in shape] if isinstance(shape, Iterable) else []
     if len(sizes) != 3 or min(sizes) < 1 or sizes[1] % STRIDE or sizes[2] % STRIDE:
         raise UsageError(f"shape is (pairs, height, width), height and width multiples of {STRIDE}, got {shape}")
     if not isinstance(model, Refiner | FlowNet2CS):

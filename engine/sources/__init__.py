@@ -60,12 +60,15 @@ def _is_images(name: str) -> bool:
     return as_glob(name) is not None
 
 
-def image_folder(name: PathLike) -> str | None:
-    """The folder whose images a source is, by its name; None for a source of another kind."""
+def image_folders(name: PathLike) -> list[str] | None:
+    """The folders whose images a source is, by its name; None for a source of another kind."""
     name = os.fspath(name)
     if _is_stdin(name) or is_synthetic(name) or not _is_images(name):
         return None
-    return name if os.path.isdir(name) else os.path.dirname(name) or "."
+    if os.path.isdir(name):
+        return [name]
+    found = [name] if os.path.exists(name) else glob.glob(as_glob(name) or name, recursive=True)
+    return sorted({os.path.dirname(path) or "." for path in found})
 
 
 def _is_file(_: str) -> bool:

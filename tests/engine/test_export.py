@@ -15,7 +15,7 @@ import torch
 from flowreel.engine import export as exporting
 from flowreel.engine.cli import call
 from flowreel.engine.config import SinkConfig
-from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
+from flowreel.engine.data import UNKNOWN, FlowBatch, FlowInfo, SourceId
 from flowreel.engine.errors import (
     FlowFileError,
     FrameSizeError,
@@ -25,7 +25,7 @@ from flowreel.engine.errors import (
     UnknownOutputError,
     UsageError,
 )
-from flowreel.engine.export import FLO_UNKNOWN, export, unknown_marked
+from flowreel.engine.export import export, unknown_marked
 from flowreel.sinks import open_sink, open_store, read_flo, reading
 
 HEIGHT, WIDTH = 6, 8
@@ -142,7 +142,7 @@ def test_unknown_vectors_are_nan_in_stores_and_beyond_1e9_in_flo(
     unknown[2, 3] = unknown[4, 4] = True
     for place in ("f", "g"):
         flow = read_flo(f"{place}/1.flo")
-        assert (flow[unknown] == FLO_UNKNOWN).all()
+        assert (flow[unknown] == UNKNOWN).all()
         assert np.abs(flow[~unknown]).max() < 10
         assert np.abs(read_flo(f"{place}/0.flo")).max() < 10
     assert np.array_equal(open_store("b.zarr")[:], flows, equal_nan=True)  # the tee's other branches see no change
@@ -157,7 +157,7 @@ def test_marking_leaves_what_is_known_untouched() -> None:
     before = flow.clone()
     before[1, 1, 2, 3] = flow[1, 1, 2, 3] = -torch.inf
     marked = unknown_marked(batch).flow
-    assert (marked[1, :, 2, 3] == FLO_UNKNOWN).all()
+    assert (marked[1, :, 2, 3] == UNKNOWN).all()
     marked[1, :, 2, 3] = flow[1, :, 2, 3]
     assert torch.equal(marked, flow)
     assert torch.equal(flow, before)

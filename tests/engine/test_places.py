@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 import flowreel
+from flowreel.engine import places
 from flowreel.engine.errors import UsageError
 
 
@@ -12,3 +15,16 @@ from flowreel.engine.errors import UsageError
 def test_a_source_without_a_name_is_said_to_be_that(outputs: str | None) -> None:
     with pytest.raises(UsageError, match="source's name is empty"):
         flowreel.run("", outputs)
+
+
+def test_a_glob_over_folders_keeps_pictures_out_of_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a", "b", "other"):
+        Path(folder).mkdir()
+        Path(folder, "1.png").touch()
+    for source in ("[ab]/*.png", "a/*.png", "a", "a/1.png"):
+        with pytest.raises(UsageError, match="lies among the images"):
+            places.require_harmless("a/%06d.png", source)
+        places.require_harmless("other/%06d.png", source)
+    with pytest.raises(UsageError, match="lies among the images"):
+        places.require_harmless("b/%06d.png", "[ab]/*.png")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -177,8 +178,8 @@ def test_wrong_tensor_shapes(shape: tuple[int, ...]) -> None:
         flow_to_color(torch.zeros(shape))
 
 
-@pytest.mark.parametrize("max_flow", [0.0, -1.0, float("nan"), float("inf")])
-def test_wrong_scales(max_flow: float) -> None:
+@pytest.mark.parametrize("max_flow", [0.0, -1.0, float("nan"), float("inf"), "auto"])
+def test_wrong_scales(max_flow: Any) -> None:
     with pytest.raises(ValueError, match="positive"):
         flow_to_color(np.zeros((2, 2, 2), np.float32), max_flow)
 
@@ -211,3 +212,12 @@ def test_percentile_is_always_a_usable_scale() -> None:
     assert percentile_magnitude([]) == 1.0
     assert percentile_magnitude([np.full((2, 2, 2), np.nan, np.float32)]) == 1.0
     assert percentile_magnitude([moving]) == 5.0
+
+
+def test_lists_and_masked_arrays() -> None:
+    flow = np.array([[[1.0, 2.0], [3.0, -1.0], [0.0, 0.5]]], np.float32)
+    np.testing.assert_array_equal(flow_to_color(flow.tolist(), 4.0), flow_to_color(flow, 4.0))  # type: ignore[call-overload]
+    masked = np.ma.masked_array(flow, [[[False, False], [True, False], [False, False]]])
+    expected = flow_to_color(flow, 4.0)
+    expected[0, 1] = 0
+    np.testing.assert_array_equal(flow_to_color(masked, 4.0), expected)

@@ -177,3 +177,11 @@ def test_a_tensor_is_written_as_an_array_is(tmp_path: Path) -> None:
         write_flo(tmp_path / "y.flo", torch.zeros(4, 5, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"flow is \(H, W, 2\)"):
         write_flo(tmp_path / "y.flo", flow)
+
+
+def test_what_is_masked_is_unknown(tmp_path: Path) -> None:
+    flow = np.ma.masked_greater(np.arange(12, dtype=np.float32).reshape(2, 3, 2), 7)
+    write_flo(tmp_path / "x.flo", flow)
+    written = read_flo(tmp_path / "x.flo")
+    np.testing.assert_array_equal(written[~flow.mask], flow.data[~flow.mask])
+    assert (written[flow.mask] == 1e10).all()

@@ -161,7 +161,7 @@ def test_other_inputs_are_refused() -> None:
 
 def test_what_cannot_be_compiled() -> None:
     model = build_model("FlowNet2S", width=0.05)
-    for shape in ((1, 64), (1, 60, 64), (0, 64, 64), (1, 64, 0), (1.0, 64, 64)):
+    for shape in ((1, 64), (1, 60, 64), (0, 64, 64), (1, 64, 0), (1.0, 64, 64), 64):
         with pytest.raises(UsageError, match="shape"):
             flowreel.compile(model, shape)  # type: ignore[arg-type]
     for precision in ("fp16", "tf32", "fp64"):
