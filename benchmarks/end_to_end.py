@@ -14,12 +14,13 @@ from benchmarks.measure import Effort, Sample, alternated, devices, ratio
 from benchmarks.networks import random_weights
 from flowreel.engine.api import RunReport, flow_header, run_one
 from flowreel.engine.config import ModelConfig, RunConfig, SelectConfig, SinkConfig
-from flowreel.engine.data import Frame, Source
+from flowreel.engine.data import Frame
 from flowreel.engine.device import download
 from flowreel.engine.inference import Network, load_network
 from flowreel.engine.outputs import Tally
 from flowreel.engine.pairing import batches, pairs
 from flowreel.engine.pipeline import in_own_thread
+from flowreel.engine.protocols import Source
 from flowreel.engine.restore import restore
 from flowreel.engine.sources import open_source
 from flowreel.sinks import open_sink

@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Unpack
 
 from flowreel.engine.config import Direction, QueueConfig, RunConfig
-from flowreel.engine.data import FlowBatch, FlowInfo, Frame, OneFileAFlow, Resumable, Sink, Source
+from flowreel.engine.data import FlowBatch, FlowInfo, Frame
 from flowreel.engine.device import Streams, device_name, download, resolve_device, upload
 from flowreel.engine.errors import OutputExistsError, TooFewFramesError, TruncatedSourceError, UsageError
 from flowreel.engine.export import export
@@ -37,10 +37,11 @@ from flowreel.engine.outputs import (
 from flowreel.engine.pairing import batches, pairs
 from flowreel.engine.pipeline import Pipeline
 from flowreel.engine.places import require_harmless
+from flowreel.engine.protocols import MayWait, OnDevice, OneFileAFlow, Resumable, Sink, Source
 from flowreel.engine.provenance import selection
 from flowreel.engine.restore import restore
 from flowreel.engine.resume import Resumption, require_made_so, take_up
-from flowreel.engine.sources import STDIN, MayWait, OnDevice, lasting_name, open_source, source_stem
+from flowreel.engine.sources import STDIN, lasting_name, open_source, source_stem
 from flowreel.engine.stages import Stage, StageFunction, StageStatistics, joined
 from flowreel.sinks import open_sink, open_store, without_effect
 

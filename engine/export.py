@@ -15,7 +15,7 @@ from typing import Any, Unpack
 import torch
 
 from flowreel.engine.config import RunConfig, SinkConfig
-from flowreel.engine.data import UNKNOWN, FlowBatch, FlowReader, Sink
+from flowreel.engine.data import UNKNOWN, FlowBatch
 from flowreel.engine.errors import UsageError
 from flowreel.engine.files import PathLike
 from flowreel.engine.options import ExportOptions
@@ -29,6 +29,7 @@ from flowreel.engine.outputs import (
     teller,
 )
 from flowreel.engine.pipeline import Pipeline
+from flowreel.engine.protocols import FlowReader, Sink
 from flowreel.engine.stages import StageStatistics
 from flowreel.sinks import open_flows, open_sink, without_effect
 

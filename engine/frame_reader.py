@@ -14,8 +14,9 @@ from collections import OrderedDict
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from flowreel.engine.data import Frame, Picture, RandomAccess
+from flowreel.engine.data import Frame
 from flowreel.engine.errors import TruncatedSourceError
+from flowreel.engine.protocols import Picture, RandomAccess
 
 
 class FrameReader:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from flowreel.engine.claims import Claim
-from flowreel.engine.data import Resumable, Sink
 from flowreel.engine.errors import OutputBusyError, OutputExistsError, OutputWriteError, StageError
 from flowreel.engine.outputs import is_finished
+from flowreel.engine.protocols import Resumable, Sink
 from flowreel.engine.publish import publish_bytes
 from flowreel.sinks import open_sink
 

@@ -16,7 +16,6 @@ from typing import Unpack
 
 from flowreel.engine.api import output_names, run_one
 from flowreel.engine.config import ModelConfig, RunConfig
-from flowreel.engine.data import Resumable, Sink
 from flowreel.engine.errors import FlowreelError, ResumeMismatchError, SomeSourcesFailedError, UsageError
 from flowreel.engine.files import PathLike
 from flowreel.engine.inference import Network, load_network
@@ -25,6 +24,7 @@ from flowreel.engine.models import model_name
 from flowreel.engine.models.weights import Weights, read_weights
 from flowreel.engine.options import RunOptions
 from flowreel.engine.outputs import Progress
+from flowreel.engine.protocols import Resumable, Sink
 from flowreel.engine.provenance import settings, settings_of_others
 from flowreel.engine.sources import IMAGE_SUFFIXES, source_identity, source_stem
 from flowreel.sinks import differing_settings, open_sink, open_store

@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from flowreel.engine.data import DeviceSink, FlowBatch, FlowInfo, LandingSink, OneFileAFlow, Resumable, Sink
+from flowreel.engine.data import FlowBatch, FlowInfo
 from flowreel.engine.device import download
 from flowreel.engine.errors import FrameSizeError, TruncatedSourceError, UsageError
 from flowreel.engine.files import PathLike
 from flowreel.engine.places import require_apart, require_outside_stores
+from flowreel.engine.protocols import DeviceSink, LandingSink, OneFileAFlow, Resumable, Sink
 from flowreel.engine.stages import StageStatistics
 
 ProgressHook = Callable[["Progress"], None]

@@ -19,13 +19,14 @@ from typing import Unpack
 import numpy as np
 
 from flowreel.engine.config import SinkConfig
-from flowreel.engine.data import FlowBatch, FlowInfo, FlowReader, Sink
+from flowreel.engine.data import FlowBatch, FlowInfo
 from flowreel.engine.errors import FrameSizeError, OutputExistsError, UnknownOutputError, UsageError
 from flowreel.engine.export import export_config
 from flowreel.engine.files import PathLike
 from flowreel.engine.options import ColorOptions
 from flowreel.engine.outputs import OutputReport, ProgressHook, opened_sinks, output_report, teller
 from flowreel.engine.pipeline import Pipeline
+from flowreel.engine.protocols import FlowReader, Sink
 from flowreel.engine.stages import StageStatistics
 from flowreel.sinks import ColorPictures, frame_rate_of, open_flows, open_sink, without_effect
 

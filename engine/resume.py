@@ -11,10 +11,11 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
-from flowreel.engine.data import FlowInfo, Frame, Resumable, ResumePoint, Sink, Source
+from flowreel.engine.data import FlowInfo, Frame
 from flowreel.engine.errors import ResumeMismatchError, TooFewFramesError, UsageError
 from flowreel.engine.files import PathLike
 from flowreel.engine.models.weights import read_weights
+from flowreel.engine.protocols import Resumable, ResumePoint, Sink, Source
 from flowreel.engine.provenance import settings
 from flowreel.engine.restore import Fit
 from flowreel.engine.sources import STDIN, open_source

@@ -1,6 +1,6 @@
 """Stored flow as a stream: a store, or files of flow, a few fields at a time. ``reading.py`` opens them by name.
 
-Both are FlowReaders: see ``engine/data.py``.
+Both are FlowReaders: see ``engine/protocols.py``.
 """
 
 from __future__ import annotations

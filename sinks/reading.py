@@ -15,9 +15,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowreel.engine.data import FlowReader
 from flowreel.engine.errors import FlowFileError, SourceNotFoundError, StoreError, UsageError
 from flowreel.engine.files import PathLike, as_glob, leads_nowhere, natural_order
+from flowreel.engine.protocols import FlowReader
 from flowreel.sinks.flow_readers import FileFlows, StoreFlows
 from flowreel.sinks.store_reader import open_store
 

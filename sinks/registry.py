@@ -13,7 +13,7 @@ from flowreel.engine.errors import UnknownOutputError
 from flowreel.engine.files import PathLike
 
 if TYPE_CHECKING:
-    from flowreel.engine.data import Sink
+    from flowreel.engine.protocols import Sink
 
 
 @dataclass(frozen=True)

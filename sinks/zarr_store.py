@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from flowreel.engine import publish
-from flowreel.engine.data import Prepared, ResumePoint, StepsBatch
+from flowreel.engine.data import Prepared, StepsBatch
 from flowreel.engine.errors import OutputBusyError, OutputWriteError, ResumeMismatchError, concerning
+from flowreel.engine.protocols import ResumePoint
 from flowreel.kernels.bitshuffle import bitshuffle
 from flowreel.kernels.quantise import numbers_found, quantise
 from flowreel.sinks import blosc, shard_processes
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 
 
 class ZarrSink:
-    """The flow store as a Sink (see ``engine/data.py``). Flows arrive in order, in batches of any size.
+    """The flow store as a Sink (see ``engine/protocols.py``). Flows arrive in order, in batches of any size.
 
     Errors: OutputExistsError, OutputWriteError, OutputBusyError, ResumeMismatchError; ValueError for flow out of order
     or of another size.

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-BASE_LAYER = {f"flowreel.engine.{name}" for name in ("data", "config", "errors", "claims", "files", "publish")}
+BASE_LAYER = {
+    f"flowreel.engine.{name}" for name in ("data", "config", "errors", "claims", "files", "protocols", "publish")
+}
 SINKS_REGISTRY = {"flowreel.sinks"}  # its names load their modules on first use
 
 

@@ -16,10 +16,11 @@ import torch
 from benchmarks.measure import Sample
 from flowreel.engine.api import Chain, flow_header, stages
 from flowreel.engine.config import RunConfig
-from flowreel.engine.data import FlowBatch, FlowInfo, Frame, Source, SourceId
+from flowreel.engine.data import FlowBatch, FlowInfo, Frame, SourceId
 from flowreel.engine.inference import Network
 from flowreel.engine.outputs import Tally, opened_sinks, preparing
 from flowreel.engine.pairing import batches
+from flowreel.engine.protocols import Source
 from flowreel.engine.stages import StageStatistics, compose
 from flowreel.sinks import open_sink
 

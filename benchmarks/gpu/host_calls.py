@@ -24,8 +24,9 @@ from benchmarks.gpu.nvdec import numbered
 from benchmarks.measure import Sample
 from flowreel.engine.compiled import graphs
 from flowreel.engine.config import SelectConfig
-from flowreel.engine.data import Frame, Source
+from flowreel.engine.data import Frame
 from flowreel.engine.device import Streams
+from flowreel.engine.protocols import Source
 from flowreel.engine.sources import open_source
 from flowreel.kernels import channel_norm
 from flowreel.sinks.compressors import compress

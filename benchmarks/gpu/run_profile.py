@@ -30,8 +30,8 @@ from benchmarks.gpu.surroundings import memory_folder
 from benchmarks.measure import Skipped
 from benchmarks.processes import MEMORY
 from flowreel.engine.config import RunConfig, SelectConfig
-from flowreel.engine.data import Source
 from flowreel.engine.inference import load_network
+from flowreel.engine.protocols import Source
 from flowreel.engine.sources import open_source
 from flowreel.sinks import shard_processes
 

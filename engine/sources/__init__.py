@@ -7,31 +7,15 @@ import os
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 from flowreel.engine.config import SelectConfig
-from flowreel.engine.data import RandomAccess, Source, SourceId
+from flowreel.engine.data import SourceId
 from flowreel.engine.errors import FlowreelError, SourceNotFoundError, UnsupportedSourceError, UsageError
 from flowreel.engine.files import PathLike, as_glob
+from flowreel.engine.protocols import RandomAccess, Source
 
 STDIN = "-"
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp"})
-
-
-@runtime_checkable
-class MayWait(Protocol):
-    """A source whose input may not come for ever; the others only read what is there."""
-
-    def interrupt(self) -> None:
-        """Ends the waiting and the iteration within a moment; from any thread, any number of times."""
-        ...
-
-
-@runtime_checkable
-class OnDevice(Protocol):
-    """A source that may give its frames on the device they are wanted on."""
-
-    on_device: bool  # whether it does, until it says otherwise in its notes
 
 
 def _is_stdin(name: str) -> bool:

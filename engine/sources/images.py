@@ -16,7 +16,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from flowreel.engine.config import SelectConfig
-from flowreel.engine.data import FlowInfo, Frame, Picture
+from flowreel.engine.data import FlowInfo, Frame
 from flowreel.engine.errors import (
     FrameSizeError,
     SourceChangedError,
@@ -26,6 +26,7 @@ from flowreel.engine.errors import (
     UsageError,
 )
 from flowreel.engine.files import as_glob, leads_nowhere, natural_order
+from flowreel.engine.protocols import Picture
 from flowreel.engine.sources import IMAGE_SUFFIXES
 from flowreel.engine.sources.fingerprint import last_change, source_id
 from flowreel.engine.sources.timecode import select_frames

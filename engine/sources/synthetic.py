@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flowreel.engine.config import SelectConfig
-from flowreel.engine.data import FlowInfo, Frame, Picture, SourceId
+from flowreel.engine.data import FlowInfo, Frame, SourceId
 from flowreel.engine.errors import UsageError
+from flowreel.engine.protocols import Picture
 from flowreel.engine.scenes.named import SCENES, named_scene
 from flowreel.engine.sources.timecode import select_frames
 

@@ -11,8 +11,9 @@ from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 from flowreel.engine.config import SelectConfig
-from flowreel.engine.data import JSON, FlowInfo, Frame, Picture
+from flowreel.engine.data import JSON, FlowInfo, Frame
 from flowreel.engine.errors import DeviceError, SourceChangedError, SourceNotFoundError, TooFewFramesError, concerning
+from flowreel.engine.protocols import Picture
 from flowreel.engine.sources.fingerprint import last_change, source_id
 from flowreel.engine.sources.probe import VideoProbe, probe_video
 from flowreel.engine.sources.pyav import PyAVDecoder, key_frame_before

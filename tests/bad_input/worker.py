@@ -34,10 +34,10 @@ import zarr  # noqa: F401
 from flowreel import sinks
 from flowreel.engine import api, export, many, paint  # noqa: F401
 from flowreel.engine.cli import call, silence_pillow
-from flowreel.engine.data import Source
 from flowreel.engine.errors import FlowreelError
 from flowreel.engine.models import checkpoints, download
 from flowreel.engine.models.weights import instantiate, read_weights
+from flowreel.engine.protocols import Source
 from flowreel.engine.sources import open_source
 from flowreel.sinks.two_stream import read_two_stream
 

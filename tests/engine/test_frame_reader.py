@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 
 from flowreel.engine.config import SelectConfig
-from flowreel.engine.data import RandomAccess
 from flowreel.engine.errors import SourceChangedError, SourceNotFoundError, TruncatedSourceError, UsageError
 from flowreel.engine.frame_reader import FrameReader
+from flowreel.engine.protocols import RandomAccess
 from flowreel.engine.sources import open_random_access, open_source, pyav
 from flowreel.engine.sources.probe import probe_video
 

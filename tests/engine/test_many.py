@@ -19,7 +19,7 @@ from PIL import Image
 
 from flowreel.engine import api, many
 from flowreel.engine.config import ModelConfig
-from flowreel.engine.data import Frame, Source
+from flowreel.engine.data import Frame
 from flowreel.engine.errors import (
     DeviceError,
     OutputBusyError,
@@ -36,6 +36,7 @@ from flowreel.engine.inference import Network
 from flowreel.engine.many import ManyProgress, ManyReport, run_many
 from flowreel.engine.models import build_model
 from flowreel.engine.models.weights import save_weights
+from flowreel.engine.protocols import Source
 from flowreel.engine.sources import open_source
 from flowreel.sinks import open_store
 

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from flowreel.engine.config import SinkConfig
-from flowreel.engine.data import FlowBatch, FlowInfo, OneFileAFlow, Resumable, Sink, SourceId
+from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
 from flowreel.engine.errors import OutputExistsError, OutputWriteError
 from flowreel.engine.outputs import is_finished
+from flowreel.engine.protocols import OneFileAFlow, Resumable, Sink
 from flowreel.sinks import open_sink
 from flowreel.sinks.registry import OUTPUTS, Output
 from tests.fakes.disk import Disk

@@ -12,7 +12,8 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from PIL import Image
 
 from flowreel.engine.config import SinkConfig
-from flowreel.engine.data import ColorBatch, DeviceSink, FlowBatch, FlowInfo, SourceId
+from flowreel.engine.data import ColorBatch, FlowBatch, FlowInfo, SourceId
+from flowreel.engine.protocols import DeviceSink
 from flowreel.sinks import VideoWriter, open_sink, video
 from flowreel.sinks.painting import packed, painted, yuv420
 from flowreel.sinks.video import _pack

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from flowreel.engine.config import SinkConfig
-from flowreel.engine.data import FlowBatch, FlowInfo, FlowReader, NativeGrid, SourceId
+from flowreel.engine.data import FlowBatch, FlowInfo, NativeGrid, SourceId
 from flowreel.engine.errors import (
     DamagedStoreError,
     FlowFileError,
@@ -22,6 +22,7 @@ from flowreel.engine.errors import (
     StoreNotFoundError,
     UsageError,
 )
+from flowreel.engine.protocols import FlowReader
 from flowreel.sinks import flow_readers, open_sink, reading
 from flowreel.sinks.reading import open_flows
 

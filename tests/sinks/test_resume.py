@@ -19,8 +19,9 @@ import pytest
 import torch
 
 from flowreel.engine.config import SinkConfig
-from flowreel.engine.data import FlowBatch, FlowInfo, Resumable, SourceId
+from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
 from flowreel.engine.errors import OutputBusyError, OutputExistsError, ResumeMismatchError
+from flowreel.engine.protocols import Resumable
 from flowreel.sinks import open_store, zarr_store
 from flowreel.sinks.codecs import flow_codec
 from flowreel.sinks.shard_file import pack_shard

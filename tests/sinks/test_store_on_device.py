@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from flowreel.engine.config import SinkConfig
-from flowreel.engine.data import DeviceSink, FlowBatch, FlowInfo, SourceId, StepsBatch
+from flowreel.engine.data import FlowBatch, FlowInfo, SourceId, StepsBatch
 from flowreel.engine.errors import OutputError, OutputWriteError
+from flowreel.engine.protocols import DeviceSink
 from flowreel.sinks import open_sink, shard_processes, zarr_store
 from flowreel.sinks.codecs import FlowCodec
 from flowreel.sinks.shards import ShardsInThreads

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from flowreel.engine.config import SinkConfig
-from flowreel.engine.data import FlowBatch, FlowInfo, Sink, SourceId
+from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
 from flowreel.engine.errors import (
     FlowFileError,
     OutputError,
@@ -20,6 +20,7 @@ from flowreel.engine.errors import (
     UnknownOutputError,
     UsageError,
 )
+from flowreel.engine.protocols import Sink
 from flowreel.sinks import open_sink, read_two_stream
 
 

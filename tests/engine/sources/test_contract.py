@@ -17,8 +17,8 @@ from PIL import Image
 
 from flowreel.engine import sources
 from flowreel.engine.config import SelectConfig
-from flowreel.engine.data import RandomAccess, Source
 from flowreel.engine.errors import TooFewFramesError
+from flowreel.engine.protocols import RandomAccess, Source
 from flowreel.engine.sources import STDIN, open_source
 
 COUNT, HEIGHT, WIDTH = 7, 48, 64

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from flowreel.engine.config import SelectConfig
-from flowreel.engine.data import Frame, Source
+from flowreel.engine.data import Frame
 from flowreel.engine.errors import (
     FrameSizeError,
     SourceNotFoundError,
@@ -19,6 +19,7 @@ from flowreel.engine.errors import (
     UnsupportedSourceError,
     UsageError,
 )
+from flowreel.engine.protocols import Source
 from flowreel.engine.sources import lasting_name, open_source, source_stem
 from flowreel.engine.sources.images import find_images, read_rgb
 

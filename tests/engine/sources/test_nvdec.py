@@ -19,8 +19,9 @@ import pytest
 import torch
 
 from flowreel.engine.config import SelectConfig
-from flowreel.engine.data import Frame, Source
+from flowreel.engine.data import Frame
 from flowreel.engine.errors import DeviceError, FrameSizeError, MissingDependencyError, TooFewFramesError
+from flowreel.engine.protocols import Source
 from flowreel.engine.sources import nvcodec, nvdec, nvsession, open_source
 from flowreel.engine.sources.nvdec import NvdecDecoder
 from flowreel.engine.sources.probe import probe_video

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from flowreel.engine.config import SelectConfig
-from flowreel.engine.data import Source
 from flowreel.engine.errors import TooFewFramesError, UsageError
+from flowreel.engine.protocols import Source
 from flowreel.engine.scenes.named import SCENES
 from flowreel.engine.sources.synthetic import SyntheticConfig, open_synthetic
 

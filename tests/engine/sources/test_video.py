@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from flowreel.engine.config import SelectConfig
-from flowreel.engine.data import Frame, Source
+from flowreel.engine.data import Frame
 from flowreel.engine.errors import (
     DeviceError,
     FrameSizeError,
@@ -30,6 +30,7 @@ from flowreel.engine.errors import (
     UsageError,
     frame_of,
 )
+from flowreel.engine.protocols import Source
 from flowreel.engine.sources import open_source
 from flowreel.engine.sources.picture import Turn
 from flowreel.engine.sources.probe import VideoProbe, probe_video

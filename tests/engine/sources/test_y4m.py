@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from flowreel.engine.config import SelectConfig
-from flowreel.engine.data import Frame, Source
+from flowreel.engine.data import Frame
 from flowreel.engine.errors import SourceError, TooFewFramesError, UnsupportedSourceError, UsageError
-from flowreel.engine.sources import MayWait, open_source
+from flowreel.engine.protocols import MayWait, Source
+from flowreel.engine.sources import open_source
 from flowreel.engine.sources.video import open_video
 from flowreel.engine.sources.y4m import LONGEST_LINE, Y4MSource
 
