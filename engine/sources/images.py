@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import re
 import struct
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -26,13 +26,13 @@ from flowreel.engine.errors import (
     UsageError,
 )
 from flowreel.engine.files import as_glob, leads_nowhere, natural_order
-from flowreel.engine.protocols import Picture
 from flowreel.engine.sources import IMAGE_SUFFIXES
 from flowreel.engine.sources.fingerprint import last_change, source_id
+from flowreel.engine.sources.independent import IndependentFrames
 from flowreel.engine.sources.timecode import select_frames
 
 if TYPE_CHECKING:
-    from flowreel.engine.data import Float64Array
+    pass
 
 FLOW_SUFFIXES = frozenset({".flo", ".npz", ".zarr"})
 FRAME_RATE = Fraction(25)  # pictures carry no times; FFmpeg reads image sequences at the same rate
@@ -100,10 +100,8 @@ def _first(paths: list[Path]) -> str:
     return min(paths, key=natural_order).name
 
 
-class ImageSource:
+class ImageSource(IndependentFrames):
     """Frames from image files, one clip. Opens one file at a time and keeps none open."""
-
-    reopening_frames = 0
 
     def __init__(self, paths: list[Path], select: SelectConfig) -> None:
         """``paths`` in the order of the frames; see :func:`open_images`."""
@@ -111,90 +109,24 @@ class ImageSource:
             _refuse_single(paths[0])
         folder = paths[0].absolute().parent.name
         times_s = np.arange(len(paths)) / float(FRAME_RATE)
+        wanted = select_frames(select, times_s, folder)
+        chosen = [paths[number] for number in wanted]
         self._paths = paths
-        self._times_s = times_s
-        self._wanted = select_frames(select, times_s, folder)
-        self._losses: list[str] = []
-        self._notes = [f"images carry no times: {FRAME_RATE} frames per second are assumed", *self._gaps()]
-        self._closed = False
-        self._changes = [last_change(path) for path in paths[: self._wanted[-1] + 1]]
-        width, height = self._common_size()
-        self._info = FlowInfo(
+        self._changes = [last_change(path) for path in paths[: wanted[-1] + 1]]
+        notes = [f"images carry no times: {FRAME_RATE} frames per second are assumed", *_gaps(chosen)]
+        (width, height), several = _common_size(chosen)
+        if several:
+            notes.append(f"{several} of the files hold more than one picture: of each the first is taken")
+        info = FlowInfo(
             height=height,
             width=width,
             frame_rate=FRAME_RATE / select.step,
-            frame_count=len(self._wanted),
+            frame_count=len(wanted),
             source=source_id(folder, paths),
         )
+        super().__init__(info, wanted, times_s, "Pillow", notes)
 
-    def _common_size(self) -> tuple[int, int]:
-        """(width, height) as shown, from the headers of the images that will be used."""
-        first = self._paths[self._wanted[0]]
-        size, animated = _looked_at(first)
-        several = int(animated)
-        for number in self._wanted[1:]:
-            shown, animated = _looked_at(self._paths[number])
-            _expect_size(self._paths[number], shown, first, size)
-            several += animated
-        if several:
-            self._notes.append(f"{several} of the files hold more than one picture: of each the first is taken")
-        return size
-
-    def _gaps(self) -> Iterator[str]:
-        """What to say where the names are those of a sequence of which some are missing, or there twice."""
-        parts = [re.split(r"([0-9]+)(?!.*[0-9])", self._paths[number].stem) for number in self._wanted]
-        if any(len(part) != 3 or (part[0], part[2]) != (parts[0][0], parts[0][2]) for part in parts):
-            return  # of other kinds of names
-        numbers = np.array([int(part[1]) for part in parts], object)
-        steps = np.diff(numbers)
-        if (same := np.flatnonzero(steps == 0)).size:  # say, each as .jpg and as .png
-            one, other = (self._paths[self._wanted[same[0] + place]].name for place in (0, 1))
-            more = f", as do {len(same) - 1} more" if len(same) > 1 else ""
-            yield f"{one} and {other} bear one number{more}: both are taken, flow goes from one to the other"
-        if min(steps) > 0 and (wide := np.flatnonzero(steps > min(steps))).size:
-            before, after = (self._paths[self._wanted[wide[0] + place]].name for place in (0, 1))
-            gaps = "a gap" if len(wide) == 1 else f"{len(wide)} gaps, the first"
-            yield f"the images' numbers have {gaps} between {before} and {after}: flow goes from one to the other"
-
-    @property
-    def info(self) -> FlowInfo:
-        return self._info
-
-    @property
-    def decoder(self) -> str:
-        return "Pillow"
-
-    @property
-    def losses(self) -> list[str]:
-        return self._losses
-
-    @property
-    def notes(self) -> list[str]:
-        return self._notes
-
-    @property
-    def wanted(self) -> range:
-        return self._wanted
-
-    @property
-    def times_s(self) -> Float64Array:
-        return self._times_s
-
-    def standing_before(self, number: int) -> int:
-        return number
-
-    def pictures_from(self, number: int) -> Generator[Picture, None, None]:
-        for place in range(number, self._wanted[-1] + 1):
-            frame = self._frame(place)
-            yield Picture(place, frame.rgb.nbytes, lambda frame=frame: frame)  # type: ignore[misc]
-
-    def __iter__(self) -> Iterator[Frame]:
-        for number in self._wanted:
-            if self._closed:
-                return
-            yield self._frame(number)
-
-    def _frame(self, number: int) -> Frame:
+    def frame(self, number: int) -> Frame:
         path = self._paths[number]
         try:
             changed = last_change(path) != self._changes[number]
@@ -205,18 +137,37 @@ class ImageSource:
             raise SourceChangedError(
                 f"{path} is another file than when the images were looked through: open them again"
             )
-        first = self._paths[self._wanted[0]]
-        _expect_size(path, (rgb.shape[1], rgb.shape[0]), first, (self._info.width, self._info.height))
-        return Frame(torch.from_numpy(rgb).permute(2, 0, 1), number, float(self._times_s[number]))
+        first = self._paths[self.wanted[0]]
+        _expect_size(path, (rgb.shape[1], rgb.shape[0]), first, (self.info.width, self.info.height))
+        return Frame(torch.from_numpy(rgb).permute(2, 0, 1), number, float(self.times_s[number]))
 
-    def close(self) -> None:
-        self._closed = True
 
-    def __enter__(self) -> ImageSource:
-        return self
+def _common_size(paths: Sequence[Path]) -> tuple[tuple[int, int], int]:
+    """(width, height) as shown, from the headers of all of them, and how many hold more than one picture."""
+    size, animated = _looked_at(paths[0])
+    several = int(animated)
+    for path in paths[1:]:
+        shown, animated = _looked_at(path)
+        _expect_size(path, shown, paths[0], size)
+        several += animated
+    return size, several
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+
+def _gaps(paths: Sequence[Path]) -> Iterator[str]:
+    """What to say where the names are those of a sequence of which some are missing, or there twice."""
+    parts = [re.split(r"([0-9]+)(?!.*[0-9])", path.stem) for path in paths]
+    if any(len(part) != 3 or (part[0], part[2]) != (parts[0][0], parts[0][2]) for part in parts):
+        return  # of other kinds of names
+    numbers = np.array([int(part[1]) for part in parts], object)
+    steps = np.diff(numbers)
+    if (same := np.flatnonzero(steps == 0)).size:  # say, each as .jpg and as .png
+        one, other = (paths[same[0] + place].name for place in (0, 1))
+        more = f", as do {len(same) - 1} more" if len(same) > 1 else ""
+        yield f"{one} and {other} bear one number{more}: both are taken, flow goes from one to the other"
+    if min(steps) > 0 and (wide := np.flatnonzero(steps > min(steps))).size:
+        before, after = (paths[wide[0] + place].name for place in (0, 1))
+        gaps = "a gap" if len(wide) == 1 else f"{len(wide)} gaps, the first"
+        yield f"the images' numbers have {gaps} between {before} and {after}: flow goes from one to the other"
 
 
 def read_rgb(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:

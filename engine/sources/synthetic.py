@@ -7,7 +7,6 @@ synthetic:objects?size=640x360&frames=48&rate=25&seed=3
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterator
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -17,14 +16,13 @@ import numpy as np
 from flowreel.engine.config import SelectConfig
 from flowreel.engine.data import FlowInfo, Frame, SourceId
 from flowreel.engine.errors import UsageError
-from flowreel.engine.protocols import Picture
 from flowreel.engine.scenes.named import SCENES, named_scene
+from flowreel.engine.sources.independent import IndependentFrames
 from flowreel.engine.sources.timecode import select_frames
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from flowreel.engine.data import Float64Array
 
 PREFIX = "synthetic:"
 SMALLEST, LARGEST = 16, 8192  # px: room for something to move; what a frame may sensibly be
@@ -105,65 +103,25 @@ def open_synthetic(name: str, select: SelectConfig, device: str = "cpu") -> Synt
     return SyntheticSource(SyntheticConfig.parse(name), select)
 
 
-class SyntheticSource:
+class SyntheticSource(IndependentFrames):
     """Renders each frame as it is asked for; nothing is kept."""
-
-    reopening_frames = 0
 
     def __init__(self, config: SyntheticConfig, select: SelectConfig | None = None) -> None:
         select = select or SelectConfig()
-        self._times_s = np.arange(config.frames) * config.rate.denominator / config.rate.numerator
-        self._wanted = select_frames(select, self._times_s, str(config))
-        self._scene = named_scene(config.scene, config.height, config.width, config.seed)
-        self._closed = False
-        self._info = FlowInfo(
+        times_s = np.arange(config.frames) * config.rate.denominator / config.rate.numerator
+        wanted = select_frames(select, times_s, str(config))
+        info = FlowInfo(
             height=config.height,
             width=config.width,
             frame_rate=config.rate / select.step,
-            frame_count=len(self._wanted),
+            frame_count=len(wanted),
             source=SourceId(str(config), duration_s=float(config.frames / config.rate)),
         )
+        super().__init__(info, wanted, times_s, "synthetic", notes=[])
+        self._scene = named_scene(config.scene, config.height, config.width, config.seed)
 
-    @property
-    def info(self) -> FlowInfo:
-        return self._info
-
-    @property
-    def decoder(self) -> str:
-        return "synthetic"
-
-    @property
-    def losses(self) -> list[str]:
-        return []
-
-    @property
-    def notes(self) -> list[str]:
-        return []
-
-    @property
-    def wanted(self) -> range:
-        return self._wanted
-
-    @property
-    def times_s(self) -> Float64Array:
-        return self._times_s
-
-    def standing_before(self, number: int) -> int:
-        return number
-
-    def pictures_from(self, number: int) -> Generator[Picture, None, None]:
-        for place in range(number, self._wanted[-1] + 1):
-            frame = self._frame(place)
-            yield Picture(place, frame.rgb.nbytes, lambda frame=frame: frame)  # type: ignore[misc]
-
-    def __iter__(self) -> Iterator[Frame]:
-        for number in self._wanted:
-            if self._closed:
-                return
-            yield self._frame(number)
-
-    def _frame(self, number: int) -> Frame:
-        return Frame(self._scene.render(number), number, float(self._times_s[number]))
+    def frame(self, number: int) -> Frame:
+        return Frame(self._scene.render(number), number, float(self.times_s[number]))
 
     def flow(self, frame: int, frame_to: int) -> tuple[Tensor, Tensor]:
         """The truth between two frames, by their numbers in the source.
@@ -172,12 +130,3 @@ class SyntheticSource:
             The flow (2, H, W) float32, pixels, and where its end is still seen in ``frame_to``: (H, W) bool.
         """
         return self._scene.flow(frame, frame_to)
-
-    def close(self) -> None:
-        self._closed = True
-
-    def __enter__(self) -> SyntheticSource:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -1,0 +1,55 @@
+"""Frames that each stand by themselves, as images and rendered scenes do: any of them can be had first."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator
+from typing import TYPE_CHECKING, Self
+
+from flowreel.engine.data import FlowInfo, Frame
+from flowreel.engine.protocols import Picture
+
+if TYPE_CHECKING:
+    from flowreel.engine.data import Float64Array
+
+
+class IndependentFrames(ABC):
+    """A ``RandomAccess`` source but for its frames. See ``engine/protocols.py``."""
+
+    reopening_frames = 0
+
+    def __init__(self, info: FlowInfo, wanted: range, times_s: Float64Array, decoder: str, notes: list[str]) -> None:
+        self.info = info
+        self.wanted = wanted
+        self.times_s = times_s
+        self.decoder = decoder
+        self.notes = notes
+        self.losses: list[str] = []
+        self._closed = False
+
+    @abstractmethod
+    def frame(self, number: int) -> Frame:
+        """The frame of that number in the source."""
+
+    def standing_before(self, number: int) -> int:
+        return number
+
+    def pictures_from(self, number: int) -> Generator[Picture, None, None]:
+        for place in range(number, self.wanted[-1] + 1):
+            frame = self.frame(place)
+            yield Picture(place, frame.rgb.nbytes, lambda frame=frame: frame)  # type: ignore[misc]
+
+    def __iter__(self) -> Iterator[Frame]:
+        for number in self.wanted:
+            if self._closed:
+                return
+            yield self.frame(number)
+
+    def close(self) -> None:
+        self._closed = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
