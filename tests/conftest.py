@@ -109,3 +109,37 @@ def files_up_to() -> Callable[[int], AbstractContextManager[None]]:
 def golden_dir() -> Path:
     """Numbers of the reference layers and networks, computed for this project."""
     return ROOT / "tests" / "data" / "golden"
+
+
+def saved_network(folder: Path, name: str, width: float, scale: float = 1.0) -> str:
+    """Path of random weights, the last prediction of which is multiplied."""
+    import torch
+
+    from flowreel.engine.models import build_model
+    from flowreel.engine.models.weights import save_weights
+
+    torch.manual_seed(0)
+    model = build_model(name, width=width)
+    with torch.no_grad():
+        model.get_submodule("predict_flow2").weight.mul_(scale)  # type: ignore[operator, union-attr]
+    path = folder / "tiny.safetensors"
+    save_weights(path, model.state_dict(), licence="none", made_by={}, width=width)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Weights of a network that is quick and moves with its input."""
+    return saved_network(tmp_path_factory.mktemp("weights"), "FlowNet2S", 0.05, scale=300)
+
+
+@pytest.fixture(scope="session")
+def tiny_flownetc(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Weights of a quick network with a correlation."""
+    return saved_network(tmp_path_factory.mktemp("weights"), "FlowNet2C", 0.05)
+
+
+@pytest.fixture(scope="session")
+def tiniest_weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Weights of a network as quick as ours can be."""
+    return saved_network(tmp_path_factory.mktemp("weights"), "FlowNet2S", 0.02)

@@ -31,8 +31,6 @@ from flowreel.engine.errors import (
     WeightsMismatchError,
 )
 from flowreel.engine.inference import Inference, prepare
-from flowreel.engine.models import build_model
-from flowreel.engine.models.weights import save_weights
 from flowreel.engine.outputs import Progress
 from flowreel.engine.pairing import batches, pairs
 from flowreel.engine.restore import restore
@@ -43,15 +41,8 @@ SOURCE = "synthetic:objects?size=100x70&frames=9"
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Weights of a network that is quick and moves with its input."""
-    torch.manual_seed(0)
-    model = build_model("FlowNet2S", width=0.05)
-    with torch.no_grad():
-        model.get_submodule("predict_flow2").weight.mul_(300)  # type: ignore[operator, union-attr]
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    save_weights(path, model.state_dict(), licence="none", made_by={}, width=0.05)
-    return str(path)
+def tiny(tiny_weights: str) -> str:
+    return tiny_weights
 
 
 @pytest.fixture(autouse=True)

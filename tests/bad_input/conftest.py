@@ -338,17 +338,8 @@ def _mangled() -> Callable[[bytes, random.Random], bytes]:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Weights of a network as small as ours can be."""
-    import torch
-
-    from flowreel.engine.models import build_model
-    from flowreel.engine.models.weights import save_weights
-
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    save_weights(path, build_model("FlowNet2S", width=0.02).state_dict(), licence="none", made_by={}, width=0.02)
-    return str(path)
+def tiny(tiniest_weights: str) -> str:
+    return tiniest_weights
 
 
 @pytest.fixture(scope="session")

@@ -127,18 +127,3 @@ def filled() -> Callable[..., nn.Module]:
         return model.eval()
 
     return build
-
-
-@pytest.fixture(scope="session")
-def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Weights of a network that is quick and moves with its input."""
-    from flowreel.engine.models import build_model
-    from flowreel.engine.models.weights import save_weights
-
-    torch.manual_seed(0)
-    model = build_model("FlowNet2S", width=0.05)
-    with torch.no_grad():
-        model.get_submodule("predict_flow2").weight.mul_(300)  # type: ignore[operator, union-attr]
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    save_weights(path, model.state_dict(), licence="none", made_by={}, width=0.05)
-    return str(path)

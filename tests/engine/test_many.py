@@ -14,7 +14,6 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from flowreel.engine import api, many
@@ -34,19 +33,14 @@ from flowreel.engine.errors import (
 )
 from flowreel.engine.inference import Network
 from flowreel.engine.many import ManyProgress, ManyReport, run_many
-from flowreel.engine.models import build_model
-from flowreel.engine.models.weights import save_weights
 from flowreel.engine.protocols import Source
 from flowreel.engine.sources import open_source
 from flowreel.sinks import open_store
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    save_weights(path, build_model("FlowNet2S", width=0.02).state_dict(), licence="none", made_by={}, width=0.02)
-    return str(path)
+def tiny(tiniest_weights: str) -> str:
+    return tiniest_weights
 
 
 @pytest.fixture(autouse=True)

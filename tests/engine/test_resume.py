@@ -31,12 +31,8 @@ SHARD_BYTES = 4 * 8 * H * W  # four flows
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    model = build_model("FlowNet2C", width=0.05)
-    save_weights(path, model.state_dict(), licence="none", made_by={}, width=0.05)
-    return str(path)
+def tiny(tiny_flownetc: str) -> str:
+    return tiny_flownetc
 
 
 @pytest.fixture(autouse=True)

@@ -24,8 +24,6 @@ from flowreel.engine import api, cli
 from flowreel.engine.cli import call
 from flowreel.engine.config import RunConfig
 from flowreel.engine.inference import Inference
-from flowreel.engine.models import build_model
-from flowreel.engine.models.weights import save_weights
 from flowreel.engine.sources.synthetic import SyntheticConfig, SyntheticSource
 from flowreel.kernels.flow_color import flow_to_color
 from flowreel.sinks import known_outputs, open_store, write_flo
@@ -36,12 +34,8 @@ Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    model = build_model("FlowNet2C", width=0.05)
-    save_weights(path, model.state_dict(), licence="none", made_by={}, width=0.05)
-    return str(path)
+def tiny(tiny_flownetc: str) -> str:
+    return tiny_flownetc
 
 
 @pytest.fixture(autouse=True)
@@ -201,12 +195,8 @@ def test_a_cut_video_fails_in_one_line_and_stays_unfinished(tiny: str, capsys: C
 
 
 @pytest.fixture(scope="module")
-def tiniest(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """For real clips: as quick as a network of ours can be."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "tiniest.safetensors"
-    save_weights(path, build_model("FlowNet2S", width=0.02).state_dict(), licence="none", made_by={}, width=0.02)
-    return str(path)
+def tiniest(tiniest_weights: str) -> str:
+    return tiniest_weights
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,6 @@ import torch
 import flowreel
 from flowreel.engine.cli import call
 from flowreel.engine.errors import StageError
-from flowreel.engine.models import build_model
-from flowreel.engine.models.weights import save_weights
 from flowreel.sinks import open_store
 from flowreel.sinks.video import ColorVideoSink
 
@@ -31,11 +29,8 @@ Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    save_weights(path, build_model("FlowNet2S", width=0.02).state_dict(), licence="none", made_by={}, width=0.02)
-    return str(path)
+def tiny(tiniest_weights: str) -> str:
+    return tiniest_weights
 
 
 @pytest.fixture(autouse=True)
