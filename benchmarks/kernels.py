@@ -209,7 +209,7 @@ def _correlation_into(device: str, precision: str, batch: int = 1) -> Kernel:
         functions[ON_CUDA_CORES] = _on_cuda_cores
     inputs = _many(make)
     ways, a = _ways(functions, inputs), inputs[0][0]
-    name = "correlation, activated, into a part"
+    name = "correlation + LeakyReLU into a slice"
     return Kernel(name, _shape(a), precision, ways, _correlation_flops(a), _correlation_bytes(a))
 
 

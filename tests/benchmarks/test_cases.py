@@ -136,7 +136,7 @@ def test_kernels(monkeypatch: pytest.MonkeyPatch, checked: Any) -> None:
         assert same[0]["by"] == "flowreel"
         assert len(same) >= 2, f"{op}: nothing to compare with"
         assert all((row["its time / ours"] is None) == (row["by"] == "flowreel") for row in same)
-    listed = {"correlation", "correlation, activated, into a part", "correlation, backward", "warp", "channel_norm"}
+    listed = {"correlation", "correlation + LeakyReLU into a slice", "correlation, backward", "warp", "channel_norm"}
     listed |= {"quantise", "flow_to_color"}
     assert {op for op, _ in ops} == listed  # on a GPU these as well
     others = [kernels._yuv_to_rgb("cpu"), kernels._bias_leaky_relu("cpu", "bf16")]
