@@ -1,4 +1,4 @@
-"""What a file is, in plain values: a video, images, a synthetic scene, a file of flow, a flow store, or weights.
+"""What a file is, in plain values: a video, images, a synthetic scene, a flow file, a flow store, or weights.
 
 Every answer has ``path`` and ``kind`` and, for its kind, always the same further keys: None where nothing is known.
 Numbers are finite, so that the whole is strictly valid JSON.

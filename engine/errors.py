@@ -152,7 +152,7 @@ class CacheMismatchError(StoreError, ValueError):
 
 
 class FlowFileError(FlowreelError, ValueError):
-    """A file of flow (.flo, KITTI PNG, .npz, two-stream pictures) with a wrong tag, size, kind or number of bytes."""
+    """A flow file (.flo, KITTI PNG, .npz, two-stream pictures) with a wrong tag, size, kind or number of bytes."""
 
 
 class StaleModelError(FlowreelError, RuntimeError):

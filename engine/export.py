@@ -1,4 +1,4 @@
-"""Stored flow into other outputs: a store, a slice of one, or files of flow, streamed through the pipeline.
+"""Stored flow into other outputs: a store, a slice of one, or flow files, streamed through the pipeline.
 
 read ──▢▢▢▢──┬──▢▢▢▢──> write        the same channels, the same guarantees, as a run's
              └──▢▢▢▢──> write
@@ -67,7 +67,7 @@ def export(
     """Writes flow that is stored already to one or several other outputs.
 
     Args:
-        source: a store, finished or not; a slice of one, ``X.zarr@a:b``; a folder, glob or list of files of flow, or
+        source: a store, finished or not; a slice of one, ``X.zarr@a:b``; a folder, glob or list of flow files, or
             a single one (``.flo``, ``.kitti.png``, ``.npz``, two-stream pictures). Files are taken in natural order,
             2.flo before 10.flo, in whatever order they are given.
         outputs: where to; the kind follows from each name, as for ``run``. ``{stem}`` stands for the source's name.

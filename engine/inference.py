@@ -26,7 +26,7 @@ from flowreel.kernels.launch import recording
 _BATCH_PIXELS = {"cpu": 1 << 20, "cuda": 16 << 20}  # a batch of so many keeps the device busy; more only adds latency
 _MOST = 8
 _SHARE = 0.7  # of a GPU's free memory for the model: the rest is for frames, flow under way, and cuDNN's own
-# FlowNet2 computes one pair in about 800 bytes a pixel with half types, in 1500 with float32, the others in less than
+# FlowNet2 computes one pair in about 800 bytes a pixel in half precision, in 1500 in float32, the others in less than
 # half. The allocator's rounding, cuDNN's scratch and the maps that SD holds beside the stack's come on top: seen on an
 # H200, batches of 8 pairs of 1024x448, were 1370, 3050 (TF32) and 4270 bytes.
 _BYTES_A_PIXEL: dict[Precision, int] = {"fp16": 1500, "bf16": 1500, "tf32": 3300, "fp32": 4500}

@@ -69,7 +69,7 @@ def color(
     """Paints stored flow with the Middlebury colours.
 
     Args:
-        inputs: files of flow (``.flo``, ``.kitti.png``, ``.npz``, two-stream pictures), folders or globs of them,
+        inputs: flow files (``.flo``, ``.kitti.png``, ``.npz``, two-stream pictures), folders or globs of them,
             stores, or slices of stores, ``X.zarr@a:b``, one after the other. Files of one kind in a row are taken in
             natural order, 2.flo before 10.flo.
         output: a folder, which gets ``NAME.flo.png`` for ``NAME.flo`` and ``STEM_000012.png`` for frame 12 of the
@@ -210,7 +210,7 @@ def _readers(names: Sequence[PathLike], frame_rate: Fraction, bound: float) -> I
         return Path(name).suffix.lower() if Path(name).is_file() else object()  # a store or folder by itself
 
     if not names:
-        raise UsageError("name at least one store, folder or file of flow")
+        raise UsageError("name at least one store, folder or flow file")
     for _, group in groupby(names, together):
         yield open_flows(list(group), frame_rate=frame_rate, bound=bound, one_size=False)
 

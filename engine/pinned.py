@@ -22,7 +22,7 @@ from flowreel.kernels.launch import kernels_on
 if TYPE_CHECKING:
     from flowreel.engine.data import Bytes
 
-# What NumPy has a word for is lent in its shape at once: each of torch's views lets go of Python's lock.
+# What NumPy has a word for is lent in its shape at once: each of torch's views lets go of the GIL.
 _NUMPY = {torch.uint8: "|u1", torch.int16: "<i2", torch.int32: "<i4", torch.int64: "<i8", torch.float32: "<f4"}
 
 

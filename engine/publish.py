@@ -131,7 +131,7 @@ def publish_bytes(path: Path, *pieces: bytes) -> int:
 def write_pieces(file: BinaryIO, pieces: Iterable[bytes | memoryview]) -> None:
     """Writes them one after another to a file that nothing waits in to be written, as many at once as a system takes.
 
-    With a call for each piece a thread would have to come by Python's lock after each, and in a fast run many want it.
+    With a call for each piece a thread would have to come by the GIL after each, and in a fast run many want it.
     """
     if not hasattr(os, "writev"):  # as on Windows
         file.writelines(pieces)

@@ -101,7 +101,7 @@ def channel_norm(x: Tensor) -> Tensor:
         length beyond their own range overflows; float32 does so from about 1.8e19.
 
     Differentiable; the gradient x / (length + 1e-9) is zero where x is. Against the definition: equal on
-    a CPU; on a GPU 1e-6 relative for float32, one rounding of the result for half types.
+    a CPU; on a GPU 1e-6 relative for float32, one rounding of the result for half precision.
 
     Raises:
         TypeError: x is not a floating point tensor.

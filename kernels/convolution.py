@@ -34,7 +34,7 @@ def convolution_definition(
 ) -> None:
     """Summed in float32 and rounded once. ``packed``, the same weights in another order, is for the CUDA version.
 
-    Of half types TF32, which a process may allow for float32, loses nothing.
+    Of half precision TF32, which a process may allow for float32, loses nothing.
     """
     convolve = F.conv_transpose2d if transposed else F.conv2d
     channels = weight.shape[0 if transposed else 1]

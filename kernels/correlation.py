@@ -290,7 +290,7 @@ def correlation(
         Channel (j + r) D + (i + r) holds the displacement (i, j) * stride2 in (x, y).
 
     Sums are formed in float32 (float64 for float64), and scaled and activated before they are rounded. Against the
-    definition: 1e-5 absolute for float32 maps of unit variance; for half types one rounding of the result, on a CPU
+    definition: 1e-5 absolute for float32 maps of unit variance; for half precision one rounding of the result, on a CPU
     also one of ``a`` times the scale and one before the LeakyReLU.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The pixel correlation by tensor cores: for half type maps on a GPU, whose channels are best together in memory.
+"""The pixel correlation by tensor cores: for half-precision maps on a GPU, whose channels are best together in memory.
 
 What a block computes, and how, is told in ``cuda/correlation_products.cu``.
 """
@@ -21,7 +21,7 @@ _START = 2  # what a block does before its first row of b, counted in rows
 
 
 def fits(a: Tensor, radius: int) -> bool:
-    """Whether the kernel takes such maps: a half type, few enough channels, one of its radii, a GPU that can."""
+    """Whether the kernel takes such maps: half precision, few enough channels, one of its radii, a GPU that can."""
     few = a.shape[1] <= _MOST_CHANNELS and a.shape[1] % _WORDS == 0
     return a.dtype in _TYPES and radius in RADII and few and on_tensor_cores(a.device)
 

@@ -1,4 +1,4 @@
-"""Flow heads on maps of a half type: a convolution to two float32 channels, summed in float32.
+"""Flow heads on maps of half precision: a convolution to two float32 channels, summed in float32.
 
 Libraries give the sums back in the type of the maps, and half precision costs .04 px there at 40 px of motion; in
 float32 they take no tensor cores, and a copy of the maps first. With two outputs it is all reading of maps: the kernel
@@ -55,7 +55,7 @@ _KERNELS = {tiles: kernel for kernel, tiles in _TILES.items()}
 
 
 def pack_flow_head(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """(2, C, k, k), k 3 or 5, to (chunks, tiles, 8 columns, 4, 8 channels) of a half type, with zeros where none are.
+    """(2, C, k, k), k 3 or 5, to (chunks, tiles, 8 columns, 4, 8 channels) in half precision, zeros where none are.
 
     Raises:
         ValueError: not of that shape.
@@ -92,7 +92,7 @@ def unpack_flow_head(packed: Tensor, channels: int) -> Tensor:
 def flow_head_definition(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """(B, C, H, W), packed weights and (2,) to (B, 2, H, W) float32.
 
-    For float32 a process may allow TF32, which keeps 10 bits: enough for what was a half type, else it is float64.
+    For float32 a process may allow TF32, which keeps 10 bits: enough for what was half precision, else it is float64.
     """
     dtype = torch.float32 if x.element_size() < 4 else torch.float64
     wide = unpack_flow_head(weight, x.shape[1]).to(dtype)

@@ -41,7 +41,7 @@ class Quantised(NamedTuple):
 def numbers_found(found: Tensor) -> tuple[list[int], list[int], list[float]]:
     """``Quantised.found`` that is on the host, of each flow: vectors unknown, and beyond range; the worst error, px.
 
-    Through NumPy, which keeps Python's lock meanwhile: torch's operations let go of it, each for the next thread.
+    Through NumPy, which keeps the GIL meanwhile: torch's operations let go of it, each for the next thread.
     """
     unknown, beyond_range, worst = found.numpy()
     return unknown.tolist(), beyond_range.tolist(), worst.view(np.float32).tolist()

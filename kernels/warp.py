@@ -246,8 +246,8 @@ def warp(image: Tensor, flow: Tensor) -> Tensor:
 
     Args:
         image: (B, C, H, W) float32, float64, bfloat16 or float16, any unit and strides, none of the sizes zero.
-        flow: (B, 2, H, W) floating point, pixels: u (right), then v (down). Keep it float32 beside an image of a half
-            type: a half type rounds it by up to a pixel.
+        flow: (B, 2, H, W) floating point, pixels: u (right), then v (down). Keep it float32 beside a half-precision
+            image: half precision rounds it by up to a pixel.
 
     Returns:
         (B, C, H, W) in the image's unit and dtype, contiguous. What lies outside the image reads its nearest border

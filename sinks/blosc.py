@@ -1,7 +1,7 @@
 """Blosc, the default codec: Zstandard on shuffled bits. By C-Blosc, or of bits that a GPU has shuffled already.
 
 In the second case what is left to do on the host is Zstandard's, for all blocks of a batch in one call, by threads of
-its own that never ask for Python's lock: what else a fast run does in Python goes on beside it. The chunks are of the
+its own that never ask for the GIL: what else a fast run does in Python goes on beside it. The chunks are of the
 format of C-Blosc 1, which every reader of ``blosc`` in Zarr takes; as ``chunks_of_shuffled`` writes it:
 
     16 bytes: versions, flags, bytes of a value, bytes of all values, of a block, of the chunk

@@ -4,7 +4,7 @@ one line in ``COMPRESSORS``.
     values, an array in C order -> compress -> checksum -> a chunk
 
 The bytes are those of the Zarr v3 specification, so any Zarr reader opens them that knows the codec. Nothing here keeps
-state between calls, and compressing lets go of Python's lock: a pool may do several chunks side by side.
+state between calls, and compressing lets go of the GIL: a pool may do several chunks side by side.
 """
 
 from __future__ import annotations

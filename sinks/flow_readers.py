@@ -1,4 +1,4 @@
-"""Stored flow as a stream: a store, or files of flow, a few fields at a time. ``reading.py`` opens them by name.
+"""Stored flow as a stream: a store, or flow files, a few fields at a time. ``reading.py`` opens them by name.
 
 Both are FlowReaders: see ``engine/protocols.py``.
 """
@@ -144,7 +144,7 @@ class FileFlows:
         )
         self.notes: list[str] = []
         if frame_rate is None:
-            self.notes.append(f"files of flow carry no times: {FRAME_RATE} frames per second are assumed")
+            self.notes.append(f"flow files carry no times: {FRAME_RATE} frames per second are assumed")
 
     @property
     def names(self) -> Sequence[str]:

@@ -1,4 +1,4 @@
-"""Opens stored flow by name, whatever its form: a store or a slice of one, a folder, glob or list of files of flow.
+"""Opens stored flow by name, whatever its form: a store or a slice of one, a folder, glob or list of flow files.
 
 A kind of file is one line in ``FLOW_FILES``; its reader is found by name and imported when the first such file is.
 """
@@ -65,7 +65,7 @@ def open_flows(
     Args:
         name_or_names: a store ``X.zarr`` or an unfinished ``X.zarr.partial`` (what is there of it is given, with a
             note); a part of a store, ``X.zarr@a:b`` (flows a to b-1, as Python slices) or ``X.zarr@a`` (one flow),
-            unless a file has that very name; a folder, a glob, a single file or a list of files of flow, of one kind,
+            unless a file has that very name; a folder, a glob, a single file or a list of flow files, of one kind,
             which are read in natural order: frame2 before frame10.
         frame_rate: frames per second of files, which carry no times; None: 25, with a note. Stores keep their times.
         bound: pixels that the darkest and lightest grey of two-stream pictures stand for.
@@ -73,7 +73,7 @@ def open_flows(
         one_size: whether files of different sizes are a FrameSizeError. If not, no batch holds two sizes.
 
     Raises:
-        SourceNotFoundError, StoreNotFoundError: nothing by that name, or no file of flow in the folder.
+        SourceNotFoundError, StoreNotFoundError: nothing by that name, or no flow file in the folder.
         FlowFileError: a file that is not what its name says, files of several kinds, or of none that is known.
         DamagedStoreError, StoreError: a store that cannot be read, or that holds no flow yet.
         UsageError: a slice without flows in it, or a frame rate that is none.
@@ -185,10 +185,10 @@ def _find(name: str) -> tuple[list[Path], bool]:
 def _listed(names: list[str]) -> list[Path]:
     """The files of a list. A store, a folder or a glob cannot be one of many: where would its flow go?"""
     if not names:
-        raise UsageError("name at least one store, folder or file of flow")
+        raise UsageError("name at least one store, folder or flow file")
     for name in names:
         if Path(name).is_dir():
-            raise UsageError(f"{name} is a folder or store: several inputs at once must all be files of flow")
+            raise UsageError(f"{name} is a folder or store: several inputs at once must all be flow files")
         if not Path(name).is_file():
             raise SourceNotFoundError(f"nothing is at {name}: expected a file such as {_known_forms()}")
     return [Path(name) for name in names]
@@ -208,7 +208,7 @@ def _of_one_kind(name: str, found: list[Path], strict: bool) -> tuple[FlowFile, 
     if not by_kind:
         unfinished = _unfinished([Path(name)] if Path(name).is_dir() else [], *FLOW_FILES)
         hint = f"; {unfinished} named .partial are of a run that was not finished" if unfinished else ""
-        raise SourceNotFoundError(f"{name}: no files of flow there; expected {_known_forms()}{hint}")
+        raise SourceNotFoundError(f"{name}: no flow files there; expected {_known_forms()}{hint}")
     if len(by_kind) > 1:
         kinds = ", ".join(f"{len(paths)} {kind.form}" for kind, paths in by_kind.items())
         raise FlowFileError(f"{name}: files of one kind are expected, found {kinds}: name those that are meant")

@@ -1,4 +1,4 @@
-"""From flows to full shards in processes of their own, so that a fast run keeps Python's lock to itself.
+"""From flows to full shards in processes of their own, so that a fast run keeps the GIL to itself.
 
     steps -> memory that all of them see -> where in it a full shard lies -> a process (``shard_maker.py``) -> names
 

@@ -36,7 +36,7 @@ from flowreel.kernels.yuv_to_rgb import yuv_to_rgb_definition
 from flowreel.sinks.blosc import BLOCK_VALUES
 from flowreel.sinks.painting import yuv420
 
-TOLERANCE = {"fp32": 1e-5, "fp16": 2**-10, "bf16": 2**-7}  # relative; half types: one rounding of the result
+TOLERANCE = {"fp32": 1e-5, "fp16": 2**-10, "bf16": 2**-7}  # relative; half precision: one rounding of the result
 LAYOUTS = {"": torch.contiguous_format, " channels last": torch.channels_last}
 
 Compared = list[tuple[Tensor, Tensor]]  # ours, and what is wanted in float64

@@ -1,7 +1,7 @@
-"""Flow heads on padded maps of a half type: by our own kernel, with the smoothing layer before them where there is one.
+"""Flow heads on padded half-precision maps: by our own kernel, with the smoothing layer before them where there is one.
 
-Their maps are rounded to the half type as everywhere, and so are their weights; sums and the flow are float32. Half
-precision of the flow itself costs .04 px at 40 px of motion.
+Their maps and weights are rounded to half precision as everywhere; sums and the flow are float32. Half precision of the
+flow itself costs .04 px at 40 px of motion.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Layers = dict[str, Convolution | Head]
 
 
 def pack_part(part: nn.Module, precision: Precision) -> Layers:
-    """The layers of C, S, SD or the fusion network. With half types smoothing layers go into the heads behind them."""
+    """The layers of C, S, SD or the fusion network. In half precision smoothing goes into the heads behind it."""
     dtype = DTYPES[precision]
     if dtype == torch.float32:
         return {name: pack_layer(layer, precision) for name, layer in part.named_children()}

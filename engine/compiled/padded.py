@@ -21,7 +21,7 @@ from flowreel.kernels.bias_leaky_relu import bias_leaky_relu, bias_leaky_relu_
 from flowreel.kernels.convolution import convolution, pack, padding_of, tiling
 from flowreel.kernels.launch import kernels_on, on_tensor_cores
 
-MULTIPLE = 8  # 16 bytes of a half type: what one load of a tensor core's operands takes
+MULTIPLE = 8  # 16 bytes of half precision: what one load of a tensor core's operands takes
 # 32 bytes: what memory is written by. Of more channels than these each pixel begins with a whole one, so that the parts
 # of a concatenation, which are multiples of 16 channels, are written without reading what lies beside them.
 SECTOR = 16
@@ -118,7 +118,7 @@ def convolve(x: Tensor, by: Convolution) -> Tensor:
 
 
 def pack_layer(module: nn.Module, precision: Precision, by_cudnn: bool = False) -> Convolution:
-    """A layer as ``engine.models.layers`` makes them; not flow heads on half types, which ``heads`` packs.
+    """A layer as ``engine.models.layers`` makes them; not flow heads on half precision, which ``heads`` packs.
 
     What takes or gives flow stays in float32, without TF32. ``by_cudnn``: whatever our own kernel could compute, to
     compare with.

@@ -69,7 +69,7 @@ class Part:
 
     def _flow(self, features: Tensor, level: int) -> Tensor:
         flow = self.heads[f"{HEAD}{level}"](features)
-        if self.watch is not None:  # float32, but of weights that a half type may not hold
+        if self.watch is not None:  # float32, but of weights that half precision may not hold
             self.watch(flow)
         return flow
 

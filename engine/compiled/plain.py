@@ -46,7 +46,7 @@ class PlainNetwork:
 
 
 def cast_convolutions(net: nn.Module, dtype: torch.dtype) -> None:
-    """Convolutions and their norms to a half type, in place. Flow heads stay float32; autocast meets them there."""
+    """Convolutions and their norms to half precision, in place. Flow heads stay float32; autocast meets them there."""
     for module in net.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and not isinstance(module, FlowHead):
             module.to(dtype)

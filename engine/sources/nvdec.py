@@ -12,7 +12,7 @@ next, and the CPU waits for neither. The copy's memory is torch's, handed on by 
 event for whoever reads it, ``record_stream`` for the allocator. That allocator is the pool: a run's frames are all of
 one size and the channels bound their number, so after the first few nothing new is allocated, and it alone knows
 when every stream has done with a block. A ring of our own would have to learn that from each consumer. Small frames
-get one block for several: to ask for memory lets go of Python's lock, which a fast run's thread then has to wait for.
+get one block for several: to ask for memory lets go of the GIL, which a fast run's thread then has to wait for.
 
 *What differs from the CPU.* Both patch damaged pictures up, but the chip does not tell which: there they count as good,
 with a line on stdout that cannot be stopped; only what does not come at all is told as lost. And it mends

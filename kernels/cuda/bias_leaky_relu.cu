@@ -2,7 +2,7 @@
 //
 // One thread computes 8 neighbouring channels of one pixel. Neighbouring threads take the next 8 channels, then the
 // next x: with the channels together (channels_last), as convolutions give them, a warp reads and writes runs of 512
-// bytes of a half type. Every block stays in one row of one picture, so only its number is divided by the height.
+// bytes of half precision. Every block stays in one row of one picture, so only its number is divided by the height.
 // Where the channels do not lie together, or an end is not a multiple of 16 bytes, it goes value by value.
 //
 // `out` may be `x` itself: each thread reads what it writes, and before.

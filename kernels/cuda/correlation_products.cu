@@ -1,4 +1,4 @@
-// Cost volume of half type maps whose channels lie together, by tensor cores: what correlation.cu says, for two radii.
+// Cost volume of half-precision maps, channels together, by tensor cores: what correlation.cu says, for two radii.
 //
 // Pixels whose x and y agree modulo the stride meet only each other: they form a *phase*, a picture of its own, where
 // neighbouring displacements are neighbouring pixels. For 16 pixels of one of its rows in a and one of its rows in b,

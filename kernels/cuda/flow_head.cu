@@ -1,4 +1,4 @@
-// A flow head: a 3x3 or 5x5 convolution of a channels-last map of a half type to two float channels, and its bias.
+// A flow head: a 3x3 or 5x5 convolution of a channels-last map of half precision to two float channels, and its bias.
 //
 // With two outputs a convolution is all reading. So every pixel is read once (but for what strips share), straight into
 // the rows of a matrix product whose columns are the filter: column (ky, kx, output). A product of the pixels of row r

@@ -1,7 +1,7 @@
 // Products of small matrices by a warp's tensor cores, and what brings their operands into place (sm_80 and newer).
 //
 // Products and loads are called by all 32 lanes of a warp at once; g = lane / 4, t = lane % 4. One 32 bit word holds two
-// elements of a half type, the first in its low bits.
+// elements of half precision, the first in its low bits.
 #pragma once
 
 #include "common.cuh"
@@ -48,7 +48,7 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const unsigned (&a)[
 }
 #endif
 
-// --- four 8x8 matrices of a half type from shared memory --------------------------------------------------------------
+// --- four 8x8 matrices of half precision from shared memory --------------------------------------------------------
 //
 // Lane i names where row i % 8 of matrix i / 8 lies: 8 elements, aligned to 16 bytes. It gets, of each matrix, elements
 // 2t and 2t + 1 of row g; TRANSPOSED, of column g.

@@ -17,7 +17,7 @@ from flowreel.kernels.channel_norm import channel_norm_definition
 from tests.kernels.conftest import as_on_a_gpu
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}  # half types: one rounding
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}  # half precision: one rounding
 SIZES = ((1, 4, 4), (1, 12, 36), (2, 8, 100), (2, 64, 64))  # of frames: less than a tile, ragged, two pictures
 FLOWS = ((1, 1, 1), (2, 3, 5), (1, 7, 16), (2, 5, 33))
 

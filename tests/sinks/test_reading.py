@@ -223,7 +223,7 @@ def test_what_is_wrong_with_files_is_said(folder: Path) -> None:
         open_flows([folder / "frame1.flo", folder / "none.flo"])
     with pytest.raises(SourceNotFoundError, match=r"nothing matches .*\*\.tiff"):
         open_flows(str(folder / "*.tiff"))
-    with pytest.raises(SourceNotFoundError, match="no files of flow"):
+    with pytest.raises(SourceNotFoundError, match="no flow files"):
         open_flows(folder / "folder.flo")
     with pytest.raises(UsageError, match="folder or store"):
         open_flows([folder, folder / "frame1.flo"])

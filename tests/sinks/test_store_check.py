@@ -73,7 +73,7 @@ def test_nothing_is_wrong_with_a_sound_store(store: FlowStore) -> None:
 
 
 def test_a_flipped_bit_anywhere_is_found(store: FlowStore) -> None:
-    """A few of every file; in a file of flow or values, what is found names what it belongs to."""
+    """A few of every file; in a flow file or values, what is found names what it belongs to."""
     chance = random.Random(0)
     for path in files_of(store):
         sound = path.read_bytes()

@@ -111,7 +111,7 @@ def test_ctrl_c_tells_what_is_kept(tiny: list[str], capsys: Capture) -> None:
     )
     assert sorted(os.listdir()) == ["f", "k.zarr.partial"]
     assert call(["export", "f", "-o", "x.zarr", "-q"]) == 1
-    assert f"no files of flow there; expected X.flo, X.kitti.png, X.npz, flow_x_N.jpg; {files} named" in said(capsys)
+    assert f"no flow files there; expected X.flo, X.kitti.png, X.npz, flow_x_N.jpg; {files} named" in said(capsys)
 
 
 def test_a_failure_tells_it_too(tiny: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

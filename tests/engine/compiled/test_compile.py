@@ -24,7 +24,7 @@ from flowreel.engine.models.layers import FlowHead
 
 Filled = Callable[..., nn.Module]
 TOLERANCE_PX = 2e-4  # of the goldens
-HALF = 0.02  # of the flow, on average: what a half type may differ by; random weights give wild flow of 10 to 30 px
+HALF = 0.02  # of the flow, on average: what half precision may differ by; random weights give wild flow of 10 to 30 px
 NATIVE = [name for name in MODELS if name != "FlowNet2"]
 
 

@@ -1,4 +1,4 @@
-"""Flow heads on half types in the form for a GPU, run on a CPU: they equal the layers that they stand for."""
+"""Flow heads on half precision in the form for a GPU, run on a CPU: they equal the layers that they stand for."""
 
 from __future__ import annotations
 
