@@ -90,7 +90,7 @@ def summary(report: ColorReport) -> list[str]:
     pictures = f"{report.pictures} {plural(report.pictures, 'picture')}"
     lines = [
         f"{report.flows} {plural(report.flows, 'flow')} painted in {clock(report.seconds)} "
-        f"({report.flows_per_s:.1f} a second)"
+        f"({report.flows_per_s:.1f} flows/s)"
     ]
     for number, output in enumerate(report.outputs):
         what = f"{pictures}, " if report.pictures and number == 0 else ""

@@ -114,7 +114,7 @@ def summary(report: ExportReport) -> list[str]:
     """What was exported, how large it is, and how that compares with ``.flo``."""
     lines = [
         f"{report.flows} {plural(report.flows, 'flow')} of {report.width}x{report.height} from {report.source} "
-        f"in {clock(report.seconds)} ({report.flows_per_s:.1f} a second); as .flo {size(report.flo_bytes)}"
+        f"in {clock(report.seconds)} ({report.flows_per_s:.1f} flows/s); as .flo {size(report.flo_bytes)}"
     ]
     for output in report.outputs:
         lines += [f"{output.path}  {size(output.bytes_written)}{beside_flo(report.flo_bytes, output.bytes_written)}"]

@@ -107,7 +107,7 @@ def _video_rows(facts: Facts) -> Rows:
         ("duration", duration + start),
         ("size", size(facts["size_bytes"]) + rate),
         ("state", whole),
-        ("flow", f"{flows}, {facts['frame_rate']:.6g} a second, decoded by {facts['decoder']}"),
+        ("flow", f"{flows}, {facts['frame_rate']:.6g} frames/s, decoded by {facts['decoder']}"),
     ]
 
 
@@ -135,7 +135,7 @@ def _stream_rows(stream: Facts) -> Rows:
         ("pixels", f"{stream['pixel_format']}, {stream['bit_depth']} bits"),
         ("picture", _size_words(stream)),
         ("frames", f"{stream['frames']}, giving {stream['flows']} flows"),
-        ("rate", f"{stream['average_rate']:.6g} a second{nominal}{_gap_words(stream)}"),
+        ("rate", f"{stream['average_rate']:.6g} frames/s{nominal}{_gap_words(stream)}"),
         ("shown", f"from {stream['first_frame_s']:.3f} s to {stream['last_frame_s']:.3f} s"),
         ("key frames", _key_words(stream)),
         ("colour", _colour_words(stream["colour"])),

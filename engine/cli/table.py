@@ -112,7 +112,7 @@ def _headline(progress: Progress) -> str:
     if progress.flow_count is not None and progress.flows_done:
         left = f", {clock((progress.flow_count - progress.flows_done) / rate)} to go"
     noun = plural(progress.flows_done if progress.flow_count is None else progress.flow_count, "flow")
-    return f"{progress.flows_done}{total} {noun}, {rate:.2f} a second{left}"
+    return f"{progress.flows_done}{total} {noun}, {rate:.2f} flows/s{left}"
 
 
 def print_summary(report: RunReport) -> None:
@@ -124,7 +124,7 @@ def print_summary(report: RunReport) -> None:
         return
     console.print(
         f"{report.pairs} {plural(report.pairs, 'flow')} of {report.width}x{report.height} in {clock(report.seconds)} "
-        f"({report.pairs_per_s:.2f} a second; start-up {report.startup_s:.1f} s)"
+        f"({report.pairs_per_s:.2f} flows/s; startup {report.startup_s:.1f} s)"
     )
     console.print(printable(_how(report)))
     for output in report.outputs:

@@ -45,7 +45,7 @@ def test_video(capsys: Capture) -> None:
     assert call(["info", "a.mkv"]) == 0
     said = lines(capsys)
     assert said["frames"] == "6, giving 5 flows"
-    assert said["rate"].startswith("25 a second (nominally 25), constant: frames are 40.000 ms apart")
+    assert said["rate"].startswith("25 frames/s (nominally 25), constant: frames are 40.000 ms apart")
     assert said["picture"] == "64x48 stored; square pixels"
     assert "matrix not stated (taken as bt601)" in said["colour"]
     assert said["flow"].startswith("5 flows of 64x48 from stream 0")
