@@ -12,10 +12,7 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Unpack
 
-import torch
-
 from flowreel.engine.config import RunConfig, SinkConfig
-from flowreel.engine.data import UNKNOWN, FlowBatch
 from flowreel.engine.errors import UsageError
 from flowreel.engine.files import PathLike
 from flowreel.engine.options import ExportOptions
@@ -29,7 +26,7 @@ from flowreel.engine.outputs import (
     teller,
 )
 from flowreel.engine.pipeline import Pipeline
-from flowreel.engine.protocols import FlowReader, Sink
+from flowreel.engine.protocols import FlowReader
 from flowreel.engine.stages import StageStatistics
 from flowreel.sinks import open_flows, open_sink, without_effect
 
@@ -97,7 +94,7 @@ def export(
                 raise UsageError(f"{path} would replace what is being read: choose another output")
         sinks = [open_sink(path, config.sink) for path in paths]
         opened.enter_context(opened_sinks(sinks, flows.info))
-        tallies = [Tally(sink, unknown_marked) if _is_flo(sink) else Tally(sink) for sink in sinks]
+        tallies = [Tally(sink) for sink in sinks]
         pipeline = Pipeline("read", flows, (), config.queues)
         started_s = time.perf_counter()
         pipeline.run(
@@ -128,21 +125,6 @@ def export_config(options: Mapping[str, Any]) -> RunConfig:
     if unknown := sorted(set(options) - ExportOptions.__optional_keys__):
         raise UsageError(f"unknown option {', '.join(unknown)}: flow that is stored is not computed again")
     return RunConfig.of(**options)
-
-
-def _is_flo(sink: Sink) -> bool:
-    return sink.path.lower().endswith(".flo")
-
-
-def unknown_marked(batch: FlowBatch) -> FlowBatch:
-    """The batch with NaN and infinity as ``.flo`` readers know unknown vectors: both components beyond 1e9.
-
-    Not all of them look for NaN. Vectors beyond 1e9 stay as they are, so that a ``.flo`` comes back to the bit.
-    """
-    unknown = ~batch.flow.isfinite().all(1, keepdim=True)  # (N, 1, H, W)
-    if not unknown.any():
-        return batch
-    return replace(batch, flow=torch.where(unknown, UNKNOWN, batch.flow))
 
 
 def _notes(flows: FlowReader, paths: list[str], config: SinkConfig, frame_rate: object) -> Iterator[str]:

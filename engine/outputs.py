@@ -109,12 +109,9 @@ def preparing(sink: Sink) -> DeviceSink | None:
 class Tally:
     """Writes to one sink and counts what it took. Flow on a GPU is brought to the host here, or what is made of it."""
 
-    def __init__(
-        self, sink: Sink, change: Callable[[FlowBatch], FlowBatch] = lambda batch: batch, *, on_gpu: bool = False
-    ) -> None:
+    def __init__(self, sink: Sink, *, on_gpu: bool = False) -> None:
         self.sink = sink
         self.flows = 0
-        self._change = change
         self._on_gpu = on_gpu
 
     def consume(self, flows: Iterator[FlowBatch]) -> None:
@@ -125,7 +122,7 @@ class Tally:
                 self.flows += len(prepared)
         else:
             for batch in download(flows):
-                self.sink.write(self._change(batch))
+                self.sink.write(batch)
                 self.flows += len(batch)
 
 

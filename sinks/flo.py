@@ -114,9 +114,14 @@ def _pieces(flow: npt.NDArray[np.floating[Any]]) -> tuple[bytes, memoryview]:
 
 
 class FloSink(NumberedFilesSink):
-    """One ``.flo`` file a flow: ``DIR/%06d.flo``, exact to the bit. See ``NumberedFilesSink``."""
+    """One ``.flo`` file a flow: ``DIR/%06d.flo``. See ``NumberedFilesSink``.
+
+    Exact to the bit, but for NaN and infinity: a vector that has one becomes 1e10 in both components, since not all
+    readers of ``.flo`` look for NaN.
+    """
 
     example = "flows/%06d.flo"
 
     def encode(self, flow: SingleFlow) -> FlowFiles:
-        return FlowFiles((_pieces(flow.flow),))
+        finite = np.isfinite(flow.flow).all(axis=-1, keepdims=True)
+        return FlowFiles((_pieces(flow.flow if finite.all() else np.where(finite, flow.flow, UNKNOWN)),))

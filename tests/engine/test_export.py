@@ -25,7 +25,7 @@ from flowreel.engine.errors import (
     UnknownOutputError,
     UsageError,
 )
-from flowreel.engine.export import export, unknown_marked
+from flowreel.engine.export import export
 from flowreel.sinks import open_sink, open_store, read_flo, reading
 
 HEIGHT, WIDTH = 6, 8
@@ -146,21 +146,6 @@ def test_unknown_vectors_are_nan_in_stores_and_beyond_1e9_in_flo(
         assert np.abs(flow[~unknown]).max() < 10
         assert np.abs(read_flo(f"{place}/0.flo")).max() < 10
     assert np.array_equal(open_store("b.zarr")[:], flows, equal_nan=True)  # the tee's other branches see no change
-
-
-def test_marking_leaves_what_is_known_untouched() -> None:
-    flow = torch.randn(2, 2, 3, 4)
-    flow[0, 0, 0, 0] = 2e9
-    frames = np.arange(2)
-    batch = FlowBatch(flow, 0, frames, frames, frames / 1, frames / 1)
-    assert unknown_marked(batch) is batch
-    before = flow.clone()
-    before[1, 1, 2, 3] = flow[1, 1, 2, 3] = -torch.inf
-    marked = unknown_marked(batch).flow
-    assert (marked[1, :, 2, 3] == UNKNOWN).all()
-    marked[1, :, 2, 3] = flow[1, :, 2, 3]
-    assert torch.equal(marked, flow)
-    assert torch.equal(flow, before)
 
 
 def test_it_equals_reading_and_writing_by_hand(folder: Path) -> None:

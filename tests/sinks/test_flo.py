@@ -185,3 +185,18 @@ def test_what_is_masked_is_unknown(tmp_path: Path) -> None:
     written = read_flo(tmp_path / "x.flo")
     np.testing.assert_array_equal(written[~flow.mask], flow.data[~flow.mask])
     assert (written[flow.mask] == 1e10).all()
+
+
+def test_the_sink_marks_what_is_not_finite_and_leaves_all_else(tmp_path: Path) -> None:
+    flow = some_flow(seed=3)
+    flow[0, 0, 0] = 2e9  # unknown already, and as it was
+    flow[1, 1, 0], flow[2, 2, 1] = np.nan, -np.inf
+    before = flow.copy()
+    sink = FloSink(str(tmp_path / "%d.flo"), SinkConfig())
+    sink.open(INFO)
+    sink.write(batch_of([flow]))
+    sink.commit()
+    expected = before.copy()
+    expected[1, 1] = expected[2, 2] = 1e10
+    assert np.array_equal(read_flo(tmp_path / "0.flo"), expected)
+    assert np.array_equal(flow, before, equal_nan=True)
