@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flowreel.engine.models import MODELS, build_model
 from flowreel.engine.models.layers import initialise
-from flowreel.engine.models.weights import save_weights
+from flowreel.engine.models.saving import save_weights
 
 SEED = 0
 

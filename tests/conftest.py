@@ -116,7 +116,7 @@ def saved_network(folder: Path, name: str, width: float, scale: float = 1.0) -> 
     import torch
 
     from flowreel.engine.models import build_model
-    from flowreel.engine.models.weights import save_weights
+    from flowreel.engine.models.saving import save_weights
 
     torch.manual_seed(0)
     model = build_model(name, width=width)

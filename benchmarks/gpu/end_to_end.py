@@ -26,7 +26,8 @@ from benchmarks.processes import MEMORY
 from flowreel.engine.api import RunReport
 from flowreel.engine.config import ModelConfig, SelectConfig
 from flowreel.engine.inference import prepare
-from flowreel.engine.models.weights import BASELINE, save_weights
+from flowreel.engine.models.saving import save_weights
+from flowreel.engine.models.weights import BASELINE
 from flowreel.engine.sources import open_source
 from flowreel.sinks import video_writer
 

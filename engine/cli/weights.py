@@ -102,7 +102,7 @@ def convert(
       flowreel weights convert FlowNet2-C small.safetensors --half
       flowreel weights convert mine.safetensors mine_checkpoint.pth.tar
     """
-    from flowreel.engine.models.weights import convert as convert_file
+    from flowreel.engine.models.saving import convert as convert_file
 
     held = convert_file(source, output, half=half, overwrite=overwrite)
     typer.echo(f"{printable(str(output))}: {held.model}, licence: {printable(held.licence)}, sha256 {held.sha256}")

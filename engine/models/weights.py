@@ -1,18 +1,14 @@
-"""Weights in and out of files: NVIDIA's ``.pth.tar`` checkpoints and our ``.safetensors``.
+"""Weights from files, and networks with them: NVIDIA's ``.pth.tar`` checkpoints and our ``.safetensors``.
 
-What a file holds (which model, BatchNorm, width) is told from its tensors' names and shapes alone, so that any
-checkpoint of these networks can be loaded without being told. How the files themselves are read is in
-``weight_files.py``.
+How the files themselves are read is in ``weight_files.py``, how they are written in ``saving.py``.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -22,13 +18,12 @@ from torch import Tensor, nn
 from flowreel.engine.data import JSON
 from flowreel.engine.device import one_device
 from flowreel.engine.errors import (
-    OutputExistsError,
     UnreadableWeightsError,
     UsageError,
     WeightsMismatchError,
     WeightsNotFoundError,
 )
-from flowreel.engine.models import MODELS, build_model, model_name
+from flowreel.engine.models import build_model, model_name
 from flowreel.engine.models.checkpoints import (
     BASELINE,
     Checkpoint,
@@ -37,28 +32,13 @@ from flowreel.engine.models.checkpoints import (
     find_checkpoint,
     published,
 )
+from flowreel.engine.models.identify import PARTS, SERVES, identify
 from flowreel.engine.models.layers import scaled
 from flowreel.engine.models.unfilled import without_values
-from flowreel.engine.models.weight_files import METADATA_KEY, MOST_SHOWN, appearing, read_tensors
+from flowreel.engine.models.weight_files import MOST_SHOWN, read_tensors
 
 UNSTATED = "unstated; NVIDIA's FlowNet2 checkpoints are for research only"
-CHECKPOINT_SUFFIXES = (".pth.tar", ".pth", ".pt", ".tar")
 LEAST_VALUES = 30_000_000  # at width 1, times width squared: every network has more; FlowNet2S has 38.7 million
-NO_BEST_EPE = 1e10  # pixels; what NVIDIA's own checkpoints say where nothing was measured
-
-# Which sub-network's prefix marks which stack, longest stack first.
-_STACKS = (("flownetfusion.", "FlowNet2"), ("flownets_2.", "FlowNet2CSS"), ("flownets_1.", "FlowNet2CS"))
-# What of a stack each smaller model is: (prefix in the stack, prefix in the model).
-_PARTS = {
-    "FlowNet2C": (("flownetc.", ""),),
-    "FlowNet2CS": (("flownetc.", "flownetc."), ("flownets_1.", "flownets_1.")),
-    "FlowNet2CSS": (("flownetc.", "flownetc."), ("flownets_1.", "flownets_1."), ("flownets_2.", "flownets_2.")),
-}
-_SERVES = {
-    "FlowNet2": ("FlowNet2C", "FlowNet2CS", "FlowNet2CSS"),
-    "FlowNet2CSS": ("FlowNet2C", "FlowNet2CS"),
-    "FlowNet2CS": ("FlowNet2C",),
-}
 
 
 @dataclass(frozen=True)
@@ -98,7 +78,7 @@ class Weights:
 
     def serves(self) -> tuple[str, ...]:
         """The models these weights can run: their own, and the sub-networks inside a stack."""
-        return (self.model, *_SERVES.get(self.model, ()))
+        return (self.model, *SERVES.get(self.model, ()))
 
     def state_for(self, model: str) -> dict[str, Tensor]:
         """The tensors of one of the models in ``serves()``.
@@ -115,7 +95,7 @@ class Weights:
             )
         return {
             inside + key.removeprefix(prefix): tensor
-            for prefix, inside in _PARTS[model]
+            for prefix, inside in PARTS[model]
             for key, tensor in self.state.items()
             if key.startswith(prefix)
         }
@@ -258,144 +238,6 @@ def _read_downloaded(known: Checkpoint) -> Weights:
             f"run 'flowreel weights download {known.name} --overwrite'"
         )
     return held
-
-
-def save_weights(
-    path: str | Path,
-    state: Mapping[str, Tensor],
-    *,
-    licence: str,
-    made_by: Mapping[str, JSON],
-    width: float | None = None,
-    half: bool = False,
-) -> None:
-    """Writes ``.safetensors`` with the model, width, licence and history in its metadata.
-
-    Args:
-        path: appears whole or not at all, and replaces a file of that name; missing folders are created.
-        state: a network's state_dict; the model is told from it, and the width unless given.
-        half: store float16 (half the size; about 1e-3 relative error); loading gives float32 again.
-
-    Raises:
-        WeightsMismatchError: the tensors are of no FlowNet2 network, or too large for float16.
-        OutputWriteError: the file cannot be written.
-    """
-    from safetensors.torch import save
-
-    model, batch_norm, told = identify(state, str(path))
-    about = {
-        "model": model,
-        "batch_norm": batch_norm,
-        "width": told if width is None else width,
-        "licence": licence,
-        "made_by": dict(made_by),
-    }
-    tensors = {key: _halved(key, tensor) if half else _own(tensor) for key, tensor in state.items()}
-    with appearing(Path(path)) as temporary:
-        # Not save_file, which makes files that nobody but their owner may read.
-        temporary.write_bytes(save(tensors, metadata={"format": "pt", METADATA_KEY: json.dumps(about)}))
-
-
-def save_checkpoint(path: str | Path, weights: Weights) -> None:
-    """Writes a ``.pth.tar`` that flownet2-pytorch loads: ``epoch``, ``state_dict``, ``best_EPE``, all float32.
-
-    Licence and history go along as JSON under a key of our own, which NVIDIA's code does not look at.
-
-    Raises:
-        OutputWriteError: the file cannot be written. It appears whole or not at all.
-    """
-    trained = {key: weights.made_by[key] for key in ("arch", "epoch", "best_EPE") if key in weights.made_by}
-    about = {"width": weights.width, "licence": weights.licence, "made_by": dict(weights.made_by)}
-    content = {
-        "epoch": 0,
-        "best_EPE": NO_BEST_EPE,
-        **trained,
-        "state_dict": {key: _own(tensor) for key, tensor in weights.state.items()},
-        METADATA_KEY: json.dumps(about),
-    }
-    with appearing(Path(path)) as temporary:
-        torch.save(content, temporary)
-
-
-def convert(source: str | Path, output: str | Path, *, half: bool = False, overwrite: bool = False) -> Weights:
-    """One kind of weights file to the other, which follows from ``output``'s name. float32 stays the same to the bit.
-
-    Licence and history are kept, and what it was converted from (name and sha256) is added to them.
-
-    Args:
-        source: as of ``read_weights``.
-        output: ``X.safetensors``, or ``X.pth.tar`` as flownet2-pytorch loads it.
-        half: float16 values, in ``.safetensors`` only.
-        overwrite: replace a file that is there.
-
-    Returns:
-        The new file, read back.
-
-    Raises:
-        UsageError: another ending, or half where it cannot be.
-        OutputExistsError, OutputWriteError, WeightsError: as their names say; nothing half-written remains.
-    """
-    path = Path(output)
-    ours = path.name.lower().endswith(".safetensors")
-    if not ours and not path.name.lower().endswith(CHECKPOINT_SUFFIXES):
-        raise UsageError(f"weights are written as X.safetensors or X.pth.tar, got {path.name!r}")
-    if half and not ours:
-        raise UsageError(f"flownet2-pytorch loads float32 alone: half is for .safetensors, not for {path.name!r}")
-    if os.path.lexists(path) and not overwrite:
-        raise OutputExistsError(f"{path} is already there: pass --overwrite to replace it, or choose another name")
-    held = read_weights(source)
-    before = held.made_by.get("converted_from")
-    origin: dict[str, JSON] = {"name": held.known_as or held.name, "sha256": held.sha256}
-    lineage: list[JSON] = [*(before if isinstance(before, list) else []), origin]
-    held = replace(held, made_by={**held.made_by, "converted_from": lineage})
-    if ours:
-        save_weights(path, held.state, licence=held.licence, made_by=held.made_by, width=held.width, half=half)
-    else:
-        save_checkpoint(path, held)
-    return read_weights(path)
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """On the CPU, dense, and sharing its memory with no other, as files want them; copied only where it must be."""
-    dense = tensor.detach().cpu().contiguous()
-    return dense if dense.untyped_storage().nbytes() == dense.nbytes else dense.clone()
-
-
-def _halved(key: str, tensor: Tensor) -> Tensor:
-    if not tensor.is_floating_point():
-        return _own(tensor)
-    halved = _own(tensor.detach().half())
-    if not torch.equal(halved.isfinite(), tensor.detach().cpu().isfinite()):
-        raise WeightsMismatchError(f"{key} reaches {tensor.abs().max():.3g}, float16 only 65504: store it without half")
-    return halved
-
-
-def identify(state: Mapping[str, Tensor], name: str) -> tuple[str, bool, float]:
-    """(model, BatchNorm, width) told from tensor names and shapes.
-
-    Raises:
-        WeightsMismatchError: the names are of no FlowNet2 network, or it is a part of a stack alone.
-    """
-    model = next((stack for prefix, stack in _STACKS if any(key.startswith(prefix) for key in state)), None)
-    prefix = "" if model is None else "flownetc."
-    if model is None and f"{prefix}predict_flow6.weight" in state:
-        if "conv_redir.0.weight" in state:
-            model = "FlowNet2C"
-        elif "conv0.0.weight" in state:
-            model = "FlowNet2SD"
-        elif "conv1.0.weight" in state and state["conv1.0.weight"].ndim == 4:
-            inputs = state["conv1.0.weight"].shape[1]
-            if inputs != 6:
-                raise WeightsMismatchError(f"{name} holds a refining FlowNetS ({inputs} inputs): it cannot run alone")
-            model = "FlowNet2S"
-    widest = state.get(f"{prefix}predict_flow6.weight")
-    if model is None or widest is None or widest.ndim != 4:
-        some = ", ".join(key[:MOST_SHOWN] for key in sorted(state)[:3]) or "nothing"
-        raise WeightsMismatchError(f"{name} holds none of {', '.join(MODELS)}: its tensors are {some}, ...")
-    width = widest.shape[1] / 1024
-    if not 0.01 <= width <= 4:
-        raise WeightsMismatchError(f"{name}: a network of {widest.shape[1]} channels is none of ours")
-    return model, any(key.endswith("running_mean") for key in state), width
 
 
 def _read(path: Path, name: str) -> Weights:

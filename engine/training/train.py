@@ -21,9 +21,10 @@ from flowreel.engine.device import one_device
 from flowreel.engine.errors import CheckpointError, UsageError
 from flowreel.engine.models.flownetc import FlowNetC
 from flowreel.engine.models.layers import folded_state, normalise, to_pixels
+from flowreel.engine.models.saving import save_weights
 from flowreel.engine.models.stacks import FlowNet2, FlowNet2CS, FlowNet2CSS, refining_input
 from flowreel.engine.models.weight_files import appearing
-from flowreel.engine.models.weights import read_weights, save_weights
+from flowreel.engine.models.weights import read_weights
 from flowreel.engine.places import make_folder
 from flowreel.engine.training.batches import batches, on, render
 from flowreel.engine.training.config import TrainConfig, learning_rate, share_done

@@ -23,7 +23,7 @@ from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
 from flowreel.engine.describe import describe
 from flowreel.engine.errors import FlowFileError, FlowreelError, SourceNotFoundError, UnsupportedSourceError
 from flowreel.engine.models import build_model
-from flowreel.engine.models.weights import save_weights
+from flowreel.engine.models.saving import save_weights
 from flowreel.sinks import open_sink, write_flo, write_flow_npz, write_kitti
 
 Facts = dict[str, Any]

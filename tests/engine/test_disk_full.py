@@ -19,7 +19,7 @@ from flowreel.engine import publish
 from flowreel.engine.cli import call
 from flowreel.engine.data import FlowInfo
 from flowreel.engine.models import build_model
-from flowreel.engine.models.weights import save_weights
+from flowreel.engine.models.saving import save_weights
 from flowreel.sinks import open_store
 
 H, W, FRAMES, SHARD = 64, 96, 15, 4  # 14 flows: three shards and a ragged one

@@ -34,7 +34,7 @@ from flowreel.engine.errors import (
 from flowreel.engine.export import export
 from flowreel.engine.inference import Inference
 from flowreel.engine.models import build_model
-from flowreel.engine.models.weights import save_weights
+from flowreel.engine.models.saving import save_weights
 from flowreel.engine.outputs import Progress
 from flowreel.engine.pairing import batches, pairs
 from flowreel.engine.repair import RepairReport, batches_of, repair

@@ -21,7 +21,7 @@ from flowreel.engine.cli import call
 from flowreel.engine.cli.table import print_summary
 from flowreel.engine.errors import ResumeMismatchError, StageError, UsageError
 from flowreel.engine.models import build_model
-from flowreel.engine.models.weights import save_weights
+from flowreel.engine.models.saving import save_weights
 from flowreel.engine.outputs import Progress
 from flowreel.engine.sources.images import ImageSource
 from flowreel.sinks import open_store

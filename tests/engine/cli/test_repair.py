@@ -15,7 +15,7 @@ from flowreel.engine.cli import call
 from flowreel.engine.cli.repair import repair
 from flowreel.engine.cli.verify import verify
 from flowreel.engine.models import build_model
-from flowreel.engine.models.weights import save_weights
+from flowreel.engine.models.saving import save_weights
 
 Capture = pytest.CaptureFixture[str]
 SOURCE = "synthetic:objects?size=64x64&frames=7"

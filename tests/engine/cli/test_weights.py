@@ -118,7 +118,7 @@ def test_each_stage_of_a_training_has_a_line(capsys: Capture) -> None:
 
 
 def test_what_a_file_says_does_not_steer_the_terminal(capsys: Capture) -> None:
-    from flowreel.engine.models.weights import save_weights
+    from flowreel.engine.models.saving import save_weights
 
     state = build_model("FlowNet2S", width=0.05).state_dict()
     save_weights("x.safetensors", state, licence="\x1b[2Jnone", made_by={"by": ["\x07"]})

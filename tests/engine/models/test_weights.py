@@ -30,15 +30,9 @@ from flowreel.engine.errors import (
     WeightsNotFoundError,
 )
 from flowreel.engine.models import MODELS, build_model, checkpoints
-from flowreel.engine.models.weights import (
-    convert,
-    identify,
-    instantiate,
-    known_weights,
-    load_model,
-    read_weights,
-    save_weights,
-)
+from flowreel.engine.models.identify import identify
+from flowreel.engine.models.saving import convert, save_weights
+from flowreel.engine.models.weights import instantiate, known_weights, load_model, read_weights
 
 Filled = Callable[..., nn.Module]
 NARROW = 0.05

@@ -1,0 +1,53 @@
+"""Which network weights are of, told from their tensors' names and shapes alone, so that nobody has to say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from flowreel.engine.errors import WeightsMismatchError
+from flowreel.engine.models import MODELS
+from flowreel.engine.models.weight_files import MOST_SHOWN
+
+# Which sub-network's prefix marks which stack, longest stack first.
+STACKS = (("flownetfusion.", "FlowNet2"), ("flownets_2.", "FlowNet2CSS"), ("flownets_1.", "FlowNet2CS"))
+# What of a stack each smaller model is: (prefix in the stack, prefix in the model).
+PARTS = {
+    "FlowNet2C": (("flownetc.", ""),),
+    "FlowNet2CS": (("flownetc.", "flownetc."), ("flownets_1.", "flownets_1.")),
+    "FlowNet2CSS": (("flownetc.", "flownetc."), ("flownets_1.", "flownets_1."), ("flownets_2.", "flownets_2.")),
+}
+SERVES = {
+    "FlowNet2": ("FlowNet2C", "FlowNet2CS", "FlowNet2CSS"),
+    "FlowNet2CSS": ("FlowNet2C", "FlowNet2CS"),
+    "FlowNet2CS": ("FlowNet2C",),
+}
+
+
+def identify(state: Mapping[str, Tensor], name: str) -> tuple[str, bool, float]:
+    """(model, BatchNorm, width) told from tensor names and shapes.
+
+    Raises:
+        WeightsMismatchError: the names are of no FlowNet2 network, or it is a part of a stack alone.
+    """
+    model = next((stack for prefix, stack in STACKS if any(key.startswith(prefix) for key in state)), None)
+    prefix = "" if model is None else "flownetc."
+    if model is None and f"{prefix}predict_flow6.weight" in state:
+        if "conv_redir.0.weight" in state:
+            model = "FlowNet2C"
+        elif "conv0.0.weight" in state:
+            model = "FlowNet2SD"
+        elif "conv1.0.weight" in state and state["conv1.0.weight"].ndim == 4:
+            inputs = state["conv1.0.weight"].shape[1]
+            if inputs != 6:
+                raise WeightsMismatchError(f"{name} holds a refining FlowNetS ({inputs} inputs): it cannot run alone")
+            model = "FlowNet2S"
+    widest = state.get(f"{prefix}predict_flow6.weight")
+    if model is None or widest is None or widest.ndim != 4:
+        some = ", ".join(key[:MOST_SHOWN] for key in sorted(state)[:3]) or "nothing"
+        raise WeightsMismatchError(f"{name} holds none of {', '.join(MODELS)}: its tensors are {some}, ...")
+    width = widest.shape[1] / 1024
+    if not 0.01 <= width <= 4:
+        raise WeightsMismatchError(f"{name}: a network of {widest.shape[1]} channels is none of ours")
+    return model, any(key.endswith("running_mean") for key in state), width

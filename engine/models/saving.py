@@ -1,0 +1,131 @@
+"""Weights to files: our ``.safetensors``, and ``.pth.tar`` as flownet2-pytorch loads it; each to the other."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flowreel.engine.data import JSON
+from flowreel.engine.errors import OutputExistsError, UsageError, WeightsMismatchError
+from flowreel.engine.models.identify import identify
+from flowreel.engine.models.weight_files import METADATA_KEY, appearing
+from flowreel.engine.models.weights import Weights, read_weights
+
+CHECKPOINT_SUFFIXES = (".pth.tar", ".pth", ".pt", ".tar")
+NO_BEST_EPE = 1e10  # pixels; what NVIDIA's own checkpoints say where nothing was measured
+
+
+def save_weights(
+    path: str | Path,
+    state: Mapping[str, Tensor],
+    *,
+    licence: str,
+    made_by: Mapping[str, JSON],
+    width: float | None = None,
+    half: bool = False,
+) -> None:
+    """Writes ``.safetensors`` with the model, width, licence and history in its metadata.
+
+    Args:
+        path: appears whole or not at all, and replaces a file of that name; missing folders are created.
+        state: a network's state_dict; the model is told from it, and the width unless given.
+        half: store float16 (half the size; about 1e-3 relative error); loading gives float32 again.
+
+    Raises:
+        WeightsMismatchError: the tensors are of no FlowNet2 network, or too large for float16.
+        OutputWriteError: the file cannot be written.
+    """
+    from safetensors.torch import save
+
+    model, batch_norm, told = identify(state, str(path))
+    about = {
+        "model": model,
+        "batch_norm": batch_norm,
+        "width": told if width is None else width,
+        "licence": licence,
+        "made_by": dict(made_by),
+    }
+    tensors = {key: _halved(key, tensor) if half else _own(tensor) for key, tensor in state.items()}
+    with appearing(Path(path)) as temporary:
+        # Not save_file, which makes files that nobody but their owner may read.
+        temporary.write_bytes(save(tensors, metadata={"format": "pt", METADATA_KEY: json.dumps(about)}))
+
+
+def save_checkpoint(path: str | Path, weights: Weights) -> None:
+    """Writes a ``.pth.tar`` that flownet2-pytorch loads: ``epoch``, ``state_dict``, ``best_EPE``, all float32.
+
+    Licence and history go along as JSON under a key of our own, which NVIDIA's code does not look at.
+
+    Raises:
+        OutputWriteError: the file cannot be written. It appears whole or not at all.
+    """
+    trained = {key: weights.made_by[key] for key in ("arch", "epoch", "best_EPE") if key in weights.made_by}
+    about = {"width": weights.width, "licence": weights.licence, "made_by": dict(weights.made_by)}
+    content = {
+        "epoch": 0,
+        "best_EPE": NO_BEST_EPE,
+        **trained,
+        "state_dict": {key: _own(tensor) for key, tensor in weights.state.items()},
+        METADATA_KEY: json.dumps(about),
+    }
+    with appearing(Path(path)) as temporary:
+        torch.save(content, temporary)
+
+
+def convert(source: str | Path, output: str | Path, *, half: bool = False, overwrite: bool = False) -> Weights:
+    """One kind of weights file to the other, which follows from ``output``'s name. float32 stays the same to the bit.
+
+    Licence and history are kept, and what it was converted from (name and sha256) is added to them.
+
+    Args:
+        source: as of ``read_weights``.
+        output: ``X.safetensors``, or ``X.pth.tar`` as flownet2-pytorch loads it.
+        half: float16 values, in ``.safetensors`` only.
+        overwrite: replace a file that is there.
+
+    Returns:
+        The new file, read back.
+
+    Raises:
+        UsageError: another ending, or half where it cannot be.
+        OutputExistsError, OutputWriteError, WeightsError: as their names say; nothing half-written remains.
+    """
+    path = Path(output)
+    ours = path.name.lower().endswith(".safetensors")
+    if not ours and not path.name.lower().endswith(CHECKPOINT_SUFFIXES):
+        raise UsageError(f"weights are written as X.safetensors or X.pth.tar, got {path.name!r}")
+    if half and not ours:
+        raise UsageError(f"flownet2-pytorch loads float32 alone: half is for .safetensors, not for {path.name!r}")
+    if os.path.lexists(path) and not overwrite:
+        raise OutputExistsError(f"{path} is already there: pass --overwrite to replace it, or choose another name")
+    held = read_weights(source)
+    before = held.made_by.get("converted_from")
+    origin: dict[str, JSON] = {"name": held.known_as or held.name, "sha256": held.sha256}
+    lineage: list[JSON] = [*(before if isinstance(before, list) else []), origin]
+    held = replace(held, made_by={**held.made_by, "converted_from": lineage})
+    if ours:
+        save_weights(path, held.state, licence=held.licence, made_by=held.made_by, width=held.width, half=half)
+    else:
+        save_checkpoint(path, held)
+    return read_weights(path)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """On the CPU, dense, and sharing its memory with no other, as files want them; copied only where it must be."""
+    dense = tensor.detach().cpu().contiguous()
+    return dense if dense.untyped_storage().nbytes() == dense.nbytes else dense.clone()
+
+
+def _halved(key: str, tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        return _own(tensor)
+    halved = _own(tensor.detach().half())
+    if not torch.equal(halved.isfinite(), tensor.detach().cpu().isfinite()):
+        raise WeightsMismatchError(f"{key} reaches {tensor.abs().max():.3g}, float16 only 65504: store it without half")
+    return halved
