@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,9 +30,6 @@ from flowreel.engine.sources import IMAGE_SUFFIXES
 from flowreel.engine.sources.fingerprint import last_change, source_id
 from flowreel.engine.sources.independent import IndependentFrames
 from flowreel.engine.sources.timecode import select_frames
-
-if TYPE_CHECKING:
-    pass
 
 FLOW_SUFFIXES = frozenset({".flo", ".npz", ".zarr"})
 FRAME_RATE = Fraction(25)  # pictures carry no times; FFmpeg reads image sequences at the same rate
