@@ -71,3 +71,8 @@ def test_a_size_that_fits_is_left_alone(mode: FitMode) -> None:
     fit = Fit(mode, 64, 128)
     assert fit.apply(frames) is frames
     assert fit.undo(frames) is frames
+
+
+def test_what_is_made_smaller_is_averaged() -> None:
+    stripes = (torch.arange(88) % 2 * 100.0).expand(1, 3, 64, -1)
+    assert Fit("resize", 64, 88).apply(stripes)[0, 0, 0].std() < 15  # twice that where pixels are skipped
