@@ -46,14 +46,14 @@ class PyAVDecoder:
 def _numbered(probe: VideoProbe, first: int) -> Generator[tuple[int, VideoFrame], None, None]:
     """Decoded frames with their numbers, in rising order, from ``first`` or somewhat before it on.
 
-    When one from ``first`` on does not come, or comes patched up, decoding starts over near that place on one thread:
-    with several, how many sound frames go down with a damaged one, and what it is patched up with, would depend on the
-    number of cores, and FFmpeg may keep the error to itself.
+    When one from ``first`` on does not come, or any comes patched up, decoding starts over near that place on one
+    thread: with several, how many sound frames go down with a damaged one, and what it and those that lean on it are
+    patched up with, would depend on the number of cores, and FFmpeg may keep the error to itself.
     """
     due = first
     with suppress(av.FFmpegError):
         for number, frame in _from(probe, first, careful=False):
-            if number > due or (number == due and frame.is_corrupt):
+            if number > due or frame.is_corrupt:
                 break
             yield number, frame
             due = max(due, number + 1)

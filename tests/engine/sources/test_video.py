@@ -18,6 +18,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+import torch
 
 from flowreel.engine.config import SelectConfig
 from flowreel.engine.data import Frame
@@ -435,6 +436,25 @@ class TestDamage:
         assert [frame.index for frame in frames] == [n for n in range(100) if n not in lost]
         assert [frame.timestamp_s for frame in frames] == pytest.approx([frame.index / 25 for frame in frames])
         assert source.losses == ["3 of 100 frames could not be decoded"]
+
+    @pytest.mark.parametrize("place", [41, 45, 49])  # in the order of the file
+    def test_what_leans_on_a_patched_frame_is_the_same_from_any_start(
+        self, long_clip: Path, tmp_path: Path, place: int
+    ) -> None:
+        """One thread decodes it, wherever reading begins: several would patch it up in another way."""
+        data = bytearray(long_clip.read_bytes())
+        with av.open(str(long_clip)) as container:
+            packets = [(p.pos, p.size, p.pts) for p in container.demux(video=0) if p.size]
+        position, size, stamp = packets[place]
+        data[position + size // 2 : position + size // 2 + 12] = b"\xff" * 12
+        (tmp_path / "patched.mp4").write_bytes(data)
+        number = probe_video(str(long_clip)).timeline.number_of(stamp)
+        assert number is not None
+        whole = {frame.index: frame.rgb for frame in open_source(tmp_path / "patched.mp4")}
+        for start in range(number, number + 6):
+            frames = list(open_source(tmp_path / "patched.mp4", SelectConfig(start=start, stop=number + 8)))
+            assert [frame.index for frame in frames] == [n for n in whole if start <= n < number + 8]
+            assert all(torch.equal(frame.rgb, whole[frame.index]) for frame in frames), start
 
     @pytest.fixture
     def patched(self, clip: Clip, tmp_path: Path) -> tuple[Path, int]:
