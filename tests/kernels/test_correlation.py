@@ -59,17 +59,22 @@ def test_gradients_equal_golden(golden: dict[str, np.ndarray], case: str) -> Non
     shape=st.tuples(st.integers(1, 2), st.integers(1, 5), st.integers(1, 12), st.integers(1, 60)),
     radius=st.integers(0, 3),
     stride=st.integers(1, 3),
+    scale=st.sampled_from([None, 0.7]),
+    slope=st.sampled_from([1.0, 0.1]),
     seed=st.integers(0, 99),
 )
-def test_fast_version_equals_definition(shape: tuple[int, int, int, int], radius: int, stride: int, seed: int) -> None:
+def test_fast_version_equals_definition(
+    shape: tuple[int, int, int, int], radius: int, stride: int, scale: float | None, slope: float, seed: int
+) -> None:
     first, second = maps(*shape, dtype=torch.float64, seed=seed)
-    wanted = pixel_correlation_definition(first, second, radius, stride)
-    out = torch.ops.flowreel.correlation(first, second, radius, stride)
+    how = radius, stride, scale
+    wanted = pixel_correlation_definition(first, second, *how, slope)
+    out = torch.ops.flowreel.correlation(first, second, *how, slope)
     torch.testing.assert_close(out, wanted, rtol=0, atol=1e-12)
     grad = torch.randn(wanted.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 1))
-    grads = torch.ops.flowreel.correlation_backward(grad, first, second, radius, stride)
+    grads = torch.ops.flowreel.correlation_backward(grad, first, second, *how)
     torch.testing.assert_close(
-        grads, pixel_correlation_backward_definition(grad, first, second, radius, stride), rtol=0, atol=1e-11
+        grads, pixel_correlation_backward_definition(grad, first, second, *how), rtol=0, atol=1e-11
     )
 
 

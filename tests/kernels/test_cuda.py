@@ -70,7 +70,7 @@ def of_correlation(name: str, inputs: Callable[..., tuple[object, ...]], *more: 
 CASES = {
     "correlation": of_correlation("correlation", for_correlation(10, 2), WIDE),
     "correlation, activated": of_correlation("correlation", for_correlation(4, 1, 0.7, 0.1), WIDE),
-    "correlation, in two parts": of_correlation("correlation", for_correlation(5, 3, None, 0.1)),
+    "correlation, in parts": of_correlation("correlation", for_correlation(7, 3, None, 0.1)),  # two in x, three in y
     "correlation, one displacement": of_correlation("correlation", for_correlation(0, 5)),
     "correlation_backward": of_correlation("correlation_backward", for_its_gradient(10, 2)),
     "correlation_backward, scaled": of_correlation("correlation_backward", for_its_gradient(2, 1, 0.7), (1, 17, 3, 5)),
@@ -244,8 +244,8 @@ FAULTS = {
         "correlation",
     ),
     "correlation: one channel too many": ("correlation.cu", "channel < size", "channel <= size", "correlation"),
-    "correlation: one dy too many": ("correlation.cu", "dy >= side", "dy > side", "correlation, in two parts"),
-    "correlation: one dx too many": ("correlation.cu", "k >= side", "k > side", "correlation, in two parts"),
+    "correlation: one dy too many": ("correlation.cu", "dy >= side", "dy > side", "correlation, in parts"),
+    "correlation: one dx too many": ("correlation.cu", "k >= side", "k > side", "correlation, in parts"),
     "correlation: wrong displacement": ("correlation.cu", "window[k + j]", "window[k + 3 - j]", "correlation"),
     "correlation: phases not apart": ("correlation.cu", "p % phases * phase_pitch", "0", "correlation"),
     "correlation: not activated": (

@@ -214,7 +214,7 @@ def test_a_planted_fault_is_caught(plant: Callable[..., torch.device], file: str
                 compare(size, torch.float32, device)
 
 
-@pytest.mark.parametrize("name", ["refining_input", "fusing_input", "normalise_frames"])
+@pytest.mark.parametrize("name", ["refining_input", "fusing_input", "normalise_frames: pair", "normalise_frames: both"])
 def test_a_room_that_cannot_be_stored_whole_is_filled_by_the_definition(name: str, card: torch.device) -> None:
     """One that begins in the middle of 16 bytes, which only a view of other memory does."""
     frames, flow = Draws(card).frames(2, 8, 8), torch.ones(2, 2, 2, 2, device=card)
@@ -232,10 +232,13 @@ def test_a_room_that_cannot_be_stored_whole_is_filled_by_the_definition(name: st
         elif name == "fusing_input":
             found.append(shifted(16, by))
             given = frames, flow, 0.05, flow, 20.0, found[-1]
-        else:
+        elif name.endswith("pair"):
             found.append(shifted(8, by))
             given = frames[:, :3], frames[:, 3:], None, found[-1], None
-        how = as_on_a_gpu(getattr(torch.ops.flowreel, name).default, *given)
+        else:  # two pictures as those of one pair
+            found.append(shifted(8, by))
+            given = frames[:1, :3], frames[:1, 3:], None, None, found[-1]
+        how = as_on_a_gpu(getattr(torch.ops.flowreel, name.split(":")[0]).default, *given)
         assert how == ("torch" if by else "cuda")
     same(*found)
 
@@ -262,14 +265,14 @@ def test_rooms_are_stored_whole_and_what_does_not_fit_is_refused() -> None:
     first = torch.zeros(1, 3, 4, 4)
     pair, both = (room(n, 8, 4, 4, torch.float16, torch.device("cpu")) for n in (1, 2))
     normalise_frames.normalise_frames(first, first, pair=pair, both=both)
-    for error, given in (
-        (ValueError, {"pair": both}),
-        (ValueError, {"both": pair}),
-        (ValueError, {"planes": torch.zeros(1, 6, 4, 8)[..., :4]}),
-        (TypeError, {"pair": pair, "both": both.float()}),
-        (TypeError, {"planes": torch.zeros(1, 6, 4, 4).half()}),
+    for error, said, given in (
+        (ValueError, "expected room for", {"pair": both}),
+        (ValueError, "expected room for", {"both": pair}),
+        (ValueError, "contiguous", {"planes": torch.zeros(1, 6, 4, 8)[..., :4]}),
+        (TypeError, "pair and both are of one dtype", {"pair": pair, "both": both.float()}),
+        (TypeError, "what is read is float32", {"planes": torch.zeros(1, 6, 4, 4).half()}),
     ):
-        with pytest.raises(error):
+        with pytest.raises(error, match=said):
             normalise_frames.normalise_frames(first, first, **given)
     with pytest.raises(ValueError, match="twice"):
         normalise_frames.normalise_frames(first, first[..., :3], pair=pair)

@@ -225,6 +225,9 @@ def test_programs_of_a_user_without_a_home_are_kept_for_the_process(
     (tmp_path / "file").touch()
     monkeypatch.setenv("FLOWREEL_CACHE", str(tmp_path / "file"))
     assert launch._cache_folder() == tmp_path
+    monkeypatch.setenv("FLOWREEL_CACHE", str(tmp_path / "kept"))
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # it is somebody else's
+    assert launch._cache_folder() == tmp_path
 
 
 @pytest.mark.parametrize(("capability", "tensor_cores"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])

@@ -62,6 +62,17 @@ def test_each_flow_has_its_own_counts() -> None:
     assert out.steps[2, :, 3, 3].tolist() == [1, 0]
 
 
+@pytest.mark.parametrize(("dtype", "last_px"), [(torch.int16, 32767 / 4), (torch.int32, 2.0**29 - 32)])
+def test_what_its_type_holds_is_kept_and_not_a_step_more(dtype: torch.dtype, last_px: float) -> None:
+    """Without a limit. 2^31 - 1 is no float32: 128 below 2^31 is the last one."""
+    wide = torch.tensor(last_px)
+    flow = torch.zeros(1, 2, 1, 3)
+    flow[0, 0, 0] = torch.stack([wide, torch.nextafter(wide, 2 * wide).clamp(min=last_px + 0.25), -wide])
+    out = quantise(flow, 0.25, dtype=dtype)
+    assert out.steps[0, 0, 0].tolist() == [4 * last_px, torch.iinfo(dtype).min, -4 * last_px]
+    assert (out.unknown.item(), out.beyond_range.item()) == (0, 1)
+
+
 def test_registered_and_foretold() -> None:
     flow = flow_of_all_kinds(2, 5, 6)
     arguments = (flow, 0.25, 100.0, torch.int16)
@@ -79,6 +90,7 @@ def test_registered_and_foretold() -> None:
         ({"step": 0.3}, ValueError, "power of two"),
         ({"step": 0.0}, ValueError, "power of two"),
         ({"limit": 40000.0}, ValueError, "32767"),
+        ({"limit": 2.0**31, "dtype": torch.int32}, ValueError, "2147483520"),
         ({"limit": 0.0}, ValueError, "limit"),
     ],
 )
