@@ -12,9 +12,10 @@ from PIL import Image
 
 from flowreel.engine.config import SinkConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
+from flowreel.engine.errors import OutputWriteError, frame_of
 from flowreel.kernels.flow_color import flow_to_color
 from flowreel.sinks import open_sink, read_flo
-from flowreel.sinks.color_png import png_pieces
+from flowreel.sinks.color_png import ColorPictures, ColorPngSink, png_pieces
 
 
 def picture_of(folder: Path, flow: np.ndarray, **options: float) -> np.ndarray:
@@ -50,6 +51,31 @@ def test_unknown_is_black_and_never_the_longest(tmp_path: Path) -> None:
     picture = picture_of(tmp_path, flow)
     assert picture[0, 0].tolist() == picture[1, 1].tolist() == [0, 0, 0]
     assert np.array_equal(picture[2, 2], flow_to_color(flow[2:, 2:])[0, 0])
+
+
+def test_what_a_device_has_painted_is_told_of_by_its_frame(tmp_path: Path) -> None:
+    sink = ColorPngSink(str(tmp_path / "%03d.png"), SinkConfig())
+    sink.open(FlowInfo(4, 5, frame_rate=None, frame_count=None, source=SourceId("test")))
+    flow, frame, times = torch.ones(3, 2, 4, 5), np.array([4, 6, 8]), np.zeros(3)
+    flow[1, 0, 2, 3] = torch.nan
+    for prepared in sink.prepare(iter([FlowBatch(flow, 0, frame, frame + 2, times, times)])):
+        sink.take(prepared)
+    sink.commit()
+    (note,) = sink.notes
+    assert note.endswith(
+        "1 of 60 vectors (1.7 %) are unknown (NaN, infinite or beyond 1e9 px) and black, first in frame 6"
+    )
+
+
+def test_a_picture_that_cannot_be_written_concerns_its_frame(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    pictures = ColorPictures([tmp_path / "a.png", tmp_path / "file" / "b.png", tmp_path / "c.png"], None)
+    flow, frame, times = torch.ones(3, 2, 4, 5), np.array([4, 6, 8]), np.zeros(3)
+    pictures.write(FlowBatch(flow, 0, frame, frame + 2, times, times))
+    with pytest.raises(OutputWriteError, match=r"b\.png") as caught:
+        pictures.finish()
+    assert frame_of(caught.value, None) == 6
+    assert (pictures.count, pictures.bytes_written) == (1, (tmp_path / "a.png").stat().st_size)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])

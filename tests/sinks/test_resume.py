@@ -25,9 +25,10 @@ from flowreel.engine.protocols import Resumable
 from flowreel.sinks import open_store, zarr_store
 from flowreel.sinks.codecs import flow_codec
 from flowreel.sinks.shard_file import pack_shard
-from flowreel.sinks.store_layout import CHECKSUMS
+from flowreel.sinks.store_layout import BESIDE_FLOW, CHECKSUMS
 from flowreel.sinks.store_metadata import store_metadata
 from flowreel.sinks.store_reader import flow_shard
+from flowreel.sinks.store_target import LocalTarget
 from flowreel.sinks.zarr_store import ZarrSink
 from tests.sinks.waiting import flush
 
@@ -120,7 +121,12 @@ def test_killed_before_its_name_was_given(tmp_path: Path, whole: dict[str, bytes
     assert contents(tmp_path / "Y.zarr") == expected
 
 
-def test_temporaries_and_a_damaged_shard_are_made_again(tmp_path: Path, whole: dict[str, bytes]) -> None:
+def test_temporaries_and_a_damaged_shard_are_made_again(
+    tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deleted: list[str] = []
+    real = LocalTarget.delete
+    monkeypatch.setattr(LocalTarget, "delete", lambda target, key: (deleted.append(key), real(target, key)))
     cut_after(tmp_path / "X.zarr", 10)
     partial = tmp_path / "X.zarr.partial"
     (partial / "flow" / "c" / "3.partial").write_bytes(b"half")
@@ -132,6 +138,9 @@ def test_temporaries_and_a_damaged_shard_are_made_again(tmp_path: Path, whole: d
     assert point.flows == SHARD
     run(tmp_path / "X.zarr", resume=True)
     assert contents(tmp_path / "X.zarr") == whole
+    assert deleted[0] == "flow/c/3.partial"
+    assert deleted[1:3] == ["flow/c/1/0/0/0", "flow/c/2/0/0/0"]  # before their times, without which they have no place
+    assert len(deleted) == 1 + 2 * (1 + len(BESIDE_FLOW)) + 1
 
 
 @pytest.mark.parametrize("what", ["swapped shards", "swapped chunks", "times of elsewhere", "no checksums"])
@@ -235,6 +244,16 @@ def test_a_source_that_now_ends_earlier_leaves_nothing_of_the_shards_behind_its_
     sink.commit(complete=False)
     run(tmp_path / "X.zarr", 6, resume=True)
     assert list(open_store(tmp_path / "X.zarr").problems()) == []
+
+
+def test_what_is_gone_on_with_is_not_cut_to_what_the_source_announces(tmp_path: Path) -> None:
+    """Whoever reads it meanwhile sees all that is there."""
+    cut_after(tmp_path / "X.zarr", 10)
+    sink = ZarrSink(str(tmp_path / "X.zarr"), config(resume=True))
+    sink.open(replace(INFO, frame_count=8))
+    store = open_store(tmp_path / "X.zarr")
+    assert (len(store), store.available) == (9, 9)
+    sink.abort()
 
 
 def test_a_reader_of_an_unfinished_store_sees_a_ragged_shard_replaced(tmp_path: Path) -> None:

@@ -436,6 +436,18 @@ def test_abort_before_open_and_after_commit_touches_nothing(tmp_path: Path) -> N
     assert open_store(tmp_path / "X.zarr").available == 1
 
 
+def test_a_store_that_cannot_get_its_name_keeps_its_last_shard_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of which only the flows are told that are there, not as many as a full one holds."""
+    sink = written(ZarrSink(str(tmp_path / "X.zarr"), config()), moving(8))
+    monkeypatch.setattr(publish, "publish_folder", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "no more")))
+    with pytest.raises(OutputWriteError, match="no more"):
+        sink.commit()
+    assert sink.abort() == f"{tmp_path / 'X.zarr.partial'} holds 8 of 8 flows"
+    assert open_store(tmp_path / "X.zarr").available == 8
+
+
 def test_times_go_before_flow_and_lengths_before_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     real = os.replace
