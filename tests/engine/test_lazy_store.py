@@ -211,6 +211,31 @@ class TestGathering:
         assert asyncio.run(read()).to_bytes() == flow[3].numpy().tobytes()
         assert flow.statistics.computed == 2  # not 20
 
+    def test_nor_who_is_cancelled_while_it_is_computed(self, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+        flow = opened()
+        store = flow.store()
+        real, computing, cancelled = LazyFlow.__getitem__, threading.Event(), threading.Event()
+
+        def held(self: LazyFlow, key: Any) -> Any:
+            computing.set()
+            assert cancelled.wait(60)
+            return real(self, key)
+
+        monkeypatch.setattr(LazyFlow, "__getitem__", held)
+
+        async def read() -> Any:
+            dropped, kept = (
+                asyncio.create_task(store.get("flow/c.3.0.0.0", default_buffer_prototype())) for _ in range(2)
+            )
+            while not computing.is_set():
+                await asyncio.sleep(0.001)
+            dropped.cancel()
+            await asyncio.sleep(0)
+            cancelled.set()
+            return await kept
+
+        assert asyncio.run(read()).to_bytes() == flow[3].numpy().tobytes()
+
     def test_parts_of_a_chunk(self, opened: Open) -> None:
         store = opened().store()
         requests = [
@@ -218,7 +243,7 @@ class TestGathering:
             RangeByteRequest(3, 50),
             OffsetByteRequest(20),
             SuffixByteRequest(7),
-            SuffixByteRequest(10**9),
+            SuffixByteRequest(30_000),  # more than there is
         ]
 
         async def read() -> list[bytes]:

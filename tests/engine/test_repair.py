@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from flowreel.engine.models.saving import save_weights
 from flowreel.engine.outputs import Progress
 from flowreel.engine.pairing import batches, pairs
 from flowreel.engine.repair import RepairReport, batches_of, repair
-from flowreel.sinks import open_store
+from flowreel.sinks import ShardRewriter, open_store
 from flowreel.sinks.shard_file import pack_shard
 from flowreel.sinks.store_repair import ShardDamage
 
@@ -217,7 +218,10 @@ def test_what_is_not_in_its_place_is_put_right(weights: str, damage: Callable[[]
     if damage is shard_of_another_store:
         flowreel.run("frames", "other.zarr", weights=weights, direction="backward", **SETTINGS)
     damage()
-    assert [one.shard for one in mended(sound, weights).shards] == shards
+    report = mended(sound, weights)
+    assert [one.shard for one in report.shards] == shards
+    if damage is swap_times:  # which leaves the flow, and what tells its place, as they are
+        assert {(one.flows, one.arrays) for one in report.shards} == {((), (*ARRAYS, "time_crc32c"))}
 
 
 def test_a_store_of_an_older_version_is_mended_as_it_is(weights: str) -> None:
@@ -280,6 +284,16 @@ def test_whatever_the_settings_and_however_much_is_damaged(weights: str, options
     for name in ("flow", *ARRAYS):
         shutil.rmtree(f"X.zarr/{name}/c")
     mended(sound, weights)
+
+
+def test_frame_numbers_are_counted_from_whichever_are_left() -> None:
+    rewriter = ShardRewriter("X.zarr")
+    at = partial(rewriter.frame_at, backward=False, start=None, step=1)
+    shutil.rmtree("X.zarr/frame/c")
+    assert [at(place) for place in (0, 5, 14)] == [0, 5, 14]  # a flow ends where the next one begins
+    shutil.rmtree("X.zarr/frame_to/c")
+    assert at(5) is None
+    assert at(5, start=3, step=2) == 13
 
 
 def test_a_video_is_entered_where_the_shard_begins(weights: str, made: Path) -> None:

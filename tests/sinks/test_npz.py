@@ -6,6 +6,7 @@ import io
 import struct
 import tracemalloc
 import zipfile
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ def some_flow(height: int = 6, width: int = 5) -> np.ndarray:
     return np.random.default_rng(3).normal(0, 9, (height, width, 2)).astype(np.float32)
 
 
-def npy(descr: str = "<f4", shape: object = (6, 5, 2), order: object = False, data: bytes = bytes(240)) -> bytes:
+def npy(
+    descr: str = "<f4", shape: object = (6, 5, 2), order: object = False, data: bytes = bytes(240), more: int = 0
+) -> bytes:
     """An .npy file that says whatever it is told to."""
-    text = f"{{'descr': {descr!r}, 'fortran_order': {order!r}, 'shape': {shape!r}, }}\n".encode()
+    text = f"{{'descr': {descr!r}, 'fortran_order': {order!r}, 'shape': {shape!r}, }}{' ' * more}\n".encode()
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + data
 
 
@@ -83,6 +86,14 @@ def test_what_others_write(tmp_path: Path, save: Any, dtype: str, order: Any) ->
         assert np.array_equal(back, expected)
 
 
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
+def test_every_version_of_a_header(tmp_path: Path, version: tuple[int, int]) -> None:
+    """The length of the later ones takes four bytes instead of two."""
+    file = io.BytesIO()
+    np.lib.format.write_array(file, some_flow(), version)
+    assert np.array_equal(read_flow_npz(zipped(tmp_path / "x.npz", flow=file.getvalue())), some_flow())
+
+
 def test_the_name_flow_goes_before_others_and_hw2_before_2hw(tmp_path: Path) -> None:
     flow = some_flow(2, 7)
     np.savez(tmp_path / "x.npz", other=-flow, flow=flow)
@@ -90,6 +101,14 @@ def test_the_name_flow_goes_before_others_and_hw2_before_2hw(tmp_path: Path) -> 
     square = some_flow(2, 2)
     np.savez(tmp_path / "y.npz", square)
     assert np.array_equal(read_flow_npz(tmp_path / "y.npz"), square)
+
+
+def test_what_is_encrypted_is_passed_over(tmp_path: Path) -> None:
+    path = zipped(tmp_path / "x.npz", other=npy(), mine=npy(data=some_flow().tobytes()))
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(data)
+    assert np.array_equal(read_flow_npz(path), some_flow())
 
 
 def test_arrays_that_are_not_flow(tmp_path: Path) -> None:
@@ -131,6 +150,7 @@ def test_arrays_that_are_not_flow(tmp_path: Path) -> None:
         (b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + bytes(100), "found 0"),
         (b"\x93NUMPY\x01\x00\x0b\x00{[1, 2]: 3}", "found 0"),
         (b"\x93NUMPY\x01\x00\x02\x00[]", "found 0"),
+        (npy(more=1000), "found 0"),  # a header beyond 1 kB
         (b"\x93NUM", "found 0"),
         (b"", "found 0"),
         (b"GIF89a" + bytes(500), "found 0"),
@@ -145,23 +165,38 @@ def test_headers_that_lie(tmp_path: Path, how: int, entry: bytes, message: str) 
 
 def test_bombs_take_no_memory(tmp_path: Path) -> None:
     size = 11_000 * 11_000 * 8  # 1 GB, still a possible size: so that the lie about it has to be found
-    short = zipped(tmp_path / "short.npz", flow=npy(shape=(11_000, 11_000, 2), data=bytes(1 << 20)))
-    bombs = [short, tmp_path / "lying.npz", tmp_path / "other_way.npz"]
-    header = len(npy(shape=(11_000, 11_000, 2), data=b""))
-    data = bytearray(short.read_bytes())
-    for mark, place in ((b"PK\x01\x02", 24), (b"PK\x03\x04", 22)):  # the unfolded size, in both places where it stands
-        at = data.rindex(mark) + place
-        data[at : at + 4] = struct.pack("<I", size + header)
-    bombs[1].write_bytes(data)
-    zipped(bombs[2], zipfile.ZIP_BZIP2, flow=npy(data=bytes(10 << 20)))
-    for bomb in bombs:
-        tracemalloc.start()
-        try:
-            with pytest.raises(FlowFileError):
-                read_flow_npz(bomb)
-            assert tracemalloc.get_traced_memory()[1] < 4 << 20
-        finally:
-            tracemalloc.stop()
+    bombs = [tmp_path / f"{number}.npz" for number in range(5)]
+    entry = npy(shape=(11_000, 11_000, 2), data=bytes(1 << 20))
+    header = len(entry) - (1 << 20)
+    for short, lying, how in ((bombs[0], bombs[1], zipfile.ZIP_DEFLATED), (bombs[2], bombs[3], zipfile.ZIP_STORED)):
+        data = bytearray(zipped(short, how, flow=entry).read_bytes())
+        for mark, place in ((b"PK\x01\x02", 24), (b"PK\x03\x04", 22)):  # the unfolded size, in both its places
+            at = data.rindex(mark) + place
+            data[at : at + 4] = struct.pack("<I", size + header)
+        lying.write_bytes(data)
+        if how == zipfile.ZIP_DEFLATED:  # and how much there is of it packed
+            at = data.rindex(b"PK\x01\x02") + 20
+            data[at : at + 4] = struct.pack("<I", size // 1000)
+            lying.with_name("twice.npz").write_bytes(data)
+    zipped(bombs[4], zipfile.ZIP_BZIP2, flow=npy(data=bytes(10 << 20)))
+    for bomb in (*bombs, tmp_path / "twice.npz"):
+        assert most_memory(bomb, pytest.raises(FlowFileError)) < 4 << 20
+
+
+def test_a_sound_file_takes_little_more_memory_than_its_flow(tmp_path: Path) -> None:
+    path = zipped(tmp_path / "x.npz", flow=npy(shape=(1024, 2048, 2), data=bytes(16 << 20)))
+    assert most_memory(path, nullcontext()) < 24 << 20
+
+
+def most_memory(path: Path, refusal: AbstractContextManager[object]) -> int:
+    """Bytes that reading a file takes at once."""
+    tracemalloc.start()
+    try:
+        with refusal:
+            read_flow_npz(path)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 def test_damage_anywhere_is_found_or_harmless(tmp_path: Path) -> None:

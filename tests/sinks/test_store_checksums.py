@@ -209,10 +209,12 @@ def test_chunks_of_another_length_are_found(tmp_path: Path, name: str, length: i
 
 def test_every_damaged_chunk_is_told_not_the_first_alone(tmp_path: Path) -> None:
     store = make(tmp_path / "X.zarr")
-    for shard in (0, 2):
-        coordinate_chunk(store.folder, "frame", shard).unlink()
+    coordinate_chunk(store.folder, "frame", 0).unlink()
+    coordinate_chunk(store.folder, "frame", 1).write_bytes(bytes(16 * SHARD + 4097))
+    coordinate_chunk(store.folder, "frame", 2).unlink()
     assert [problem for problem in store.problems() if "chunk" in problem] == [
         "chunk 0 of frame is missing (flows 0 to 2)",
+        "chunk 1 of frame: it is longer than 3 values can be (flows 3 to 5)",
         "chunk 2 of frame is missing (flows 6 to 7)",
     ]
 

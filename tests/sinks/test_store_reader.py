@@ -571,6 +571,10 @@ def test_sound_checksums_over_nonsense_are_no_trap(tmp_path: Path) -> None:
             open_store(store.path)[4]
         assert len(list(open_store(store.path).check())) == 1
         assert not open_store(store.path).files.whole(1)
+    index = np.array([[0, len(chunk)], [0, 4529], [0, len(chunk)]], "<u8").tobytes()
+    shard.write_bytes(chunk + bytes(5000) + index + crc32c(index))
+    with pytest.raises(DamagedStoreError, match="its 4529 bytes at 0"):  # which no codec makes of 216
+        open_store(store.path)[4]
 
 
 @pytest.mark.parametrize("place", ["zarr.json", "flow/zarr.json", "flow/c/1/0/0/0", "frame/c/1", "flow/c", "flow/c/1"])

@@ -372,8 +372,13 @@ class TestWhichEncoder:
 
     def test_trying_leaves_what_ffmpeg_logs_as_it_was(self) -> None:
         before = av.logging.get_level()
-        video_writer.why_no_nvenc(0, 48, 64)
-        assert av.logging.get_level() == before
+        try:
+            for level in (av.logging.VERBOSE, None):
+                av.logging.set_level(level)
+                video_writer.why_no_nvenc(0, 48, 64)
+                assert av.logging.get_level() == level
+        finally:
+            av.logging.set_level(before)
 
     def test_an_ffmpeg_without_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(video_writer, "NVENC", "h264_nothing")
