@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -39,6 +40,7 @@ from flowreel.engine.errors import (
 from flowreel.engine.lazy import LazyFlow, LazyStatistics
 from flowreel.engine.verify import verify
 from flowreel.sinks.flow_cache import FlowCache, open_cache
+from tests.fakes.disk import Disk
 
 Clip = Callable[..., Path]
 Open = Callable[..., LazyFlow]
@@ -72,6 +74,18 @@ def opened(video: Path, tiny_weights: str, cache: Path) -> Open:
 def expected(video: Path, tiny_weights: str) -> torch.Tensor:
     """All flow, never stored."""
     return torch.cat([batch.flow for batch in flowreel.stream(video, weights=tiny_weights, batch=4)])
+
+
+def of_two_flows() -> tuple[FlowInfo, Any]:
+    """What a cache is opened with, without a video."""
+    times = {"timestamps_s": [0.0, 0.1], "timestamps_to_s": [0.1, 0.2], "frame": [0, 1], "frame_to": [1, 2]}
+    flows = SimpleNamespace(**{name: np.array(values) for name, values in times.items()})
+    return FlowInfo(6, 9, Fraction(25), 3, SourceId("clip.mp4", 100, 1.0, "abc")), flows
+
+
+def empty_cache(folder: Path) -> FlowCache:
+    info, flows = of_two_flows()
+    return open_cache(folder, info, SinkConfig(), flows)
 
 
 class TestReading:
@@ -161,6 +175,8 @@ class TestReading:
         flow = opened()
         assert flow.cached == 0
         flow[3:8]
+        assert flow.cached == 5
+        (cache / f"flow/c.{COUNT}.0.0.0").touch()  # a flow there is not
         assert flow.cached == 5
         assert repr(flow).endswith(f"; 5 of 39 flows in {cache}>")
 
@@ -371,9 +387,7 @@ class TestRefusal:
 
     @pytest.mark.parametrize("size_bytes", [99, 101])
     def test_a_source_of_the_same_beginning(self, cache: Path, size_bytes: int) -> None:
-        info = FlowInfo(6, 9, Fraction(25), 3, SourceId("clip.mp4", 100, 1.0, "abc"))
-        times = {"timestamps_s": [0.0, 0.1], "timestamps_to_s": [0.1, 0.2], "frame": [0, 1], "frame_to": [1, 2]}
-        flows: Any = SimpleNamespace(**{name: np.array(values) for name, values in times.items()})
+        info, flows = of_two_flows()
         open_cache(cache, info, SinkConfig(), flows)
         other = replace(info, source=replace(info.source, size_bytes=size_bytes))
         with pytest.raises(CacheMismatchError, match=rf"clip\.mp4 had 100 bytes, has {size_bytes}"):
@@ -493,6 +507,25 @@ class TestDamage:
         path.write_bytes(b"")
         assert torch.allclose(torch.stack(list(opened())[4:8]), before, atol=1 / 32, rtol=0)
 
+    def test_one_that_is_longer_than_any_flow_takes_no_memory(self, cache: Path) -> None:
+        store = empty_cache(cache)
+        (cache / "flow/c.1.0.0.0").touch()
+        os.truncate(cache / "flow/c.1.0.0.0", 256 << 20)
+        tracemalloc.start()
+        try:
+            with pytest.raises(DamagedStoreError, match=r"flow 1 \(frame 1\): its file is longer than 4528 bytes"):
+                store[1]
+            assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        finally:
+            tracemalloc.stop()
+
+    def test_one_that_somebody_else_has_removed_meanwhile(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        store, path, flow = empty_cache(cache), cache / "flow/c.1.0.0.0", np.ones((1, 2, 6, 9), np.float32)
+        path.touch()
+        monkeypatch.setattr(store, "find", lambda *_: (path.unlink(), False)[1])
+        assert np.array_equal(store.keep([1], flow), flow)
+        assert np.array_equal(empty_cache(cache)[1], flow[0])
+
     def test_damaged_times(self, opened: Open, cache: Path) -> None:
         opened()
         path = cache / "frame/c/0"
@@ -547,6 +580,27 @@ class TestDamage:
         shutil.rmtree(cache)
         with pytest.raises(OutputWriteError, match=r"cannot write .*c\.0\.0\.0\.0"):
             flow[0]
+
+
+def test_what_is_kept_is_on_the_disk(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch)
+    store = empty_cache(cache)
+    assert not disk.waiting
+    store.keep([0, 1], np.ones((2, 2, 6, 9), np.float32))
+    assert not disk.waiting
+
+
+def test_a_cache_that_another_process_makes_meanwhile_is_taken(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.rename
+
+    def second(source: Path, path: Path) -> None:
+        monkeypatch.setattr(os, "rename", real)
+        empty_cache(cache).keep([1], np.ones((1, 2, 6, 9), np.float32))
+        real(source, path)
+
+    monkeypatch.setattr(os, "rename", second)
+    assert empty_cache(cache).stored == 1
+    assert os.listdir(cache.parent) == [cache.name]
 
 
 def test_what_a_cache_says_of_its_flow_is_verified(opened: Open, cache: Path) -> None:
