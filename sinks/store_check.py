@@ -103,7 +103,7 @@ def _differing(own: dict[str, Any], copy: dict[str, Any]) -> list[str]:
     """Which entries are not the same in both. Attributes that somebody added to an array need not be in the copy."""
     attributes, copied = _entries(own, "attributes"), _entries(copy, "attributes")
     differing = {key for key in own.keys() | copy.keys() if own.get(key) != copy.get(key)} - {"attributes"}
-    return sorted(differing | {key for key in copied if key not in attributes or attributes[key] != copied[key]})
+    return sorted(differing | {key for key in copied if attributes.get(key) != copied[key]})
 
 
 def _entries(metadata: dict[str, Any], name: str) -> dict[str, Any]:
@@ -125,9 +125,10 @@ def _check_coordinates(store: FlowStore) -> Iterator[StoreProblem]:
     for name, values in arrays.items():
         unknown = ~np.isfinite(values) | (values < 0 if name.startswith("frame") else False)
         yield from _at(store, unknown, f"its {name} is not known")
-        with np.errstate(invalid="ignore"):  # infinite times, told above
+        with np.errstate(invalid="ignore"):  # infinite times
             back = np.diff(values) < 0 if name.startswith("timestamp") else np.diff(values) <= 0
-        yield from _at(store, np.concatenate([[False], back & ~unknown[1:]]), f"its {name} is not after the one before")
+        back &= ~(unknown[1:] | unknown[:-1])  # told above
+        yield from _at(store, np.concatenate([[False], back]), f"its {name} is not after the one before")
     if len(arrays) == len(COORDINATES):
         yield from _check_pairs(
             store, *(arrays[name] for name in ("frame", "frame_to", "timestamp_s", "timestamp_to_s"))

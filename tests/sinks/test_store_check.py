@@ -20,6 +20,7 @@ from flowreel.engine.config import SinkConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, NativeGrid, SourceId
 from flowreel.engine.verify import verify
 from flowreel.sinks import store_check
+from flowreel.sinks.compressors import compress
 from flowreel.sinks.store_reader import FlowStore, open_store
 from flowreel.sinks.zarr_store import ZarrSink
 
@@ -36,7 +37,13 @@ KINDS: dict[str, tuple[SinkConfig, NativeGrid | None]] = {
 @pytest.fixture(scope="module", params=KINDS)
 def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FlowStore]:
     """A finished store of every second frame of a clip of 25 frames a second, checked without threads: quicker."""
-    config, native = KINDS[request.param]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        patch.setattr(store_check, "DECODE_THREADS", 0)
+        yield made(tmp_path_factory.mktemp("store") / "X.zarr", *KINDS[request.param])
+
+
+def made(path: Path, config: SinkConfig, native: NativeGrid | None) -> FlowStore:
     height, width = (60, 61) if native else (H, W)
     stored = (native.height, native.width) if native else (H, W)
     config = replace(config, shard_bytes=SHARD * 8 * stored[0] * stored[1])
@@ -44,16 +51,13 @@ def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     info = FlowInfo(height, width, Fraction(25), T + 1, SourceId("clip.mp4", 9, 1.0), made_by, native)
     values = np.random.default_rng(0).normal(0, 5, (T, 2, *stored)).astype(np.float32)
     frame = 2 * np.arange(T)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _: None)
-        patch.setattr(store_check, "DECODE_THREADS", 0)
-        sink = ZarrSink(str(tmp_path_factory.mktemp("store") / "X.zarr"), config)
-        sink.open(info)
-        flow = torch.zeros(T, 2, height, width) if native else torch.from_numpy(values)
-        times = frame / 25, (frame + 2) / 25
-        sink.write(FlowBatch(flow, 0, frame, frame + 2, *times, native=torch.from_numpy(values) if native else None))
-        sink.commit()
-        yield open_store(sink.path)
+    sink = ZarrSink(str(path), config)
+    sink.open(info)
+    flow = torch.zeros(T, 2, height, width) if native else torch.from_numpy(values)
+    times = frame / 25, (frame + 2) / 25
+    sink.write(FlowBatch(flow, 0, frame, frame + 2, *times, native=torch.from_numpy(values) if native else None))
+    sink.commit()
+    return open_store(sink.path)
 
 
 def files_of(store: FlowStore) -> list[Path]:
@@ -129,3 +133,22 @@ def test_attributes_of_ones_own_are_no_damage(store: FlowStore) -> None:
     for path, text in documents:
         path.write_text(text)
     assert found == []
+
+
+def test_where_other_readers_are_told_that_vectors_lie(tmp_path: Path) -> None:
+    store = made(tmp_path / "X.zarr", SinkConfig(), GRID)
+    chunk, metadata = store.folder / "y/c/0", store.folder / "y/zarr.json"
+    sound = chunk.read_bytes()
+
+    def told() -> list[str]:
+        return list(open_store(store.path).problems())
+
+    chunk.write_bytes(compress(np.arange(GRID.height, dtype=np.float64), "blosc"))
+    assert told() == ["y does not say where the vectors lie"]
+    chunk.write_bytes(sound[:-1])
+    assert told() == ["chunk 0 of y: checksum is wrong"]
+    chunk.unlink()
+    assert told() == ["chunk 0 of y is missing"]
+    chunk.write_bytes(sound)
+    metadata.unlink()
+    assert told() == [f"{metadata.parent} is not a Zarr v3 store: it has no zarr.json"]

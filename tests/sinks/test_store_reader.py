@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import pickle
@@ -40,7 +41,7 @@ from flowreel.sinks.codecs import FlowCodec
 from flowreel.sinks.compressors import compress
 from flowreel.sinks.shard_file import pack_shard
 from flowreel.sinks.store_check import StoreProblem
-from flowreel.sinks.store_layout import CHECKSUMS, COORDINATES, coordinate_chunk, flow_shard
+from flowreel.sinks.store_layout import CHECKSUMS, COORDINATES, coordinate_chunk, flow_shard, open_file
 from flowreel.sinks.store_reader import FlowStore, open_store
 from flowreel.sinks.zarr_store import ZarrSink
 from tests.sinks.waiting import flush
@@ -65,7 +66,15 @@ def moving(count: int = T, height: int = H, width: int = W) -> Any:
     return flows.astype(np.float32)
 
 
-def make(path: Path, flows: Any, *, announced: int | None = None, complete: bool = True, **changes: Any) -> FlowStore:
+def make(
+    path: Path,
+    flows: Any,
+    *,
+    announced: int | None = None,
+    complete: bool = True,
+    backward: bool = False,
+    **changes: Any,
+) -> FlowStore:
     """A store of 25 frames a second, of which every second one is used."""
     count, _, height, width = flows.shape
     sink = ZarrSink(str(path), SinkConfig(**{"shard_bytes": SHARD * 8 * height * width, **changes}))
@@ -73,7 +82,8 @@ def make(path: Path, flows: Any, *, announced: int | None = None, complete: bool
         FlowInfo(height, width, Fraction(25), (announced or count) + 1, SourceId("clip.mp4", 9, 1.0), {"batch": 2})
     )
     frame = 2 * np.arange(count)
-    sink.write(FlowBatch(torch.from_numpy(flows), 0, frame, frame + 2, frame / 25, (frame + 2) / 25))
+    first, second = (frame + 2, frame) if backward else (frame, frame + 2)
+    sink.write(FlowBatch(torch.from_numpy(flows), 0, first, second, first / 25, second / 25))
     sink.commit(complete)
     return open_store(path)
 
@@ -111,6 +121,7 @@ def as_older_versions_wrote(store: FlowStore) -> FlowStore:
         del copies[name]
     for array in (flow, copies["flow"]):
         del array["attributes"]["ancillary_variables"]
+    del group["attributes"]["flowreel_crc32c"]
     (store.folder / "zarr.json").write_text(json.dumps(group))
     (store.folder / "flow" / "zarr.json").write_text(json.dumps(flow))
     return open_store(store.path)
@@ -635,29 +646,59 @@ def test_check_names_flows_and_frames(tmp_path: Path) -> None:
     assert seen == list(range(1, T + 1))
 
 
+BEGINS_ELSEWHERE = "it begins at another time than the one before ends"
+
+
 @pytest.mark.parametrize(
-    ("name", "place", "value", "problem"),
+    ("name", "place", "value", "problems"),
     [
-        ("timestamp_s", 4, np.nan, "flow 4 (frame 8): its timestamp_s is not known"),
-        ("timestamp_to_s", 1, np.inf, "flow 1 (frame 2): its timestamp_to_s is not known"),
-        ("timestamp_s", 3, 0.01, "flow 3 (frame 6): its timestamp_s is not after the one before"),
-        ("frame", 2, 2, "flow 2 (frame 2): its frame is not after the one before"),
-        ("frame", 5, -1, "flow 5: its frame is not known"),
-        ("frame_to", 0, 0, "flow 0 (frame 0): it leads nowhere"),
-        ("timestamp_to_s", 6, 0.3, "flow 6 (frame 12): its times run the other way than its frames"),
-        ("timestamp_to_s", 2, 0.25, "flow 3 (frame 6): it begins at another time than the one before ends"),
-        ("timestamp_s", 2, 0.17, "flow 2 (frame 4): it begins at another time than the one before ends"),
+        ("timestamp_s", 4, np.nan, ["flow 4 (frame 8): its timestamp_s is not known"]),
+        ("timestamp_to_s", 1, np.inf, ["flow 1 (frame 2): its timestamp_to_s is not known"]),
+        (
+            "timestamp_s",
+            3,
+            0.01,
+            ["flow 3 (frame 6): its timestamp_s is not after the one before", f"flow 3 (frame 6): {BEGINS_ELSEWHERE}"],
+        ),
+        ("frame", 2, 2, ["flow 2 (frame 2): its frame is not after the one before"]),
+        ("frame", 5, -1, ["flow 5: its frame is not known"]),
+        ("frame_to", 5, -1, ["flow 5 (frame 10): its frame_to is not known"]),
+        ("frame_to", 0, 0, ["flow 0 (frame 0): it leads nowhere"]),
+        (
+            "timestamp_to_s",
+            6,
+            0.3,
+            [
+                "flow 6 (frame 12): its timestamp_to_s is not after the one before",
+                "flow 6 (frame 12): its times run the other way than its frames",
+            ],
+        ),
+        ("timestamp_to_s", 2, 0.25, [f"flow 3 (frame 6): {BEGINS_ELSEWHERE}"]),
+        ("timestamp_s", 2, 0.17, [f"flow 2 (frame 4): {BEGINS_ELSEWHERE}"]),
     ],
 )
-def test_check_looks_at_times_and_frames(tmp_path: Path, name: str, place: int, value: float, problem: str) -> None:
+def test_check_looks_at_times_and_frames(
+    tmp_path: Path, name: str, place: int, value: float, problems: list[str]
+) -> None:
+    """And tells of each thing once."""
     store = as_older_versions_wrote(make(tmp_path / "X.zarr", moving()))
+    change(store, name, place, value)
+    assert list(open_store(store.path).problems()) == problems
+
+
+def test_check_looks_at_flow_from_later_to_earlier_frames(tmp_path: Path) -> None:
+    store = as_older_versions_wrote(make(tmp_path / "X.zarr", moving(), backward=True))
+    assert list(store.problems()) == []
+    change(store, "timestamp_s", 2, 0.23)
+    assert list(open_store(store.path).problems()) == [f"flow 3 (frame 8): {BEGINS_ELSEWHERE}"]
+
+
+def change(store: FlowStore, name: str, place: int, value: float) -> None:
+    """One value of an array beside the flow, with a sound checksum of its chunk."""
     shard = place // SHARD
-    values = np.zeros(SHARD, COORDINATES[name][0])
-    known = store.files.coordinate(name)[shard * SHARD : (shard + 1) * SHARD]
-    values[: len(known)] = known
+    values = store.files.coordinate_chunk(name, shard).copy()
     values[place % SHARD] = value
     coordinate_chunk(store.folder, name, shard).write_bytes(compress(values, "blosc"))
-    assert problem in list(open_store(store.path).problems())
 
 
 def test_check_finds_what_does_not_belong(tmp_path: Path) -> None:
@@ -665,6 +706,7 @@ def test_check_finds_what_does_not_belong(tmp_path: Path) -> None:
     (store.folder / "notes.txt").write_text("mine")
     assert list(store.check()) == []
     (store.folder / "flow" / "c" / "7").mkdir()
+    (store.folder / "flow" / "c" / "08").mkdir()  # no chunk's name
     (store.folder / "frame" / "c" / "3").touch()
     (store.folder / "flow" / "zarr.json.partial").touch()
     assert list(store.problems()) == [
@@ -674,10 +716,29 @@ def test_check_finds_what_does_not_belong(tmp_path: Path) -> None:
     ]
 
 
+def test_a_folder_that_cannot_be_listed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path) -> list[str]:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    store = make(tmp_path / "X.zarr", moving())
+    monkeypatch.setattr(os, "listdir", refused)
+    assert list(store.problems()) == [f"{store.folder / 'flow/c'} cannot be listed (Permission denied)"]
+
+
+def test_what_is_no_file_is_not_left_open(tmp_path: Path) -> None:
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(DamagedStoreError, match="is not a file"):
+        open_file(tmp_path)
+    assert os.listdir("/proc/self/fd") == before
+
+
 def test_check_of_an_unfinished_store_reads_what_is_there(tmp_path: Path, decoded: list[int]) -> None:
     store = make(tmp_path / "X.zarr", moving(5), announced=40, complete=False)
     assert list(store.problems()) == ["unfinished: 5 of 40 flows are there"]
     assert len(decoded) == 5
+    (store.folder / "flow" / "c" / "9").mkdir()  # of a shard that is not there yet
+    change(store, "frame", 5, 77)  # behind the last flow
+    assert list(store.problems()) == ["unfinished: 5 of 40 flows are there"]
     spoil(flow_shard(store.folder, 0), -1)
     state, *damaged = FlowStore(store.folder).problems()
     assert state == "unfinished: 5 of 40 flows are there"
