@@ -7,7 +7,7 @@ import os
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ import torch
 
 from flowreel.engine.config import SinkConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, NativeGrid, SourceId
+from flowreel.engine.errors import DamagedStoreError
 from flowreel.engine.verify import verify
-from flowreel.sinks import store_check
+from flowreel.sinks import store_check, store_layout
 from flowreel.sinks.compressors import compress
+from flowreel.sinks.store_layout import _native_grid, read_json
 from flowreel.sinks.store_reader import FlowStore, open_store
 from flowreel.sinks.zarr_store import ZarrSink
 
@@ -121,6 +123,15 @@ def test_metadata_that_only_others_read_is_compared(store: FlowStore, which: str
     assert "the metadata of flow and the group's copy of it differ: dimension_names, units" in told
 
 
+def test_copies_of_metadata_have_to_be_called_so(store: FlowStore) -> None:
+    path = store.folder / "zarr.json"
+    sound = path.read_text()
+    path.write_text(sound.replace('"kind": "inline"', '"kind": "other"'))
+    told = list(FlowStore(store.folder).problems())
+    path.write_text(sound)
+    assert told == ["zarr.json does not say of its copies of the arrays' metadata that they are that"]
+
+
 def test_attributes_of_ones_own_are_no_damage(store: FlowStore) -> None:
     documents: list[tuple[Path, str]] = []
     for name in ("zarr.json", "flow/zarr.json", "frame/zarr.json"):
@@ -152,3 +163,68 @@ def test_where_other_readers_are_told_that_vectors_lie(tmp_path: Path) -> None:
     chunk.write_bytes(sound)
     metadata.unlink()
     assert told() == [f"{metadata.parent} is not a Zarr v3 store: it has no zarr.json"]
+
+
+def test_how_a_prediction_lies_in_the_frame_is_doubted(tmp_path: Path) -> None:
+    """Flow of 61x60 from 16x16 vectors of 4x4 pixels each: 3 columns and 4 rows may be cut off."""
+    store = made(tmp_path / "X.zarr", SinkConfig(), GRID)
+    path = store.folder / "zarr.json"
+    sound = path.read_text()
+    for native, frame, told in (
+        ({"height": 15}, {}, "size of the prediction"),
+        ({"upsampling": "cubic"}, {}, "upsampling"),
+        ({"fit": "stretch"}, {}, "fit"),
+        ({"factor": 0}, {}, "factor"),
+        ({"factor": 65}, {}, "factor"),
+        ({"factor": True}, {}, "factor"),
+        ({"factor": 4.0}, {}, "factor"),
+        ({"top": 5}, {}, "rows above"),
+        ({"left": -1}, {}, "columns to the left"),
+        ({}, {"flow_height": 65}, "rows above"),
+        ({"fit": "resize"}, {"flow_height": 0}, "flow_height"),
+        ({"fit": "resize"}, {"flow_height": 20_000, "flow_width": 20_000}, "pixels of a flow"),
+    ):
+        group = json.loads(sound)
+        group["attributes"]["flowreel"] |= frame
+        group["attributes"]["flowreel"]["native"] |= native
+        path.write_text(json.dumps(group))
+        with pytest.raises(DamagedStoreError, match=rf"not laid out as flowreel does \({told}: expected"):
+            open_store(store.path)
+    with pytest.raises(ValueError, match="pixels of a network's flow"):
+        _native_grid(
+            {"native": asdict(replace(GRID, height=2048, width=2048, factor=8)), "flow_height": 9, "flow_width": 9},
+            2048,
+            2048,
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"zarr_format": 2}, "is not a flow store"),
+        ({"node_type": "array"}, "is not a flow store"),
+        ({"format_version": True}, "has store format True"),
+        ({"source": "clip.mp4"}, "its attribute source is not what flowreel writes"),
+        ({"frame_rate": "25/0"}, "its attribute frame_rate is not what flowreel writes"),
+        ({"frame_rate": 25}, "its attribute frame_rate is not what flowreel writes"),
+        ({"max_error": True}, "max_error: expected a number"),
+    ],
+    ids=str,
+)
+def test_what_the_group_says_is_doubted(tmp_path: Path, change: dict[str, Any], told: str) -> None:
+    store = made(tmp_path / "X.zarr", SinkConfig(), None)
+    group = json.loads((store.folder / "zarr.json").read_text())
+    (group if change.keys() & group.keys() else group["attributes"]["flowreel"]).update(change)
+    (store.folder / "zarr.json").write_text(json.dumps(group))
+    with pytest.raises(DamagedStoreError, match=told):
+        open_store(store.path)
+
+
+def test_metadata_of_any_length_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_layout, "MOST_METADATA", 1 << 20)
+    path = tmp_path / "zarr.json"
+    path.write_text("{}" + " " * ((1 << 20) - 2))
+    assert read_json(path) == {}
+    os.truncate(path, (1 << 20) + 1)
+    with pytest.raises(DamagedStoreError, match="more than 1 MiB"):
+        read_json(path)

@@ -738,6 +738,9 @@ def test_check_of_an_unfinished_store_reads_what_is_there(tmp_path: Path, decode
     assert len(decoded) == 5
     (store.folder / "flow" / "c" / "9").mkdir()  # of a shard that is not there yet
     change(store, "frame", 5, 77)  # behind the last flow
+    group = json.loads((store.folder / "zarr.json").read_text())
+    group["consolidated_metadata"] = {"metadata": {}}  # of a finished store that is gone on with, until it is replaced
+    (store.folder / "zarr.json").write_text(json.dumps(group))
     assert list(store.problems()) == ["unfinished: 5 of 40 flows are there"]
     spoil(flow_shard(store.folder, 0), -1)
     state, *damaged = FlowStore(store.folder).problems()
@@ -757,6 +760,17 @@ def test_metadata_copies_must_agree(tmp_path: Path) -> None:
     path.write_text(json.dumps(changed))
     with pytest.raises(DamagedStoreError, match="disagree"):
         open_store(store.path)
+    own = json.loads((store.folder / "frame" / "zarr.json").read_text())
+    changed = copy.deepcopy(group)
+    changed["consolidated_metadata"]["metadata"]["frame"]["shape"][0] = own["shape"][0] = T + 1
+    path.write_text(json.dumps(changed))
+    with pytest.raises(DamagedStoreError, match="length in the group's copy: expected 7, found 8"):
+        _ = open_store(store.path).frame
+    (store.folder / "frame" / "zarr.json").write_text(json.dumps(own))
+    with pytest.raises(DamagedStoreError, match="length: expected 7, found 8"):
+        _ = open_store(store.path).frame
+    own["shape"][0] = T
+    (store.folder / "frame" / "zarr.json").write_text(json.dumps(own))
     del group["consolidated_metadata"]  # whoever wants none may have none
     path.write_text(json.dumps(group))
     assert same(open_store(store.path)[:], moving())
