@@ -190,6 +190,9 @@ def test_how_a_prediction_lies_in_the_frame_is_doubted(tmp_path: Path) -> None:
         path.write_text(json.dumps(group))
         with pytest.raises(DamagedStoreError, match=rf"not laid out as flowreel does \({told}: expected"):
             open_store(store.path)
+    path.write_text(sound.replace('"flow_height"', '"height"'))
+    with pytest.raises(DamagedStoreError, match=r"\(no entry 'flow_height'\)"):
+        open_store(store.path)
     with pytest.raises(ValueError, match="pixels of a network's flow"):
         _native_grid(
             {"native": asdict(replace(GRID, height=2048, width=2048, factor=8)), "flow_height": 9, "flow_width": 9},

@@ -212,7 +212,7 @@ def test_every_damaged_chunk_is_told_not_the_first_alone(tmp_path: Path) -> None
     coordinate_chunk(store.folder, "frame", 0).unlink()
     coordinate_chunk(store.folder, "frame", 1).write_bytes(bytes(16 * SHARD + 4097))
     coordinate_chunk(store.folder, "frame", 2).unlink()
-    assert [problem for problem in store.problems() if "chunk" in problem] == [
+    assert list(store.problems()) == [  # and not that the frames in them are unknown
         "chunk 0 of frame is missing (flows 0 to 2)",
         "chunk 1 of frame: it is longer than 3 values can be (flows 3 to 5)",
         "chunk 2 of frame is missing (flows 6 to 7)",

@@ -487,6 +487,8 @@ def test_an_unfinished_store_that_says_it_is_shorter_gives_what_it_says(victims:
         ("flow", "chunk_grid.configuration.chunk_shape", [SHARD, 2, W, H]),
         ("flow", "chunk_key_encoding.configuration.separator", "."),
         ("flow", "codecs.0.configuration.chunk_shape", [1, 2, W, H]),
+        ("flow", "codecs.0.name", "sharding"),
+        ("flow", "chunk_grid.name", "rectangular"),
         ("flow", "codecs.0.configuration.index_location", "start"),
         ("flow", "codecs.0.configuration.codecs.0.configuration.endian", "big"),
         ("flow", "codecs.0.configuration.index_codecs", [{"name": "crc32c"}]),
@@ -518,7 +520,10 @@ def test_metadata_that_would_mislead_others_is_refused(tmp_path: Path, array: st
         ("shape", [10**15, 2, H, W]),
         ("shape", [T, 2, 10**9, 10**9]),
         ("shape", [T, 2, H, 2**62]),
+        ("shape", [T, 2, 20_000, 20_000]),
+        ("shape", [T, 2, 0, W]),
         ("shard", 10**15),
+        ("shard", 0),
         ("shard", 2**26),
         ("flows", 2**26),
         ("side", 11_000),
@@ -557,6 +562,9 @@ def test_absurd_sizes_take_no_memory(tmp_path: Path, field: str, value: Any) -> 
         assert field in ("side", "flows")
         assert same(result, moving()[T - 1]) or np.array_equal(result, 2 * np.arange(T) / 25) or np.isnan(result)
     assert resident_bytes() - before < 32 << 20
+    if field == "shape" or value in (0, 10**15):
+        with pytest.raises(DamagedStoreError, match="expected a whole number from"):
+            open_store(store.path)
 
 
 def resident_bytes() -> int:
@@ -660,6 +668,7 @@ BEGINS_ELSEWHERE = "it begins at another time than the one before ends"
             0.01,
             ["flow 3 (frame 6): its timestamp_s is not after the one before", f"flow 3 (frame 6): {BEGINS_ELSEWHERE}"],
         ),
+        ("timestamp_s", 3, 0.16, [f"flow 3 (frame 6): {BEGINS_ELSEWHERE}"]),  # two frames at one time are none
         ("frame", 2, 2, ["flow 2 (frame 2): its frame is not after the one before"]),
         ("frame", 5, -1, ["flow 5: its frame is not known"]),
         ("frame_to", 5, -1, ["flow 5 (frame 10): its frame_to is not known"]),
@@ -684,6 +693,26 @@ def test_check_looks_at_times_and_frames(
     store = as_older_versions_wrote(make(tmp_path / "X.zarr", moving()))
     change(store, name, place, value)
     assert list(open_store(store.path).problems()) == problems
+
+
+def test_check_looks_at_frames_that_are_both_unknown(tmp_path: Path) -> None:
+    """They are not the same one."""
+    store = as_older_versions_wrote(make(tmp_path / "X.zarr", moving()))
+    for name in ("frame", "frame_to"):
+        change(store, name, 5, -1)
+    assert list(open_store(store.path).problems()) == [
+        f"flow 5: its {name} is not known" for name in ("frame", "frame_to")
+    ]
+
+
+def test_a_lossless_store_with_a_scale_is_refused(tmp_path: Path) -> None:
+    store = make(tmp_path / "X.zarr", moving(), max_error=0, complete=False)
+    path = store.folder / "flow" / "zarr.json"
+    document = json.loads(path.read_text())
+    document["attributes"]["scale_factor"] = 0.5
+    path.write_text(json.dumps(document))
+    with pytest.raises(DamagedStoreError, match="scaling"):
+        open_store(tmp_path / "X.zarr")
 
 
 def test_check_looks_at_flow_from_later_to_earlier_frames(tmp_path: Path) -> None:
