@@ -175,9 +175,8 @@ def _find(name: str) -> tuple[list[Path], bool]:
                 f"{missing} {name}: expected a flow store, or files such as {_known_forms()}{hint}"
             )
     shown = [path for path in found if not path.name.startswith(".")]
-    if lost := [
-        path for path in shown if _kind(path) in FLOW_FILES and leads_nowhere(path)
-    ]:  # to leave one out would shift the others
+    lost = [path for path in shown if _kind(path) in FLOW_FILES and leads_nowhere(path)]
+    if lost:  # to leave one out would shift the others
         raise SourceNotFoundError(f"{min(lost, key=natural_order)} is a link to a file that is not there")
     return [path for path in shown if path.is_file()], False
 

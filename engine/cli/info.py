@@ -278,7 +278,7 @@ def _plain(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_plain(part)}" for key, part in value.items())
     if isinstance(value, list):
-        return ", ".join(map(_plain, value))
+        return ("; " if any(isinstance(part, dict) for part in value) else ", ").join(map(_plain, value))
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -297,22 +297,15 @@ def test_waiting_ends_when_nobody_wants_it_any_more(how: str, pipe: Pipe) -> Non
 # -- Stdin itself ------------------------------------------------------------------------------------------------
 
 
-def test_stdin_by_name(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stream_number", [None, 0])
+def test_stdin_by_name(pipe: Pipe, monkeypatch: pytest.MonkeyPatch, stream_number: int | None) -> None:
     reading, writing = pipe
     writing.write(stream(3))
     writing.close()
     monkeypatch.setattr("sys.stdin", reading)
-    assert len(list(open_source("-", SelectConfig(stop=2)))) == 2
+    assert len(list(open_source("-", SelectConfig(stop=2, stream=stream_number)))) == 2
     with pytest.raises(UsageError, match="stream 1"):
         open_source("-", SelectConfig(stream=1))
-
-
-def test_stdin_holds_stream_0(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    reading, writing = pipe
-    writing.write(stream(3))
-    writing.close()
-    monkeypatch.setattr("sys.stdin", reading)
-    assert len(list(open_source("-", SelectConfig(stream=0)))) == 3
 
 
 def test_a_terminal_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
