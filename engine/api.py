@@ -41,7 +41,8 @@ from flowreel.engine.protocols import MayWait, OnDevice, OneFileAFlow, Resumable
 from flowreel.engine.provenance import selection
 from flowreel.engine.restore import restore
 from flowreel.engine.resume import Resumption, require_made_so, take_up
-from flowreel.engine.sources import STDIN, lasting_name, open_source, source_stem
+from flowreel.engine.sources import lasting_name, open_source, source_stem
+from flowreel.engine.sources.kinds import STDIN
 from flowreel.engine.stages import Stage, StageFunction, StageStatistics, joined
 from flowreel.sinks import open_sink, open_store, without_effect
 

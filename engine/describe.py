@@ -24,6 +24,7 @@ from flowreel.engine.config import SelectConfig
 from flowreel.engine.data import JSON, UNKNOWN_ABOVE
 from flowreel.engine.errors import SourceNotFoundError, UnsupportedSourceError
 from flowreel.engine.files import as_glob
+from flowreel.engine.sources.kinds import IMAGE_SUFFIXES, is_synthetic
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -59,7 +60,7 @@ def _kind(name: str) -> tuple[str, Callable[[str], Facts]]:
     """What ``name`` is taken for, and what describes that. A file's name decides, and where it does not, its start."""
     path = Path(name)
     ending = path.name.lower()
-    if name.startswith("synthetic:"):
+    if is_synthetic(name):
         return "synthetic", _synthetic
     if ending.removesuffix(".partial").endswith(".zarr") or (path / "zarr.json").is_file():
         return "store", _store
@@ -77,8 +78,6 @@ def _kind(name: str) -> tuple[str, Callable[[str], Facts]]:
 
 
 def _kind_of_file(path: Path, ending: str) -> tuple[str, Callable[[str], Facts]]:
-    from flowreel.engine.sources import IMAGE_SUFFIXES
-
     with path.open("rb") as file:
         start = file.read(26)
     if ending.endswith(".flo") or start[:4] == b"PIEH":

@@ -26,7 +26,8 @@ from flowreel.engine.options import RunOptions
 from flowreel.engine.outputs import Progress
 from flowreel.engine.protocols import Resumable, Sink
 from flowreel.engine.provenance import settings, settings_of_others
-from flowreel.engine.sources import IMAGE_SUFFIXES, source_identity, source_stem
+from flowreel.engine.sources import source_identity, source_stem
+from flowreel.engine.sources.kinds import IMAGE_SUFFIXES
 from flowreel.sinks import differing_settings, open_sink, open_store
 
 

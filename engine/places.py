@@ -11,7 +11,8 @@ from pathlib import Path
 
 from flowreel.engine.errors import OutputExistsError, OutputWriteError, UsageError
 from flowreel.engine.files import PathLike
-from flowreel.engine.sources import IMAGE_SUFFIXES, image_folders
+from flowreel.engine.sources import image_folders
+from flowreel.engine.sources.kinds import IMAGE_SUFFIXES
 
 
 def require_apart(path: PathLike, other: PathLike, what: str) -> None:

@@ -32,7 +32,7 @@ from flowreel.engine.inference import Network, load_network
 from flowreel.engine.models.weights import read_weights
 from flowreel.engine.outputs import Progress, ProgressHook, teller
 from flowreel.engine.pairing import batches
-from flowreel.engine.sources import STDIN, open_source
+from flowreel.engine.sources import comes_once, open_source
 from flowreel.engine.stages import StageStatistics
 from flowreel.engine.verify import Verification, verify
 from flowreel.sinks import ShardRewriter
@@ -135,13 +135,13 @@ class _Recomputing:
         self.notes: list[str] = []
 
     def run(self, shards: Sequence[ShardDamage]) -> None:
-        if self._source != STDIN:  # which can be opened only once
+        if not comes_once(self._source):
             with closing(open_source(self._source, self._config.select)) as whole:
                 self._rewriter.require_source(whole.info.source)
         network = _load(self._config, self._rewriter)
         self._tell = teller(self._progress, [self._rewriter], sum(map(len, shards)))
         began_s = time.perf_counter()
-        for group in [shards] if self._source == STDIN else _neighbours(shards):
+        for group in [shards] if comes_once(self._source) else _neighbours(shards):
             self._group(group, network)
         self.seconds = time.perf_counter() - began_s
 

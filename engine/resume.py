@@ -18,7 +18,7 @@ from flowreel.engine.models.weights import read_weights
 from flowreel.engine.protocols import Resumable, ResumePoint, Sink, Source
 from flowreel.engine.provenance import settings
 from flowreel.engine.restore import Fit
-from flowreel.engine.sources import STDIN, open_source
+from flowreel.engine.sources import comes_once, open_source
 from flowreel.sinks import differing_settings
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def take_up(source: PathLike, select: SelectConfig, sinks: Sequence[Sink], devic
 
 def _grown(source: PathLike, info: FlowInfo, point: ResumePoint) -> bool:
     """Whether the source has more than a finished store holds. One that cannot be read twice is taken as it was."""
-    return source != STDIN and info.flow_count is not None and info.flow_count > point.stored
+    return not comes_once(source) and info.flow_count is not None and info.flow_count > point.stored
 
 
 def require_made_so(store: FlowStore, info: FlowInfo, config: RunConfig) -> None:

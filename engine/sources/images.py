@@ -16,7 +16,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from flowreel.engine.config import SelectConfig
-from flowreel.engine.data import FlowInfo, Frame
+from flowreel.engine.data import FlowInfo, Frame, SourceId
 from flowreel.engine.errors import (
     FrameSizeError,
     SourceChangedError,
@@ -26,9 +26,9 @@ from flowreel.engine.errors import (
     UsageError,
 )
 from flowreel.engine.files import as_glob, leads_nowhere, natural_order
-from flowreel.engine.sources import IMAGE_SUFFIXES
 from flowreel.engine.sources.fingerprint import last_change, source_id
 from flowreel.engine.sources.independent import IndependentFrames
+from flowreel.engine.sources.kinds import IMAGE_SUFFIXES
 from flowreel.engine.sources.timecode import select_frames
 
 FLOW_SUFFIXES = frozenset({".flo", ".npz", ".zarr"})
@@ -55,6 +55,12 @@ def open_images(name: str, select: SelectConfig, device: str = "cpu") -> ImageSo
     if select.stream not in (None, 0):
         raise UsageError(f"{name} holds images, so there is no video stream {select.stream}")
     return ImageSource(find_images(name), select)
+
+
+def identify(name: str) -> SourceId:
+    """See ``Kind``: all the images together."""
+    paths = find_images(name)
+    return source_id(_folder(paths), paths)
 
 
 def find_images(name: str) -> list[Path]:
@@ -93,6 +99,11 @@ def _what_else(place: Path, found: list[Path]) -> str:
     return ""
 
 
+def _folder(paths: list[Path]) -> str:
+    """What a clip of images is called."""
+    return paths[0].absolute().parent.name
+
+
 def _first(paths: list[Path]) -> str:
     return min(paths, key=natural_order).name
 
@@ -104,7 +115,7 @@ class ImageSource(IndependentFrames):
         """``paths`` in the order of the frames; see :func:`open_images`."""
         if len(paths) == 1:
             _refuse_single(paths[0])
-        folder = paths[0].absolute().parent.name
+        folder = _folder(paths)
         times_s = np.arange(len(paths)) / float(FRAME_RATE)
         wanted = select_frames(select, times_s, folder)
         chosen = [paths[number] for number in wanted]

@@ -18,13 +18,13 @@ from flowreel.engine.data import FlowInfo, Frame, SourceId
 from flowreel.engine.errors import UsageError
 from flowreel.engine.scenes.named import SCENES, named_scene
 from flowreel.engine.sources.independent import IndependentFrames
+from flowreel.engine.sources.kinds import SYNTHETIC
 from flowreel.engine.sources.timecode import select_frames
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-PREFIX = "synthetic:"
 SMALLEST, LARGEST = 16, 8192  # px: room for something to move; what a frame may sensibly be
 
 
@@ -42,7 +42,7 @@ class SyntheticConfig:
     @classmethod
     def parse(cls, name: str) -> SyntheticConfig:
         """Read ``synthetic:SCENE?key=value&...``. Raises UsageError for an unknown scene, key or value."""
-        scene, _, query = name.removeprefix(PREFIX).partition("?")
+        scene, _, query = name.removeprefix(SYNTHETIC).partition("?")
         if scene not in SCENES:
             raise UsageError(f"no synthetic scene is called {scene!r}; there are {', '.join(sorted(SCENES))}")
         given: dict[str, int | Fraction] = {}
@@ -60,7 +60,7 @@ class SyntheticConfig:
         plain = {field.name: field.default for field in fields(self)}
         parts = [f"size={self.width}x{self.height}"] if (self.width, self.height) != _default_size() else []
         parts += [f"{k}={getattr(self, k)}" for k in ("frames", "rate", "seed") if getattr(self, k) != plain[k]]
-        return PREFIX + self.scene + ("?" + "&".join(parts) if parts else "")
+        return SYNTHETIC + self.scene + ("?" + "&".join(parts) if parts else "")
 
 
 def _default_size() -> tuple[int, int]:
@@ -101,6 +101,11 @@ def open_synthetic(name: str, select: SelectConfig, device: str = "cpu") -> Synt
         TooFewFramesError: fewer than two frames are left to give.
     """
     return SyntheticSource(SyntheticConfig.parse(name), select)
+
+
+def identify(name: str) -> SourceId:
+    """See ``Kind``: the scene with all its parameters. Raises UsageError for what is not understood."""
+    return SourceId(str(SyntheticConfig.parse(name)))
 
 
 class SyntheticSource(IndependentFrames):

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from flowreel.engine.config import SelectConfig
-from flowreel.engine.data import JSON, FlowInfo, Frame
+from flowreel.engine.data import JSON, FlowInfo, Frame, SourceId
 from flowreel.engine.errors import DeviceError, SourceChangedError, SourceNotFoundError, TooFewFramesError, concerning
 from flowreel.engine.protocols import Picture
 from flowreel.engine.sources.fingerprint import last_change, source_id
@@ -75,6 +76,12 @@ def open_video(name: str, select: SelectConfig, device: str = "cpu") -> VideoSou
     if select.decoder == "nvdec":
         raise refusal
     return VideoSource(probe, select, notes=[f"decoded on the CPU, not with NVDEC: {refusal}"])
+
+
+def identify(name: str) -> SourceId:
+    """See ``Kind``: the file."""
+    path = Path(name)
+    return source_id(path.name, [path])
 
 
 class VideoSource:

@@ -155,6 +155,11 @@ def open_stdin(_: str, select: SelectConfig, device: str = "cpu") -> Y4MSource:
     return Y4MSource(descriptor, select)
 
 
+def identify(_: str) -> SourceId:
+    """See ``Kind``: what comes is not known."""
+    return SourceId("stdin")
+
+
 class Y4MSource:
     """Selected frames of a YUV4MPEG2 stream; those between are read and dropped.
 

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,18 +16,17 @@ import pytest
 import torch
 from PIL import Image
 
-from flowreel.engine import sources
 from flowreel.engine.config import SelectConfig
-from flowreel.engine.errors import TooFewFramesError
+from flowreel.engine.errors import TooFewFramesError, UsageError
 from flowreel.engine.protocols import RandomAccess, Source
-from flowreel.engine.sources import STDIN, open_source
+from flowreel.engine.sources import comes_once, lasting_name, open_random_access, open_source, source_identity
+from flowreel.engine.sources.kinds import KINDS, STDIN
 
 COUNT, HEIGHT, WIDTH = 7, 48, 64
-KINDS = [module.rpartition(".")[2] for _, module, _ in sources._KINDS]
 Make = Callable[[], str]
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=[kind.module for kind in KINDS])
 def make(
     request: pytest.FixtureRequest, tmp_path: Path, clip: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Make]:
@@ -57,7 +57,7 @@ def make(
         "images": images,
         "video": lambda: str(clip("contract.mp4", count=COUNT, size=(WIDTH, HEIGHT))),
     }
-    assert set(examples) == set(KINDS)
+    assert set(examples) == {kind.module for kind in KINDS}
     yield examples[request.param]
     if isinstance(sys.stdin, io.FileIO):
         sys.stdin.close()
@@ -89,6 +89,27 @@ def test_the_header_tells_what_comes(make: Make, select: SelectConfig, numbers: 
     assert source.decoder
 
 
+def test_its_name_tells_what_its_header_does(make: Make) -> None:
+    name = make()
+    identity = source_identity(name)
+    with closing(open_source(name)) as source:
+        assert identity == replace(source.info.source, duration_s=None)
+        list(source)
+
+
+def test_its_lasting_name_means_it_from_anywhere(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = make()
+    if comes_once(name):
+        with pytest.raises(UsageError, match="only once"):
+            open_random_access(name)
+        return
+    monkeypatch.chdir(tmp_path)
+    lasting = lasting_name(os.path.relpath(name) if os.path.exists(name) else name)
+    monkeypatch.chdir("/")
+    with closing(open_source(name)) as source, closing(open_random_access(lasting)) as same:
+        assert same.info == source.info
+
+
 def test_frames_own_their_pixels(make: Make) -> None:
     with closing(open_source(make())) as source:
         frames = list(source)
@@ -113,7 +134,7 @@ def test_a_closed_one_gives_no_more(make: Make) -> None:
 def test_in_any_order_it_gives_the_same(make: Make) -> None:
     with closing(open_source(make(), SelectConfig(start=1))) as source:
         if not isinstance(source, RandomAccess):
-            assert source.info.source.name == "stdin"
+            assert comes_once(STDIN)
             return
         expected = {frame.index: frame for frame in source}
     with closing(open_source(make(), SelectConfig(start=1))) as source:

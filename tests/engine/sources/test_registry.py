@@ -17,6 +17,7 @@ from PIL import Image
 from flowreel.engine import sources
 from flowreel.engine.config import SelectConfig
 from flowreel.engine.errors import FlowreelError, SourceNotFoundError, UnsupportedSourceError, UsageError
+from flowreel.engine.sources import kinds
 
 
 @pytest.fixture
@@ -85,6 +86,20 @@ def test_what_outputs_are_called_after(tmp_path: Path, monkeypatch: pytest.Monke
     assert sources.source_stem(name) == stem
 
 
+def test_a_lasting_name_keeps_what_leads_through_a_link(
+    clip: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of ``link/..`` the system makes the folder that holds what the link leads to."""
+    (tmp_path / "far" / "folder").mkdir(parents=True)
+    clip("clip.mp4").rename(tmp_path / "far" / "clip.mp4")
+    monkeypatch.chdir(tmp_path)
+    Path("link").symlink_to("far/folder")
+    with closing(sources.open_source(sources.lasting_name("link/../clip.mp4"))) as source:
+        assert source.info.source.name == "clip.mp4"
+    with pytest.raises(UsageError, match="empty"):
+        sources.lasting_name("")
+
+
 def test_selection_reaches_the_source(clip: Callable[..., Path]) -> None:
     assert sources.open_source(clip("chosen.mp4"), SelectConfig(step=3)).info.frame_count == 4
 
@@ -107,10 +122,9 @@ def test_identity_is_what_the_source_itself_tells(tmp_path: Path, monkeypatch: p
             picture = av.VideoFrame.from_ndarray(np.full((48, 64, 3), number, np.uint8), format="rgb24")
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
-    for name in ("take", "take/*.png", "clip.mkv", Path("clip.mkv"), "synthetic:objects?frames=3&size=64x64"):
+    for name in ("take/*.png", Path("clip.mkv")):
         with closing(sources.open_source(name)) as source:
             assert sources.source_identity(name) == replace(source.info.source, duration_s=None)
-    assert sources.source_identity("-").name == "stdin"
     for name in ("missing.mkv", "none/*.png"):
         with pytest.raises(SourceNotFoundError, match=r"missing|none"):
             sources.source_identity(name)
@@ -119,6 +133,6 @@ def test_identity_is_what_the_source_itself_tells(tmp_path: Path, monkeypatch: p
     Path("folder.mkv").mkdir()
     with pytest.raises(FlowreelError):
         sources.source_identity("folder.mkv")
-    monkeypatch.setattr(sources, "_is_images", lambda _: False)
+    monkeypatch.setattr(kinds, "KINDS", kinds.KINDS[-1:])
     with pytest.raises(UnsupportedSourceError, match="Is a directory"):
         sources.source_identity("folder.mkv")
