@@ -26,13 +26,14 @@ from torch.utils.data import Dataset
 
 from flowreel import sinks
 from flowreel.engine.clip_view import ClipView, Size, ViewRule, random_below
+from flowreel.engine.computed_flow import refuse_fork
 from flowreel.engine.config import RunConfig, as_whole
 from flowreel.engine.data import UNKNOWN_ABOVE, SourceId
 from flowreel.engine.device import to_device
 from flowreel.engine.errors import SourceChangedError, StoreError, UsageError
 from flowreel.engine.files import PathLike
 from flowreel.engine.inference import Network, load_network
-from flowreel.engine.lazy import LazyFlow, refuse_fork
+from flowreel.engine.lazy import LazyFlow
 from flowreel.engine.options import ClipOptions
 from flowreel.engine.sources import lasting_name
 from flowreel.sinks import FlowStore

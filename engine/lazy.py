@@ -1,22 +1,18 @@
 """A video indexed as if its flow were already there: ``flow = flowreel.open("dance.mp4"); flow[100:110]``.
 
-    key -> which flows -> in which batches -> their frames -> pairs -> batches -> model -> restore -> tensor
-                                              frame_reader    the stages of a run
+    key -> which flows -> each by its number -> what is wanted of it -> tensor, NumPy array, store, xarray
+           select         computed_flow
 
-One flow is composed in the caller's thread; what takes several batches goes through the pipeline's, so that frames are
-decoded while the model works. Batches are those of a run wherever a whole one is wanted: then flow is the same to the
-bit. Cut in another way, a batch gives results that differ by less than 1e-4 px in fp32.
+Batches are those of a run wherever a whole one is wanted: then flow is the same to the bit. Cut in another way, a batch
+gives results that differ by less than 1e-4 px in fp32.
 """
 
 from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from itertools import chain, groupby, islice
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
@@ -24,19 +20,16 @@ import torch
 from torch import Tensor
 
 from flowreel import sinks
-from flowreel.engine.api import Chain, flow_header, stages
+from flowreel.engine.api import flow_header
+from flowreel.engine.computed_flow import ComputedFlow, LazyStatistics
 from flowreel.engine.config import RunConfig
-from flowreel.engine.data import FlowBatch, SourceId
-from flowreel.engine.device import to_device, to_host
-from flowreel.engine.errors import DeviceError, MissingDependencyError, SourceChangedError, StageError, UsageError
+from flowreel.engine.data import SourceId
+from flowreel.engine.device import to_host
+from flowreel.engine.errors import MissingDependencyError, SourceChangedError, UsageError
 from flowreel.engine.files import PathLike
-from flowreel.engine.frame_reader import FrameReader
 from flowreel.engine.inference import Network, load_network
 from flowreel.engine.options import LazyOptions
-from flowreel.engine.pairing import batches_of, planned
-from flowreel.engine.pipeline import OneAtATime
 from flowreel.engine.sources import lasting_name, open_random_access
-from flowreel.engine.stages import Stage, compose
 from flowreel.sinks import select
 
 if TYPE_CHECKING:
@@ -44,10 +37,8 @@ if TYPE_CHECKING:
     import xarray
 
     from flowreel.engine.data import Float64Array, Int64Array
-    from flowreel.engine.stages import StageFunction
-    from flowreel.sinks import ComputedStore, FlowCache
+    from flowreel.sinks import ComputedStore
 
-_STRETCH_BATCHES = 32  # looked up in the cache at a time, when all is read through
 FRAMES_MB = 256.0  # of decoded frames that are kept: 700 of 640x360, 80 of 1920x1080
 _RUNS_ONLY = ("resume", "overwrite", "tolerate_truncation")
 
@@ -74,16 +65,6 @@ def open(
         CacheMismatchError: the cache holds flow of another source, model, precision, fit, encoding or selection.
     """
     return LazyFlow(source, cache=cache, frames_mb=frames_mb, **options)
-
-
-@dataclass(frozen=True)
-class LazyStatistics:
-    """What reading has cost so far, in this process."""
-
-    decoded: int = 0  # frames, those on the way from a key frame to the one that was asked for included
-    seeks: int = 0  # times decoding began elsewhere than at the first frame or where it stood; of pictures: 0
-    computed: int = 0  # flows that came out of the model
-    from_cache: int = 0  # flows that were read from the cache instead
 
 
 class LazyFlow:
@@ -144,18 +125,10 @@ class LazyFlow:
         self.device = self._inference.device
         self.batch = self._inference.batch
         self.shape: tuple[int, int, int, int] = (len(self._source.wanted) - 1, 2, self.info.height, self.info.width)
-        self._shard = self.info.shard_length(config.sink.shard_bytes)
         self._cache = None if cache is None else sinks.open_cache(cache, self.info, config.sink, self)
-        self._closed = False
-        self._start_here()
-
-    def _start_here(self) -> None:
-        """What belongs to this process alone: another one's decoder and locks are of no use after a fork."""
-        self._process = os.getpid()
-        self._reader = FrameReader(self._source, self._most_bytes)
-        self._turn = OneAtATime()  # of the reader
-        self._counting = OneAtATime()
-        self._statistics = LazyStatistics()
+        self._flows = ComputedFlow(
+            self.path, self._source, self.info, self._inference, config, self._cache, self._most_bytes
+        )
 
     # -- What it is ----------------------------------------------------------------------------------------------
 
@@ -180,9 +153,8 @@ class LazyFlow:
     @property
     def statistics(self) -> LazyStatistics:
         """Frames decoded, flows computed and flows read from the cache so far."""
-        self._require_usable()
-        with self._counting:
-            return self._statistics
+        self._flows.require_usable()
+        return self._flows.statistics
 
     @cached_property
     def frame(self) -> Int64Array:
@@ -210,13 +182,13 @@ class LazyFlow:
 
     def __getitem__(self, key: Any) -> Tensor:
         chosen = select(key, self.shape)
-        self._require_usable()
+        self._flows.require_usable()
         places: dict[int, list[int]] = {}  # flow -> where it goes, so that each is computed once
         shape = (len(chosen.numbers), *chosen.inner_shape)
         for place, number in enumerate(chosen.numbers if 0 not in shape else ()):
             places.setdefault(number, []).append(place)
         out = torch.empty(shape, dtype=self.dtype, device=self.device)
-        for number, flow in self._read(sorted(places)):
+        for number, flow in self._flows.read(sorted(places)):
             part = flow if chosen.whole else _inside(flow, chosen.inside)
             for place in places[number]:
                 out[place] = part
@@ -224,22 +196,8 @@ class LazyFlow:
 
     def __iter__(self) -> Iterator[Tensor]:
         """Each flow in order, with a decoder of its own: other reading may go on meanwhile."""
-        self._require_usable()
-        stretch = len(self) if self._cache is None else _STRETCH_BATCHES * self._inference.batch
-        info = self._source.info
-        with closing(FrameReader(self._source, 3 * info.height * info.width)) as reader:  # the frame between stretches
-            for first in range(0, len(self), stretch):
-                yield from self._in_order(range(first, min(first + stretch, len(self))), reader)
-
-    def _in_order(self, numbers: range, reader: FrameReader) -> Iterator[Tensor]:
-        missing = [number for number in numbers if self._cache is None or not self._cache.has(number)]
-        to_compute = set(missing)
-        with closing(self._computed(missing, reader)) as computed:
-            for number in numbers:
-                if number in to_compute:
-                    yield next(computed)[1].clone()  # of its own memory, not its batch's
-                else:
-                    yield self[number]
+        self._flows.require_usable()
+        yield from self._flows.in_order()
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
         """All of it, computed, as NumPy's ``asarray`` asks for it."""
@@ -298,78 +256,16 @@ class LazyFlow:
         Raises TypeError for anything but one whole number.
         """
         number = int(select(operator.index(number), self.shape[:1]).numbers[0])
-        self._require_usable()
-        with self._turn, self._counted(self._reader), _plain_errors():
-            rgb = self._reader.frame(int(self.frame[number])).rgb
+        self._flows.require_usable()
+        rgb = self._flows.frame(int(self.frame[number])).rgb
         fit = self._inference.fit
         return fit.apply(rgb[None])[0].contiguous() if fit.mode == "crop" else rgb.contiguous()
-
-    # -- Computing -----------------------------------------------------------------------------------------------
-
-    def _read(self, numbers: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-        """The flows with these ascending numbers, each (2, H, W); for a caller that takes them at once."""
-        missing: list[int] = []
-        yield from self._found(numbers, missing)
-        if missing:
-            with self._turn:
-                still_missing: list[int] = []  # in their turn others may have computed them
-                yield from self._found(missing, still_missing)
-                yield from self._computed(still_missing, self._reader)
-
-    def _found(self, numbers: Sequence[int], missing: list[int]) -> Iterator[tuple[int, Tensor]]:
-        """Those that the cache holds; the others are added to ``missing``. Each lies where the one before did."""
-        if self._cache is None:
-            missing += numbers
-            return
-        flow = torch.empty(self.shape[1:], dtype=self.dtype, device="cpu")
-        for number in numbers:
-            if self._cache.find(number, flow.numpy()):
-                self._count(LazyStatistics(from_cache=1))
-                yield number, to_device(flow, self.device)
-            else:
-                missing.append(number)
-
-    def _computed(self, numbers: Sequence[int], reader: FrameReader) -> Generator[tuple[int, Tensor], None, None]:
-        """Those out of the model, in order. Each is a part of its batch's memory."""
-        if not numbers:
-            return
-        plan = planned(numbers, self._inference.batch, self._shard, len(self))
-        order = iter(numbers)
-        with self._counted(reader), closing(self._batches(plan, reader)) as batches, _plain_errors():
-            for batch in batches:
-                self._count(LazyStatistics(computed=len(batch)))
-                flows = to_device(batch.flow, self.device)
-                yield from zip(islice(order, len(batch)), flows, strict=True)
-
-    def _batches(self, plan: Sequence[Sequence[int]], reader: FrameReader) -> Generator[FlowBatch, None, None]:
-        """The planned batches of flow: a run's own stages, on the frames that are needed."""
-        frames = reader.stretches(self._stretches(plan))
-        keep = self._cache is not None
-        steps = stages(self._inference, self._config.model.direction, batches_of(plan), to_host=keep)
-        if self._cache is not None:
-            steps.append(Stage("keep", _kept(self._cache, chain.from_iterable(plan))))
-        if len(plan) == 1:
-            yield from compose(frames, steps)
-            return
-        with closing(Chain(frames, steps, self._config.queues, self.device).flows()) as results:
-            yield from results
-
-    def _stretches(self, plan: Sequence[Sequence[int]]) -> Iterator[range]:
-        """Numbers of the frames of each unbroken run of flows: one more than there are flows."""
-        wanted = self._source.wanted
-        numbers = [number for batch in plan for number in batch]
-        for _, run in groupby(enumerate(numbers), lambda item: item[1] - item[0]):
-            stretch = [number for _, number in run]
-            yield wanted[stretch[0] : stretch[-1] + 2]
 
     # -- Sharing -------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Lets go of the decoder and the kept frames. Nothing can be read afterwards."""
-        if not self._closed and os.getpid() == self._process:
-            with self._turn:
-                self._closed = True
-                self._reader.close()
+        self._flows.close()
 
     def __enter__(self) -> LazyFlow:
         return self
@@ -382,43 +278,6 @@ class LazyFlow:
         if self._cache is not None:
             options["cache"] = str(self._cache.folder)
         return _reopened, (self._lasting, options, self.info.source, len(self))
-
-    def _require_usable(self) -> None:
-        if self._closed:
-            raise ValueError(f"{self.path} is closed: open it again")
-        if os.getpid() == self._process:
-            return
-        refuse_fork(self.path, self.device)
-        # GNU's OpenMP waits for ever for threads that its parent had. DataLoader does the same for its workers.
-        torch.set_num_threads(1)
-        _ABANDONED.append(self._reader)
-        self._start_here()
-
-    @contextmanager
-    def _counted(self, reader: FrameReader) -> Iterator[None]:
-        decoded, seeks = reader.decoded, reader.seeks
-        try:
-            yield
-        finally:
-            self._count(LazyStatistics(reader.decoded - decoded, reader.seeks - seeks))
-
-    def _count(self, more: LazyStatistics) -> None:
-        with self._counting:
-            sums = (mine + its for mine, its in zip(astuple(self._statistics), astuple(more), strict=True))
-            self._statistics = LazyStatistics(*sums)
-
-
-# Readers that a fork brought along. Their decoder's threads stayed behind, and closing it would wait for them.
-_ABANDONED: list[FrameReader] = []
-
-
-def refuse_fork(path: str, device: torch.device) -> None:
-    """Raises DeviceError in a forked process, where a network that was loaded onto a GPU is of no use."""
-    if device.type == "cuda":
-        raise DeviceError(
-            f"{path} was opened on {device} before this process was forked, and CUDA does not survive a fork: start "
-            "the workers by spawn, as in DataLoader(..., multiprocessing_context='spawn')"
-        )
 
 
 def _reopened(path: str, options: dict[str, Any], source: SourceId, count: int) -> LazyFlow:
@@ -454,32 +313,6 @@ class _OnHost:
     def __getitem__(self, key: Any) -> npt.NDArray[np.float32]:
         array: npt.NDArray[np.float32] = to_host(self._flow[key]).numpy()
         return array
-
-
-def _kept(cache: FlowCache, numbers: Iterator[int]) -> StageFunction:
-    """A stage that keeps each flow and passes it on as it will be read: first and second time are equal.
-
-    numbers: of the flows that will come, however many there are in a batch: a device short of memory makes halves.
-    """
-
-    def stage(batches: Iterator[FlowBatch]) -> Iterator[FlowBatch]:
-        for batch in batches:
-            kept = cache.keep(list(islice(numbers, len(batch))), batch.flow.numpy())
-            yield replace(batch, flow=torch.from_numpy(kept))
-
-    return stage
-
-
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    """What went wrong in a stage as it would have without threads: its cause, with a note that says where."""
-    try:
-        yield
-    except StageError as error:
-        cause = error.__cause__
-        assert cause is not None
-        cause.add_note(f"while computing flow: {error}")
-        raise cause from cause.__cause__
 
 
 def _inside(flow: Tensor, parts: Sequence[int | slice]) -> Tensor:

@@ -328,7 +328,7 @@ class TestTraining:
 
     def test_a_fork_on_a_gpu_is_refused(self, opened: Callable[..., LazyFlow], monkeypatch: pytest.MonkeyPatch) -> None:
         flow = opened()
-        flow.device = torch.device("cuda:0")
+        flow._flows._device = torch.device("cuda:0")
         monkeypatch.setattr(os, "getpid", lambda: -1)
         for read in (lambda: flow[0], lambda: next(iter(flow)), lambda: flow.rgb(0)):
             with pytest.raises(DeviceError, match=r"cuda:0 before this process was forked.*spawn"):
