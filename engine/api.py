@@ -1,8 +1,8 @@
 """The whole chain, written once: frames -> pairs -> batches -> flow -> restored flow -> outputs.
 
-run()     a source into outputs, to the end; the command line's main job. ``engine/many.py`` does it to many sources
-stream()  the same flow, batch by batch, to the caller's own loop
-``engine/lazy.py`` computes by the same stages what is asked for by number: ``flowreel.open``
+run()     computes the flow of a source and writes the outputs; ``engine/many.py`` does the same for many sources
+stream()  yields the same flow, batch by batch, to the caller's own loop
+``engine/lazy.py`` uses the same stages to compute flow by index: ``flowreel.open``
 """
 
 from __future__ import annotations
@@ -55,17 +55,17 @@ class RunReport:
     """What a run did; ``--stats`` writes it as JSON."""
 
     pairs: int  # flows computed
-    flows: int  # that the outputs hold: those of an earlier run that was gone on with, too
-    seconds: float  # from the first frame asked for to the last output published
+    flows: int  # flows the outputs hold, including those of an earlier run that was resumed
+    seconds: float  # from requesting the first frame to publishing the last output
     startup_s: float  # before that: opening the source, loading the weights
     pairs_per_s: float
     bytes_written: int  # of all outputs
-    flo_bytes: int  # what the same flow would have taken as .flo files
+    flo_bytes: int  # bytes that the same flow would take as .flo files
     width: int  # pixels of the flow
     height: int
     decoder: str
     device: str
-    kernels: dict[str, str]  # by what each operation of ours ran: cuda, torch (its operations, on any device), or both
+    kernels: dict[str, str]  # operation -> what ran it: cuda (our kernel), torch (on any device), or both
     precision: str
     batch: int
     model: str
@@ -90,23 +90,24 @@ def run(
 
     Args:
         source: a video file, a folder or glob of images, ``synthetic:NAME``, or ``-``: YUV4MPEG2 on stdin.
-        outputs: where to; the kind follows from each name (``X.zarr``, ``X.mp4``, ``DIR/%06d.flo``, ...), in which
-            ``{stem}`` stands for the source's name. None: ``{stem}.flow.zarr`` in the working folder. Missing folders
-            are created.
-        progress: called with a ``Progress`` when the outputs are open, and then a few times a second.
-        **options: as of ``flowreel run``, by the same names: ``model``, ``weights``, ``device``, ``decoder``,
+        outputs: one or several paths; the format follows from each name (``X.zarr``, ``X.mp4``, ``DIR/%06d.flo``, ...),
+            in which ``{stem}`` stands for the source's name. None: ``{stem}.flow.zarr`` in the working folder. Missing
+            folders are created.
+        progress: called with a ``Progress`` once the outputs are open, and then a few times a second.
+        **options: those of ``flowreel run``, by the same names: ``model``, ``weights``, ``device``, ``decoder``,
             ``batch``, ``precision``, ``fit``, ``start``, ``stop``, ``step``, ``stream``, ``direction``,
             ``max_error``, ``codec``, ``resolution``, ``max_flow``, ``encoder``, ``bound``, ``resume``, ``overwrite``,
             ``tolerate_truncation``, ``queue_mb``.
 
     Returns:
-        What was done, how fast, and how large it is.
+        What was done, how fast, and how large the result is.
 
     Raises:
-        UsageError: options that are impossible together.
+        UsageError: options that contradict each other.
         SourceError, WeightsError, DeviceError, OutputError: before the first frame is decoded.
-        StageError: a stage failed on the way; its ``__cause__`` is the error. Nothing half-written looks finished.
-        TruncatedSourceError: the source gave less than it promised; what it gave is kept under an unfinished name.
+        StageError: a stage failed; its ``__cause__`` is the original error. Nothing half-written looks finished.
+        TruncatedSourceError: the source yielded less than it promised; the flow of what it did yield is kept under an
+            unfinished name.
     """
     config = RunConfig.of(**options)
     return run_one(source, output_names(outputs, source), config, lambda: load_network(config.model), progress)
@@ -119,7 +120,7 @@ def run_one(
     network: Callable[[], Network],
     progress: ProgressHook | None = None,
 ) -> RunReport:
-    """``run`` with everything about it settled but the network, which is asked for once the source is open."""
+    """``run`` with everything settled except the network: ``network`` is called once the source is open."""
     began_s = time.perf_counter()
     sinks = [open_sink(path, config.sink) for path in paths]
     native = _wants_native(config, sinks)
@@ -136,9 +137,9 @@ def run_one(
         if resumed is not None:
             header = replace(header, shard=resumed.point.shard)
             resumed.store.require_same(header)
-            sinks = [resumed.store]  # the other outputs are made from it when it is complete
+            sinks = [resumed.store]  # the other outputs are exported from it once it is complete
         opened.enter_context(opened_sinks(sinks, header, resumes=True))
-        to_host = all(preparing(sink) is None for sink in sinks)  # else each output takes what it wants
+        to_host = all(preparing(sink) is None for sink in sinks)  # otherwise each output downloads what it needs itself
         shard = header.shard_length(config.sink.shard_bytes)
         done, checked = (0, None) if resumed is None else (resumed.point.flows, resumed.checked)
         batched = batches(inference.batch, shard, done)
@@ -172,17 +173,17 @@ def run_one(
 
 
 def stream(source: PathLike, **options: Unpack[RunOptions]) -> Iterator[FlowBatch]:
-    """The optical flow of a source, batch by batch, in order, computed as it is asked for and a little ahead.
+    """Yields the optical flow of a source in order, batch by batch, computing on demand and a little ahead.
 
     Args:
-        source, **options: as of ``run``.
+        source, **options: as in ``run``.
 
     Yields:
         FlowBatch: ``flow`` (N, 2, H, W) float32 pixels on the model's device, an ordinary tensor that can take part
         in training; ``frame``, ``frame_to`` (N,) int64; ``timestamp_s``, ``timestamp_to_s`` (N,) float64.
 
-    Leaving the loop early stops everything. Raises, when called, what ``run`` raises before the first frame, and in
-    the loop StageError and TruncatedSourceError (after the last batch that could be computed).
+    Leaving the loop early stops everything. The call itself raises what ``run`` raises before the first frame; the
+    loop raises StageError, and TruncatedSourceError after the last batch that could be computed.
     """
     config = RunConfig.of(**options)
     with ExitStack() as opened:
@@ -213,14 +214,14 @@ def stages(
     *,
     to_host: bool,
 ) -> list[Stage]:
-    """The chain itself, left to right: frames to flow in the frame's pixels.
+    """The chain itself, left to right: frames to flow in pixels of the source frame.
 
-    On a GPU it also moves the data, each frame once, and steps that are short there share a thread.
+    On a GPU the chain also uploads each frame once, downloads the flow, and lets short steps share a thread.
 
     Args:
-        batched: gathers pairs into batches.
-        checked: looks at the frames on their way.
-        to_host: flow is wanted there, and nowhere else: not where some output works on it on the GPU.
+        batched: stage that gathers pairs into batches.
+        checked: stage that checks the frames as they pass.
+        to_host: download the flow in the chain; not when anything else, an output or the caller, takes it on the GPU.
     """
     by_frame = [
         *([Stage("resume", checked)] if checked is not None else []),
@@ -238,9 +239,9 @@ def stages(
 
 
 class Chain(Pipeline):
-    """A pipeline of these stages. On a GPU each has a stream of its own (``engine/device.py``).
+    """A pipeline of these stages. On a GPU each stage has its own CUDA stream (``engine/device.py``).
 
-    It also tells a source that may be waiting for bytes that never come when the run stops.
+    Stopping it also interrupts a source that may be waiting for input that never arrives.
     """
 
     def __init__(
@@ -250,24 +251,24 @@ class Chain(Pipeline):
         self._source = source
         on_gpu = device.type == "cuda"
         if on_gpu and isinstance(source, OnDevice) and source.on_device:
-            # What is done by frame shares the decoder's thread: to hand each frame on costs more than all that.
+            # The per-frame stages share the decoder's thread: handing on each frame would cost more than their work.
             by_frame, *stages = stages
             source = joined(Stage("decode", lambda _: iter(self._source)), by_frame)(iter(()))
         super().__init__("decode", source, stages, queues, self._streams.on_stream if on_gpu else None)
 
     def flows(self) -> Generator[FlowBatch, None, None]:
-        """What ``stream`` gives, ready on whatever stream is current where it is taken."""
+        """The items of ``stream``, each ready on the CUDA stream that is current in the consumer when it takes it."""
         with closing(self.stream()) as results:
             yield from self._streams.handed_over(results)
 
     def stop(self) -> None:
-        super().stop()  # first: nobody may take the stream's end for a good one
+        super().stop()  # first, so that the interrupted source does not look like one that ended normally
         if isinstance(self._source, MayWait):
             self._source.interrupt()
 
 
 def flow_header(info: FlowInfo, inference: Inference, config: RunConfig) -> FlowInfo:
-    """What the sinks are opened with: the flow's own size, and how it is made."""
+    """The header that the sinks are opened with: the size of the flow, and how it is made."""
     height, width = inference.fit.flow_size
     return replace(
         info,
@@ -281,7 +282,7 @@ def flow_header(info: FlowInfo, inference: Inference, config: RunConfig) -> Flow
 
 
 def _wants_native(config: RunConfig, sinks: list[Sink]) -> bool:
-    """Whether stores are to keep the network's own prediction. Raises UsageError when no output is a store."""
+    """Whether stores should keep the network's native prediction. Raises UsageError when no output is a store."""
     if config.sink.resolution == "full":
         return False
     if not any(isinstance(sink, Resumable) for sink in sinks):
@@ -290,7 +291,7 @@ def _wants_native(config: RunConfig, sinks: list[Sink]) -> bool:
 
 
 def output_names(outputs: PathLike | Iterable[PathLike] | None, source: PathLike) -> list[str]:
-    """The outputs of a source, by name. Raises UsageError for none, for two in one place, or for the source itself."""
+    """The paths of a source's outputs. Raises UsageError for none, for two that collide, or for the source itself."""
     paths = named_outputs("{stem}.flow.zarr" if outputs is None else outputs, source_stem(source))
     for path in paths:
         require_harmless(path, source)
@@ -298,14 +299,14 @@ def output_names(outputs: PathLike | Iterable[PathLike] | None, source: PathLike
 
 
 def _named(source: PathLike) -> str:
-    """The source in a message."""
+    """The source's name in messages."""
     return "stdin" if os.fspath(source) == STDIN else os.fspath(source)
 
 
 def _complete_already(resumed: Resumption, paths: list[str], config: RunConfig) -> RunReport:
-    """What a run tells that found its store complete. Other outputs that are missing are made from it.
+    """The report of a run whose store is complete already; missing other outputs are exported from that store.
 
-    Raises ResumeMismatchError for a store of something else.
+    Raises ResumeMismatchError when the store was made from another source or with other settings.
     """
     store = open_store(resumed.store.path)
     require_made_so(store, resumed.source_info, config)
@@ -335,7 +336,7 @@ def _complete_already(resumed: Resumption, paths: list[str], config: RunConfig) 
 def _with_others(
     report: RunReport, resumed: Resumption, paths: list[str], config: RunConfig, *, overwrite: bool
 ) -> RunReport:
-    """Makes the outputs beside the store from it, once it is complete. Without overwrite, those that are missing."""
+    """Exports the other outputs from the complete store; without ``overwrite``, only those that are missing."""
     outputs, notes = list(report.outputs), list(report.notes)
     if report.pairs:
         notes.append(f"went on after {resumed.point.flows} flows of an earlier run")
@@ -348,7 +349,7 @@ def _with_others(
         if not overwrite and is_finished(sink, report.flows):
             notes.append(f"{path} is there already")
             continue
-        # What is unfinished of a single output goes. Among many files it cannot be told whose the finished ones are.
+        # What is left of an unfinished single output is replaced. Of many files, nobody can tell whose they are.
         replaces = overwrite or not isinstance(sink, OneFileAFlow)
         try:
             outputs += export(resumed.store.path, path, overwrite=replaces, **options).outputs

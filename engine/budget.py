@@ -1,10 +1,10 @@
-"""The bytes that lie in all channels of a pipeline together: views and shared frames count once."""
+"""Counts the bytes held in all channels of a pipeline together: views and shared frames count once."""
 
 from __future__ import annotations
 
 
 def storages_of(item: object) -> dict[int, int]:
-    """Bytes of each storage the item's tensors keep alive, by address: views and shared frames count once."""
+    """Address -> bytes of each storage that the item's tensors keep alive: views of one storage count once."""
     tensors = getattr(item, "tensors", None)
     if not tensors:
         return {}
@@ -13,17 +13,17 @@ def storages_of(item: object) -> dict[int, int]:
 
 
 class Budget:
-    """Bytes that lie in all channels together."""
+    """The bytes held in all channels together, and their limit."""
 
     def __init__(self, total: int) -> None:
         self.total = total
         self.used = 0
         self.peak = 0
-        self._held: dict[int, list[int]] = {}  # storage address -> [places it lies in, bytes]
+        self._held: dict[int, list[int]] = {}  # storage address -> [times it is held, bytes]
 
     def fits(self, storages: dict[int, int]) -> bool:
-        """While the budget is overdrawn nothing with tensors fits, even if it adds no bytes: what a fast branch of a
-        tee has let in and passed on would otherwise pile up before a slow one."""
+        """Whether the item may be added. While the budget is exceeded no item with tensors fits, even one that adds no
+        bytes: items that a fast branch of a tee has already passed on would otherwise pile up before a slow branch."""
         extra = sum(size for address, size in storages.items() if address not in self._held)
         return not storages or self.used + extra <= self.total
 
@@ -37,7 +37,7 @@ class Budget:
         self.peak = max(self.peak, self.used)
 
     def release(self, storages: dict[int, int]) -> bool:
-        """True when bytes came free."""
+        """Returns whether this freed any bytes."""
         before = self.used
         for address in storages:
             held = self._held[address]

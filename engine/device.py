@@ -1,13 +1,14 @@
-"""Devices: which one, on which stream, and every copy between host and device. Nothing else moves data.
+"""Devices: which one, on which stream, and every copy between host and device. No other file moves data.
 
-On a GPU each stage works on its own CUDA stream. What orders them is one event per item, *the hand-off*: the stage
-that makes an item records an event after its work; the stage that takes it makes its own stream wait for that event
-and marks the item's tensors as used there, so that the allocator does not hand their memory out too early. The CPU
-never waits for the device except in ``download``, where the bytes are needed, and then for that copy's event alone. On
-a CPU all of this is nothing.
+On a GPU each stage works on its own CUDA stream. One event per item orders the streams, *the hand-off*: the stage that
+makes an item records an event after its work; the stage that takes it makes its own stream wait for that event and
+marks the item's tensors as used there, so that the allocator does not reuse their memory too early. The CPU never
+waits for the device except in ``download``, where the bytes are needed, and then only for that copy's event. Without a
+GPU none of this happens.
 
-A stream is entered with its device. torch leaves one by making the stream current that was before; on another device
-that would make a context there, which takes half a gigabyte, and fails where others have filled that one's memory.
+A stream is always entered together with its device. torch leaves a stream by making the previously current one current
+again; if that one is on another device, this would create a CUDA context there, which takes half a gigabyte and fails
+where other programs have filled that device's memory.
 """
 
 from __future__ import annotations
@@ -36,21 +37,21 @@ Item = TypeVar("Item")
 Batch = TypeVar("Batch", FlowBatch, Prepared)
 Stage = Callable[[Iterator[Any]], Any]
 _MEMORY_ENDED = ("out of memory", "unable to find an engine", "STATUS_ALLOC_FAILED")
-# Of the stages' streams: above that of a network's captured work (``compiled/graphs.py``). What is short goes first, so
-# that no frame on its way in and no result on its way out waits for kernels that would take the whole device.
+# Priority of the stages' streams (lower is sooner), above that of a network's captured graph (``compiled/graphs.py``).
+# Short work goes first, so that no incoming frame or outgoing result waits for kernels that fill the whole device.
 STAGE_PRIORITY = -2
 _BF16_SINCE = (8, 0)  # compute capability; TF32 came with it
-MOST_UPLOADS = 4  # frames on their way to the device at once: each holds a pinned buffer
+MOST_UPLOADS = 4  # uploads in flight at once: each holds a pinned buffer
 
 
 def resolve_devices(name: str) -> tuple[torch.device, ...]:
-    """``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``cuda:N,M,...`` to the devices that will be used, in that order.
+    """Resolves ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``cuda:N,M,...`` to the devices to use, in that order.
 
-    auto takes CUDA when it is there. Frames come to the first device, and flow leaves from it.
+    ``auto`` takes CUDA if it is available. Frames enter on the first device, and flow leaves from it.
 
     Raises:
-        DeviceError: CUDA was asked for by name and is not there; there is never a silent CPU run.
-        UsageError: no such kind of device, or one twice.
+        DeviceError: CUDA was asked for by name but is not available; it never falls back silently to the CPU.
+        UsageError: an unknown kind of device, or the same one twice.
     """
     kind, _, numbers = name.partition(":")
     names = [f"{kind}:{number.strip().removeprefix(f'{kind}:')}" for number in numbers.split(",")]
@@ -61,12 +62,12 @@ def resolve_devices(name: str) -> tuple[torch.device, ...]:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The first, and mostly the only one, of ``resolve_devices``; raises as that does."""
+    """The first of ``resolve_devices``, usually the only one; raises the same errors."""
     return resolve_devices(name)[0]
 
 
 def one_device(name: str) -> torch.device:
-    """The only one; raises as ``resolve_devices`` does, and UsageError for several."""
+    """The device, where only one is allowed; raises like ``resolve_devices``, and UsageError for several."""
     device, *others = resolve_devices(name)
     if others:
         raise UsageError(f"only one device can be used here, got {name!r}")
@@ -93,10 +94,11 @@ def _resolved(name: str, given: str) -> torch.device:
 
 
 def resolve_precision(precision: Precision | None, device: torch.device) -> Precision:
-    """auto is fp32 on a CPU and fp16 on a GPU; a CPU also takes bf16. A GPU's bf16 and tf32 ask for a newer one.
+    """None (auto) is fp32 on a CPU and fp16 on a GPU. A CPU also runs bf16; on a GPU bf16 and tf32 need compute
+    capability 8.0.
 
     Raises:
-        UsageError: the device has no such precision.
+        UsageError: the device does not support this precision.
     """
     if precision is None:
         return "fp16" if device.type == "cuda" else "fp32"
@@ -113,7 +115,7 @@ def resolve_precision(precision: Precision | None, device: torch.device) -> Prec
 
 
 def device_name(device: torch.device, *others: torch.device) -> str:
-    """For a person: ``cuda:0 (NVIDIA ...)``, or ``cpu (2 threads)``; of several GPUs, each."""
+    """The device in words: ``cuda:0 (NVIDIA ...)`` or ``cpu (x86_64, 2 threads)``; several are listed."""
     if others:
         return ", ".join(map(device_name, (device, *others)))
     if device.type == "cuda":
@@ -122,14 +124,14 @@ def device_name(device: torch.device, *others: torch.device) -> str:
 
 
 class Streams:
-    """Gives every stage of one run its own stream and orders them by the hand-off described above."""
+    """Gives every stage of one run its own stream and orders the streams by the hand-off described above."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._ready: WeakKeyDictionary[Any, torch.cuda.Event] = WeakKeyDictionary()
 
     def on_stream(self, stage: Stage, name: str = "") -> Stage:
-        """The same stage, each ``next()`` of it run on a stream of its own; on a CPU the stage itself.
+        """The stage with each ``next()`` run on the stage's own stream; on a CPU, the stage unchanged.
 
         ``stage`` may also be a consumer, which runs to its end when called.
         """
@@ -145,7 +147,7 @@ class Streams:
         return staged
 
     def handed_over(self, items: Iterator[Item]) -> Iterator[Item]:
-        """For a caller's own loop: each item is ready on whatever stream is current when it is taken."""
+        """For a caller's own loop: each item is ready on the stream that is current when it is taken."""
         if self.device.type != "cuda":
             return items
         return self._awaited(items, lambda: torch.cuda.current_stream(self.device))
@@ -153,7 +155,7 @@ class Streams:
     def _stepped(self, results: Iterator[Any], stream: torch.cuda.Stream) -> Iterator[Any]:
         try:
             while True:
-                # Left before the yield: streams are the thread's, not ours.
+                # Left before the yield: the current stream is thread state, shared with the code that runs us.
                 with torch.cuda.device(self.device), torch.cuda.stream(stream):
                     try:
                         with _memory_told(self.device):
@@ -162,7 +164,7 @@ class Streams:
                         return
                     self._ready[item] = stream.record_event()
                 yield item
-                del item  # not kept alive, outside every bound, while the next one is made
+                del item  # else it stays alive, counted in no budget, while the next one is made
         finally:
             close = getattr(results, "close", None)
             if close is not None:
@@ -178,16 +180,16 @@ class Streams:
                 tensor.record_stream(here)
             return item
 
-        return map(taken, items)  # a map keeps no item alive while whoever took it works
+        return map(taken, items)  # a map, unlike a generator's local, keeps no item alive while the consumer works
 
 
 def _each_storage(tensors: Iterable[Tensor]) -> Iterable[Tensor]:
-    """One tensor of each block of a GPU's memory: a frame is in two pairs of a batch, and shares its block."""
+    """One CUDA tensor for each distinct storage: a frame shared by two pairs of a batch appears twice."""
     return {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors if tensor.is_cuda}.values()
 
 
 def upload(device: torch.device) -> Stage:
-    """A stage that puts each frame on the device once, before pairs share it; frames already there pass."""
+    """A stage that copies each frame to the device once, before pairs share it; frames already there pass through."""
 
     def stage(frames: Iterator[Frame]) -> Iterator[Frame]:
         sender = _Sender(device)
@@ -201,15 +203,18 @@ def upload(device: torch.device) -> Stage:
 
 
 class _Sender:
-    """Copies from the host, begun in order on the current stream; each buffer is kept until its copy is over."""
+    """Starts copies from the host in order on the current stream, and keeps each pinned buffer until its copy ends."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._ring = PinnedRing(_pinned)
-        self._under_way: deque[tuple[torch.cuda.Event, Tensor]] = deque()  # the end of each copy, and its buffer
+        self._under_way: deque[tuple[torch.cuda.Event, Tensor]] = deque()  # (end of copy, its buffer), oldest first
 
     def begun(self, tensor: Tensor) -> Tensor:
-        """The tensor on the device once the current stream has got there. The device sorts its bytes, if at all."""
+        """Starts the copy and returns its result, which is ready once the current stream reaches that point.
+
+        The order of dimensions in memory is kept; if it has to change, that is left to the device.
+        """
         while self._under_way and (_is_over(self._under_way[0][0]) or len(self._under_way) == MOST_UPLOADS):
             self._under_way.popleft()[0].synchronize()
         buffer = self._ring.take(tensor).copy_(tensor)
@@ -223,10 +228,10 @@ class _Sender:
 
 
 def download(batches: Iterator[Batch], landing: Callable[[Batch, Pin], Tensor | None] | None = None) -> Iterator[Batch]:
-    """A stage that brings flow, or what is made of it, to the host; what is there already passes untouched.
+    """A stage that copies flow, or what a sink prepared from it, to the host; batches already there pass unchanged.
 
-    It lands in a ring of pinned buffers, none of which is filled again while anybody still holds what was in it; the
-    first tensor of a batch where ``landing`` says, see ``LandingSink``.
+    Copies land in a ring of pinned buffers; a buffer is not refilled while anything still refers to its content. The
+    first tensor of a batch lands where ``landing`` says instead, see ``LandingSink``.
     """
     ring = PinnedRing(_pinned)
     for batch in batches:
@@ -234,8 +239,8 @@ def download(batches: Iterator[Batch], landing: Callable[[Batch, Pin], Tensor | 
         if device.type != "cpu":
             place = None if landing is None else landing(batch, partial(pin, device=device))
             try:
-                batch = _begun(batch, place, ring)  # its memory on the device is free from here on
-            finally:  # also when one of its copies cannot be begun: none outlasts this, and what it writes to
+                batch = _begun(batch, place, ring)  # drops its tensors on the device
+            finally:  # also if one of its copies cannot be started: no copy may outlive the memory that it writes to
                 del place
                 _recorded(device).synchronize()
         yield batch
@@ -243,7 +248,7 @@ def download(batches: Iterator[Batch], landing: Callable[[Batch, Pin], Tensor | 
 
 
 def _begun(batch: Batch, place: Tensor | None, ring: PinnedRing) -> Batch:
-    """On its way to the host."""
+    """Starts the batch's copies to the host, without waiting for them."""
     first = batch.tensors[0]
 
     def copied(tensor: Tensor) -> Tensor:
@@ -255,7 +260,7 @@ def _begun(batch: Batch, place: Tensor | None, ring: PinnedRing) -> Batch:
 
 
 def _recorded(device: torch.device) -> torch.cuda.Event:
-    """What the current stream has been given so far, to wait for asleep: a thread that spins takes a core."""
+    """An event after all work queued on the current stream so far; waiting for it sleeps, as spinning takes a core."""
     event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(device))
     return event
@@ -270,34 +275,34 @@ def _pinned(size: int) -> Tensor:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """What was read or made on the host, on the device; the tensor itself where it is there already."""
+    """The tensor copied to the device; the tensor itself if it is there already."""
     return tensor if tensor.device == device else tensor.to(device)
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """The same of something small that is wanted often: nobody waits for what the device has still to do."""
+    """``to_device`` for small tensors that are sent often: the CPU does not wait for the device's pending work."""
     if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()  # torch keeps that until it is copied
+        tensor = tensor.pin_memory()  # torch keeps that memory until the copy is done
     return tensor.to(device, non_blocking=True)
 
 
 def to_host(flow: Tensor) -> Tensor:
-    """Flow on the host; waits for it. The tensor itself where it is there already."""
+    """The flow copied to the host, waiting for the copy; the tensor itself if it is there already."""
     return flow if flow.device.type == "cpu" else flow.cpu()
 
 
 class WorkStream:
-    """One stream for a library that takes a stream's handle: what it does and what is done with it stay in order."""
+    """A stream for a library that takes a raw stream handle: the library's work and torch's on it stay in order."""
 
     def __init__(self, device: torch.device) -> None:
-        """The stream that is current on ``device``; a new one where that is the default one, which has no handle."""
+        """Takes the current stream of ``device``, or a new one if that is the default stream, which has no handle."""
         self.device = device
         current = torch.cuda.current_stream(device)
         self._stream = current if current.cuda_stream else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.handle = int(self._stream.cuda_stream)  # its cudaStream_t, never 0
 
     def run(self, work: Callable[[], Tensor]) -> Tensor:
-        """Does ``work`` on the stream; its result is ready on the stream that is current outside."""
+        """Runs ``work`` on the stream; the result is ready on the stream that is current in the caller."""
         outside = torch.cuda.current_stream(self.device)
         if outside == self._stream:
             return work()
@@ -313,10 +318,10 @@ class WorkStream:
 
 
 class Lane:
-    """A device's own work, which goes on beside that of others: a run over several GPUs has one for each.
+    """One device's share of a run over several GPUs: its work runs concurrently with that of the other lanes.
 
-    Items come from the streams of a run's stages on one device, ``home``, and go back there. In between nothing waits
-    for what other lanes do: neither the work on ``device``, nor the copies there and back.
+    Items come from the streams of the run's stages on one device, ``home``, and results go back there. In between, the
+    work on ``device`` and the copies there and back never wait for other lanes.
     """
 
     def __init__(self, device: torch.device, home: torch.device) -> None:
@@ -327,16 +332,16 @@ class Lane:
             self._there = torch.cuda.Stream(device, priority=STAGE_PRIORITY)  # type: ignore[no-untyped-call]
 
     def begun(self, item: Any, work: Callable[[], list[FlowBatch]]) -> Callable[[], list[FlowBatch]]:
-        """Starts ``work`` on the item, which is ready on the stream that is current at home.
+        """Starts ``work`` on the item, which is ready on the current stream of ``home``.
 
-        Calling for the results makes them ready on the stream that is current then.
+        Returns a function that gives the results, ready on the stream of ``home`` that is current when it is called.
         """
         self._at_home.wait_stream(torch.cuda.current_stream(self._home))
         for tensor in _each_storage(item.tensors):
             tensor.record_stream(self._at_home)
         with torch.cuda.stream(self._at_home), torch.cuda.stream(self._there):
-            # A copy between devices comes after all work on the streams that are current on both, and before what they
-            # are given next.
+            # torch orders a copy between devices after all earlier work on the current streams of both devices, and
+            # before whatever is queued on them next.
             results = [batch.moved(lambda flow: flow.to(self._home, non_blocking=True)) for batch in work()]
         done = self._at_home.record_event()
 
@@ -348,8 +353,8 @@ class Lane:
 
 
 def ran_out_of_memory(error: BaseException | None) -> bool:
-    """Whether a GPU's memory ended: as torch says it, or CUDA, or cuDNN, which then has no algorithm to offer."""
-    seen: list[BaseException] = []  # what is raised again may hang on itself
+    """Whether a GPU ran out of memory, as reported by torch, CUDA or cuDNN (which then finds no algorithm)."""
+    seen: list[BaseException] = []  # the chain of a re-raised error may contain a cycle
     while error is not None and not any(error is one for one in seen):
         if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _MEMORY_ENDED):
             return True
@@ -360,7 +365,8 @@ def ran_out_of_memory(error: BaseException | None) -> bool:
 
 @contextmanager
 def _memory_told(device: torch.device) -> Iterator[None]:
-    """Says what to do where a stage, or one of several joined ones, finds no memory and knows nothing better itself."""
+    """Turns an out-of-memory error of a stage, or of one of several joined ones, into a DeviceError that says what to
+    try. Errors that already are flowreel's own pass unchanged."""
     try:
         yield
     except (RuntimeError, StageError) as error:
@@ -378,5 +384,5 @@ def _memory_told(device: torch.device) -> Iterator[None]:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that other programs and torch's allocator have left on a GPU."""
+    """Bytes of a GPU's memory that neither other programs nor torch's allocator have taken."""
     return int(torch.cuda.mem_get_info(device)[0])

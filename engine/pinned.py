@@ -1,10 +1,10 @@
-"""Pinned host memory, lent and taken back: what copies between host and device pass through. Others' memory is pinned
-where it lies.
+"""Pinned host memory for copies between host and device: reusable buffers (``PinnedRing``), or memory that exists
+already, pinned in place (``pin``).
 
-A copy from or to other memory holds up the thread that asks for it; but pinning memory is slow and holds up the whole
-device, so a buffer is pinned once and used for all of a run. It may be filled again only when nobody reads what it
-holds. On the way to the device that is when the copy's event says so. On the way back it is when the last tensor, view
-or array that lies in it has gone, which only Python knows: so buffers are lent, and a loan ends by itself.
+A copy from or to pageable memory blocks the thread that starts it; but pinning memory is slow and stalls the whole
+device, so a buffer is pinned once and reused throughout a run. It may be refilled only when nothing reads its content
+any more. For an upload, the copy's event says when that is. For a download, it is when the last tensor, view or array
+in the buffer is freed, which only Python knows: so buffers are lent, and a loan ends by reference counting.
 """
 
 from __future__ import annotations
@@ -22,29 +22,30 @@ from flowreel.kernels.launch import kernels_on
 if TYPE_CHECKING:
     from flowreel.engine.data import Bytes
 
-# What NumPy has a word for is lent in its shape at once: each of torch's views lets go of the GIL.
+# Dtypes that NumPy can name are lent in their final shape at once: each view that torch makes releases the GIL.
 _NUMPY = {torch.uint8: "|u1", torch.int16: "<i2", torch.int32: "<i4", torch.int64: "<i8", torch.float32: "<f4"}
 
 
 class PinnedRing:
-    """Buffers that are lent and come back with the last tensor, view or array that lies in them.
+    """Buffers that are lent, and returned when the last tensor, view or array in them is freed.
 
-    There are as many as were ever lent at once, which the pipeline's channels bound; after that nothing is allocated.
-    One thread takes; any thread may be the one that lets go.
+    The ring grows to the largest number ever lent at once, which the pipeline's channels bound; after that it allocates
+    nothing. Only one thread takes buffers; any thread may free them.
     """
 
     def __init__(self, pinned: Callable[[int], Tensor]) -> None:
-        """Args: pinned: gives new memory of so many bytes, (bytes,) uint8."""
-        self.buffers = 0  # made so far
+        """Args: pinned: allocates pinned memory of a given number of bytes, as (bytes,) uint8."""
+        self.buffers = 0  # allocated so far
         self._pinned = pinned
         self._free: list[Tensor] = []
 
     def take(self, like: Tensor) -> Tensor:
-        """Memory of this shape, dtype and order of dimensions, which nobody else holds. Its content is arbitrary."""
+        """A tensor like this one in shape, dtype and order of dimensions, in memory not otherwise in use. Its content
+        is undefined."""
         size = like.numel() * like.element_size()
         fitting = [(buffer.numel(), place) for place, buffer in enumerate(self._free) if buffer.numel() >= size]
         if fitting:
-            buffer = self._free.pop(min(fitting)[1])  # others only append meanwhile, so the place still holds it
+            buffer = self._free.pop(min(fitting)[1])  # other threads only append, so the index is still right
         else:
             buffer = self._pinned(max(size, 1))
             self.buffers += 1
@@ -55,10 +56,10 @@ class PinnedRing:
 
 
 class _Loan:
-    """What NumPy keeps alive for as long as any array, and so any tensor, uses the buffer."""
+    """The object that NumPy keeps alive as long as any array, and so any tensor, uses the buffer."""
 
     def __init__(self, buffer: Tensor, shape: tuple[int, ...], kind: str, back_to: list[Tensor]) -> None:
-        """kind: of the numbers, as NumPy's ``typestr`` says it. They begin with the buffer and lie together."""
+        """kind: NumPy's ``typestr`` of the numbers, which start at the buffer's beginning and are contiguous."""
         self.__array_interface__ = {"shape": shape, "typestr": kind, "data": (buffer.data_ptr(), False), "version": 3}
         self._buffer = buffer
         self._back_to = back_to
@@ -68,20 +69,20 @@ class _Loan:
 
 
 def pin(memory: Bytes, device: torch.device) -> Callable[[], None]:
-    """Pins memory that somebody has already, so that a device may write to it by itself.
+    """Pins memory that exists already, so that a device can write to it directly.
 
-    What is returned undoes that, and keeps the memory until it is called: a driver that takes for pinned what has gone
-    writes into whatever comes to lie there. Memory that cannot be pinned stays as it is: copies there take longer, and
-    hold up the thread that asks for them.
+    Returns a function that unpins it and keeps the memory alive until it is called: if the memory were freed while the
+    driver takes it for pinned, copies would write into whatever is allocated there next. Memory that cannot be pinned
+    stays as it is: copies to it take longer and block the thread that starts them.
     """
     if kernels_on(device) != "cuda":
         return lambda: None
-    from cupy.cuda import runtime  # torch's own call would leave a refusal behind as the error of the next kernel
+    from cupy.cuda import runtime  # a failure of torch's own call would surface as the next kernel's error
 
     try:
         with torch.cuda.device(device):
             runtime.hostRegister(memory.ctypes.data, memory.nbytes, 0)
-    except RuntimeError:  # CuPy's are, too
+    except RuntimeError:  # CuPy's errors are RuntimeErrors too
         return lambda: None
 
     def undo() -> None:

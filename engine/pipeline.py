@@ -1,18 +1,19 @@
-"""Threads, bounded channels, stopping, errors and statistics: the one place in flowreel that knows of concurrency.
+"""Threads, bounded channels, stopping, errors and statistics: the only file in flowreel that deals with concurrency.
 
     source ──▢▢▢▢──> stage ──▢▢▢▢──> stage ──┬──▢▢▢▢──> sink        ▢▢▢▢  a channel, bounded in items and in bytes
                                              └──▢▢▢▢──> sink        ───>  one thread each
 
-What a stage is, and the same chain without threads, which this one must equal, is in ``engine/stages.py``.
+``engine/stages.py`` defines a stage and the same chain without threads, whose results this one must equal.
 
-Why nothing deadlocks. A thread that puts waits only while its channel holds something: the byte budget is shared by all
-channels, but a channel that is empty takes any item. So whoever waits to put has a reader with work to do, branches of
-a tee included, and whoever waits to take has a writer that is not waiting to put. What lies in all channels together
-therefore exceeds the budget by at most one item a channel.
+Why nothing deadlocks. A writer waits only while its channel is not empty: the byte budget is shared by all channels,
+but an empty channel accepts any item. So a writer that waits to put has a reader with work to do, also in each branch
+of a tee, and a reader that waits to take has a writer that is not waiting to put. The channels together therefore
+exceed the budget by at most one item per channel.
 
-Waiting outside the lock. One lock guards all channels and nobody sleeps holding it: a thread notes under the lock that
-it waits, leaves, sleeps on a gate of its own, and looks again. Ctrl-C can strike a sleeping caller at any
-moment and leave nothing half done, which a condition variable, taking the lock back as it wakes, cannot promise.
+Waiting outside the lock. One lock guards all channels, and no thread sleeps while holding it: under the lock a thread
+records that it is waiting; then it releases the lock, sleeps on its own gate, and checks again. Ctrl-C can therefore
+interrupt a sleeping caller at any moment without leaving anything half done. A condition variable cannot promise that,
+because it reacquires the lock as it wakes.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from flowreel.engine.errors import StageError, frame_of
 from flowreel.engine.stages import Consumer, Stage, StageStatistics, Wrap, is_ours_to_close
 
 Result = TypeVar("Result")
-TICK_S = 0.2  # how long the caller sleeps before it looks for Ctrl-C and shows progress
-JOIN_S = 30.0  # how long a thread may take over its last item after a stop: a large batch on a slow processor
+TICK_S = 0.2  # how long the caller sleeps before it checks for Ctrl-C and reports progress
+JOIN_S = 30.0  # how long a thread may take to finish its last item after a stop: a large batch on a slow CPU
 
 
 class Cancelled(BaseException):
-    """The run is stopping, or nobody wants this stage's items any more. Raised by take and put; let it pass."""
+    """The run is stopping, or no stage reads this stage's items any more. Raised by take and put; let it pass."""
 
 
 class _Gate:
@@ -44,13 +45,13 @@ class _Gate:
 
     def __init__(self, patience_s: float) -> None:
         self._patience_s = patience_s
-        self._since_s: float | None = None  # waiting, asleep or about to be
+        self._since_s: float | None = None  # start of the current wait; None: not waiting
         self._waited_s = 0.0
-        self._gate = threading.Lock()  # open (not locked): woken, and not yet looked
+        self._gate = threading.Lock()  # open (not locked): woken, but has not checked its channel yet
         self._gate.acquire()
 
     def will_sleep(self) -> None:
-        """Under the lock: from here on ``wake`` finds the sleeper."""
+        """Call under the lock: from here on ``wake`` opens the gate."""
         if self._since_s is None:
             self._since_s = time.perf_counter()
 
@@ -58,39 +59,39 @@ class _Gate:
         self._gate.acquire(timeout=self._patience_s)
 
     def wake(self) -> None:
-        """Under the lock, so that no two threads open the gate at once."""
+        """Call under the lock, so that no two threads open the gate at once."""
         if self._since_s is not None and self._gate.locked():
             self._gate.release()
 
     def awake(self) -> None:
-        """The waiting, if there was any, is over."""
+        """Ends the wait, if there was one."""
         if self._since_s is not None:
             since_s, self._since_s = self._since_s, None
             self._waited_s += time.perf_counter() - since_s
 
     def waited_s(self, now_s: float) -> float:
-        """Seconds so far, a wait that still lasts included."""
+        """Seconds waited so far, including a wait still in progress."""
         waited_s, since_s = self._waited_s, self._since_s
         return waited_s if since_s is None else waited_s + now_s - since_s
 
 
 class _Party:
-    """Who takes from one channel and gives to others: a stage's thread, or the caller in ``Pipeline.stream``."""
+    """Takes from one channel and puts into others: a stage's thread, or the caller in ``Pipeline.stream``."""
 
     def __init__(self, name: str, patience_s: float = -1) -> None:
-        """Args: patience_s: longest sleep in one piece; -1: until woken."""
+        """Args: patience_s: longest single sleep; -1: until woken."""
         self.name = name
         self.inlet: _Channel | None = None
         self.outlets: list[_Channel] = []
         self.to_take = _Gate(patience_s)
         self.to_put = _Gate(patience_s)
         self.cancelled = False  # its next take or put raises Cancelled
-        self.lacks_bytes = False  # it waits for the budget, not for its channel
+        self.lacks_bytes = False  # waits for the byte budget, not for a place in its channel
         self.taken = self.given = 0
         self.last_frame: int | None = None  # of the last item taken or given
 
     def cancel(self) -> None:
-        """Under the lock."""
+        """Call under the lock."""
         self.cancelled = True
         self.to_take.wake()
         self.to_put.wake()
@@ -99,7 +100,7 @@ class _Party:
         self.last_frame = getattr(item, "last_frame", self.last_frame)
 
     def give(self, item: object) -> None:
-        """Puts the item into every channel that leads on from here, waiting for room in each."""
+        """Puts the item into every outgoing channel, waiting for room in each."""
         self.saw(item)
         if self.outlets:
             storages = storages_of(item)
@@ -114,7 +115,8 @@ class _Switchboard:
     """What all channels of a pipeline share."""
 
     def __init__(self, queues: QueueConfig) -> None:
-        # Re-entrant: a garbage collection inside it may finalise an abandoned stream, which takes it to stop the run.
+        # Re-entrant: a garbage collection while it is held may finalise an abandoned stream, which takes it again to
+        # stop the run.
         self.lock = threading.RLock()
         self.budget = Budget(queues.total_bytes)
         self.items = queues.items
@@ -127,14 +129,14 @@ class _Switchboard:
         return reader.inlet
 
     def wake_who_lacks_bytes(self) -> None:
-        """Under the lock."""
+        """Call under the lock."""
         for party in self.parties:
             if party.lacks_bytes:
                 party.to_put.wake()
 
 
 class _Channel(Iterator[Any]):
-    """Items on their way from one thread to one other."""
+    """A bounded queue from one thread to another."""
 
     def __init__(self, board: _Switchboard, writer: _Party, reader: _Party) -> None:
         self.writer = writer
@@ -143,7 +145,7 @@ class _Channel(Iterator[Any]):
         self._board = board
         self._lock = board.lock
         self._queue: deque[tuple[Any, dict[int, int]]] = deque()
-        self._ended = False  # the writer gives no more
+        self._ended = False  # the writer puts no more
         self._left = False  # the reader takes no more
 
     def __len__(self) -> int:
@@ -176,7 +178,7 @@ class _Channel(Iterator[Any]):
             reader.to_take.awake()
 
     def put(self, item: object, storages: dict[int, int]) -> None:
-        """Waits until there is room. Drops the item where the reader has left but other branches go on."""
+        """Waits until there is room. Drops the item if this reader has left while other branches go on."""
         writer = self.writer
         try:
             while True:
@@ -200,12 +202,12 @@ class _Channel(Iterator[Any]):
             writer.to_put.awake()
 
     def end(self) -> None:
-        """The writer has given its last item. Under the lock."""
+        """The writer has put its last item. Call under the lock."""
         self._ended = True
         self.reader.to_take.wake()
 
     def leave(self) -> None:
-        """The reader wants no more; a writer nobody reads from any more is cancelled. Under the lock."""
+        """The reader takes no more; a writer without any reader left is cancelled. Call under the lock."""
         self._left = True
         while self._queue:
             _, storages = self._queue.popleft()
@@ -230,7 +232,7 @@ class _Worker(_Party):
         def called(items: Iterator[Any]) -> object:
             return self._remember(function(items))
 
-        # What the wrapping hides is closed too: a wrapper that merely drops its generator would lose its last error.
+        # A generator hidden by the wrapper is closed too: a wrapper that merely drops it would lose its last error.
         self._function = called if wrap is None else wrap(called, name)
 
     def _remember(self, result: object) -> object:
@@ -240,7 +242,7 @@ class _Worker(_Party):
         return result
 
     def drive(self) -> None:
-        """Calls the stage and passes on what it yields, to its end."""
+        """Calls the stage and passes on everything it yields."""
         if self.cancelled:
             raise Cancelled
         result = self._remember(self._function(iter(()) if self.inlet is None else self.inlet))
@@ -252,7 +254,7 @@ class _Worker(_Party):
             raise TypeError(f"stage {self.name} must return an iterator, got {type(result).__name__}")
 
     def statistics(self) -> StageStatistics:
-        """Reads without the lock, so that looking never holds up the work; exact once the thread has ended."""
+        """Reads without the lock, so that it never delays the stage; exact once the thread has ended."""
         now_s = self.ended_s or time.perf_counter()
         total_s = 0.0 if self.started_s is None else now_s - self.started_s
         wait_in_s, wait_out_s = self.to_take.waited_s(now_s), self.to_put.waited_s(now_s)
@@ -268,7 +270,7 @@ class _Worker(_Party):
 
 
 class OneAtATime:
-    """A ``with`` block that threads go through one at a time, for what is shared by callers outside any pipeline."""
+    """A ``with`` block that one thread at a time may enter, for state that callers outside any pipeline share."""
 
     def __init__(self) -> None:
         self._free = threading.Lock()
@@ -281,11 +283,12 @@ class OneAtATime:
 
 
 def in_own_thread(action: Callable[[], Result]) -> Result:
-    """What ``action`` returns or raises, done in a thread that ends with it, and what it left to its thread as well.
+    """Runs ``action`` in a thread of its own that ends with it, and returns or raises what it returns or raises.
 
-    That may be a CUDA context that a library made current. And OpenMP keeps workers for every thread that has computed
-    for as long as that lives, of which GNU's lets none wait awake, however briefly, once they are more than the cores:
-    a network of many small layers then loses a fifth.
+    Thread-bound state that ``action`` leaves behind ends as well: for instance a CUDA context that a library made
+    current, and OpenMP's workers. OpenMP keeps workers for every thread that has computed, as long as that thread
+    lives; once there are more of them than cores, GNU's OpenMP lets no waiting worker spin, however briefly, and a
+    network of many small layers loses a fifth of its speed.
     """
     done: list[Result] = []
     failed: list[BaseException] = []
@@ -305,20 +308,19 @@ def in_own_thread(action: Callable[[], Result]) -> Result:
 
 
 class Pipeline:
-    """Runs a source and its stages with one thread each, once.
+    """Runs a source and its stages once, each in its own thread.
 
     Args:
-        source_name: what the source's thread, statistics and errors are called.
-        source: iterated once, in a thread of its own; if it has a ``close`` of its own, that is left to its owner.
+        source_name: name of the source's thread, statistics and errors.
+        source: iterated once, in its own thread. A source that is not a generator is closed by its owner, not here.
         stages: in order; the items of the last one go to the sinks of ``run`` or to the caller of ``stream``.
         queues: bounds of the channels.
-        wrap: given each function, source and sinks included, and its name, returns the function to run in its place,
-            which sees both what goes in and what comes out (a CUDA stream and its events, a trace). The source comes
-            as a function of an empty iterator.
+        wrap: called with each function, source and sinks included, and its name; returns the function to run instead,
+            which sees the items going in and coming out (for a CUDA stream and its events, or a trace). The source is
+            passed as a function of an empty iterator.
 
     The thread that runs a generator closes it. A stage may end before its input does; the stages before it are then
-    cancelled. Whatever fails, wherever, cancels all threads; each stops at its next take or put, so within the work
-    of one item.
+    cancelled. Any failure cancels all threads; each stops at its next take or put, so within one item's work.
     """
 
     def __init__(
@@ -333,8 +335,8 @@ class Pipeline:
         self._lock = self._board.lock
         self._wrap = wrap
         self._workers: list[_Worker] = []
-        self._unfinished = 0  # sinks, or the last stage where there are none
-        self._settled = threading.Lock()  # open (not locked): the waiting caller has something to do
+        self._unfinished = 0  # sinks still running, or the last stage if there are none
+        self._settled = threading.Lock()  # open (not locked): all is done or stopped, the waiting caller may go on
         self._settled.acquire()
         self._stopped = False
         self._failure: StageError | None = None
@@ -348,16 +350,16 @@ class Pipeline:
         consumers: Mapping[str, Consumer] | None = None,
         progress: Callable[[tuple[StageStatistics, ...]], None] | None = None,
     ) -> None:
-        """Blocks until every consumer has run to its end, each in its own thread behind its own channel.
+        """Blocks until every consumer has run to its end, each in its own thread with its own channel.
 
         Args:
-            consumers: by name, functions of an iterator over the last stage's items; none: the items are dropped.
+            consumers: name -> function of an iterator over the last stage's items; none: the items are dropped.
             progress: called in this thread a few times a second, and once more at the end.
 
         Raises:
-            StageError: the first failure; later ones, and threads that would not stop, are its notes.
+            StageError: the first failure; later failures, and threads that did not stop, are added as notes.
             Cancelled: ``stop`` was called before the end.
-            KeyboardInterrupt: passed on after all threads have stopped, as is what ``progress`` raises.
+            KeyboardInterrupt: passed on after all threads have stopped, like any error that ``progress`` raises.
         """
         self._claim()
         last = self._workers[-1]
@@ -377,10 +379,11 @@ class Pipeline:
             progress(self.statistics())
 
     def stream(self) -> Generator[Any, None, None]:
-        """Gives the last stage's items, in order, to the caller's own loop, which holds the stages back if it is slow.
+        """Yields the last stage's items, in order, to the caller's own loop; a slow loop holds the stages back.
 
         Nothing starts before the first ``next``. Leaving the loop early, closing or dropping the iterator stops all
-        threads; what had by then failed ahead of the caller is forgotten, what fails while stopping is raised.
+        threads. Failures in items that the caller had not reached by then are dropped; failures while stopping are
+        raised.
 
         Raises:
             StageError, Cancelled, KeyboardInterrupt: as in ``run``.
@@ -391,7 +394,7 @@ class Pipeline:
             self._start()
             yield from channel  # keeps no item alive while the caller works
         except Cancelled:
-            pass  # the failure, if that is why, is raised below
+            pass  # if a failure is the reason, it is raised below
         except GeneratorExit as reason:
             self._failure = None
             self._finish(reason)
@@ -407,7 +410,7 @@ class Pipeline:
     __iter__ = stream
 
     def stop(self) -> None:
-        """Cancels all threads and returns at once; from any thread, any number of times, before or after the end."""
+        """Cancels all threads and returns at once. May be called from any thread, repeatedly, and after the end."""
         with self._lock:
             self._stopped = True
             for party in self._board.parties:
@@ -415,12 +418,12 @@ class Pipeline:
             self._settle()
 
     def statistics(self) -> tuple[StageStatistics, ...]:
-        """Source, stages and sinks as they stand; from any thread, at any moment."""
+        """Current statistics of source, stages and sinks. May be called from any thread at any time."""
         return tuple(worker.statistics() for worker in self._workers)
 
     @property
     def peak_bytes(self) -> int:
-        """Most bytes of tensors that ever lay in all channels together."""
+        """Peak bytes of tensors in all channels together."""
         return self._board.budget.peak
 
     def _claim(self) -> None:
@@ -438,16 +441,16 @@ class Pipeline:
             self._board.connect(after, worker)
 
     def _start(self) -> None:
-        if self._stopped:  # before there were sinks to tell: without this they would see an empty, good stream
+        if self._stopped:  # before the sinks were added: not cancelled, they would see an empty but normal stream
             raise Cancelled("the pipeline was stopped before it started")
-        # A daemon thread that is inside torch when the interpreter ends can abort the process: stop it before that.
+        # A daemon thread still inside torch when the interpreter exits can abort the process: stop it before that.
         atexit.register(self._stop_and_join)
         for worker in self._workers:
             worker.thread = threading.Thread(target=self._work, args=(worker,), name=worker.name, daemon=True)
             worker.thread.start()
 
     def _work(self, worker: _Worker) -> None:
-        """The whole life of a stage's thread."""
+        """Runs in the stage's thread, from its start to its end."""
         worker.started_s = time.perf_counter()
         try:
             self._attempt(worker, worker.drive)
@@ -470,12 +473,12 @@ class Pipeline:
         try:
             action()
         except BaseException as error:
-            # Cancelled is silent only where it was meant: raised unasked, it would make a cut stream look whole.
+            # Cancelled is silent only if this worker was cancelled: otherwise a truncated stream would look complete.
             if not (isinstance(error, Cancelled) and worker.cancelled):
                 self._fail(worker, error)
 
     def _fail(self, worker: _Worker, error: BaseException) -> None:
-        self.stop()  # first: whatever becomes of the message, nobody may take the stream's end for a good one
+        self.stop()  # first: even if recording the error fails, no stage may take the end of its input for a normal end
         if isinstance(error, StageError):
             failure = error
         else:
@@ -487,23 +490,23 @@ class Pipeline:
                 self._failure.add_note(f"also failed: {failure}")
 
     def _settle(self) -> None:
-        """Under the lock."""
+        """Call under the lock."""
         if self._settled.locked():
             self._settled.release()
 
     def _stop_and_join(self) -> list[str]:
-        """Names of the stages whose threads would not end."""
+        """Stops all threads and returns the names of those that did not end within ``JOIN_S``."""
         self.stop()
         threads = [w.thread for w in self._workers if w.thread is not None and w.thread.ident is not None]
         if threading.current_thread() in threads:
-            return []  # an abandoned stream that a stage's thread happened to collect: it cannot wait for itself
+            return []  # garbage collection in a stage's thread finalised an abandoned stream: it cannot join itself
         deadline_s = time.monotonic() + JOIN_S
         for thread in threads:
             thread.join(max(deadline_s - time.monotonic(), 0))
         return [thread.name for thread in threads if thread.is_alive()]
 
     def _finish(self, reason: BaseException | None) -> None:
-        """Stops what still runs, then tells what went wrong, on ``reason`` where the caller already has an error."""
+        """Stops all threads, then raises what went wrong, or notes it on ``reason`` if that is already an error."""
         stopped = self._stopped
         stuck = self._stop_and_join()
         atexit.unregister(self._stop_and_join)
@@ -524,4 +527,4 @@ class Pipeline:
             if reason is None and stopped:
                 raise Cancelled("the pipeline was stopped before its end")
         finally:
-            del failure, trouble  # their tracebacks hold this frame: no cycle that keeps frames of video alive
+            del failure, trouble  # their tracebacks refer to this stack frame: the cycle would keep video frames alive

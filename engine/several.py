@@ -1,10 +1,11 @@
-"""One run over several GPUs: batches take turns at them, and flow leaves in order.
+"""One run over several GPUs: batches go to the GPUs in turn, and flow leaves in order.
 
     batch 0, 2, 4, ... -> cuda:0 ─┐
     batch 1, 3, 5, ... -> cuda:1 ─┴─> flow of batch 0, 1, 2, ... on the first device
 
-One thread serves all: it gives a GPU its work and waits for none of them. Of N GPUs each has a batch when the flow
-of the first of them is handed on: a source that keeps the run waiting, a camera, gets its flow N-1 batches later.
+One thread serves all GPUs: it queues work and waits for none of them. With N GPUs, the flow of a batch is handed on
+once the next N-1 batches have been queued; so with a source that delivers slowly, such as a camera, flow comes N-1
+batches late.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def in_turn(batches: Iterator[PairBatch], lanes: Sequence[tuple[Lane, Computing]
         lane, computed = next(turns)
         under_way.append(lane.begun(batch, partial(computed, batch)))
         del batch
-        # Not before each lane has work: our stream waits for what is handed on, and the batches after that for it.
+        # Not before every lane has work: our stream waits for the flow handed on, and later batches for our stream.
         if len(under_way) == len(lanes):
             yield from under_way.popleft()()
     while under_way:

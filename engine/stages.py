@@ -1,4 +1,4 @@
-"""What a stage is, and the chain without threads: the reference that the pipeline must equal.
+"""What a stage is, and the chain without threads: the reference whose results the pipeline must equal.
 
 A stage is a plain generator function, an iterator in and an iterator out. It owns no thread, queue or stream, so a test
 calls it on a list.
@@ -15,7 +15,7 @@ from typing import Any
 from flowreel.engine.errors import StageError
 
 StageFunction = Callable[[Iterator[Any]], Iterator[Any]]
-Consumer = Callable[[Iterator[Any]], object]  # runs to its end; what it yields or returns is dropped
+Consumer = Callable[[Iterator[Any]], object]  # consumes the whole iterator; what it yields or returns is dropped
 Wrap = Callable[[Consumer, str], Consumer]
 
 
@@ -23,25 +23,25 @@ Wrap = Callable[[Consumer, str], Consumer]
 class Stage:
     """One step of the chain."""
 
-    name: str  # unique in its pipeline; names the thread, the statistics and the errors
+    name: str  # unique in its pipeline; used for the thread, the statistics and errors
     function: StageFunction
 
 
 @dataclass(frozen=True)
 class StageStatistics:
-    """What one stage has done so far. Its thread's time is busy + waiting in + waiting out."""
+    """What one stage has done so far. Its thread's time is busy_s + wait_in_s + wait_out_s."""
 
     name: str
-    items: int  # given on; of a sink: taken
+    items: int  # passed on; of a sink: taken
     busy_s: float
-    wait_in_s: float  # seconds without anything to take
+    wait_in_s: float  # seconds waiting for an item
     wait_out_s: float  # seconds held back by the next stage or by the byte budget
-    peak_queue: int  # most items that ever waited in front of it
-    queue: int  # items that wait in front of it now
+    peak_queue: int  # most items ever waiting in its input channel
+    queue: int  # items waiting there now
 
 
 def compose(source: Iterable[Any], stages: Sequence[Stage]) -> Iterator[Any]:
-    """Gives what ``Pipeline(...).stream()`` gives, one item at a time and without threads. Errors pass as they are."""
+    """Yields what ``Pipeline(...).stream()`` yields, item by item and without threads. Errors pass unchanged."""
     opened: list[Any] = [iter(source)]
     try:
         for stage in stages:
@@ -54,17 +54,17 @@ def compose(source: Iterable[Any], stages: Sequence[Stage]) -> Iterator[Any]:
 
 
 def joined(*stages: Stage) -> StageFunction:
-    """Several stages as one, with one thread: for steps so short that handing each item on would cost more than they.
+    """Several stages as one, in one thread: for steps so short that handing items on would cost more than their work.
 
-    On a GPU a hand-off is an event, a wait and a note for the allocator of each tensor, beside the channel's own. What
-    fails is a StageError of the very stage, as if each had its own thread.
+    On a GPU a hand-off costs an event, a wait and a ``record_stream`` for each tensor, besides the channel itself. A
+    failure is a StageError that names the individual stage, as if each had its own thread.
     """
     steps = [replace(stage, function=partial(_blamed, stage)) for stage in stages]
     return lambda items: compose(items, steps)
 
 
 def _blamed(stage: Stage, items: Iterator[Any]) -> Iterator[Any]:
-    """What the stage gives; its errors name it, and the frame of what it took or gave last."""
+    """The stage's items; its errors become StageErrors that name it and the frame it last took or gave."""
     last_frame: int | None = None
 
     def seen(item: Any) -> Any:
@@ -91,5 +91,8 @@ def _blamed(stage: Stage, items: Iterator[Any]) -> Iterator[Any]:
 
 
 def is_ours_to_close(iterator: object, source: object) -> bool:
-    """Whether who runs the iterator closes it too; a source that iterates itself belongs to whoever opened it."""
+    """Whether the code that runs the iterator also closes it.
+
+    A source that is its own iterator is left to its owner, unless it is a generator.
+    """
     return hasattr(iterator, "close") and (iterator is not source or isinstance(iterator, GeneratorType))
