@@ -1,4 +1,4 @@
-"""How a clip is looked at: resized, cut, mirrored. Flow and picture alike, the flow's lengths going with its size."""
+"""Views of a clip: resized, cropped, mirrored. Flow and pictures alike; flow vectors are scaled with the frame."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ Size = int | tuple[int, int]  # pixels: the shorter side, or height and width
 
 @dataclass(frozen=True)
 class ClipView:
-    """One way to look at the frames of a clip. Pixels throughout."""
+    """One view of the frames of a clip. All fields in pixels."""
 
     size: tuple[int, int]  # height and width that the whole frame is resized to
-    top: int  # of what is cut out of that
+    top: int  # of the crop in the resized frame
     left: int
-    height: int
+    height: int  # of the crop
     width: int
-    mirrored: bool = False  # left to right, after cutting
+    mirrored: bool = False  # left to right, after cropping
 
     def flow(self, flow: Tensor) -> Tensor:
-        """(L, 2, H, W) pixels of the source to (L, 2, height, width) pixels of what is given.
+        """(L, 2, H, W), in pixels of the source, to (L, 2, height, width), in pixels of the view.
 
-        A vector is as much longer as its axis is; mirrored, what went right goes left.
+        Each component is scaled like its axis; mirroring negates x.
         """
         scale = [new / old for new, old in zip(reversed(self.size), reversed(flow.shape[-2:]), strict=True)]
         seen = self._cut(self._resized(flow))
@@ -53,11 +53,11 @@ class ClipView:
 
 @dataclass(frozen=True)
 class ViewRule:
-    """How to look at frames of any size."""
+    """How to make views of frames of any size."""
 
-    size: Size | None = None  # what frames are resized to; a number: their shorter side, their shape kept; None: as is
-    crop: Size | None = None  # what is cut out of that; a number: a square; None: nothing is cut away
-    mirror: bool = False  # every second one, at random
+    size: Size | None = None  # frames are resized to this; a number: the shorter side, keeping the aspect ratio
+    crop: Size | None = None  # size cropped from the resized frame; a number: a square; None: no crop
+    mirror: bool = False  # mirror random views with probability 1/2
 
     def __post_init__(self) -> None:
         for name in ("size", "crop"):
@@ -71,7 +71,7 @@ class ViewRule:
             object.__setattr__(self, name, tuple(sides) if several else sides[0])
 
     def sizes(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """What frames of this size are resized to, and the size that is cut out. Raises UsageError: there is less."""
+        """The size that such frames are resized to, and the size of the crop. Raises UsageError: the crop is larger."""
         whole = height, width
         if isinstance(self.size, int):
             shorter = min(height, width)
@@ -88,17 +88,17 @@ class ViewRule:
         return whole, cut
 
     def middle(self, height: int, width: int) -> ClipView:
-        """The middle of a frame."""
+        """The view with the crop in the centre."""
         whole, cut = self.sizes(height, width)
         return ClipView(whole, (whole[0] - cut[0]) // 2, (whole[1] - cut[1]) // 2, *cut)
 
     def random(self, height: int, width: int, generator: torch.Generator | None) -> ClipView:
-        """Cut out anywhere, and perhaps mirrored. generator: None takes torch's own."""
+        """A view cropped anywhere, and perhaps mirrored. generator: None: torch's own."""
         whole, cut = self.sizes(height, width)
         top, left = (random_below(most - size + 1, generator) for most, size in zip(whole, cut, strict=True))
         return ClipView(whole, top, left, *cut, mirrored=self.mirror and random_below(2, generator) == 1)
 
 
 def random_below(count: int, generator: torch.Generator | None) -> int:
-    """A number from 0 to count - 1."""
+    """A random number from 0 to count - 1."""
     return int(torch.randint(count, (), generator=generator, device="cpu"))

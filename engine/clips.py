@@ -1,9 +1,9 @@
 """Stacks of flow to train on: ``FlowClips(videos, length=10, cache="flow")`` is a torch Dataset.
 
-    index -> source, first flow -> flow[first : first + length] -> resized, cut, mirrored -> (2L, h, w)
+    index -> source, first flow -> flow[first : first + length] -> resized, cropped, mirrored -> (2L, h, w)
 
-A stack is what two-stream networks take: x and y of each flow alternate as channels, clipped to ``bound`` and divided
-by it (Simonyan, Zisserman, "Two-Stream Convolutional Networks for Action Recognition in Videos", NeurIPS 2014).
+A stack is the input of a two-stream network: x and y of each flow alternate as channels, clipped to ``bound`` and
+divided by it (Simonyan, Zisserman, "Two-Stream Convolutional Networks for Action Recognition in Videos", NeurIPS 2014).
 """
 
 from __future__ import annotations
@@ -43,39 +43,41 @@ Source = PathLike | LazyFlow | FlowStore
 
 @dataclass(frozen=True)
 class _Extent:
-    """What a source offers, as found when the clips were laid out."""
+    """The size of a source and the places of its clips, as determined when the dataset was made."""
 
-    source: SourceId | None  # of a video
+    source: SourceId | None  # of a video; None: a flow store
     count: int  # flows
     height: int  # pixels of a flow
     width: int
-    starts: tuple[int, ...]  # first flow of each fixed clip; of random ones only their number counts
+    starts: tuple[int, ...]  # first flow of each fixed clip; for random clips only the length of this tuple matters
 
     def differs(self, flows: LazyFlow | FlowStore) -> bool:
-        """Whether what was opened again is something else."""
+        """Whether the source, opened again, is not what it was."""
         source = flows.info.source if isinstance(flows, LazyFlow) else None
         return source != self.source or len(flows) < self.count or flows.shape[2:] != (self.height, self.width)
 
 
 class FlowClips(Dataset[Any]):
-    """Clips of flow as items for a ``torch.utils.data.DataLoader``; what is not there yet is computed.
+    """Clips of flow as items for a ``torch.utils.data.DataLoader``; flow that does not exist yet is computed.
 
-    Each item is a dict, unless ``transform`` makes something else of it:
+    Each item is a dict, unless ``transform`` turns it into something else:
 
     - ``flow``: (2L, h, w) float32, channels x, y of the first flow, x, y of the second, ...; in units of ``bound``,
-      from -1 to 1, or pixels of the resized frame when there is none. Where a vector is not known, 0.
-    - ``source``: number of the source; ``first``: of the clip's first flow in it; ``timestamp_s``: when that begins.
-    - ``rgb``: (3, h, w) uint8, the frame in which the clip begins, seen as the flow is; if asked for.
-    - ``label``: the source's, if there are labels.
+      from -1 to 1, or, if ``bound`` is None, in pixels of the resized frame. Unknown vectors are 0.
+    - ``source``: number of the source; ``first``: number of the clip's first flow in it; ``timestamp_s``: the
+      timestamp of that flow.
+    - ``rgb``: (3, h, w) uint8, the frame where the clip starts, resized, cropped and mirrored like the flow; if
+      requested.
+    - ``label``: the label of the source, if there are labels.
 
-    Works in DataLoader with workers that are spawned (or forked, without a GPU), and in one process on a GPU. With a
-    seed, an item depends on seed, epoch and index alone, however many workers there are; without, chance is torch's
-    own, which DataLoader seeds for each worker and epoch. For one thread at a time.
+    Works in a DataLoader with spawned workers (or forked ones, without a GPU), and in a single process on a GPU. With
+    a seed, an item depends on seed, epoch and index alone, however many workers there are; without one, torch's own
+    generator is used, which DataLoader seeds for each worker and epoch. For one thread at a time.
 
     Raises, when read, what ``LazyFlow`` and ``FlowStore`` raise.
 
     Attributes:
-        shape: (2L, h, w) of every ``flow``; None where sources of different sizes make it differ.
+        shape: (2L, h, w) of every ``flow``; None if it differs because the sources' sizes differ.
     """
 
     def __init__(
@@ -98,34 +100,35 @@ class FlowClips(Dataset[Any]):
         open_at_once: int = 8,
         **options: Unpack[ClipOptions],
     ) -> None:
-        """Opens every source once, to know how long it is.
+        """Opens every source once to learn its length.
 
         Args:
             sources: videos (files, folders of images, ``synthetic:NAME``), flow stores and full caches, by path; or
-                what ``flowreel.open`` and ``open_store`` gave.
+                objects returned by ``flowreel.open`` and ``open_store``.
             length: flows in a clip, L.
-            stride: flows from the beginning of one clip to the next one's; None: ``length``, so that they do not
+            stride: flows from the start of one clip to the start of the next; None: ``length``, so that clips do not
                 overlap.
-            transform: called with each item last; what it returns is what the Dataset gives.
+            transform: called last, with each item; the Dataset returns its result instead.
             bound: pixels of the resized frame that become 1; None: flow stays in pixels.
-            random: each clip begins anywhere in its source, is cut out anywhere, and may be mirrored. If not, clips
-                lie where ``stride`` or ``clips`` puts them, and their middle is cut out.
-            clips: this many of each source, from its first flow to its last; instead of ``stride``.
+            random: each clip starts anywhere in its source, is cropped anywhere, and may be mirrored. If False, clips
+                are placed by ``stride`` or ``clips``, and cropped in the centre.
+            clips: number of clips per source, spread from its first flow to its last; instead of ``stride``.
             size: pixels (height, width) that frames are resized to; one number: their shorter side.
-            crop: pixels (height, width) that are cut out of that; one number: a square.
-            mirror: half of the random clips are seen in a mirror; what goes right there goes left.
-            rgb: give the frame as well. Stores have none.
+            crop: pixels (height, width) of the part cropped from the resized frame; one number: a square.
+            mirror: half of the random clips, at random, are mirrored left to right, the flow's x components negated.
+            rgb: include the frame. Stores have none.
             labels: one for each source.
-            seed: of what is random; ``set_epoch`` changes it. None: torch's own generator.
-            cache: a folder for one cache a video, by its file name.
-            open_at_once: videos whose decoder and decoded frames are kept, of those given by path.
-            **options: for videos given by path, as of ``flowreel.open``. ``frames_mb``, 64 here, is of each open video.
+            seed: of everything random, combined with the epoch (``set_epoch``). None: torch's own generator.
+            cache: a folder that holds one cache per video, named after its file.
+            open_at_once: how many of the videos given by path stay open, with decoder and decoded frames.
+            **options: for videos given by path, as in ``flowreel.open``. ``frames_mb``, by default 64 here, applies to
+                each open video.
 
         Raises:
-            UsageError: impossible settings, a source shorter than a clip, ``rgb`` of a store, two videos of one name
-                with a cache.
+            UsageError: impossible settings, a source shorter than a clip, ``rgb`` of a store, two videos of the same
+                name with a cache.
             StoreError: a cache that is not full; opening the source by ``flowreel.open(..., cache=...)`` fills it.
-            SourceError, WeightsError, DeviceError, CacheMismatchError: as of ``flowreel.open``.
+            SourceError, WeightsError, DeviceError, CacheMismatchError: as in ``flowreel.open``.
         """
         given = [sources] if isinstance(sources, str | os.PathLike | LazyFlow | FlowStore) else list(sources)
         self._given = [source if isinstance(source, LazyFlow | FlowStore) else lasting_name(source) for source in given]
@@ -152,7 +155,7 @@ class FlowClips(Dataset[Any]):
         self._open_at_once = open_at_once
         self._options = {"frames_mb": 64.0} | options
         self._caches = None if cache is None else _caches(Path(cache).absolute(), self._given)
-        # Shared with workers, which may stay from epoch to epoch.
+        # Shared memory, since DataLoader workers may persist from epoch to epoch.
         self._epoch = torch.zeros((), dtype=torch.int64, device="cpu")
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]
         self._start_here()
@@ -164,8 +167,9 @@ class FlowClips(Dataset[Any]):
         self.shape = (2 * length, *cuts.pop()) if len(cuts) == 1 else None
 
     def _start_here(self) -> None:
-        self._opened: OrderedDict[int, LazyFlow | FlowStore] = OrderedDict()  # by path; longest unused first
-        self._network: tuple[int, Network] | None = None  # and the process that loaded it
+        # Of the sources given by path; least recently used first.
+        self._opened: OrderedDict[int, LazyFlow | FlowStore] = OrderedDict()
+        self._network: tuple[int, Network] | None = None  # (id of the process that loaded it, network)
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -197,7 +201,7 @@ class FlowClips(Dataset[Any]):
         return item if self.transform is None else self.transform(item)
 
     def set_epoch(self, epoch: int) -> None:
-        """Other random clips: call it before each pass over them, when there is a seed. Workers hear of it, too.
+        """Selects other random clips: call it before each epoch when there is a seed. It reaches running workers too.
 
         Raises UsageError for anything but a whole number from 0 on.
         """
@@ -206,7 +210,7 @@ class FlowClips(Dataset[Any]):
     # -- One clip ------------------------------------------------------------------------------------------------
 
     def _chosen(self, extent: _Extent, index: int, place: int) -> tuple[int, ClipView]:
-        """The clip's first flow, and how it is looked at."""
+        """The clip's first flow, and its view."""
         if not self.random:
             return extent.starts[place], self._rule.middle(extent.height, extent.width)
         generator = None
@@ -217,7 +221,7 @@ class FlowClips(Dataset[Any]):
         return first, self._rule.random(extent.height, extent.width, generator)
 
     def _stack(self, flows: Any, view: ClipView) -> Tensor:
-        """(L, 2, H, W) pixels of the source, a tensor or an array, to a (2L, h, w) stack."""
+        """(L, 2, H, W) pixels of the source, a tensor or NumPy array, to a (2L, h, w) stack."""
         given = flows if isinstance(flows, Tensor) else torch.from_numpy(flows)
         known = (given.abs() <= UNKNOWN_ABOVE).all(1, keepdim=True)
         seen = view.flow(torch.where(known, given, 0))
@@ -274,7 +278,7 @@ class FlowClips(Dataset[Any]):
         return LazyFlow(path, cache=cache, network=self._loaded(path), **self._options)
 
     def _loaded(self, path: str) -> Network:
-        """The network, loaded once a process for all videos."""
+        """The network, loaded once per process for all videos."""
         if self._network is None:
             options = {name: value for name, value in self._options.items() if name != "frames_mb"}
             self._network = os.getpid(), load_network(RunConfig.of(**options).model)
@@ -292,7 +296,7 @@ class FlowClips(Dataset[Any]):
 
 
 def _whole(name: str, value: object, least: int) -> int:
-    """Python's own of any whole number, NumPy's and torch's included."""
+    """The value as a Python int; NumPy and torch integers are accepted too. Raises UsageError for anything else."""
     whole = as_whole(value)
     if whole is None or whole < least:
         raise UsageError(f"{name} must be a whole number from {least} on, got {value!r}")
@@ -300,7 +304,7 @@ def _whole(name: str, value: object, least: int) -> int:
 
 
 def _caches(folder: Path, given: Sequence[Source]) -> dict[str, Path]:
-    """The cache of each video that is given by path. Raises UsageError for two of the same name."""
+    """Path -> cache folder of each video given by path. Raises UsageError for two videos of the same name."""
     videos = dict.fromkeys(source for source in given if isinstance(source, str) and not sinks.is_store(source))
     names = {video: re.sub(r"[^\w.-]+", "_", os.path.basename(video.rstrip(os.sep))) for video in videos}
     if twice := [name for name, count in Counter(names.values()).items() if count > 1]:

@@ -1,10 +1,10 @@
-"""Flow by number, in any order: out of the cache, or else out of a run's own stages.
+"""Flow by number, in any order: read from the cache, or else computed by the stages of a run.
 
-    numbers -> those that are missing -> in which batches -> their frames -> pairs -> batches -> model -> restore
-                 the cache has others     pairing            frame_reader    the stages of a run
+    numbers -> those not in the cache -> planned batches -> their frames -> pairs -> batches -> model -> restore
+                                         pairing            frame_reader    the stages of a run
 
-One batch is composed in the caller's thread; what takes several goes through the pipeline's, so that frames are decoded
-while the model works.
+A single batch is computed in the caller's thread; several go through a pipeline, so that frames are decoded while the
+model works.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ from flowreel.engine.protocols import RandomAccess
 from flowreel.engine.stages import Stage, StageFunction, compose
 from flowreel.sinks import FlowCache
 
-_STRETCH_BATCHES = 32  # looked up in the cache at a time, when all is read through
+_STRETCH_BATCHES = 32  # batches looked up in the cache at a time when all flow is read in order
 
 
 @dataclass(frozen=True)
 class LazyStatistics:
     """What reading has cost so far, in this process."""
 
-    decoded: int = 0  # frames, those on the way from a key frame to the one that was asked for included
-    seeks: int = 0  # times decoding began elsewhere than at the first frame or where it stood; of pictures: 0
-    computed: int = 0  # flows that came out of the model
-    from_cache: int = 0  # flows that were read from the cache instead
+    decoded: int = 0  # frames, including those from a key frame up to the requested one
+    seeks: int = 0  # times decoding started anywhere but at the first frame or its current position; images: 0
+    computed: int = 0  # flows computed by the model
+    from_cache: int = 0  # flows read from the cache instead
 
 
 class ComputedFlow:
-    """The flows of one source by number, (2, H, W) float32 each. Threads may share one; they take turns.
+    """The flows of one source by number, (2, H, W) float32 each. Threads may share one object; they take turns.
 
     Args:
-        path: what the source is called in messages.
-        source: stays open; each process that was forked from this one reads it with a decoder of its own.
+        path: the source's name in messages.
+        source: stays open; each process forked from this one reads it with its own decoder.
         info: header of the flow, at its full resolution.
-        most_bytes: of decoded frames that are kept.
+        most_bytes: limit of the decoded frames that are kept, in bytes.
     """
 
     def __init__(
@@ -78,11 +78,11 @@ class ComputedFlow:
         self._start_here()
 
     def _start_here(self) -> None:
-        """What belongs to this process alone: another one's decoder and locks are of no use after a fork."""
+        """Creates this process's own state: after a fork, the parent's decoder and locks cannot be used."""
         self._process = os.getpid()
         self._reader = FrameReader(self._source, self._most_bytes)
-        self._turn = OneAtATime()  # of the reader
-        self._counting = OneAtATime()
+        self._turn = OneAtATime()  # guards the reader
+        self._counting = OneAtATime()  # guards the statistics
         self._statistics = LazyStatistics()
 
     @property
@@ -93,20 +93,21 @@ class ComputedFlow:
     # -- Reading -------------------------------------------------------------------------------------------------
 
     def read(self, numbers: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-        """Number and flow of each of these ascending numbers; for a caller that takes them at once."""
+        """Yields (number, flow) for these ascending numbers. The caller must copy each flow and read on at once: the
+        next one may reuse its memory, and other threads wait."""
         missing: list[int] = []
         yield from self._found(numbers, missing)
         if missing:
             with self._turn:
-                still_missing: list[int] = []  # in their turn others may have computed them
+                still_missing: list[int] = []  # other threads may have computed some while this one waited
                 yield from self._found(missing, still_missing)
                 yield from self._computed(still_missing, self._reader)
 
     def in_order(self) -> Iterator[Tensor]:
-        """Each flow in order, of its own memory, with a decoder of its own: other reading may go on meanwhile."""
+        """Each flow in order, in memory of its own. Uses a separate decoder, so other reads may go on meanwhile."""
         stretch = self._count if self._cache is None else _STRETCH_BATCHES * self._inference.batch
         info = self._source.info
-        with closing(FrameReader(self._source, 3 * info.height * info.width)) as reader:  # the frame between stretches
+        with closing(FrameReader(self._source, 3 * info.height * info.width)) as reader:  # keeps the shared frame
             for first in range(0, self._count, stretch):
                 yield from self._stretch(range(first, min(first + stretch, self._count)), reader)
 
@@ -116,7 +117,7 @@ class ComputedFlow:
         with closing(self._computed(missing, reader)) as computed:
             for number in numbers:
                 if number in to_compute:
-                    yield next(computed)[1].clone()  # not its batch's memory
+                    yield next(computed)[1].clone()  # not a view of its batch's memory
                 else:
                     self.require_usable()
                     yield from (flow for _, flow in self.read([number]))
@@ -129,7 +130,8 @@ class ComputedFlow:
     # -- Computing -----------------------------------------------------------------------------------------------
 
     def _found(self, numbers: Sequence[int], missing: list[int]) -> Iterator[tuple[int, Tensor]]:
-        """Those that the cache holds; the others are added to ``missing``. Each lies where the one before did."""
+        """Yields the flows that the cache holds and adds the other numbers to ``missing``. Each flow reuses the memory
+        of the one before."""
         if self._cache is None:
             missing += numbers
             return
@@ -142,7 +144,7 @@ class ComputedFlow:
                 missing.append(number)
 
     def _computed(self, numbers: Sequence[int], reader: FrameReader) -> Generator[tuple[int, Tensor], None, None]:
-        """Those out of the model, in order. Each is a part of its batch's memory."""
+        """Computes these flows, in order. Each is a view of its batch's memory."""
         if not numbers:
             return
         plan = planned(numbers, self._inference.batch, self._shard, self._count)
@@ -154,7 +156,7 @@ class ComputedFlow:
                 yield from zip(islice(order, len(batch)), flows, strict=True)
 
     def _batches(self, plan: Sequence[Sequence[int]], reader: FrameReader) -> Generator[FlowBatch, None, None]:
-        """The planned batches of flow: a run's own stages, on the frames that are needed."""
+        """The planned batches of flow, computed by the stages of a run from just the frames they need."""
         frames = reader.stretches(self._frames(plan))
         keep = self._cache is not None
         steps = stages(self._inference, self._config.model.direction, batches_of(plan), to_host=keep)
@@ -167,7 +169,7 @@ class ComputedFlow:
             yield from results
 
     def _frames(self, plan: Sequence[Sequence[int]]) -> Iterator[range]:
-        """Numbers of the frames of each unbroken run of flows: one more than there are flows."""
+        """Frame numbers of each run of consecutive flows: one more than it has flows."""
         wanted = self._source.wanted
         numbers = [number for batch in plan for number in batch]
         for _, run in groupby(enumerate(numbers), lambda item: item[1] - item[0]):
@@ -192,34 +194,36 @@ class ComputedFlow:
     # -- Sharing -------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Lets go of the decoder and the kept frames. Nothing can be read afterwards."""
+        """Releases the decoder and the kept frames. Nothing can be read afterwards."""
         if not self._closed and os.getpid() == self._process:
             with self._turn:
                 self._closed = True
                 self._reader.close()
 
     def require_usable(self) -> None:
-        """To be called before anything else: makes a forked process's own of what was its parent's.
+        """Call before any other use: in a forked process, replaces the parent's state by the process's own.
 
-        Raises ValueError when it is closed, DeviceError in a forked process on a GPU.
+        Raises ValueError when this is closed, DeviceError in a forked process on a GPU.
         """
         if self._closed:
             raise ValueError(f"{self._path} is closed: open it again")
         if os.getpid() == self._process:
             return
         refuse_fork(self._path, self._device)
-        # GNU's OpenMP waits for ever for threads that its parent had. DataLoader does the same for its workers.
+        # With more threads GNU's OpenMP would wait for ever for workers that only the parent has. DataLoader limits its
+        # workers to one thread as well.
         torch.set_num_threads(1)
         _ABANDONED.append(self._reader)
         self._start_here()
 
 
-# Readers that a fork brought along. Their decoder's threads stayed behind, and closing it would wait for them.
+# Readers inherited by a fork, kept for ever: their decoders' threads exist only in the parent, and closing a decoder
+# would wait for them.
 _ABANDONED: list[FrameReader] = []
 
 
 def refuse_fork(path: str, device: torch.device) -> None:
-    """Raises DeviceError in a forked process, where a network that was loaded onto a GPU is of no use."""
+    """Raises DeviceError for a GPU: a forked process cannot use a network that its parent loaded there."""
     if device.type == "cuda":
         raise DeviceError(
             f"{path} was opened on {device} before this process was forked, and CUDA does not survive a fork: start "
@@ -228,9 +232,9 @@ def refuse_fork(path: str, device: torch.device) -> None:
 
 
 def _kept(cache: FlowCache, numbers: Iterator[int]) -> StageFunction:
-    """A stage that keeps each flow and passes it on as it will be read: first and second time are equal.
+    """A stage that writes each flow to the cache and passes on what the cache will return: all reads are then equal.
 
-    numbers: of the flows that will come, however many there are in a batch: a device short of memory makes halves.
+    numbers: of the incoming flows, in order; batches may be smaller than planned when a device is short of memory.
     """
 
     def stage(batches: Iterator[FlowBatch]) -> Iterator[FlowBatch]:
@@ -243,7 +247,7 @@ def _kept(cache: FlowCache, numbers: Iterator[int]) -> StageFunction:
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """What went wrong in a stage as it would have without threads: its cause, with a note that says where."""
+    """Raises a StageError's cause in its place, as without a pipeline, with a note that says where it happened."""
     try:
         yield
     except StageError as error:

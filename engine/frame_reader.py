@@ -1,11 +1,11 @@
-"""Frames by number, in any order: decoding reads forward where it can, and what was decoded is kept for a while.
+"""Frames by number, in any order: decoding reads forward where it can, and decoded frames are kept for a while.
 
     wanted: 103          kept 96..101 | decoder stands at 102 ──▶ 102 103           reads on
     wanted: 98           kept 96..101                                               nothing is decoded
     wanted: 310          key frame 300 ──▶ 300 ... 310, all kept                    starts over there, once
 
-What the decoder gives on its way to a frame is kept as well, in the decoder's own format, and only made RGB when it
-is asked for: reading backwards then costs one pass through each stretch between key frames.
+Frames decoded on the way to the wanted one are kept as well, in the decoder's own format, and converted to RGB only on
+request: reading backwards then costs one pass through each stretch between key frames.
 """
 
 from __future__ import annotations
@@ -24,34 +24,35 @@ class FrameReader:
 
     Args:
         source: is left open; several readers may share it.
-        most_bytes: of decoded frames that are kept. Those used longest ago go first; 0 keeps none.
+        most_bytes: limit of the decoded frames that are kept, in bytes. The least recently used are dropped first; 0
+            keeps none.
     """
 
     def __init__(self, source: RandomAccess, most_bytes: int) -> None:
-        self.decoded = 0  # frames that were decoded, those on the way to the ones asked for included
-        self.seeks = 0  # times that decoding began elsewhere than at the first frame or where it stood; of pictures: 0
+        self.decoded = 0  # frames decoded, including those on the way to requested ones
+        self.seeks = 0  # times decoding started anywhere but at the first frame or its current position; images: 0
         self.kept_bytes = 0
         self._source = source
         self._most_bytes = most_bytes
-        self._kept: OrderedDict[int, Picture] = OrderedDict()  # longest unused first
+        self._kept: OrderedDict[int, Picture] = OrderedDict()  # least recently used first
         self._decoder: Generator[Picture, None, None] | None = None
-        self._stands_at = 0  # number of the frame the decoder gives next
+        self._stands_at = 0  # number of the frame that the decoder yields next
 
     def frame(self, number: int) -> Frame:
-        """Raises TruncatedSourceError for a frame that the container promised and that does not decode; SourceError
-        when the source is gone or another one."""
+        """Raises TruncatedSourceError for a frame that the container lists but that does not decode; SourceError when
+        the source is gone or has been replaced."""
         frame = (self._kept.get(number) or self._decode(number)).develop()
         self._keep(Picture(number, frame.rgb.nbytes, lambda: frame))
         return frame
 
     def stretches(self, stretches: Iterable[Sequence[int]]) -> Iterator[Frame]:
-        """The frames of each stretch, one after the other; those of different stretches will not be paired."""
+        """The frames of each stretch in turn; each stretch is a clip of its own, so no pair crosses two stretches."""
         for clip, numbers in enumerate(stretches):
             for number in numbers:
                 yield replace(self.frame(number), clip=clip)
 
     def close(self) -> None:
-        """Closes the decoder and forgets what was kept. Reading goes on afterwards, from the start."""
+        """Closes the decoder and drops the kept frames. A later read opens the decoder again."""
         self._leave()
         self._kept.clear()
         self.kept_bytes = 0
@@ -84,14 +85,15 @@ class FrameReader:
         return found
 
     def _reads_on(self, wanted: int) -> bool:
-        """Whether going on costs less than starting over."""
+        """Whether decoding on costs less than starting over."""
         if wanted < self._stands_at:
             return False
         return self._source.standing_before(wanted) < self._stands_at + self._patience
 
     @property
     def _patience(self) -> int:
-        """Frames that are decoded rather than jumped over: reading forward at the selection's own step never seeks."""
+        """Frames that are decoded rather than skipped by a seek; at least the selection's step, so that reading forward
+        at that step never seeks."""
         few = self._source.reopening_frames
         return max(few, self._source.wanted.step) if few else 1
 

@@ -1,4 +1,4 @@
-"""The model stage: batches of pairs through one network, in one precision, decided once before the first."""
+"""The model stage: batches of pairs through one network, in one precision, settled before the first batch."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from flowreel.engine.restore import Fit
 from flowreel.engine.several import in_turn
 from flowreel.kernels.launch import recording
 
-_BATCH_PIXELS = {"cpu": 1 << 20, "cuda": 16 << 20}  # a batch of so many keeps the device busy; more only adds latency
-_MOST = 8
-_SHARE = 0.7  # of a GPU's free memory for the model: the rest is for frames, flow under way, and cuDNN's own
-# FlowNet2 computes one pair in about 800 bytes a pixel in half precision, in 1500 in float32, the others in less than
-# half. The allocator's rounding, cuDNN's scratch and the maps that SD holds beside the stack's come on top: seen on an
-# H200, batches of 8 pairs of 1024x448, were 1370, 3050 (TF32) and 4270 bytes.
+_BATCH_PIXELS = {"cpu": 1 << 20, "cuda": 16 << 20}  # so many per batch keep the device busy; more only add latency
+_MOST = 8  # pairs per batch
+_SHARE = 0.7  # of a GPU's free memory for the model: the rest is for frames, flow in flight, and cuDNN itself
+# FlowNet2 needs about 800 bytes a pixel for one pair in half precision and 1500 in float32, the other networks less
+# than half of that. The allocator's rounding, cuDNN's workspaces and the feature maps that SD holds beside the stack's
+# come on top: batches of 8 pairs of 1024x448 took 1370 (half), 3050 (TF32) and 4270 (fp32) bytes a pixel on an H200.
 _BYTES_A_PIXEL: dict[Precision, int] = {"fp16": 1500, "bf16": 1500, "tf32": 3300, "fp32": 4500}
 
 
 @dataclass
 class Made:
-    """What a network has made for frames of one size, for all sources that have it."""
+    """What a network has prepared for frames of one size, shared by all sources of that size."""
 
-    programs: dict[int, Program] = field(default_factory=dict)  # by pairs: full batches, and short ones
-    kernels: dict[str, str] = field(default_factory=dict)  # by what each operation of ours ran so far
-    batch: int | None = None  # pairs, as was chosen where nobody said
+    programs: dict[int, Program] = field(default_factory=dict)  # pairs -> program, for full batches and short ones
+    kernels: dict[str, str] = field(default_factory=dict)  # operation -> what ran it so far, as in ``RunReport``
+    batch: int | None = None  # pairs, as chosen when no batch was given
 
 
 @dataclass(frozen=True)
 class Inference:
-    """A network ready to run: resolved once, recorded in the store, the same after a resume."""
+    """A network ready to run: its settings are resolved once, recorded in the store, and reused by a resumed run."""
 
     packed: Packed  # the network in the form that ``device`` runs, in ``precision``
     upsampling: Upsampling | None  # how its quarter-resolution prediction is enlarged; None: it has none
@@ -53,28 +53,28 @@ class Inference:
     precision: Precision
     batch: int  # pairs
     fit: Fit
-    native: bool = False  # the network's own quarter-resolution prediction goes along with the flow
-    others: tuple[Inference, ...] = ()  # the same on other GPUs, which take turns at the batches with this one
-    notes: list[str] = field(default_factory=list, repr=False)  # what the user should know when all is done
+    native: bool = False  # also pass on the network's own quarter-resolution prediction
+    others: tuple[Inference, ...] = ()  # the same on other GPUs, which share the batches in turn with this one
+    notes: list[str] = field(default_factory=list, repr=False)  # what the user should know at the end of the run
     made: Made = field(default_factory=Made, repr=False)
 
     @property
     def kernels(self) -> dict[str, str]:
-        """By what each operation of ours ran so far, for frames of this size."""
+        """Operation -> what ran it so far, for frames of this size: as in ``RunReport``."""
         return self.made.kernels
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
-        """All that compute, ``device`` first."""
+        """All devices that compute, ``device`` first."""
         return (self.device, *(other.device for other in self.others))
 
     @property
     def grid(self) -> NativeGrid | None:
-        """How the prediction that goes along lies in the flow."""
+        """How the native prediction maps to the flow; None when it is not passed on."""
         return self.fit.grid(self.upsampling) if self.native and self.upsampling is not None else None
 
     def made_by(self) -> dict[str, JSON]:
-        """What a store records of how its flow was made."""
+        """What a store records about how its flow was made."""
         return {
             "model": self.model,
             "weights": self.weights.name,
@@ -89,13 +89,13 @@ class Inference:
     def flow(self, first: Tensor, second: Tensor) -> Tensor:
         """(N, 3, H, W) uint8 or float frames on any device to (N, 2, *fit.network_size) float32 pixels.
 
-        Gradients are off, but the result is an ordinary tensor: it can take part in training.
+        Computed without gradients, but the result is an ordinary tensor that can take part in training.
         """
         with plain_modes(self.device):
             return self.of_fitted(self._fitted(first), self._fitted(second))
 
     def of_fitted(self, first: Tensor, second: Tensor) -> Tensor:
-        """The same of frames that are on the device, float32 and of the network's size."""
+        """``flow`` for frames that are already on the device, float32 and of the network's size."""
         program = self._program(len(first))
         with plain_modes(self.device), recording(self.kernels):
             return program.flow(first, second)
@@ -107,15 +107,15 @@ class Inference:
         """Made once for full batches and once for each length of a short one, so that equal batches run equally."""
         program = self.made.programs.get(pairs)
         if program is None:
-            with plain_modes(self.device), recording(self.kernels):  # what is captured now is only replayed later
+            with plain_modes(self.device), recording(self.kernels):  # a graph captured here is only replayed later
                 program = self.made.programs.setdefault(pairs, self.packed.program((pairs, *self.fit.network_size)))
         return program
 
     def _length(self, pairs: int) -> int:
-        """Pairs of the program that so many go through: on a CPU, where each takes its time, just these.
+        """Batch size of the program that runs ``pairs`` pairs: on a CPU, where each pair costs time, exactly that.
 
-        On a GPU a half, a quarter ... of a full batch. To capture work for each length would take longer than to
-        compute a few pairs in vain, and would hold more memory.
+        On a GPU a full batch, or a half, a quarter ... of one. Capturing a graph for each length would take longer than
+        computing a few pairs in vain, and would hold more memory.
         """
         length = self.batch
         while self.device.type == "cuda" and length // 2 >= pairs:
@@ -123,10 +123,10 @@ class Inference:
         return length if self.device.type == "cuda" else pairs
 
     def make_ready(self, shard: int, count: int | None, first: int = 0) -> None:
-        """Makes ahead of time what flows ``first`` to ``count`` in shards of so many need: full batches, and the last.
+        """Makes the programs for flows ``first`` to ``count`` in shards of ``shard``: for full batches and short ones.
 
-        Where memory does not suffice for that, it is left to ``stage`` to do with less. Raises StageError for what else
-        may go wrong, as the model's stage would.
+        When memory runs out here, ``stage`` is left to make do with smaller batches. Any other failure is raised as the
+        model stage would raise it, as a StageError.
         """
         runs = {shard} if count is None else {min(shard, count - first), (count - first) % shard}
         sizes = {min(self.batch, run) for run in runs} | {run % self.batch for run in runs}
@@ -139,14 +139,14 @@ class Inference:
                 raise StageError("model", None, error) from error
 
     def _enlarged(self, native: Tensor) -> Tensor:
-        assert self.upsampling is not None  # or ``fitted`` would have refused native
+        assert self.upsampling is not None  # ``fitted`` refuses native otherwise
         return upsample(native, self.upsampling)
 
     def stage(self, batches: Iterator[PairBatch]) -> Iterator[FlowBatch]:
-        """Batches of pairs to batches of flow at the network's size; ``restore`` brings it to the frame's.
+        """Batches of pairs to batches of flow at the network's size; ``restore`` brings them to the frame's size.
 
-        A batch that does not fit in a device's memory is done in halves, as are all that follow there; no pair is lost.
-        Raises DeviceError when not even one pair fits.
+        A batch that does not fit in a device's memory is computed in halves, as are all later ones there; no pair is
+        lost. Raises DeviceError when not even one pair fits.
         """
         shares = [_Share(inference) for inference in (self, *self.others)]
         if self.others:
@@ -156,7 +156,11 @@ class Inference:
             yield from shares[0].flows(batch)
 
     def flows_that_fit(self, batch: PairBatch) -> FlowBatch | None:
-        """None: memory ended, and all that was made of it is free again, the error and what hangs on it included."""
+        """The batch's flow, or None if memory ran out.
+
+        When None is returned, everything allocated on the way is free again, also what the error and its traceback
+        kept alive. Raises DeviceError when not even one pair fits.
+        """
         try:
             return self._flows(batch)
         except RuntimeError as error:
@@ -172,7 +176,7 @@ class Inference:
             ) from error
 
     def fewer(self, batch: PairBatch) -> int:
-        """Half as many pairs. What was made ready for more holds memory, too: it goes."""
+        """Half as many pairs. Programs made for more pairs are dropped, since they hold memory too."""
         length = self._length(len(batch))
         most = length // 2
         for pairs in [pairs for pairs in self.made.programs if pairs > most]:
@@ -198,13 +202,13 @@ class Inference:
         )
 
     def _quarter(self, first: Tensor, second: Tensor) -> Tensor:
-        """``of_fitted`` before it is enlarged: (N, 2, h, w) at a quarter of the network's size, in its pixels."""
+        """``of_fitted`` before upsampling: (N, 2, h, w) at a quarter of the network's size, vectors in its pixels."""
         program = self._program(len(first))
         with plain_modes(self.device), recording(self.kernels):
             return program.quarter(first, second)
 
     def _both(self, pairs: Sequence[FramePair]) -> tuple[Tensor, Tensor]:
-        """First and second frames, (N, 3, *fit.network_size): each fitted once, though most are in two pairs."""
+        """First and second frames, (N, 3, *fit.network_size) each; a frame in two pairs is fitted only once."""
         frames = sorted({frame for pair in pairs for frame in (pair.first, pair.second)}, key=lambda frame: frame.index)
         fitted = self._fitted(torch.stack([frame.rgb for frame in frames]))
         places = {frame: place for place, frame in enumerate(frames)}
@@ -215,21 +219,21 @@ class Inference:
 
 
 def _rows(frames: Tensor, places: list[int]) -> Tensor:
-    """Those frames; a view where they follow one another."""
+    """The frames at these places; a view if the places are consecutive."""
     if places == list(range(places[0], places[0] + len(places))):
         return frames[places[0] : places[0] + len(places)]
     return torch.stack([frames[place] for place in places])
 
 
 class _Share:
-    """The batches that one device is given, and how many pairs it takes at once by now."""
+    """One device's share of the batches, and how many pairs it currently computes at once."""
 
     def __init__(self, inference: Inference) -> None:
         self.inference = inference
         self._most = inference.batch
 
     def flows(self, batch: PairBatch) -> Iterator[FlowBatch]:
-        """In one piece, or in several where that does not fit in memory."""
+        """The batch's flow in one piece, or in several where that does not fit in memory."""
         done = 0
         while done < len(batch):
             part = PairBatch(batch.pairs[done : done + self._most], batch.index + done)
@@ -247,7 +251,7 @@ class _Share:
 
 @dataclass(frozen=True)
 class Network:
-    """Loaded weights on their device, before the size of the frames is known: serves any number of sources."""
+    """A loaded network on its device, before the frame size is known: serves any number of sources."""
 
     config: ModelConfig
     packed: Packed  # as in ``Inference``
@@ -258,13 +262,13 @@ class Network:
     others: tuple[Network, ...] = ()  # the same on other GPUs
     _made: dict[tuple[int, int], Made] = field(
         default_factory=dict, repr=False
-    )  # by (height, width) of its input: the last
+    )  # (height, width) of its input -> what was made for it; only the last size is kept
 
     def fitted(self, height: int, width: int, *, native: bool = False, recorded_batch: int | None = None) -> Inference:
         """Settles fit and batch for frames of one size.
 
-        native: give the network's own prediction as well. recorded_batch: what an earlier run chose, which this one
-        goes on with. Raises UsageError when frames cannot be made to fit, or when there is no such prediction.
+        native: pass on the network's own prediction as well. recorded_batch: the batch of the earlier run that this one
+        resumes. Raises UsageError when frames cannot be made to fit, or when the network has no such prediction.
         """
         fit = Fit(self.config.fit, height, width)
         model = self.weights.model if self.config.model is None else model_name(self.config.model)
@@ -284,7 +288,7 @@ class Network:
             made=made,
         )
         if self.config.batch is None and recorded_batch is None:
-            made.batch = inference.batch  # else the next source's would follow from what this one leaves of the memory
+            made.batch = inference.batch  # else the next source's batch would depend on the memory this one leaves free
         others = [
             replace(inference, packed=other.packed, device=other.device, made=other._made_for(fit.network_size))
             for other in self.others
@@ -292,7 +296,7 @@ class Network:
         return replace(inference, others=tuple(others))
 
     def _made_for(self, size: tuple[int, int]) -> Made:
-        """Of the size that was asked for last alone: what is kept of others would be missing for this one's batches."""
+        """Kept for the last size only: memory held for other sizes would be missing for this one's batches."""
         made = self._made.get(size) or Made()
         self._made.clear()
         self._made[size] = made
@@ -309,7 +313,7 @@ def load_network(config: ModelConfig) -> Network:
     """Loads the weights and settles device and precision.
 
     Raises:
-        DeviceError, UsageError, WeightsError: as their names say, before any frame is decoded.
+        DeviceError, UsageError, WeightsError: before any frame is decoded.
     """
     devices = resolve_devices(config.device)
     (precision,) = {resolve_precision(config.precision, device) for device in devices}
@@ -337,15 +341,15 @@ def _loaded(config: ModelConfig, devices: Sequence[torch.device], precision: Pre
 
 
 def prepare(config: ModelConfig, height: int, width: int) -> Inference:
-    """Both at once, for frames of one size: ``load_network``, then ``Network.fitted``. Raises what they do."""
+    """``load_network``, then ``Network.fitted``, for frames of one size. Raises what they raise."""
     return load_network(config).fitted(height, width)
 
 
 def auto_batch(height: int, width: int, precision: Precision = "fp32", free: int | None = None) -> int:
-    """Pairs a batch.
+    """Pairs per batch for frames of this size.
 
-    On a CPU from the frame size alone: free memory would make results depend on luck. On a GPU ``free`` bytes of its
-    memory bound it as well; what was chosen is recorded, and a resumed run takes that.
+    On a CPU it follows from the frame size alone, so that results do not depend on free memory. On a GPU ``free``, the
+    bytes free there, bounds it as well; the choice is recorded, and a resumed run reuses it.
     """
     pixels = height * width
     if free is None:

@@ -1,10 +1,10 @@
 """A video indexed as if its flow were already there: ``flow = flowreel.open("dance.mp4"); flow[100:110]``.
 
-    key -> which flows -> each by its number -> what is wanted of it -> tensor, NumPy array, store, xarray
+    key -> which flows -> each by its number -> the part selected -> tensor, NumPy array, store, xarray
            select         computed_flow
 
-Batches are those of a run wherever a whole one is wanted: then flow is the same to the bit. Cut in another way, a batch
-gives results that differ by less than 1e-4 px in fp32.
+Wherever all flows of a run's batch are wanted, that very batch is computed, and its flow equals the run's bit for bit.
+Batches cut in another way give results that differ by less than 1e-4 px in fp32.
 """
 
 from __future__ import annotations
@@ -39,57 +39,57 @@ if TYPE_CHECKING:
     from flowreel.engine.data import Float64Array, Int64Array
     from flowreel.sinks import ComputedStore
 
-FRAMES_MB = 256.0  # of decoded frames that are kept: 700 of 640x360, 80 of 1920x1080
+FRAMES_MB = 256.0  # megabytes of decoded frames to keep: 700 frames of 640x360, 80 of 1920x1080
 _RUNS_ONLY = ("resume", "overwrite", "tolerate_truncation")
 
 
 def open(
     source: PathLike, *, cache: PathLike | None = None, frames_mb: float = FRAMES_MB, **options: Unpack[LazyOptions]
 ) -> LazyFlow:
-    """Opens a video so that its flow can be indexed; each flow is computed when it is asked for.
+    """Opens a video so that its flow can be indexed; each flow is computed when it is requested.
 
     Args:
-        source: a video file, a folder or glob of images, or ``synthetic:NAME``. All packets of a video are read, which
-            is quick, and one frame is decoded, which tells how the picture is turned; no flow is computed.
-        cache: a folder where flow is kept once it has been computed, encoded as a store is; any number of threads
-            and processes may fill one. What comes out of the model is then given as it was kept, so that the first
-            reading equals the second. None: nothing is kept.
-        frames_mb: megabytes of decoded frames that are kept for reading in any order.
-        **options: as of ``run``, by the same names: ``model``, ``weights``, ``device``, ``decoder``, ``batch``,
-            ``precision``, ``fit``, ``start``, ``stop``, ``step``, ``stream``, ``direction``, ``queue_mb``; of a cache
+        source: a video file, a folder or glob of images, or ``synthetic:NAME``. All packets of a video are scanned,
+            which is quick, and one frame is decoded to learn the picture's rotation; no flow is computed.
+        cache: a folder where computed flow is kept, encoded as in a store; any number of threads and processes may
+            fill one. Newly computed flow is then returned as it was stored, so that the first read equals every later
+            one. None: nothing is kept.
+        frames_mb: megabytes of decoded frames to keep for reading in any order.
+        **options: those of ``run``, by the same names: ``model``, ``weights``, ``device``, ``decoder``, ``batch``,
+            ``precision``, ``fit``, ``start``, ``stop``, ``step``, ``stream``, ``direction``, ``queue_mb``; with a cache
             also ``max_error`` and ``codec``.
 
     Raises:
-        UsageError: options that are impossible together, or stdin.
-        SourceError, WeightsError, DeviceError: as of ``run``.
+        UsageError: options that contradict each other, or stdin as the source.
+        SourceError, WeightsError, DeviceError: as in ``run``.
         CacheMismatchError: the cache holds flow of another source, model, precision, fit, encoding or selection.
     """
     return LazyFlow(source, cache=cache, frames_mb=frames_mb, **options)
 
 
 class LazyFlow:
-    """The optical flow of a video, computed as it is looked at.
+    """The optical flow of a video, computed on demand.
 
     ``flow[5]`` is a torch.Tensor (2, H, W), float32, pixels of the source frame, x (right) then y (down), on the
     model's device; ``flow[2:9]``, ``flow[[3, 1]]`` and ``flow[mask]`` are (N, 2, H, W). Negative numbers count from the
-    end, and numbers and slices that follow pick from each flow as NumPy does: ``flow[5, :, 10:20, 30:40]``. Results are
-    ordinary tensors that can take part in training (in ``torch.inference_mode`` they are of its kind). Iterating gives
-    one flow after the other, decoding ahead.
+    end, and further integers and slices index into each flow as in NumPy: ``flow[5, :, 10:20, 30:40]``. Results are
+    ordinary tensors that can take part in training (under ``torch.inference_mode`` they are inference tensors).
+    Iterating yields the flows in order, decoding ahead.
 
-    Threads may share one; they take turns. A copy that is pickled, or that a forked process inherits, opens the source
-    again; in a forked process torch computes with one thread. ``with flowreel.open(...) as flow:`` or ``close()`` lets
-    go of the decoder and the kept frames.
+    Threads may share one object; they take turns. An unpickled copy, and one that a forked process inherits, opens the
+    source again; in a forked process torch computes with one thread. ``with flowreel.open(...) as flow:`` or
+    ``close()`` releases the decoder and the kept frames.
 
     Raises, when read: IndexError; TruncatedSourceError for a frame that the file lists but that does not decode;
-    SourceNotFoundError and SourceChangedError when the source has gone or is another one; DeviceError in a forked
-    process on a GPU.
+    SourceNotFoundError and SourceChangedError when the source is gone or has changed; DeviceError in a forked process
+    on a GPU.
 
     Attributes:
         shape: (T-1, 2, H, W).
-        batch: pairs that go through the network together: slices of whole batches are what ``stream`` gives to the bit.
-        timestamps_s, timestamps_to_s: (T-1,) float64, seconds: presentation times of each pair's two frames.
+        batch: pairs that go through the network together: slices of whole batches equal ``stream`` bit for bit.
+        timestamps_s, timestamps_to_s: (T-1,) float64, seconds: presentation timestamps of each pair's two frames.
         frame, frame_to: (T-1,) int64, their numbers in the source.
-        notes: what the user should know of the source.
+        notes: what the user should know about the source.
     """
 
     dtype = torch.float32
@@ -104,7 +104,7 @@ class LazyFlow:
         network: Network | None = None,
         **options: Unpack[LazyOptions],
     ) -> None:
-        """As of ``open``. network: loaded before, with the same options, so that many sources can share it."""
+        """As ``open``. network: one loaded earlier with the same options, so that many sources can share it."""
         if given := [name for name in _RUNS_ONLY if options.get(name)]:
             raise UsageError(f"{given[0].replace('_', '-')} is for runs that write an output to their end")
         if not 0 <= frames_mb < float("inf"):
@@ -147,7 +147,7 @@ class LazyFlow:
 
     @property
     def cached(self) -> int:
-        """How many flows the cache holds; looks at the disk. 0 without one."""
+        """How many flows the cache on disk holds now; 0 without a cache."""
         return 0 if self._cache is None else self._cache.stored
 
     @property
@@ -183,7 +183,7 @@ class LazyFlow:
     def __getitem__(self, key: Any) -> Tensor:
         chosen = select(key, self.shape)
         self._flows.require_usable()
-        places: dict[int, list[int]] = {}  # flow -> where it goes, so that each is computed once
+        places: dict[int, list[int]] = {}  # flow -> its places in the result, so that each is computed only once
         shape = (len(chosen.numbers), *chosen.inner_shape)
         for place, number in enumerate(chosen.numbers if 0 not in shape else ()):
             places.setdefault(number, []).append(place)
@@ -195,21 +195,21 @@ class LazyFlow:
         return out[0] if chosen.single else out
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Each flow in order, with a decoder of its own: other reading may go on meanwhile."""
+        """Yields each flow in order. Uses a separate decoder, so other reads may go on meanwhile."""
         self._flows.require_usable()
         yield from self._flows.in_order()
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
-        """All of it, computed, as NumPy's ``asarray`` asks for it."""
+        """Computes all flow, for ``numpy.asarray``."""
         if copy is False:
             raise ValueError("flow that is not there yet cannot be had without making it")
         return np.asarray(to_host(self[:]).numpy(), dtype)
 
     def played_at(self, seconds: float) -> Tensor:
-        """The flow (2, H, W) of the pair whose first frame is shown at this time: from there to the next frame.
+        """The flow (2, H, W) of the pair whose earlier frame is on screen at this time, until the next frame is shown.
 
         Seconds are those of ``timestamps_s``, so of the container, whose first frame may come later than 0. Raises
-        IndexError when nothing, or only the last frame, is shown then.
+        IndexError when no frame, or only the last one, is shown then.
         """
         starts, ends = self._shown
         number = int(np.searchsorted(starts, seconds, "right")) - 1
@@ -218,22 +218,22 @@ class LazyFlow:
         return self[number]
 
     def in_range(self, start_s: float, stop_s: float) -> Tensor:
-        """The flows (N, 2, H, W) of the pairs whose first frame begins to be shown from ``start_s`` on, before
-        ``stop_s``; none when no frame does."""
+        """The flows (N, 2, H, W) of the pairs whose earlier frame appears at ``start_s`` or later, but before
+        ``stop_s``; N = 0 when there is none."""
         first, end = np.searchsorted(self._shown[0], [start_s, stop_s])
         return self[int(first) : int(end)]
 
     @property
     def _shown(self) -> tuple[Float64Array, Float64Array]:
-        """(T-1,) seconds each: from when to when the earlier frame of each pair is shown."""
+        """(T-1,) seconds each: when the earlier frame of each pair appears, and when the next frame replaces it."""
         first, second = self.timestamps_s, self.timestamps_to_s
         return (first, second) if self._config.model.direction == "forward" else (second, first)
 
     def to_xarray(self) -> xarray.DataArray:
-        """An xarray.DataArray, float32, computed when it is looked at and only as far as needed.
+        """A float32 xarray.DataArray, computed on demand and only as far as needed.
 
-        Dimensions time, component, y, x; the times and frame numbers are coordinates of time. Raises
-        MissingDependencyError: xarray is not installed.
+        Dimensions time, component, y, x; timestamps and frame numbers are coordinates of time. Raises
+        MissingDependencyError when xarray is not installed.
         """
         try:
             data_array = sinks.data_array
@@ -245,15 +245,15 @@ class LazyFlow:
         """A read-only Zarr store, a group laid out like ``X.zarr``, whose chunks are computed when they are read.
 
         ``zarr.open_group(s)["flow"]``, ``xarray.open_zarr(s)``, ``dask.array.from_zarr(s, component="flow")``: float32
-        pixels, the same values as here. Each chunk is one flow, so that one pixel costs a whole one; what is read
-        concurrently is computed together. What goes wrong while computing comes out of the read.
+        pixels, the same values as here. Each chunk is one flow, so reading one pixel computes a whole flow; chunks
+        read concurrently are computed together. The read raises what goes wrong while computing.
         """
         return sinks.ComputedStore(self.info, _OnHost(self))
 
     def rgb(self, number: int) -> Tensor:
-        """The frame in which flow ``number`` begins: (3, H, W) uint8 RGB on the host, cut as the flow is.
+        """The frame where flow ``number`` starts: (3, H, W) uint8 RGB on the host, cropped like the flow.
 
-        Raises TypeError for anything but one whole number.
+        Raises TypeError for anything but a single integer.
         """
         number = int(select(operator.index(number), self.shape[:1]).numbers[0])
         self._flows.require_usable()
@@ -264,7 +264,7 @@ class LazyFlow:
     # -- Sharing -------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Lets go of the decoder and the kept frames. Nothing can be read afterwards."""
+        """Releases the decoder and the kept frames. Nothing can be read afterwards."""
         self._flows.close()
 
     def __enter__(self) -> LazyFlow:
@@ -281,7 +281,7 @@ class LazyFlow:
 
 
 def _reopened(path: str, options: dict[str, Any], source: SourceId, count: int) -> LazyFlow:
-    """A pickled one in the process that unpickles it."""
+    """Unpickles a LazyFlow by opening its source again."""
     flow = LazyFlow(path, **options)
     if (flow.info.source, len(flow)) != (source, count):
         raise SourceChangedError(f"{path} is not what it was when its flow was pickled: open it again")
@@ -289,7 +289,7 @@ def _reopened(path: str, options: dict[str, Any], source: SourceId, count: int) 
 
 
 class _OnHost:
-    """The flow as a store gives it, in NumPy's arrays."""
+    """The flow as a store's interface: indexing gives NumPy arrays on the host."""
 
     def __init__(self, flow: LazyFlow) -> None:
         self._flow = flow
@@ -316,7 +316,7 @@ class _OnHost:
 
 
 def _inside(flow: Tensor, parts: Sequence[int | slice]) -> Tensor:
-    """What is picked of a flow, as NumPy would; torch by itself knows no slices that go backwards."""
+    """Indexes into one flow as NumPy does: torch itself does not support slices with a negative step."""
     for axis, part in reversed(list(enumerate(parts))):
         if isinstance(part, int):
             flow = flow.select(axis, part)
@@ -327,6 +327,6 @@ def _inside(flow: Tensor, parts: Sequence[int | slice]) -> Tensor:
 
 
 def _fixed(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The same array, closed to writing: it is handed out again."""
+    """Makes the array read-only, since the same object is returned to every caller."""
     values.flags.writeable = False
     return values
