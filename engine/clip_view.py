@@ -55,7 +55,7 @@ class ClipView:
 class ViewRule:
     """How to make views of frames of any size."""
 
-    size: Size | None = None  # frames are resized to this; a number: the shorter side, keeping the aspect ratio
+    size: Size | None = None  # frames are resized to this; a number: the shorter side, aspect kept; None: not resized
     crop: Size | None = None  # size cropped from the resized frame; a number: a square; None: no crop
     mirror: bool = False  # mirror random views with probability 1/2
 

@@ -1,7 +1,7 @@
 """Settings, as small frozen dataclasses: each field with its unit and the reason for its default.
 
-The command line only translates flags into these; a library caller gives the same names. Values are checked here,
-once, so that every later part can trust them.
+The command line only translates flags into these; a library caller uses the same names. Values are checked here, once,
+so that all later code can trust them.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Decoder = Literal["auto", "nvdec", "pyav"]
 Encoder = Literal["auto", "nvenc", "cpu"]
 _WHOLE = re.compile("[+-]?[0-9]{1,30}", re.ASCII)
 _KINDS: dict[object, str] = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
-MOST_FRAMES = (1 << 62) - 1  # numbers of frames, and their sums, are of 64 bits
-MOST_QUEUE_MB = 1 << 40  # more than any machine has, and still a number of bytes
+MOST_FRAMES = (1 << 62) - 1  # so that frame numbers, and sums of two, fit in 64 bits
+MOST_QUEUE_MB = 1 << 40  # more than any machine has, yet its bytes still fit in 64 bits
 
 
 def _one_of(name: str, value: str, kind: object, *others: str) -> None:
@@ -39,7 +39,7 @@ def _one_of(name: str, value: str, kind: object, *others: str) -> None:
 class SelectConfig:
     """Which frames of the source are used."""
 
-    start: int | str = 0  # frame number, also as text, or a time: "10s", "1:02.5"
+    start: int | str = 0  # frame number (as int or text) or time: "10s", "1:02.5"
     stop: int | str | None = None  # exclusive; None: to the end
     step: int = 1  # take every step-th frame and pair neighbours of that sequence
     stream: int | None = None  # which video stream of the container; None: FFmpeg's "best"
@@ -72,7 +72,7 @@ class ModelConfig:
 
     model: str | None = None  # FlowNet2, FlowNet2C, ...; None: what the weights hold
     weights: str = "baseline"  # "baseline" (shipped), a path, or a downloaded checkpoint's name
-    device: str = "auto"  # auto: CUDA when it is there, said aloud; cuda without one is an error; cuda:0,1: both
+    device: str = "auto"  # auto: CUDA if available, and reported; cuda without a GPU is an error; cuda:0,1: both GPUs
     batch: int | None = None  # pairs; None: chosen from the frame size alone, so that results can be repeated
     precision: Precision | None = None  # None: fp32 on a CPU, fp16 on a GPU
     fit: FitMode = "pad"  # to the networks' multiple of 64; pad is undone exactly, crop is flownet2-pytorch's way
@@ -92,14 +92,14 @@ class SinkConfig:
     """How outputs are written. Each format reads the fields that concern it."""
 
     max_error: float = 1 / 64  # pixels; far below any network's own error, 8x smaller than float32; 0: lossless
-    codec: Codec = "blosc"  # the one that every Zarr v3 reader opens
+    codec: Codec = "blosc"  # the one that every Zarr v3 reader can decode
     resolution: Resolution = "full"  # native: stores keep the network's own quarter-resolution prediction
     shard_bytes: int | None = None  # float32 bytes of flow in one shard; None: about 128 MiB, in whole batches
     max_flow: float | None = None  # colour scale in pixels; None: 95th percentile of the first 32 flows, then fixed
-    encoder: Encoder = "auto"  # of colour video; auto: a GPU's own, where one computes the flow and has it
-    bound: float = 20.0  # pixels; two-stream pictures span -bound to bound: what TSN and denseflow take
-    resume: bool = False  # go on with the store an earlier run left unfinished, or one whose source has grown
-    overwrite: bool = False  # replace an output that is there, keeping the old one until the new one is complete
+    encoder: Encoder = "auto"  # of colour video; auto: NVENC if the flow is computed on a GPU that has it, else the CPU
+    bound: float = 20.0  # pixels; two-stream pictures span -bound to bound; the default is that of TSN and denseflow
+    resume: bool = False  # continue a store that an earlier run left unfinished, or one whose source has grown
+    overwrite: bool = False  # replace an existing output, keeping the old one until the new one is complete
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_error <= 1024:
@@ -119,9 +119,9 @@ class SinkConfig:
 
 @dataclass(frozen=True)
 class QueueConfig:
-    """How much may wait between the stages: the whole of what a run holds in memory beside the model."""
+    """How much may wait between the stages, which is all that a run holds in memory besides the model."""
 
-    items: int = 4  # per channel: enough to ride out an uneven neighbour, little enough to stop fast
+    items: int = 4  # per channel: enough to even out an irregular neighbour, few enough to stop quickly
     total_bytes: int = 512 << 20  # over all channels together, a frame shared by two pairs counted once
 
     def __post_init__(self) -> None:
@@ -133,19 +133,19 @@ class QueueConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything one run needs beside its source and outputs."""
+    """Everything one run needs besides its source and outputs."""
 
     select: SelectConfig = field(default_factory=SelectConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     sink: SinkConfig = field(default_factory=SinkConfig)
     queues: QueueConfig = field(default_factory=QueueConfig)
-    tolerate_truncation: bool = False  # take what a cut file gives as the whole; otherwise its store stays unfinished
+    tolerate_truncation: bool = False  # treat what a truncated file yields as complete; else its store stays unfinished
 
     @classmethod
     def of(cls, **options: Any) -> RunConfig:
-        """The same from the flat names of the command line, e.g. ``of(stop=12, max_error=0, queue_mb=64)``.
+        """Builds one from the command line's flat names, e.g. ``of(stop=12, max_error=0, queue_mb=64)``.
 
-        ``"auto"`` stands for a field's None. Unknown names and impossible values raise UsageError.
+        ``"auto"`` stands for a field's default. Unknown names and impossible values raise UsageError.
         """
         options = {name: _plain(value) for name, value in options.items()}
         tolerate = options.pop("tolerate_truncation", False)
@@ -165,7 +165,7 @@ class RunConfig:
 
 
 def _taken(kind: type[Part], options: dict[str, Any]) -> Part:
-    """Moves the options that are fields of ``kind`` into one; ``"auto"`` leaves the default."""
+    """Moves the options that are fields of ``kind`` into an instance of it; ``"auto"`` leaves the default."""
     hints = get_type_hints(kind)
     given = {field.name: options.pop(field.name) for field in fields(kind) if field.name in options}
     values = {name: value for name, value in given.items() if not (isinstance(value, str) and value == "auto")}
@@ -175,7 +175,7 @@ def _taken(kind: type[Part], options: dict[str, Any]) -> Part:
 
 
 def _plain(value: object) -> object:
-    """A number, text or path of another library as Python's own: of NumPy, torch, pathlib."""
+    """Converts numbers, text, paths and devices of NumPy, torch and pathlib to Python's own types."""
     if isinstance(value, PathLike):
         return fspath(value)
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
@@ -185,7 +185,7 @@ def _plain(value: object) -> object:
 
 
 def as_whole(value: object) -> int | None:
-    """Python's own of a whole number, also of NumPy's and torch's; None: it is none."""
+    """The value as a Python int; NumPy and torch integers are accepted too. None: it is not a whole number."""
     try:
         return None if isinstance(value, bool) else index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -193,12 +193,12 @@ def as_whole(value: object) -> int | None:
 
 
 def _require_kind(name: str, value: object, hint: object) -> None:
-    """Raises UsageError for a value of another kind than the field's."""
+    """Raises UsageError for a value whose type is not the field's."""
     parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     kinds = {str if get_origin(part) is Literal else part for part in parts}
     if isinstance(value, int) and not isinstance(value, bool) and float in kinds:
         return
-    if isinstance(value, str) and str in kinds:  # also of a kind of its own, as of an enumeration
+    if isinstance(value, str) and str in kinds:  # also of a subclass, such as an enumeration's
         return
     if type(value) not in kinds:
         words = [words for kind, words in _KINDS.items() if kind in kinds]

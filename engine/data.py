@@ -1,7 +1,7 @@
 """What travels along the chain: frames, pairs, batches of pairs, batches of flow, and the header before them.
 
-Each class states its fields' shape, dtype, unit and device once, and checks them once, when it is made.
-Tensors may live on any device; ``engine/device.py`` alone moves them.
+Each class states its fields' shape, dtype, unit and device once, and checks them once, at construction.
+Tensors may live on any device; only ``engine/device.py`` moves them.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     Int64Array = npt.NDArray[np.int64]
     Float64Array = npt.NDArray[np.float64]
     Bytes = npt.NDArray[np.uint8]
-    Pin = Callable[[Bytes], Callable[[], None]]  # has memory pinned, as ``engine.pinned.pin`` does for a device
+    Pin = Callable[[Bytes], Callable[[], None]]  # pins memory and returns what unpins it: see ``engine.pinned.pin``
 
-# Pixels; a component beyond it, NaN or infinite marks a vector that nobody knows: Middlebury's convention.
+# Pixels; a component beyond this, NaN or infinite marks an unknown vector: Middlebury's convention.
 UNKNOWN_ABOVE = 1e9
-UNKNOWN = 1e10  # pixels; what Middlebury's own tools write in a .flo for a vector nobody knows
+UNKNOWN = 1e10  # pixels; what Middlebury's own tools write in a .flo for an unknown vector
 MOST_FLOWS_A_SHARD = 512
 _SHARD_BYTES = 128 << 20
 
@@ -33,32 +33,33 @@ JSON = None | bool | int | float | str | list["JSON"] | dict[str, "JSON"]
 
 @dataclass(frozen=True)
 class SourceId:
-    """Which input this is: enough to recognise it again, e.g. before a resume."""
+    """Identifies an input well enough to recognise it again, e.g. before a resume."""
 
     name: str  # file name, folder name, or "synthetic:NAME"; never a full path, so that stores can be shared
     size_bytes: int | None = None  # of the file, or of all the images together
-    duration_s: float | None = None  # as the container tells
+    duration_s: float | None = None  # as stated by the container
     head_sha256: str | None = None  # of the first MiB: stays the same when a recording grows
-    sampled_sha256: str | None = None  # of samples all over: does not, and hardly when something else changes
+    sampled_sha256: str | None = None  # of samples from the whole input: changes when it grows, or almost any other way
 
 
 @dataclass(frozen=True)
 class NativeGrid:
-    """How a network's own, coarser prediction lies in the flow that is made of it."""
+    """How a network's own, coarser prediction maps to the flow that is made from it."""
 
     height: int  # of the prediction
     width: int
-    factor: int  # each side is enlarged by this much, to the size the network saw
+    factor: int  # upsampling factor of each side, to the size of the network's input
     upsampling: Literal["bilinear", "nearest"]  # half-pixel centres
-    fit: Literal["pad", "crop", "resize"]  # pad: the flow is cut out of the enlarged one; crop: it is that one;
-    # resize: the enlarged one is resized to it, bilinearly
-    top: int = 0  # rows of the enlarged prediction above the flow
+    # The flow is: pad: cropped from the upsampled prediction; crop: the upsampled prediction itself;
+    # resize: the upsampled prediction, resized bilinearly
+    fit: Literal["pad", "crop", "resize"]
+    top: int = 0  # rows of the upsampled prediction above the flow
     left: int = 0  # columns to the left of it
 
 
 @dataclass(frozen=True)
 class FlowInfo:
-    """The header that comes before the first frame. A source states it; sinks are opened with it."""
+    """The header that comes before the first frame. A source provides it; sinks are opened with it."""
 
     height: int  # pixels; of a source: the frame as shown (rotation applied); of a sink: the flow field
     width: int  # pixels
@@ -66,10 +67,10 @@ class FlowInfo:
     frame_count: int | None  # frames the source will give; None: unknown until it ends
     source: SourceId
     made_by: Mapping[str, JSON] = field(default_factory=dict)  # model, weights, precision, ...: kept in the store
-    native: NativeGrid | None = None  # given when ``FlowBatch.native`` will come, and stores are to keep that
-    device: str | None = None  # what computes the flow, beside the outputs: cpu, cuda:0; None: it is there already
-    batch: int | None = None  # pairs that it computes together
-    shard: int | None = None  # flows in a shard of a store that is gone on with, which keeps its own
+    native: NativeGrid | None = None  # set if batches carry ``FlowBatch.native`` and stores should keep that
+    device: str | None = None  # what computes the flow while outputs are written: cpu, cuda:0; None: it exists already
+    batch: int | None = None  # pairs computed together
+    shard: int | None = None  # flows in a shard of the store that is resumed, which keeps its own shard length
 
     def __post_init__(self) -> None:
         if self.height < 1 or self.width < 1:
@@ -87,19 +88,20 @@ class FlowInfo:
 
     @property
     def flo_bytes(self) -> int:
-        """Bytes of one flow field as a ``.flo`` file, which begins with a tag, the width and the height."""
+        """Bytes of one flow field as a ``.flo`` file, which starts with a tag, the width and the height."""
         return 12 + self.flow_bytes
 
     @property
     def stored_size(self) -> tuple[int, int]:
-        """(height, width) of what a store keeps of each flow."""
+        """(height, width) at which a store keeps each flow."""
         return (self.height, self.width) if self.native is None else (self.native.height, self.native.width)
 
     def shard_length(self, shard_bytes: int | None) -> int:
         """Flows in one shard of ``shard_bytes`` float32 bytes, at least one. Batches never cross shards either.
 
-        Of small fields not more than 512: a shard's index has room for each, and a crash costs a shard's work. None:
-        128 MiB (few files, each still quick to re-make), less what would end in a short batch, a waste of a GPU's time.
+        At most 512, however small the fields: a shard's index holds an entry for each flow, and a crash costs a whole
+        shard's work. None: 128 MiB (few files, each still quick to recompute), rounded down to whole batches, since a
+        short batch wastes a GPU's time.
         """
         height, width = self.stored_size
         length = max(1, min(MOST_FLOWS_A_SHARD, (shard_bytes or _SHARD_BYTES) // (8 * height * width)))
@@ -116,7 +118,7 @@ class Frame:
 
     rgb: Tensor  # (3, H, W) uint8, full-range RGB, any strides, on the source's device
     index: int  # number of this frame in the source, from 0, whatever start and step select
-    timestamp_s: float  # presentation time as the container has it, seconds, unshifted
+    timestamp_s: float  # presentation timestamp of the container, seconds, unshifted
     clip: int = 0  # frames of different clips are never paired
 
     def __post_init__(self) -> None:
@@ -156,7 +158,7 @@ class FramePair:
 
 @dataclass(frozen=True, eq=False)
 class PairBatch:
-    """Neighbouring pairs that go through the model together. Never crosses a shard; the last may be short."""
+    """Neighbouring pairs that go through the model together. Never crosses a shard; a shard's last may be short."""
 
     pairs: tuple[FramePair, ...]
     index: int  # place of the first pair's flow in the output, from 0
@@ -211,16 +213,16 @@ class FlowBatch:
         return int(self.frame_to[-1])
 
     def moved(self, copy: Callable[[Tensor], Tensor]) -> FlowBatch:
-        """The same with a copy of each tensor in its place."""
+        """The same batch with each tensor replaced by its copy."""
         return replace(self, flow=copy(self.flow), native=None if self.native is None else copy(self.native))
 
 
 @dataclass(frozen=True, eq=False)
 class ColorBatch:
-    """Flow fields in order, as pictures."""
+    """Flow fields in order, as colour pictures."""
 
     pictures: Tensor  # (N, H, W, 3) uint8 RGB; for a video (N, 3 h / 2, w) uint8, planes of 4:2:0, h and w even
-    unknown: Tensor  # (N,) int64, vectors of each field that nobody knows
+    unknown: Tensor  # (N,) int64, unknown vectors of each field
     index: int  # place of pictures[0] in the output, from 0
     frame: Int64Array  # (N,) number of each pair's first frame in the source
     timestamp_s: Float64Array  # (N,) seconds, presentation time of that frame
@@ -233,16 +235,16 @@ class ColorBatch:
         return (self.pictures, self.unknown)
 
     def moved(self, copy: Callable[[Tensor], Tensor]) -> ColorBatch:
-        """The same with a copy of each tensor in its place."""
+        """The same batch with each tensor replaced by its copy."""
         return replace(self, pictures=copy(self.pictures), unknown=copy(self.unknown))
 
 
 @dataclass(frozen=True, eq=False)
 class StepsBatch:
-    """Flow fields in order, as a store keeps them: whole numbers of steps, and what could not be kept."""
+    """Flow fields in order, quantised to whole numbers of steps as a store keeps them."""
 
-    steps: Tensor  # (N, 2, H, W) int16 or int32, or (N, bytes) uint8 of the same, as ``kernels.bitshuffle`` has them
-    found: Tensor  # (3, N) int32, of ``kernels.quantise``: what could not be kept, and how near the rest is
+    steps: Tensor  # (N, 2, H, W) int16 or int32, or the same as (N, bytes) uint8, shuffled by ``kernels.bitshuffle``
+    found: Tensor  # (3, N) int32, ``Quantised.found``: what could not be kept, and the largest error of the rest
     index: int  # place of steps[0] in the output, from 0
     frame: Int64Array  # (N,) number of each pair's first frame in the source
     frame_to: Int64Array  # (N,) number of each pair's second frame
@@ -257,7 +259,7 @@ class StepsBatch:
         return (self.steps, self.found)
 
     def moved(self, copy: Callable[[Tensor], Tensor]) -> StepsBatch:
-        """The same with a copy of each tensor in its place."""
+        """The same batch with each tensor replaced by its copy."""
         return replace(self, steps=copy(self.steps), found=copy(self.found))
 
 

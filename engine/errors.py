@@ -1,40 +1,41 @@
 """Every error flowreel raises, named after what went wrong.
 
-    FlowreelError                     anything flowreel says about itself; the command line prints it as one line
-    ├── UsageError (ValueError)           options that make no sense together; exit code 2
-    ├── DeviceError (RuntimeError)        the device asked for is not there
+    FlowreelError                     base of flowreel's own errors; the command line prints each as one line
+    ├── UsageError (ValueError)           options that are impossible or contradict each other; exit code 2
+    ├── DeviceError (RuntimeError)        the requested device is missing or cannot be used
     ├── MissingDependencyError (ImportError)   an optional package is absent; names the extra to install
     ├── SourceError                       something about the input
     │   ├── SourceNotFoundError (FileNotFoundError)
     │   ├── UnsupportedSourceError (ValueError)    not a video or picture that can be decoded
     │   ├── TooFewFramesError (ValueError)         fewer than two frames: no flow
     │   ├── FrameSizeError (ValueError)            a frame's size differs from the first one's
-    │   ├── SourceChangedError (ValueError)        another file has come in the place of the one that was opened
+    │   ├── SourceChangedError (ValueError)        the file was replaced or changed since it was opened
     │   ├── TruncatedSourceError (EOFError)        fewer frames decoded than the container holds
     │   └── SomeSourcesFailedError                 of many sources in one run, some failed
     ├── WeightsError                      something about a weights file
     │   ├── WeightsNotFoundError (FileNotFoundError)
-    │   ├── UnreadableWeightsError (ValueError)    cut, damaged, or refusing to load safely
-    │   ├── WeightsMismatchError (ValueError)      readable, but not of the model asked for
-    │   └── DownloadError (OSError)                a dead link, a broken connection, bytes that are not the file's
+    │   ├── UnreadableWeightsError (ValueError)    truncated, damaged, or not safe to load
+    │   ├── WeightsMismatchError (ValueError)      readable, but not for the requested model
+    │   └── DownloadError (OSError)                a dead link, a broken connection, content other than the file's
     ├── OutputError                       something about an output
     │   ├── OutputExistsError (FileExistsError)
     │   ├── OutputWriteError (OSError)             full disk, no permission, vanished folder
     │   │   └── OutputBusyError                        another run is writing it
-    │   ├── UnknownOutputError (UsageError)        no format goes by that name; exit code 2
-    │   └── ResumeMismatchError (ValueError)       what is there was made in another way, or from something else
+    │   ├── UnknownOutputError (UsageError)        no output format has that name; exit code 2
+    │   └── ResumeMismatchError (ValueError)       the existing output has other settings or another source
     ├── StoreError                        something about reading a flow store
     │   ├── StoreNotFoundError (FileNotFoundError)
     │   ├── DamagedStoreError (ValueError)         a checksum or a shard is wrong
-    │   └── CacheMismatchError (ValueError)        a cache that was filled in another way, or that is none
-    ├── FlowFileError (ValueError)        a .flo, KITTI picture, .npz or two-stream picture that is not one
+    │   └── CacheMismatchError (ValueError)        the cache was filled with other settings, or is not a cache
+    ├── FlowFileError (ValueError)        an invalid .flo, KITTI picture, .npz or two-stream picture
     ├── StaleModelError (RuntimeError)    a network's weights changed after it was compiled
     ├── CheckpointError (ValueError)      a training run that cannot be resumed
-    └── StageError                        a pipeline stage failed; __cause__ is the error itself
+    └── StageError                        a pipeline stage failed; __cause__ is the original error
 
-    PrecisionWarning (UserWarning)    numbers come near what their type can hold; the run goes on
+    PrecisionWarning (UserWarning)    values come close to the limit of the chosen precision; the run goes on
 
-Each also inherits the builtin its users already catch. Messages say what was expected, what came, and what to try.
+Each also inherits the builtin error that users already catch. Messages say what was expected, what arrived, and what to
+try.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class UsageError(FlowreelError, ValueError):
 
 
 class DeviceError(FlowreelError, RuntimeError):
-    """The device asked for is not there or cannot be used."""
+    """The requested device is missing or cannot be used."""
 
 
 class MissingDependencyError(FlowreelError, ImportError):
@@ -68,7 +69,7 @@ class SourceNotFoundError(SourceError, FileNotFoundError):
 
 
 class UnsupportedSourceError(SourceError, ValueError):
-    """The file is there, but holds no picture or video that can be decoded."""
+    """The file exists, but holds no picture or video that can be decoded."""
 
 
 class TooFewFramesError(SourceError, ValueError):
@@ -80,7 +81,7 @@ class FrameSizeError(SourceError, ValueError):
 
 
 class SourceChangedError(SourceError, ValueError):
-    """The file is not the one any more that was opened under its name."""
+    """The file is no longer the one that was opened under that name."""
 
 
 class TruncatedSourceError(SourceError, EOFError):
@@ -100,15 +101,15 @@ class WeightsNotFoundError(WeightsError, FileNotFoundError):
 
 
 class UnreadableWeightsError(WeightsError, ValueError):
-    """A weights file that is cut, damaged, or holds more than plain tensors."""
+    """A weights file that is truncated, damaged, or holds more than plain tensors."""
 
 
 class WeightsMismatchError(WeightsError, ValueError):
-    """A readable weights file that does not fit the model asked for."""
+    """A readable weights file that does not fit the requested model."""
 
 
 class DownloadError(WeightsError, OSError):
-    """A dead link, a connection that keeps breaking, or bytes that are not those of the file asked for."""
+    """A dead link, a connection that keeps breaking, or content that is not the requested file's."""
 
 
 class OutputError(FlowreelError):
@@ -116,7 +117,7 @@ class OutputError(FlowreelError):
 
 
 class OutputExistsError(OutputError, FileExistsError):
-    """The output is already there and nobody asked to replace it."""
+    """The output exists already and overwriting it was not requested."""
 
 
 class OutputWriteError(OutputError, OSError):
@@ -128,11 +129,11 @@ class OutputBusyError(OutputWriteError):
 
 
 class UnknownOutputError(OutputError, UsageError):
-    """No output format goes by that name."""
+    """No output format has that name."""
 
 
 class ResumeMismatchError(OutputError, ValueError):
-    """What is there of an output, finished or not, was made from another source, by another model or encoding."""
+    """The existing output, finished or not, was made from another source or with another model or encoding."""
 
 
 class StoreError(FlowreelError):
@@ -148,7 +149,7 @@ class DamagedStoreError(StoreError, ValueError):
 
 
 class CacheMismatchError(StoreError, ValueError):
-    """What is at a cache's path is none, or holds flow of another source, model or encoding."""
+    """The cache's path is not a cache, or holds flow of another source, model or encoding."""
 
 
 class FlowFileError(FlowreelError, ValueError):
@@ -156,7 +157,7 @@ class FlowFileError(FlowreelError, ValueError):
 
 
 class StaleModelError(FlowreelError, RuntimeError):
-    """The weights of a network changed after it was compiled; the compiled form holds the old ones."""
+    """The weights of a network changed after it was compiled; the compiled form still has the old ones."""
 
 
 class CheckpointError(FlowreelError, ValueError):
@@ -168,7 +169,7 @@ class StageError(FlowreelError):
 
     Attributes:
         stage: the stage's name, e.g. ``"decode"``.
-        frame: number of the source frame it was working on, None when unknown.
+        frame: number of the source frame it was working on; None: unknown.
     """
 
     def __init__(self, stage: str, frame: int | None, cause: BaseException) -> None:
@@ -185,7 +186,7 @@ class StageError(FlowreelError):
 
 @contextmanager
 def concerning(frame: int) -> Iterator[None]:
-    """What fails inside concerns this frame, whichever its stage has come to when it hears of it: see ``frame_of``."""
+    """Marks errors raised inside as concerning this frame, even if they reach the stage frames later: ``frame_of``."""
     try:
         yield
     except Exception as error:
@@ -194,15 +195,15 @@ def concerning(frame: int) -> Iterator[None]:
 
 
 def frame_of(error: BaseException, otherwise: int | None) -> int | None:
-    """The frame that an error concerns, where it was noted."""
+    """The frame that ``concerning`` marked on the error, else ``otherwise``."""
     frame: int | None = getattr(error, "concerned_frame", otherwise)
     return frame
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, short enough for a message of ours."""
+    """The first line of another library's error message, for use in our own."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class PrecisionWarning(UserWarning):
-    """A network's numbers come near the end of what the chosen precision can hold."""
+    """A network's values come close to the limit of what the chosen precision can represent."""

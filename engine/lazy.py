@@ -289,7 +289,7 @@ def _reopened(path: str, options: dict[str, Any], source: SourceId, count: int) 
 
 
 class _OnHost:
-    """The flow as a store's interface: indexing gives NumPy arrays on the host."""
+    """The flow behind the interface of a flow store: indexing gives NumPy arrays."""
 
     def __init__(self, flow: LazyFlow) -> None:
         self._flow = flow

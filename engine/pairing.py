@@ -30,7 +30,7 @@ def batches(batch: int, shard: int, first_index: int = 0) -> Callable[[Iterator[
     """A stage that gathers up to ``batch`` pairs whose flows belong to one shard of ``shard`` flows.
 
     Batches start at multiples of ``batch`` within each shard, wherever the run itself starts, so that a resumed run
-    makes the very batches the first one would have made. Those at the end of a shard or of the input may be short.
+    makes exactly the batches of an uninterrupted one. The last batch of a shard or of the input may be short.
 
     Args:
         batch: pairs in a full batch.
@@ -45,7 +45,7 @@ def batches(batch: int, shard: int, first_index: int = 0) -> Callable[[Iterator[
         for index, pair in enumerate(pairs, first_index):
             waiting.append(pair)
             following = (index + 1) % shard
-            if following % batch == 0:  # also true of place 0, the first of the next shard
+            if following % batch == 0:  # also true of place 0, the start of the next shard
                 yield PairBatch(tuple(waiting), index + 1 - len(waiting))
                 waiting.clear()
         if waiting:
@@ -55,15 +55,15 @@ def batches(batch: int, shard: int, first_index: int = 0) -> Callable[[Iterator[
 
 
 def planned(numbers: Sequence[int], batch: int, shard: int, count: int) -> list[list[int]]:
-    """Which flows go through the model together, when only some are wanted: in the batches of a run where it can be.
+    """Which flows go through the model together when only some are wanted: where possible, a run's own batches.
 
-    A run's batch that is wanted whole stays as it is, so that its flows come out the same to the bit. Of those wanted
-    in part, neighbours share a batch while they fit.
+    A run's batch that is wanted whole is kept, so that its flows are equal bit for bit. Neighbouring batches wanted
+    only in part are merged while they fit into one batch.
 
     Args:
-        numbers: of the flows that are wanted, ascending.
-        batch, shard: as of ``batches``.
-        count: flows there are in all.
+        numbers: of the wanted flows, ascending.
+        batch, shard: as in ``batches``.
+        count: total number of flows.
     """
 
     def start(number: int) -> int:
@@ -71,7 +71,7 @@ def planned(numbers: Sequence[int], batch: int, shard: int, count: int) -> list[
         return number - place % batch
 
     plan: list[list[int]] = []
-    open_end = False  # whether the last batch is of parts, and may take more
+    open_end = False  # whether the last batch consists of parts, and may take more
     for first, group in groupby(numbers, start):
         part = list(group)
         end = min(first + batch, first // shard * shard + shard, count)
@@ -85,7 +85,7 @@ def planned(numbers: Sequence[int], batch: int, shard: int, count: int) -> list[
 
 
 def batches_of(plan: Sequence[Sequence[int]]) -> Callable[[Iterator[FramePair]], Iterator[PairBatch]]:
-    """A stage that gathers pairs as they come into batches of the planned lengths."""
+    """A stage that gathers incoming pairs into batches of the planned lengths."""
 
     def gather(pairs: Iterator[FramePair]) -> Iterator[PairBatch]:
         for numbers in plan:

@@ -1,6 +1,6 @@
-"""What sources, readers and outputs are, to the stages between them. What travels is in ``engine/data.py``.
+"""The interfaces of sources, readers and sinks, as the stages between them see them. What travels: ``engine/data.py``.
 
-The classes in ``engine/sources/`` and ``sinks/`` meet them without deriving from them.
+The classes in ``engine/sources/`` and ``sinks/`` implement these protocols without deriving from them.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 class Source(Protocol):
     """Gives frames in order. ``info`` is known before the first one is decoded.
 
-    Iterate once. After the iteration has ended, ``losses`` says in plain words what the input promised and did not
-    give (a cut file, frames that would not decode); empty when all came. ``notes`` says what the user should know
-    but need not act on (timestamps that had to be filled in).
+    Iterate once. After the iteration has ended, ``losses`` says in plain words what the input promised but did not
+    deliver (a truncated file, frames that did not decode); empty if nothing is missing. ``notes`` says what the user
+    should know but need not act on (timestamps that had to be filled in).
     """
 
     @property
     def info(self) -> FlowInfo: ...
     @property
     def decoder(self) -> str:
-        """What decodes, for the summary: ``"PyAV (h264)"``, ``"Pillow"``, ``"synthetic"``."""
+        """The decoder's name, for the summary: ``"PyAV (h264)"``, ``"Pillow"``, ``"synthetic"``."""
         ...
 
     @property
@@ -45,53 +45,54 @@ class Source(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A frame as it was decoded, before it is made a ``Frame``: what is not asked for is never converted."""
+    """A decoded frame, not yet converted to a ``Frame``: frames that nobody requests are never converted."""
 
     number: int  # of the frame in the source
-    size_bytes: int  # that it keeps in memory
-    develop: Callable[[], Frame]
+    size_bytes: int  # memory that it occupies
+    develop: Callable[[], Frame]  # does the conversion
 
 
 @runtime_checkable
 class RandomAccess(Source, Protocol):
-    """A source whose frames can be had in any order. Any number of readings may go on side by side."""
+    """A source whose frames can be read in any order, by any number of concurrent readers."""
 
-    reopening_frames: int  # so many frames are decoded in the time starting over takes; 0: each stands by itself
+    reopening_frames: int  # frames that decode in the time that reopening and seeking takes; 0: frames are independent
 
     @property
     def wanted(self) -> range:
-        """Numbers of the frames that the selection takes."""
+        """Numbers of the selected frames."""
         ...
 
     @property
     def times_s(self) -> Float64Array:
-        """(T,) seconds, presentation time of every frame of the source, ascending."""
+        """(T,) seconds, presentation timestamp of every frame of the source, ascending."""
         ...
 
     def standing_before(self, number: int) -> int:
-        """The frame that has to be decoded first to get this one: itself, or one before it."""
+        """The frame where decoding has to start to get this one: itself, or an earlier (key) frame."""
         ...
 
     def pictures_from(self, number: int) -> Generator[Picture, None, None]:
-        """Frames in rising order, from this one or somewhat before it to the last one, those between the wanted ones
-        included. One that cannot be decoded is left out. Raises SourceError when the source has gone or changed."""
+        """Frames in ascending order, from this one or somewhat before it to the last one, including those between
+        the wanted ones. A frame that cannot be decoded is left out. Raises SourceError when the source is gone or has
+        changed."""
         ...
 
 
 @runtime_checkable
 class MayWait(Protocol):
-    """A source whose input may not come for ever; the others only read what is there."""
+    """A source that may wait for ever for its input, such as stdin; other sources only read what exists already."""
 
     def interrupt(self) -> None:
-        """Ends the waiting and the iteration within a moment; from any thread, any number of times."""
+        """Ends the wait and the iteration within a moment. May be called from any thread, any number of times."""
         ...
 
 
 @runtime_checkable
 class OnDevice(Protocol):
-    """A source that may give its frames on the device they are wanted on."""
+    """A source that may deliver its frames directly on the device that needs them."""
 
-    on_device: bool  # whether it does, until it says otherwise in its notes
+    on_device: bool  # whether it does, unless a note says that it had to fall back
 
 
 # -- Where flow goes, and comes from again -------------------------------------------------------------------------
@@ -99,62 +100,62 @@ class OnDevice(Protocol):
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where an output that an earlier run left goes on."""
+    """Where to resume an output that an earlier run left."""
 
-    flows: int  # that are there and stay: the place in the output of the next one
-    frame: int  # number in the source of the frame to go on from
-    timestamp_s: float  # its time as the earlier run saw it: the source must say the same
-    complete: bool  # nothing was missing, unless the source has grown since
-    stored: int  # flows that are there in all, those that will be made again included
-    batch: int | None = None  # pairs a batch had: the same again, for the same numbers; None: not known
-    shard: int | None = None  # flows a shard has
+    flows: int  # flows that are kept, so the place in the output of the next one
+    frame: int  # number in the source of the frame to resume from
+    timestamp_s: float  # its timestamp in the earlier run: the source must give the same
+    complete: bool  # nothing is missing, unless the source has grown since
+    stored: int  # flows that are there in all, including those to be recomputed
+    batch: int | None = None  # pairs per batch of the earlier run, reused for equal results; None: unknown
+    shard: int | None = None  # flows in a shard
 
 
 @runtime_checkable
 class Resumable(Protocol):
-    """A sink that can take up what an earlier run of the same settings left."""
+    """A sink that can resume what an earlier run with the same settings left."""
 
     def resume_point(self, below: int | None = None) -> ResumePoint | None:
-        """Asked before ``open``, which goes on at the point last given; None: nothing is there that is worth it.
+        """Called before ``open``, which resumes at the point last returned; None: nothing there is worth resuming.
 
         below: keep fewer flows than this.
         """
         ...
 
     def require_same(self, info: FlowInfo) -> None:
-        """Raises ResumeMismatchError unless a run with this header would have written what is there."""
+        """Raises ResumeMismatchError unless a run with this header would have written the existing output."""
         ...
 
     def tell_losses(self, losses: Sequence[str]) -> None:
-        """Of what the source did not give, before a ``commit`` that takes the rest as the whole: to be recorded."""
+        """Has the source's losses recorded; called before a ``commit`` that treats the rest as the whole."""
         ...
 
 
 @runtime_checkable
 class FlowReader(Protocol):
-    """Gives flow that is stored already, in order: a store or a part of it, ``.flo`` files, KITTI pictures.
+    """Gives stored flow in order: of a store or a part of it, ``.flo`` files, KITTI pictures.
 
-    Iterate once. Vectors nobody knows are NaN, or beyond ``UNKNOWN_ABOVE`` as they stand in a ``.flo``.
+    Iterate once. Unknown vectors are NaN, or beyond ``UNKNOWN_ABOVE`` as in a ``.flo``.
     """
 
     @property
     def info(self) -> FlowInfo:
-        """Header of the flow itself: ``frame_count`` is one more than the flows there are."""
+        """Header of the flow itself: ``frame_count`` is the number of flows plus one."""
         ...
 
     @property
     def names(self) -> Sequence[str]:
-        """A name for each flow, without folder: ``000001.flo``, or ``000001`` where it is no file of its own."""
+        """A name for each flow, without folder: ``000001.flo``, or ``000001`` if the flow is not a separate file."""
         ...
 
     @property
     def stem(self) -> str | None:
-        """What a store's outputs are called after; None: those of files, after the files."""
+        """What outputs made from a store are named after; None: outputs made from files are named after those files."""
         ...
 
     @property
     def has_times(self) -> bool:
-        """Whether it keeps the times and frame numbers of its flows, as a store does and files do not."""
+        """Whether it holds the timestamps and frame numbers of its flows, as a store does and files do not."""
         ...
 
     @property
@@ -169,10 +170,10 @@ class FlowReader(Protocol):
 
 @runtime_checkable
 class OneFileAFlow(Protocol):
-    """A sink whose output is many files: it takes more than a look at one name to know whether it is finished."""
+    """A sink whose output is many files, so that one path does not tell whether it is finished."""
 
     def holds(self, flows: int) -> bool:
-        """Whether files of so many flows are there, all of them finished. Asked without ``open``."""
+        """Whether the finished files of exactly so many flows exist. Called without ``open``."""
         ...
 
 
@@ -180,9 +181,8 @@ class Sink(Protocol):
     """Takes flow in order and publishes it on success. One format = one file in ``sinks/``.
 
     ``open`` once, ``write`` any number of times, then ``commit`` or ``abort`` once. Until ``commit`` returns, nothing
-    that looks finished is at the output's name; after ``abort`` what cannot be of use is gone, and what it returns
-    tells the user of what is kept.
-    ``commit(complete=False)`` keeps all that was written but leaves it named as unfinished.
+    at the output's name looks finished. ``abort`` removes what is of no further use, and returns a message about what
+    it keeps, or None. ``commit(complete=False)`` keeps all that was written, but under an unfinished name.
     """
 
     def open(self, info: FlowInfo) -> None: ...
@@ -197,41 +197,41 @@ class Sink(Protocol):
 
     @property
     def bytes_written(self) -> int:
-        """Bytes on disk that this sink has put there so far; what it has replaced since does not count."""
+        """Bytes that this sink has put on disk so far, not counting those it has since replaced."""
         ...
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know, e.g. how many vectors were unknown or beyond range."""
+        """What the user should know, e.g. how many vectors were unknown or out of range."""
         ...
 
 
 @runtime_checkable
 class DeviceSink(Protocol):
-    """A sink that can have part of its work done where the flow is, so that only what it keeps comes to the host."""
+    """A sink that can do part of its work on the device where the flow is, so that only the result is downloaded."""
 
     @property
     def prepares(self) -> bool:
-        """Whether it has any such work. Known once it is open."""
+        """Whether it has any such work. Known once the sink is open."""
         ...
 
     def prepare(self, batches: Iterator[FlowBatch]) -> Iterator[Prepared]:
-        """A stage: flow on any device to what the sink makes of it on that device, in order: pictures, or steps."""
+        """A stage: flow on any device to what the sink makes from it on that device, in order: pictures or steps."""
         ...
 
     def take(self, prepared: Prepared) -> None:
-        """Takes one such, on the host, in place of what ``write`` takes."""
+        """Takes one prepared batch, on the host, instead of the flow that ``write`` takes."""
         ...
 
 
 @runtime_checkable
 class LandingSink(Protocol):
-    """A ``DeviceSink`` that has memory where what it has prepared may come to lie, so that nobody copies it there."""
+    """A ``DeviceSink`` that offers its own memory for prepared batches to land in, which saves a copy there."""
 
     def landing(self, prepared: Prepared, pin: Pin) -> Tensor | None:
-        """Host memory for the first of the tensors of what comes next, of its shape and dtype; None: anywhere.
+        """Host memory for the first tensor of this batch, of its shape and dtype; None: any memory will do.
 
-        pin: to be called with memory before the first piece of it is given away. What comes back is called before
-        that memory goes.
+        pin: the sink calls it with memory before it first returns a piece of that memory, and calls the function that
+        it returns before freeing that memory.
         """
         ...

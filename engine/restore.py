@@ -1,4 +1,4 @@
-"""Frames to the networks' multiple of 64, and flow back to frames: one object does the one and undoes the other."""
+"""Fits frames to the networks' multiple of 64, and the flow back to the frames: one object does both."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ PREDICTED_AT = 4  # the networks' last prediction has a quarter of their input's
 
 @dataclass(frozen=True)
 class Fit:
-    """How frames of one size are made to fit.
+    """How frames of one size are made to fit the networks.
 
-    pad:    edges are repeated up to the next multiple, as evenly as possible on both sides; flow is cut back, exactly.
-    crop:   the centre that is a multiple is kept; flow is of that size (flownet2-pytorch's way).
-    resize: frames are scaled to the nearest multiple; flow is scaled back, and its vectors with it.
+    pad:    edges are replicated up to the next multiple, as evenly as possible on both sides; flow is cropped back,
+            exactly.
+    crop:   frames are cropped in the centre to a multiple; flow has that size (flownet2-pytorch's way).
+    resize: frames are resized to the nearest multiple; flow is resized back, and its vectors scaled with it.
     """
 
     mode: FitMode
@@ -39,7 +40,7 @@ class Fit:
 
     @property
     def network_size(self) -> tuple[int, int]:
-        """(height, width) the network sees."""
+        """(height, width) of the network's input."""
         if self.mode == "pad":
             return -(-self.height // MULTIPLE) * MULTIPLE, -(-self.width // MULTIPLE) * MULTIPLE
         if self.mode == "crop":
@@ -48,7 +49,7 @@ class Fit:
 
     @property
     def flow_size(self) -> tuple[int, int]:
-        """(height, width) of the flow that comes out."""
+        """(height, width) of the resulting flow."""
         return self.network_size if self.mode == "crop" else (self.height, self.width)
 
     def apply(self, frames: Tensor) -> Tensor:
@@ -76,14 +77,14 @@ class Fit:
         return flow[:, :, top : top + self.height, left : left + self.width]
 
     def undo_native(self, native: Tensor) -> Tensor:
-        """(N, 2, h, w) the network's own prediction, its vectors in the network's pixels, to the frame's pixels."""
+        """(N, 2, h, w) native prediction, from pixels of the network's input to pixels of the frame."""
         if self.mode != "resize":
             return native
         height, width = self.network_size
         return native * native.new_tensor([self.width / width, self.height / height]).view(1, 2, 1, 1)
 
     def grid(self, upsampling: Upsampling) -> NativeGrid:
-        """Where the network's own prediction, enlarged as told, lies in the flow that ``undo`` gives."""
+        """How the network's native prediction, upsampled as stated, maps to the flow that ``undo`` gives."""
         height, width = (side // PREDICTED_AT for side in self.network_size)
         top, left = self._margins() if self.mode == "pad" else (0, 0)
         return NativeGrid(height, width, PREDICTED_AT, upsampling, self.mode, top, left)
@@ -94,7 +95,7 @@ class Fit:
 
 
 def restore(fit: Fit) -> Callable[[Iterator[FlowBatch]], Iterator[FlowBatch]]:
-    """A stage: flow as the network gives it to flow in pixels of the source frame."""
+    """A stage: flow at the network's size to flow in pixels of the source frame."""
 
     def stage(batches: Iterator[FlowBatch]) -> Iterator[FlowBatch]:
         for batch in batches:
