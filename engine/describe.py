@@ -1,7 +1,7 @@
 """What a file is, in plain values: a video, images, a synthetic scene, a flow file, a flow store, or weights.
 
-Every answer has ``path`` and ``kind`` and, for its kind, always the same further keys: None where nothing is known.
-Numbers are finite, so that the whole is strictly valid JSON.
+Every answer has ``path``, ``kind`` and the same further keys for every file of that kind, None where nothing is known.
+All numbers are finite, so that the answer is strictly valid JSON.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 
 Facts = dict[str, JSON]
 
-BLOCK_VECTORS = 1 << 20  # of a .flo taken at a time: 8 MiB, whatever the size of the file
+BLOCK_VECTORS = 1 << 20  # vectors of a .flo read at a time: 8 MiB, whatever the size of the file
 KNOWN_KINDS = (
     "a video, images (file, folder or quoted glob), synthetic:NAME, flow (.flo, .kitti.png, .npz), "
     "a flow store (.zarr) or weights (.safetensors, .pth.tar)"
 )
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".tar", ".ckpt")
 _VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".mpg", ".flv", ".wmv"})
-_RGB_16_BIT = bytes((16, 2))  # bytes 24 and 25 of a PNG file: bits a sample, kind of colour
+_RGB_16_BIT = bytes((16, 2))  # bytes 24 and 25 of a PNG file: bits per sample, colour type (RGB)
 _SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
 
 
@@ -49,15 +49,15 @@ def describe(name: str) -> Facts:
     ``weights``.
 
     Raises:
-        SourceNotFoundError, StoreNotFoundError: nothing goes by that name.
-        FlowreelError: it is there, but cannot be read as what it says it is, or is of no kind that is known.
+        SourceNotFoundError, StoreNotFoundError: nothing of that name exists.
+        FlowreelError: it exists, but cannot be read as the kind it claims to be, or is of no known kind.
     """
     kind, reader = _kind(name)
     return {"path": name, "kind": kind} | {key: _strict(value) for key, value in reader(name).items()}
 
 
 def _kind(name: str) -> tuple[str, Callable[[str], Facts]]:
-    """What ``name`` is taken for, and what describes that. A file's name decides, and where it does not, its start."""
+    """The kind of ``name`` and the function that describes it, by the name and, where needed, a file's first bytes."""
     path = Path(name)
     ending = path.name.lower()
     if is_synthetic(name):
@@ -92,9 +92,9 @@ def _kind_of_file(path: Path, ending: str) -> tuple[str, Callable[[str], Facts]]
 
 
 def _is_kitti(path: Path) -> bool:
-    """Whether a 16-bit picture is KITTI's flow, whose own files are named like any picture (``000000_10.png``).
+    """Whether a 16-bit PNG is KITTI flow: KITTI names its own files like any picture (``000000_10.png``).
 
-    Its blue says valid or not, 1 or 0: nothing of that is left in the upper 8 bits, which make the picture as shown.
+    The blue channel is the valid mask, 1 or 0, so its upper 8 bits, all that an 8-bit picture keeps, are zero.
     """
     from flowreel.engine.sources.images import read_rgb
 
@@ -102,7 +102,7 @@ def _is_kitti(path: Path) -> bool:
 
 
 def _strict(value: Any) -> JSON:
-    """The same as JSON can say it: what is not finite becomes None."""
+    """The value in JSON's types; numbers that are not finite become None."""
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -128,7 +128,7 @@ def _store(name: str) -> Facts:
         "resolution",
         "flow_height",
         "flow_width",
-    )  # by the summary, or once read
+    )  # in the summary already, or folded into its sizes
     for key in said:
         attributes.pop(key, None)
     for key in ("model", "weights", "software_version"):
@@ -149,7 +149,7 @@ def _store(name: str) -> Facts:
 def _flo(name: str) -> Facts:
     height, width = sinks.read_flo(name).shape[:2]
     rows = max(1, BLOCK_VECTORS // width)
-    # A large file is mapped by read_flo; mapping it anew for each block lets go of the pages already read.
+    # read_flo maps a large file into memory; mapping it anew for each block releases the pages already read.
     blocks = (sinks.read_flo(name)[top : top + rows] for top in range(0, height, rows))
     return {"tag": "PIEH (202021.25)"} | _flow_facts(name, height, width, blocks)
 
@@ -167,7 +167,7 @@ def _npz(name: str) -> Facts:
 
 
 def _flow_facts(name: str, height: int, width: int, blocks: Iterable[Float32Array]) -> Facts:
-    """Statistics of one field, from blocks of rows (R, W, 2) px, each let go before the next is taken."""
+    """Statistics of one field, from blocks of rows (R, W, 2) px, of which only one is held at a time."""
     first: JSON = None
     low, high = np.full(2, np.inf), np.full(2, -np.inf)
     known, longest, total = 0, 0.0, 0.0
@@ -206,9 +206,9 @@ def _weights(name: str) -> Facts:
 
 
 def _stored_dtypes(name: str) -> JSON:
-    """How many tensors the file holds of each dtype, before loading makes them float32; None when it does not tell.
+    """Number of tensors of each dtype in the file, which loading converts to float32; None when it cannot be told.
 
-    The file is known to be readable.
+    Expects a file that ``read_weights`` can read.
     """
     import torch
     from safetensors import safe_open
@@ -255,7 +255,7 @@ def _images(name: str) -> Facts:
 
     paths = find_images(name)
     if len(paths) > 1:
-        with closing(open_source(name, SelectConfig())) as source:  # reads every header: all are of one size
+        with closing(open_source(name, SelectConfig())) as source:  # reads every header: all must be of one size
             height, width = source.info.height, source.info.width
             notes: list[JSON] = [*source.notes]
     else:

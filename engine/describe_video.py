@@ -1,4 +1,4 @@
-"""What a video is, in plain values: its container, every stream, and what flowreel makes of it."""
+"""Describes a video file, as plain values: its container, every stream, and how flowreel reads it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Facts = dict[str, JSON]
 
 
 def video_facts(name: str) -> Facts:
-    """What a container and its streams hold, by a packet scan and each video stream's first frame.
+    """What a container and its streams hold, from a packet scan and each video stream's first frame.
 
     Raises what ``probe_video`` raises.
     """
@@ -60,7 +60,7 @@ def video_facts(name: str) -> Facts:
 
 
 def _streams(container: InputContainer, used: VideoProbe) -> Iterator[JSON]:
-    """Every stream, in the container's order. A video stream beside the used one is read through as well."""
+    """Every stream, in the container's order. Video streams that are not used are scanned as well."""
     number = 0
     for stream in container.streams:
         language = stream.metadata.get("language")
@@ -88,7 +88,7 @@ def _streams(container: InputContainer, used: VideoProbe) -> Iterator[JSON]:
 
 
 def _video_facts(stream: VideoStream, probe: VideoProbe) -> Facts:
-    """What its packets and its first frame tell of a video stream."""
+    """What a video stream's packets and first frame tell."""
     times_s, pixels = probe.timeline.times_s, probe.pixel_format
     gaps_s, key_gaps_s = np.diff(times_s), np.diff(times_s[probe.key_frames])
     (stored_width, stored_height), (width, height) = probe.stored_size, probe.shown_size
@@ -129,7 +129,7 @@ def _video_facts(stream: VideoStream, probe: VideoProbe) -> Facts:
 
 
 def _is_steady(gaps_s: Float64Array, tick_s: float) -> bool | None:
-    """Whether frames come at a constant rate. Containers round stamps to ticks, some on their way to milliseconds."""
+    """Whether the frame rate is constant, allowing for timestamps rounded to ticks or, by some muxers, to 1 ms."""
     if not len(gaps_s):
         return None
     smallest, largest = float(gaps_s.min()), float(gaps_s.max())
@@ -137,7 +137,7 @@ def _is_steady(gaps_s: Float64Array, tick_s: float) -> bool | None:
 
 
 def _rotation(turn: Turn) -> int:
-    """Degrees counterclockwise, -90 to 180, as FFmpeg counts them; of a mirrored picture, after its sides changed."""
+    """Degrees counterclockwise, -90 to 180, as FFmpeg counts them; a mirrored picture is mirrored before it turns."""
     if not turn.transpose:
         return 180 if turn.flip_y else 0
     return -90 if turn.flip_x else 90

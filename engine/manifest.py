@@ -1,7 +1,7 @@
-"""What became of each of many sources, as a file beside their outputs: the next run with it does what is left.
+"""The outcome of each of many sources, in a file beside their outputs: the next run that reads it does what is left.
 
-It is replaced as a whole whenever something is noted, by one run at a time. Of outputs that do not tell themselves how
-they were made, it tells that, too.
+The file is replaced atomically at every change, by one run at a time. It also records how outputs were made that do not
+record it themselves, which is all but stores.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ Status = Literal["done", "skipped", "failed", "interrupted"]
 
 @dataclass(frozen=True)
 class SourceReport:
-    """What became of one source."""
+    """The outcome of one source."""
 
     source: str
     status: Status
     outputs: tuple[str, ...]
-    flows: int | None = None  # None: unknown, as of outputs that were made by an earlier run
-    seconds: float = 0.0  # opening the source included
-    began: bool = False  # its outputs were opened, so what lies there unfinished is this run's own
+    flows: int | None = None  # None: unknown, as for outputs made by an earlier run
+    seconds: float = 0.0  # including opening the source
+    began: bool = False  # its outputs were opened, so that unfinished ones are this run's own
     error: Exception | None = None
-    run: RunReport | None = None  # of a source that was done now
+    run: RunReport | None = None  # of a source computed by this run
 
     def as_json(self) -> dict[str, object]:
         """The manifest's entry."""
@@ -68,14 +68,14 @@ class Job:
 
 
 class Ledger:
-    """The reports so far, and the file that says the same."""
+    """The reports so far, and the manifest that records them."""
 
     def __init__(self, path: Path, jobs: list[Job]) -> None:
         self.path = path
         self._jobs = jobs
         self._reports: dict[str, SourceReport] = {}
         self._former, self._made = _former(path)
-        self._claim: Claim | None = None  # from the first time it is written
+        self._claim: Claim | None = None  # taken at the first write
 
     def close(self) -> None:
         """Lets other runs write the manifest."""
@@ -94,12 +94,12 @@ class Ledger:
         return job.source in self._reports
 
     def note(self, report: SourceReport) -> None:
-        """What is known of a source now, in place of what was known before."""
+        """Replaces the source's report and writes the manifest."""
         self._reports[report.source] = report
         self.write()
 
     def write(self, ended: bool = False) -> None:
-        """Replaces the file in one step. Raises OutputBusyError while another run writes it."""
+        """Replaces the file atomically. Raises OutputBusyError while another run writes it; OutputWriteError."""
         self._hold()
         content = {
             FORMAT: 1,
@@ -115,7 +115,7 @@ class Ledger:
             raise OutputWriteError(f"cannot write the manifest {self.path}: {error.strerror or error}") from error
 
     def _hold(self) -> None:
-        """Keeps others from writing it, from now on; what they have written meanwhile counts."""
+        """Locks the manifest against other runs from now on, and reads again what they may have written meanwhile."""
         if self._claim is not None:
             return
         try:
@@ -125,14 +125,14 @@ class Ledger:
             raise OutputBusyError(f"{error}, or name another with --manifest") from error
         except OSError as error:
             raise OutputWriteError(f"cannot write the manifest {self.path}: {error.strerror or error}") from error
-        claim.made = True  # so that it goes in the end, also where a run that was killed left it
+        claim.made = True  # so that ``close`` removes the lock file even where a killed run had left it
         self._claim = claim
         self._former, self._made = _former(self.path)
 
     def finished(self, job: Job, config: SinkConfig) -> list[Sink]:
-        """The outputs that are there and whole, as far as is known.
+        """The outputs that are known to be complete.
 
-        A store tells of itself. Of others the manifest of the run that wrote them must.
+        A store shows that itself; for others the manifest of the run that wrote them must record it.
         """
         sinks = (open_sink(path, config) for path in job.outputs)
         return [sink for sink in sinks if self._is_finished(sink)]
@@ -146,38 +146,38 @@ class Ledger:
         return self._made.get(path, {})
 
     def remember(self, paths: list[str], made: dict[str, Any]) -> None:
-        """Of finished outputs, how they were made. Written with the next note."""
+        """Records how finished outputs were made. Written to the file with the next ``note``."""
         self._hold()
         self._made |= dict.fromkeys(paths, made)
 
     def flows_before(self, job: Job) -> int | None:
-        """Flows of a source that the former manifest says is done; None where it does not."""
+        """Flows of a source that is done according to the former manifest; None where it is not."""
         entry = self._former.get(job.source, {})
         flows = entry.get("flows")
         return flows if entry.get("status") in ("done", "skipped") and isinstance(flows, int) else None
 
     def left_unfinished(self, job: Job) -> bool:
-        """Whether what lies unfinished at the source's outputs was left there by the run of the former manifest."""
+        """Whether unfinished outputs of this source were left by the run that wrote the former manifest."""
         entry = self._former.get(job.source, {})
         ended_early = entry.get("status") in ("interrupted", "failed") and entry.get("began") is True
         return ended_early and set(job.outputs) <= set(entry.get("outputs", ()))
 
 
 def _former(path: Path) -> tuple[Mapping[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-    """What an earlier run left: entries by source, and how outputs were made, by path.
+    """What an earlier run recorded: entries by source, and how outputs were made, by path.
 
     Raises OutputExistsError for a file that is no manifest of ours.
     """
-    odd = os.path.exists(path) and not os.path.isfile(path)  # a folder; or a device, which may never end
+    odd = os.path.exists(path) and not os.path.isfile(path)  # a folder, or a device, which could be read for ever
     try:
         content = None if odd else json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        return {}, {}  # the first run; or no such folder can be, as will be said on writing
+        return {}, {}  # the first run; where the folder cannot exist, writing will report it
     except (OSError, ValueError):
         content = None
     if not isinstance(content, dict) or FORMAT not in content or not isinstance(content.get("sources"), list):
         raise OutputExistsError(f"{path} is there and is no manifest of flowreel's: name another with --manifest")
-    earlier, made = content.get("earlier"), content.get("made")  # earlier: of sources that run did not get to
+    earlier, made = content.get("earlier"), content.get("made")  # earlier: of sources that run did not reach
     entries = [
         entry
         for entry in (*(earlier if isinstance(earlier, list) else ()), *content["sources"])

@@ -1,7 +1,7 @@
-"""Many sources, one network: each source to outputs of its own, what is done already skipped, failures collected.
+"""Many sources, one network: each source has its own outputs, finished ones are skipped, failures are collected.
 
-A manifest beside the outputs tells at every moment how far it is. It is replaced as a whole when a source's outputs
-have been opened and when it has ended; between the two it says interrupted, so that a killed process leaves the truth.
+A manifest beside the outputs always records the current state. It is replaced atomically when a source's outputs have
+been opened and again when the source ends; in between it says interrupted, so that it is still true of a killed run.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ManyReport:
     """What a run over many sources did."""
 
     sources: tuple[SourceReport, ...]  # in the order they were given
-    manifest: str  # path of the file that says the same
+    manifest: str  # path of the manifest, which records the same
     seconds: float
 
     @property
@@ -44,7 +44,7 @@ class ManyReport:
         return tuple(report for report in self.sources if report.status == "failed")
 
     def raise_if_failed(self) -> None:
-        """Raises SomeSourcesFailedError naming how many, the first of them and the manifest; nothing if none did."""
+        """Raises SomeSourcesFailedError naming how many failed, the first one and the manifest; only if any failed."""
         if self.failed:
             first = self.failed[0]
             raise SomeSourcesFailedError(
@@ -53,7 +53,7 @@ class ManyReport:
             ) from first.error
 
     def as_json(self) -> dict[str, object]:
-        """The report as plain values, for a file; a source that was done has its RunReport under ``run``."""
+        """The report as plain values, for a file; a source computed now has its RunReport under ``run``."""
         runs = [report.run and report.run.as_json() for report in self.sources]
         sources = [report.as_json() | {"run": run} for report, run in zip(self.sources, runs, strict=True)]
         return {"seconds": self.seconds, "manifest": self.manifest, "sources": sources}
@@ -61,13 +61,13 @@ class ManyReport:
 
 @dataclass(frozen=True)
 class ManyProgress:
-    """What a run over many sources tells while it is under way."""
+    """How far a run over many sources has come."""
 
     source: str
-    number: int  # of this source among all, from 1
-    count: int  # sources given
-    failed: int  # so far
-    run: Progress | None  # of this source; None: it has only begun
+    number: int  # of this source, counted from 1
+    count: int  # of all sources
+    failed: int  # sources so far
+    run: Progress | None  # of this source; None: it is only starting
 
 
 def run_many(
@@ -80,36 +80,37 @@ def run_many(
 ) -> ManyReport:
     """Computes the flow of many sources with one network, one source after another.
 
-    A source whose outputs are all there is skipped; where some are missing, only those are made. What is there must be
-    of that source and made with these settings, as stores tell themselves and the manifest tells of other outputs;
-    else the source fails with ResumeMismatchError, or OutputExistsError where nothing is known. What a source left
-    unfinished in an earlier run with the same manifest is made anew. ``overwrite`` makes everything anew.
+    A source whose outputs all exist is skipped; where some are missing, only those are made. Existing outputs must
+    come from that source and these settings, as recorded by a store itself and by the manifest for other outputs;
+    otherwise the source fails with ResumeMismatchError, or with OutputExistsError where nothing is recorded. Outputs
+    left unfinished by an earlier run with the same manifest are made anew. ``overwrite`` makes everything anew.
 
     Args:
-        sources: each as ``source`` of ``flowreel.run``; one alone will do.
-        outputs: as of ``flowreel.run``; with more than one source each must contain ``{stem}``, which stands for the
-            source's name without folder and ending.
-        progress: called a few times a second with a ``ManyProgress``, and once as each source begins.
-        manifest: where to write what became of each source, as JSON. None: ``flowreel-manifest.json`` in the folder
-            of the first output, or the one above where the folder's own name holds ``{stem}``.
-        **options: as of ``flowreel.run``.
+        sources: each as ``source`` of ``flowreel.run``; a single one is allowed.
+        outputs: as for ``flowreel.run``; with more than one source each must contain ``{stem}``, which stands for the
+            source's name without folder and suffix.
+        progress: called a few times a second with a ``ManyProgress``, and once as each source starts.
+        manifest: where to record the outcome of each source, as JSON. None: ``flowreel-manifest.json`` in the folder
+            of the first output, or in the nearest folder above it whose path is free of ``{stem}``.
+        **options: as for ``flowreel.run``.
 
     Returns:
-        What became of each source. Failures of single sources are in it and are not raised: see ``raise_if_failed``.
+        The outcome of each source. A source that fails is reported there and not raised: see ``raise_if_failed``.
 
     Raises:
-        UsageError, UnknownOutputError: before anything is written; also for two sources of one name.
-        WeightsError: before the first source of which something is there, or left to do; DeviceError: left to do.
-        OutputExistsError, OutputWriteError, OutputBusyError: of the manifest: something else is in its place, it cannot
+        UsageError, UnknownOutputError: before anything is written; also when two sources have the same stem.
+        WeightsError: before the first source that has finished outputs or something left to compute.
+        DeviceError: before the first source that has something left to compute.
+        OutputExistsError, OutputWriteError, OutputBusyError: the manifest's path is taken by something else, it cannot
             be written, or another run is writing it.
-        KeyboardInterrupt: after the source at work was stopped; the manifest says so.
+        KeyboardInterrupt: after the current source was stopped, which the manifest records.
     """
     began_s = time.perf_counter()
     config = RunConfig.of(**options)
     given = [sources] if isinstance(sources, str | os.PathLike) else sources
     jobs = _jobs([os.fspath(source) for source in given], outputs)
     for path in jobs[0].outputs:
-        open_sink(path, config.sink)  # writes nothing yet: a name that no format goes by is told of at once
+        open_sink(path, config.sink)  # writes nothing yet, but rejects an unknown format at once
     with closing(Ledger(_manifest_path(manifest, outputs), jobs)) as ledger:
         _run_each(jobs, config, ledger, progress)
         ledger.write(ended=True)
@@ -147,14 +148,14 @@ def _run_each(
 
 
 def _instead(source: str) -> str:
-    """What to do where two sources meet."""
+    """What to suggest when two sources have the same stem."""
     if Path(source).suffix.lower() in IMAGE_SUFFIXES:
         return "to take images as one sequence, name their folder, or put the glob in quotes"
     return "rename one, or run them apart"
 
 
 def _jobs(sources: list[str], outputs: PathLike | Iterable[PathLike] | None) -> list[Job]:
-    """Each source with its outputs' names. Raises UsageError when two sources would meet in one output."""
+    """Each source with its outputs' names. Raises UsageError when two sources would share an output."""
     if not sources:
         raise UsageError("give at least one source")
     templates = _templates(outputs)
@@ -185,16 +186,17 @@ def _templates(outputs: PathLike | Iterable[PathLike] | None) -> list[str]:
 
 
 def _held(config: ModelConfig) -> Weights:
-    """What is known of the weights, without their tensors. Raises WeightsError; UsageError for a model that is none."""
+    """The weights without their tensors. Raises WeightsError; UsageError for an unknown model."""
     if config.model is not None:
         model_name(config.model)
     return replace(read_weights(config.weights), state={})
 
 
 def _missing(job: Job, there: list[Sink], ledger: Ledger, config: RunConfig, weights: Weights) -> list[str]:
-    """The outputs that are left to make.
+    """The outputs that are left to make; ``there`` are the finished ones.
 
-    Raises ResumeMismatchError when one that is ``there`` was made otherwise, or of another source, or of less of it.
+    Raises ResumeMismatchError when one of them has other settings or another source, or, without ``resume``, when the
+    source's size has changed since.
     """
     source = source_identity(job.source)
     stored = settings(config, source, weights)
@@ -218,7 +220,8 @@ def _missing(job: Job, there: list[Sink], ledger: Ledger, config: RunConfig, wei
             grown = True
     paths = {sink.path for sink in there}
     missing = [path for path in job.outputs if path not in paths]
-    return list(job.outputs) if config.sink.resume and (missing or grown) else missing  # others are made of the store
+    # A resumed run needs the store's name too: it makes the other outputs from it.
+    return list(job.outputs) if config.sink.resume and (missing or grown) else missing
 
 
 def _attempt(
@@ -229,20 +232,20 @@ def _attempt(
     ledger: Ledger,
     tell: Callable[[Progress | None], None],
 ) -> None:
-    """Runs one source and records what became of it. Only what is nobody's fault but ours, and Ctrl-C, get out."""
+    """Runs one source and records the outcome. Only Ctrl-C and errors that are not FlowreelError (bugs) propagate."""
     began_s = time.perf_counter()
-    # Until something better is known. What an earlier run began stays ours, whether or not this one gets as far.
+    # The status until the outcome is known. Outputs an earlier run began stay ours even if this one opens none.
     report = SourceReport(job.source, "interrupted", job.outputs, began=ledger.left_unfinished(job))
 
     def follow(run: Progress) -> None:
         nonlocal report
-        if not ledger.has(job):  # this is the first call: the outputs have just been opened
+        if not ledger.has(job):  # the first call: the outputs have just been opened
             report = replace(report, began=True)
             ledger.note(report)
         tell(run)
 
     try:
-        stored = settings(config, source_identity(job.source), network.weights)  # of the source as it is now
+        stored = settings(config, source_identity(job.source), network.weights)  # of the source before the run
         run = run_one(job.source, missing, config, lambda: network, follow)
         chosen = {"batch": run.batch, "precision": run.precision, "flows": run.flows}
         ledger.remember(missing, settings_of_others(stored, config) | chosen)
@@ -257,7 +260,7 @@ def _attempt(
 
 
 def _forget_traceback(error: BaseException | None) -> None:
-    """A traceback keeps alive whatever its frames held: pictures, sinks, the whole chain, for each failed source."""
+    """Drops the tracebacks, which would keep alive pictures, sinks and the whole chain of every failed source."""
     while error is not None:
         error.__traceback__ = None
         error = error.__cause__ or error.__context__

@@ -1,4 +1,4 @@
-"""What every command that writes flow shares: naming its outputs, opening and ending them, counting, telling."""
+"""What all commands that write flow share: naming outputs, opening and aborting them, counting flows, progress."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ ProgressHook = Callable[["Progress"], None]
 
 @dataclass(frozen=True)
 class Progress:
-    """What is told while flow is on its way."""
+    """How far a run, an export or a repair has come."""
 
     stages: tuple[StageStatistics, ...]
-    flow_count: int | None  # flows there will be; None: unknown
+    flow_count: int | None  # flows expected; None: unknown
     flows_done: int  # flows that every output has taken
     seconds: float  # since the first frame or flow was asked for
 
@@ -37,23 +37,23 @@ class OutputReport:
     path: str
     bytes_written: int
     notes: tuple[str, ...] = ()  # e.g. how many vectors were beyond range
-    flo_bytes: int | None = None  # what the flows written to it would have taken as .flo files; None: nobody compares
+    flo_bytes: int | None = None  # what the flows written to it would have taken as .flo files; None: not compared
 
 
 def output_report(sink: Sink, flo_bytes: int | None = None) -> OutputReport:
-    """What a sink says of itself when it is done."""
+    """The report of a sink that is done."""
     return OutputReport(sink.path, sink.bytes_written, tuple(sink.notes), flo_bytes)
 
 
 def is_finished(sink: Sink, flows: int) -> bool:
-    """Whether the output is there, all of it: of one file a flow, files of so many flows."""
+    """Whether the output is complete; where it is one file per flow, whether it holds that many flows."""
     if isinstance(sink, OneFileAFlow):
         return sink.holds(flows)
     return os.path.isdir(sink.path) if isinstance(sink, Resumable) else os.path.isfile(sink.path)
 
 
 def named_outputs(outputs: PathLike | Iterable[PathLike], stem: str) -> list[str]:
-    """The outputs' names with ``{stem}`` filled in. Raises UsageError for none, or for two in one place."""
+    """The outputs' names with ``{stem}`` filled in. Raises UsageError for no outputs, or two that would collide."""
     given = [outputs] if isinstance(outputs, str | os.PathLike) else list(outputs)
     paths = [os.fspath(path).replace("{stem}", stem) for path in given]
     if not paths:
@@ -65,7 +65,7 @@ def named_outputs(outputs: PathLike | Iterable[PathLike], stem: str) -> list[str
                 raise UsageError(f"{path} is given twice as an output{again}")
             require_apart(path, before, "another output")
             require_apart(before, path, "another output")
-            for one, other in ((path, before), (before, path)):  # nor in what is renamed to the other one in the end
+            for one, other in ((path, before), (before, path)):  # nor inside the .partial of the other
                 require_apart(one, f"{other}.partial", f"the unfinished {other}")
         require_outside_stores(path)
     return paths
@@ -73,10 +73,10 @@ def named_outputs(outputs: PathLike | Iterable[PathLike], stem: str) -> list[str
 
 @contextmanager
 def opened_sinks(sinks: Sequence[Sink], header: FlowInfo, *, resumes: bool = False) -> Iterator[None]:
-    """Opens the sinks; when anything goes wrong inside, those that are open are aborted.
+    """Opens the sinks; when the block raises, those that are open are aborted.
 
-    What they keep nevertheless is told in the error's notes, and that --resume goes on with it, where it ``resumes``
-    and would not come to the same end.
+    What they keep nevertheless is added to the error as notes. With ``resumes``, the notes say that --resume goes on
+    with it, unless it would fail in the same way.
     """
     opened: list[Sink] = []
     try:
@@ -85,7 +85,7 @@ def opened_sinks(sinks: Sequence[Sink], header: FlowInfo, *, resumes: bool = Fal
             opened.append(sink)
         yield
     except TruncatedSourceError:
-        raise  # they were committed as unfinished: what they hold stays
+        raise  # the sinks were committed as unfinished and keep what they hold
     except BaseException as error:
         for sink in opened:
             if kept := sink.abort():
@@ -95,19 +95,19 @@ def opened_sinks(sinks: Sequence[Sink], header: FlowInfo, *, resumes: bool = Fal
 
 
 class Counting(Protocol):
-    """What takes flows in a pipeline and knows how many it has."""
+    """Anything that takes flows in a pipeline and counts them."""
 
     @property
     def flows(self) -> int: ...
 
 
 def preparing(sink: Sink) -> DeviceSink | None:
-    """The sink, if part of its work is to be done where the flow is."""
+    """The sink, if part of its work is done on the device that holds the flow; else None."""
     return sink if isinstance(sink, DeviceSink) and sink.prepares else None
 
 
 class Tally:
-    """Writes to one sink and counts what it took. Flow on a GPU is brought to the host here, or what is made of it."""
+    """Writes to one sink and counts the flows. Copies flow from the GPU to the host, or what the sink made of it."""
 
     def __init__(self, sink: Sink, *, on_gpu: bool = False) -> None:
         self.sink = sink
@@ -129,7 +129,7 @@ class Tally:
 def teller(
     progress: ProgressHook | None, tallies: Sequence[Counting], count: int | None
 ) -> Callable[[tuple[StageStatistics, ...]], None]:
-    """A pipeline's progress hook that tells the caller's own one how many flows every output has taken."""
+    """A progress hook for a pipeline that tells the caller's hook how many flows all outputs have taken."""
     started_s = time.perf_counter()
 
     def tell(stages: tuple[StageStatistics, ...]) -> None:

@@ -1,8 +1,8 @@
-"""Publish on success: write beside the destination, make it durable, then give it its name in one step.
+"""Publish on success: write beside the destination, make it durable, then rename it into place.
 
 Every output goes through here, so that a killed run or a full disk leaves either the whole file or folder, or something
-whose name ends in ``.partial``. The order is always the same: contents to disk, rename, the folder's entry to disk;
-a power cut between any two of them loses nothing that was already published.
+whose name ends in ``.partial``. The order is always the same: sync the contents, rename, sync the folder's entry; a
+power cut between any two of these steps loses nothing that was already published.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import BinaryIO
 from flowreel.engine.claims import Claim
 from flowreel.engine.errors import OutputError, OutputExistsError, OutputWriteError
 
-MOST_PIECES = 1024  # that Linux and macOS take at once
+MOST_PIECES = 1024  # IOV_MAX of Linux and macOS: buffers that one writev takes
 
 
 def partial_path(path: Path) -> Path:
@@ -30,19 +30,19 @@ def partial_path(path: Path) -> Path:
 
 
 def replaced_path(path: Path) -> Path:
-    """Where an old folder waits for the moment between its own renaming and its successor's."""
+    """Name that an old folder has between its own renaming and that of its successor."""
     return path.with_name(path.name + ".replaced")
 
 
 def require_absent(path: Path, overwrite: bool) -> None:
-    """Raises OutputExistsError when something is at ``path`` and nobody asked to replace it."""
+    """Raises OutputExistsError when something exists at ``path`` and ``overwrite`` is not set."""
     if not overwrite and os.path.lexists(path):
         raise OutputExistsError(f"{path} is already there: pass --overwrite to replace it, or choose another name")
 
 
 @contextmanager
 def write_errors(path: Path | str) -> Iterator[None]:
-    """Turns the operating system's errors into OutputWriteError naming ``path``; flowreel's own pass unchanged."""
+    """Turns OSError into OutputWriteError naming ``path``; OutputError passes unchanged."""
     try:
         yield
     except OutputError:
@@ -66,15 +66,15 @@ def sync_folder(path: Path) -> None:
     try:
         sync_file(path)
     except OSError as error:
-        # Some network file systems know no fsync of a folder; there is nothing better to do on them.
+        # Some network file systems cannot fsync a folder; there is nothing better to do on them.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
 
 
 def make_folder(path: Path) -> None:
-    """Creates a folder and its missing parents, each one's entry on the disk before anything goes into it.
+    """Creates a folder and its missing parents, syncing the entry of each before anything goes into it.
 
-    Raises NotADirectoryError where something else is in its place or above it.
+    Raises NotADirectoryError when something other than a folder is at that path or above it.
     """
     missing = []
     while not path.is_dir():
@@ -89,7 +89,7 @@ def make_folder(path: Path) -> None:
 
 
 def publish_file(temporary: Path, path: Path) -> None:
-    """Gives a finished temporary file its name, replacing what was there. Both lie in the same folder."""
+    """Syncs a finished temporary file and renames it to ``path``, in the same folder, replacing what was there."""
     sync_file(temporary)
     os.replace(temporary, path)
     sync_folder(path.parent)
@@ -97,10 +97,10 @@ def publish_file(temporary: Path, path: Path) -> None:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A name to write a new file under, which gets its own name ``path`` when the block ends; else nothing remains.
+    """A temporary path to write to, renamed to ``path`` when the block succeeds and removed when it fails.
 
-    Parent folders are created. The temporary name is always the same one, so that leftovers of a killed run are
-    replaced rather than collected.
+    Parent folders are created. The temporary name is always the same, so that leftovers of killed runs are replaced
+    and do not pile up.
     """
     make_folder(path.parent)
     temporary = partial_path(path)
@@ -116,7 +116,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """The same, opened for writing."""
+    """``atomic_path``, opened for writing."""
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         yield file
 
@@ -129,9 +129,10 @@ def publish_bytes(path: Path, *pieces: bytes) -> int:
 
 
 def write_pieces(file: BinaryIO, pieces: Iterable[bytes | memoryview]) -> None:
-    """Writes them one after another to a file that nothing waits in to be written, as many at once as a system takes.
+    """Writes the pieces in order with as few system calls as possible. The file's own buffer must be empty.
 
-    With a call for each piece a thread would have to come by the GIL after each, and in a fast run many want it.
+    A system call for each piece would have to reacquire the GIL each time, and in a fast run many threads compete for
+    it.
     """
     if not hasattr(os, "writev"):  # as on Windows
         file.writelines(pieces)
@@ -141,15 +142,15 @@ def write_pieces(file: BinaryIO, pieces: Iterable[bytes | memoryview]) -> None:
         written = os.writev(file.fileno(), list(islice(waiting, MOST_PIECES)))
         while waiting and written >= len(waiting[0]):
             written -= len(waiting.popleft())
-        if written:  # a part of one
+        if written:  # the last piece in part
             waiting[0] = waiting[0][written:]
 
 
 def write_unfinished(contents: Mapping[Path, Iterable[bytes | memoryview]], output: Path | str | None = None) -> int:
-    """Writes files that belong together under their unfinished names, durably; on an error none of them is left.
+    """Writes files that belong together under their ``.partial`` names, and syncs them; on an error all are removed.
 
-    ``contents``: by the names they are to get, see ``give_names``. ``output``: what an error says cannot be written;
-    None: the file. Parent folders are created. Returns their bytes.
+    ``contents``: pieces by final path, see ``give_names``. ``output``: what an error names as not written; None: the
+    file. Parent folders are created. Returns the number of bytes written.
     """
     written, nbytes = [], 0
     try:
@@ -170,29 +171,30 @@ def write_unfinished(contents: Mapping[Path, Iterable[bytes | memoryview]], outp
 
 
 def drop_unfinished(paths: Iterable[Path]) -> None:
-    """Removes what ``write_unfinished`` wrote, by the names it was to get. Folders are somebody else's."""
+    """Removes what ``write_unfinished`` wrote, given the final paths. Folders of those names are not ours and stay."""
     for path in paths:
         with suppress(OSError):
             remove_leftover(partial_path(path))
 
 
 def give_names(paths: Iterable[Path]) -> None:
-    """Finished files lose the ``.partial`` of their names, in this order. Their folders' entries are not synced."""
+    """Renames finished files from their ``.partial`` names, in this order, without syncing their folders."""
     for path in paths:
         with write_errors(path):
             os.replace(partial_path(path), path)
 
 
 def give_name(path: Path) -> None:
-    """A finished file loses the ``.partial`` of its name, durably."""
+    """Renames a finished file from its ``.partial`` name, and syncs the folder."""
     os.replace(partial_path(path), path)
     sync_folder(path.parent)
 
 
 def publish_first(path: Path, *pieces: bytes) -> bool:
-    """Like ``publish_bytes``, for a file that several threads and processes may make at once: the first one stays.
+    """Like ``publish_bytes``, for a file that several threads or processes may write at once: the first one wins.
 
-    False: it was there already, and is as it was. Its name is on the disk after ``sync_folder``, its contents before.
+    Returns False when the file already existed, which leaves it unchanged. The contents are synced; the name is not
+    until the caller calls ``sync_folder``.
     """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
     try:
@@ -203,7 +205,7 @@ def publish_first(path: Path, *pieces: bytes) -> bool:
             os.link(temporary, path)
         except FileExistsError:
             return False
-        except OSError:  # a file system that knows no links: whoever comes last stays, and both are whole
+        except OSError:  # a file system without hard links: the last one wins, and each is whole
             if path.exists():
                 return False
             os.replace(temporary, path)
@@ -213,10 +215,10 @@ def publish_first(path: Path, *pieces: bytes) -> bool:
 
 
 def publish_folder(temporary: Path, path: Path) -> None:
-    """Gives a finished folder its name, replacing an old one. Its files must be on the disk already.
+    """Renames a finished folder to ``path``, replacing an old one. Its files must be synced already.
 
-    A folder cannot be renamed over a full one, so the old one steps aside first and is deleted last. At every moment
-    at least one of the two is whole; ``settle_replaced`` tidies up when the process dies in between.
+    A folder cannot be renamed over one that is not empty, so the old one is renamed first and deleted last. At every
+    moment at least one of the two is whole; ``settle_replaced`` cleans up when the process dies in between.
     """
     settle_replaced(path)
     aside = replaced_path(path)
@@ -231,11 +233,11 @@ def publish_folder(temporary: Path, path: Path) -> None:
         raise
     sync_folder(path.parent)
     if replaces:
-        remove(aside, ignore_errors=True)  # the new one is published; a leftover goes with the next run
+        remove(aside, ignore_errors=True)  # the new one is published; the next run removes a leftover
 
 
 def settle_replaced(path: Path) -> None:
-    """Finishes what a process killed inside ``publish_folder`` left: puts the old one back, or deletes it."""
+    """Cleans up after a process killed inside ``publish_folder``: puts the old folder back, or deletes it."""
     aside = replaced_path(path)
     if not os.path.lexists(aside):
         return
@@ -247,9 +249,9 @@ def settle_replaced(path: Path) -> None:
 
 
 def claimed_file(path: Path, output: str) -> Claim:
-    """An empty file under an unfinished name, held; what lay there before is gone.
+    """Creates an empty, locked file under an unfinished name, in place of any leftover.
 
-    Raises OutputBusyError while another run holds it, IsADirectoryError where a folder is.
+    Raises OutputBusyError while another run holds it, IsADirectoryError when a folder has that name.
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -266,20 +268,20 @@ def claimed_file(path: Path, output: str) -> Claim:
 
 
 def remove_leftover(path: Path) -> None:
-    """Removes what lies under an unfinished name, so that no link there is followed and no pipe waited for.
+    """Removes what is left under an unfinished name, so that opening it follows no link and blocks on no pipe.
 
-    A folder stays: it is an error to whoever opens a file of that name.
+    A folder stays: opening a file of that name then fails.
     """
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
 
 
 def remove(path: Path, ignore_errors: bool = False) -> None:
-    """Deletes a file, a link or a whole folder, if it is there. Another process may do the same at that moment."""
+    """Deletes a file, a link or a whole folder, if it exists. Another process may be deleting it at the same time."""
     while path.is_dir() and not path.is_symlink():
         if ignore_errors:
             return shutil.rmtree(path, ignore_errors=True)
-        with suppress(FileNotFoundError):  # of what has gone already
+        with suppress(FileNotFoundError):  # deleted by another process
             shutil.rmtree(path)
     with suppress(OSError) if ignore_errors else suppress(FileNotFoundError):
         path.unlink()

@@ -1,9 +1,9 @@
-"""Mending a finished store: what cannot be read of it is computed again from the source, just as it was the first time.
+"""Repairs a finished store: what cannot be read of it is computed again from the source, as it was the first time.
 
     read it all -> which shards are damaged -> their frames, network, shards -> read it all again
 
-Only damaged shards are computed, each whole: batches start at multiples of B within a shard and never cross one, so
-the very batches come again that made it, and on a CPU the very bytes.
+Only damaged shards are computed, each as a whole: batches start at multiples of B within a shard and never cross
+shards, so the original batches recur, and on a CPU the original bytes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from flowreel.engine.stages import StageFunction
     from flowreel.sinks.store_repair import ShardDamage
 
-# What a store must tell of how it was made, by the names of ``run``'s options.
+# What a store must record of how it was made, by the names of ``run``'s options.
 SETTINGS = (
     "model", "precision", "batch", "fit", "direction", "start", "stop", "step", "stream", "max_error", "codec",
     "resolution",
@@ -53,12 +53,12 @@ class RepairReport:
     """What was wrong with a store, what was done about it, and what is wrong with it now."""
 
     before: Verification
-    shards: tuple[ShardDamage, ...]  # that were, or on a dry run would be, made again
-    after: Verification  # of a dry run and of a sound store: ``before``
+    shards: tuple[ShardDamage, ...]  # that were, or in a dry run would be, computed again
+    after: Verification  # for a dry run or a sound store, ``before``
     flows: int = 0  # computed
     seconds: float = 0.0  # from the first frame asked for to the last shard published
     bytes_written: int = 0
-    how: str = ""  # the network and what it ran on, for people
+    how: str = ""  # the network and what it ran on, as text
     notes: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, object]:
@@ -75,18 +75,18 @@ def repair(
     dry_run: bool = False,
     progress: ProgressHook | None = None,
 ) -> RepairReport:
-    """Finds what ``verify`` finds, and computes the damaged shards again from the source the store was made of.
+    """Finds what ``verify`` finds, and computes the damaged shards again from the source the store was made from.
 
     All settings but ``weights`` and ``device`` are those the store records. What can be read stays as it is: sound
-    shards are not touched, and sound flows of a damaged shard go into the new one as they are. Each file is published
-    over the damaged one in one step, so whenever it is stopped, the store is no worse than before.
+    shards are not touched, and sound flows of a damaged shard are copied unchanged into the new one. Each file replaces
+    the damaged one atomically, so that a repair stopped at any moment leaves the store no worse than before.
 
     Args:
         store: a finished flow store.
-        source: what it was made of, as given to ``run``.
+        source: what it was made from, as given to ``run``.
         weights: those it was made with.
-        device: where to compute. Byte for byte the first result comes only on the same kind of device.
-        dry_run: only find out what would be computed; source and weights are not looked at.
+        device: where to compute. The result is byte-identical to the original only on the same kind of device.
+        dry_run: only find out what would be computed; source and weights are not opened.
         progress: called a few times a second, while the store is read and while flow is computed.
 
     Returns:
@@ -96,8 +96,8 @@ def repair(
         StoreNotFoundError, StoreError: no store, or an unfinished one.
         DamagedStoreError: its metadata is damaged, or does not say how the flow was computed.
         ResumeMismatchError: another source, other weights or settings than it was made with, naming what differs.
-        SourceError, WeightsError, DeviceError, OutputError: as of ``run``.
-        StageError: a stage failed on the way; shards that were done by then are mended.
+        SourceError, WeightsError, DeviceError, OutputError: as for ``run``.
+        StageError: a stage failed on the way; shards finished by then stay repaired.
     """
     rewriter = ShardRewriter(store)
     before = verify(store, _reading("verify", progress))
@@ -124,7 +124,7 @@ def repair(
 
 
 class _Recomputing:
-    """The way from the source into the damaged shards, and what is to be told of it."""
+    """Computes the damaged shards from the source, and collects what the report says about it."""
 
     def __init__(
         self, rewriter: ShardRewriter, source: PathLike, config: RunConfig, progress: ProgressHook | None
@@ -146,7 +146,7 @@ class _Recomputing:
         self.seconds = time.perf_counter() - began_s
 
     def _group(self, shards: Sequence[ShardDamage], network: Network) -> None:
-        """Shards that are computed in one go through the source, from the first one's frames to the last one's."""
+        """Computes some shards in one pass through the source, from the first one's frames to the last one's."""
         rewriter, config = self._rewriter, self._config
         select, first = self._frames(shards)
         before, wanted = rewriter.flows, sum(map(len, shards))
@@ -170,7 +170,7 @@ class _Recomputing:
             self.notes += [note for note in (*frames.notes, *inference.notes) if note not in self.notes]
 
     def _frames(self, shards: Sequence[ShardDamage]) -> tuple[SelectConfig, int]:
-        """Which frames the shards need, and the number of the flow that the first two of them give."""
+        """The frames that the shards need, and the number of the flow between the first two of them."""
         select = self._config.select
         start, end = (
             self._rewriter.frame_at(
@@ -181,7 +181,7 @@ class _Recomputing:
             )
             for place in (shards[0].first_flow, shards[-1].last_flow + 1)
         )
-        if start is None or end is None:  # no frame number is left, and the first one is known by its time alone
+        if start is None or end is None:  # no frame number is readable, and ``start`` was given as a time
             return select, 0
         return replace(select, start=start, stop=end + 1), shards[0].first_flow
 
@@ -191,9 +191,9 @@ class _Recomputing:
 
 
 def recorded_config(rewriter: ShardRewriter, weights: str, device: str) -> RunConfig:
-    """The settings of the run that made a store, as it records them.
+    """The settings of the run that made a store, as the store records them.
 
-    Raises DamagedStoreError when it does not, because the flow was imported, exported or cut out of another store.
+    Raises DamagedStoreError when it records none, because the flow was imported or exported, or when they are invalid.
     """
     store = rewriter.store
     told: dict[str, Any] = {name: store.attrs[name] for name in SETTINGS if name in store.attrs}
@@ -210,9 +210,9 @@ def recorded_config(rewriter: ShardRewriter, weights: str, device: str) -> RunCo
 
 
 def batches_of(shards: Iterable[ShardDamage], batch: int, length: int, first: int) -> StageFunction:
-    """A stage that gathers batches as ``pairing.batches`` does, of the flows of some shards alone.
+    """A stage that forms batches as ``pairing.batches`` does, but only for the flows of some shards.
 
-    first: number of the first pair's flow.
+    length: flows per shard. first: number of the first pair's flow.
     """
     wanted = {shard.shard for shard in shards}
     end = max((shard.last_flow + 1 for shard in shards), default=0)
@@ -227,13 +227,16 @@ def batches_of(shards: Iterable[ShardDamage], batch: int, length: int, first: in
 
 
 def _neighbours(shards: Sequence[ShardDamage]) -> Iterator[list[ShardDamage]]:
-    """Runs of shards that follow each other: one pass through the source each."""
+    """Groups of consecutive shards, each computed in one pass through the source."""
     for _, group in groupby(enumerate(shards), lambda item: item[1].shard - item[0]):
         yield [shard for _, shard in group]
 
 
 def _load(config: RunConfig, rewriter: ShardRewriter) -> Network:
-    """The network. Weights of another model are told of as other weights, a precision not as a wrong option."""
+    """The network. Weights of another model raise ResumeMismatchError; an impossible precision, DeviceError.
+
+    The precision comes from the store, so a UsageError would blame an option that the user did not give.
+    """
     store, device = rewriter.store, resolve_device(config.model.device)
     try:
         resolve_precision(config.model.precision, device)
@@ -249,7 +252,7 @@ def _load(config: RunConfig, rewriter: ShardRewriter) -> Network:
 
 
 def _reading(name: str, progress: ProgressHook | None) -> Callable[[int, int], None] | None:
-    """``verify``'s progress hook, as one stage to a run's."""
+    """A progress hook for ``verify`` that reports it to the caller's hook as a single stage of a run."""
     if progress is None:
         return None
     began_s = time.perf_counter()

@@ -1,6 +1,6 @@
-"""Is a stored flow still what was written? One store is read whole, and what is wrong is gathered for people.
+"""Checks that a store still holds what was written, by reading all of it, and reports what is wrong for people.
 
-A damaged shard holds a hundred flows with the same trouble: neighbours with the same trouble are told as one.
+A damaged shard may hold a hundred flows with the same problem, so neighbours with the same problem are one finding.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from flowreel.sinks import open_store
 if TYPE_CHECKING:
     from flowreel.sinks.store_check import StoreProblem
 
-Progress = Callable[[int, int], None]  # flows read so far, flows there are
+Progress = Callable[[int, int], None]  # flows read so far, flows stored
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong, with the neighbouring flows that share it."""
+    """One problem, with the neighbouring flows that share it."""
 
     what: str
     first_flow: int | None = None  # None: it concerns the store as a whole
     last_flow: int | None = None  # inclusive
-    first_frame: int | None = None  # number of the first flow's first frame in the source; None: cannot be told
-    last_frame: int | None = None  # the same of the last flow
+    first_frame: int | None = None  # number of the first flow's first frame in the source; None: unknown
+    last_frame: int | None = None  # the same for the last flow
 
     def __str__(self) -> str:
         if self.first_flow is None:
@@ -43,12 +43,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verification:
-    """What reading a store whole has shown."""
+    """The result of reading a whole store."""
 
     path: str  # as given
-    folder: str | None  # what was read: X.zarr.partial when there is no X.zarr; None when it could not be opened
+    folder: str | None  # what was read: X.zarr.partial if there is no X.zarr; None if it could not be opened
     complete: bool
-    flows: int  # flows there should be; 0 when it could not be opened
+    flows: int  # flows there should be; 0 if it could not be opened
     available: int  # flows there are, from the first one on
     width: int  # pixels
     height: int  # pixels
@@ -63,9 +63,9 @@ class Verification:
 
 
 def verify(path: PathLike, progress: Progress | None = None) -> Verification:
-    """Reads every chunk of a flow store, finished or not, and says what is wrong with it.
+    """Reads every chunk of a flow store, finished or not, and reports what is wrong with it.
 
-    A store that is not there or cannot be opened is a finding, too, so that the others of a list are still read.
+    A store that is missing or cannot be opened is a finding as well, so that the rest of a list is still read.
     """
     name = os.fspath(path)
     try:
@@ -80,7 +80,7 @@ def verify(path: PathLike, progress: Progress | None = None) -> Verification:
 
 
 def merged(problems: Iterable[StoreProblem]) -> Iterator[Finding]:
-    """Neighbouring flows with the same trouble as one finding."""
+    """Merges the same problem of neighbouring flows into one finding."""
     run: Finding | None = None
     for problem in problems:
         if run and problem.flow is not None and run.what == problem.what and run.last_flow == problem.flow - 1:
