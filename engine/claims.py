@@ -1,7 +1,8 @@
-"""One writer at a time: what is written under an unfinished name is held by the run that writes it.
+"""One writer at a time: a run locks the file or folder that it writes under an unfinished name.
 
-The lock is the system's own (flock), on that very file or folder: it ends with the process, however that ends, and
-leaves nothing behind. Where there are no such locks (not a Unix, some network disks) runs go on without.
+The lock is the operating system's (flock), on that file or folder itself: it ends with the process, however the process
+ends, and leaves nothing behind. Where there are no such locks (not a Unix, some network file systems), runs go on
+without them.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ except ImportError:  # not a Unix
 
 
 class Claim:
-    """A file or folder that is held until it is released, or until nobody has this object any more.
+    """A lock on a file or folder, held until it is released or this object is garbage-collected.
 
-    It is made where it is missing; its contents are the caller's affair. The lock goes along when it is renamed.
+    The file or folder is created if it is missing; its contents are up to the caller. The lock survives a rename.
 
     Raises:
-        OutputBusyError: another run holds it. ``output`` is what that run is told to be writing.
-        OSError: it can be neither made nor opened.
+        OutputBusyError: another run holds it. ``output``: what the message says that run is writing.
+        OSError: it can be neither created nor opened.
     """
 
-    made: bool  # it was not there before
-    descriptor: int | None = None  # of the open file, by which a process that inherits it holds it too; None: no locks
-    _close: weakref.finalize[Any, Any]  # also when nobody has this object any more
+    made: bool  # it did not exist before
+    descriptor: int | None = None  # of the open file; a child process that inherits it shares the lock; None: no locks
+    _close: weakref.finalize[Any, Any]  # closes the descriptor, also when this object is garbage-collected
 
     def __init__(self, path: Path, output: str, make: Callable[[Path], None]) -> None:
         self.path = path
@@ -47,9 +48,9 @@ class Claim:
                 self._close = weakref.finalize(self, int)
                 return
             try:
-                descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
+                descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe must not block
             except FileNotFoundError:
-                if os.path.lexists(path):  # a link to nothing
+                if os.path.lexists(path):  # a dangling link
                     raise
                 continue  # its holder has just published or removed it
             self._close = weakref.finalize(self, os.close, descriptor)
@@ -75,14 +76,14 @@ class Claim:
         return alive
 
     def release(self) -> None:
-        """Others may have it now. More than once is no harm."""
+        """Releases the lock. May be called more than once."""
         if self.held and fcntl is not None and self.descriptor is not None:
-            with suppress(OSError):  # closing alone would not do where a child process has inherited it
+            with suppress(OSError):  # closing is not enough when a child process has inherited it
                 fcntl.flock(self.descriptor, fcntl.LOCK_UN)
         self._close()
 
     def withdraw(self) -> None:
-        """Releases it as if it had never been held: what was made for it goes, unless it holds something by now."""
+        """Releases the lock and, if the file or folder was created for it and is still empty, removes that."""
         if self.made and self.held and (self.descriptor is None or still_named(self.descriptor, self.path)):
             with suppress(OSError):
                 if self.path.is_dir():
@@ -93,7 +94,7 @@ class Claim:
 
 
 def locked(descriptor: int) -> bool:
-    """Whether the open file is now locked for this descriptor alone; where there are no locks, it counts as locked."""
+    """Tries to lock the open file for this descriptor alone. Returns whether it did; True where there are no locks."""
     if fcntl is None:
         return True
     try:
@@ -106,7 +107,7 @@ def locked(descriptor: int) -> bool:
 
 
 def still_named(descriptor: int, path: Path) -> bool:
-    """Whether nobody published or removed the open file between its opening and its locking."""
+    """Whether ``path`` is still the open file: nobody renamed or removed it between opening and locking."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:

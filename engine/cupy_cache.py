@@ -1,4 +1,4 @@
-"""Where CuPy keeps what it compiles, for users whose home takes nothing, as in a container with ``--user``."""
+"""A cache folder for CuPy where the home folder is not writable, as in a container with ``--user``."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from importlib.util import find_spec
 
 
 def settle() -> None:
-    """A cache elsewhere for CuPy where the home takes none: in the user's cache folder, else one for this process.
+    """Moves CuPy's cache if it cannot be in the home folder: to ``$XDG_CACHE_HOME``, else to a folder for this process.
 
-    CuPy makes its cache when it loads and fails where it cannot, and zarr, which loads CuPy wherever it is installed,
-    fails with it: without a GPU too. So this runs before anything of flowreel's can load either. A cache that
-    ``CUPY_CACHE_DIR`` names stays as it is.
+    CuPy creates its cache folder when it is imported and raises if it cannot; zarr imports CuPy wherever it is
+    installed, and then fails too, even without a GPU. So this runs before anything in flowreel can import either. A
+    ``CUPY_CACHE_DIR`` that is set already is left alone.
     """
     if "CUPY_CACHE_DIR" in os.environ or find_spec("cupy") is None:
         return
@@ -19,20 +19,20 @@ def settle() -> None:
         return
     elsewhere = os.path.join(os.environ.get("XDG_CACHE_HOME", ""), "cupy")
     if not _can_be_kept_in(elsewhere):
-        import atexit  # rarely needed, and every import of flowreel comes by here
+        import atexit  # imported here as they are rarely needed, while this runs at every import of flowreel
         import shutil
         import tempfile
 
         try:
             elsewhere = tempfile.mkdtemp(prefix="flowreel-cupy-")
-        except OSError:  # nowhere at all: CuPy will say so
+        except OSError:  # nothing is writable: CuPy will say so
             return
         atexit.register(shutil.rmtree, elsewhere, ignore_errors=True)
     os.environ["CUPY_CACHE_DIR"] = elsewhere
 
 
 def _can_be_kept_in(folder: str) -> bool:
-    """Whether there is, or could be made, such a folder. An import makes none."""
+    """Whether the folder is writable, or could be created. Creates nothing: an import should leave no folders."""
     if not os.path.isabs(folder):  # no home, or no cache folder
         return False
     while not os.path.lexists(folder):

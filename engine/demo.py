@@ -1,4 +1,6 @@
-"""The demonstration: a moving scene rendered to a real video file, run through the main job, held against its truth."""
+"""The demonstration: a moving scene is rendered to a real video file, run through the main job, and compared with its
+true flow.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ SCENE = SyntheticConfig("objects", frames=48)
 
 @dataclass(frozen=True)
 class DemoReport:
-    """What the demonstration found."""
+    """What the demonstration made and measured."""
 
     run: api.RunReport
     clip: Path
@@ -48,10 +50,10 @@ def demo(
 
     ``comparison.png`` shows the middle frame, its true flow, and the flow that was computed.
 
-    progress: as of ``flowreel.run``. say: told what begins now, in words.
+    progress: as for ``flowreel.run``. say: called with a line of text as each step begins.
 
     Raises:
-        OutputExistsError: one of them is there, and is not to be replaced.
+        OutputExistsError: one of these files exists, and ``overwrite`` is not set.
         What ``flowreel.run`` raises.
     """
     clip, outputs = folder / "scene.mp4", [folder / "scene.zarr", folder / "flow.mp4"]
@@ -84,7 +86,7 @@ def demo(
 
 
 def beside(scene: SyntheticSource, number: int, flow: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """A frame, its true flow and this flow (2, H, W), both in colours of one scale: (H, 3 W, 3)."""
+    """A frame, its true flow and ``flow`` (2, H, W) side by side, both flows on one colour scale: (H, 3 W, 3)."""
     truth = scene.flow(number, number + 1)[0].numpy()
     frame = next(scene.pictures_from(number)).develop().rgb.permute(1, 2, 0).numpy()
     longest = float(np.hypot(*truth).max()) or None

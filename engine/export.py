@@ -1,6 +1,6 @@
-"""Stored flow into other outputs: a store, a slice of one, or flow files, streamed through the pipeline.
+"""Exports stored flow to other outputs: a store, a slice of one, or flow files, streamed through the pipeline.
 
-read ──▢▢▢▢──┬──▢▢▢▢──> write        the same channels, the same guarantees, as a run's
+read ──▢▢▢▢──┬──▢▢▢▢──> write        with the channels and the guarantees of a run
              └──▢▢▢▢──> write
 """
 
@@ -61,7 +61,7 @@ def export(
     stop: int | None = None,
     **options: Unpack[ExportOptions],
 ) -> ExportReport:
-    """Writes flow that is stored already to one or several other outputs.
+    """Writes stored flow to one or several other outputs.
 
     Args:
         source: a store, finished or not; a slice of one, ``X.zarr@a:b``; a folder, glob or list of flow files, or
@@ -69,16 +69,16 @@ def export(
             2.flo before 10.flo, in whatever order they are given.
         outputs: where to; the kind follows from each name, as for ``run``. ``{stem}`` stands for the source's name.
         progress: called a few times a second with a ``Progress``.
-        start, stop: numbers of the flows that are taken, as a Python slice.
-        **options: ``codec``, ``max_error``, ``max_flow``, ``encoder``, ``bound``, ``overwrite``, ``queue_mb`` as of
-            ``run``; ``frame_rate`` of files, which carry no times (default 25 a second).
+        start, stop: which flows, by number, as in a Python slice.
+        **options: ``codec``, ``max_error``, ``max_flow``, ``encoder``, ``bound``, ``overwrite``, ``queue_mb`` as for
+            ``run``; ``frame_rate`` of flow files, which carry no times (default 25 per second).
 
     Returns:
-        What was done and how large it is. Its notes tell what storing the flow had cost before: a lossless copy of a
-        lossy store keeps the store's error.
+        What was done and how large it is. Its notes state the error that the stored flow had before: a lossless copy
+        of a lossy store keeps that error.
 
     Raises:
-        UsageError: options that are impossible, or an output that would destroy what is being read.
+        UsageError: impossible options, or an output that would destroy what is being read.
         SourceError, FlowFileError, StoreError, OutputError: before the first flow is read.
         StageError: reading or writing failed on the way; nothing half-written looks finished.
     """
@@ -134,5 +134,5 @@ def _notes(flows: FlowReader, paths: list[str], config: SinkConfig, frame_rate: 
         yield f"the flow was stored within {error:g} px of what had been computed; every output carries that error too"
     if flows.has_times and frame_rate is not None:
         yield "a store keeps its own times: the frame rate that was given does not apply"
-    # Of files that are read, two-stream pictures take the bound.
+    # For files the bound is not reported as without effect: two-stream pictures are read with it.
     yield from without_effect(paths, config if flows.has_times else replace(config, bound=SinkConfig.bound))

@@ -1,4 +1,4 @@
-"""Files of the user's: the order in which they come, and where what is kept for next time lies."""
+"""The user's files: their natural order, globs and links, and the cache folder."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ PathLike = str | os.PathLike[str]
 
 
 def natural_order(path: Path) -> tuple[list[int | str], str]:
-    """Sort key under which numbers inside names count as numbers, in every part of the path."""
+    """Sort key that compares digits inside names as numbers, in every part of the path."""
     parts = re.split(r"([0-9]+)", str(path).casefold())  # text, digits, text, digits, ...
     return [int(part) if place % 2 else part for place, part in enumerate(parts)], str(path)
 
 
 def as_glob(name: str) -> str | None:
-    """The glob that a name is, for ``glob.glob``; None where nothing in it stands for other characters.
+    """The name as a pattern for ``glob.glob``; None if it holds no wildcards.
 
-    A folder that is there by that very name is meant by it: ``clip[1]/*.png`` are the images in ``clip[1]``.
+    Leading folders that exist by that exact name are taken literally: ``clip[1]/*.png`` are the images in ``clip[1]``.
     """
     folder, rest = name, ""
     while folder and not os.path.isdir(folder):
@@ -29,15 +29,15 @@ def as_glob(name: str) -> str | None:
 
 
 def leads_nowhere(path: Path) -> bool:
-    """Whether it is a link whose file is not there."""
+    """Whether the path is a symbolic link whose target does not exist."""
     return path.is_symlink() and not path.exists()
 
 
 def cache_folder(kind: str) -> Path:
-    """Where such things are kept: ``$FLOWREEL_CACHE/KIND``, else ``flowreel/KIND`` in the user's cache folder.
+    """Where cached files of a kind go: ``$FLOWREEL_CACHE/KIND``, else ``flowreel/KIND`` in the user's cache folder.
 
-    That is ``$XDG_CACHE_HOME`` where it is a whole path, as its specification demands, else ``~/.cache``. It need not
-    be there. Of a user whom the system does not know the path is none that starts at the root.
+    That is ``$XDG_CACHE_HOME`` if it is an absolute path, as its specification demands, else ``~/.cache``. The folder
+    need not exist. For a user whose home folder the system does not know, the path is not absolute.
     """
     own, users = os.environ.get("FLOWREEL_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
     if own:

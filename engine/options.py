@@ -1,7 +1,7 @@
 """The keyword options of the library's functions, so that editors complete them and type checkers know them.
 
-Each is an option of the command line by the same name; ``config.py`` checks the values and has the defaults. NumPy's
-numbers are taken as well.
+Each is an option of the command line by the same name; ``config.py`` checks the values and has the defaults. NumPy
+numbers are accepted as well.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ class QueueOptions(TypedDict, total=False):
 
 
 class ComputeOptions(QueueOptions, total=False):
-    """What flow is computed of, and how."""
+    """What flow is computed from, and how."""
 
     model: str | None  # FlowNet2, FlowNet2C, ...; None: what the weights hold
     weights: str | PathLike[str]  # "baseline", a path, or a downloaded checkpoint's name
-    device: str | torch.device  # "auto", "cpu", "cuda", "cuda:1"; "cuda:0,1" of a run
+    device: str | torch.device  # "auto", "cpu", "cuda", "cuda:1"; for a run also "cuda:0,1"
     decoder: Decoder
-    batch: int | Auto | None  # pairs that go through the network together
+    batch: int | Auto | None  # frame pairs that go through the network together
     precision: Precision | Auto | None
     fit: FitMode
     direction: Direction
@@ -37,7 +37,7 @@ class ComputeOptions(QueueOptions, total=False):
     stop: int | str | None  # exclusive
     step: int
     stream: int | None  # video stream of the container
-    shard_bytes: int | None  # float32 bytes of flow in one shard, which no batch crosses
+    shard_bytes: int | None  # bytes of flow per shard, as float32; no batch crosses shards
 
 
 class OutputOptions(TypedDict, total=False):
@@ -45,14 +45,14 @@ class OutputOptions(TypedDict, total=False):
 
     max_error: float  # pixels; 0: lossless
     codec: Codec
-    max_flow: float | Auto | None  # pixels at full colour
+    max_flow: float | Auto | None  # flow magnitude at full colour, pixels
     encoder: Encoder  # of colour video
-    bound: float  # pixels at either end of two-stream pictures
+    bound: float  # pixels; two-stream pictures span -bound to bound
     overwrite: bool
 
 
 class RunOptions(ComputeOptions, OutputOptions, total=False):
-    """Of ``run``, ``run_many`` and ``stream``."""
+    """Options of ``run``, ``run_many`` and ``stream``."""
 
     resolution: Resolution
     resume: bool
@@ -60,14 +60,14 @@ class RunOptions(ComputeOptions, OutputOptions, total=False):
 
 
 class ExportOptions(OutputOptions, QueueOptions, total=False):
-    """Of ``export``."""
+    """Options of ``export``."""
 
-    frame_rate: Fraction | float | str | None  # of files, which carry no times
+    frame_rate: Fraction | float | str | None  # of flow files, which carry no times
     shard_bytes: int | None
 
 
 class ColorOptions(QueueOptions, total=False):
-    """Of ``color``."""
+    """Options of ``color``."""
 
     encoder: Encoder
     bound: float
@@ -75,13 +75,13 @@ class ColorOptions(QueueOptions, total=False):
 
 
 class LazyOptions(ComputeOptions, total=False):
-    """Of ``open``."""
+    """Options of ``open``."""
 
-    max_error: float  # of a cache
-    codec: Codec  # of a cache
+    max_error: float  # of the cache
+    codec: Codec  # of the cache
 
 
 class ClipOptions(LazyOptions, total=False):
-    """Of ``FlowClips``, for the videos that it opens."""
+    """Options of ``FlowClips``, for the videos that it opens."""
 
-    frames_mb: float  # of decoded frames that each open video keeps
+    frames_mb: float  # megabytes of decoded frames that each open video keeps

@@ -1,4 +1,4 @@
-"""Stored flow to pictures: a PNG for every flow, a video of them all, as flow2image made them from ``.flo`` files.
+"""Stored flow to colour pictures: a PNG per flow and a video of all, as flow2image made them from ``.flo`` files.
 
 read ──┬──▢▢▢▢──> paint and write pictures, several at a time
        └──▢▢▢▢──> write video
@@ -30,9 +30,9 @@ from flowreel.engine.protocols import FlowReader, Sink
 from flowreel.engine.stages import StageStatistics
 from flowreel.sinks import ColorPictures, frame_rate_of, open_flows, open_sink, without_effect
 
-FRAME_RATE = Fraction(30)  # of files, which carry no times, in frames per second: flow2image's own
+FRAME_RATE = Fraction(30)  # frames per second for flow files, which carry no times: flow2image's default
 VIDEO_SUFFIXES = (".mp4", ".mkv")
-OTHER_SUFFIXES = frozenset(  # surely no folders
+OTHER_SUFFIXES = frozenset(  # names that cannot be meant as folders
     {".zarr", ".flo", ".npz", ".jpg", ".jpeg", ".gif", ".avi", ".mov", ".webm", ".bmp", ".tif", ".tiff", ".webp"}
     | {".m4v", ".txt", ".json", ".pdf"}
 )
@@ -75,18 +75,18 @@ def color(
         output: a folder, which gets ``NAME.flo.png`` for ``NAME.flo`` and ``STEM_000012.png`` for frame 12 of the
             store ``STEM.zarr``; or ``X.mp4`` or ``X.mkv`` for the video alone; or ``X.png`` for one single flow.
         video: also make a video in the folder, ``NAME.flo.mp4`` after the first file (``STEM.flo.mp4`` for a store).
-        frame_rate: of the video, frames per second; every flow is shown for as long as the next. None: the flow of a
-            store is shown at its own times, and files at 30 frames per second; one input follows the other.
-        max_flow: length in pixels that gets the full colour. None or "auto": in each picture its own longest vector;
-            in the video one for the whole clip, found from the first flows.
+        frame_rate: of the video, frames per second, constant. None: the flow of a store is shown at its own times, and
+            files at 30 frames per second; one input follows the other.
+        max_flow: flow magnitude in pixels at full colour. None or "auto": in each picture its own longest vector; in
+            the video one value for the whole clip, measured on the first flows.
         progress: called a few times a second with a ``Progress``.
-        **options: ``encoder``, ``overwrite``, ``bound``, ``queue_mb`` as of ``run``.
+        **options: ``encoder``, ``overwrite``, ``bound``, ``queue_mb`` as for ``run``.
 
-    Unknown vectors are black. The flows may differ in size, but not in a video. Each picture appears whole or not at
-    all; those that were finished before something failed stay.
+    Unknown vectors are black. The flows may differ in size, but not in a video. Each picture is published whole or not
+    at all; those finished before a failure stay.
 
     Raises:
-        UsageError: options that are impossible together, or two flows whose pictures would have one name.
+        UsageError: options that are impossible together, or two flows whose pictures would have the same name.
         SourceError, FlowFileError, StoreError, OutputError: before the first flow is painted.
         StageError: reading, painting or writing failed on the way.
     """
@@ -138,12 +138,12 @@ def _notes(
         yield from reader.notes
     if rate is not None and not videos:
         yield "frame-rate has no effect here: no video is made (-v makes one)"
-    # Of what is read, two-stream pictures take the bound.
+    # The bound is not reported as without effect: two-stream pictures are read with it.
     yield from without_effect([*pictures[:1], *videos], replace(config, bound=SinkConfig.bound))
 
 
 class PictureFeed:
-    """Hands the flows to their pictures."""
+    """Writes each flow to its picture."""
 
     def __init__(self, path: str, pictures: ColorPictures) -> None:
         self.path = path  # the folder, or the one picture
@@ -164,9 +164,9 @@ class PictureFeed:
 
 
 class VideoFeed:
-    """Hands the flows to the video, at a steady rate whatever their own times are.
+    """Writes the flows to the video, at a constant rate or, with a ``rate`` of None, at their own times.
 
-    With a ``rate`` of None, at those: each input's first flow comes when the last one of the input before is over.
+    Own times are shifted so that each input's first flow begins when the last flow of the input before it ends.
     """
 
     def __init__(self, sink: Sink, header: FlowInfo, titles: Sequence[str], rate: Fraction | None) -> None:
@@ -178,7 +178,7 @@ class VideoFeed:
         self._titles = titles
 
     def consume(self, flows: Iterator[FlowBatch]) -> None:
-        shift_s = end_s = 0.0  # from an input's own times to the video's; when what there is of that ends
+        shift_s = end_s = 0.0  # from an input's own times to the video's; end of the video so far
         for batch in flows:
             height, width = batch.flow.shape[2:]
             if (height, width) != self._size:
@@ -194,7 +194,7 @@ class VideoFeed:
                 if batch.index == 0:  # the first of its input
                     shift_s = end_s - own_s
                 start_s = own_s + shift_s
-                end_s = start_s + abs(own_to_s - own_s)  # of backward flow, the second frame is the earlier one
+                end_s = start_s + abs(own_to_s - own_s)  # in backward flow the second frame is the earlier one
             shown = replace(batch, index=self.flows, timestamp_s=np.array([start_s]), timestamp_to_s=np.array([end_s]))
             self._sink.write(shown)
             self.flows += 1
@@ -216,7 +216,7 @@ def _readers(names: Sequence[PathLike], frame_rate: Fraction, bound: float) -> I
 
 
 def _one_by_one(readers: Sequence[FlowReader]) -> Iterator[FlowBatch]:
-    """The flows of all readers, each in a batch of its own; no copies."""
+    """The flows of all readers, each as a batch of one; nothing is copied."""
     for reader in readers:
         for batch in reader:
             for place in range(len(batch)):
@@ -232,12 +232,12 @@ def _one_by_one(readers: Sequence[FlowReader]) -> Iterator[FlowBatch]:
 
 
 def _picture_names(reader: FlowReader) -> list[str]:
-    """``000001.flo.png`` of a file, ``dance_000001.png`` of a store's flow."""
+    """``000001.flo.png`` for a file, ``dance_000001.png`` for a flow of a store."""
     return [f"{name}.png" if reader.stem is None else f"{reader.stem}_{name}.png" for name in reader.names]
 
 
 def _places(output: str, video: bool, names: list[str], first: FlowReader) -> tuple[list[Path], list[str]]:
-    """Where each picture goes, and where the video; neither may be wanted."""
+    """The paths of the pictures and of the video; either list may be empty."""
     place = Path(output)
     suffix = "" if place.is_dir() else place.suffix.lower()
     if suffix in VIDEO_SUFFIXES:
@@ -258,7 +258,7 @@ def _places(output: str, video: bool, names: list[str], first: FlowReader) -> tu
 
 
 def _require_free(places: Sequence[Path | str], readers: Sequence[FlowReader], overwrite: bool) -> None:
-    """Raises OutputExistsError for what is there already, UsageError for what is being read."""
+    """Raises OutputExistsError for outputs that exist, unless ``overwrite``; UsageError for those being read."""
     for place in places:
         if any(reader.reads(str(place)) for reader in readers):
             raise UsageError(f"{place} is being read: choose another output")

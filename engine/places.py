@@ -1,6 +1,6 @@
-"""Where may be written: not over what is read, not into each other, not among a store's files.
+"""Where outputs may go: not over what is being read, not into each other, not inside a store.
 
-All of it is looked at before the work begins: what cannot be is not told of after hours.
+All paths are checked before the work begins, so that an impossible one is not reported only after hours.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from flowreel.engine.sources.kinds import IMAGE_SUFFIXES
 
 
 def require_apart(path: PathLike, other: PathLike, what: str) -> None:
-    """Raises UsageError where something is to be written to the place of ``other``, or inside it."""
+    """Raises UsageError if ``path`` is the same as ``other`` or inside it. ``what``: what ``other`` is."""
     here, there = os.path.realpath(path), os.path.realpath(other)
     if here == there:
         raise UsageError(f"{os.fspath(path)} is {what}: choose another place")
@@ -25,9 +25,9 @@ def require_apart(path: PathLike, other: PathLike, what: str) -> None:
 
 
 def require_harmless(path: PathLike, source: PathLike) -> None:
-    """Raises UsageError where writing there would replace what is read, or put more pictures among its images.
+    """Raises UsageError if writing to ``path`` would replace the source, or add a picture to its image folder.
 
-    A source must have a name: an empty one would stand for the working folder.
+    Also for an empty source name, which would stand for the working folder.
     """
     if not os.fspath(source):
         raise UsageError("the source's name is empty")
@@ -41,12 +41,12 @@ def require_harmless(path: PathLike, source: PathLike) -> None:
 
 
 def require_report(path: Path, outputs: Iterable[PathLike], sources: Iterable[PathLike]) -> None:
-    """Looks, before the work begins, whether a report can be written to a file when it is done.
+    """Checks, before the work begins, that a report can be written to ``path`` when the work is done.
 
     Raises:
-        UsageError: it would replace an output or what is being read.
-        OutputExistsError: a file is there that is no report.
-        OutputWriteError: a folder is there, or a file where its folder should be.
+        UsageError: it would replace an output or what is being read, or lies inside a store.
+        OutputExistsError: a file exists there that is not a report.
+        OutputWriteError: a folder is there, a file is in place of its parent folder, or that folder takes no files.
     """
     for output in outputs:
         require_apart(path, output, "an output")
@@ -61,7 +61,7 @@ def require_report(path: Path, outputs: Iterable[PathLike], sources: Iterable[Pa
     if there is not None and not there.is_dir():
         raise OutputWriteError(f"cannot write {path}: {there} is no folder")
     if there == path.parent and not os.path.lexists(path):
-        try:  # some folders take no files, whatever their permissions say
+        try:  # some folders accept no new files, whatever their permissions say
             path.touch()
             path.unlink()
         except OSError as error:
@@ -74,14 +74,14 @@ def _is_report(path: Path) -> bool:
 
 
 def require_outside_stores(path: PathLike) -> None:
-    """Raises UsageError where a store is that something else would be written into."""
+    """Raises UsageError if ``path`` lies inside a store."""
     for folder in Path(os.path.realpath(path)).parents:
         if (folder / "zarr.json").is_file():
             raise UsageError(f"{os.fspath(path)} lies inside the store {folder}: choose another place")
 
 
 def make_folder(folder: Path) -> None:
-    """With the folders above it, where they are missing. Raises OutputWriteError."""
+    """Creates the folder and its missing parents. Raises OutputWriteError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError:

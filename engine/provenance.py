@@ -1,7 +1,7 @@
-"""What an output would say of how it was made, known before a network is loaded or a picture decoded.
+"""What an output would record of how it was made, known before a network is loaded or a frame decoded.
 
-With it is told whether what is there already is what is asked for. What is left to choose (a batch of ``auto``) is
-taken as it was.
+Comparing it with what an existing output records tells whether that is the output asked for. Settings left to choose
+(a batch of ``auto``) are not compared.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from flowreel.engine.data import JSON, SourceId
 from flowreel.engine.models import model_name
 from flowreel.engine.models.weights import Weights
 
-OF_STORES = ("max_error", "codec", "resolution")  # what concerns no other output
+OF_STORES = ("max_error", "codec", "resolution")  # settings that concern stores alone
 
 
 def selection(config: RunConfig) -> dict[str, JSON]:
@@ -30,7 +30,7 @@ def selection(config: RunConfig) -> dict[str, JSON]:
 
 
 def settings(config: RunConfig, source: SourceId, weights: Weights) -> dict[str, JSON]:
-    """By the names that a store's attributes have. Raises UsageError for a model that is none."""
+    """The settings that a store records, by the names of its attributes. Raises UsageError for an unknown model."""
     model, sink = config.model, config.sink
     chosen: dict[str, JSON] = {"batch": model.batch, "precision": model.precision}
     return {name: value for name, value in chosen.items() if value is not None} | {
@@ -47,7 +47,7 @@ def settings(config: RunConfig, source: SourceId, weights: Weights) -> dict[str,
 
 
 def settings_of_others(stored: Mapping[str, JSON], config: RunConfig) -> dict[str, JSON]:
-    """The same for outputs that are no store, of which a manifest tells."""
+    """The settings that a manifest records for outputs other than stores. ``stored``: those of ``settings``."""
     return {name: value for name, value in stored.items() if name not in OF_STORES} | {
         "max_flow": config.sink.max_flow,
         "bound": config.sink.bound,

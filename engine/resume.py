@@ -1,7 +1,7 @@
-"""Going on with a store that an earlier run left: where, from which frame on, and whether it is the same run.
+"""Resuming a store that an earlier run left: which store, from which frame, and whether this is the same run.
 
-A store's shards are whole or not there, and batches never cross them, so a resumed run computes the very batches that
-are missing. It is the store that is gone on with; a run's other outputs are made from it when it is complete.
+A store's shards are whole or absent, and batches never cross them, so a resumed run computes exactly the batches that
+are missing. Only the store is resumed; a run's other outputs are made from it when it is complete.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ SAME_TIME_S = 1e-6
 
 
 class ResumableSink(Sink, Resumable, Protocol):
-    """A sink that can be gone on with."""
+    """A sink that can be resumed."""
 
 
 @dataclass(frozen=True)
 class Resumption:
-    """A store that is gone on with, and the source, opened where it ends."""
+    """A store to resume, and the source, opened at the frame where the store ends."""
 
     store: ResumableSink
     point: ResumePoint
-    frames: Source | None  # None: all that the source gives is there already
+    frames: Source | None  # None: the store already holds all that the source gives
     source_info: FlowInfo  # of ``frames``, or of the whole source
 
     @property
     def info(self) -> FlowInfo:
-        """The header of the whole, not just of what is left."""
+        """The header of the whole flow, not only of the part that is left."""
         assert self.frames is not None
         rest = self.source_info
         return replace(rest, frame_count=None if rest.frame_count is None else rest.frame_count + self.point.flows)
 
     def checked(self, frames: Iterator[Frame]) -> Iterator[Frame]:
-        """The frames, once the first is found to be the one that the store's last flow pointed to."""
+        """The frames, after checking that the first is the one that the store's last flow leads to."""
         first = next(frames, None)
         if first is None:
             return
@@ -65,14 +65,14 @@ class Resumption:
 
 
 def take_up(source: PathLike, select: SelectConfig, sinks: Sequence[Sink], device: str = "cpu") -> Resumption | None:
-    """Opens the source where the store among the outputs goes on; None: there is nothing to go on with.
+    """Opens the source at the frame where the store among the outputs ends; None: there is nothing to resume.
 
-    ``device``: as of ``open_source``.
+    ``device``: as for ``open_source``.
 
     Raises:
         UsageError: no output is a store.
         SourceError: what ``open_source`` raises.
-        DamagedStoreError: what is there cannot be read.
+        DamagedStoreError: the store cannot be read.
     """
     store = next((sink for sink in sinks if isinstance(sink, Resumable)), None)
     if store is None:
@@ -89,7 +89,7 @@ def take_up(source: PathLike, select: SelectConfig, sinks: Sequence[Sink], devic
         try:
             rest = open_source(source, replace(select, start=point.frame), device)
             return Resumption(store, point, rest, rest.info)
-        except TooFewFramesError:  # the source ends where the store does, which was never given its name
+        except TooFewFramesError:  # the store has every flow but was never renamed: redo its last ones
             earlier = store.resume_point(below=point.flows)
             if earlier is None:
                 raise
@@ -97,14 +97,14 @@ def take_up(source: PathLike, select: SelectConfig, sinks: Sequence[Sink], devic
 
 
 def _grown(source: PathLike, info: FlowInfo, point: ResumePoint) -> bool:
-    """Whether the source has more than a finished store holds. One that cannot be read twice is taken as it was."""
+    """Whether the source has grown since the store was finished. One that comes only once counts as unchanged."""
     return not comes_once(source) and info.flow_count is not None and info.flow_count > point.stored
 
 
 def require_made_so(store: FlowStore, info: FlowInfo, config: RunConfig) -> None:
     """Raises ResumeMismatchError unless a run of the source with these settings would have written that store.
 
-    Loads no network and decodes nothing: a complete store is told of at once. Raises WeightsError, too.
+    Loads no network and decodes nothing, so that a complete store is recognised at once. Also raises WeightsError.
     """
     differing = differing_settings(store.attrs, settings(config, info.source, read_weights(config.model.weights)))
     height, width = Fit(config.model.fit, info.height, info.width).flow_size
