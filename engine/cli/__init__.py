@@ -19,7 +19,7 @@ from typing import NoReturn
 from flowreel.engine.errors import FlowreelError, StageError, UsageError
 
 INTERRUPTED = 130
-SAME_INTERRUPT_S = 1.0  # in which another Ctrl-C is the same one, from a hand or a script that sends it twice
+SAME_INTERRUPT_S = 1.0  # a Ctrl-C this soon after the first counts as the same: a person or a script sent it twice
 
 
 class EndOfFile(Exception):
@@ -27,38 +27,38 @@ class EndOfFile(Exception):
 
 
 class Interrupted(Exception):
-    """Carries Ctrl-C past typer, which would keep nothing of it. ``__cause__`` is the KeyboardInterrupt."""
+    """Carries Ctrl-C past typer, which would discard it and its notes. ``__cause__`` is the KeyboardInterrupt."""
 
 
 def main() -> NoReturn:
     """Entry point of ``flowreel`` and ``python -m flowreel``."""
     os.environ.update(patience() | os.environ)  # read when torch loads
     silence_pillow()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # as of stderr: a name is shown in whatever the terminal can show
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as on stderr: escapes what the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
-    if not os.environ.get("COLUMNS", "").strip("0"):  # as some who have no terminal say; nothing would be shown
+    if not os.environ.get("COLUMNS", "").strip("0"):  # as set where there is no terminal; nothing would be shown
         os.environ.pop("COLUMNS", None)
     stopped_by = take_interrupts()
     code = call(sys.argv[1:])
     if code == INTERRUPTED and stopped_by:
         code = 128 + stopped_by[0]
-        for number in (signal.SIGINT, signal.SIGTERM):  # as Python ends it would let the same one end it by force
+        for number in (signal.SIGINT, signal.SIGTERM):  # while Python exits, the same signal again would kill it
             signal.signal(number, signal.SIG_IGN)
     sys.exit(code)
 
 
 def silence_pillow() -> None:
-    """In this process: what Pillow has to say of a file is either told by an error of ours or of no concern."""
+    """Silences Pillow in this process: what it warns and logs about a file is in our own errors or does not matter."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 def take_interrupts() -> list[int]:
-    """The first Ctrl-C, or SIGTERM, stops a command in good order, which takes its time; those right behind it mean the
-    same. The numbers of the signals that came are added to what is returned.
+    """Makes the first Ctrl-C or SIGTERM stop a command in good order, which takes a while; those right after it are
+    ignored. Returns a list to which the numbers of the signals are added as they arrive.
 
-    Cut short, that would leave threads inside torch, which abort the process as it ends. One that comes later ends it
-    at once: what is unfinished keeps its unfinished name.
+    An immediate exit would leave threads inside torch, which abort the process as it ends. A signal that comes later
+    does exit at once: what is unfinished keeps its unfinished name.
     """
     came: list[int] = []
     came_s: list[float] = []
@@ -71,7 +71,7 @@ def take_interrupts() -> list[int]:
         if came_s[-1] - came_s[0] > SAME_INTERRUPT_S:
             os._exit(128 + number)
 
-    # A shell that puts this in the background, where Ctrl-C is for others, has it ignored.
+    # A shell that starts this in the background makes it ignore Ctrl-C, which is for the foreground: that stays so.
     for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
         if signal.getsignal(number) is usual:
             signal.signal(number, interrupt)
@@ -79,30 +79,30 @@ def take_interrupts() -> list[int]:
 
 
 def patience() -> dict[str, str]:
-    """How torch's idle threads wait, as OpenMP reads it from the environment: asleep, after some microseconds awake.
+    """OpenMP's environment variables that make torch's idle threads spin for some microseconds and then sleep.
 
-    By default they stay awake for milliseconds, on the cores that decoding and encoding need: on two cores, 50 frames
-    of 1024x436 took 8.2 and 8.7 s so, 5.6 and 6.7 s asleep. But to wake one takes longer than the next small layer is
-    away: with a short while awake the baseline's network gained a fifth over that.
+    By default they spin for milliseconds, on the cores that decoding and encoding need: on two cores, 50 frames of
+    1024x436 took 8.2 and 8.7 s that way, 5.6 and 6.7 s with threads that sleep at once. But waking a thread takes
+    longer than the wait for the next small layer: with a short spin the baseline's network gained a fifth over that.
     """
     return {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"}
 
 
 def call(arguments: list[str]) -> int:
-    """Runs one command line and returns its exit code; everything wrong becomes one line on stderr.
+    """Runs one command line and returns its exit code; every error becomes one line on stderr.
 
-    ``--debug`` anywhere among the arguments shows an error's traceback before it.
+    With ``--debug`` anywhere among the arguments, the error's traceback is printed before it.
     """
-    if any("\0" in argument for argument in arguments):  # no shell can give it, and no file system takes it
+    if any("\0" in argument for argument in arguments):  # no shell can pass it, and no file system accepts it
         return _say("an argument holds a NUL character: no file or option goes by such a name", 2)
     if "" in arguments:
         return _say("an argument is empty: a shell variable that is not set?", 2)
     try:
         os.getcwd()
-    except OSError as lost:  # MKL would end the process, blaming a file of torch's
+    except OSError as lost:  # MKL would abort the process, blaming a file of torch's
         return _say(f"the working folder cannot be used ({lost.strerror}): change into one that is there", 1)
     try:
-        from flowreel.engine.cli.app import app  # here, as Ctrl-C may come while it loads
+        from flowreel.engine.cli.app import app  # here, so that Ctrl-C while it loads is handled
 
         result = app(arguments, prog_name="flowreel", standalone_mode=False)
     except (KeyboardInterrupt, Interrupted) as stopped:
@@ -123,7 +123,7 @@ def _report(error: Exception) -> int:
     if isinstance(error, FlowreelError):
         message = _with_notes(str(error) or type(error).__name__, error)
         return _say(message, 2 if isinstance(cause, UsageError) else 1)
-    if isinstance(error, OSError) and error.strerror:  # met where nobody looked for it: a name too long, a lost disk
+    if isinstance(error, OSError) and error.strerror:  # one that was not foreseen: a name too long, a lost disk
         return _say(f"{error.strerror}: {error.filename}" if error.filename else error.strerror, 1)
     if hasattr(error, "format_message"):  # typer's own: an unknown option, a value of the wrong kind
         if not error.format_message():  # no arguments at all: the help has been shown
@@ -136,7 +136,7 @@ def _report(error: Exception) -> int:
 
 
 def _with_notes(message: str, error: BaseException) -> str:
-    """With what is kept of the outputs, as the error's notes tell."""
+    """The message and the error's notes, which say what is kept of the outputs."""
     return "; ".join([message, *getattr(error, "__notes__", ())])
 
 
@@ -146,5 +146,5 @@ def _say(message: str, code: int) -> int:
 
 
 def printable(text: str) -> str:
-    """The text on one line, with whatever could steer a terminal written out: names and files may hold anything."""
+    """The text on one line, with control characters escaped: names and files may hold terminal codes."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

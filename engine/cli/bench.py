@@ -1,4 +1,4 @@
-"""``flowreel bench``: the named measurements, which lie in the repository and are never installed."""
+"""``flowreel bench``: the named measurements, which are part of the repository and never installed."""
 
 from __future__ import annotations
 

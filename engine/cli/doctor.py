@@ -36,7 +36,7 @@ def doctor(
 
 
 def _print(diagnosis: Diagnosis) -> None:
-    """One aligned line a check, under it how to mend what is not ok, and the outcome at the end."""
+    """One aligned line per check, below it the advice if it is not ok, and the overall result at the end."""
     from rich.console import Console
     from rich.text import Text
 

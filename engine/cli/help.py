@@ -1,4 +1,4 @@
-"""What ``--help`` says beside the words that the commands bring themselves."""
+"""How typer formats ``--help``, made plainer: types and usage lines."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typer.core import TyperCommand, TyperGroup
 
 
 def _plain(parameters: list[Any]) -> list[Any]:
-    """Without the types that tell a reader nothing: a flag's ``<bool>``, and ``<list[str]>`` for what may be repeated.
+    """Simplifies the types shown: no ``<bool>`` for a flag, and ``<str>`` for the ``<list[str]>`` of a repeatable one.
 
-    typer takes a metavar for options alone, so what it asks of a parameter is answered here instead.
+    typer lets a metavar replace the type of options only, so the method that it calls for the type is replaced.
     """
     for parameter in parameters:
         kind = getattr(parameter, "display_type", None)

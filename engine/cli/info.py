@@ -13,7 +13,7 @@ from flowreel.engine.cli.options import Debug
 
 Facts = dict[str, Any]
 Rows = list[tuple[str, str]]  # label, text; rows without text are left out
-Group = tuple[str, Rows]  # heading, what stands under it
+Group = tuple[str, Rows]  # heading, the rows under it
 
 FLOW_KINDS = {"flo": "Middlebury .flo", "kitti": "KITTI's 16-bit PNG", "npz": "NumPy .npz"}
 
@@ -54,7 +54,7 @@ def info(
 
 
 def print_facts(facts: Facts, follows: bool = False) -> None:
-    """Headings and aligned rows on stdout; colours only on a terminal, and no line is broken."""
+    """Headings and aligned rows on stdout; colours only on a terminal, and no line is wrapped."""
     from rich.console import Console
     from rich.text import Text
 
@@ -73,7 +73,7 @@ def _shown(row: tuple[str, str]) -> tuple[str, str]:
 
 
 def _groups(facts: Facts) -> Iterator[Group]:
-    """What is said of one path: first of the whole, then of its parts."""
+    """The rows printed for one path: first those of the whole, then those of its parts."""
     kind = facts.get("kind")
     notes = [("note", note) for note in facts.get("notes", [])]
     if kind == "video":
@@ -211,7 +211,7 @@ def _store_rows(facts: Facts) -> Rows:
         "notes",
     }
     if facts["cache"]:
-        shown |= {"shard_length", "resolution"}  # one and full, always
+        shown |= {"shard_length", "resolution"}  # always one and full
     return [
         ("flows", f"{facts['available']} of {facts['flows']}, {facts['width']}x{facts['height']}"),
         ("size", size(facts["disk_bytes"]) + ratio),
@@ -225,7 +225,7 @@ def _flow_rows(facts: Facts) -> Rows:
     import numpy as np
 
     def vector(key: str) -> str:
-        """float32 numbers, none of their digits lost and none made up."""
+        """float32 numbers, each with the fewest digits that identify it."""
         parts = facts[key] or []
         return ", ".join("NaN" if part is None else str(np.float32(part)) for part in parts)
 
@@ -255,7 +255,7 @@ def _other_rows(facts: Facts) -> Rows:
 
 
 def _rows(key: str, value: Any) -> Iterator[tuple[str, str]]:
-    """A fact's row; of one that is a list of steps, such as a history of training, a row for each."""
+    """A fact's row; for a list of steps, such as a training history, one row per step."""
     if isinstance(value, list) and any(isinstance(part, dict) for part in value):
         for number, part in enumerate(value, 1):
             yield key.replace("_", " ") if number == 1 else "", f"{number}  {_plain(part)}"
@@ -264,7 +264,7 @@ def _rows(key: str, value: Any) -> Iterator[tuple[str, str]]:
 
 
 def _row(key: str, value: Any) -> tuple[str, str]:
-    """A fact whose name tells its unit."""
+    """A fact as a label and text; its name may end in its unit."""
     from flowreel.engine.cli.table import size
 
     for unit in ("_bytes", "_s"):

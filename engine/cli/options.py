@@ -1,4 +1,4 @@
-"""Options that several commands share, each with its words for ``--help`` in one place, and what they come to."""
+"""Options that several commands share, their texts for ``--help`` in one place, and how their values are handled."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DEVICE = "auto (CUDA if available), cpu, cuda, cuda:N, or cuda:0,1 to spread the
 Weights = Annotated[str, typer.Option(help=WEIGHTS)]
 Device = Annotated[str, typer.Option(help=DEVICE)]
 OneDevice = Annotated[str, typer.Option(help="auto (CUDA if available), cpu, cuda or cuda:N.")]
-STDOUT = Path("-")  # as where ``--stats`` goes
+STDOUT = Path("-")  # as the value of ``--stats``
 CODECS = "blosc (readable by every Zarr v3 reader), zstd, pcodec (smaller) or pcodec2d (smallest, fewest readers)."
 BOUND = "Two-stream images map -BOUND..BOUND pixels to 0..255."
 QUEUE_MB = "Memory limit, in megabytes, for frames and flow queued between stages."
@@ -44,7 +44,7 @@ def number_or_auto(name: str, value: str, kind: type[Number]) -> Number | Auto:
 
 
 def require_report_free(path: Path | None, outputs: Sequence[str | Path], sources: Sequence[str]) -> None:
-    """Of ``--stats`` and ``--manifest``: a path that cannot be is told of before the work begins, not after it."""
+    """Checks the path of ``--stats`` or ``--manifest`` before the work begins. Raises as ``require_report`` does."""
     from flowreel.engine.places import require_report
     from flowreel.engine.sources import source_stem
 
@@ -54,7 +54,7 @@ def require_report_free(path: Path | None, outputs: Sequence[str | Path], source
 
 
 def write_stats(path: Path, report: dict[str, object]) -> None:
-    """``--stats``: a report as JSON. Raises OutputWriteError; by then the outputs are done."""
+    """Writes the report of ``--stats`` as JSON. Raises OutputWriteError, which says that the outputs are done."""
     if path == STDOUT:
         if sys.stdout is None:
             raise OutputWriteError("stdout is closed, so the report is lost; the outputs are done")

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on and when it ends: a live table on a terminal, plain lines elsewhere."""
+"""What a person sees during a run and at its end: a live table on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from flowreel.engine.outputs import Progress
 
 _BAR_WIDTH = 26  # characters: a line of 80 also holds "1023 of 1188 flows, 12.34 a second, 1:02:03 to go"
-_LOG_WIDTH = 10_000  # a log keeps names in one piece
-PLAIN_EVERY_S = 10.0  # a line in a log file now and then is enough
+_LOG_WIDTH = 10_000  # characters: names in a log are not broken
+PLAIN_EVERY_S = 10.0  # a log file needs a line only now and then
 
 
 class Live:
@@ -34,7 +34,7 @@ class Live:
         self._live = None if quiet or not self.console.is_terminal else RichLive(console=self.console, transient=True)
         self._quiet = quiet
         self._next_line_s = PLAIN_EVERY_S
-        self._source = 0  # number of the one that has been named
+        self._source = 0  # number of the last one that was named
 
     def __enter__(self) -> Self:
         if self._live is not None:
@@ -48,7 +48,7 @@ class Live:
             self._live.stop()
 
     def say(self, words: str) -> None:
-        """A line of its own, above whatever is drawn."""
+        """Prints a line above the live table."""
         if not self._quiet:
             self.console.print(printable(words), highlight=False)
 
@@ -60,7 +60,7 @@ class Live:
             self.console.print(_headline(progress), highlight=False)
 
     def show_many(self, progress: ManyProgress) -> None:
-        """The same hook for a run over many sources."""
+        """The progress hook of a run over many sources."""
         if self._live is not None:
             one = [] if progress.run is None else [stage_table(progress.run), _bar(progress.run)]
             self._live.update(Group(*one, _sources_bar(progress)))
@@ -74,7 +74,7 @@ class Live:
 
 
 def stage_table(progress: Progress) -> Table:
-    """One line a stage: who works, who waits for whom, and what lies in front of whom."""
+    """One line per stage: its items, the shares of time spent working and waiting, and the length of its queue."""
     table = Table(box=None, pad_edge=False)
     for heading in ("stage", "items", "busy", "waits for input", "waits for room", "queue"):
         table.add_column(heading, justify="left" if heading == "stage" else "right")
@@ -94,7 +94,7 @@ def _sources_bar(progress: ManyProgress) -> Table:
 
 
 def _beside(bar: ProgressBar, words: str) -> Table:
-    """On one line, whatever that takes."""
+    """The bar and the words on one line; words that do not fit are cut."""
     line = Table.grid(padding=(0, 1))
     line.add_row(bar, Text(words, no_wrap=True, overflow="ellipsis"))
     return line
@@ -116,9 +116,9 @@ def _headline(progress: Progress) -> str:
 
 
 def print_summary(report: RunReport) -> None:
-    """What ran, how fast, and how large it is beside what ``.flo`` files would have taken."""
+    """What ran, how fast, and how large the outputs are compared with ``.flo`` files."""
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
-    if not report.pairs:  # a resumed run that found all done
+    if not report.pairs:  # a resumed run that found everything done
         for note in report.notes:
             console.print(note)
         return
@@ -129,7 +129,7 @@ def print_summary(report: RunReport) -> None:
     console.print(printable(_how(report)))
     for output in report.outputs:
         share = beside_flo(output.flo_bytes or 0, output.bytes_written)
-        # A store that was gone on with; what else there is was made of all of it.
+        # Only the store was resumed; the other outputs were made from all of it.
         added = " more" if report.flows > report.pairs and output is report.outputs[0] else ""
         console.print(f"{printable(output.path)}  {size(output.bytes_written)}{added}{share}")
         for note in output.notes:
@@ -139,7 +139,7 @@ def print_summary(report: RunReport) -> None:
 
 
 def print_many(report: ManyReport) -> None:
-    """One line a source, what was wrong with those that failed, and where all this is written down."""
+    """One line per source, the errors of those that failed, and where the manifest is."""
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console.width = _LOG_WIDTH
@@ -179,7 +179,7 @@ def _notes(report: RunReport) -> list[str]:
 
 
 def _shared_notes(report: ManyReport) -> list[str]:
-    """What is noted of every source, where they are several: told once."""
+    """The notes that all sources have in common, which are printed once; none for a single source."""
     each = [_notes(source.run) for source in report.sources if source.run is not None]
     return [note for note in each[0] if all(note in notes for notes in each)] if len(each) > 1 else []
 
@@ -200,7 +200,7 @@ def _which(kernels: Mapping[str, str]) -> str:
 
 
 def beside_flo(flo_bytes: int, written: int) -> str:
-    """``, 4.2x smaller than .flo``, or nothing where there is nothing to compare, or no difference to speak of."""
+    """``, 4.2x smaller than .flo``; empty if there is nothing to compare or hardly a difference."""
     if not flo_bytes or not written or round(flo_bytes / written, 1) == 1:
         return ""
     smaller = flo_bytes / written
@@ -221,7 +221,7 @@ def clock(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes for a person, in powers of ten as disks are sold."""
+    """A number of bytes as text, in powers of ten, as disks are sold."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"

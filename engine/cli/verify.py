@@ -43,7 +43,7 @@ def verify(
     done = []
     console = Console(stderr=True)
     for store in stores:
-        # One for each, as it has to be gone from the terminal before anything is said there.
+        # One bar per store, as it must be gone from the terminal before the result is printed there.
         with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
             task = bar.add_task(printable(store), total=None)
             done.append(verifying.verify(store, partial(_show, bar, task)))
@@ -60,9 +60,9 @@ def _show(bar: Progress, task: TaskID, flows: int, available: int) -> None:
 
 
 def _lines(one: Verification) -> list[str]:
-    """What a person reads about one store."""
+    """The lines printed for one store."""
     if one.sound:
-        count = str(one.flows) if one.available == one.flows else f"{one.available} of {one.flows}"  # a cache's
+        count = str(one.flows) if one.available == one.flows else f"{one.available} of {one.flows}"  # a cache
         return [f"{one.path}: sound, {count} {plural(one.flows, 'flow')} of {one.width}x{one.height}"]
     if len(one.findings) == 1 and one.findings[0].first_flow is None:
         return [f"{one.path}: {one.findings[0]}"]

@@ -156,7 +156,7 @@ def _ask(text: str) -> None:
         raise UsageError(
             "these weights have a licence to accept, and nobody is here to ask: pass --accept-licence. " + text
         )
-    # Not typer.confirm, which puts a space on stdout: that holds the file's path alone.
+    # Not typer.confirm, which prints a space to stdout: only the file's path belongs there.
     typer.echo(f"{text}\nAccept this licence and download? [y/N] ", err=True, nl=False)
     answer = sys.stdin.readline()
     if not answer:
@@ -167,7 +167,7 @@ def _ask(text: str) -> None:
 
 
 class _Meter:
-    """How far a download is, on stderr: a bar on a terminal, now and then a line elsewhere."""
+    """Download progress on stderr: a bar on a terminal, a line now and then elsewhere."""
 
     def __init__(self, quiet: bool) -> None:
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -199,7 +199,7 @@ class _Meter:
 
 
 def _table(facts: list[dict[str, JSON]]) -> str:
-    """A line a checkpoint, in columns."""
+    """One line per checkpoint, in columns."""
     from flowreel.engine.cli.table import size
 
     rows = [("NAME", "MODEL", "SIZE", "HERE", "LICENCE", "SHA256")]

@@ -1,7 +1,7 @@
-"""What flowreel stands on, looked at piece by piece: is it there, does it work, and how to mend what does not.
+"""What flowreel depends on, checked piece by piece: is it installed, does it work, and how to fix what does not.
 
-One check = one small function and one line in ``CHECKS``. A check returns a Finding; whatever it raises becomes one,
-so that a broken package never stops the others from being looked at. Nothing heavy is imported before its own check.
+One check = one small function and one line in ``CHECKS``. A check returns a Finding, and an exception becomes one, so
+that a broken package never keeps the others from being checked. Nothing heavy is imported before its own check.
 """
 
 from __future__ import annotations
@@ -46,5 +46,5 @@ CHECKS = (
 
 
 def examine(checks: Sequence[Check] | None = None) -> Diagnosis:
-    """Makes every check; none can fail but by saying so."""
+    """Runs the checks, all of them by default. An exception in one becomes its finding."""
     return Diagnosis(tuple((check, look_at(check)) for check in (CHECKS if checks is None else checks)))

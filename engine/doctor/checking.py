@@ -1,4 +1,4 @@
-"""What a check is, what it finds, and that it can never fail but by saying so."""
+"""What a check is, and how it is run: whatever it raises becomes what it found."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Literal
 from flowreel.engine.data import JSON
 
 Status = Literal["ok", "missing", "broken"]
-Demand = Literal["cpu", "gpu", "extra"]  # any run needs it; a run on a GPU does; it only makes something better
+Demand = Literal["cpu", "gpu", "extra"]  # any run needs it; a run on a GPU needs it; it is an improvement only
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,12 @@ class Finding:
     status: Status
     version: str = ""
     detail: str = ""  # one line
-    advice: str = ""  # one line on how to mend it; empty: the check's own, unless all is well
+    advice: str = ""  # one line on how to fix it; empty: the check's own advice, unless the status is ok
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing to look at."""
+    """One thing to check."""
 
     name: str
     demand: Demand
@@ -67,7 +67,7 @@ class Diagnosis:
 
 def look_at(check: Check) -> Finding:
     try:
-        # Some packages print pages about what they miss; stdout belongs to the answer.
+        # Some packages print pages about what they lack; stdout is for the diagnosis.
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             finding = check.look()

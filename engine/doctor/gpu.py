@@ -1,4 +1,4 @@
-"""What a run on a GPU needs beside: the driver and its video libraries, torch for CUDA, CuPy, NVRTC, PyNvVideoCodec."""
+"""What else a run on a GPU needs: the driver and its video libraries, torch for CUDA, CuPy, NVRTC, PyNvVideoCodec."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flowreel.engine.sources import nvcodec
 
 NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 SMALL_KERNEL = b'extern "C" __global__ void add_one(float* values) { values[threadIdx.x] += 1.0f; }'
-CUPYS = ("cupy-cuda13x", "cupy-cuda12x", "cupy-cuda11x", "cupy")  # distributions of one package
+CUPYS = ("cupy-cuda13x", "cupy-cuda12x", "cupy-cuda11x", "cupy")  # distributions of the same package
 NVDEC_CODECS = (("H264", 8), ("HEVC", 8), ("HEVC", 10), ("AV1", 8), ("AV1", 10), ("VP9", 8))  # name, bits
 
 GPU_EXTRA = nvcodec.INSTALL
@@ -43,7 +43,7 @@ def driver() -> Finding:
 
 
 def _driver_is_older_than(major: int) -> bool:
-    """Whether there is a driver, but not for what is built for CUDA ``major``. Of one major version it runs all."""
+    """Whether the driver is too old for CUDA ``major``; it runs every minor version of its own major version."""
     newest = ctypes.c_int()
     try:
         cuda = _library("libcuda.so.1")
@@ -102,14 +102,14 @@ def cupy() -> Finding:
 
 
 def nvrtc() -> Finding:
-    """Compiles a kernel, which needs no GPU: by way of CuPy, as the kernels are, or of the library alone."""
+    """Compiles a kernel, which needs no GPU: through CuPy, as flowreel's kernels are, or with the library alone."""
     try:
         from cupy.cuda import nvrtc as compiler
     except Exception:  # CuPy has a check of its own
         return _bare_nvrtc()
     try:
         found = ".".join(map(str, compiler.getVersion()))
-    except Exception as error:  # CuPy looks for the library now
+    except Exception as error:  # CuPy looks for the library only now
         return Finding("missing", detail=f"CuPy finds no NVRTC: {first_line(error)}")
     program = compiler.createProgram(SMALL_KERNEL.decode(), "add_one.cu", [], [])
     compiler.compileProgram(program, ("--gpu-architecture=compute_75",))
@@ -134,7 +134,7 @@ def _bare_nvrtc() -> Finding:
 
 
 def kernels() -> Finding:
-    """One of flowreel's own, compiled with CUDA's headers, which needs no GPU; on one it runs, and another one too."""
+    """Compiles a kernel of flowreel's with CUDA's headers; with a GPU, runs it, and a tensor-core kernel if it can."""
     import torch
 
     from flowreel.kernels import channel_norm
@@ -172,7 +172,7 @@ def libnvidia_encode() -> Finding:
 def _video_library(name: str) -> Finding:
     if _library(name) is not None:
         return Finding("ok", detail=f"{name} loads")
-    given = os.environ.get("NVIDIA_DRIVER_CAPABILITIES")  # set in a container, it says what of the driver is passed in
+    given = os.environ.get("NVIDIA_DRIVER_CAPABILITIES")  # in a container: the parts of the driver that are passed in
     left_out = given is not None and not {"all", "video"} & set(given.split(","))
     advice = f"NVIDIA_DRIVER_CAPABILITIES is {given}: start the container with compute,utility,video"
     return Finding(
@@ -189,12 +189,12 @@ def pynvvideocodec() -> Finding:
             raise cause from None
         if cause is None:
             return Finding("broken", found, str(error), "pip install --upgrade PyNvVideoCodec")
-        return Finding("broken", found, str(error), VIDEO_DRIVER)  # without its libraries it does not even load
+        return Finding("broken", found, str(error), VIDEO_DRIVER)  # it does not load without these libraries
     return Finding("ok", codec.__version__)
 
 
 def nvdec() -> Finding:
-    """What the first GPU decodes, asked as a run asks."""
+    """What the first GPU decodes, queried as a run does."""
     try:
         codec = nvcodec.load()
     except MissingDependencyError:  # it has a check of its own
@@ -202,7 +202,7 @@ def nvdec() -> Finding:
     engines = 0
     found: list[str] = []
     lacking: list[str] = []
-    unasked: list[str] = []  # why
+    unasked: list[str] = []  # why a codec could not be queried
     for name, bits in NVDEC_CODECS:
         try:
             caps = nvcodec.decodes(codec, 0, getattr(codec.cudaVideoCodec, name), "420", bits)
@@ -221,7 +221,7 @@ def nvdec() -> Finding:
 
 
 def nvenc() -> Finding:
-    """Whether the first GPU encodes colour video, tried as a run tries. NVIDIA's data-centre cards do not."""
+    """Whether the first GPU encodes colour video, tested as a run does. NVIDIA's data-centre cards do not."""
     from flowreel.sinks import why_no_nvenc
 
     why = why_no_nvenc(0, 1080, 1920)
@@ -229,7 +229,7 @@ def nvenc() -> Finding:
 
 
 def _library(*names: str) -> Any:
-    """The first of these libraries that is there; None when none is. One that is there but does not load raises."""
+    """The first of these libraries that exists, or None. Raises OSError if it exists but does not load."""
     for name in names:
         try:
             return ctypes.CDLL(name)
@@ -240,7 +240,7 @@ def _library(*names: str) -> Any:
 
 
 def _is_absent(error: OSError, name: str) -> bool:
-    """Not so when it is a library it needs that cannot be found."""
+    """Whether the library itself cannot be found, rather than another one that it needs."""
     return name in str(error) and "no such file" in str(error).lower()
 
 

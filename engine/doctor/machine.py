@@ -26,7 +26,7 @@ def processor() -> Finding:
 
 
 def bf16() -> Finding:
-    """Whether this processor multiplies bfloat16 numbers itself, as the kernel tells."""
+    """Whether this processor has instructions to multiply bfloat16 numbers, as Linux reports."""
     flags = set(_cpu_flags().split())
     names = {"avx512_bf16": "AVX512_BF16", "amx_bf16": "AMX", "bf16": "Arm BF16"}
     found = [name for flag, name in names.items() if flag in flags]

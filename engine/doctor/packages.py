@@ -1,4 +1,4 @@
-"""The packages that every run needs: each is made to do a little of what it is there for."""
+"""The packages that every run needs, each tried on a small piece of the work that it is there for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from flowreel.engine.doctor.checking import Finding, expect
 
-# Codec -> FFmpeg's decoders that do it on a CPU; the one it calls av1 needs a GPU.
+# Codec -> FFmpeg's decoders for it on a CPU; the decoder that FFmpeg calls av1 needs a GPU.
 DECODERS = {"h264": ["h264"], "hevc": ["hevc"], "av1": ["libdav1d", "libaom-av1"], "vp9": ["vp9"], "mpeg4": ["mpeg4"]}
 H264_ENCODERS = ("libx264", "libopenh264")
 

@@ -81,14 +81,14 @@ _HOME = {
     "write_flo": "flowreel.sinks.flo",
 }
 
-__all__ = [*(name for name in _HOME if name != "open"), "__version__", "errors"]  # ``import *`` leaves Python's open
+__all__ = [*(name for name in _HOME if name != "open"), "__version__", "errors"]  # ``import *`` keeps Python's open
 
 sys.modules[f"{__name__}.errors"] = errors  # for ``from flowreel.errors import StageError``
 
 settle()
 
 
-if not TYPE_CHECKING:  # a type checker would take it for a promise of every name
+if not TYPE_CHECKING:  # a type checker would conclude that every name exists
 
     def __getattr__(name: str) -> Any:
         if name == "__version__":
