@@ -43,7 +43,7 @@ def driver() -> Finding:
 
 
 def _driver_is_older_than(major: int) -> bool:
-    """Whether the driver is too old for CUDA ``major``; it runs every minor version of its own major version."""
+    """Whether a driver is there but too old for CUDA ``major``. It runs all minor versions of its own major one."""
     newest = ctypes.c_int()
     try:
         cuda = _library("libcuda.so.1")
