@@ -1,4 +1,4 @@
-"""Where frames come from: a name, looked up in ``kinds.py``, opened by the file of its kind."""
+"""Sources of frames: ``kinds.py`` tells the kind of a name, and the module of that kind opens it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def open_source(name: PathLike, select: SelectConfig | None = None, device: str 
     Args:
         name: what to open. A glob (``"frames/*.png"``) is expanded here.
         select: which of its frames; None: all of them.
-        device: where they are wanted, cpu or cuda:N; a decoder that cannot put them there gives them on the CPU.
+        device: where the frames are wanted, cpu or cuda:N; a decoder that cannot put them there gives them on the CPU.
 
     Raises:
-        SourceNotFoundError: nothing goes by that name.
-        UnsupportedSourceError: it holds no picture that can be decoded.
-        TooFewFramesError: fewer than two frames are left to give.
-        UsageError: the selection makes no sense for it.
+        SourceNotFoundError: there is no such file, folder or image.
+        UnsupportedSourceError: no picture in it can be decoded.
+        TooFewFramesError: the selection leaves fewer than two frames.
+        UsageError: the selection makes no sense for this source, or the name is not understood.
         DeviceError, MissingDependencyError: NVDEC was asked for by name and cannot decode it.
     """
     text, kind = _looked_up(name)
@@ -35,7 +35,7 @@ def open_source(name: PathLike, select: SelectConfig | None = None, device: str 
 
 
 def open_random_access(name: PathLike, select: SelectConfig | None = None) -> RandomAccess:
-    """``open_source`` of what can be read in any order. Raises UsageError for what passes by only once."""
+    """``open_source`` for random access. Raises UsageError for a source that can be read only once."""
     if comes_once(name):
         raise UsageError("stdin passes by only once, so its flow cannot be had in any order: use stream or run")
     source = open_source(name, select)
@@ -44,23 +44,23 @@ def open_random_access(name: PathLike, select: SelectConfig | None = None) -> Ra
 
 
 def comes_once(name: PathLike) -> bool:
-    """Whether the source passes by only once, as stdin does: it cannot be opened again."""
+    """Whether the source can be opened and read only once, as stdin."""
     return _looked_up(name)[1].once
 
 
 def source_identity(name: PathLike) -> SourceId:
-    """Which input a name means: quickly, without opening it as a source.
+    """Which input a name means, found quickly, without opening it as a source.
 
-    It is what the source's header tells, less its duration.
+    Equals ``info.source`` of the opened source, except that the duration is missing.
 
     Raises:
-        SourceNotFoundError, UnsupportedSourceError, UsageError: as of ``open_source``, as far as is seen.
+        SourceNotFoundError, UnsupportedSourceError, UsageError: as ``open_source``, as far as this look shows it.
     """
     text, kind = _looked_up(name)
     try:
         identity: SourceId = _module(kind).identify(text)
     except FlowreelError:
-        raise  # it has said what is wrong
+        raise  # says what is wrong already
     except FileNotFoundError as error:
         raise SourceNotFoundError(f"there is no file {text}") from error
     except OSError as error:
@@ -69,13 +69,13 @@ def source_identity(name: PathLike) -> SourceId:
 
 
 def source_stem(name: PathLike) -> str:
-    """What outputs are called after: a file without its ending, the images' folder, the scene, ``stdin``."""
+    """What outputs are named after: the file without its suffix, the folder of the images, the scene, or ``stdin``."""
     text, kind = _looked_up(name)
     return kind.stem(text)
 
 
 def lasting_name(name: PathLike) -> str:
-    """The same source by a name that means it from any working folder. Raises UsageError for an empty one."""
+    """A name for the same source that is valid in any working folder. Raises UsageError for an empty name."""
     text, kind = _looked_up(name)
     if not text:
         raise UsageError("the source's name is empty")
@@ -83,7 +83,7 @@ def lasting_name(name: PathLike) -> str:
 
 
 def image_folders(name: PathLike) -> list[str] | None:
-    """The folders whose images a source is, by its name; None for a source of another kind."""
+    """The folders that hold the images of an image source; None for a source of another kind."""
     text, kind = _looked_up(name)
     return kind.folders(text)
 

@@ -1,4 +1,4 @@
-"""Is a video file whole? Its own structure tells where it ends; how much of it decodes does not."""
+"""Detects truncated video files from their container structure; how much of a file decodes would not tell."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from flowreel.engine.sources import y4m
 _MP4_FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp", b"uuid")
 _ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
 _ASF_FILE_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
-_ASF_LONGEST_HEADER = 1 << 20  # bytes; an index of scripts may make it long, the file's properties come early
+_ASF_LONGEST_HEADER = 1 << 20  # bytes; a script index may make it long, but the file properties come early
 
 
 def is_cut_short(path: Path) -> bool:
-    """Whether a file ends before the place that it names as its end itself.
+    """Whether a file is shorter than its own structure says it should be.
 
-    Told of MP4/MOV, Matroska/WebM, AVI, ASF (WMV), GIF and YUV4MPEG2. Others do not say (transport and elementary
-    streams, live recordings), or FFmpeg notices (FLV): of those False.
+    Works for MP4/MOV, Matroska/WebM, AVI, ASF (WMV), GIF and YUV4MPEG2. False for other formats: they do not state
+    their length (transport and elementary streams, live recordings), or FFmpeg notices by itself (FLV).
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -34,11 +34,11 @@ def is_cut_short(path: Path) -> bool:
     return False
 
 
-# Each: the place where the file should end; any place inside it when it does not say.
+# Each returns the offset at which the file should end, or any offset within the file if it does not say.
 
 
 def _elements_end(file: BinaryIO, size: int, head_bytes: int, length_of: Callable[[bytes], int]) -> int:
-    """Behind elements that lie one behind the other; ``length_of`` tells an element's, 0 where it does not end."""
+    """End of a sequence of adjacent elements; ``length_of`` gives an element's length, 0 if it states none."""
     position = 0
     while position + 8 <= size:
         file.seek(position)
@@ -50,7 +50,7 @@ def _elements_end(file: BinaryIO, size: int, head_bytes: int, length_of: Callabl
 
 
 def _box_bytes(box: bytes) -> int:
-    """Of an MP4: length, kind, and for long ones the length again. 0: to the end of the file, or no box at all."""
+    """MP4: length, type, and for large boxes a 64-bit length. 0: the box extends to the end of the file, or is none."""
     length = int.from_bytes(box[:4], "big")
     if length == 1:
         length = int.from_bytes(box[8:16], "big")
@@ -58,17 +58,17 @@ def _box_bytes(box: bytes) -> int:
 
 
 def _chunk_bytes(chunk: bytes) -> int:
-    """Of an AVI: kind and length, which a recording that was never finished leaves at 0."""
+    """AVI: type and length; a recording that was never finalised leaves the length at 0."""
     payload = int.from_bytes(chunk[4:], "little")
     return 8 + payload if payload and chunk[:4].isalnum() else 0
 
 
 def _matroska_end(file: BinaryIO, _: int) -> int:
-    """Where the segment says it ends; 0 when it does not say (a live recording)."""
+    """End of the segment; 0 if its length is unknown (a live recording)."""
     head = file.read(64)
 
     def number(position: int) -> tuple[int | None, int]:
-        """A length of 1..8 bytes, the leading zeros of the first telling how many; and where it ends."""
+        """An EBML length of 1..8 bytes, its width given by leading zeros, and the offset after it. None: unknown."""
         width = 9 - head[position].bit_length()
         value = int.from_bytes(head[position : position + width], "big") & ~(1 << 7 * width)
         return (None if value == (1 << 7 * width) - 1 else value), position + width
@@ -83,7 +83,7 @@ def _matroska_end(file: BinaryIO, _: int) -> int:
 
 
 def _asf_end(file: BinaryIO, _: int) -> int:
-    """The file's size as its properties tell it; a broadcast does not know it."""
+    """File size from the file properties; 0 for a broadcast, which does not know it."""
     head = file.read(_ASF_LONGEST_HEADER)
     place = head.find(_ASF_FILE_PROPERTIES)
     properties = head[place : place + 92]
@@ -93,7 +93,7 @@ def _asf_end(file: BinaryIO, _: int) -> int:
 
 
 def _gif_end(file: BinaryIO, size: int) -> int:
-    """Behind the trailer, to which blocks of up to 255 bytes lead; beyond the file when they lead out of it."""
+    """Just after the trailer, found by following the blocks; beyond the file if they lead past its end."""
     beyond = size + 1
 
     def skip(count: int) -> None:
@@ -106,7 +106,7 @@ def _gif_end(file: BinaryIO, size: int) -> int:
         return found[0]
 
     def table(flags: int) -> int:
-        """Bytes of the colours that follow."""
+        """Bytes of the colour table that follows."""
         return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
     try:
@@ -114,14 +114,14 @@ def _gif_end(file: BinaryIO, size: int) -> int:
         flags = byte()
         skip(2 + table(flags))
         while (kind := byte()) != 0x3B:
-            if kind == 0x2C:  # a picture: its place, perhaps its own colours, and how it is packed
+            if kind == 0x2C:  # an image: position and size, perhaps a local colour table, LZW code size
                 skip(8)
                 flags = byte()
                 skip(table(flags) + 1)
             elif kind == 0x21:
                 skip(1)
             else:
-                return 0  # damaged, which is another matter
+                return 0  # damaged, which is not for this function to report
             while length := byte():
                 skip(length)
     except EOFError:
@@ -130,10 +130,10 @@ def _gif_end(file: BinaryIO, size: int) -> int:
 
 
 def _y4m_end(file: BinaryIO, size: int) -> int:
-    """Behind the last frame that is begun."""
+    """Where the last frame that has begun should end."""
     try:
         header = y4m.Header.parse(file.readline(y4m.LONGEST_LINE).rstrip(b"\n"))
-    except UnsupportedSourceError:  # FFmpeg may know more kinds
+    except UnsupportedSourceError:  # FFmpeg may accept headers that this parser does not
         return 0
     position = file.tell()
     while position < size:

@@ -1,4 +1,4 @@
-"""Recognises an input again, so that a resumed run goes on with the same one, or with the same one grown."""
+"""Identifies an input, so that a resumed run continues with the same one, or with the same one grown longer."""
 
 from __future__ import annotations
 
@@ -11,26 +11,29 @@ import numpy as np
 
 from flowreel.engine.data import SourceId
 
-HEAD_BYTES = 1 << 20  # enough to tell videos apart, little enough to read from a slow disk at once
-_SAMPLES = 32  # of an input's bytes, spread over it; of many files at least two each
+HEAD_BYTES = 1 << 20  # enough to tell videos apart, few enough to read quickly from a slow disk
+_SAMPLES = 32  # per input, spread over its bytes; of several files at least two each
 _SAMPLE_BYTES = 1 << 14
 
 
 def source_id(name: str, files: Sequence[Path], duration_s: float | None = None) -> SourceId:
-    """What is recorded of an input: ``name``, the bytes of its files, what the first begins with, samples of all."""
+    """Identity of an input: ``name``, total size, a hash of the first file's head, a hash of samples of all files."""
     with files[0].open("rb") as file:
         head = hashlib.sha256(file.read(HEAD_BYTES)).hexdigest()
     return SourceId(name, sum(path.stat().st_size for path in files), duration_s, head, _sampled(files))
 
 
 def last_change(path: Path) -> tuple[int, int]:
-    """Bytes, and when they last changed: enough to see that a file was replaced while it is being used."""
+    """Size in bytes and modification time in ns: enough to see that a file in use was replaced."""
     status = path.stat()
     return status.st_size, status.st_mtime_ns
 
 
 def _sampled(files: Sequence[Path]) -> str:
-    """A hash of samples all over the files. A file's last one is its end: compressed, it follows from all before."""
+    """A hash of samples spread over the files.
+
+    The last sample of a file is its end, which in compressed data depends on all that comes before it.
+    """
     count = max(_SAMPLES // len(files), 2)
     samples = hashlib.sha256()
     for path in files:

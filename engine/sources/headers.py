@@ -1,4 +1,4 @@
-"""The size of the pictures, as one packet of a stream states it: known without decoding, for microseconds of work."""
+"""The picture size that a packet of a stream states: read from its headers in microseconds, without decoding."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import av
 
 Size = tuple[int, int]  # (width, height) in pixels
 
-ENOUGH_BYTES = 1 << 16  # of a packet: the size stands in front of the picture, behind whatever an encoder says there
+ENOUGH_BYTES = 1 << 16  # of a packet: the size comes before the picture data, after whatever else an encoder puts there
 _VP9_SYNC = 0x498342
 _VP9_RGB = 7  # a colour space
 
 
 def stated_size(codec: str, data: bytes) -> Size | None:
-    """Size of the pictures from this packet on, cropped as shown; None where it does not say.
+    """Size of the pictures from this packet on, after cropping; None if the packet does not state it.
 
     Args:
         codec: FFmpeg's name of the decoder.
-        data: a packet's first bytes, of H.264 and HEVC with start codes; ``ENOUGH_BYTES`` of them are enough.
+        data: a packet's first bytes, for H.264 and HEVC with start codes; ``ENOUGH_BYTES`` are enough.
 
-    H.264, HEVC, AV1 and MPEG-4 say so at key frames where the parameter sets come with the packet, VP8 and MPEG-2 at
-    every key frame, and VP9 wherever the size is not that of a picture it refers to.
+    H.264, HEVC, AV1 and MPEG-4 state it at key frames whose packet carries the parameter sets, VP8 and MPEG-2 at every
+    key frame, and VP9 wherever the size is not taken over from a reference frame.
     """
-    if "vp9" in codec:  # of which FFmpeg's parser does not tell
+    if "vp9" in codec:  # FFmpeg's parser does not tell its size
         return _vp9_size(data)
-    context = av.CodecContext.create(codec, "r")  # anew, since a parser fills in a size only where there is none
+    context = av.CodecContext.create(codec, "r")  # a new one each time: a parser sets the size only if it is unset
     with suppress(av.FFmpegError):
         context.parse(data)
         context.parse(None)
@@ -37,7 +37,7 @@ def stated_size(codec: str, data: bytes) -> Size | None:
 
 
 class _Bits:
-    """Reads numbers of so many bits, the highest first. Raises EOFError behind the last."""
+    """Reads unsigned numbers bit by bit, most significant bit first. Raises EOFError past the end."""
 
     def __init__(self, data: bytes) -> None:
         self._value = int.from_bytes(data, "big")
@@ -58,7 +58,7 @@ def _vp9_size(data: bytes) -> Size | None:
         profile = bits.take() | bits.take() << 1
         if profile == 3:
             bits.take()
-        if bits.take():  # a picture that was decoded before is shown
+        if bits.take():  # show_existing_frame: an earlier picture is shown again
             return None
         inter, shown, resilient = bits.take(), bits.take(), bits.take()
         intra_only = inter and not shown and bits.take()
@@ -70,11 +70,11 @@ def _vp9_size(data: bytes) -> Size | None:
             if not inter or profile > 0:
                 _skip_vp9_colour(bits, profile)
         if inter:
-            bits.take(8)  # what it replaces
+            bits.take(8)  # refresh_frame_flags
         if inter and not intra_only:
-            bits.take(3 * 4)  # what it refers to
+            bits.take(3 * 4)  # the three reference frames
             if any(bits.take() for _ in range(3)):
-                return None  # of the size of the first of them that is marked
+                return None  # it has the size of the first reference frame whose bit is set
         return bits.take(16) + 1, bits.take(16) + 1
     return None
 

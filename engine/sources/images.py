@@ -32,7 +32,7 @@ from flowreel.engine.sources.kinds import IMAGE_SUFFIXES
 from flowreel.engine.sources.timecode import select_frames
 
 FLOW_SUFFIXES = frozenset({".flo", ".npz", ".zarr"})
-FRAME_RATE = Fraction(25)  # pictures carry no times; FFmpeg reads image sequences at the same rate
+FRAME_RATE = Fraction(25)  # images carry no times; FFmpeg reads image sequences at the same rate
 
 _ORIENTATION = 0x0112  # the EXIF tag
 _UPRIGHT = {
@@ -47,10 +47,10 @@ _UPRIGHT = {
 
 
 def open_images(name: str, select: SelectConfig, device: str = "cpu") -> ImageSource:
-    """Open the images of a folder, those a glob matches, or a single one.
+    """Open the images of a folder, or those that a glob matches.
 
-    The headers of all files are read at once, so a missing, foreign or differently sized image is told of before the
-    first frame. Raises SourceNotFoundError, UnsupportedSourceError, FrameSizeError, TooFewFramesError, UsageError.
+    The headers of all files are read at once, so a missing, unreadable or differently sized image is reported before
+    the first frame. Raises SourceNotFoundError, UnsupportedSourceError, FrameSizeError, TooFewFramesError, UsageError.
     """
     if select.stream not in (None, 0):
         raise UsageError(f"{name} holds images, so there is no video stream {select.stream}")
@@ -58,7 +58,7 @@ def open_images(name: str, select: SelectConfig, device: str = "cpu") -> ImageSo
 
 
 def identify(name: str) -> SourceId:
-    """See ``Kind``: all the images together."""
+    """See ``Kind``: covers all the images."""
     paths = find_images(name)
     return source_id(_folder(paths), paths)
 
@@ -66,7 +66,7 @@ def identify(name: str) -> SourceId:
 def find_images(name: str) -> list[Path]:
     """The image files of a folder, or those that a glob matches, in natural order. Hidden files are left out.
 
-    Raises SourceNotFoundError when there is none, or one is a link to nothing: without it flow would leave a frame out.
+    Raises SourceNotFoundError when there is none, or one is a dangling link: leaving it out would skip a frame.
     """
     place = Path(name)
     if place.is_dir():
@@ -86,7 +86,7 @@ def find_images(name: str) -> list[Path]:
 
 
 def _what_else(place: Path, found: list[Path]) -> str:
-    """What somebody may have meant who named a folder or glob without images."""
+    """A hint at what the user may have meant by a folder or glob without images."""
     if (place / "zarr.json").is_file():
         return "; it is a flow store, which flowreel.open_store reads and flowreel export and color take"
     flow = [path for path in found if path.suffix.lower() in FLOW_SUFFIXES]
@@ -100,7 +100,7 @@ def _what_else(place: Path, found: list[Path]) -> str:
 
 
 def _folder(paths: list[Path]) -> str:
-    """What a clip of images is called."""
+    """The name of a clip of images: that of their folder."""
     return paths[0].absolute().parent.name
 
 
@@ -109,7 +109,7 @@ def _first(paths: list[Path]) -> str:
 
 
 class ImageSource(IndependentFrames):
-    """Frames from image files, one clip. Opens one file at a time and keeps none open."""
+    """The frames of one clip, from image files. Opens one file at a time and keeps none open."""
 
     def __init__(self, paths: list[Path], select: SelectConfig) -> None:
         """``paths`` in the order of the frames; see :func:`open_images`."""
@@ -151,7 +151,7 @@ class ImageSource(IndependentFrames):
 
 
 def _common_size(paths: Sequence[Path]) -> tuple[tuple[int, int], int]:
-    """(width, height) as shown, from the headers of all of them, and how many hold more than one picture."""
+    """(width, height) as shown, checked in the headers of all files, and how many files hold several pictures."""
     size, animated = _looked_at(paths[0])
     several = int(animated)
     for path in paths[1:]:
@@ -162,13 +162,13 @@ def _common_size(paths: Sequence[Path]) -> tuple[tuple[int, int], int]:
 
 
 def _gaps(paths: Sequence[Path]) -> Iterator[str]:
-    """What to say where the names are those of a sequence of which some are missing, or there twice."""
+    """Notes for a numbered sequence in which numbers are missing or occur twice."""
     parts = [re.split(r"([0-9]+)(?!.*[0-9])", path.stem) for path in paths]
     if any(len(part) != 3 or (part[0], part[2]) != (parts[0][0], parts[0][2]) for part in parts):
-        return  # of other kinds of names
+        return  # not a numbered sequence
     numbers = np.array([int(part[1]) for part in parts], object)
     steps = np.diff(numbers)
-    if (same := np.flatnonzero(steps == 0)).size:  # say, each as .jpg and as .png
+    if (same := np.flatnonzero(steps == 0)).size:  # e.g. each as .jpg and as .png
         one, other = (paths[same[0] + place].name for place in (0, 1))
         more = f", as do {len(same) - 1} more" if len(same) > 1 else ""
         yield f"{one} and {other} bear one number{more}: both are taken, flow goes from one to the other"
@@ -179,7 +179,7 @@ def _gaps(paths: Sequence[Path]) -> Iterator[str]:
 
 
 def read_rgb(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """The picture as shown: (H, W, 3) uint8. Alpha is dropped, 16 bits become the upper 8, EXIF turns it upright."""
+    """The picture as shown, (H, W, 3) uint8: alpha dropped, of 16 bits the upper 8, upright by its EXIF orientation."""
     with _opened(path) as image:
         upright = _UPRIGHT.get(_orientation(image))
         try:
@@ -190,7 +190,7 @@ def read_rgb(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
         if turned.mode.startswith("I"):  # convert() would clip these to 255 instead of scaling
             grey = np.clip(np.asarray(turned).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
             return np.repeat(grey[:, :, None], 3, axis=2)
-        if turned.mode == "P":  # a palette with transparency loses it only by way of RGBA without a warning
+        if turned.mode == "P":  # via RGBA: Pillow warns when it converts a palette with transparency to RGB
             turned = turned.convert("RGBA")
         try:
             return np.array(turned.convert("RGB"))
@@ -200,8 +200,8 @@ def read_rgb(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    # From a file object, not by name: Pillow would map some files into memory, and then lays the rows of a turned
-    # TIFF out wrongly (seen in 13.0).
+    # From a file object, not by name: Pillow would memory-map some files, and then lays out the rows of a rotated TIFF
+    # wrongly (seen in 13.0).
     with path.open("rb") as file:
         try:
             image: Image.Image = Image.open(file)
@@ -217,19 +217,19 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation 1..8 that still has to be applied. Call it before the pixels are loaded."""
+    """The EXIF orientation, 1..8, that is still to be applied. Call it before the pixels are loaded."""
     if image.format == "TIFF":
-        return 1  # Pillow turns these itself
+        return 1  # Pillow applies it itself
     if image.format == "PNG" and "exif" not in image.info:
-        return 1  # asking for it would decode the whole picture
+        return 1  # getexif() would decode the whole picture
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
     except (SyntaxError, ValueError, TypeError, KeyError, EOFError, OSError, struct.error):
-        return 1  # the picture itself may well be sound
+        return 1  # the picture itself may still be intact
 
 
 def _looked_at(path: Path) -> tuple[tuple[int, int], bool]:
-    """(width, height) as shown, and whether the file holds more pictures than one."""
+    """(width, height) as shown, and whether the file holds more than one picture."""
     with _opened(path) as image:
         width, height = image.size
         several = bool(getattr(image, "is_animated", False))
@@ -237,7 +237,7 @@ def _looked_at(path: Path) -> tuple[tuple[int, int], bool]:
 
 
 def _refuse_single(path: Path) -> None:
-    """One file is no sequence, whatever it holds. Raises TooFewFramesError, or UnsupportedSourceError for no image."""
+    """Always raises: TooFewFramesError, as one file is no sequence, or UnsupportedSourceError if it is no image."""
     _, several = _looked_at(path)
     if several:
         raise TooFewFramesError(

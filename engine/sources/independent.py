@@ -1,4 +1,4 @@
-"""Frames that each stand by themselves, as images and rendered scenes do: any of them can be had first."""
+"""Sources whose frames do not depend on each other, such as images and rendered scenes: any can be read first."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class IndependentFrames(ABC):
-    """A ``RandomAccess`` source but for its frames. See ``engine/protocols.py``."""
+    """A ``RandomAccess`` source (``engine/protocols.py``) whose subclass provides ``frame``."""
 
     reopening_frames = 0
 
@@ -29,7 +29,7 @@ class IndependentFrames(ABC):
 
     @abstractmethod
     def frame(self, number: int) -> Frame:
-        """The frame of that number in the source."""
+        """The frame with this number in the source."""
 
     def standing_before(self, number: int) -> int:
         return number

@@ -1,6 +1,6 @@
-"""The kinds of source there are, and what a name alone tells of each. One kind = one file here + one line in ``KINDS``.
+"""The kinds of source, and what a name alone tells about each. One kind = one file here + one line in ``KINDS``.
 
-Nothing heavy is loaded: what is wrong with a name is told at once.
+Nothing heavy is imported, so that a wrong name is reported at once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _as_it_is(name: str) -> str:
 
 
 def _absolute(name: str) -> str:
-    return os.fspath(Path(name).absolute())  # "link/.." stays: it is not the folder that holds the link
+    return os.fspath(Path(name).absolute())  # keeps "link/..", which is not the folder that holds the link
 
 
 def _stem_of_file(name: str) -> str:
@@ -40,23 +40,23 @@ def _no_folders(_: str) -> None:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of source. Where nothing else is said, its names are paths of single files.
+    """A kind of source. The defaults are for names that are paths of single files.
 
-    module: of this package; it has ``identify(name) -> SourceId`` too, which tells what the header of the source does,
-        less its duration, without opening it. OSError and FlowreelError come out of it.
+    module: of this package. Its ``identify(name) -> SourceId`` tells what ``info.source`` of the opened source does,
+        except for the duration, without opening it. It may raise OSError and FlowreelError.
     function: of that module, ``(name, select, device) -> Source``.
     """
 
     module: str
     function: str
-    takes: Callable[[str], bool] = _any  # whether a name is of this kind, unless one before it says so
-    stem: Callable[[str], str] = _stem_of_file  # of a name: what outputs are called after
-    lasting_name: Callable[[str], str] = _absolute  # means the same from any working folder
-    folders: Callable[[str], list[str] | None] = _no_folders  # of which every image is a frame, or may be
-    once: bool = False  # whether it passes by only once: it can be opened, but not again
+    takes: Callable[[str], bool] = _any  # whether a name is of this kind; earlier kinds are asked first
+    stem: Callable[[str], str] = _stem_of_file  # from a name: what outputs are named after
+    lasting_name: Callable[[str], str] = _absolute  # a name for the same source, valid in any working folder
+    folders: Callable[[str], list[str] | None] = _no_folders  # folders whose images are, or may be, its frames
+    once: bool = False  # whether it can be opened and read only once
 
 
-# -- stdin and procedural scenes, which are no files -----------------------------------------------------------------
+# -- stdin and procedural scenes, which are not files ----------------------------------------------------------------
 
 
 def _is_stdin(name: str) -> bool:
@@ -68,7 +68,7 @@ def _stem_of_stdin(_: str) -> str:
 
 
 def is_synthetic(name: str) -> bool:
-    """Whether the name is of a scene that is rendered, and of no file."""
+    """Whether the name is that of a rendered scene, not of a file."""
     return name.startswith(SYNTHETIC)
 
 
@@ -80,7 +80,7 @@ def _stem_of_scene(name: str) -> str:
 
 
 def _is_images(name: str) -> bool:
-    if os.path.exists(name):  # before the glob: a file may well be called clip[1].mp4
+    if os.path.exists(name):  # before the glob: a file may be named clip[1].mp4
         return os.path.isdir(name) or Path(name).suffix.lower() in IMAGE_SUFFIXES
     return as_glob(name) is not None
 
@@ -106,13 +106,13 @@ def _folders_of_images(name: str) -> list[str]:
     return sorted({os.path.dirname(path) or "." for path in found})
 
 
-# -- the registry: the first that takes a name has it --------------------------------------------------------------
+# -- the registry: the first kind that takes a name wins ------------------------------------------------------------
 
 KINDS = (
     Kind("y4m", "open_stdin", _is_stdin, _stem_of_stdin, _as_it_is, once=True),
     Kind("synthetic", "open_synthetic", is_synthetic, _stem_of_scene, _as_it_is),
     Kind("images", "open_images", _is_images, _stem_of_images, _lasting_images, _folders_of_images),
-    Kind("video", "open_video"),  # what is left; says so itself when it is not there
+    Kind("video", "open_video"),  # any other name; its module reports a missing file
 )
 
 

@@ -1,4 +1,4 @@
-"""NVIDIA's PyNvVideoCodec: loaded on first use, and asked what a GPU decodes. What it decodes is in ``nvdec.py``."""
+"""Loads NVIDIA's PyNvVideoCodec on first use and asks it what a GPU can decode. ``nvdec.py`` decodes with it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ INSTALL = "pip install 'flowreel[cuda]' (flowreel[cuda12] for a driver of CUDA 1
 
 
 def load() -> ModuleType:
-    """PyNvVideoCodec itself.
+    """Import PyNvVideoCodec.
 
-    Its warnings would go to stdout, which belongs to what was asked for: they are turned off, unless LOGGER_LEVEL says
-    otherwise. What it says of a damaged picture it prints all the same.
+    Its warnings would go to stdout, which is for the requested output, so they are turned off unless LOGGER_LEVEL says
+    otherwise. Messages about damaged pictures are printed all the same.
 
-    Raises MissingDependencyError saying whether it is not installed, too old, or cannot load, and why.
+    Raises MissingDependencyError, which says whether it is missing, too old or fails to load, and why.
     """
-    os.environ.setdefault("LOGGER_LEVEL", "ERROR")  # read while it is imported
+    os.environ.setdefault("LOGGER_LEVEL", "ERROR")  # read at import
     try:
         import PyNvVideoCodec
     except ModuleNotFoundError as error:
@@ -50,14 +50,14 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def decodes(codec: ModuleType, gpu: int, kind: Any, chroma: str, bits: int) -> dict[str, int]:
-    """What GPU number ``gpu`` can do with a codec, chroma subsampling ("420", "422", "444") and depth.
+    """The decoder capabilities of GPU number ``gpu`` for a codec, chroma subsampling ("420", "422", "444") and depth.
 
-    ``supported`` and ``num_decoder_engines`` are zero where it decodes no such thing; else ``width_min`` to
-    ``height_max`` are pixels and ``mb_num_max`` is the most macroblocks (16x16 pixels) of a picture. Raises DeviceError
-    when it cannot even be asked.
+    ``supported`` and ``num_decoder_engines`` are zero if it cannot decode that; else ``width_min`` to ``height_max``
+    are pixels and ``mb_num_max`` is the most macroblocks (16x16 pixels) in a picture. Raises DeviceError when the
+    query itself fails.
 
-    2.2.4 asks GPU 0, whatever the number. Every question makes a CUDA context and takes it down again, so each is put
-    only once.
+    PyNvVideoCodec 2.2.4 asks GPU 0, whatever the number. Each query creates and destroys a CUDA context, so answers are
+    cached.
     """
     answer = _answer(codec, gpu, kind, chroma, bits)
     if isinstance(answer, str):
@@ -67,8 +67,8 @@ def decodes(codec: ModuleType, gpu: int, kind: Any, chroma: str, bits: int) -> d
 
 @lru_cache(maxsize=128)
 def _answer(codec: ModuleType, gpu: int, kind: Any, chroma: str, bits: int) -> dict[str, int] | str:
-    """Why not, where there is no answer: remembered like one, since each failure costs the memory of a context."""
-    if kind not in codec.cudaVideoCodec.__members__.values():  # the demuxer has a number for one it does not know
+    """The answer, or why there is none. Failures are cached too, since each costs the memory of a context."""
+    if kind not in codec.cudaVideoCodec.__members__.values():  # the demuxer numbers even a codec it does not know
         return {}
     chroma_kind = codec.cudaVideoChromaFormat.__members__[chroma]
 
@@ -76,13 +76,13 @@ def _answer(codec: ModuleType, gpu: int, kind: Any, chroma: str, bits: int) -> d
         return dict(codec.GetDecoderCaps(gpuid=gpu, codec=kind, chromaformat=chroma_kind, bitdepth=bits))
 
     try:
-        return in_own_thread(ask)  # one that fails leaves its context current, on the thread that asked
-    except Exception as error:  # errors of its own kinds, and a plain one where a library is missing
+        return in_own_thread(ask)  # a failed query leaves its context current on the calling thread
+    except Exception as error:  # its own types, and a plain Exception where a library is missing
         return reason(error)
 
 
 def reason(error: BaseException) -> str:
-    """What is wrong: the line "Error Type : ..." of its own errors, which go on for lines, else the first line."""
+    """What went wrong: the "Error Type : ..." line of its own errors, which have many lines, else the first line."""
     lines = (line.strip() for line in str(error).splitlines())
     told = next((line.partition(":")[2].strip() for line in lines if line.startswith("Error Type")), "")
     return told or first_line(error)

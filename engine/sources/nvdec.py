@@ -1,25 +1,26 @@
-"""Frames of a video file through the GPU's own decoder (NVDEC), as RGB that never leaves the card.
+"""Frames of a video file through the GPU's hardware decoder (NVDEC), as RGB that never leaves the GPU.
 
-*Why Demuxer + Decoder*, of PyNvVideoCodec's three ways in. Each surface carries the time stamp of its packet, so a
-frame's number comes from the same timeline as on the CPU, whatever was dropped or repeated on the way; the stream it
-takes and its time base can be compared with ours; it owns no thread. SimpleDecoder numbers frames by counting, takes
-the count from the header (which can be wrong, and is 0 for elementary streams), and drops indices silently.
-ThreadedDecoder does too, and adds a thread that nobody here could stop and that overwrites surfaces as it runs ahead.
+*Why Demuxer + Decoder*, of PyNvVideoCodec's three interfaces. Each surface carries the time stamp of its packet, so
+frames are numbered by the same timeline as on the CPU, whatever was dropped or repeated on the way; the demuxer's
+stream and time base can be compared with ours; it owns no thread. SimpleDecoder numbers frames by counting, takes the
+count from the header (which can be wrong, and is 0 for elementary streams), and drops indices silently. ThreadedDecoder
+does the same, and adds a thread that we could not stop and that overwrites surfaces as it runs ahead.
 
-*Surfaces are borrowed.* A surface belongs to the decoder and is overwritten once it is given the next packet. The
-conversion to RGB is the one copy. Both run on the decoder's stream: the copy comes before whatever the decoder writes
-next, and the CPU waits for neither. The copy's memory is torch's, handed on by the rule of ``engine/device.py``: an
-event for whoever reads it, ``record_stream`` for the allocator. That allocator is the pool: a run's frames are all of
-one size and the channels bound their number, so after the first few nothing new is allocated, and it alone knows
-when every stream has done with a block. A ring of our own would have to learn that from each consumer. Small frames
-get one block for several: to ask for memory lets go of the GIL, which a fast run's thread then has to wait for.
+*Surfaces are borrowed.* A surface belongs to the decoder, which overwrites it once it is given the next packet. The
+conversion to RGB is the only copy. Both run on the decoder's stream, so the copy precedes whatever the decoder writes
+next, and the CPU waits for neither. The copy's memory comes from torch and is handed on as ``engine/device.py``
+demands: an event for whoever reads it, ``record_stream`` for the allocator. That allocator is the buffer pool: all
+frames of a run have one size and the channels bound their number, so after the first few nothing new is allocated, and
+the allocator knows when every stream has finished with a block. A ring buffer of our own would have to learn that from
+each consumer. Several small frames share one block, because each allocation releases the GIL, and in a fast run the
+thread then has to wait to get it back.
 
-*What differs from the CPU.* Both patch damaged pictures up, but the chip does not tell which: there they count as good,
-with a line on stdout that cannot be stopped; only what does not come at all is told as lost. And it mends
-interlaced pictures, so a file whose first frame is interlaced is left to the CPU; later frames are not looked at.
+*What differs from the CPU.* Both decoders conceal damage, but NVDEC does not tell in which pictures: they count as
+good, with a line on stdout that cannot be suppressed, and only frames that do not come at all are reported as lost. And
+NVDEC deinterlaces, so a file whose first frame is interlaced is left to the CPU; later frames are not checked.
 
 On a GPU H.264, HEVC (4:4:4 too) and VP9 were seen to give the CPU's frames and times. The rest is tested against a
-stand-in (``tests/fakes``) that decodes with PyAV and has the manners of the real package.
+stand-in (``tests/fakes``) that decodes with PyAV and behaves like the real package.
 """
 
 from __future__ import annotations
@@ -46,22 +47,22 @@ if TYPE_CHECKING:
 
     from flowreel.engine.sources.probe import VideoProbe
 
-# FFmpeg's pixel formats whose surfaces are known: NV12 or P016 of 4:2:0, three planes below one another of 4:4:4.
+# FFmpeg's pixel formats whose surface layout is known: NV12 or P016 for 4:2:0, three stacked planes for 4:4:4.
 _PIXEL_FORMAT = re.compile(r"yuvj?(420|444)p(?:(10|12)le)?")
-_SURFACES = {  # by subsampling, and whether they are of more than 8 bits: the names of these
+_SURFACES = {  # (subsampling, more than 8 bits) -> name of the surface format
     ("420", False): "NV12",
     ("420", True): "P016",
     ("444", False): "YUV444",
     ("444", True): "YUV444_16Bit",
 }
 _BLOCK = 16  # pixels, the side of a macroblock
-_TOGETHER, _TOGETHER_BYTES = 8, 16 << 20  # frames of one allocation at most; it lasts as long as any of them
+_TOGETHER, _TOGETHER_BYTES = 8, 16 << 20  # most frames, and bytes, of one allocation; it lives as long as any of them
 
 
 def why_not(probe: VideoProbe, device: str) -> FlowreelError | None:
-    """Why NVDEC cannot decode this file on this device, ready to be raised; None: it can, as far as can be known.
+    """Why NVDEC cannot decode this file on this device, ready to be raised; None: nothing is known against it.
 
-    A MissingDependencyError where PyNvVideoCodec does not load, else a DeviceError.
+    A MissingDependencyError if PyNvVideoCodec does not load, else a DeviceError.
     """
     try:
         codec = nvcodec.load()
@@ -86,7 +87,7 @@ def _unsuitable(codec: ModuleType, probe: VideoProbe, gpu: int) -> str | None:
         kind = demuxer.GetNvCodecId()
         time_base = (demuxer.GetTimebaseNum(), demuxer.GetTimebaseDen())
         stream = demuxer.GetVideoStreamId()
-    except Exception as error:  # its own kinds, and plain ones
+    except Exception as error:  # its own types, and plain ones
         return nvcodec.reason(error)
     if stream != probe.stream_index:
         return f"its demuxer takes stream {stream} of the file, not {probe.stream_index}"
@@ -113,13 +114,13 @@ def _unsuitable_size(caps: dict[str, int], width: int, height: int) -> str | Non
 
 
 def _layout(pixel_format: str) -> tuple[str, int] | None:
-    """Subsampling and bits of a pixel format; None where what its surfaces look like is not known."""
+    """Subsampling and bit depth of a pixel format; None if the layout of its surfaces is not known."""
     match = _PIXEL_FORMAT.fullmatch(pixel_format)
     return None if match is None else (match[1], int(match[2] or 8))
 
 
 def _format(probe: VideoProbe) -> str:
-    """What the stream is, and not the decoder that FFmpeg has for it: av1, of libdav1d."""
+    """Name of the codec, not of FFmpeg's decoder for it: av1, not libdav1d."""
     return Codec(probe.codec, "r").canonical_name
 
 
@@ -130,22 +131,22 @@ def _gpu(device: str) -> int:
 class NvdecDecoder:
     """A ``VideoDecoder`` that gives pictures on the GPU.
 
-    A session that fails is never used again. The rest of the file is then decoded on the CPU and said so, or, where
-    NVDEC was asked for by name, the failure is raised.
+    A session that fails is never used again. The rest of the file is then decoded on the CPU, with a note to the user,
+    or, if NVDEC was asked for by name, the failure is raised.
     """
 
     def __init__(
         self, probe: VideoProbe, device: str, instead: PyAVDecoder | None, say: Callable[[str], object]
     ) -> None:
-        """``instead``: who takes over when a session fails; None: nobody. ``say`` takes what the user should know."""
+        """``instead``: takes over when a session fails; None: nothing. ``say``: called with notes for the user."""
         self._probe = probe
         self._device = torch.device(device)
         self._instead = instead
         self._say = say
         self._stream: WorkStream | None = None
         self._relieved = False  # the CPU has taken over
-        self._checked = False  # whether a good surface has come
-        self._room: list[Tensor] = []  # for the next frames
+        self._checked = False  # whether a surface has passed ``_check``
+        self._room: list[Tensor] = []  # allocated for the next frames
         layout = _layout(probe.pixel_format.name)
         assert layout is not None, "why_not() tells"
         self._chroma, self._bits = layout
@@ -169,8 +170,8 @@ class NvdecDecoder:
                 except StopIteration:
                     if self._instead is None or due >= len(self._probe.timeline):
                         return
-                    break  # its demuxer takes a damaged place for the end of the file, PyAV reads on behind it
-                except Exception as error:  # of many kinds, plain ones among them
+                    break  # its demuxer takes damage for the end of the file, PyAV reads on after it
+                except Exception as error:  # of many types, some plain
                     why = nvcodec.reason(error)
                     if self._instead is not None:
                         break
@@ -195,7 +196,7 @@ class NvdecDecoder:
         return self._stream.run(lambda: self._converted(picture))
 
     def _converted(self, picture: Any) -> Tensor:
-        """Reads the surface and writes RGB, both on the decoder's stream."""
+        """Reads the surface and writes RGB; called on the decoder's stream."""
         assert self._stream is not None
         turn, (width, height) = self._probe.turn, self._probe.stored_size
         surface = from_dlpack(picture.__dlpack__(stream=self._stream.handle))  # its own stream: nothing to wait for
@@ -209,14 +210,14 @@ class NvdecDecoder:
         return shown.flip(mirrored) if mirrored else shown
 
     def _planes(self, surface: Tensor) -> tuple[Tensor, Tensor]:
-        """Luma and chroma of a surface, (rows of all planes, W), one below the other."""
+        """Luma and chroma of a surface, which is (rows of all planes, W) with the planes stacked."""
         width, height = self._probe.stored_size
         luma, rest = surface[:height], surface[height:]
         interleaved = self._chroma == "420"
         return luma, rest.view(height // 2, -1, 2) if interleaved else rest.view(2, height, width).permute(1, 2, 0)
 
     def _surfaces(self, first: int) -> Generator[tuple[int, Any], None, None]:
-        """Numbered surfaces, from ``first`` or somewhat before it; in rising order, but it may begin once again."""
+        """Numbered surfaces, from ``first`` or somewhat before it; in rising order, but it may start over once."""
         codec = nvcodec.load()
         stream = self._stream = WorkStream(self._device)
         try:
@@ -227,19 +228,19 @@ class NvdecDecoder:
             self._room.clear()
 
     def _numbered(self, session: Session, stream: WorkStream) -> Generator[tuple[int, Any], None, bool]:
-        """A session's surfaces with their numbers. Returns False when it cannot begin where it was told to.
+        """A session's surfaces with their numbers. Returns False if it could not begin at its key frame.
 
-        Where key frames lean on others than themselves (an open GOP), the chip may give none before one that does not,
-        or such as lean on nothing: so the key frame itself has to come before any that follows it on the screen.
+        In an open GOP the decoder may output nothing before the next closed GOP, or frames whose references are
+        missing. So the key frame itself has to come before any frame that is shown after it.
         """
         timeline, last = self._probe.timeline, -1
         awaited = session.key_frame
         try:
             for surface in session.surfaces:
-                # Where stamps do not tell, frames are counted: there decoding has begun at the start of the file.
+                # Without usable stamps, frames are counted: decoding has then begun at the start of the file.
                 number = last + 1 if timeline.stamps is None else timeline.number_of(surface.getPTS())
                 if number is None or number <= last:
-                    continue  # one that an edit list hides, which NVDEC cannot know; or the same again
+                    continue  # hidden by an edit list, of which NVDEC does not know; or a repeated frame
                 if number >= len(timeline):
                     return True
                 if awaited is not None and number > awaited:
@@ -254,9 +255,9 @@ class NvdecDecoder:
             stream.finish()  # the last conversions still read what the decoder is about to free
 
     def _check(self, surface: Any, number: int) -> None:
-        """Raises DeviceError when not even the first surface is as the probe lets expect, FrameSizeError for others.
+        """Raises DeviceError if the first surface is not as the probe lets expect, FrameSizeError if a later one is not.
 
-        A decoder that cannot give 4:4:4 gives 4:2:0 and says nothing.
+        A decoder that cannot give 4:4:4 silently gives 4:2:0.
         """
         width, height = self._probe.stored_size
         expected = (_SURFACES[self._chroma, self._bits > 8], (height * 3 // (2 if self._chroma == "420" else 1), width))

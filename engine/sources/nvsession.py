@@ -1,12 +1,12 @@
-"""One session of NVDEC: a file's packets from a key frame on, and the surfaces that the GPU's decoder makes of them.
+"""One NVDEC session: a file's packets from a key frame on, and the surfaces that the GPU decodes from them.
 
-*What is not asked of the demuxer.* It calls 10-bit HEVC 8 bits deep and knows no BT.2020 (seen with 2.2.4), so depth,
-matrix, range and rotation come from our own probe. Its ``Seek`` takes the number of a packet and may land anywhere, or
-raise: the stamp of the packet it gives decides whether decoding can start there.
+*What is not asked of the demuxer.* It reports 10-bit HEVC as 8 bits deep and knows no BT.2020 (seen with 2.2.4), so
+depth, matrix, range and rotation come from our own probe. Its ``Seek`` takes the number of a packet and may land
+anywhere, or raise: the time stamp of the packet it returns decides whether decoding can start there.
 
-*Why packets are looked into.* When the pictures of a stream become smaller, the decoder tells nobody: it goes on giving
-surfaces of the first size, with the small picture blown up in them (seen with 2.2.4; a larger one fails inside
-``Decode``). So a session ends at the first packet that states another size than the one it began with.
+*Why packets are looked into.* When the pictures of a stream become smaller, the decoder gives no sign: it goes on
+returning surfaces of the first size, with the small picture scaled up to them (seen with 2.2.4; larger pictures fail
+inside ``Decode``). So a session ends at the first packet that states another size than the one it began with.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ if TYPE_CHECKING:
     from flowreel.engine.sources.probe import VideoProbe
 
 SESSION_BYTES = 412 << 20  # of device memory that a session was seen to take
-LEAST_FREE_BYTES = 2 * SESSION_BYTES  # a session begun with too little has been seen to crash the process
+LEAST_FREE_BYTES = 2 * SESSION_BYTES  # with too little, a new session has been seen to crash the process
 
 _beginning = OneAtATime()
 
 
 @dataclass(frozen=True)
 class Session:
-    """Made by ``begin``, used once. Freed with its last reference, surfaces and all."""
+    """Made by ``begin``, used once. Freed with its last reference, including all surfaces."""
 
-    key_frame: int | None  # number of the frame it was told to begin with; None: the start of the file
-    surfaces: Iterator[Any]  # in the order of the screen; each is good until the next one is asked for
+    key_frame: int | None  # number of the frame it begins at; None: the start of the file
+    surfaces: Iterator[Any]  # in presentation order; each is valid until the next one is requested
 
 
 def begin(codec: ModuleType, probe: VideoProbe, stream: WorkStream, first: int) -> Session:
     """A new session, from a key frame at or before frame ``first``, else from the start of the file.
 
-    Alone, until the driver has made the decoder proper: sessions begun by several threads at once have been seen to
-    crash. That is when it has seen the first picture's end, which may take a second packet.
+    A lock is held until the driver has created the decoder itself, because sessions begun by several threads at once
+    have been seen to crash. It does so when it has seen the end of the first picture, which may take a second packet.
 
-    Raises DeviceError when too little device memory is free, and what PyNvVideoCodec raises; so do the surfaces, and
-    FrameSizeError before the first that would be of another size.
+    Raises DeviceError when too little device memory is free, and what PyNvVideoCodec raises. Iterating the surfaces may
+    raise the latter too, and FrameSizeError before the first surface of another size.
     """
     with _beginning:
         free = free_bytes(stream.device)
@@ -61,7 +61,7 @@ def begin(codec: ModuleType, probe: VideoProbe, stream: WorkStream, first: int) 
         decoder = codec.CreateDecoder(
             gpuid=stream.device.index or 0,
             codec=demuxer.GetNvCodecId(),
-            cudacontext=0,  # the primary one, which is torch's
+            cudacontext=0,  # the primary context, which torch uses
             cudastream=stream.handle,
             usedevicememory=True,
         )
@@ -69,31 +69,31 @@ def begin(codec: ModuleType, probe: VideoProbe, stream: WorkStream, first: int) 
         surfaces: list[Any] = []
         for packet in packets:
             surfaces = decoder.Decode(packet)
-            if decoder.GetWidth():  # 0 until it is made
+            if decoder.GetWidth():  # 0 until the decoder is created
                 break
         return Session(key_frame, _decoded(decoder, packets, surfaces))
 
 
 def plain(path: Path) -> str:
-    """With every folder before it, so that no name is taken for an address."""
+    """The absolute path, so that no file name is taken for a URL."""
     return str(path.absolute())
 
 
 def _started(codec: ModuleType, probe: VideoProbe) -> tuple[Any, Any, None]:
-    """A demuxer, and the first packet of the file."""
+    """A demuxer, the first packet of the file, and None for its key frame."""
     demuxer = codec.CreateDemuxer(filename=plain(probe.path))
     return demuxer, next(iter(demuxer)), None
 
 
 def _sought(codec: ModuleType, probe: VideoProbe, first: int) -> tuple[Any, Any, int] | None:
-    """A demuxer, the packet of a key frame from which ``first`` can be decoded, its number; None: no seek finds it."""
+    """A demuxer, the packet of a key frame from which ``first`` can be decoded, its number; None: no seek finds one."""
     if key_frame_before(probe, first) == 0:
         return None
-    for aim in (first, first - MOST_REORDERED):  # packets are not in the order of the screen: the first may go too far
+    for aim in (first, first - MOST_REORDERED):  # packets are not in presentation order: the first may go too far
         demuxer = codec.CreateDemuxer(filename=plain(probe.path))
         try:
             packet = demuxer.Seek(max(aim, 0))
-        except Exception:  # no index, or not of so many packets
+        except Exception:  # no index, or one with fewer packets
             return None
         landed = probe.timeline.number_of(packet.pts)
         if packet.key and landed is not None and landed <= first:
@@ -102,10 +102,10 @@ def _sought(codec: ModuleType, probe: VideoProbe, first: int) -> tuple[Any, Any,
 
 
 def _of_one_size(codec: ModuleType, probe: VideoProbe, head: Any, demuxer: Any) -> Iterator[Any]:
-    """``head`` and the packets behind it, the empty one that ends the file included.
+    """``head`` and the packets after it, including the empty one that ends the file.
 
-    Before one that states another size comes an empty one, which makes the decoder give what it holds, and then the
-    error. VP9 may change at any picture, the others at key frames.
+    In place of a packet that states another size comes an empty one, which flushes the decoder, and then
+    FrameSizeError. VP9 may change size at any picture, other codecs at key frames.
     """
     first: tuple[int, int] | None = None
     for packet in chain([head], demuxer):
@@ -125,7 +125,7 @@ def _of_one_size(codec: ModuleType, probe: VideoProbe, head: Any, demuxer: Any) 
 
 
 def _decoded(decoder: Any, packets: Iterator[Any], surfaces: list[Any]) -> Iterator[Any]:
-    """``surfaces``, and those of the packets that are left."""
+    """``surfaces``, then those of the remaining packets."""
     yield from surfaces
     for packet in packets:
         yield from decoder.Decode(packet)

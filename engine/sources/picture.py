@@ -1,6 +1,6 @@
-"""From the decoder's picture to RGB as shown: how a stored picture is turned, its colour matrix and its value range.
+"""From the decoder's picture to RGB as shown: the rotation, colour matrix and value range of a stored picture.
 
-What a stream says of these is read here, whoever decodes it; ``Converter`` applies them to PyAV's frames on the CPU.
+What a stream states about them is read here for all decoders; ``Converter`` applies them to PyAV's frames on the CPU.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class Turn:
     """How a stored picture becomes the one shown: transpose first, then flip."""
 
     transpose: bool = False
-    flip_x: bool = False  # left and right change places
+    flip_x: bool = False  # swap left and right
     flip_y: bool = False
 
     @classmethod
     def of(cls, frame: VideoFrame) -> tuple[Turn, list[str]]:
-        """Read the display matrix, which sends (x, y) to (a x + c y, b x + d y), y down; and what to say about it."""
+        """From the display matrix, which maps (x, y) to (a x + c y, b x + d y), y down; and notes about it."""
         side_data: Any = frame.side_data.get("DISPLAYMATRIX")
         if side_data is None:
             return cls(), []
@@ -64,12 +64,12 @@ class Turn:
 class Converter:
     """Pictures in the decoder's own format -> (H, W, 3) uint8 full-range RGB, as shown.
 
-    FFmpeg's scale filter does it, with matrix and range given outright; its shortcuts are off (full chroma
+    FFmpeg's scale filter does it, with matrix and range given explicitly; its shortcuts are off (full chroma
     interpolation, accurate rounding), which keeps flat colours within one level instead of three.
     """
 
     def __init__(self, name: str, stored_size: tuple[int, int], turn: Turn) -> None:
-        """``name`` of the source, for messages; ``stored_size``: (width, height) in pixels before it is turned."""
+        """``name``: of the source, for messages; ``stored_size``: (width, height) in pixels before ``turn``."""
         self._name = name
         self._stored_size = stored_size
         self._turn = turn
@@ -77,7 +77,7 @@ class Converter:
         self._made_for: tuple[str, str, str] | None = None
 
     def __call__(self, frame: VideoFrame, number: int) -> Picture:
-        """Raises FrameSizeError when frame ``number`` is not of the stored size."""
+        """Convert frame ``number``. Raises FrameSizeError if it does not have the stored size."""
         width, height = self._stored_size
         if (frame.width, frame.height) != (width, height):
             raise FrameSizeError(
@@ -99,7 +99,7 @@ def _scale_graph(frame: VideoFrame, matrix: str, value_range: str) -> Graph:
     graph = av.filter.Graph()
     source = graph.add_buffer(
         width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 1000)
-    )  # stamps do not matter here
+    )  # time stamps do not matter here
     options = f"in_color_matrix={matrix}:in_range={value_range}:out_range=full"
     # One thread: the decoder has its own, and the model needs the rest.
     scale = graph.add("scale", f"{options}:flags=bilinear+full_chroma_int+accurate_rnd:threads=1")
@@ -109,22 +109,22 @@ def _scale_graph(frame: VideoFrame, matrix: str, value_range: str) -> Graph:
 
 
 def matrix_of(frame: VideoFrame) -> str:
-    """Name of the YUV matrix; where the file states none, that of its time: BT.601 below 720 rows, else BT.709."""
+    """Name of the YUV matrix; if none is stated, the customary one: BT.601 below 720 rows, else BT.709."""
     return _MATRICES.get(frame.colorspace) or ("bt601" if frame.height < 720 else "bt709")
 
 
 def is_full_range(frame: VideoFrame) -> bool:
-    """Whether values run over 0..255 (at 8 bits) and not, as in most YUV, over 16..235 (chroma: 240)."""
+    """Whether values span 0..255 (at 8 bits) rather than, as in most YUV, 16..235 (chroma: 16..240)."""
     return frame.color_range == _FULL_RANGE or frame.format.name.startswith("yuvj") or not _is_yuv(frame)
 
 
 def _is_yuv(frame: VideoFrame) -> bool:
-    """False for RGB, palettes and plain grey, where there is no matrix and all values are used."""
+    """False for RGB, palettes and plain grey, which have no matrix and use the full range."""
     return not frame.format.is_rgb and not frame.format.name.startswith(("pal8", "gray", "ya", "mono"))
 
 
 def colour_notes(frame: VideoFrame) -> list[str]:
-    """What to say about a colour matrix that had to be assumed."""
+    """The note about a colour matrix that had to be assumed, if it had."""
     if not _is_yuv(frame) or frame.colorspace in _MATRICES:
         return []
     said = "no colour matrix is stated" if frame.colorspace == _UNSTATED else "the colour matrix is an unusual one"
@@ -132,7 +132,7 @@ def colour_notes(frame: VideoFrame) -> list[str]:
 
 
 def shape_notes(stream: VideoStream) -> list[str]:
-    """What to say about pixels that are not square."""
+    """The note about pixels that are not square, if they are not."""
     aspect = stream.sample_aspect_ratio
     if aspect is None or aspect in (0, 1):
         return []

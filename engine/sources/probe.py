@@ -1,7 +1,7 @@
-"""What is in a video file, found out before it is decoded; and reading its packets, which that and decoding share.
+"""Finds out what is in a video file before it is decoded. The reading of packets here also serves decoding.
 
-``probe_video`` reads all packets once, which is cheap, and decodes only the first frame: it knows the count and the
-time of every frame, where decoding can start, and how the picture has to be turned and coloured.
+``probe_video`` reads all packets once, which is cheap, and decodes only the first frame. That gives the number of
+frames, the time of each, where decoding can start, and the pictures' rotation and colour.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     from flowreel.engine.data import Int64Array
 
 _ATTACHED_PICTURE = 0x400  # FFmpeg's disposition flag of cover art
-_READ_ERRORS = 16  # in a row, before the rest of a damaged file is given up
+_READ_ERRORS = 16  # in a row, after which the rest of a damaged file is given up
 _TEXT_FORMATS = {"tty"}  # demuxers that would render any text file as a video of a terminal
-# Demuxers of lists, not of videos: FFmpeg would open whatever files a list names, and wait for a playlist to grow.
+# Demuxers of lists, not of videos: FFmpeg would open whatever files a list names, or wait for a playlist to grow.
 _LISTS = {"avisynth", "concat", "dash", "hls", "imf", "lavfi", "rtsp", "sdp", "vapoursynth", "webm_dash_manifest"}
 _FORMATS = ",".join(sorted(av.formats_available - _LISTS))
 
-# What the colour code points of ITU-T H.273 mean, from 0, under FFmpeg's names; "-": unstated or unheard of.
+# FFmpeg's names of the colour code points of ITU-T H.273, from 0; "-": unspecified or unknown.
 _RANGES = "- limited full"
 _MATRICES = "gbr bt709 - - fcc bt470bg smpte170m smpte240m ycgco bt2020nc bt2020c - - - ictcp"
 _PRIMARIES = "- bt709 - - bt470m bt470bg smpte170m smpte240m film bt2020 smpte428 smpte431 smpte432"
@@ -50,15 +50,15 @@ _TRANSFERS = (
 
 @dataclass(frozen=True)
 class PixelFormat:
-    """How pixels are stored, from the first frame. None: the stream does not say."""
+    """How pixels are stored, as the first frame says. None: not stated."""
 
     name: str  # FFmpeg's: yuv420p, yuv420p10le, ...
     bit_depth: int  # of the deepest component
-    matrix: str | None  # FFmpeg's names, for this and the next three
+    matrix: str | None  # FFmpeg's name, as for the next three
     value_range: str | None
     primaries: str | None
     transfer: str | None
-    used_matrix: str  # the one that makes RGB of them: as stated, else assumed
+    used_matrix: str  # for the conversion to RGB: the stated one, else an assumed one
     used_range: str  # "full" or "limited", likewise
 
     @classmethod
@@ -83,21 +83,21 @@ def _named(names: str, code: int) -> str | None:
 
 @dataclass(frozen=True, eq=False)
 class VideoProbe:
-    """What is known of a video file before it is decoded. Serves any number of sources of the same file."""
+    """What is known about a video file before it is decoded. Can be shared by any number of sources of that file."""
 
     path: Path
     stream_index: int  # of the chosen stream, among all streams of the container
     codec: str  # FFmpeg's name of the decoder
     timeline: Timeline
-    key_frames: Int64Array  # (K,) numbers of the frames that stand by themselves, ascending
+    key_frames: Int64Array  # (K,) numbers of the key frames, ascending
     pixel_format: PixelFormat
     frame_rate: Fraction  # average frames per second
     time_base: Fraction  # seconds, the unit of the timeline's stamps
-    interlaced: bool  # two moments in each frame, as the first one says
-    stored_size: tuple[int, int]  # (width, height) in pixels before it is turned
+    interlaced: bool  # each frame holds two fields of different times; judged by the first frame
+    stored_size: tuple[int, int]  # (width, height) in pixels before ``turn``
     turn: Turn
-    duration_s: float | None  # as the container tells
-    cut_short: bool  # the file is smaller than it says itself
+    duration_s: float | None  # as the container states
+    cut_short: bool  # the file is shorter than its structure says
     notes: tuple[str, ...]
 
     @property
@@ -112,7 +112,7 @@ def probe_video(name: str, stream: int | None = None) -> VideoProbe:
 
     Args:
         name: path of the file.
-        stream: which of its video streams, from 0, cover pictures left out; None: FFmpeg's choice.
+        stream: which of its video streams, counted from 0 without cover art; None: FFmpeg's choice.
 
     Raises:
         SourceNotFoundError: there is no such file.
@@ -122,8 +122,8 @@ def probe_video(name: str, stream: int | None = None) -> VideoProbe:
     path = Path(name)
     with opened(path) as container:
         chosen, notes = _choose_stream(container, path, stream)
-        stamps, decoding = array("q"), array("q")  # sixteen bytes a frame, also for a whole day of video
-        key_places = array("q")  # which of them belong to key frames
+        stamps, decoding = array("q"), array("q")  # 16 bytes a frame, affordable for a whole day of video
+        key_places = array("q")  # indices into ``stamps`` of key frames
         first: VideoFrame | None = None
         for packet in packets(container, chosen):
             if packet.size and not packet.is_discard and not _is_hidden(packet, chosen):
@@ -136,11 +136,11 @@ def probe_video(name: str, stream: int | None = None) -> VideoProbe:
         if first is None:
             raise UnsupportedSourceError(f"{path.name} holds {len(stamps)} frames, none of which could be decoded")
         average, stated = chosen.average_rate, chosen.guessed_rate
-        if all(stamp == NO_STAMP for stamp in stamps):  # a bare stream: the average is what FFmpeg makes up
+        if all(stamp == NO_STAMP for stamp in stamps):  # an elementary stream: its average rate is made up by FFmpeg
             average, stated = stated, average
         rate = average or stated or Fraction(25)
-        assert chosen.time_base is not None  # only an encoder's stream may lack it
-        # AVI has no presentation stamps, only an order of packets: of frames that do not lean on others it is the same.
+        assert chosen.time_base is not None  # only an encoder's stream may have none
+        # AVI stores no presentation stamps, only the decoding order, which for intra-only codecs is the same.
         trusted = container.format.name != "avi" or chosen.codec_context.codec.intra_only
         timeline = Timeline.from_packets(
             stamps, chosen.time_base, rate, decoded=decoding, keys=key_places, trusted=trusted
@@ -165,7 +165,7 @@ def probe_video(name: str, stream: int | None = None) -> VideoProbe:
 
 
 def _numbers(places: Sequence[int], stamps: Sequence[int], timeline: Timeline) -> Int64Array:
-    """Frame numbers of the packets at these places in the file: by their stamps, or by the place where those fail."""
+    """Frame numbers of the packets at these places in the file: from their stamps, or the places if those fail."""
     in_file = np.asarray(places, dtype=np.int64)
     if timeline.stamps is None:
         return in_file
@@ -176,7 +176,7 @@ def _numbers(places: Sequence[int], stamps: Sequence[int], timeline: Timeline) -
 
 
 def opened(path: Path) -> InputContainer:
-    """The container, to be closed by the caller. Raises SourceNotFoundError or UnsupportedSourceError."""
+    """The open container; the caller closes it. Raises SourceNotFoundError or UnsupportedSourceError."""
     if not path.exists():
         pattern = re.sub(r"%0?\d*d", "*", str(path))
         hint = "" if pattern == str(path) else f"; images are named by their folder, or by a quoted glob: '{pattern}'"
@@ -187,7 +187,7 @@ def opened(path: Path) -> InputContainer:
     if path.stat().st_size == 0:
         raise UnsupportedSourceError(f"{path.name} is empty")
     try:
-        # The prefix keeps FFmpeg from taking "take:2.mp4" for an address.
+        # The prefix keeps FFmpeg from taking "take:2.mp4" for a URL.
         container = av.open(f"file:{path}", options={"format_whitelist": _FORMATS}, metadata_errors="replace")
     except (av.FFmpegError, OSError) as error:
         reason = error.strerror or str(error)
@@ -233,7 +233,7 @@ def is_cover(video: VideoStream) -> bool:
 
 
 def packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet[VideoStream]]:
-    """The stream's packets and the empty one that ends them, reading on after a damaged place."""
+    """The stream's packets and the empty one that ends them. Reads on after damage."""
     errors = 0
     while errors < _READ_ERRORS:
         try:
@@ -246,12 +246,12 @@ def packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet[V
 
 
 def _is_hidden(packet: Packet[VideoStream], stream: VideoStream) -> bool:
-    """VP8 puts frames that are only referred to, never shown, into packets of their own."""
+    """Whether the packet holds a frame that is never shown: VP8 puts those, used only as references, in own packets."""
     return stream.codec_context.name in ("vp8", "libvpx") and not memoryview(packet)[0] & 0x10
 
 
 def decoded(packet: Packet[VideoStream]) -> list[VideoFrame]:
-    """The frames this packet completes; none when it is damaged. The source counts at its end what is missing."""
+    """The frames this packet completes; none if it is damaged. The source counts the missing ones when it ends."""
     try:
         return packet.decode()
     except av.FFmpegError:

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 
-# Decoders whose threads of whole frames now and then hand a picture on before they mark it as damaged (seen 17 times in
-# 750 with FFmpeg's of MPEG-4 part 2 on a loaded machine; in one thread never).
+# Decoders that with frame threading sometimes output a picture before they mark it as damaged (seen 17 times in 750
+# with FFmpeg's MPEG-4 part 2 decoder on a loaded machine; never with one thread).
 _TELL_LATE = {"mpeg4"}
 
 
 class PyAVDecoder:
-    """A ``VideoDecoder`` that gives pictures on the CPU. They stay good for as long as anybody holds them."""
+    """A ``VideoDecoder`` that gives pictures on the CPU. They stay valid for as long as they are referenced."""
 
     def __init__(self, probe: VideoProbe) -> None:
         self._probe = probe
@@ -46,9 +46,9 @@ class PyAVDecoder:
 def _numbered(probe: VideoProbe, first: int) -> Generator[tuple[int, VideoFrame], None, None]:
     """Decoded frames with their numbers, in rising order, from ``first`` or somewhat before it on.
 
-    When one from ``first`` on does not come, or any comes patched up, decoding starts over near that place on one
-    thread: with several, how many sound frames go down with a damaged one, and what it and those that lean on it are
-    patched up with, would depend on the number of cores, and FFmpeg may keep the error to itself.
+    When a frame from ``first`` on is missing, or any has concealed damage, decoding starts over near that place with
+    one thread. With several threads, the number of intact frames lost with a damaged one, and what conceals the damage
+    in it and in the frames that reference it, would depend on the number of cores, and FFmpeg may not report the error.
     """
     due = first
     with suppress(av.FFmpegError):
@@ -64,7 +64,7 @@ def _numbered(probe: VideoProbe, first: int) -> Generator[tuple[int, VideoFrame]
 
 
 def key_frame_before(probe: VideoProbe, number: int) -> int:
-    """The frame where decoding has to start for this one: the nearest that stands by itself, at it or before."""
+    """The frame where decoding has to start for this one: the last key frame at or before it."""
     place = bisect_right(probe.key_frames, number) - 1
     return int(probe.key_frames[place]) if place >= 0 and probe.timeline.stamps is not None else 0
 
@@ -72,9 +72,9 @@ def key_frame_before(probe: VideoProbe, number: int) -> int:
 def _from(probe: VideoProbe, first: int, careful: bool) -> Iterator[tuple[int, VideoFrame]]:
     """Decoded frames with their numbers, from ``first`` or somewhat before it.
 
-    What follows a key frame on the screen leans on nothing before it. What precedes it there may, although it comes
-    after it in the file: a frame's own key frame is the last one that is shown no later. Near damage a whole stretch
-    of frames in front is decoded as well.
+    Frames shown after a key frame reference nothing before it. Frames shown before it may, even if they follow it in
+    the file. So decoding starts at the last key frame that is shown no later than ``first``, or, near damage
+    (``careful``), at least ``MOST_REORDERED`` frames before ``first``.
     """
     start = key_frame_before(probe, max(first - MOST_REORDERED, 0) if careful else first)
     if start > 0 and probe.timeline.stamps is not None:
@@ -90,13 +90,13 @@ def _from(probe: VideoProbe, first: int, careful: bool) -> Iterator[tuple[int, V
 
 
 def _count(timeline: Timeline, frames: Iterator[VideoFrame], last: int) -> Iterator[tuple[int, VideoFrame]]:
-    """Number frames by their stamps, or by counting where those do not tell. ``last``: number before the first."""
+    """Number frames by their stamps, or by counting where those are unusable. ``last``: number before the first."""
     for frame in frames:
         number = timeline.number_of(frame.pts)
         if number is None:
             number = last + 1
         if number <= last:
-            continue  # the same frame again
+            continue  # a repeated frame
         if number >= len(timeline):
             return
         yield number, frame
@@ -106,11 +106,11 @@ def _count(timeline: Timeline, frames: Iterator[VideoFrame], last: int) -> Itera
 def _pass(
     probe: VideoProbe, seek_stamp: int | None, careful: bool, latest: int = 0
 ) -> Generator[VideoFrame, None, None]:
-    """One pass of the decoder, from the start or from the key frame at a stamp; empty when that is not to be found.
+    """One pass of the decoder, from the start or from the key frame at a stamp; empty if the seek fails.
 
-    latest: number of the last frame whose key frame will do: containers that seek by decoding order may go too far.
+    latest: highest number of a key frame to start from: a container that seeks by decoding order may land too late.
 
-    On a damaged packet FFmpeg's error gets out, unless the pass is ``careful``: then it is skipped.
+    A damaged packet raises FFmpeg's error, unless the pass is ``careful``: then it is skipped.
     """
     with opened(probe.path) as container:
         stream = container.streams[probe.stream_index]
@@ -131,6 +131,6 @@ def _pass(
 
 
 def _is_key(packet: Packet[VideoStream], probe: VideoProbe, latest: int) -> bool:
-    """Whether decoding can start with this packet for a frame with this number."""
+    """Whether decoding can start at this packet: a key frame with a number of at most ``latest``."""
     number = probe.timeline.number_of(packet.pts)
     return packet.is_keyframe and number is not None and number <= latest
