@@ -1,1 +1,1 @@
-"""Moving scenes whose flow is known exactly: what ``synthetic:NAME`` shows, and what networks are trained on."""
+"""Moving scenes whose flow is known exactly: shown by ``synthetic:NAME``, and used to train networks."""

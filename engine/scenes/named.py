@@ -1,6 +1,6 @@
-"""The scenes behind ``synthetic:NAME``: composed by hand, going on for ever, the same for the same seed.
+"""The scenes behind ``synthetic:NAME``: composed by hand, endless, determined by their seed.
 
-A new one is a function from (height, width, seed) to layers and its line in ``SCENES``.
+To add one, write a function from (height, width, seed) to layers and add its line to ``SCENES``.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _remembered_texture = functools.lru_cache(16)(make_texture)  # named scenes are 
 
 
 def named_scene(name: str, height: int, width: int, seed: int = 0) -> Scene:
-    """A scene that goes on for ever, time in frames, the same for the same arguments.
+    """An endless scene, time in frames. The same arguments give the same scene.
 
-    ``translate`` moves by exactly (3, 1) px a frame, ``rotate`` turns and zooms about its centre, ``objects`` has
-    many things passing before each other, ``still`` does not move.
+    ``translate`` moves by exactly (3, 1) px a frame, ``rotate`` rotates and zooms about its centre, ``objects`` has
+    many objects occluding each other, ``still`` does not move.
 
     Raises:
-        UsageError: no scene goes by that name.
+        UsageError: there is no scene of that name.
     """
     if name not in SCENES:
         raise UsageError(f"no scene is called {name!r}; there are {', '.join(sorted(SCENES))}")
@@ -37,7 +37,7 @@ def named_scene(name: str, height: int, width: int, seed: int = 0) -> Scene:
 
 
 def _endless(kind: str, seed: int, size: int, texels: float = 1.0) -> tuple[Tensor, float, tuple[float, float]]:
-    """A texture that repeats for ever, its texels per object px, and its middle: the first fields of a layer."""
+    """A periodic texture, its texels per object px, and its centre: the first fields of a ``Layer``."""
     texture = functional.pad(_remembered_texture(kind, seed, size)[None].float(), (0, 1, 0, 1), mode="circular")
     return texture, texels, (size / 2, size / 2)
 
@@ -53,7 +53,7 @@ def _ground(height: int, width: int, seed: int, pose: Pose, texels: float = 1.0)
 
 
 def _translate(height: int, width: int, seed: int) -> tuple[Layer, ...]:
-    # One texel a pixel and whole steps: every frame is the one before, moved, to the last bit.
+    # One texel per pixel and integer steps: every frame is exactly the previous one, shifted.
     return (_ground(height, width, seed, lambda t: similarity(3.0 * t, 1.0 * t)),)
 
 
@@ -70,17 +70,17 @@ def _rotate(height: int, width: int, seed: int) -> tuple[Layer, ...]:
 
 @dataclass(frozen=True)
 class _Actor:
-    """One thing of the scene ``objects``. Lengths in shares of the frame's shorter side, periods in frames."""
+    """One object of the scene ``objects``. Lengths as shares of the frame's shorter side, periods in frames."""
 
     texture: str
     outline: Callable[[float], Outline]  # radius in px -> outline
     radius: float
-    reach: tuple[float, float]  # of its path around the middle, in shares of width and height
-    period: tuple[float, float]  # of its swing to the sides, and up and down
+    reach: tuple[float, float]  # amplitude of its path around the centre, as shares of width and height
+    period: tuple[float, float]  # of its horizontal and vertical swing
     phase: float  # radians
     turn: float = 0.0  # radians a frame
-    pulse: float = 0.0  # of its size
-    flutter: float = 0.0  # of its bend, in shares of the radius
+    pulse: float = 0.0  # amplitude of the logarithm of its size
+    flutter: float = 0.0  # amplitude of its bend, as a share of the radius
 
 
 def _wavy(lobes: int, depth: float) -> Callable[[float], Outline]:
@@ -89,7 +89,7 @@ def _wavy(lobes: int, depth: float) -> Callable[[float], Outline]:
 
 
 def _regular(corners: int, hole: float = 0.0, inner: float = 1.0) -> Callable[[float], Outline]:
-    """A regular polygon; with ``inner`` < 1 a star, whose every second corner is nearer by that much."""
+    """A regular polygon; with ``inner`` < 1 a star, whose every second corner is at ``inner`` times the radius."""
     angles = -np.pi + 2 * np.pi * np.arange(512) / 512
     count = corners if inner == 1 else 2 * corners
     at = -np.pi + 2 * np.pi * (np.arange(count) + 0.5) / count
@@ -101,7 +101,7 @@ def _ring(hole: float) -> Callable[[float], Outline]:
     return lambda radius: radial_outline(np.full(512, radius), hole)
 
 
-_CAST = (  # back to front; neighbours differ in texture, so that each stands out from what it passes
+_CAST = (  # back to front; neighbours differ in texture, so that each stands out from the next
     _Actor("fractal", _wavy(3, 0.18), 0.42, (0.34, 0.20), (210, 170), 0.4, turn=0.008, flutter=0.07),
     _Actor("cells", _regular(6), 0.26, (0.40, 0.30), (150, 190), 2.2, turn=-0.012),
     _Actor("stripes", _ring(0.58), 0.27, (0.36, 0.28), (170, 120), 4.1, turn=0.02, pulse=0.12),
@@ -127,7 +127,7 @@ def _objects(height: int, width: int, seed: int) -> tuple[Layer, ...]:
 
 
 def _play(actor: _Actor, height: int, width: int, seed: int) -> Layer:
-    """The layer of one actor: swings to and fro, turns, swells, flutters."""
+    """The layer of one actor, which swings, turns, pulses and flutters."""
     radius = actor.radius * min(height, width)
     (reach_x, reach_y), (period_x, period_y) = actor.reach, actor.period
 

@@ -1,4 +1,4 @@
-"""Outlines of layers, as signed distances in object coordinates: stars, polygons, bars, gratings, random ones."""
+"""Outlines of layers as signed distances in object coordinates: star shapes, polygons, bars, gratings, random ones."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-Radii = npt.NDArray[np.float64]  # (n,) lengths in object px, or the angles in radians at which they hold
-Length = float | Tensor  # object px; of many outlines at once (M, 1, 1), for points (M, h, w)
+Radii = npt.NDArray[np.float64]  # (n,) radii in object px, or their angles in radians
+Length = float | Tensor  # object px; for M outlines at once (M, 1, 1), with points (M, h, w)
 
-ANGLES = 512  # that a random outline's radius is known at
+ANGLES = 512  # samples of a random outline's radius
 
 
 class Outline(Protocol):
-    """Where a layer is: a signed distance to its edge, and a rectangle around the origin that it stays within."""
+    """The area of a layer: a signed distance to its edge, and a bounding rectangle centred on the origin."""
 
     @property
     def extent(self) -> tuple[float, float]:
@@ -26,7 +26,7 @@ class Outline(Protocol):
         ...
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Object x, y to object px, positive inside."""
+        """Signed distance of the object points (x, y), in object px, positive inside."""
         ...
 
 
@@ -34,8 +34,8 @@ class Outline(Protocol):
 class RadialOutline:
     """A star-shaped outline; see ``radial_outline``."""
 
-    edge: Tensor  # (n + 2,) float32, object px, radius at angles -pi + 2 pi k / n; after n, the first again
-    lean: Tensor  # (n + 2,) float32, distance to the edge as a share of that along the radius
+    edge: Tensor  # (n + 2,) float32, object px, radius at angles -pi + 2 pi k / n; the last two repeat the first
+    lean: Tensor  # (n + 2,) float32, distance to the edge divided by the distance along the radius
     hole: float  # share of the radius cut out
     extent: tuple[float, float]
 
@@ -60,7 +60,7 @@ class BarOutline:
 
 @dataclass(frozen=True, eq=False)
 class GratingOutline:
-    """Parallel bars within a circle: what is behind shows through."""
+    """Parallel bars within a circle; what is behind shows through the gaps."""
 
     radius: float  # of the circle, object px
     half_width: float  # of a bar, object px
@@ -75,7 +75,7 @@ class GratingOutline:
 
 
 def radial_distance(x: Tensor, y: Tensor, edge: Tensor, lean: Tensor, hole: Length) -> Tensor:
-    """As of ``RadialOutline``; of many, the tables are (M, n + 2)."""
+    """The distance of ``RadialOutline``; for M outlines at once the tables are (M, n + 2)."""
     count = edge.shape[-1] - 2
     angle = torch.atan2(y, x).add_(math.pi).mul_(count / (2 * math.pi))
     place = angle.to(torch.int32 if edge.ndim == 1 else torch.int64).clamp_(0, count)
@@ -94,12 +94,12 @@ def radial_distance(x: Tensor, y: Tensor, edge: Tensor, lean: Tensor, hole: Leng
 
 
 def bar_distance(x: Tensor, y: Tensor, half_length: Length, half_width: Length) -> Tensor:
-    """As of ``BarOutline``."""
+    """The distance of ``BarOutline``."""
     return torch.minimum(half_length - x.abs(), half_width - y.abs())
 
 
 def grating_distance(x: Tensor, y: Tensor, radius: Length, half_width: Length, pitch: Length) -> Tensor:
-    """As of ``GratingOutline``."""
+    """The distance of ``GratingOutline``."""
     bars = half_width - torch.remainder(y, pitch).sub_(pitch / 2).abs_()
     return torch.minimum(bars, radius - torch.hypot(x, y))
 
@@ -108,7 +108,7 @@ def radial_outline(radii: npt.NDArray[np.floating], hole: float = 0.0) -> Radial
     """A star-shaped outline: ``radii`` (n,) at angles -pi + 2 pi k / n; ``hole``: share of the radius cut out."""
     count = len(radii)
     slope = (np.roll(radii, -1) - np.roll(radii, 1)) * count / (4 * np.pi)
-    lean = 1 / np.sqrt(1 + (slope / radii) ** 2)  # the edge leans: its distance is shorter than along the radius
+    lean = 1 / np.sqrt(1 + (slope / radii) ** 2)  # where the edge is slanted, it is nearer than along the radius
     edges, leans = (torch.from_numpy(np.concatenate([v, v[:2]]).astype(np.float32)) for v in (radii, lean))
     angles = -np.pi + 2 * np.pi * np.arange(count) / count
     extent = (float(np.abs(radii * np.cos(angles)).max()) + 1, float(np.abs(radii * np.sin(angles)).max()) + 1)
@@ -116,7 +116,7 @@ def radial_outline(radii: npt.NDArray[np.floating], hole: float = 0.0) -> Radial
 
 
 def polygon(angles: Radii, corner_angles: Radii, corner_radii: Radii) -> Radii:
-    """Radius at each of ``angles`` of the polygon through the corners (sorted angles around the origin)."""
+    """Radius, at each of ``angles``, of the polygon through the corners, which are sorted by angle around the origin."""
     after = np.searchsorted(corner_angles, angles) % len(corner_angles)
     before = (after - 1) % len(corner_angles)
     ax, ay = corner_radii[before] * np.cos(corner_angles[before]), corner_radii[before] * np.sin(corner_angles[before])
@@ -127,7 +127,7 @@ def polygon(angles: Radii, corner_angles: Radii, corner_radii: Radii) -> Radii:
 
 
 def random_outline(rng: np.random.Generator, radius: float) -> Outline:
-    """Polygons, wobbly blobs, ellipses, rings, bars and gratings of about this outer radius, in object px."""
+    """A polygon, wobbly blob, ellipse, bar or grating, some with a hole, of about this outer radius in object px."""
     angles = -np.pi + 2 * np.pi * np.arange(ANGLES) / ANGLES
     hole = float(rng.uniform(0.35, 0.8)) if rng.random() < 0.12 else 0.0
     kind = rng.choice(5, p=[0.34, 0.27, 0.17, 0.16, 0.06])

@@ -5,12 +5,12 @@ outline are fixed, and a pose that says where those coordinates lie in the frame
 
     frame pixel x  --inverse pose-->  q  --bend-->  p = q + amount(t) * d(q)  -->  texture(p), outline(p)
 
-Rendering only walks left to right, so every pixel is evaluated exactly and without holes. Flow walks one way at t0
-and back at t1: x0 -> p -> x1, where the bend, a contraction, is undone by fixed-point iteration. The flow of a pixel
-is the motion of the front-most layer that covers at least half of it.
+Rendering follows these arrows only forwards, so every pixel is evaluated exactly and without holes. Flow follows them
+forwards at t0 and backwards at t1: x0 -> p -> x1, where the bend, a contraction, is inverted by fixed-point iteration.
+The flow of a pixel is the motion of the front-most layer that covers at least half of it.
 
-What there is to see comes from elsewhere: ``training/drawing.py`` draws random scenes, ``named.py`` composes
-those of ``synthetic:NAME``.
+The content comes from elsewhere: ``training/drawing.py`` draws random scenes, ``named.py`` composes those of
+``synthetic:NAME``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Pose = Callable[[float], Matrix]  # time -> object coordinates to frame pixels
 Points = tuple[Tensor, Tensor]  # x and y, each (h, w) float32
 Box = tuple[int, int, int, int]  # top, bottom, left, right of a part of the frame, bottom and right exclusive
 
-NEAR = 1e-3  # px: what ends on the frame's border is in it, whatever the rounding
+NEAR = 1e-3  # px: a point that ends on the frame's border counts as inside, despite rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ class Bend:
         return dx, dy
 
     def undo(self, x: Tensor, y: Tensor, amount: float) -> Points:
-        """q with q + amount * d(q) = (x, y), to 1e-3 px: fixed-point iteration."""
+        """The q with q + amount * d(q) = (x, y), to 1e-3 px, by fixed-point iteration."""
         qx, qy = x, y
         for _ in range(24):
             dx, dy = self.shift(qx, qy, amount)
@@ -86,12 +86,12 @@ class Layer:
     outline: Outline | None = None  # None: covers everything
     softness: float = 1.0  # width of the edge, frame px; 1: merely antialiased
     bend: Bend | None = None
-    wraps: bool = False  # the texture repeats for ever, its last row and column being the first again;
-    # else its border colours go on
-    tint: tuple[Tensor, Tensor] | None = None  # (3, 3) gain and (3,) offset that colours go through, clipped to 0..255
+    wraps: bool = False  # the texture is periodic, and its last row and column repeat the first;
+    # else its border colours extend outwards
+    tint: tuple[Tensor, Tensor] | None = None  # (3, 3) gain, (3,) offset applied to colours, then clipped to 0..255
 
     def box(self, t: float, height: int, width: int) -> Box | None:
-        """The part of the frame this layer can touch at time t; None: it is outside."""
+        """The part of the frame that this layer can affect at time t; None: it is outside the frame."""
         if self.outline is None:
             return 0, height, 0, width
         margin = self.softness + 1 + (abs(self.bend.amount(t)) * self.bend.reach if self.bend else 0)
@@ -112,7 +112,7 @@ class Layer:
         return x, y
 
     def draw(self, t: float, box: Box) -> tuple[Tensor, Tensor | None]:
-        """Colour (3, h, w) float32 and cover (h, w) 0..1 of the pixels of ``box``; cover None: all of it."""
+        """Colour (3, h, w) float32 and cover (h, w) 0..1 of the pixels of ``box``; cover None: 1 everywhere."""
         x, y = self.object_points(t, box)
         sampled = self._sample(x, y)
         colour = sampled[:3]
@@ -130,7 +130,7 @@ class Layer:
         height, width = self.texture.shape[-2:]
         grid = x.new_empty((1, *x.shape, 2))
         for axis, (at, texels) in enumerate(((x, width), (y, height))):
-            if self.wraps:  # one texel of the far side has been added, so the period is one less
+            if self.wraps:  # the first row and column are repeated, so the period is one texel less
                 at = torch.remainder(at * self.texels + self.origin[axis], texels - 1)
                 torch.add(at * (2 / (texels - 1)), -1, out=grid[0, ..., axis])
             else:
@@ -139,7 +139,7 @@ class Layer:
         return functional.grid_sample(self.texture, grid, padding_mode="border", align_corners=True)[0]
 
     def motion(self, t0: float, t1: float, box: Box) -> Tensor:
-        """Where the surface seen at each pixel of ``box`` at t0 moves until t1: (2, h, w) float32 px."""
+        """Displacement from t0 to t1 of the surface at each pixel of ``box``: (2, h, w) float32 px."""
         top, bottom, left, right = box
         before, after = self.pose(t0), self.pose(t1)
         amounts = (self.bend.amount(t0), self.bend.amount(t1)) if self.bend else (0.0, 0.0)
@@ -189,11 +189,11 @@ class Scene:
         return to_bytes(self.paint(t)[0])
 
     def flow(self, t0: float, t1: float) -> tuple[Tensor, Tensor]:
-        """Exact flow from t0 to t1, (2, H, W) float32 px, and where its end is still seen at t1, (H, W) bool."""
+        """Exact flow from t0 to t1, (2, H, W) float32 px, and where its end point is visible at t1, (H, W) bool."""
         return self.flow_between(t0, self.paint(t0)[1], t1, self.paint(t1)[1])
 
     def flow_between(self, t0: float, owner0: Tensor, t1: float, owner1: Tensor) -> tuple[Tensor, Tensor]:
-        """``flow`` for a caller who has painted both frames and so knows their front layers."""
+        """``flow`` for a caller that has painted both frames and so has their front layers."""
         flow = torch.zeros((2, self.height, self.width), dtype=torch.float32)
         for number, layer in enumerate(self.layers):
             box = layer.box(t0, self.height, self.width)
@@ -213,11 +213,11 @@ class Scene:
         column = x.round_().clamp_(0, self.width - 1).long()
         row = y.round_().clamp_(0, self.height - 1).long()
         in_front = owner1.view(-1)[row.mul_(self.width).add_(column)]
-        return flow, inside & (in_front <= owner0)  # <: the layer's own edge, rounded to the pixel beside it
+        return flow, inside & (in_front <= owner0)  # < at the layer's own edge, where rounding hits the pixel beside it
 
 
 def similarity(x: float, y: float, angle: float = 0.0, scale: float = 1.0) -> Matrix:
-    """Scales and turns about the origin, then moves it to (x, y)."""
+    """Scales and rotates about the origin, then translates by (x, y)."""
     cos, sin = scale * math.cos(angle), scale * math.sin(angle)
     return np.array([[cos, -sin, x], [sin, cos, y], [0.0, 0.0, 1.0]])
 
@@ -228,7 +228,7 @@ def inverse(matrix: Matrix) -> Matrix:
 
 
 def sharpness(pose: Matrix, softness: float) -> float:
-    """How fast cover grows with the distance from an outline, 1/object px, where its edge is so many frame px wide."""
+    """Slope of the cover across an outline, 1/object px, for an edge ``softness`` frame px wide."""
     return math.sqrt(abs(np.linalg.det(pose[:2, :2]))) / softness
 
 
@@ -237,12 +237,12 @@ def _is_affine(matrix: Matrix) -> bool:
 
 
 def _project(matrix: Matrix, box: Box) -> Points:
-    """The pixels of ``box`` through a homography: x and y, each (h, w) float32."""
+    """The pixel coordinates of ``box`` mapped by a homography: x and y, each (h, w) float32."""
     top, bottom, left, right = box
     columns, rows = torch.arange(left, right, dtype=torch.float64), torch.arange(top, bottom, dtype=torch.float64)
 
     def row(a: float, b: float, c: float) -> Tensor:
-        return (columns * a + c).float() + (rows * b).float()[:, None]  # float64 until only the sum is left
+        return (columns * a + c).float() + (rows * b).float()[:, None]  # float64 up to the sum
 
     x, y = row(*matrix[0].tolist()), row(*matrix[1].tolist())
     if _is_affine(matrix):
@@ -253,7 +253,7 @@ def _project(matrix: Matrix, box: Box) -> Points:
 
 
 def _transform(matrix: Matrix, x: Tensor, y: Tensor) -> Points:
-    """Points through a homography."""
+    """Points mapped by a homography."""
     m = matrix.tolist()
     out_x, out_y = (x * row[0] + row[2] + y * row[1] for row in m[:2])
     if _is_affine(matrix) and m[2][2] == 1:

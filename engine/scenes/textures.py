@@ -1,7 +1,7 @@
-"""Procedural textures: pictures that tile without a seam, and a bank of them built once in a process.
+"""Procedural textures that tile seamlessly, and a bank of them built once per process.
 
-Every maker gives a (size, size, 3) float32 picture, values about 0..255, from a random generator and a size;
-``make_texture`` turns one into bytes. Everything is determined by seeds.
+Each maker takes a random generator and a size and returns a (size, size, 3) float32 picture with values about 0..255;
+``make_texture`` rounds it to uint8. Everything is determined by seeds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Rng = np.random.Generator
 
 
 def noise(rng: Rng, size: int, slope: float, cutoff: float = 0.0) -> Array:
-    """Periodic fractal noise, (size, size), mean 0, deviation 1; amplitude falls as 1/frequency^slope."""
+    """Periodic fractal noise, (size, size), mean 0, standard deviation 1; amplitude falls as 1/frequency^slope."""
     fy, fx = np.fft.fftfreq(size)[:, None] * size, np.fft.rfftfreq(size)[None] * size
     frequency = np.hypot(fx, fy)
     frequency[0, 0] = np.inf
@@ -32,7 +32,7 @@ def noise(rng: Rng, size: int, slope: float, cutoff: float = 0.0) -> Array:
 
 
 def _palette(rng: Rng, count: int) -> Array:
-    """(count, 3) colours 0..255 of one mood: lightness varies most, as in photographs; some palettes are vivid."""
+    """(count, 3) matching colours 0..255: lightness varies most, as in photographs; some palettes are vivid."""
     base = rng.uniform(40, 200) + rng.normal(0, 25, 3)
     lightness = rng.normal(0, rng.uniform(30, 75), (count, 1))
     chroma = rng.normal(0, rng.choice([12, 25, 60], p=[0.4, 0.35, 0.25]), (count, 3))
@@ -40,7 +40,7 @@ def _palette(rng: Rng, count: int) -> Array:
 
 
 def _halve(picture: Array) -> Array:
-    """Averages 2 x 2 blocks: makers with hard edges draw at twice the size and come here for smooth ones."""
+    """Averages 2 x 2 blocks: makers with hard edges draw at twice the size and are antialiased here."""
     height, width = picture.shape[0] // 2, picture.shape[1] // 2
     return np.asarray(picture.reshape(height, 2, width, 2, -1).mean(axis=(1, 3)), dtype=np.float32)
 
@@ -60,7 +60,7 @@ def _posterised(rng: Rng, size: int) -> Array:
 
 
 def _stripes(rng: Rng, size: int) -> Array:
-    """Stripes, checks or plaid; whole numbers of waves along each axis keep it periodic."""
+    """Stripes, checks or plaid; a whole number of waves along each axis keeps it periodic."""
     across = np.arange(2 * size, dtype=np.float32) / (2 * size)
     warp = noise(rng, 2 * size, 2.5) * rng.choice([0.0, 0.15, 0.6]) if rng.random() < 0.7 else 0.0
     colours = _palette(rng, 3)
@@ -68,7 +68,7 @@ def _stripes(rng: Rng, size: int) -> Array:
     tilt = rng.integers(-size // 10, size // 10 + 1, 2)
     one = np.sin(2 * np.pi * (waves[0] * across[None] + tilt[0] * across[:, None]) + warp)
     two = np.sin(2 * np.pi * (waves[1] * across[:, None] + tilt[1] * across[None]) + warp)
-    if rng.random() < 0.6:  # hard edges, of a random duty
+    if rng.random() < 0.6:  # hard edges, with a random duty cycle
         one, two = one > rng.uniform(-0.7, 0.7), two > rng.uniform(-0.7, 0.7)
     first, second = np.asarray(one, np.float32)[..., None], np.asarray(two, np.float32)[..., None]
     kind = rng.integers(3)
@@ -80,7 +80,7 @@ def _stripes(rng: Rng, size: int) -> Array:
 
 
 def _neighbours(rng: Rng, size: int, cells: int) -> tuple[Array, Array, npt.NDArray[np.int64]]:
-    """Distances (px) to the nearest and the next of cells^2 points scattered on a torus, and the nearest's number."""
+    """Distances (px) to the nearest and second nearest of cells^2 random points on a torus, and the nearest's number."""
     pitch = size / cells
     points = rng.random((cells, cells, 2), dtype=np.float32)
     at = (np.arange(size, dtype=np.float32) + 0.5) / pitch
@@ -125,13 +125,13 @@ def _dots(rng: Rng, size: int) -> Array:
 
 
 def _calm(rng: Rng, size: int) -> Array:
-    """Almost homogeneous: sky, walls, skin. Flow here must come from the surroundings."""
+    """Almost homogeneous: sky, walls, skin. The flow here must be inferred from the surroundings."""
     slow = noise(rng, size, 3.0)[..., None] * rng.normal(0, rng.uniform(5, 45), 3)
     return np.asarray(_palette(rng, 1)[0] + slow + rng.uniform(0, 4) * noise(rng, size, 0.8)[..., None], np.float32)
 
 
 def _dead_leaves(rng: Rng, size: int) -> Array:
-    """Opaque shapes falling over each other, radii with density r^-3: the statistics of natural images.
+    """Overlapping opaque shapes, radii with density r^-3, which gives the statistics of natural images.
 
     The model: A. B. Lee, D. Mumford, J. Huang, "Occlusion models for natural images", IJCV 41, 2001.
     """
@@ -197,7 +197,7 @@ def _drop_leaf(
     where: tuple[object, object]
     if inside:
         where = (slice(top, top + 2 * reach), slice(left, left + 2 * reach))
-    else:  # over the border: comes in again at the other side
+    else:  # crosses the border and wraps around
         rows, columns = np.arange(top, top + 2 * reach) % size, np.arange(left, left + 2 * reach) % size
         where = (rows[:, None], columns[None])
     fill = colour.astype(np.float32) + (np.float32(slope) * u + np.float32(grain_amount) * grain[where])[..., None]  # type: ignore[index]
@@ -213,7 +213,7 @@ MAKERS: dict[str, Callable[[Rng, int], Array]] = {
     "dots": _dots,
     "calm": _calm,
 }
-_MIX = (  # one round of a bank: a third of it dead leaves, the kind closest to photographs
+_MIX = (  # repeated to fill a bank: a third dead leaves, the kind closest to photographs
     *("dead_leaves", "fractal", "cells", "dead_leaves", "posterised", "calm", "dead_leaves", "stripes"),
     *("fractal", "dead_leaves", "posterised", "dots", "dead_leaves", "calm", "fractal", "stripes"),
 )
@@ -229,14 +229,14 @@ LEVELS = 3  # of a texture's pyramid, each half the size of the one before
 
 
 def kind_of(index: int) -> str:
-    """The maker of a bank's texture, whatever its seed and size."""
+    """The maker of a bank's texture, the same for any seed and size of the bank."""
     return _MIX[index % len(_MIX)]
 
 
 class TextureBank:
-    """Many textures at several resolutions, as uint8, each made when it is first asked for.
+    """Many textures at several resolutions, as uint8, each made on first use.
 
-    48 of 512 px take 50 MB and about four seconds of one core.
+    48 textures of 512 px take 50 MB and about four seconds on one core.
     """
 
     def __init__(self, seed: int = 0, count: int = 48, size: int = 512) -> None:
@@ -253,7 +253,7 @@ class TextureBank:
         return levels
 
     def grey(self, index: int) -> float:
-        """The mean of all a texture's values."""
+        """The mean of all values of a texture."""
         if index not in self._grey:
             self._grey[index] = float(self.levels(index)[0].double().mean())
         return self._grey[index]
@@ -267,7 +267,7 @@ class TextureBank:
         return tuple(pyramid)
 
     def window(self, index: int, level: int, top: int, left: int, height: int, width: int) -> Tensor:
-        """A part of one texture, wrapped at its borders: (3, height, width) float32."""
+        """A part of one texture, wrapping around at its borders: (3, height, width) float32."""
         texture = self.levels(index)[level]
         size = texture.shape[1]
         top, left = top % size, left % size
@@ -279,18 +279,18 @@ class TextureBank:
 
 @functools.cache
 def texture_bank(seed: int = 0, count: int = 48, size: int = 512) -> TextureBank:
-    """The bank of these settings, one in a process."""
+    """The bank with these settings, one per process."""
     return TextureBank(seed, count, size)
 
 
-TATTERS, TATTER_SIZE = 4, 384  # fields that cut holes, and their side in texels
+TATTERS, TATTER_SIZE = 4, 384  # number of fields that cut holes, and their side in texels
 
 
 @functools.cache
 def tatters() -> Array:
-    """Smooth random fields that repeat, (TATTERS, TATTER_SIZE, TATTER_SIZE), divided by their slope.
+    """Smooth periodic random fields, (TATTERS, TATTER_SIZE, TATTER_SIZE), divided by their RMS slope.
 
-    So near zero, where holes begin, they are signed distances in texels.
+    So near zero, at the edges of holes, they approximate signed distances in texels.
     """
     fields = []
     for index in range(TATTERS):

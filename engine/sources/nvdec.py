@@ -255,7 +255,7 @@ class NvdecDecoder:
             stream.finish()  # the last conversions still read what the decoder is about to free
 
     def _check(self, surface: Any, number: int) -> None:
-        """Raises DeviceError if the first surface is not as the probe lets expect, FrameSizeError if a later one is not.
+        """Raises DeviceError if the first surface is not as the probe predicts, FrameSizeError if a later one is not.
 
         A decoder that cannot give 4:4:4 silently gives 4:2:0.
         """

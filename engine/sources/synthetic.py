@@ -1,4 +1,4 @@
-"""Frames of a procedural scene: a source whose true flow is known.
+"""Frames of a procedural scene, a source whose true flow is known.
 
 synthetic:objects
 synthetic:objects?size=640x360&frames=48&rate=25&seed=3
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-SMALLEST, LARGEST = 16, 8192  # px: room for something to move; what a frame may sensibly be
+SMALLEST, LARGEST = 16, 8192  # px: room for something to move; a sensible limit for a frame
 
 
 @dataclass(frozen=True)
 class SyntheticConfig:
-    """What stands behind ``synthetic:``. Defaults: long enough to watch, small enough for a CPU."""
+    """What a name ``synthetic:...`` specifies. Defaults: long enough to watch, small enough for a CPU."""
 
     scene: str
     width: int = 512  # px, a multiple of the networks' 64
@@ -56,7 +56,7 @@ class SyntheticConfig:
         return cls(scene, **given)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
-        """The name that ``parse`` reads, with what differs from the defaults."""
+        """The name that ``parse`` reads, with only what differs from the defaults."""
         plain = {field.name: field.default for field in fields(self)}
         parts = [f"size={self.width}x{self.height}"] if (self.width, self.height) != _default_size() else []
         parts += [f"{k}={getattr(self, k)}" for k in ("frames", "rate", "seed") if getattr(self, k) != plain[k]]
@@ -98,7 +98,7 @@ def open_synthetic(name: str, select: SelectConfig, device: str = "cpu") -> Synt
 
     Raises:
         UsageError: no such scene, or parameters that are not understood.
-        TooFewFramesError: fewer than two frames are left to give.
+        TooFewFramesError: the selection leaves fewer than two frames.
     """
     return SyntheticSource(SyntheticConfig.parse(name), select)
 
@@ -109,7 +109,7 @@ def identify(name: str) -> SourceId:
 
 
 class SyntheticSource(IndependentFrames):
-    """Renders each frame as it is asked for; nothing is kept."""
+    """Renders each frame on demand; nothing is kept."""
 
     def __init__(self, config: SyntheticConfig, select: SelectConfig | None = None) -> None:
         select = select or SelectConfig()
@@ -129,9 +129,9 @@ class SyntheticSource(IndependentFrames):
         return Frame(self._scene.render(number), number, float(self.times_s[number]))
 
     def flow(self, frame: int, frame_to: int) -> tuple[Tensor, Tensor]:
-        """The truth between two frames, by their numbers in the source.
+        """The true flow between two frames, given by their numbers in the source.
 
         Returns:
-            The flow (2, H, W) float32, pixels, and where its end is still seen in ``frame_to``: (H, W) bool.
+            The flow, (2, H, W) float32 pixels, and where its end point is visible in ``frame_to``, (H, W) bool.
         """
         return self._scene.flow(frame, frame_to)

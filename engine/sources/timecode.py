@@ -1,4 +1,4 @@
-"""Frame numbers and times: reading what the user wrote, and knowing the number of each frame from its time stamp."""
+"""Frame numbers and times: parses what the user wrote, and finds the number of a frame from its time stamp."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from flowreel.engine.data import Float64Array, Int64Array
 
 NO_STAMP = -(1 << 63)  # stands for a missing time stamp, as in FFmpeg
-MOST_REORDERED = 32  # frames; codecs hold back at most 16, so stamps out of order by more than this are no order at all
-LONGEST_S = 1e12  # thirty thousand years; beyond it, numbers of frames would not be numbers for long
+MOST_REORDERED = 32  # frames; codecs reorder by at most 16, so stamps that are farther out of order are invalid
+LONGEST_S = 1e12  # thirty thousand years; much longer times would overflow as frame numbers
 
 _TIME = re.compile(r"(?:(?:(\d{1,12}):)?(\d{1,12}):)?(\d+(?:\.\d*)?|\.\d+)s?", re.ASCII)
 
 
 def parse_seconds(text: str) -> float:
-    """Seconds of ``"10s"``, ``"1.5s"``, ``"1:02.5"`` or ``"1:00:02.5"``. Raises UsageError for anything else."""
+    """Seconds from ``"10s"``, ``"1.5s"``, ``"1:02.5"`` or ``"1:00:02.5"``. Raises UsageError for anything else."""
     text = text.strip()
     match = _TIME.fullmatch(text)
     if match is None or not (":" in text or text.endswith("s")):
@@ -48,7 +48,7 @@ def frame_number(where: int | str, times_s: Float64Array) -> int:
     if isinstance(where, int):
         return where
     elapsed_s = times_s - times_s[0] if len(times_s) else times_s
-    # A microsecond of grace: 0.04 written by hand must reach the frame whose stamp is 0.04 less a rounding error.
+    # A microsecond of tolerance: 0.04 written by hand must match the frame whose stamp is 0.04 minus a rounding error.
     return int(np.searchsorted(elapsed_s, parse_seconds(where) - 1e-6))
 
 
@@ -74,10 +74,10 @@ def select_frames(select: SelectConfig, times_s: Float64Array, name: str) -> ran
 
 @dataclass(frozen=True, eq=False)
 class Timeline:
-    """When each frame of a video is shown, in order, known without decoding one."""
+    """When each frame of a video is shown, in presentation order, known without decoding."""
 
-    times_s: Float64Array  # (T,) seconds, ascending, as the container has them, unshifted
-    stamps: Int64Array | None  # (T,) the same in units of the stream's time base; None: cannot tell a frame's number
+    times_s: Float64Array  # (T,) seconds, ascending, as in the container, unshifted
+    stamps: Int64Array | None  # (T,) the same in units of the stream's time base; None: cannot serve to number frames
     notes: tuple[str, ...]  # what had to be made up
 
     @classmethod
@@ -96,14 +96,14 @@ class Timeline:
         Args:
             stamps: presentation stamp of each packet that will be shown, in file order, in units of ``time_base``
                 seconds; NO_STAMP where the container has none.
-            rate: average frames per second; fills the gaps.
-            decoded: when each packet is to be decoded, likewise. keys: places of those that need no others. Both tell a
-                jump back from mere reordering.
-            trusted: False where the container stores no presentation stamps, only something like them (AVI). The
-                stamps then give times in the right order, but a frame's own stamp does not tell its number.
+            rate: average frames per second, with which missing stamps are filled in.
+            decoded: decoding stamp of each packet, likewise. keys: indices of the key frames' packets. Both serve to
+                tell a jump back from mere reordering.
+            trusted: False if the container stores no presentation stamps, only something like them (AVI). The stamps
+                then give times in the right order, but a frame's own stamp does not tell its number.
         """
         raw = np.asarray(stamps, dtype=np.int64)
-        period = float(1 / (rate * time_base))  # ticks from frame to frame
+        period = float(1 / (rate * time_base))  # ticks per frame
         missing = int(np.count_nonzero(raw == NO_STAMP))
         if missing:
             ticks = _filled(raw, period)
@@ -125,7 +125,7 @@ class Timeline:
         return len(self.times_s)
 
     def number_of(self, stamp: int | None) -> int | None:
-        """Number of the frame that carries this stamp; None when the stamp does not tell."""
+        """Number of the frame with this stamp; None if the stamp does not tell it."""
         if self.stamps is None or stamp is None:
             return None
         place = int(np.searchsorted(self.stamps, stamp))
@@ -133,25 +133,25 @@ class Timeline:
 
 
 def _jumps_back(shown: Int64Array, decoded: Int64Array, keys: Int64Array, period: float) -> bool:
-    """Whether the stamps are of recordings one after the other, or of one that was begun again.
+    """Whether the stamps jump back, as in concatenated recordings or one that was restarted.
 
-    Then a key frame is to be shown before one that comes earlier in the file, or any frame before an earlier one was
-    to be decoded. Where frames are only reordered neither is so, however far.
+    Then a key frame is shown before a frame that comes earlier in the file, or some frame is shown before an earlier
+    one is decoded. Reordering alone causes neither, however far it goes.
     """
-    latest = np.maximum.accumulate(shown)  # of this packet and all before it
+    latest = np.maximum.accumulate(shown)  # over this packet and all before it
     if (shown[keys] < latest[keys]).any():
         return True
     if len(decoded) != len(shown):
         return False
-    earliest = np.minimum.accumulate(shown[::-1])[::-1]  # of this packet and all behind it
+    earliest = np.minimum.accumulate(shown[::-1])[::-1]  # over this packet and all after it
     known = decoded[:-1] != NO_STAMP
     return bool((decoded[:-1][known] - earliest[1:][known] > period).any())
 
 
 def _filled(raw: Int64Array, period: float) -> Float64Array:
-    """Each missing stamp becomes the one before it, plus a period; those before the first known one count back from it.
+    """Each missing stamp becomes the one before it plus a period; those before the first known one count back from it.
 
-    Where none is known, the first frame is shown at 0.
+    If none is known, the first frame is shown at 0.
     """
     ticks = raw.astype(np.float64)
     known = np.flatnonzero(raw != NO_STAMP)

@@ -1,7 +1,7 @@
-"""Video files: which of their frames are given, what was promised and did not come, and who decodes them.
+"""Video files as a source: chooses the decoder, selects frames, and reports those that were expected but missing.
 
-``probe_video`` has read ahead and knows every frame's number and time; a ``VideoDecoder`` decodes in a second pass:
-``pyav.py`` on the CPU, ``nvdec.py`` on the GPU.
+``probe_video`` reads the packets first and knows every frame's number and time; a ``VideoDecoder`` then decodes in a
+second pass: ``pyav.py`` on the CPU, ``nvdec.py`` on the GPU.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from flowreel.engine.data import Float64Array
 
-MOST_NAMED = 8  # numbers of frames in a message
-REOPENING_FRAMES = 32  # decoding on past so many frames is quicker than opening the file again and seeking
+MOST_NAMED = 8  # frame numbers listed in a message
+REOPENING_FRAMES = 32  # decoding and dropping this many frames is quicker than reopening the file and seeking
 
 
 class VideoDecoder(Protocol):
@@ -35,29 +35,29 @@ class VideoDecoder(Protocol):
 
     @property
     def name(self) -> str:
-        """For the summary: ``"PyAV (h264)"``; what really decoded, once it has."""
+        """For the summary, e.g. ``"PyAV (h264)"``; after decoding, what really decoded."""
         ...
 
     def pictures(self, first: int) -> Generator[tuple[int, Any], None, None]:
         """Pictures with their numbers, in rising order, from ``first`` or somewhat before it on.
 
-        One that cannot be decoded is left out. A picture is good until the next one is asked for.
+        One that cannot be decoded is left out. A picture is valid until the next one is requested.
         """
         ...
 
     def rgb(self, picture: Any, number: int) -> Tensor:
-        """The picture as shown, (3, H, W) uint8 full-range RGB, in memory of its own.
+        """The picture as shown, (3, H, W) uint8 full-range RGB, in its own memory.
 
-        Raises FrameSizeError when it is not of the first one's size.
+        Raises FrameSizeError when its size differs from the first one's.
         """
         ...
 
 
 def open_video(name: str, select: SelectConfig, device: str = "cpu") -> VideoSource:
-    """Open a video file; with NVDEC where frames are wanted on a GPU and it can decode them.
+    """Open a video file, with NVDEC if frames are wanted on a GPU and it can decode them.
 
-    Raises what :func:`probe_video` and :class:`VideoSource` raise, and DeviceError or MissingDependencyError where
-    NVDEC was asked for by name and cannot decode the file. ``auto`` then takes PyAV, and the source's notes say why.
+    Raises what :func:`probe_video` and :class:`VideoSource` raise, and DeviceError or MissingDependencyError if NVDEC
+    was asked for by name and cannot decode the file. ``auto`` then takes PyAV, and the source's notes say why.
     """
     probe = probe_video(name, select.stream)
     on_gpu = device.startswith("cuda")
@@ -79,16 +79,16 @@ def open_video(name: str, select: SelectConfig, device: str = "cpu") -> VideoSou
 
 
 def identify(name: str) -> SourceId:
-    """See ``Kind``: the file."""
+    """See ``Kind``: covers the file."""
     path = Path(name)
     return source_id(path.name, [path])
 
 
 class VideoSource:
-    """Selected frames of one video stream, in order of presentation.
+    """Selected frames of one video stream, in presentation order.
 
-    A frame that cannot be decoded is left out; the others keep their numbers and times. ``losses`` then tells how
-    many, how many the decoder has patched up, and whether the file itself ends too early.
+    A frame that cannot be decoded is left out; the others keep their numbers and times. ``losses`` then tells how many
+    are missing, in how many the decoder has concealed damage, and whether the file is cut short.
     """
 
     reopening_frames = REOPENING_FRAMES
@@ -104,8 +104,8 @@ class VideoSource:
     ) -> None:
         """Raises TooFewFramesError or UsageError when ``select`` leaves nothing to pair or makes no sense.
 
-        decoder: None: PyAV. notes: to which the decoder may add while it works. made_by: what a store records of it.
-        on_device: as of ``sources.OnDevice``.
+        decoder: None: PyAV. notes: a list the decoder may append to while it works. made_by: what a store records
+        about the decoder. on_device: see ``protocols.OnDevice``.
         """
         self.on_device = on_device
         times_s = probe.timeline.times_s
@@ -114,11 +114,11 @@ class VideoSource:
         self._wanted = select_frames(select, times_s, probe.path.name)
         self._to_the_end = _reaches_beyond(select.stop, probe)
         self._losses: list[str] = []
-        self._patched: set[int] = set()  # frames whose damage the decoder has concealed
+        self._patched: set[int] = set()  # numbers of frames whose damage the decoder has concealed
         self._decoder: VideoDecoder = decoder or PyAVDecoder(probe)
         self._decoder_notes = [] if notes is None else notes
         self._iteration: Generator[Frame, None, None] | None = None
-        self._pictures: Generator[tuple[int, Any], None, None] | None = None  # of the iteration
+        self._pictures: Generator[tuple[int, Any], None, None] | None = None  # of that iteration
         self._closed = False
         width, height = probe.shown_size
         self._info = FlowInfo(
@@ -187,7 +187,7 @@ class VideoSource:
         return Frame(rgb, number, float(self._probe.timeline.times_s[number]))
 
     def __iter__(self) -> Iterator[Frame]:
-        """Decode. At the end TooFewFramesError when fewer than two came; FrameSizeError when the size changes."""
+        """Decode. Raises TooFewFramesError at the end if fewer than two came; FrameSizeError when the size changes."""
         if self._iteration is not None:
             raise RuntimeError(f"{self._info.source.name} is already being read; open it again to read it twice")
         self._iteration = self._frames()
@@ -206,18 +206,18 @@ class VideoSource:
                     with concerning(number):
                         rgb = self._decoder.rgb(picture, number)
                     yield self._frame(number, rgb)
-                    del rgb  # not kept alive while the next one is made
+                    del rgb  # or it would stay alive while the next one is made
                     given += 1
                 if number >= self._wanted[-1]:
                     break
         finally:
-            # To free a decoder of NVDEC takes long and has all other threads wait, those with the last flows, too.
+            # Freeing an NVDEC decoder takes long and blocks all threads, even those with the last flows: left to close().
             if self._closed or not self.on_device:
                 self._end_decoding()
         self._account(given)
 
     def _account(self, given: int) -> None:
-        """Say at the end what did not come."""
+        """Report at the end what is missing."""
         asked, probe = len(self._wanted), self._probe
         if given < asked:
             self._losses.append(f"{asked - given} of {asked} frames could not be decoded")
@@ -233,7 +233,7 @@ class VideoSource:
             )
 
     def close(self) -> None:
-        """Release the file. While another thread is inside the iteration, that ends itself at its next frame."""
+        """Release the file. If another thread is inside the iteration, the iteration ends itself at its next frame."""
         self._closed = True
         try:
             if self._iteration is not None:
@@ -243,7 +243,7 @@ class VideoSource:
         self._end_decoding()
 
     def _end_decoding(self) -> None:
-        """What fails now, of a device that has failed, has been told; and nothing of what was given hangs on it."""
+        """Close the decoder. Errors are ignored: a failed device is reported already, and no frame depends on this."""
         if self._pictures is not None:
             with suppress(Exception):
                 self._pictures.close()
@@ -263,7 +263,7 @@ def _patched_words(numbers: set[int]) -> str:
 
 
 def _reaches_beyond(stop: int | str | None, probe: VideoProbe) -> bool:
-    """Whether ``stop`` asks for frames behind the last one found."""
+    """Whether ``stop`` asks for frames after the last one found."""
     times_s = probe.timeline.times_s
     if isinstance(stop, str):
         return parse_seconds(stop) > float(times_s[-1] - times_s[0] + 1 / probe.frame_rate)

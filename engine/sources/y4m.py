@@ -1,11 +1,11 @@
-"""YUV4MPEG2 on stdin: uncompressed pictures behind a line of text, as ``ffmpeg ... -f yuv4mpegpipe -`` writes them.
+"""YUV4MPEG2 on stdin: uncompressed pictures after a line of text, as ``ffmpeg ... -f yuv4mpegpipe -`` writes them.
 
     YUV4MPEG2 W640 H480 F25:1 Ip A1:1 C420jpeg XCOLORRANGE=LIMITED     the header, a line
     FRAME                                                              a line, then one picture's planes: Y', Cb, Cr
     FRAME                                                              and so on until the stream ends
 
-How many frames come is not known before the end. Whoever writes into the pipe may pause for as long as it likes, so
-every wait is cut into moments, and between two of them the source looks whether it is still wanted.
+The number of frames is not known before the end. The writer may pause for any length of time, so the source waits in
+short intervals and checks after each whether it has been interrupted.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from flowreel.engine.sources.timecode import parse_seconds
 
 MAGIC = b"YUV4MPEG2"
 MARKER = b"FRAME"
-LONGEST_LINE = 4096  # bytes of a header or a frame's marker; what programs write stays far below
+LONGEST_LINE = 4096  # bytes of a header or a frame's marker; real ones are far shorter
 LONGEST_SIDE = 32_768  # pixels
 MOST_FRAME_BYTES = 1 << 30
 RECIPE = "ffmpeg -i CLIP -f yuv4mpegpipe - | flowreel run -"
 
-_TICK_S = 0.2  # a wait in one piece
+_TICK_S = 0.2  # the longest single wait
 _CHUNK_BYTES = 1 << 16  # what a pipe holds
-# Colour tag -> FFmpeg's pixel format, and where the chroma samples lie where the tag tells.
+# Colour tag -> FFmpeg's pixel format, and the chroma sample location if the tag tells it.
 _FORMATS = {
     "420": ("yuv420p", "center"),
     "420jpeg": ("yuv420p", "center"),
@@ -51,18 +51,18 @@ _FORMATS = {
     **{f"{kind}p{bits}": (f"yuv{kind}p{bits}le", "") for kind in ("420", "422", "444") for bits in (9, 10, 12, 14, 16)},
     **{f"mono{bits}": (f"gray{bits}le", "") for bits in (9, 10, 12, 16)},
 }
-_RANGES = {"FULL": "pc", "LIMITED": "tv"}  # to FFmpeg's names
+_RANGES = {"FULL": "pc", "LIMITED": "tv"}  # tag -> FFmpeg's name
 
 
 @dataclass(frozen=True)
 class Header:
-    """What the first line says."""
+    """The contents of the first line."""
 
     width: int  # pixels
     height: int
     rate: Fraction  # frames per second
-    colour: str  # a key of the table of formats
-    value_range: str  # "FULL", "LIMITED", or "" when it is not said
+    colour: str  # a key of ``_FORMATS``
+    value_range: str  # "FULL", "LIMITED", or "" if not stated
     notes: tuple[str, ...]  # what was assumed or ignored
 
     @classmethod
@@ -100,7 +100,7 @@ class Header:
         return sum(plane.width * plane.height * -(-plane.bits // 8) for plane in planes)
 
     def decoder(self) -> av.VideoCodecContext:
-        """FFmpeg's for raw pictures, set up as its own reader of ``.y4m`` files does, so that colours agree."""
+        """FFmpeg's rawvideo decoder, set up as FFmpeg's own ``.y4m`` reader does, so that colours agree."""
         decoder = av.CodecContext.create("rawvideo", "r")
         assert isinstance(decoder, av.VideoCodecContext)
         decoder.width, decoder.height, decoder.pix_fmt = self.width, self.height, self.pixel_format
@@ -137,12 +137,12 @@ def _aspect_notes(text: str) -> list[str]:
 
 
 def open_stdin(_: str, select: SelectConfig, device: str = "cpu") -> Y4MSource:
-    """Read the header from stdin; waits until it has come.
+    """Read the header from stdin; waits until it has arrived.
 
     Raises:
         UsageError: stdin is a terminal, or the selection makes no sense for it.
         UnsupportedSourceError: stdin is closed, empty, or no YUV4MPEG2 that this version can read.
-        TooFewFramesError: the selection leaves fewer than two frames, however many come.
+        TooFewFramesError: the selection leaves fewer than two frames, however many arrive.
     """
     if select.stream not in (None, 0):
         raise UsageError(f"stdin holds one video stream, so there is no stream {select.stream}")
@@ -156,19 +156,19 @@ def open_stdin(_: str, select: SelectConfig, device: str = "cpu") -> Y4MSource:
 
 
 def identify(_: str) -> SourceId:
-    """See ``Kind``: what comes is not known."""
+    """See ``Kind``: what will arrive is not known."""
     return SourceId("stdin")
 
 
 class Y4MSource:
-    """Selected frames of a YUV4MPEG2 stream; those between are read and dropped.
+    """Selected frames of a YUV4MPEG2 stream; the others are read and dropped.
 
-    Reading ends with the last frame that ``select`` takes, so whoever writes may see a broken pipe. A stream that ends
-    inside a frame gives what came before it, and ``losses`` says so.
+    Reading ends with the last frame that ``select`` takes, so the writer may see a broken pipe. A stream that ends
+    inside a frame gives the frames before it, and ``losses`` says so.
     """
 
     def __init__(self, descriptor: int, select: SelectConfig) -> None:
-        """Raises what :func:`open_stdin` does. ``descriptor``: of a file or pipe, which stays open."""
+        """Raises what :func:`open_stdin` does. ``descriptor``: a file descriptor, which stays open."""
         self._bytes = _PolledBytes(descriptor)
         self._header = header = _read_header(self._bytes)
         if header.frame_bytes > MOST_FRAME_BYTES:
@@ -206,7 +206,7 @@ class Y4MSource:
         return self._notes
 
     def __iter__(self) -> Iterator[Frame]:
-        """At the end TooFewFramesError when fewer than two came; UnsupportedSourceError when frames are out of step."""
+        """Raises TooFewFramesError at the end if fewer than two came; UnsupportedSourceError if a marker is missing."""
         if self._started:
             raise RuntimeError("stdin is already being read, and can be read only once")
         self._started = True
@@ -225,7 +225,7 @@ class Y4MSource:
                     rgb = torch.from_numpy(convert(frame, number)).permute(2, 0, 1)
                     yield Frame(rgb, number, float(number / header.rate))
                     given += 1
-                    if not self._bytes.wanted:  # closed meanwhile, though more may have come
+                    if not self._bytes.wanted:  # closed meanwhile, even if more has arrived
                         return
                 number += 1
         except _Interrupted:
@@ -238,7 +238,7 @@ class Y4MSource:
             )
 
     def _read(self, picture: bytearray, number: int) -> bool:
-        """Reads frame ``number``; False when the stream ends before it, or inside it, which is a loss."""
+        """Reads frame ``number``. False if the stream ends before it, or inside it, which is recorded as a loss."""
         marker = self._bytes.line()
         if not marker:
             return False
@@ -258,18 +258,18 @@ class Y4MSource:
         )
 
     def interrupt(self) -> None:
-        """Ends the iteration within a moment, even while nothing comes; from any thread."""
+        """Ends the iteration within ``_TICK_S``, even while no data arrives; may be called from any thread."""
         self._bytes.wanted = False
 
     def close(self) -> None:
-        """The same; stdin itself stays open, it belongs to the process."""
+        """Does the same; stdin itself stays open, as it belongs to the process."""
         self.interrupt()
 
 
 def _read_header(stream: _PolledBytes) -> Header:
     expected = MAGIC + b" "
     head = bytearray(len(expected))
-    came = stream.into(memoryview(head))  # before the line, so that nobody waits for a newline in an MP4
+    came = stream.into(memoryview(head))  # before the line, so as not to wait for a newline in an MP4
     if not came:
         raise UnsupportedSourceError(f"nothing came on stdin: did the program before the pipe fail? Expected {RECIPE}")
     if head[:came] != expected[:came]:
@@ -285,7 +285,7 @@ def _read_header(stream: _PolledBytes) -> Header:
 
 
 def _wanted(select: SelectConfig, rate: Fraction) -> range:
-    """Numbers of the frames to give, as far as they come."""
+    """Numbers of the frames to give, if they arrive."""
     start, stop = (_frame_number(where, rate) for where in (select.start, select.stop))
     assert start is not None
     if isinstance(select.start, str) and isinstance(select.stop, str) and (stop or 0) <= start:
@@ -297,7 +297,7 @@ def _wanted(select: SelectConfig, rate: Fraction) -> range:
 
 
 def _frame_number(where: int | str | None, rate: Fraction) -> int | None:
-    """First frame at or after ``where``, with the microsecond of grace that video files have."""
+    """First frame at or after ``where``, with the same microsecond of tolerance as for video files."""
     if where is None or isinstance(where, int):
         return where
     return max(math.ceil((Fraction(parse_seconds(where)) - Fraction(1, 10**6)) * rate), 0)
@@ -312,21 +312,21 @@ def _excerpt(found: bytes | bytearray) -> str:
 
 
 class _Interrupted(Exception):
-    """Nobody wants the bytes any more."""
+    """The reading was interrupted."""
 
 
 class _PolledBytes:
-    """Reads a descriptor and never waits for more than a moment in one piece."""
+    """Reads a file descriptor, polling it so that no single wait exceeds ``_TICK_S``."""
 
     def __init__(self, descriptor: int) -> None:
-        self.wanted = True  # set to False from another thread, it ends every wait
+        self.wanted = True  # setting it to False, from any thread, ends every wait
         self._descriptor = descriptor
         self._poll = select.poll()
         self._poll.register(descriptor, select.POLLIN)
-        self._ahead = bytearray()  # read, but not yet taken
+        self._ahead = bytearray()  # read, but not yet returned
 
     def line(self) -> bytes:
-        """The next line with its newline. Without one: the stream has ended, or the line is too long."""
+        """The next line with its newline. Without a newline, the stream has ended or the line is too long."""
         while (end := self._ahead.find(b"\n", 0, LONGEST_LINE)) < 0 and len(self._ahead) < LONGEST_LINE:
             chunk = bytearray(_CHUNK_BYTES)
             came = self._some(memoryview(chunk))
@@ -339,7 +339,7 @@ class _PolledBytes:
         return line
 
     def into(self, target: memoryview) -> int:
-        """Fills ``target``; fewer bytes come only where the stream ends."""
+        """Fills ``target`` and returns the bytes read, fewer only at the end of the stream."""
         came = min(len(target), len(self._ahead))
         target[:came] = self._ahead[:came]
         del self._ahead[:came]
@@ -351,13 +351,13 @@ class _PolledBytes:
         return came
 
     def _some(self, target: memoryview) -> int:
-        """Reads what there is; 0 at the end of the stream."""
+        """Waits for data and reads what is available; returns the bytes read, 0 at the end of the stream."""
         while self.wanted:
             if self._poll.poll(1000 * _TICK_S):
                 try:
                     return os.readv(self._descriptor, [target])
                 except BlockingIOError:
-                    continue  # somebody else was quicker
+                    continue  # another reader was quicker
                 except OSError as error:
                     raise UnsupportedSourceError(f"stdin cannot be read: {error.strerror or error}") from error
         raise _Interrupted
