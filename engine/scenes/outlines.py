@@ -116,7 +116,7 @@ def radial_outline(radii: npt.NDArray[np.floating], hole: float = 0.0) -> Radial
 
 
 def polygon(angles: Radii, corner_angles: Radii, corner_radii: Radii) -> Radii:
-    """Radius, at each of ``angles``, of the polygon through the corners, which are sorted by angle around the origin."""
+    """Radius, at each of ``angles``, of the polygon through the corners, which are sorted by their angle."""
     after = np.searchsorted(corner_angles, angles) % len(corner_angles)
     before = (after - 1) % len(corner_angles)
     ax, ay = corner_radii[before] * np.cos(corner_angles[before]), corner_radii[before] * np.sin(corner_angles[before])
@@ -127,7 +127,7 @@ def polygon(angles: Radii, corner_angles: Radii, corner_radii: Radii) -> Radii:
 
 
 def random_outline(rng: np.random.Generator, radius: float) -> Outline:
-    """A polygon, wobbly blob, ellipse, bar or grating, some with a hole, of about this outer radius in object px."""
+    """A polygon, wobbly blob or ellipse, some with a hole, a bar or a grating; outer radius about ``radius`` px."""
     angles = -np.pi + 2 * np.pi * np.arange(ANGLES) / ANGLES
     hole = float(rng.uniform(0.35, 0.8)) if rng.random() < 0.12 else 0.0
     kind = rng.choice(5, p=[0.34, 0.27, 0.17, 0.16, 0.06])

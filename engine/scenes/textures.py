@@ -80,7 +80,7 @@ def _stripes(rng: Rng, size: int) -> Array:
 
 
 def _neighbours(rng: Rng, size: int, cells: int) -> tuple[Array, Array, npt.NDArray[np.int64]]:
-    """Distances (px) to the nearest and second nearest of cells^2 random points on a torus, and the nearest's number."""
+    """Distances (px) to the nearest and second nearest of cells^2 random points on a torus; number of the nearest."""
     pitch = size / cells
     points = rng.random((cells, cells, 2), dtype=np.float32)
     at = (np.arange(size, dtype=np.float32) + 0.5) / pitch

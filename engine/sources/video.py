@@ -211,7 +211,7 @@ class VideoSource:
                 if number >= self._wanted[-1]:
                     break
         finally:
-            # Freeing an NVDEC decoder takes long and blocks all threads, even those with the last flows: left to close().
+            # Freeing an NVDEC decoder takes long and blocks all threads, even those of the last flows: left to close().
             if self._closed or not self.on_device:
                 self._end_decoding()
         self._account(given)

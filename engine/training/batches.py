@@ -1,4 +1,4 @@
-"""What a training run sees: batches of scenes, painted on the host or where the network is, each used several times."""
+"""The batches of a training run: scenes painted on the host or on the network's device, each used several times."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from flowreel.engine.training.pairs import sample_pair
 def batches(
     config: TrainConfig, step: int, workers: int, painter: Painter | None = None
 ) -> Generator[Batch, None, None]:
-    """The batches of step ``step`` and those after it, each rendered one used ``reuse`` times in a row.
+    """The batches from step ``step`` on, each rendered batch used ``reuse`` times in a row.
 
-    With a ``painter`` they are painted and changed on its device, else on the host.
+    With a ``painter`` they are painted and augmented on its device, else on the host.
     """
     last = config.steps if config.minutes is None else MOST_STEPS
     scenes = _Scenes(config, step // config.reuse, -(-last // config.reuse), painted=painter is None)
@@ -30,7 +30,7 @@ def batches(
         batch_size=None,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
-        multiprocessing_context="spawn" if workers else None,  # a fork would copy torch's thread pools half alive
+        multiprocessing_context="spawn" if workers else None,  # a fork lacks the threads of torch's pools
     )
     generator = torch.Generator()
     skip = step % config.reuse
@@ -46,9 +46,9 @@ def batches(
 
 
 class _Scenes(Dataset["Batch | list[Packed]"]):
-    """The batches numbered ``first`` to ``last`` of a run, somewhat larger than the network sees, so that crops differ.
+    """The batches ``first`` to ``last`` (exclusive) of a run, somewhat larger than the network's input, for cropping.
 
-    Painted, or as the numbers that a painter on the network's device takes.
+    Painted, or as the packed numbers that a ``Painter`` takes.
     """
 
     def __init__(self, config: TrainConfig, first: int, last: int, *, painted: bool) -> None:
@@ -66,7 +66,7 @@ class _Scenes(Dataset["Batch | list[Packed]"]):
 
 
 def render(seed: int, number: int, count: int, height: int, width: int, scenes: SceneConfig | None = None) -> Batch:
-    """Scenes ``number`` to ``number + count`` of a seed, stacked. ``scenes``: how they are drawn."""
+    """``count`` scenes of a seed, from ``number`` on, painted and stacked. ``scenes``: how they are drawn."""
     pairs = [sample_pair((seed << 42) + number + i, height, width, scenes) for i in range(count)]
     return (
         torch.stack([pair.first for pair in pairs]),
@@ -79,12 +79,12 @@ def render(seed: int, number: int, count: int, height: int, width: int, scenes: 
 def draw(
     seed: int, number: int, count: int, height: int, width: int, scenes: SceneConfig | None = None
 ) -> list[Packed]:
-    """The same scenes, not painted yet."""
+    """The same scenes as ``render``, but not painted yet."""
     return pack([draw_pair((seed << 42) + number + i, height, width, scenes) for i in range(count)])
 
 
 def augment(batch: Batch, height: int, width: int, generator: torch.Generator) -> Batch:
-    """One crop and channel order for the whole batch, flips for each sample, and the flow changed with them."""
+    """Random crop and channel order, the same for the whole batch, and flips for each sample; the flow follows."""
     first, second, flow, visible = batch
 
     def draw(count: int) -> int:
@@ -95,7 +95,7 @@ def augment(batch: Batch, height: int, width: int, generator: torch.Generator) -
     channels = send(torch.randperm(3, generator=generator), flow.device)
     first, second = first[:, channels, rows, columns], second[:, channels, rows, columns]
     flow, visible = flow[:, :, rows, columns], visible[:, rows, columns]
-    for axis in (-1, -2):  # mirror left-right, then up-down; the motion along that axis turns round
+    for axis in (-1, -2):  # mirror left-right, then up-down; the flow along that axis changes sign
         mirrored = send(torch.randint(2, (len(flow),), generator=generator).bool(), flow.device)
         picture = mirrored.view(-1, 1, 1, 1)
         first, second = (torch.where(picture, frames.flip(axis), frames) for frames in (first, second))
@@ -107,6 +107,6 @@ def augment(batch: Batch, height: int, width: int, generator: torch.Generator) -
 
 
 def on(device: torch.device, batch: Batch) -> Batch:
-    """The batch on a device."""
+    """The batch, on ``device``."""
     first, second, flow, visible = (to_device(part, device) for part in batch)
     return first, second, flow, visible

@@ -1,4 +1,4 @@
-"""One training run in numbers, and its schedule."""
+"""The settings of a training run, and its learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ from flowreel.engine.errors import UsageError
 from flowreel.engine.models import model_name
 from flowreel.engine.models.layers import STRIDE
 
-WIDEST = 4  # as of weights that are read
+WIDEST = 4  # the same limit as for weights that are read
 LARGEST_SIDE = 8192  # pixels
 LARGEST_BATCH = 4096
-MOST_STEPS = 1 << 28  # of a run whose minutes are set: with the largest batch it ends before ``HELD_OUT_SEED``
-MOST_SEEDS = 1 << 20  # a run's samples are numbered behind its seed, in 64 bits together
+MOST_STEPS = 1 << 28  # of a run limited by minutes: with the largest batch it ends before ``HELD_OUT_SEED``
+MOST_SEEDS = 1 << 20  # a sample's 64-bit seed holds the run's seed in the upper bits, its number in the lower
 
-_LONGEST_WARM_UP = 0.05  # of a run
+_LONGEST_WARM_UP = 0.05  # share of a run
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run. Two runs of the same values end with the same weights on the same kind of machine."""
+    """One training run. Runs with equal values end with the same weights on the same kind of machine."""
 
     model: str = "FlowNet2C"
-    width: float = 0.25  # factor on channels; 0.25: 2.7 M parameters for FlowNet2C, 0.125: 0.73 M
+    width: float = 0.25  # factor on channel counts; 0.25: 2.7 M parameters for FlowNet2C, 0.125: 0.73 M
     steps: int = 20_000
-    minutes: float | None = None  # of training, however many steps that makes; what comes of it depends on the machine
-    batch: int = 8  # small batches learn most per sample while samples are what is scarce
-    height: int = 192  # pixels the network sees; multiple of 64
+    minutes: float | None = None  # of training, in place of ``steps``; the result then depends on the machine
+    batch: int = 8  # small batches learn most per sample, and samples are the bottleneck
+    height: int = 192  # pixels of the network's input; multiple of 64
     width_px: int = 256
-    reuse: int = 3  # times each rendered scene is used, each time flipped and cropped anew: rendering is slow
-    learning_rate: float = 8e-4  # its peak: a warm-up leads there, a cosine from there to zero
-    warm_up: int = 500  # steps, if they are less than a twentieth of the run
+    reuse: int = 3  # times each rendered scene is used, each time with new flips and crop: rendering is slow
+    learning_rate: float = 8e-4  # the peak, after a warm-up; a cosine leads from there to zero
+    warm_up: int = 500  # steps, but at most a twentieth of the run
     weight_decay: float = 1e-4
     clip: float = 1.0  # largest gradient norm
-    visible_only: float = 0.33  # share of the run in which occluded pixels are left out of the loss
-    last_only: bool = False  # of FlowNet2CS and CSS, train only the last network, on the flow it is given as it is
-    matching: float = 0.5  # weight of FlowNetC's matching loss beside the flow's
+    visible_only: float = 0.33  # initial share of the run in which occluded pixels are left out of the loss
+    last_only: bool = False  # of FlowNet2CS and CSS, train only the last network; those before it stay as they are
+    matching: float = 0.5  # weight of FlowNetC's matching loss, relative to the flow loss
     seed: int = 0
-    init: str | None = None  # weights to go on from, instead of random ones
-    batch_norm: bool = True  # while training; folded into the convolutions at the end
+    init: str | None = None  # weights to start from, instead of random ones
+    batch_norm: bool = True  # during training; folded into the convolutions at the end
     precision: str = "bf16"  # of the convolutions; the loss and the weights stay float32
 
     def __post_init__(self) -> None:
@@ -70,11 +70,11 @@ class TrainConfig:
 
 
 def share_done(config: TrainConfig, step: int, seconds: float) -> float:
-    """How far a run is after so many steps, or so many seconds where its minutes were set: 0..1."""
+    """Share of a run that is done, 0..1, after so many steps or, if it is limited by minutes, so many seconds."""
     return min(step / config.steps if config.minutes is None else seconds / (60 * config.minutes), 1.0)
 
 
 def learning_rate(config: TrainConfig, step: int, done: float) -> float:
-    """Of a step before which so much was done: a linear warm-up, times a cosine to zero."""
+    """Linear warm-up times a cosine to zero. ``done``: share of the run that was done before ``step``."""
     risen = min(max(step / max(config.warm_up, 1), done / _LONGEST_WARM_UP), 1.0)
     return config.learning_rate * risen * 0.5 * (1 + cos(pi * done))

@@ -1,4 +1,4 @@
-"""What light, lens and sensor do to pictures."""
+"""Applies the effects of light, lens and sensor to pictures."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def develop(frames: Tensor, developments: Sequence[Development | None]) -> Tenso
     return frames
 
 
-Numbered = list[tuple[int, Development]]  # those that have something, by the place of their pair
+Numbered = list[tuple[int, Development]]  # (index of the pair, its development) of the pairs that have an effect
 
 
 def _places(chosen: Numbered, frames: Tensor) -> Tensor | slice:
-    """An index of those pairs: all of them are a view, and need no copy."""
+    """An index that selects those pairs; a slice for all of them, which makes a view instead of a copy."""
     if len(chosen) == len(frames):
         return slice(None)
     return send(torch.tensor([place for place, _ in chosen]), frames.device)
@@ -49,7 +49,7 @@ def _haze(frames: Tensor, chosen: Numbered) -> None:
 
 
 def _blur(frames: Tensor, chosen: Numbered) -> None:
-    """Weights (side, 1 - 2 side, side) along both axes, borders repeated."""
+    """Filter (side, 1 - 2 side, side) along both axes, borders replicated."""
     if not chosen:
         return
     places = _places(chosen, frames)
@@ -94,5 +94,5 @@ def _grain(frames: Tensor, chosen: Numbered) -> None:
 
 @functools.cache
 def _noise(device: torch.device) -> Tensor:
-    """Gaussian noise to cut windows from, (2^21,) float32: drawing it afresh would cost more than the scene."""
+    """Gaussian noise to cut windows from, (2^21,) float32: drawing new noise would cost more than the scene."""
     return torch.randn(1 << 21, generator=torch.Generator().manual_seed(7)).to(device)

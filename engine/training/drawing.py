@@ -1,7 +1,7 @@
-"""Random scenes at two moments, drawn as numbers: camera, background, objects, their motions, light and noise.
+"""Draws the parameters of random scenes at two moments: camera, background, objects, their motions, light and noise.
 
-``draw_pair`` draws them from one seed; how much of each is a matter of ``SceneConfig``. Nothing is painted here:
-``pairs.py`` paints one pair on the host, ``painting.py`` many at once on a GPU.
+``draw_pair`` draws them from one seed, by the distributions of ``SceneConfig``. Nothing is painted here: ``pairs.py``
+paints one pair on the host, ``painting.py`` many at once on a GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from flowreel.engine.scenes.outlines import Outline, random_outline
 from flowreel.engine.scenes.scene import Bend, Matrix, Pose, inverse, similarity
 from flowreel.engine.scenes.textures import LEVELS, TATTER_SIZE, TATTERS, Rng, TextureBank, kind_of
 
-HAZE = (3, 4)  # rows and columns of the coarse grid of a haze
+HAZE = (3, 4)  # rows and columns of the coarse grid that haze is interpolated from
 
 
 Bank = tuple[int, int, int]  # seed, count, size of a ``TextureBank``
@@ -24,15 +24,15 @@ Bank = tuple[int, int, int]  # seed, count, size of a ``TextureBank``
 
 @dataclass(frozen=True)
 class SceneConfig:
-    """What ``draw_pair`` draws from. Speeds hold for 256 x 192 px and grow with the frame's diagonal."""
+    """The distributions of ``draw_pair``. Speeds are px a frame at 256 x 192 px and scale with the frame's diagonal."""
 
-    objects: tuple[int, int] = (0, 6)  # fewest and most moving layers before the background
-    median_px: float = 5.0  # the middle of the pairs' speeds; 0.8 or so for a network of small motions
-    spread: float = 0.9  # deviation of the logarithm of a pair's speed: plenty below 1 px, a tail past 40
+    objects: tuple[int, int] = (0, 6)  # fewest and most moving layers in front of the background
+    median_px: float = 5.0  # median speed of the pairs; about 0.8 for a network for small motions
+    spread: float = 0.9  # standard deviation of the logarithm of a pair's speed: many below 1 px, a tail past 40
     max_px: float = 48.0  # no layer's centre moves farther
     still: float = 0.10  # share of pairs whose background does not move at all
-    follow: float = 0.60  # share of objects that share the camera's motion, beside their own
-    bends: float = 0.25  # share of layers that also move non-rigidly
+    follow: float = 0.60  # share of objects that follow the camera's motion in addition to their own
+    bends: float = 0.25  # share of layers that also deform
     photometric: float = 0.6  # strength of lighting changes, noise, blur, fog; 0: clean pictures
     motion_blur: float = 0.04  # share of pairs with an open shutter
     bank: Bank = (0, 48, 512)
@@ -42,24 +42,24 @@ class SceneConfig:
 class Piece:
     """Where a layer's colours come from: a part of one texture of the bank, recoloured."""
 
-    texture: int  # its number in the bank
+    texture: int  # its index in the bank
     level: int  # of its pyramid
-    texels: float  # of that level, per object px
-    corner: tuple[int, int]  # texel (left, top) of the part, which goes on at the texture's other side
+    texels: float  # texels of that level per object px
+    corner: tuple[int, int]  # texel (left, top) of the part, which wraps around the texture's borders
     size: tuple[int, int]  # texels (height, width) of the part
     origin: tuple[int, int]  # texel (x, y) of the part that lies at object (0, 0)
     gain: Matrix  # (3, 3) float64
-    wanted: Matrix  # (3,) float64, the colour that the texture's mean grey goes to; its hue turns with the rest
-    tatters: tuple[int, int, int] | None  # of ``textures.tatters`` which cuts holes, and its texel (top, left) there
+    wanted: Matrix  # (3,) float64, the colour that a grey of the texture's mean value maps to; hues turn with ``gain``
+    tatters: tuple[int, int, int] | None  # field of ``textures.tatters`` that cuts holes, and its texel (top, left)
 
     def offset(self, bank: TextureBank) -> Matrix:
-        """(3,) float64: what is added to the colours after ``gain``."""
+        """(3,) float64, to be added to the colours after ``gain``."""
         return np.asarray(self.wanted - self.gain @ np.full(3, bank.grey(self.texture)))
 
 
 @dataclass(frozen=True, eq=False)
 class DrawnLayer:
-    """A surface; the words are those of ``scenes.Layer``."""
+    """A surface; the fields are those of ``scenes.scene.Layer``."""
 
     piece: Piece
     pose: Pose
@@ -70,27 +70,27 @@ class DrawnLayer:
 
 @dataclass(frozen=True, eq=False)
 class Development:
-    """What light, lens and sensor do to the two frames: mostly alike, a little different between them."""
+    """Effects of light, lens and sensor on the two frames: mostly the same for both, with small differences."""
 
     haze: Matrix | None  # HAZE, opacities 0..0.7 that vary slowly over the frame, fixed to it
     haze_grey: float  # 0..255: fog; 0: a shadow
     blur: float  # weight of each neighbour along both axes; 0: sharp
-    gain: Matrix  # (2, 3) of both frames' colours
+    gain: Matrix  # (2, 3) of each frame's colour channels
     offset: Matrix  # (2, 3)
-    gamma: Matrix  # (2,); 1: none
-    grain: float  # deviation of the noise
-    grain_at: tuple[float, float]  # where in the noise that is at hand each frame's begins, 0..1
+    gamma: Matrix  # (2,) exponents; 1: none
+    grain: float  # standard deviation of the noise
+    grain_at: tuple[float, float]  # where each frame's window into the precomputed noise begins, 0..1
 
 
 @dataclass(frozen=True, eq=False)
 class DrawnPair:
-    """All that is random about a pair. Frames are at times 0 and 1; at 0 nothing bends and the camera is at rest."""
+    """All that is random about a pair. Frames are at times 0 and 1; at 0 nothing is bent and the camera at rest."""
 
     height: int  # px
     width: int  # px
-    bank: Bank  # that the layers' textures are from
+    bank: Bank  # that holds the layers' textures
     layers: tuple[DrawnLayer, ...]  # from back to front
-    moments: tuple[float, ...]  # frames before and after each time at which the shutter is open, too
+    moments: tuple[float, ...]  # further moments at which the shutter is open, relative to each time, in frames
     development: Development | None  # None: the pictures stay clean
 
 
@@ -100,7 +100,7 @@ def draw_pair(seed: int, height: int, width: int, config: SceneConfig | None = N
     rng = np.random.default_rng((seed, 1))
     layers, speed = _random_layers(rng, height, width, config)
     shutter = rng.uniform(0.15, 0.5) if rng.random() < config.motion_blur else 0.0
-    # About one picture for every two pixels that things at that speed pass while the shutter is open.
+    # About one picture for every two pixels of motion at that speed while the shutter is open.
     steps = min(max(round(shutter * speed / 4), 1), 4) if shutter else 0
     moments = tuple(np.linspace(-shutter / 2, shutter / 2, 2 * steps).tolist())
     development = _development(rng, config.photometric) if config.photometric > 0 else None
@@ -108,7 +108,7 @@ def draw_pair(seed: int, height: int, width: int, config: SceneConfig | None = N
 
 
 def _random_layers(rng: Rng, height: int, width: int, config: SceneConfig) -> tuple[tuple[DrawnLayer, ...], float]:
-    """The layers and the speed, px a frame, around which theirs were drawn."""
+    """The layers, and the speed in px a frame around which their speeds were drawn."""
     zoom = math.hypot(height, width) / 320
     fastest = config.max_px * zoom
     speed = min(config.median_px * zoom * math.exp(config.spread * rng.normal()), fastest)
@@ -126,12 +126,12 @@ def _stay(t: float) -> Matrix:
 
 
 def _spin(rng: Rng, speed: float, radius: float, most: float, share: float) -> float:
-    """A rate (turn or zoom, 1/frame) that moves points at ``radius`` by about ``share * speed`` px."""
+    """A rate of rotation or zoom, 1/frame, that moves points at ``radius`` by about ``share * speed`` px."""
     return float(np.clip(rng.normal() * share * speed / radius, -most, most))
 
 
 def _camera(rng: Rng, height: int, width: int, speed: float) -> Pose:
-    """Pan, turn, zoom and a little perspective, growing from the identity at time 0."""
+    """Pan, rotation, zoom and a little perspective, growing from the identity at time 0."""
     direction, radius = rng.uniform(0, 2 * np.pi), 0.35 * math.hypot(height, width)
     pan = speed * rng.uniform(0.5, 1.1)
     dx, dy = pan * math.cos(direction), pan * math.sin(direction) * 0.8  # cameras pan more than they tilt
@@ -143,7 +143,7 @@ def _camera(rng: Rng, height: int, width: int, speed: float) -> Pose:
         if speed == 0:
             return np.eye(3)
         move = similarity(px + dx * t, py + dy * t, turn * t, math.exp(zoom * t))
-        move[2, :2] = lean * t  # small: the frame stays well on this side of the horizon
+        move[2, :2] = lean * t  # small, so that the horizon stays well outside the frame
         move[:2] += np.outer((px, py), move[2]) - np.outer((px, py), (0, 0, 1))
         return np.asarray(move @ similarity(-px, -py))
 
@@ -151,11 +151,11 @@ def _camera(rng: Rng, height: int, width: int, speed: float) -> Pose:
 
 
 def _random_bend(rng: Rng, speed: float, size: float) -> Bend:
-    """Two or three slow waves, wavelengths around ``size`` px, absent at time 0."""
+    """Two or three slow waves with wavelengths around ``size`` px and amplitude 0 at time 0."""
     count = int(rng.integers(2, 4))
     length = size * np.exp(rng.uniform(-0.5, 0.9, count))
     heading, side = rng.uniform(0, 2 * np.pi, (2, count))
-    if rng.random() < 0.4:  # all along one line: parallax of an uneven ground
+    if rng.random() < 0.4:  # all along one direction, like the parallax of uneven ground
         side[:] = side[0]
     wave = np.stack((np.cos(heading), np.sin(heading)), 1) * (2 * np.pi / length)[:, None]
     strongest = 0.3 / count * length / (2 * np.pi)
@@ -169,7 +169,7 @@ def _random_bend(rng: Rng, speed: float, size: float) -> Bend:
 
 
 def _recolouring(rng: Rng) -> tuple[Matrix, Matrix]:
-    """Turns the hue, changes saturation and contrast, and moves the mean to where little is clipped: see ``Piece``."""
+    """``gain`` and ``wanted`` of a ``Piece``: hue, saturation and contrast, and a mean at which little is clipped."""
     hue, saturation = rng.uniform(-np.pi, np.pi) * (rng.random() < 0.6), rng.uniform(0.3, 1.3)
     axis = np.full((3, 3), 1 / 3)
     cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
@@ -179,7 +179,7 @@ def _recolouring(rng: Rng) -> tuple[Matrix, Matrix]:
 
 
 def _pick(rng: Rng, count: int, ground: bool) -> int:
-    """Number of one of so many textures. A calm background tells little of its motion: it is drawn less often."""
+    """Index of one of ``count`` textures. A calm background shows little of its motion, so it is drawn less often."""
     index = int(rng.integers(count))
     return int(rng.integers(count)) if ground and kind_of(index) == "calm" else index
 
@@ -189,7 +189,7 @@ def _piece(
 ) -> Piece:
     """A recoloured piece of a random texture that covers ``box`` (left, top, right, bottom; object px)."""
     texels = math.exp(rng.uniform(math.log(0.45), math.log(2.8)))
-    level = min(max(math.ceil(math.log2(texels)), 0), LEVELS - 1)  # at most one texel a pixel, or it would glitter
+    level = min(max(math.ceil(math.log2(texels)), 0), LEVELS - 1)  # at most one texel per pixel, to avoid aliasing
     texels /= 2**level
     left, top = math.floor(box[0] * texels) - 1, math.floor(box[1] * texels) - 1
     width, height = math.ceil(box[2] * texels) + 2 - left, math.ceil(box[3] * texels) + 2 - top
@@ -225,7 +225,7 @@ def _object(rng: Rng, height: int, width: int, config: SceneConfig, camera: Pose
     bend = _random_bend(rng, speed, 2 * radius + 20) if rng.random() < config.bends else None
     outline = random_outline(rng, radius)
     softness = float(rng.choice([1.0, 1.5, 3.0], p=[0.7, 0.2, 0.1]))
-    wide, tall = (side + 2 * softness for side in outline.extent)  # a soft edge is also seen somewhat outside
+    wide, tall = (side + 2 * softness for side in outline.extent)  # a soft edge extends somewhat beyond the outline
     return DrawnLayer(
         _piece(rng, config.bank[1], (-wide, -tall, wide, tall), holes=radius > 12),
         functools.lru_cache(4)(
@@ -238,7 +238,7 @@ def _object(rng: Rng, height: int, width: int, config: SceneConfig, camera: Pose
 
 
 def _development(rng: Rng, strength: float) -> Development:
-    """``strength``: of all of it, but fog and blur."""
+    """``strength``: of all effects except haze and blur."""
     haze, grey, blur = None, 0.0, 0.0
     if rng.random() < 0.12:
         haze = rng.uniform(0, rng.uniform(0.2, 0.7), HAZE)

@@ -1,8 +1,8 @@
-"""Starts a refining FlowNetS where it passes on the flow it is given, so that it only has to learn corrections.
+"""Initialises a refining FlowNetS to pass its input flow through, so that it only has to learn corrections.
 
-At random, such a network first unlearns the noise it adds to a flow that was good already. Here four channels of
-every encoder layer carry the flow's components and their negatives (a LeakyReLU alone would bend a signed value, the
-two together do not), averaged where the layer halves the size, and every flow head reads them.
+With random weights, such a network must first unlearn the noise that it adds to a flow that is good already. Here four
+channels of every encoder layer carry the flow's components and their negatives (a LeakyReLU distorts a signed value,
+but the two together recover it), averaged where the layer halves the size, and every flow head reads them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BOTH_HALVES = 1 / (1 + SLOPE)  # LeakyReLU(f) - LeakyReLU(-f) = (1 + slope) f
 
 @torch.no_grad()
 def start_as_identity(net: FlowNetS) -> None:
-    """Changes ``net``, which has 12 input channels, so that every scale predicts the flow given, averaged to it."""
+    """Changes ``net``, of 12 input channels, so that every scale predicts the input flow, averaged to that scale."""
     for name in _ENCODER:
         convolution = net.get_submodule(name)[0]  # type: ignore[index]
         assert isinstance(convolution, nn.Conv2d)
@@ -39,7 +39,7 @@ def start_as_identity(net: FlowNetS) -> None:
             else:
                 weight[out, 2 * axis] = sign * _BOTH_HALVES * taps
                 weight[out, 2 * axis + 1] = -sign * _BOTH_HALVES * taps
-    for name in _HEAD_READS:  # what a head reads of the encoder comes first among its inputs
+    for name in _HEAD_READS:  # the encoder's channels come first among a head's inputs
         weight = net.get_submodule(name).weight  # type: ignore[assignment]
         for axis in range(2):
             weight[axis, 2 * axis] = _BOTH_HALVES * _taps(3, 1)
@@ -47,7 +47,7 @@ def start_as_identity(net: FlowNetS) -> None:
 
 
 def _taps(kernel: int, stride: int) -> Tensor:
-    """(kernel, kernel): the middle pixel, or the mean of the 2x2 pixels that a halving layer puts into one."""
+    """(kernel, kernel): the middle pixel, or for a layer of stride 2 the mean of 2x2 pixels."""
     taps = torch.zeros(kernel, kernel)
     middle = kernel // 2
     taps[middle : middle + stride, middle : middle + stride] = 1 / stride**2

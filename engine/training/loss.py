@@ -1,4 +1,4 @@
-"""The losses networks are trained with, and the measure they are judged by."""
+"""The losses that networks are trained with, and the end-point error that they are judged by."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flowreel.engine.models.flownetc import REACH
 from flowreel.engine.models.layers import FLOW_SCALE
 
 LEVEL_WEIGHTS = (4.0, 2.0, 1.0, 1.0, 1.0)  # flow2 ... flow6: the finest counts most, the coarse ones guide
-MATCHING_SHARPNESS = 20.0  # logits per unit of cost: features of unit loudness then tell matches apart
+MATCHING_SHARPNESS = 20.0  # logits per unit of cost: enough for features of unit magnitude to tell matches apart
 EPSILON = 1e-6  # keeps the gradient of the norm finite where a prediction is exact
 
 
@@ -19,10 +19,10 @@ def end_point_error(flow: Tensor, truth: Tensor, mask: Tensor | None = None) -> 
 
     Args:
         flow, truth: (B, 2, H, W).
-        mask: (B, H, W), true where it counts; None: everywhere.
+        mask: (B, H, W), true for pixels that count; None: all count.
 
     Returns:
-        A scalar tensor; 0 when nothing counts.
+        A scalar tensor; 0 if no pixel counts.
     """
     distance = ((flow - truth).square().sum(1) + EPSILON**2).sqrt()
     if mask is None:
@@ -37,7 +37,7 @@ def multi_scale_loss(flows: tuple[Tensor, ...], truth: Tensor, mask: Tensor) -> 
     Args:
         flows: predictions in pixels / 20, from 1/4 to 1/64 resolution (Fischer et al., ICCV 2015).
         truth: (B, 2, H, W) pixels.
-        mask: (B, H, W), true where the truth counts; a coarse pixel counts as far as the fine ones below it do.
+        mask: (B, H, W), true for pixels that count; the weight of a coarse pixel is the share of its pixels that do.
     """
     weight = mask.unsqueeze(1).to(truth.dtype)
     total = truth.new_zeros(())
@@ -51,21 +51,21 @@ def multi_scale_loss(flows: tuple[Tensor, ...], truth: Tensor, mask: Tensor) -> 
 
 
 def matching_loss(costs: Tensor, truth: Tensor, mask: Tensor) -> Tensor:
-    """How surely the correlation layer alone finds the match: cross-entropy over its displacements.
+    """How reliably the correlation layer alone finds the match: cross-entropy over its displacements.
 
-    It teaches the encoder of FlowNetC directly what matching features are, above all to be equally loud everywhere:
-    the correlation does not normalise, and a loud wrong match beats a quiet right one.
+    It trains the encoder of FlowNetC directly for matching, above all to give features of equal magnitude everywhere:
+    the correlation does not normalise, so a wrong match of large features beats a right one of small features.
 
     Args:
-        costs: (B, 441, H/8, W/8), what the correlation layer gives.
+        costs: (B, 441, H/8, W/8), the cost volume of the correlation layer.
         truth: (B, 2, H, W) pixels.
-        mask: (B, H, W), true where the match is seen in the second frame.
+        mask: (B, H, W), true where the match is visible in the second frame.
 
     Returns:
-        A scalar; 6.1 where all displacements look alike. Between displacements the truth is split in proportion.
+        A scalar; 6.1 if all displacements have equal costs. A truth between displacements is split bilinearly.
     """
     cell = 8 * 2  # pixels of the frame between neighbouring displacements
-    # Output i of three convolutions of stride 2 looks at pixel 8 i.
+    # Output i of three convolutions of stride 2 is centred on pixel 8 i.
     place = truth[:, :, ::8, ::8] / cell + REACH
     corner = place.floor()
     counts = mask[:, ::8, ::8] & ((corner >= 0) & (corner < 2 * REACH)).all(1)
@@ -83,5 +83,5 @@ def matching_loss(costs: Tensor, truth: Tensor, mask: Tensor) -> Tensor:
 
 
 def zero_flow_error(truth: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The end-point error of predicting no motion at all: what any network has to beat."""
+    """The end-point error of predicting no motion, which any network has to beat."""
     return end_point_error(torch.zeros_like(truth), truth, mask)

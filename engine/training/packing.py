@@ -1,6 +1,7 @@
-"""Drawn pairs as numbers: two tables of a whole batch, which ``painting.py`` takes to a device.
+"""Packs the drawn pairs of a batch into two tables of numbers, which ``painting.py`` copies to a device.
 
-One is of the layers, one of the *views*, each a pair at one moment: times 0 and 1, and more where the shutter was open.
+One table holds the layers, the other the *views*: a view is a pair at one moment, at time 0 or 1 or while the shutter
+is open around it.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from flowreel.engine.scenes.scene import Matrix, inverse, sharpness
 from flowreel.engine.scenes.textures import TATTER_SIZE
 from flowreel.engine.training.drawing import Bank, Development, DrawnLayer, DrawnPair
 
-WAVES = 3  # most of a bend
-PIXELS = 1 << 25  # of all views that are painted at once: about a hundred bytes each
+WAVES = 3  # most waves of a bend
+PIXELS = 1 << 25  # most pixels painted at once, over all views; each takes about a hundred bytes
 
 
 class Columns:
-    """Named columns of a table of float32."""
+    """Named columns of a float32 table."""
 
     def __init__(self, **sizes: int) -> None:
         ends = np.cumsum(list(sizes.values())).tolist()
@@ -53,37 +54,37 @@ OF_LAYER = Columns(
     strength=2 * WAVES,  # at time 1
     inverse=9,  # of the pose at time 0
     pose=9,  # at time 1
-    across=9,  # from the frame at time 0 to that at 1, less the identity
+    across=9,  # homography from the frame at time 0 to that at time 1, minus the identity
 )
 OF_VIEW = Columns(inverse=9, sharpness=1, strength=2 * WAVES)
-PLAIN, RADIAL, BAR, GRATING = range(4)  # kinds of outlines; the first is none
+PLAIN, RADIAL, BAR, GRATING = range(4)  # kinds of outline; PLAIN: none
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """B drawn pairs as numbers, those with most layers first. Slot n is the n-th layer from the back."""
+    """B drawn pairs as numbers, sorted by descending layer count. Slot n is the n-th layer from the back."""
 
     height: int  # px
     width: int  # px
     bank: Bank
     layers: npt.NDArray[np.float32]  # (slots, B, OF_LAYER.count)
     views: npt.NDArray[np.float32]  # (slots, V, OF_VIEW.count)
-    pair_of: npt.NDArray[np.int64]  # (V,) each view's pair
-    frame_of: npt.NDArray[np.int64]  # (V,) the frame it is part of: pair, or B + pair at time 1
-    main: npt.NDArray[np.int64]  # (2 B,) by frame, the view at its very time
-    kinds: npt.NDArray[np.uint8]  # (slots, B) of outlines; meaningless where a pair has no such layer
+    pair_of: npt.NDArray[np.int64]  # (V,) index of each view's pair
+    frame_of: npt.NDArray[np.int64]  # (V,) index of the frame it belongs to: pair at time 0, B + pair at time 1
+    main: npt.NDArray[np.int64]  # (2 B,) for each frame, index of the view at exactly its time
+    kinds: npt.NDArray[np.uint8]  # (slots, B) kinds of outline; meaningless where a pair has no such layer
     tattered: npt.NDArray[np.bool_]  # (slots, B)
     bent: npt.NDArray[np.bool_]  # (slots, B)
-    counts: npt.NDArray[np.int64]  # (B,) layers
-    places: npt.NDArray[np.int64]  # (B,) where each pair was before they were put in this order
+    counts: npt.NDArray[np.int64]  # (B,) layers of each pair
+    places: npt.NDArray[np.int64]  # (B,) index of each pair before sorting
     developments: tuple[Development | None, ...]
 
 
 def pack(pairs: Sequence[DrawnPair]) -> list[Packed]:
-    """Pairs of one size and bank, in as many parts as keep the memory of painting within bounds, if one pair does."""
+    """Packs pairs of one size and bank, in as many parts as bound the memory of painting, if a single pair fits."""
     pixels = [2 * (1 + len(pair.moments)) * pair.height * pair.width for pair in pairs]
     ends = np.cumsum(pixels)
-    parts = -(-int(ends[-1]) // PIXELS)  # of about the same size: a small one would take as many calls as a large one
+    parts = -(-int(ends[-1]) // PIXELS)  # of about equal size: a small part would need as many calls as a large one
     part_of = (ends - 1) * parts // ends[-1]
     return [
         _packed([pair for pair, its in zip(pairs, part_of, strict=True) if its == part]) for part in np.unique(part_of)
@@ -132,7 +133,7 @@ def _packed(pairs: Sequence[DrawnPair]) -> Packed:
 
 
 def _fill_layer(row: npt.NDArray[np.float32], layer: DrawnLayer) -> int:
-    """Gives the kind of outline."""
+    """Fills the row and returns the kind of outline."""
     piece, outline = layer.piece, layer.outline
     OF_LAYER.fill(
         row,
@@ -177,7 +178,7 @@ def _fill_view(row: npt.NDArray[np.float32], layer: DrawnLayer, t: float) -> Non
 
 
 def _strength(layer: DrawnLayer, t: float) -> Matrix:
-    """(WAVES, 2) of a layer's bend at a time."""
+    """(WAVES, 2) amplitudes of a layer's bend at time t, padded with zeros."""
     if layer.bend is None:
         return np.zeros((WAVES, 2))
     strength = layer.bend.strength * layer.bend.amount(t)

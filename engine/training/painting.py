@@ -1,8 +1,9 @@
-"""Many training pairs painted at once, on the device where the network is trained.
+"""Paints many training pairs at once, on the device where the network is trained.
 
-Layer by layer, back to front, all views of a batch (``packing.py``) that have one are painted together; pairs with many
-layers come first, so these are always the first views. ``pairs.py`` and ``scenes/scene.py`` paint the same pictures
-one by one, each layer only where it is: cheaper where work costs more than starting it. The tests compare the two.
+Slot by slot, back to front, a layer is painted for all views of a batch (``packing.py``) that have one. Pairs with more
+layers come first, so these are always the first views. ``pairs.py`` and ``scenes/scene.py`` paint the same pictures one
+by one, each layer only within its box: cheaper on a CPU, where the work costs more than launching it. The tests compare
+the two.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from flowreel.engine.training.packing import BAR, GRATING, OF_LAYER, OF_VIEW, RA
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # first, second (B,3,H,W) uint8; flow (B,2,H,W) px; visible (B,H,W)
 
-_UNDOING = 10  # steps: each leaves at most .3 of the error, as ``drawing`` draws bends; ten less than 1e-3 px
+_UNDOING = 10  # iterations: for bends of ``drawing`` each leaves at most 0.3 of the error, ten less than 1e-3 px
 
 
 class Painter:
-    """A bank of textures on a device, and the pictures made of it there."""
+    """Holds a bank of textures on a device and paints pictures from it there."""
 
     def __init__(self, device: torch.device, settings: Bank) -> None:
         self.device = device
@@ -44,7 +45,7 @@ class Painter:
 
     @torch.no_grad()
     def paint(self, parts: Sequence[Packed]) -> Batch:
-        """What ``pack`` packed, as pictures and truth, in the order of its pairs.
+        """Pictures and true flow of what ``pack`` packed, in the order of the pairs given to it.
 
         Raises ValueError for pairs that were drawn from another bank.
         """
@@ -82,7 +83,7 @@ class Painter:
         views = send(torch.from_numpy(packed.views), device)
         pair_of = self._index(packed.pair_of)
         for slot in range(len(packed.layers)):
-            count = int((packed.counts[packed.pair_of] > slot).sum())  # those views come first
+            count = int((packed.counts[packed.pair_of] > slot).sum())  # the views with this slot come first
             shown = packed.pair_of[:count]
             layer, view = layers[slot][pair_of[:count]], views[slot, :count]
             x, y = _object_points(view[:, OF_VIEW["inverse"]], height, width)
@@ -103,14 +104,14 @@ class Painter:
 
     @staticmethod
     def _bend(x: Tensor, y: Tensor, bent: Tensor, layer: Tensor, view: Tensor) -> None:
-        """Moves the points of those views, in place."""
+        """Adds the bend to the points of the views ``bent``, in place."""
         at_x, at_y = x[bent], y[bent]
         shift_x, shift_y = _shift(at_x, at_y, layer[bent], view[bent][:, OF_VIEW["strength"]])
         x[bent] = at_x.add_(shift_x)
         y[bent] = at_y.add_(shift_y)
 
     def _colours(self, x: Tensor, y: Tensor, layer: Tensor) -> Tensor:
-        """(M, 3, H, W): from the bank's textures, recoloured."""
+        """(M, 3, H, W) colours: the bank's textures, recoloured."""
         count, height, width = x.shape
         texture, level = (layer[:, OF_LAYER[name]][:, 0].long() for name in ("texture", "level"))
         size = self._sizes[level].float()[:, None, None]
@@ -135,7 +136,7 @@ class Painter:
         tattered: npt.NDArray[np.bool_],
         layer: Tensor,
     ) -> Tensor:
-        """(M, H, W) signed distance from the outlines, object px."""
+        """(M, H, W) signed distance to the outlines and holes, object px."""
         inside = torch.empty_like(x)
         for kind, distance in _DISTANCES.items():
             places = np.flatnonzero(kinds == kind)
@@ -162,9 +163,9 @@ class Painter:
 
 
 def _atlas(bank: TextureBank) -> tuple[Tensor, Tensor]:
-    """(1, 3, rows, columns) float32 with every level of every texture, its first row and column once more at its end.
+    """All textures in one, (1, 3, rows, columns) float32, and the texels (x, y) of their corners, (levels, textures, 2).
 
-    And the texel (x, y) at which each begins, (levels, textures, 2).
+    It holds every level of every texture, each with its first row and column repeated at its end.
     """
     count = bank.count
     across = int(np.ceil(np.sqrt(count)))
@@ -186,12 +187,12 @@ def _atlas(bank: TextureBank) -> tuple[Tensor, Tensor]:
 
 
 def _planes(rows: Tensor, columns: slice) -> list[Tensor]:
-    """(M, ...) numbers as (M, 1, 1) factors of planes."""
+    """Each of these columns of an (M, ...) table as (M, 1, 1), to broadcast over planes."""
     return [column[:, None, None] for column in rows[:, columns].unbind(1)]
 
 
 def _object_points(back: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Object coordinates x, y (M, H, W) of all pixels."""
+    """Object coordinates x, y (M, H, W) of all pixels. ``back``: (M, 9) inverse poses."""
     columns, rows = _pixels(height, width, back.device)
     m = _planes(back, slice(None))
     x, y, depth = (m[at] * columns + (m[at + 1] * rows + m[at + 2]) for at in (0, 3, 6))
@@ -205,7 +206,7 @@ def _pixels(height: int, width: int, device: torch.device) -> tuple[Tensor, Tens
 
 
 def _shift(x: Tensor, y: Tensor, layer: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
-    """A bend's displacement at the points (M, H, W); ``strength`` (M, 2 waves)."""
+    """A bend's displacement at the points (M, H, W). ``strength``: (M, 2 * WAVES)."""
     wave, phase, pull = (
         _planes(layer, OF_LAYER["wave"]),
         _planes(layer, OF_LAYER["phase"]),
@@ -240,16 +241,16 @@ _DISTANCES = {RADIAL: _radial, BAR: _bar, GRATING: _grating}
 
 
 def _truth(packed: Packed, layers: Tensor, owner0: Tensor, owner1: Tensor) -> tuple[Tensor, Tensor]:
-    """As ``Scene.flow_between`` of times 0 and 1: flow (B, 2, H, W), and what is still seen at its end (B, H, W).
+    """``Scene.flow_between`` for times 0 and 1: flow (B, 2, H, W), and where its end point is visible (B, H, W).
 
-    A pixel x of the front layer goes to pose(q), q = p + e, where p is its object point and e what undoes the bend.
+    A pixel of the front layer moves to pose(q), q = p + e, where p is its object point and e what undoes the bend.
     """
     height, width = owner0.shape[1:]
     columns, rows = _pixels(height, width, owner0.device)
     owned = owner0.flatten(1).long()
 
     def of_owner(name: str, at: int) -> Tensor:
-        """One number of every pixel's layer, (B, H, W)."""
+        """Element ``at`` of column ``name`` for the front layer of every pixel, (B, H, W)."""
         return layers[:, :, OF_LAYER[name]][..., at].T.gather(1, owned).view(owner0.shape)
 
     moved = [
@@ -271,7 +272,7 @@ def _truth(packed: Packed, layers: Tensor, owner0: Tensor, owner1: Tensor) -> tu
 
 
 def _undone(packed: Packed, layers: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
-    """What takes each pixel's object point to where its layer has not been bent, (B, H, W) each; 0 where none is."""
+    """Offset x, y from each pixel's object point to its unbent position at time 1, (B, H, W) each; 0 without a bend."""
     slots, pairs = np.nonzero(packed.bent)
     slot, pair = (send(torch.from_numpy(places), owner.device) for places in (slots, pairs))
     layer = layers[slot, pair]
@@ -283,5 +284,5 @@ def _undone(packed: Packed, layers: Tensor, owner: Tensor) -> tuple[Tensor, Tens
     mine = owner[pair] == slot[:, None, None]
     undone = torch.zeros((2, *owner.shape), device=owner.device)
     for plane, shift in zip(undone, (shift_x, shift_y), strict=True):
-        plane.index_add_(0, pair, shift.neg_().mul_(mine))  # of all that are added for a pixel one is not 0
+        plane.index_add_(0, pair, shift.neg_().mul_(mine))  # at most one of the summands of a pixel is not 0
     return undone[0], undone[1]

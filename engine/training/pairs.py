@@ -1,4 +1,4 @@
-"""One training pair: a random scene at two moments, painted on the host, with the flow between them."""
+"""One training pair: a random scene at two moments, painted on the host, and the flow between them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from flowreel.engine.training.drawing import DrawnLayer, Piece, SceneConfig, dra
 
 @dataclass(frozen=True, eq=False)
 class ScenePair:
-    """Two frames and the truth between them."""
+    """Two frames and the true flow between them."""
 
     first: Tensor  # (3, H, W) uint8 RGB
     second: Tensor  # (3, H, W) uint8 RGB
     flow: Tensor  # (2, H, W) float32, px of first, x then y
-    visible: Tensor  # (H, W) bool: the point is seen in second too
+    visible: Tensor  # (H, W) bool: the point is also visible in second
 
 
 def sample_pair(seed: int, height: int, width: int, config: SceneConfig | None = None) -> ScenePair:
@@ -56,7 +56,7 @@ def _layer(drawn: DrawnLayer, bank: TextureBank) -> Layer:
 
 
 def _holes(piece: Piece, where: tuple[int, int, int]) -> Tensor:
-    """(1, 1, h, w) signed distance from the holes' edges in object px."""
+    """(1, 1, h, w) signed distance to the holes' edges, object px."""
     number, top, left = where
     rows, columns = (
         np.arange(start, start + count) % TATTER_SIZE for start, count in zip((top, left), piece.size, strict=True)

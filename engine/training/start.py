@@ -1,4 +1,4 @@
-"""What a network starts its training from: random weights, or those of another, made wider or longer."""
+"""The network that training starts from: random weights, or those of another network, made wider or longer."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ CORRELATION_GAIN = 5.0
 def network(config: TrainConfig) -> nn.Module:
     """The network that a run trains, on the CPU.
 
-    Raises UsageError for weights that cannot grow into it.
+    Raises UsageError for initial weights that cannot grow into it.
     """
     return _fresh(config) if config.init is None else _from_weights(config)
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """A copy on the CPU as it is stored, without what only training needs."""
+    """A copy on the CPU in the form that is stored, without what only training needs."""
     copied = deepcopy(model).cpu()
     if isinstance(centred := _correlating(copied), FlowNetC) and parametrize.is_parametrized(centred.conv3_1[0]):
         parametrize.remove_parametrizations(centred.conv3_1[0], "weight", leave_parametrized=True)
@@ -45,7 +45,7 @@ def _fresh(config: TrainConfig) -> nn.Module:
 
 
 def _from_weights(config: TrainConfig) -> nn.Module:
-    """What other weights hold, made wider or longer where the run's network is."""
+    """The network of ``config.init``, made wider or longer as the run's network demands."""
     assert config.init is not None
     held = read_weights(config.init)
     times = round(config.width / held.width)
@@ -64,7 +64,7 @@ def _from_weights(config: TrainConfig) -> nn.Module:
     elif grows == ("FlowNet2CS", "FlowNet2CSS") and times == 1:
         first = {key: tensor for key, tensor in held.state.items() if key.startswith("flownets_1.")}
         again = {key.replace("flownets_1.", "flownets_2."): tensor for key, tensor in first.items()}
-        model.load_state_dict(dict(held.state) | again)  # who refines once can refine twice
+        model.load_state_dict(dict(held.state) | again)  # a refiner can also refine its own output
     else:
         raise UsageError(f"{held.name} ({held.model}, width {held.width:g}) cannot grow into {config.model}")
     return model
@@ -75,12 +75,12 @@ def _correlating(model: nn.Module) -> nn.Module:
 
 
 class _CentredCorrelation(nn.Module):
-    """conv3_1's weights as the optimiser should see them.
+    """Reparametrises conv3_1's weights for the optimiser.
 
     Matching costs are small (they are divided by the channel count) and share one large mean, so at first all 441
     displacements look alike and the network learns to predict no motion. Removing the mean over displacements and
-    scaling makes them speak from the first step. Both are linear in the input, so they can act on the
-    weights instead, and fold away when training ends: the saved network is a plain FlowNetC.
+    scaling makes them distinguishable from the first step. Both are linear in the input, so they can act on the weights
+    instead, and are folded into them when training ends: the saved network is a plain FlowNetC.
     """
 
     def forward(self, weight: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Trains a network on procedural scenes: how the baseline weights were made.
 
-Everything follows from ``TrainConfig``: sample *i* of a run is the scene of seed (run seed, i), augmentation of step
-*s* is drawn from (run seed, s), so a run can be stopped at any step, resumed, and end with the same weights; unless its
-minutes were set in place of its steps.
+Everything follows from ``TrainConfig``: sample *i* of a run is the scene of seed (run seed, i), and the augmentation of
+step *s* is drawn from (run seed, s). So a run can be stopped at any step and resumed, and ends with the same weights,
+unless it is limited by minutes instead of steps.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from flowreel.engine.training.painting import Batch, Painter
 from flowreel.engine.training.start import network, plain
 
 LICENCE = "Apache-2.0"
-HELD_OUT_SEED = 1 << 40  # no training run reaches scenes this far
+HELD_OUT_SEED = 1 << 40  # no training run gets this far
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What one report of a run tells."""
+    """One report of a run."""
 
     step: int  # steps done
-    seconds: float  # of training so far, in this process and the ones resumed from
+    seconds: float  # of training so far, including earlier processes that were resumed
     loss: float  # mean since the last report
-    held_out_epe: float  # px on procedural scenes that are never trained on
-    zero_epe: float  # px of zero flow on the same scenes
+    held_out_epe: float  # px, end-point error on procedural scenes that are never trained on
+    zero_epe: float  # px, end-point error of zero flow on the same scenes
     learning_rate: float
 
 
@@ -62,22 +62,22 @@ def train(
     """Trains, and writes ``weights.safetensors``, ``checkpoint.pt`` and ``log.csv`` into ``out``.
 
     Args:
-        resume: go on from ``out/checkpoint.pt`` if it is there.
-        workers: processes that make scenes beside the training; 0 makes them in this one. Does not change the result,
-            unless by how many steps the minutes of ``config`` give.
+        resume: continue from ``out/checkpoint.pt`` if it exists.
+        workers: processes that make scenes during training; 0: made in this process. Does not change the result, except
+            for the number of steps if ``config`` sets minutes.
         report_every: steps between held-out measurements, log lines and checkpoints.
         device: where the network is trained: cpu, cuda, cuda:N, or auto, which takes CUDA when it is there. A GPU also
-            paints the scenes that workers have drawn as numbers; its pictures are a CPU's within a level. On a GPU sums
-            are made in no fixed order, so two runs differ by roundings that grow.
+            paints the scenes, which workers then only draw as numbers; its pictures equal a CPU's within one level. On
+            a GPU the order of summation is not fixed, so two runs differ by rounding errors that grow.
 
     Returns:
         The path of the finished weights.
 
     Raises:
-        UsageError: fewer than no workers, reports every 0 steps, no such kind of device, or several devices.
+        UsageError: ``workers`` or ``report_every`` is too small, the kind of device is unknown, or there are several.
         DeviceError: CUDA was asked for and is not there.
         OutputWriteError: the folder cannot be made.
-        CheckpointError: the folder holds a run that was not asked to be resumed, or one of other settings.
+        CheckpointError: the folder holds a run and ``resume`` is false, or one with other settings.
     """
     if workers < 0 or report_every < 1:
         raise UsageError(f"workers must be at least 0 and report-every at least 1, got {workers} and {report_every}")
@@ -90,15 +90,15 @@ def train(
     state.load(resume)
     held_out = on(where, render(0, HELD_OUT_SEED, 16, config.height, config.width_px))
 
-    losses: list[Tensor] = []  # scalars where they were made: to read each would wait for the device each step
+    losses: list[Tensor] = []  # scalars, kept on the device: reading one would synchronise with it every step
     done = share_done(config, state.step, state.seconds)
     if done >= 1:
         return state.finish()
     painter = None if where.type == "cpu" else Painter(where, SceneConfig().bank)
     started: float | None = None
-    with closing(batches(config, state.step, workers, painter)) as seen:  # or an error would keep its processes
+    with closing(batches(config, state.step, workers, painter)) as seen:  # or an error would leave workers running
         for batch in seen:
-            if started is None:  # what it takes to get there is no training
+            if started is None:  # the time to start up does not count as training
                 started = time.monotonic() - state.seconds
             state.step += 1
             rate = learning_rate(config, state.step, done)
@@ -130,7 +130,7 @@ def make_step(
     *,
     visible_alone: bool,
 ) -> Tensor:
-    """Changes the model by one batch. Gives the loss before, a scalar on its device."""
+    """Trains the model on one batch. Returns the loss before that, a scalar on its device."""
     for group in optimiser.param_groups:
         group["lr"] = rate
     optimiser.zero_grad(set_to_none=True)
@@ -141,12 +141,12 @@ def make_step(
 
 
 def gradients(config: TrainConfig, model: nn.Module, batch: Batch, *, visible_alone: bool) -> Tensor:
-    """Leaves the gradients of one step in the model's parameters. Gives the loss, a scalar on its device."""
+    """Leaves the gradients of one step in the model's parameters. Returns the loss, a scalar on its device."""
     first, second, flow, visible = batch
     model.train()
     mask = visible if visible_alone else torch.ones_like(visible)
     half = torch.autocast(flow.device.type, torch.bfloat16, enabled=config.precision == "bf16")
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # float32 is float32, in the flow heads above all
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # true float32, above all in the flow heads
         with half:
             loss = _loss(config, model, first, second, flow, visible, mask)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -173,7 +173,7 @@ def _refining_loss(
 ) -> Tensor:
     """The loss of the last network and, unless they are held fixed, of those before it.
 
-    Each learns from the flow it is given as it is, not through the network that gave it.
+    No gradient passes through the flow that a network is given to the network that predicted it.
     """
     loss = flow.new_zeros(())
     with torch.set_grad_enabled(not config.last_only):
@@ -200,7 +200,7 @@ def _held_out(model: nn.Module, batch: Batch) -> tuple[float, float]:
 
 
 class _Run:
-    """What of a run survives in its folder."""
+    """The state of a run that is kept in its folder."""
 
     def __init__(self, config: TrainConfig, out: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
         self.config, self.out, self.model, self.optimiser = config, out, model, optimiser
@@ -214,7 +214,7 @@ class _Run:
         if not resume:
             raise CheckpointError(f"{self.out} holds a training run already: pass --resume, or another folder")
         try:
-            saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)  # from whatever device
+            saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)  # saved from any device
         except Exception as error:
             raise CheckpointError(f"{self.checkpoint} cannot be read: {str(error).splitlines()[0]}") from error
         differing = [f.name for f in fields(TrainConfig) if saved["config"].get(f.name) != getattr(self.config, f.name)]

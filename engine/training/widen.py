@@ -1,7 +1,7 @@
-"""A trained FlowNetC with more channels that still computes the same: where a wider network starts from.
+"""Widens a trained FlowNetC so that it still computes the same, as the start for training a wider network.
 
-Every channel is copied, and what reads it shares its weight between the copies at random (Chen et al., "Net2Net",
-ICLR 2016). The copies agree at first, but are read differently, so training drives them apart.
+Every channel is copied, and each weight that reads it is split at random between the copies (Chen et al., "Net2Net",
+ICLR 2016). The copies are equal at first, but are weighted differently, so training drives them apart.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowreel.engine.models.flownetc import DISPLACEMENTS
 
-# Layer -> what its input channels are, in order: another layer's output, or a number of channels that stay as they are.
+# Layer -> its input channels, in order: another layer's output, or a number of channels that are not copied.
 _READS: dict[str, tuple[str | int, ...]] = {
     "conv1.0": (3,),
     "conv2.0": ("conv1.0",),
@@ -39,12 +39,12 @@ _READS: dict[str, tuple[str | int, ...]] = {
 
 
 def widen(state: Mapping[str, Tensor], times: int, seed: int = 0, unlike: float = 0.05) -> dict[str, Tensor]:
-    """FlowNetC's tensors with ``times`` as many channels, computing the same but for ``unlike``.
+    """FlowNetC's tensors with ``times`` as many channels, which compute the same except for ``unlike``.
 
     Args:
         state: a FlowNetC without BatchNorm, keys as in its state_dict.
         times: copies of each channel; the correlation averages over channels, so all are copied equally often.
-        unlike: standard deviation by which copies differ from the start, as a share of a layer's own; 0: not at all.
+        unlike: standard deviation of the noise by which copies differ, as a share of a layer's own; 0: none.
     """
     generator = torch.Generator().manual_seed(seed)
     wide = {key: tensor.clone() for key, tensor in state.items()}
@@ -67,7 +67,7 @@ def widen(state: Mapping[str, Tensor], times: int, seed: int = 0, unlike: float 
 
 
 def _parts(weight: Tensor, state: Mapping[str, Tensor], reads: tuple[str | int, ...]) -> tuple[Tensor, ...]:
-    """A layer's weight, cut along its input channels into what comes from each place."""
+    """A layer's weight, split along its input channels by source."""
     return torch.split(weight, [_channels(state, source) for source in reads], 1)
 
 
@@ -76,7 +76,7 @@ def _channels(state: Mapping[str, Tensor], source: str | int) -> int:
 
 
 def _shared(weight: Tensor, times: int, generator: torch.Generator) -> Tensor:
-    """(O, I, kh, kw) to (O, times * I, kh, kw): random shares of each weight, which add up to it."""
+    """(O, I, kh, kw) to (O, times * I, kh, kw): random shares of each weight that add up to it."""
     shares = torch.rand((times, *weight.shape), generator=generator)
     shares = shares / shares.sum(0)
     return torch.cat(list(weight * shares), 1)
