@@ -59,7 +59,7 @@ class Piece:
 
 @dataclass(frozen=True, eq=False)
 class DrawnLayer:
-    """A surface; the fields are those of ``scenes.scene.Layer``."""
+    """A surface; the fields after ``piece`` are those of ``scenes.scene.Layer``."""
 
     piece: Piece
     pose: Pose

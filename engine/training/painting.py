@@ -163,7 +163,7 @@ class Painter:
 
 
 def _atlas(bank: TextureBank) -> tuple[Tensor, Tensor]:
-    """All textures in one, (1, 3, rows, columns) float32, and the texel (x, y) of their corners, (levels, textures, 2).
+    """All textures in one, (1, 3, rows, columns) float32, and the top-left texel (x, y) of each, (levels, textures, 2).
 
     It holds every level of every texture, each with its first row and column repeated at its end.
     """
