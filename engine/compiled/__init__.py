@@ -1,18 +1,18 @@
 """The inference form of a network: weights packed for one device, then programs for inputs of one shape each.
 
-``compile`` is the library's way in: a network and a shape to a callable. The engine takes the same two steps apart,
-since one network serves frames of many sizes: ``pack`` once, then ``Packed.program`` for each shape.
+``compile``, the library's entry point, turns a network and a shape into a callable. The engine takes the same two
+steps separately, since one network serves frames of many sizes: ``pack`` once, then ``Packed.program`` for each shape.
 
-How a device joins in: it has a file here with a function ``pack(net, precision) -> Packed``, named in ``_BACKENDS``.
-What that file may rely on, and what it owes:
+A device is supported by a file here with a function ``pack(net, precision) -> Packed``, named in ``_BACKENDS``. The
+contract of that file:
 
-- ``net`` is one of ``WRITTEN_OUT``, its parameters on the device. ``pack`` neither changes it nor keeps it; the caller
-  may drop it, so that its weights are not in memory twice. BatchNorm means its evaluation form.
-- ``Packed.program((B, H, W))`` settles everything that depends on the shape: buffers, layouts, a captured graph. H and
+- ``net`` is one of ``WRITTEN_OUT``, its parameters on the device. ``pack`` neither changes it nor keeps a reference;
+  the caller may drop it, so that its weights are not in memory twice. BatchNorm is taken in its evaluation form.
+- ``Packed.program((B, H, W))`` prepares everything that depends on the shape: buffers, layouts, a captured graph. H and
   W are multiples of 64. Programs of one packed network share its weights.
-- ``Program.flow`` and ``Program.quarter`` are called in ``plain_modes``, on whatever thread and current stream, with
-  two (B, 3, H, W) float32 tensors on the device, of any strides, whose shape was checked. They give a tensor of its
-  own: ordinary, contiguous, never memory that a later call writes to. Two threads may call one program at once.
+- ``Program.flow`` and ``Program.quarter`` are called in ``plain_modes``, on any thread and any current stream, with two
+  (B, 3, H, W) float32 tensors on the device, of any strides, whose shape has been checked. They return a new tensor:
+  ordinary, contiguous, never memory that a later call writes to. Two threads may call one program at once.
 - Other modes (cuDNN flags, streams) are entered and left within a call.
 - Accuracy: fp32 equals the module to 2e-4 px; the other precisions differ by at most .05 px on average.
 """
@@ -50,37 +50,37 @@ class Program(Protocol):
         ...
 
     def quarter(self, first: Tensor, second: Tensor) -> Tensor:
-        """The same before it is enlarged: (B, 2, H/4, W/4). Never asked where ``quarter_upsampling`` gives None."""
+        """The same before upsampling: (B, 2, H/4, W/4). Never called where ``quarter_upsampling`` returns None."""
         ...
 
 
 class Packed(Protocol):
-    """One network on one device in one precision, its weights in the form that device likes best."""
+    """One network on one device in one precision, its weights in the form that is fastest there."""
 
     def program(self, shape: Shape) -> Program:
-        """Makes it ready for B pairs of H x W pixels, both multiples of 64."""
+        """Prepares it for B pairs of H x W pixels, H and W multiples of 64."""
         ...
 
 
 # Device type to module here; any other device runs the module as it is.
 _BACKENDS: dict[str, str] = {"cpu": "cpu", "cuda": "cuda"}
-WRITTEN_OUT = (FlowNetC, FlowNetS, FlowNetSD, FlowNet2, FlowNet2CS, FlowNet2CSS)  # what the backends compute themselves
+WRITTEN_OUT = (FlowNetC, FlowNetS, FlowNetSD, FlowNet2, FlowNet2CS, FlowNet2CSS)  # which backends reimplement
 _LAYERS = (nn.Sequential, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.LeakyReLU, FlowHead, UpsampledFlow)
 
 
 @contextmanager
 def plain_modes(device: torch.device) -> Iterator[None]:
-    """What a network is packed, captured and run under: no gradients, and none of the modes of whoever calls.
+    """The torch modes a network is packed, captured and run in: no gradients, and none of the caller's modes.
 
-    Inference mode would make tensors of its own kind of buffers that later calls write to outside it.
+    In inference mode, buffers would become inference tensors, which later calls may not write to outside that mode.
     """
     cpu, there = torch.autocast("cpu", enabled=False), torch.autocast(device.type, enabled=False)
-    with torch.inference_mode(False), torch.no_grad(), cpu, there:  # the first allows gradients
+    with torch.inference_mode(False), torch.no_grad(), cpu, there:  # the first also turns gradients on
         yield
 
 
 def pack(net: nn.Module, precision: Precision) -> Packed:
-    """A network's weights in the form its device runs. ``net`` stays as it is; it may be dropped."""
+    """A network's weights in the form its device runs. ``net`` is left unchanged and may be dropped."""
     name = _BACKENDS.get(_device_of(net).type, "plain") if _is_as_written(net) else "plain"
     backend = import_module(f"flowreel.engine.compiled.{name}")
     with plain_modes(_device_of(net)):
@@ -89,7 +89,7 @@ def pack(net: nn.Module, precision: Precision) -> Packed:
 
 
 def _is_as_written(net: nn.Module) -> bool:
-    """Whether the network does just what its class says. A subclass, another kind of layer, a hook may change that."""
+    """Whether the network computes exactly what its class defines: no subclass, no foreign layer, no hook."""
     known = {*WRITTEN_OUT, FlowNetFusion, *_LAYERS}
     return type(net) in WRITTEN_OUT and all(
         type(module) in known and not module._forward_hooks and not module._forward_pre_hooks
@@ -98,12 +98,12 @@ def _is_as_written(net: nn.Module) -> bool:
 
 
 def quarter_upsampling(net: nn.Module) -> Upsampling | None:
-    """How a network's quarter-resolution prediction is enlarged; None for FlowNet2, whose flow is not made that way."""
+    """How a network's quarter-resolution prediction is upsampled; None for FlowNet2, which has no such prediction."""
     return None if isinstance(net, FlowNet2) else net.final  # type: ignore[return-value]
 
 
 class CompiledModel:
-    """What ``compile`` gives: called as the network itself, for inputs of ``shape`` only."""
+    """The result of ``compile``: called like the network itself, for inputs of ``shape`` only."""
 
     def __init__(self, net: nn.Module, shape: Shape, precision: Precision) -> None:
         self.shape = shape  # pairs, height, width
@@ -127,10 +127,10 @@ class CompiledModel:
         return self._run(self._program.flow, first, second)
 
     def quarter(self, first: Tensor, second: Tensor) -> Tensor:
-        """The network's own prediction, before it is enlarged: (B, 2, H/4, W/4) float32, pixels of the full frame.
+        """The network's own prediction before upsampling: (B, 2, H/4, W/4) float32, pixels of the full frame.
 
         Raises:
-            UsageError: FlowNet2, whose flow is made at full resolution.
+            UsageError: the network is FlowNet2, which predicts at full resolution.
             ValueError, TypeError, StaleModelError: as when called.
         """
         if not self._has_quarter:
@@ -155,24 +155,24 @@ class CompiledModel:
 
 
 def compile(model: nn.Module, shape: Shape, precision: str = "auto") -> CompiledModel:
-    """The inference form of a network for inputs of one shape: weights folded and packed, buffers settled.
+    """The inference form of a network for inputs of one shape: weights folded and packed, buffers allocated.
 
     Args:
-        model: a network as ``load_model`` gives it, on the device it is to run on. It is not changed, and not kept
-            alive. BatchNorm is taken in its evaluation form. Only the six networks as they are have a faster form: of
-            a subclass, and with layers or hooks of your own, a copy is run.
+        model: a network as ``load_model`` returns it, on the device it is to run on. It is neither changed nor kept
+            alive. BatchNorm is taken in its evaluation form. Only the six unmodified networks have a faster form;
+            of a subclass, or a network with your own layers or hooks, a copy is run as it is.
         shape: (B, H, W): pairs in a batch, and their height and width in pixels, multiples of 64.
         precision: ``auto`` (fp32 on a CPU, fp16 on a GPU), ``fp32``, ``bf16``; on a GPU also ``tf32`` and ``fp16``.
             Half types differ from fp32 by at most .05 px on average; coordinates and flow are float32 in all of them.
 
     Returns:
         A callable like the network: two (B, 3, H, W) float tensors to (B, 2, H, W) float32 pixels, without gradients.
-        When the network's weights change later, by training or loading others, it says so instead of answering
-        (unless they are changed behind torch's back: through ``.data``, or in place where they were made in
-        ``torch.inference_mode``).
+        Once the network's weights have changed, by training or by loading others, calling it raises StaleModelError.
+        Changes that torch does not track go unnoticed: through ``.data``, or in place in tensors made in
+        ``torch.inference_mode``.
 
     Raises:
-        UsageError: not one of the six networks, an impossible shape, or a precision the device does not have.
+        UsageError: not one of the six networks, an impossible shape, or a precision the device does not support.
     """
     sizes = [as_whole(size) or 0 for size in shape] if isinstance(shape, Iterable) else []
     if len(sizes) != 3 or min(sizes) < 1 or sizes[1] % STRIDE or sizes[2] % STRIDE:

@@ -1,4 +1,4 @@
-"""Large tensors from memory that is kept: what the system hands out afresh costs a page fault every 4 KiB."""
+"""Large tensors in reused memory: memory fresh from the system costs a page fault every 4 KiB."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SMALLEST = 8 << 20  # bytes; below it the C library keeps memory by itself
+SMALLEST = 8 << 20  # bytes; smaller blocks are reused by the C library itself
 
 
 def apart(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Zeros in memory of their own, which the system has back as soon as the last view of them is gone.
+    """Zeros in a memory mapping of their own, returned to the system as soon as the last view of them is gone.
 
-    For what is large and goes while later things stay: what the C library frees in between, it keeps.
+    For large tensors that are freed before later allocations: the C library would keep such memory for itself.
     """
     size = math.prod(shape) * dtype.itemsize
     if size < mmap.PAGESIZE:
@@ -26,16 +26,17 @@ def apart(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 class Buffers:
-    """Channels-last tensors whose memory comes back by itself when the last view of it is gone.
+    """Channels-last tensors whose memory returns here when the last view of it is gone.
 
-    It is kept for the next tensor of that size. Any number of threads may ask at once; each gets memory of its own.
+    It is kept for the next tensor of the same size in bytes. Any number of threads may allocate at once; no two tensors
+    share memory.
     """
 
     def __init__(self) -> None:
         self._free: dict[int, list[np.ndarray]] = {}
 
     def empty(self, batch: int, channels: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
-        """(B, C, H, W), channels last, its values whatever was there."""
+        """(B, C, H, W), channels last, uninitialised."""
         shape = (batch, height, width, channels)
         size = math.prod(shape) * dtype.itemsize
         if size < SMALLEST:
@@ -51,7 +52,7 @@ class Buffers:
 
 
 class _Lent(np.ndarray):
-    """Memory on loan to a tensor, which holds it for as long as it has views."""
+    """Memory lent to a tensor, which holds it for as long as any view of the tensor exists."""
 
     memory: np.ndarray | None = None
     home: list[np.ndarray]

@@ -1,12 +1,12 @@
-"""A flow head behind a smoothing layer, as the one layer that the two are together.
+"""A smoothing layer and the flow head after it, composed into a single convolution.
 
-FlowNetSD and the fusion smooth before they predict: a 3x3 layer makes many channels (``inter_conv``), the 3x3 head two
-of them, and neither has an activation. So they are one 5x5 layer to two channels, and most of the arithmetic, which is
-in the first, need not be done.
+FlowNetSD and the fusion network smooth before they predict: a 3x3 layer (``inter_conv``) to many channels, then the 3x3
+head to two, neither with an activation. Together they are one 5x5 layer to two channels, which saves most of the
+arithmetic, that of the first layer.
 
-At the borders the two differ: the head meets zeros beyond the image, where the 5x5 layer goes on with what the first
-layer would give there. That depends on the outermost row or column of the input alone, and is taken off again
-(``kernels.flow_head.Borders``).
+At the image borders the two forms differ: the head is padded with zeros beyond the image, where the 5x5 layer uses what
+the smoothing layer would compute there. That difference depends only on the outermost row or column of the input, and
+is subtracted again (``kernels.flow_head.Borders``).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch.nn import functional as F
 
 from flowreel.kernels.flow_head import Borders
 
-HEAD, SMOOTHING = "predict_flow", "inter_conv"  # layers' names: of flow heads, and of what comes before some of them
+HEAD, SMOOTHING = "predict_flow", "inter_conv"  # in layers' names: flow heads, and the layers before some of them
 
 
 class Composed(NamedTuple):
-    """Two layers of 3x3 as one. All float32."""
+    """Two 3x3 layers as one. All float32."""
 
     weight: Tensor  # (N, C, 5, 5)
     bias: Tensor  # (N,)
@@ -31,11 +31,11 @@ class Composed(NamedTuple):
 
 
 def composed(smooth: tuple[Tensor, Tensor], head: tuple[Tensor, Tensor]) -> Composed:
-    """Of weights (M, C, 3, 3) and (N, M, 3, 3) and biases (M,) and (N,), formed in float64."""
+    """Composes layers of weights (M, C, 3, 3) and (N, M, 3, 3), biases (M,) and (N,). Computed in float64."""
     first, second = smooth[0].detach().double(), head[0].detach().double()
     between = smooth[1].detach().double()
-    # Beyond the first row, at row -1, only the last row of the first filter meets the image, and only the first row of
-    # the second filter meets what that gives. So for each of the sides.
+    # At row -1, just above the image, only the last row of the first filter overlaps the image, and only the first row
+    # of the second filter reads the result. The other three sides are alike.
     sides = [
         (second[:, :, 0], first[:, :, 2]),
         (second[:, :, 2], first[:, :, 0]),

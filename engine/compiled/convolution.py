@@ -1,8 +1,8 @@
 """A network's convolutions on a CPU, whole or in strips, each in the form that is fastest for it.
 
-Results larger than the caches are made in strips of rows. A strip is computed into memory that is still warm from the
-last one and copied from there to where it belongs, e.g. between other channels of a concatenation; in one piece, the
-same layer takes up to four times as long for fresh memory alone. ``Buffers`` says why.
+Results larger than the caches are computed in strips of rows. Each strip is computed into memory still in the cache
+from the last one, then copied to its place, e.g. between other channels of a concatenation. In one piece, the same
+layer takes up to four times as long, because of fresh memory alone (see ``buffers``).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from flowreel.engine.compiled.taps import Taps
 from flowreel.engine.compiled.winograd import Winograd
 
 AnyConv = nn.Conv2d | nn.ConvTranspose2d
-STRIP = 4 << 20  # bytes of what a strip is made of
+STRIP = 4 << 20  # bytes of working memory for one strip
 WHOLE = 16 << 20  # bytes of output up to which a layer is done in one piece
 
 
 class Convolution:
-    """A 2-d convolution or transposed convolution with its bias and, mostly, its LeakyReLU; square, one group."""
+    """A 2-d convolution or transposed convolution, square, one group, with its bias and LeakyReLU, if it has them."""
 
     def __init__(
         self,
@@ -35,9 +35,9 @@ class Convolution:
         dtype: torch.dtype,
         gives: torch.dtype,
     ) -> None:
-        """``layer`` says of what kind; the numbers are copied from ``weight`` and ``bias``.
+        """``layer`` gives the kind and shape; the values are copied from ``weight`` and ``bias``.
 
-        It computes in ``dtype``; ``gives`` is the type of what it gives when called.
+        It computes in ``dtype``; ``gives`` is the dtype of the tensor it returns when called.
         """
         self.transposed = isinstance(layer, nn.ConvTranspose2d)
         self.kernel, self.stride, self.padding = layer.kernel_size[0], layer.stride[0], int(layer.padding[0])
@@ -48,13 +48,13 @@ class Convolution:
         self._form = _fastest(own, own_bias, self.stride, self.padding, transposed=self.transposed, leaky=leaky)
 
     def for_another_size(self) -> Convolution:
-        """The same layer, the same weights; what it settles for the sizes it meets goes when it goes."""
+        """Shares the weights; what is cached for the input sizes it meets is its own and is freed with it."""
         other = copy(self)
         other._form = self._form.for_another_size()
         return other
 
     def __call__(self, x: Tensor, buffers: Buffers) -> Tensor:
-        """(B, inputs, H, W) of any type and strides to (B, outputs, H', W') channels last."""
+        """(B, inputs, H, W) of any dtype and strides to (B, outputs, H', W'), channels last."""
         batch, height, width = x.shape[0], *self._size(x)
         small = batch * height * width * self._form.bytes_a_pixel <= WHOLE
         if small and x.dtype == self.dtype == self.gives:
@@ -64,28 +64,28 @@ class Convolution:
         return out
 
     def into(self, out: Tensor, x: Tensor) -> None:
-        """The same, written to ``out``, channels last, of any type; it may be some of another tensor's channels."""
+        """The same, written to ``out``: channels last, of any dtype, perhaps a slice of another tensor's channels."""
         x = channels_last(x)
         bytes_a_pixel = self._form.bytes_a_pixel
-        if x.dtype != self.dtype:  # then a strip's input is memory of its own as well
+        if x.dtype != self.dtype:  # then a strip's input is a copy, which takes memory too
             bytes_a_pixel = max(bytes_a_pixel, self.inputs * self.dtype.itemsize)
         for sample in range(x.shape[0]):
             for top, bottom in strips(*self._size(x), bytes_a_pixel):
                 out[sample : sample + 1, :, top:bottom] = self.rows(x[sample : sample + 1], top, bottom)
 
     def rows(self, x: Tensor, top: int, bottom: int, *, first: int = 0, height: int | None = None) -> Tensor:
-        """Rows ``top`` to ``bottom`` of the output; even numbers where it is transposed.
+        """Rows ``top`` to ``bottom`` of the output; both even if transposed.
 
-        ``x`` may hold only some of the input's rows, from ``first`` on, of ``height`` in all: those that are needed.
+        ``x`` may hold only those of the input's ``height`` rows that are needed, starting at row ``first``.
         """
         height = x.shape[2] if height is None else height
-        if self.transposed:  # output row y meets input rows from y/2 - 1 on
+        if self.transposed:  # output row y reads input rows from y/2 - 1 on
             low, high = max(0, top // 2 - 1), min(height, bottom // 2 + 1)
             return self._run(x[:, :, low - first : high - first], 1)[:, :, top - 2 * low : bottom - 2 * low]
         low, high = top * self.stride - self.padding, (bottom - 1) * self.stride - self.padding + self.kernel
         if low >= 0 and high <= height:
             return self._run(x[:, :, low - first : high - first], 0)
-        # Padding comes at both ends or none. Where one of them is inside the image, what it spoils is cut off.
+        # oneDNN pads both ends or neither. An end that lies inside the image gets wrong rows, which are cut off.
         spoilt = 0 if low < 0 else -(-self.padding // self.stride)
         start = max(0, (top - spoilt) * self.stride)
         made = self._run(x[:, :, start - first : min(high, height) - first], self.padding)
@@ -124,9 +124,9 @@ def strips(height: int, width: int, bytes_a_pixel: int) -> Iterator[tuple[int, i
 
 
 def chained(first: Convolution, second: Convolution, x: Tensor, buffers: Buffers, keep: Tensor | None = None) -> Tensor:
-    """A full-size layer and the one that halves its output, strip by strip: what is between them is never whole.
+    """A full-size layer and the one that halves its output, strip by strip: the map between is never held whole.
 
-    keep: (B, first.outputs, H, W), where the first one's output goes as well.
+    keep: (B, first.outputs, H, W), which also gets the first layer's output.
     """
     x = channels_last(x)
     batch, _, height, width = x.shape

@@ -1,7 +1,7 @@
 """Any of the networks on a CPU: oneDNN's packed convolutions, channels last, concatenations written in place.
 
-What each network computes is defined in ``engine.models``; this is the same, arranged for the caches. Two thirds of
-FlowNet2's arithmetic is at low resolution, where oneDNN reaches the machine's limit by itself; the rest is a matter of
+``engine.models`` defines what each network computes; this computes the same, arranged for the caches. Two thirds of
+FlowNet2's arithmetic is at low resolution, where oneDNN reaches the machine's limit by itself; the rest is limited by
 memory, see ``convolution`` and ``buffers``.
 """
 
@@ -33,12 +33,12 @@ from flowreel.engine.models.stacks import (
 )
 from flowreel.kernels import channel_norm, correlation
 
-GROUP_PIXELS = 1 << 19  # of frames at a time: one pair of 1024x448, four of 256x512. More at once is no faster
+GROUP_PIXELS = 1 << 19  # at a time: one pair of 1024x448, four of 256x512. More at once is no faster
 _DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def pack(net: nn.Module, precision: Precision) -> Packed:
-    """The network's weights, packed; where there is no oneDNN, a copy of the module."""
+    """The network's weights, packed; without oneDNN, a copy of the module."""
     dtype = _DTYPES[precision]
     if not available(dtype):
         return plain.pack(net, precision)
@@ -46,28 +46,28 @@ def pack(net: nn.Module, precision: Precision) -> Packed:
 
 
 class CpuNetwork:
-    """The packed network: its weights, and the programs that are in use."""
+    """The packed network: its weights, and those of its programs still in use."""
 
     def __init__(self, kind: type[nn.Module], layers: Layers, upsampling: Upsampling | None) -> None:
         self._kind, self._layers, self._upsampling = kind, layers, upsampling
         self._programs: WeakValueDictionary[tuple[int, int], CpuProgram] = WeakValueDictionary()
 
     def program(self, shape: Shape) -> CpuProgram:
-        """One for each height and width: how many pairs come does not matter to it."""
+        """One for each height and width; the number of pairs does not matter."""
         made = CpuProgram(self._kind, self._layers.for_another_size(), self._upsampling)
         return self._programs.setdefault(shape[1:], made)
 
 
 @dataclass(frozen=True)
 class Layers:
-    """The convolutions of a network or of a part of it, by the names they have in its state.
+    """The convolutions of a network or of a part of it, by their names in its state dict.
 
-    In bfloat16 two kinds stay float32. Flow heads, as in the module. And the first layer of each network, since what it
-    is given is exact: a quarter of a grey level, or .04 px of a flow of 20 px, is what bfloat16 would round away there.
+    In bfloat16 two kinds of layer stay float32: flow heads, as in the module, and the first layer of each network. Its
+    input is exact, and bfloat16 would round it by a quarter of a grey level, or by .04 px of a flow of 20 px.
     """
 
     convolutions: Mapping[str, Convolution]
-    smoothed: Mapping[str, SmoothedHead]  # by the head's name; each takes what the layer before its head takes
+    smoothed: Mapping[str, SmoothedHead]  # by the head's name; the input is that of the smoothing layer
     buffers: Buffers
     dtype: torch.dtype
 
@@ -80,8 +80,8 @@ class Layers:
                 continue
             key = f"{path}.0" if inner is not module else path
             if SMOOTHING in path:
-                continue  # it goes with its head
-            before = f"{path.replace(HEAD, SMOOTHING)}.0"  # which not every head has
+                continue  # packed with its head
+            before = f"{path.replace(HEAD, SMOOTHING)}.0"  # the smoothing layer, if the head has one
             if HEAD in path and f"{before}.weight" in state:
                 smooth, head = ((state[f"{layer}.weight"], state[f"{layer}.bias"]) for layer in (before, key))
                 smoothed[path] = SmoothedHead(smooth, head)
@@ -95,13 +95,13 @@ class Layers:
         return cls(found, smoothed, Buffers(), dtype)
 
     def for_another_size(self) -> Layers:
-        """The same weights with memory of their own to work in."""
+        """The same weights with working memory of their own."""
         convolutions = {name: layer.for_another_size() for name, layer in self.convolutions.items()}
         smoothed = {name: layer.for_another_size() for name, layer in self.smoothed.items()}
         return Layers(convolutions, smoothed, Buffers(), self.dtype)
 
     def part(self, name: str) -> Layers:
-        """Those of one network inside a stack."""
+        """The layers of one network inside a stack."""
         start = f"{name}."
         convolutions = {
             key.removeprefix(start): layer for key, layer in self.convolutions.items() if key.startswith(start)
@@ -113,13 +113,13 @@ class Layers:
         return self.convolutions[name]
 
     def __call__(self, x: Tensor, *names: str) -> Tensor:
-        """Through these layers, one after the other; a head that has been smoothed counts as one."""
+        """Applies these layers in order; a head includes the smoothing layer before it."""
         for name in names:
             x = (self.smoothed.get(name) or self[name])(x, self.buffers)
         return x
 
     def side_by_side(self, *parts: Tensor | tuple[str, Tensor]) -> Tensor:
-        """A concatenation of channels, in the first one's type: tensors, and layers with what they are to be given."""
+        """Concatenates channels, in the first part's dtype: a part is a tensor, or a layer's name and its input."""
         sizes = [p.shape[1] if isinstance(p, Tensor) else self[p[0]].outputs for p in parts]
         whole = parts[0]
         assert isinstance(whole, Tensor)
@@ -134,13 +134,13 @@ class Layers:
 
 
 def _is_first(net: nn.Module, path: str) -> bool:
-    """Whether that layer is the first of its network: conv0, or conv1 where there is none."""
+    """Whether this is the first layer of its network: conv0, or conv1 in networks without conv0."""
     parent, _, name = path.rpartition(".")
     return name == "conv0" or (name == "conv1" and not hasattr(net.get_submodule(parent), "conv0"))
 
 
 def refine(layers: Layers, encoded: dict[int, Tensor]) -> Tensor:
-    """``Refiner.refine``, only its last prediction: (B, 2, H/4, W/4) float32, pixels / 20."""
+    """The last prediction of ``Refiner.refine``: (B, 2, H/4, W/4) float32, pixels / 20."""
     features = encoded[6]
     flow = layers(features, "predict_flow6")
     for level in (5, 4, 3, 2):
@@ -151,27 +151,27 @@ def refine(layers: Layers, encoded: dict[int, Tensor]) -> Tensor:
 
 
 def encode_on(layers: Layers, conv2: Tensor, conv3: Tensor) -> dict[int, Tensor]:
-    """From level 3 on all encoders are the same."""
+    """The rest of an encoder: beyond level 3 all are alike."""
     conv4 = layers(conv3, "conv4", "conv4_1")
     conv5 = layers(conv4, "conv5", "conv5_1")
     return {2: conv2, 3: conv3, 4: conv4, 5: conv5, 6: layers(conv5, "conv6", "conv6_1")}
 
 
 def flownet_s(layers: Layers, x: Tensor) -> Tensor:
-    """``FlowNetS.predict``: its last prediction."""
+    """The last prediction of ``FlowNetS.predict``."""
     conv2 = layers(x, "conv1", "conv2")
     return refine(layers, encode_on(layers, conv2, layers(conv2, "conv3", "conv3_1")))
 
 
 def flownet_sd(layers: Layers, x: Tensor) -> Tensor:
-    """``FlowNetSD.predict``: its last prediction."""
+    """The last prediction of ``FlowNetSD.predict``."""
     conv1 = chained(layers["conv0"], layers["conv1"], x, layers.buffers)
     conv2 = layers(conv1, "conv1_1", "conv2", "conv2_1")
     return refine(layers, encode_on(layers, conv2, layers(conv2, "conv3", "conv3_1")))
 
 
 def flownet_c(layers: Layers, x: Tensor) -> Tensor:
-    """``FlowNetC.predict``: its last prediction."""
+    """The last prediction of ``FlowNetC.predict``."""
     conv2 = layers(x[:, :3], "conv1", "conv2")
     first, second = layers(conv2, "conv3"), layers(x[:, 3:], "conv1", "conv2", "conv3")
     batch, _, height, width = first.shape
@@ -201,7 +201,7 @@ def fuse(layers: Layers, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class CpuProgram:
-    """The network for frames of one size; each layer settles what it needs when it first meets them."""
+    """The network for frames of one size. Each layer prepares for that size on the first call."""
 
     kind: type[nn.Module]
     layers: Layers
@@ -243,7 +243,7 @@ class CpuProgram:
         flow = flownet_c(self.layers.part(first), x)
         batch, frames, height, width = x.shape
         refining = self.layers.buffers.empty(batch, REFINING_CHANNELS, height, width, x.dtype)
-        refining[:, :frames] = x  # stays for the next network
+        refining[:, :frames] = x  # written once, for every refining network
         for name in others:
             full = _enlarged(flow * FLOW_SCALE, "bilinear")
             warped, error = warped_and_error(x, full)
@@ -255,11 +255,11 @@ class CpuProgram:
 
 
 def _enlarged(flow2: Tensor, how: Upsampling) -> Tensor:
-    return upsample(flow2.contiguous(), how)  # channels last, torch's enlarging takes four times as long
+    return upsample(flow2.contiguous(), how)  # channels last, torch's upsampling takes four times as long
 
 
 def _in_groups(form: Callable[[Tensor, Tensor], Tensor], first: Tensor, second: Tensor) -> Tensor:
-    """Few pairs at a time: memory is that of a group, however many pairs a batch has."""
+    """Runs a few pairs at a time, so that memory use does not grow with the batch."""
     pairs, _, height, width = first.shape
     most = max(1, GROUP_PIXELS // (height * width))
     if pairs <= most:

@@ -1,11 +1,11 @@
 """The networks on a GPU: half or TF32 tensor-core convolutions, float32 flow, one CUDA graph for each shape.
 
-``pack`` makes the weights (``padded.py``). A program holds, for one shape, the memory that everything is computed in,
-and repeats the same work in it: the maps that are concatenated are written where the concatenation lies, so that it
-never happens. On a GPU that work is a captured graph; on a CPU, where the tests run it, plain calls.
+``pack`` prepares the weights (``padded.py``). A program allocates all memory for one shape and repeats the same work
+in it. Maps are written directly to their places in a concatenation, so that no separate step concatenates them. On a
+GPU that work is a captured graph; on a CPU, where the tests run it, plain calls.
 
-Float32 whatever the precision: the frames and what is warped, flow and its enlarging, norms, biases, all sums. A half
-type holds the maps between the convolutions, and the weights that they meet.
+In every precision these are float32: the frames and their warping, flow and its upsampling, norms, biases, all sums.
+Half precision is for the maps between convolutions and the weights applied to them.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from flowreel.kernels.refining_input import refining_input
 
 Capture = Callable[[Callable[[], None], torch.device], Callable[[], None]]
 
-NEAR_OVERFLOW = torch.finfo(torch.float16).max / 4  # two doublings below it: another scene may bring them
+NEAR_OVERFLOW = torch.finfo(torch.float16).max / 4  # a factor of 4 below it, for scenes with larger activations
 FUSION_CHANNELS = 11  # first frame 3, both flows 4, their magnitudes 2, both brightness errors 2
 
 
 def pack(net: nn.Module, precision: Precision, capture: Capture = captured) -> PackedNetwork:
-    """The network's layers, padded and cast. ``capture`` makes a program's work repeatable, as ``graphs.captured``."""
+    """The network's layers, padded and cast. ``capture`` makes a program's work repeatable: see ``graphs.captured``."""
     parts = {
         name: pack_part(module, precision)
         for name, module in net.named_modules()
@@ -58,22 +58,22 @@ def pack(net: nn.Module, precision: Precision, capture: Capture = captured) -> P
 
 @dataclass
 class PackedNetwork:
-    """Weights, and what is the same at every shape."""
+    """The weights, and everything else that does not depend on the shape."""
 
     kind: type[nn.Module]
-    parts: dict[str, Layers]  # by the name of C, S, SD or fusion inside the network; "" is the network itself
-    upsampling: Upsampling | None  # of the quarter-resolution flow; None: FlowNet2, which has none
+    parts: dict[str, Layers]  # by the name of C, S, SD or fusion within the network; "" is the network itself
+    upsampling: Upsampling | None  # of the quarter-resolution flow; None for FlowNet2, which has none
     precision: Precision
     device: torch.device
     capture: Capture
-    looked: bool = field(default=False, init=False)  # whether activations were compared with what float16 holds
+    looked: bool = field(default=False, init=False)  # whether activations have been checked against float16's range
 
     def program(self, shape: Shape) -> CudaProgram:
         return CudaProgram(self, shape)
 
 
 class CudaProgram:
-    """One shape: captured work, which calls take turns at."""
+    """The work for one shape, captured; calls take turns at it."""
 
     def __init__(self, network: PackedNetwork, shape: Shape) -> None:
         self._network = network
@@ -83,7 +83,7 @@ class CudaProgram:
         with self._works.taken() as captured_work:
             flow = captured_work.run(first, second)
             mode = self._network.upsampling
-            return flow.clone() if mode is None else upsample(flow, mode)  # memory of its own either way
+            return flow.clone() if mode is None else upsample(flow, mode)  # a new tensor either way
 
     def quarter(self, first: Tensor, second: Tensor) -> Tensor:
         with self._works.taken() as captured_work:
@@ -91,7 +91,7 @@ class CudaProgram:
 
 
 class Captured:
-    """One program's memory, and its work as one thing to start."""
+    """One program's memory, and its work in repeatable form."""
 
     def __init__(self, network: PackedNetwork, shape: Shape) -> None:
         self._network = network
@@ -99,7 +99,7 @@ class Captured:
         self._repeat = network.capture(self.work, network.device)
 
     def run(self, first: Tensor, second: Tensor) -> Tensor:
-        """Two (B, 3, H, W) frames to the flow: memory that the next run writes to."""
+        """Two (B, 3, H, W) frames to the flow, in memory that the next run overwrites."""
         self.work.take(first, second)
         if self._network.precision == "fp16" and not self._network.looked:
             self._network.looked = True
@@ -108,7 +108,7 @@ class Captured:
         return self.work.flow
 
     def _look(self) -> None:
-        """One run step by step, to see how near the maps come to what float16 can hold. Waits for the device."""
+        """Runs once uncaptured, to see how close activations come to float16's limit. Waits for the device."""
         largest: list[Tensor] = []
         self.work.watched_by(lambda result: largest.append(result.detach().abs().amax()))
         most = float(torch.stack([value.float() for value in largest]).max())
@@ -125,7 +125,7 @@ class Captured:
 
 
 class Work:
-    """Everything from the two frames to the flow. Each call does the same in the same memory, and waits for nothing."""
+    """All work from the two frames to the flow. Each call does the same in the same memory, without waiting for it."""
 
     def __init__(self, network: PackedNetwork, shape: Shape) -> None:
         self.network, self.shape = network, shape
@@ -138,7 +138,7 @@ class Work:
         self.both = self._room(3, batch=2 * batch) if stacked or network.kind is FlowNetC else None  # for C
         self.pair = None if network.kind in (FlowNetC, FlowNet2CS, FlowNet2CSS) else self._room(6)  # for S or SD
         self.frames = zeros(batch, 6, height, width) if stacked else None  # for warps
-        self.refining = self._room(REFINING_CHANNELS) if stacked else None  # what S1, then S2 are given
+        self.refining = self._room(REFINING_CHANNELS) if stacked else None  # the input of S1, then of S2
         self.fusing = self._room(FUSION_CHANNELS) if network.kind is FlowNet2 else None
 
     def _room(self, channels: int, level: int = 0, batch: int | None = None) -> Tensor:
@@ -153,11 +153,11 @@ class Work:
         return MatchingPart(layers, self._room, self.shape[0]) if "conv_redir" in layers else Part(layers, self._room)
 
     def take(self, first: Tensor, second: Tensor) -> None:
-        """Two (B, 3, H, W) frames, 0..255, normalised to where the networks read them: the work itself changes none."""
+        """Writes two (B, 3, H, W) frames, 0..255, normalised to the networks' inputs, which the work only reads."""
         normalise_frames(first, second, planes=self.frames, pair=self.pair, both=self.both)
 
     def watched_by(self, watch: Watch) -> None:
-        """The same once, while ``watch`` sees what every convolution gives."""
+        """Runs the work once, while ``watch`` sees what every convolution gives."""
         try:
             for part in self.parts.values():
                 part.watch = watch
@@ -179,7 +179,7 @@ class Work:
         self.flow.copy_(self.parts["flownetfusion"](self.fusing))
 
     def _predicted(self) -> Tensor:
-        """(B, 2, H/4, W/4) pixels / 20, of C, S or SD alone, or of the last network of the stack."""
+        """(B, 2, H/4, W/4), pixels / 20, from C, S or SD alone, or from the last network of the stack."""
         if self.refining is None:
             return self.parts[""](self._input())
         assert self.frames is not None
@@ -191,7 +191,7 @@ class Work:
         return flow
 
     def _input(self) -> Tensor:
-        """What the first network is given."""
+        """The first network's input."""
         room = self.pair if self.both is None else self.both
         assert room is not None
         return room

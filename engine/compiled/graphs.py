@@ -1,6 +1,6 @@
-"""Work that repeats: captured once as a CUDA graph, and the turns that callers take at memory that is settled.
+"""Repeated work: captured once as a CUDA graph, and run by callers in turns, since its memory is fixed.
 
-On a CPU work is simply done again, so that what surrounds it is tested there.
+On a CPU the work is simply run again, so that the code around it can be tested there.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from flowreel.engine.pipeline import OneAtATime
 
 Thing = TypeVar("Thing")
 
-_WARM_UPS = 3  # kernels load in the first, cuDNN chooses and allocates; the third is as all later ones will be
-PRIORITY = -1  # of captured work: one that nobody else asks for, as torch gives its 32 streams of each out in turn
-_capturing = OneAtATime()  # of all threads: to begin a capture torch waits for the device, which ends all others there
+_WARM_UPS = 3  # in the first, kernels load and cuDNN chooses and allocates; the third is like all later ones
+PRIORITY = -1  # of captured work, used by nobody else: of each priority torch has 32 streams and hands them out in turn
+_capturing = OneAtATime()  # for all threads: torch synchronises the device before a capture, which breaks any other
 
 
 def captured(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """The same work as one thing to start: a CUDA graph, which spares a launch for each of its kernels.
+    """The same work as a CUDA graph: one launch instead of one for each kernel.
 
-    ``work`` does the same in the same memory each time and waits for nothing. What it allocates on the way belongs to
-    the graph. It runs a few times before this returns; on a CPU once, and what is given back is ``work`` itself.
+    ``work`` does the same in the same memory each time and never waits for the device. What it allocates belongs to
+    the graph. It runs a few times before this returns; on a CPU once, and ``work`` itself is returned.
 
-    The graph is started on the current stream; two starts must not overlap (``Turns``). When it cannot be captured, a
-    warning says why and the work stays as it is: so too where a caller's own thread waits for the whole device
-    (``torch.cuda.synchronize``) just then, which CUDA forbids.
+    The graph is launched on the current stream; two launches must not overlap (``Turns``). When the capture fails, a
+    warning gives the reason and ``work`` is returned uncaptured. That also happens when a thread of the caller's
+    synchronises the device during the capture (``torch.cuda.synchronize``), which CUDA forbids.
 
-    Raises torch.OutOfMemoryError when the device's memory ends, whoever of torch, cuDNN and CUDA says so.
+    Raises torch.OutOfMemoryError when device memory runs out, whether torch, cuDNN or CUDA reports it.
     """
     if device.type != "cuda":
         work()
@@ -58,22 +58,23 @@ def captured(work: Callable[[], None], device: torch.device) -> Callable[[], Non
 
 
 class CaptureError(RuntimeError):
-    """Work that went well by itself could not be captured."""
+    """Work that runs without a capture could not be captured."""
 
 
 def graph_of(work: Callable[[], object], device: torch.device, side: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
-    """One capture, on a stream of its own. Raises CaptureError; then all is as it was before."""
+    """Captures ``work`` once, on the stream ``side``. Raises CaptureError, with all state restored."""
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     try:
-        # A capture that fails leaves its stream current, and the outer block puts the caller's back. Other stages go on
-        # meanwhile in their threads: what they allocate or pin must not break the capture.
+        # A failed capture leaves its stream current; the outer block restores the caller's. Other stages keep running
+        # in their threads meanwhile: what they allocate or pin must not break the capture.
         with (
             torch.cuda.stream(torch.cuda.current_stream(device)),
             torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"),
         ):
             work()
     except RuntimeError as error:
-        # And it leaves torch's allocator waiting for its end, which would keep all that is freed on other streams.
+        # It also leaves torch's allocator waiting for the capture to end, which would hold back all memory freed on
+        # other streams.
         for end in ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool"):  # since torch 2.8, and before
             with suppress(Exception):
                 getattr(torch._C, end)(device.index, pool)
@@ -83,10 +84,10 @@ def graph_of(work: Callable[[], object], device: torch.device, side: torch.cuda.
 
 
 def beside(work: Callable[[], Thing], device: torch.device) -> Callable[[], Thing]:
-    """Starts ``work`` beside what is captured next; whoever wants its result calls for it, and waits.
+    """Starts ``work`` on a side stream, concurrent with what is captured next; the function returned joins the two.
 
-    For work that neither needs nor changes what comes in between: the device's parts that the one leaves idle do the
-    other. Outside a capture, and on a CPU, it is done at once.
+    For work that is independent of what is captured until then: each uses the parts of the device that the other leaves
+    idle. Outside a capture, and on a CPU, it is done at once.
     """
     if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
         result = work()
@@ -105,10 +106,10 @@ def beside(work: Callable[[], Thing], device: torch.device) -> Callable[[], Thin
 
 
 class Turns(Generic[Thing]):
-    """A thing that one call at a time may use, whatever thread and stream it is on.
+    """A resource that one call at a time may use, from any thread and stream.
 
-    A call uses it on its current stream; the next call's stream waits for what the last one started. A thread waits for
-    another only while that one gives the device its work, not while the device does it.
+    A call uses it on its current stream; the next call's stream waits for the work that the last one launched. A thread
+    waits for another only while that one launches its work, not while the device executes it.
     """
 
     def __init__(self, device: torch.device, make: Callable[[], Thing]) -> None:
@@ -132,7 +133,7 @@ class Turns(Generic[Thing]):
                     self._used.record(torch.cuda.current_stream(self._device))
 
     def __del__(self) -> None:
-        """What still runs keeps the memory it uses: the allocator knows only the stream that asked for it."""
+        """Waits for work in flight before its memory is freed: the allocator knows only the stream it was made on."""
         used = getattr(self, "_used", None)
         if used is not None:
             used.synchronize()

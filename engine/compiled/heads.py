@@ -1,7 +1,7 @@
-"""Flow heads on padded half-precision maps: by our own kernel, with the smoothing layer before them where there is one.
+"""Flow heads on padded half-precision maps, by our own kernel, which includes the smoothing layer before some heads.
 
-Their maps and weights are rounded to half precision as everywhere; sums and the flow are float32. Half precision of the
-flow itself costs .04 px at 40 px of motion.
+Maps and weights are rounded to half precision as in other layers; sums and the flow are float32. Half
+precision for the flow itself would cost .04 px at 40 px of motion.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from flowreel.kernels.flow_head import Borders, flow_head, pack_flow_head, take_
 class Head:
     """A head, or a smoothing layer and its head."""
 
-    weight: Tensor  # packed, of the type of its maps
+    weight: Tensor  # packed, in the dtype of the maps
     bias: Tensor  # (2,) float32
-    borders: Borders | None  # of the two together, for padded channels; None: a head alone
+    borders: Borders | None  # of the composed layer, for padded channels; None: a head alone
 
     def __call__(self, x: Tensor) -> Tensor:
         """A padded map to (B, 2, H, W) float32, pixels / 20."""
@@ -37,7 +37,7 @@ Layers = dict[str, Convolution | Head]
 
 
 def pack_part(part: nn.Module, precision: Precision) -> Layers:
-    """The layers of C, S, SD or the fusion network. In half precision smoothing goes into the heads behind it."""
+    """The layers of C, S, SD or the fusion network. In half precision, smoothing layers are part of their heads."""
     dtype = DTYPES[precision]
     if dtype == torch.float32:
         return {name: pack_layer(layer, precision) for name, layer in part.named_children()}
@@ -52,7 +52,7 @@ def pack_part(part: nn.Module, precision: Precision) -> Layers:
 
 
 def _head(state: dict[str, Tensor], name: str, before: str | None, dtype: torch.dtype) -> Head:
-    """``before``: the smoothing layer."""
+    """``before``: the smoothing layer's name; None: there is none."""
     weight, bias = state[f"{name}.weight"].detach(), state[f"{name}.bias"].detach().float()
     if before is None:
         return Head(pack_flow_head(weight, dtype), bias, None)
@@ -62,6 +62,6 @@ def _head(state: dict[str, Tensor], name: str, before: str | None, dtype: torch.
 
 
 def _padded(weight: Tensor) -> Tensor:
-    """(M, C, 3, 3) for as many channels as its maps have."""
+    """(M, C, 3, 3) with C padded to that of the maps."""
     channels = weight.shape[1]
     return F.pad(weight, (0, 0, 0, 0, 0, padded(channels) - channels))

@@ -1,6 +1,6 @@
-"""oneDNN's convolutions with weights packed once, bias and activation inside.
+"""oneDNN's convolutions with weights packed once, and bias and activation fused in.
 
-torch has them as operators that its own compiler calls; none of them is a documented interface, so ``available`` asks.
+torch has them as operators for its own compiler. None is a documented interface, so ``available`` checks for each.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ _NEEDED = (
 
 
 def available(dtype: torch.dtype) -> bool:
-    """Whether this CPU and this torch have it, in that type."""
+    """Whether this CPU and this torch have these operators, for that dtype."""
     if not torch._C._has_mkldnn or not all(hasattr(_ops, name) for name in _NEEDED):
         return False
-    on_arm = getattr(_ops, "_is_mkldnn_acl_supported", None)  # ARM's library behind oneDNN packs weights otherwise
+    on_arm = getattr(_ops, "_is_mkldnn_acl_supported", None)  # oneDNN with ARM's library packs weights differently
     if on_arm is not None and on_arm():
         return False
     return dtype == torch.float32 or bool(_ops._is_mkldnn_bf16_supported())
 
 
 class PackedWeights:
-    """One layer's weights in the layouts that oneDNN chooses for its inputs' sizes; many sizes agree in one layout.
+    """One layer's weights in the layouts that oneDNN chooses by input size; many sizes share a layout.
 
-    A layout lives as long as somebody uses it, and the last one as long as this. So the weights are in memory once for
-    frames of one size, however many sizes there were before.
+    A layout is freed when no ``PackedConvolution`` uses it any more; the most recent one lives as long as this object.
+    So for frames of one size the weights are in memory once, however many sizes came before.
     """
 
     def __init__(self, plain: Tensor, strides: tuple[int, int], columns: int, transposed: bool, groups: int) -> None:
-        """``plain`` as torch's layer has it, one group where transposed; ``columns``: of padding, left and right."""
+        """``plain``: as in torch's layer, in one group if transposed. ``columns``: of padding, left and right."""
         self.strides, self.columns, self.transposed, self.groups = list(strides), columns, transposed, groups
         self._last = plain
         self._layouts: WeakValueDictionary[bytes, Tensor] = WeakValueDictionary()
 
     def for_input(self, size: torch.Size, rows: int) -> Tensor:
-        """For inputs of (B, C, H, W), and so many rows of padding above and below."""
+        """The layout for inputs of (B, C, H, W) with ``rows`` of padding above and below."""
         plain = self._plain()
         around, close = [rows, self.columns], [1, 1]
         if self.transposed:
@@ -75,10 +75,10 @@ class PackedConvolution:
     """A 2-d convolution or transposed convolution with its bias and, if asked, its LeakyReLU.
 
     Args:
-        weight, bias: as torch's layer has them, of the type to compute in; they are kept, not copied.
+        weight, bias: as in torch's layer, in the dtype to compute in; they are kept, not copied.
         strides: of rows and of columns.
-        columns: of padding, left and right; that of rows is said with each call.
-        groups: one, where it is transposed.
+        columns: of padding, left and right; rows of padding are an argument of each call.
+        groups: 1 if transposed.
     """
 
     def __init__(
@@ -101,13 +101,13 @@ class PackedConvolution:
         self._chosen: dict[tuple[int, ...], Tensor] = {}  # by the input's size and the rows of padding
 
     def for_another_size(self) -> PackedConvolution:
-        """The same weights; what it settles for the sizes it meets goes when it goes."""
+        """Shares the weights; what is cached for the input sizes it meets is its own and is freed with it."""
         other = copy(self)
         other._chosen = {}
         return other
 
     def __call__(self, x: Tensor, rows: int) -> Tensor:
-        """``x``: (B, C, H, W), channels last; ``rows`` of padding above and below."""
+        """``x``: (B, C, H, W), channels last; ``rows``: of padding, above and below."""
         key = (*x.shape, rows)
         weight = self._chosen.get(key)
         if weight is None:

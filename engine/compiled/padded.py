@@ -1,7 +1,7 @@
-"""Convolutions as tensor cores like them: channels last, channels padded to multiples of 8 or 16, BatchNorm folded in.
+"""Convolutions laid out for tensor cores: channels last, padded to multiples of 8 or 16, BatchNorm folded in.
 
-Maps keep their padding from layer to layer: channels beyond the real ones are zero, because the weights that make them
-are, and whatever they hold meets zero weights. So results are those of the unpadded network.
+Maps keep their padding from layer to layer. Padding channels are zero, because the weights that produce them are, and
+the next layer's weights for them are zero too. So results are those of the unpadded network.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from flowreel.kernels.bias_leaky_relu import bias_leaky_relu, bias_leaky_relu_
 from flowreel.kernels.convolution import convolution, pack, padding_of, tiling
 from flowreel.kernels.launch import kernels_on, on_tensor_cores
 
-MULTIPLE = 8  # 16 bytes of half precision: what one load of a tensor core's operands takes
-# 32 bytes: what memory is written by. Of more channels than these each pixel begins with a whole one, so that the parts
-# of a concatenation, which are multiples of 16 channels, are written without reading what lies beside them.
+MULTIPLE = 8  # 16 bytes of half precision: one load of tensor-core operands
+# 32 bytes of half precision: a memory sector, the unit in which memory is written. With more channels than this, each
+# pixel starts on a sector boundary, so that the parts of a concatenation, which are multiples of 16 channels, are
+# written without reading what lies beside them.
 SECTOR = 16
 
 DTYPES: dict[Precision, torch.dtype] = {
@@ -35,13 +36,13 @@ DTYPES: dict[Precision, torch.dtype] = {
 
 
 class Watch(Protocol):
-    """Sees what each convolution stores: before its bias, or where our kernel does it all at once, the result."""
+    """Sees what each convolution stores: its sums before the bias, or the final result where our fused kernel runs."""
 
     def __call__(self, result: Tensor) -> None: ...
 
 
 def padded(channels: int) -> int:
-    """The next multiple of 8, beyond 16 of 16."""
+    """Rounds up to a multiple of 8; beyond 16 channels, of 16."""
     multiple = MULTIPLE if channels <= SECTOR else SECTOR
     return -(-channels // multiple) * multiple
 
@@ -50,14 +51,15 @@ def padded(channels: int) -> int:
 class Convolution:
     """One convolution or deconvolution, and the activation that follows it. ``watch`` sees what the first gives.
 
-    By our own kernel, which does both at once, where ``packed`` is there; else by cuDNN and a kernel after it.
+    Computed by our own fused kernel if ``packed`` is given, else by cuDNN and an activation kernel after it.
     """
 
-    # (out, in, k, k), of a deconvolution (in, out, k, k); channels last; padded, for cuDNN. Flow's enlarging: neither.
+    # (out, in, k, k), for a deconvolution (in, out, k, k). Channels last, and padded unless ``packed`` is given;
+    # for the upsampling of flow, neither.
     weight: Tensor
-    packed: Tensor | None  # the same as our own kernel takes it
-    bias: Tensor  # (out,) float32; zeros where the layer has none, and where padded
-    outputs: int  # real channels
+    packed: Tensor | None  # the same weights in our own kernel's order
+    bias: Tensor  # (out,) float32; zeros if the layer has none, and in padding channels
+    outputs: int  # channels without padding
     stride: int
     padding: int
     transposed: bool
@@ -65,13 +67,13 @@ class Convolution:
     tf32: bool
 
     def __call__(self, x: Tensor, also: Tensor | None = None, watch: Watch | None = None) -> Tensor:
-        """A padded map to a padded map of its own; ``also`` (a part of a concatenation) gets the real channels."""
+        """A padded map to a new padded map; ``also`` (part of a concatenation) gets a copy of the unpadded channels."""
         if self.packed is not None:
             return self._at_once(x, self.packed, None, also, watch)
         return bias_leaky_relu_(self._convolved(x, watch), self.bias, self.slope, also)
 
     def into(self, x: Tensor, out: Tensor, watch: Watch | None = None) -> None:
-        """A padded map to real channels in ``out`` alone."""
+        """A padded map to unpadded channels, written to ``out`` only."""
         if self.packed is not None:
             self._at_once(x, self.packed, out, None, watch)
         else:
@@ -95,12 +97,11 @@ class Convolution:
 
 
 def convolve(x: Tensor, by: Convolution) -> Tensor:
-    """Without the bias.
+    """The convolution without its bias.
 
-    On a GPU cuDNN is called by its own name: what it may do (TF32, which algorithms) then goes along with each call,
-    instead of being a mode of the whole process that other threads see. It takes those alone that give the same bits
-    every time, and chooses among them by its own rules: timing them was seen to gain nothing (H200), and would give
-    other bits in another run.
+    On a GPU cuDNN is called directly, so that its modes (TF32, choice of algorithm) are arguments of each call instead
+    of process-wide settings that other threads see. Only deterministic algorithms are allowed, chosen by cuDNN's
+    heuristics: benchmarking them gained nothing (H200), and another run could choose others and give other bits.
     """
     stride, padding = (by.stride, by.stride), (by.padding, by.padding)
     if x.device.type == "cuda":
@@ -118,10 +119,10 @@ def convolve(x: Tensor, by: Convolution) -> Tensor:
 
 
 def pack_layer(module: nn.Module, precision: Precision, by_cudnn: bool = False) -> Convolution:
-    """A layer as ``engine.models.layers`` makes them; not flow heads on half precision, which ``heads`` packs.
+    """Packs a layer of ``engine.models.layers``; not flow heads in half precision, which ``heads`` packs.
 
-    What takes or gives flow stays in float32, without TF32. ``by_cudnn``: whatever our own kernel could compute, to
-    compare with.
+    Layers that take or give flow stay in float32, without TF32. ``by_cudnn``: use cuDNN even where our own kernel could
+    compute the layer, for comparisons.
     """
     parts = list(module) if isinstance(module, nn.Sequential) else [module]
     layer = parts[0]
@@ -159,5 +160,5 @@ def pack_layer(module: nn.Module, precision: Precision, by_cudnn: bool = False) 
 
 
 def _runs_ours(device: torch.device) -> bool:
-    """Also on a CPU, by its definition: the tests see what a GPU computes."""
+    """Whether our own kernel runs there. On a CPU its torch definition does, so that tests see what a GPU computes."""
     return device.type == "cpu" or (kernels_on(device) == "cuda" and on_tensor_cores(device))

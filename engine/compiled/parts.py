@@ -1,8 +1,8 @@
-"""C, S, SD and the fusion network at one shape: padded layers, and the memory their concatenations lie in.
+"""C, S, SD and the fusion network at one shape: padded layers, and the memory of their concatenations.
 
-All four are an encoder that halves the size level by level, and a decoder that doubles it again: at each level it
-concatenates what the encoder had there, what the level below it enlarged, and the flow of that level, enlarged.
-Each of the three is written right where it lies in the concatenation.
+All four have an encoder that halves the size level by level, and a decoder that doubles it again. At each level the
+decoder concatenates the encoder's features with the upsampled features and the upsampled flow of the next coarser
+level. Each of the three is written directly to its place in the concatenation.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from flowreel.kernels.enlarge_flow import enlarge_flow
 
 
 class Room(Protocol):
-    """Gives zeros for ``channels``, padded, at 1 / 2^level of the frame's size, for ``batch`` pairs."""
+    """Allocates zeros: ``batch`` samples (None: one a pair), padded ``channels``, 1 / 2^level of the frame's size."""
 
     def __call__(self, channels: int, level: int = 0, batch: int | None = None) -> Tensor: ...
 
 
 class Part:
-    """S, SD or the fusion network: called with its padded input, gives its finest flow, (B, 2, ...) float32."""
+    """S, SD or the fusion network: called with its padded input, it returns its finest flow, (B, 2, ...) float32."""
 
     def __init__(self, layers: Layers, room: Room) -> None:
         self.layers = {name: layer for name, layer in layers.items() if isinstance(layer, Convolution)}
@@ -40,7 +40,7 @@ class Part:
         )  # conv0, conv1, conv1_1, ...
         self.levels = sorted((int(name[-1]) for name in layers if name.startswith("deconv")), reverse=True)
         self.concatenations: dict[int, Tensor] = {}
-        self.places: dict[str, Tensor] = {}  # by layer: where in a concatenation its result goes
+        self.places: dict[str, Tensor] = {}  # by layer: the slice of a concatenation for its result
         for level in self.levels:
             names = [self._ends(level), f"deconv{level}", f"upsampled_flow{level + 1}_to_{level}"]
             self.concatenations[level] = self._concatenated(names, room, level)
@@ -49,13 +49,13 @@ class Part:
         return self.refined(self.through(x, self.encoder))
 
     def through(self, x: Tensor, names: Sequence[str]) -> Tensor:
-        """Layers one after the other."""
+        """Applies layers one after the other."""
         for name in names:
             x = self.layers[name](x, self.places.get(name), self.watch)
         return x
 
     def refined(self, features: Tensor) -> Tensor:
-        """The encoder's last, coarsest features to the finest flow."""
+        """The encoder's coarsest features to the finest flow."""
         flow = self._flow(features, self.levels[0] + 1)
         for level in self.levels:
             deconv, upsampled = f"deconv{level}", f"upsampled_flow{level + 1}_to_{level}"
@@ -69,7 +69,7 @@ class Part:
 
     def _flow(self, features: Tensor, level: int) -> Tensor:
         flow = self.heads[f"{HEAD}{level}"](features)
-        if self.watch is not None:  # float32, but of weights that half precision may not hold
+        if self.watch is not None:  # float32, but from weights that may overflow half precision
             self.watch(flow)
         return flow
 
@@ -78,7 +78,7 @@ class Part:
         return f"conv{level}_1" if f"conv{level}_1" in self.layers else f"conv{level}"
 
     def _concatenated(self, names: Sequence[str], room: Room, level: int, more: int = 0) -> Tensor:
-        """Room for what the layers give, side by side, and ``more`` channels after it."""
+        """Memory for the layers' results side by side, and for ``more`` channels after them."""
         channels = [self.layers[name].outputs for name in names]
         whole = room(sum(channels) + more, level)
         start = 0
@@ -89,13 +89,13 @@ class Part:
 
 
 class MatchingPart(Part):
-    """C: called with the first frames of all pairs, then the second ones, as one padded batch."""
+    """C: called with one padded batch, the first frames of all pairs followed by the second ones."""
 
     def __init__(self, layers: Layers, room: Room, pairs: int) -> None:
         super().__init__(layers, room)
         self.pairs = pairs
         self.matched = self._concatenated(["conv_redir"], room, 3, DISPLACEMENTS)
-        self.skip = self.places.pop("conv2")  # takes the first frame's features alone
+        self.skip = self.places.pop("conv2")  # for the first frames' features only
 
     def __call__(self, x: Tensor) -> Tensor:
         conv2 = self.through(x, ["conv1", "conv2"])
@@ -105,6 +105,6 @@ class MatchingPart(Part):
         self.layers["conv_redir"].into(first, self.places["conv_redir"], self.watch)
         start = self.places["conv_redir"].shape[1]
         costs = self.matched[:, start : start + DISPLACEMENTS]
-        mean = 1 / self.layers["conv3"].outputs  # over the real channels
+        mean = 1 / self.layers["conv3"].outputs  # over the unpadded channels
         correlation(first, second, scale=mean, negative_slope=SLOPE, out=costs)
         return self.refined(self.through(self.matched, self.encoder[self.encoder.index("conv3") + 1 :]))

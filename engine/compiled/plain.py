@@ -1,4 +1,4 @@
-"""Any device, nothing assumed: a copy of the module, its convolutions in the precision asked for."""
+"""The fallback for any device: a copy of the module, its convolutions in the requested precision."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DTYPES: dict[Precision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bf
 
 
 def pack(net: nn.Module, precision: Precision) -> PlainNetwork:
-    """The module's copy in evaluation mode, channels last."""
+    """A copy of the module in evaluation mode, channels last."""
     copy = deepcopy(net).eval().requires_grad_(False).float()
     if precision in _DTYPES:
         cast_convolutions(copy, _DTYPES[precision])
@@ -26,7 +26,7 @@ def pack(net: nn.Module, precision: Precision) -> PlainNetwork:
 
 @dataclass(frozen=True)
 class PlainNetwork:
-    """Both the packed network and its programs: a module runs at any shape."""
+    """Both the packed network and its only program, since a module runs at any shape."""
 
     net: nn.Module
     precision: Precision
@@ -46,14 +46,14 @@ class PlainNetwork:
 
 
 def cast_convolutions(net: nn.Module, dtype: torch.dtype) -> None:
-    """Convolutions and their norms to half precision, in place. Flow heads stay float32; autocast meets them there."""
+    """Casts convolutions and their norms to half precision, in place. Flow heads stay float32 and disable autocast."""
     for module in net.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and not isinstance(module, FlowHead):
             module.to(dtype)
 
 
 def _math(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
-    """The arithmetic of one call, entered and left inside it: modes belong to threads, generators do not."""
+    """The arithmetic modes of one call, entered and left within it: modes are per thread, generators are not."""
     if precision in _DTYPES:
         return torch.autocast(device.type, _DTYPES[precision])
     if device.type == "cpu":

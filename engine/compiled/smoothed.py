@@ -1,7 +1,7 @@
 """A flow head and the smoothing layer before it as one layer (``composed``), on a CPU.
 
-oneDNN would leave most of 16 output channels idle, as in ``taps``; so the 5x5 layer is a 1x5 layer first, to two
-channels for each of the five rows of the filter, and a 5x1 layer that puts those rows in their places.
+oneDNN would leave most of its 16 output channels idle, as ``taps`` explains. So the 5x5 layer is split into a 1x5
+layer, to two channels for each of the filter's five rows, and a 5x1 layer that shifts those rows into place and sums.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from flowreel.engine.compiled.convolution import channels_last, strips
 from flowreel.engine.compiled.onednn import PackedConvolution
 from flowreel.kernels.flow_head import take_off_borders_definition
 
-KERNEL = 5  # two layers of 3x3
+KERNEL = 5  # of two 3x3 layers
 
 
 class SmoothedHead:
-    """Both layers; equal to one after the other up to rounding."""
+    """Both layers in one; equal to the two in sequence up to rounding."""
 
     def __init__(self, smooth: tuple[Tensor, Tensor], head: tuple[Tensor, Tensor]) -> None:
-        """Weights and biases of the two layers, as torch has them. It computes in float32, whatever it is given."""
+        """Weight and bias of each layer, as in torch's layers. Computes in float32 whatever the input's dtype."""
         whole = composed(smooth, head)
         outputs, inputs = whole.weight.shape[:2]
         each = whole.weight.permute(2, 0, 1, 3).reshape(KERNEL * outputs, inputs, 1, KERNEL)  # (row, output), as below
@@ -38,19 +38,19 @@ class SmoothedHead:
         self._borders = whole.borders
 
     def for_another_size(self) -> SmoothedHead:
-        """The same weights; what it settles for the sizes it meets goes when it goes."""
+        """Shares the weights; what is cached for the input sizes it meets is its own and is freed with it."""
         other = copy(self)
         other._rows, other._sum = self._rows.for_another_size(), self._sum.for_another_size()
         return other
 
     def __call__(self, x: Tensor, buffers: Buffers) -> Tensor:
-        """(B, inputs, H, W) of any type and strides to (B, 2, H, W) float32, channels last."""
+        """(B, inputs, H, W) of any dtype and strides to (B, 2, H, W) float32, channels last."""
         x = channels_last(x)
         batch, _, height, width = x.shape
         out = buffers.empty(batch, self.outputs, height, width, torch.float32)
         reach = KERNEL // 2
         bytes_a_pixel = KERNEL * self.outputs * torch.float32.itemsize
-        if x.dtype != torch.float32:  # then a strip's input is memory of its own as well
+        if x.dtype != torch.float32:  # then a strip's input is a copy, which takes memory too
             bytes_a_pixel = max(bytes_a_pixel, x.shape[1] * torch.float32.itemsize)
         for sample in range(batch):
             one = x[sample : sample + 1]

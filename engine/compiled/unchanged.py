@@ -1,4 +1,4 @@
-"""Whether a network still has the weights it had: the compiled form is made from them once."""
+"""Detects that a network's weights have changed since its compiled form was made from them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from flowreel.engine.errors import StaleModelError
 
 @dataclass(frozen=True)
 class _Place:
-    """One parameter or buffer: where it hangs, which tensor hung there, and in which state."""
+    """One parameter or buffer: the module and key that hold it, the tensor held there, and that tensor's state."""
 
     name: str
     module: ReferenceType[nn.Module]
     key: str
     tensor: ReferenceType[Tensor]
     address: int
-    version: int  # torch counts what is written in place
+    version: int  # torch's count of in-place writes
 
     def same(self) -> bool:
         module = self.module()
@@ -66,9 +66,9 @@ class Unchanged:
         ]
 
     def require(self) -> None:
-        """Looks whether all is as it was; about 0.1 ms. A network that is gone cannot have changed.
+        """Checks that nothing has changed; about 0.1 ms. A network that no longer exists counts as unchanged.
 
-        What is written through ``tensor.data``, behind torch's back, is not seen.
+        Writes through ``tensor.data``, which torch does not count, go unnoticed.
 
         Raises:
             StaleModelError: a parameter or buffer was written to, or one of them or a module replaced.

@@ -1,13 +1,14 @@
 """Convolutions with fewer multiplications: Winograd's minimal filtering along the rows of an image.
 
 Four neighbouring outputs of a filter with three taps need six products instead of twelve, once inputs and weights are
-combined suitably: ``y = spread @ ((weigh @ w) * (collect @ x))``. Here ``*`` is itself a convolution, over the channels
-and along the columns, which oneDNN does for all products at once, each a group; so a 3x3 layer takes half the
-arithmetic, and what is combined before and after is a small matrix product over what is in the caches.
+transformed suitably: ``y = spread @ ((weigh @ w) * (collect @ x))``. Here ``*`` is itself a convolution, over the
+channels and along the columns, which oneDNN computes for all products at once, each as a group. So a 3x3 layer takes
+half the arithmetic, and the transforms before and after are small matrix products on data in the caches.
 
-Along one axis only: on both it would be a quarter, for four times the memory of the weights instead of twice, and
-with a larger error. A layer's rounding error is twice that of the plain form; FlowNet2's as a whole stays the same. In
-bfloat16 it does not pay, and what is combined would be rounded once more.
+It is applied along one axis only. Along both it would take a quarter of the arithmetic, but four times the memory for
+the weights instead of twice, and with a larger error. A layer's rounding error is twice that of the plain form;
+FlowNet2's as a whole stays the same. In bfloat16 it is not worthwhile, and the transformed values would be rounded once
+more.
 
 Toom (1963), Cook (1966) and Winograd (1980) found it; Lavin and Gray, "Fast Algorithms for Convolutional Neural
 Networks" (CVPR 2016), brought it to networks.
@@ -28,11 +29,11 @@ from flowreel.engine.compiled.buffers import apart
 from flowreel.engine.compiled.onednn import PackedConvolution
 from flowreel.engine.models.layers import SLOPE
 
-TILE = 4  # outputs at once, of each kind: six products for three taps. More is less exact, fewer saves less
+TILE = 4  # outputs at once, of each kind: six products for three taps. More is less exact, fewer save less
 POINTS = (0.0, 1.0, -1.0, 0.5, -0.5)  # where the polynomials are evaluated; powers of two are exact
-BLOCK = 16  # channels of a group come in multiples of what a vector register holds
-NARROWEST = 64  # channels in and out; below it combining takes longer than it saves
-WIDEST = 512 * 512  # inputs times outputs; above it the layer waits for its weights, which here are twice as many
+BLOCK = 16  # a group's channels are padded to a multiple of what a vector register holds
+NARROWEST = 64  # channels in and out; with fewer, the transforms take longer than they save
+WIDEST = 512 * 512  # inputs times outputs; above it reading the weights, here twice as large, is the bottleneck
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,12 @@ class Filtering:
     weigh: np.ndarray  # (products, taps)
     collect: np.ndarray  # (products, inputs)
     constant: np.ndarray  # (products,): what to add to the products so that every output grows by one
-    before: int  # how many of the inputs lie left of the tile's own
+    before: int  # inputs of a tile to the left of its own
     step: int  # inputs from one tile to the next
 
 
 def filtering(kernel: int, stride: int) -> Filtering | None:
-    """For a layer's rows, if there is one: of 3x3 layers, and of 5x5 layers that halve."""
+    """The filtering of a layer's rows: for 3x3 layers and for 5x5 layers of stride 2; None for others."""
     if (kernel, stride) == (3, 1):
         spread, weigh, collect = minimal(TILE, 3)
         return Filtering(spread, weigh, collect, _where_one(len(collect)), 1, TILE)
@@ -58,9 +59,9 @@ def filtering(kernel: int, stride: int) -> Filtering | None:
 
 
 def minimal(outputs: int, taps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(spread, weigh, collect) of ``y[i] = sum_k w[k] x[i + k]``, with as few products as there can be.
+    """(spread, weigh, collect) of ``y[i] = sum_k w[k] x[i + k]``, with the fewest products possible.
 
-    The transpose of Toom and Cook's product of polynomials, evaluated at ``POINTS`` and at infinity.
+    The transpose of the Toom-Cook multiplication of polynomials, evaluated at ``POINTS`` and at infinity.
     """
     products = outputs + taps - 1
     points = POINTS[: products - 1]
@@ -76,14 +77,14 @@ def minimal(outputs: int, taps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 def _where_one(products: int) -> np.ndarray:
-    """The product at the point one goes into all outputs alike."""
+    """Selects the product at the point 1, which contributes equally to all outputs."""
     constant = np.zeros(products)
     constant[POINTS.index(1.0)] = 1
     return constant
 
 
 def _halving() -> Filtering:
-    """Five taps, every second output: three taps on the even inputs and two on the odd ones."""
+    """Five taps at stride 2: three taps on the even inputs and two on the odd ones."""
     (spread3, weigh3, collect3), (spread2, weigh2, collect2) = minimal(TILE, 3), minimal(TILE, 2)
     even, odd = len(collect3), len(collect2)
     weigh, collect = np.zeros((even + odd, 5)), np.zeros((even + odd, 2 * TILE + 3))
@@ -94,10 +95,10 @@ def _halving() -> Filtering:
 
 
 class Winograd:
-    """A layer by minimal filtering of its rows; called as ``PackedConvolution`` is, and equal to it up to rounding."""
+    """A layer by minimal filtering of its rows; called like ``PackedConvolution``, equal to it up to rounding."""
 
     def __init__(self, by: Filtering, weight: Tensor, bias: Tensor | None, stride: int, *, leaky: bool) -> None:
-        """``weight`` and ``bias`` as torch's layer has them, float32; ``stride`` of the columns."""
+        """``weight``, ``bias``: as in torch's layer, float32. ``stride``: that of the layer."""
         self._by, self._leaky = by, leaky
         self._spread, self._collect = (torch.from_numpy(matrix).float()[None] for matrix in (by.spread, by.collect))
         self._outputs, self._inputs, height, _ = weight.shape
@@ -111,12 +112,12 @@ class Winograd:
         if bias is not None:
             constant[:, : self._outputs] = torch.from_numpy(by.constant).float()[:, None] * bias
         self._multiply = PackedConvolution(weighed.flatten(0, 1), constant.flatten(), (stride, 1), 0, groups=products)
-        channels = products * max(self._held_outputs, self._held_inputs * stride)  # one row of output needs `stride`
-        self.bytes_a_pixel = channels * weight.itemsize // len(by.spread)  # of output, in between
+        channels = products * max(self._held_outputs, self._held_inputs * stride)  # `stride` input rows a row
+        self.bytes_a_pixel = channels * weight.itemsize // len(by.spread)  # of output: the larger intermediate
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None, stride: int, *, transposed: bool, leaky: bool) -> Winograd | None:
-        """For a layer that gains by it."""
+        """None where this form would be no faster."""
         by = None if transposed else filtering(weight.shape[2], stride)
         channels = weight.shape[:2]
         if by is None or weight.dtype != torch.float32 or min(channels) < NARROWEST or math.prod(channels) > WIDEST:
@@ -124,13 +125,13 @@ class Winograd:
         return cls(by, weight, bias, stride, leaky=leaky)
 
     def for_another_size(self) -> Winograd:
-        """The same weights; what it settles for the sizes it meets goes when it goes."""
+        """Shares the weights; what is cached for the input sizes it meets is its own and is freed with it."""
         other = copy(self)
         other._multiply = self._multiply.for_another_size()
         return other
 
     def __call__(self, x: Tensor, rows: int) -> Tensor:
-        """``x``: (B, C, H, W), channels last; ``rows`` of padding above and below."""
+        """``x``: (B, C, H, W), channels last; ``rows``: of padding, above and below."""
         width = -(-x.shape[3] * len(self._by.spread) // self._by.step)
         lacking = -x.shape[3] % self._by.step
         tiles = self._tiles(F.pad(x, (0, lacking)) if lacking else x)
@@ -146,7 +147,7 @@ class Winograd:
         return y[:, : self._outputs, :, :width]
 
     def _tiles(self, x: Tensor) -> Tensor:
-        """(B, H, tiles, inputs of a tile, channels): what each tile of outputs is made of, zeros at the borders."""
+        """(B, H, tiles, inputs of a tile, channels): the inputs of each tile of outputs, zeros beyond the borders."""
         before, step, inputs = self._by.before, self._by.step, self._by.collect.shape[1]
         batch, channels, height, width = x.shape
         count = width // step
