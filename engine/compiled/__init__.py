@@ -160,7 +160,7 @@ def compile(model: nn.Module, shape: Shape, precision: str = "auto") -> Compiled
     Args:
         model: a network as ``load_model`` returns it, on the device it is to run on. It is neither changed nor kept
             alive. BatchNorm is taken in its evaluation form. Only the six unmodified networks have a faster form;
-            of a subclass, or a network with your own layers or hooks, a copy is run as it is.
+            of a subclass, or a network with your own layers or hooks, a copy is run instead.
         shape: (B, H, W): pairs in a batch, and their height and width in pixels, multiples of 64.
         precision: ``auto`` (fp32 on a CPU, fp16 on a GPU), ``fp32``, ``bf16``; on a GPU also ``tf32`` and ``fp16``.
             Half types differ from fp32 by at most .05 px on average; coordinates and flow are float32 in all of them.

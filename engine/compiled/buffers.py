@@ -16,7 +16,7 @@ SMALLEST = 8 << 20  # bytes; smaller blocks are reused by the C library itself
 def apart(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Zeros in a memory mapping of their own, returned to the system as soon as the last view of them is gone.
 
-    For large tensors that are freed before later allocations: the C library would keep such memory for itself.
+    For large tensors that are freed while later ones live on: the C library would keep such memory for itself.
     """
     size = math.prod(shape) * dtype.itemsize
     if size < mmap.PAGESIZE:

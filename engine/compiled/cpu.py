@@ -33,7 +33,7 @@ from flowreel.engine.models.stacks import (
 )
 from flowreel.kernels import channel_norm, correlation
 
-GROUP_PIXELS = 1 << 19  # at a time: one pair of 1024x448, four of 256x512. More at once is no faster
+GROUP_PIXELS = 1 << 19  # of a frame, at a time: one pair of 1024x448, four of 256x512. More at once is no faster
 _DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -201,7 +201,7 @@ def fuse(layers: Layers, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class CpuProgram:
-    """The network for frames of one size. Each layer prepares for that size on the first call."""
+    """The network for frames of one size. Each layer prepares for an input size when it first meets it."""
 
     kind: type[nn.Module]
     layers: Layers

@@ -19,7 +19,7 @@ Thing = TypeVar("Thing")
 
 _WARM_UPS = 3  # in the first, kernels load and cuDNN chooses and allocates; the third is like all later ones
 PRIORITY = -1  # of captured work, used by nobody else: of each priority torch has 32 streams and hands them out in turn
-_capturing = OneAtATime()  # for all threads: torch synchronises the device before a capture, which breaks any other
+_capturing = OneAtATime()  # in any thread: torch synchronises the device before a capture, which breaks any other
 
 
 def captured(work: Callable[[], None], device: torch.device) -> Callable[[], None]:

@@ -1,7 +1,7 @@
 """Flow heads on padded half-precision maps, by our own kernel, which includes the smoothing layer before some heads.
 
-Maps and weights are rounded to half precision as in other layers; sums and the flow are float32. Half
-precision for the flow itself would cost .04 px at 40 px of motion.
+Maps and weights are rounded to half precision as in other layers; sums and the flow are float32. Half precision for the
+flow itself would cost .04 px at 40 px of motion.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ class Winograd:
         if bias is not None:
             constant[:, : self._outputs] = torch.from_numpy(by.constant).float()[:, None] * bias
         self._multiply = PackedConvolution(weighed.flatten(0, 1), constant.flatten(), (stride, 1), 0, groups=products)
-        channels = products * max(self._held_outputs, self._held_inputs * stride)  # `stride` input rows a row
+        channels = products * max(self._held_outputs, self._held_inputs * stride)  # `stride` input rows per row
         self.bytes_a_pixel = channels * weight.itemsize // len(by.spread)  # of output: the larger intermediate
 
     @classmethod

@@ -31,7 +31,7 @@ def model_name(name: str) -> str:
     """The canonical spelling of a model's name, whatever its case.
 
     Raises:
-        UsageError: no model goes by that name.
+        UsageError: no model of that name.
     """
     for known in MODELS:
         if known.lower() == name.lower():
@@ -48,7 +48,7 @@ def build_model(name: str, *, batch_norm: bool = False, width: float = 1.0) -> n
         width: factor on every layer's channels; 1.0 is the published network.
 
     Raises:
-        UsageError: unknown name, or a width that leaves no network.
+        UsageError: an unknown name, or a width outside 0.01 to 4.
     """
     if not 0.01 <= width <= 4:
         raise UsageError(f"width must lie between 0.01 and 4, got {width}")

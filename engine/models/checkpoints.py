@@ -1,7 +1,7 @@
-"""The published FlowNet2 checkpoints: where each is to be had, how large it is, its sha256, and under what terms.
+"""The published FlowNet2 checkpoints: their sources, sizes, sha256 and licence.
 
-They were trained by the authors of FlowNet 2.0 and converted by NVIDIA for flownet2-pytorch. None is shipped; what
-``flowreel weights download`` fetched lies in ``cache_folder("weights")``.
+They were trained by the authors of FlowNet 2.0 and converted by NVIDIA for flownet2-pytorch. None is shipped;
+``flowreel weights download`` puts them into ``cache_folder("weights")``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from flowreel.engine.data import JSON
 from flowreel.engine.errors import UsageError
 from flowreel.engine.files import cache_folder
 
-BASELINE = "baseline"  # the shipped weights' name; they are no download
+BASELINE = "baseline"  # the shipped weights' name; there is nothing to download
 RESEARCH_ONLY = "research only; commercial use needs the consent of FlowNet2's authors (Ilg et al., CVPR 2017)"
 LICENCE_URL = "https://drive.google.com/file/d/1R5byo1qLKAFfkPRTM_Ozc8xQoYX7Igv4/view"
 LICENCE_TEXT = f"""\
@@ -26,40 +26,40 @@ Networks", CVPR 2017. The licence itself, which is what counts: {LICENCE_URL}"""
 
 @dataclass(frozen=True)
 class Source:
-    """One place a checkpoint can be had from."""
+    """One place to download a checkpoint from."""
 
     label: str  # for messages
     url: str
-    asks_first: bool = False  # may answer with a page that wants a click before it gives the file, as Drive does
-    page: str = ""  # what to open in a browser when all else fails; empty: the url
+    asks_first: bool = False  # may first answer with a page that asks for confirmation, as Drive does
+    page: str = ""  # to open in a browser when all else fails; empty: the url
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """One published file."""
 
-    name: str  # what --weights and download take, in any case, with or without its hyphens
+    name: str  # as --weights and download accept it, in any case, with or without hyphens
     model: str  # the network it holds
     file_name: str
-    about_bytes: int  # as its README tells, in whole MiB
-    size_bytes: int | None  # exactly; None: nobody has written it down
+    about_bytes: int  # as in flownet2-pytorch's README, in whole MiB
+    size_bytes: int | None  # exact; None: not known from any source
     sha256: str | None  # None: likewise
     sources: tuple[Source, ...]  # in the order they are tried
     licence: str = RESEARCH_ONLY
 
     @property
     def most_bytes(self) -> int:
-        """More than this is not the file."""
+        """A file larger than this is not the checkpoint."""
         return 2 * self.about_bytes if self.size_bytes is None else self.size_bytes
 
     @property
     def path(self) -> Path:
-        """Where its download lies, or would."""
+        """The download's path, whether or not it exists."""
         return cache_folder("weights") / self.file_name
 
     @property
     def downloaded(self) -> bool:
-        """Whether a file that may be it is there; its sha256 is checked when it is read."""
+        """Whether ``path`` is a file, of the right size if that is known; the sha256 is checked when it is read."""
         return self.path.is_file() and self.size_bytes in (None, self.path.stat().st_size)
 
 
@@ -86,9 +86,9 @@ def _published(
     return Checkpoint(name, model, f"{name}_checkpoint.pth.tar", about_mib << 20, size_bytes, sha256, sources)
 
 
-# Drive ids: README of NVIDIA/flownet2-pytorch since March 2026, then the one before it. Exact sizes and sha256: one
-# source, the Git-LFS pointers of a repository that kept copies. Files elsewhere are listed only where they are the
-# same file; ptlflow's, say, are the same numbers in another one.
+# Drive ids: from NVIDIA/flownet2-pytorch's README since March 2026, then from the one before. Exact sizes and sha256:
+# from a single source, the Git LFS pointers of a repository that kept copies. Files elsewhere are listed only if
+# identical; ptlflow's, for example, hold the same numbers in a different file.
 CHECKPOINTS = (
     _published(
         "FlowNet2",
@@ -148,7 +148,7 @@ def find_checkpoint(name: str) -> Checkpoint | None:
 
 
 def checkpoint(name: str) -> Checkpoint:
-    """The same. Raises UsageError listing the names there are."""
+    """Like ``find_checkpoint``, but raises UsageError listing the known names."""
     known = find_checkpoint(name)
     if known is None:
         names = ", ".join(known.name for known in CHECKPOINTS)
@@ -158,15 +158,15 @@ def checkpoint(name: str) -> Checkpoint:
 
 
 def checkpoint_of(sha256: str) -> Checkpoint | None:
-    """The checkpoint a file with this sha256 is; None when it is none of those whose hash is known."""
+    """The checkpoint with this sha256; None when it is none of those whose hash is known."""
     return next((known for known in CHECKPOINTS if known.sha256 == sha256), None)
 
 
 def published() -> list[dict[str, JSON]]:
-    """The table in plain values.
+    """The table as plain values.
 
-    Each has ``name``, ``model``, ``licence``, ``sha256`` and ``size_bytes`` (None: nobody has written them down),
-    ``about_bytes``, ``shipped``, ``downloaded``, and ``path``, where it is downloaded to.
+    Each has ``name``, ``model``, ``licence``, ``sha256`` and ``size_bytes`` (None: not known), ``about_bytes``,
+    ``shipped``, ``downloaded``, and ``path``, where it is downloaded to.
     """
     return [
         {
@@ -185,7 +185,7 @@ def published() -> list[dict[str, JSON]]:
 
 
 def file_sha256(path: Path) -> str:
-    """In hexadecimal, reading a little at a time."""
+    """In hexadecimal. Reads the file in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

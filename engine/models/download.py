@@ -1,8 +1,8 @@
-"""Fetches a published checkpoint: several sources in turn, resumed where it broke off, checked before it has a name.
+"""Downloads a published checkpoint: tries several sources in turn, resumes where it broke off, checks before renaming.
 
-The bytes gather in ``NAME.partial`` beside the destination, which is renamed only when size and sha256 are right (or,
-where nobody has written the sha256 down, when the file loads as the network it should hold). A source fails in one of
-two ways: ``Broken`` may work when tried again, ``Gone`` will not, and the next one gets its turn.
+The bytes are collected in ``NAME.partial`` beside the destination, which is renamed only when size and sha256 are right
+(or, if the sha256 is not known, when the file loads as the network it should hold). A source fails in one of two ways:
+after ``Broken`` it is tried again, after ``Gone`` the next source is.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ if TYPE_CHECKING:
     from http.client import HTTPResponse
 
 CHUNK_BYTES = 1 << 18
-GAIN_BYTES = 1 << 20  # a connection that brought this much was worth its while: the tries start anew
+GAIN_BYTES = 1 << 20  # a connection that brought this much resets the count of failed tries
 
 PUBLISHED_WIDTH = 1.0  # of every published network
 
 MANNERS = Manners()
 
-Show = Callable[[int, int | None], None]  # bytes there, bytes of the whole file (None: not known)
+Show = Callable[[int, int | None], None]  # bytes received, bytes of the whole file (None: not known)
 Tell = Callable[[str], None]
 
 
@@ -61,20 +61,20 @@ def download(
     tell: Tell = lambda line: None,
     manners: Manners | None = None,
 ) -> Path:
-    """Fetches a checkpoint and gives back where it lies, checked.
+    """Downloads a checkpoint and returns its path, with the file checked.
 
     Args:
         output: a file, or a folder to put it into; None: the cache folder, where ``--weights NAME`` finds it.
-        overwrite: fetch again even if it is there, and replace what is there.
-        show: called with (bytes there, bytes of the whole or None) after every piece.
-        tell: called with a line for a person: which source, what broke, what was checked.
+        overwrite: download again even if the file exists, and replace it.
+        show: called with (bytes received, bytes of the whole file or None) after every piece.
+        tell: called with a line for the user: which source, what failed, what was checked.
         manners: None: ``MANNERS``.
 
     Raises:
-        UsageError: a file name that is not for this kind of file.
+        UsageError: a ``.safetensors`` file name; checkpoints are ``.pth.tar``.
         DownloadError: no source gave the right bytes; says what each of them did, and what to do by hand.
         OutputExistsError: another file is there already.
-        OutputWriteError: the file cannot be written. What has come so far stays in ``.partial``, to be resumed.
+        OutputWriteError: the file cannot be written. The bytes so far stay in ``.partial``, to be resumed.
     """
     path = checkpoint.path if output is None else Path(output)
     path = path / checkpoint.file_name if path.is_dir() else path
@@ -115,7 +115,7 @@ def _by_hand(checkpoint: Checkpoint, refusals: list[str]) -> str:
 
 
 def _what_is_wrong(checkpoint: Checkpoint, path: Path) -> str | None:
-    """None when the file is the checkpoint, as far as anybody can tell; else what was expected and what is there."""
+    """None when the file is the checkpoint, as far as can be checked; else what was expected and what was found."""
     if not path.is_file():
         return "it is no file"
     size_bytes = path.stat().st_size
@@ -137,10 +137,10 @@ def _what_is_wrong(checkpoint: Checkpoint, path: Path) -> str | None:
 
 
 class _Partial:
-    """The bytes so far, in ``NAME.partial``. One process at a time.
+    """The bytes so far, in ``NAME.partial``, locked for one process at a time.
 
-    ``origin`` says where they came from: (source, what the server calls this version of it). Bytes of an unknown
-    origin may be continued only where a sha256 will tell whether they fit together.
+    ``origin``: where they came from, (source, the server's version of the file: an ETag or date). Bytes of unknown
+    origin may be continued only if the sha256 is known, which shows whether the pieces fit together.
     """
 
     def __init__(self, path: Path, temporary: Path, file: IO[bytes]) -> None:
@@ -175,7 +175,7 @@ class _Partial:
         self.size += len(piece)
 
     def restart(self) -> None:
-        """Forgets all bytes."""
+        """Discards all bytes."""
         with _write_errors(self.path):
             self._file.truncate(0)
         self.size, self.origin = 0, None
@@ -184,7 +184,7 @@ class _Partial:
         with _write_errors(self.path):
             os.fsync(self._file.fileno())
             self.temporary.replace(self.path)
-        self.size = -1  # nothing of it is left under the temporary name
+        self.size = -1  # nothing is left under the temporary name
 
 
 @contextmanager
@@ -210,7 +210,7 @@ class _Fetch:
         self.web = Web(manners)
 
     def run(self) -> None:
-        """Leaves the whole, right file in ``partial``. Raises Gone; wrong bytes are then forgotten."""
+        """Leaves the complete, checked file in ``partial``. Raises Gone; wrong bytes are then discarded."""
         inherited = self._resumable() > 0
         self._receive_all()
         wrong = _what_is_wrong(self.checkpoint, self.partial.temporary)
@@ -238,7 +238,7 @@ class _Fetch:
                 self.manners.sleep(pause_s)
 
     def _receive(self) -> None:
-        """Everything from where ``partial`` ends. Raises Broken when less came, Gone when it is another file."""
+        """Receives the bytes that ``partial`` lacks. Raises Broken if fewer came, Gone if it is another file."""
         offset = self._resumable()
         if offset == self.checkpoint.size_bytes:
             return
@@ -246,7 +246,7 @@ class _Fetch:
         with closing(self._open(offset, version)) as reply:
             start, whole = span_of(reply)
             self._require_possible(whole)
-            if start != offset:  # a server that ignores the range, or has another version of the file by now
+            if start != offset:  # the server ignores ranges, or now has another version of the file
                 self.partial.restart()
             if start not in (0, offset):
                 raise Broken(f"asked for the bytes from {offset}, got those from {start}")
@@ -273,7 +273,7 @@ class _Fetch:
             self.show(self.partial.size, whole)
 
     def _open(self, offset: int, version: str) -> HTTPResponse:
-        """A reply that is the file. Drive answers large files with a page first, whose form leads to the file."""
+        """A reply whose body is the file. For large files Drive first sends a page, whose form leads to the file."""
         try:
             if not self.source.asks_first:
                 reply = self.web.get(self.source.url, offset, version)
@@ -301,7 +301,7 @@ class _Fetch:
         return urljoin(url, page.target)
 
     def _resumable(self) -> int:
-        """How many of the bytes that are there may stay. Where they may not, they are forgotten."""
+        """The number of bytes to resume from. Discards bytes that cannot be continued from this source."""
         size, known = self.partial.size, self.checkpoint.size_bytes
         same = self.partial.origin is not None and self.partial.origin[0] == self.source and self.partial.origin[1]
         fits = known is None or size <= known
@@ -310,7 +310,7 @@ class _Fetch:
         return self.partial.size
 
     def _require_possible(self, whole: int | None) -> None:
-        """Another length than the file's is another file: not worth fetching."""
+        """Refuses a reply of the wrong length: it is another file."""
         known, most = self.checkpoint.size_bytes, self.checkpoint.most_bytes
         if whole is not None and known is not None and whole != known:
             raise Gone(f"offers another file: expected {known} bytes, got {whole}")

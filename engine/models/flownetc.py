@@ -9,12 +9,12 @@ from torch.nn import functional as F
 from flowreel.engine.models.layers import SLOPE, Refiner, conv, initialise, scaled
 from flowreel.kernels import correlation
 
-REACH = 10  # displacements each way, 2 pixels of 1/8 resolution apart: 16 pixels of the frame
+REACH = 10  # displacements each way, 2 pixels apart at 1/8 resolution (16 pixels of the frame)
 DISPLACEMENTS = (2 * REACH + 1) ** 2
 
 
 class FlowNetC(Refiner):
-    """Alone it is FlowNet2C; ``predict`` is what the stacks call."""
+    """Used alone it is FlowNet2C; the stacks call its ``predict``."""
 
     def __init__(self, *, batch_norm: bool = False, width: float = 1.0) -> None:
         super().__init__(width)
@@ -43,7 +43,7 @@ class FlowNetC(Refiner):
         return conv2_first, conv3_first, correlation(conv3_first, conv3_second)
 
     def decode(self, conv2_first: Tensor, conv3_first: Tensor, costs: Tensor) -> tuple[Tensor, ...]:
-        """What ``match`` gives to (flow2, ..., flow6) in pixels / 20."""
+        """The result of ``match`` to (flow2, ..., flow6) in pixels / 20."""
         matched = F.leaky_relu(costs, SLOPE)
         conv3 = self.conv3_1(torch.cat((self.conv_redir(conv3_first), matched), 1))
         conv4 = self.conv4_1(self.conv4(conv3))

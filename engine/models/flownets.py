@@ -8,7 +8,7 @@ from flowreel.engine.models.layers import Refiner, conv, initialise, scaled
 
 
 class FlowNetS(Refiner):
-    """Alone (6 input channels) it is FlowNet2S; with 12 it refines another network's flow inside the stacks."""
+    """Used alone (6 input channels) it is FlowNet2S; with 12 it refines another network's flow inside the stacks."""
 
     def __init__(self, *, batch_norm: bool = False, width: float = 1.0, input_channels: int = 6) -> None:
         super().__init__(width, upsampled_bias=False)

@@ -1,4 +1,4 @@
-"""FlowNetSD: a FlowNetS for small displacements: smaller kernels, a smoothed decoder (Ilg et al., CVPR 2017)."""
+"""FlowNetSD: FlowNetS for small displacements, with smaller kernels and a smoothed decoder (Ilg et al., CVPR 2017)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from flowreel.engine.models.layers import Refiner, conv, initialise, scaled
 
 
 class FlowNetSD(Refiner):
-    """Alone it is FlowNet2SD; ``predict`` is what FlowNet2 calls."""
+    """Used alone it is FlowNet2SD; FlowNet2 calls its ``predict``."""
 
     def __init__(self, *, batch_norm: bool = False, width: float = 1.0) -> None:
         super().__init__(width, smooth=True, batch_norm=batch_norm)

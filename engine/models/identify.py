@@ -1,4 +1,4 @@
-"""Which network weights are of, told from their tensors' names and shapes alone, so that nobody has to say."""
+"""Identifies the network that weights belong to from tensor names and shapes alone, so that users need not name it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flowreel.engine.models.weight_files import MOST_SHOWN
 
 # Which sub-network's prefix marks which stack, longest stack first.
 STACKS = (("flownetfusion.", "FlowNet2"), ("flownets_2.", "FlowNet2CSS"), ("flownets_1.", "FlowNet2CS"))
-# What of a stack each smaller model is: (prefix in the stack, prefix in the model).
+# The parts of a stack that form each smaller model: (prefix in the stack, prefix in the model).
 PARTS = {
     "FlowNet2C": (("flownetc.", ""),),
     "FlowNet2CS": (("flownetc.", "flownetc."), ("flownets_1.", "flownets_1.")),
@@ -26,10 +26,10 @@ SERVES = {
 
 
 def identify(state: Mapping[str, Tensor], name: str) -> tuple[str, bool, float]:
-    """(model, BatchNorm, width) told from tensor names and shapes.
+    """(model, BatchNorm, width), derived from tensor names and shapes.
 
     Raises:
-        WeightsMismatchError: the names are of no FlowNet2 network, or it is a part of a stack alone.
+        WeightsMismatchError: the names fit no FlowNet2 network, or a refining part of a stack without the rest.
     """
     model = next((stack for prefix, stack in STACKS if any(key.startswith(prefix) for key in state)), None)
     prefix = "" if model is None else "flownetc."

@@ -1,7 +1,7 @@
 """The building blocks every FlowNet shares, and the two scale changes of their inputs and outputs.
 
-State-dict keys follow flownet2-pytorch: a convolution is a ``Sequential`` whose ``0`` is the convolution and whose
-``1``, where BatchNorm is on, the normalisation. Networks: Fischer et al., "FlowNet" (ICCV 2015), and Ilg et al.,
+State-dict keys follow flownet2-pytorch: a layer is a ``Sequential`` whose ``0`` is the convolution and whose ``1``,
+with BatchNorm, is the normalisation. Networks: Fischer et al., "FlowNet" (ICCV 2015), and Ilg et al.,
 "FlowNet 2.0" (CVPR 2017).
 """
 
@@ -17,7 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 FLOW_SCALE = 20.0  # networks predict pixels / 20, so that predictions are of order one
 RGB_MAX = 255.0
-SLOPE = 0.1  # of every LeakyReLU
+SLOPE = 0.1  # negative slope of every LeakyReLU
 STRIDE = 64  # six halvings: heights and widths are multiples of this
 
 Upsampling = Literal["bilinear", "nearest"]
@@ -29,7 +29,7 @@ def scaled(channels: int, width: float) -> int:
 
 
 def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, *, batch_norm: bool = False) -> nn.Sequential:
-    """Convolution + LeakyReLU; with BatchNorm in between, which then replaces the convolution's bias."""
+    """Convolution + LeakyReLU. With ``batch_norm``, BatchNorm between the two replaces the convolution's bias."""
     layers: list[nn.Module] = [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=not batch_norm)]
     if batch_norm:
         layers.append(nn.BatchNorm2d(outputs))
@@ -52,8 +52,8 @@ def deconv(inputs: int, outputs: int) -> nn.Sequential:
 class FlowHead(nn.Conv2d):
     """3x3 convolution to two channels: flow in pixels / 20 of the full frame, at this level's resolution.
 
-    Always float32 or more, whatever autocast says and the weights are: half precision costs .04 px here at 40 px of
-    motion.
+    Always computed in float32 or wider, whatever autocast and the weights' dtype: half precision costs .04 px here at
+    40 px of motion.
     """
 
     def __init__(self, inputs: int) -> None:
@@ -68,7 +68,7 @@ class FlowHead(nn.Conv2d):
 
 
 class UpsampledFlow(nn.ConvTranspose2d):
-    """Learned doubling of a flow field, without activation; flow comes wider than half weights are."""
+    """Learned 2x upsampling of a flow field, without activation. Casts the flow, float32, to the weights' dtype."""
 
     def __init__(self, bias: bool = True) -> None:
         super().__init__(2, 2, 4, 2, 1, bias=bias)
@@ -84,7 +84,7 @@ def normalise(first: Tensor, second: Tensor) -> Tensor:
         first, second: (B, 3, H, W) float, 0..255; H and W multiples of 64.
 
     Returns:
-        (B, 6, H, W): both frames less one mean per sample and channel *over the two together*, over 255.
+        (B, 6, H, W): both frames, minus one mean per sample and channel *over the two together*, divided by 255.
 
     Raises:
         ValueError: shapes differ, or are not multiples of 64.
@@ -99,7 +99,7 @@ def normalise(first: Tensor, second: Tensor) -> Tensor:
 
 
 def upsample(flow2: Tensor, mode: Upsampling) -> Tensor:
-    """A quarter-resolution field to full resolution, half-pixel centres as in Caffe; values are not changed."""
+    """A quarter-resolution field to full resolution, with half-pixel centres as in Caffe; values are not scaled."""
     if mode == "nearest":
         return F.interpolate(flow2, scale_factor=4, mode="nearest")
     return F.interpolate(flow2, scale_factor=4, mode="bilinear", align_corners=False)
@@ -111,14 +111,14 @@ def to_pixels(flow2: Tensor, mode: Upsampling) -> Tensor:
 
 
 class Refiner(nn.Module):
-    """The coarse-to-fine decoder that FlowNetC, FlowNetS and FlowNetSD share, and how they are called alone.
+    """The coarse-to-fine decoder that FlowNetC, FlowNetS and FlowNetSD share, and their interface when used alone.
 
-    From level 6 (1/64) to level 2 (1/4) it predicts flow, and hands the next level its upsampled features and flow
-    beside the encoder's own features: concat(skip, deconv, upsampled flow). FlowNetSD predicts from an extra
-    convolution of that concatenation (``inter_conv``).
+    It predicts flow at each level from 6 (1/64) to 2 (1/4). The next finer level's input is
+    concat(skip, deconv, upsampled flow): the encoder's features there, then the upsampled features and flow.
+    FlowNetSD predicts from an extra convolution of that concatenation (``inter_conv``).
     """
 
-    final: Upsampling = "bilinear"  # how the last, quarter-resolution prediction is brought to full size
+    final: Upsampling = "bilinear"  # of the last, quarter-resolution prediction to full resolution
 
     def __init__(self, width: float, *, upsampled_bias: bool = True, smooth: bool = False, batch_norm: bool = False):
         super().__init__()
@@ -167,8 +167,8 @@ class Refiner(nn.Module):
 def initialise(model: nn.Module) -> None:
     """He initialisation for LeakyReLU, zero biases; flow heads start at almost no motion.
 
-    Heads that start as loud as the rest make the first steps silence the features to silence the noise, and a
-    correlation of silent features gives no gradient to come back from.
+    Heads initialised at full scale predict noise, which the first steps suppress by driving the features to zero; and a
+    correlation of zero features has no gradient from which training could recover.
     """
     for module in model.modules():
         if isinstance(module, FlowHead):
@@ -186,7 +186,7 @@ def initialise(model: nn.Module) -> None:
 
 
 def folded_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state_dict of the same network without BatchNorm, which computes the same in evaluation mode."""
+    """The state_dict with BatchNorm folded into the convolutions: the same network in evaluation mode."""
     state = model.state_dict()
     for name, module in model.named_modules():
         if not (isinstance(module, nn.Sequential) and len(module) > 1):

@@ -1,8 +1,8 @@
-"""What a pickle would build, told from its instructions without carrying out any.
+"""Checks what a pickle would build, from its instructions, without executing any.
 
 torch's weights-only unpickler calls nothing dangerous, but builds whatever it is told to. A hundred bytes that put a
-tuple twice into a tuple, sixty times over, and use the outcome as a key make it hash for ever: instructions are few,
-what they unfold to is not. So they are counted out first, on a stack of sizes instead of values.
+tuple twice into a tuple, sixty times over, and use the result as a key make it hash for ever: few instructions can
+expand to an enormous value. So they are simulated first, on a stack of sizes instead of values.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from typing import BinaryIO
 
 import torch
 
-# FlowNet2's 220 tensors and twice as many of an optimiser take 30,000 instructions, unfold to as many values, and lie
-# six deep.
+# FlowNet2's 220 tensors and twice as many of an optimiser take 30,000 instructions, expand to as many values, and are
+# nested six deep.
 MOST_INSTRUCTIONS = 1_000_000
-MOST_VALUES = 1_000_000  # in one value, what it shares counted each time it occurs
+MOST_VALUES = 1_000_000  # within one value; a shared part counts each time it occurs
 MOST_WORK = 10_000_000  # values hashed, copied or handed to functions
 MOST_DEPTH = 100
-MOST_BYTES = 32 << 20  # of all pickles of a checkpoint; optimiser and all have some megabytes
+MOST_BYTES = 32 << 20  # of all pickles of a checkpoint; with an optimiser they have a few megabytes
 TEXT_OF_ONE_VALUE = 16  # characters; longer text counts as several
 
-# Names that stand in checkpoints. torch allows more, among them some that make much of little (bytearray, Counter).
+# Names that occur in checkpoints. torch allows more, some of which build large values from small arguments (bytearray,
+# Counter).
 _NAMES = re.compile(
     r"torch\._utils\._rebuild_(tensor|tensor_v2|parameter)|torch\.(cuda\.)?\w+Storage|torch\.nn\.parameter\.Parameter"
     r"|torch\.storage\.(Typed|Untyped)Storage|torch\.(Size|device|bool|b?float\d+|u?int\d+|complex\d+)"
@@ -36,8 +37,8 @@ _NAMES = re.compile(
 _NUMBER_DTYPE = re.compile(r"[<>|=]?[fiub][1248]")
 
 _ZIP = b"PK\3\4"
-_PICKLE = b"\x80"  # of protocol 2 on, as every torch has written
-_LEGACY_PICKLES = 5  # magic number, version, system, the content itself, keys of storages; then come the tensors
+_PICKLE = b"\x80"  # since protocol 2, which every torch has written
+_LEGACY_PICKLES = 5  # magic number, version, system, the content itself, storage keys; the tensors follow
 
 _NEW = {"NONE", "NEWFALSE", "NEWTRUE", "BININT", "BININT1", "BININT2", "BINFLOAT", "LONG1"}
 _NEW |= {"EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET"}
@@ -46,26 +47,26 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 @dataclass(slots=True)
 class _Value:
-    """All that is known of a value that was not built."""
+    """A simulated value: what is known of it without building it."""
 
-    size: int = 1  # values it unfolds to, itself among them
-    depth: int = 1  # of values in values
+    size: int = 1  # values it expands to, including itself
+    depth: int = 1  # of nesting
     text: str = ""  # of a name or string
     named: bool = False  # by GLOBAL: a class or function
     parts: tuple[_Value, ...] = ()  # of a tuple
-    held: bool = False  # by another value
+    held: bool = False  # contained in another value
 
 
 def check_checkpoint(path: str | Path) -> None:
-    """Every pickle that ``torch.load`` would read of a file, as ``check_pickle`` does.
+    """Applies ``check_pickle`` to every pickle that ``torch.load`` would read from a file.
 
     Raises:
-        UnpicklingError, ValueError: see ``check_pickle``; the latter also for what is no checkpoint at all.
+        UnpicklingError, ValueError: see ``check_pickle``; the latter also for a file that is no checkpoint at all.
         RuntimeError: torch finds no pickle in it.
     """
     with open(path, "rb") as file:
         start = file.read(len(_ZIP))
-        if start == _ZIP:  # what torch looks at; it may hold other bytes for a zip file than zipfile does
+        if start == _ZIP:  # as torch decides; zipfile may disagree on what is a zip file
             file.seek(0)
             pickles = io.BytesIO(torch._C.PyTorchFileReader(file).get_record("data.pkl"))
             count = 1
@@ -80,12 +81,12 @@ def check_checkpoint(path: str | Path) -> None:
 
 
 def check_pickle(file: BinaryIO) -> None:
-    """Reads one pickle, from where ``file`` stands to its end, and looks at what loading it would take.
+    """Reads one pickle, from the file's current position, and checks what loading it would take.
 
     Raises:
-        UnpicklingError: it would take more than a checkpoint can need, call what no checkpoint names, or use an
-            instruction that torch does not know.
-        ValueError: it is cut or damaged.
+        UnpicklingError: it would take more than a checkpoint can need, call something no checkpoint names, or use an
+            instruction that torch does not support.
+        ValueError: it is truncated or damaged.
     """
     building = _Building()
     for count, (instruction, argument, _) in enumerate(pickletools.genops(file)):
@@ -98,7 +99,7 @@ def check_pickle(file: BinaryIO) -> None:
 
 
 class _Building:
-    """The unpickler's stack, marks and memo, of sizes."""
+    """The unpickler's stack, marks and memo, holding ``_Value`` instead of values."""
 
     def __init__(self) -> None:
         self._stack: list[_Value] = []
@@ -161,7 +162,7 @@ class _Building:
         return taken
 
     def _grow(self, added: list[_Value]) -> None:
-        """The value on top gets more to hold. Once another holds it that one's size would no longer be right."""
+        """Adds to the value on top of the stack. If another contains it, that one's size would become wrong."""
         for value in added:
             value.held = True
         if self._stack[-1].held:
@@ -199,7 +200,7 @@ def _known_name(name: str) -> str:
 
 
 def _check_call(called: _Value, given: _Value) -> None:
-    """Of the names there are, two would make much of little if given anything but numbers to make."""
+    """Two of the allowed names could build large values from small arguments; their arguments are restricted."""
     if not called.named:
         raise UnpicklingError("a call of what is no class or function")
     first, second = ([part.text for part in given.parts] + ["", ""])[:2]

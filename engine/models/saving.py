@@ -1,4 +1,4 @@
-"""Weights to files: our ``.safetensors``, and ``.pth.tar`` as flownet2-pytorch loads it; each to the other."""
+"""Writes weights as our ``.safetensors`` or as flownet2-pytorch's ``.pth.tar``, and converts between the two."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flowreel.engine.models.weight_files import METADATA_KEY, appearing
 from flowreel.engine.models.weights import Weights, read_weights
 
 CHECKPOINT_SUFFIXES = (".pth.tar", ".pth", ".pt", ".tar")
-NO_BEST_EPE = 1e10  # pixels; what NVIDIA's own checkpoints say where nothing was measured
+NO_BEST_EPE = 1e10  # pixels; NVIDIA's own value where nothing was measured
 
 
 def save_weights(
@@ -33,12 +33,12 @@ def save_weights(
     """Writes ``.safetensors`` with the model, width, licence and history in its metadata.
 
     Args:
-        path: appears whole or not at all, and replaces a file of that name; missing folders are created.
-        state: a network's state_dict; the model is told from it, and the width unless given.
+        path: written whole or not at all, replacing a file of that name; missing folders are created.
+        state: a network's state_dict, from which the model is identified, and the width unless given.
         half: store float16 (half the size; about 1e-3 relative error); loading gives float32 again.
 
     Raises:
-        WeightsMismatchError: the tensors are of no FlowNet2 network, or too large for float16.
+        WeightsMismatchError: the tensors fit no FlowNet2 network, or their values exceed float16's range.
         OutputWriteError: the file cannot be written.
     """
     from safetensors.torch import save
@@ -53,17 +53,17 @@ def save_weights(
     }
     tensors = {key: _halved(key, tensor) if half else _own(tensor) for key, tensor in state.items()}
     with appearing(Path(path)) as temporary:
-        # Not save_file, which makes files that nobody but their owner may read.
+        # Not save_file, which creates files that only their owner may read.
         temporary.write_bytes(save(tensors, metadata={"format": "pt", METADATA_KEY: json.dumps(about)}))
 
 
 def save_checkpoint(path: str | Path, weights: Weights) -> None:
     """Writes a ``.pth.tar`` that flownet2-pytorch loads: ``epoch``, ``state_dict``, ``best_EPE``, all float32.
 
-    Licence and history go along as JSON under a key of our own, which NVIDIA's code does not look at.
+    Licence and history are stored as JSON under a key of our own, which NVIDIA's code ignores.
 
     Raises:
-        OutputWriteError: the file cannot be written. It appears whole or not at all.
+        OutputWriteError: the file cannot be written. It is written whole or not at all.
     """
     trained = {key: weights.made_by[key] for key in ("arch", "epoch", "best_EPE") if key in weights.made_by}
     about = {"width": weights.width, "licence": weights.licence, "made_by": dict(weights.made_by)}
@@ -79,21 +79,21 @@ def save_checkpoint(path: str | Path, weights: Weights) -> None:
 
 
 def convert(source: str | Path, output: str | Path, *, half: bool = False, overwrite: bool = False) -> Weights:
-    """One kind of weights file to the other, which follows from ``output``'s name. float32 stays the same to the bit.
+    """Converts a weights file to the format that ``output``'s suffix names. float32 values are preserved bit for bit.
 
-    Licence and history are kept, and what it was converted from (name and sha256) is added to them.
+    Licence and history are kept, and the source's name and sha256 are appended to the history.
 
     Args:
-        source: as of ``read_weights``.
+        source: as for ``read_weights``.
         output: ``X.safetensors``, or ``X.pth.tar`` as flownet2-pytorch loads it.
-        half: float16 values, in ``.safetensors`` only.
-        overwrite: replace a file that is there.
+        half: store float16; ``.safetensors`` only.
+        overwrite: replace an existing file.
 
     Returns:
         The new file, read back.
 
     Raises:
-        UsageError: another ending, or half where it cannot be.
+        UsageError: another suffix, or ``half`` for a checkpoint.
         OutputExistsError, OutputWriteError, WeightsError: as their names say; nothing half-written remains.
     """
     path = Path(output)
@@ -117,7 +117,7 @@ def convert(source: str | Path, output: str | Path, *, half: bool = False, overw
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """On the CPU, dense, and sharing its memory with no other, as files want them; copied only where it must be."""
+    """On the CPU, dense and sharing memory with no other tensor, as files require; copied only if necessary."""
     dense = tensor.detach().cpu().contiguous()
     return dense if dense.untyped_storage().nbytes() == dense.nbytes else dense.clone()
 

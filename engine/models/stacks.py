@@ -2,7 +2,7 @@
 
 FlowNet2CS   C -> S
 FlowNet2CSS  C -> S -> S
-FlowNet2     C -> S -> S  and beside them SD, joined by the fusion network
+FlowNet2     C -> S -> S, and SD in parallel, joined by the fusion network
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SD_SCALE_IN_FLOWNET2 = 1 / FLOW_SCALE
 
 
 def warped_and_error(x: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
-    """The second frame seen through ``flow`` (B, 3, H, W), and how far it is from the first (B, 1, H, W)."""
+    """The second frame warped by ``flow`` (B, 3, H, W), and its brightness error against the first (B, 1, H, W)."""
     warped = warp(x[:, 3:], flow)
     return warped, channel_norm(x[:, :3] - warped)
 
@@ -33,11 +33,11 @@ def warped_and_error(x: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
 def refining_input(x: Tensor, flow: Tensor) -> Tensor:
     """(B, 6, H, W) frames and (B, 2, H, W) flow in pixels to the (B, 12, H, W) input of the next network."""
     warped, error = warped_and_error(x, flow)
-    return torch.cat((x, warped, flow / FLOW_SCALE, error), 1).to(x.dtype)  # flow may be wider than what it goes with
+    return torch.cat((x, warped, flow / FLOW_SCALE, error), 1).to(x.dtype)  # flow may be of a wider dtype than x
 
 
 class FlowNet2CS(nn.Module):
-    """C, refined once by S. ``final`` is how the last quarter-resolution prediction is brought to full size."""
+    """C, refined once by S. ``final``: how the last quarter-resolution prediction is upsampled to full resolution."""
 
     final: Upsampling = "bilinear"
 

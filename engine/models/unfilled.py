@@ -1,4 +1,4 @@
-"""Networks without values, for those whose values come from a file: no memory, no initialisation."""
+"""Builds networks whose values will come from a file, without allocating or initialising their tensors."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _FILLING = {"kaiming_uniform_", "kaiming_normal_", "uniform_", "normal_", "zeros
 
 @contextmanager
 def without_values() -> Iterator[None]:
-    """What is built inside lies on torch's meta device: shapes alone."""
+    """Modules built inside are on torch's meta device: shapes without values."""
     with _NoFilling(), torch.device("meta"):
         yield
 
 
 class _NoFilling(TorchFunctionMode):
-    """There is nothing to fill; torch would load its compiler to find that out, which takes a second."""
+    """Skips initialisers: they have nothing to fill, but make torch load its compiler, which takes a second."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -1,7 +1,7 @@
-"""Files over HTTP from servers that are slow, break off, or answer with a page: one GET, and what its reply says.
+"""Files over HTTP from servers that are slow, break off, or answer with a page: one GET, and how to read its reply.
 
-What goes wrong is one of three: ``Broken`` may work when tried again, ``Gone`` will not, and ``RangeRefused`` says
-that there are no bytes where more were asked for.
+Failures are of three kinds: ``Broken``, worth a retry; ``Gone``, not worth one; and ``RangeRefused``, when the file has
+no bytes from the requested offset on.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from urllib.request import HTTPCookieProcessor, HTTPRedirectHandler, Request, bu
 if TYPE_CHECKING:
     from http.client import HTTPResponse
 
-PAGE_BYTES = 1 << 20  # of an HTML page, where a file was expected
+PAGE_BYTES = 1 << 20  # read at most of an HTML page that came instead of a file
 
 
 @dataclass(frozen=True)
 class Manners:
-    """How patiently, and over what, files are asked for."""
+    """Time-outs, retries and allowed URL schemes."""
 
     timeout_s: float = 30  # of every connect and every read
-    tries: int = 5  # in a row, at one source, that bring nothing much
-    first_pause_s: float = 1  # before the second try; each next pause is twice as long
+    tries: int = 5  # consecutive tries at one source that bring little, before giving it up
+    first_pause_s: float = 1  # before the second try; doubles with each further one
     longest_pause_s: float = 30
     schemes: tuple[str, ...] = ("https",)
     sleep: Callable[[float], None] = time.sleep
 
     def pause_s(self, failed: int) -> float:
-        """Before the next try, after ``failed`` tries in a row."""
+        """The pause before the next try, after ``failed`` consecutive failures."""
         return min(self.first_pause_s * 2.0 ** (failed - 1), self.longest_pause_s)
 
 
@@ -48,22 +48,22 @@ class Broken(Exception):
 
 
 class Gone(Exception):
-    """This source does not have the file, or not for us."""
+    """This source does not have the file, or refuses it to us."""
 
 
 class RangeRefused(Exception):
-    """HTTP 416: there are no bytes from there on."""
+    """HTTP 416: the file has no bytes from that offset on."""
 
 
 class Web:
-    """GET over allowed schemes only, with cookies, time-outs and redirects; refusals sorted into Broken and Gone."""
+    """GET over allowed schemes only, with cookies, time-outs and redirects; failures raise one of the three above."""
 
     def __init__(self, manners: Manners) -> None:
         self.manners = manners
         self.opener = build_opener(_Redirects(manners.schemes), HTTPCookieProcessor())
 
     def get(self, url: str, offset: int = 0, version: str = "") -> HTTPResponse:
-        """The reply to a GET, from byte ``offset`` on if the file is still the ``version`` it was."""
+        """The reply to a GET: from byte ``offset`` on, or the whole file if it is no longer ``version``."""
         _require_scheme(url, self.manners.schemes)
         request = Request(url, headers={"User-Agent": f"flowreel/{_own_version()}", "Accept-Encoding": "identity"})
         if offset:
@@ -106,7 +106,7 @@ def _require_scheme(url: str, schemes: tuple[str, ...]) -> None:
 
 
 def _sort(error: HTTPError) -> NoReturn:
-    """A refusal becomes Broken when the server may think better of it, else Gone."""
+    """Raises RangeRefused for 416, Broken for statuses that may be temporary, else Gone."""
     said = f"HTTP {error.code} {error.reason}"
     if error.code == 416:
         raise RangeRefused from error
@@ -123,7 +123,7 @@ def is_page(reply: HTTPResponse | HTTPError) -> bool:
 
 
 def span_of(reply: HTTPResponse) -> tuple[int, int | None]:
-    """(first byte, bytes of the whole file) of a reply; None where the server does not say."""
+    """(first byte, size of the whole file in bytes) of a reply; the size is None if the server does not give it."""
     if reply.status == 206:
         told = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", reply.headers.get("Content-Range", "").strip())
         if told is None:
@@ -134,7 +134,7 @@ def span_of(reply: HTTPResponse) -> tuple[int, int | None]:
 
 
 def version_of(reply: HTTPResponse) -> str:
-    """What If-Range takes: a strong ETag, else the date of the last change; empty when there is neither."""
+    """The reply's validator for If-Range: a strong ETag, else Last-Modified; empty if there is neither."""
     tag: str = reply.headers.get("ETag", "")
     return tag if tag.startswith('"') else reply.headers.get("Last-Modified", "")
 
@@ -150,7 +150,7 @@ def read_page(reply: HTTPResponse | HTTPError) -> Page:
 
 
 class Page(HTMLParser):
-    """What an HTML page says, and where its download form leads."""
+    """The title and caption of an HTML page, and where its download form leads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ class Page(HTMLParser):
 
     @property
     def target(self) -> str | None:
-        """The url the page's confirmation leads to, perhaps relative; None when it offers none."""
+        """The URL of the page's confirmation form, perhaps relative; None if there is no such form."""
         if self._action is None or "confirm" not in self._fields:
             return None
         return f"{self._action}{'&' if '?' in self._action else '?'}{urlencode(self._fields)}"

@@ -1,7 +1,7 @@
-"""Weights files as bytes: tensors by name and what is said beside them, out of ``.safetensors`` and ``.pth.tar``.
+"""Reads weights files, ``.safetensors`` and ``.pth.tar``: tensors by name, and the metadata stored with them.
 
-Nothing is ever unpickled unsafely, and nothing is allocated that a file only claims to hold: its tensors together are
-no larger than the file itself.
+Nothing is ever unpickled unsafely, and a file's claims alone never cause an allocation: its tensors together may be no
+larger than the file itself.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from flowreel.engine.publish import atomic_path
 
 METADATA_KEY = "flowreel"
 LARGEST_BYTES = 16 << 30  # of a file; FlowNet2 four times as wide as published has 10.4 GB
-LARGEST_HEADER = 8 << 20  # bytes of a .safetensors header; that of FlowNet2 has 25 kB
-MOST_SHOWN = 200  # characters of what a file itself says, in a message
+LARGEST_HEADER = 8 << 20  # bytes of a .safetensors header; FlowNet2's has 25 kB
+MOST_SHOWN = 200  # characters quoted from a file in a message
 
 
 def read_tensors(path: Path, name: str) -> tuple[dict[str, Tensor], Mapping[str, JSON]]:
-    """What a weights file holds, its kind told by the suffix; ``name`` is what messages call it.
+    """The tensors and metadata of a weights file, whose format follows from the suffix; messages call it ``name``.
 
     Raises:
-        UnreadableWeightsError: empty, too large, cut, damaged, or more than tensors and plain values.
+        UnreadableWeightsError: empty, too large, truncated, damaged, or holding more than tensors and plain values.
         WeightsMismatchError: a checkpoint, but without a state_dict of tensors.
     """
     size_bytes = path.stat().st_size
@@ -53,17 +53,17 @@ def read_tensors(path: Path, name: str) -> tuple[dict[str, Tensor], Mapping[str,
 
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
-    """``publish.atomic_path`` for what torch writes. Raises OutputWriteError."""
+    """``publish.atomic_path`` for files that torch writes. Raises OutputWriteError."""
     try:
         with atomic_path(path) as temporary:
             yield temporary
-    except (OSError, RuntimeError) as error:  # torch's writer tells of a full disk in its own words
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
         raise OutputWriteError(f"cannot write {path}: {reason}") from error
 
 
 def _require_real(state: Mapping[str, Tensor], size_bytes: int, name: str) -> None:
-    """Dense tensors whose values are in the file. One value repeated a million times would grow when it is used."""
+    """Requires dense tensors whose values are all in the file: one value repeated a million times grows when used."""
     for key, tensor in state.items():
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_complex():
             raise UnreadableWeightsError(f"{name}: {key[:MOST_SHOWN]} is no plain tensor of numbers")
@@ -88,7 +88,7 @@ def _read_safetensors(path: Path, name: str) -> tuple[dict[str, Tensor], Mapping
 
 
 def _check_header(path: Path, name: str) -> None:
-    """A header that claims more than the file holds is refused before anything is made of it."""
+    """Refuses a header that claims more than the file holds, before anything is allocated for it."""
     size_bytes = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -113,7 +113,7 @@ def _read_checkpoint(path: Path, name: str) -> tuple[dict[str, Tensor], Mapping[
         _check_zip(path, name)
         check_checkpoint(path)
         with _numpy_scalars_allowed(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols; what matters is raised
+            warnings.simplefilter("ignore")  # about pickle protocols; real problems are raised
             content = torch.load(path, map_location="cpu", weights_only=True)
     except UnreadableWeightsError:
         raise
@@ -135,7 +135,7 @@ def _read_checkpoint(path: Path, name: str) -> tuple[dict[str, Tensor], Mapping[
 
 
 def _check_zip(path: Path, name: str) -> None:
-    """torch packs its tensors without compressing them; a packed one might unfold to any size."""
+    """Refuses compressed zip files, which might expand to any size; torch stores its tensors uncompressed."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as packed:
@@ -148,7 +148,7 @@ def _check_zip(path: Path, name: str) -> None:
 
 
 def _about(content: Mapping[str, Any]) -> Mapping[str, JSON]:
-    """What a checkpoint says beside its tensors: ours in full, of NVIDIA's the architecture, epoch and best error."""
+    """A checkpoint's metadata: all of ours; of NVIDIA's own, the architecture, epoch and best error."""
     about: Any = {}
     if isinstance(content.get(METADATA_KEY), str):
         with suppress(ValueError, RecursionError):
@@ -166,7 +166,7 @@ def _about(content: Mapping[str, Any]) -> Mapping[str, JSON]:
 
 @contextmanager
 def _numpy_scalars_allowed() -> Iterator[None]:
-    """Checkpoints saved while training keep ``best_EPE``, sometimes as a NumPy scalar, under the name of its time."""
+    """Allows NumPy scalars, which a checkpoint's ``best_EPE`` may be, under their old and new pickled names."""
     from numpy._core import multiarray
 
     scalar = multiarray.scalar
@@ -177,11 +177,11 @@ def _numpy_scalars_allowed() -> Iterator[None]:
 
 
 def _met(error: pickle.UnpicklingError) -> str:
-    """What torch met. Its words begin with how to load the file all the same, which nobody should be told here."""
+    """What torch refused. Its message first explains how to load the file regardless, which must not be shown here."""
     met = re.search(r"unsupported [^\n]*", str(error), re.IGNORECASE)
     return _first_line(error) if met is None else met[0][:MOST_SHOWN].partition(" was not")[0]
 
 
 def _first_line(error: BaseException) -> str:
     said = str(error).strip().split("\n")[0][:MOST_SHOWN]
-    return said if " " in said else f"{type(error).__name__} {said}".strip()  # a bare key or number says nothing
+    return said if " " in said else f"{type(error).__name__} {said}".strip()  # a bare key or number explains nothing

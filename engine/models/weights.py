@@ -1,6 +1,6 @@
-"""Weights from files, and networks with them: NVIDIA's ``.pth.tar`` checkpoints and our ``.safetensors``.
+"""Weights from NVIDIA's ``.pth.tar`` checkpoints and our ``.safetensors``, and networks with those weights.
 
-How the files themselves are read is in ``weight_files.py``, how they are written in ``saving.py``.
+``weight_files.py`` reads the files themselves, ``saving.py`` writes them.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from flowreel.engine.models.unfilled import without_values
 from flowreel.engine.models.weight_files import MOST_SHOWN, read_tensors
 
 UNSTATED = "unstated; NVIDIA's FlowNet2 checkpoints are for research only"
-LEAST_VALUES = 30_000_000  # at width 1, times width squared: every network has more; FlowNet2S has 38.7 million
+LEAST_VALUES = 30_000_000  # times width squared: every network has more; FlowNet2S at width 1 has 38.7 million
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors of one network and what is known of them."""
+    """The tensors of one network, and what is known about them."""
 
     state: Mapping[str, Tensor]  # on the CPU, keys as in flownet2-pytorch
     model: str  # the model they were made for
@@ -56,12 +56,12 @@ class Weights:
 
     @property
     def known_as(self) -> str | None:
-        """Which published checkpoint the file is, to the bit; None when it is none whose hash is known."""
+        """The published checkpoint that the file is identical to; None when it is none whose hash is known."""
         known = checkpoint_of(self.sha256)
         return None if known is None else known.name
 
     def summary(self) -> dict[str, JSON]:
-        """What the file holds, in plain values."""
+        """The file's properties as plain values."""
         return {
             "kind": "weights",
             "name": self.name,
@@ -84,7 +84,7 @@ class Weights:
         """The tensors of one of the models in ``serves()``.
 
         Raises:
-            WeightsMismatchError: these weights hold no such network.
+            WeightsMismatchError: these weights do not contain that network.
         """
         if model == self.model:
             return dict(self.state)
@@ -112,20 +112,20 @@ def load_model(
     """A FlowNet2 network as a ``torch.nn.Module``, in evaluation mode.
 
     Args:
-        model: one of FlowNet2, FlowNet2C, FlowNet2S, FlowNet2SD, FlowNet2CS, FlowNet2CSS, in any case. None: what the
-            weights hold.
-        weights: ``"baseline"``, a ``.safetensors`` or a ``.pth.tar`` file, or a downloaded checkpoint's name; None:
-            initialised, not loaded.
-        device: where the parameters go: cpu, cuda, cuda:N, or auto, which takes CUDA when it is there.
-        batch_norm, width: architecture; with ``weights`` they are read from the file, and giving another is an error.
+        model: one of FlowNet2, FlowNet2C, FlowNet2S, FlowNet2SD, FlowNet2CS, FlowNet2CSS, in any case. None: the
+            weights' own model.
+        weights: ``"baseline"``, a ``.safetensors`` or ``.pth.tar`` file, or a downloaded checkpoint's name. None:
+            the network is initialised, not loaded.
+        device: where the parameters go: cpu, cuda, cuda:N, or auto, which takes CUDA when available.
+        batch_norm, width: architecture. With ``weights`` they are read from the file, and other values are an error.
 
     Returns:
         A module called as ``module(first, second)``: two (B, 3, H, W) float tensors, RGB 0..255, H and W multiples
         of 64, to (B, 2, H, W) float32 flow in pixels, x (right) then y (down).
 
     Raises:
-        UsageError: no model by that name, neither a model nor weights, or no such kind of device.
-        DeviceError: CUDA was asked for and is not there.
+        UsageError: no model of that name, neither a model nor weights, or no such kind of device.
+        DeviceError: CUDA was requested and is not available.
         WeightsNotFoundError, UnreadableWeightsError, WeightsMismatchError: see ``read_weights``.
     """
     device = one_device(str(device))
@@ -144,10 +144,10 @@ def load_model(
 
 
 def instantiate(weights: Weights, model: str | None = None, *, share: bool = False) -> nn.Module:
-    """The network those weights hold, or one inside it, with the weights in place.
+    """The network the weights are of, or one inside it, with the weights loaded.
 
     Args:
-        share: the network's parameters are the weights' own tensors, where they would else be copies.
+        share: use the weights' own tensors as the network's parameters instead of copies.
 
     Raises:
         WeightsMismatchError: no such network inside, or tensors missing, left over or of another shape.
@@ -155,7 +155,7 @@ def instantiate(weights: Weights, model: str | None = None, *, share: bool = Fal
     name = weights.model if model is None else model_name(model)
     state = weights.state_for(name)
     _require_enough(state, weights, name)
-    with without_values():  # nothing is drawn from torch's generator
+    with without_values():  # leaves torch's random generator untouched
         net = build_model(name, batch_norm=weights.batch_norm, width=weights.width)
     expected = net.state_dict()
     problems = [f"lacks {key}" for key in expected if key not in state and not key.endswith("num_batches_tracked")]
@@ -172,7 +172,7 @@ def instantiate(weights: Weights, model: str | None = None, *, share: bool = Fal
         key: torch.zeros((), dtype=torch.long, device="cpu") for key in expected if key.endswith("num_batches_tracked")
     }
     own = state if share else {key: tensor.clone() for key, tensor in state.items()}
-    net.load_state_dict(counts | own, assign=True)  # checked above; only those may be absent
+    net.load_state_dict(counts | own, assign=True)  # checked above; only the counts may be absent
     return net
 
 
@@ -187,19 +187,19 @@ def _require_enough(state: Mapping[str, Tensor], weights: Weights, model: str) -
 
 
 def read_weights(source: str | Path) -> Weights:
-    """Reads a weights file and finds out what it holds.
+    """Reads a weights file and identifies its network.
 
     Args:
         source: ``"baseline"`` for the weights that come with the package (``./baseline`` for a file of that name); a
-            path; or the name of a published checkpoint that was downloaded, such as ``"FlowNet2"``.
+            path; or the name of a downloaded published checkpoint, such as ``"FlowNet2"``.
 
     Raises:
         WeightsNotFoundError: no such file, or a checkpoint that is not downloaded.
-        UnreadableWeightsError: cut, damaged, not a checkpoint, or one that holds more than tensors and plain values;
-            or a download that is no longer the file it was.
+        UnreadableWeightsError: truncated, damaged, not a checkpoint, or one that holds more than tensors and plain
+            values; or a downloaded file that has changed since.
         WeightsMismatchError: readable, but not of a FlowNet2 network.
     """
-    if str(source) == BASELINE:  # before any path: the default must not hang on what the working folder holds
+    if str(source) == BASELINE:  # first: the default must not depend on files in the working folder
         with as_file(files("flowreel.engine.weights") / "baseline.safetensors") as path:
             return _read(path, BASELINE)
     path = Path(source)
@@ -217,7 +217,7 @@ def read_weights(source: str | Path) -> Weights:
 
 
 def known_weights() -> list[dict[str, JSON]]:
-    """The shipped weights and the published checkpoints, in plain values: see ``checkpoints.published``."""
+    """The shipped weights and the published checkpoints as plain values: see ``checkpoints.published``."""
     with as_file(files("flowreel.engine.weights") / "baseline.safetensors") as path:
         held, size_bytes = _read(path, BASELINE), path.stat().st_size
     told: dict[str, JSON] = {"name": BASELINE, "model": held.model, "licence": held.licence, "sha256": held.sha256}
@@ -247,7 +247,7 @@ def _read(path: Path, name: str) -> Weights:
     model, batch_norm, width = identify(state, name)
     recorded = about.get("width")
     if isinstance(recorded, float) and math.isfinite(recorded) and scaled(1024, recorded) == scaled(1024, width):
-        width = recorded  # exact, where the rounded channel numbers tell it only nearly
+        width = recorded  # exact, where the rounded channel counts only approximate it
     made_by, sha256 = about.get("made_by"), file_sha256(path)
     known = checkpoint_of(sha256)
     return Weights(
