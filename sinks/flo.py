@@ -1,4 +1,4 @@
-"""Middlebury ``.flo`` files: read to the bit, written whole, and one file a flow as an output of a run.
+"""Middlebury ``.flo`` files: a bit-exact reader, an atomic writer, and an output of one file per flow.
 
 The format (Baker et al., "A Database and Evaluation Methodology for Optical Flow", IJCV 2011): the float32 202021.25,
 whose bytes spell PIEH; width and height as int32; then u and v of each pixel in turn, row by row from the top, as
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 TAG = b"PIEH"
 HEADER_BYTES = 12
-MAPPED_FROM_BYTES = 32 << 20  # larger files are mapped: a slice of a huge field then reads only its own pages
+MAPPED_FROM_BYTES = 32 << 20  # larger files are memory-mapped: a slice of a huge field then reads only its pages
 
 
 def read_flo(path: PathLike) -> npt.NDArray[np.float32]:
@@ -45,7 +45,7 @@ def read_flo(path: PathLike) -> npt.NDArray[np.float32]:
 
     Raises:
         SourceNotFoundError: no such file.
-        FlowFileError: a wrong tag, an impossible size, or fewer or more bytes than the size asks for.
+        FlowFileError: a wrong tag, an impossible size, or fewer or more bytes than the size requires.
     """
     with read_errors(path, ".flo file"), open(path, "rb") as file:
         header = file.read(HEADER_BYTES)
@@ -59,7 +59,7 @@ def read_flo(path: PathLike) -> npt.NDArray[np.float32]:
 
 
 def _read_size(path: PathLike, header: bytes, file_bytes: int) -> tuple[int, int]:
-    """Height and width in pixels, once tag, size and length have been found to agree."""
+    """Height and width in pixels, after checking that tag, size and file length agree."""
     name = os.fspath(path)
     if len(header) < HEADER_BYTES:
         raise FlowFileError(f"{name}: expected a .flo header of {HEADER_BYTES} bytes, found {len(header)} bytes")
@@ -84,18 +84,18 @@ def flo_bytes(height: int, width: int) -> int:
 
 
 def write_flo(path: PathLike, flow: npt.ArrayLike | Tensor) -> None:
-    """Write flow as a ``.flo`` file, which appears whole or not at all and replaces one of that name.
+    """Write flow as a ``.flo`` file, atomically; a file of that name is replaced.
 
     Args:
         path: missing parent folders are created.
         flow: (H, W, 2) of any float dtype, an array or a tensor, pixels, x (right) then y (down); stored as float32.
-            What is masked in a masked array becomes 1e10, which stands for unknown.
+            Masked elements of a masked array become 1e10, which marks them as unknown.
 
     Raises:
         ValueError: another shape, or a dtype that is not a float.
         OutputWriteError: the file cannot be written.
     """
-    if hasattr(flow, "detach"):  # a tensor; torch is not loaded for files alone
+    if hasattr(flow, "detach"):  # a tensor, recognised without importing torch
         flow = flow.detach().cpu()
         flow = flow.float() if flow.element_size() == 2 else flow  # NumPy has no bfloat16
     if isinstance(flow, np.ma.MaskedArray):
@@ -106,18 +106,18 @@ def write_flo(path: PathLike, flow: npt.ArrayLike | Tensor) -> None:
 
 
 def _pieces(flow: npt.NDArray[np.floating[Any]]) -> tuple[bytes, memoryview]:
-    """The header, and the vectors as they stand in the file."""
+    """The file's header and its vectors."""
     height, width = flow.shape[:2]
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and so stays unknown
+    with np.errstate(over="ignore"):  # values beyond float32 become infinite, and so stay unknown
         vectors = np.ascontiguousarray(flow, dtype="<f4")
     return TAG + struct.pack("<ii", width, height), vectors.data
 
 
 class FloSink(NumberedFilesSink):
-    """One ``.flo`` file a flow: ``DIR/%06d.flo``. See ``NumberedFilesSink``.
+    """One ``.flo`` file per flow: ``DIR/%06d.flo``. See ``NumberedFilesSink``.
 
-    Exact to the bit, but for NaN and infinity: a vector that has one becomes 1e10 in both components, since not all
-    readers of ``.flo`` look for NaN.
+    Bit-exact, except that a vector with a NaN or infinite component becomes 1e10 in both, since not all readers of
+    ``.flo`` check for NaN.
     """
 
     example = "flows/%06d.flo"

@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     Float32Array = npt.NDArray[np.float32]
 
 FRAME_RATE = Fraction(25)  # of flow without times; image sequences are read at the same rate
-BATCH_BYTES = 16 << 20  # of float32 flow that travels together: one field of 1920x1080
-BATCH_FLOWS = 8  # of small fields; more would gain nothing
+BATCH_BYTES = 16 << 20  # of float32 flow in one batch: a single field of 1920x1080
+BATCH_FLOWS = 8  # in one batch, of small fields; more gain nothing
 
-# What a store's attributes say about the storing itself. The next store writes its own.
+# Attributes that say how flow was stored, not how it was made. A copy of the store writes its own.
 _STORAGE_ATTRIBUTES = {"format_version", "software_version", "source", "frame_rate", "max_error", "codec", "cache"}
 _STORAGE_ATTRIBUTES |= {"resolution", "native", "flow_height", "flow_width"}  # what is read is full resolution
 _SOURCE_FIELDS = [field.name for field in fields(SourceId)]
@@ -40,8 +40,9 @@ _SOURCE_FIELDS = [field.name for field in fields(SourceId)]
 class StoreFlows:
     """The flows ``numbers`` of a store, with the frame numbers and times it keeps.
 
-    ``info.made_by`` has the store's attributes, in ``earlier_max_error`` (pixels) what storing has cost so far, and in
-    ``earlier_step`` (pixels) the step that all vectors are whole numbers of: storing them in no longer one is free.
+    ``info.made_by`` has the store's attributes and two more: ``earlier_max_error`` (pixels), the error that storing has
+    added so far, and ``earlier_step`` (pixels), the step of which all components are whole multiples: storing them
+    again with a step no larger adds no error.
     Iterating raises DamagedStoreError naming the flow and its frame.
     """
 
@@ -89,8 +90,8 @@ class StoreFlows:
             )
 
     def reads(self, output: str) -> bool:
-        """Whether writing ``output`` would destroy flow: a part would take the place of the whole store, and an
-        unfinished one makes way before it is read. A whole one may be stored anew in its place."""
+        """Whether writing ``output`` would destroy flow: a part of a store must not replace the whole store, and an
+        unfinished store would be removed before it is read. A whole store may be replaced by a copy of itself."""
         if self._store.complete:
             return len(self._numbers) < len(self._store) and _same(Path(output), Path(self._store.path))
         return _same(partial_path(Path(output)), Path(self._store.path))
@@ -100,17 +101,17 @@ class StoreFlows:
 
 
 class FileFlows:
-    """Files of flow, one field each, opened one at a time. Frame k of the source is the k-th file, from 0.
+    """Flow files, one field each, opened one at a time. Frame k of the source is the k-th file, from 0.
 
     Args:
         paths: in order.
         numbers: which of them, counted from 0.
-        read: gives the flow of a file: (H, W, 2) floats, pixels.
-        frame_rate: what the times are made from; None: 25 a second, with a note.
-        one_size: whether a file of another size than the first one is a FrameSizeError. If not, ``info`` tells the
-            first one's size, and no batch holds two sizes.
+        read: reads one file: (H, W, 2) floats, pixels.
+        frame_rate: frames per second, for the times; None: 25, with a note.
+        one_size: whether a file whose size differs from the first raises FrameSizeError. If not, ``info`` has the first
+            one's size, and a batch never mixes sizes.
 
-    Raises, at once for the first file and while iterating for the others: FlowFileError, SourceNotFoundError,
+    Raises, at construction for the first file and while iterating for the others: FlowFileError, SourceNotFoundError,
     FrameSizeError, each naming the file.
     """
 
@@ -152,7 +153,7 @@ class FileFlows:
         return [self._paths[number].name for number in self._numbers]
 
     def __iter__(self) -> Iterator[FlowBatch]:
-        waiting: list[Float32Array] = []  # of one size
+        waiting: list[Float32Array] = []  # all of one size
         first = self._numbers.start
         for number in self._numbers:
             if self._closed:
@@ -178,7 +179,7 @@ class FileFlows:
 
     @cached_property
     def _by_name(self) -> dict[str, list[Path]]:
-        """So that thousands of outputs can be looked up."""
+        """The paths by file name, so that thousands of outputs can be checked quickly."""
         by_name: dict[str, list[Path]] = {}
         for path in self._paths:
             by_name.setdefault(path.name, []).append(path)
@@ -198,7 +199,7 @@ class FileFlows:
         )
 
     def _read(self, path: Path) -> Float32Array:
-        """(2, H, W) float32, pixels; a view of what the format's own reader gives."""
+        """(2, H, W) float32, pixels; a view of what the format's own reader returns."""
         try:
             flow = self._read_file(path)
         except OSError as error:
@@ -217,7 +218,7 @@ class FileFlows:
 
 
 def batch_length(info: FlowInfo) -> int:
-    """Flows of this size that travel together."""
+    """Flows of this size in one batch."""
     return max(1, min(BATCH_FLOWS, BATCH_BYTES // info.flow_bytes))
 
 
@@ -230,17 +231,17 @@ def store_stem(path: str) -> str:
 
 
 def _how_it_was_made(attributes: dict[str, Any], store: FlowStore) -> dict[str, Any]:
-    """What a copy of the store should say about its flow."""
+    """What a copy of the store should record about how its flow was made."""
     made_by = {name: value for name, value in attributes.items() if name not in _STORAGE_ATTRIBUTES}
     made_by.setdefault("first_stored_by", attributes.get("software_version"))
     error, before = (float(made_by.pop(f"earlier_{name}", None) or 0) for name in ("max_error", "step"))
     codec = store.layout.codec
     step = 0.0 if codec.lossless else codec.step
-    if step > before:  # steps are powers of two: in shorter ones, whole numbers of ``before`` stay what they are
+    if step > before:  # steps are powers of two: one no larger than ``before`` holds its multiples exactly
         error += float(attributes["max_error"])
     if not error:
         return made_by
-    native = store.layout.native is not None  # what is read was interpolated
+    native = store.layout.native is not None  # the flow as read is interpolated
     return made_by | {"earlier_max_error": error, "earlier_step": 0.0 if native else max(step, before)}
 
 

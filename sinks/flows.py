@@ -1,4 +1,4 @@
-"""What can be indexed as a flow store is, stored or not: the store itself, a cache, flow that is yet to be computed."""
+"""What can be indexed like a flow store: the store itself, a cache, or flow that is yet to be computed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Placed(Protocol):
 
     @property
     def timestamps_to_s(self) -> Float64Array:
-        """(N,) seconds, of the second."""
+        """(N,) seconds, of the second frame of each pair."""
         ...
 
     @property
@@ -37,20 +37,20 @@ class Placed(Protocol):
 
 
 class Flows(Placed, Protocol):
-    """The flows with it."""
+    """The flow fields themselves, too, indexed like a store."""
 
     @property
     def shape(self) -> tuple[int, int, int, int]: ...
     @property
     def available(self) -> int:
-        """How many flows from the first on can be read."""
+        """How many flows can be read, counted from the first without a gap."""
         ...
 
     def __getitem__(self, key: Any) -> npt.NDArray[np.float32]: ...
 
 
 def coordinates(flows: Placed) -> dict[str, npt.NDArray[Any]]:
-    """The times and frame numbers by the names of their arrays in a store, (N,) each."""
+    """Times and frame numbers, (N,) each, keyed by the names of their arrays in a store."""
     values = (flows.timestamps_s, flows.timestamps_to_s, flows.frame, flows.frame_to)
     named = zip(COORDINATES.items(), values, strict=True)
     return {name: np.asarray(value, dtype) for (name, (dtype, _)), value in named}

@@ -1,6 +1,6 @@
 """Opens stored flow by name, whatever its form: a store or a slice of one, a folder, glob or list of flow files.
 
-A kind of file is one line in ``FLOW_FILES``; its reader is found by name and imported when the first such file is.
+Each kind of file is one line in ``FLOW_FILES``; its reader is imported when the first such file is opened.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SLOWEST, FASTEST = Fraction(1, 100_000), Fraction(1_000_000)  # frames per secon
 
 @dataclass(frozen=True)
 class FlowFile:
-    """One line of the table: which files, and what reads one of them."""
+    """One kind of flow file: the names it has, and the function that reads it."""
 
     form: str  # how a user writes it
     name: str  # regular expression of the lower-case file name; the first line that fits wins
@@ -44,10 +44,10 @@ FLOW_FILES = (
     FlowFile("X.npz", r".*\.npz", "flowreel.sinks.npz", "read_flow_npz"),
     FlowFile("flow_x_N.jpg", r"flow_x_[^.]*\.(jpe?g|png)", "flowreel.sinks.two_stream", "read_two_stream", True),
 )
-# KITTI's own files are named 000000_10.png, like any picture: taken for flow only where nothing else is.
+# KITTI's own files are named 000000_10.png, like any picture: read as flow only where no other kind is found.
 PLAIN_PNG = FlowFile("X.png as KITTI writes it", r".*\.png", "flowreel.sinks.kitti", "read_kitti")
 
-_SECOND_HALF = re.compile(r"flow_y_[^.]*\.(jpe?g|png)")  # found from its other half
+_SECOND_HALF = re.compile(r"flow_y_[^.]*\.(jpe?g|png)")  # read along with the x picture
 _SLICE = re.compile(r"(?P<store>.+?)/?@(?P<part>-?\d+|(-?\d+)?:(-?\d+)?)")
 
 
@@ -63,20 +63,20 @@ def open_flows(
     """Opens stored flow for reading in order, a few fields at a time.
 
     Args:
-        name_or_names: a store ``X.zarr`` or an unfinished ``X.zarr.partial`` (what is there of it is given, with a
+        name_or_names: a store ``X.zarr`` or an unfinished ``X.zarr.partial`` (the flows it has so far, with a
             note); a part of a store, ``X.zarr@a:b`` (flows a to b-1, as Python slices) or ``X.zarr@a`` (one flow),
-            unless a file has that very name; a folder, a glob, a single file or a list of flow files, of one kind,
-            which are read in natural order: frame2 before frame10.
+            unless a file has exactly that name; a folder, a glob, a single file or a list of flow files, all of one
+            kind, read in natural order: frame2 before frame10.
         frame_rate: frames per second of files, which carry no times; None: 25, with a note. Stores keep their times.
-        bound: pixels that the darkest and lightest grey of two-stream pictures stand for.
+        bound: displacement in pixels that the darkest and lightest grey of two-stream pictures stand for.
         start, stop: flow numbers within what the name gives, as a Python slice.
-        one_size: whether files of different sizes are a FrameSizeError. If not, no batch holds two sizes.
+        one_size: whether files of different sizes raise FrameSizeError. If not, a batch never mixes sizes.
 
     Raises:
         SourceNotFoundError, StoreNotFoundError: nothing by that name, or no flow file in the folder.
-        FlowFileError: a file that is not what its name says, files of several kinds, or of none that is known.
+        FlowFileError: a file that is not what its name says, or files of several kinds or of an unknown kind.
         DamagedStoreError, StoreError: a store that cannot be read, or that holds no flow yet.
-        UsageError: a slice without flows in it, or a frame rate that is none.
+        UsageError: an empty slice, or an invalid frame rate.
     """
     rate = None if frame_rate is None else frame_rate_of(frame_rate)
     given = [name_or_names] if isinstance(name_or_names, str | os.PathLike) else name_or_names
@@ -105,7 +105,7 @@ def open_flows(
 
 
 def _store_and_part(name: str) -> tuple[str | None, slice | int]:
-    """The store that ``name`` means, None if it means files, and which of its flows."""
+    """The store that ``name`` refers to, None if it refers to files, and which of its flows."""
     if is_store(name):
         return name, slice(None)
     match = None if os.path.lexists(name) else _SLICE.fullmatch(name)
@@ -118,13 +118,13 @@ def _store_and_part(name: str) -> tuple[str | None, slice | int]:
 
 
 def is_store(name: str) -> bool:
-    """Whether a path means a flow store, there or not, rather than a file or folder of files."""
+    """Whether a path refers to a flow store, existing or not, rather than to a file or a folder of files."""
     named_so = name.rstrip("/").lower().endswith((".zarr", ".zarr.partial"))
     return named_so or Path(name, "zarr.json").is_file()
 
 
 def _numbers(count: int, name: str, *parts: slice | int) -> range:
-    """Which of ``count`` flows are meant, each part counted within the one before. Never empty."""
+    """The selected flows out of ``count``; each part is relative to the selection before it. Never empty."""
     if count == 0:
         raise StoreError(f"{name} holds no flow yet")
     numbers = range(count)
@@ -145,7 +145,7 @@ def _counted(count: int) -> str:
 
 
 def frame_rate_of(value: Fraction | float | str) -> Fraction:
-    """Frames per second as a user gives them. Raises UsageError for what is no positive number."""
+    """Frames per second as a user gives them. Raises UsageError unless they are from ``SLOWEST`` to ``FASTEST``."""
     try:
         rate = Fraction(str(value))
     except (ValueError, ZeroDivisionError):
@@ -158,7 +158,7 @@ def frame_rate_of(value: Fraction | float | str) -> Fraction:
 
 
 def _find(name: str) -> tuple[list[Path], bool]:
-    """The files of a folder or glob, or the one file; and whether each was meant by name."""
+    """The files of a folder or glob, or the single file; and whether it was named explicitly."""
     place = Path(name)
     if place.is_dir():
         found = list(place.iterdir())
@@ -176,13 +176,13 @@ def _find(name: str) -> tuple[list[Path], bool]:
             )
     shown = [path for path in found if not path.name.startswith(".")]
     lost = [path for path in shown if _kind(path) in FLOW_FILES and leads_nowhere(path)]
-    if lost:  # to leave one out would shift the others
+    if lost:  # leaving it out would renumber the others
         raise SourceNotFoundError(f"{min(lost, key=natural_order)} is a link to a file that is not there")
     return [path for path in shown if path.is_file()], False
 
 
 def _listed(names: list[str]) -> list[Path]:
-    """The files of a list. A store, a folder or a glob cannot be one of many: where would its flow go?"""
+    """The files of a list. A store, a folder or a glob cannot be among them: the place of its flow would be unclear."""
     if not names:
         raise UsageError("name at least one store, folder or flow file")
     for name in names:
@@ -194,7 +194,7 @@ def _listed(names: list[str]) -> list[Path]:
 
 
 def _of_one_kind(name: str, found: list[Path], strict: bool) -> tuple[FlowFile, list[Path]]:
-    """The kind of the files and the files in natural order; those of no kind are left out unless ``strict``."""
+    """The kind of the files, and the files in natural order. Others are skipped or, if ``strict``, an error."""
     by_kind: dict[FlowFile, list[Path]] = {}
     for path in found:
         kind = None if _SECOND_HALF.fullmatch(path.name.lower()) else _kind(path)
@@ -216,7 +216,7 @@ def _of_one_kind(name: str, found: list[Path], strict: bool) -> tuple[FlowFile, 
 
 
 def _unfinished(folders: Iterable[Path], *kinds: FlowFile) -> int:
-    """How many files of these kinds still have their unfinished names."""
+    """How many files of these kinds still have their unfinished names, ``*.partial``."""
     names = (path.name.lower() for folder in folders for path in folder.glob("*.partial") if path.name[0] != ".")
     return sum(any(re.fullmatch(kind.name, name.removesuffix(".partial")) for kind in kinds) for name in names)
 

@@ -1,4 +1,4 @@
-"""Which output format goes by which name. One format = one module in this folder and one line in ``OUTPUTS``."""
+"""Output formats by the ending of a name. One format = one module in this folder and one line in ``OUTPUTS``."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Output:
     meaning: str  # one phrase for --help
     module: str
     factory: str  # called as factory(path, config)
-    reads: tuple[str, ...] = ()  # fields of its config that concern it, beside those that concern any output
-    prefix: str = ""  # how its last part begins, where the suffix alone does not tell
+    reads: tuple[str, ...] = ()  # SinkConfig fields that affect it, besides those that affect every output
+    prefix: str = ""  # how the file name begins, where the suffix alone is ambiguous
 
     def fits(self, name: str) -> bool:
         return name.lower().endswith(self.suffix) and name.rpartition("/")[2].startswith(self.prefix)
@@ -65,7 +65,7 @@ OUTPUTS = (
 
 
 def find_output(name: str) -> Output:
-    """The format an output's name asks for. Raises UnknownOutputError listing the names that are known."""
+    """The format an output's name asks for. Raises UnknownOutputError listing the known forms."""
     for output in OUTPUTS:
         if output.fits(name.rstrip("/")):
             return output
@@ -74,10 +74,10 @@ def find_output(name: str) -> Output:
 
 
 def open_sink(name: PathLike, config: SinkConfig) -> Sink:
-    """A sink for the output ``name``, its format told by the name's end. Nothing is written before its ``open``.
+    """A sink for the output ``name``, whose ending selects the format. Nothing is written before its ``open``.
 
     Raises:
-        UnknownOutputError: no format goes by that name.
+        UnknownOutputError: no format has that name.
     """
     path = os.fspath(name)
     output = find_output(path)
