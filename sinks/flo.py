@@ -39,9 +39,9 @@ def read_flo(path: PathLike) -> npt.NDArray[np.float32]:
     """Read a ``.flo`` file.
 
     Returns:
-        (H, W, 2) float32, pixels, x (right) then y (down); unknown vectors as they stand in the file. The array may
-        be written to. A file above 32 MiB is mapped copy-on-write: pages are read when touched, and what is written
-        to the array stays in memory and never reaches the file.
+        (H, W, 2) float32, pixels, x (right) then y (down); unknown vectors as stored. The array is
+        writable. A file above 32 MiB is mapped copy-on-write: pages are read when touched, and changes to the array
+        stay in memory and never reach the file.
 
     Raises:
         SourceNotFoundError: no such file.

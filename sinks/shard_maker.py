@@ -1,7 +1,7 @@
-"""What makes shards in a process of its own: told where steps lie, it compresses them and writes the shard's files.
+"""Makes shards in a worker process: told where quantised flow lies, it compresses it and writes the shard's files.
 
-Whoever asks, and why, is in ``shard_processes.py``. Here nothing of torch is imported: such a process starts quickly
-and takes little memory.
+The parent's side, and the reason for it, is in ``shard_processes.py``. torch is not imported here, so that such a
+process starts quickly and takes little memory.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from flowreel.engine.data import Bytes
     from flowreel.sinks.codecs import FlowCodec
 
-THREADS = 2  # that compress: one alone leaves a shard's steps in memory for long, more wait for each other's blocks
+THREADS = 2  # that compress: one takes long to free a shard's steps, more than two wait for each other's blocks
 
 
 class Setting(NamedTuple):
-    """What is the same for all shards of a store."""
+    """What all shards of a store have in common."""
 
     path: str  # of the finished store
     codec: FlowCodec
@@ -40,16 +40,16 @@ class Request(NamedTuple):
 
     setting: Setting
     number: int
-    place: int  # bytes, where in the shared memory its steps lie one after another
+    place: int  # byte offset in the shared memory of its steps, which are contiguous
     flows: int
-    times: Mapping[str, Sequence[Any]]  # by the names of ``COORDINATES``
+    times: Mapping[str, Sequence[Any]]  # keyed by the names in ``COORDINATES``
 
 
 def make(request: Request, steps: Bytes, compressed: Callable[[], None]) -> tuple[list[str], int]:
-    """Prepares the shard's files. Returns their keys, in the order in which they get their names, and their bytes.
+    """Prepares the shard's files. Returns their keys, in the order of publishing, and their size in bytes.
 
-    steps: (flows x bytes of one,) uint8, as ``FlowCodec.encode_prepared`` wants them. compressed: called when nobody
-    needs them any more.
+    steps: (flows x bytes per flow,) uint8, as ``FlowCodec.encode_prepared`` takes them. compressed: called as soon as
+    they are no longer needed.
     """
     path, codec, length = request.setting
     chunks = codec.encode_prepared(steps.reshape(request.flows, -1), THREADS)
@@ -59,14 +59,14 @@ def make(request: Request, steps: Bytes, compressed: Callable[[], None]) -> tupl
 
 
 def serve(connection: int, memory: int) -> None:
-    """Makes shards as they are asked for, until nobody can ask any more. Args: descriptors.
+    """Makes shards on request until the parent closes the connection. Both arguments are file descriptors.
 
-    What it says: None when it is ready; of each shard None when the steps are not needed any more, then what ``make``
-    returns; or the error in place of either.
+    It sends None when it is ready. For each shard it sends None when the steps are no longer needed, then what ``make``
+    returns; an error takes the place of either.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):  # what stops a whole group: whoever asked ends this in good order
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to a whole process group: the parent ends this process
         signal.signal(number, signal.SIG_IGN)
-    # Whoever asked may have gone by the time there is an answer: then this ends without a word, too.
+    # The parent may be gone by the time there is an answer: then this process ends silently, too.
     with suppress(EOFError, OSError), socket.socket(fileno=connection) as ours, ours.makefile("rwb") as stream:
         view = SharedView(memory)
         _tell(None, stream)
@@ -78,7 +78,7 @@ def serve(connection: int, memory: int) -> None:
             except Exception as error:
                 answer = _as_sent(error)
             _tell(answer, stream)
-    os._exit(0)  # whoever asked waits for it, and there is nothing to tidy up
+    os._exit(0)  # the parent waits for the exit, and there is nothing to clean up
 
 
 def _tell(what: object, stream: Any) -> None:
@@ -87,7 +87,7 @@ def _tell(what: object, stream: Any) -> None:
 
 
 def _as_sent(error: Exception) -> Exception:
-    """The error itself where it goes through a pickle, else what it says."""
+    """The error itself if it can be pickled, else its message."""
     try:
         return pickle.loads(pickle.dumps(error))  # type: ignore[no-any-return]
     except Exception:

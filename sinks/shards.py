@@ -17,33 +17,33 @@ if TYPE_CHECKING:
     from flowreel.sinks.codecs import FlowCodec
     from flowreel.sinks.store_writer import StoreWriter
 
-Times = Mapping[str, Sequence[Any]]  # by the names of ``COORDINATES``, a value a flow
-Note = Callable[[int, int, int], None]  # vectors unknown, and beyond range; of which frame
+Times = Mapping[str, Sequence[Any]]  # keyed by the names in ``COORDINATES``, one value per flow
+Note = Callable[[int, int, int], None]  # unknown vectors, vectors beyond range, frame
 
 
 class Shards(Protocol):
-    """Takes the flows of one store in order. Errors, also of what was taken before: as of ``StoreWriter``."""
+    """Takes the flows of one store in order. Raises what ``StoreWriter`` raises, also for earlier flows."""
 
     @property
     def count(self) -> int:
-        """Flows that are in their shard, those of a resumed store included."""
+        """Flows assigned to a shard so far, including those of a resumed store."""
         ...
 
     def add_steps(self, steps: npt.NDArray[Any], times: Times) -> None:
-        """Flows as a device has prepared them: what ``FlowCodec.encode_prepared`` takes. As long as the array is held
-        nobody changes it."""
+        """Takes flows as a device has prepared them for ``FlowCodec.encode_prepared``. As long as the array is
+        referenced, its memory is not changed."""
         ...
 
     def finish(self) -> None:
-        """Hands over the last shard, perhaps a short one, when all that came is in its shard."""
+        """Waits until all flows taken are in their shard, and hands over the last shard, which may be short."""
         ...
 
     def stop(self) -> None:
-        """Drops what is in no full shard."""
+        """Drops the flows that are not in a full shard."""
         ...
 
     def close(self) -> None:
-        """After the writer has heard of the last full shard, or has been closed."""
+        """Frees threads, processes and memory. Called after the writer has been flushed or closed."""
         ...
 
 
@@ -55,7 +55,7 @@ class _Made(NamedTuple):
 
 
 class ShardsInThreads:
-    """The threads of this process compress. See ``Shards``."""
+    """Compresses in threads of this process. See ``Shards``."""
 
     def __init__(
         self,
@@ -67,8 +67,8 @@ class ShardsInThreads:
         threads: int,
         note: Note,
     ) -> None:
-        """count: flows that are there already. threads: for each of the workers, where a codec has any of its own.
-        note: told of what could not be kept of flow that comes by ``add_flow``."""
+        """count: flows stored already. threads: per worker, for a codec that is itself multi-threaded. note: called
+        with the numbers of vectors that could not be kept, for flow that comes through ``add_flow``."""
         self.count = count
         self._files = files
         self._codec = codec
@@ -76,15 +76,15 @@ class ShardsInThreads:
         self._threads = threads
         self._note = note
         self._pool: OrderedPool[_Made] = OrderedPool(self._keep, workers)
-        self._chunks: list[Chunk] = []  # of the shard that is filling up
-        self._times: dict[str, list[Any]] = {name: [] for name in COORDINATES}  # of the same
+        self._chunks: list[Chunk] = []  # of the shard being filled
+        self._times: dict[str, list[Any]] = {name: [] for name in COORDINATES}  # of the same shard
 
     def add_flow(self, flow: npt.NDArray[np.float32], times: Times) -> None:
-        """One, (2, H, W) float32, pixels."""
+        """Takes one flow, (2, H, W) float32, pixels."""
         self._pool.submit(self._encoded, flow, times, nbytes=flow.nbytes)
 
     def add_steps(self, steps: npt.NDArray[Any], times: Times) -> None:
-        together = len(steps) if self._codec.shuffles else 1  # else the codec has no threads of its own
+        together = len(steps) if self._codec.shuffles else 1  # one per call if the codec is single-threaded
         for first in range(0, len(steps), together):
             part = slice(first, first + together)
             theirs = {name: values[part] for name, values in times.items()}
@@ -116,7 +116,7 @@ class ShardsInThreads:
             return _Made(self._codec.encode_prepared(steps, self._threads), times)
 
     def _keep(self, made: _Made) -> None:
-        """The next flows in order."""
+        """Takes the next compressed flows, in order."""
         if made.unknown or made.beyond_range:
             self._note(made.unknown, made.beyond_range, int(made.times["frame"][0]))
         for place, chunk in enumerate(made.chunks):
@@ -128,7 +128,7 @@ class ShardsInThreads:
                 self._is_full()
 
     def _is_full(self) -> None:
-        """Hands the waiting flows over to be published."""
+        """Hands over the shard being filled, to be published."""
         number, chunks, times = (self.count - 1) // self._shard_length, self._chunks, self._times
         self._chunks, self._times = [], {name: [] for name in COORDINATES}
         self._files.submit(number, chunks, times)

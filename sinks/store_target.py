@@ -1,6 +1,6 @@
-"""Where a store's files go: everything the writer needs of a place, so that another kind of place can come.
+"""Where a store's files go: all that the writer needs of a storage location, so that other kinds can be added.
 
-Today there is the local disk. A file appears whole or not at all, in the order asked for; ``X.zarr.partial`` becomes
+So far there is the local disk. A file appears whole or not at all, in the order requested; ``X.zarr.partial`` becomes
 ``X.zarr`` in one step at the end.
 """
 
@@ -19,40 +19,40 @@ from flowreel.engine.errors import OutputExistsError
 
 
 class StoreTarget(Protocol):
-    """A place for one store. Keys are relative, with ``/`` between their parts."""
+    """A location for one store. Keys are relative paths, with ``/`` between their parts."""
 
     name: str  # of the finished store
 
     def put(self, key: str, *pieces: bytes) -> int:
-        """Makes the pieces one file that is there, durably, when this returns. Returns its bytes."""
+        """Publishes the pieces as one file, durable when this returns. Returns its size in bytes."""
         ...
 
     def prepare(self, files: Mapping[str, Iterable[bytes]]) -> int:
-        """Brings what files are to hold to where it stays, by their keys, under no name that counts.
+        """Writes files, given by key, durably but under temporary names.
 
-        Returns the bytes. On an error nothing is left. Threads may prepare different files at once.
+        Returns their size in bytes. On an error nothing is left. Threads may prepare different files at once.
         """
         ...
 
     def publish(self, keys: Iterable[str]) -> None:
-        """Makes prepared files be there, one after another, durably."""
+        """Gives prepared files their names, one after another, durably."""
         ...
 
     def withdraw(self, keys: Iterable[str]) -> None:
-        """Drops prepared files."""
+        """Removes prepared files."""
         ...
 
     def delete(self, key: str) -> None: ...
     def keys(self) -> Iterator[str]:
-        """What is there of the unfinished store."""
+        """Keys of the unfinished store's files."""
         ...
 
     def tidy(self) -> None:
-        """Removes what is left where files have been deleted, or never came to be."""
+        """Removes folders left empty because their files were deleted or never created."""
         ...
 
     def finish(self) -> None:
-        """Gives the store its name, replacing one that was there."""
+        """Gives the store its final name, replacing an older store."""
         ...
 
     def discard(self) -> None:
@@ -61,9 +61,9 @@ class StoreTarget(Protocol):
 
 
 class LocalTarget:
-    """A folder on a disk. OutputExistsError and OutputWriteError tell what is in the way.
+    """A folder on the local disk. Errors: OutputExistsError, OutputWriteError.
 
-    From ``hold`` to ``let_go`` no other run may write the unfinished store: it gets an OutputBusyError.
+    From ``hold`` to ``let_go`` no other run can write the unfinished store: it gets an OutputBusyError.
     """
 
     def __init__(self, path: str) -> None:
@@ -78,26 +78,26 @@ class LocalTarget:
             Claim.of_folder(self.folder, self.name).withdraw()
 
     def hold(self) -> None:
-        """Before anything is looked at that another run might change. An unfinished store stays as it is."""
+        """Locks the unfinished store, whose contents stay. Called before looking at what another run might change."""
         publish.make_folder(self.folder.parent)
         self._claim = Claim.of_folder(self.folder, self.name)
         publish.settle_replaced(self.final)
 
     @property
     def held(self) -> tuple[int, ...]:
-        """The descriptors that another process inherits to hold it as well."""
+        """The file descriptors by which a process that inherits them shares the lock."""
         descriptor = None if self._claim is None else self._claim.descriptor
         return () if descriptor is None else (descriptor,)
 
     def let_go(self) -> None:
-        """What is there of the unfinished store stays, for others to go on with."""
+        """Releases the lock. The contents of the unfinished store stay, to be resumed."""
         if self._claim is not None:
             self._claim.withdraw()
 
     def start(self, overwrite: bool, afresh: bool = False) -> None:
-        """An empty unfinished store. A finished one stays until ``finish``, and only gives way if it may.
+        """Begins an empty unfinished store. A finished one stays until ``finish``; without ``overwrite`` it is an error.
 
-        afresh: an unfinished one is removed, although nothing may be overwritten.
+        afresh: an unfinished store is removed even without ``overwrite``.
         """
         if self.final.exists() and not (self.final / "zarr.json").is_file():
             raise OutputExistsError(f"{self.final} is there and is not a Zarr store: remove it yourself if it can go")
@@ -111,17 +111,17 @@ class LocalTarget:
         self._empty()
 
     def reopen(self, finished: bool) -> None:
-        """The unfinished store as it is, or the finished one's files under the unfinished name, to be gone on with.
+        """Continues the unfinished store; if ``finished``, the finished one's files, linked under the unfinished name.
 
         The finished store itself stays as it is: the two share their files, and none is ever changed in place.
         """
         if finished:
             self._empty()
-            aside = self.folder.with_name(self.folder.name + ".new")  # nobody else's: it goes with the claim
+            aside = self.folder.with_name(self.folder.name + ".new")  # covered by the lock as well
             publish.remove(aside)
             claim = Claim.of_folder(aside, self.name)
             shutil.copytree(self.final, aside, copy_function=_link, dirs_exist_ok=True)
-            os.rename(aside, self.folder)  # over the empty one
+            os.rename(aside, self.folder)  # replaces the empty folder
             self._hold_instead(claim)
         for key in list(self.keys()):
             if key.endswith(".partial"):
@@ -149,9 +149,9 @@ class LocalTarget:
                 yield path.relative_to(self.folder).as_posix()
 
     def tidy(self) -> None:
-        for path in sorted(self.folder.rglob("*"), reverse=True):  # what is in a folder comes before it
+        for path in sorted(self.folder.rglob("*"), reverse=True):  # the contents of a folder come before it
             if path.is_dir() and not path.is_symlink():
-                with suppress(OSError):  # mostly, it holds something
+                with suppress(OSError):  # usually it is not empty
                     path.rmdir()
 
     def finish(self) -> None:
@@ -176,5 +176,5 @@ class LocalTarget:
 def _link(source: str, destination: str) -> None:
     try:
         os.link(source, destination)
-    except OSError:  # another file system's mount, or one that knows no links
+    except OSError:  # across mount points, or without support for links
         shutil.copy2(source, destination)

@@ -1,8 +1,8 @@
-"""A store's files as they come to be: metadata, then whole shards in order, each behind the times it belongs to.
+"""Writes a store's files: metadata, then whole shards in order, each after its times and checksums.
 
-Shards are written by threads of their own, which wait for the disk while the next ones are being compressed: several,
-as the system takes from one thread less than a card can give. They get their names in order, and none behind one that
-could not be written: what is there of a store has no hole.
+Shards are written by several threads, which wait for the disk while the next shards are compressed; several, as the
+system takes less from one thread than a GPU can deliver. Shards get their names in order, and none after one that
+could not be written, so the flow of a store has no hole.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from flowreel.sinks.store_checksums import flow_checksums, time_checksums
 from flowreel.sinks.store_layout import BESIDE_FLOW, COORDINATES
 from flowreel.sinks.store_target import StoreTarget
 
-WRITERS = 4  # on two cores they bring files to a disk 1.4 times as fast as one does, to memory twice
-MOST_BYTES = 128 << 20  # of compressed shards on their way
+WRITERS = 4  # threads; on two cores they write to a disk 1.4 times as fast as one does, to memory twice
+MOST_BYTES = 128 << 20  # of compressed shards in flight
 
 
 class StoreWriter:
@@ -41,31 +41,31 @@ class StoreWriter:
         writers: int | None = None,
         most_bytes: int | None = None,
     ) -> None:
-        """metadata: by the names of the arrays, "" the group itself; it is published by ``start``.
+        """metadata: ``zarr.json`` by the name of the array, "" for the group; published by ``start``.
 
-        writers, most_bytes: shards on their way at once, and the bytes that they are said to take; None: ``WRITERS``
-        and ``MOST_BYTES``.
+        writers: shards written at once; None: ``WRITERS``. most_bytes: bound on the sum of the ``nbytes`` of shards in
+        flight; None: ``MOST_BYTES``.
         """
         self._target = target
         self._metadata = metadata
         self._shard_length = shard_length
         self._length: int = metadata["flow"]["shape"][0]  # flows the arrays are declared to hold
-        self._metadata_bytes: dict[str, int] = {}  # of each array's zarr.json as it was last written
+        self._metadata_bytes: dict[str, int] = {}  # of each array's zarr.json as last written
         self._behind: OrderedPool[None] = OrderedPool(lambda _: None, writers or WRITERS, most_bytes or MOST_BYTES)
-        self._failed: list[int] = []  # shards that could not be published: none may come after one
+        self._failed: list[int] = []  # shards that could not be published: no later one may be
         self.bytes_written = 0
 
     def start(self, places: Mapping[str, Any]) -> None:
-        """Empty arrays, and those that are whole from the start: ``places`` by name."""
+        """Publishes the metadata, and the arrays whose values are known from the start: ``places``, by name."""
         for name in self._metadata:
             self._publish_metadata(name)
         for name, values in places.items():
             self._put(f"{name}/c/0", compress(values, "blosc"))
 
     def submit(self, number: int, chunks: list[Chunk], times: Mapping[str, Sequence[Any]]) -> None:
-        """Hands over a shard: its flows, compressed, and their times. Waits while too many are on their way.
+        """Hands over a shard: its flows, compressed, and their times. Waits while too many are in flight.
 
-        What went wrong with an earlier one is raised here, in ``check`` or in ``flush``.
+        The error of an earlier one is raised here, in ``check`` or in ``flush``.
         """
         make = partial(self._made, number, chunks, times)
         self.submit_made(number, len(chunks), times, make, sum(map(len, chain.from_iterable(chunks))))
@@ -78,9 +78,9 @@ class StoreWriter:
         make: Callable[[], tuple[list[str], int]],
         nbytes: int,
     ) -> None:
-        """Hands over a shard of so many flows whose files ``make`` prepares in the target.
+        """Hands over a shard of ``count`` flows whose files ``make`` prepares in the target.
 
-        It returns their keys, in the order in which they get their names, and their bytes.
+        ``make`` returns their keys, in the order in which they are to be published, and their size in bytes.
         """
         length, frame = number * self._shard_length + count, int(times["frame"][0])
         self._behind.submit_in_turn(
@@ -88,7 +88,7 @@ class StoreWriter:
         )
 
     def check(self) -> None:
-        """Raises what went wrong with a shard on its way, without waiting for any."""
+        """Raises the error of a shard that failed, without waiting for any."""
         self._behind.take_ready()
 
     def flush(self) -> None:
@@ -96,7 +96,7 @@ class StoreWriter:
         self._behind.drain()
 
     def finish(self, count: int, losses: Sequence[str] = ()) -> None:
-        """Trims the arrays to the flows that came, records what did not, and gathers the metadata."""
+        """Trims the arrays to the flows received, records the source's losses and consolidates the metadata."""
         if losses:
             self._metadata[""]["attributes"]["flowreel"]["source_losses"] = list(losses)
         self._set_length(count)
@@ -107,9 +107,9 @@ class StoreWriter:
             raise OutputWriteError(f"cannot finish {self._target.name}: one of its shards could not be written")
 
     def close(self, *, in_haste: bool = False) -> None:
-        """Ends the threads. In haste: what is full is still written where that works, and nothing is raised."""
+        """Ends the threads. In haste: full shards are still written where possible, and nothing is raised."""
         if in_haste:
-            with suppress(Exception):  # whoever is in haste has a reason of its own already
+            with suppress(Exception):  # the caller has its own reason to stop, which counts
                 self._behind.drain()
         self._behind.close()
 
@@ -122,7 +122,7 @@ class StoreWriter:
             return make()
 
     def _publish(self, number: int, frame: int, length: int, prepared: tuple[list[str], int]) -> None:
-        """Array lengths, then the shard's files. In turn: the shards before are there, or one of them has failed."""
+        """Publishes array lengths, then the shard's files. Called in order: the shards before are published or failed."""
         keys, nbytes = prepared
         with self._noting_failure(number, frame):
             try:
@@ -139,7 +139,7 @@ class StoreWriter:
 
     @contextmanager
     def _noting_failure(self, number: int, frame: int) -> Iterator[None]:
-        """Of a shard, and of its first frame."""
+        """Records that shard ``number`` failed, and names its first frame in the error."""
         try:
             with concerning(frame), publish.write_errors(self._target.name):
                 yield
@@ -148,7 +148,7 @@ class StoreWriter:
             raise
 
     def _set_length(self, length: int) -> None:
-        """Declares every array this long, ``flow`` last: its length is the one that readers go by."""
+        """Sets the length of every array, ``flow`` last: readers rely on its length."""
         if length != self._length:
             for name in [*BESIDE_FLOW, "flow"]:
                 self._metadata[name]["shape"][0] = length
@@ -156,9 +156,9 @@ class StoreWriter:
             self._length = length
 
     def _consolidate(self) -> None:
-        """Puts the arrays' metadata into the group's too, so that a reader over a network needs one request.
+        """Copies the arrays' metadata into the group's, so that a reader over a network needs one request.
 
-        Not before the end: it goes stale with every change of length.
+        Only at the end, as every change of length makes the copy stale.
         """
         arrays = {name: self._metadata[name] for name in sorted(self._metadata) if name}
         self._metadata[""]["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": arrays}
@@ -178,7 +178,7 @@ class StoreWriter:
 def shard_files(
     number: int, length: int, chunks: Sequence[Chunk], times: Mapping[str, Sequence[Any]]
 ) -> dict[str, Sequence[bytes]]:
-    """One shard's files by their keys, in the order in which they get their names: times and checksums, then the flow.
+    """One shard's files by key, in the order in which they are published: times and checksums, then the flow.
 
     length: flows of a full shard.
     """
@@ -191,7 +191,7 @@ def shard_files(
 
 
 def values_beside(first: int, chunks: Sequence[Chunk], times: Mapping[str, Any]) -> dict[str, Any]:
-    """What goes into the arrays beside ``flow`` for the flows of one shard, the first of which has number ``first``."""
+    """Values of the arrays beside ``flow`` for the flows of one shard, the first of which has number ``first``."""
     checksums = {
         "flow_crc32c": flow_checksums(first, [chunk[-1] for chunk in chunks]),
         "time_crc32c": time_checksums(first, times),
@@ -200,7 +200,7 @@ def values_beside(first: int, chunks: Sequence[Chunk], times: Mapping[str, Any])
 
 
 def pack_values(name: str, values: Sequence[Any], length: int) -> bytes:
-    """One chunk of an array beside ``flow``: the values, and its fill value in the places behind them."""
+    """One chunk of an array beside ``flow``: the values, padded with the array's fill value."""
     dtype, fill = BESIDE_FLOW[name]
     padded = np.full(length, fill, dtype)
     padded[: len(values)] = values

@@ -1,19 +1,20 @@
 """Writes flow into ``X.zarr``: a Zarr v3 group of whole, durable shards.
 
     X.zarr.partial/                    renamed to X.zarr by commit
-      zarr.json                        group attribute "flowreel" and its checksum; consolidated from commit on
-      flow/c/<shard>/0/0/0             S chunks, one a flow, and their index
+      zarr.json                        group attribute "flowreel" and its checksum; consolidated by commit
+      flow/c/<shard>/0/0/0             S chunks, one per flow, and their index
       timestamp_s/c/<shard>  timestamp_to_s/...  frame/...  frame_to/...      S values
       flow_crc32c/c/<shard>  time_crc32c/...      S checksums (``store_checksums.py``)
 
-Flows are compressed as they arrive, several at a time; only compressed bytes are held until the shard is full and
-published (``store_writer.py``). Long runs on a GPU leave both to other processes (``shard_processes.py``): there what
-is held is not compressed yet. The times, frame numbers and checksums of a shard go before its flow, so a flow that is
-there can always be placed. The metadata is zarr-python's own, see ``store_metadata.py``; the shards are assembled by
-us, because zarr-python rewrites a shard for each chunk that is added and never waits for the disk.
+Flows are compressed as they arrive, several at a time, and only compressed bytes are held until the shard is full and
+published (``store_writer.py``). Long runs on a GPU leave compressing and writing to other processes
+(``shard_processes.py``) and hold the shard uncompressed. The times, frame numbers and checksums of a shard are
+published before its flow, so every flow present can be placed. The metadata is zarr-python's own, see
+``store_metadata.py``; the shards are assembled here, because zarr-python rewrites a shard for each chunk that is added
+and never waits for the disk.
 
-**Resume.** Shards are published in order and each is whole, so a run that was cut short is taken up after its last
-full shard. Batches never cross shards: the resumed run computes the very batches the first one would have.
+**Resume.** Shards are published in order and each is whole, so an interrupted run continues after its last full
+shard. Batches never cross shards, so the resumed run computes exactly the batches the first one would have.
 """
 
 from __future__ import annotations
@@ -53,20 +54,20 @@ class ZarrSink:
     """The flow store as a Sink (see ``engine/protocols.py``). Flows arrive in order, in batches of any size.
 
     Errors: OutputExistsError, OutputWriteError, OutputBusyError, ResumeMismatchError; ValueError for flow out of order
-    or of another size.
+    or of the wrong size.
     """
 
     def __init__(self, path: str, config: SinkConfig) -> None:
         self._target = LocalTarget(path)
         self._config = config
         self._state = "new"  # -> "open" -> "done"
-        self._point: ResumePoint | None = None  # where to go on, as last asked for
-        self._below: int | None = None  # with what it was asked
+        self._point: ResumePoint | None = None  # where to resume, as last returned by ``resume_point``
+        self._below: int | None = None  # the argument of that call
         self._asked = False
-        self._taken = 0  # flows that arrived, those of a resumed store included
-        self._announced = ""  # of how many flows they are, for messages
-        self._losses: tuple[str, ...] = ()  # what the source did not give
-        self._invalid: dict[str, tuple[int, int]] = {}  # what -> vectors, first frame
+        self._taken = 0  # flows received, including those of a resumed store
+        self._announced = ""  # " of N", N flows being expected, for messages
+        self._losses: tuple[str, ...] = ()  # what the source failed to give
+        self._invalid: dict[str, tuple[int, int]] = {}  # why -> (vectors, first frame)
         self._files: StoreWriter | None = None  # from ``open`` on
         self._shards: Shards | None = None  # likewise
 
@@ -88,10 +89,10 @@ class ZarrSink:
             for what, (vectors, frame) in self._invalid.items()
         ]
 
-    # -- Going on with what is there -----------------------------------------------------------------------------
+    # -- Resuming -------------------------------------------------------------------------------------------------
 
     def resume_point(self, below: int | None = None) -> ResumePoint | None:
-        """Where this store goes on; None: nothing is there, or no whole shard.
+        """Where this store resumes; None: nothing is there, or no whole shard.
 
         below: keep fewer flows than this.
 
@@ -107,12 +108,12 @@ class ZarrSink:
         if store is None or len(store) == 0:
             return None
         flows = _whole_flows(store)
-        # All is there but its name, or the caller wants to go farther back: the last shard is made again.
+        # Redo the last shard if only the final rename is missing, and as many shards as ``below`` requires.
         while flows > 0 and ((not store.complete and flows >= len(store)) or (below is not None and flows >= below)):
             flows -= store.shard_length
         if flows <= 0 and not store.complete:
             return None
-        place, later = (flows - 1, max) if flows > 0 else (0, min)  # after the last pair; or the first frame of all
+        place, later = (flows - 1, max) if flows > 0 else (0, min)  # after the last kept pair, or the first frame
         frame, frame_to, time_s, time_to_s = (store.files.value(name, place) for name in COVERED)
         batch = store.attrs.get("batch")
         recorded = batch if isinstance(batch, int) and batch > 0 else None
@@ -127,7 +128,7 @@ class ZarrSink:
         )
 
     def require_same(self, info: FlowInfo) -> None:
-        """Raises ResumeMismatchError naming every setting that differs from those of the store that is there."""
+        """Raises ResumeMismatchError naming every setting that differs from those of the existing store."""
         store = self._present()
         if store is None:
             return
@@ -146,21 +147,22 @@ class ZarrSink:
     def _present(self) -> FlowStore | None:
         """What an earlier run left: the unfinished store, else the finished one."""
         for folder in (self._target.folder, self._target.final):
+            # If one of these is missing, the run was killed while it created them: there is nothing to resume.
             if all((folder / name / "zarr.json").exists() for name in ("", "flow", *COORDINATES)):
                 store = FlowStore(folder)
                 if store.layout.cache:
                     raise ResumeMismatchError(
                         f"{folder} is a cache of flowreel.open: flowreel export makes a store of a full one"
                     )
-                return store  # not so when it was killed while they were written: nothing to go on with
+                return store
         return None
 
     # -- Writing -------------------------------------------------------------------------------------------------
 
     def open(self, info: FlowInfo) -> None:
-        """Creates ``X.zarr.partial`` with empty arrays, or goes on with the one that is there if it is to resume.
+        """Creates ``X.zarr.partial`` with empty arrays, or continues an existing one if it is to resume.
 
-        What is at ``X.zarr`` stays until ``commit``.
+        An existing ``X.zarr`` stays until ``commit``.
         """
         if self._state != "new":
             raise ValueError(f"{self.path} was opened before: a sink is used once")
@@ -194,22 +196,22 @@ class ZarrSink:
         if point is None or point.flows == 0:
             self._target.start(overwrite=self._config.overwrite or point is not None, afresh=self._config.resume)
             return
-        self.require_same(info)  # as asked before, but now that nobody else can change it
+        self.require_same(info)  # checked again, now that the lock keeps others from changing it
         self._target.reopen(finished=point.complete)
         self._drop_from(point.flows // self._shard_length)
         self._taken = point.flows
 
     def _start(self, info: FlowInfo, metadata: dict[str, dict[str, Any]]) -> None:
-        """Whoever compresses and writes. Flow that is on a GPU comes by ``take``."""
+        """Sets up compressing and writing. Flow computed on a GPU arrives through ``take``."""
         workers, on_gpu = encode_workers(info.device), info.device not in (None, "cpu")
-        shards = ((info.flow_count or 0) - self._taken) / self._shard_length  # pipes, that tell none, are slow
+        shards = ((info.flow_count or 0) - self._taken) / self._shard_length  # a pipe gives no count, but is slow
         possible = shard_processes.are_possible(self._codec, self._shard_length)
         if on_gpu and possible and shard_processes.are_worth_it(shards, self._shard_length, workers):
             processes = shard_processes.how_many(workers)
             most_bytes = processes * self._shard_length * self._codec.flow_bytes
             self._files = StoreWriter(self._target, metadata, self._shard_length, processes, most_bytes)
             setting = Setting(self.path, self._codec, self._shard_length)
-            with suppress(OSError):  # no process may be had, or no memory: threads do as well
+            with suppress(OSError):  # no process or no memory available: use threads instead
                 self._shards = ShardsInProcesses(self._files, self._target, setting, self._taken, processes)
                 return
         self._files = StoreWriter(self._target, metadata, self._shard_length)
@@ -224,7 +226,7 @@ class ZarrSink:
         if flows.device.type != "cpu":
             raise ValueError(f"a sink takes flow on the CPU, got {flows.device}")
         shards = self._require_shards()
-        if not isinstance(shards, ShardsInThreads):  # it is for flow on a GPU, and this has come another way
+        if not isinstance(shards, ShardsInThreads):  # it takes only steps, as a GPU prepares them
             for prepared in self.prepare(iter([batch])):
                 self.take(prepared)
             return
@@ -234,11 +236,11 @@ class ZarrSink:
 
     @property
     def prepares(self) -> bool:
-        """See ``DeviceSink``: unless flow is stored as it is."""
+        """See ``DeviceSink``. False for a lossless store, which keeps flow as it is."""
         return not self._codec.lossless
 
     def prepare(self, batches: Iterator[FlowBatch]) -> Iterator[StepsBatch]:
-        """See ``DeviceSink``: whole numbers of steps, as they are stored, and as far compressed as a device can."""
+        """See ``DeviceSink``: quantises flow to the stored integers and, for Blosc, shuffles their bits."""
         kind = torch.int16 if self._codec.dtype.itemsize == 2 else torch.int32
         for batch in batches:
             steps, found = quantise(self._stored(batch), self._codec.step, self._codec.limit, kind)
@@ -247,7 +249,7 @@ class ZarrSink:
             yield StepsBatch(steps, found, batch.index, **{name: getattr(batch, name) for name in COORDINATES})
 
     def landing(self, prepared: Prepared, pin: Pin) -> Tensor | None:
-        """See ``LandingSink``: where other processes see it, if they make the shards."""
+        """See ``LandingSink``: memory shared with other processes, if they make the shards."""
         shards = self._require_shards()
         room = shards.room(len(prepared), pin) if isinstance(shards, ShardsInProcesses) else None
         return None if room is None else torch.from_numpy(room)
@@ -269,9 +271,9 @@ class ZarrSink:
         self._losses = tuple(losses)
 
     def commit(self, complete: bool = True) -> None:
-        """Publishes the last, perhaps ragged shard; if complete, trims the arrays to what came and names the store."""
+        """Publishes the last, perhaps ragged shard; if complete, trims the arrays and names the store."""
         files, shards = self._require_open(), self._require_shards()
-        files.flush()  # first: an error that nobody has heard of says more than the hole it has left
+        files.flush()  # first: an error not raised yet says more than the hole it left
         files.require_no_hole()
         shards.finish()
         if shards.count < self._taken:
@@ -287,11 +289,11 @@ class ZarrSink:
         self._state = "done"
 
     def abort(self) -> str | None:
-        """Removes the unfinished store, unless it holds a whole shard: that is worth resuming from, and stays."""
+        """Removes the unfinished store, unless it holds a whole shard and is worth resuming."""
         if self._shards is not None:
             self._shards.stop()
         if self._files is not None:
-            self._files.close(in_haste=True)  # what is full is worth keeping
+            self._files.close(in_haste=True)  # full shards are worth keeping
         if self._shards is not None:
             self._shards.close()
         kept = None
@@ -316,15 +318,15 @@ class ZarrSink:
         return self._shards
 
     def _drop_from(self, shard: int) -> None:
-        """Deletes every chunk file of the shards from this one on: a ragged last one, or one without its flow."""
-        for key in sorted(self._target.keys()):  # the flow first: what is there can always be placed
+        """Deletes all chunk files of the shards from this one on: a ragged last one, or one without its flow."""
+        for key in sorted(self._target.keys()):  # the flow first: a flow present always has its times
             _, chunks, rest = key.partition("/c/")
             if chunks and int(rest.split("/")[0]) >= shard:
                 self._target.delete(key)
-        self._target.tidy()  # a shard's folder would look like one behind the last flow, should no other come into it
+        self._target.tidy()  # else a shard's empty folder, if not filled again, looks like one after the last flow
 
     def _stored(self, batch: FlowBatch) -> Tensor:
-        """What is to be kept of a batch."""
+        """The flow of a batch that is stored: full-resolution flow, or the network's own prediction."""
         flows = batch.native if self._native else batch.flow
         if flows is None:
             raise ValueError("opened for the network's own prediction, which did not come with the flow")
@@ -333,8 +335,8 @@ class ZarrSink:
         return flows
 
     def _times_of_next(self, batch: FlowBatch | StepsBatch, index: int, part: slice) -> dict[str, list[Any]]:
-        """Of the flows that this part of a batch holds, the first of which has that place in the store."""
-        self._require_open().check()  # what went wrong with a shard is heard with the next flow, not shards later
+        """Times and frame numbers of the flows in ``part`` of a batch; the first is number ``index`` of the store."""
+        self._require_open().check()  # so that the error of a shard is raised with the next flow, not shards later
         if index != self._taken:
             raise ValueError(f"flows arrive in order: expected number {self._taken}, got {index}")
         times = {name: getattr(batch, name)[part].tolist() for name in COORDINATES}
@@ -353,6 +355,6 @@ class ZarrSink:
 
 
 def _whole_flows(store: FlowStore) -> int:
-    """How many flows the full shards from the first on hold. One that is damaged or misplaced counts as missing."""
+    """Flows in the full shards before the first that is not full. A damaged or misplaced shard counts as missing."""
     shards = len(store) // store.shard_length
     return store.shard_length * next((shard for shard in range(shards) if not store.files.whole(shard)), shards)
