@@ -1,12 +1,12 @@
-"""Blosc, the default codec: Zstandard on shuffled bits. By C-Blosc, or of bits that a GPU has shuffled already.
+"""Blosc, the default codec: Zstandard on shuffled bits, by C-Blosc or on bits that a GPU has already shuffled.
 
-In the second case what is left to do on the host is Zstandard's, for all blocks of a batch in one call, by threads of
-its own that never ask for the GIL: what else a fast run does in Python goes on beside it. The chunks are of the
-format of C-Blosc 1, which every reader of ``blosc`` in Zarr takes; as ``chunks_of_shuffled`` writes it:
+In the second case only Zstandard is left for the host. It compresses all blocks of a batch in one call, by threads of
+its own that never take the GIL, so that the Python code of a fast run goes on meanwhile. The chunks have the format of
+C-Blosc 1, which every reader of ``blosc`` in Zarr accepts; as ``chunks_of_shuffled`` writes it:
 
     16 bytes: versions, flags, bytes of a value, bytes of all values, of a block, of the chunk
     where in the chunk each block begins, 4 bytes each
-    each block: how many bytes follow, in 4; a frame of Zstandard, or the bytes of the block where that is no shorter
+    each block: its length, in 4 bytes; then a Zstandard frame, or the raw block where the frame is no shorter
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-# C-Blosc's own threads order their blocks by chance; one thread a call makes equal input give equal bytes.
+# C-Blosc's own threads write their blocks in any order; with one thread per call equal input gives equal bytes.
 numcodecs.blosc.use_threads = False
 
-# Measured on FlowNet2 output at 1/64 px: with Blosc's own choice of block, levels 1, 2, 3, 5 make it 4.55, 4.63, 4.73,
+# Measured on FlowNet2 output at 1/64 px: with Blosc's default block size, levels 1, 2, 3, 5 make it 4.55, 4.63, 4.73,
 # 4.77 times smaller, the last at a fifth of the speed. With blocks of half a million values level 1 reaches 4.98 at its
 # full speed; higher levels and larger blocks add next to nothing to that.
-LEVEL = 1  # of Blosc, and the same of its Zstandard
+LEVEL = 1  # of Blosc, which is also level 1 of Zstandard
 BLOCK_VALUES = 1 << 19
 
-_VERSIONS = 2, 1  # of the format, and of how a frame lies in it
-_FLAGS = 4 << 5 | 1 << 4 | 1 << 2  # Zstandard; a block is one frame, not one for each byte of a value; bits shuffled
+_VERSIONS = 2, 1  # of the format, and of how Zstandard frames are stored in it
+_FLAGS = 4 << 5 | 1 << 4 | 1 << 2  # Zstandard; one frame per block, not one per byte of a value; bit shuffle
 
 
 class Blosc(Compressor):
@@ -58,12 +58,12 @@ class Blosc(Compressor):
 
 
 def chunks_of_shuffled(batch: npt.NDArray[np.uint8], value_bytes: int, threads: int) -> list[Chunk]:
-    """A chunk of each row.
+    """Compresses each row to one chunk.
 
     Args:
-        batch: (N, bytes) uint8, C order: what ``kernels.bitshuffle`` makes of values in blocks of ``BLOCK_VALUES``.
-        value_bytes: of one of the values.
-        threads: to compress with. The chunks are the same whatever their number.
+        batch: (N, bytes) uint8, C order: the output of ``kernels.bitshuffle`` in blocks of ``BLOCK_VALUES``.
+        value_bytes: bytes per value.
+        threads: to compress with. The chunks do not depend on their number.
     """
     count, total = batch.shape
     block = min(BLOCK_VALUES * value_bytes, total)

@@ -2,8 +2,8 @@
 
     flow (2, H, W) float32 -> quantise -> (2, H, W) int16 | int32 -> compress, checksum (``compressors.py``) -> a chunk
 
-**Invalid vectors.** A vector is known or it is not: when one component is NaN, beyond 1e9 (the ``.flo`` mark of
-"unknown") or outside the integers' range, both components get the fill value and read back as NaN.
+**Invalid vectors.** A vector is valid or invalid as a whole: when one component is NaN, beyond 1e9 (the ``.flo`` mark
+of "unknown") or outside the integers' range, both components get the fill value and read back as NaN.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     BoolArray = npt.NDArray[np.bool_]
     Array = npt.NDArray[Any]
 
-BLOCK_VALUES = 1 << 17  # quantised at a time, so that the float32 scratch stays in a core's second-level cache
+BLOCK_VALUES = 1 << 17  # quantised at a time, so that the float32 scratch stays in a core's L2 cache
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class EncodedFlow:
 
     @property
     def chunk(self) -> bytes:
-        """As one."""
+        """The pieces, joined."""
         return b"".join(self.pieces)
 
 
 @dataclass(frozen=True)
 class FlowCodec:
-    """How every flow of one store is turned into a chunk. Fixed before the first one."""
+    """How every flow of one store is turned into a chunk. Fixed before the first flow."""
 
     height: int  # pixels
     width: int  # pixels
@@ -62,7 +62,7 @@ class FlowCodec:
 
     @property
     def flow_bytes(self) -> int:
-        """Of one flow as it is stored, before compression."""
+        """Bytes of one flow as stored, before compression."""
         return 2 * self.height * self.width * self.dtype.itemsize
 
     @property
@@ -72,12 +72,12 @@ class FlowCodec:
 
     @property
     def limit(self) -> float:
-        """Largest integer step count that is stored, as a float32: neither the fill value nor an unknown vector."""
+        """Largest number of steps stored, a float32 value that avoids the fill value and unknown vectors."""
         largest = 32767.0 if self.dtype.itemsize == 2 else float(np.nextafter(np.float32(2**31), np.float32(0)))
         return min(largest, UNKNOWN_ABOVE / self.step)
 
     def encode(self, flow: Float32Array) -> EncodedFlow:
-        """flow: (2, H, W) float32, any strides. Raises OutputError if the error bound were ever broken."""
+        """flow: (2, H, W) float32, any strides. Raises OutputError should the error bound ever be broken."""
         if flow.shape != (2, self.height, self.width):
             raise ValueError(f"this store's flows are (2, {self.height}, {self.width}), got {flow.shape}")
         if self.lossless:
@@ -87,16 +87,16 @@ class FlowCodec:
 
     @property
     def shuffles(self) -> bool:
-        """Whether a device may shuffle the bits of its steps: ``encode_prepared`` wants that then."""
+        """Whether the bits of the steps can be shuffled on a device: ``encode_prepared`` then expects them so."""
         return self.codec == "blosc" and not self.lossless
 
     def encode_prepared(self, steps: Array, threads: int = 1) -> list[Chunk]:
-        """The chunks of flows that ``kernels.quantise`` has made steps of, where they were.
+        """The chunks of flows that ``kernels.quantise`` has quantised on their device.
 
         Args:
-            steps: (N, 2, H, W); where the codec ``shuffles``, what ``kernels.bitshuffle`` made of them in blocks of
+            steps: (N, 2, H, W); if the codec ``shuffles``, the output of ``kernels.bitshuffle`` in blocks of
                 ``blosc.BLOCK_VALUES``: (N, bytes) uint8.
-            threads: for a codec that has any of its own.
+            threads: for a codec that is itself multi-threaded.
         """
         size = (2, self.height, self.width)
         shape, dtype = ((self.flow_bytes,), np.uint8) if self.shuffles else (size, self.dtype)
@@ -113,14 +113,14 @@ class FlowCodec:
             out[:] = stored
             return
         np.multiply(stored, np.float32(self.step), out=out, dtype=np.float32, casting="unsafe")
-        if stored.min() == self.fill:  # the smallest integer there is
+        if stored.min() == self.fill:  # the fill value is the dtype's smallest integer
             out[stored == self.fill] = np.nan
 
     def quantise(self, flow: Float32Array) -> tuple[Array, int, int]:
         """The nearest steps of each vector; also how many vectors were unknown and how many beyond range.
 
-        Goes row block by row block, so that the passes below run in the cache. Scaling by a power of two is exact,
-        and so is rounding a float32 to an integer: the error is at most half a step, and each block proves it.
+        Works on blocks of rows, so that the passes below run in the cache. Scaling by a power of two is exact, and so
+        is rounding a float32 to an integer: the error is at most half a step, which is checked for each block.
         """
         steps: Array = np.empty(flow.shape, self.dtype)
         rows = max(1, BLOCK_VALUES // (2 * self.width))
@@ -145,7 +145,7 @@ class FlowCodec:
         return steps, unknown, beyond_range
 
     def _check_bound(self, part: Float32Array, kept: Array, scratch: Float32Array, invalid: BoolArray | None) -> None:
-        """Decodes what was kept and compares it with the original; the subtraction is exact this close to it."""
+        """Decodes what was kept and compares it with the original; the subtraction of values so close is exact."""
         np.multiply(kept, np.float32(self.step), out=scratch, dtype=np.float32, casting="unsafe")
         np.subtract(scratch, part, out=scratch)
         if invalid is not None:
@@ -153,7 +153,7 @@ class FlowCodec:
         self.require_bound(max(float(scratch.max()), -float(scratch.min())))
 
     def require_bound(self, worst: float) -> None:
-        """Raises OutputError if an error of so many pixels breaks the promise."""
+        """Raises OutputError if ``worst``, in pixels, exceeds ``max_error``."""
         if not worst <= self.max_error:
             raise OutputError(f"a stored vector is off by {worst} px, more than the promised {self.max_error} px")
 
@@ -168,10 +168,10 @@ def _outside(vectors: Float32Array, limit: float) -> BoolArray:
 def flow_codec(height: int, width: int, config: SinkConfig, side: int | None = None) -> FlowCodec:
     """The codec for flows of this size: step and integer type follow from the error bound and the longer side.
 
-    side: pixels of the frame's longer side, where what is stored is smaller than the frame.
+    side: pixels of the frame's longer side, where the stored field is smaller than the frame.
 
     Raises:
-        UsageError: the bound is so fine that not even 32 bits reach across the frame.
+        UsageError: the bound is so fine that not even 32 bits span the frame.
     """
     if config.max_error == 0:
         return FlowCodec(height, width, np.dtype("<f4"), 1.0, 0.0, config.codec)

@@ -3,8 +3,8 @@ one line in ``COMPRESSORS``.
 
     values, an array in C order -> compress -> checksum -> a chunk
 
-The bytes are those of the Zarr v3 specification, so any Zarr reader opens them that knows the codec. Nothing here keeps
-state between calls, and compressing lets go of the GIL: a pool may do several chunks side by side.
+The bytes are those of the Zarr v3 specification, so any Zarr reader opens them that knows the codec. No state is
+kept between calls, and compressing releases the GIL, so a pool may compress several chunks in parallel.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ class Compressor(ABC):
 
     @abstractmethod
     def decode(self, body: bytes, dtype: np.dtype[Any]) -> Array:
-        """What was compressed, flat.
+        """The values that were compressed, flat.
 
-        Of a damaged body it may raise RuntimeError, ValueError, TypeError, SystemError or MemoryError.
+        For a damaged body it may raise RuntimeError, ValueError, TypeError, SystemError or MemoryError.
         """
 
     def arranged(self, decoded: Array, shape: int | tuple[int, ...]) -> Array:
-        """The values in their shape, of what ``decode`` gave; flat where that is their number."""
+        """The values that ``decode`` returned, in their shape; flat if that is a count."""
         return decoded.reshape(shape)
 
     @abstractmethod
     def in_zarr(self, dtype: np.dtype[Any]) -> list[dict[str, Any]]:
-        """The same in the words of Zarr's metadata: what is done to values of this type, in turn."""
+        """The codec as Zarr's metadata: the steps applied to values of this type, in order."""
 
 
-# By the names that users give them: (module, class).
+# By the names that users give: (module, class).
 COMPRESSORS: dict[Codec, tuple[str, str]] = {
     "blosc": ("flowreel.sinks.blosc", "Blosc"),
     "zstd": ("flowreel.sinks.zstd", "Zstd"),
@@ -59,7 +59,7 @@ COMPRESSORS: dict[Codec, tuple[str, str]] = {
     "pcodec2d": ("flowreel.sinks.pcodec", "Pcodec2d"),
 }
 _CHECKSUM = "crc32c"
-_SERIALIZERS = ("bytes", "numcodecs.pcodec")  # Zarr's names of what makes bytes of an array
+_SERIALIZERS = ("bytes", "numcodecs.pcodec")  # Zarr codecs that turn an array into bytes
 
 
 @cache
@@ -70,7 +70,7 @@ def _compressor(codec: Codec) -> Compressor:
 
 
 def compress(values: Array, codec: Codec) -> bytes:
-    """One chunk: the values, an array in C order, compressed, with their crc32c behind."""
+    """One chunk: the values, an array in C order, compressed, followed by the crc32c of the compressed bytes."""
     return b"".join(chunk_of(values, codec))
 
 
@@ -96,12 +96,12 @@ def decompress(chunk: bytes, codec: Codec, dtype: np.dtype[Any], shape: int | tu
 
 
 def zarr_codecs(codec: Codec, dtype: np.dtype[Any]) -> list[dict[str, Any]]:
-    """The same chain as ``compress``, in the words of Zarr's metadata."""
+    """The steps of ``compress`` as Zarr's metadata."""
     return [*_compressor(codec).in_zarr(dtype), {"name": _CHECKSUM}]
 
 
 def zarr_arguments(codec: Codec, dtype: np.dtype[Any]) -> dict[str, Any]:
-    """The chain sorted into the three arguments by which zarr-python's ``create_array`` takes it."""
+    """The same steps, split into the three arguments that zarr-python's ``create_array`` takes."""
     chain = zarr_codecs(codec, dtype)
     serializer = next(place for place, step in enumerate(chain) if step["name"] in _SERIALIZERS)
     return {"filters": chain[:serializer], "serializer": chain[serializer], "compressors": chain[serializer + 1 :]}

@@ -1,8 +1,8 @@
 """From the network's own quarter-resolution flow, as a store keeps it, to flow of the frame.
 
-The networks end in a prediction at a quarter of their input's size, which is enlarged and then cut or scaled to the
-frame. A store that keeps the prediction itself is 16 times smaller before compression; this is the rest of the way,
-in NumPy, equal to what the networks do to a few float32 roundings.
+The networks end in a prediction at a quarter of their input's size, which is upsampled and then cropped or resized to
+the frame. A store that keeps the prediction itself is 16 times smaller before compression. This module does the
+remaining steps in NumPy, equal to what the networks do within a few float32 roundings.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 
 def enlarge(coarse: Float32Array, grid: NativeGrid, height: int, width: int) -> Float32Array:
-    """A stored prediction to the flow of the frame.
+    """Converts a stored prediction to the flow of the frame.
 
     Args:
         coarse: (2, h, w) float32, pixels of the source frame; NaN where there is no vector.
         grid: how it lies in the frame.
-        height, width: of the flow that is wanted.
+        height, width: of the frame's flow.
 
     Returns:
-        (2, height, width) float32, pixels of the source frame; NaN where any vector it is made of is missing.
+        (2, height, width) float32, pixels of the source frame; NaN where a vector it is computed from is missing.
     """
     network = (grid.height * grid.factor, grid.width * grid.factor)
     if grid.fit == "resize":
@@ -40,7 +40,7 @@ def enlarge(coarse: Float32Array, grid: NativeGrid, height: int, width: int) -> 
 
 
 def vector_places(grid: NativeGrid, height: int, width: int) -> tuple[Float64Array, Float64Array]:
-    """y (h,) and x (w,) of the prediction's vectors in the frame's pixels: the middles of what each stands for."""
+    """y (h,) and x (w,) of the prediction's vectors in the frame's pixels: the centre of the area each stands for."""
 
     def places(count: int, before: int, size: int) -> Float64Array:
         scale = size / (count * grid.factor) if grid.fit == "resize" else 1.0
@@ -52,7 +52,7 @@ def vector_places(grid: NativeGrid, height: int, width: int) -> tuple[Float64Arr
 def _resize(
     flow: Float32Array, size: tuple[int, int], corner: tuple[int, int], part: tuple[int, int], mode: str
 ) -> Float32Array:
-    """``flow`` (2, h, w) resized to ``size``, of which the ``part`` (rows, columns) from ``corner`` on is made."""
+    """``flow`` (2, h, w) resized to ``size``; only its ``part`` (rows, columns) from ``corner`` on is computed."""
     for axis in (0, 1):
         before, after, share = _places(flow.shape[axis + 1], size[axis], corner[axis], part[axis], mode)
         near = np.take(flow, before, axis + 1)
@@ -70,9 +70,10 @@ def _resize(
 
 @lru_cache(maxsize=16)
 def _places(count: int, size: int, first: int, length: int, mode: str) -> tuple[Any, Any, Any]:
-    """For outputs ``first`` ... of ``size`` along one axis of ``count``: both neighbours, and the second's share.
+    """For ``length`` outputs from ``first`` on, along an axis resized from ``count`` to ``size``: the two neighbours of
+    each, and the second's weight.
 
-    Pixels are areas: centres lie at halves, and beyond the outermost ones the border value goes on.
+    Pixels are areas: centres lie at half-integers, and the border value is repeated beyond the outermost ones.
     """
     if mode == "nearest":
         return np.arange(first, first + length) * count // size, None, None

@@ -1,11 +1,10 @@
 """Encoding on several cores, results in order: a bounded pool inside one sink.
 
-This is no second pipeline: it has no stages, channels or stop of its own. It spreads the work inside one ``write``, and
-what is kept of its results is kept in the thread that calls.
+This is no second pipeline: it has no stages, channels or cancellation of its own. It spreads the work inside one
+``write`` over threads, and the calling thread takes the results.
 
-Only work that lets go of Python's interpreter lock gains: zlib, Blosc, NumPy on large arrays, and writing files, which
-a system takes sooner from several threads than from one. What keeps the lock is as quick in the calling thread: give it
-0 workers.
+Only work that releases the GIL gains: zlib, Blosc, NumPy on large arrays, and writing files, which several threads do
+faster than one. Work that holds the GIL is as fast in the calling thread: give it 0 workers.
 """
 
 from __future__ import annotations
@@ -19,18 +18,18 @@ from typing import Any, Generic, TypeVar
 Result = TypeVar("Result")
 Made = TypeVar("Made")
 
-CORES_PER_WORKER = 2  # the decoder and the model want the other half
-MOST_WORKERS = 8  # beside a model on the CPU, which gives no more than these can take
-MOST_ALONE = 16  # beyond that a disk, not the encoder, is what a run waits for
-CALLS_PER_WORKER = 2  # one being worked on, one waiting, so that no worker runs dry while a result is taken
-CALLS_AT_ONCE = 3  # that have threads of their own: while one ends and another begins, the third has work for them
+CORES_PER_WORKER = 2  # the decoder and the model need the other half
+MOST_WORKERS = 8  # beside a model on the CPU, which produces no more than these can encode
+MOST_ALONE = 16  # without such a model; beyond that a run waits for the disk, not the encoder
+CALLS_PER_WORKER = 2  # one running, one queued, so that no worker is idle while a result is taken
+CALLS_AT_ONCE = 3  # that are multi-threaded themselves: while one ends and another begins, the third keeps cores busy
 MOST_BYTES = 256 << 20  # of input in flight; with 8 workers, 16 flows of 1920x1080 just fit
 
 
 def encode_workers(device: str | None = "cpu") -> int:
     """How many threads a sink encodes with on this machine, for flow that is computed on ``device``; None: on none.
 
-    Beside a model on the CPU one for every two cores, at most 8; else one for every core but one, at most 16.
+    Beside a model on the CPU, one for every two cores, at most 8; otherwise one for every core but one, at most 16.
     """
     cores = os.cpu_count() or 1
     if device == "cpu":
@@ -39,12 +38,12 @@ def encode_workers(device: str | None = "cpu") -> int:
 
 
 def file_workers(device: str | None) -> int:
-    """The same for calls that also write what they have encoded: one more, as who submits them only hands over."""
+    """The same for calls that also write what they encode: one more, as the thread that submits them does little."""
     return encode_workers(device) + 1
 
 
 def shared_out(threads: int) -> tuple[int, int]:
-    """For calls that use several threads themselves: how many at once, and how many threads each."""
+    """For calls that are multi-threaded themselves: how many at once, and how many threads per call."""
     calls = min(threads, CALLS_AT_ONCE)
     return calls, -(-threads // calls)
 
@@ -53,7 +52,7 @@ class OrderedPool(Generic[Result]):
     """Runs calls on worker threads and hands each result to ``take``, in the order the calls were submitted.
 
     ``take`` runs in the thread that calls ``submit`` or ``drain``, never in a worker. The first error, of a call or
-    of ``take``, comes out of the ``submit`` or ``drain`` that reaches its place in the order; all results before it
+    of ``take``, is raised by the ``submit`` or ``drain`` that reaches its place in the order; all results before it
     have been taken by then, none after it will be, and nothing is left running.
     """
 
@@ -70,16 +69,16 @@ class OrderedPool(Generic[Result]):
     def submit(self, function: Callable[..., Result], *args: Any, nbytes: int = 0) -> None:
         """Starts ``function(*args)``, whose input takes ``nbytes``.
 
-        Takes the results that are ready first, and waits for as many as it needs to keep within the bounds of calls
-        and bytes; one call larger than the bound goes alone.
+        First takes the results that are ready, and waits for as many as needed to keep within the bounds on calls and
+        bytes; a call larger than the bound runs alone.
         """
         self._start(function, args, nbytes)
 
     def submit_in_turn(self, make: Callable[[], Made], then: Callable[[Made], Result], nbytes: int = 0) -> None:
-        """As ``submit``, in two steps: ``make`` beside other calls, ``then`` with what it made in the calls' order.
+        """As ``submit``, in two steps: ``make`` runs beside other calls; ``then`` takes its result in their order.
 
-        Both run in a worker. ``then`` begins when the call before has ended, whether or not it failed; and a ``make``
-        that fails ends its call without waiting for those before.
+        Both run in a worker. ``then`` begins when the call before has ended, whether or not it failed. A ``make`` that
+        fails ends its call without waiting for those before.
         """
         before = self._in_flight[-1][0] if self._in_flight else None
         self._start(_in_turn, (before, make, then), nbytes)
@@ -101,7 +100,7 @@ class OrderedPool(Generic[Result]):
             raise
 
     def take_ready(self) -> None:
-        """Takes the results that are there, without waiting for any; raises as ``submit`` does."""
+        """Takes the results that are ready, without waiting for any; raises as ``submit`` does."""
         try:
             while self._in_flight and self._in_flight[0][0].done():
                 self._take_next()
@@ -119,7 +118,7 @@ class OrderedPool(Generic[Result]):
             raise
 
     def close(self) -> None:
-        """Drops what has not been taken. Calls that wait never start; the few that run are waited for."""
+        """Drops the results not taken. Queued calls never start; running ones are waited for."""
         self._closed = True
         self._in_flight.clear()
         self._bytes = 0
@@ -136,7 +135,7 @@ class OrderedPool(Generic[Result]):
 
 
 def _in_turn(before: Future[Result] | None, make: Callable[[], Made], then: Callable[[Made], Result]) -> Result:
-    """Workers begin calls in their order, so the one before is running, or over, and nobody waits for what never is."""
+    """Cannot deadlock: workers begin calls in order, so the call waited for is running or done."""
     made = make()
     if before is not None:
         wait((before,))

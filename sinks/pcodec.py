@@ -1,10 +1,11 @@
-"""pcodec, and pcodec behind a prediction along rows: the smallest stores.
+"""pcodec, and pcodec after a prediction along rows: the smallest stores.
 
-Readers need the registered ``numcodecs.pcodec``, or that and ``numcodecs.delta``, as zarr-python has them.
+Readers need the registered ``numcodecs.pcodec``, for the second also ``numcodecs.delta``; zarr-python has both.
 
-**2-D prediction** (``pcodec2d``). Flow is smooth along both axes, pcodec looks along one. So the differences to the
-left neighbour are taken first, and turned, so that pcodec finds the differences between rows of those itself. The
-rest is the error of guessing a pixel as left + above - above left: a quarter to a third smaller than pcodec alone.
+**2-D prediction** (``pcodec2d``). Flow is smooth along both axes, but pcodec predicts along one. So the differences
+to the left neighbour are taken first, and transposed, so that pcodec itself takes the differences between their rows.
+What remains is the error of predicting a pixel as left + above - above left: a quarter to a third smaller than pcodec
+alone.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ if TYPE_CHECKING:
     Array = npt.NDArray[Any]
 
 LEVEL = 8  # 12 is slower and hardly smaller, 4 costs a sixth of the size
-# Of integers: no search for common factors, which flow has not, and small pages, which fit themselves to a still
+# For integers: no search for common factors, which flow does not have, and small pages, which adapt to a still
 # background. 5 % faster, and up to 6 % smaller (10 % with prediction). Floats keep the search: KITTI's are multiples.
 INTEGER_OPTIONS = {"mode_spec": "classic", "equal_pages_up_to": 1 << 16}
-# After prediction it is known which differences pcodec is to take, those to the value before: not searching for better
-# ones saves a quarter of its time. Of the fields measured, one became 1 % larger, the others stayed or shrank.
+# After prediction it is known that pcodec should take differences to the value before: not searching for better ones
+# saves a quarter of its time. Of the fields measured, one became 1 % larger, the others stayed or shrank.
 PREDICTED_OPTIONS = {"delta_spec": "try_consecutive", "delta_encoding_order": 1}
 CACHE_LINE_BYTES = 64
 
@@ -74,8 +75,8 @@ class Pcodec2d(Pcodec):
 def differences(steps: Array) -> Array:
     """(..., H, W) integers -> (..., W, H), C order: each minus the one before it in its row.
 
-    "Before" the first of a row is the last of the row above, as ``numcodecs.delta`` has it. What goes over the
-    integers' range wraps around, here and back.
+    The value before the first of a row is the last of the row above, as in ``numcodecs.delta``. Integer overflow
+    wraps around, both here and on the way back.
     """
     flat = steps.reshape(-1)
     change = np.empty_like(flat)
@@ -88,12 +89,12 @@ def from_differences(change: Array, shape: tuple[int, ...]) -> Array:
     """Undoes ``differences``: its values, flat or not, to the steps in their shape (..., H, W)."""
     *planes, height, width = shape
     rows = _turned(change.reshape(*planes, width, height))
-    steps = np.cumsum(rows, dtype=np.int32)  # NumPy sums int16 four times slower; both wrap around to the same end
+    steps = np.cumsum(rows, dtype=np.int32)  # NumPy sums int16 four times slower; both wrap around to the same result
     return steps.astype(change.dtype, copy=False).reshape(shape)
 
 
 def _turned(planes: Array) -> Array:
-    """(..., H, W) -> (..., W, H), C order, in strips of a cache line: whole lines are written, none twice."""
+    """(..., H, W) -> (..., W, H), C order, in strips one cache line wide: each line is written whole and once."""
     *others, height, width = planes.shape
     turned: Array = np.empty((*others, width, height), planes.dtype)
     strip = CACHE_LINE_BYTES // planes.itemsize

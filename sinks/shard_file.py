@@ -1,4 +1,4 @@
-"""A shard file, Zarr's ``sharding_indexed``: the chunks, then an index of where each lies, and its checksum."""
+"""A shard file, Zarr's ``sharding_indexed``: the chunks, then an index of where each lies, and the index's checksum."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INDEX_MISSING = 2**64 - 1  # offset and length of a chunk that is not in the sha
 def pack_shard(chunks: Sequence[Chunk], length: int) -> list[bytes]:
     """The pieces of a shard file of ``length`` places: those of the chunks from place 0 on, then the index.
 
-    Places behind the last chunk are marked missing; this is how the last shard of a clip is ragged.
+    Places after the last chunk are marked missing; so the last shard of a clip may be ragged.
     """
     index = np.full((length, 2), INDEX_MISSING, "<u8")
     sizes = np.array([sum(map(len, chunk)) for chunk in chunks], "<u8")

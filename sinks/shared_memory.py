@@ -1,4 +1,4 @@
-"""Memory that other processes see as well: one file without a name, of which each buffer is a part."""
+"""Memory shared with other processes: one anonymous file, of which each buffer is a part."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from flowreel.sinks.parallel import OrderedPool
 if TYPE_CHECKING:
     from flowreel.engine.data import Bytes
 
-AT_ONCE = 16 << 20  # bytes that are asked of the system ahead of time, before it is seen whether to go on
+AT_ONCE = 16 << 20  # bytes allocated ahead of time in one call; between calls ``close`` can stop it
 
 
 class Buffer(NamedTuple):
-    """A part of such memory."""
+    """A part of the shared memory."""
 
-    place: int  # bytes, where in the file it begins
+    place: int  # byte offset in the file
     bytes: Bytes  # (N,) uint8
 
 
 class SharedMemory:
-    """Grows by a buffer at a time; all of it goes with the last process that has its descriptor or a buffer.
+    """Grows by a buffer at a time; freed when the last process that has its descriptor or a buffer lets go of it.
 
-    A process that inherits ``descriptor`` finds a buffer there by its place. Linux alone has such files.
+    A process that inherits ``descriptor`` finds a buffer there by its place. Linux only.
     """
 
     def __init__(self) -> None:
@@ -37,25 +37,25 @@ class SharedMemory:
         self._ahead: OrderedPool[None] = OrderedPool(lambda _: None, 1)
 
     def reserve(self, nbytes: int) -> None:
-        """So much will be taken: the system is asked for it in the background, before anybody waits for it.
+        """Allocates memory for future buffers in the background, before anybody waits for it.
 
-        A system finds and clears memory when it is first touched. That takes longer than to copy something there, in
+        The system finds and clears memory when it is first touched. That takes longer than copying data into it, in
         some virtual machines ten times as long.
         """
         self._grow(nbytes)
         self._ahead.submit(self._find, nbytes)
 
     def take(self, nbytes: int) -> Buffer:
-        """A new one that begins with a page. It stays as long as it is held."""
+        """A new buffer, aligned to a page. It stays valid as long as it is referenced."""
         place, size = self._taken, -(-max(nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
         self._grow(place + size)
         self._taken += size
         return Buffer(place, np.frombuffer(mmap.mmap(self.descriptor, size, offset=place), np.uint8)[:nbytes])
 
     def close(self) -> None:
-        """No more buffers; those that were taken stay."""
+        """No more buffers can be taken; those taken stay valid."""
         self._closed = True
-        self._ahead.close()  # waits: it might use the descriptor when that is another file's
+        self._ahead.close()  # waits, as its thread might use the descriptor once that is another file's
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
@@ -69,7 +69,7 @@ class SharedMemory:
         for place in range(0, nbytes, AT_ONCE):
             if self._closed:
                 return
-            with suppress(OSError):  # there is too little: whoever touches it will hear of it
+            with suppress(OSError):  # too little memory: that shows when it is touched
                 os.posix_fallocate(self.descriptor, place, min(AT_ONCE, nbytes - place))
 
 
@@ -78,13 +78,13 @@ class SharedView:
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
-        self._buffers: dict[int, Bytes] = {}  # by where they begin, as far as anybody has asked
+        self._buffers: dict[int, Bytes] = {}  # mapped so far, by place
 
     def at(self, place: int, nbytes: int) -> Bytes:
-        """(nbytes,) uint8, to be read: the beginning of the buffer at that place."""
+        """(nbytes,) uint8, read-only: the beginning of the buffer at that place."""
         buffer = self._buffers.get(place)
         if buffer is None or buffer.size < nbytes:
-            flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)  # not page by page, when each is first touched
+            flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)  # all pages now, not each when first touched
             mapped = mmap.mmap(self._descriptor, nbytes, flags=flags, prot=mmap.PROT_READ, offset=place)
             buffer = self._buffers[place] = np.frombuffer(mapped, np.uint8)
         return buffer[:nbytes]

@@ -95,7 +95,7 @@ class LocalTarget:
             self._claim.withdraw()
 
     def start(self, overwrite: bool, afresh: bool = False) -> None:
-        """Begins an empty unfinished store. A finished one stays until ``finish``; without ``overwrite`` it is an error.
+        """Begins an empty unfinished store. A finished one stays until ``finish``; it is an error unless ``overwrite``.
 
         afresh: an unfinished store is removed even without ``overwrite``.
         """

@@ -122,7 +122,7 @@ class StoreWriter:
             return make()
 
     def _publish(self, number: int, frame: int, length: int, prepared: tuple[list[str], int]) -> None:
-        """Publishes array lengths, then the shard's files. Called in order: the shards before are published or failed."""
+        """Publishes array lengths, then the shard's files. Called in order: those before are published or failed."""
         keys, nbytes = prepared
         with self._noting_failure(number, frame):
             try:
