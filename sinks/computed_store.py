@@ -1,14 +1,16 @@
-"""Flow that is not there yet as a Zarr store: a chunk is computed when it is asked for.
+"""A Zarr store of flow that is not computed yet: a chunk is computed when it is read.
 
     zarr, xarray, dask ──> get "flow/c.7.0.0.0" ─┐
                            get "flow/c.3.0.0.0" ─┼─> gathered for 2 ms ─> flows 3, 7, 8 at once ─> their bytes
                            get "flow/c.8.0.0.0" ─┘
 
-Zarr's readers ask for one chunk at a time, about ten of them concurrently; a network wants them together. So what is
-asked for while nothing is computed waits a moment for others, and what is asked for meanwhile goes together next.
+Zarr's readers request single chunks, about ten of them concurrently; a network is better fed several at once. So a
+request made while nothing is being computed waits a moment for others, and requests made during a computation form the
+next group.
 
-A chunk is float32 without compression: nobody keeps it. What cannot be computed is an error to whoever asked for just
-that flow; a store answers "there is nothing", which readers take for fill values, only to keys that it does not have.
+A chunk is float32 without compression, as nobody keeps it. A flow that cannot be computed is an error for the request
+that asked for it; the answer "no such key", which readers take for fill values, is given only for keys that the store
+does not have.
 """
 
 from __future__ import annotations
@@ -40,26 +42,26 @@ if TYPE_CHECKING:
 
     Float32Array = npt.NDArray[np.float32]
 
-GATHER_S = 0.002  # readers issue their requests within far less; no flow is computed as fast
+GATHER_S = 0.002  # readers issue their requests within far less, and no flow is computed as fast
 _FLOW = re.compile(r"flow/c\.(0|[1-9]\d*)\.0\.0\.0")
 
 
 class ComputedStore(Store):
-    """A read-only Zarr store, a group laid out like ``X.zarr`` but for shards, whose flow is computed as it is read.
+    """A read-only Zarr store, a group laid out like ``X.zarr`` except for shards, whose flow is computed as it is read.
 
     ``zarr.open_group(store)["flow"]``, ``xarray.open_zarr(store)`` and ``dask.array.from_zarr(store,
-    component="flow")`` take it unaided. Whatever goes wrong comes out of the read that asked for it. Pickling keeps
-    what it takes to compute the flow again elsewhere.
+    component="flow")`` read it as it is. Errors are raised by the read that caused them. Pickling keeps what is
+    needed to compute the flow again elsewhere.
     """
 
     def __init__(self, info: FlowInfo, flows: Flows) -> None:
         """
         Args:
             info: header of the flow.
-            flows: what computes it, for any thread that asks; picklable if the store is to be.
+            flows: computes it, in any thread; picklable if the store is to be.
         """
-        # Zarr's "read-only" says how a store was opened, and ``zarr.open_group(store)`` by itself refuses one opened
-        # so. What can be written is said by ``supports_writes``: nothing.
+        # ``read_only`` says how a store was opened, and plain ``zarr.open_group(store)`` refuses one opened read-only.
+        # That nothing can be written is said by ``supports_writes``.
         super().__init__(read_only=False)
         self._info = info
         self._flows = flows
@@ -79,7 +81,7 @@ class ComputedStore(Store):
         return f"<ComputedStore of {self._flows!r}>"
 
     def with_read_only(self, read_only: bool = False) -> Store:
-        """The same store with another note. Called inside Zarr's event loop, where metadata cannot be made anew."""
+        """The same store with another flag, copied: Zarr's event loop calls this, and cannot make metadata anew."""
         other = ComputedStore.__new__(ComputedStore)
         other.__dict__ = self.__dict__ | {"_read_only": read_only, "_is_open": False}
         return other
@@ -114,12 +116,12 @@ class ComputedStore(Store):
         raise FileNotFoundError(key)
 
     def _number(self, key: str) -> int | None:
-        """Of the flow whose chunk has this key; None: it is no chunk of flow."""
+        """Number of the flow whose chunk has this key; None: it is not a chunk of flow."""
         match = _FLOW.fullmatch(key)
         return int(match[1]) if match and int(match[1]) < self._flows.shape[0] else None
 
     def _here(self) -> _Gathered:
-        """What is asked for from the event loop that is running: Zarr's own, or that of a caller's coroutines."""
+        """The pending requests of the running event loop: Zarr's own, or that of a caller's coroutines."""
         return self._gathered.setdefault(asyncio.get_running_loop(), _Gathered(self._flows))
 
     # -- Listing -------------------------------------------------------------------------------------------------
@@ -168,7 +170,7 @@ class ComputedStore(Store):
         raise ValueError(f"{key} cannot be deleted: it is computed as it is read")
 
     async def set_partial_values(self, key_start_values: Iterable[tuple[str, int, bytes]]) -> None:
-        """Zarr 3.1.0 asks every store for one."""
+        """Zarr 3.1.0 requires this method of every store."""
         for key, _, _ in key_start_values:
             await self.delete(key)
 
@@ -180,7 +182,7 @@ class ComputedStore(Store):
 
 
 class _Gathered:
-    """The flows that are waited for in one event loop. Only that loop's thread touches it."""
+    """Pending requests for flows in one event loop. Used only by that loop's thread."""
 
     def __init__(self, flows: Flows) -> None:
         self._flows = flows
@@ -190,14 +192,14 @@ class _Gathered:
     async def flow(self, number: int) -> Float32Array:
         """(2, H, W) pixels."""
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[Float32Array] = loop.create_future()  # one each: who is cancelled takes nobody along
+        future: asyncio.Future[Float32Array] = loop.create_future()  # one each: cancelling one leaves the others
         self._waiting.setdefault(number, []).append(future)
         if self._serving is None:
             self._serving = loop.create_task(self._serve())
         return await future
 
     async def _serve(self) -> None:
-        """Answers until nobody waits."""
+        """Answers requests until none is pending."""
         taken: dict[int, list[asyncio.Future[Float32Array]]] = {}
         try:
             while self._waiting:
@@ -208,7 +210,7 @@ class _Gathered:
             self._serving = None
             left, self._waiting = (*taken.values(), *self._waiting.values()), {}
             for future in chain.from_iterable(left):
-                future.cancel()  # nothing, unless the loop itself is stopping
+                future.cancel()  # no effect, unless the loop itself is stopping
 
     async def _answer(self, asked: Mapping[int, Sequence[asyncio.Future[Float32Array]]]) -> None:
         wanted = [number for number, futures in asked.items() if not all(future.done() for future in futures)]
@@ -217,7 +219,7 @@ class _Gathered:
         try:
             flows = await asyncio.to_thread(self._flows.__getitem__, wanted)
         except Exception as error:
-            if len(wanted) > 1:  # whose fault is it? Each by itself will tell, and the others get their flow
+            if len(wanted) > 1:  # which one failed? Compute each by itself, so that the others get their flow
                 for number in wanted:
                     await self._answer({number: asked[number]})
                 return
@@ -252,7 +254,7 @@ def _files(info: FlowInfo, flows: Flows) -> dict[str, bytes]:
 
 
 def _range(request: ByteRequest | None, length: int) -> slice:
-    """Which of ``length`` bytes are asked for."""
+    """Which of ``length`` bytes are requested."""
     if request is None:
         return slice(None)
     if isinstance(request, RangeByteRequest):

@@ -1,14 +1,14 @@
-"""Keeps flow that ``flowreel.open`` has computed: a flow store that fills in any order, by any number of processes.
+"""Keeps flow that ``flowreel.open`` has computed: a flow store filled in any order, by any number of processes.
 
     CACHE/
-      zarr.json                            as a store's, marked as a cache
+      zarr.json                            like a store's, marked as a cache
       flow/c.NUMBER.0.0.0                  one flow, compressed, with its checksum
       timestamp_s/c/0  timestamp_to_s/...  frame/...  frame_to/...      of all flows, from the beginning
 
-A flow's file is written under a name of its own, brought to the disk and then given its name, which only the first one
-gets: whoever computes the same flow at the same time takes the one that is there. So nothing is locked, a process that
-is killed loses what it had not finished, and every reader sees one value for ever. A file's name alone says which flow
-it is: a store's checksums of places are arrays, which would have to be written anew for each flow.
+A flow's file is written and synced under a temporary name of its own and then given its final name, which only the
+first writer gets: others that compute the same flow at the same time use the file that is there. So nothing is locked,
+a killed process loses only what it had not finished, and every reader sees the same value for ever. Only a file's name
+says which flow it is: a store's checksums of places are arrays, which would have to be rewritten for each flow.
 
 Other Zarr readers open a cache, too, but see fill values where no flow has been computed yet.
 """
@@ -47,26 +47,26 @@ if TYPE_CHECKING:
     Array = npt.NDArray[Any]
     Float32Array = npt.NDArray[np.float32]
 
-# What may differ from reading to reading: how flows are put together in batches is up to what is asked for, and the
-# selection is compared by the frames it takes.
+# What may differ from one use to the next: how flows are batched depends on what is requested, and the selection is
+# compared by the frames it takes.
 _MAY_DIFFER = (*MAY_CHANGE, "batch", "cache")
 _SELECTION = ("start", "stop", "step", "stream")
 _FLOW = re.compile(r"c\.(\d+)\.0\.0\.0")
-_STALE_S = 3600.0  # a file that has been unfinished for so long is of a process that was killed
+_STALE_S = 3600.0  # a file left unfinished for so long belongs to a killed process
 
 
 def open_cache(path: PathLike, info: FlowInfo, config: SinkConfig, flows: Placed) -> FlowCache:
-    """Opens a cache, or makes an empty one where nothing is.
+    """Opens a cache, or creates an empty one where there is nothing.
 
     Args:
         info: header of the flow that will be kept.
         config: how it is encoded.
-        flows: tells the frames and times of all flows there will be.
+        flows: gives frames and times of all the flows the cache will hold.
 
     Raises:
-        CacheMismatchError: what is there is no cache, or one that was filled in another way: says what differs.
+        CacheMismatchError: something else is there, or a cache that was filled in another way: says what differs.
         DamagedStoreError: its metadata cannot be read.
-        OutputWriteError: it cannot be made.
+        OutputWriteError: it cannot be created.
     """
     folder = Path(path)
     if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
@@ -86,7 +86,7 @@ def open_cache(path: PathLike, info: FlowInfo, config: SinkConfig, flows: Placed
 
 
 class FlowCache(FlowStore):
-    """A cache as the flow store it is, as far as it has been filled; and ``keep``, which fills it."""
+    """A cache, read as a flow store as far as it has been filled; ``keep`` fills it."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -104,7 +104,7 @@ class FlowCache(FlowStore):
 
     @property
     def stored(self) -> int:
-        """How many flows have been computed. Looks at the disk: others may be filling it."""
+        """How many flows have been computed. Looks at the disk, as others may be filling it."""
         try:
             names = map(_FLOW.fullmatch, os.listdir(self.folder / "flow"))
         except FileNotFoundError:  # somebody has removed it
@@ -126,7 +126,7 @@ class FlowCache(FlowStore):
     def keep(self, numbers: Sequence[int], flows: Float32Array) -> Float32Array:
         """Keeps flows, (N, 2, H, W) float32 pixels, and returns them as every reader will see them from now on.
 
-        Several are encoded side by side where there are cores for it. They are on the disk when this returns. Raises
+        Several are encoded in parallel where there are cores for it. They are durable when this returns. Raises
         OutputWriteError.
         """
         kept = np.empty_like(flows)
@@ -143,7 +143,7 @@ class FlowCache(FlowStore):
         return kept
 
     def _keep_one(self, number: int, flow: Float32Array, out: Float32Array) -> None:
-        """Gives one flow its name, and out what is under that name from now on."""
+        """Publishes one flow, and sets ``out`` to what is stored under its name from now on."""
         chunk = self.layout.codec.encode(flow).chunk
         path = _file_of(self.folder, number)
         with publish.write_errors(path):
@@ -160,7 +160,7 @@ class FlowCache(FlowStore):
             try:
                 if path.stat().st_mtime < oldest_s:
                     path.unlink()
-            except OSError:  # its own process was faster, or it is not ours to remove
+            except OSError:  # its own process removed it first, or it is not ours to remove
                 continue
 
     def _missing(self, number: int) -> StoreError:
@@ -171,7 +171,7 @@ class FlowCache(FlowStore):
 
 
 class _CacheFiles(StoreFiles):
-    """A cache's files as those of a store whose every shard is one flow without an index."""
+    """Presents a cache's files as those of a store in which every shard is one flow without an index."""
 
     def index(self, shard: int) -> Array | None:
         try:
@@ -195,7 +195,7 @@ def _file_of(folder: Path, number: int) -> Path:
 
 
 def _create(folder: Path, info: FlowInfo, config: SinkConfig, flows: Placed) -> None:
-    """An empty cache, made beside its place and then given its name, unless another process was faster."""
+    """Creates an empty cache beside its place, then gives it its name, unless another process was faster."""
     assert info.flow_count is not None
     if folder.exists() and folder.samefile("."):
         raise CacheMismatchError(f"{folder} is the working folder, whose place a cache cannot take: choose another")
@@ -219,7 +219,7 @@ def _create(folder: Path, info: FlowInfo, config: SinkConfig, flows: Placed) -> 
 
 
 def _differences(cache: FlowCache, info: FlowInfo, config: SinkConfig, flows: Placed) -> list[str]:
-    """What tells that the cache holds other flow than would be computed now, each in words."""
+    """Why the cache holds other flow than would be computed now, each difference in words."""
     now = coordinates(flows)
     same_frames = all(np.array_equal(values, now[name]) for name, values in coordinates(cache).items())
     differing = other_settings(cache, info, config, (*_MAY_DIFFER, *(_SELECTION if same_frames else ())))

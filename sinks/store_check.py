@@ -1,8 +1,8 @@
-"""Is a store sound? Reads every chunk, and says of each flow that cannot be used what is wrong with it.
+"""Checks whether a store is sound: reads every chunk, and reports what is wrong with each flow that cannot be used.
 
-In order: whether the store is finished; whether it says of itself what was written, and twice the same; whether times
-and frame numbers can be read, run forward, fit each other and are those that were written; every flow; and files that
-do not belong. Memory: the times and frame numbers, the shards' indexes and checksums, and a few flows.
+In order: whether the store is finished; whether its metadata is as written, and the group's copy agrees; whether times
+and frame numbers can be read, are in order, are consistent and are those written; every flow; and files that do not
+belong. Memory: the times and frame numbers, the shards' indexes and checksums, and a few flows.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def check_store(store: FlowStore, progress: Callable[[int], None] | None = None)
     Args:
         progress: is called with the number of flows read so far.
     """
-    is_cache = store.layout.cache  # which is whole with any flows in it
+    is_cache = store.layout.cache  # which is sound whichever flows it holds
     if not store.complete and not is_cache:
         yield StoreProblem(store.state)
     try:
@@ -71,12 +71,12 @@ def check_store(store: FlowStore, progress: Callable[[int], None] | None = None)
         yield from _check_flows(store, progress or (lambda flows: None))
         if store.complete and not is_cache:
             yield from _check_files(store)
-    except DamagedStoreError as error:  # a folder that cannot be listed: there is no reading on
+    except DamagedStoreError as error:  # a folder that cannot be listed: there is no going on
         yield StoreProblem(str(error))
 
 
 def _check_metadata(store: FlowStore) -> Iterator[StoreProblem]:
-    """What is not needed to read flow, and so was believed when the store was opened."""
+    """The metadata that reading flow does not need, and that opening the store therefore did not check."""
     group = read_json(store.folder / "zarr.json")
     written = group["attributes"].get(ATTRIBUTES_CHECKSUM)
     if (store.layout.checksums or store.layout.cache) and written != attributes_checksum(store.attrs):
@@ -92,7 +92,7 @@ def _check_metadata(store: FlowStore) -> Iterator[StoreProblem]:
         try:
             own = read_json(store.folder / name / "zarr.json")
         except DamagedStoreError as error:
-            if name in ("y", "x"):  # the others are told with their values
+            if name in ("y", "x"):  # the others are reported with their values
                 yield StoreProblem(str(error))
             continue
         if differing := _differing(own, _entries(copies["metadata"], name)):
@@ -100,20 +100,20 @@ def _check_metadata(store: FlowStore) -> Iterator[StoreProblem]:
 
 
 def _differing(own: dict[str, Any], copy: dict[str, Any]) -> list[str]:
-    """Which entries are not the same in both. Attributes that somebody added to an array need not be in the copy."""
+    """The entries that differ. Attributes that somebody added to an array need not be in the copy."""
     attributes, copied = _entries(own, "attributes"), _entries(copy, "attributes")
     differing = {key for key in own.keys() | copy.keys() if own.get(key) != copy.get(key)} - {"attributes"}
     return sorted(differing | {key for key in copied if attributes.get(key) != copied[key]})
 
 
 def _entries(metadata: dict[str, Any], name: str) -> dict[str, Any]:
-    """An object in a JSON object; an empty one when it is something else or not there."""
+    """An object in a JSON object; an empty one when it is missing or something else."""
     value = metadata.get(name)
     return value if isinstance(value, dict) else {}
 
 
 def _check_coordinates(store: FlowStore) -> Iterator[StoreProblem]:
-    """Times and frame numbers of the flows that are there: readable, known, and running forward."""
+    """Times and frame numbers of the flows that are there: readable, known, and in order."""
     count = len(store) if store.layout.cache else store.available
     shards = range(math.ceil(count / store.layout.chunk_length))
     arrays: dict[str, Array] = {}
@@ -127,7 +127,7 @@ def _check_coordinates(store: FlowStore) -> Iterator[StoreProblem]:
         yield from _at(store, unknown, f"its {name} is not known")
         with np.errstate(invalid="ignore"):  # infinite times
             back = np.diff(values) < 0 if name.startswith("timestamp") else np.diff(values) <= 0
-        back &= ~(unknown[1:] | unknown[:-1])  # told above
+        back &= ~(unknown[1:] | unknown[:-1])  # reported above
         yield from _at(store, np.concatenate([[False], back]), f"its {name} is not after the one before")
     if len(arrays) == len(COORDINATES):
         yield from _check_pairs(
@@ -160,7 +160,7 @@ def _read_array(store: FlowStore, name: str, shards: range) -> tuple[list[str], 
 def _check_pairs(
     store: FlowStore, frame: Array, frame_to: Array, time_s: Array, time_to_s: Array
 ) -> Iterator[StoreProblem]:
-    """Each flow leads from one frame to another, in time as in number; and a frame has one time, in all its pairs."""
+    """A flow joins two frames, times ordered as their numbers; and a frame has the same time in all its pairs."""
     yield from _at(store, (frame == frame_to) & (frame >= 0), "it leads nowhere")
     known = (frame >= 0) & (frame_to >= 0) & np.isfinite(time_s) & np.isfinite(time_to_s)
     with np.errstate(invalid="ignore"):
@@ -173,7 +173,7 @@ def _check_pairs(
 
 
 def _check_places(store: FlowStore) -> Iterator[StoreProblem]:
-    """Of a store of coarse predictions: where other readers are told that the vectors lie."""
+    """For a store of coarse predictions: the arrays that tell other readers where the vectors lie."""
     layout = store.layout
     if layout.native is None:
         return
@@ -196,7 +196,7 @@ def _at(store: FlowStore, wrong: Array, what: str) -> Iterator[StoreProblem]:
 
 
 def _check_flows(store: FlowStore, progress: Callable[[int], None]) -> Iterator[StoreProblem]:
-    """Decodes every flow that should be there, a few side by side, and reports on them in order."""
+    """Decodes every flow that should be there, a few in parallel, and reports on them in order."""
     found: list[StoreProblem] = []
     done = 0
 
@@ -248,7 +248,7 @@ def _expected(store: FlowStore) -> Iterator[int]:
 
 
 def _check_files(store: FlowStore) -> Iterator[StoreProblem]:
-    """A finished store holds no shards behind its last flow, and nothing that a killed run left."""
+    """A finished store holds no shards after its last flow, and nothing left by a killed run."""
     shards = math.ceil(len(store) / store.shard_length)
     for name in ("flow", *store.layout.arrays):
         surplus = [number for number in numbers_in(store.folder / name / "c") if number >= shards]

@@ -1,17 +1,16 @@
-"""Is it the flow that was written there? A chunk's own checksum tells that it is whole, not that it is in its place.
+"""Checksums that tell whether a flow is in its place. A chunk's own checksum tells only that it is intact.
 
-Two shards that changed places, or one of another store of the same size, hold sound chunks only. So two arrays beside
+Two swapped shards, or a shard of another store of the same size, contain only intact chunks. So two arrays beside
 ``flow`` hold, for each flow n,
 
     flow_crc32c[n]   crc32c of n and of the crc32c in which the chunk of flow n ends
     time_crc32c[n]   crc32c of n, frame[n], frame_to[n], timestamp_s[n] and timestamp_to_s[n]
 
-each number as the 8 little-endian bytes that its array has, n as an integer, the chunk's crc32c as its 4 bytes. They
-are in no flow's way: with one of them gone the flow can still be read, but is no longer known to be in its place.
+each number as the 8 little-endian bytes that its array has, n as an integer, the chunk's crc32c as its 4 bytes. Reading
+does not depend on them: without them the flow can still be read, but is no longer known to be in its place.
 
-What the group says of the store, its attribute ``flowreel``, has its crc32c beside it: ``flowreel_crc32c``, of the
-attribute as JSON without spaces, its keys sorted, in ASCII. The arrays' own metadata needs none: a finished store has
-it twice.
+The group's attribute ``flowreel`` has its own crc32c beside it: ``flowreel_crc32c``, of the attribute as ASCII JSON
+without spaces, with sorted keys. The arrays' own metadata needs none: a finished store has it twice.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def attributes_checksum(attributes: Mapping[str, Any]) -> int:
 
 
 def flow_checksums(first: int, chunks: Sequence[bytes]) -> Array:
-    """(N,) uint32 of the flows from number ``first`` on; of their chunks, the last four bytes will do."""
+    """(N,) uint32 of the flows from number ``first`` on; only the last four bytes of each chunk are used."""
     values = [
         google_crc32c.value(number.to_bytes(8, "little") + chunk[-CHECKSUM_BYTES:])
         for number, chunk in enumerate(chunks, first)
@@ -49,7 +48,7 @@ def flow_checksums(first: int, chunks: Sequence[bytes]) -> Array:
 
 
 def time_checksums(first: int, times: Mapping[str, Any]) -> Array:
-    """(N,) uint32 of the flows from number ``first`` on; times: the arrays of the names above, (N,) each."""
+    """(N,) uint32 of the flows from number ``first`` on; times: the arrays in ``COVERED``, (N,) each."""
     columns = [np.asarray(times[name], "<i8" if name.startswith("frame") else "<f8").view("<i8") for name in COVERED]
     rows = np.stack([np.arange(first, first + len(columns[0]), dtype="<i8"), *columns], axis=1)
     return np.array([google_crc32c.value(row.tobytes()) for row in rows], "<u4")

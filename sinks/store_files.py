@@ -1,7 +1,7 @@
 """The files of a flow store as arrays: shards with their indexes, and the arrays beside ``flow``.
 
-Every file is doubted: what is cut, longer than it can be, or no file at all is a DamagedStoreError that says what is
-wrong with it, before memory is set aside for what it claims to hold.
+No file is trusted: one that is truncated, longer than it can be, or not a regular file is a DamagedStoreError that says
+what is wrong with it, before memory is allocated for what it claims to hold.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
     Array = npt.NDArray[Any]
     Float32Array = npt.NDArray[np.float32]
 
-SPARE_BYTES = 4096  # no codec makes a chunk longer than twice what it holds and this
+SPARE_BYTES = 4096  # no codec makes a chunk longer than twice its contents plus this
 
 
 class StoreFiles:
-    """Nothing is kept but the indexes and checksums of shards that cannot change any more. Threads may share one."""
+    """Caches only the indexes and checksums of shards that cannot change any more. Threads may share one."""
 
     def __init__(self, folder: Path, layout: StoreLayout, complete: bool) -> None:
         self._folder = folder
@@ -47,7 +47,7 @@ class StoreFiles:
         self._complete = complete
         self._indexes: dict[int, Array] = {}
         self._flow_checksums: dict[int, Array] = {}
-        self._times_in_place: set[int] = set()  # shards
+        self._times_in_place: set[int] = set()  # shards found so
 
     def flow(self, number: int, out: Float32Array) -> bool:
         """Decodes one flow into out: (2, H, W) float32 pixels, NaN where there is no vector. False: it is not there."""
@@ -78,9 +78,9 @@ class StoreFiles:
         return chunk
 
     def whole(self, shard: int) -> bool:
-        """Whether a shard holds all its flows and they and their times are in their place, as far as is seen quickly.
+        """Whether a shard holds all its flows and they and their times are in their place, by a quick check.
 
-        Reads of each flow the last four bytes: damage inside one is for ``check`` to find.
+        Reads only the last four bytes of each flow: damage inside one is for ``check`` to find.
         """
         length = self._layout.shard_length
         try:
@@ -102,7 +102,7 @@ class StoreFiles:
         try:
             index = self.index(shard)
         except DamagedStoreError:
-            return self._layout.shard_length  # they are there, for whoever reads them to hear what is wrong
+            return self._layout.shard_length  # they count as present: reading them reports what is wrong
         return 0 if index is None else int(np.append(index[:, 0] == INDEX_MISSING, True).argmax())
 
     def index(self, shard: int) -> Array | None:
@@ -128,7 +128,7 @@ class StoreFiles:
     def coordinate(self, name: str) -> Array:
         """(N,) one of the arrays of times and frames, read-only; its fill value where an unfinished store has no flow.
 
-        Raises DamagedStoreError when it, or what it says of a flow, is not as it was written.
+        Raises DamagedStoreError when the array, or its value for a flow, is not as written.
         """
         dtype, fill = BESIDE_FLOW[name]
         count, length = self._layout.count, self._layout.chunk_length
@@ -144,7 +144,7 @@ class StoreFiles:
         return values
 
     def value(self, name: str, number: int) -> Any:
-        """What an array of times and frames says of one flow. Raises DamagedStoreError as ``coordinate`` does."""
+        """The value for one flow in an array of times or frames. Raises DamagedStoreError as ``coordinate`` does."""
         shard, place = divmod(number, self._layout.chunk_length)
         value = self.coordinate_part(name, shard)[place].item()
         self._require_times_in_place(shard)
@@ -160,7 +160,7 @@ class StoreFiles:
             raise DamagedStoreError(f"chunk {shard} of {name}: {error} ({self._flows_of(shard)})") from error
 
     def misplaced_times(self, shard: int) -> list[int]:
-        """The flows of a shard whose times and frame numbers are readable and not those that were written."""
+        """The flows of a shard whose times and frame numbers are readable but not those written."""
         if not self._layout.checksums or shard in self._times_in_place:
             return []
         first, length = shard * self._layout.shard_length, self._layout.shard_length
@@ -169,9 +169,9 @@ class StoreFiles:
             times = {name: self.coordinate_chunk(name, shard)[:count] for name in COVERED}
             written = self.coordinate_chunk("time_crc32c", shard)[:count]
         except (OSError, DamagedStoreError):
-            return []  # cannot be told
+            return []  # not known
         differs = time_checksums(first, times) != written
-        if not self._complete:  # behind the last flow of a ragged shard there are no times
+        if not self._complete:  # after the last flow of a ragged shard there are no times
             differs &= (times["frame"] != -1) | (written != 0)
         elif not differs.any():
             self._times_in_place.add(shard)
@@ -186,7 +186,7 @@ class StoreFiles:
             return file.read(length)
 
     def coordinate_chunk(self, name: str, shard: int) -> Array:
-        """(S,) the values of one shard's flows, and of the places behind the last one; of a cache, those of all."""
+        """(S,) the values of one shard's flows, with fill values after the last one; of a cache, those of all flows."""
         length = self._layout.chunk_length
         with open_file(coordinate_chunk(self._folder, name, shard)) as file:
             if os.fstat(file.fileno()).st_size > 16 * length + SPARE_BYTES:
@@ -198,7 +198,7 @@ class StoreFiles:
             raise DamagedStoreError(f"the times and frame numbers of flow {misplaced[0]} are not those written")
 
     def _checksums_of_flows(self, shard: int) -> Array | None:
-        """(S,) of one shard; None: there are none, or they cannot be read."""
+        """(S,) checksums of one shard's flows; None: there are none, or they cannot be read."""
         if shard in self._flow_checksums or not self._layout.checksums:
             return self._flow_checksums.get(shard)
         try:

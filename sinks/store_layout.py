@@ -1,8 +1,8 @@
-"""Where things lie in a flow store, and what its metadata says, once every number in it has been checked.
+"""The file layout of a flow store, and its metadata, with every number in it checked.
 
-Metadata is believed only where it describes a store that flowreel writes: a changed scale would give wrong pixels,
-a changed shape other frames, and an absurd one would ask for more memory than there is. What only adds to it
-(attributes of one's own, other arrays, another compression level) is welcome.
+Metadata is accepted only where it describes a store that flowreel writes: a changed scale would give wrong pixels, a
+changed shape other frames, and an absurd shape would ask for more memory than there is. Additions (a user's
+attributes, other arrays, another compression level) are accepted.
 """
 
 from __future__ import annotations
@@ -27,45 +27,45 @@ from flowreel.sinks.compressors import codec_of, zarr_codecs
 
 FORMAT_VERSION = 1
 
-# Arrays beside ``flow``, one value a flow. Times and frame numbers: dtype, and the value for "not there yet".
+# Arrays beside ``flow``, one value per flow. Times and frame numbers: dtype, and the value for "not written yet".
 COORDINATES: dict[str, tuple[str, float]] = {
     "timestamp_s": ("<f8", math.nan),
     "timestamp_to_s": ("<f8", math.nan),
     "frame": ("<i8", -1),
     "frame_to": ("<i8", -1),
 }
-# And what tells that a flow and its times are in their place (``store_checksums.py``); older stores have none.
+# Checksums that tell whether a flow and its times are in their place (``store_checksums.py``): none in older stores.
 CHECKSUMS: dict[str, tuple[str, float]] = {"flow_crc32c": ("<u4", 0), "time_crc32c": ("<u4", 0)}
 BESIDE_FLOW = COORDINATES | CHECKSUMS
 
-MOST_FLOWS = 1 << 26  # a month of video; four arrays of times and frames are made as long as the store claims to be
-MOST_PIXELS = 1 << 27  # of one flow, 1 GiB as float32: a few bytes can claim to be any size, video is below this
+MOST_FLOWS = 1 << 26  # a month of video; four arrays of times and frames are made as long as the store claims
+MOST_PIXELS = 1 << 27  # of one flow, 1 GiB as float32: a small file can claim any size, and video is below this
 MOST_METADATA = 64 << 20  # bytes of one zarr.json
 
 BYTES: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
 CHECKSUM: dict[str, Any] = {"name": "crc32c"}
-SETTINGS_MATTER = ("bytes", "transpose", "numcodecs.delta")  # of the others, the bytes themselves tell
+SETTINGS_MATTER = ("bytes", "transpose", "numcodecs.delta")  # the bytes of the others are self-describing
 
 _RATE = r"[1-9]\d{0,18}(/[1-9]\d{0,18})?"
-_MALFORMED = (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError)  # taking metadata apart
+_MALFORMED = (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError)  # of parsing metadata
 
 
 @dataclass(frozen=True)
 class StoreLayout:
-    """What a reader must know of the array ``flow``."""
+    """What a reader must know about the array ``flow``."""
 
     count: int  # flows the array holds, or will hold when finished
-    shard_length: int  # flows in one shard; 1 in a cache, which has none
-    codec: FlowCodec  # with the height and width of what is stored of a flow
-    native: NativeGrid | None  # how that lies in the frame, when it is the network's own coarser prediction
+    shard_length: int  # flows in one shard; 1 in a cache, which has no shards
+    codec: FlowCodec  # its height and width are those of the stored field
+    native: NativeGrid | None  # how that lies in the frame, if it is the network's own coarser prediction
     height: int  # pixels of a flow as it is read
     width: int
-    checksums: bool  # whether flows and times can be told to be in their place
-    cache: bool = False  # each flow is a file of its own, and they come in any order: ``flow_cache.py``
+    checksums: bool  # whether it has ``CHECKSUMS``
+    cache: bool = False  # each flow is a separate file, written in any order: ``flow_cache.py``
 
     @property
     def arrays(self) -> tuple[str, ...]:
-        """The arrays beside ``flow``, one value a flow."""
+        """The arrays beside ``flow``, one value per flow."""
         return tuple(BESIDE_FLOW if self.checksums else COORDINATES)
 
     @property
@@ -98,7 +98,7 @@ def coordinate_chunk(folder: Path, name: str, number: int) -> Path:
 
 
 def published_shards(folder: Path) -> list[int]:
-    """Numbers of the flow shards that are there, ascending. Each is whole: it got its name when it was."""
+    """Numbers of the flow shards present, ascending. Each is whole: it gets its name only when it is."""
     return [number for number in numbers_in(folder / "flow" / "c") if os.path.isfile(flow_shard(folder, number))]
 
 
@@ -112,7 +112,7 @@ def numbers_in(folder: Path) -> list[int]:
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Opens a file to read it, and only a file: a pipe in its place would be waited for without end.
+    """Opens a regular file for reading, and nothing else: opening a pipe might block forever.
 
     Raises FileNotFoundError, and DamagedStoreError when something else is there or it cannot be opened.
     """
@@ -131,8 +131,8 @@ def open_file(path: Path) -> BinaryIO:
 def read_layout(folder: Path, complete: bool) -> tuple[dict[str, Any], StoreLayout]:
     """The group's "flowreel" attribute, and the layout of its array ``flow``.
 
-    A finished store has its arrays' metadata twice, in the group for readers over a network. Both must say the same,
-    or two readers would see two stores.
+    A finished store has its arrays' metadata twice, the second copy in the group for readers over a network. The copies
+    must agree, or two readers would see two stores.
 
     Raises:
         DamagedStoreError: no flow store, one of another version, or metadata that does not describe what we write.
@@ -153,7 +153,7 @@ def read_layout(folder: Path, complete: bool) -> tuple[dict[str, Any], StoreLayo
 
 
 def check_coordinate(folder: Path, name: str, layout: StoreLayout, complete: bool) -> None:
-    """Raises DamagedStoreError unless the metadata of one array beside ``flow`` fits it."""
+    """Raises DamagedStoreError unless the metadata of one array beside ``flow`` matches the layout."""
     try:
         array = read_json(folder / name / "zarr.json")
         length = _coordinate_length(array, name, layout)
@@ -168,12 +168,12 @@ def check_coordinate(folder: Path, name: str, layout: StoreLayout, complete: boo
 
 
 def _told(error: Exception) -> str:
-    """What taking metadata apart ran into: an entry that is not there or of another kind, or what ``_expect`` says."""
+    """What is wrong with metadata, in words: an entry that is missing or of another kind, or what ``_expect`` says."""
     return f"no entry {error}" if isinstance(error, KeyError) else str(error)
 
 
 def _flow_layout(array: dict[str, Any], attributes: dict[str, Any]) -> StoreLayout:
-    """Layout from an array's metadata. Raises KeyError, TypeError, ValueError, saying what is not as it should be."""
+    """Layout from an array's metadata. Raises one of ``_MALFORMED``, saying what is wrong."""
     shape = array["shape"]
     _expect("number of dimensions", len(shape), 4)
     count, _, height, width = (_whole("shape", size, 0, MOST_FLOWS) for size in shape)
@@ -246,7 +246,7 @@ def _coordinate_length(array: dict[str, Any], name: str, layout: StoreLayout) ->
 
 
 def _expect_array(array: dict[str, Any], chunk_shape: list[int], separator: str = "/") -> None:
-    """What holds for every array of a store."""
+    """Checks what holds for every array of a store."""
     _expect("kind", [array["zarr_format"], array["node_type"]], [3, "array"])
     _expect("chunk grid", array["chunk_grid"]["name"], "regular")
     _expect("chunk grid", array["chunk_grid"]["configuration"]["chunk_shape"], chunk_shape)
@@ -258,7 +258,7 @@ def _expect_array(array: dict[str, Any], chunk_shape: list[int], separator: str 
 
 
 def _expect_codecs(what: str, found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
-    """The same steps, and equal settings of those whose settings decide what the bytes mean when they are read."""
+    """Checks that the codecs are the same, with equal settings where these are needed to decode."""
     _expect(what, [step["name"] for step in found], [step["name"] for step in wanted])
     for step, other in zip(found, wanted, strict=True):
         if other["name"] in SETTINGS_MATTER:
@@ -294,7 +294,7 @@ def _number(what: str, value: object) -> float:
 
 
 def _consolidated(group: dict[str, Any], name: str, layout: StoreLayout) -> StoreLayout:
-    """The layout as the group's copy of the metadata tells it; the given one when the group has no copy."""
+    """The layout that the group's copy of the metadata describes; the given one when the group has no copy."""
     metadata = _consolidated_metadata(group, name)
     return layout if metadata is None else _flow_layout(metadata, group["attributes"]["flowreel"])
 
@@ -335,7 +335,7 @@ def _is_rate(value: object) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """One zarr.json. Raises DamagedStoreError when it is not there or is no JSON object."""
+    """One zarr.json. Raises DamagedStoreError when it is missing or not a JSON object."""
     try:
         with open_file(path) as file:
             data = file.read(MOST_METADATA + 1)

@@ -1,6 +1,6 @@
-"""What a flow store says of itself: its ``zarr.json`` files, and whether a run would say the same.
+"""A flow store's metadata: its ``zarr.json`` files, and whether a run would write the same.
 
-The metadata is zarr-python's own, made in memory; the arrays' lengths are filled in while a store grows.
+The metadata is zarr-python's own, generated in memory; the arrays' lengths are updated while a store grows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from flowreel.engine.data import FlowInfo
     from flowreel.sinks.store_reader import FlowStore
 
-# Of the group's attributes, what a resumed run may find changed: a recording that grew, another version of flowreel.
+# The group's attributes that may differ when a run resumes: a recording that grew, another version of flowreel.
 MAY_CHANGE = ("software_version", "frame_rate", "source")
 
 
@@ -38,14 +38,14 @@ def store_metadata(
 
     shard: flows in a shard; None: each flow is a file ``flow/c.NUMBER.0.0.0``, the arrays of times and frames are one
         chunk each, and there are no checksums of them.
-    attributes: more that is to be said in the group's attribute.
+    attributes: further entries of the group's attribute.
     """
     files: dict[str, Any] = {}
     layout: dict[str, Any] = {"shards": (shard, 2, codec.height, codec.width)}
     if shard is None:
         layout = {"chunk_key_encoding": {"name": "default", "separator": "."}}
     with warnings.catch_warnings():
-        # zarr-python warns that pcodec is not in the core specification; whoever asked for pcodec was told.
+        # zarr-python warns that pcodec is not in the core specification; users who choose pcodec have been told.
         warnings.simplefilter("ignore")
         about = store_attributes(info, config) | attributes
         checked = {"flowreel": about, ATTRIBUTES_CHECKSUM: attributes_checksum(about)}
@@ -86,7 +86,7 @@ def store_metadata(
 
 
 def places_in_frame(info: FlowInfo) -> dict[str, Any]:
-    """Of a coarse prediction, the arrays that say where its vectors lie in the frame; none of a full field."""
+    """For a coarse prediction, the arrays that say where its vectors lie in the frame; none for a full field."""
     if info.native is None:
         return {}
     return dict(zip(("y", "x"), vector_places(info.native, info.height, info.width), strict=True))
@@ -113,7 +113,7 @@ def store_attributes(info: FlowInfo, config: SinkConfig) -> dict[str, Any]:
 
 
 def _native_attributes(info: FlowInfo) -> dict[str, Any]:
-    """What a reader needs to make the frame's flow of the network's own prediction."""
+    """What a reader needs to turn the network's own prediction into the frame's flow."""
     if info.native is None:
         return {}
     return {"native": asdict(info.native), "flow_height": info.height, "flow_width": info.width}
@@ -137,7 +137,7 @@ def _flow_attributes(codec: FlowCodec, native: bool, checksums: bool) -> dict[st
 def other_settings(
     store: FlowStore, info: FlowInfo, config: SinkConfig, may_change: Sequence[str] = MAY_CHANGE
 ) -> list[str]:
-    """What tells that a run with this header and these settings would not have written this store, each in words."""
+    """Why a run with this header and these settings would not have written this store, each difference in words."""
     size = ("flow_height", "flow_width")
     now = store_attributes(info, config) | dict(zip(size, (info.height, info.width), strict=True))
     was = store.attrs | dict(zip(size, store.shape[2:], strict=True))
@@ -146,7 +146,7 @@ def other_settings(
 
 
 def differing_settings(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What of ``now`` is not as an output says that it ``was`` made, each in words. ``now`` names its source."""
+    """The settings in ``now`` that differ from those an output ``was`` made with, in words. ``now`` has its source."""
     ignored = {"source"}
     if was.get("weights_sha256") == now.get("weights_sha256"):
         ignored |= {"weights", "weights_licence"}  # the same file by another name
@@ -159,7 +159,7 @@ def differing_settings(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
 
 
 def other_source(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What tells that the source is not the one recorded, nor that one grown."""
+    """Why the source is not the one recorded, which may have grown since, in words; empty if it may be."""
     if was.get("name") != now["name"]:
         return [f"source was {was.get('name')}, is {now['name']}"]
     if None not in (was.get("head_sha256"), now["head_sha256"]) and was["head_sha256"] != now["head_sha256"]:

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     Float32Array = npt.NDArray[np.float32]
     BoolArray = npt.NDArray[np.bool_]
 
-DECODE_THREADS = min(4, os.cpu_count() or 1)  # a reader shares its machine with whatever the flow is read for
+DECODE_THREADS = min(4, os.cpu_count() or 1)  # a reader shares its machine with whatever uses the flow
 PARALLEL_FROM_BYTES = 16 << 20  # of float32; below it, starting the threads takes longer than they save
 
 
@@ -82,14 +82,14 @@ def open_store(path: PathLike) -> FlowStore:
 class FlowStore:
     """A flow store, read on demand; nothing is kept but the shards' indexes and checksums.
 
-    ``store[5]`` is (2, H, W) float32, pixels of the source frame, x then y. Where there is no vector it is NaN; in a
-    lossless store it stays what was written there, such as a ``.flo``'s 1e10 (``valid`` tells).
-    ``store[2:9]``, ``store[[3, 1]]`` and ``store[mask]`` with a truth value a flow are (N, 2, H, W). Numbers and slices
-    that follow pick from each flow: ``store[5, :, 10:20, 30:40]``, ``store[2:6, 0]``, ``store[..., ::4, ::4]``.
-    Negative numbers count from the end. Only the flows named are decoded, each once, several side by side where
-    that pays.
+    ``store[5]`` is (2, H, W) float32, pixels of the source frame, x then y. Where there is no vector it is NaN; a
+    lossless store returns what was written there, such as a ``.flo``'s 1e10 (``valid`` tells).
+    ``store[2:9]``, ``store[[3, 1]]`` and ``store[mask]`` with a boolean per flow are (N, 2, H, W). Further integers and
+    slices select from each flow: ``store[5, :, 10:20, 30:40]``, ``store[2:6, 0]``, ``store[..., ::4, ::4]``.
+    Negative numbers count from the end. Only the selected flows are decoded, each once, in parallel where that
+    pays.
 
-    Any number of threads may read one store. Pickling keeps the place only: the copy opens the store again.
+    Any number of threads may read one store. Pickling keeps only the path: the copy opens the store again.
 
     Raises, when read: IndexError; StoreError for a flow an unfinished store does not hold yet; DamagedStoreError
     naming the flow and its frame when a chunk is missing from a finished store, fails its checksum, or is another
@@ -113,7 +113,7 @@ class FlowStore:
         self.shard_length: int = self.layout.shard_length
         self.files = StoreFiles(self.folder, self.layout, self._finished)
         self._codec = self.layout.codec
-        self._coordinates: dict[str, tuple[Array, int]] = {}  # by name: its values, when how many flows were there
+        self._coordinates: dict[str, tuple[Array, int]] = {}  # name -> values, and how many flows there were then
 
     def __reduce__(self) -> tuple[type[FlowStore], tuple[Path]]:
         return type(self), (self.folder,)
@@ -137,7 +137,7 @@ class FlowStore:
 
     @property
     def available(self) -> int:
-        """How many flows from the first on are there. Looks at the disk: an unfinished store may be growing."""
+        """Flows present, from the first on without a gap. Looks at the disk: an unfinished store may be growing."""
         if self.complete:
             return len(self)
         count = 0
@@ -150,7 +150,7 @@ class FlowStore:
 
     @property
     def state(self) -> str:
-        """``complete``, or how far an unfinished store is, for people."""
+        """``complete``, or how far an unfinished store is, in words."""
         if self.complete:
             return "complete"
         if (available := self.available) < len(self):
@@ -159,7 +159,7 @@ class FlowStore:
 
     @property
     def stored(self) -> int:
-        """How many flows are there in all: of a cache, wherever they lie."""
+        """How many flows are present in all; in a cache they may lie anywhere."""
         return self.available
 
     @property
@@ -202,10 +202,10 @@ class FlowStore:
         return (self[number] for number in range(len(self)))
 
     def to_xarray(self) -> xarray.DataArray:
-        """The flow as an xarray.DataArray, float32, read when it is looked at and only as far as needed.
+        """The flow as a lazy xarray.DataArray, float32: only what is accessed is read.
 
         Dimensions time, component, y, x; the times and frame numbers are coordinates of time. Values are those
-        of ``store[...]``. Of an unfinished store it holds the flows that are there now.
+        of ``store[...]``. For an unfinished store it holds the flows present now.
 
         Raises:
             MissingDependencyError: xarray is not installed.
@@ -255,9 +255,9 @@ class FlowStore:
         }
 
     def _gather(self, chosen: Selection, dtype: np.dtype[Any], take: Callable[[int, Array], None]) -> Array:
-        """What is chosen, in a new array. ``take(number, out)`` brings one flow's part."""
+        """The selection in a new array. ``take(number, out)`` reads the selected part of one flow."""
         out = self._room((len(chosen.numbers), *chosen.inner_shape), dtype)
-        places: dict[int, list[int]] = {}  # flow -> where it goes, so that each is decoded once
+        places: dict[int, list[int]] = {}  # flow -> its places in ``out``, so that each is decoded once
         for place, number in enumerate(chosen.numbers if out.size else ()):
             places.setdefault(number, []).append(place)
 
@@ -272,7 +272,7 @@ class FlowStore:
         return result
 
     def _spread(self, bring: Callable[[int], None], numbers: Collection[int]) -> None:
-        """``bring`` of each flow, side by side where that pays; the first error in order is the one that is raised."""
+        """Calls ``bring`` for each flow, in parallel where that pays; of the errors, the first in order is raised."""
         if DECODE_THREADS < 2 or len(numbers) < 2 or len(numbers) * self.flow_bytes < PARALLEL_FROM_BYTES:
             for number in numbers:
                 bring(number)
@@ -298,7 +298,7 @@ class FlowStore:
             raise StoreError(f"{self.path}: an array of {shape} does not fit into memory: read less at once") from error
 
     def _read(self, number: int, out: Float32Array) -> None:
-        """Decodes one flow into out: (2, H, W). Raises what the class says, naming the flow."""
+        """Decodes one flow into out: (2, H, W). Raises what the class docstring says, naming the flow."""
         try:
             there = self.files.flow(number, out)
         except DamagedStoreError as error:
@@ -312,7 +312,7 @@ class FlowStore:
         raise self._missing(number)
 
     def _missing(self, number: int) -> StoreError:
-        """What to say of a flow that is not there."""
+        """The error for a flow that is not present."""
         if self.complete:
             return DamagedStoreError(f"{self.path}: {self.name_of(number)} is missing")
         return StoreError(
@@ -320,8 +320,8 @@ class FlowStore:
         )
 
     def _coordinate(self, name: str) -> Array:
-        """Kept from one time to the next, unless more flows have come since."""
-        available = len(self) if self.layout.cache else self.available  # a cache has them from the start
+        """One array of times or frame numbers, cached until more flows are present."""
+        available = len(self) if self.layout.cache else self.available  # a cache has all of them from the start
         values, known = self._coordinates.get(name, (None, 0))
         if values is None or known < available:
             try:
@@ -347,7 +347,7 @@ class FlowStore:
 
 
 class ValidVectors:
-    """``store.valid``: (N, H, W) bool, True where there is a vector. Indexed as the store is, without components."""
+    """``store.valid``: (N, H, W) bool, True where there is a vector. Indexed like the store, without components."""
 
     def __init__(self, store: FlowStore) -> None:
         self._store = store
@@ -367,7 +367,7 @@ class ValidVectors:
 
 
 def _file_bytes(path: Path) -> int:
-    """0 for a folder, and for a file that went away: an unfinished store may be growing."""
+    """Size of a file; 0 for a folder, and for a file removed meanwhile: an unfinished store may be growing."""
     try:
         status = path.lstat()
     except OSError:

@@ -1,7 +1,7 @@
-"""Mends a finished flow store: puts whole files in the place of those that are damaged, and leaves the others alone.
+"""Repairs a finished flow store: replaces damaged files with whole ones, and leaves the others alone.
 
-A flow that can still be read stays as it was written, to the byte, although its shard's file is made anew. When it is
-computed again, because its neighbours are, it shows whether they come from the same pictures.
+A flow that can still be read keeps its bytes, although its shard's file is rewritten. It is recomputed along with its
+damaged neighbours; comparing it with the stored one shows whether the neighbours come from the same pictures.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     Float32Array = npt.NDArray[np.float32]
 
 SAME_TIME_S = 1e-6
-# How far a flow may be off on another processor, as a share of its own mean: bf16 makes it one or two hundredths,
-# another pair of pictures about 1.
+# Largest mean difference allowed for a recomputed flow, for instance on another processor, relative to its mean
+# magnitude: bf16 causes 0.01 to 0.02, another pair of pictures about 1.
 MOST_DIFFERENCE = 0.1
 ANEW = "make the store anew with flowreel run --overwrite"
 
@@ -47,7 +47,7 @@ class ShardDamage:
     shard: int
     first_flow: int  # of the shard
     last_flow: int  # of the shard, inclusive
-    flows: tuple[int, ...]  # those that cannot be read, or are not the ones that were written there
+    flows: tuple[int, ...]  # those that cannot be read, or are not the ones written there
     arrays: tuple[str, ...]  # ``timestamp_s``, ``frame``, ...: those whose chunk cannot be read or does not fit
 
     def __len__(self) -> int:
@@ -61,10 +61,10 @@ class ShardDamage:
 
 
 class ShardRewriter:
-    """Takes the flows of damaged shards, computed again, and publishes each file over the damaged one.
+    """Takes recomputed flows of damaged shards, and replaces the damaged files.
 
     Errors: StoreNotFoundError; StoreError for a store that is unfinished, or that a run is about to replace;
-    DamagedStoreError for metadata that cannot be believed; OutputWriteError.
+    DamagedStoreError for metadata that cannot be trusted; OutputWriteError.
     """
 
     def __init__(self, path: PathLike) -> None:
@@ -90,11 +90,11 @@ class ShardRewriter:
             )
         self.flows = 0  # taken so far
         self.bytes_written = 0
-        self.same = 0  # flows that could be read and came out the same to the byte
-        self.others = 0  # flows that could be read and came out a little different: they stayed as they were
+        self.same = 0  # readable flows whose recomputed chunk is identical
+        self.others = 0  # readable flows whose recomputed chunk differs a little: the stored ones are kept
         self.farthest = 0.0  # pixels, the largest difference among those
         self._damaged: dict[int, ShardDamage] = {}
-        self._chunks: list[Chunk] = []  # of the shard that is filling up
+        self._chunks: list[Chunk] = []  # of the shard being filled
         self._coordinates: dict[str, list[Any]] = {name: [] for name in COORDINATES}  # of the same shard
 
     def damage(self, suspected: Collection[int]) -> tuple[ShardDamage, ...]:
@@ -111,10 +111,10 @@ class ShardRewriter:
     # -- Where the flow comes from ---------------------------------------------------------------------------------
 
     def frame_at(self, place: int, *, backward: bool, start: int | None, step: int) -> int | None:
-        """Number in the source of frame ``place`` of those the run took; flow n lies between frames n and n + 1.
+        """Number in the source of the run's frame ``place``; flow n lies between the run's frames n and n + 1.
 
-        As recorded; where that is damaged, counted from the nearest that is, or from the run's ``start``. None: there
-        is nothing to count from.
+        As recorded; where the record is damaged, counted from the nearest intact one, or from the run's ``start``.
+        None: there is nothing to count from.
         """
         earlier, later = map(self._known, ("frame_to", "frame") if backward else ("frame", "frame_to"))
         frames = np.append(earlier, -1)  # (N + 1,)
@@ -127,7 +127,7 @@ class ShardRewriter:
         return None if start is None else start + step * place
 
     def require_source(self, source: SourceId) -> None:
-        """Raises ResumeMismatchError unless this is the source the store was made of, or that one grown."""
+        """Raises ResumeMismatchError unless the store was made from this source, which may have grown since."""
         self._refuse(other_source(self.store.attrs.get("source") or {}, asdict(source)))
 
     def require_same(self, info: FlowInfo, config: SinkConfig) -> None:
@@ -144,9 +144,9 @@ class ShardRewriter:
     # -- Writing ---------------------------------------------------------------------------------------------------
 
     def write(self, batch: FlowBatch) -> None:
-        """Takes flows of damaged shards, on the CPU, in order; publishes what is damaged once a shard has them all.
+        """Takes flows of damaged shards, on the CPU, in order; replaces what is damaged once a shard is complete.
 
-        Raises ResumeMismatchError when they are of other frames than recorded, or differ from what can be read.
+        Raises ResumeMismatchError when their frames are not those recorded, or they differ from what can be read.
         """
         shard, place = divmod(batch.index, self.store.shard_length)
         damage = self._damaged[shard]
@@ -180,7 +180,7 @@ class ShardRewriter:
             values.clear()
 
     def _publish(self, damage: ShardDamage) -> None:
-        """As the run did: times and checksums first, then the flow. What is sound stays as it is."""
+        """In the run's order: times and checksums first, then the flow. Intact files stay as they are."""
         folder, length = self.store.folder, self.store.shard_length
         times = {
             name: came if (stored := self._values(name, damage.shard)) is None else stored[: len(came)]
@@ -200,7 +200,7 @@ class ShardRewriter:
                     self.bytes_written += publish.publish_bytes(path, *pieces)
 
     def _require_recorded(self, batch: FlowBatch, shard: int, place: int) -> None:
-        """The frames and times that came are those that can still be read of the shard."""
+        """Raises ResumeMismatchError unless frames and times equal what can still be read of the shard's."""
         for name in COORDINATES:
             came, values = getattr(batch, name), self._values(name, shard)
             if values is None:
@@ -215,7 +215,7 @@ class ShardRewriter:
                 )
 
     def _kept(self, number: int, flow: Float32Array) -> bytes:
-        """The chunk of a flow: as it is in the store if it can be read, else of what was computed."""
+        """The chunk of a flow: the stored one if it can be read, else the recomputed one."""
         chunk = self.store.layout.codec.encode(flow).chunk
         stored = self._stored(number)
         if stored is None or stored[0] == chunk:
@@ -268,7 +268,7 @@ class ShardRewriter:
 
 
 def _holds(path: Path, pieces: list[bytes]) -> bool:
-    """Whether a file is there and holds just these pieces."""
+    """Whether a file exists and holds exactly these pieces."""
     try:
         with open_file(path) as file:
             return all(file.read(len(piece)) == piece for piece in pieces) and not file.read(1)

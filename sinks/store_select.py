@@ -1,4 +1,4 @@
-"""What a key such as ``[5, :, 10:20]`` picks from a store: NumPy's indexing, worked out before anything is read."""
+"""What a key such as ``[5, :, 10:20]`` selects from a store: NumPy's indexing, resolved before anything is read."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ class Selection:
     """Which flows, in which order, and which part of each."""
 
     numbers: Sequence[int]  # of flows, from 0; may repeat
-    single: bool  # one flow by its number: the result has no axis for it
-    inside: tuple[int | slice, ...]  # what is taken of each flow, one entry an axis
+    single: bool  # one flow by number: the result has no axis of flows
+    inside: tuple[int | slice, ...]  # what is taken of each flow, one entry per axis
     inner_shape: tuple[int, ...]  # of what is taken of each flow
-    whole: bool  # it is all of each flow, as it is
+    whole: bool  # whether that is each whole flow
 
 
 def select(key: Any, shape: tuple[int, ...]) -> Selection:
-    """Reads a key as NumPy does for an array of ``shape``, whose first axis counts flows.
+    """Interprets a key as NumPy does for an array of ``shape``, whose first axis counts flows.
 
-    Every axis takes numbers, slices and ``...``; the first one also takes lists, integer arrays and truth masks.
+    Every axis takes numbers, slices and ``...``; the first one also takes lists, integer arrays and boolean masks.
 
     Raises:
         IndexError: out of range, too many entries, or a mask of another length.
-        TypeError: anything else that is no index, also ``None`` and truth values as numbers.
+        TypeError: anything else, including ``None`` and booleans as numbers.
     """
     first, *others = _one_an_axis(key if isinstance(key, tuple) else (key,), len(shape))
     inside = tuple(other if isinstance(other, slice) else _inside(other) for other in others)
-    # NumPy itself judges the rest, on an array that has the shape and no memory.
+    # NumPy itself checks the rest, on a broadcast array that has the shape but takes no memory.
     inner_shape = np.broadcast_to(np.int8(0), shape)[(slice(None), *inside)].shape[1:]
     all_of_it = [slice(0, size, 1) for size in shape[1:]]
     whole = all_of_it == [
@@ -48,7 +48,7 @@ def select(key: Any, shape: tuple[int, ...]) -> Selection:
 
 
 def _one_an_axis(parts: tuple[Any, ...], axes: int) -> list[Any]:
-    """The entries of a key with ``...`` and what is left out at the end written as full slices."""
+    """The entries of a key, one per axis: ``...`` and omitted trailing axes become full slices."""
     dots = [place for place, part in enumerate(parts) if isinstance(part, EllipsisType)]
     given = len(parts) - len(dots)
     if len(dots) > 1:
@@ -69,7 +69,7 @@ def _inside(key: Any) -> int:
 
 
 def _listed(key: Any, count: int) -> list[int]:
-    """The flows that a list, an array of integers or a mask names."""
+    """The flows that a list, an array of integers or a mask selects."""
     if not isinstance(key, Sequence):
         key = np.asarray(key)
         if key.ndim != 1 or key.dtype.kind not in "iub":

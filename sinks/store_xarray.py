@@ -1,4 +1,4 @@
-"""Flow as an xarray.DataArray that reads, or computes, what is looked at. Loaded by ``to_xarray`` alone."""
+"""Flow as a lazy xarray.DataArray, which reads or computes what is accessed. Imported only by ``to_xarray``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DIMENSIONS = ("time", "component", "y", "x")
 
 
 def data_array(store: Flows) -> xarray.DataArray:
-    """The flows that are there, (time, component, y, x) float32, under the names other readers of the store see."""
+    """The available flows, (time, component, y, x) float32, with the names that other readers of the store see."""
     count = store.available
     coords = {name: ("time", values[:count]) for name, values in coordinates(store).items()}
     flow = indexing.LazilyIndexedArray(_LazyFlow(store, count))
@@ -36,10 +36,10 @@ class _LazyFlow(BackendArray):
         return indexing.explicit_indexing_adapter(key, self.shape, outer, self._read)
 
     def _read(self, key: tuple[Any, ...]) -> Any:
-        """Each axis by itself. The store takes arrays for the first one only; the others are picked afterwards."""
+        """Indexes each axis by itself. The store takes arrays for the first only; the others are applied afterwards."""
         first, *inside = key
         if isinstance(first, slice):
-            first = np.arange(self.shape[0])[first]  # of an unfinished store, only what is there
+            first = np.arange(self.shape[0])[first]  # of an unfinished store, only what is present
         flow = self._store[(first, *(slice(None) if isinstance(part, np.ndarray) else part for part in inside))]
         axis = flow.ndim
         for part in reversed(inside):
