@@ -1,8 +1,8 @@
-"""Colour pictures of flow, one PNG a flow, and the small PNG encoder below them and the other PNG formats.
+"""Colour pictures of flow, one PNG per flow, and the small PNG encoder that all PNG formats share.
 
-The encoder writes what PNG (W3C Recommendation, third edition) asks for and no more: one filter for all rows, one
-zlib stream. On flow it is twice as quick as Pillow at the same size, which tries every filter on every row, it lets
-other threads run, and it also writes 16-bit RGB, which Pillow cannot.
+The encoder writes what PNG (W3C Recommendation, third edition) requires and no more: one filter for all rows, one zlib
+stream. On flow it is twice as fast as Pillow, which tries every filter on every row, at the same file size; it lets
+other threads run; and it also writes 16-bit RGB, which Pillow cannot.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
     from flowreel.engine.data import FlowBatch, Prepared
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-PNG_GREY, PNG_RGB = 0, 2  # PNG's numbers for what a pixel is made of
+PNG_GREY, PNG_RGB = 0, 2  # PNG's colour types
 
 # Measured on the colours of FlowNet2 output, 960x540: level 1 307 kB in 11 ms, 3 269 kB in 22 ms, 6 223 kB in 57 ms.
 PNG_LEVEL = 1
-_FILTER_UP = 2  # each byte less the one above it: flow is smooth, and NumPy does a whole picture at once
+_FILTER_UP = 2  # each byte minus the one above it: flow is smooth, and NumPy does a whole picture at once
 
 
 class ColorPngSink(NumberedFilesSink):
-    """One colour picture a flow: ``DIR/%06d.png``, 8-bit RGB, the Middlebury wheel. See ``NumberedFilesSink``.
+    """One colour picture per flow: ``DIR/%06d.png``, 8-bit RGB, the Middlebury wheel. See ``NumberedFilesSink``.
 
     Full colour stands for ``config.max_flow`` pixels, or else for each picture's own longest vector. Unknown vectors
     are black.
@@ -64,7 +64,7 @@ class ColorPngSink(NumberedFilesSink):
             )
 
     def take(self, prepared: Prepared) -> None:
-        """See ``DeviceSink``. Raises what went wrong with an earlier one, too."""
+        """See ``DeviceSink``. Raises the error of an earlier one, too."""
         assert isinstance(prepared, ColorBatch)
         for place, (rgb, unknown) in enumerate(
             zip(prepared.pictures.numpy(), prepared.unknown.tolist(), strict=True)  # views that keep the batch alive
@@ -78,26 +78,26 @@ def _picture_file(rgb: npt.NDArray[np.uint8], unknown: int) -> FlowFiles:
 
 
 class ColorPictures:
-    """Colour pictures under any names, painted and encoded several at a time, each published by itself.
+    """Writes colour pictures under any names, several at a time, each published by itself.
 
-    Errors, of any picture before: OutputWriteError. What is published stays.
+    Raises OutputWriteError, also for an earlier picture. Pictures already published stay.
     """
 
     def __init__(self, paths: Iterable[Path], max_flow: float | None) -> None:
-        """paths: of the flows in turn. max_flow: pixels that get the full colour; None: each flow's own longest."""
-        self.count = 0  # pictures that are there
+        """paths: one per flow, in order. max_flow: pixels that get full colour; None: each flow's own longest."""
+        self.count = 0  # pictures published
         self.bytes_written = 0
         self._paths = iter(paths)
         self._max_flow = max_flow
         self._pool = OrderedPool(self._keep, file_workers(None))
 
     def write(self, flows: FlowBatch) -> None:
-        """Has the next pictures painted: flow (N, 2, H, W) on the CPU."""
+        """Submits the next flows, (N, 2, H, W) on the CPU, to be painted."""
         for frame, flow in zip(flows.frame.tolist(), flows.flow.detach().numpy(), strict=True):
             self._pool.submit(self._publish, next(self._paths), flow, frame, nbytes=flow.nbytes)
 
     def finish(self) -> None:
-        """Waits until all pictures are there."""
+        """Waits until all pictures are published."""
         self._pool.drain()
 
     def close(self) -> None:
@@ -130,7 +130,7 @@ def png_pieces(samples: npt.NDArray[Any]) -> tuple[bytes, ...]:
     filtered = np.empty((height, 1 + rows.shape[1]), np.uint8)
     filtered[:, 0] = _FILTER_UP
     filtered[0, 1:] = rows[0]
-    np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])  # modulo 256, as the format wants it
+    np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])  # modulo 256, as the format requires
     body = zlib.compress(filtered.data, PNG_LEVEL)
     return (PNG_SIGNATURE, *_chunk(b"IHDR", header), *_chunk(b"IDAT", body), *_chunk(b"IEND", b""))
 

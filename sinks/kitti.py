@@ -1,8 +1,8 @@
-"""KITTI flow pictures: 16-bit RGB PNG with u, v and whether they are known, read exactly and written one a flow.
+"""KITTI flow pictures: 16-bit RGB PNGs of u, v and validity, read exactly and written one per flow.
 
 The format (Menze, Geiger, "Object Scene Flow for Autonomous Vehicles", CVPR 2015, and its development kit): red is
 64 u + 32768, green 64 v + 32768, rounded; blue is 1 where the vector is valid and 0 where it is not. So steps are
-1/64 px and the range is -512 to 511.98 px.
+1/64 px, and the range is -512 to 511.98 px.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 STEPS_PER_PIXEL = 64
 ZERO = 32768  # the sample that stands for no motion
 PNG_START_BYTES = 33  # signature and header chunk
-OTHER_CHUNKS_BYTES = 1 << 20  # beside the pixels: times, comments
-FILTERS = {0, 1, 2, 3, 4}  # each row begins with the number of its own
+OTHER_CHUNKS_BYTES = 1 << 20  # besides the pixels: times, comments
+FILTERS = {0, 1, 2, 3, 4}  # PNG's numbers for them; each row begins with that of its filter
 INFLATE_BLOCK_BYTES = 1 << 20
 
 
@@ -54,7 +54,7 @@ def read_kitti(path: PathLike) -> tuple[Float32Array, BoolArray]:
 
     Raises:
         SourceNotFoundError: no such file.
-        FlowFileError: not a PNG, one of another kind than 16-bit RGB, an impossible size, cut short, or damaged.
+        FlowFileError: not a PNG, not one of 16-bit RGB, an impossible size, cut short, or damaged.
     """
     name = os.fspath(path)
     with read_errors(path, "KITTI flow picture"), open(path, "rb") as file:
@@ -62,7 +62,7 @@ def read_kitti(path: PathLike) -> tuple[Float32Array, BoolArray]:
         height, width = _read_size(name, start)
         pixel_bytes = height * (1 + 6 * width)
         file_bytes = os.fstat(file.fileno()).st_size
-        data = start + file.read(min(file_bytes, 2 * pixel_bytes + OTHER_CHUNKS_BYTES))  # more is no such picture
+        data = start + file.read(min(file_bytes, 2 * pixel_bytes + OTHER_CHUNKS_BYTES))  # a valid picture has no more
     _check_contents(name, data, height, 1 + 6 * width)
     try:
         decoder = av.CodecContext.create("png", "r")
@@ -80,7 +80,7 @@ def read_kitti(path: PathLike) -> tuple[Float32Array, BoolArray]:
 
 
 def write_kitti(path: PathLike, flow: npt.NDArray[np.floating[Any]]) -> None:
-    """Write flow as a KITTI picture, which appears whole or not at all and replaces one of that name.
+    """Write flow as a KITTI picture, atomically; a file of that name is replaced.
 
     Args:
         path: missing parent folders are created.
@@ -96,7 +96,7 @@ def write_kitti(path: PathLike, flow: npt.NDArray[np.floating[Any]]) -> None:
 
 
 class KittiSink(NumberedFilesSink):
-    """One KITTI picture a flow: ``DIR/%06d.kitti.png``. See ``NumberedFilesSink``.
+    """One KITTI picture per flow: ``DIR/%06d.kitti.png``. See ``NumberedFilesSink``.
 
     Vectors that are unknown or beyond the format's range are invalid: ``notes`` counts them.
     """
@@ -115,9 +115,9 @@ class KittiSink(NumberedFilesSink):
 
 
 def _to_samples(flow: npt.NDArray[np.floating[Any]]) -> UInt16Array:
-    """(H, W, 2) pixels -> (H, W, 3) as they stand in the picture; 0, 0, 0 where invalid."""
+    """(H, W, 2) pixels -> (H, W, 3) samples of the picture; 0, 0, 0 where invalid."""
     samples = np.zeros((*flow.shape[:2], 3), np.uint16)
-    with np.errstate(over="ignore", invalid="ignore"):  # what is beyond float32 is beyond range as well
+    with np.errstate(over="ignore", invalid="ignore"):  # values beyond float32 are beyond the range, too
         steps = [np.rint(flow[..., axis].astype(np.float32) * STEPS_PER_PIXEL) + ZERO for axis in (0, 1)]
         u, v = ((plane >= 0) & (plane <= 65535) for plane in steps)
         valid = u & v
@@ -128,7 +128,7 @@ def _to_samples(flow: npt.NDArray[np.floating[Any]]) -> UInt16Array:
 
 
 def _read_size(name: str, start: bytes) -> tuple[int, int]:
-    """Height and width in pixels, from the first bytes of a PNG that is found to be of KITTI's kind."""
+    """Height and width in pixels, from the first bytes of a PNG, once it has been checked to be of KITTI's kind."""
     if not start.startswith(PNG_SIGNATURE):
         raise FlowFileError(f"{name}: expected a PNG, found a file that starts with {start[:8]!r}")
     if len(start) < PNG_START_BYTES or start[8:16] != b"\0\0\0\x0dIHDR":
@@ -142,9 +142,9 @@ def _read_size(name: str, start: bytes) -> tuple[int, int]:
 
 
 def _check_contents(name: str, data: bytes, rows: int, row_bytes: int) -> None:
-    """Raises FlowFileError unless the PNG is whole and unfolds to so many rows of so many bytes.
+    """Raises FlowFileError unless the PNG is whole and decompresses to so many rows of so many bytes.
 
-    FFmpeg fills up what is missing, and overlooks wrong checksums and unknown filters, so that is looked at here.
+    FFmpeg fills in what is missing and ignores wrong checksums and unknown filters, so these are checked here.
     """
     inflater, found, expected = zlib.decompressobj(), 0, rows * row_bytes
     filters: set[int] = set()
@@ -165,7 +165,7 @@ def _check_contents(name: str, data: bytes, rows: int, row_bytes: int) -> None:
 
 
 def _chunks(name: str, data: bytes) -> Iterator[tuple[bytes, memoryview]]:
-    """Kind and contents of every chunk to the last, each with the right checksum."""
+    """Kind and contents of every chunk up to IEND, after checking its checksum."""
     kind, place = b"", len(PNG_SIGNATURE)
     while kind != b"IEND":
         length, kind = struct.unpack(">I4s", data[place : place + 8].ljust(8, b"\0"))

@@ -1,4 +1,4 @@
-"""NumPy's ``.npz``: one compressed archive a flow, with its frames and times, and a reader that trusts no header.
+"""NumPy's ``.npz``: one compressed archive per flow, with its frames and times, and a reader that trusts no header.
 
 An ``.npz`` is a zip of ``.npy`` files: the magic bytes, a version, the length of a header, the header as a Python
 dict (``descr``, ``fortran_order``, ``shape``), then the values.
@@ -39,22 +39,22 @@ NPY_MAGIC = b"\x93NUMPY"
 HEADER_BYTES = 1024  # of an .npy, at most; NumPy's own for three dimensions take 128
 FLOAT = re.compile(r"[<>=|]?f[248]")
 READ_BYTES = 1 << 20  # at a time
-SHOWN = 200  # characters of what the file itself says, in a message: an entry's name may have 65535
-DEFLATE_MOST = 1032  # bytes that one compressed byte can become
+SHOWN = 200  # characters quoted from the file in a message: an entry's name may have 65535
+DEFLATE_MOST = 1032  # bytes that one compressed byte can expand to
 ENCRYPTED = 0x1  # flag of a zip's entry
 
-# What zipfile and zlib raise at a damaged archive, or at one of a kind they do not know.
+# What zipfile and zlib raise for a damaged archive, or for one of a kind they do not support.
 _BROKEN = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, OverflowError, RuntimeError)
 
 
 def read_flow_npz(path: PathLike) -> Float32Array:
     """Read the flow in an ``.npz``: the array ``flow``, or else the only one of its kind, whatever its name.
 
-    What the file says about itself is checked before memory is taken for it, and nothing in it is unpickled.
+    The header is checked before memory is allocated for what it claims, and nothing in the file is unpickled.
 
     Returns:
-        (H, W, 2) float32, pixels, x (right) then y (down); unknown vectors as they stand in the file. An array
-        stored as (2, H, W), or as float16 or float64, is turned into that.
+        (H, W, 2) float32, pixels, x (right) then y (down); unknown vectors as stored. An array stored as
+        (2, H, W), or as float16 or float64, is converted.
 
     Raises:
         SourceNotFoundError: no such file.
@@ -72,7 +72,7 @@ def read_flow_npz(path: PathLike) -> Float32Array:
             reason = str(error)[:SHOWN]
             raise FlowFileError(f"{name}: expected an .npz file, found a damaged one or none ({reason})") from error
     flow = values.reshape(array.shape, order="F" if array.fortran_order else "C")
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and so stays unknown
+    with np.errstate(over="ignore"):  # values beyond float32 become infinite, and so stay unknown
         return np.ascontiguousarray(flow if array.is_interleaved else flow.transpose(1, 2, 0), np.float32)
 
 
@@ -85,7 +85,7 @@ def write_flow_npz(
     timestamp_s: float | None = None,
     timestamp_to_s: float | None = None,
 ) -> None:
-    """Write flow as a compressed ``.npz``, which appears whole or not at all and replaces one of that name.
+    """Write flow as a compressed ``.npz``, atomically; a file of that name is replaced.
 
     Args:
         path: missing parent folders are created.
@@ -104,7 +104,7 @@ def write_flow_npz(
 
 
 class NpzSink(NumberedFilesSink):
-    """One ``.npz`` a flow: ``DIR/%06d.npz`` with ``flow`` and the pair's frames and times. See ``NumberedFilesSink``.
+    """One ``.npz`` per flow: ``DIR/%06d.npz`` with ``flow`` and the pair's frames and times. See ``NumberedFilesSink``.
 
     Unknown vectors are stored as they are.
     """
@@ -126,7 +126,7 @@ def _archive(flow: npt.NDArray[np.floating[Any]], beside: dict[str, float]) -> m
 
 
 class _Array(NamedTuple):
-    """What an ``.npy`` says it holds, once that is found to be flow."""
+    """The header of an ``.npy``, once found to be of flow."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, int, int]
@@ -135,7 +135,7 @@ class _Array(NamedTuple):
 
     @property
     def is_interleaved(self) -> bool:
-        """(H, W, 2), which goes before (2, H, W) where both could be meant."""
+        """(H, W, 2), which is preferred to (2, H, W) where both are possible."""
         return self.shape[2] == 2
 
     @property
@@ -144,7 +144,7 @@ class _Array(NamedTuple):
 
 
 def _find_flow(name: str, archive: zipfile.ZipFile, file_bytes: int) -> tuple[zipfile.ZipInfo, _Array]:
-    """The entry that holds the flow, and what it says of itself; its size agrees with all that is known of it."""
+    """The entry that holds the flow, and its header, once its size has been checked against the archive."""
     entries = archive.infolist()
     entries = [entry for entry in entries if entry.filename == "flow.npy"] or entries
     read = [(entry, _read_header(archive, entry)) for entry in entries]
@@ -168,8 +168,8 @@ def _find_flow(name: str, archive: zipfile.ZipFile, file_bytes: int) -> tuple[zi
 
 
 def _read_header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> _Array | None:
-    """What an entry of the archive holds; None when that is no array of flow."""
-    # Other ways to compress can unfold without a bound, and NumPy does not use them.
+    """The header of an entry of the archive; None when that is not an array of flow."""
+    # Other compression methods can expand without bound, and NumPy does not use them.
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or entry.flag_bits & ENCRYPTED:
         return None
     with archive.open(entry) as file:

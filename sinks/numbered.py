@@ -1,9 +1,9 @@
-"""One file a flow, numbered: what all such outputs share. A format only says how one flow becomes bytes.
+"""What all outputs of one numbered file per flow share. A format only says how one flow becomes bytes.
 
-    batch -> its flows -> encode and write, side by side -> at the end, give all their names, in order
+    batch -> its flows -> encode and write, in parallel -> at the end, give all files their names, in order
 
-Until the last one is written each is called ``000012.flo.partial``, so that a folder never holds part of a run, or
-parts of two. What the readers of such files share stands at the end.
+Until the last file is written each is named like ``000012.flo.partial``, so that a folder never holds part of a run, or
+parts of two. What the readers of such files share is at the end of this module.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ if TYPE_CHECKING:
 
 Piece = bytes | memoryview  # of a file's contents; a view spares a copy
 
-LONGEST_SIDE = 99_999  # pixels; Middlebury's own reader draws the line here too
-MOST_PIXELS = 1 << 27  # of a compressed file, 1 GiB of flow: a few bytes can claim to be any size, video is below this
+LONGEST_SIDE = 99_999  # pixels; Middlebury's own reader has the same limit
+MOST_PIXELS = 1 << 27  # of a compressed file, 1 GiB of flow: a small file can claim any size, and video is below this
 UNKNOWN = "unknown (NaN, infinite or beyond 1e9 px)"
 
 _NUMBER = re.compile(r"%(0?)(\d*)d")
 
 
 class NumberedName:
-    """A pattern such as ``DIR/%06d.flo``: the name of each flow's file, and which of them are there.
+    """A pattern such as ``DIR/%06d.flo``: the name of each flow's file, and which files exist.
 
     Raises:
         UnknownOutputError: the file name does not have exactly one number such as ``%06d``; ``example`` has one.
@@ -83,7 +83,7 @@ class NumberedName:
         return self.folder / f"{self._before}{str(number).rjust(self._digits, self._fill)}{self._after}"
 
     def files(self) -> list[Path]:
-        """Those of ``present``, in the order of their numbers."""
+        """The files in ``present``, ordered by number."""
         return [file for _, file in sorted(self.present().items())]
 
     def present(self) -> dict[int, Path]:
@@ -107,29 +107,29 @@ class SingleFlow:
 
 @dataclass(frozen=True)
 class FlowFiles:
-    """One flow as the bytes of its file, or of its files, and how many vectors could not be kept."""
+    """The bytes of one flow's file or files, and how many vectors could not be kept."""
 
     contents: tuple[Sequence[Piece], ...]  # of each file in turn
-    lost: Mapping[str, int] = field(default_factory=dict)  # what became of them, as it completes "12 vectors are"
+    lost: Mapping[str, int] = field(default_factory=dict)  # what became of them, as in "12 vectors are ..."
 
 
 class NumberedFilesSink(ABC):
-    """One file a flow under a pattern such as ``DIR/%06d.flo``, numbered from 0 by the flow's place in the output.
+    """One file per flow under a pattern such as ``DIR/%06d.flo``, numbered from 0 by the flow's place in the output.
 
-    A format gives ``example``, ``encode``, and, where a flow becomes several files, their patterns ``beside`` the
-    first; of one flow's files the first one gets its name last: where it is, the others are.
+    A format defines ``example``, ``encode`` and, where a flow becomes several files, their patterns ``beside`` the
+    first. Of one flow's files the first one gets its name last: where it exists, the others do.
 
-    Flows are encoded and written in a small pool, as a disk takes several files sooner together than one after
-    another: after ``write`` a few may still be under way, after ``commit`` and ``abort`` none is. What is written
-    outlives an abort, under its unfinished names. With ``overwrite`` the files that were there stay until ``commit``,
-    which removes all of that pattern: the folder then holds this run and nothing else. From ``open`` on,
+    Flows are encoded and written by a small thread pool, as a disk takes several files faster together than one after
+    another: after ``write`` a few may still be in progress, after ``commit`` and ``abort`` none is. Files already
+    written survive an abort, under their unfinished names. With ``overwrite`` existing files stay until ``commit``,
+    which removes all files of that pattern: the folder then holds this run's and no others. From ``open`` on,
     ``.%06d.flo.partial`` is locked: one run at a time.
 
     Raises:
         UnknownOutputError: the file name does not have exactly one number such as ``%06d``.
     """
 
-    example: ClassVar[str]  # a right name, for messages
+    example: ClassVar[str]  # a valid name, for messages
 
     def __init__(self, path: str, config: SinkConfig, *beside: str) -> None:
         self._path = path
@@ -140,20 +140,20 @@ class NumberedFilesSink(ABC):
         self._claim: Claim | None = None
         self._pool = OrderedPool(self._keep, 0)  # until ``open``
         self._size = (0, 0)
-        self._came: list[int] = []  # numbers of the flows, in order
-        self._written: list[int] = []  # of those, the first ones: their files are whole
+        self._came: list[int] = []  # numbers of the flows received, in order
+        self._written: list[int] = []  # the first of those: their files are whole
         self._bytes = 0
-        self._lost: dict[str, tuple[int, int]] = {}  # what -> vectors, first frame
+        self._lost: dict[str, tuple[int, int]] = {}  # what became of them -> (vectors, first frame)
         self._notes: list[str] = []
 
     @abstractmethod
     def encode(self, flow: SingleFlow) -> FlowFiles:
-        """The bytes of one flow's files. May run in several threads at once: it reads ``self`` and changes nothing."""
+        """The bytes of one flow's files. May run in several threads at once: it must not change ``self``."""
 
     def open(self, info: FlowInfo) -> None:
         """Creates the folder.
 
-        Raises OutputExistsError when files of this pattern are there already, or a folder by such a name, and
+        Raises OutputExistsError when files of this pattern exist already, or a folder of such a name, and
         OutputBusyError while another run writes such files.
         """
         self._size = (info.height, info.width)
@@ -179,12 +179,12 @@ class NumberedFilesSink(ABC):
             )
 
     def holds(self, flows: int) -> bool:
-        """Whether the files of so many flows are there: of one run, as those of two never have their names at once."""
+        """Whether exactly the files of so many flows exist: of one run, as two runs' never have their names at once."""
         there = self._folder.is_dir()
         return there and all(name.present().keys() == set(range(flows)) for name in self._names)
 
     def write(self, batch: FlowBatch) -> None:
-        """Has each flow encoded and written. Raises what went wrong with an earlier one, too."""
+        """Submits each flow to be encoded and written. Raises the error of an earlier one, too."""
         if tuple(batch.flow.shape[2:]) != self._size:
             raise ValueError(f"opened for flow of (H, W) {self._size}, got {tuple(batch.flow.shape[2:])}")
         if batch.flow.device.type != "cpu":
@@ -203,12 +203,12 @@ class NumberedFilesSink(ABC):
     def submit(
         self, number: int, frame: int, encode: Callable[..., FlowFiles], *arguments: object, nbytes: int
     ) -> None:
-        """Has one flow's files encoded and written. ``nbytes`` are held until it is done."""
+        """Submits one flow's files to be encoded and written. ``nbytes``: memory that is held until then."""
         self._came.append(number)
         self._pool.submit(self._write_one, number, frame, encode, *arguments, nbytes=nbytes)
 
     def commit(self, complete: bool = True) -> None:
-        """Gives all files their names; those of a former run of the pattern go. Incomplete, they stay unfinished."""
+        """Gives all files their names; those of an earlier run are removed. Incomplete, they stay unfinished."""
         self._pool.drain()
         self._pool.close()
         assert self._claim is not None, "open comes before commit"
@@ -220,7 +220,7 @@ class NumberedFilesSink(ABC):
         self._claim.withdraw()
 
     def abort(self) -> str | None:
-        """Leaves the files that are written, under their unfinished names: each is whole, as are all before it."""
+        """Leaves the files written so far under their unfinished names: each is whole, and so are all before it."""
         self._pool.close()
         if self._claim is None or not self._claim.held:
             return None
@@ -229,7 +229,7 @@ class NumberedFilesSink(ABC):
         return self._kept() if self._written else None
 
     def _drop_others(self) -> None:
-        """Removes the files of flows that were faster than one before them which will never come."""
+        """Removes files of flows that overtook an earlier flow whose file will never be written."""
         others = self._came[len(self._written) :]
         drop_unfinished(name.file(number) for number in others for name in self._names)
 
@@ -239,16 +239,16 @@ class NumberedFilesSink(ABC):
         return f"{self._folder} keeps {count} whole files such as {example}"
 
     def _publish(self) -> None:
-        self._require_possible()  # something may have come up during the run
+        self._require_possible()  # something may have appeared during the run
         former = [file for name in self._names for file in name.files()]
         written = set(self._written)
         left = [file for name in self._unfinished for number, file in name.present().items() if number not in written]
-        sync_folder(self._folder)  # what was written is there to stay, before
-        for file in (*former, *left):  # so that at no moment files of two runs go by the same kind of name
+        sync_folder(self._folder)  # first make the written files durable
+        for file in (*former, *left):  # so that files of two runs never have such names at once
             file.unlink()
         try:
             give_names(self._files())
-        except KeyboardInterrupt:  # a part of them would be worth less than the moment that the rest takes
+        except KeyboardInterrupt:  # better to finish, which takes a moment, than to leave a part
             give_names(file for file in self._files() if partial_path(file).exists())
             raise
         sync_folder(self._folder)
@@ -256,7 +256,7 @@ class NumberedFilesSink(ABC):
             self._notes.append(f"{self._folder}: removed {gone} files of a former, longer run")
 
     def _files(self) -> Iterator[Path]:
-        """Of this run, in the order in which they get their names."""
+        """The files of this run, in the order in which they get their names."""
         return (name.file(number) for number in self._written for name in reversed(self._names))
 
     @property
@@ -279,14 +279,14 @@ class NumberedFilesSink(ABC):
     def _write_one(
         self, number: int, frame: int, encode: Callable[..., FlowFiles], *arguments: object
     ) -> tuple[int, int, int, Mapping[str, int]]:
-        """In a worker. Returns beside number and frame the files' bytes, and what could not be kept of the flow."""
+        """Runs in a worker. Returns number, frame, the files' size in bytes, and what could not be kept of the flow."""
         with concerning(frame):
             files = encode(*arguments)
             paths = [name.file(number) for name in self._names]
             return number, frame, write_unfinished(dict(zip(paths, files.contents, strict=True))), files.lost
 
     def _keep(self, written: tuple[int, int, int, Mapping[str, int]]) -> None:
-        """In order: the first frame is known of which something was lost."""
+        """Called in order, so that the first frame with lost vectors is known."""
         number, frame, nbytes, lost = written
         self._bytes += nbytes
         self._written.append(number)
@@ -297,7 +297,7 @@ class NumberedFilesSink(ABC):
 
 
 def write_flow_file(path: PathLike, pieces: Sequence[Piece]) -> None:
-    """Writes one file by itself, which appears whole or not at all."""
+    """Writes a single file, atomically."""
     if not Path(path).name:
         raise OutputWriteError(f"cannot write {path!r}: it is a folder")
     with write_errors(Path(path)), atomic_file(Path(path)) as file:
@@ -305,7 +305,7 @@ def write_flow_file(path: PathLike, pieces: Sequence[Piece]) -> None:
 
 
 def require_flow(flow: npt.NDArray[Any]) -> None:
-    """Raises ValueError unless flow is (H, W, 2) of a float dtype, with sides that files can state."""
+    """Raises ValueError unless flow is (H, W, 2) of a float dtype, with sides that files can record."""
     if flow.ndim != 3 or flow.shape[2] != 2 or not all(1 <= side <= LONGEST_SIDE for side in flow.shape[:2]):
         raise ValueError(f"flow is (H, W, 2) with sides of 1 to {LONGEST_SIDE}, got {flow.shape}")
     if not np.issubdtype(flow.dtype, np.floating):
@@ -319,7 +319,7 @@ def known_vectors(flow: npt.NDArray[np.floating[Any]]) -> BoolArray:
 
 
 def require_size(name: str, height: int, width: int) -> None:
-    """Raises FlowFileError for a size, in pixels, that no flow has: checked before memory is taken for it."""
+    """Raises FlowFileError for an impossible size in pixels; called before memory is allocated for it."""
     if not (1 <= height <= LONGEST_SIDE and 1 <= width <= LONGEST_SIDE and height * width <= MOST_PIXELS):
         raise FlowFileError(
             f"{name}: expected sides of 1 to {LONGEST_SIDE} and at most {MOST_PIXELS} pixels, found {width}x{height}"
@@ -330,11 +330,11 @@ def require_size(name: str, height: int, width: int) -> None:
 def read_errors(path: PathLike, what: str) -> Iterator[None]:
     """Turns the operating system's errors on reading ``what`` into SourceNotFoundError and FlowFileError.
 
-    Also raises FlowFileError, before anything is opened, for what is no file.
+    Also raises FlowFileError, before anything is opened, for a pipe or device.
     """
     name = os.fspath(path)
     try:
-        # A pipe would be waited for without end, and a device read without end.
+        # Opening a pipe might block forever, and reading a device might never end.
         if not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):
             raise FlowFileError(f"{name}: expected a {what}, found something that is no file")
         yield

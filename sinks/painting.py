@@ -1,7 +1,7 @@
-"""Pictures of flow, painted where the flow is: what the colour outputs share for flow on a GPU.
+"""Paints pictures of flow on the flow's device: what the colour outputs share for flow on a GPU.
 
-There a picture costs next to nothing, and three bytes a vector go to the host in place of eight, one and a half for a
-video, whose encoder gets them as it wants them. On a CPU the outputs paint arrays, each in its own way.
+There a picture costs next to nothing, and three bytes per vector go to the host in place of eight, one and a half for a
+video, in the layout its encoder takes. On a CPU the outputs paint arrays, each in its own way.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 
 _LUMA = (0.2126, 0.7152, 0.0722)  # of red, green and blue: BT.709
-_LUMA_RANGE, _CHROMA_RANGE = 219 / 255, 224 / 255  # limited, of full
+_LUMA_RANGE, _CHROMA_RANGE = 219 / 255, 224 / 255  # limited range relative to full
 _BLACK, _GREY = 16, 128
-_PIXELS = 1 << 21  # of pictures that are converted together: each takes about 33 bytes meanwhile
+_PIXELS = 1 << 21  # that are converted together: each takes about 33 bytes meanwhile
 
 
 def painted(
@@ -36,9 +36,9 @@ def painted(
     timestamp_s: npt.NDArray[np.float64],
     for_video: bool = False,
 ) -> ColorBatch:
-    """Pictures of flow (N, 2, H, W) of any float type, on its device. Nothing is waited for.
+    """Pictures of flow (N, 2, H, W) of any float type, on its device. Does not synchronise.
 
-    max_flow: pixels that full colour stands for; None: each flow's own longest. for_video: as ``yuv420`` gives them.
+    max_flow: pixels that full colour stands for; None: each flow's own longest. for_video: in the layout of ``yuv420``.
     The rest is as in ``ColorBatch``.
     """
     colors = flow_to_color(flow, max_flow)
@@ -50,8 +50,8 @@ def painted(
 def yuv420(rgb: Tensor) -> Tensor:
     """Full-range RGB (N, 3, H, W) uint8 as BT.709 of limited range, 4:2:0, each chroma the mean of 2x2 pixels.
 
-    Gives (N, h * 3 / 2, w) uint8, h and w being H and W made even by their last row and column once more: h rows of
-    luma, then all of Cb, then all of Cr, packed: FFmpeg's yuv420p. Within a level of swscale's, averaging areas.
+    Returns (N, h * 3 / 2, w) uint8, h and w being H and W made even by repeating the last row and column: h rows of
+    luma, then all of Cb, then all of Cr, packed: FFmpeg's yuv420p. Within one level of swscale, averaging areas.
     """
     height, width = rgb.shape[2:]
     together = max(_PIXELS // (height * width), 1)
@@ -66,7 +66,7 @@ def _planes(colors: Tensor) -> Tensor:
     means = functional.avg_pool2d(colors, 2)
     mean_luma = _weighted(means)
     planes = [(luma * _LUMA_RANGE).add_(_BLACK)]
-    for primary in (2, 0):  # Cb of blue, Cr of red; how far they can be from luma makes the whole range
+    for primary in (2, 0):  # Cb of blue, Cr of red; their largest difference from luma spans the range
         apart = means[:, primary].sub(mean_luma)
         planes.append(apart.mul_(_CHROMA_RANGE / (2 * (1 - _LUMA[primary]))).add_(_GREY))
     whole = torch.cat([plane.reshape(count, -1) for plane in planes], 1)
@@ -80,7 +80,7 @@ def _weighted(colors: Tensor) -> Tensor:
 
 
 def packed(flow: Tensor) -> Tensor:
-    """Flow of any shape as float16 at half the memory: NaN where a component is unknown, and at most 65504 px."""
+    """Flow of any shape as float16 at half the memory: NaN where a component is unknown, clipped to ±65504 px."""
     longest = torch.finfo(torch.float16).max
     return torch.where(_unknown(flow), math.nan, flow.clamp(-longest, longest)).half()
 

@@ -2,7 +2,7 @@
 
 The convention of two-stream networks (Simonyan, Zisserman, "Two-Stream Convolutional Networks for Action Recognition
 in Videos", NeurIPS 2014; Wang et al., "Temporal Segment Networks", ECCV 2016, and its tools): -bound to bound pixels
-become 0 to 255, what is longer is clipped, ``flow_x_00000.jpg`` goes with ``flow_y_00000.jpg``.
+become 0 to 255, longer displacements are clipped, and ``flow_x_00000.jpg`` goes with ``flow_y_00000.jpg``.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ if TYPE_CHECKING:
     UInt8Array = npt.NDArray[np.uint8]
 
 X_PREFIX, Y_PREFIX = "flow_x_", "flow_y_"
-JPEG_QUALITY = 95  # off by about a level; at 75, common in such data sets, by several
-JPEG_LONGEST_SIDE = 65_500  # pixels; libjpeg's own
-MIDDLE = 127.5  # the level, before rounding, of no motion; as far as levels go to either side
+JPEG_QUALITY = 95  # an error of about one level; at 75, common in such data sets, of several
+JPEG_LONGEST_SIDE = 65_500  # pixels; libjpeg's limit
+MIDDLE = 127.5  # the level, before rounding, of no motion; also how far levels go to either side
 
 
 def read_two_stream(path: PathLike, bound: float = 20.0) -> Float32Array:
@@ -51,7 +51,7 @@ def read_two_stream(path: PathLike, bound: float = 20.0) -> Float32Array:
 
     Args:
         path: of the x picture, ``flow_x_....jpg`` or ``.png``; the y picture lies beside it.
-        bound: pixels that the pictures were written with. They do not tell.
+        bound: in pixels, as the pictures were written with; they do not record it.
 
     Returns:
         (H, W, 2) float32, pixels, x (right) then y (down), in steps of 2 x bound / 255: no motion reads as half a
@@ -76,11 +76,11 @@ def read_two_stream(path: PathLike, bound: float = 20.0) -> Float32Array:
 
 
 class TwoStreamSink(NumberedFilesSink):
-    """Two grey pictures a flow: ``DIR/flow_x_%05d.jpg`` and ``flow_y_`` beside it. See ``NumberedFilesSink``.
+    """Two grey pictures per flow: ``DIR/flow_x_%05d.jpg`` and ``flow_y_`` beside it. See ``NumberedFilesSink``.
 
     Each component becomes round(255 (v + bound) / (2 bound)), clipped to 0..255, with ``config.bound``. An unknown
-    vector becomes the level of no motion. ``notes`` counts the unknown and the clipped. ``.png`` keeps the levels as
-    they are, ``.jpg`` nearly.
+    vector becomes the level of no motion. ``notes`` counts the unknown and the clipped. ``.png`` keeps the levels
+    exactly, ``.jpg`` nearly.
 
     Raises:
         UnknownOutputError: the file name does not begin with ``flow_x_`` or has no number.
@@ -109,7 +109,7 @@ class TwoStreamSink(NumberedFilesSink):
 
     def encode(self, flow: SingleFlow) -> FlowFiles:
         known = known_vectors(flow.flow)
-        reach = min(self._bound, UNKNOWN_ABOVE)  # a number that float32 can hold
+        reach = min(self._bound, UNKNOWN_ABOVE)  # finite in float32
         short = (np.abs(flow.flow[..., 0]) <= reach) & (np.abs(flow.flow[..., 1]) <= reach)
         lost = {
             f"{UNKNOWN} and stored as no motion": int(np.count_nonzero(~known)),
@@ -126,14 +126,14 @@ def _beside(x_path: Path) -> Path:
 
 
 def _to_levels(component: Float32Array, bound: float) -> UInt8Array:
-    """(H, W) known pixels -> uint8. No motion is exactly the middle before it is rounded, whatever the bound."""
-    scale = np.float32(min(MIDDLE / bound, UNKNOWN_ABOVE))  # finite for the tiniest bound
+    """(H, W) known pixels -> uint8. No motion is exactly ``MIDDLE`` before rounding, whatever the bound."""
+    scale = np.float32(min(MIDDLE / bound, UNKNOWN_ABOVE))  # finite even for the tiniest bound
     levels: UInt8Array = np.clip(np.rint(component * scale + np.float32(MIDDLE)), 0, 255).astype(np.uint8)
     return levels
 
 
 def _jpeg(levels: UInt8Array) -> tuple[Piece, ...]:
-    """The file's contents. Pillow keeps the interpreter lock here: only ``_to_levels`` gains from a second core."""
+    """The file's contents. Pillow holds the GIL here: only ``_to_levels`` gains from a second core."""
     file = io.BytesIO()
     Image.fromarray(levels).save(file, "JPEG", quality=JPEG_QUALITY)
     return (file.getbuffer(),)

@@ -1,7 +1,7 @@
 """Colour video: every flow painted with the Middlebury wheel, one scale for the whole clip, as H.264.
 
-The scale comes first: a fixed one in pixels, or one found from the first flows, which wait in memory until it is
-known. After that every flow is painted, encoded and forgotten. Flow on a GPU waits and is painted there.
+The scale comes first: given in pixels, or derived from the first flows, which wait in memory until it is known. From
+then on every flow is painted, encoded and released. Flow on a GPU waits and is painted on the GPU.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ if TYPE_CHECKING:
     from flowreel.engine.config import SinkConfig
     from flowreel.engine.data import FlowBatch, FlowInfo, Prepared
 
-SCALE_FLOWS = 32  # flows that the automatic scale is found from: about a second of motion
+SCALE_FLOWS = 32  # flows that the automatic scale is derived from: about a second of motion
 SCALE_PERCENTILE = 95.0
-MOST_PIXELS = 1 << 25  # of a frame: more has no level of H.264, and takes its encoder gigabytes
+MOST_PIXELS = 1 << 25  # of a frame: H.264 has no level for more, and its encoder would take gigabytes
 HELD_BYTES = 256 << 20  # of flow waiting for its scale; as float16, 32 flows of 1920x1080 just fit
 
 
 class ColorVideoSink:
     """A colour video, ``X.mp4`` or ``X.mkv``: H.264, yuv420p, BT.709 limited range, constant quality.
 
-    Frames appear at their flow's ``timestamp_s`` less the first one's, so variable frame rates stay in step with the
-    source. 4:2:0 needs even sides: an odd one gains a copy of its last row or column.
+    Each frame is shown at its flow's ``timestamp_s`` minus the first one's, so variable frame rates stay in step with
+    the source. 4:2:0 needs even sides: for an odd one the last row or column is repeated.
 
-    The colour scale is ``config.max_flow`` pixels, or else the 95th percentile of the first 32 flows' lengths (of all
-    of them in a shorter clip), then fixed, so that colours do not flicker. Those flows wait as float16, which changes
+    The colour scale is ``config.max_flow`` pixels, or else the 95th percentile of vector lengths in the first 32 flows
+    (in all of a shorter clip), then fixed, so that colours do not flicker. Those flows wait as float16, which changes
     no colour by more than a level, in at most 256 MiB (but always at least one flow): above 1920x1080 the scale is
-    taken from as many flows as that holds. ``notes`` tells the scale.
+    taken from as many flows as that holds. ``notes`` reports the scale.
 
-    Where a GPU computes the flow and has an encoder (NVENC), that encodes, unless ``config.encoder`` says cpu. Else the
-    CPU does: in one thread while a model computes on it, in several otherwise.
+    Where a GPU computes the flow and has an encoder (NVENC), that is used, unless ``config.encoder`` says cpu. Else the
+    CPU encodes: in one thread if the model runs on it, else in several.
 
     It is written to ``X.mp4.partial``, synced, and renamed by ``commit``.
     """
@@ -87,8 +87,8 @@ class ColorVideoSink:
             make_folder(self._destination.parent)
             self._claim = claimed_file(self._partial, self.path)
             try:
-                self._require_possible()  # also now that nobody else can publish it
-                # Beside a model on the CPU one: it needs the other cores more.
+                self._require_possible()  # again, now that nobody else can publish it
+                # One thread beside a model on the CPU, which needs the other cores more.
                 threads = 1 if info.device == "cpu" else encode_workers(info.device)
                 self._encoder = VideoWriter(
                     self._partial,
@@ -111,7 +111,7 @@ class ColorVideoSink:
             self._notes.append(f"{self.path}: full colour at {self._max_flow:.4g} px")
 
     def write(self, batch: FlowBatch) -> None:
-        """Paints and encodes, or holds back what has no scale yet."""
+        """Paints and encodes, or holds flows back while there is no scale yet."""
         self._require_size(batch)
         for place, planes in enumerate(batch.flow.numpy()):
             known = (np.abs(planes) <= UNKNOWN_ABOVE).all(axis=0)
@@ -164,7 +164,7 @@ class ColorVideoSink:
                 raise OutputWriteError(f"{self.path}: not one flow came, and a video needs a frame")
             self._encoder.finish()
             if complete:
-                self._require_possible()  # something may have come up during the run
+                self._require_possible()  # something may have appeared during the run
                 publish_file(self._partial, self._destination)
         assert self._claim is not None
         self._claim.release()
@@ -206,7 +206,7 @@ class ColorVideoSink:
         require_absent(self._destination, self._overwrite)
 
     def _encoding_gpu(self, info: FlowInfo) -> int | None:
-        """The number of the GPU that is to encode; None: the CPU is."""
+        """The number of the GPU that is to encode; None: the CPU encodes."""
         kind, _, number = (info.device or "").partition(":")
         if self._asked_encoder == "cpu" or (self._asked_encoder == "auto" and kind != "cuda"):
             return None
@@ -225,7 +225,7 @@ class ColorVideoSink:
             raise ValueError(f"opened for flow of (H, W) {self._size}, got {tuple(batch.flow.shape[2:])}")
 
     def _hold(self, flow: npt.NDArray[np.float16] | Tensor, batch: FlowBatch, place: int) -> bool:
-        """True when there are as many now as the scale is found from, or fit."""
+        """Holds a flow back. True when there are now enough for the scale, or no more fit."""
         number, frame = batch.index + place, int(batch.frame[place])
         self._held.append(_Held(flow, number, frame, float(batch.timestamp_s[place])))
         return len(self._held) == SCALE_FLOWS or (len(self._held) + 1) * flow.nbytes > HELD_BYTES
@@ -241,7 +241,7 @@ class ColorVideoSink:
         )
 
     def _encode_held(self) -> None:
-        """Settles the scale, then encodes what was held, in order, and lets it go."""
+        """Settles the scale, then encodes the held flows, in order, and releases them."""
         self._settle_scale()
         for held in self._held:
             assert isinstance(held.flow, np.ndarray)
@@ -278,7 +278,7 @@ class _Held:
 
 
 def _pack(flow: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
-    """(H, W, 2) float32 pixels as float16 at half the memory: NaN where unknown, and at most 65504 px."""
+    """(H, W, 2) float32 pixels as float16 at half the memory: NaN where unknown, clipped to ±65504 px."""
     longest = float(np.finfo(np.float16).max)
     packed = np.clip(flow, -longest, longest).astype(np.float16)
     packed[~(np.abs(flow) <= UNKNOWN_ABOVE)] = np.nan

@@ -1,13 +1,13 @@
-"""Pictures to an H.264 file through FFmpeg: the encoder below the colour video and the demo's clip.
+"""Writes pictures to an H.264 file through FFmpeg, for the colour video and the demo's clip.
 
-A GPU's own encoder (NVENC) is driven through FFmpeg too, as one encoder more. PyNvVideoCodec would give a bare stream,
-for whose headers, times and order of frames in a container FFmpeg is needed all the same.
+A GPU's encoder (NVENC) is used through FFmpeg, too, as one more encoder. PyNvVideoCodec would give a raw stream, which
+needs FFmpeg all the same for its headers, timestamps and the order of frames in a container.
 
-x264's own threads each have a frame, and wait for rows of the one before it. Where pictures have few rows for many
-threads, several encoders have short parts of the video each instead, from a key frame on, as if it was alone. Without
-B-frames, by which flow that moves was not seen to gain (half the speed, the same size), nothing is reordered, and the
-parts follow one another as they are. Of smooth flow with many rows x264's threads alone made more, in files a third
-smaller.
+x264's own threads each encode one frame, and wait for rows of the one before it. Where pictures have few rows for many
+threads, several encoders each encode short parts of the video instead, every part from a key frame on, independently.
+There are no B-frames: moving flow was not seen to gain from them (half the speed, the same size), and without them
+nothing is reordered, so that the parts are simply concatenated. Of smooth flow with many rows x264's own threads
+encoded more, in files a third smaller.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 CONTAINERS = {".mp4": ("mp4", {"movflags": "+faststart"}), ".mkv": ("matroska", {})}
-ENCODERS = ("libx264", "libopenh264", "mpeg4")  # the first that this FFmpeg has
+ENCODERS = ("libx264", "libopenh264", "mpeg4")  # the first one that this FFmpeg has
 NVENC = "h264_nvenc"
-PART = 16  # frames that one encoder has. A key frame as often takes 1 % more of most flow, half as much again of smooth
-MACROBLOCK = 16  # pixels, the side of one
-ROWS_OF_A_THREAD = 3  # of them. With 4.5 x264's threads did better than parts; with 1.9 not timed without B-frames
-# keyint_min: a part has one key frame. Their numbers alternate and begin anew with each part, and two key frames in a
-# row, the second one the next part's, must not have the same.
+PART = 16  # frames. Key frames this often make files of most flow 1 % larger, of smooth flow half as large again
+MACROBLOCK = 16  # pixels per side
+ROWS_OF_A_THREAD = 3  # macroblocks; fewer: parts. x264's threads beat parts at 4.5; 1.9 was not timed without B-frames
+# keyint_min: only one key frame per part. Key frames are numbered alternately, from the beginning again in each part,
+# and two consecutive key frames, the second being the next part's, must not have the same number.
 _X264 = {"crf": "18", "preset": "veryfast", "bf": "0", "keyint_min": str(PART)}
 _FALLBACK_RATE = Fraction(25)
-_MATROSKA_TICKS = 1_000  # per second; finer times would be rounded to these, and two could fall together
+_MATROSKA_TICKS = 1_000  # per second; finer times would be rounded to these, and two could coincide
 _FINEST_TICKS = 60_000  # per second; MPEG-4 part 2 allows 65535, and the usual frame rates divide it
-_CONVERTS_IN_THREADS = int(av.__version__.split(".")[0]) >= 18  # older PyAVs know one only, and no such argument
-# Meant to look like crf 18; not seen yet. Its presets ask for B-frames, for each of which older FFmpegs count a tick of
-# our fine clock where a whole frame is meant: one would be decoded after it is shown, which no container takes.
+_CONVERTS_IN_THREADS = int(av.__version__.split(".")[0]) >= 18  # older PyAVs use one, and have no such argument
+# Meant to look like crf 18; not looked at yet. NVENC's presets use B-frames, for each of which older FFmpegs allow one
+# tick of our fine clock instead of one frame: a frame would be decoded after it is shown, which no container accepts.
 _NVENC_OPTIONS = {"preset": "p4", "tune": "hq", "rc": "constqp", "qp": "20", "bf": "0"}
 _BT709 = 1  # FFmpeg's number for it among matrices, primaries and transfer curves alike
 
@@ -65,7 +65,7 @@ class VideoWriter:
         gpu: int | None = None,
         threads: int = 1,
     ) -> None:
-        """gpu: the number of one whose NVENC encodes, see ``why_no_nvenc``. threads: of the CPU, where it encodes."""
+        """gpu: number of the GPU whose NVENC encodes, see ``why_no_nvenc``. threads: for encoding on the CPU."""
         rate = frame_rate if frame_rate is not None and frame_rate > 0 else _FALLBACK_RATE
         self.codec = NVENC if gpu is not None else next(name for name in ENCODERS if _has_encoder(name))
         self.fallback: str | None = None  # what to tell the user where the best encoder is missing
@@ -74,7 +74,7 @@ class VideoWriter:
         self.frames = 0
         self._gpu = gpu
         self._threads = threads
-        self._part: list[av.VideoFrame] = []  # that fills up
+        self._part: list[av.VideoFrame] = []  # the part being filled
         few_rows = -(-height // MACROBLOCK) < threads * ROWS_OF_A_THREAD
         all_fit = threads * PART * height * width * 3 // 2 <= MOST_BYTES
         in_parts = self.codec == "libx264" and threads > 1 and few_rows and all_fit
@@ -86,7 +86,7 @@ class VideoWriter:
         self._padding = ((0, height % 2), (0, width % 2), (0, 0))
         self._to_yuv = VideoReformatter()
         container_format, options = CONTAINERS[suffix]
-        # The unfinished name does not tell the format, so it is given.
+        # The unfinished name does not reveal the format, so it is given.
         self._container = av.open(str(path), "w", format=container_format, options=options)
         try:
             self._open_stream(rate, height + height % 2, width + width % 2)
@@ -105,7 +105,7 @@ class VideoWriter:
         self._set_up(stream.codec_context, height, width)
         stream.time_base = stream.codec_context.time_base
         stream.codec_context.thread_count = self._threads if self._parts is None else 1
-        stream.codec_context.thread_type = "AUTO"  # whole frames, where it can; PyAV's own choice is slices of one
+        stream.codec_context.thread_type = "AUTO"  # by frames, where it can; PyAV's default is by slices of one
         self._container.start_encoding()  # opens the encoder and writes the header: what can fail early fails now
 
     def _set_up(self, context: av.VideoCodecContext, height: int, width: int) -> None:
@@ -115,7 +115,7 @@ class VideoWriter:
         context.colorspace = context.color_primaries = context.color_trc = _BT709
 
     def encode(self, picture: npt.NDArray[np.uint8], time_s: float) -> None:
-        """Takes a picture that is shown from ``time_s`` seconds on, counted from the first one's.
+        """Takes a picture to be shown from ``time_s`` seconds on; the video begins at the first one's time.
 
         (H, W, 3) uint8 RGB, or (h * 3 / 2, w) uint8 as ``painting.yuv420`` makes it.
         """
@@ -138,7 +138,7 @@ class VideoWriter:
         self._parts.submit(partial(self._encoded, part), nbytes=nbytes)
 
     def _encoded(self, part: list[av.VideoFrame]) -> list[av.Packet[Any]]:
-        """By an encoder of its own, set up as the stream's, whose header is the file's."""
+        """Encodes a part with an encoder of its own, set up like the stream's, whose header the file has."""
         context = self._encoder_of_part()
         packets = [packet for frame in part for packet in context.encode(frame)]
         return packets + context.encode(None)
@@ -170,7 +170,7 @@ class VideoWriter:
         )
 
     def finish(self) -> None:
-        """Writes what the encoder still holds, the index, and closes the file."""
+        """Flushes the encoder, writes the index and closes the file."""
         if self._parts is None:
             self._container.mux(self._stream.encode(None))
         else:
@@ -206,7 +206,7 @@ def _ticks_per_second(rate: Fraction) -> int:
 
 
 def why_no_nvenc(gpu: int, height: int, width: int) -> str | None:
-    """Why GPU number ``gpu`` cannot encode pictures of this size, in FFmpeg's words; None: it can, as was tried."""
+    """Why GPU number ``gpu`` cannot encode pictures of this size, in FFmpeg's words; None: it was tried and can."""
     if not _has_encoder(NVENC):
         return f"this FFmpeg has no {NVENC}"
     context = av.CodecContext.create(NVENC, "w")
@@ -215,9 +215,9 @@ def why_no_nvenc(gpu: int, height: int, width: int) -> str | None:
     context.time_base = 1 / _FALLBACK_RATE
     context.options = _nvenc_options(gpu)
     level, (errors_before, _) = av.logging.get_level(), av.logging.get_last_error()
-    av.logging.set_level(av.logging.ERROR)  # else the error is nothing but a number
+    av.logging.set_level(av.logging.ERROR)  # otherwise the error is only a number
     try:
-        with av.logging.Capture():  # and so not to stderr
+        with av.logging.Capture():  # and keeps it from stderr
             context.open()
     except av.FFmpegError as error:
         errors, last = av.logging.get_last_error()
@@ -241,7 +241,7 @@ def _has_encoder(name: str) -> bool:
 
 @contextmanager
 def video_write_errors(path: Path) -> Iterator[None]:
-    """OutputWriteError for whatever FFmpeg or the operating system has against writing ``path``."""
+    """Turns errors of FFmpeg or the operating system on writing ``path`` into OutputWriteError."""
     with write_errors(path):
         try:
             yield
