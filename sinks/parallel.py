@@ -27,7 +27,7 @@ MOST_BYTES = 256 << 20  # of input in flight; with 8 workers, 16 flows of 1920x1
 
 
 def encode_workers(device: str | None = "cpu") -> int:
-    """How many threads a sink encodes with on this machine, for flow that is computed on ``device``; None: on none.
+    """How many threads a sink encodes with on this machine, for flow that is computed on ``device``, None for none.
 
     Beside a model on the CPU, one for every two cores, at most 8; otherwise one for every core but one, at most 16.
     """

@@ -64,7 +64,7 @@ def serve(connection: int, memory: int) -> None:
     It sends None when it is ready. For each shard it sends None when the steps are no longer needed, then what ``make``
     returns; an error takes the place of either.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to a whole process group: the parent ends this process
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to whole process groups; the parent ends this one
         signal.signal(number, signal.SIG_IGN)
     # The parent may be gone by the time there is an answer: then this process ends silently, too.
     with suppress(EOFError, OSError), socket.socket(fileno=connection) as ours, ours.makefile("rwb") as stream:

@@ -4,7 +4,7 @@
 
 On a GPU, a light network's run is bound by how often its few threads get the GIL, for which threads that compress and
 write would compete. So the steps of a shard come from the GPU directly into memory shared with worker processes. It is
-pinned, so that no thread copies them; a thread was seen to copy only 2 GB a second during a run. When the shard is
+pinned, so that no thread copies them; a thread was seen to copy 2 GB a second during a run. When the shard is
 full, a process is told where the steps lie and writes the shard's files to the disk under unfinished names. In this
 process a thread sleeps until that is done, and renames them. Shards that fill up before the processes are ready are
 made in this process.

@@ -89,7 +89,7 @@ class ZarrSink:
             for what, (vectors, frame) in self._invalid.items()
         ]
 
-    # -- Resuming -------------------------------------------------------------------------------------------------
+    # -- Resuming ------------------------------------------------------------------------------------------------
 
     def resume_point(self, below: int | None = None) -> ResumePoint | None:
         """Where this store resumes; None: nothing is there, or no whole shard.
