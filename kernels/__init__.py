@@ -1,17 +1,16 @@
 """Operations on torch tensors, one file each. The tensor's device decides which version runs.
 
-``correlation``, ``warp`` and ``channel_norm`` are FlowNet2's three layers, registered with torch as
-``torch.ops.flowreel.*``. So are ``yuv_to_rgb``, which makes pictures of decoded surfaces, ``flow_to_color``, which
-paints flow, ``quantise``, which makes whole numbers of it, and ``bitshuffle``, which orders the bits of those. What
-compiled networks alone use (their inputs, what follows a convolution, flow between levels) is in files of its own and
-comes from there.
+``correlation``, ``warp`` and ``channel_norm`` are FlowNet2's three custom layers, registered with torch as
+``torch.ops.flowreel.*``. So are ``yuv_to_rgb``, which converts decoded surfaces to RGB, ``flow_to_color``, which paints
+flow, ``quantise``, which converts it to integers, and ``bitshuffle``, which reorders the bits of those. Operations that
+only compiled networks use (their inputs, bias and activation, flow upsampling) are imported from their own modules.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-# Not lazily: functions that share their module's name would be replaced by the module when that is imported first.
+# Not lazy: a function that shares its module's name would be replaced by the module if the module were imported first.
 from flowreel.kernels.bitshuffle import bitshuffle
 from flowreel.kernels.channel_norm import channel_norm
 from flowreel.kernels.correlation import correlation

@@ -1,6 +1,6 @@
-"""What follows a convolution: its bias and LeakyReLU, stored where the next layers want it.
+"""A convolution's bias and LeakyReLU, with the result stored where the next layers read it.
 
-The convolution's result is read and written once more anyway, so the copy into a concatenation costs its writes alone.
+The convolution's result is read and written once more anyway, so a copy into a concatenation costs only its writes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def bias_leaky_relu_definition(x: Tensor, bias: Tensor, slope: float, out: Tensor) -> None:
-    """(B, C, H, W) and (C,) to the first channels of it in ``out`` (B, up to C, H, W). Slope 1: no activation."""
+    """(B, C, H, W) and (C,) to ``out`` (B, up to C, H, W), which takes the first channels. Slope 1: no activation."""
     channels = out.shape[1]
     value = x[:, :channels].float() + bias[:channels].view(-1, 1, 1)
     out.copy_(F.leaky_relu_(value, slope) if slope != 1 else value)
@@ -36,7 +36,7 @@ def bias_leaky_relu_in_place_definition(x: Tensor, bias: Tensor, slope: float, a
 
 # --- the CUDA version -------------------------------------------------------------------------------------------------
 
-_TOGETHER = 8  # channels a thread computes
+_TOGETHER = 8  # channels per thread
 
 
 def _takes(x: Tensor, bias: Tensor, slope: float, out: Tensor | None) -> bool:
@@ -93,10 +93,11 @@ def bias_leaky_relu(x: Tensor, bias: Tensor, slope: float, out: Tensor) -> None:
     Args:
         x: (B, C, H, W) float32, bfloat16 or float16, any strides.
         bias: (C,) float32.
-        slope: for what is negative; 1: no activation.
-        out: (B, up to C, H, W), any floating point type and strides, no memory of x: takes the first channels.
+        slope: of the LeakyReLU for negative values; 1: no activation.
+        out: (B, up to C, H, W), any floating point type and strides, sharing no memory with x: takes the first
+            channels.
 
-    Formed in float32 and rounded once. Without gradients: for inference.
+    Computed in float32 and rounded once. Without gradients: for inference.
 
     Raises:
         ValueError: shapes do not fit together, or the bias is not float32.
@@ -106,7 +107,7 @@ def bias_leaky_relu(x: Tensor, bias: Tensor, slope: float, out: Tensor) -> None:
 
 
 def bias_leaky_relu_(x: Tensor, bias: Tensor, slope: float, also: Tensor | None = None) -> Tensor:
-    """The same in place of x, which is given back; ``also`` gets its first channels, as ``out`` above.
+    """The same in place in x, which is returned; ``also`` gets its first channels, as ``out`` above does.
 
     Raises:
         ValueError: shapes do not fit together, or the bias is not float32.

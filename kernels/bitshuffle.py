@@ -1,6 +1,6 @@
-"""Integers to the planes of their bits, which compress better: the filter ``bitshuffle`` of Blosc, done by a GPU.
+"""Integers to bit planes, which compress better: the ``bitshuffle`` filter of Blosc, on a GPU.
 
-Neighbouring values of flow share their upper bits; plane by plane these are long runs of equal bytes.
+Neighbouring flow values share their upper bits, so the planes of those are long runs of equal bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from flowreel.kernels.launch import blocks_for, implement, launch, parts, sizes
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-TOGETHER = 8  # values whose bits make a byte of each plane
+TOGETHER = 8  # values whose bits make one byte of each plane
 _TYPES = (torch.int16, torch.int32)
 
 # --- the definition: any device ---------------------------------------------------------------------------------------
@@ -71,20 +71,20 @@ _torch_library.register_fake("flowreel::bitshuffle", _shape, lib=_LIBRARY)
 
 
 def bitshuffle(values: Tensor, block: int) -> Tensor:
-    """The planes of bits of each batch's values, block by block, the lowest bits first.
+    """The bit planes of each row's values, block by block, the lowest bits first.
 
     Args:
-        values: (N, ...) int16 or int32, any strides, none of the sizes zero.
+        values: (N, ...) int16 or int32, any strides, none of the sizes zero. Each of the N rows is shuffled by itself.
         block: values that are shuffled together, a multiple of 8; the last block may be short.
 
     Returns:
-        (N, bytes) uint8, as many as the values have. Plane b of a block of n values holds bit b of value 8i + k as bit
-        k of its byte i. A block that is no multiple of 8 stays as it is, in little-endian order: so has it version 2 of
-        Blosc's format. On a GPU: equal to the definition.
+        (N, bytes) uint8, as many bytes as the values have. Plane b of a block of n values holds bit b of value 8i + k
+        as bit k of its byte i. A block whose length is no multiple of 8 stays as it is, in little-endian order, as in
+        version 2 of Blosc's format. On a GPU: equal to the definition.
 
     Raises:
-        TypeError: the values are of another type.
-        ValueError: a shape or block that cannot be.
+        TypeError: the values have another dtype.
+        ValueError: the values are empty or not (N, ...), or the block is not a positive multiple of 8.
     """
     if values.dtype not in _TYPES:
         raise TypeError(f"int16 or int32 can be shuffled, got {values.dtype}")

@@ -12,7 +12,7 @@ from flowreel.kernels.launch import SUFFIXES, blocks_for, implement, launch, siz
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# --- the definition: any device, and quick enough on a CPU ------------------------------------------------------------
+# --- the definition: any device, and fast enough on a CPU -------------------------------------------------------------
 
 
 def channel_norm_definition(x: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def channel_norm_backward_definition(grad: Tensor, x: Tensor, norm: Tensor) -> T
 
 
 def _widened(x: Tensor) -> Tensor:
-    """Half types as float32: a float16 square overflows from 256 on."""
+    """Half-precision types as float32: a float16 square overflows from 256 on."""
     return x.float() if x.element_size() < 4 else x
 
 
@@ -97,8 +97,8 @@ def channel_norm(x: Tensor) -> Tensor:
         x: (B, C, H, W) float32, float64, bfloat16 or float16, any unit and strides, none of the sizes zero.
 
     Returns:
-        (B, 1, H, W) in x's unit and dtype, contiguous. Half types are squared and summed in float32, so that only a
-        length beyond their own range overflows; float32 does so from about 1.8e19.
+        (B, 1, H, W) in x's unit and dtype, contiguous. Half-precision types are squared and summed in float32, so that
+        only a length beyond their own range overflows; float32 itself overflows from about 1.8e19.
 
     Differentiable; the gradient x / (length + 1e-9) is zero where x is. Against the definition: equal on
     a CPU; on a GPU 1e-6 relative for float32, one rounding of the result for half precision.

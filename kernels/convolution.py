@@ -1,7 +1,7 @@
-"""A convolution with its bias and LeakyReLU in one: for the large maps of few channels that cuDNN is slow at.
+"""A convolution fused with its bias and LeakyReLU, for the large maps of few channels at which cuDNN is slow.
 
-Such layers are limited by what they read and write. So the result is formed in registers, gets its bias and LeakyReLU
-there, and is written once: to a map of its own, and to a part of a concatenation where it is wanted there as well.
+Such layers are bound by memory traffic. So the result gets its bias and LeakyReLU in registers and is written from
+there: to a map of its own and, where it is needed there too, to a part of a concatenation.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def convolution_definition(
 ) -> None:
     """Summed in float32 and rounded once. ``packed``, the same weights in another order, is for the CUDA version.
 
-    Of half precision TF32, which a process may allow for float32, loses nothing.
+    A process may allow TF32 for float32; half-precision inputs lose nothing by it.
     """
     convolve = F.conv_transpose2d if transposed else F.conv2d
     channels = weight.shape[0 if transposed else 1]
@@ -45,30 +45,30 @@ def convolution_definition(
 
 
 def padding_of(weight: Tensor) -> int:
-    """Of the networks' layers: with it a stride divides the size exactly, and a deconvolution multiplies it."""
+    """The padding of the networks' layers: a stride divides the size exactly, a deconvolution multiplies it exactly."""
     return (weight.shape[-1] - 1) // 2
 
 
 # --- the CUDA version -------------------------------------------------------------------------------------------------
 
-_COLUMNS, _WARPS, _TOGETHER = 16, 4, 8  # of convolution.cu
-_NEIGHBOURS = 3  # of a pixel, each way, that a deconvolution's 2x2 results depend on
-_RESULTS = 16  # channels of each of those that a block computes
+_COLUMNS, _WARPS, _TOGETHER = 16, 4, 8  # as in convolution.cu
+_NEIGHBOURS = 3  # a deconvolution's 2x2 results for a pixel depend on its 3x3 neighbourhood
+_RESULTS = 16  # output channels that a block computes for each of the 2x2 results
 
 
 class Tiling(NamedTuple):
     """What one block computes, and how: the template arguments of its entry in ``convolution.cu``."""
 
-    kernel: int  # of a deconvolution, of the convolution that it becomes
+    kernel: int  # for a deconvolution: of the convolution that it becomes
     stride: int
     channels: int  # input channels at a time
-    outputs: int  # output channels of a block; of a deconvolution, those of 2x2 results
-    rows: int  # output rows of a warp
-    enlarges: bool
+    outputs: int  # output channels per block; for a deconvolution, those of all 2x2 results together
+    rows: int  # output rows per warp
+    enlarges: bool  # whether it is a deconvolution
 
     @property
     def half_steps(self) -> int:
-        """How often 8 of a filter row's columns and channels are taken."""
+        """Half steps per filter row: 8 values of its columns and channels each."""
         return parts(self.kernel * self.channels, _TOGETHER)
 
     @property
@@ -77,7 +77,7 @@ class Tiling(NamedTuple):
 
     @property
     def run(self) -> int:
-        """Neighbouring output channels that one lane holds."""
+        """Consecutive output channels that one lane holds."""
         return 4 if self.enlarges else 8
 
     def entry(self, dtype: torch.dtype) -> str:
@@ -85,10 +85,10 @@ class Tiling(NamedTuple):
 
 
 def tiling(weight: Tensor, stride: int, transposed: bool) -> Tiling | None:
-    """How our kernel computes a layer of that weight, without padded channels; None: it does not.
+    """How our kernel computes a layer with that weight, or None if it does not.
 
     Args:
-        weight: (out, in, k, k), of a deconvolution (in, out, k, k); float16 or bfloat16.
+        weight: (out, in, k, k), for a deconvolution (in, out, k, k), without padded channels; float16 or bfloat16.
     """
     if weight.dtype not in (torch.float16, torch.bfloat16):
         return None
@@ -105,7 +105,7 @@ def tiling(weight: Tensor, stride: int, transposed: bool) -> Tiling | None:
 
 
 def pack(weight: Tensor, stride: int, transposed: bool) -> Tensor:
-    """The weights in the order the kernel's lanes want them (``tensor_core.cuh``), zeros where there are none.
+    """The weights in the order in which the kernel's lanes read them (``tensor_core.cuh``), padded with zeros.
 
     Raises:
         ValueError: the kernel does not compute such a layer.
@@ -118,23 +118,23 @@ def pack(weight: Tensor, stride: int, transposed: bool) -> Tensor:
     outputs, inputs, kernel, _ = weight.shape
     channels, tiles = found.channels, found.outputs // 8
     chunks = parts(inputs, channels)
-    # k: filter row, then its columns and channels, 8 at a time
+    # k, the summed dimension: filter row, then its columns and channels, 8 at a time
     padded = F.pad(weight, (0, 0, 0, 0, 0, chunks * channels - inputs)).view(outputs, chunks, channels, kernel, kernel)
     rows = padded.permute(1, 3, 4, 2, 0).reshape(chunks, kernel, kernel * channels, outputs)
     rows = F.pad(rows, (0, 0, 0, found.half_steps * _TOGETHER - kernel * channels)).flatten(1, 2)
     rows = F.pad(rows, (0, 0, 0, found.steps * 16 - rows.shape[1]))
-    # columns of a product: so that a lane, which gets two of 8, gets `run` neighbouring channels from run / 2 products
+    # columns of a product: a lane gets two of 8; in this order it gets `run` consecutive channels from run / 2 products
     column, product = torch.arange(8), torch.arange(tiles)[:, None]
     half = found.run // 2
     order = product // half * (8 * half) + column // 2 * found.run + product % half * 2 + column % 2
     rows = rows.view(chunks, found.steps * 16, -1, found.outputs)[..., order.flatten().to(weight.device)]
     apart = rows.view(chunks, found.steps, 2, 4, 2, -1, tiles // 2, 2, 8)  # k: r t i; group; column: p j g
     flat = apart.permute(5, 0, 1, 6, 8, 3, 7, 2, 4).flatten()
-    return torch.cat((flat, flat.new_zeros(found.outputs * 16)))  # one step more: fetched, and not used
+    return torch.cat((flat, flat.new_zeros(found.outputs * 16)))  # one more step, fetched but not used
 
 
 def _packed_size(found: Tiling, inputs: int, outputs: int) -> int:
-    """Elements that ``pack`` gives for a layer of so many channels."""
+    """How many elements ``pack`` returns for a layer of so many channels."""
     groups, chunks = outputs // (_RESULTS if found.enlarges else found.outputs), parts(inputs, found.channels)
     return (groups * chunks * found.steps + 1) * 16 * found.outputs
 
@@ -185,7 +185,7 @@ def _convolution_cuda(
 
 
 def _reaches(x: Tensor, together: int) -> bool:
-    """Whether channels lie side by side, and of each pixel ``together`` may be read or written at once."""
+    """Whether a pixel's channels lie side by side, so aligned that ``together`` of them can be accessed at once."""
     near = x.stride(1) == 1 or x.shape[1] == 1
     apart = (x.storage_offset(), *(x.stride(axis) for axis in (0, 2, 3) if x.shape[axis] > 1))
     return near and x.data_ptr() % 16 == x.storage_offset() * 2 % 16 and not any(step % together for step in apart)
@@ -223,26 +223,26 @@ def convolution(
     out: Tensor | None = None,
     also: Tensor | None = None,
 ) -> Tensor:
-    """LeakyReLU of a convolution + bias, given back in ``out``; the same once more into ``also``.
+    """LeakyReLU of a convolution + bias, written to ``out``, which is returned, and also to ``also``.
 
     Args:
-        x: (B, C, H, W) float16 or bfloat16, channels last, C a multiple of 8. What channels beyond the weight's hold is
-            of no effect, as long as it is finite.
-        weight: (out, in, k, k), of a deconvolution (in, out, k, k): one that ``tiling`` knows, in x's type.
+        x: (B, C, H, W) float16 or bfloat16, channels last, C a multiple of 8. Channels beyond the weight's have no
+            effect, as long as they are finite.
+        weight: (out, in, k, k), for a deconvolution (in, out, k, k): one that ``tiling`` accepts, of x's dtype.
         packed: ``pack`` of it.
         bias: (out,) float32.
-        slope: 0 to 1, for what is negative; 1: no activation.
-        stride: rows and columns alike. The padding is that of ``padding_of``.
+        slope: of the LeakyReLU for negative values, 0 to 1; 1: no activation.
+        stride: of rows and columns alike. The padding is that of ``padding_of``.
         transposed: whether it is a deconvolution.
-        out: (B, out, H', W') to write to, of x's type; may be a part of another tensor, no memory of x. None: a new
-            one, channels last.
-        also: the same, no memory of ``out``.
+        out: (B, out, H', W') of x's dtype; may be a part of another tensor, but shares no memory with x. None: a new
+            tensor, channels last.
+        also: the same, sharing no memory with ``out``.
 
-    Formed in float32 and rounded once. An infinite input may spoil the pixel to the left of those that depend on it.
+    Computed in float32 and rounded once. An infinite input may spoil the pixel to the left of those that depend on it.
     Without gradients: for inference.
 
     Raises:
-        ValueError: shapes or types do not fit together, or ``tiling`` does not know the layer.
+        ValueError: shapes or types do not fit together, or ``tiling`` does not accept the layer.
     """
     found = tiling(weight, stride, transposed)
     if found is None:

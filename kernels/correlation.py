@@ -2,8 +2,8 @@
 
 Every use is reduced to one operation, the *pixel correlation*: out[dy, dx, y, x] = scale times the sum over c of
 a[c, y, x] b[c, y + dy, x + dx], for displacements that are multiples of a stride. Padding, windows and output strides
-follow from it by a pad and an average. A LeakyReLU and the place of the result, which may be a part of a concatenation,
-go along with it.
+follow from it by a pad and an average. The same kernel can apply a LeakyReLU and write the result into a part of a
+concatenation.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def pixel_correlation_definition(
 ) -> Tensor:
     """(B, C, H, W) twice -> (B, (2 radius + 1)^2, H, W): the pixel correlation, zero where b ends.
 
-    scale None: 1 / C. slope: of what is negative; 1 leaves it as it is.
+    scale None: 1 / C. slope: of the LeakyReLU for negative values; 1: no activation.
     """
     reach = radius * stride
     mean = correlation_definition(_widened(a), _widened(b), reach, 1, reach, 1, stride)
@@ -68,7 +68,7 @@ def pixel_correlation_definition(
 def pixel_correlation_backward_definition(
     grad: Tensor, a: Tensor, b: Tensor, radius: int, stride: int, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients for ``a`` and ``b``, from that of the volume before its LeakyReLU; one displacement at a time."""
+    """Gradients for ``a`` and ``b`` from that of the volume before its LeakyReLU, one displacement at a time."""
     edge, (height, width) = radius * stride, a.shape[2:]
     grad, wide_a, padded_b = _widened(grad) * _scale(a, scale), _widened(a), F.pad(_widened(b), (edge,) * 4)
     grad_a, padded_grad_b = torch.zeros_like(wide_a), torch.zeros_like(padded_b)
@@ -92,12 +92,12 @@ def _scale(a: Tensor, scale: float | None) -> float:
 
 
 def _widened(x: Tensor) -> Tensor:
-    """Half types as float32, in which sums are formed."""
+    """Half-precision types as float32, in which sums are formed."""
     return x.float() if x.element_size() < 4 else x
 
 
 def _into(made_by: Callable[..., Tensor], out: Tensor, *arguments: Any) -> None:
-    """What is made elsewhere, copied to where it belongs."""
+    """Copies the result of ``made_by`` to ``out``."""
     out.copy_(made_by(*arguments))
 
 
@@ -124,8 +124,8 @@ def _pixel_correlation_backward_cpu(
 
 # --- the CUDA version -------------------------------------------------------------------------------------------------
 
-_TILE, _ROWS, _SHIFTS, _COLUMNS = 64, 3, 7, (21, 9)  # what a block computes, and
-_BLOCK, _GROUP = 384, 8  # by how many threads; channels of a gradient that a thread computes: all as in the source
+_TILE, _ROWS, _SHIFTS, _COLUMNS = 64, 3, 7, (21, 9)  # pixels, rows, dy and dx that a block computes, as in the source
+_BLOCK, _GROUP = 384, 8  # threads of a block; channels of a gradient that one thread computes: also as there
 
 
 def _pixel_correlation_cuda(
@@ -150,7 +150,7 @@ def pixel_correlation_on_cuda_cores(
 ) -> None:
     batch, channels, height, width = a.shape
     side, phases = 2 * radius + 1, 2 if stride == 2 else 1  # phases in x that one block computes
-    columns = min(_COLUMNS, key=lambda n: parts(side, n) * n)  # the least that is computed in vain
+    columns = min(_COLUMNS, key=lambda n: parts(side, n) * n)  # the least waste
     across = stride // phases * parts(parts(width, stride), _TILE // phases)
     down = stride * parts(parts(height, stride), _ROWS)
     deep = parts(side, columns) * parts(side, _SHIFTS)
@@ -240,7 +240,7 @@ def _remember(ctx: Any, inputs: tuple[Tensor, Tensor, int, int, float | None, fl
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     a, b, *activated = ctx.saved_tensors
-    if activated:  # it has the sign of what came before it
+    if activated:  # positive exactly where the value before the activation was
         grad = torch.where(activated[0] > 0, grad, grad * ctx.slope)
     grads = torch.ops.flowreel.correlation_backward(grad, a, b, ctx.radius, ctx.stride, ctx.scale)
     return (*grads, None, None, None, None)
@@ -267,22 +267,22 @@ def correlation(
 ) -> Tensor:
     """Cost volume of two feature maps: the mean over channels (and over a window) of a times a displaced b.
 
-    Differentiable in ``a`` and ``b`` (once). The defaults are FlowNetC's: 21 x 21 displacements, up to 20 px, every
-    second one, at every pixel.
+    Differentiable in ``a`` and ``b`` (once). The defaults are FlowNetC's: 21 x 21 displacements of up to 20 px in steps
+    of 2, at every pixel.
 
     Args:
         a: (B, C, H, W) float32, float64, bfloat16 or float16, any strides, none of the sizes zero.
         b: the same shape, dtype and device.
-        pad_size: zeros put around both maps, pixels.
+        pad_size: width of the border of zeros around both maps, pixels.
         kernel_size: side of the square window that is compared, pixels, odd.
         max_displacement: largest displacement in x and in y, pixels.
         stride1: step from one output pixel to the next, pixels.
         stride2: step from one displacement to the next, pixels.
-        scale: what the sum over channels is multiplied with, for the mean 1 / C, which None stands for. Maps that are
-            padded with channels of zeros want 1 / (their real channels).
+        scale: factor of the sum over channels. None: 1 / C, which gives the mean. Maps padded with channels of zeros
+            need 1 / (number of real channels).
         negative_slope: of a LeakyReLU on the result, not negative; 1: none.
-        out: where the result goes: (B, D * D, Ho, Wo) of the inputs' dtype and device, any strides, such as some
-            channels of a concatenation; no memory of ``a`` or ``b``. There are no gradients then. None: a new tensor.
+        out: (B, D * D, Ho, Wo) of the inputs' dtype and device to write to, any strides, such as some channels of a
+            concatenation; shares no memory with ``a`` or ``b``. There are no gradients then. None: a new tensor.
 
     Returns:
         ``out``, or (B, D * D, Ho, Wo) in the inputs' dtype, contiguous, with r = max_displacement // stride2,
@@ -313,7 +313,7 @@ def correlation(
             return _pixel_correlation(a, b, radius, stride2, scale, negative_slope)
         _pixel_correlation_into(out, a, b, radius, stride2, scale, negative_slope)
         return out
-    # With p zeros around a and b, the volume itself is zero there; and the window's sum is an average of the volume.
+    # Where a and b are padded with zeros, the volume is zero too; and comparing windows averages the volume over them.
     border = pad_size - max_displacement
     volume = F.pad(_pixel_correlation(_widened(a), _widened(b), radius, stride2, scale), (border,) * 4)
     costs = F.leaky_relu(F.avg_pool2d(volume, kernel_size, stride1), negative_slope).to(a.dtype)

@@ -1,11 +1,11 @@
 """The cost volume on a CPU: bands of matrix products.
 
-Pixels whose coordinates agree modulo the stride meet only each other, so the maps fall apart into stride x stride
-*phases*, in which neighbouring displacements are neighbouring pixels. `tile` pixels in a row of a, times all rows of b
-within the radius, each `pitch` = tile + 2 radius wide (a *window*), is one matrix product (tile, C) x (C, rows *
-pitch). Wanted of it are the diagonals column - pixel = 0 .. 2 radius of each row, which strides can name. The rest is
-thrown away, the less the narrower the tile; below about 16 the products themselves become slow. Rows of b beyond the
-map are left out, columns beyond it are zeros in the windows.
+Only pixels whose coordinates agree modulo the stride are compared, so the maps split into stride x stride *phases*, in
+which neighbouring displacements are neighbouring pixels. `tile` pixels in a row of a, times all rows of b within the
+radius, each `pitch` = tile + 2 radius wide (a *window*), make one matrix product (tile, C) x (C, rows * pitch). The
+costs are the diagonals column - pixel = 0 .. 2 radius of each row, a *band* that a strided view selects. The rest is
+discarded: a narrower tile wastes less, but below about 16 pixels the products themselves become slow. Rows of b beyond
+the map are left out, columns beyond it are zeros in the windows.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_FAST_BFLOAT16 = torch.backends.cpu.get_cpu_capability() == "AVX512"  # elsewhere its products are scalar loops
+_FAST_BFLOAT16 = torch.backends.cpu.get_cpu_capability() == "AVX512"  # elsewhere bfloat16 products are scalar loops
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """How the maps are cut up, and the views and copies that cut them. D = 2 radius + 1."""
+    """How the maps are divided into tiles and windows, and the views and copies that do so. D = 2 radius + 1."""
 
     batch: int
     channels: int
@@ -137,7 +137,7 @@ def pixel_correlation(a: Tensor, b: Tensor, radius: int, stride: int, scale: flo
 def pixel_correlation_into(
     out: Tensor, a: Tensor, b: Tensor, radius: int, stride: int, scale: float, slope: float
 ) -> None:
-    """The same, written to ``out``, of any strides."""
+    """The same, written to ``out``, which may have any strides."""
     if a.dtype == torch.float16 or (a.dtype == torch.bfloat16 and not _FAST_BFLOAT16):
         out.copy_(pixel_correlation(a.float(), b.float(), radius, stride, scale, slope))
         return
@@ -166,14 +166,14 @@ def _by_rows(layout: _Layout, volume: Tensor, a: Tensor, b: Tensor, scale: float
         if channels_last:
             target.copy_(source)
             continue
-        for column in range(layout.stride):  # apart, so that the innermost run is over pixels
+        for column in range(layout.stride):  # one at a time, so that the innermost loop runs over pixels
             target[:, column].copy_(source[:, column])
 
 
 def pixel_correlation_backward(
     grad: Tensor, a: Tensor, b: Tensor, radius: int, stride: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients for both; the volume's gradient becomes a banded matrix, multiplied with b and with a."""
+    """Gradients for both maps: the volume's gradient becomes a banded matrix, which is multiplied by b and by a."""
     if a.element_size() < 4:
         grads = pixel_correlation_backward(grad.float(), a.float(), b.float(), radius, stride, scale)
         return grads[0].to(a.dtype), grads[1].to(b.dtype)

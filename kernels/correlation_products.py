@@ -1,6 +1,6 @@
-"""The pixel correlation by tensor cores: for half-precision maps on a GPU, whose channels are best together in memory.
+"""The pixel correlation on tensor cores, for half-precision maps on a GPU, preferably channels last.
 
-What a block computes, and how, is told in ``cuda/correlation_products.cu``.
+What a block computes, and how, is explained in ``cuda/correlation_products.cu``.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from torch import Tensor
 
 from flowreel.kernels.launch import MOST_DEEP, SUFFIXES, launch, multiprocessors, on_tensor_cores, parts, sizes, view
 
-RADII = (10, 4)  # an entry each: 21 x 21 displacements, and 9 x 9
+RADII = (10, 4)  # one kernel each: 21 x 21 displacements, and 9 x 9
 _TYPES = (torch.float16, torch.bfloat16)
-_COLUMNS, _ROWS, _BLOCK = 32, 4, 128  # what a block computes, and by how many threads: as in the source
-_MOST_CHANNELS = 256  # that its registers hold
-_WORDS = 8  # elements of 16 bytes, in which the maps are read
+_COLUMNS, _ROWS, _BLOCK = 32, 4, 128  # pixels and rows that a block computes, and its threads: as in the source
+_MOST_CHANNELS = 256  # that a block's registers hold
+_WORDS = 8  # elements in 16 bytes: the maps are read 16 bytes at a time
 _AT_ONCE = 2  # blocks that a multiprocessor has registers for
-_START = 2  # what a block does before its first row of b, counted in rows
+_START = 2  # a block's work before its first row of b, in rows
 
 
 def fits(a: Tensor, radius: int) -> bool:
-    """Whether the kernel takes such maps: half precision, few enough channels, one of its radii, a GPU that can."""
+    """Whether the kernel takes such maps: half precision, few enough channels, one of its radii, a GPU that runs it."""
     few = a.shape[1] <= _MOST_CHANNELS and a.shape[1] % _WORDS == 0
     return a.dtype in _TYPES and radius in RADII and few and on_tensor_cores(a.device)
 
@@ -29,7 +29,7 @@ def fits(a: Tensor, radius: int) -> bool:
 def pixel_correlation_into(
     out: Tensor, a: Tensor, b: Tensor, radius: int, stride: int, scale: float, slope: float
 ) -> None:
-    """(B, C, H, W) twice, that fit -> out: (B, (2 radius + 1)^2, H, W). Any strides: other maps are copied first."""
+    """Two maps (B, C, H, W) that fit -> out: (B, (2 radius + 1)^2, H, W). Any strides: maps are copied where needed."""
     batch, channels, height, width = a.shape
     a, b = _read_in_words(a), _read_in_words(b)
     across = stride * parts(parts(width, stride), _COLUMNS)
@@ -46,7 +46,7 @@ def pixel_correlation_into(
 
 
 def _read_in_words(x: Tensor) -> Tensor:
-    """The map itself where 16 bytes of a pixel's channels can be read at once, else a copy: cheap beside a product."""
+    """The map, or a copy where a pixel's channels cannot be read 16 bytes at a time: cheap beside the products."""
     pitches = (x.stride(axis) for axis in (0, 2, 3))
     if x.stride(1) == 1 and x.data_ptr() % 16 == 0 and all(pitch % _WORDS == 0 for pitch in pitches):
         return x
@@ -54,5 +54,5 @@ def _read_in_words(x: Tensor) -> Tensor:
 
 
 def _shares(tiles: int, rows: int, at_once: int) -> int:
-    """Into how many blocks a tile's rows of b go: as makes the least of rounds, each as long as its longest block."""
+    """How many blocks share a tile's rows of b: the fastest number, if each round lasts as long as its longest block."""
     return min(range(1, rows // 4 + 1), key=lambda n: parts(tiles * n, at_once) * (_START + parts(rows, n)))

@@ -1,4 +1,4 @@
-"""A learned doubling of flow, written where a concatenation takes it."""
+"""Flow upsampled to twice its size by learned weights, written straight into a concatenation."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 
 def enlarge_flow_definition(flow: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
-    """What ``enlarge_flow`` means. In float64: for float32 a process may allow TF32, which keeps 10 bits."""
+    """What ``enlarge_flow`` means. In float64, because a process may allow TF32 for float32: it keeps only 10 bits."""
     out.copy_(F.conv_transpose2d(flow.double(), weight.double(), bias.double(), stride=2, padding=1))
 
 
 # --- the CUDA version -------------------------------------------------------------------------------------------------
 
 
-_ROWS = 8  # of a block's threads, each of which has 2x2 pixels
+_ROWS = 8  # rows of threads in a block; each thread computes 2x2 pixels
 
 
 def _enlarge_flow_cuda(flow: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
     batch, _, height, width = flow.shape
     weight = weight.contiguous()
-    if not aligned(weight):  # rows of weights are loaded whole
+    if not aligned(weight):  # a row of weights is one 16-byte load
         weight = weight.clone()
     arguments = (*view(flow), weight, bias.contiguous(), *view(out), *sizes(height, width))
     grid = tiles_for(batch, height + 1, width + 1, _ROWS)
@@ -60,11 +60,12 @@ def enlarge_flow(flow: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Non
 
     Args:
         flow: (B, 2, h, w) float32, any strides.
-        weight: (2, 2, 4, 4) float32: from which channel, to which, rows, columns.
+        weight: (2, 2, 4, 4) float32: input channel, output channel, row, column.
         bias: (2,) float32.
-        out: (B, 2, 2h, 2w) float32, bfloat16 or float16, any strides: a part of a concatenation. No memory of flow.
+        out: (B, 2, 2h, 2w) float32, bfloat16 or float16, any strides, e.g. a part of a concatenation; shares no memory
+            with flow.
 
-    Formed in float32 and rounded once. Without gradients: for inference.
+    Computed in float32 and rounded once. Without gradients: for inference.
 
     Raises:
         TypeError: flow, weight or bias is not float32.

@@ -4,9 +4,9 @@ Source: Baker, Scharstein, Lewis, Roth, Black, Szeliski, "A Database and Evaluat
 International Journal of Computer Vision 92 (2011), and the program ``color_flow`` published with it. Its results are
 met within one grey level.
 
-The formula stands in ``_paint``, once, in functions that NumPy and torch spell alike. Around it are the two ways in:
-arrays are painted in blocks of rows that stay in the processor's cache and never start a thread, tensors in one go on
-their device, where a CUDA kernel does the same.
+The formula is written once, in ``_paint``, with functions that have the same names in NumPy and torch. NumPy arrays are
+painted in blocks of rows that stay in the processor's cache, without starting threads; tensors in one go on their
+device, on a GPU by a CUDA kernel.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     FloatArray = npt.NDArray[np.floating[Any]]
     Float32Array = npt.NDArray[np.float32]
 
-BEYOND_SHADE = 0.75  # how bright a vector longer than the scale is, against its full colour
+BEYOND_SHADE = 0.75  # brightness of a vector longer than the scale, relative to its full colour
 
 # Columns between neighbouring corner colours: more where the eye tells hues apart more finely.
 _CORNERS = (
@@ -41,7 +41,7 @@ _CORNERS = (
     (13, (0, 0, 255)),  # blue to
     (6, (255, 0, 255)),  # magenta to red
 )
-_BLOCK_VECTORS = 1 << 15  # vectors painted at once on a CPU: the dozen planes at work then fit a 2 MB cache
+_BLOCK_VECTORS = 1 << 15  # vectors painted at once on a CPU: the dozen planes in use then fit a 2 MB cache
 _SMALLEST_SCALE = 1e-30  # pixels; keeps the division sane for a scale that float32 would round to zero
 
 
@@ -65,9 +65,9 @@ def flow_to_color(flow: FloatArray | Tensor, max_flow: float | None = None) -> U
 
     Args:
         flow: a NumPy array (H, W, 2), or a tensor (2, H, W) or (N, 2, H, W) on any device; pixels, x (right) then
-            y (down). It is not changed. What is masked in a masked array is unknown.
+            y (down). It is not changed. Masked entries of a masked array are unknown.
         max_flow: length in pixels that gets the full colour; longer vectors get it at 3/4 of its brightness.
-            None: each picture's own longest known vector, as is usual for single pictures. A video wants one number
+            None: each picture's own longest known vector, as is usual for single pictures. A video needs one number
             for all its pictures, see ``percentile_magnitude``.
 
     Returns:
@@ -95,12 +95,12 @@ def percentile_magnitude(
 
     Args:
         flows: each a NumPy array (H, W, 2) or a tensor (2, H, W) or (N, 2, H, W); pixels.
-        percentile: 0 to 100. A little under 100, so that a few wild vectors do not make all others pale.
-        samples_per_flow: of a picture with more vectors, a regular grid of hardly more than these is looked at.
+        percentile: 0 to 100. A little under 100, so that a few outliers do not make all other vectors pale.
+        samples_per_flow: a picture with more vectors is sampled on a regular grid of hardly more points than this.
 
     Returns:
-        Pixels, always positive and so fit for ``flow_to_color``: where the percentile is zero (little moves) the
-        longest vector looked at, and 1.0 where nothing moves or nothing is known.
+        Pixels, always positive and so valid for ``flow_to_color``: where the percentile is zero (little moves) the
+        longest sampled vector, and 1.0 where nothing moves or nothing is known.
     """
     sampled = [_sample_magnitudes(picture, samples_per_flow) for flow in flows for picture in _pictures(flow)]
     magnitudes = np.concatenate(sampled) if sampled else np.empty(0, np.float32)
@@ -111,9 +111,9 @@ def percentile_magnitude(
 
 
 def _paint(xp: Any, cast: Callable[[Any, Any], Any], u: Any, v: Any, scale: Any, wheel: Any) -> tuple[Any, Any, Any]:
-    """The wheel itself, on planes of one shape, for ``xp`` numpy or torch alike.
+    """The formula of the colour wheel, on planes of one shape; ``xp`` is numpy or torch.
 
-    u, v: float32 pixels; scale: pixels; wheel: (6, 56), see ``_wheel_tables``. Gives planes R, G, B of uint8.
+    u, v: float32 pixels; scale: pixels; wheel: (6, 56), see ``_wheel_tables``. Returns uint8 planes R, G, B.
     """
     u, v, known = _known(xp, u, v)
     radius = _magnitude(xp, u, v) / scale
@@ -122,7 +122,7 @@ def _paint(xp: Any, cast: Callable[[Any, Any], Any], u: Any, v: Any, scale: Any,
     column = xp.floor(turn)
     part = turn - column
     index = cast(column, xp.int64)
-    # A shorter vector mixes the colour with white. One beyond the scale is darkened, one unknown blackened.
+    # The shorter a vector, the more white is mixed in. Vectors beyond the scale are darkened, unknown ones black.
     saturation = xp.clip(radius, None, 1)
     shade = cast(known, xp.float32) - (1 - BEYOND_SHADE) * cast(radius > 1, xp.float32)
     red, green, blue = (
@@ -139,13 +139,13 @@ def _known(xp: Any, u: Any, v: Any) -> tuple[Any, Any, Any]:
 
 
 def _magnitude(xp: Any, u: Any, v: Any) -> Any:
-    """Length; known components are small enough to be squared in float32, which is much quicker than ``hypot``."""
+    """Vector length. Known components are small enough to square in float32, which is much faster than ``hypot``."""
     return xp.sqrt(u * u + v * v)
 
 
 @lru_cache(maxsize=1)
 def _wheel_tables() -> Float32Array:
-    """(6, 56) float32, C order: how far R, G, B lie below 255 in each column, then how much that changes to the next.
+    """(6, 56) float32, C order: how far R, G, B lie below 255 in each column, then its change to the next column.
 
     The column after the last is the first again; one more repeats it, for a full turn that rounding made fuller.
     """
@@ -156,7 +156,7 @@ def _wheel_tables() -> Float32Array:
 
 @lru_cache(maxsize=16)
 def _wheel_tensor(device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # what is kept here serves callers inside and outside of inference mode
+    with torch.inference_mode(False):  # the cached tensor serves callers inside and outside inference mode
         return torch.from_numpy(_wheel_tables()).to(device)
 
 
@@ -174,7 +174,7 @@ def flow_to_color_definition(flow: Tensor, max_flow: float | None) -> Tensor:
     scale: float | Tensor
     if max_flow is None:
         longest = _magnitude(torch, *_known(torch, u, v)[:2]).amax(dim=(-2, -1), keepdim=True)
-        scale = torch.where(longest > 0, longest, 1.0)  # decided on the device: nobody waits for it
+        scale = torch.where(longest > 0, longest, 1.0)  # decided on the device: the CPU does not wait
     else:
         scale = max_flow
     return torch.stack(_paint(torch, Tensor.to, u, v, scale, _wheel_tensor(flow.device)), dim=-3)
@@ -210,7 +210,7 @@ def _color_array(flow: FloatArray, max_flow: float | None) -> UInt8Array:
     if flow.ndim != 3 or flow.shape[2] != 2 or 0 in flow.shape:
         raise ValueError(f"an array of flow is (H, W, 2), got {flow.shape}")
     colors = np.empty((*flow.shape[:2], 3), dtype=np.uint8)
-    # Unknown vectors may overflow on their way to float32, and a tiny scale makes huge ratios: both are provided for.
+    # Unknown vectors may overflow when converted to float32, and a tiny scale gives huge ratios: both are handled.
     with np.errstate(all="ignore"):
         if max_flow is None:
             longest = max(float(_magnitude(np, *_known(np, u, v)[:2]).max()) for _, u, v in _row_blocks(flow))
@@ -223,7 +223,7 @@ def _color_array(flow: FloatArray, max_flow: float | None) -> UInt8Array:
 
 
 def _row_blocks(flow: FloatArray) -> Iterator[tuple[slice, Float32Array, Float32Array]]:
-    """Blocks of rows as two contiguous float32 planes, with where they belong."""
+    """Blocks of rows: the slice of rows, and both components as contiguous float32 planes."""
     height, width = flow.shape[:2]
     step = max(1, _BLOCK_VECTORS // width)
     for top in range(0, height, step):
@@ -242,7 +242,7 @@ def _pictures(flow: FloatArray | Tensor) -> Iterator[tuple[Any, Any]]:
 
 
 def _sample_magnitudes(planes: tuple[Any, Any], samples: int) -> Float32Array:
-    """Lengths of the known vectors on a regular grid of hardly more than ``samples`` points, 1-D float32."""
+    """Lengths of the known vectors on a regular grid of hardly more than ``samples`` points; 1-D float32."""
     height, width = planes[0].shape
     stride = max(1, math.ceil(math.sqrt(height * width / samples)))
     u, v = (plane[::stride, ::stride] for plane in planes)

@@ -1,12 +1,13 @@
-"""Flow heads on maps of half precision: a convolution to two float32 channels, summed in float32.
+"""Flow heads on half-precision maps: a convolution to two float32 channels, summed in float32.
 
-Libraries give the sums back in the type of the maps, and half precision costs .04 px there at 40 px of motion; in
-float32 they take no tensor cores, and a copy of the maps first. With two outputs it is all reading of maps: the kernel
-does little else.
+Libraries return the sums in the maps' dtype, and half precision costs 0.04 px there at 40 px of motion; in float32 they
+use no tensor cores and need a copy of the maps first. With two outputs a convolution is bound by reading its maps: the
+kernel does little else.
 
-A head behind a layer of 3x3 without an activation is one 5x5 layer with it, but for the borders: the head meets zeros
-beyond the image, where the 5x5 layer goes on with what the first layer would give there. That depends on the outermost
-row or column of the input alone; ``Borders`` holds it, and ``take_off_borders_`` takes it off again.
+A head that follows a 3x3 layer without an activation can be merged with it into one 5x5 layer, except at the borders:
+beyond the image the head sees zeros, where the 5x5 layer sees what the first layer would give there. That difference
+depends on the outermost rows and columns of the input alone; ``Borders`` holds its weights, and ``take_off_borders_``
+subtracts it.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ from flowreel.kernels.launch import (
 
 
 class Borders(NamedTuple):
-    """What a 5x5 layer adds for places beyond the image, by the side that they lie on. All float32.
+    """Weights of what a merged 5x5 layer adds for places beyond the image, by side. All float32.
 
-    Sides: above, below, left, right. Corners, which lie beyond two sides and are taken off with both, once too often:
-    above left, above right, below left, below right.
+    Sides: above, below, left, right. A corner lies beyond two sides and is subtracted with each of them, once too
+    often, so it is added back. Corners: above left, above right, below left, below right.
     """
 
-    along: Tensor  # (4, 5, N, C): side, place along it
+    along: Tensor  # (4, 5, N, C): side, filter place along it, output, input channel
     along_constants: Tensor  # (4, N)
     corners: Tensor  # (4, N, C)
     corner_constants: Tensor  # (4, N)
@@ -47,18 +48,18 @@ class Borders(NamedTuple):
 
 # --- weights as tensor cores take them --------------------------------------------------------------------------------
 
-CHUNK = 32  # channels of two products: 8 of each of 4 lanes
-_OUTPUTS, _TILE = 2, 8  # columns of a product
+CHUNK = 32  # channels of two products: 8 for each of 4 lanes
+_OUTPUTS, _TILE = 2, 8  # output channels; columns of a product
 _FIRST = 4  # kx that share a tile: 4 x 2 columns
-_TILES = {3: 3, 5: 7}  # of a filter: one for each ky with the first kx, and for 5x5 two with all ky of the last kx
+_TILES = {3: 3, 5: 7}  # per filter: one for each ky with the first kx; for 5x5 two more with all ky of the last kx
 _KERNELS = {tiles: kernel for kernel, tiles in _TILES.items()}
 
 
 def pack_flow_head(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """(2, C, k, k), k 3 or 5, to (chunks, tiles, 8 columns, 4, 8 channels) in half precision, zeros where none are.
+    """(2, C, k, k), k 3 or 5, to (chunks, tiles, 8 columns, 4, 8 channels) of ``dtype``, padded with zeros.
 
     Raises:
-        ValueError: not of that shape.
+        ValueError: the weight has another shape.
     """
     outputs, channels, kernel = weight.shape[:3]
     if outputs != _OUTPUTS or kernel not in _TILES or weight.shape[3] != kernel:
@@ -75,7 +76,7 @@ def pack_flow_head(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def unpack_flow_head(packed: Tensor, channels: int) -> Tensor:
-    """The weights (2, C, k, k) again, as they were rounded."""
+    """The inverse: the weights (2, C, k, k) as they were rounded."""
     kernel = _KERNELS[packed.shape[1]]
     columns = packed.permute(1, 2, 0, 3, 4).flatten(2)[..., :channels]  # (tile, column, channel)
     kx = min(kernel, _FIRST)
@@ -92,7 +93,8 @@ def unpack_flow_head(packed: Tensor, channels: int) -> Tensor:
 def flow_head_definition(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """(B, C, H, W), packed weights and (2,) to (B, 2, H, W) float32.
 
-    For float32 a process may allow TF32, which keeps 10 bits: enough for what was half precision, else it is float64.
+    Half precision is computed in float32: if the process allows TF32, its 10 bits are enough for that. Other types are
+    computed in float64.
     """
     dtype = torch.float32 if x.element_size() < 4 else torch.float64
     wide = unpack_flow_head(weight, x.shape[1]).to(dtype)
@@ -102,7 +104,7 @@ def flow_head_definition(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def take_off_borders_definition(
     out: Tensor, x: Tensor, along: Tensor, along_constants: Tensor, corners: Tensor, corner_constants: Tensor
 ) -> None:
-    """Of ``out`` (B, N, H, W), which a 5x5 layer made of ``x`` (B, C, H, W). In float64: see above."""
+    """Corrects ``out`` (B, N, H, W), which a 5x5 layer made of ``x`` (B, C, H, W). In float64: no TF32 there."""
     ends = (2, 0), (2, -1), (3, 0), (3, -1)  # axis, place
     for side, (axis, place) in enumerate(ends):
         edge, filters = x.select(axis, place).double(), along[side].permute(1, 2, 0).double()
@@ -114,11 +116,11 @@ def take_off_borders_definition(
 
 # --- the CUDA version -------------------------------------------------------------------------------------------------
 
-_WARPS = 4  # of a block, as in flow_head.cu
+_WARPS = 4  # per block, as in flow_head.cu
 _COLUMNS = 32  # that a warp reads
-_BORDER_WARPS, _RUN = 8, 4  # of a block at the borders, and pixels that a lane has there
-_AT_ONCE = {3: 4, 5: 3}  # by filter: blocks that a multiprocessor runs at once
-_ENOUGH = 2.5  # with fewer it waits for the latency of memory; chosen by reckoning, not by measuring
+_BORDER_WARPS, _RUN = 8, 4  # at the borders: warps per block, pixels per lane
+_AT_ONCE = {3: 4, 5: 3}  # by filter size: blocks that a multiprocessor runs at once
+_ENOUGH = 2.5  # blocks per multiprocessor: with fewer, memory latency shows; estimated, not measured
 
 
 def _flow_head_cuda(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -137,7 +139,7 @@ def _take_off_borders_cuda(
 ) -> None:
     borders = along, along_constants, corners, corner_constants
     batch, channels, height, width = x.shape
-    splits = next((n for n in (1, 2, 4) if n * CHUNK >= channels), _BORDER_WARPS)  # by the channels alone: as _shares
+    splits = next((n for n in (1, 2, 4) if n * CHUNK >= channels), _BORDER_WARPS)  # by channels alone, as in _shares
     rows, columns = min(height, 2), min(width, 2)
     runs = rows * parts(width, _RUN) + columns * parts(height - rows, _RUN)
     arguments = (*view(x), *(b.contiguous() for b in borders), out, *sizes(channels, height, width, splits))
@@ -155,7 +157,7 @@ def _takes_borders(out: Tensor, x: Tensor, *borders: Tensor) -> bool:
 
 
 def _fits(x: Tensor) -> bool:
-    """Whether the kernels run there, and can read the pixels 8 channels at a time."""
+    """Whether the kernels run on the map's device and can read its pixels 8 channels at a time."""
     steps = (step for axis, step in enumerate(x.stride()) if axis != 1 and x.shape[axis] > 1)
     aligned = x.data_ptr() % 16 == 0 and x.shape[1] % 8 == 0 and all(step % 8 == 0 for step in steps)
     known = x.dtype in (torch.float16, torch.bfloat16) and x.shape[0] <= MOST_DEEP
@@ -166,9 +168,10 @@ def _fits(x: Tensor) -> bool:
 def _shares(
     batch: int, channels: int, height: int, width: int, kernel: int, processors: int
 ) -> tuple[int, int, tuple[int, int, int]]:
-    """How many warps share the channels, how many rows a block makes, and the grid.
+    """How many warps share the channels, how many rows a block computes, and the grid.
 
-    The first decides in what order sums are made: by the channels alone, so that bits do not depend on the batch.
+    The first number decides the order of summation, so it depends on the channels alone: then the batch does not change
+    the result's last bits.
     """
     chunks = parts(channels, CHUNK)
     splits = 1 if chunks <= 3 else 2 if chunks <= 6 else 4
@@ -176,12 +179,12 @@ def _shares(
     across = parts(strips, _WARPS // splits)
 
     def time(rows: int) -> float:
-        """Of the busiest multiprocessor, in rows of one block."""
+        """Of the busiest multiprocessor, in units of one block's row."""
         blocks = parts(batch * across * parts(height, rows), processors)
         rest = blocks % _AT_ONCE[kernel]
         return (blocks - rest + (max(rest, _ENOUGH) if rest else 0)) * (rows + kernel - 1)
 
-    rows = min(range(height, 0, -1), key=time)  # of those that take the same time what reads least twice
+    rows = min(range(height, 0, -1), key=time)  # among equals the most rows: the fewest are read twice
     return splits, rows, (across, parts(height, rows), batch)
 
 
@@ -220,16 +223,16 @@ _torch_library.register_fake("flowreel::take_off_borders_", _nothing_of, lib=_LI
 
 
 def flow_head(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A convolution of stride 1 with zeros around the image, as large as it, to the two channels of a flow.
+    """A convolution to the two channels of a flow, stride 1, padded with zeros to keep the size.
 
     Args:
-        x: (B, C, H, W). Our kernel takes float16 and bfloat16 whose pixels are vectors at multiples of 16 bytes, C a
-            multiple of 8: channels last, or the first channels of such a map. Anything else goes by the definition.
-        weight: from ``pack_flow_head``, of the type of x.
+        x: (B, C, H, W). Our kernel takes float16 and bfloat16 with C a multiple of 8 and each pixel's channels side by
+            side, aligned to 16 bytes: channels last, or the first channels of such a map. The definition takes others.
+        weight: from ``pack_flow_head``, of the same dtype as x.
         bias: (2,) float32.
 
     Returns:
-        (B, 2, H, W) float32, contiguous. Sums are formed in float32: their order depends on C.
+        (B, 2, H, W) float32, contiguous. Sums are formed in float32; their order depends on C alone.
 
     Without gradients: for inference.
 
@@ -247,11 +250,11 @@ def flow_head(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def take_off_borders_(out: Tensor, x: Tensor, borders: Borders) -> Tensor:
-    """Of ``out``, in place, what a 5x5 layer that stands for two of 3x3 adds at the borders. Gives ``out`` back.
+    """Subtracts from ``out``, in place, the excess at the borders of a 5x5 layer merged from two of 3x3.
 
     Args:
-        out: (B, N, H, W) float32, what the 5x5 layer gave.
-        x: (B, C, H, W), what it was given. Our kernel takes what that of ``flow_head`` takes, and N = 2.
+        out: (B, N, H, W) float32, the 5x5 layer's output. It is returned.
+        x: (B, C, H, W), the layer's input. Our kernel takes what that of ``flow_head`` takes, and N = 2.
 
     Without gradients: for inference.
 

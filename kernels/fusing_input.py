@@ -1,4 +1,4 @@
-"""What the network that fuses two flows is given, made in one go: a frame, both flows, their lengths and errors."""
+"""The input of the network that fuses two flows, made by one kernel: a frame, both flows, their lengths and errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flowreel.kernels.warp import warp_definition
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-CHANNELS = 16  # of the room: first frame 3, both flows 4, their lengths 2, both brightness errors 2, and zeros
+CHANNELS = 16  # of the output: first frame 3, both flows 4, their lengths 2, both brightness errors 2, zeros 5
 
 # --- the definition: any device ---------------------------------------------------------------------------------------
 
@@ -77,15 +77,15 @@ def fusing_input(
     """Fills the input of the network that fuses the flow of small displacements with that of large ones.
 
     Args:
-        frames: (B, 6, H, W) float32, contiguous: two frames, as the networks see them; sides are multiples of 4.
+        frames: (B, 6, H, W) float32, contiguous: two normalised frames; H and W are multiples of 4.
         small, large: (B, 2, H/4, W/4) float32, any strides: predictions of two networks.
-        small_scale, large_scale: what makes pixels of them.
+        small_scale, large_scale: factors that turn them into pixels.
         out: (B, 16, H, W) float32, bfloat16 or float16, channels-last without gaps.
             It gets the first frame (3 channels), small and large in pixels (2 and 2), their lengths (1 and 1), the
-            lengths of the first frame less the second one warped by small, and by large (1 and 1), and zeros.
+            norms of the first frame minus the second one warped by small, and by large (1 and 1), and zeros.
 
-    Each pixel takes the flow that is nearest. Formed in float32 and rounded once; otherwise as ``warp`` and
-    ``channel_norm``, at infinite and unknown flow too. Without gradients: for inference.
+    Flow is upsampled by nearest neighbour. Computed in float32 and rounded once; otherwise as ``warp`` and
+    ``channel_norm``, for infinite and unknown flow too. Without gradients: for inference.
 
     Raises:
         TypeError: frames or flows are not float32.

@@ -1,12 +1,12 @@
 """CUDA sources to running kernels: NVRTC compiles, CuPy loads and launches, torch owns the memory and the stream.
 
-    cuda/NAME.cu -> its includes written out -> NVRTC -> cubin, kept on disk -> CuPy module, kept per device -> launch
+    cuda/NAME.cu -> includes inlined -> NVRTC -> cubin, cached on disk -> CuPy module, cached per device -> launch
 
-Nothing of CuPy is imported before the first launch. A launch allocates nothing and waits for nothing, so it may be
-captured in a CUDA graph once its module is loaded: ``prepare`` loads all that run on a device.
+CuPy is not imported before the first launch. A launch allocates nothing and waits for nothing, so it may be captured
+in a CUDA graph once its module is loaded: ``prepare`` loads all modules that run on a device.
 
-Without CuPy, for float64, and for what a kernel does not take, the plain torch definitions run on the GPU as well;
-``recording`` tells what ran.
+Without CuPy, for float64, and for inputs that a kernel does not take, the plain torch definitions run on the GPU too;
+``recording`` tells which version ran.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ from flowreel.engine.errors import DeviceError, MissingDependencyError
 from flowreel.engine.files import cache_folder
 
 SOURCES = Path(__file__).resolve().parent / "cuda"
-OPTIONS = ("-std=c++17", "--ptxas-options=-v")  # -v: the log tells of registers and spills
-SUFFIXES = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat16"}  # of an entry's name
-TENSOR_CORES_SINCE = (8, 0)  # compute capability: of those that ``tensor_core.cuh`` asks for
-THREADS = 256  # of a block, where nothing speaks for another number
-MOST_DEEP = (1 << 16) - 1  # blocks of a grid along its second and its third axis
+OPTIONS = ("-std=c++17", "--ptxas-options=-v")  # -v: the log reports registers and spills
+SUFFIXES = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat16"}  # of a kernel's name
+TENSOR_CORES_SINCE = (8, 0)  # the compute capability that ``tensor_core.cuh`` requires
+THREADS = 256  # per block, unless there is a reason for another number
+MOST_DEEP = (1 << 16) - 1  # the most blocks a grid may have along its second or its third axis
 
 Argument = Tensor | np.int32 | np.int64 | np.float32 | None
 Size = tuple[int, ...]
 
 
 class Kernel(Protocol):
-    """One entry of a loaded module, called the way CuPy's are."""
+    """A kernel of a loaded module, called as CuPy's kernels are."""
 
     def __call__(self, grid: Size, block: Size, args: tuple[object, ...], **where: object) -> None: ...
 
 
 class Module(Protocol):
-    """A compiled source on its device."""
+    """A compiled source, loaded on its device."""
 
     def get_function(self, name: str) -> Kernel: ...
 
@@ -59,18 +59,18 @@ class Module(Protocol):
 
 
 def launch(source: str, entry: str, grid: Size, arguments: Sequence[Argument], block: Size = (THREADS,)) -> None:
-    """Runs one kernel on torch's current stream of the device that its tensors are on.
+    """Runs one kernel on its tensors' device, on torch's current stream there.
 
     Args:
         source: name of the ``.cu`` file, without the suffix.
         entry: name of the kernel in it.
         grid: blocks, 1 to 3 numbers.
-        arguments: tensors, None for a pointer to nothing, and numbers of the very type the kernel takes: a plain int
-            would go as 64 bits whatever the kernel expects.
-        block: threads of each block, 1 to 3 numbers.
+        arguments: tensors, None for a null pointer, and numbers of exactly the type that the kernel takes: a plain int
+            would be passed as 64 bits whatever the kernel expects.
+        block: threads per block, 1 to 3 numbers.
 
     Raises:
-        MissingDependencyError: CuPy is not there, or does not load.
+        MissingDependencyError: CuPy is not installed, or does not load.
         DeviceError: the source does not compile for this device.
     """
     device = next(x.device for x in arguments if isinstance(x, Tensor))
@@ -79,13 +79,13 @@ def launch(source: str, entry: str, grid: Size, arguments: Sequence[Argument], b
 
 
 class Prepared:
-    """One launch for many calls, which differ in nothing but where their tensors begin.
+    """A launch prepared once for many calls that differ only in their tensors' addresses.
 
-    To look at a tensor's strides and to make NumPy's numbers of them takes Python longer than to launch a kernel.
+    In Python, reading a tensor's strides and converting them to NumPy numbers takes longer than launching a kernel.
     """
 
     def __init__(self, source: str, entry: str, grid: Size, arguments: Sequence[Argument], block: Size = (THREADS,)):
-        """As of ``launch``, and raises as that does; the tensors are what the first call would be given."""
+        """Takes and raises the same as ``launch``; the tensors are those that a first call would be given."""
         self._device = next(x.device for x in arguments if isinstance(x, Tensor))
         self._kernel = _kernel(source, entry, self._device)
         self._grid, self._block = grid, block
@@ -93,7 +93,7 @@ class Prepared:
         self._passed: list[object] = [0 if x is None or isinstance(x, Tensor) else x for x in arguments]
 
     def __call__(self, *pointers: int) -> None:
-        """Runs it on torch's current stream. pointers: where each tensor begins, in their order."""
+        """Runs it on torch's current stream. pointers: the address of each tensor, in the order of the arguments."""
         passed = self._passed.copy()
         for place, pointer in zip(self._places, pointers, strict=True):
             passed[place] = pointer
@@ -101,7 +101,7 @@ class Prepared:
 
 
 def view(x: Tensor) -> tuple[Argument, ...]:
-    """A (N, C, H, W) tensor as the five arguments that ``VIEW`` in the sources declares: any strides."""
+    """A (N, C, H, W) tensor of any strides as the five arguments that ``VIEW`` declares in the sources."""
     return x, *map(np.int64, x.stride())
 
 
@@ -110,22 +110,22 @@ def sizes(*numbers: int) -> tuple[np.int32, ...]:
 
 
 def parts(count: int, size: int) -> int:
-    """How many parts of ``size`` hold ``count`` things: the last may be short."""
+    """How many parts of ``size`` hold ``count`` items; the last part may be short."""
     return -(-count // size)
 
 
 def blocks_for(count: int) -> Size:
-    """The grid of one thread for each of ``count`` items."""
+    """The grid with one thread for each of ``count`` items."""
     return (parts(count, THREADS),)
 
 
 def blocks_for_picture(height: int, width: int) -> int:
-    """How many blocks share a picture, where each ends by adding what it found to a total: few, 16 pixels a thread."""
+    """How many blocks share a picture when each ends by adding to a total: 16 pixels per thread, to keep them few."""
     return parts(height * width, 16 * THREADS)
 
 
 def prepare(device: torch.device) -> None:
-    """Loads a GPU's kernels, so that none is compiled or loaded while a CUDA graph is being captured."""
+    """Loads all kernels for a GPU, so that none is compiled or loaded while a CUDA graph is being captured."""
     if kernels_on(device) == "cuda":
         for path in sorted(SOURCES.glob("*.cu")):
             if on_tensor_cores(device) or not needs_tensor_cores(path.stem):
@@ -133,19 +133,19 @@ def prepare(device: torch.device) -> None:
 
 
 def needs_tensor_cores(source: str) -> bool:
-    """Whether it is written with ``tensor_core.cuh``."""
+    """Whether the source includes ``tensor_core.cuh``."""
     return '#include "tensor_core.cuh"' in (SOURCES / f"{source}.cu").read_text()
 
 
 @cache
 def on_tensor_cores(device: torch.device) -> bool:
-    """Whether what is written with ``tensor_core.cuh`` runs there. GPUs before compute capability 8.0 do without it."""
+    """Whether kernels that include ``tensor_core.cuh`` run there: not on GPUs before compute capability 8.0."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= TENSOR_CORES_SINCE
 
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """How many a GPU has, to share work among; a CPU says what an H100 would."""
+    """How many multiprocessors share the work on a GPU; a CPU reports as many as an H100 has."""
     if device.type != "cuda":
         return 132
     count: int = torch.cuda.get_device_properties(device).multi_processor_count
@@ -153,7 +153,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def kernels_on(device: torch.device) -> str:
-    """``cuda`` where our own kernels run, ``torch`` where torch's operations do their work."""
+    """``cuda`` where our own kernels run, ``torch`` where torch's operations replace them."""
     return "cuda" if device.type == "cuda" and _cupy_is_there() else "torch"
 
 
@@ -173,10 +173,10 @@ def implement(
 ) -> None:
     """Registers the versions of one operation: our kernel on CUDA tensors where it can run, else the definition.
 
-    ``takes`` says of the operation's arguments whether our kernel does: it is asked here and nowhere else, so that what
-    is noted is what runs.
+    ``takes`` tells whether our kernel takes the operation's arguments. It is called here and nowhere else, so that the
+    version that is noted is the one that runs.
     """
-    operation = name.removesuffix("_into")  # the same, written to where it is wanted
+    operation = name.removesuffix("_into")  # the same operation, written to a given tensor
 
     def run(on: Callable[..., Any], how: str) -> Callable[..., Any]:
         def noted(*arguments: Any) -> Any:
@@ -186,7 +186,7 @@ def implement(
         return noted
 
     plain = run(definition, "torch")
-    library.impl(name, plain, "CompositeExplicitAutograd")  # any device without its own
+    library.impl(name, plain, "CompositeExplicitAutograd")  # for any device without a version of its own
     if on_cpu is not None:
         library.impl(name, run(on_cpu, "torch"), "CPU")
     if on_cuda is not None:
@@ -201,9 +201,9 @@ def implement(
 
 @contextmanager
 def recording(into: dict[str, str]) -> Iterator[None]:
-    """Notes by what each operation of ours runs meanwhile, in this thread: ``cuda``, ``torch``, or both.
+    """Notes which version of each of our operations runs meanwhile in this thread: ``cuda``, ``torch``, or both.
 
-    What a CUDA graph replays is not seen: record while it is captured.
+    The replay of a CUDA graph is not seen: record while it is captured.
     """
     before = _ran.set(into)
     try:
@@ -213,7 +213,7 @@ def recording(into: dict[str, str]) -> Iterator[None]:
 
 
 def note(name: str, how: str) -> None:
-    """One operation is about to run, by our kernel (``cuda``) or by torch's own (``torch``)."""
+    """Notes that an operation is about to run, by our kernel (``cuda``) or by torch's operations (``torch``)."""
     ran = _ran.get()
     if ran is not None:
         ran[name] = how if ran.get(name, how) == how else "cuda and torch"
@@ -224,7 +224,7 @@ def _cupy_is_there() -> bool:
     return find_spec("cupy") is not None
 
 
-pointer_of: Callable[[Tensor], int] = Tensor.data_ptr  # the tests put fences around what it points to
+pointer_of: Callable[[Tensor], int] = Tensor.data_ptr  # the tests put fences around the memory it points to
 _modules: dict[tuple[str, torch.device], Module] = {}
 _kernels: dict[tuple[str, str, torch.device], Kernel] = {}
 
@@ -246,13 +246,13 @@ def _module(source: str, device: torch.device) -> Module:
 
 
 class _Stream(NamedTuple):
-    """What CuPy asks of a stream to launch on."""
+    """The attributes that CuPy reads from a stream to launch on it."""
 
     ptr: int  # cudaStream_t
 
 
 def _start(kernel: Kernel, device: torch.device, grid: Size, block: Size, passed: tuple[object, ...]) -> None:
-    """On torch's current stream of that device."""
+    """Launches on that device, on torch's current stream."""
     if device.type != "cuda":
         kernel(grid, block, passed)
         return
@@ -261,14 +261,14 @@ def _start(kernel: Kernel, device: torch.device, grid: Size, block: Size, passed
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:
-    """The GPU as this thread's current one."""
+    """Makes the GPU this thread's current device."""
     if device.type != "cuda":
         return nullcontext()
     gpu = _cupy().cuda.Device(device.index)
     entered = ExitStack()
     if torch.cuda.current_device() != device.index:
         entered.enter_context(gpu)
-    gpu.use()  # a thread that is new to CUDA has no context yet
+    gpu.use()  # a thread that has not used CUDA before has no context yet
     return entered
 
 
@@ -276,7 +276,7 @@ def _current(device: torch.device) -> AbstractContextManager[object]:
 
 
 def read_source(name: str) -> str:
-    """One ``.cu`` file with the files it includes from our folder written out: what is compiled, and what is hashed."""
+    """One ``.cu`` file with our own includes inlined: the text that is compiled and hashed."""
 
     def written_out(path: Path, seen: set[Path]) -> str:
         def included(match: re.Match[str]) -> str:
@@ -292,18 +292,18 @@ def read_source(name: str) -> str:
 
 
 def compile_source(name: str, architecture: str) -> tuple[bytes, str]:
-    """One ``.cu`` file to a program for ``sm_90`` (a cubin) or ``compute_90`` (PTX), and the compiler's log.
+    """Compiles one ``.cu`` file for e.g. ``sm_90`` (a cubin) or ``compute_90`` (PTX). Gives program and compiler log.
 
     Needs no GPU.
 
     Raises:
-        DeviceError: it does not compile.
+        DeviceError: the source does not compile.
         MissingDependencyError: neither CuPy nor NVRTC can be loaded.
     """
     nvrtc = _cupy().cuda.nvrtc
     try:
         program = nvrtc.createProgram(read_source(name), f"{name}.cu", [], [])
-    except Exception as error:  # CuPy looks for the library now
+    except Exception as error:  # CuPy looks for the NVRTC library only now
         raise MissingDependencyError(f"NVRTC cannot be loaded ({error}): install flowreel[cuda]") from error
     options = (f"--gpu-architecture={architecture}", *OPTIONS, f"-I{_header_folder()}")
     try:
@@ -319,7 +319,7 @@ def compile_source(name: str, architecture: str) -> tuple[bytes, str]:
 
 
 def _load_with_cupy(name: str, device: torch.device) -> Module:
-    """Loads a source's program for this GPU, compiled now or on an earlier run."""
+    """Loads a source's program for this GPU, compiled now or taken from the cache of an earlier run."""
     cupy = _cupy()
     architecture = _architecture(*torch.cuda.get_device_capability(device), cupy.cuda.nvrtc.getSupportedArchs())
     key = repr((read_source(name), architecture, OPTIONS, cupy.cuda.nvrtc.getVersion()))
@@ -328,13 +328,13 @@ def _load_with_cupy(name: str, device: torch.device) -> Module:
         program, _ = compile_source(name, architecture)
         _publish(kept, program)
     module = cupy.RawModule(path=str(kept))
-    module.compile()  # what loads it: else the first launch would, and only then tell that it does not load
+    module.compile()  # loads it: otherwise the first launch would, and an error would only show there
     loaded: Module = module
     return loaded
 
 
 def _architecture(major: int, minor: int, supported: Sequence[int]) -> str:
-    """The GPU's own, or for one newer than the compiler the newest virtual one, which its driver translates."""
+    """The GPU's own architecture; if the compiler does not know it yet, the newest older virtual one (PTX)."""
     own = 10 * major + minor
     if own in supported:
         return f"sm_{own}"
@@ -345,7 +345,7 @@ def _architecture(major: int, minor: int, supported: Sequence[int]) -> str:
 
 
 def _cache_folder() -> Path:
-    """Where programs are kept: with flowreel's other files, or for a user who has no place a folder of this process."""
+    """Where programs are cached: flowreel's cache folder if it is writable, else a temporary one of this process."""
     wanted = cache_folder("kernels")
     if wanted.is_absolute():
         with suppress(OSError):
@@ -363,7 +363,7 @@ def _own_folder() -> Path:
 
 
 def _publish(path: Path, content: bytes) -> None:
-    """Whole or not at all, whoever else compiles the same."""
+    """Writes the file whole or not at all, even if other processes compile the same program."""
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(content)
     os.replace(file.name, path)
@@ -371,7 +371,7 @@ def _publish(path: Path, content: bytes) -> None:
 
 @cache
 def _header_folder() -> str:
-    """Where cuda_fp16.h is: in pip's package of CUDA's runtime, or in an installed toolkit."""
+    """The folder of cuda_fp16.h: in pip's CUDA runtime package, or in an installed toolkit."""
     from cuda.pathfinder import find_nvidia_header_directory
 
     found = find_nvidia_header_directory("cudart")
@@ -384,7 +384,7 @@ def _header_folder() -> str:
 def _cupy() -> Any:
     try:
         import cupy
-    except Exception as error:  # of any kind: it loads libraries that load others
+    except Exception as error:  # of any kind: CuPy loads libraries that load others
         raise MissingDependencyError(
             f"our CUDA kernels need CuPy, which does not load ({error}): pip install 'flowreel[cuda]', "
             "or 'flowreel[cuda12]' for a CUDA 12 driver"

@@ -1,4 +1,4 @@
-"""Two frames less their mean, over 255, to all the places that networks read them from."""
+"""Two frames minus their mean, divided by 255, written wherever networks read them from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flowreel.kernels.pixels import aligned, check_room, check_types, fill, tile
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-CHANNELS = 8  # of a room: one frame's 3 or two frames' 6, and zeros
+CHANNELS = 8  # of ``pair`` and ``both``: one frame's 3 or two frames' 6, and zeros
 _LEVELS = 255.0
 
 # --- the definition: any device ---------------------------------------------------------------------------------------
@@ -34,7 +34,7 @@ def normalise_frames_definition(
 
 
 def _mean(frames: Tensor) -> Tensor:
-    """(B, 3, 1, 1). Torch's sums come in the same order every time."""
+    """(B, 3, 1, 1). By torch, which adds in the same order every time."""
     return frames.mean((2, 3), keepdim=True)
 
 
@@ -86,17 +86,17 @@ def normalise_frames(
     pair: Tensor | None = None,
     both: Tensor | None = None,
 ) -> None:
-    """Two frames less one mean per sample and channel *over the two together*, over 255.
+    """Two frames minus one mean per sample and channel *over the two together*, divided by 255.
 
     Args:
         first, second: (B, 3, H, W) float32, 0..255, any strides.
-        planes: (B, 6, H, W) float32, contiguous: gets both, one after the other.
-        pair: (B, 8, H, W), channels-last without gaps: both, then zeros.
-        both: (2B, 8, H, W) of pair's dtype, channels-last without gaps: the first frames, and zeros, then the second
-            ones, and zeros.
+        planes: (B, 6, H, W) float32, contiguous: gets the first frame, then the second.
+        pair: (B, 8, H, W), channels-last without gaps: gets both frames in its channels, then zeros.
+        both: (2B, 8, H, W) of pair's dtype, channels-last without gaps: gets the B first frames, then the B second
+            ones, zeros in the other channels.
 
-    Rooms are float32, bfloat16 or float16; what is None is left out. Formed in float32 and rounded once. Without
-    gradients: for inference.
+    ``pair`` and ``both`` are float32, bfloat16 or float16. Outputs that are None are left out. Computed in float32 and
+    rounded once. Without gradients: for inference.
 
     Raises:
         TypeError: frames or planes are not float32, or pair and both differ in dtype.

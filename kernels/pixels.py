@@ -1,4 +1,7 @@
-"""What kernels that store whole pixels of dense channels-last maps ask of their caller: ``cuda/pixels.cuh``."""
+"""Checks and grids for kernels that store whole pixels of dense channels-last maps (``cuda/pixels.cuh``).
+
+Such an output, with channels of zeros behind its values, is called a *room*.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,17 @@ from torch import Tensor
 
 from flowreel.kernels.launch import Size, parts
 
-_TILE = 32, 32  # rows and columns of pixels a block takes, as there
-_PIECE = 16  # bytes of a store
+_TILE = 32, 32  # rows and columns of pixels per block, as in pixels.cuh
+_PIECE = 16  # bytes per store
 
 
 def tiles_for(batch: int, height: int, width: int, rows: int = _TILE[0]) -> Size:
-    """The grid: a block for each tile of each picture, of which a GPU takes 65535."""
+    """The grid: a block for each tile of each picture. A GPU takes at most 65535 pictures."""
     return parts(width, _TILE[1]), parts(height, rows), batch
 
 
 def check_room(out: Tensor, channels: int, batch: int, height: int, width: int) -> None:
-    """Whether ``out`` is a dense channels-last map of that size.
+    """Checks that ``out`` is a dense channels-last map of that size.
 
     Raises:
         ValueError: it is not.
@@ -29,12 +32,12 @@ def check_room(out: Tensor, channels: int, batch: int, height: int, width: int) 
 
 
 def aligned(out: Tensor | None) -> bool:
-    """Whether its pixels can be stored 16 bytes at a time: not those of a view from the middle of a pixel on."""
+    """Whether its memory begins at a multiple of 16 bytes, as 16-byte loads and stores require: some views do not."""
     return out is None or out.data_ptr() % _PIECE == 0
 
 
 def fill(out: Tensor, *values: Tensor) -> None:
-    """All values side by side, then zeros: what the kernels' definitions store."""
+    """Stores all values side by side in the channels, then zeros, as the definitions do."""
     start = 0
     for value in values:
         out[:, start : start + value.shape[1]].copy_(value)
@@ -43,7 +46,7 @@ def fill(out: Tensor, *values: Tensor) -> None:
 
 
 def check_frames(frames: Tensor, *flows: Tensor) -> tuple[int, int, int]:
-    """Batch, height and width of two normalised frames, and whether the flows are a quarter of them.
+    """Batch, height and width of two normalised frames. Checks that the flows are a quarter of that size.
 
     Raises:
         ValueError: they do not fit together.
@@ -60,7 +63,7 @@ def check_frames(frames: Tensor, *flows: Tensor) -> tuple[int, int, int]:
 
 
 def check_types(room: Tensor, *others: Tensor) -> None:
-    """Whether all but ``room`` are float32 or wider, that is of any floating point type, and all are on one device.
+    """Checks that ``room`` is floating point, all others are float32 or wider, and all are on one device.
 
     Raises:
         TypeError, ValueError: they are not.

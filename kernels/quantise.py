@@ -1,4 +1,4 @@
-"""Flow to whole numbers of steps, as the store keeps it, with what could not be kept counted and the error found."""
+"""Flow to integer steps, as the store keeps it, with the number of vectors that could not be kept and the error."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class Quantised(NamedTuple):
     """N flows in steps, all on their device."""
 
-    steps: Tensor  # (N, 2, H, W) int16 or int32; the type's smallest number, twice, where there is no vector
-    found: Tensor  # (3, N) int32, in one piece, so that it is copied as one
+    steps: Tensor  # (N, 2, H, W) int16 or int32; where a vector was not kept, both are the dtype's smallest number
+    found: Tensor  # (3, N) int32, one tensor, so that one copy brings it to the host
 
     @property
     def unknown(self) -> Tensor:
@@ -29,19 +29,19 @@ class Quantised(NamedTuple):
 
     @property
     def beyond_range(self) -> Tensor:
-        """(N,) int32: vectors that were known but are longer than the limit, in x or in y."""
+        """(N,) int32: known vectors with a component, x or y, beyond the limit."""
         return self.found[1]
 
     @property
     def worst(self) -> Tensor:
-        """(N,) float32 pixels: the largest error of what was kept, in x or in y. Its bits are what is in ``found``."""
+        """(N,) float32 pixels: the largest error of a kept component. ``found`` holds its bits as int32."""
         return self.found[2].view(torch.float32)
 
 
 def numbers_found(found: Tensor) -> tuple[list[int], list[int], list[float]]:
-    """``Quantised.found`` that is on the host, of each flow: vectors unknown, and beyond range; the worst error, px.
+    """From a ``Quantised.found`` on the host, for each flow: vectors unknown, vectors beyond range, worst error in px.
 
-    Through NumPy, which keeps the GIL meanwhile: torch's operations let go of it, each for the next thread.
+    By NumPy, which keeps the GIL meanwhile: each of torch's operations would release it to another thread.
     """
     unknown, beyond_range, worst = found.numpy()
     return unknown.tolist(), beyond_range.tolist(), worst.view(np.float32).tolist()
@@ -51,7 +51,7 @@ def numbers_found(found: Tensor) -> tuple[list[int], list[int], list[float]]:
 
 
 def quantise_definition(flow: Tensor, step: float, limit: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What ``quantise`` means; the two tensors of ``Quantised``."""
+    """What ``quantise`` means. Gives the two tensors of ``Quantised``."""
     wide = flow.float()
     steps = (wide * (1 / step)).round()
     known = (wide.abs() <= UNKNOWN_ABOVE).all(1, keepdim=True)
@@ -97,23 +97,23 @@ _torch_library.register_fake("flowreel::quantise", _shapes, lib=_LIBRARY)
 
 
 def quantise(flow: Tensor, step: float, limit: float | None = None, dtype: torch.dtype = torch.int16) -> Quantised:
-    """Each vector to the nearest whole numbers of steps, and proof of how near that is.
+    """Rounds each vector to the nearest integer steps, and measures the error.
 
     Args:
         flow: (N, 2, H, W) float32, bfloat16 or float16, pixels, any strides, none of the sizes zero.
-        step: pixels of one step, a power of two: then scaling is exact, and no error is beyond half a step.
-        limit: the largest number of steps that is kept; None: the largest the type holds beside its smallest number,
-            and of float32's.
+        step: pixels per step, a power of two: then scaling is exact, and no error exceeds half a step.
+        limit: the largest number of steps that is kept. None: the largest number that ``dtype`` and float32 both hold
+            exactly.
         dtype: torch.int16 or torch.int32.
 
     Returns:
-        What ``sinks.codecs.FlowCodec.quantise`` makes of the same flow, value by value and count by count, and the
-        largest error. That the error is within a promised bound is for the caller to check: to do so here would make
-        the CPU wait. On a GPU: equal to the definition.
+        The same values and counts as ``sinks.codecs.FlowCodec.quantise``, and the largest error. The caller has to
+        check that the error is within its bound: to do so here would make the CPU wait. On a GPU: equal to the
+        definition.
 
     Raises:
-        TypeError: flow is not floating point, or the dtype is none of these.
-        ValueError: a shape, step or limit that cannot be.
+        TypeError: flow is not float32, bfloat16 or float16, or the dtype is none of these.
+        ValueError: the shape, step or limit is not as described.
     """
     if not flow.is_floating_point() or flow.dtype == torch.float64:
         raise TypeError(f"flow to quantise is float32, bfloat16 or float16, got {flow.dtype}")

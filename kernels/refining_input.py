@@ -1,4 +1,4 @@
-"""What a network that refines a flow is given, made in one go: frames, warped frame, flow and brightness error."""
+"""The input of a network that refines a flow, made by one kernel: frames, warped frame, flow and brightness error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flowreel.kernels.warp import warp_definition
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-CHANNELS = 16  # of the room: frames 6, warped second frame 3, flow 2, brightness error 1, and zeros
+CHANNELS = 16  # of the output: frames 6, warped second frame 3, flow 2, brightness error 1, zeros 4
 
 # --- the definition: any device ---------------------------------------------------------------------------------------
 
@@ -64,15 +64,15 @@ def refining_input(frames: Tensor, flow: Tensor, scale: float, out: Tensor) -> N
     """Fills the input of a network that refines the flow of the one before it.
 
     Args:
-        frames: (B, 6, H, W) float32, contiguous: two frames, as the networks see them; sides are multiples of 4.
+        frames: (B, 6, H, W) float32, contiguous: two normalised frames; H and W are multiples of 4.
         flow: (B, 2, H/4, W/4) float32, any strides: a network's prediction.
-        scale: what makes pixels of it.
+        scale: factor that turns it into pixels.
         out: (B, 16, H, W) float32, bfloat16 or float16, channels-last without gaps.
-            It gets the frames (6 channels), the second one warped by the flow (3), the flow as predicted (2), the
-            length of the first frame less the warped one (1), and zeros.
+            It gets the frames (6 channels), the second one warped by the flow (3), the upsampled flow in the
+            prediction's unit (2), the norm of the first frame minus the warped one (1), and zeros.
 
-    The flow is enlarged bilinearly, centres in the middle of pixels. Formed in float32 and rounded once; otherwise as
-    ``warp`` and ``channel_norm``, at infinite and unknown flow too. Without gradients: for inference.
+    The flow is upsampled bilinearly, with half-pixel centres. Computed in float32 and rounded once; otherwise as
+    ``warp`` and ``channel_norm``, for infinite and unknown flow too. Without gradients: for inference.
 
     Raises:
         TypeError: frames or flow are not float32.

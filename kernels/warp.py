@@ -1,4 +1,4 @@
-"""Backward warping: fetch each pixel of an image from where the flow points."""
+"""Backward warping: sample the image where each pixel's flow points."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def warp_definition(image: Tensor, flow: Tensor) -> Tensor:
-    """What ``warp`` means: four neighbours, each held inside the image, weighed by distance."""
+    """What ``warp`` means: four neighbours, each clamped to the image, weighted by distance."""
     wide = _widened(image)
     out = torch.zeros_like(wide, memory_format=torch.contiguous_format)
     for corner, wx, wy in _corners(flow.to(wide.dtype)):
@@ -48,23 +48,24 @@ def warp_flow_gradient_definition(grad: Tensor, image: Tensor, flow: Tensor) -> 
 
 
 def _where_known(grad: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
-    """Without the pixels whose flow is NaN, as of vectors that nobody knows: they give no gradient."""
+    """Gradient and flow set to zero where the flow is NaN, that is unknown: such pixels give no gradient."""
     unknown = flow.isnan().any(1, keepdim=True)
     return grad.masked_fill(unknown, 0), flow.masked_fill(unknown, 0)
 
 
 def _corners(flow: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Each corner's place in the flattened image, and its weights in x and y, (B, 1, H, W) all: top left, right, ...
+    """Each corner's index in the flattened image and its weights in x and y, all (B, 1, H, W).
 
-    The pixel's own coordinate is whole, so it is only added to the flow's whole part: at x = 4000 their sum as
-    float32 would be off by 1e-4. Beyond one image size everything is border, so clamping there loses nothing.
+    Order: top left, top right, bottom left, bottom right. The pixel's own coordinate is an integer, so it is added to
+    the integer part of the flow only: at x = 4000 the sum of both as float32 would be off by 1e-4. Displacements beyond
+    one image size all read the border, so clamping there loses nothing.
     """
     height, width = flow.shape[2:]
     x = torch.arange(width, device=flow.device)
     y = torch.arange(height, device=flow.device)[:, None]
     u, v = flow[:, :1].clamp(-width - 1, width + 1), flow[:, 1:].clamp(-height - 1, height + 1)
     left, top = u.floor(), v.floor()
-    column, row = (x + left.nan_to_num().long()), (y + top.nan_to_num().long())  # NaN lives on in the weights
+    column, row = (x + left.nan_to_num().long()), (y + top.nan_to_num().long())  # NaN remains in the weights
     columns = ((column.clamp(0, width - 1), 1 - (u - left)), ((column + 1).clamp(0, width - 1), u - left))
     rows = ((row.clamp(0, height - 1), 1 - (v - top)), ((row + 1).clamp(0, height - 1), v - top))
     return [(r * width + c, wx, wy) for r, wy in rows for c, wx in columns]
@@ -77,14 +78,14 @@ def _fetch(image: Tensor, place: Tensor) -> Tensor:
 
 
 def _widened(x: Tensor) -> Tensor:
-    """Half types as float32, in which sums are formed."""
+    """Half-precision types as float32, in which sums are formed."""
     return x.float() if x.element_size() < 4 else x
 
 
 # --- the fast CPU version: torch's grid_sample, in strips -------------------------------------------------------------
 
 _EXACT_BEYOND = 1024  # pixels; grid_sample's coordinates in float32 are off by 9e-5 px at 1024, 6e-4 px at 4096
-_STRIP_ROWS = 64  # of output at a time, so that the coordinates and the double precision result stay in the cache
+_STRIP_ROWS = 64  # output rows at a time, so that the coordinates and the double precision result stay in the cache
 _BILINEAR, _BORDER = 0, 1  # torch's numbers for the interpolation and the padding
 
 
@@ -96,7 +97,7 @@ def _warp_cpu(image: Tensor, flow: Tensor) -> Tensor:
         strip = slice(top, top + _STRIP_ROWS)
         grid = _grid(flow[:, :, strip], top, height, width, source.dtype)
         out[:, :, strip] = torch.grid_sampler_2d(source, grid, _BILINEAR, _BORDER, align_corners=True)
-    if not flow.sum().isfinite():  # grid_sample reads the image's edge at NaN: say NaN instead
+    if not flow.sum().isfinite():  # at NaN grid_sample reads the image's edge: write NaN instead
         out.masked_fill_(flow.isnan().any(1, keepdim=True), float("nan"))
     return out
 
@@ -120,14 +121,14 @@ def _warp_flow_gradient_cpu(grad: Tensor, image: Tensor, flow: Tensor) -> Tensor
 
 
 def _without_nan(grad: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
-    """The way back of grid_sample reads and writes outside the image at NaN."""
+    """Without NaN, where the backward pass of grid_sample would read and write outside the image."""
     return (grad, flow) if flow.sum().isfinite() else _where_known(grad, flow)
 
 
 def _grid_sample_backward(
     grad: Tensor, image: Tensor, grid: Tensor, wanted: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor]:
-    """Gradients for the image and for the grid; the image's own values matter to the grid's only."""
+    """Gradients for the image and for the grid; only the grid's depends on the image's values."""
     found: tuple[Tensor, Tensor] = torch.ops.aten.grid_sampler_2d_backward(
         grad, image, grid, _BILINEAR, _BORDER, True, wanted
     )
@@ -161,7 +162,7 @@ def _warp_cuda(image: Tensor, flow: Tensor) -> Tensor:
 
 
 def _warp_image_gradient_cuda(grad: Tensor, flow: Tensor) -> Tensor:
-    total = torch.zeros(grad.shape, dtype=torch.float32, device=grad.device)  # added to in any order
+    total = torch.zeros(grad.shape, dtype=torch.float32, device=grad.device)  # atomic additions, in any order
     _launch_each_pixel("warp_image_gradient", grad.dtype, grad, flow.float(), total)
     return total.to(grad.dtype)
 
@@ -229,7 +230,7 @@ def _remember(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     image, flow = ctx.saved_tensors
     operations = torch.ops.flowreel
-    return (  # the image is mostly the network's input, whose gradient nobody asks for
+    return (  # the image is usually the network's input, which needs no gradient
         operations.warp_image_gradient(grad, flow) if ctx.needs_input_grad[0] else None,
         operations.warp_flow_gradient(grad, image, flow) if ctx.needs_input_grad[1] else None,
     )
@@ -250,19 +251,19 @@ def warp(image: Tensor, flow: Tensor) -> Tensor:
             image: half precision rounds it by up to a pixel.
 
     Returns:
-        (B, C, H, W) in the image's unit and dtype, contiguous. What lies outside the image reads its nearest border
-        pixel, at infinity too. Where u or v is NaN, so is every channel, and no gradient comes from there.
+        (B, C, H, W) in the image's unit and dtype, contiguous. Places outside the image take the nearest border pixel,
+        for infinite flow too. Where u or v is NaN, every channel is NaN and no gradient comes from there.
 
-    Differentiable (once) in both. At the very place where the border begins the slope is one-sided, and the versions
-    may choose different sides. Sums are formed in float32 (float64 for float64), and coordinates are exact to 1e-4 px
-    at any image size; against the definition: 1e-4 times the difference of neighbouring pixels.
+    Differentiable (once) in both. Exactly at the border the slope is one-sided, and the versions may choose different
+    sides. Sums are formed in float32 (float64 for float64), and coordinates are exact to 1e-4 px at any image size;
+    against the definition: 1e-4 times the difference of neighbouring pixels.
 
     Raises:
         TypeError: an input is not a floating point tensor.
         ValueError: shapes or devices do not fit together, or a size is zero.
 
     Source: Ilg et al., FlowNet 2.0: Evolution of Optical Flow Estimation with Deep Networks, CVPR 2017, section 4;
-    border pixels are repeated as in NVIDIA's Resample2d, not blackened as in Caffe.
+    border pixels are repeated as in NVIDIA's Resample2d, not black as in Caffe.
     """
     if not image.is_floating_point() or not flow.is_floating_point():
         raise TypeError(f"warp takes floating point tensors, got {image.dtype} and {flow.dtype}")

@@ -1,4 +1,4 @@
-"""Decoded video surfaces to planar RGB: matrix, value range, chroma enlarging and the networks' padding in one pass."""
+"""Decoded video surfaces to planar RGB: matrix, range, chroma upsampling and the networks' padding in one pass."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LUMA_WEIGHTS = {
 
 
 class Coefficients(NamedTuple):
-    """What turns stored values, as they stand in memory, into RGB from 0 to 255.
+    """Coefficients that turn values as stored in memory into RGB from 0 to 255.
 
     y = luma_scale (Y - black), cb = Cb - grey, cr = Cr - grey;
     red = y + red_cr cr, green = y + green_cb cb + green_cr cr, blue = y + blue_cb cb.
@@ -42,11 +42,11 @@ class Coefficients(NamedTuple):
 
 
 def coefficients(matrix: str, full_range: bool, bits: int, stored_bits: int) -> Coefficients:
-    """For values of ``bits`` that lie in the high bits of ``stored_bits`` (8 or 16)."""
+    """For values of ``bits`` bits in the high bits of ``stored_bits`` (8 or 16)."""
     red, blue = LUMA_WEIGHTS[matrix]
     green = 1 - red - blue
-    shift = 1 << (stored_bits - bits)  # a step of the value, as it stands in memory
-    unit = shift << (bits - 8)  # a step of an 8-bit value
+    shift = 1 << (stored_bits - bits)  # one step of the value, as stored
+    unit = shift << (bits - 8)  # one step of an 8-bit value, as stored
     top = shift * ((1 << bits) - 1)
     luma_span, chroma_span = (top, top) if full_range else (219 * unit, 224 * unit)
     cr, cb = 255 * 2 * (1 - red) / chroma_span, 255 * 2 * (1 - blue) / chroma_span
@@ -79,8 +79,8 @@ def yuv_to_rgb_definition(out: Tensor, luma: Tensor, chroma: Tensor, matrix: str
 def _enlarged(chroma: Tensor, height: int, width: int) -> Tensor:
     """(h, w, 2) -> (height, width, 2): bilinear, half-pixel centres, edges repeated.
 
-    The plane as a whole is stretched over the picture. With even sides that puts each sample in the middle of its
-    2x2 pixels; with an odd side the factor is a little below two, as in FFmpeg's scaler.
+    The whole plane is stretched over the picture. With even sides each sample lies in the middle of its 2x2 pixels;
+    with an odd side the factor is a little below two, as in FFmpeg's scaler.
     """
     rows, columns = _between(chroma.shape[0], height, chroma.device), _between(chroma.shape[1], width, chroma.device)
     above, below, part = rows
@@ -92,7 +92,7 @@ def _enlarged(chroma: Tensor, height: int, width: int) -> Tensor:
 
 
 def _between(samples: int, pixels: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """For each pixel of one side: the sample before it, the one after it, and how far it is on the way."""
+    """For each pixel along one axis: the sample before it, the one after it, and the weight of the latter."""
     place = ((torch.arange(pixels, dtype=torch.float32, device=device) + 0.5) * (samples / pixels) - 0.5).clamp(
         0, samples - 1
     )
@@ -101,7 +101,7 @@ def _between(samples: int, pixels: int, device: torch.device) -> tuple[Tensor, T
 
 
 def _repeated(inner: int, outer: int, device: torch.device) -> Tensor:
-    """For each place of a padded side, the place inside: the border repeats the edge, split as ``Fit`` splits it."""
+    """For each place along a padded axis, its source: the border repeats the edge, split as ``Fit`` splits it."""
     return (torch.arange(outer, device=device) - (outer - inner) // 2).clamp(0, inner - 1)
 
 
@@ -151,29 +151,29 @@ def yuv_to_rgb(
     bits: int | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """One picture as a decoder stores it, to full-range RGB.
+    """One decoded picture to full-range RGB.
 
     Args:
-        luma: (H, W) uint8, or uint16 with the value in the high bits, as P010 has it. Any strides, so a pitch too.
+        luma: (H, W) uint8, or uint16 with the value in the high bits as in P010. Any strides, so any row pitch.
         chroma: (h, w, 2) of luma's dtype, Cb then Cr, any strides: h is H (4:4:4, 4:2:2) or ceil(H / 2) (4:2:0), w is
-            W or ceil(W / 2). The second plane of NV12 is that; separate planes are as a view ``(2, h, w)`` permuted.
+            W or ceil(W / 2). The second plane of NV12 has this form; so have separate planes ``(2, h, w)``, permuted.
         matrix: bt601, bt709, bt2020, smpte240m or fcc.
-        full_range: values run over 0..255 (at 8 bits), and not over 16..235 (chroma: 240).
-        bits: of a value; None: 8 of uint8, 10 of uint16.
-        out: (3, H', W') uint8 to write into, any strides, H' >= H and W' >= W; None: a new one (3, H, W). What it has
-            more is filled by repeating the edge, the half of it (rounded down) above and to the left: padding as in
+        full_range: values cover 0..255 (at 8 bits) instead of 16..235 (chroma: 16..240).
+        bits: bits of a value; None: 8 for uint8, 10 for uint16.
+        out: (3, H', W') uint8 to write into, any strides, H' >= H and W' >= W; None: a new one (3, H, W). A larger one
+            is padded by repeating the edge, half of the padding (rounded down) above and to the left, as in
             ``engine/restore.py``.
 
     Returns:
         ``out``: red, green, blue planes, rounded to whole levels.
 
-    Chroma is enlarged bilinearly, as if it lay in the middle of its pixels whatever the stream says of that: so does
-    the CPU path (``engine/sources/picture.py``, FFmpeg's scaler), whose pictures are met within one level, from 8
-    pixels a side on. The CUDA kernel: within one level of the definition, and that where rounding decides.
+    Chroma is upsampled bilinearly, as if sited in the middle of its pixels, whatever chroma location the stream states.
+    The CPU path (``engine/sources/picture.py``, FFmpeg's scaler) does so too; its pictures agree within one level, from
+    8 pixels a side on. The CUDA kernel: within one level of the definition, and only where rounding decides.
 
     Raises:
         TypeError: a dtype is none of these.
-        ValueError: shapes or devices do not fit together, there is no such matrix, or the bits cannot be.
+        ValueError: shapes or devices do not fit together, the matrix is unknown, or the number of bits is impossible.
     """
     if luma.dtype not in (torch.uint8, torch.uint16) or chroma.dtype != luma.dtype:
         raise TypeError(f"luma and chroma are both uint8 or both uint16, got {luma.dtype} and {chroma.dtype}")
@@ -210,21 +210,21 @@ _convert: Callable[[Tensor, Tensor, Tensor, str, bool, int], None] = torch.ops.f
 
 
 class SurfacesToRgb:
-    """``yuv_to_rgb`` for the surfaces of a decoder: each one tensor, with its planes below one another.
+    """``yuv_to_rgb`` for a decoder's surfaces: each is one tensor, its planes below one another.
 
-    One lies in memory as the other does, and there are hundreds a second. So what ``yuv_to_rgb`` checks, and what it
-    works out from strides and colours, is done for the first of them alone.
+    All have the same memory layout, and there are hundreds a second. So the checks of ``yuv_to_rgb``, and what it
+    derives from strides and colours, are done for the first surface only.
     """
 
     def __init__(
         self, planes: Callable[[Tensor], tuple[Tensor, Tensor]], *, matrix: str, full_range: bool, bits: int
     ) -> None:
-        """Args: planes: a surface's luma and chroma, views of it. The others: as of ``yuv_to_rgb``."""
+        """Args: planes: gives a surface's luma and chroma as views of it. The others: as in ``yuv_to_rgb``."""
         self._planes = planes
         self._colours = matrix, full_range, bits
-        self._laid: object = None  # how surface and picture of the prepared launch lie in memory
+        self._laid: object = None  # memory layout of the prepared launch's surface and picture
         self._prepared: Prepared | None = None
-        self._chroma_bytes = 0  # from the beginning of a surface on
+        self._chroma_bytes = 0  # offset of chroma from the beginning of a surface
 
     def __call__(self, surface: Tensor, out: Tensor) -> None:
         """Writes all of ``out``, (3, H', W') uint8. Raises what ``yuv_to_rgb`` raises."""
