@@ -54,5 +54,5 @@ def _read_in_words(x: Tensor) -> Tensor:
 
 
 def _shares(tiles: int, rows: int, at_once: int) -> int:
-    """How many blocks share a tile's rows of b: the fastest number, if each round lasts as long as its longest block."""
+    """How many blocks share a tile's rows of b: the fastest number, a round lasting as long as its longest block."""
     return min(range(1, rows // 4 + 1), key=lambda n: parts(tiles * n, at_once) * (_START + parts(rows, n)))
