@@ -1,11 +1,12 @@
-// What follows a convolution: its bias and LeakyReLU, stored where the next layers read it; once more somewhere else.
+// A convolution's bias and LeakyReLU, stored where the next layers read it, and optionally once more somewhere else.
 //
 // One thread computes 8 neighbouring channels of one pixel. Neighbouring threads take the next 8 channels, then the
-// next x: with the channels together (channels_last), as convolutions give them, a warp reads and writes runs of 512
-// bytes of half precision. Every block stays in one row of one picture, so only its number is divided by the height.
-// Where the channels do not lie together, or an end is not a multiple of 16 bytes, it goes value by value.
+// next x: with channels last, as convolutions give them, a warp reads and writes runs of 512 bytes of half precision.
+// Every block stays in one row of one picture, so only the block's index has to be divided by the height. Where the
+// channels do not lie side by side, fewer than 8 are left, or the address is not a multiple of 16 bytes, it goes value
+// by value.
 //
-// `out` may be `x` itself: each thread reads what it writes, and before.
+// `out` may be `x` itself: each thread reads the very values that it then overwrites.
 #include "common.cuh"
 
 constexpr int TOGETHER = 8;
@@ -43,14 +44,14 @@ __device__ __forceinline__ int rest(int channels, int first) {
     return count < 0 ? 0 : count < TOGETHER ? count : TOGETHER;
 }
 
-// `out` takes the first out_channels of x's, `also` the first also_channels: none, and it is not touched.
+// `out` takes the first out_channels of x's channels, `also` the first also_channels; if that is 0, it is not touched.
 template <class T>
 __device__ __forceinline__ void bias_leaky_relu(
     View<const T> x, const float* bias, View<T> out, View<T> also, int channels, int out_channels, int also_channels,
     int height, int width, float slope
 ) {
     const int groups = (channels + TOGETHER - 1) / TOGETHER, in_row = width * groups;
-    const int blocks = (in_row + (int)blockDim.x - 1) / (int)blockDim.x;  // a row
+    const int blocks = (in_row + (int)blockDim.x - 1) / (int)blockDim.x;  // per row
     const int row = (int)blockIdx.x / blocks, place = (int)blockIdx.x % blocks * (int)blockDim.x + (int)threadIdx.x;
     if (place >= in_row) return;
     const int first = place % groups * TOGETHER, column = place / groups, n = row / height, y = row % height;

@@ -1,13 +1,13 @@
-// Integers to the planes of their bits, as the filter "bitshuffle" of Blosc orders them: in each block of values all
-// lowest bits come first, then all second ones, ...
+// Integers to bit planes, in the order of Blosc's filter "bitshuffle": in each block of values all lowest bits come
+// first, then all second lowest, ...
 //
 // One thread takes 8 neighbouring values: their 8 bits of a plane are one byte of it. Neighbouring threads write
-// neighbouring bytes. A block that is no multiple of 8 values stays as it is.
+// neighbouring bytes. A block whose length is no multiple of 8 values stays as it is.
 #include "common.cuh"
 
 constexpr int TOGETHER = 8;
 
-// Bit i of byte j of the result is bit j of byte i.
+// Transposes the 8x8 bits: bit i of byte j of the result is bit j of byte i.
 __device__ __forceinline__ unsigned long long turned(unsigned long long x) {
     unsigned long long t = (x ^ x >> 7) & 0x00aa00aa00aa00aaull;  // within squares of 2, then of 4, then of 8
     x ^= t ^ t << 7;
@@ -17,15 +17,15 @@ __device__ __forceinline__ unsigned long long turned(unsigned long long x) {
     return x ^ t ^ t << 28;
 }
 
-// values: (batch, count). out: their bytes, of each batch and each block where the values were. block: values, a
-// multiple of 8.
+// values: (batch, count). out: their bytes; each block takes the place that its values have in memory. block: number of
+// values, a multiple of 8.
 template <class Word>
 __device__ __forceinline__ void bitshuffle(const Word* values, unsigned char* out, int batch, int count, int block) {
     const long long groups = (count + TOGETHER - 1) / TOGETHER;  // of a batch
     const long long number = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (number >= batch * groups) return;
-    const int group = (int)(number % groups), first = group * TOGETHER / block * block;  // of the values of its block
-    const long long before = number / groups * count + first;                            // values
+    const int group = (int)(number % groups), first = group * TOGETHER / block * block;  // first value of its block
+    const long long before = number / groups * count + first;                            // values before that block
     const int length = count - first < block ? count - first : block, place = group * TOGETHER - first;
     const Word* const from = values + before;
     unsigned char* const to = out + before * (int)sizeof(Word);

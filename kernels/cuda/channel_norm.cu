@@ -1,8 +1,8 @@
 // Length of each pixel's vector of channels, and its gradient.
 //
 // One thread computes one pixel, all channels of it. Neighbouring threads take neighbouring x, then y, then the batch:
-// with the channels apart (NCHW) each load of a warp is one run of memory; with the channels together (channels_last)
-// each thread walks its own run, and the cache serves the rest of it.
+// with NCHW each load of a warp is one run of memory; with channels last each thread walks along its own run, and the
+// cache serves the rest of it.
 #include "common.cuh"
 
 template <class T>
@@ -18,7 +18,7 @@ __device__ __forceinline__ void channel_norm(View<const T> x, View<T> out, int b
     store(out.at(p.n, 0, p.y, p.x), sqrtf(sum));
 }
 
-// The gradient is x / (length + 1e-9) times what comes: the small term keeps it zero where x is.
+// The gradient is x / (length + 1e-9) times the incoming one: the small term keeps it zero where x is zero.
 template <class T>
 __device__ __forceinline__ void channel_norm_backward(
     View<const T> grad, View<const T> x, View<const T> norm, View<T> out, int batch, int channels, int height, int width

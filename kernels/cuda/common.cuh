@@ -1,19 +1,19 @@
-// What the kernels share: element types that are summed in float, tensors with strides, entries by element type, and how
-// threads share pixels, and blocks pictures.
+// What the kernels share: element types that are summed in float, strided tensors, entry points for each element type,
+// the assignment of threads to pixels and of blocks to pictures.
 //
-// Every .cu file here compiles by itself (nvcc -std=c++17, or NVRTC) and instantiates all that the library launches.
-// Its entries are `extern "C"` and named after the operation and the element type: warp_float, warp_half, ...
+// Every .cu file here compiles by itself (nvcc -std=c++17, or NVRTC) and instantiates every kernel that the library
+// launches. Entry points are `extern "C"`, named after the operation and the element type: warp_float, warp_half, ...
 //
-// The tests also compile these files for a CPU, where one block's threads run by turns. So that they can:
+// The tests also compile these files for a CPU, where the threads of a block take turns. This requires that
 //   - shared memory is declared with SHARED;
 //   - no thread returns before a barrier that others reach;
-//   - what only a GPU has (PTX) has a twin in plain C++, as in tensor_core.cuh.
+//   - what exists only on a GPU (PTX) has an equivalent in plain C++, as in tensor_core.cuh.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#ifndef SHARED  // the tests' own declares it poisoned and fenced
+#ifndef SHARED  // the tests define their own, which poisons and fences the memory
 #define SHARED(type, name, count) __shared__ type name[count]
 #endif
 
@@ -27,7 +27,7 @@ __device__ __forceinline__ void store(float* place, float x) { *place = x; }
 __device__ __forceinline__ void store(__half* place, float x) { *place = __float2half_rn(x); }
 __device__ __forceinline__ void store(__nv_bfloat16* place, float x) { *place = __float2bfloat16_rn(x); }
 
-// Neighbouring values, loaded or stored at once where they lie at a multiple of their size, at most of 16 bytes.
+// Neighbouring values that are loaded or stored at once. Aligned to their total size, but to no more than 16 bytes.
 template <class T, int COUNT>
 struct alignas(COUNT * sizeof(T) < 16 ? COUNT * sizeof(T) : 16) Several {
     T values[COUNT];
@@ -35,7 +35,7 @@ struct alignas(COUNT * sizeof(T) < 16 ? COUNT * sizeof(T) : 16) Several {
 
 #define FOR_EACH_TYPE(ENTRY) ENTRY(float, float) ENTRY(half, __half) ENTRY(bfloat16, __nv_bfloat16)
 
-// --- tensors: (N, C, H, W) with the strides of each axis in elements, whatever their order in memory --------------
+// --- tensors: (N, C, H, W) with a stride for each axis, in elements; any order in memory --------------------------
 
 template <class T>
 struct View {
@@ -47,11 +47,11 @@ struct View {
     }
 };
 
-// A view as five parameters of an entry, and the view made from them.
+// A view as five parameters of an entry point, and the view made from them.
 #define VIEW(T, name) T *name##_data, long long name##_n, long long name##_c, long long name##_y, long long name##_x
 #define AS_VIEW(T, name) (View<T>{name##_data, name##_n, name##_c, name##_y, name##_x})
 
-// --- one thread a pixel: along x, then y, then the batch ----------------------------------------------------------
+// --- one thread per pixel: along x, then y, then the batch --------------------------------------------------------
 
 struct Pixel {
     int n, y, x;
@@ -64,13 +64,13 @@ __device__ __forceinline__ Pixel this_pixel(int batch, int height, int width) {
     return {(int)(row / height), (int)(row % height), (int)(number % width), number < (long long)batch * height * width};
 }
 
-// --- pictures: `blocks` blocks share the pixels of each, so that what they find can be put together ----------------
+// --- pictures: `blocks` blocks share the pixels of each, so that their results can be combined ---------------------
 
-constexpr int BLOCK = 256;  // threads of a block, in all kernels that use what follows
+constexpr int BLOCK = 256;  // threads per block, in all kernels that use what follows
 
 struct Share {
     int n;             // picture
-    long long first;   // pixel of this thread
+    long long first;   // this thread's first pixel
     long long stride;  // from one of its pixels to the next
 };
 
@@ -79,7 +79,7 @@ __device__ __forceinline__ Share share_of_picture(int blocks) {
     return {n, (long long)block * BLOCK + threadIdx.x, (long long)blocks * BLOCK};
 }
 
-// What all threads of the block found, put together by V::with; thread 0 gets it. All must come here, once.
+// The values of all threads of the block, combined by V::with; thread 0 gets the total. All threads must call it, once.
 template <class V>
 __device__ __forceinline__ V total_of_block(V mine) {
     SHARED(V, parts, BLOCK);
@@ -89,10 +89,10 @@ __device__ __forceinline__ V total_of_block(V mine) {
         __syncthreads();
         if (thread < half) parts[thread] = parts[thread].with(parts[thread + half]);
     }
-    return thread == 0 ? parts[0] : mine;  // the others must not read what it has just written
+    return thread == 0 ? parts[0] : mine;  // the others must not read parts[0]: thread 0 has just written it
 }
 
-// The largest of floats that are not negative: their bits are in their order. *place is 0 before.
+// Atomic maximum of non-negative floats, whose bits as integers have the same order. *place must be 0 at first.
 __device__ __forceinline__ void raise(float* place, float x) { atomicMax((int*)place, __float_as_int(x)); }
 
 // --- vectors of flow -------------------------------------------------------------------------------------------------

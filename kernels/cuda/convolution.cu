@@ -1,20 +1,21 @@
 // A convolution with its bias and LeakyReLU, on tensor cores, channels last: out = f(w * x + bias), rounded once.
 //
-// A block of 4 warps computes a tile of 16 x 4 ROWS pixels of OUTPUTS channels; a warp ROWS rows of it, each of which is
-// the 16 rows of one matrix product. Its columns are the outputs, and what is summed over (k) are filter row, filter
-// column and input channel. Of one filter row 8 values are taken at a time, from the tile's input in shared memory as it
-// lies there, wherever a pixel's begin: a *half step*, two of which are what a tensor core takes. Where a filter row is
-// not a multiple of 8 long, its last half step ends in the next pixel, and where their number is odd the last is taken
-// twice: there the weights are zero.
+// A block of 4 warps computes a tile of 16 x 4 ROWS pixels, OUTPUTS channels of each. A warp has ROWS rows of the tile;
+// the 16 pixels of such a row are the 16 rows of one matrix product. The product's columns are output channels, and the
+// summed dimension (k) is filter row, filter column and input channel. A filter row is read 8 values at a time, as it
+// lies in the tile's input in shared memory, wherever the pixel's values begin: a *half step*. A tensor core product
+// takes two of them. Where a filter row's length is not a multiple of 8, its last half step ends in the next pixel, and
+// where the number of half steps is odd, the last is taken twice: the weights there are zero.
 //
-// CHANNELS are as few as hold the real inputs (4 of 8, 12 of 16): the padding is not fetched. Maps of more than 16 go
-// through two buffers, CHANNELS at a time. What lies outside the picture or the map is zero.
+// CHANNELS is the smallest number that holds the real inputs (4 of 8, 12 of 16): the padding is not fetched. Maps of
+// more than 16 channels go through two buffers, CHANNELS at a time. What lies outside the picture or the map is zero.
 //
-// Weights come from the caches in the order the lanes want them (`pack` in convolution.py), always one step ahead. A
-// lane holds neighbouring output channels (`pack` sees to that, too), and stores them at once.
+// Weights come from the caches in the order in which the lanes need them (`pack` in convolution.py), always one step
+// ahead. `pack` also gives a lane neighbouring output channels, which it stores at once.
 //
-// Deconvolution of 4x4 and stride 2: each pixel gives 2x2, and each of the four takes 2x2 of the pixel's 3x3 neighbours:
-// a 3x3 convolution with four times the outputs, of whose products 20 of 36 are left out, as their weights are zero.
+// A 4x4 deconvolution of stride 2: each pixel gives 2x2 results, and each of the four depends on 2x2 of the pixel's 3x3
+// neighbours. So it is a 3x3 convolution with four times the outputs, in which 20 of 36 products are skipped, because
+// their weights are zero.
 #include "tensor_core.cuh"
 
 constexpr int WARPS = 4, COLUMNS = 16, TOGETHER = 8;
@@ -30,7 +31,7 @@ struct Word<16> {
     using type = uint4;
 };
 
-// By one store: a plain copy, of the struct or of a word, was seen to be taken apart into stores of 2 or 4 bytes.
+// One store: the compiler was seen to split a plain copy, of the struct or of a word, into stores of 2 or 4 bytes.
 template <class T, int COUNT>
 __device__ __forceinline__ void put(T* place, const Several<T, COUNT>& values) {
     typename Word<sizeof values>::type word;
@@ -38,7 +39,7 @@ __device__ __forceinline__ void put(T* place, const Several<T, COUNT>& values) {
     __stwb((decltype(word)*)place, word);
 }
 
-struct Steps {  // from a pixel to one a few rows and columns away, in elements
+struct Steps {  // offsets from a pixel to one a few rows and columns away, in elements
     int y, x;
     __device__ __forceinline__ Steps(int y, int x) : y(y), x(x) {}
     __device__ __forceinline__ long long to(int down, int right) const { return (long long)down * y + right * x; }
@@ -48,17 +49,17 @@ template <int KERNEL, int STRIDE, int CHANNELS, int OUTPUTS, int ROWS, int ENLAR
 struct Layout {
     static constexpr int HALVES = (KERNEL * CHANNELS + TOGETHER - 1) / TOGETHER;  // half steps of a filter row
     static constexpr int STEPS = (KERNEL * HALVES + 1) / 2;
-    static constexpr int TILES = OUTPUTS / 8, PAIRS = TILES / 2;  // columns of products
+    static constexpr int TILES = OUTPUTS / 8, PAIRS = TILES / 2;  // products side by side, 8 columns each
     static constexpr int RUN = ENLARGES ? 4 : 8;  // neighbouring channels of a lane
     static constexpr int UNROLLED = ENLARGES ? STEPS : ROWS == 4 ? 3 : 1;  // as registers allow
 
-    // A row of the tile. Half steps of eight neighbouring pixels are read at once, 16 bytes each, which must lie in
-    // different banks. So channels that are a multiple of 8 lie 8 by 8 (a part), and with a stride of 2 even and odd
-    // columns apart (a phase): what is read at once are 128 bytes in a row. Of 4 or 12 channels a stride of 2 leaves
-    // what is read at once 16 or 48 bytes apart, which is as good.
+    // A row of the tile. The half steps of eight neighbouring pixels are read at once, 16 bytes each, and must lie in
+    // different banks. So if CHANNELS is a multiple of 8, the row is stored 8 channels at a time (a part), and with a
+    // stride of 2 even and odd columns separately (a phase): what is read at once is then 128 contiguous bytes. With 4
+    // or 12 channels and a stride of 2, half steps that are read at once lie 16 or 48 bytes apart, which is as good.
     static constexpr bool BY_EIGHTS = CHANNELS % TOGETHER == 0;
     static constexpr int APART = BY_EIGHTS ? TOGETHER : STRIDE * CHANNELS;  // from one output's pixel to the next's
-    static constexpr int WIDTH = BY_EIGHTS  // pixels: the last half step's included
+    static constexpr int WIDTH = BY_EIGHTS  // pixels, including those of the last half step
         ? (COLUMNS - 1) * STRIDE + KERNEL
         : ((COLUMNS - 1) * APART + HALVES * TOGETHER + CHANNELS - 1) / CHANNELS;
     static constexpr int PHASE = (WIDTH + STRIDE - 1) / STRIDE * TOGETHER, PARTS = BY_EIGHTS ? CHANNELS / TOGETHER : 1;
@@ -75,12 +76,12 @@ struct Layout {
         return BY_EIGHTS ? (channel / TOGETHER * STRIDE + column % STRIDE) * PHASE + column / STRIDE * TOGETHER
                          : column * CHANNELS + channel;
     }
-    static __device__ __forceinline__ int half_step(int h) {  // where it lies, from where the pixel's first does
+    static __device__ __forceinline__ int half_step(int h) {  // its offset from the pixel's first half step
         const int real = h < KERNEL * HALVES ? h : KERNEL * HALVES - 1;
-        const int inside = real % HALVES * TOGETHER;  // the filter row
+        const int inside = real % HALVES * TOGETHER;  // values of the filter row before it
         return real / HALVES * PITCH + (BY_EIGHTS ? place_of(inside / CHANNELS, inside % CHANNELS) : inside);
     }
-    // Of a deconvolution: whether one of 3x3 neighbours plays a part in one of 2x2 results.
+    // For a deconvolution: whether one of the 3x3 neighbours contributes to one of the 2x2 results.
     static __device__ __forceinline__ bool meet(int neighbour, int pair) {
         const int dy = neighbour / 3, dx = neighbour % 3;
         return !ENLARGES || ((pair / 2 ? dy >= 1 : dy <= 1) && (pair % 2 ? dx >= 1 : dx <= 1));
@@ -103,7 +104,7 @@ __device__ __forceinline__ void convolution(
     const int row = (int)blockIdx.y * WARPS * ROWS, n = (int)blockIdx.z;
     const int chunks = BUFFERS == 1 ? 1 : (channels + CHANNELS - 1) / CHANNELS;
 
-    // --- CHANNELS of the tile's input; a picture's rows are less than 2^31 long ---
+    // --- fetching CHANNELS of the tile's input; offsets within a row fit in 31 bits ---
     const int top = row * STRIDE - padding, left = column * STRIDE - padding, next_y = (int)x.y, next_x = (int)x.x;
     const T* const picture = x.data + n * x.n;
     const auto fetch = [&](int first, T* to) {
@@ -123,13 +124,13 @@ __device__ __forceinline__ void convolution(
         fetch_end();
     };
 
-    // --- the weights of one step: of each pair of columns of products 16 bytes a lane ---
+    // --- the weights of one step: 16 bytes per lane for each pair of products ---
     const uint4* w = (const uint4*)weights + (long long)group * chunks * L::STEPS * L::PAIRS * 32 + lane;
     uint4 next[L::PAIRS];
 #pragma unroll
     for (int p = 0; p < L::PAIRS; ++p) next[p] = __ldg(w + p * 32);
 
-    // --- sums begin with the bias; RUN neighbouring channels lie in RUN / 2 columns of products ---
+    // --- sums begin with the bias; a lane's RUN neighbouring channels come from RUN / 2 products ---
     constexpr int RUNS = L::TILES * 2 / L::RUN, FROM_RUN_TO_RUN = ENLARGES ? 0 : 4 * L::RUN;
     const int channel = group * (ENLARGES ? OUTPUTS / 4 : OUTPUTS) + t * L::RUN;  // first of this lane
     float sums[ROWS][L::TILES][4];
@@ -144,7 +145,7 @@ __device__ __forceinline__ void convolution(
     fetch(0, buffers);
     for (int chunk = 0; chunk < chunks; ++chunk) {
         fetch_wait<0>();
-        __syncthreads();  // this one is there, and nobody reads the one before any more
+        __syncthreads();  // this chunk has arrived, and no thread reads the one before any more
         if (BUFFERS == 2 && chunk + 1 < chunks)
             fetch((chunk + 1) * CHANNELS, buffers + (chunk + 1) % BUFFERS * L::BUFFER);
         const T* const buffer = buffers + chunk % BUFFERS * L::BUFFER;
@@ -158,7 +159,7 @@ __device__ __forceinline__ void convolution(
 #pragma unroll
             for (int p = 0; p < L::PAIRS; ++p) {
                 const unsigned even[2] = {next[p].x, next[p].y}, odd[2] = {next[p].z, next[p].w};
-                if (L::meet((s + 1) % L::STEPS, p)) next[p] = __ldg(w + p * 32);  // behind the last lies one more
+                if (L::meet((s + 1) % L::STEPS, p)) next[p] = __ldg(w + p * 32);  // one more step lies behind the last
                 if (!L::meet(s, p)) continue;
 #pragma unroll
                 for (int r = 0; r < ROWS; ++r) {
@@ -169,9 +170,9 @@ __device__ __forceinline__ void convolution(
         }
     }
 
-    // --- LeakyReLU, rounding: 8 neighbouring pixels at once, of each the channels of 4 lanes ---
+    // --- LeakyReLU and rounding: a warp stores 8 neighbouring pixels at once, the channels of each from 4 lanes ---
     constexpr int SCALE = ENLARGES ? 2 : 1;
-    const int y = row + warp * ROWS, own_x = column + g;  // of the first
+    const int y = row + warp * ROWS, own_x = column + g;  // of the first pixel
     const Steps of_out((int)out.y, (int)out.x), of_also((int)also.y, (int)also.x);
     T* const target = out.at(n, 0, SCALE * y, SCALE * own_x) + channel;
     T* const second = also.at(n, 0, SCALE * y, SCALE * own_x) + channel;
@@ -196,7 +197,7 @@ __device__ __forceinline__ void convolution(
     }
 }
 
-// BLOCKS: at least so many at a time on a multiprocessor, which is what limits the registers of each.
+// BLOCKS: at least so many are resident on a multiprocessor, which limits the registers of each thread.
 #define ENTRY_OF(type, T, KERNEL, STRIDE, CHANNELS, OUTPUTS, ROWS, ENLARGES, BLOCKS)                                 \
     extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)                                                 \
         convolution_##KERNEL##_##STRIDE##_##CHANNELS##_##OUTPUTS##_##ROWS##_##ENLARGES##_##type(                     \

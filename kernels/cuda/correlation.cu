@@ -1,23 +1,23 @@
 // Cost volume: out[dy, dx, y, x] = mean over c of a[c, y, x] b[c, y + dy, x + dx], zero where b ends; and its gradients.
 //
-// Forward. Displacements are multiples of a stride, so pixels whose x (or y) agree modulo the stride meet only each
-// other: they form a *phase*, in which neighbouring displacements are neighbouring columns. A block computes, of one
-// phase in y,
+// Forward. Displacements are multiples of a stride, so only pixels whose x (or y) agree modulo the stride are compared:
+// they form a *phase*, in which neighbouring displacements are neighbouring columns. A block computes, for one phase in
+// y,
 //
 //     ROWS rows of a  x  64 pixels of a row  x  SHIFTS neighbouring dy  x  COLUMNS neighbouring dx,
 //
 // for which it needs ROWS rows of a and ROWS + SHIFTS - 1 rows of b. One thread computes one (row, dy) for 4
-// neighbouring pixels of one phase in x and all COLUMNS of the dx: from 4 values of a and COLUMNS + 3 of b, both read
-// from shared memory four at a time, it makes 4 COLUMNS products in registers. 16 threads, the *lane*, make the 64
-// pixels: with a stride of 2 both phases in x are in the block, so that what is read from memory are whole runs;
-// with any other stride one phase is.
+// neighbouring pixels of one phase in x and all COLUMNS dx: from 4 values of a and COLUMNS + 3 of b, both read from
+// shared memory four at a time, it makes 4 COLUMNS products in registers. 16 threads (LANES) cover the 64 pixels. With
+// a stride of 2 the block holds both phases in x, so that it reads contiguous runs of global memory; with any other
+// stride it holds one phase.
 //
-// Channels go through two buffers in shared memory, CHANNELS at a time: while one is worked on, each warp fetches its
-// own row (ROWS of a, the rest of b: as many as there are warps) of the next.
+// Channels go through two buffers in shared memory, CHANNELS at a time: while one is worked on, each warp fetches one
+// row for the other. There are as many rows as warps: ROWS of a, the rest of b.
 #include "common.cuh"
 
 constexpr int PIXELS = 4, LANES = 16, ROWS = 3, SHIFTS = 7, B_ROWS = ROWS + SHIFTS - 1, CHANNELS = 3;
-constexpr int TILE = PIXELS * LANES, THREADS = 32 * (ROWS + B_ROWS);  // 384: with 12 warps each may have 168 registers
+constexpr int TILE = PIXELS * LANES, THREADS = 32 * (ROWS + B_ROWS);  // 384: 12 warps allow 168 registers per thread
 static_assert(THREADS >= LANES * ROWS * SHIFTS, "the last one and a half warps only fetch");
 
 struct Problem {
@@ -28,7 +28,7 @@ template <class T, int COLUMNS>
 __device__ __forceinline__ void correlation(
     View<const T> a, View<const T> b, View<T> out, Problem size, float scale, float slope
 ) {
-    constexpr int A_PITCH = TILE, B_PITCH = TILE + 2 * (COLUMNS - 1);  // of one row, in floats, all phases in it
+    constexpr int A_PITCH = TILE, B_PITCH = TILE + 2 * (COLUMNS - 1);  // of one row with all its phases, in floats
     constexpr int BUFFER = CHANNELS * (ROWS * A_PITCH + B_ROWS * B_PITCH), FETCHES = (B_PITCH + 31) / 32;
     static_assert(A_PITCH % 4 == 0 && B_PITCH % 4 == 0 && (TILE / 2 + COLUMNS - 1) % 4 == 0, "float4 is aligned");
     SHARED(float4, memory, 2 * BUFFER / 4);
@@ -38,7 +38,7 @@ __device__ __forceinline__ void correlation(
     const int phases = size.stride == 2 ? 2 : 1;  // in x, in this block
     const int chunks = (side + COLUMNS - 1) / COLUMNS, groups = (side + SHIFTS - 1) / SHIFTS;
 
-    const int others = size.stride / phases;  // blocks that share the pixels between this one's
+    const int others = size.stride / phases;  // blocks whose pixels interleave with this one's, including it
     const int first_x = (int)(blockIdx.x % others) * phases;
     const int first_column = (int)(blockIdx.x / others) * (TILE / phases);  // of a phase
     const int first_y = (int)(blockIdx.y % size.stride);
@@ -61,7 +61,7 @@ __device__ __forceinline__ void correlation(
     const T* const row = from.at(n, 0, fetched_row >= 0 && fetched_y < size.height ? fetched_y : 0, 0);
     const bool row_inside = fetched_row >= 0 && fetched_y < size.height;
 
-    // --- what it computes ---
+    // --- what this thread computes ---
     const bool computes = thread < LANES * ROWS * SHIFTS;
     const int lane16 = thread % LANES, shift = thread / LANES % SHIFTS, own_row = thread / LANES / SHIFTS;
     const int phase = lane16 / (LANES / phases), column = lane16 % (LANES / phases) * PIXELS;
@@ -121,7 +121,7 @@ __device__ __forceinline__ void correlation(
                 for (int j = 0; j < PIXELS; ++j) sums[k][j] += pixels[j] * window[k + j];
         }
         if (more) keep(buffers + (turn ^ 1) * BUFFER);
-        __syncthreads();  // the one buffer is full, and nobody reads the other any more
+        __syncthreads();  // the one buffer is full, and no thread reads the other any more
     }
 
     const int dy = first_dy + shift, y = (first_row + own_row) * size.stride + first_y;
@@ -140,9 +140,10 @@ __device__ __forceinline__ void correlation(
     }
 }
 
-// Backward, for one of the maps, from the other. One thread computes GROUP neighbouring channels of one pixel; its
-// neighbours take neighbouring pixels, blockIdx.y counts the groups of channels. Each displacement pairs the pixel
-// with one of the other map (for b: on the opposite side), and with the gradient that lies at the pixel of a.
+// Backward: the gradient for one of the maps, from the other map. One thread computes GROUP neighbouring channels of
+// one pixel; neighbouring threads take neighbouring pixels, blockIdx.y is the group of channels. Each displacement
+// pairs the pixel with one of the other map (for b: on the opposite side), and with the volume's gradient at the pixel
+// of a.
 constexpr int GROUP = 8;
 
 template <class T>

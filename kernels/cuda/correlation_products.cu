@@ -1,40 +1,42 @@
-// Cost volume of half-precision maps, channels together, by tensor cores: what correlation.cu says, for two radii.
+// Cost volume of half-precision maps, channels last, on tensor cores: the same result as correlation.cu, for two radii.
 //
-// Pixels whose x and y agree modulo the stride meet only each other: they form a *phase*, a picture of its own, where
-// neighbouring displacements are neighbouring pixels. For 16 pixels of one of its rows in a and one of its rows in b,
+// Only pixels whose x and y agree modulo the stride are compared: they form a *phase*, a picture of its own, in which
+// neighbouring displacements are neighbouring pixels. For 16 pixels in a row of a's phase, and a row of b's phase,
 //
 //     16 x channels of a   times   channels x (16 + 2 RADIUS) of b   =   16 x (16 + 2 RADIUS)
 //
-// holds all that these pixels have for one dy: pixel m with dx stands in row m, column m + dx. The rest is for nothing.
+// contains all costs of these pixels for one dy: pixel m with dx is in row m, column m + dx. The rest is discarded.
 //
-// A warp owns 16 pixels of each of OWN rows of a, with all their channels in registers. Rows of b go past it: it
-// multiplies each with all that it owns, where each own row meets it with another dy. The warps of a block own rows
+// A warp owns 16 pixels of each of OWN rows of a, with all their channels in registers. It goes through the rows of b
+// and multiplies each by all the rows that it owns, for which it has a different dy each. The warps of a block own rows
 // below each other and pixels beside each other, and share the rows of b, which come through STAGES buffers in shared
-// memory, CHANNELS at a time. `shares` blocks share the rows of b that the same pixels need, so that a small picture
-// keeps a whole GPU busy.
+// memory, CHANNELS at a time. The rows of b that the same pixels need are divided among `shares` blocks, so that a
+// small picture keeps a whole GPU busy.
 //
-// A sum does not ask for the order of its terms. So lane t of four takes channels 8t to 8t + 7 of 32, which it reads at
-// once, of a as of b; each of two products of depth 16 gets four of them, where it expects 2t, 2t + 1, 2t + 8, 2t + 9.
+// The order in which channels are summed does not matter. So lane t of four takes channels 8t to 8t + 7 of 32, for a as
+// for b, in one 16-byte read; each of two products of depth 16 gets four of them, in the places where it expects
+// channels 2t, 2t + 1, 2t + 8, 2t + 9.
 //
 // Rows of b beyond the picture are not multiplied: there the result is 0 even where a is not finite.
 #include "tensor_core.cuh"
 
 constexpr int DOWN = 2, ACROSS = 2, OWN = 2;  // warps of a block, and rows that each owns
-constexpr int STAGES = 3;                     // 47 kB of shared memory; of registers, nearly all that BLOCKS may have
+constexpr int STAGES = 3;                     // 47 kB of shared memory; registers: nearly all that BLOCKS allow
 constexpr int WARPS = DOWN * ACROSS, THREADS = 32 * WARPS, BLOCKS = 8 / WARPS, TILE = 16 * ACROSS, ROWS = OWN * DOWN;
-constexpr int CHANNELS = 128, CHUNKS = 2;           // of a stage, and how many stages' a pixel has at most
-constexpr int WORDS = 8, UNITS = CHANNELS / WORDS;  // elements of 16 bytes; 16 bytes of a pixel in a stage
+constexpr int CHANNELS = 128, CHUNKS = 2;           // per stage, and the most stages that a pixel's channels fill
+constexpr int WORDS = 8, UNITS = CHANNELS / WORDS;  // elements in 16 bytes; 16-byte units of a pixel in a stage
 static_assert(THREADS % UNITS == 0 && THREADS / UNITS % 2 == 0, "a thread's columns are all odd, or all even");
 
 struct Problem {
     int channels, height, width, stride, shares;
 };
 
-// Every STEP-th of the values in shared memory to every step-th place: the first `count` of TURNS. Place by place: with
-// a product of 64 bits for each, every store becomes a branch that waits for it and for its own value.
+// Copies every STEP-th value from shared memory to every step-th place, the first `count` of TURNS. `to` advances by
+// addition: with a 64-bit product for each place, every store becomes a branch that waits for that product and for its
+// own value.
 template <int TURNS, int STEP, class T>
 __device__ __forceinline__ void write(const T* from, T* to, long long step, int count) {
-    constexpr int AT_ONCE = 8;  // on their way from shared memory, as registers allow
+    constexpr int AT_ONCE = 8;  // values in flight from shared memory, as registers allow
 #pragma unroll
     for (int first = 0; first < TURNS; first += AT_ONCE) {
         T values[AT_ONCE];
@@ -51,7 +53,7 @@ __device__ __forceinline__ void correlation(
     View<const T> a, View<const T> b, View<T> out, Problem size, float scale, float slope
 ) {
     constexpr int SIDE = 2 * RADIUS + 1, NEEDED = TILE + 2 * RADIUS;  // columns of b
-    constexpr int GROUPS = (16 + 2 * RADIUS + 7) / 8;                 // of 8 columns, in a warp's product
+    constexpr int GROUPS = (16 + 2 * RADIUS + 7) / 8;                 // of 8 columns in a warp's product
     constexpr int PITCH = 8 * GROUPS, STAGE = (TILE - 16 + PITCH) * UNITS;  // the last columns are never fetched
     using Pair = Several<T, 2>;
     SHARED(uint4, stages, STAGES * STAGE);
@@ -66,15 +68,15 @@ __device__ __forceinline__ void correlation(
     const int chunks = (size.channels + CHANNELS - 1) / CHANNELS;
     const int own_column = first_column + warp % ACROSS * 16, own_row = first_row + warp / ACROSS * OWN;
 
-    // --- the rows of b that this block multiplies with: of the phase, also beyond its ends, where the result is 0 ---
+    // --- this block's rows of b, counted in the phase; some lie beyond its ends, where the result is 0 ---
     const int length = (ROWS + 2 * RADIUS + size.shares - 1) / size.shares;
     const int first = first_row - RADIUS + share * length;
     const int last = min(min(first + length, first_row + ROWS + RADIUS), rows + RADIUS);
-    const int end = min(last, rows);  // of those inside
+    const int end = min(last, rows);  // of the rows inside
 
     // --- what this thread fetches: 16 bytes of every (THREADS / UNITS)th column ---
     const int unit = thread % UNITS, fetched = thread / UNITS, fetched_column = first_column + fetched - RADIUS;
-    const int kept = fetched * UNITS + (unit ^ fetched % 2 * 4);  // odd columns change halves, so that banks differ
+    const int kept = fetched * UNITS + (unit ^ fetched % 2 * 4);  // odd columns swap halves, so that banks differ
     const long long pitch = b.x * size.stride;
     int coming_row = max(first, 0), coming_chunk = 0;
     const T* coming = b.at(n, unit * WORDS, coming_row * size.stride + phase_y, fetched_column * size.stride + phase_x);
@@ -98,7 +100,7 @@ __device__ __forceinline__ void correlation(
 #pragma unroll
     for (int stage = 0; stage < STAGES - 1; ++stage) fetch_into(stage);
 
-    // --- what it owns: pixels g and g + 8 of the warp's 16, channels 8t to 8t + 7 of each 32 ---
+    // --- what this thread owns: pixels g and g + 8 of the warp's 16, channels 8t to 8t + 7 of each 32 ---
     unsigned owned[OWN][CHUNKS * CHANNELS / 16][4];
 #pragma unroll
     for (int i = 0; i < OWN; ++i)
@@ -115,7 +117,7 @@ __device__ __forceinline__ void correlation(
             }
         }
 
-    // --- what it writes in a turn: of one pixel all dx, a lane each; or of all pixels two dx, the middle one twice ---
+    // --- what it writes per turn: all dx of one pixel, one per lane; or two dx of 16 pixels, the middle dx twice ---
     Pair* const own_results = results + warp * 16 * PITCH / 2;
     const bool by_pixel = out.c < out.x;
     const int m = by_pixel ? 0 : lane % 16, dx = by_pixel ? min(lane, SIDE - 1) : lane / 16 * RADIUS;
@@ -123,8 +125,8 @@ __device__ __forceinline__ void correlation(
     const T* const from = own_results->values + m * (PITCH + 1) + dx;
     T* const target = out.at(n, dx, own_row * size.stride + phase_y, (own_column + m) * size.stride + phase_x);
 
-    // --- the rows of b in turn ---
-    const int mine = (warp % ACROSS * 16 + g) * UNITS + t;  // of a stage: column g of the product
+    // --- the rows of b, one after another ---
+    const int mine = (warp % ACROSS * 16 + g) * UNITS + t;  // place in a stage of this lane's column g of the product
     int stage = 0;
     for (int row = first; row < last; ++row) {
         float sums[OWN][GROUPS][4] = {};
@@ -134,7 +136,7 @@ __device__ __forceinline__ void correlation(
             for (int chunk = 0; chunk < CHUNKS; ++chunk) {
                 if (chunk == chunks) break;
                 fetch_wait<STAGES - 2>();
-                __syncthreads();  // this stage is there, and nobody reads the one before it any more
+                __syncthreads();  // this stage has arrived, and no thread reads the one before it any more
                 fetch_into(stage == 0 ? STAGES - 1 : stage - 1);
                 const uint4* const columns_of_b = stages + stage * STAGE + mine;
                 stage = stage + 1 == STAGES ? 0 : stage + 1;
@@ -159,7 +161,7 @@ __device__ __forceinline__ void correlation(
             }
         }
 
-        // --- the band of each product, through shared memory, so that neighbouring lanes write neighbouring values ---
+        // --- each product's band goes through shared memory, so that neighbouring lanes write neighbouring values ---
 #pragma unroll
         for (int i = 0; i < OWN; ++i) {
             const int dy = row - own_row - i + RADIUS;  // counted from 0
@@ -178,7 +180,7 @@ __device__ __forceinline__ void correlation(
             T* const to = target + (long long)dy * SIDE * out.c + (long long)i * size.stride * out.y;
             if (by_pixel) write<16, PITCH + 1>(from, to, out.x * size.stride, count);
             else write<RADIUS + 1, 1>(from, to, out.c, count);
-            __syncwarp();  // read, before the next are written
+            __syncwarp();  // read, before the next results are written
         }
     }
 }

@@ -1,10 +1,11 @@
-// A learned doubling of flow: a transposed convolution, two channels to two, 4x4, stride 2, padding 1.
+// Learned upsampling of flow by two: a transposed convolution, two channels to two, 4x4, stride 2, padding 1.
 //
-// Along each axis the pixels 2i - 1 and 2i see the values i and i - 1: the one by the weights 0 and 2, the other by 1
-// and 3. One thread computes the 2x2 pixels that see the same 2x2 values; at the edge one or two of them.
+// Along each axis the output pixels 2i - 1 and 2i depend on the input values i and i - 1: the first with weights 0 and
+// 2, the second with weights 1 and 3. One thread computes the 2x2 pixels that depend on the same 2x2 values; at the
+// border only one or two of them exist.
 #include "common.cuh"
 
-constexpr int TILE_COLUMNS = 32;  // as in enlarge_flow.py: a block's 8 warps take one row of these each
+constexpr int TILE_COLUMNS = 32;  // a block's 8 warps take one row of these each, as enlarge_flow.py assumes
 
 template <class T>
 __device__ __forceinline__ void write_flow(View<T> out, int n, int y, int x, float u, float v) {
@@ -39,9 +40,9 @@ __device__ __forceinline__ void enlarge_flow(
             const float* const row = flow.at(n, c, y, 0);
             const float right = j < width ? row[j * flow.x] : 0.0f, left = j > 0 ? row[(j - 1) * flow.x] : 0.0f;
 #pragma unroll
-            for (int k = 0; k < 4; ++k) {  // to which channel, by which of the rows of weights
+            for (int k = 0; k < 4; ++k) {  // output channel, and parity of the row of weights
                 const int to = k / 2, odd = k % 2;
-                const float4 by = weight[8 * c + 4 * to + 2 * below + odd];  // (from 2, to 2, rows 4) of 4 columns
+                const float4 by = weight[8 * c + 4 * to + 2 * below + odd];  // (in 2, out 2, rows 4) of 4 columns
                 sums[odd][0][to] += right * by.x + left * by.z;
                 sums[odd][1][to] += right * by.y + left * by.w;
             }

@@ -1,12 +1,12 @@
-// Flow to the Middlebury colours; and before that, where no scale was given, the longest vector of each picture.
+// Flow to Middlebury colours; before that, if no scale is given, the length of each picture's longest vector.
 //
-// Both: one thread computes every (blocks * 256)th pixel of one picture, so that neighbouring threads read and write
-// neighbouring pixels, and the wheel is fetched once for many of them.
+// In both kernels one thread computes every (blocks * 256)th pixel of one picture, so that neighbouring threads read
+// and write neighbouring pixels, and a block fetches the wheel once for many pixels.
 #include "common.cuh"
 
 constexpr int COLUMNS = 56, TABLE = 6 * COLUMNS;  // of the wheel: how far R, G, B lie below 255, then their slopes
 
-// Neither sum nor product may be fused: the longest vector must have the very length that it was found to have.
+// Product and sum must not be fused: both kernels have to find exactly the same length for the longest vector.
 __device__ __forceinline__ float magnitude(float u, float v) {
     return sqrtf(__fadd_rn(__fmul_rn(u, u), __fmul_rn(v, v)));
 }
@@ -31,7 +31,7 @@ __device__ __forceinline__ void flow_longest(View<const T> flow, float* longest,
     if (threadIdx.x == 0) raise(longest + share.n, all.length);
 }
 
-// scales: of each picture, pixels; 0 stands for 1, where nothing moves. beyond_shade: of vectors longer than the scale.
+// scales: one per picture, in pixels; 0 (nothing moves) stands for 1. beyond_shade: brightness of longer vectors.
 template <class T>
 __device__ __forceinline__ void flow_color(
     View<const T> flow, View<unsigned char> out, const float* table, const float* scales, int height, int width,

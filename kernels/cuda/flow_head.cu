@@ -1,31 +1,33 @@
 // A flow head: a 3x3 or 5x5 convolution of a channels-last map of half precision to two float channels, and its bias.
 //
-// With two outputs a convolution is all reading. So every pixel is read once (but for what strips share), straight into
-// the rows of a matrix product whose columns are the filter: column (ky, kx, output). A product of the pixels of row r
-// with the columns of ky is what r gives to row r + REACH - ky of the result; it is added to what the rows before gave
-// to that one, since the sums of a ky go on as those of ky + 1 at the next row. After the last ky they hold, for every
-// pixel, what it gives to each of its neighbours in the row (kx), which are added up through shared memory.
+// With two outputs a convolution is bound by reading. So every pixel is read once (but for what strips share), straight
+// into the rows of a matrix product whose columns are the filter: column (ky, kx, output). The product of the pixels of
+// row r with the columns of ky is what r contributes to row r + REACH - ky of the result. It is added to what the rows
+// before contributed to that row: at the next row of pixels the sums of each ky become those of ky + 1. After the last
+// ky they hold, for every pixel, its contribution to each of its neighbours in the row (kx); these are added up through
+// shared memory.
 //
-// A warp walks down a strip of 32 columns, of which it gives all but REACH on either side. A block has 4 warps: strips
-// side by side, or `splits` warps that each take a share of one strip's channels, added up in that same last step. The
-// block covers `rows` rows of the result.
+// A warp walks down a strip of 32 columns, of which it computes all but REACH on either side. A block has 4 warps:
+// `splits` warps each take a share of one strip's channels, which are added up in that same last step, and 4 / splits
+// strips lie side by side. The block covers `rows` rows of the result.
 //
-// Channels go 32 at a time, a *chunk*. Lane (g, t) fetches channels 8t to 8t + 7 of pixels g, g + 8, g + 16, g + 24 and
-// reads them back itself, some steps later: no barrier. Which channel is which of a product's k does not matter as long
-// as both sides agree, so these 16 bytes are the lane's operands of two products as they are. So are the weights, which
-// are packed (kernels/flow_head.py) as (chunk, tile of 8 columns, lane, 8 channels), and which all warps read.
+// Channels go 32 at a time, a *chunk*. Lane (g, t) fetches channels 8t to 8t + 7 of pixels g, g + 8, g + 16, g + 24
+// into shared memory and reads them back itself, some steps later: no barrier is needed. It does not matter which
+// channel is which k of a product as long as both operands agree, so these 16 bytes serve unchanged as the lane's
+// operands of two products. So do the weights, which are packed (kernels/flow_head.py) as (chunk, tile of 8 columns,
+// lane, 8 channels) and read by all warps.
 #include "tensor_core.cuh"
 
 constexpr int WARPS = 4, COLUMNS = 32, CHUNK = 32;
-constexpr int STAGES = 3;  // chunks that a warp has memory for; all but one are on their way
-constexpr int PITCH = COLUMNS + 4;  // floats: the four t of a warp meet different banks
+constexpr int STAGES = 3;  // chunks that a warp has shared memory for; all but one are in flight
+constexpr int PITCH = COLUMNS + 4;  // floats; with it the four t of a warp use different banks
 
-// Tiles of columns. 3x3: one for each ky, of the columns (kx, output) and two of zeros. 5x5: one for each ky, for kx
-// from 0 to 3, then two whose columns are (ky, output), for kx = 4: lane t has ky = t in the first, 4 + t in the second.
+// Tiles of columns. 3x3: one for each ky, with columns (kx, output) and two columns of zeros. 5x5: one for each ky, for
+// kx = 0 to 3, then two with columns (ky, output), for kx = 4: lane t has ky = t in the first, 4 + t in the second.
 template <int KERNEL>
 struct Sums {
     static constexpr int TILES = KERNEL == 3 ? 3 : 7;
-    float of[2][TILES][4];  // by half of the 32 pixels, tile, and place as multiply_add has it
+    float of[2][TILES][4];  // by half of the 32 pixels, tile, and index in multiply_add's d
 
     __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -36,7 +38,7 @@ struct Sums {
                 for (int i = 0; i < 4; ++i) of[m][tile][i] = 0;
     }
 
-    // The sums of each ky become those of ky + 1: the next row of pixels is one nearer to the end of the filter.
+    // The sums of each ky become those of ky + 1: to a row of the result, the next row of pixels is one filter row on.
     __device__ __forceinline__ void go_on(int lane) {
 #pragma unroll
         for (int m = 0; m < 2; ++m)
@@ -53,7 +55,7 @@ struct Sums {
             }
     }
 
-    // What the last ky holds, as (kx, output, pixel).
+    // Stores the sums of the last ky as (kx, output, pixel).
     __device__ __forceinline__ void give(float* given, int lane) const {
         const int g = lane / 4, t = lane % 4;
 #pragma unroll
@@ -82,7 +84,7 @@ __device__ __forceinline__ void flow_head(
     const int chunks = (channels + CHUNK - 1) / CHUNK;
     const int first_chunk = share * chunks / splits, last_chunk = (share + 1) * chunks / splits;
 
-    // --- fetching: always STAGES - 1 chunks ahead, row by row; what lies outside is zero ---
+    // --- fetching, always STAGES - 1 chunks ahead, row by row; what lies outside is zero ---
     uint4* const mine = fetched + warp * STAGES * OF_CHUNK + lane;
     const int column_of_0 = strip * GIVES - REACH + g, step = 8 * (int)x.x;  // of this lane's pixels
     unsigned inside = 0;
@@ -111,7 +113,7 @@ __device__ __forceinline__ void flow_head(
             uint4 pixels[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) pixels[i] = mine[stage * OF_CHUNK + i * 32];
-            fetch(stage == 0 ? STAGES - 1 : stage - 1);  // the one that was read in the last turn
+            fetch(stage == 0 ? STAGES - 1 : stage - 1);  // into the stage that was read in the previous turn
             stage = stage == STAGES - 1 ? 0 : stage + 1;
             const uint4* const columns = (const uint4*)weights + chunk * TILES * 32 + lane;
 #pragma unroll
@@ -128,12 +130,12 @@ __device__ __forceinline__ void flow_head(
             }
         }
 
-        // --- row y of the result is complete: its warps' shares are added up by one of them in turn ---
+        // --- row y of the result is complete: the shares of a strip's warps are added up, by one of them in turn ---
         const int y = row - REACH;
         if (y >= first_row) {
             float* const here = given + buffer * WARPS * OF_WARP;
             sums.give(here + warp * OF_WARP, lane);
-            __syncthreads();  // one a row: with two buffers nobody writes to what is still read
+            __syncthreads();  // one a row: with two buffers no warp writes to what another still reads
             const int column = strip * GIVES + lane;
             if ((y - first_row) % splits == share && lane < GIVES && column < width) {
 #pragma unroll
@@ -146,7 +148,7 @@ __device__ __forceinline__ void flow_head(
                     out[(((long long)n * 2 + output) * height + y) * width + column] = sum;
                 }
             }
-            __syncwarp();  // products are made by all lanes together
+            __syncwarp();  // all lanes must take part in the next product
             buffer ^= 1;
         }
         sums.go_on(lane);
@@ -165,23 +167,24 @@ HEAD_ENTRY(3, bfloat16, __nv_bfloat16)
 HEAD_ENTRY(5, half, __half)
 HEAD_ENTRY(5, bfloat16, __nv_bfloat16)
 
-// --- what a 5x5 head that stands for two layers adds too much at the borders -----------------------------------------
+// --- the excess at the borders of a 5x5 head that is merged from two layers ------------------------------------------
 //
-// The border of a picture is four lines: the first row, the last, then the columns between, left and right. A line is
-// cut into runs of RUN pixels, of which a warp takes 4. Lane (run, output, t) has channels 8t to 8t + 7 of each chunk,
-// whose weights serve all pixels of its run; `splits` warps of a block share the chunks, and one adds up what they found.
+// The border of a picture is four lines: the first row, the last row, then the left and the right column between them.
+// A line is cut into runs of RUN pixels, of which a warp takes 4. Lane (run, output, t) has channels 8t to 8t + 7 of
+// each chunk, and uses their weights for all pixels of its run. `splits` warps of a block share the chunks, and one of
+// them adds up their sums.
 //
-// `along`: (side, place along it, output, channel), the sides being above, below, left and right; `corners`: (corner,
-// output, channel), above left, above right, below left, below right. The corners' pixels lie in rows, and are the only
-// ones that meet a side across their line.
+// `along`: (side, filter place along it, output, channel), the sides being above, below, left and right; `corners`:
+// (corner, output, channel), above left, above right, below left, below right. The corners' pixels belong to the rows;
+// only they also lie at a side across their line.
 constexpr int BORDER_WARPS = 8, RUN = 4, TAPS = 5;  // as in flow_head.py
 
-// The channels of a lane: 8 of every `step`, as long as there are any.
+// A lane's channels: 8 of every `step`, from `first` on, below `all`.
 struct Channels {
     int first, step, all;
 };
 
-// 8 channels of a pixel times their weights.
+// Adds the products of a pixel's 8 channels and their weights.
 template <class T>
 __device__ __forceinline__ void add_product(float& sum, const uint4& pixel, const float4& low, const float4& high) {
     Several<T, 8> of;
@@ -191,14 +194,14 @@ __device__ __forceinline__ void add_product(float& sum, const uint4& pixel, cons
     sum += widened(x[4]) * high.x + widened(x[5]) * high.y + widened(x[6]) * high.z + widened(x[7]) * high.w;
 }
 
-// What a side adds to one output of COUNT neighbours in a line, of which `pixel` is the first, at `place` of `size`.
+// Adds the excess of one side, for one output, at COUNT neighbours in a line: from `pixel` on, at `place` of `size`.
 template <int COUNT, class T>
 __device__ __forceinline__ void add_side(
     float (&sums)[COUNT], const T* pixel, long long step, int place, int size, const float* filter, Channels channels
 ) {
 #pragma unroll 1
     for (int c = channels.first; c < channels.all; c += channels.step) {
-        uint4 near[COUNT + TAPS - 1];  // these and the weights are on their way before the first is needed
+        uint4 near[COUNT + TAPS - 1];  // these and the weights are in flight before the first is needed
 #pragma unroll
         for (int i = 0; i < COUNT + TAPS - 1; ++i) {
             const int away = i - TAPS / 2;
@@ -224,7 +227,7 @@ __device__ __forceinline__ void take_off_borders(
     const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32, t = lane % 4, output = lane / 4 % 2;
     const int share = warp % splits, n = (int)blockIdx.y;
     const Channels channels = {(share * 4 + t) * 8, splits * CHUNK, all_channels};
-    const bool adds_constants = share == 0 && t == 0;  // once
+    const bool adds_constants = share == 0 && t == 0;  // one lane of each run and output
 
     // --- which pixels ---
     const int rows = min(height, 2), columns = min(width, 2);
@@ -236,10 +239,10 @@ __device__ __forceinline__ void take_off_borders(
     const int first = in_row ? run % of_row * RUN : after / max(of_column, 1) * (width - 1);   // its column
     const int count = !there ? 0 : in_row ? width - first : height - 1 - y;  // may be more than RUN
     const unsigned at_row = (y == 0) | (y == height - 1) << 1, at_column = (first == 0) | (first == width - 1) << 1;
-    const unsigned beside = !there ? 0 : in_row ? at_row : at_column << 2;  // the sides that this line lies at
+    const unsigned beside = !there ? 0 : in_row ? at_row : at_column << 2;  // bit mask of the sides this line lies at
     const T* const pixel = x.at(n, 0, y, first);
 
-    // --- what it has found before: asked for early. Lane t writes pixel t of its run ---
+    // --- the head's result, loaded early. Lane t reads and writes pixel t of its run ---
     static_assert(RUN == 4, "a lane a pixel");
     float* const place = out + (((long long)n * 2 + output) * height + y) * width + first + (in_row ? t : t * width);
     const bool writes = share == 0 && t < count;
@@ -256,7 +259,7 @@ __device__ __forceinline__ void take_off_borders(
         for (int r = 0; r < RUN; ++r) sums[r] += constant;
     }
 
-    // --- the ends of rows lie at a side across as well, and at corners, which were taken off twice ---
+    // --- the ends of rows also lie at a side across, and at corners, which are counted twice ---
 #pragma unroll 1
     for (int end = 0; end < 2; ++end) {
         const int r = end ? width - 1 - first : -first;  // which pixel of the run
@@ -279,7 +282,7 @@ __device__ __forceinline__ void take_off_borders(
             if (i == r) sums[i] += sum[0] - again;
     }
 
-    // --- of the four lanes that share a run's output, then of the warps ---
+    // --- adding up over the four lanes that share a run's output, then over the warps ---
 #pragma unroll
     for (int r = 0; r < RUN; ++r) {
         float sum = sums[r];

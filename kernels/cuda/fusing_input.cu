@@ -1,8 +1,8 @@
-// What the network that fuses two flows is given: the first frame, both flows, their lengths, and for each of them how far
-// the first frame is from the second one seen through it.
+// The input of the network that fuses two flows: the first frame, both flows, their lengths, and for each flow the norm
+// of the first frame minus the second one warped by it.
 //
-// One thread computes one column of 4 pixels, which take one and the same value of each flow at a quarter of the size:
-// what the lower of two pixels fetches first, the upper one has fetched last.
+// One thread computes one column of 4 pixels, which all take the same value of each quarter-size flow. So the first row
+// that a pixel needs of the second frame is the last that the pixel above it has fetched.
 #include "pixels.cuh"
 #include "sampling.cuh"
 
@@ -12,7 +12,7 @@ struct Flow {
     float u, v;
 };
 
-// The nearest of a flow at a quarter of the size, in pixels.
+// The nearest value of a quarter-size flow, in pixels.
 __device__ __forceinline__ Flow nearest(View<const float> flow, const Pixel& p, float scale) {
     const float* const place = flow.at(p.n, 0, p.y / 4, p.x / 4);
     return {place[0] * scale, place[flow.c] * scale};
@@ -20,8 +20,8 @@ __device__ __forceinline__ Flow nearest(View<const float> flow, const Pixel& p, 
 
 __device__ __forceinline__ float length(Flow flow) { return sqrtf(flow.u * flow.u + flow.v * flow.v); }
 
-// How far the first frame is from what the second holds where the flow points, for each pixel. `second` is where the
-// first of them lies in its first plane.
+// For each pixel, the norm of the first frame minus the second one sampled where the flow points. `second`: the address
+// of the first pixel in the second frame's first plane.
 __device__ __forceinline__ void errors_of(
     Flow flow, const float (&first)[ROWS][3], const float* second, const Pixel& p, int height, int width,
     float (&errors)[ROWS]

@@ -1,7 +1,7 @@
-// Two frames less the mean of their means, over 255, to wherever networks read them from.
+// Two frames minus the mean of their means, divided by 255, written wherever networks read them from.
 //
-// One thread computes one column of 4 pixels of both frames, and stores each up to three times: in six planes of float,
-// as a pixel of a channels-last map, and as one in each half of a batch of twice as many.
+// One thread computes one column of 4 pixels of both frames, and stores each pixel up to three times: in six planes of
+// float, as one pixel of a channels-last map, and as one pixel in each half of a batch of twice as many maps.
 #include "pixels.cuh"
 
 constexpr int ROOM = 8;

@@ -1,15 +1,15 @@
-// Maps a whole pixel at a time: a tile of pixels for each block, and in it a column of a few for each thread.
+// Maps written a whole pixel at a time: each block takes a tile of pixels, each thread a column of ROWS pixels in it.
 //
-// A warp takes 32 columns of ROWS pixels: what its rows fetch of the same places, and what is the same for all of them,
-// is fetched once. Threads beside the picture go on, with the column at its edge, since neighbours store for each other.
+// A warp takes 32 such columns. A thread fetches once what several of its pixels read. Threads beyond the picture's
+// right edge do not return, but repeat the last column, since neighbouring lanes store for each other.
 #pragma once
 
 #include "common.cuh"
 
-constexpr int ROWS = 4, TILE_COLUMNS = 32;  // as in pixels.py; of a block's 8 warps each has ROWS rows
+constexpr int ROWS = 4, TILE_COLUMNS = 32;  // as in pixels.py; each of a block's 8 warps has ROWS rows
 
-// The first pixel of this thread's. `inside` tells whether the column is its own; all of a warp have the same rows,
-// which may lie below the picture.
+// This thread's first pixel. `inside` tells whether the column lies in the picture; all lanes of a warp have the same
+// rows, which may lie below the picture.
 __device__ __forceinline__ Pixel column_of_tile(int width) {
     const int x = (int)(blockIdx.x * TILE_COLUMNS + threadIdx.x % TILE_COLUMNS);
     const int y = (int)(blockIdx.y * (blockDim.x / TILE_COLUMNS) + threadIdx.x / TILE_COLUMNS) * ROWS;
@@ -23,23 +23,23 @@ __device__ __forceinline__ uint4 exchanged(uint4 mine) {  // with the neighbouri
             __shfl_xor_sync(0xffffffffu, mine.z, 1), __shfl_xor_sync(0xffffffffu, mine.w, 1)};
 }
 
-// Word by word: a choice between two of them as a whole would become two branches.
+// Word by word: a selection between two uint4 as a whole would become two branches.
 __device__ __forceinline__ uint4 chosen(bool one, uint4 a, uint4 b) {
     return {one ? a.x : b.x, one ? a.y : b.y, one ? a.z : b.z, one ? a.w : b.w};
 }
 
 // Stores a column's pixels in a dense channels-last map, one after the other: their values, then zeros up to CHANNELS.
-// All lanes of a warp make one, and write at once.
+// All lanes of a warp must construct it and call write() together.
 //
-// Memory takes 32 bytes at a time. So lanes 2i and 2i + 1 store one pixel together, 32 bytes of it at once, then the
-// other: each gives its neighbour what that one stores.
+// Memory is written in sectors of 32 bytes. So lanes 2i and 2i + 1 together store 32 bytes of the one's pixel at once,
+// then of the other's: each lane passes its neighbour the piece that the neighbour stores.
 template <class T, int CHANNELS>
 class Pixels {
     static constexpr int EACH = PIECE / (int)sizeof(T), PIECES = CHANNELS / EACH;
     static_assert(CHANNELS % EACH == 0 && (PIECES == 1 || PIECES % 2 == 0), "whole pieces");
 
     T* place;     // of this lane's first piece in the first of the two pixels
-    bool second;  // whether this lane's own is the second of them
+    bool second;  // whether this lane's own pixel is the second of them
     bool first_inside, second_inside;
     int row;
 
@@ -50,7 +50,7 @@ public:
         first_inside = second_inside = p.inside;
         if (PIECES == 1) return;
         const bool beside = __shfl_xor_sync(0xffffffffu, (int)p.inside, 1) != 0;
-        if (second && p.inside) place -= CHANNELS;  // beyond the edge it stands at the first's
+        if (second && p.inside) place -= CHANNELS;  // beyond the edge it is the first's place already
         if (second) first_inside = beside, place += EACH;
         else second_inside = beside;
     }

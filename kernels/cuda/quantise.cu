@@ -1,4 +1,4 @@
-// Flow to whole numbers of steps, with what could not be kept counted and the largest error found.
+// Flow to integer steps, with a count of the vectors that could not be kept and the largest error.
 //
 // One thread computes every (blocks * 256)th pixel of one picture, both components: neighbouring threads read and
 // write neighbouring pixels. A step is a power of two, so scaling is exact both ways, and so is the error.
@@ -13,8 +13,8 @@ struct Found {
     }
 };
 
-// limit: the largest number of steps that is kept. fill: what stands for a vector that is not. found: of each picture
-// the unknown vectors, then of each those beyond range, then of each the bits of the largest error; 0 before.
+// limit: the largest number of steps that is kept. fill: stored where a vector is not kept. found, 0 at first: for each
+// picture the unknown vectors, then for each those beyond range, then for each the bits of the largest error.
 template <class T, class Steps>
 __device__ __forceinline__ void quantise(
     View<const T> flow, View<Steps> out, int* found, int batch, int height, int width, int blocks, float step,

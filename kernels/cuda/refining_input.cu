@@ -1,14 +1,13 @@
-// What a network that refines a flow is given: both frames, the second one seen through the flow, the flow, and how far
-// the first frame is from what is seen.
+// The input of a network that refines a flow: both frames, the second one warped by the flow, the flow, and the norm of
+// the first frame minus the warped one.
 //
-// One thread computes one column of 4 pixels, which lie among the same 3 rows of the flow at a quarter of the size.
+// One thread computes one column of 4 pixels, which depend on the same 3 rows of the quarter-size flow.
 #include "pixels.cuh"
 #include "sampling.cuh"
 
 constexpr int CHANNELS = 12, ROOM = 16;
 
-// Between which two of `size` values a pixel lies that is a quarter as large, centres in the middle, and the weight of
-// the second.
+// The two of `size` quarter-size values between which a pixel lies (half-pixel centres), and the weight of the second.
 struct Between {
     int first, second;
     float part;
@@ -43,7 +42,8 @@ __device__ __forceinline__ void refining_input(
     Pixels<T, ROOM> room(out, p, height, width);
 #pragma unroll
     for (int r = 0; r < ROWS; ++r, own += width) {
-        // The first two lie above the middle of the flow's own pixel, the others below it; the picture's first two at it.
+        // The first two pixels lie above the centre of their flow value, the others below it; the picture's first two
+        // count as lying at the centre.
         const bool above = r < 2 && quarter > 0;
         const float part = r < 2 ? above ? 0.625f + 0.25f * r : 0.0f : 0.25f * r - 0.375f;
         const float right = (1 - part) * around[above ? 0 : 1][0] + part * around[above ? 1 : 2][0];

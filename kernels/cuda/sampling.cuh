@@ -1,13 +1,13 @@
-// Where a displaced pixel lies between four others, the border repeated: what every warp here samples by.
+// Bilinear sampling at a displaced pixel, the border repeated: shared by all kernels that warp.
 //
-// Coordinates are always float. The pixel's own coordinate is whole and only added to the flow's whole part: at
-// x = 4000 their sum as a float would be off by 1e-4.
+// Displacements are always float. The pixel's own coordinate is an integer and is added to the flow's integer part
+// only: at x = 4000 the sum of both as a float would be off by 1e-4.
 #pragma once
 
 #include "common.cuh"
 
-// A displacement along one axis: whole pixels, rounded down, and the rest. NaN fails every comparison and lives on in
-// the rest.
+// A displacement along one axis: whole pixels, rounded down, and the fraction. NaN fails every comparison and remains
+// in the fraction.
 struct Shift {
     int whole;
     float part;
@@ -23,7 +23,7 @@ __device__ __forceinline__ Shift shift_of(float shift, int size) {
 
 __device__ __forceinline__ int held(int place, int size) { return max(0, min(place, size - 1)); }
 
-// The two neighbours along one axis, held inside the image, and the weight of the second.
+// The two neighbours along one axis, clamped to the image, and the weight of the second.
 struct Neighbours {
     int first, second;
     float part;
@@ -34,18 +34,18 @@ __device__ __forceinline__ Neighbours neighbours(int place, float shift, int siz
     return {held(place + by.whole, size), held(place + by.whole + 1, size), by.part};
 }
 
-template <class Offset>  // an integer that reaches over one plane
+template <class Offset>  // an integer type wide enough for offsets within one plane
 struct Corners {
     Offset top_left, top_right, bottom_left, bottom_right;  // in elements
     float left, right, top, bottom;                         // weights
 
-    // Counted from another place than the plane's beginning.
+    // The same, as offsets from `place` instead of the plane's beginning.
     __device__ __forceinline__ Corners from(Offset place) const {
         return {top_left - place, top_right - place, bottom_left - place, bottom_right - place, left, right, top, bottom};
     }
 };
 
-// Of the pixel (x, y) displaced by (u, v), in planes whose rows and columns lie so many elements apart.
+// Those of the pixel (x, y) displaced by (u, v), in planes whose rows and columns are so many elements apart.
 template <class Offset>
 __device__ __forceinline__ Corners<Offset> corners(
     int x, int y, float u, float v, int height, int width, Offset row, Offset column

@@ -1,7 +1,7 @@
-// Products of small matrices by a warp's tensor cores, and what brings their operands into place (sm_80 and newer).
+// Products of small matrices on tensor cores, and the loads of their operands (sm_80 and newer).
 //
-// Products and loads are called by all 32 lanes of a warp at once; g = lane / 4, t = lane % 4. One 32 bit word holds two
-// elements of half precision, the first in its low bits.
+// All 32 lanes of a warp call products and matrix loads together; g = lane / 4, t = lane % 4. One 32-bit word holds two
+// half-precision elements, the first in its low bits.
 #pragma once
 
 #include "common.cuh"
@@ -12,7 +12,7 @@
 //     a[1]: row g + 8, columns 2t,     2t + 1      b[1]: column g, rows 2t + 8, 2t + 9
 //     a[2]: row g,     columns 2t + 8, 2t + 9      d[0], d[1]: row g,     columns 2t, 2t + 1
 //     a[3]: row g + 8, columns 2t + 8, 2t + 9      d[2], d[3]: row g + 8, columns 2t, 2t + 1
-#ifdef WARP_GIVES  // the tests': what every lane has given, on a CPU
+#ifdef WARP_GIVES  // defined by the tests, on a CPU: collects what every lane of the warp passes
 template <class T>
 __device__ void multiply_add(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
     struct Operands {
@@ -50,8 +50,8 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const unsigned (&a)[
 
 // --- four 8x8 matrices of half precision from shared memory --------------------------------------------------------
 //
-// Lane i names where row i % 8 of matrix i / 8 lies: 8 elements, aligned to 16 bytes. It gets, of each matrix, elements
-// 2t and 2t + 1 of row g; TRANSPOSED, of column g.
+// Lane i passes the address of row i % 8 of matrix i / 8: 8 elements, aligned to 16 bytes. From each matrix it gets
+// elements 2t and 2t + 1 of row g; if TRANSPOSED, of column g.
 template <bool TRANSPOSED>
 __device__ __forceinline__ void load_matrices(unsigned (&out)[4], const void* row) {
 #ifdef WARP_GIVES
@@ -77,11 +77,11 @@ __device__ __forceinline__ void load_matrices(unsigned (&out)[4], const void* ro
 #endif
 }
 
-// --- global to shared memory, 16 or 8 bytes a call, while the thread goes on ------------------------------------------
+// --- asynchronous copies from global to shared memory, 16 or 8 bytes per call ----------------------------------------
 //
-// Both ends are aligned to as many; where not `inside`, zeros are written and `from` is not read. What a thread has
-// asked for since its last fetch_end() is one batch. fetch_wait<N>() returns when all but its last N batches are there;
-// a barrier after it makes them visible to the others.
+// Both addresses are aligned to the size; if not `inside`, zeros are written and `from` is not read. A thread's fetches
+// since its last fetch_end() are one batch. fetch_wait<N>() returns when all but the thread's last N batches have
+// arrived; a barrier after it makes them visible to the other threads.
 #ifdef WARP_GIVES
 #define fetch_16(to, from, inside) shim::fetch(to, from, inside, 16)
 #define fetch_8(to, from, inside) shim::fetch(to, from, inside, 8)

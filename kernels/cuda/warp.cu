@@ -1,7 +1,7 @@
-// Backward warping: each pixel fetched from where the flow points, bilinear, the border repeated; and both gradients.
+// Backward warping: each pixel sampled where the flow points, bilinear, the border repeated; and both gradients.
 //
 // One thread computes one pixel of the output, all channels of it. Neighbouring threads take neighbouring x, then y,
-// then the batch. Flow is smooth, so a warp's four loads per channel fall on a few runs of memory.
+// then the batch. Flow is smooth, so the four loads per channel of a warp (of threads) fall on a few runs of memory.
 #include "sampling.cuh"
 
 template <class T>
@@ -29,8 +29,8 @@ __device__ __forceinline__ bool is_known(const Pixel& p, View<const float> flow)
     return u == u && v == v;
 }
 
-// Gradient for the image: each pixel of the output gives its four sources their shares, unless its flow is NaN. ``out``
-// is float and zero before; the order of the additions is the hardware's, so the last bits may differ from run to run.
+// Gradient for the image: each output pixel adds its share to its four source pixels, unless its flow is NaN. ``out``
+// is float and must be zero at first; the hardware orders the additions, so the last bits may differ from run to run.
 template <class T>
 __device__ __forceinline__ void warp_image_gradient(
     View<const T> grad, View<const float> flow, View<float> out, int batch, int channels, int height, int width
@@ -49,7 +49,7 @@ __device__ __forceinline__ void warp_image_gradient(
     }
 }
 
-// Gradient for the flow: the slope of the image between the four neighbours; none where it is NaN.
+// Gradient for the flow: the slope of the image between the four neighbours; zero where the flow is NaN.
 template <class T>
 __device__ __forceinline__ void warp_flow_gradient(
     View<const T> grad, View<const T> image, View<const float> flow, View<float> out, int batch, int channels, int height,

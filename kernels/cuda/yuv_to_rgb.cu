@@ -1,16 +1,16 @@
-// A decoder's surface (NV12, P010 and their kin) to planar RGB with the networks' padding around it, in one pass.
+// A decoder's surface (NV12, P010 and similar) to planar RGB with the networks' padding around it, in one pass.
 //
 // One thread computes one pixel of the padded picture, all three planes of it. Neighbouring threads take neighbouring
 // x, then y, so that luma is read and each plane written in runs; the four chroma samples around a pixel are shared
 // with its neighbours and come from the cache.
 #include "common.cuh"
 
-// What turns stored values into RGB from 0 to 255; kernels/yuv_to_rgb.py says how they are found.
+// Coefficients that turn stored values into RGB from 0 to 255; kernels/yuv_to_rgb.py derives them.
 struct Coefficients {
     float black, luma_scale, grey, red_cr, green_cb, green_cr, blue_cb;
 };
 
-// The two samples of one side around a pixel, and how far it is from the first to the second.
+// The two samples around a pixel along one axis, and the weight of the second.
 struct Between {
     int before, after;
     float part;
@@ -23,7 +23,7 @@ __device__ __forceinline__ Between between(int pixel, int samples, float scale) 
     return {before, before + 1 < samples ? before + 1 : before, place - (float)before};
 }
 
-// The place inside, for one place of a padded side: the border repeats the edge, half of it on each side.
+// The place in the picture for a place along a padded axis: the padding, half of it on each side, repeats the edge.
 __device__ __forceinline__ int inside(int place, int inner, int outer) {
     const int moved = place - (outer - inner) / 2;
     return moved < 0 ? 0 : moved < inner ? moved : inner - 1;
