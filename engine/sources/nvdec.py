@@ -187,6 +187,10 @@ class NvdecDecoder:
         with closing(self._instead.pictures(due)) as pictures:
             yield from ((number, picture) for number, picture in pictures if number >= due)
 
+    def patched(self, picture: Any) -> bool:
+        """See ``VideoDecoder``; the chip does not tell."""
+        return self._relieved and self._instead is not None and self._instead.patched(picture)
+
     def rgb(self, picture: Any, number: int) -> Tensor:
         """See ``VideoDecoder``."""
         if self._relieved:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import closing, suppress
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import av
 import torch
+from av import CodecContext
+from av.bitstream import BitStreamFilterContext
+from av.packet import Packet
 from torch import Tensor
 
 from flowreel.engine.sources.picture import Converter
 from flowreel.engine.sources.probe import VideoProbe, decoded, opened, packets
-from flowreel.engine.sources.timecode import MOST_REORDERED, Timeline
+from flowreel.engine.sources.timecode import MOST_REORDERED, NO_STAMP, Timeline
 
 if TYPE_CHECKING:
-    from av.packet import Packet
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
@@ -24,43 +28,74 @@ if TYPE_CHECKING:
 # Decoders that with frame threading sometimes output a picture before they mark it as damaged (seen 17 times in 750
 # with FFmpeg's MPEG-4 part 2 decoder on a loaded machine; never with one thread).
 _TELL_LATE = {"mpeg4"}
+# Decoders that conceal damage without marking the picture. With err_detect=explode they report it as an error instead.
+# That cannot be the rule for all of them: FFmpeg's VP9 decoder then fails on intact files.
+_SILENT = {"hevc", "mjpeg"}
+_FAIL_AT_ERRORS = {"err_detect": "explode"}
+
+
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """A decoded picture. It stays valid for as long as it is referenced."""
+
+    frame: VideoFrame
+    damaged: bool  # and concealed by the decoder
+    latest_stamp: int | None  # the largest of this picture and of those decoded before it, which it may reference
 
 
 class PyAVDecoder:
-    """A ``VideoDecoder`` that gives pictures on the CPU. They stay valid for as long as they are referenced."""
+    """A ``VideoDecoder`` that gives pictures on the CPU."""
 
     def __init__(self, probe: VideoProbe) -> None:
         self._probe = probe
         self._convert = Converter(probe.path.name, probe.stored_size, probe.turn)
         self.name = f"PyAV ({probe.codec})"
 
-    def pictures(self, first: int) -> Generator[tuple[int, VideoFrame], None, None]:
+    def pictures(self, first: int) -> Generator[tuple[int, Decoded], None, None]:
         """See ``VideoDecoder``."""
         return _numbered(self._probe, first)
 
-    def rgb(self, picture: VideoFrame, number: int) -> Tensor:
+    def patched(self, picture: Decoded) -> bool:
         """See ``VideoDecoder``."""
-        return torch.from_numpy(self._convert(picture, number)).permute(2, 0, 1)
+        return picture.damaged
+
+    def rgb(self, picture: Decoded, number: int) -> Tensor:
+        """See ``VideoDecoder``."""
+        return torch.from_numpy(self._convert(picture.frame, number)).permute(2, 0, 1)
 
 
-def _numbered(probe: VideoProbe, first: int) -> Generator[tuple[int, VideoFrame], None, None]:
-    """Decoded frames with their numbers, in rising order, from ``first`` or somewhat before it on.
+def _numbered(probe: VideoProbe, first: int) -> Generator[tuple[int, Decoded], None, None]:
+    """Pictures with their numbers, in rising order, from ``first`` or somewhat before it on.
 
     When a frame from ``first`` on is missing, or any has concealed damage, decoding starts over near that place with
     one thread. With several threads, the number of intact frames lost with a damaged one, and what conceals the damage
     in it and in the frames that reference it, would depend on the number of cores, and FFmpeg may not report the error.
+
+    A B-frame references a frame that is shown after it, and is held back until that frame has come out intact.
     """
-    due = first
+    due = first  # number of the next frame to yield
+    coming = first  # number of the next frame to come out of the decoder
+    held: deque[tuple[int, Decoded, int]] = deque()  # each with the number of the frame it waits for
     with suppress(av.FFmpegError):
-        for number, frame in _from(probe, first, careful=False):
-            if number > due or frame.is_corrupt:
+        for number, picture in _from(probe, first, careful=False):
+            if number > coming or picture.damaged:
                 break
-            yield number, frame
-            due = max(due, number + 1)
+            coming = max(coming, number + 1)
+            latest = probe.timeline.number_of(picture.latest_stamp)
+            held.append((number, picture, number if latest is None else latest))
+            while held and held[0][2] <= number:
+                given, intact, _ = held.popleft()
+                yield given, intact
+                due = max(due, given + 1)
+        else:
+            if coming >= len(probe.timeline):
+                yield from ((given, intact) for given, intact, _ in held)
+                return
+    held.clear()
     if due < len(probe.timeline):
-        for number, frame in _from(probe, due, careful=True):
+        for number, picture in _from(probe, due, careful=True):
             if number >= due:
-                yield number, frame
+                yield number, picture
 
 
 def key_frame_before(probe: VideoProbe, number: int) -> int:
@@ -69,8 +104,8 @@ def key_frame_before(probe: VideoProbe, number: int) -> int:
     return int(probe.key_frames[place]) if place >= 0 and probe.timeline.stamps is not None else 0
 
 
-def _from(probe: VideoProbe, first: int, careful: bool) -> Iterator[tuple[int, VideoFrame]]:
-    """Decoded frames with their numbers, from ``first`` or somewhat before it.
+def _from(probe: VideoProbe, first: int, careful: bool) -> Iterator[tuple[int, Decoded]]:
+    """Pictures with their numbers, from ``first`` or somewhat before it.
 
     Frames shown after a key frame reference nothing before it. Frames shown before it may, even if they follow it in
     the file. So decoding starts at the last key frame that is shown no later than ``first``, or, near damage
@@ -78,34 +113,32 @@ def _from(probe: VideoProbe, first: int, careful: bool) -> Iterator[tuple[int, V
     """
     start = key_frame_before(probe, max(first - MOST_REORDERED, 0) if careful else first)
     if start > 0 and probe.timeline.stamps is not None:
-        with closing(_pass(probe, int(probe.timeline.stamps[start]), careful, latest=first)) as frames:
-            head = next(frames, None)
-            number = None if head is None else probe.timeline.number_of(head.pts)
+        with closing(_pass(probe, int(probe.timeline.stamps[start]), careful, latest=first)) as pictures:
+            head = next(pictures, None)
+            number = None if head is None else probe.timeline.number_of(head.frame.pts)
             if head is not None and number is not None and number <= first:
                 yield number, head
-                yield from _count(probe.timeline, frames, number)
+                yield from _count(probe.timeline, pictures, number)
                 return
-    with closing(_pass(probe, None, careful)) as frames:
-        yield from _count(probe.timeline, frames, -1)
+    with closing(_pass(probe, None, careful)) as pictures:
+        yield from _count(probe.timeline, pictures, -1)
 
 
-def _count(timeline: Timeline, frames: Iterator[VideoFrame], last: int) -> Iterator[tuple[int, VideoFrame]]:
-    """Number frames by their stamps, or by counting where those are unusable. ``last``: number before the first."""
-    for frame in frames:
-        number = timeline.number_of(frame.pts)
+def _count(timeline: Timeline, pictures: Iterator[Decoded], last: int) -> Iterator[tuple[int, Decoded]]:
+    """Number pictures by their stamps, or by counting where those are unusable. ``last``: number before the first."""
+    for picture in pictures:
+        number = timeline.number_of(picture.frame.pts)
         if number is None:
             number = last + 1
         if number <= last:
             continue  # a repeated frame
         if number >= len(timeline):
             return
-        yield number, frame
+        yield number, picture
         last = number
 
 
-def _pass(
-    probe: VideoProbe, seek_stamp: int | None, careful: bool, latest: int = 0
-) -> Generator[VideoFrame, None, None]:
+def _pass(probe: VideoProbe, seek_stamp: int | None, careful: bool, latest: int = 0) -> Generator[Decoded, None, None]:
     """One pass of the decoder, from the start or from the key frame at a stamp; empty if the seek fails.
 
     latest: highest number of a key frame to start from: a container that seeks by decoding order may land too late.
@@ -115,19 +148,61 @@ def _pass(
     with opened(probe.path) as container:
         stream = container.streams[probe.stream_index]
         assert isinstance(stream, av.VideoStream)
+        silent, watcher = stream.codec_context.name in _SILENT, None
         if careful:
             stream.thread_count = 1
+            watcher = _Watcher(stream) if silent else None
         else:
             stream.thread_type = "SLICE" if stream.codec_context.name in _TELL_LATE else "AUTO"
+            stream.codec_context.options = dict(_FAIL_AT_ERRORS) if silent else {}
         if seek_stamp is not None:
             try:
                 container.seek(seek_stamp, stream=stream)
             except av.FFmpegError:
                 return  # cannot seek: the caller decodes from the start
+        latest_stamp = NO_STAMP
+        latest_stamps: dict[int, int] = {}  # stamp of a packet in the decoder -> latest_stamp at that packet
+        wrong: set[int] = set()  # stamps of the packets in which the watcher has found an error
         for place, packet in enumerate(packets(container, stream)):
             if seek_stamp is not None and place == 0 and not _is_key(packet, probe, latest):
                 return
-            yield from decoded(packet) if careful else packet.decode()
+            if packet.pts is not None:
+                latest_stamp = latest_stamps[packet.pts] = max(latest_stamp, packet.pts)
+                if watcher is not None and watcher.finds_error(packet):
+                    wrong.add(packet.pts)
+            for frame in decoded(packet) if careful else packet.decode():
+                latest_of_frame = None if frame.pts is None else latest_stamps.pop(frame.pts, None)
+                yield Decoded(frame, frame.is_corrupt or frame.pts in wrong, latest_of_frame)
+
+
+class _Watcher:
+    """A second decoder of a stream, which finds the errors that the first one conceals.
+
+    For HEVC it does not see SEI messages: an error in one of those does not damage the picture.
+    """
+
+    def __init__(self, stream: VideoStream) -> None:
+        own = stream.codec_context
+        self._context: Any = CodecContext.create(own.codec, "r")  # a VideoCodecContext, which has decode()
+        self._context.options = dict(_FAIL_AT_ERRORS)
+        self._context.thread_count = 1
+        self._filter = None
+        if own.name == "hevc":  # hevc_mp4toannexb moves parameter sets from the extradata into the stream
+            self._filter = BitStreamFilterContext("hevc_mp4toannexb,filter_units=remove_types=39-40", stream)
+        else:
+            self._context.extradata = own.extradata
+
+    def finds_error(self, packet: Packet[VideoStream]) -> bool:
+        """Whether the packet is damaged. To be called with every packet in file order, from a key frame on."""
+        if packet.size == 0:
+            return False  # the packet that flushes the decoder
+        copied = Packet(bytes(packet))  # a filter consumes its packet
+        try:
+            for part in [copied] if self._filter is None else self._filter.filter(copied):
+                self._context.decode(part)
+        except av.FFmpegError:
+            return True
+        return False
 
 
 def _is_key(packet: Packet[VideoStream], probe: VideoProbe, latest: int) -> bool:

@@ -17,11 +17,10 @@ from flowreel.engine.errors import DeviceError, SourceChangedError, SourceNotFou
 from flowreel.engine.protocols import Picture
 from flowreel.engine.sources.fingerprint import last_change, source_id
 from flowreel.engine.sources.probe import VideoProbe, probe_video
-from flowreel.engine.sources.pyav import PyAVDecoder, key_frame_before
+from flowreel.engine.sources.pyav import Decoded, PyAVDecoder, key_frame_before
 from flowreel.engine.sources.timecode import parse_seconds, select_frames
 
 if TYPE_CHECKING:
-    from av.video.frame import VideoFrame
     from torch import Tensor
 
     from flowreel.engine.data import Float64Array
@@ -43,6 +42,10 @@ class VideoDecoder(Protocol):
 
         One that cannot be decoded is left out. A picture is valid until the next one is requested.
         """
+        ...
+
+    def patched(self, picture: Any) -> bool:
+        """Whether the picture is damaged, and was patched up; False where the decoder does not tell."""
         ...
 
     def rgb(self, picture: Any, number: int) -> Tensor:
@@ -173,14 +176,14 @@ class VideoSource:
         return self._pictures_from(number, PyAVDecoder(self._probe))
 
     def _pictures_from(self, first: int, decoder: PyAVDecoder) -> Generator[Picture, None, None]:
-        def developed(number: int, picture: VideoFrame) -> Callable[[], Frame]:
+        def developed(number: int, picture: Decoded) -> Callable[[], Frame]:
             return lambda: self._frame(number, decoder.rgb(picture, number))
 
         with closing(decoder.pictures(first)) as numbered:
             for number, picture in numbered:
-                if picture.is_corrupt:
+                if decoder.patched(picture):
                     self._patched.add(number)
-                size = sum(plane.buffer_size for plane in picture.planes)
+                size = sum(plane.buffer_size for plane in picture.frame.planes)
                 yield Picture(number, size, developed(number, picture))
 
     def _frame(self, number: int, rgb: Tensor) -> Frame:
@@ -201,7 +204,7 @@ class VideoSource:
                 if self._closed:
                     return
                 if number in self._wanted:
-                    if getattr(picture, "is_corrupt", False):  # NVDEC does not tell
+                    if self._decoder.patched(picture):
                         self._patched.add(number)
                     with concerning(number):
                         rgb = self._decoder.rgb(picture, number)

@@ -227,4 +227,4 @@ def test_a_key_frame_behind_the_wanted_one_will_not_do(keyed: Path) -> None:
     stamp = int(probe.timeline.stamps[40])  # type: ignore[index]
     assert list(pyav._pass(probe, stamp, False, latest=39)) == []
     head = next(pyav._pass(probe, stamp, False, latest=40))
-    assert probe.timeline.number_of(head.pts) == 40
+    assert probe.timeline.number_of(head.frame.pts) == 40

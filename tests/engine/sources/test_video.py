@@ -32,7 +32,7 @@ from flowreel.engine.errors import (
     frame_of,
 )
 from flowreel.engine.protocols import Source
-from flowreel.engine.sources import open_source
+from flowreel.engine.sources import open_source, pyav
 from flowreel.engine.sources.picture import Turn
 from flowreel.engine.sources.probe import VideoProbe, probe_video
 from flowreel.engine.sources.video import VideoSource, open_video
@@ -170,12 +170,10 @@ class TestSelection:
 
 
 def test_seeking_really_skips(long_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flowreel.engine.sources import pyav
-
     probe = probe_video(str(long_clip))
     stamps: list[int | None] = []
     real = pyav._pass
-    monkeypatch.setattr(pyav, "_pass", lambda *a, **k: (stamps.append(frame.pts) or frame for frame in real(*a, **k)))
+    monkeypatch.setattr(pyav, "_pass", lambda *a, **k: (stamps.append(it.frame.pts) or it for it in real(*a, **k)))
     assert numbers(VideoSource(probe, SelectConfig(start=90, stop=92))) == [90, 91]
     assert probe.timeline.number_of(stamps[0]) == 80  # the key frame before it
 
@@ -184,8 +182,6 @@ def test_seeking_really_skips(long_clip: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_seek_that_lands_wrong_is_made_good_from_the_start(
     long_clip: Path, monkeypatch: pytest.MonkeyPatch, lands: str
 ) -> None:
-    from flowreel.engine.sources import pyav
-
     probe = probe_video(str(long_clip))
     assert probe.timeline.stamps is not None
     whole = [frame.rgb for frame in VideoSource(probe, SelectConfig())]
@@ -197,7 +193,7 @@ def test_a_seek_that_lands_wrong_is_made_good_from_the_start(
         begun.append(seek_stamp)
         frames: Iterator[Any] = real(probe, seek_stamp, careful, latest)
         if seek_stamp is not None:
-            frames = (frame for frame in frames if lands != "nowhere" and frame.pts >= later)
+            frames = (frame for frame in frames if lands != "nowhere" and frame.frame.pts >= later)
         yield from frames
 
     monkeypatch.setattr(pyav, "_pass", misled)
@@ -455,6 +451,61 @@ class TestDamage:
             frames = list(open_source(tmp_path / "patched.mp4", SelectConfig(start=start, stop=number + 8)))
             assert [frame.index for frame in frames] == [n for n in whole if start <= n < number + 8]
             assert all(torch.equal(frame.rgb, whole[frame.index]) for frame in frames), start
+
+    @pytest.fixture
+    def leaning(self, clip: Clip) -> Callable[[str], Path]:
+        """Clips of a moving texture with B-frames, by the codec."""
+        options = {
+            "libx264": {"g": "20", "x264-params": "open-gop=1:scenecut=0:bframes=3"},
+            "libx265": {"x265-params": "keyint=20:bframes=4:open-gop=1:log-level=none"},
+            "mpeg2video": {"g": "12", "bf": "2"},
+        }
+        texture = np.random.default_rng(0).integers(0, 255, (82, 98, 3), np.uint8).repeat(4, 0).repeat(4, 1)
+        shown = [np.ascontiguousarray(texture[n : n + 128, 2 * n : 2 * n + 192]) for n in range(45)]
+
+        def write(codec: str) -> Path:
+            pictures = [av.VideoFrame.from_ndarray(picture, "rgb24") for picture in shown]
+            return clip(f"{codec}.mp4", size=(192, 128), codec=codec, pictures=pictures, options=options[codec])
+
+        return write
+
+    @pytest.mark.parametrize(
+        ("codec", "places"),
+        [("libx264", (14, 22, 26)), ("libx265", (12, 22, 34)), ("mpeg2video", (14, 20))],
+    )
+    def test_nothing_that_several_threads_patched_up_is_given(
+        self, leaning: Callable[[str], Path], tmp_path: Path, codec: str, places: tuple[int, ...]
+    ) -> None:
+        """Neither a B-frame that is shown before the damaged frame it was made from, nor what HEVC keeps to itself."""
+        whole = leaning(codec)
+        with av.open(str(whole)) as container:
+            packets = [(p.pos, p.size, p.pts) for p in container.demux(video=0) if p.size]
+        for place in places:  # in the order of the file
+            position, size, stamp = packets[place]
+            data = bytearray(whole.read_bytes())
+            data[position + size // 2 : position + size // 2 + 12] = b"\xff" * 12
+            (tmp_path / "patched.mp4").write_bytes(data)
+            probe = probe_video(str(tmp_path / "patched.mp4"))
+            decoder = pyav.PyAVDecoder(probe)
+            given = {number: decoder.rgb(picture, number) for number, picture in decoder.pictures(0)}
+            careful = {number: decoder.rgb(it, number) for number, it in pyav._from(probe, 0, careful=True)}
+            assert given.keys() == careful.keys()
+            assert [number for number, rgb in given.items() if not rgb.equal(careful[number])] == []
+            source = open_source(tmp_path / "patched.mp4")
+            list(source)
+            damaged = probe.timeline.number_of(stamp)
+            assert source.losses == [f"1 frame is damaged, and patched up by the decoder: {damaged}"]
+
+    def test_a_picture_of_motion_jpeg_that_is_patched_up_is_told(self, clip: Clip, tmp_path: Path) -> None:
+        whole = clip("motion.mkv", count=20, codec="mjpeg", pix_fmt="yuvj420p", size=(192, 128))
+        with av.open(str(whole)) as container:
+            (packet,) = [bytes(p) for p in container.demux(video=0) if p.size][9:10]
+        data = whole.read_bytes()
+        place = data.index(packet) + len(packet) // 2
+        (tmp_path / "motion.mkv").write_bytes(data[:place] + b"\xff" * 12 + data[place + 12 :])
+        source = open_source(tmp_path / "motion.mkv")
+        assert numbers(source) == list(range(20))
+        assert source.losses == ["1 frame is damaged, and patched up by the decoder: 9"]
 
     @pytest.fixture
     def patched(self, clip: Clip, tmp_path: Path) -> tuple[Path, int]:
