@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Unpack
 
-from flowreel.engine.config import Direction, QueueConfig, RunConfig
+from flowreel.engine.config import DEFAULT_OUTPUT, Direction, QueueConfig, RunConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, Frame
 from flowreel.engine.device import Streams, device_name, download, resolve_device, upload
 from flowreel.engine.errors import OutputExistsError, TooFewFramesError, TruncatedSourceError, UsageError
@@ -60,7 +60,7 @@ class RunReport:
     startup_s: float  # before that: opening the source, loading the weights
     pairs_per_s: float
     bytes_written: int  # of all outputs
-    flo_bytes: int  # bytes that the same flow would take as .flo files
+    flo_bytes: int  # bytes that the flows computed would take as .flo files
     width: int  # pixels of the flow
     height: int
     decoder: str
@@ -292,7 +292,7 @@ def _wants_native(config: RunConfig, sinks: list[Sink]) -> bool:
 
 def output_names(outputs: PathLike | Iterable[PathLike] | None, source: PathLike) -> list[str]:
     """The paths of a source's outputs. Raises UsageError for none, for two that collide, or for the source itself."""
-    paths = named_outputs("{stem}.flow.zarr" if outputs is None else outputs, source_stem(source))
+    paths = named_outputs(DEFAULT_OUTPUT if outputs is None else outputs, source_stem(source))
     for path in paths:
         require_harmless(path, source)
     return paths

@@ -120,7 +120,9 @@ class ComputedFlow:
                     yield next(computed)[1].clone()  # not a view of its batch's memory
                 else:
                     self.require_usable()
-                    yield from (flow for _, flow in self.read([number]))
+                    # All of it before any is given: a damaged entry is computed again, in this thread's turn, and
+                    # whoever takes the flow may want to read in between.
+                    yield from [flow for _, flow in self.read([number])]
 
     def frame(self, number: int) -> Frame:
         """A frame of the source, by its number there."""

@@ -25,6 +25,7 @@ Decoder = Literal["auto", "nvdec", "pyav"]
 Encoder = Literal["auto", "nvenc", "cpu"]
 _WHOLE = re.compile("[+-]?[0-9]{1,30}", re.ASCII)
 _KINDS: dict[object, str] = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
+DEFAULT_OUTPUT = "{stem}.flow.zarr"  # of a run, in the working folder
 MOST_FRAMES = (1 << 62) - 1  # so that frame numbers, and sums of two, fit in 64 bits
 MOST_QUEUE_MB = 1 << 40  # more than any machine has, yet its bytes still fit in 64 bits
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from flowreel.engine.data import Float64Array, Int64Array
     from flowreel.sinks import ComputedStore
 
-FRAMES_MB = 256.0  # megabytes of decoded frames to keep: 700 frames of 640x360, 80 of 1920x1080
+FRAMES_MB = 256.0  # MiB of decoded frames to keep: 700 frames of 640x360, 80 of 1920x1080
 _RUNS_ONLY = ("resume", "overwrite", "tolerate_truncation")
 
 
@@ -54,7 +54,7 @@ def open(
         cache: a folder where computed flow is kept, encoded as in a store; any number of threads and processes may
             fill one. Newly computed flow is then returned as it was stored, so that the first read equals every later
             one. None: nothing is kept.
-        frames_mb: megabytes of decoded frames to keep for reading in any order.
+        frames_mb: MiB of decoded frames to keep for reading in any order.
         **options: those of ``run``, by the same names: ``model``, ``weights``, ``device``, ``decoder``, ``batch``,
             ``precision``, ``fit``, ``start``, ``stop``, ``step``, ``stream``, ``direction``, ``queue_mb``; with a cache
             also ``max_error`` and ``codec``.

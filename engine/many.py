@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Unpack
 
 from flowreel.engine.api import output_names, run_one
-from flowreel.engine.config import ModelConfig, RunConfig
+from flowreel.engine.config import DEFAULT_OUTPUT, ModelConfig, RunConfig
 from flowreel.engine.errors import FlowreelError, ResumeMismatchError, SomeSourcesFailedError, UsageError
 from flowreel.engine.files import PathLike
 from flowreel.engine.inference import Network, load_network
@@ -108,10 +108,11 @@ def run_many(
     began_s = time.perf_counter()
     config = RunConfig.of(**options)
     given = [sources] if isinstance(sources, str | os.PathLike) else sources
-    jobs = _jobs([os.fspath(source) for source in given], outputs)
+    templates = _templates(outputs)
+    jobs = _jobs([os.fspath(source) for source in given], templates)
     for path in jobs[0].outputs:
         open_sink(path, config.sink)  # writes nothing yet, but rejects an unknown format at once
-    with closing(Ledger(_manifest_path(manifest, outputs), jobs)) as ledger:
+    with closing(Ledger(_manifest_path(manifest, templates), jobs)) as ledger:
         _run_each(jobs, config, ledger, progress)
         ledger.write(ended=True)
         return ManyReport(tuple(ledger.reports), str(ledger.path), time.perf_counter() - began_s)
@@ -154,11 +155,10 @@ def _instead(source: str) -> str:
     return "rename one, or run them apart"
 
 
-def _jobs(sources: list[str], outputs: PathLike | Iterable[PathLike] | None) -> list[Job]:
+def _jobs(sources: list[str], templates: list[str]) -> list[Job]:
     """Each source with its outputs' names. Raises UsageError when two sources would share an output."""
     if not sources:
         raise UsageError("give at least one source")
-    templates = _templates(outputs)
     if len(sources) > 1:
         for template in templates:
             if "{stem}" not in template:
@@ -180,7 +180,7 @@ def _jobs(sources: list[str], outputs: PathLike | Iterable[PathLike] | None) -> 
 
 def _templates(outputs: PathLike | Iterable[PathLike] | None) -> list[str]:
     if outputs is None:
-        return ["{stem}.flow.zarr"]
+        return [DEFAULT_OUTPUT]
     given = [outputs] if isinstance(outputs, str | os.PathLike) else outputs
     return [os.fspath(path) for path in given]
 
@@ -266,10 +266,10 @@ def _forget_traceback(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-def _manifest_path(manifest: PathLike | None, outputs: PathLike | Iterable[PathLike] | None) -> Path:
+def _manifest_path(manifest: PathLike | None, templates: list[str]) -> Path:
     if manifest is not None:
         return Path(manifest)
-    folder = Path(_templates(outputs)[0]).parent
+    folder = Path(templates[0]).parent
     while "{stem}" in str(folder):
         folder = folder.parent
     return folder / MANIFEST

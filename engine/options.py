@@ -1,7 +1,7 @@
 """The keyword options of the library's functions, so that editors complete them and type checkers know them.
 
-Each is an option of the command line by the same name; ``config.py`` checks the values and has the defaults. NumPy
-numbers are accepted as well.
+Nearly all are options of the command line by the same name; ``config.py`` checks the values and has the defaults.
+NumPy numbers are accepted as well.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Auto = Literal["auto"]
 
 
 class QueueOptions(TypedDict, total=False):
-    queue_mb: float  # megabytes that may wait between the stages
+    queue_mb: float  # MiB that may wait between the stages
 
 
 class ComputeOptions(QueueOptions, total=False):
@@ -84,4 +84,4 @@ class LazyOptions(ComputeOptions, total=False):
 class ClipOptions(LazyOptions, total=False):
     """Options of ``FlowClips``, for the videos that it opens."""
 
-    frames_mb: float  # megabytes of decoded frames that each open video keeps
+    frames_mb: float  # MiB of decoded frames that each open video keeps

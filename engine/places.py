@@ -5,6 +5,7 @@ All paths are checked before the work begins, so that an impossible one is not r
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -69,8 +70,12 @@ def require_report(path: Path, outputs: Iterable[PathLike], sources: Iterable[Pa
 
 
 def _is_report(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(1) == b"{"
+    """Whether the file holds what a run, an export or a run over many sources reports, or a manifest."""
+    try:
+        held = json.loads(path.read_bytes())
+    except (ValueError, RecursionError, OSError):
+        return False
+    return isinstance(held, dict) and ("sources" in held or {"seconds", "outputs"} <= held.keys())
 
 
 def require_outside_stores(path: PathLike) -> None:

@@ -23,6 +23,7 @@ from flowreel.engine.cli.options import (
     write_stats,
 )
 from flowreel.engine.cli.table import Live, print_many, print_summary
+from flowreel.engine.config import DEFAULT_OUTPUT
 from flowreel.engine.errors import UsageError
 from flowreel.engine.options import RunOptions
 from flowreel.sinks import known_outputs
@@ -233,7 +234,7 @@ def run(
         "queue_mb": queue_mb,
     }
     options = cast(RunOptions, given)  # their values are checked where they are used
-    require_report_free(stats, output or [], sources)
+    require_report_free(stats, output or [DEFAULT_OUTPUT], sources)
     if len(sources) == 1 and manifest is None:
         _run_one(sources[0], output or None, options, stats, quiet)
     else:
@@ -273,7 +274,7 @@ def _run_many(
     if manifest == STDOUT:
         raise UsageError("the manifest is read again by the next run, so it needs a file; --stats - goes to stdout")
     others = [] if stats is None or stats == STDOUT else [stats]
-    require_report_free(manifest, [*(outputs or []), *others], sources)
+    require_report_free(manifest, [*(outputs or [DEFAULT_OUTPUT]), *others], sources)
     with Live(quiet) as live:
         report = run_many(sources, outputs, progress=live.show_many, manifest=manifest, **options)
     if stats is not None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from flowreel.engine.many import ManyProgress, ManyReport
     from flowreel.engine.outputs import Progress
 
-_BAR_WIDTH = 26  # characters: a line of 80 also holds "1023 of 1188 flows, 12.34 a second, 1:02:03 to go"
+_BAR_WIDTH = 26  # characters: a line of 80 also holds "1023 of 1188 flows, 12.34 flows/s, 1:02:03 to go"
 _LOG_WIDTH = 10_000  # characters: names in a log are not broken
 PLAIN_EVERY_S = 10.0  # a log file needs a line only now and then
 

@@ -507,6 +507,16 @@ class TestDamage:
         path.write_bytes(b"")
         assert torch.allclose(torch.stack(list(opened())[4:8]), before, atol=1 / 32, rtol=0)
 
+    @pytest.mark.timeout(60)
+    def test_reading_inside_an_iteration_over_a_damaged_flow(self, opened: Open, cache: Path) -> None:
+        """It is computed again in the iteration's turn, which must be over when the loop's body reads."""
+        opened()[:8]
+        (cache / "flow/c.5.0.0.0").write_bytes(b"")
+        flow = opened()
+        for number, one in zip(range(8), flow, strict=False):
+            assert torch.equal(one, flow[number])
+            assert flow.rgb(number).shape == (3, 48, 64)
+
     def test_one_that_is_longer_than_any_flow_takes_no_memory(self, cache: Path) -> None:
         store = empty_cache(cache)
         (cache / "flow/c.1.0.0.0").touch()

@@ -435,6 +435,14 @@ def test_where_the_manifest_is(outputs: str | list[str] | None, expected: str, t
     assert len(manifest(expected)["sources"]) == 2
 
 
+def test_sources_and_outputs_may_come_one_by_one(tiny: str) -> None:
+    sources, outputs = iter([clip("a.mp4"), clip("b.mp4")]), iter(["{stem}.zarr", "{stem}.flow.mp4"])
+    assert statuses(run_many(sources, outputs, weights=tiny)) == ["done", "done"]
+    assert all(
+        Path(name).exists() for name in ("a.zarr", "b.zarr", "a.flow.mp4", "b.flow.mp4", "flowreel-manifest.json")
+    )
+
+
 @pytest.mark.parametrize("content", ["", "[1, 2]", '{"sources": []}', "not JSON"])
 def test_a_file_that_is_no_manifest_is_left_alone(content: str, tiny: str) -> None:
     Path("notes.json").write_text(content)

@@ -8,13 +8,26 @@ import pytest
 
 import flowreel
 from flowreel.engine import places
-from flowreel.engine.errors import UsageError
+from flowreel.engine.errors import OutputExistsError, UsageError
 
 
 @pytest.mark.parametrize("outputs", [None, "x.zarr", "/elsewhere/x.mp4"])
 def test_a_source_without_a_name_is_said_to_be_that(outputs: str | None) -> None:
     with pytest.raises(UsageError, match="source's name is empty"):
         flowreel.run("", outputs)
+
+
+@pytest.mark.parametrize("held", ['{"my": "settings"}', '{"sources"', "{", "[1]", "text", "[" * 100_000])
+def test_a_file_that_is_no_report_is_not_replaced_by_one(held: str, tmp_path: Path) -> None:
+    (tmp_path / "notes.json").write_text(held)
+    with pytest.raises(OutputExistsError, match="is no report that flowreel wrote"):
+        places.require_report(tmp_path / "notes.json", [], [])
+
+
+@pytest.mark.parametrize("held", ["", '{"pairs": 5, "seconds": 1.5, "outputs": []}', '{"sources": []}'])
+def test_a_report_is_replaced_by_the_next(held: str, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(held)
+    places.require_report(tmp_path / "report.json", [], [])
 
 
 def test_a_glob_over_folders_keeps_pictures_out_of_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

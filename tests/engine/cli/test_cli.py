@@ -75,6 +75,15 @@ def test_stats_to_stdout(tiny: str, capsys: Capture) -> None:
     assert sorted(path.name for path in Path().iterdir()) == ["a.zarr", "b.zarr", "c", "list.json"]
 
 
+@pytest.mark.parametrize("option", ["--stats", "--manifest"])
+@pytest.mark.parametrize("path", ["{stem}.flow.zarr", "{stem}.flow.zarr/report.json"])
+def test_no_report_goes_to_the_output_that_is_made_unnamed(tiny: str, capsys: Capture, option: str, path: str) -> None:
+    stem = SOURCE.removeprefix("synthetic:").partition("?")[0]
+    assert call(["run", SOURCE, "--weights", tiny, option, path.format(stem=stem)]) == 2
+    assert f"{stem}.flow.zarr" in one_line(capsys)
+    assert list(Path().iterdir()) == []
+
+
 def test_stats_to_a_closed_stdout_are_not_lost_in_silence(
     tiny: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
