@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Before torch loads, and as the command line does it: see ``flowreel.engine.cli.patience``.
+# Set before torch loads, as the command line does: see ``flowreel.engine.cli.patience``.
 os.environ.update({"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"} | os.environ)
 
 from benchmarks import compare as comparing
@@ -29,7 +29,7 @@ OTHERS = ("list", "compare A B", "gpu", "readme")
 
 
 def main(arguments: list[str] | None = None, prog: str = "python -m benchmarks") -> int:
-    """0: all is well. 1: a case failed, or ``compare`` found a regression. 2: wrong usage, or not to be compared."""
+    """Returns 0: success. 1: a case failed, or ``compare`` found a regression. 2: wrong usage, or not comparable."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["gpu"]:
         from benchmarks.gpu.main import main as on_gpu
@@ -81,7 +81,7 @@ def _run(names: list[str], out: Path, short: bool) -> int:
     notes = [f"{name}: has no short form" for name in left_out]
     failed: list[str] = []
     ceilings: dict[str, dict[str, float]] = {}
-    first = ("ceilings",) if any(map(takes_ceilings, wanted)) else ()  # once, and the others divide by them
+    first = ("ceilings",) if any(map(takes_ceilings, wanted)) else ()  # once; the other cases divide by them
     for name in dict.fromkeys((*first, *wanted)):
         print(f"{name} ...", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory() as folder:

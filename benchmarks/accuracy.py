@@ -14,14 +14,14 @@ from benchmarks.data import TruePair, true_pair
 from flowreel.engine.config import ModelConfig
 from flowreel.engine.inference import prepare
 
-FRESH: Any = None  # where OpenCV would begin from, or write to
+FRESH: Any = None  # OpenCV's argument for an initial flow or an output buffer: neither
 Flow = npt.NDArray[np.float32]
 JUDGED = ("chairs_1", "chairs_3", "exact_translate_bbb_512x384", "exact_rotzoom_bbb_640x448", "sintel_alley_1_0001")
 ALSO = ("middlebury_rubberwhale_gray", "kitti2015")
 
 
 def run(weights: str = "baseline") -> dict[str, object]:
-    """One row a pair, and the mean of those that the shipped weights are judged by. None was trained on."""
+    """One row per pair, and the mean over ``JUDGED``, by which the shipped weights are judged. None was trained on."""
     rows: list[dict[str, Any]] = []
     for name in (*JUDGED, *ALSO):
         pair = true_pair(name)

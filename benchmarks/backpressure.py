@@ -1,8 +1,9 @@
 """A slow source, model or sink, ten times slower than the rest: do queues and memory stay bounded, is no time lost?
 
-Real stages: a synthetic source, pairs, batches, a network, restore, a flow store. One of them waits after each item, so
-that it takes ten times as long per flow as the slowest of them takes by itself. That stage alone, fed from memory, is
-run in turn with the whole pipeline; the pipeline must be as fast, and nothing may pile up in front of it.
+The stages are real: a synthetic source, pairs, batches, a network, restore, a flow store. One of them sleeps after each
+item, so that it takes ten times as long per flow as the slowest stage takes alone. Runs of that stage alone, fed from
+memory, alternate with runs of the whole pipeline; the pipeline must be as fast, and no items may pile up before the
+slow stage.
 """
 
 from __future__ import annotations
@@ -36,17 +37,17 @@ BETWEEN = 5  # channels: in front of pairs, batches, model, restore, sink
 
 @dataclass
 class Job:
-    """One pipeline's parts, and what is watched while it runs."""
+    """One pipeline's parts, and what is observed while it runs."""
 
     flows: int
     inference: Inference
     header: Any
-    rest_s: dict[Slow, float] = field(default_factory=dict)  # waited after each item
+    rest_s: dict[Slow, float] = field(default_factory=dict)  # seconds that a stage sleeps after each item
     queues: QueueConfig = field(default_factory=lambda: QueueConfig(items=4, total_bytes=64 << 20))
     frames_made: int = 0
     flows_written: int = 0
-    furthest_ahead: int = 0  # most frames that were made and whose flow was not yet written
-    resident_mb: list[float] = field(default_factory=list)  # at each flow written
+    furthest_ahead: int = 0  # most frames ever made whose flow was not yet written
+    resident_mb: list[float] = field(default_factory=list)  # resident memory after each flow written
 
     def frames(self) -> Iterator[Frame]:
         with open_source(_scene(self.flows + 1), SelectConfig()) as source:  # type: ignore[attr-defined]
@@ -99,7 +100,7 @@ def new_job(flows: int, rest_s: dict[Slow, float] | None = None) -> Job:
 
 
 def whole(job: Job) -> tuple[float, Pipeline]:
-    """Runs the pipeline to its end; seconds from the first frame asked for to the store published."""
+    """Runs the pipeline to its end. Returns the seconds from requesting the first frame to publishing the store."""
     stages = [
         Stage("pairs", pairs),
         Stage("batches", batches(job.inference.batch, job.header.shard_length(SinkConfig().shard_bytes))),
@@ -114,7 +115,7 @@ def whole(job: Job) -> tuple[float, Pipeline]:
 
 
 def alone(job: Job, stage: Slow) -> float:
-    """The same stage by itself, everything it takes already in memory. Seconds for all its items."""
+    """Runs one stage alone, its input already in memory. Returns the seconds for all its items."""
     frames = list(Job(job.flows, job.inference, job.header).frames())
     waiting = list(batches(job.inference.batch, 1 << 20)(pairs(iter(frames))))
     if stage == "source":
@@ -133,13 +134,13 @@ def _seconds(action: Callable[[], object]) -> float:
 
 
 def resident_bytes() -> int:
-    """Memory this process holds now; 0 where the system does not tell."""
+    """This process's resident memory now; 0 where the system does not report it."""
     path = Path("/proc/self/statm")
     return int(path.read_text().split()[1]) * resource.getpagesize() if path.exists() else 0
 
 
 def run(short: bool = False) -> dict[str, object]:
-    """One row for each slow stage."""
+    """One row for each stage that is made slow."""
     flows, rounds = (60, 1) if short else (100, 3)
     natural_s = {stage: median(by_itself(new_job(flows), stage) for _ in range(3)) / flows for stage in get_args(Slow)}
     slowest_s = max(natural_s.values())
@@ -154,7 +155,7 @@ def run(short: bool = False) -> dict[str, object]:
 
 
 def by_itself(job: Job, stage: Slow) -> float:
-    """``alone``, computing in a thread as a run does: see ``in_own_thread``."""
+    """``alone`` in a thread of its own, since a run also computes in threads that end: see ``in_own_thread``."""
     return in_own_thread(lambda: alone(job, stage))
 
 
@@ -184,7 +185,7 @@ def _row(slow: Slow, flows: int, rounds: int, rest_s: float) -> dict[str, Any]:
 
 
 def held(runs: Sequence[tuple[Job, Pipeline]]) -> dict[str, Any]:
-    """The most that any of these runs held, beside what it was allowed."""
+    """The largest queues and memory of any of these runs, beside their limits."""
     job = runs[0][0]
     pipelines = [pipeline for _, pipeline in runs]
     return {
@@ -200,15 +201,15 @@ def held(runs: Sequence[tuple[Job, Pipeline]]) -> dict[str, Any]:
 
 
 def most_ahead(job: Job) -> int:
-    """Frames that can be between source and sink when all channels are full, with batches of one pair.
+    """The number of frames between source and sink when all channels are full, with batches of one pair.
 
-    Each of the six holds one item it wants to give on or is at work on; the batches hold the pair after it as well, by
-    which they know that the batch is full; and there is one frame more than flows.
+    Each of the six stages holds one item that it is working on or waiting to pass on. The batches stage also holds the
+    next pair, which tells it that the batch is full. And there is one more frame than flows.
     """
     return BETWEEN * job.queues.items + (BETWEEN + 1) + 2
 
 
 def growth_mb(resident: Sequence[float]) -> float:
-    """From the second quarter of a run, when all is warm, to the last."""
+    """Growth from the second quarter of a run, when everything is warmed up, to the last quarter; medians of both."""
     quarter = max(1, len(resident) // 4)
     return median(resident[-quarter:]) - median(resident[quarter : 2 * quarter] or resident)

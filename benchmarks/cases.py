@@ -1,14 +1,14 @@
 """The named cases, and how one of them is run.
 
-A case is a module beside this one and its line here. Its first docstring line says what it measures, and
+A case is a module in this folder and an entry in ``CASES``. The first line of its docstring says what it measures, and
 
-    run(...) -> dict with "rows": a list of table rows, and whatever else should be kept
+    run(...) -> dict with "rows": a list of table rows, and whatever else the result should hold
 
-measures it. ``run`` may take ``short: bool`` (a small set, a minute or so; a case without it is left out of
-``--short``) and ``ceilings`` (the machine's measured limits, see ``benchmarks.ceilings``); both are given by name to a
-case that asks for them, and have defaults. A cell of a row is a name or a count, which say what was measured; a
-*sample* (see ``benchmarks.measure``) or a float, which was; or None. What cannot run here raises ``Skipped``; a row
-that could not be measured has its reason under ``"skipped"``.
+measures it. ``run`` may take two parameters, which have defaults and are passed by name to a case that declares them:
+``short: bool`` (a small set that takes about a minute; a case without it is left out of ``--short``) and ``ceilings``
+(the machine's measured limits, see ``benchmarks.ceilings``). A cell of a row is a name or a count, which identify what
+was measured; a *sample* (see ``benchmarks.measure``) or a float, which are measurements; or None. A case that cannot
+run on this machine raises ``Skipped``; a row that could not be measured gives its reason under ``"skipped"``.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def takes_ceilings(name: str) -> bool:
 
 
 def _source(name: str) -> ast.Module:
-    """Read, not imported: a list of cases must not take torch's seconds, nor fail where an extra is missing."""
+    """Parsed, not imported: listing the cases must not wait for torch to load, nor fail where an extra is missing."""
     return ast.parse((Path(__file__).parent / f"{name}.py").read_text())
 
 
@@ -72,7 +72,7 @@ def _parameters(name: str) -> list[str]:
 
 
 def measure(name: str, short: bool, ceilings: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Runs one case in this process. Raises what it raises; ``Skipped`` also where a package is missing."""
+    """Runs one case in this process. Raises what the case raises, and ``Skipped`` where a package is missing."""
     try:
         run = import_module(f"benchmarks.{name}").run
     except ModuleNotFoundError as error:

@@ -17,8 +17,8 @@ from benchmarks.processes import MEMORY
 from flowreel.sinks.store_writer import WRITERS
 
 GEMM = 2048  # rows and columns
-CONV = (1, 256, 56, 128)  # FlowNetC's features at 1024x448, into as many channels by 3x3
-GEMM_ON_GPU, CONV_ON_GPU = 4, 8  # times as many rows and columns, and maps: less leaves a large GPU half idle
+CONV = (1, 256, 56, 128)  # FlowNetC's features at 1024x448; 3x3, as many output channels
+GEMM_ON_GPU, CONV_ON_GPU = 4, 8  # factors for the matrices' sides and for the batch: less leaves a large GPU half idle
 COPY_BYTES = 256 << 20  # far beyond any cache
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ON_CPU = ("fp32", "bf16")
@@ -27,7 +27,7 @@ Ceilings = dict[str, dict[str, float]]
 
 
 def run(short: bool = False) -> dict[str, object]:
-    """One row a limit; ``ceilings`` has the numbers other cases divide by: the best that was reached."""
+    """One row per limit; ``ceilings`` holds the best values reached, which other cases divide by."""
     effort = Effort(least=3, most=8, cap_s=1.0) if short else Effort(least=8, most=40, cap_s=5.0)
     rows: list[dict[str, Any]] = []
     for device in devices():
@@ -41,7 +41,7 @@ def run(short: bool = False) -> dict[str, object]:
 
 
 def rows_of(device: str, effort: Effort) -> list[dict[str, Any]]:
-    """Arithmetic in each precision, and memory."""
+    """Rows for arithmetic in each precision, and for memory bandwidth."""
     rows = []
     for precision in ON_CPU if device == "cpu" else tuple(PRECISIONS):
         for what, action, work in (_gemm(device, precision), _conv(device, precision)):
@@ -53,7 +53,7 @@ def rows_of(device: str, effort: Effort) -> list[dict[str, Any]]:
 
 
 def written_rows(device: str, folder: str | Path, times: int) -> list[dict[str, Any]]:
-    """Bytes put into files of a folder, for good: one file after another, then several, as a store's writers do."""
+    """Bytes written and synced to files in a folder: one file at a time, then several, as a store's writers do."""
     return [
         _row(device, limit, _written(Path(folder), times, at_once), _FILE_BYTES * at_once / 1e9, "GB/s")
         for limit, at_once in (("write and fsync", 1), (f"write and fsync, {WRITERS} files at once", WRITERS))
@@ -61,7 +61,7 @@ def written_rows(device: str, folder: str | Path, times: int) -> list[dict[str, 
 
 
 def best(rows: list[dict[str, Any]]) -> Ceilings:
-    """By device and limit: the most that was reached."""
+    """The best value reached, by device and limit."""
     found: Ceilings = {}
     for row in rows:
         found.setdefault(row["device"], {})[row["limit"]] = row["best"]
@@ -96,7 +96,7 @@ def _conv(device: str, precision: str) -> tuple[str, Callable[[], object], float
     weight = torch.randn(channels, channels, 3, 3, device=device).to(dtype, memory_format=torch.channels_last)
 
     def convolve() -> object:
-        # On a GPU the fastest algorithm there is, and float32 that is not TF32.
+        # On a GPU: cuDNN's fastest algorithm, and float32 without TF32.
         with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
             return torch.nn.functional.conv2d(x, weight, padding=1)
 
@@ -113,7 +113,7 @@ _FILE_BYTES = 32 << 20  # about a shard of flow, compressed
 
 
 def _written(folder: Path, times: int, at_once: int) -> list[float]:
-    """Seconds for ``at_once`` files, each by a thread of its own. They replace those of the time before the last."""
+    """Seconds for ``at_once`` files, each in its own thread. Each time overwrites the files of the time before last."""
     block = os.urandom(_FILE_BYTES)
 
     def write(path: Path) -> None:
@@ -132,14 +132,14 @@ def _written(folder: Path, times: int, at_once: int) -> list[float]:
 
 
 def flops_per_s(ceilings: Ceilings, device: str, precision: str) -> float | None:
-    """The most arithmetic the device was seen to do in that precision; None when it was not measured."""
+    """The highest arithmetic throughput measured on the device in this precision; None when it was not measured."""
     found = ceilings.get(device, {})
     rates = [found[name] for name in (f"matrix product {precision}", f"3x3 convolution {precision}") if name in found]
     return max(rates) * 1e9 if rates else None
 
 
 def bytes_per_s(ceilings: Ceilings, device: str) -> float | None:
-    """Memory traffic, reads and writes together; None when it was not measured."""
+    """Memory bandwidth, counting reads and writes; None when it was not measured."""
     rate = ceilings.get(device, {}).get("memory copy")
     return None if rate is None else rate * 1e9
 
@@ -147,9 +147,9 @@ def bytes_per_s(ceilings: Ceilings, device: str) -> float | None:
 def share_of_limit(
     seconds: float, flops: float, moved_bytes: float, ceilings: Ceilings, device: str, precision: str
 ) -> float | None:
-    """Least time the measured ceilings allow, over the time taken: 1.0 is the limit. None without ceilings.
+    """The least time that the measured ceilings allow, over the time taken: 1.0 is the limit. None without ceilings.
 
-    flops: 0 where memory alone is the limit, whatever the precision.
+    flops: 0 if only memory can be the limit, in any precision.
     """
     arithmetic, memory = flops_per_s(ceilings, device, precision), bytes_per_s(ceilings, device)
     if memory is None or (flops and arithmetic is None):

@@ -30,9 +30,9 @@ PRESETS = {
 
 
 def run(short: bool = False) -> dict[str, object]:
-    """Decoded frames in memory; every method gets RGB as the decoder gives it and makes what it needs of it.
+    """The decoded frames are in memory; every method gets RGB as decoded, and converts it as it needs.
 
-    How exact each is stands in the accuracy case; speed alone says little.
+    Speed alone says little: the accuracy case has the methods' errors.
     """
     effort = Effort(least=2, most=4, cap_s=6.0) if short else Effort(least=5, most=20, cap_s=25.0)
     rows: list[dict[str, Any]] = []
@@ -61,7 +61,7 @@ def _methods(frames: Sequence[Tensor], pairs: Sequence[tuple[Tensor, Tensor]]) -
 
 def _in_opencv(pictures: Sequence[Any], flow: Callable[[Any, Any], Any]) -> Action:
     def action() -> None:
-        greys = [cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY) for picture in pictures]  # each once, as in a video
+        greys = [cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY) for picture in pictures]  # each frame once, as in a video
         for first, second in itertools.pairwise(greys):
             flow(first, second)
 

@@ -1,4 +1,4 @@
-"""Two sets of results side by side: each figure's ratio, and which of them got worse beyond their recorded spread."""
+"""Two sets of results side by side: the ratio of each figure, and which figures got worse beyond their spread."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 from benchmarks.measure import cell_value
 from benchmarks.results import RESULTS, Result, cases_in, filed_as, load, newest
 
-WITHOUT_SPREAD = 0.10  # figures recorded without a spread are flagged from this change on
-LEAST = 0.01  # nobody is told of less
+WITHOUT_SPREAD = 0.10  # relative change from which figures recorded without a spread are flagged
+LEAST = 0.01  # smaller relative changes count as none
 HARDWARE = ("cpu", "cores", "cpu_capability", "gpu", "torch_threads")
 SETTINGS = ("memory_gb", "python", "cuda", "omp_wait_policy")
-# A figure's name says which way is better, by its unit or its words; where neither is known it is shown, not judged.
+# Units and words in a figure's name tell whether higher or lower is better. Without any, it is shown but not judged.
 _HIGHER = re.compile(r"/s\b|\bof (the )?limit|\.flo /|\bthroughput|\bbest\b|\breached\b|/ slowest")
 _LOWER = re.compile(r"\b(s|ms|us|seconds|MB|GB|px|CPU s|lowest|highest)\b|error|amplification|\bratio\b")
 
@@ -27,11 +27,11 @@ class Change:
     """One figure in both results."""
 
     case: str
-    row: str  # the names and counts that say which row
+    row: str  # the names and counts that identify the row
     figure: str
     before: float
     after: float
-    verdict: str  # "worse", "better", "same"; "" where nobody knows which way is better
+    verdict: str  # "worse", "better", "same"; "" if it is unknown which way is better
     has_spread: bool
 
     @property
@@ -41,13 +41,13 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything two sets have in common, and what only one of them has."""
+    """What two sets of results have in common, and what only one of them has."""
 
     changes: tuple[Change, ...]
     only_before: tuple[str, ...]
     only_after: tuple[str, ...]
-    incomparable: tuple[str, ...]  # what of hardware or effort is not the same: a ratio would speak of that
-    versions_differ: tuple[str, ...]  # of Python, packages, settings: what a comparison may be about
+    incomparable: tuple[str, ...]  # differences in hardware or effort, which any ratio would reflect
+    versions_differ: tuple[str, ...]  # Python, packages, settings: what a comparison may be about
 
     @property
     def regressions(self) -> tuple[Change, ...]:
@@ -55,9 +55,9 @@ class Comparison:
 
 
 def compare(before: str, after: str) -> Comparison:
-    """Each of the two: a result file, a folder of results (the newest of each case), or a date in our own results.
+    """Each argument: a result file, a folder of results (the newest of each case), or a date within ``RESULTS``.
 
-    Raises FileNotFoundError where nothing is found, ValueError when the two have no case in common.
+    Raises FileNotFoundError when nothing is found, ValueError when the two have no case in common.
     """
     a, b = _results(before), _results(after)
     both = [case for case in a if case in b]
@@ -97,7 +97,7 @@ def _results(what: str) -> dict[str, Result]:
 
 
 def _rows(result: Result) -> dict[Key, Mapping[str, Any]]:
-    """Rows by what they are about; of several about the same the first."""
+    """The rows by their names and counts; the first of those that share all of them."""
     found: dict[Key, Mapping[str, Any]] = {}
     for row in result["rows"]:
         row = {name: _figure(name, cell) for name, cell in row.items() if name != "skipped"}
@@ -106,7 +106,7 @@ def _rows(result: Result) -> dict[Key, Mapping[str, Any]]:
 
 
 def _figure(name: str, cell: Any) -> Any:
-    """A measured number that was written out as text, for its digits, as a number again."""
+    """The cell; measurements that were formatted as text, to fix their digits, become numbers again."""
     if isinstance(cell, str) and _judged(name):
         try:
             return float(cell)
@@ -124,7 +124,7 @@ def _shown(key: Key) -> str:
 
 
 def _changes(case: str, key: Key, before: Mapping[str, Any], after: Mapping[str, Any], unit: str) -> Iterator[Change]:
-    """unit: what a result says of all its figures, where their names do not."""
+    """unit: of all figures of a result, for those whose names do not contain one."""
     for figure in before:
         a, b = cell_value(before[figure]), cell_value(after.get(figure))
         if a is None or b is None:
@@ -135,7 +135,7 @@ def _changes(case: str, key: Key, before: Mapping[str, Any], after: Mapping[str,
 
 
 def _verdict(figure: str, before: Any, after: Any, spreads: bool) -> str:
-    """Worse or better only where the two intervals do not meet; without intervals, from ``WITHOUT_SPREAD`` on."""
+    """Better or worse only if the two intervals do not overlap; without intervals, from ``WITHOUT_SPREAD`` on."""
     a, b = cell_value(before), cell_value(after)
     assert a is not None
     assert b is not None
@@ -162,7 +162,7 @@ def _versions(a: Mapping[str, str], b: Mapping[str, str]) -> Iterator[str]:
 
 
 def as_text(comparison: Comparison) -> str:
-    """For a terminal: what differs about the machines, every figure, and the regressions again at the end."""
+    """For a terminal: how the machines differ, every figure, and the regressions once more at the end."""
     lines = [f"not measured alike: {difference}" for difference in comparison.incomparable]
     lines += [f"not the same: {difference}" for difference in comparison.versions_differ]
     lines += [f"only in the first: {what}" for what in comparison.only_before]

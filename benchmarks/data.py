@@ -1,4 +1,4 @@
-"""Where the real pictures and videos are: outside the repository, in ``$FLOWREEL_DATA``."""
+"""The real pictures and videos, which are kept outside the repository, in ``$FLOWREEL_DATA``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FOLDER = Path(os.environ.get("FLOWREEL_DATA", Path(__file__).resolve().parents[1
 
 
 def found(*parts: str) -> Path:
-    """A file or folder of the data. Raises ``Skipped`` where it is not there."""
+    """A file or folder of the data. Raises ``Skipped`` when it does not exist."""
     path = FOLDER.joinpath(*parts)
     if not path.exists():
         raise Skipped(f"{'/'.join(parts)} is not in the data folder: set FLOWREEL_DATA")
@@ -36,7 +36,7 @@ class TruePair:
 
 
 def true_pair(name: str) -> TruePair:
-    """One folder of ``pairs``: img1, img2, and flow.flo or KITTI's 16-bit flow.png."""
+    """Reads one folder of ``pairs``: img1, img2, and flow.flo or KITTI's 16-bit flow.png."""
     folder = found("pairs", name)
     first, second = (_picture(next(folder.glob(f"img{number}.*"))) for number in (1, 2))
     flow = _kitti(folder / "flow.png") if (folder / "flow.png").exists() else read_flo(folder / "flow.flo")

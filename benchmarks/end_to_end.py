@@ -27,12 +27,12 @@ from flowreel.sinks import open_sink
 
 CLIP = "sintel_cave_1024x436.mp4"
 HALF = {"cpu": "bf16", "cuda": "fp16"}
-STAGES = ("decode", "model", "write")  # those with work of their own
+STAGES = ("decode", "model", "write")  # those that do real work
 
 
 @dataclass(frozen=True)
 class Job:
-    """One clip through one network, and what has been told of it."""
+    """One clip through one network, and the reports of its runs."""
 
     source: str
     config: RunConfig
@@ -41,7 +41,7 @@ class Job:
     reports: list[RunReport] = field(default_factory=list)
 
     def whole(self) -> float:
-        """Clip to store; seconds from the first frame asked for to the store published."""
+        """Runs clip to store. Returns the seconds from requesting the first frame to publishing the store."""
         with tempfile.TemporaryDirectory() as folder:
             report = run_one(self.source, [str(Path(folder) / "x.zarr")], self.config, lambda: self.network)
         if report.pairs != self.flows:
@@ -50,10 +50,10 @@ class Job:
         return report.seconds
 
     def alone(self) -> dict[str, Callable[[], object]]:
-        """Each stage of ``STAGES`` by itself, all that it takes already in memory where it takes it from.
+        """Each stage of ``STAGES`` alone, its input already in memory where the stage reads it.
 
-        What computes does so in a thread that ends, as in a run: this one's would keep OpenMP workers, and with them
-        nobody else's may wait awake (see ``in_own_thread``).
+        The model runs in a thread that ends, as in a run: this thread would keep its OpenMP workers, and with these no
+        other worker could spin while waiting (see ``in_own_thread``).
         """
         frames = list(self.frames())
         inference = self.network.fitted(*frames[0].rgb.shape[-2:])
@@ -86,9 +86,10 @@ class Job:
 
 
 def run(short: bool = False) -> dict[str, object]:
-    """For each network a row of all of it, then one a stage; "of the model" is how near the whole comes to it.
+    """For each network one row for the whole pipeline, then one per stage.
 
-    Published width: random weights; baseline: the shipped ones. Everything in turn in this one process.
+    "of the model alone", "of the slowest alone": the pipeline's speed as a fraction of that stage's. "width 1": random
+    weights at the published width; "baseline": the shipped weights. Everything runs in turn in this process.
     """
     found("videos", CLIP)
     rows: list[dict[str, Any]] = []
@@ -104,7 +105,7 @@ def run(short: bool = False) -> dict[str, object]:
 
 
 def _settings(device: str, short: bool) -> list[tuple[str, str, str, int]]:
-    """Model, weights, precision, flows a run: enough for start and end to matter little."""
+    """Model, weights, precision, and flows per run: enough for start and end to matter little."""
     heavy = ("FlowNet2", "width 1")
     if device == "cpu":
         if short:
@@ -123,10 +124,10 @@ def _config(model: str, weights: str, precision: Any, device: str, flows: int) -
 
 
 def measured(job: Job, about: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
-    """All of it and each stage alone, in turn, ``rounds`` times."""
+    """The whole pipeline and each stage alone, in turn, ``rounds`` times."""
     actions: dict[str, Callable[[], object]] = {"all": job.whole} | job.alone()
     spent = alternated(actions, Effort(least=rounds, most=rounds, cap_s=1e9))
-    # A run's own seconds, without opening and loading, are what counts; alternated() has timed all of each call.
+    # A run's own seconds count, which exclude opening and loading; alternated() has timed the whole call.
     whole = [report.seconds for report in job.reports[-rounds:]]
     slowest = max(STAGES, key=lambda stage: Sample.of(spent[stage]).median)
     stages = job.reports[-1].stages

@@ -42,27 +42,27 @@ from flowreel.kernels.yuv_to_rgb import yuv_to_rgb_definition
 OURS = "flowreel"
 ON_CUDA_CORES = "flowreel, on CUDA cores"
 PIXELS = (448, 1024)  # rows, columns of a frame
-BATCH = 8  # pairs, of the convolutions
-FEATURES = (1, 256, 56, 128)  # what FlowNetC correlates of such frames
-PAIRS = 8  # of a batch, where one pair is done before it is well begun
+BATCH = 8  # pairs, for the convolutions
+FEATURES = (1, 256, 56, 128)  # the shape of the maps that FlowNetC correlates for such frames
+PAIRS = 8  # per batch, for operations too short to time on one pair
 RADIUS, STRIDE = 10, 2  # 21 x 21 displacements, every second pixel
-HEADS = {2: 200, 3: 392, 4: 776, 5: 1032, 6: 1024}  # by level: channels of the maps of S and C, padded
-SMOOTHED_HEADS = {0: (88, 16), 1: (168, 32), 2: (200, 64)}  # those of the fusion and SD, and between the two layers
-BEYOND_CACHES = 256 << 20  # bytes of different inputs; the largest last-level caches in use hold less
+HEADS = {2: 200, 3: 392, 4: 776, 5: 1032, 6: 1024}  # level: channels of the maps of S and C, padded
+SMOOTHED_HEADS = {0: (88, 16), 1: (168, 32), 2: (200, 64)}  # likewise of the fusion and SD, and between the two layers
+BEYOND_CACHES = 256 << 20  # bytes of different inputs: more than the largest last-level caches in use
 MOST_INPUTS = 64
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One that our own convolution takes instead of cuDNN, as FlowNet2 has it."""
+    """A layer of FlowNet2 that runs as our own convolution instead of cuDNN's."""
 
     name: str
     make: Callable[[], nn.Module]
     inputs: int
     level: int  # its input is 1 / 2^level of the frame
     batch: int = BATCH
-    room: tuple[int, int] | None = None  # of what concatenation its result is a part: channels, and where it begins
+    room: tuple[int, int] | None = None  # in the concatenation it writes to: all channels, its first channel
 
 
 LAYERS = (
@@ -77,18 +77,18 @@ LAYERS = (
 
 @dataclass(frozen=True)
 class Kernel:
-    """One operation on one input, done in several ways. Each gives the same numbers within its stated tolerance."""
+    """One operation on one kind of input, in several implementations that agree within the stated tolerance."""
 
     name: str
     shape: str
     precision: str
     ways: Mapping[str, Action]  # ours first
-    flops: float  # additions and multiplications; 0 where only memory can be the limit
+    flops: float  # additions and multiplications; 0 if only memory can be the limit
     moved_bytes: float  # each input read once, each output written once
 
 
 def run(short: bool = False, ceilings: Ceilings | None = None) -> dict[str, object]:
-    """All ways of one operation in turn, so that the ratios are of one run. Random input, never zeros."""
+    """All implementations of an operation in turn, so that ratios are from one run. Input is random, never zeros."""
     effort = Effort.of(short)
     rows: list[dict[str, Any]] = []
     for device in devices():
@@ -118,7 +118,7 @@ def _row(kernel: Kernel, device: str, way: str, found: Mapping[str, list[float]]
 
 
 def kernels(device: str) -> list[Kernel]:
-    """Every operation and precision that is worth a row on that device."""
+    """Every operation and precision that is worth a row on the device."""
     torch.manual_seed(0)
     half: Precision = "bf16" if device == "cpu" else "fp16"
     made = [_correlation(device, "fp32"), _correlation(device, half), _correlation_backward(device)]
@@ -136,7 +136,7 @@ def kernels(device: str) -> list[Kernel]:
 
 
 def _without_gradients(function: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> Action:
-    """Calls that take the inputs in turn, so that none is still in a cache when it comes again."""
+    """An action that uses the inputs in turn, so that none is still in a cache when it is used again."""
     turns = itertools.cycle(inputs)
 
     def call() -> None:
@@ -190,7 +190,7 @@ def _on_cuda_cores(a: Tensor, b: Tensor, out: Tensor | None = None) -> None:
 
 
 def _correlation_into(device: str, precision: str, batch: int = 1) -> Kernel:
-    """As FlowNetC wants it: with its LeakyReLU, in 441 of the 480 channels of a concatenation."""
+    """As FlowNetC uses it: with LeakyReLU, written into 441 of the 480 channels of a concatenation."""
     kind = torch.channels_last if device == "cuda" else torch.contiguous_format
 
     def make() -> tuple[Tensor, ...]:
@@ -240,7 +240,7 @@ def _warp(device: str, precision: str) -> Kernel:
 
 
 def _remap(inputs: Sequence[tuple[Tensor, ...]]) -> Action:
-    import cv2  # here: compared with on a CPU only
+    import cv2  # here, since it is needed on a CPU only
 
     x, y = (np.ascontiguousarray(grid, np.float32) for grid in np.meshgrid(*map(np.arange, PIXELS[::-1])))
 
@@ -261,7 +261,7 @@ def _last(x: Tensor) -> Any:
 
 
 def _channel_norm(device: str, channels: int) -> Kernel:
-    """On a CPU the definition is what runs; torch's own norm is the other way to write it."""
+    """On a CPU our function runs the definition; torch's own norm is the alternative."""
     inputs = _many(lambda: (torch.randn(1, channels, *PIXELS, device=device),))
     functions = {OURS: channel_norm, "torch vector_norm": lambda x: torch.linalg.vector_norm(x, dim=1)}
     if device == "cuda":
@@ -276,7 +276,7 @@ def _channel_norm(device: str, channels: int) -> Kernel:
 
 
 def _bias_leaky_relu(device: str, precision: str) -> Kernel:
-    """In place, and into a concatenation of three times as many channels: as after FlowNetC's first convolution."""
+    """In place, and copied into a concatenation of three times as many channels, as after FlowNetC's first layer."""
     channels, (height, width) = 64, (side // 2 for side in PIXELS)
 
     def map_of(count: int) -> Tensor:
@@ -293,7 +293,7 @@ def _bias_leaky_relu(device: str, precision: str) -> Kernel:
 
 
 def _feature_maps(device: str, level: int, channels: int) -> list[tuple[Tensor, ...]]:
-    """Float16, at 1 / 2^level of the frames."""
+    """Inputs of one float16 map each, at 1 / 2^level of the frames' size."""
     size = PAIRS, channels, *(side >> level for side in PIXELS)
     return _many(lambda: (_channels_last(torch.randn(size, device=device).half()),))
 
@@ -303,7 +303,7 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 def _flow_head(device: str, level: int, channels: int) -> Kernel:
-    """Its definition is what a library offers: the maps as float32, and a convolution of those."""
+    """The definition is what a library offers: convert the maps to float32, then convolve."""
     inputs = _feature_maps(device, level, channels)
     weight = pack_flow_head(torch.randn(2, channels, 3, 3, device=device) * 0.01, torch.float16)
     bias = torch.randn(2, device=device)
@@ -314,7 +314,7 @@ def _flow_head(device: str, level: int, channels: int) -> Kernel:
 
 
 def _smoothed_head(device: str, level: int, channels: int, between: int) -> Kernel:
-    """With the layer before it, which a library has to compute by itself."""
+    """With the smoothing layer before it, which a library has to compute separately."""
     inputs = _feature_maps(device, level, channels)
     smooth = torch.randn(between, channels, 3, 3, device=device) * 0.03, torch.randn(between, device=device)
     head = torch.randn(2, between, 3, 3, device=device) * 0.03, torch.randn(2, device=device)
@@ -340,20 +340,20 @@ def _work_of_head(x: Tensor, taps: int) -> tuple[float, float]:
 
 
 def _room(device: str, precision: str, channels: int, batch: int = PAIRS) -> Tensor:
-    """Of whole frames, channels last."""
+    """A zeroed map of the frames' size, channels last."""
     made = torch.zeros(batch, channels, *PIXELS, dtype=DTYPES[precision], device=device)
     return made.to(memory_format=torch.channels_last)
 
 
 def _frames_and_quarters(device: str, quarters: int) -> tuple[Tensor, ...]:
-    """Two normalised frames, and flow at a quarter of their size as a network predicts it."""
+    """Two normalised frames, and ``quarters`` flows at a quarter of their size, as a network predicts them."""
     frames = torch.randn(PAIRS, 6, *PIXELS, device=device)
     height, width = (side // 4 for side in PIXELS)
     return frames, *(torch.randn(PAIRS, 2, height, width, device=device) / 2 for _ in range(quarters))
 
 
 def _normalise_frames(device: str, precision: str) -> Kernel:
-    """To all places at once, as FlowNet2 wants it."""
+    """Writes to all three outputs at once, as FlowNet2 uses it."""
 
     def make() -> tuple[Tensor, ...]:
         first, second = (torch.rand(PAIRS, 3, *PIXELS, device=device) * 255 for _ in range(2))
@@ -389,7 +389,7 @@ def _fusing_input(device: str, precision: str) -> Kernel:
 
 
 def _enlarge_flow(device: str, precision: str) -> Kernel:
-    """The last of FlowNet2's, from a half to all of the size, into two of 88 channels: its writes lie far apart."""
+    """FlowNet2's last one, from half to full size. It writes to two of 88 channels, so its writes are far apart."""
 
     def make() -> tuple[Tensor, ...]:
         flow = torch.randn(PAIRS, 2, *(side // 2 for side in PIXELS), device=device)
@@ -403,13 +403,13 @@ def _enlarge_flow(device: str, precision: str) -> Kernel:
 
 
 def _in_bytes(name: str, precision: str, ways: Mapping[str, Action], moved: Sequence[Tensor]) -> Kernel:
-    """One that memory alone bounds: ``moved`` is what it reads and writes once, its input first."""
+    """A memory-bound operation. ``moved``: the tensors that it reads or writes once, its input first."""
     size = sum(tensor.numel() * tensor.element_size() for tensor in moved)
     return Kernel(name, _shape(moved[0]), precision, ways, 0.0, size)
 
 
 def _convolution(layer: Layer, device: str, precision: Precision) -> Kernel:
-    """With its bias and LeakyReLU, written where the network wants it."""
+    """With bias and LeakyReLU, written where the network needs it."""
     module, (height, width) = layer.make().to(device), (side >> layer.level for side in PIXELS)
     ways = {OURS: pack_layer(module, precision), "cuDNN, bias_leaky_relu": pack_layer(module, precision, by_cudnn=True)}
 
@@ -420,7 +420,7 @@ def _convolution(layer: Layer, device: str, precision: Precision) -> Kernel:
 
     def call(by: Convolution, x: Tensor, whole: Tensor | None) -> None:
         part = None if whole is None or layer.room is None else whole[:, layer.room[1] :][:, : by.outputs]
-        if part is not None and by.transposed:  # nobody wants it elsewhere
+        if part is not None and by.transposed:  # nothing else reads the result
             by.into(x, part)
         else:
             by(x, part)
@@ -442,9 +442,9 @@ def _convolution(layer: Layer, device: str, precision: Precision) -> Kernel:
 
 
 def _color(device: str) -> Kernel:
-    """OpenCV has no Middlebury wheel; hue from the angle, as its tutorials paint flow, stands in for it.
+    """OpenCV has no Middlebury colour wheel; instead it paints the angle as hue, as in its tutorials.
 
-    The limit is that of reading the flow and writing the picture.
+    The limit is reading the flow and writing the picture.
     """
     inputs = _many(lambda: (_flow(device),))
     as_tensors = [(flow, 20.0) for (flow,) in inputs]
@@ -458,7 +458,7 @@ def _color(device: str) -> Kernel:
 
 
 def _yuv_to_rgb(device: str) -> Kernel:
-    """NV12, as NVDEC gives it. No row on a CPU: frames that are decoded there come through FFmpeg's scaler."""
+    """NV12, as NVDEC outputs it. There is no row for a CPU, where FFmpeg's scaler converts decoded frames."""
     height, width = PIXELS
 
     def make() -> tuple[Tensor, ...]:
@@ -476,7 +476,7 @@ def _yuv_to_rgb(device: str) -> Kernel:
 
 
 def _quantise(device: str) -> Kernel:
-    """To int16 at 1/64 px. What the store itself does on a CPU is the other way; it works in place, block by block."""
+    """To int16 steps of 1/64 px. On a CPU beside the store's own NumPy code, which works in place, block by block."""
     inputs = _many(lambda: (_flow(device),))
     given = [(flow, 1 / 64, 32767.0, torch.int16) for (flow,) in inputs]
     ways = _ways({OURS: quantise} | ({"torch definition": quantise_definition} if device == "cuda" else {}), given)
@@ -490,7 +490,7 @@ def _quantise(device: str) -> Kernel:
 
 
 def _bitshuffle(device: str) -> Kernel:
-    """Of int16 steps, in blocks as a store has them."""
+    """int16 steps, in blocks as in a store."""
     from flowreel.sinks.blosc import BLOCK_VALUES
 
     inputs = _many(lambda: (quantise(_flow(device), 1 / 64).steps, BLOCK_VALUES))

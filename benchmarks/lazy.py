@@ -1,8 +1,9 @@
 """Lazy flow: what indexing costs over streaming, and what a cache saves over computing.
 
-Bars: reading forward takes at most 5 % longer than ``stream`` takes for the same flows, and a read from a cache is at
-least 20 times faster than computing. Against ``stream`` every way starts from nothing, network and decoder included, as
-that does. A cache and what it saves are measured on flow that is open, the files still in the system's memory.
+Bars: reading forward takes at most 5 % longer than ``stream`` takes for the same flows, and reading from a cache is at
+least 20 times faster than computing. In the comparison with ``stream`` every way of reading starts cold, as ``stream``
+does: it loads the network and opens the decoder. Reading from a cache is compared with computing on flow that is open
+already, with the cache's files in the system's page cache.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from benchmarks.data import found
 from benchmarks.measure import Effort, Sample, alternated, ratio
 
 CLIP = "person_asl_walk_640x480.mkv"
-SLICE_BATCHES = 4  # whole batches that one slice asks for, so that decoding and computing overlap
-MODELS = ("FlowNet2C", "FlowNet2CSS")  # the lightest one shows overhead best; and the default
+SLICE_BATCHES = 4  # whole batches per slice, so that decoding and computing overlap
+MODELS = ("FlowNet2C", "FlowNet2CSS")  # the lightest, which shows overhead best, and the default
 
 Flow = flowreel.LazyFlow
 Reading = Callable[[Flow], Iterable[object]]
@@ -58,7 +59,7 @@ WAYS: dict[str, Reading] = {
 
 
 def run(short: bool = False) -> dict[str, object]:
-    """For each model ``stream``, then each way to read the same flows forward: computed, and from a full cache."""
+    """For each model: ``stream``, then each way to read the same flows forward, computed and from a full cache."""
     clip = found("videos", CLIP)
     flows = 24 if short else 72
     effort = Effort(least=2, most=5, cap_s=12) if short else Effort(least=7, most=15, settled=0.005, cap_s=240)
@@ -113,6 +114,6 @@ def use_all(way: Reading, flow: Flow) -> None:
 
 
 def use(items: Iterable[object]) -> None:
-    """Takes everything, and lets go of each before the next."""
+    """Consumes all items, and frees each one before taking the next."""
     for _ in items:
         pass

@@ -1,4 +1,4 @@
-"""What a result was measured on: hardware, versions, commit, date, how busy the machine was."""
+"""What a result was measured on: hardware, versions, commit, date, load."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PACKAGES = (
 
 
 def machine() -> dict[str, object]:
-    """Plain values for a result's head."""
+    """What a result's header says about the machine, as plain JSON values."""
     return {
         "date": datetime.date.today().isoformat(),
         "cpu": _cpu(),
@@ -51,7 +51,7 @@ def machine() -> dict[str, object]:
 
 
 def load() -> float | None:
-    """Processes that wanted to run, mean of the last minute: what else went on. None where the system does not say."""
+    """Load average of the last minute, which shows what else was running. None where the system does not report it."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
@@ -86,7 +86,7 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The checkout's commit; None where git does not know it, or flowreel was installed from somewhere else."""
+    """The checkout's commit; None where git cannot tell, or where flowreel is not imported from this checkout."""
     import flowreel.engine
 
     if not Path(str(flowreel.engine.__file__)).resolve().is_relative_to(ROOT):

@@ -1,8 +1,8 @@
-"""Timing that can be trusted: warm-up, repeats until the median is settled, alternation, and honest intervals.
+"""Timing that can be trusted: warm-up, repeats until the median has settled, alternation, and honest intervals.
 
-A figure in a result is a *sample*: ``{"median": m, "low": q1, "high": q3, "n": count}`` with the quartiles of what was
-measured. A ratio of two things is measured by alternating them in one run; its ``low`` and ``high`` are a 95 %
-bootstrap interval over the rounds. ``benchmarks.tables`` prints either, ``benchmarks.compare`` judges by them.
+A figure in a result is a *sample*: ``{"median": m, "low": q1, "high": q3, "n": count}`` with the quartiles of the
+measured values. For a ratio, two things are timed alternately in one run; its ``low`` and ``high`` are a 95 % bootstrap
+interval over the rounds. ``benchmarks.tables`` prints both kinds, ``benchmarks.compare`` judges by their intervals.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 
 Action = Callable[[], object]
-Cell = dict[str, float]  # a sample as it stands in a result
+Cell = dict[str, float]  # a sample in the form it has in a result
 
-SHORTEST_S = 0.005  # a timing below this is mostly the clock and the call: such actions are timed several at once
+SHORTEST_S = 0.005  # shorter timings are mostly overhead of clock and call: such actions are called several times each
 RESAMPLES = 2000
 
 
 class Skipped(Exception):
-    """A case, or a part of one, that cannot run here. Its text says why, for the result."""
+    """A case, or a part of one, cannot run on this machine. The message gives the reason, for the result."""
 
 
 @dataclass(frozen=True)
@@ -33,19 +33,19 @@ class Effort:
 
     least: int = 5  # timings, whatever they take
     most: int = 60
-    settled: float = 0.01  # stop once the median's 95 % interval is within this share of it, up and down
-    cap_s: float = 10.0  # or once so much time has gone into it
+    settled: float = 0.01  # stop once the median's 95 % interval lies within this fraction of the median on either side
+    cap_s: float = 10.0  # or once this much time has been spent
     warm_up: int = 1  # calls before the first timing
 
     @classmethod
     def of(cls, short: bool) -> Effort:
-        """What a case uses unless it knows better."""
+        """The default of a case."""
         return cls(least=3, most=20, settled=0.02, cap_s=1.5) if short else cls()
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What several timings of one thing say."""
+    """Summary of several timings of one thing."""
 
     median: float
     low: float  # first quartile
@@ -60,20 +60,20 @@ class Sample:
         return cls(median, low, high, len(values))
 
     def times(self, factor: float) -> Sample:
-        """In another unit; ``factor`` is positive."""
+        """The same in another unit; ``factor`` is positive."""
         return Sample(self.median * factor, self.low * factor, self.high * factor, self.count)
 
     def rate(self, work: float) -> Sample:
-        """Of seconds for some work: the work a second. The slow quartile becomes the low one."""
+        """Turns seconds for some work into work per second. The slow quartile becomes the low one."""
         return Sample(work / self.median, work / self.high, work / self.low, self.count)
 
     def cell(self) -> Cell:
-        """As it stands in a result."""
+        """The form it has in a result."""
         return {"median": self.median, "low": self.low, "high": self.high, "n": self.count}
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """First quartile, median, third, linear between the values as NumPy's default has it."""
+    """First quartile, median and third quartile, interpolated linearly as in NumPy's default."""
     if len(values) == 1:
         return (values[0],) * 3
     first, median, third = statistics.quantiles(values, n=4, method="inclusive")
@@ -81,9 +81,9 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Where the true median lies with at least that confidence, whatever the distribution: the sign test's interval.
+    """An interval that contains the true median with at least this confidence, for any distribution: the sign test's.
 
-    With too few values for the confidence (fewer than 6 for 95 %) it is simply the smallest and the largest.
+    With too few values for the confidence (fewer than 6 for 95 %) it is from the smallest to the largest value.
     """
     ordered, count = sorted(values), len(values)
     tail, drop = 0.0, 0
@@ -97,14 +97,14 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[
 
 
 def settled(values: Sequence[float], within: float) -> bool:
-    """Whether the median is known to a share of ``within`` either way."""
+    """Whether the median's interval lies within a fraction ``within`` of the median on either side."""
     low, high = median_interval(values)
     middle = statistics.median(values)
     return len(values) > 5 and max(high - middle, middle - low) <= within * middle
 
 
 def seconds_of(action: Action, sync: Action = lambda: None, calls: int = 1) -> float:
-    """Wall time of one call, the mean of ``calls`` in a row. ``sync`` waits for a device's work to end."""
+    """Wall time of one call, as the mean of ``calls`` in a row. ``sync`` waits until the device's work is done."""
     sync()
     began_s = time.perf_counter()
     for _ in range(calls):
@@ -114,18 +114,18 @@ def seconds_of(action: Action, sync: Action = lambda: None, calls: int = 1) -> f
 
 
 def timed(action: Action, effort: Effort | None = None, sync: Action = lambda: None) -> Sample:
-    """Seconds a call of one thing."""
+    """Seconds per call of one action."""
     return Sample.of(alternated({"": action}, effort, sync)[""])
 
 
 def alternated(
     actions: Mapping[str, Action], effort: Effort | None = None, sync: Action = lambda: None
 ) -> dict[str, list[float]]:
-    """Seconds a call of several things, taken in turn, so that whatever slows the machine slows them all alike.
+    """Seconds per call of several actions, timed in turn, so that whatever slows the machine affects them all alike.
 
-    Each round times every action once, every second round in the opposite order. ``effort`` counts rounds; its time
-    cap is for all of them together; up to three times of it go into the least number of rounds, and two rounds are
-    always made.
+    Each round times every action once, every second round in reverse order. ``effort`` counts rounds, and its time cap
+    is for all actions together. The least number of rounds may take up to three times the cap; at least two rounds are
+    made in any case.
     """
     effort = effort or Effort()
     calls = {name: _calls_per_timing(action, effort, sync) for name, action in actions.items()}
@@ -143,7 +143,7 @@ def alternated(
 
 
 def _calls_per_timing(action: Action, effort: Effort, sync: Action) -> int:
-    """Warms up, and finds how many calls make one timing long enough for the clock."""
+    """Warms up, and returns how many calls make one timing long enough for the clock."""
     for _ in range(effort.warm_up):
         action()
     once_s = seconds_of(action, sync)
@@ -151,9 +151,9 @@ def _calls_per_timing(action: Action, effort: Effort, sync: Action) -> int:
 
 
 def ratio(over: Sequence[float], under: Sequence[float], seed: int = 0) -> Cell:
-    """Median of ``over`` by median of ``under``, two series measured in the same rounds, with a 95 % interval.
+    """Median of ``over`` divided by median of ``under``, two series from the same rounds, with a 95 % interval.
 
-    The interval is a bootstrap over rounds: whole rounds are drawn again, so what both series shared stays shared.
+    The interval is a bootstrap over rounds: whole rounds are resampled, so what slowed both series stays shared.
     """
     a, b = np.asarray(over, float), np.asarray(under, float)
     if a.shape != b.shape or a.size == 0:
@@ -165,7 +165,7 @@ def ratio(over: Sequence[float], under: Sequence[float], seed: int = 0) -> Cell:
 
 
 def device_sync(device: str) -> Action:
-    """Waits until everything given to the device is done; nothing on a CPU."""
+    """A function that waits until all work submitted to the device is done; on a CPU it does nothing."""
     if device != "cuda":
         return lambda: None
     import torch
@@ -174,14 +174,14 @@ def device_sync(device: str) -> Action:
 
 
 def devices() -> tuple[str, ...]:
-    """``cpu``, and ``cuda`` where there is one."""
+    """``cpu``, and ``cuda`` if available."""
     import torch
 
     return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
 def cell_value(cell: Any) -> float | None:
-    """The number a table cell stands for: a sample's median, a float, or None for names, counts and blanks."""
+    """The measured number in a table cell: a sample's median or a float; None for names, counts and blanks."""
     if isinstance(cell, Mapping) and "median" in cell:
         return float(cell["median"])
     return cell if isinstance(cell, float) else None

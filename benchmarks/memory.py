@@ -11,11 +11,11 @@ from benchmarks.processes import flowreel, measured
 CLIP = "conveyor_640x360.mp4"
 LENGTHS = (120, 1189)  # frames; the second is the whole clip
 REPEATS = 3
-MODEL = "--model=FlowNet2C"  # the lightest network of the baseline: what could grow lies around it
+MODEL = "--model=FlowNet2C"  # the lightest of the baseline's networks: anything that could grow is outside the network
 
 
 def run(short: bool = False) -> dict[str, object]:
-    """Each length in processes of its own, lengths alternating; medians."""
+    """Medians over several runs of each length, each in its own process, the lengths alternating."""
     lengths = (60, 240) if short else LENGTHS
     peaks: dict[int, list[int]] = {length: [] for length in lengths}
     for _ in range(1 if short else REPEATS):
@@ -36,7 +36,7 @@ def run(short: bool = False) -> dict[str, object]:
 
 
 def peak_bytes(frames: int) -> int:
-    """Largest resident set of one run, as the operating system counted it."""
+    """Peak resident set size of one run, as counted by the operating system."""
     clip = str(found("videos", CLIP))
     with tempfile.TemporaryDirectory() as folder:
         outputs = [f"--output={folder}/x.zarr", f"--output={folder}/x.mp4"]

@@ -14,15 +14,16 @@ from benchmarks.ceilings import Ceilings, flops_per_s
 from benchmarks.processes import in_module
 
 FULL = ("FlowNet2", "FlowNet2CSS", "FlowNet2CS", "FlowNet2C", "FlowNet2S", "FlowNet2SD")
-BASELINE = ("FlowNet2CSS", "FlowNet2CS", "FlowNet2C")  # what the shipped weights run as
+BASELINE = ("FlowNet2CSS", "FlowNet2CS", "FlowNet2C")  # the networks that the shipped weights serve
 SIZES = {"512x384": (384, 512), "1024x448": (448, 1024), "1920x1088": (1088, 1920)}
 USUAL, BATCH = "1024x448", 4
 PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "tf32", "fp16")}
-INPUTS = 4  # different batches, in turn
+INPUTS = 4  # different batches, used in turn
 
 
 def run(short: bool = False, ceilings: Ceilings | None = None) -> dict[str, object]:
-    """One process a row, so that its peak memory is its own. Published width: random weights; baseline: the shipped."""
+    """One process per row, for its own peak memory. "width 1": random weights at the published width; "baseline": the
+    shipped weights."""
     from benchmarks.measure import devices
 
     rows: list[dict[str, Any]] = []
@@ -40,7 +41,7 @@ def _short(device: str) -> Iterator[dict[str, Any]]:
 
 
 def _full(device: str) -> Iterator[dict[str, Any]]:
-    """Every network in every precision at one size; of the heaviest and a light one also other sizes and a batch."""
+    """Every network in every precision at one size; the heaviest and a light one also at other sizes and batched."""
     for weights, models in (("width 1", FULL), ("baseline", BASELINE)):
         for model, precision in itertools.product(models, PRECISIONS[device]):
             yield _settings(model, precision, weights=weights)
@@ -64,7 +65,7 @@ def _row(settings: dict[str, Any], folder: Path, short: bool, ceilings: Ceilings
 
     baseline = settings["weights"] == "baseline"
     height, width = SIZES[settings["size"]]
-    # The file is written here, in this process: the one that is measured only reads it, as a user's would.
+    # The file is written in this process: the measured one only reads it, as a user's would.
     weights = "baseline" if baseline else str(random_weights(settings["model"], folder))
     found, spent = in_module("benchmarks.model", settings | {"weights": weights, "short": short})
     seconds = Sample.of(found["seconds"])  # type: ignore[arg-type]
@@ -82,7 +83,7 @@ def _row(settings: dict[str, Any], folder: Path, short: bool, ceilings: Ceilings
 
 
 def _measure(settings: dict[str, Any]) -> dict[str, Any]:
-    """In the measured process: seconds of each call on one batch."""
+    """Runs in the measured process: seconds of each call on one batch."""
     import torch
 
     from benchmarks.measure import Effort, alternated, device_sync

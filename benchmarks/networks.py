@@ -1,4 +1,4 @@
-"""Published networks at full width with weights drawn at random, as files that ``--weights`` takes; and their work."""
+"""The published networks with random weights, also as files for ``--weights``, and their arithmetic work."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ SEED = 0
 
 
 def random_weights(model: str, folder: Path, width: float = 1.0) -> Path:
-    """Writes weights of that network. Speed and memory do not depend on the values, as long as they are ordinary ones.
+    """Writes random weights of a network. Speed and memory do not depend on the values if these are of ordinary size.
 
-    The file stays in ``folder`` for whoever asks next.
+    The file is kept in ``folder`` and reused.
     """
     path = folder / f"{model}-{width:g}.safetensors"
     if not path.exists():
@@ -32,9 +32,9 @@ def random_weights(model: str, folder: Path, width: float = 1.0) -> Path:
 
 
 def filled(model: str, device: str = "cpu", width: float = 1.0) -> torch.nn.Module:
-    """The network with numbers that keep the size of what goes through it, biases included: flow of tens of pixels.
+    """The network with random weights and biases that preserve the magnitude of activations: flow of tens of pixels.
 
-    Ready for inference. On another device the numbers are others.
+    Ready for inference. The numbers depend on the device.
     """
     with torch.device(device):
         net = build_model(model, width=width).eval()
@@ -53,9 +53,9 @@ def filled(model: str, device: str = "cpu", width: float = 1.0) -> torch.nn.Modu
 
 
 def flops(model: str, height: int, width: int, channels: float = 1.0) -> float:
-    """Multiplications and additions of one pair: convolutions and correlations. Sides are multiples of 64.
+    """Multiplications and additions for one pair, in convolutions and correlations. Sides are multiples of 64.
 
-    Counted on tensors without data, so any size costs nothing. channels: width factor of the network.
+    Counted on tensors without data, so even large sizes cost nothing. channels: width factor of the network.
     """
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.flowreel.correlation: _correlation_flops})
     with FakeTensorMode(), counter, torch.no_grad():
@@ -66,5 +66,5 @@ def flops(model: str, height: int, width: int, channels: float = 1.0) -> float:
 
 
 def _correlation_flops(a: Any, b: Any, radius: int, stride: int, *, out_shape: Any = None, **_: Any) -> int:
-    """``a``: its shape. One product a displacement, channel and pixel."""
+    """``a``: the shape of the first map. One multiplication and addition per displacement, channel and pixel."""
     return int(2 * (2 * radius + 1) ** 2 * math.prod(a))

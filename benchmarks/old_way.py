@@ -1,8 +1,8 @@
 """The old way and this one on the same clip with the same network: seconds and bytes on disk, step by step.
 
-The old way is that of flownet2-pytorch's users: the video to PNG frames, the frames to one ``.flo`` each, those to
-colour PNGs and a video. Its steps are done here with this project's own parts (the frames with PyAV and Pillow), so
-the network costs the same on both sides; what differs is everything around it.
+The old way is that of flownet2-pytorch's users: the video to PNG frames, each pair of frames to a ``.flo`` file, these
+files to colour PNGs and a video. Its steps use this project's own parts here (and PyAV and Pillow for the frames), so
+the network costs the same on both sides, and only what surrounds it differs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ALL = "all of it"
 
 
 def run(clip: str = CLIP, repeats: int = 3, short: bool = False) -> dict[str, object]:
-    """Both ways in turn, either first, ``repeats`` times (once in a short run)."""
+    """Both ways, ``repeats`` times in alternating order (once in a short run)."""
     repeats = 1 if short else repeats
     source = found("videos", clip)
     seconds: dict[tuple[str, str], list[float]] = {}
@@ -56,7 +56,7 @@ def run(clip: str = CLIP, repeats: int = 3, short: bool = False) -> dict[str, ob
 
 
 def _steps(source: Path, folder: Path) -> dict[str, list[tuple[str, Callable[[], Any], list[Path]]]]:
-    """Of each way: what is done, how, and what it leaves on disk."""
+    """For each way its steps: name, action, and the files or folders it leaves on disk."""
     frames, flows, pictures = folder / "frames", folder / "flows", folder / "colour"
     store, video = folder / "x.zarr", folder / "x.mp4"
 
@@ -76,7 +76,7 @@ def _steps(source: Path, folder: Path) -> dict[str, list[tuple[str, Callable[[],
 
 
 def _to_pictures(source: Path, folder: Path) -> None:
-    """What ``ffmpeg -i VIDEO frames/%06d.png`` does, at Pillow's default compression, like FFmpeg's a zlib level 6."""
+    """Like ``ffmpeg -i VIDEO frames/%06d.png``, with Pillow's default compression: zlib level 6, as FFmpeg's."""
     folder.mkdir()
     with av.open(str(source)) as container:
         for number, frame in enumerate(container.decode(video=0)):

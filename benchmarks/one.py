@@ -1,7 +1,7 @@
-"""``python -m benchmarks.one NAME OUT SETTINGS``: one case in a process of its own, its result as JSON into OUT.
+"""``python -m benchmarks.one NAME OUT SETTINGS``: runs one case and writes its result as JSON to OUT.
 
-A process of its own, so that neither the memory nor the thread settings of one case reach the next. SETTINGS is JSON:
-``{"short": bool, "ceilings": {...}}``. Exit code ``SKIPPED``: the case says on stdout why it cannot run here.
+Each case has its own process, so that neither its memory nor its thread settings affect the next. SETTINGS is JSON:
+``{"short": bool, "ceilings": {...}}``. Exit code ``SKIPPED``: the case cannot run here, stdout says why.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def main(name: str, out: str, settings: str) -> int:
 
 
 def _cpu_s() -> float:
-    """Of all threads and ended children: on a busy machine it tells what the case takes, and ``seconds`` does not."""
+    """CPU time of all threads and of child processes that have ended: unlike ``seconds``, it still shows on a busy
+    machine what the case costs."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(one.ru_utime + one.ru_stime for one in used)
 

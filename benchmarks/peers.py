@@ -1,9 +1,9 @@
 """ptlflow's FlowNet2, C and S beside flowreel's, same weights and frames, each in its own environment: time, memory.
 
-ptlflow has an environment of its own, since it wants other libraries than this project. ``python -m benchmarks.peers``
-makes it in ``.peers/ptlflow``; ``FLOWREEL_PTLFLOW`` names the interpreter of one that is elsewhere. Without it the
-case is left out. C and S are the same functions in both; in FlowNet2 ptlflow blackens what a warp fetches from outside
-the frame, where ours repeats the border, so that its flow is another one there. OpenCV's methods are in ``classical``,
+ptlflow needs other library versions than this project, so it has its own environment. ``python -m benchmarks.peers``
+creates it in ``.peers/ptlflow``; ``FLOWREEL_PTLFLOW`` names the interpreter of one elsewhere. Without either, the case
+is skipped. C and S are the same functions in both projects. FlowNet2 differs: where a warp samples outside the frame,
+ptlflow uses black and flowreel repeats the border, so the flow differs there. OpenCV's methods are in ``classical``,
 plain torch versions of the kernels in ``kernels``.
 """
 
@@ -28,10 +28,10 @@ from benchmarks.processes import ROOT
 PTLFLOW = "ptlflow==0.4.2"
 PLACE = ROOT / ".peers" / "ptlflow"
 SIZE = (448, 1024)  # rows, columns
-MOTION = (3, 5)  # pixels down and to the right, around the border: both frames have one mean, which ptlflow takes apart
+MOTION = (3, 5)  # pixels down and right, wrapped: the frames have equal means, which ptlflow computes for each frame
 MODELS = ("FlowNet2", "FlowNet2C", "FlowNet2S")
 OURS = "flowreel fp32"
-WAYS = {  # what a row is called: kind of ``peer_worker``, precision
+WAYS = {  # name of the row: kind of ``peer_worker``, precision
     OURS: ("compiled", "fp32"),
     "flowreel bf16": ("compiled", "bf16"),
     "flowreel's module, not compiled": ("plain", "fp32"),
@@ -40,7 +40,7 @@ WAYS = {  # what a row is called: kind of ``peer_worker``, precision
 
 
 class Peer:
-    """A network in another process, see ``benchmarks.peer_worker``."""
+    """A network in another process: see ``benchmarks.peer_worker``."""
 
     def __init__(self, python: str, settings: dict[str, Any], log: Path) -> None:
         worker = Path(__file__).with_name("peer_worker.py")
@@ -56,15 +56,15 @@ class Peer:
         self._log = log
 
     def loaded(self) -> None:
-        """Waits until it can be asked."""
+        """Waits until it is ready."""
         self._answer()
 
     def run(self) -> float:
-        """One pair; seconds."""
+        """Computes one pair. Returns the seconds it took."""
         return float(self._ask("run"))
 
     def flow(self, path: Path) -> tuple[Any, float]:
-        """The last pair's (2, H, W) flow, and the most memory the process held, bytes."""
+        """The last pair's (2, H, W) flow, and the process's peak memory in bytes."""
         peak = float(self._ask(str(path)))
         return np.load(path), peak
 
@@ -90,7 +90,7 @@ class Peer:
 
 @contextmanager
 def peer(python: str, settings: dict[str, Any], log: Path) -> Iterator[Peer]:
-    """Its process ends with the block."""
+    """A peer whose process ends with the block."""
     one = Peer(python, settings, log)
     try:
         one.loaded()
@@ -100,7 +100,8 @@ def peer(python: str, settings: dict[str, Any], log: Path) -> Iterator[Peer]:
 
 
 def run(short: bool = False) -> dict[str, object]:
-    """All ways of one model in turn, a process each; "apart" is the mean distance of its flow from ours, by length."""
+    """All implementations of a model in turn, each in its own process. "apart": mean distance of the flow from ours,
+    divided by the mean length of ours."""
     theirs = ptlflow_python()
     effort = Effort(least=2, most=3, cap_s=1.0) if short else Effort(least=7, most=15, cap_s=60.0)
     rows: list[dict[str, Any]] = []
@@ -111,7 +112,7 @@ def run(short: bool = False) -> dict[str, object]:
 
 
 def compared(model: str, theirs: str, effort: Effort, folder: Path) -> list[dict[str, Any]]:
-    """Rows of one model."""
+    """The rows of one model."""
     from benchmarks.networks import random_weights
 
     settings = {"model": model, "weights": str(random_weights(model, folder)), "threads": threads()}
@@ -128,7 +129,7 @@ def compared(model: str, theirs: str, effort: Effort, folder: Path) -> list[dict
         kept = {way: peers[way].flow(folder / "flow.npy") for way in peers}
     rows = []
     for way, seconds in found.items():
-        last = seconds[-rounds:]  # what went before was warming up
+        last = seconds[-rounds:]  # those before were warm-up
         flow, peak = kept[way]
         rows.append(
             {
@@ -148,7 +149,7 @@ def _apart(flow: Any, ours: Any) -> float:
 
 
 def _frames(folder: Path) -> Path:
-    """A picture, and the same moved around its border: both have the same mean."""
+    """A file with a random picture, and the same picture moved by ``MOTION`` with wrap-around."""
     path = folder / "frames.npy"
     if not path.exists():
         import torch
@@ -160,14 +161,14 @@ def _frames(folder: Path) -> Path:
 
 
 def threads() -> int:
-    """As many as this process may use, the same for all."""
+    """The number of threads for all peers: as many as torch uses in this process."""
     import torch
 
     return torch.get_num_threads()
 
 
 def ptlflow_python() -> str:
-    """The interpreter of an environment with ptlflow of the right version. Raises Skipped where there is none."""
+    """The interpreter of an environment with the right version of ptlflow. Raises Skipped when there is none."""
     python = os.environ.get("FLOWREEL_PTLFLOW") or str(PLACE / "bin" / "python")
     name, _, version = PTLFLOW.partition("==")
     ask = f"import importlib.metadata as found; print(found.version({name!r}))"
@@ -182,7 +183,7 @@ def ptlflow_python() -> str:
 
 
 def install(place: Path = PLACE) -> None:
-    """Makes the environment, with torch of this environment's version."""
+    """Creates the environment, with the same version of torch as this one."""
     from importlib.metadata import version
 
     venv.create(place, with_pip=True, clear=True)

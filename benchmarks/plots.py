@@ -15,7 +15,7 @@ Row = Mapping[str, Any]
 
 
 def draw(results: Path = RESULTS, into: Path = PLOTS) -> list[Path]:
-    """Draws every plot whose case has a result, and says which."""
+    """Draws every plot whose case has a result. Returns the files written."""
     made = []
     for case, plots in _PLOTS.items():
         path = newest(case, results)

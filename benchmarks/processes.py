@@ -1,8 +1,8 @@
-"""A command in a process of its own: how long it took, and the most memory it ever held.
+"""Runs a command in its own process and measures its time and peak memory.
 
-**Whose peak it is.** ``ru_maxrss`` of a process that a large process started is at least that large process's own peak:
-between fork and exec the child *is* its parent, and Linux keeps the larger number. So a launcher of 10 MB stands
-between, which starts the command, waits for it, and tells what the system counted.
+**Whose peak it is.** ``ru_maxrss`` of a process started by a large process is at least the peak of that parent: between
+fork and exec the child shares the parent's memory, and Linux keeps the larger number. So the command is started by a
+launcher of only 10 MB, which waits for it and reports what the system counted.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ with open(sys.argv[1], "w") as file:
 
 
 class CommandFailedError(RuntimeError):
-    """A measured command did not end well; the text has what it said."""
+    """A measured command failed; the message contains its output."""
 
 
 @dataclass(frozen=True)
 class Spent:
-    """What a command took."""
+    """Resources used by a command."""
 
     seconds: float  # from its start to its end
-    peak_bytes: int  # most resident memory of it or of a process it waited for
-    cpu_s: float  # of all its threads
+    peak_bytes: int  # peak resident set size, of the command or of a child process it waited for
+    cpu_s: float  # CPU time of all its threads
     stdout: str
 
 
 def measured(command: Sequence[str], env: Mapping[str, str] | None = None) -> Spent:
-    """Runs a command to its end, from the repository's root. Raises CommandFailedError when it fails."""
+    """Runs a command to its end, in the repository's root. Raises CommandFailedError when it fails."""
     with tempfile.TemporaryDirectory() as folder:
         told = Path(folder) / "told.json"
         launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(told), *command]
@@ -56,16 +56,16 @@ def measured(command: Sequence[str], env: Mapping[str, str] | None = None) -> Sp
         code, peak, cpu_s, seconds = json.loads(told.read_text()) if told.exists() else (1, 0, 0.0, 0.0)
     if code:
         raise CommandFailedError(f"{' '.join(command)} ended with {code}: {done.stderr.strip()[-2000:]}")
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return Spent(seconds, peak * unit, cpu_s, done.stdout)
 
 
 def flowreel(*arguments: str) -> list[str]:
-    """The command line of ``flowreel ARGUMENTS`` with this interpreter's flowreel."""
+    """The command line of ``flowreel ARGUMENTS``, run by this interpreter."""
     return [sys.executable, "-m", "flowreel", *arguments]
 
 
 def in_module(module: str, settings: Mapping[str, object]) -> tuple[dict[str, object], Spent]:
-    """Runs ``python -m MODULE`` of this folder with settings as JSON; the last line it prints is its result."""
+    """Runs ``python -m MODULE`` with the settings as JSON; its result is the last line it prints, as JSON."""
     spent = measured([sys.executable, "-m", module, json.dumps(settings)])
     return json.loads(spent.stdout.splitlines()[-1]), spent

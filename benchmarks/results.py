@@ -1,4 +1,4 @@
-"""Where results lie: ``YYYY-MM-DD-CASE.json``, ``-gpu`` from a machine with a GPU, ``-short`` of a short run."""
+"""Result files: ``YYYY-MM-DD-CASE.json``; CASE ends in ``-gpu`` on a machine with a GPU, ``-short`` for a short run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Result = dict[str, Any]
 
 
 def filed_as(result: Result) -> str:
-    """The case, and what sets the result apart: ``model``, ``model-gpu``, ``model-short``."""
+    """The case and the kind of run: ``model``, ``model-gpu``, ``model-short``."""
     gpu = "-gpu" if result["machine"].get("gpu") else ""
     return f"{result['case']}{gpu}{'-short' if result.get('short') else ''}"
 
@@ -29,12 +29,13 @@ def load(path: Path) -> Result:
 
 
 def newest(case: str, folder: Path = RESULTS, *, with_rows: bool = False) -> Path | None:
-    """The latest result filed as ``case``, or None. with_rows: one that has any, as a GPU's of some parts has not."""
+    """The latest result filed as ``case``, or None. with_rows: skips results without rows, as some GPU runs of only
+    a few parts have."""
     matches = [(match, path) for path in folder.glob("*.json") if (match := _NAME.fullmatch(path.name))]
     found = [(match["date"], int(match["number"] or 1), path) for match, path in matches if match["case"] == case]
     return next((path for _, _, path in sorted(found, reverse=True) if not with_rows or load(path).get("rows")), None)
 
 
 def cases_in(folder: Path) -> list[str]:
-    """Everything that has a result there, as ``filed_as`` names it."""
+    """All cases with a result in the folder, named as by ``filed_as``."""
     return sorted({match["case"] for path in folder.glob("*.json") if (match := _NAME.fullmatch(path.name))})

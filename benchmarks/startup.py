@@ -14,14 +14,14 @@ SCENE = "synthetic:translate?size=512x384&frames=2"
 
 
 def run(short: bool = False) -> dict[str, object]:
-    """Each command in a process of its own, all of them in turn; bytecode and files are warm after the first round."""
+    """Each command in its own process, all in turn. The first round, which warms bytecode and files, is not counted."""
     rounds = 3 if short else 9
     spent: dict[str, list[Spent]] = {}
     for round_number in range(rounds + 1):
         with tempfile.TemporaryDirectory() as folder:
             for name, command in _commands(Path(folder)).items():
                 found = measured(command)
-                if round_number:  # the first warms up
+                if round_number:
                     spent.setdefault(name, []).append(found)
     rows = [_row(name, found) for name, found in spent.items()]
     return {"rounds": rounds, "scene": SCENE, "rows": rows}

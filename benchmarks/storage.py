@@ -1,14 +1,14 @@
 """What stored flow costs: size, error and speed for each bound and codec, and how often a store's bytes are written.
 
-Fields: the published FlowNet2 result and Sintel's ground truth, which judge the codecs, and real clips with the
-baseline weights: the flow itself, and the network's own quarter-resolution prediction of it ("native"), whose sizes are
-beside ``.flo`` files of the whole flow. Speeds are of one core: float32 bytes of what is encoded by CPU seconds of the
-one thread that works.
+Fields: the published FlowNet2 result and Sintel's ground truth, by which the codecs are judged, and flow of real clips
+with the baseline weights: the flow itself, and the network's own quarter-resolution prediction ("native"), whose size
+is compared with ``.flo`` files of the full-resolution flow. Speeds are per core: float32 bytes of the encoded arrays
+per CPU second of the one thread that works.
 
-**Write amplification** is ``wchar`` of ``/proc/self/io``, the bytes this process handed to write calls while a whole
-store was made, over the bytes of the finished store. It counts what is written again (a shard for each flow that is
-added, metadata for each shard) on any file system; ``write_bytes`` beside it, what went on to the disk, rounds each
-file up to pages and is 0 where the folder lies in memory.
+**Write amplification** is ``wchar`` of ``/proc/self/io``, the bytes this process passed to write calls while a whole
+store was made, divided by the bytes of the finished store. It detects repeated writes (a shard for each flow that is
+added, metadata for each shard) on any file system. ``write_bytes`` beside it, the bytes that went to the disk, counts
+whole pages of each file and is 0 where the folder is in memory.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ FIXED = {
 CLIPS = ("bbb_1080p60.mp4", "person_asl_walk_640x480.mkv", "sintel_cave_1024x436.mp4")
 CLIP_FLOWS = 24
 BOUNDS = {"1/128": 1 / 128, "1/64": 1 / 64, "1/32": 1 / 32, "1/16": 1 / 16, "lossless": 0.0}  # px
-SHOWN = "1/64"  # the default bound, whose speed the table shows; the others' are in "measurements"
+SHOWN = "1/64"  # the default bound; the table shows its speed, "measurements" has the others'
 NATIVE_CODECS: tuple[Codec, ...] = ("blosc", "pcodec2d")
-LEAST_TIMINGS = 9  # the median is taken of at least so many
+LEAST_TIMINGS = 9  # for each median
 
 
 def run() -> dict[str, object]:
-    """One row a field and codec: times smaller than ``.flo`` at each bound, and the largest error beside the bound it
-    came closest to; speed, error in pixels and writes at 1/64 px. Every figure of every bound is in "measurements".
+    """One row per field and codec: compression ratio to ``.flo`` at each bound, and the largest error as a fraction of
+    its bound; speed, error in pixels and write amplification at 1/64 px. All figures are in "measurements".
     """
     measurements: list[dict[str, Any]] = []
     stores: list[dict[str, Any]] = []
@@ -72,7 +72,7 @@ def run() -> dict[str, object]:
 
 
 def flow_of(clip: str) -> tuple[FlowBatch, list[Flow]]:
-    """The flow of a clip's first frames, and the prediction that each field of it is enlarged from."""
+    """The flow of a clip's first frames, and the quarter-resolution predictions that it is upsampled from."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.zarr"
         flowreel.run(found("videos", clip), path, stop=CLIP_FLOWS + 1, resolution="native", max_error=0)
@@ -86,7 +86,7 @@ def flow_of(clip: str) -> tuple[FlowBatch, list[Flow]]:
 
 
 def rows(measurements: Sequence[dict[str, Any]], stores: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each field and codec."""
+    """The table: one row per field and codec."""
     table = []
     for shown in (one for one in measurements if one["bound"] == SHOWN):
         same = [one for one in measurements if (one["field"], one["codec"]) == (shown["field"], shown["codec"])]
@@ -108,7 +108,7 @@ def rows(measurements: Sequence[dict[str, Any]], stores: Sequence[dict[str, Any]
 
 
 def error_of_bound(measured: dict[str, Any]) -> float:
-    """The largest error as a share of what was allowed, which is nothing for lossless."""
+    """The largest error as a fraction of the bound; for lossless, 0 without any error and else infinity."""
     error, bound = measured["max error px"], BOUNDS[measured["bound"]]
     if bound:
         return float(error / bound)
@@ -118,7 +118,8 @@ def error_of_bound(measured: dict[str, Any]) -> float:
 def measure_all(
     field: str, flows: Sequence[Flow], kinds: Sequence[Codec] = get_args(Codec), whole: tuple[int, ...] | None = None
 ) -> list[dict[str, Any]]:
-    """Every bound and codec on the flows of one field or clip. whole: height and width of the flow made of these."""
+    """Every bound and codec on the flows of one field or clip. whole: height and width at full resolution, if the flows
+    are native."""
     height, width = flows[0].shape[1:]
     whole = whole or (height, width)
     measured = []
@@ -143,17 +144,17 @@ def measure_all(
 
 @dataclass(frozen=True)
 class Cost:
-    """What a codec makes of some flows."""
+    """Size, error and speed of a codec on some flows."""
 
-    ratio: float  # bytes as .flo files, over the bytes of the chunks
-    mean_error: float  # px, of a component of a vector
-    max_error: float  # px
-    encode_gb_per_s: float  # of float32 flow and CPU second, median
+    ratio: float  # bytes of .flo files / bytes of the chunks
+    mean_error: float  # px, per component
+    max_error: float  # px, per component
+    encode_gb_per_s: float  # float32 flow per CPU second, median
     decode_gb_per_s: float
 
 
 def measure(codec: FlowCodec, flows: Sequence[Flow], bytes_as_flo: int) -> Cost:
-    """Encodes and decodes each flow, several times when they are few. The first time around only warms up."""
+    """Encodes and decodes each flow, several times if there are few; one untimed call of each warms up before."""
     out: Flow = np.empty((2, codec.height, codec.width), np.float32)
     gigabytes = out.nbytes / 1e9
     codec.decode(codec.encode(flows[0]).chunk, out)
@@ -178,7 +179,7 @@ def measure(codec: FlowCodec, flows: Sequence[Flow], bytes_as_flo: int) -> Cost:
 
 
 def whole_store(name: str, batches: Sequence[FlowBatch], codec: Codec) -> dict[str, Any]:
-    """Writes the batches as a store, and what the operating system counted meanwhile."""
+    """Writes the batches to a store. Returns its size, and the bytes the operating system counted meanwhile."""
     height, width = batches[0].flow.shape[2:]
     count = sum(len(batch) for batch in batches)
     with tempfile.TemporaryDirectory() as folder:
@@ -203,7 +204,7 @@ def whole_store(name: str, batches: Sequence[FlowBatch], codec: Codec) -> dict[s
 
 
 def io_counters() -> dict[str, int]:
-    """This process's counters since it began, all threads together; empty on systems that have none."""
+    """This process's I/O counters since its start, of all threads; empty on systems without them."""
     path = Path("/proc/self/io")
     lines = path.read_text().splitlines() if path.exists() else []
     return {name: int(value) for name, value in (line.split(": ") for line in lines)}

@@ -1,4 +1,4 @@
-"""Charts as plain SVG text: bars, and lines on linear or logarithmic axes. No plotting library needed."""
+"""Charts as plain SVG text: bars, and lines on linear or logarithmic axes. Needs no plotting library."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Points = Sequence[tuple[float, float]]
 def lines(
     title: str, series: Mapping[str, Points], x_label: str, y_label: str, *, log_x: bool = False, log_y: bool = False
 ) -> str:
-    """A chart of named series of (x, y); one series needs no name. Logarithmic axes take positive numbers only."""
+    """A line chart of named series of (x, y); a single one needs no name. Logarithmic axes need positive numbers."""
     xs = [x for points in series.values() for x, _ in points]
     ys = [y for points in series.values() for _, y in points]
     across = _Axis.around(xs, LEFT, WIDTH - RIGHT, log_x)
@@ -35,7 +35,7 @@ def lines(
 
 
 def bars(title: str, values: Mapping[str, float], x_label: str) -> str:
-    """Horizontal bars from zero, one a name, each with its number."""
+    """A chart of horizontal bars from zero, one per name, each with its value."""
     step, left = 22, 250
     height = TOP + step * len(values) + 30
     most = max(values.values(), default=0.0) or 1.0
@@ -50,7 +50,7 @@ def bars(title: str, values: Mapping[str, float], x_label: str) -> str:
 
 
 class _Axis:
-    """From numbers to pixels."""
+    """Maps numbers to pixels."""
 
     def __init__(self, low: float, high: float, start: float, end: float, log: bool) -> None:
         self.low, self.high, self.start, self.end, self.log = low, high, start, end, log
@@ -75,7 +75,7 @@ class _Axis:
         return self.start + share * (self.end - self.start)
 
     def ticks(self) -> list[float]:
-        """Round numbers inside the axis."""
+        """Round numbers within the axis."""
         if self.log:
             decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             found = [m * 10.0**d for d in decades for m in (1, 2, 5)]

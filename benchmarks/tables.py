@@ -1,12 +1,12 @@
-"""Rows of a result as a Markdown table, and what README and docs show of the newest results.
+"""Rows of a result as a Markdown table, and the newest results in README and docs.
 
-A line ``<!-- KIND: CASE -->`` in a page is a marker; the lines below it, up to an empty one or the next marker, are
-made from the newest result of that case, and stay as they are while there is none. KIND is
+A line ``<!-- KIND: CASE -->`` in a page is a marker. The lines below it, up to an empty line or the next marker, are
+generated from the newest result of that case, and left unchanged if there is none. KIND is
 
-- ``table``: its rows. ``<!-- table: model | size=1024x448 | batch=1 -->`` keeps the rows that have these cells, and
-  leaves out the columns that are named so; ``<!-- table: model | only: model, pairs/s -->`` has these columns alone;
-- ``where``: one line that says on what and when it was measured;
-- ``plot``: the picture ``docs/plots/CASE.svg``, once it is drawn (``benchmarks.plots``).
+- ``table``: its rows. ``<!-- table: model | size=1024x448 | batch=1 -->`` keeps the rows with these cells, and omits
+  these columns; ``<!-- table: model | only: model, pairs/s -->`` shows these columns only;
+- ``where``: one line that says where and when it was measured;
+- ``plot``: the picture ``docs/plots/CASE.svg``, if it has been drawn (``benchmarks.plots``).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.results import RESULTS, Result, load, newest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))  # where markers stand
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))  # pages that may contain markers
 PLOTS = ROOT / "docs" / "plots"
 _MARKED = re.compile(r"(?P<marker><!-- (?P<kind>table|where|plot): (?P<asked>[^\n]*?) -->)\n(?:(?!<!-- )[^\n]+\n)*")
 _ONLY = "only: "
@@ -28,9 +28,9 @@ Row = Mapping[str, object]
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
-    """One column a key, in the order in which the keys first appear; a sample as its median and half its spread.
+    """One column per key, in order of first appearance; a sample as its median and half its spread.
 
-    Columns that are blank throughout are left out.
+    Columns without any value are left out.
     """
     columns = list(dict.fromkeys(key for row in rows for key, cell in row.items() if cell is not None))
     lines = [columns, ["---"] * len(columns), *([_cell(row.get(column)) for column in columns] for row in rows)]
@@ -50,7 +50,7 @@ def _cell(value: object) -> str:
 
 
 def _sample(cell: Mapping[str, float]) -> str:
-    """Median, and half the distance from low to high as a share of it."""
+    """The median, and half the distance from low to high as a percentage of it."""
     middle = cell["median"]
     shown = f"{middle:.3g}" if 0 < abs(middle) < 100 else f"{middle:.0f}"
     if cell["n"] < 2 or not middle:
@@ -59,10 +59,10 @@ def _sample(cell: Mapping[str, float]) -> str:
 
 
 def filled(text: str, page: Path, results: Path = RESULTS, plots: Path = PLOTS) -> str:
-    """The text of ``page`` with what stands below each marker made anew.
+    """The text of ``page``, with the lines below each marker regenerated.
 
     Raises:
-        ValueError: a marker whose conditions no row of the result meets, or whose columns none has.
+        ValueError: for a marker, no row of the result meets the conditions, or no row has one of the columns.
     """
 
     def below(match: re.Match[str]) -> str:
@@ -92,11 +92,11 @@ def _made(kind: str, result: Result, conditions: Sequence[str], asked: str) -> s
 
 
 def measured_on(result: Result) -> str:
-    """Hardware, versions, commit, date, how busy the machine was, and what else is to be said, in one line."""
+    """Hardware, torch's version, date, commit, load and any other remark, in one line."""
     machine = result["machine"]
     what = [f"{machine['gpu']}, " if machine.get("gpu") else "", f"{machine['cpu']}, {machine['cores']} cores"]
     torch = f"torch {machine['versions']['torch']}"
-    commit = result.get("commit") or machine.get("commit") or "unknown"  # the first: as a GPU's run was told
+    commit = result.get("commit") or machine.get("commit") or "unknown"  # the first: given to a GPU run by --commit
     said = [f"{''.join(what)}, {torch}, {machine['date']}, commit {commit}"]
     if machine.get("load") is not None and "load_after" in result:
         said.append(f"load {machine['load']:.1f} before and {result['load_after']:.1f} after")
