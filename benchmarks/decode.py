@@ -23,7 +23,7 @@ SHORT_FRAMES = 48
 
 
 def run(short: bool = False) -> dict[str, object]:
-    """Frames a second of the first frames of each clip, opening the file included, all ways in turn."""
+    """Frames per second over the first frames of each clip, including opening the file; all decoders in turn."""
     most = SHORT_FRAMES if short else MOST_FRAMES
     rows: list[dict[str, Any]] = []
     for clip in sorted(found("videos").iterdir()):
@@ -70,7 +70,7 @@ def _ways(clip: Path, count: int) -> dict[str, Action]:
 
 
 def _bare(clip: Path, count: int, threads: int) -> Iterator[av.VideoFrame]:
-    """threads: 0 is FFmpeg's own choice, frame and slice threads both."""
+    """Decodes without conversion. threads: 0: as many as FFmpeg chooses; unless 1, both frame and slice threads."""
     with av.open(str(clip)) as container:
         stream = container.streams.video[0]
         stream.thread_count = threads

@@ -23,8 +23,8 @@ from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
 from flowreel.sinks import open_sink, read_flo
 from flowreel.sinks.codecs import flow_codec
 
-FIELD = "flownet2_caffe_result_960x540.flo"  # a published network's flow: what compresses badly
-FLOWS = 16  # the field, moved a little from flow to flow
+FIELD = "flownet2_caffe_result_960x540.flo"  # a published network's flow, which compresses badly
+FLOWS = 16  # copies of the field, each shifted a little further
 OUTPUTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"store, {codec}": ("x.zarr", {"codec": codec}) for codec in get_args(Codec)},
     "store, blosc, lossless": ("x.zarr", {"max_error": 0.0}),
@@ -39,14 +39,14 @@ Flow = npt.NDArray[np.float32]  # (2, H, W) pixels
 
 
 def run(short: bool = False, ceilings: Ceilings | None = None) -> dict[str, object]:
-    """Rows of whole outputs, opened, written and published; then rows of the codecs alone on 1 core and on more."""
+    """Rows for whole outputs, opened, written and published; then rows for the codecs alone on one and more threads."""
     flows = some_flows(8 if short else FLOWS)
     repeats = 2 if short else 5
     outputs: dict[str, list[dict[str, float]]] = {}
     for round_number in range(repeats + 1):
         for name, (file, options) in OUTPUTS.items():
             spent = whole_output(file, SinkConfig(**options), flows)
-            if round_number:  # the first warms up
+            if round_number:  # the first round warms up
                 outputs.setdefault(name, []).append(spent)
     rows = [_row(name, flows, spent, ceilings or {}) for name, spent in outputs.items()]
     rows += codec_rows(flows, Effort.of(short) if short else Effort(cap_s=4.0))
@@ -54,13 +54,13 @@ def run(short: bool = False, ceilings: Ceilings | None = None) -> dict[str, obje
 
 
 def some_flows(count: int) -> list[Flow]:
-    """Different flows of one kind: the same field shifted, as if the camera moved."""
+    """Different but similar flows: the same field shifted, as if the camera moved."""
     field = read_flo(found("flo", FIELD)).transpose(2, 0, 1)
     return [np.ascontiguousarray(np.roll(field, (3 * n, 5 * n), (1, 2))) for n in range(count)]
 
 
 def whole_output(file: str, config: SinkConfig, flows: Sequence[Flow]) -> dict[str, float]:
-    """One output from open to commit."""
+    """Writes one output, timed from open to commit."""
     _, height, width = flows[0].shape
     batches = [_batch(flow, number) for number, flow in enumerate(flows)]
     with tempfile.TemporaryDirectory() as folder:
@@ -96,7 +96,7 @@ def _row(name: str, flows: Sequence[Flow], spent: Sequence[Mapping[str, float]],
 
 
 def codec_rows(flows: Sequence[Flow], effort: Effort) -> list[dict[str, Any]]:
-    """Chunks encoded by a pool of threads: what more cores give."""
+    """Chunks encoded by a pool of threads: how speed grows with cores."""
     gigabytes = sum(flow.nbytes for flow in flows) / 1e9
     _, height, width = flows[0].shape
     rows = []

@@ -1,12 +1,12 @@
 """``kill -9`` at random moments, then ``--resume``: is the store the same, byte for byte, each time?
 
-One uninterrupted run gives the bytes to reach, and the time from the moment a run touches its unfinished store until
-the store has its name. Each trial is a run in a process of its own, killed at a moment drawn evenly from that time;
-one that had finished by then does not count and is drawn again. What it left is gone on with until it is finished, and
-compared. In every third trial the run that goes on is killed as well, so that resumed runs are seen dying, too.
+One uninterrupted run gives the expected bytes, and the time from when a run first touches its unfinished store until
+the store gets its final name. Each trial is a run in its own process, killed at a moment drawn uniformly from that
+time; a run that has finished by then does not count, and the trial starts again. What the killed run left is resumed
+until it is finished, and compared. In every third trial the resumed run is killed as well, to cover that case too.
 
-Half of the trials read a video, where a resumed run must land on the right frame. The others read a small scene, which
-takes the network next to no time, so that most deaths fall into the writing of a file.
+Half of the trials read a video, where a resumed run must continue at the right frame. The others read a small scene,
+which takes the network hardly any time, so that most kills happen while a file is written.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ RUN = (
 
 @dataclass(frozen=True)
 class Job:
-    """One source, and how often runs over it are killed."""
+    """One source, and the number of trials with it."""
 
     source: str
     height: int  # pixels
@@ -47,23 +47,23 @@ class Job:
 
 @dataclass(frozen=True)
 class Death:
-    """A run that was killed while it was running, and what it left."""
+    """A run killed before it had finished, and what it left."""
 
-    after_s: float  # from the moment it touched its unfinished store
-    shards: int  # published, its flow included
-    temporaries: int  # files that had not got their name yet
+    after_s: float  # since it first touched its unfinished store
+    shards: int  # those whose flow was published
+    temporaries: int  # files not yet renamed to their final names
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What became of one store."""
+    """The outcome for one store."""
 
-    same_bytes: bool  # the store that was gone on with is the one of the uninterrupted run, and nothing lies beside it
+    same_bytes: bool  # the resumed store equals that of the uninterrupted run, and no other file is beside it
     deaths: tuple[Death, ...]
 
 
 def run(short: bool = False) -> dict[str, object]:
-    """One row a source: how many runs were killed while running, and how many stores came out the same after them."""
+    """One row per source: how many runs were killed before their end, and how many stores came out identical."""
     trials = 3 if short else 25
     video = found("videos", "conveyor_640x360.mp4")
     jobs = {
@@ -114,7 +114,7 @@ def trials_of(job: Job, chance: random.Random) -> list[Trial]:
 
 
 def deaths_of(job: Job, store: Path, draw_s: Callable[[], float], times: int) -> list[Death]:
-    """Runs, each going on with what the last one left, until so many in a row have been killed while running."""
+    """Kills runs, each resuming what the last one left, until ``times`` in a row were killed before their end."""
     partial = Path(f"{store}.partial")
     deaths: list[Death] = []
     while len(deaths) < times:
@@ -125,7 +125,7 @@ def deaths_of(job: Job, store: Path, draw_s: Callable[[], float], times: int) ->
         code = running.wait()
         if code not in (0, -signal.SIGKILL):
             raise RuntimeError(f"a run failed by itself with exit code {code}")
-        if code == 0 or store.exists():  # it was too quick: from the beginning
+        if code == 0 or store.exists():  # it finished first: start again
             shutil.rmtree(store.parent)
             deaths.clear()
             continue
@@ -135,7 +135,7 @@ def deaths_of(job: Job, store: Path, draw_s: Callable[[], float], times: int) ->
 
 
 def undisturbed(job: Job, store: Path) -> float:
-    """Seconds of a run, from the moment it touches its unfinished store until that has its name."""
+    """Seconds of a run, from when it first touches its unfinished store until that gets its final name."""
     running, began_s = begun(job, store)
     while not store.exists() and running.poll() is None:
         time.sleep(0.001)
@@ -146,7 +146,7 @@ def undisturbed(job: Job, store: Path) -> float:
 
 
 def begun(job: Job, store: Path) -> tuple[subprocess.Popen[bytes], float]:
-    """A run that has just touched its unfinished store, and the moment of that."""
+    """Starts a run and waits until it touches its unfinished store. Returns the run and the time of that."""
     before = touched(store)
     running = process(job, store)
     while touched(store) == before and running.poll() is None:
@@ -155,7 +155,7 @@ def begun(job: Job, store: Path) -> tuple[subprocess.Popen[bytes], float]:
 
 
 def touched(store: Path) -> int | None:
-    """When something was last put into, renamed in or removed from the unfinished store; None: there is none."""
+    """When an entry of the unfinished store's folder was last created, renamed or removed; None: there is no store."""
     try:
         return Path(f"{store}.partial").stat().st_mtime_ns
     except FileNotFoundError:
@@ -168,5 +168,5 @@ def process(job: Job, store: Path) -> subprocess.Popen[bytes]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder by its relative name; nothing when there is no folder."""
+    """The contents of all files in a folder, by relative path; empty if there is no folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

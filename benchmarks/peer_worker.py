@@ -1,10 +1,10 @@
-"""One network in a process and an environment of its own, asked pair by pair: ``python peer_worker.py SETTINGS``.
+"""One network in its own process and environment, called for one pair at a time: ``python peer_worker.py SETTINGS``.
 
-It runs in environments that have no flowreel, so it imports nothing of this project at its top. SETTINGS is JSON:
+It also runs in environments without flowreel, so it imports nothing of this project at module level. SETTINGS is JSON:
 ``kind`` (a key of ``NETWORKS``), ``model``, ``weights`` (safetensors with NVIDIA's keys), ``precision``, ``threads``,
-``frames`` (a .npy, (2, 3, H, W) float32 RGB 0..255). Once all is loaded it says ``ready``; then each line it gets is
-answered by one: ``run`` computes a pair and gives the seconds; a path saves the last flow there, (2, H, W) float32,
-and gives the most memory that the process ever held, bytes.
+``frames`` (a .npy, (2, 3, H, W) float32 RGB 0..255). Once everything is loaded it prints ``ready``. Then it answers
+each line on stdin with one line: ``run`` computes a pair and answers with the seconds; a path saves the last flow
+there, (2, H, W) float32, and answers with the process's peak memory in bytes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # or an idle peer would still spin while another is timed
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # or an idle peer would spin while another is timed
 
 import numpy as np
 import torch
@@ -29,12 +29,12 @@ IN_PTLFLOW = {"FlowNet2": "flownet2", "FlowNet2C": "flownetc", "FlowNet2S": "flo
 
 
 def compiled(settings: dict[str, Any], shape: tuple[int, int, int]) -> Network:
-    """What the engine runs."""
+    """The form that the engine runs."""
     import flowreel
 
     model = flowreel.load_model(settings["model"], weights=settings["weights"])
     fast = flowreel.compile(model, shape, settings["precision"])
-    return lambda first, second: fast(first, second)  # the network itself goes, as it does in the engine
+    return lambda first, second: fast(first, second)  # without a reference to the model: it is freed, as in the engine
 
 
 def plain(settings: dict[str, Any], shape: tuple[int, int, int]) -> Network:
@@ -46,14 +46,14 @@ def plain(settings: dict[str, Any], shape: tuple[int, int, int]) -> Network:
 
 
 def ptlflow(settings: dict[str, Any], shape: tuple[int, int, int]) -> Network:
-    """ptlflow's network of that name with our weights. It takes BGR, 0..1."""
+    """ptlflow's version of the model, with our weights. It takes BGR, 0..1."""
     try:
         import ptlflow
-    except RuntimeError:  # a torchvision built for another torch; only the names of its operators are missed
+    except RuntimeError:  # a torchvision built for another torch: only its operators' declarations are missing
         declared = torch.library.Library("torchvision", "FRAGMENT")
         declared.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         declared.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        globals()["_declared"] = declared  # they last as long as this object
+        globals()["_declared"] = declared  # the declarations last as long as this object
         for name in [name for name in sys.modules if name.split(".")[0] in ("ptlflow", "timm", "torchvision")]:
             del sys.modules[name]
         import ptlflow
@@ -74,7 +74,7 @@ NETWORKS = {"compiled": compiled, "plain": plain, "ptlflow": ptlflow}
 
 
 def peak_bytes() -> int:
-    """Of this process; the system's own count begins with that of the process it was forked from."""
+    """This process's peak memory. Not from ``ru_maxrss`` on Linux, which starts at the peak of the parent process."""
     status = Path("/proc/self/status")
     if status.exists():
         return next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
@@ -83,7 +83,7 @@ def peak_bytes() -> int:
 
 def main(settings: dict[str, Any]) -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print is not an answer
+    os.dup2(2, 1)  # what libraries print goes to stderr, apart from the answers
     torch.set_num_threads(settings["threads"])
     frames = torch.from_numpy(np.load(settings["frames"]))
     network = NETWORKS[settings["kind"]](settings, (1, *frames.shape[2:]))

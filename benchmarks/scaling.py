@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.measure import Sample
 from benchmarks.processes import in_module
 
-MODEL = "FlowNet2C"  # of the shipped weights: the lightest, so that what lies around it shows
+MODEL = "FlowNet2C"  # the lightest of the shipped weights, so that the cost of everything else shows
 RESOLUTIONS = {(256, 256): 240, (512, 384): 96, (1024, 448): 40, (1280, 720): 20, (1920, 1080): 10, (3840, 2160): 5}
 BATCHES = (1, 2, 4, 8)
 LENGTHS = (10, 100, 1000, 10_000)
@@ -25,8 +25,8 @@ OUTPUTS = ("x.zarr", "x.mp4", "flo/%06d.flo", "colour/%06d.png", "kitti/%06d.kit
 class Point:
     """One run of the engine."""
 
-    grows: str  # what is varied
-    x: int | float  # where on that axis
+    grows: str  # the axis that is varied
+    x: int | float  # the value on that axis
     width: int = 512
     height: int = 384
     frames: int = 64
@@ -35,7 +35,7 @@ class Point:
 
 
 def points(short: bool = False) -> Iterator[Point]:
-    """Every run, axis by axis."""
+    """All runs, axis by axis."""
     for (width, height), frames in list(RESOLUTIONS.items())[: 5 if short else None]:
         count = max(3, frames // 4) if short else frames
         yield Point("resolution", round(width * height / 1e6, 3), width, height, count)
@@ -48,20 +48,20 @@ def points(short: bool = False) -> Iterator[Point]:
 
 
 def run(short: bool = False) -> dict[str, object]:
-    """Each run in a process of its own; a synthetic source, one scene throughout, on the CPU or the GPU there is."""
+    """Each run in its own process, always with the same synthetic scene, on the GPU if there is one, else the CPU."""
     rows = [_row(point, 1 if short else REPEATS) for point in points(short)]
     return {"model": MODEL, "rows": rows}
 
 
 def _row(point: Point, repeats: int) -> dict[str, Any]:
     if point.frames > LENGTHS[-2]:
-        repeats = 1  # minutes each, and long enough to be its own mean
+        repeats = 1  # it takes minutes, long enough to average over itself
     runs = [in_module("benchmarks.scaling", vars(point)) for _ in range(repeats)]
     told: list[Any] = [found for found, _ in runs]
     rate = Sample.of([found["pairs/s"] for found in told])
     return {
         "grows": point.grows,
-        "x": f"{point.x:g}",  # text: it names the row
+        "x": f"{point.x:g}",  # as text, since it identifies the row
         "size": f"{point.width}x{point.height}",
         "frames": point.frames,
         "batch": told[0]["batch"],
@@ -76,7 +76,7 @@ def _row(point: Point, repeats: int) -> dict[str, Any]:
 
 
 def _measure(settings: dict[str, Any]) -> dict[str, Any]:
-    """In the measured process: one run into a temporary folder."""
+    """Runs in the measured process: one run into a temporary folder."""
     import torch
 
     import flowreel

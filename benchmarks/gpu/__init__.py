@@ -1,6 +1,6 @@
-"""``python -m benchmarks gpu --out DIR``: all that only a GPU can show, checked and then timed, unattended.
+"""``python -m benchmarks gpu --out DIR``: checks, then times, everything that needs a GPU, unattended.
 
-Every part (``parts.py``) runs in a process of its own with a time limit, and writes what it has found as it finds it:
-a part that crashes, hangs or lacks a package loses what it had left to do, never what others found.
+Every part (``parts.py``) runs in its own process with a time limit, and writes its findings as it makes them: a part
+that crashes, hangs or lacks a package loses only its remaining work, never the findings of others.
 ``docs/gpu-checks.md`` says how to use it.
 """

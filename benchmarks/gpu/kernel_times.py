@@ -1,7 +1,7 @@
-"""How fast the kernels are beside others, and how near to what the card can do.
+"""How fast the kernels are beside other implementations, and how close to the GPU's limits.
 
-A kernel takes microseconds, and starting it from Python takes longer. So the calls are captured in one CUDA graph, as
-the engine captures them, and its replays are timed: what is left is the card's own time.
+A kernel takes microseconds, and launching it from Python takes longer. So several calls are captured in one CUDA graph,
+as in the engine, and its replays are timed: only the GPU's own time remains.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from flowreel.engine.compiled.graphs import CaptureError, graph_of
 from flowreel.kernels.correlation import correlation_definition
 
 ORIGINAL = "flownet2-pytorch's kernel, its maps already zero"
-A_REPLAY_S = 0.02  # of slow operations; of quick ones as many calls as there are different inputs
+A_REPLAY_S = 0.02  # least duration of a replay, except for quick operations: for these, one call per input
 LEAST, MOST = 8, cases.MOST_INPUTS + 1  # calls in one graph: together their inputs outgrow the caches
 
 
 def run(findings: Findings, settings: Settings) -> None:
-    """Every operation in all its ways in turn. How near ours is to what the card can do is measured beside it."""
+    """All implementations of every operation in turn. The GPU's limits are measured in the same run."""
     make_small(settings)
     limits = cache(partial(_limits, settings))
     for kernel in cases.kernels(settings.device):
@@ -39,7 +39,7 @@ def run(findings: Findings, settings: Settings) -> None:
 
 
 def _limits(settings: Settings) -> Ceilings:
-    """What matrix products, convolutions and copies reach on this card."""
+    """The throughput that matrix products, convolutions and copies reach on this GPU."""
     return {} if settings.dry else best(rows_of("cuda", Effort(least=3, most=8, cap_s=0.5)))
 
 
@@ -48,7 +48,7 @@ def _time(findings: Findings, settings: Settings, kernel: cases.Kernel, limits: 
     if settings.original is not None and kernel.name == "correlation" and settings.device == "cuda":
         try:
             ways[ORIGINAL] = _original(findings, Path(settings.original), kernel.precision)
-        except Exception as error:  # of any kind: the file is not ours
+        except Exception as error:  # of any kind, since the file is not ours
             findings.skip(f"{ORIGINAL}, {kernel.precision}", error)
     effort = Effort(least=2, most=2, cap_s=0.1) if settings.dry else Effort(least=5, most=40, cap_s=1.0)
     sync = device_sync(settings.device)
@@ -79,9 +79,9 @@ def _time(findings: Findings, settings: Settings, kernel: cases.Kernel, limits: 
 
 
 def repeated(action: Action, device: str) -> tuple[Action, int, str]:
-    """Several calls as one thing to start, how many they are, and how they are started.
+    """Several calls captured as one action, their number, and how they are launched, in words.
 
-    What cannot be captured, such as work that waits for the device, is called from Python one by one.
+    An operation that cannot be captured, for instance because it waits for the device, is called once from Python.
     """
     action()
     once_s = seconds_of(action, device_sync(device))

@@ -1,4 +1,4 @@
-"""Whether the kernels are right, at the sizes they have in the networks, in every type and layout."""
+"""Checks that the kernels are right, at the sizes they have in the networks, in every dtype and layout."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ from flowreel.sinks.painting import yuv420
 TOLERANCE = {"fp32": 1e-5, "fp16": 2**-10, "bf16": 2**-7}  # relative; half precision: one rounding of the result
 LAYOUTS = {"": torch.contiguous_format, " channels last": torch.channels_last}
 
-Compared = list[tuple[Tensor, Tensor]]  # ours, and what is wanted in float64
+Compared = list[tuple[Tensor, Tensor]]  # ours, and the expected result in float64
 
 
 @dataclass(frozen=True)
 class Made:
-    """Random maps, in the type and layout under test."""
+    """Makes random maps in the dtype and layout under test."""
 
     device: str
     dtype: torch.dtype
@@ -54,7 +54,7 @@ class Made:
         return torch.randn(*shape, device=self.device).to(self.dtype).contiguous(memory_format=self.layout)
 
     def flow(self) -> Tensor:
-        """(1, 2, H, W) float32, whatever the maps are: away from whole pixels, where the slope of a warp jumps."""
+        """(1, 2, H, W), always float32: away from whole pixels, where the slope of a warp jumps."""
         return torch.randn(1, 2, *cases.PIXELS, device=self.device) * 8
 
     def quarter(self, channels: int) -> Tensor:
@@ -63,17 +63,18 @@ class Made:
         return torch.randn(2, channels, height, width, device=self.device).contiguous(memory_format=self.layout)
 
     def frames(self) -> Tensor:
-        """(2, 6, H, W) float32, contiguous and smooth: what noise would make of a rounded coordinate is no fault."""
+        """(2, 6, H, W) float32, contiguous. Smooth, since noise would turn correctly rounded coordinates into large
+        differences."""
         return torch.nn.functional.interpolate(self.quarter(6), scale_factor=4.0, mode="bilinear").contiguous()
 
     def rooms(self, channels: int, batch: int = 2) -> tuple[Tensor, Tensor]:
-        """Channels last: in the type under test, and in float64."""
+        """Zeroed outputs, channels last: in the dtype under test, and in float64."""
         room = torch.zeros(batch, channels, *cases.PIXELS, device=self.device).to(memory_format=torch.channels_last)
         return room.to(self.dtype), room.double()
 
 
 def check(findings: Findings, settings: Settings) -> None:
-    """Against the definition in float64, on the device, in every type; then those that give whole numbers."""
+    """Against the definition in float64, on the device, in every dtype; then the operations that give integers."""
     make_small(settings)
     for (precision, dtype), (layout, order) in itertools.product(cases.DTYPES.items(), LAYOUTS.items()):
         made = Made(settings.device, dtype, order)
@@ -87,13 +88,13 @@ def check(findings: Findings, settings: Settings) -> None:
 
 
 def make_small(settings: Settings) -> None:
-    """In a dry run."""
+    """Shrinks all cases for a dry run."""
     if settings.dry:
         cases.PIXELS, cases.FEATURES, cases.BEYOND_CACHES = (24, 32), (1, 8, 6, 8), 1 << 12
 
 
 def relative(ours: Tensor, wanted: Tensor) -> float:
-    """The largest difference, over the value itself plus the root mean square of all. NaN where either has one."""
+    """The largest difference, each divided by the value plus the RMS of all values. NaN if either tensor has one."""
     scale = wanted.square().mean().sqrt()
     return float(((ours.double() - wanted).abs() / (wanted.abs() + scale)).max())
 
@@ -118,7 +119,7 @@ def _correlation(made: Made) -> Compared:
 
 
 def _correlation_into(made: Made, radius: int, stride: int) -> Compared:
-    """As FlowNetC wants it, in some channels of a concatenation, and what lies beside them."""
+    """As FlowNetC uses it, in some channels of a concatenation; the channels beside them must not change."""
     channels, reach = (2 * radius + 1) ** 2, radius * stride
     _, *shape = cases.FEATURES
     a, b = made(2, *shape), made(2, *shape)
@@ -148,7 +149,7 @@ def _bias_leaky_relu(made: Made) -> Compared:
 
 
 def _flow_head(made: Made) -> Compared:
-    """Half types alone: float32 maps take the definition, a convolution of cuDNN's."""
+    """Half precision only: float32 maps take the definition, a cuDNN convolution."""
     compared: Compared = []
     for kernel in (3, 5) if made.dtype != torch.float32 else ():
         x, bias = _map_of_head(made), torch.randn(2, device=made.device)
@@ -164,7 +165,7 @@ def _flow_head_borders(made: Made) -> Compared:
         return []
     x = _map_of_head(made)
     shapes = (4, 5, 2, x.shape[1]), (4, 2), (4, 2, x.shape[1]), (4, 2)
-    # Values that TF32 holds: other layouts take the definition.
+    # Values that TF32 represents exactly: other layouts take the definition.
     borders = [torch.randn(shape, device=made.device).bfloat16().float() for shape in shapes]
     ours = torch.randn(2, 2, *x.shape[2:], device=made.device)
     wanted = ours.double()
@@ -211,9 +212,9 @@ def _enlarge_flow(made: Made) -> Compared:
 
 
 def _convolution(layer: cases.Layer, made: Made) -> Compared:
-    """With bias and LeakyReLU, and its result in a part of a concatenation."""
+    """With bias and LeakyReLU, and also written to part of a concatenation."""
     if made.dtype == torch.float32:
-        return []  # cuDNN's
+        return []  # runs in cuDNN
     half = pack_layer(layer.make().to(made.device), "fp16" if made.dtype == torch.float16 else "bf16")
     height, width = (side >> layer.level for side in cases.PIXELS)
     x = made(2, padded(layer.inputs), height, width)
@@ -227,7 +228,7 @@ def _convolution(layer: cases.Layer, made: Made) -> Compared:
 
 
 def _gradients(layer: Callable[..., Tensor], inputs: Callable[[Made], tuple[Tensor, ...]], made: Made) -> Compared:
-    """Of each input: by the kernels in their type, by the definitions in float64."""
+    """The gradient of each input: by the kernels in the dtype under test, by the definitions in float64."""
     given = inputs(made)
     came, exact = ([turned(x).requires_grad_() for x in given] for turned in (Tensor.clone, Tensor.double))
     out = layer(*came)
@@ -292,7 +293,7 @@ def _flow_to_color(findings: Findings, device: str) -> None:
 
 
 def _yuv420(findings: Findings, device: str) -> None:
-    """A video's planes of pictures that are converted one by one, of several together, and of an odd size."""
+    """A video's planes, for pictures converted one by one, for several at once, and for an odd size."""
     height, width = cases.PIXELS
     for shape in ((2, 3, 2 * height, 2 * width), (3, 3, height, width), (1, 3, 33, 47)):
         colors = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
@@ -300,7 +301,7 @@ def _yuv420(findings: Findings, device: str) -> None:
 
 
 def _check_levels(findings: Findings, name: str, ours: Tensor, wanted: Tensor) -> None:
-    """Bytes may differ by one where a rounding just tips over, which is rare."""
+    """Bytes may differ by one where rounding just tips over, which is rare."""
     apart = (ours.int() - wanted.int()).abs()
     most, mean = int(apart.max()), float(apart.float().mean())
     findings.check(name, most <= 1 and mean <= 0.01, most_levels=most, mean_levels=mean)

@@ -1,4 +1,4 @@
-"""Runs the parts one after the other, each for as long as it may take, and writes what they found."""
+"""Runs the parts one after the other, each within its time limit, and writes their findings."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from benchmarks.gpu.surroundings import environment, memory_folder
 from benchmarks.results import RESULTS
 from benchmarks.tables import as_markdown
 
-TOTAL_S = 525.0  # for all parts together: under nine minutes with what lies between them
-DRY_TIMES = 20  # as long as that in a dry run, which may share a slow machine with others
-MOST = 3  # no part takes more than that fraction of the time that is left, while others are to come
+TOTAL_S = 525.0  # for all parts together: under nine minutes including the time between them
+DRY_TIMES = 20  # factor on all times in a dry run, which may share a slow machine with others
+MOST = 3  # a part gets at most 1 / MOST of the time left, or an equal share once fewer parts are left
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m benchmarks gpu") -> int:
-    """0: every check passed, or could not be made here. 1: one failed, or a part did. 2: wrong usage, or no GPU."""
+    """Returns 0: all checks passed or could not be made. 1: a check or a part failed. 2: wrong usage, or no GPU."""
     names = ", ".join(part.name for part in PARTS)
     parser = argparse.ArgumentParser(prog=prog, description="Checks and times all that only a GPU can show.")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the result")
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m benchmar
         parser.error(f"seconds must be a positive number, got {given.seconds}")
     given.out.mkdir(parents=True, exist_ok=True)
     path = free_path(given.out, given.dry_run)
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the running part, too
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # this also ends the running part
     try:
         result = _run(wanted, given, path)
     finally:
@@ -70,13 +70,13 @@ def _run(wanted: Sequence[Part], given: argparse.Namespace, path: Path) -> dict[
         "checks_passed": 0,
         "checks_failed": 0,
         "machine": {},
-        "rows": [],  # the speeds of the networks, as other cases have their rows
+        "rows": [],  # the networks' speeds, in the form of other cases' rows
         "parts": [],
         "seconds": 0.0,
     }
     began_s, patience = time.monotonic(), DRY_TIMES if given.dry_run else 1
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary, ExitStack() as afterwards:
-        afterwards.callback(shutil.rmtree, memory_folder(temporary), ignore_errors=True)  # killed parts have left it
+        afterwards.callback(shutil.rmtree, memory_folder(temporary), ignore_errors=True)  # killed parts leave it behind
         env = environment(Path(temporary))
         settings = Settings(
             device="cpu" if given.dry_run else "cuda",
@@ -111,5 +111,5 @@ def _enter(found: dict[str, Any], result: dict[str, Any]) -> None:
 
 
 def _has_no_gpu(result: Mapping[str, Any]) -> bool:
-    """Only what came to its end can say so: one that was too slow to tell leaves the others their chance."""
+    """Whether torch has no usable GPU. False if the first part did not finish: it is unknown, so the others run."""
     return not result["dry_run"] and result["gpu"] is None and result["parts"][0]["status"] == "done"

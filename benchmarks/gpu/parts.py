@@ -1,4 +1,4 @@
-"""The parts, in the order in which they run: checks, then times, then the two slowest checks, which can wait."""
+"""The parts in the order they run: checks, then timings, then the two slowest checks, which can wait."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 HERE = "benchmarks.gpu"
-BLAMED = {"CUDA_LAUNCH_BLOCKING": "1"}  # an error comes from the launch that made it, not from a later one
-ALONE = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # pytest without the plug-ins that happen to be installed
+BLAMED = {"CUDA_LAUNCH_BLOCKING": "1"}  # an error surfaces at the launch that caused it, not at a later one
+ALONE = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # pytest without plug-ins that happen to be installed
 
 
 @dataclass(frozen=True)
 class Part:
-    """One function that takes ``Findings`` and ``Settings``."""
+    """One function that takes ``Findings`` and ``Settings``, run in its own process."""
 
     name: str
     module: str
     function: str
-    limit_s: float  # after which it is stopped; what it had found by then is kept
+    limit_s: float  # then it is stopped; its findings until then are kept
     what: str
-    times: bool = False  # it gives rows, and no checks: what it has when it is stopped is good
-    least_s: float = 0.0  # with less than that it is not begun: it would be stopped before it has shown anything
+    times: bool = False  # it makes rows and no checks, so being stopped is no failure
+    least_s: float = 0.0  # with less time left it is not started: it would be stopped before its first result
     env: Mapping[str, str] = field(default_factory=dict)
 
 

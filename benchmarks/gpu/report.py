@@ -1,4 +1,4 @@
-"""A run's result: where it lies, and what is printed of it."""
+"""A run's result: its file name, and what is printed about it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 
 
 def free_path(out: Path, dry: bool) -> Path:
-    """``DATE-gpu.json``; of a second run on that day ``DATE-gpu-2.json``: nothing is overwritten."""
+    """``DATE-gpu.json``, for the day's second run ``DATE-gpu-2.json``, and so on: nothing is overwritten."""
     name = f"{datetime.date.today().isoformat()}-gpu{'-dry-run' if dry else ''}"
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     return next(path for path in (out / f"{name}.json" for name in names) if not path.exists())
 
 
 def told(found: Mapping[str, Any]) -> str:
-    """What is worth a line while the others run."""
+    """What is printed about a part while the others run: failures, skipped attempts, its reason and notes."""
     failed = [check["name"] for check in found["checks"] if not check["passed"]]
     lines = [*(f"FAILED: {name}" for name in failed), *(f"skipped {text}" for text in found["skipped"])]
     if found["reason"]:
@@ -27,7 +27,7 @@ def told(found: Mapping[str, Any]) -> str:
 
 
 def summary(result: Mapping[str, Any]) -> list[dict[str, object]]:
-    """One row a part."""
+    """One row per part."""
     return [
         {
             "part": found["name"],
@@ -43,7 +43,7 @@ def summary(result: Mapping[str, Any]) -> list[dict[str, object]]:
 
 
 def last_line(result: Mapping[str, Any]) -> str:
-    """Where it ran, how many checks went which way, and how many parts are not done, in one line."""
+    """The GPU, how many checks passed and failed, and how many parts did not finish, in one line."""
     where = "a dry run, which proves nothing about a GPU" if result["dry_run"] else result["gpu"] or "no GPU"
     statuses = Counter(found["status"] for found in result["parts"] if found["status"] != "done")
     others = "".join(f", {count} {'part' if count == 1 else 'parts'} {status}" for status, count in statuses.items())

@@ -1,6 +1,6 @@
-"""What bounds a whole run, from H.264 to a store: the chain with one end or the other off, its threads, its calls.
+"""The bottleneck of a whole run from H.264 to a store: the chain without one end or the other, its threads, its calls.
 
-All of it on the chain that ``flowreel.run`` makes, its weights loaded once. The most telling comes first.
+Everything uses the chain that ``flowreel.run`` builds, with weights loaded once. The most informative runs come first.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from flowreel.engine.sources import open_source
 from flowreel.sinks import shard_processes
 
 PAIRS = 12 * 32  # twelve shards of 1024x436
-STORE_BYTES = 12 << 30  # two stores of LIGHT_PAIRS, as large as float32, and some room
-LIGHT, LIGHT_PAIRS = "FlowNet2C", 4 * PAIRS  # a network that leaves the others little time
-MOST = 8  # places and calls that are told of each thread
-SOONER_S = 1e-4  # instead of Python's 5 ms
-NAMING_S = 0.02  # how often the threads are asked what they are called while the profiler runs
+STORE_BYTES = 12 << 30  # two stores of LIGHT_PAIRS, as large as float32, and a margin
+LIGHT, LIGHT_PAIRS = "FlowNet2C", 4 * PAIRS  # a network that leaves the other stages little time
+MOST = 8  # places and calls reported per thread
+SOONER_S = 1e-4  # switch interval, instead of Python's 5 ms
+NAMING_S = 0.02  # how often the threads' names are read while the profiler runs
 OPERATION = re.compile(r"aten::|flowreel::")
-QUOTA = Path("/sys/fs/cgroup/cpu.stat")  # of Linux: whether processors were withheld
+QUOTA = Path("/sys/fs/cgroup/cpu.stat")  # Linux only: whether a quota throttled the process
 
 
 class Chains:
-    """The ways to run it."""
+    """The chain's variants, each a method that runs it."""
 
     def __init__(self, settings: Settings, model: str = "FlowNet2", pairs: int = PAIRS) -> None:
         self._device = numbered(settings.device)
@@ -56,34 +56,34 @@ class Chains:
         self._network = load_network(self._config.model)
         self.place = _place(settings)
         self._store = self.place / "run-profile.zarr"
-        self.to_store()  # the card and its libraries wake up
+        self.to_store()  # warms up the GPU and its libraries
 
     def to_store(self, decoder: Any = "auto", around: AbstractContextManager[object] | None = None) -> Ran:
-        """All of it."""
+        """The whole chain."""
         return ran(self._video(decoder), self._network, self._config, self._store, around=around)
 
     def dropped(self) -> Ran:
-        """As a caller's own loop has it that keeps nothing."""
+        """Without a store: the flow is dropped, as in a caller's own loop that keeps nothing."""
         return ran(self._video(), self._network, self._config, None)
 
     def dropped_on_the_host(self) -> Ran:
-        """Brought there first."""
+        """The flow is copied to the host, then dropped."""
         return ran(self._video(), self._network, self._config, None, to_host=True)
 
     def frames_there(self) -> Ran:
-        """On the device before it begins, and the flow dropped."""
+        """The frames are on the device beforehand, and the flow is dropped."""
         return ran(self._memory(), self._network, self._config, None)
 
     def frames_there_to_store(self) -> Ran:
-        """No decoding, but everything behind it."""
+        """Without decoding, but with everything after it."""
         return ran(self._memory(), self._network, self._config, self._store)
 
     def store_alone(self) -> Ran:
-        """Neither decoding nor the network."""
+        """Without decoding and network: writing alone."""
         return written(self._memory(), self._network, self._config, self._store)
 
     def without_threads(self) -> Ran:
-        """Frames on the device, the stages one after the other, the flow dropped."""
+        """The frames are on the device, the stages run one after the other, the flow is dropped."""
         return without_threads(self._memory(), self._network, self._config)
 
     def _video(self, decoder: Any = "auto") -> Source:
@@ -94,7 +94,7 @@ class Chains:
 
 
 def run(findings: Findings, settings: Settings) -> None:
-    """1024x436 in fp16; a few hundred pairs of FlowNet2 each time, then more of a lighter network."""
+    """1024x436 in fp16: a few hundred pairs per run with FlowNet2, more with a lighter network."""
     chains = cache(partial(Chains, settings))
     light = cache(partial(Chains, settings, LIGHT, LIGHT_PAIRS))
     told: dict[str, str] = {}
@@ -138,7 +138,7 @@ def run(findings: Findings, settings: Settings) -> None:
 
 
 def asking_sooner(chains: Chains) -> Ran:
-    """All of it, while a thread that wants the interpreter's lock lets others keep it for less long."""
+    """The whole chain with a shorter switch interval: a thread that needs the GIL lets others keep it less long."""
     before_s = sys.getswitchinterval()
     sys.setswitchinterval(SOONER_S)
     try:
@@ -148,7 +148,7 @@ def asking_sooner(chains: Chains) -> Ran:
 
 
 def by_processes(chains: Chains, way: Callable[[Chains], Ran] = Chains.to_store) -> Ran:
-    """The same, the shards made by processes of their own, as those of longer runs are."""
+    """The same, but worker processes make the shards, as in longer runs."""
     before, shard_processes.are_worth_it = shard_processes.are_worth_it, lambda *_: True
     try:
         return way(chains)
@@ -157,14 +157,14 @@ def by_processes(chains: Chains, way: Callable[[Chains], Ran] = Chains.to_store)
 
 
 def _files(findings: Findings, chains: Chains) -> None:
-    """What the place of the stores takes by itself."""
+    """How fast the stores' folder takes files, by itself."""
     with TemporaryDirectory(dir=chains.place) as folder:
         for row in written_rows("files", folder, times=4):
             findings.row(files=row["limit"], gb_s=row["reached"], best_gb_s=row["best"])
 
 
 def _stages(one: Ran) -> dict[str, object]:
-    """What each stage's thread did with its time, in shares of the run's."""
+    """How each stage's thread spent its time, as fractions of the run's."""
     return {
         "seconds": one.seconds,
         "with_outputs_s": one.with_outputs_s,
@@ -183,7 +183,7 @@ def _stages(one: Ran) -> dict[str, object]:
 
 
 def _watch(findings: Findings, chains: Chains, of: str, tell: Callable[[str, str], None]) -> None:
-    """Where the threads stand, their processor time, and how long whoever wants the interpreter's lock waits."""
+    """Where the threads are, their CPU time, and how long a thread that needs the GIL waits for it."""
     withheld_us = _withheld_us()
     with_watch = Watch()
     one = chains.to_store(around=with_watch)
@@ -201,7 +201,7 @@ def _watch(findings: Findings, chains: Chains, of: str, tell: Callable[[str, str
 
 
 def _trace(findings: Findings, settings: Settings, chains: Chains, tell: Callable[[str, str], None]) -> None:
-    """What the card does when, and what each thread asks of CUDA."""
+    """What the GPU does when, and each thread's CUDA calls."""
     one, events, names = _seen(chains, profiled(settings.device == "cuda"), trace.CALL)
     findings.row(run="to a store, under torch's profiler", pairs_s=one.pairs_s, **_stages(one))
     if not any(event.on_card for event in events):
@@ -216,9 +216,9 @@ def _trace(findings: Findings, settings: Settings, chains: Chains, tell: Callabl
 
 
 def _trace_operations(findings: Findings, settings: Settings, chains: Chains) -> None:
-    """What each thread asks of torch, those that ask for others included. An experiment of torch's, so it comes last.
+    """Each thread's torch operations, including those that call others. Uses an experiment of torch's, so it comes last.
 
-    Raises Skipped where torch has it no more.
+    Raises Skipped when this torch lacks the feature.
     """
     try:
         every_thread = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
@@ -232,14 +232,14 @@ def _trace_operations(findings: Findings, settings: Settings, chains: Chains) ->
 
 
 def _seen(chains: Chains, profiler: Any, calls: re.Pattern[str]) -> tuple[Ran, list[trace.Event], dict[int, str]]:
-    """A run under that profiler, what it saw, and what the threads were called."""
+    """A run under the profiler, the events it recorded, and the threads' names."""
     with Watch(NAMING_S, resting=1) as watch:
         one = chains.to_store(around=profiler)
     return one, trace.events_of(profiler, calls), watch.names
 
 
 def _place(settings: Settings) -> Path:
-    """In memory, where there is room: a disk may be what bounds."""
+    """A folder in memory if there is room, since a disk may be the bottleneck."""
     if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free >= STORE_BYTES:
         folder = memory_folder(settings.folder)
         folder.mkdir(exist_ok=True)
@@ -248,7 +248,7 @@ def _place(settings: Settings) -> Path:
 
 
 def _withheld_us() -> int:
-    """Time for which this container's threads were kept from running, so far; 0 where there is no such limit."""
+    """How long a CPU quota has throttled this container's threads so far; 0 where there is no such quota."""
     try:
         found = re.search(r"^throttled_usec (\d+)", QUOTA.read_text(), re.M)
     except OSError:

@@ -1,8 +1,8 @@
-"""Where each thread stands, looked at every so often; what processor time it gets; how long the looking has to wait.
+"""A sampling profiler: where each thread is, how much CPU time it gets, and how long a thread waits for the GIL.
 
-Python's own samplers are not there on a rented machine. This one is a thread like the others: to look, it needs the
-interpreter's lock. So how late it wakes says how long whoever needs the lock has to wait for it, and a thread that
-computes in C without letting go of the lock is seen only once it has.
+Python's usual samplers are not available on a rented machine. This one is a thread like the others and needs the GIL
+to take a sample. So the delay of its samples shows how long any thread waits for the GIL, and a thread that computes
+in C while holding the GIL is seen only after it has released it.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from typing import Any, NamedTuple
 
 OURS = ("engine", "kernels", "sinks")  # folders of flowreel's own code
 EVERY_S = 0.002
-RESTING = 100  # sleeps before the run, when nobody else wants the lock
-LINE = 70  # letters of a line of code
-LOOKS_A_READING = 20  # looks between two readings of the processor time
-TASKS = Path("/proc/self/task")  # of Linux; elsewhere there is no processor time to tell
+RESTING = 100  # sleeps before the run, when no other thread needs the GIL
+LINE = 70  # characters of a line of code that are shown
+LOOKS_A_READING = 20  # samples between two readings of CPU time
+TASKS = Path("/proc/self/task")  # Linux only; elsewhere no CPU time is reported
 
 
 class Spent(NamedTuple):
-    """Processor time of one thread so far, as the system counts it."""
+    """CPU time of one thread so far, as counted by the operating system."""
 
-    name: str  # the system's own, of at most 15 letters
-    on_s: float  # on a processor
-    ready_s: float  # ready to run, and no processor free
-    switches: int  # times that it gave its processor away to wait for something
+    name: str  # the operating system's, at most 15 characters
+    on_s: float  # on a core
+    ready_s: float  # ready to run, with no core free
+    switches: int  # voluntary context switches: it gave up its core to wait for something
 
 
 class Watch:
-    """``with Watch() as watch: ...`` looks until the block ends."""
+    """``with Watch() as watch: ...`` samples until the block ends."""
 
     def __init__(self, every_s: float = EVERY_S, resting: int = RESTING) -> None:
-        self.names: dict[int, str] = {}  # of Python's threads, by the system's number and by pthread's
-        self.places: dict[str, Counter[str]] = defaultdict(Counter)  # by name of the thread: where it stood how often
-        self.late_s: list[float] = []  # how much later than asked for each look came
-        self.resting_s: list[float] = []  # the same when nothing ran
+        self.names: dict[int, str] = {}  # of Python's threads, by the system's thread ID and by pthread's
+        self.places: dict[str, Counter[str]] = defaultdict(Counter)  # by thread name: samples per place
+        self.late_s: list[float] = []  # each sample's delay after its due time
+        self.resting_s: list[float] = []  # the same, measured before the run
         self.seconds = 0.0
         self._every_s = every_s
         self._resting = resting
@@ -91,7 +91,7 @@ class Watch:
                 self.places[thread.name][place(frame)] += 1
 
     def stood(self, most: int) -> list[dict[str, object]]:
-        """A line for each of the places where a thread stood most often, thread by thread."""
+        """One row for each of the places where a thread was most often, thread by thread."""
         return [
             {"thread": name, "share": count / seen.total(), "of": seen.total(), "place": where}
             for name, seen in self.places.items()
@@ -99,7 +99,7 @@ class Watch:
         ]
 
     def processors(self) -> list[dict[str, Any]]:
-        """A line for each thread that took processor time, those that Python does not know together by their name."""
+        """One row for each thread that used CPU time; threads that Python does not know are grouped by name."""
         groups: dict[str, list[Spent]] = defaultdict(list)
         for number, now in self._last.items():
             before = self._first.get(number, Spent("", 0.0, 0.0, 0))
@@ -118,11 +118,11 @@ class Watch:
         return sorted(rows, key=lambda row: -row["on it"])
 
     def paid(self) -> dict[str, float]:
-        """What the whole process took meanwhile: pages that it touched first, seconds of processors. Of Unix."""
+        """What the whole process used in the block: minor page faults, seconds of CPU time. Unix only, else empty."""
         return dict(zip(("page_faults", "user_s", "system_s"), self._paid, strict=False))
 
     def lock_waits(self) -> dict[str, float]:
-        """How much later a look comes than when nothing runs, ms."""
+        """How much later samples come than when nothing runs, ms."""
         rest_s = statistics.median(self.resting_s)
         waits_ms = sorted(1e3 * (late_s - rest_s) for late_s in self.late_s)
         return {
@@ -143,7 +143,7 @@ def _paid() -> list[float]:
 
 
 def place(frame: FrameType) -> str:
-    """Innermost line of flowreel's own code with what stands there, and whom it has called, where that is Python."""
+    """The innermost line of flowreel's own code and its text, and the Python code it called into, if any."""
     inner: FrameType | None = frame
     while inner is not None and (own := _ours(inner.f_code.co_filename)) is None:
         inner = inner.f_back
@@ -157,7 +157,7 @@ def place(frame: FrameType) -> str:
 
 @cache
 def _ours(path: str) -> str | None:
-    """Where a file of flowreel's lies, from the package on, wherever that is; None: it is not of flowreel's."""
+    """A flowreel file's path from its subpackage on, wherever flowreel is installed; None: not flowreel's."""
     for folder in OURS:
         for root in import_module(f"flowreel.{folder}").__path__:
             if path.startswith(f"{root}/"):
@@ -166,7 +166,7 @@ def _ours(path: str) -> str | None:
 
 
 def spent() -> dict[int, Spent]:
-    """Processor time of every thread of this process, by the system's number; of none where it does not tell."""
+    """CPU time of every thread of this process, by the system's thread ID; empty where it is not reported."""
     found: dict[int, Spent] = {}
     for task in TASKS.iterdir() if TASKS.is_dir() else ():
         try:
@@ -174,6 +174,6 @@ def spent() -> dict[int, Spent]:
             status = (task / "status").read_text()
             switches = int(status.partition("\nvoluntary_ctxt_switches:")[2].split(maxsplit=1)[0])
             found[int(task.name)] = Spent((task / "comm").read_text().strip(), on_ns / 1e9, ready_ns / 1e9, switches)
-        except (OSError, ValueError, IndexError):  # it has just ended, or this system counts otherwise
+        except (OSError, ValueError, IndexError):  # the thread has just ended, or the system's format differs
             continue
     return found

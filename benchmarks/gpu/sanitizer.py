@@ -1,4 +1,4 @@
-"""Every kernel under compute-sanitizer, which watches each access to memory, on small odd sizes."""
+"""Every kernel under compute-sanitizer, which checks each memory access, on small odd sizes."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from benchmarks.measure import Skipped
 from benchmarks.processes import ROOT
 
 PLACES = ("/usr/local/cuda/bin/compute-sanitizer", "/usr/local/cuda/compute-sanitizer/compute-sanitizer")
-ERRORS = 99  # exit code when the tool has found something
-UNSUPPORTED = "Device not supported"  # in some virtual machines; then it counts errors that are not ours
-BROKEN = "Internal Sanitizer Error"  # the tool itself, and not what it watches
-AT_ONCE = 4  # processes, of which each takes some of the card's memory
-FILTERS = ("--kernel-name", "--kernel-regex")  # of one version or another: which kernels are watched
+ERRORS = 99  # exit code when the tool has found an error
+UNSUPPORTED = "Device not supported"  # in some virtual machines; it then counts errors that are not ours
+BROKEN = "Internal Sanitizer Error"  # in the tool itself, not in the program it checks
+AT_ONCE = 4  # processes, each of which takes some GPU memory
+FILTERS = ("--kernel-name", "--kernel-regex")  # options to select kernels; versions differ
 KERNELS = ("correlation_", "warp_", "channel_norm_", "bias_leaky_relu_", "flow_", "yuv_to_rgb_", "convolution_")
 KERNELS += ("normalise_frames_", "refining_input_", "fusing_input_", "enlarge_flow_", "quantise_", "bitshuffle_")
 
 
 def memcheck(findings: Findings, settings: Settings) -> None:
-    """Accesses beyond what was allocated, or not aligned."""
+    """Out-of-bounds and misaligned accesses."""
     _run("memcheck", findings, settings)
 
 
 def racecheck(findings: Findings, settings: Settings) -> None:
-    """Shared memory that is read and written without a barrier between."""
+    """Shared memory read and written without a barrier in between."""
     _run("racecheck", findings, settings)
 
 
@@ -46,10 +46,10 @@ def _run(tool: str, findings: Findings, settings: Settings) -> None:
     if found is None:
         raise Skipped("compute-sanitizer is not installed: it comes with the CUDA toolkit")
     log = settings.kept(f"{tool}.log")
-    findings.note(f"what the tool says comes to {log.name}")  # as it comes: there it stays when time is up
+    findings.note(f"what the tool says comes to {log.name}")  # written as it comes, so it survives a time-out
     option = _option(found)
     code, said = _watched(found, tool, log, settings, option, KERNELS)
-    if BROKEN in said and option is not None:  # by some kernel: it may watch the others
+    if BROKEN in said and option is not None:  # some kernel breaks the tool: try each on its own
         watch = partial(_watched, found, tool, log, settings, option)
         with ThreadPoolExecutor(AT_ONCE) as several:
             apart = list(several.map(watch, [(name,) for name in KERNELS]))
@@ -71,13 +71,13 @@ def _run(tool: str, findings: Findings, settings: Settings) -> None:
 def _watched(
     found: str, tool: str, log: Path, settings: Settings, option: str | None, kernels: Sequence[str]
 ) -> tuple[int, str]:
-    """The tool's exit code and its last words, of these kernels alone where it can: with torch's it takes minutes."""
+    """The tool's exit code and last output. It checks only these kernels if it can: with torch's it takes minutes."""
     log = log if len(kernels) > 1 else log.with_suffix(f".{kernels[0]}.log")
     chosen = [] if option is None else [word for name in kernels for word in (option, f"kns={name}")]
-    chosen += ["--report-api-errors", "no"] if tool == "memcheck" else []  # torch asks what may well fail
+    chosen += ["--report-api-errors", "no"] if tool == "memcheck" else []  # torch makes calls that may fail
     command = [found, "--tool", tool, "--error-exitcode", str(ERRORS), "--log-file", str(log), *chosen]
     command += [sys.executable, "-m", "benchmarks.gpu.launch_all", settings.device]
-    # Each tensor in an allocation of its own, or an access beyond it would still be inside one of torch's.
+    # Each tensor gets its own allocation, or an access beyond it could still lie within a block of torch's allocator.
     env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
     said = done.stdout.decode(errors="replace").strip()
@@ -86,6 +86,6 @@ def _watched(
 
 
 def _option(found: str) -> str | None:
-    """How this version is told which kernels to watch; None: it cannot be."""
+    """This version's option that selects the kernels to check; None: it has none."""
     helped = subprocess.run([found, "--help"], capture_output=True, check=False).stdout.decode(errors="replace")
     return next((option for option in FILTERS if option in helped), None)

@@ -1,4 +1,4 @@
-"""What torch's profiler saw of a whole run: when the card worked and at what, and what each thread asked of CUDA."""
+"""Analyses what torch's profiler recorded of a whole run: what the GPU did when, and each thread's CUDA calls."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from torch.autograd import DeviceType
 
-Interval = tuple[int, int]  # ns, its start and its end
+Interval = tuple[int, int]  # start and end, ns
 
-CALL = re.compile(r"cu(da)?[A-Z]")  # as functions of CUDA's runtime and driver are called
-KINDS = (  # what a name on the card begins with or holds, in the order in which it is asked
+CALL = re.compile(r"cu(da)?[A-Z]")  # names of functions of CUDA's runtime and driver
+KINDS = (  # by a part of the name of a kernel or copy; the first match counts
     ("copy to the card", ("memcpy htod",)),
     ("copy to the host", ("memcpy dtoh",)),
     ("copy on the card", ("memcpy",)),
@@ -24,24 +24,24 @@ KINDS = (  # what a name on the card begins with or holds, in the order in which
 NETWORK = "network"  # all other kernels
 NETWORK_RUNS = "a kernel of the network runs"
 COPIES = ("copy to the card", "copy to the host", "copy on the card", "memset")
-REMARKS = ("gpu_user_annotation", "overhead", "cuda_sync", "cuda_event")  # of the profiler's kinds
-EDGES = 0.2  # of the time from the first event to the last, at either end: filling and emptying the pipeline
-A_PAUSE_NS = 200_000  # longer than what lies between the kernels of one batch
+REMARKS = ("gpu_user_annotation", "overhead", "cuda_sync", "cuda_event")  # activity types that are no work
+EDGES = 0.2  # of the time from first to last event, cut off at either end, where the pipeline fills and drains
+A_PAUSE_NS = 200_000  # longer than any gap between kernels of one batch
 
 
 class Event(NamedTuple):
-    """One thing that took time, on the card or in a call from the host."""
+    """Work on the GPU, or a call on the host."""
 
     name: str
     start_ns: int
     end_ns: int
-    lane: int  # number of the stream, or of the thread, whichever of its numbers that is
+    lane: int  # number of the stream, or of the thread in any of its numberings (see ``threads_of``)
     on_card: bool
-    correlation: int  # the same for a call and for what it started; 0: none
+    correlation: int  # equal for a call and the work it launched; 0: none
 
 
 def events_of(profiler: Any, calls: re.Pattern[str] = CALL) -> list[Event]:
-    """Everything on the card, and the calls from the host: raw, since averages no longer know whose a call was.
+    """The work on the GPU and the calls on the host: raw events, since averages no longer know the calling thread.
 
     profiler: a ``torch.profiler.profile`` that has ended.
     """
@@ -56,16 +56,16 @@ def events_of(profiler: Any, calls: re.Pattern[str] = CALL) -> list[Event]:
 
 
 def _is_work(event: Any) -> bool:
-    """Whether something that is told of the card was done there, and is no remark."""
+    """Whether a GPU event is work done there, not an annotation or overhead."""
     asked = (
         getattr(event, name, lambda: None)() for name in ("is_user_annotation", "activity_type")
-    )  # newer ones know
+    )  # newer torch versions have these
     annotation, kind = asked
     return not annotation and kind not in REMARKS
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:
-    """The same time without overlaps, in order."""
+    """The union of the intervals, as ordered intervals without overlaps."""
     joined: list[Interval] = []
     for start, end in sorted(intervals):
         if joined and start <= joined[-1][1]:
@@ -76,12 +76,12 @@ def union(intervals: Iterable[Interval]) -> list[Interval]:
 
 
 def length(intervals: Iterable[Interval]) -> int:
-    """Of intervals that do not overlap."""
+    """Total length of intervals that do not overlap."""
     return sum(end - start for start, end in intervals)
 
 
 def gaps(busy: Sequence[Interval], within: Interval) -> list[Interval]:
-    """What of ``within`` lies in none of the intervals, which are in order and do not overlap."""
+    """The parts of ``within`` outside all intervals, which are ordered and do not overlap."""
     free, at = [], within[0]
     for start, end in busy:
         if start > at:
@@ -91,7 +91,7 @@ def gaps(busy: Sequence[Interval], within: Interval) -> list[Interval]:
 
 
 def shared(one: Sequence[Interval], other: Sequence[Interval]) -> int:
-    """Time that lies in both, each in order and without overlaps."""
+    """Total time in both lists of intervals, each ordered and without overlaps."""
     total, i, j = 0, 0, 0
     while i < len(one) and j < len(other):
         total += max(0, min(one[i][1], other[j][1]) - max(one[i][0], other[j][0]))
@@ -103,7 +103,7 @@ def shared(one: Sequence[Interval], other: Sequence[Interval]) -> int:
 
 
 def middle(events: Sequence[Event]) -> Interval:
-    """Where the pipeline is full. Of no events: nothing."""
+    """The time when the pipeline is full; empty if there are no events."""
     first = min((event.start_ns for event in events), default=0)
     last = max((event.end_ns for event in events), default=0)
     edge = int(EDGES * (last - first))
@@ -111,7 +111,7 @@ def middle(events: Sequence[Event]) -> Interval:
 
 
 def clipped(events: Iterable[Event], within: Interval) -> Iterator[Event]:
-    """Those that reach into that time, and of each what lies there."""
+    """The events that overlap ``within``, cut to it."""
     for event in events:
         start, end = max(event.start_ns, within[0]), min(event.end_ns, within[1])
         if start < end:
@@ -119,15 +119,15 @@ def clipped(events: Iterable[Event], within: Interval) -> Iterator[Event]:
 
 
 def kind_of(name: str) -> str:
-    """What something on the card is for."""
+    """The kind of work of a kernel or copy, by its name."""
     low = name.lower()
     return next((kind for kind, words in KINDS if any(word in low for word in words)), NETWORK)
 
 
 def threads_of(lanes: Iterable[int], known: Mapping[int, str]) -> dict[int, str]:
-    """Names of threads, by the numbers that the profiler has for them.
+    """The threads' names, by the numbers that the profiler uses for them.
 
-    known: names by the system's number and by pthread's, of which the profiler keeps 32 bits, with a sign or without.
+    known: names by the system's thread ID and by pthread's, of which the profiler keeps 32 bits, signed or unsigned.
     """
     short = {number & 0xFFFFFFFF: name for number, name in known.items()}
     return {
@@ -137,15 +137,15 @@ def threads_of(lanes: Iterable[int], known: Mapping[int, str]) -> dict[int, str]
 
 
 class Card(NamedTuple):
-    """What the card did in a stretch of time."""
+    """What the GPU did during an interval."""
 
-    shares: dict[str, float]  # of the time: any kernel, the network's, any copy, nothing at all
-    rows: list[dict[str, Any]]  # a line for each kind of work on each stream, longest first
-    pauses: list[Interval]  # no kernel of the network runs, for longer than between the kernels of one batch
+    shares: dict[str, float]  # fractions of the time: any kernel runs, the network's, any copy, nothing
+    rows: list[dict[str, Any]]  # one for each kind of work and stream, longest first
+    pauses: list[Interval]  # longer than ``A_PAUSE_NS`` without a kernel of the network
 
 
 def card(events: Sequence[Event], within: Interval, known: Mapping[int, str]) -> Card:
-    """Of all events those on the card, in that time; who started them is told by the calls among the events."""
+    """Summarises the GPU's events within an interval. The calls among ``events`` tell which thread launched them."""
     whole = max(within[1] - within[0], 1)
     callers = {event.correlation: event.lane for event in events if not event.on_card and event.correlation}
     names = threads_of(set(callers.values()), known)
@@ -187,7 +187,7 @@ def card(events: Sequence[Event], within: Interval, known: Mapping[int, str]) ->
 
 
 def waits(pauses: Sequence[Interval], within: Interval) -> dict[str, object]:
-    """A line on the times when the network waits."""
+    """A row about the times when the network waits."""
     return {
         "the network waits": f"longer than {A_PAUSE_NS / 1e6} ms",
         "count": len(pauses),
@@ -200,7 +200,7 @@ def waits(pauses: Sequence[Interval], within: Interval) -> dict[str, object]:
 def calls(
     events: Sequence[Event], within: Interval, known: Mapping[int, str], pauses: Sequence[Interval], most: int
 ) -> list[dict[str, object]]:
-    """A line for each of the calls that took a thread longest, and how much of it fell into ``pauses``."""
+    """Rows for the ``most`` calls of each thread that took longest, with their time during ``pauses``."""
     groups: dict[tuple[int, str], list[Event]] = defaultdict(list)
     for event in clipped((event for event in events if not event.on_card), within):
         groups[event.lane, event.name].append(event)
