@@ -1,7 +1,7 @@
 """A whole run, from an H.264 file to a store or a colour video, beside the network and the decoder alone.
 
-Its speed is that of the flows that a long run has more than a short one: filling the pipeline, its first batches and
-the end of the last output are the same in both.
+Its speed is measured over the flows that a long run computes in addition to a short one: filling the pipeline, the
+first batches and finishing the output take the same time in both.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from flowreel.engine.sources import open_source
 from flowreel.sinks import video_writer
 
 IN_MEMORY = "store in memory"
-MEMORY_BYTES = 8 << 30  # for two stores, of which one is being replaced
-TRAINED = "FlowNet2CSS"  # the one that is run with the weights that are shipped
-OF_THE_NETWORK = 0.9  # pairs a second of a whole run, of the network alone
+MEMORY_BYTES = 8 << 30  # for two stores, one of which is being replaced
+TRAINED = "FlowNet2CSS"  # the model that runs with the shipped weights
+OF_THE_NETWORK = 0.9  # aim: pairs/s of a whole run, relative to the network alone
 
 
 class Job(NamedTuple):
-    """What is run, and how."""
+    """The clip, and the options of a run."""
 
     clip: Path
     height: int
@@ -48,15 +48,15 @@ class Job(NamedTuple):
 
 
 def run(findings: Findings, settings: Settings) -> None:
-    """1024x436. Stores in memory first: random weights give flow that hardly shrinks, and a disk may be what bounds.
+    """1024x436. Stores in memory first: random weights give flow that hardly compresses, so a disk may be the bottleneck.
 
-    For an encoder of video such flow is noise: so there is one with the baseline's flow, too. Both also without parts
-    (``sinks/video_writer.py``), which are worth having only where they are faster.
+    To a video encoder such flow is noise, so there is also a video of the baseline's flow. Both videos are also encoded
+    without parts (``sinks/video_writer.py``), which are justified only where they are faster.
     """
     job = job_of(settings)
     trained = job._replace(options=job.options | {"weights": BASELINE})
     alone = cache(lambda model, batch: _alone(trained if model == TRAINED else job, settings, model, batch))
-    decoders: list[str] = []  # that have been timed
+    decoders: list[str] = []  # those timed so far
     in_memory, on_disk = (place / "x.zarr" for place in (memory_folder(settings.folder), Path(settings.folder)))
 
     def timed(name: str, model: str, output: Path, decoder: str, share: float) -> None:
@@ -75,7 +75,7 @@ def run(findings: Findings, settings: Settings) -> None:
         finally:
             video_writer.ROWS_OF_A_THREAD = before
 
-    a_part = 1.0 if settings.dry else 0.3  # of the clip: what is slow is known sooner
+    a_part = 1.0 if settings.dry else 0.3  # of the clip: slow runs need fewer pairs
     for name, model, output, decoder, share in (
         (IN_MEMORY, "FlowNet2", in_memory, "auto", 1.0),
         ("video, baseline weights", TRAINED, on_disk.with_suffix(".mp4"), "auto", a_part),
@@ -98,7 +98,7 @@ def _require_memory() -> None:
 
 
 def _decoder_alone(findings: Findings, settings: Settings, job: Job, decoder: Any) -> None:
-    """Frames a second of a source that nobody keeps waiting."""
+    """Frames per second of a source whose consumer is always ready."""
     with closing(open_source(job.clip, SelectConfig(decoder=decoder), numbered(settings.device))) as source:
         frames = iter(source)
         for _ in range(job.frames // 10):
@@ -112,7 +112,7 @@ def _decoder_alone(findings: Findings, settings: Settings, job: Job, decoder: An
 
 
 def job_of(settings: Settings) -> Job:
-    """Clip and weights are made once, for whatever part asks first."""
+    """The job of this part and others; its clip and weights are made by the first that needs them."""
     width, height, frames = (96, 64, 9) if settings.dry else (1024, 436, 1600)
     clip = written_clip(settings.folder, width, height, frames)
     weights = Path(settings.folder) / "filled.safetensors"
@@ -126,18 +126,18 @@ def job_of(settings: Settings) -> Job:
 
 
 def _rate(job: Job, model: str, output: Path, decoder: str, share: float = 1.0) -> tuple[Sample, RunReport]:
-    """Pairs a second, whole shards against one shard, and what the last long run tells; of that share of the clip."""
+    """Pairs/s from runs of many shards minus a run of one, and the last long run's report. share: of the clip."""
 
     def ran(flows: int, to: Path = output) -> RunReport:
         return flowreel.run(job.clip, to, stop=flows + 1, decoder=decoder, model=model, **job.options)
 
     store = output.with_suffix(".zarr")
     frames = int(job.frames * share)
-    ran(frames // 4, store)  # a card and its libraries wake up
+    ran(frames // 4, store)  # warms up the GPU and its libraries
     shard = flowreel.open_store(store).shard_length
     long = max((frames - 1) // shard, 2) * shard
     short_s = [ran(shard).seconds for _ in range(2)][-1]
-    reports = [ran(long) for _ in range(2 if output == store else 1)]  # a video's take long, and are even
+    reports = [ran(long) for _ in range(2 if output == store else 1)]  # videos take long and vary little
     return Sample.of([report.seconds - short_s for report in reports]).rate(long - shard), reports[-1]
 
 
@@ -170,7 +170,7 @@ def _file(findings: Findings, name: str, sample: Sample, report: RunReport, alon
 
 
 def _alone(job: Job, settings: Settings, model: str, batch: int) -> Sample:
-    """Pairs a second of the same network on frames that are on the device already."""
+    """Pairs/s of the same network alone, on frames that are on the device already."""
     chosen = {name: job.options[name] for name in ("device", "weights", "precision")}
     inference = prepare(ModelConfig(**chosen, model=model, batch=batch), job.height, job.width)
     shape = (batch, 3, job.height, job.width)

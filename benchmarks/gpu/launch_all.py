@@ -1,4 +1,4 @@
-"""``python -m benchmarks.gpu.launch_all DEVICE``: each kernel once, in each type and layout, and its gradients."""
+"""``python -m benchmarks.gpu.launch_all DEVICE``: each kernel and its gradients once in each dtype and layout."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def weights(device: str) -> Iterator[tuple[torch.Tensor, int, bool]]:
-    """One of each kind that our convolution takes, its stride, and whether it is a deconvolution's."""
+    """Weights of each kind that our convolution supports, with stride, and whether it is a deconvolution."""
     for inputs, outputs, kernel, stride in (
         *((inputs, 64, 7, 2) for inputs in (3, 6, 12)),
         *((inputs, 64, 3, 1) for inputs in (6, 11)),
@@ -72,7 +72,7 @@ def main(device: str) -> None:
 
 
 def _heads(*maps: torch.Tensor) -> None:
-    """Flow heads, of each number of warps that share the channels, alone and with what comes before."""
+    """Flow heads for each number of warps that share the channels, alone and merged with the layer before."""
     for x in (*maps, torch.cat((*maps, *maps), 1)):
         bias = torch.zeros(2, device=x.device)
         for kernel in (3, 5):
@@ -83,7 +83,7 @@ def _heads(*maps: torch.Tensor) -> None:
 
 
 def network_inputs(device: str, dtype: torch.dtype) -> None:
-    """What is stored pixel by pixel, and flow into one and the other place of a concatenation."""
+    """Kernels that write pixel by pixel, and upsampled flow into two places of a concatenation."""
     height, width = HEIGHT // 4 * 4, WIDTH // 4 * 4
     frames = torch.randn(2, 6, height, width, device=device)
     flow = torch.randn(2, 2, height // 4, width // 4, device=device)

@@ -1,4 +1,4 @@
-"""What the rest was measured on, and whether the kernels can be compiled and loaded there."""
+"""What everything else was measured on, and whether the kernels compile and load there."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LIBRARIES = (
 
 
 def describe(findings: Findings, settings: Settings) -> None:
-    """Fills the result's head: ``gpu``, ``versions``, ``commit``, ``machine``."""
+    """Fills the result's header: ``gpu``, ``versions``, ``commit``, ``machine``."""
     about = machine()
     found = {}
     for package in importlib.metadata.distributions():
@@ -59,7 +59,7 @@ def _load(findings: Findings) -> None:
 
 
 def _driver() -> str | None:
-    """The driver's version, as its own tool says it; None where that is missing, slow, or does not work."""
+    """The driver's version from ``nvidia-smi``; None if that is missing, too slow, or does not work."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, timeout=20, check=False)

@@ -1,4 +1,4 @@
-"""Memory of host and card: flat over a long video; and running out of it, which costs speed or ends in good words."""
+"""Memory of host and GPU: constant over a long video; with too little of it a run slows down or fails with advice."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from benchmarks.gpu import scarce
 from benchmarks.gpu.findings import Findings, Settings
 from benchmarks.gpu.made_clips import written_clip
 
-LONG = (640, 360, 18 * 72 + 1)  # width, height, frames: whole shards, so that no batch is of a new length at the end
-GROWTH = 1.05  # of memory, from the first fifth of the frames to the last
+LONG = (640, 360, 18 * 72 + 1)  # width, height, frames: whole shards, so that the last batch has the usual length
+GROWTH = 1.05  # allowed factor, from the first fifth of the frames to the last fifth
 
 
 def check(findings: Findings, settings: Settings) -> None:
-    """First the long video, then too little memory."""
+    """Checks a long video, then too little memory."""
     findings.attempt("a long video", partial(_long, findings, settings))
     scarce.check(findings, settings)
 
 
 def _long(findings: Findings, settings: Settings) -> None:
-    """Host and card, looked at every so often while a long clip streams through."""
+    """Samples memory of host and GPU about every tenth of a long clip that streams through."""
     width, height, count = (96, 64, 40) if settings.dry else LONG
     clip = written_clip(settings.folder, width, height, count)
-    samples: list[tuple[int, float, float]] = []  # flow, MB of the process, MB of the card
+    samples: list[tuple[int, float, float]] = []  # flows so far, MB of the process, MB of the GPU
     seen = 0
     for batch in flowreel.stream(
         clip, device=settings.device, model="FlowNet2C", precision="fp32" if settings.dry else "fp16"
@@ -47,7 +47,7 @@ def _long(findings: Findings, settings: Settings) -> None:
 
 
 def _resident_mb() -> float:
-    """Now; where the system does not say, the most there ever was."""
+    """Resident memory now; the peak so far where the system does not report it."""
     status = Path("/proc/self/statm")
     if status.exists():
         return int(status.read_text().split()[1]) * resource.getpagesize() / 1e6
@@ -55,7 +55,7 @@ def _resident_mb() -> float:
 
 
 def _card_mb(settings: Settings) -> float:
-    """Everything taken on the card, by whatever library."""
+    """All GPU memory in use, by any library."""
     if settings.device == "cpu":
         return 0.0
     free, total = torch.cuda.mem_get_info()

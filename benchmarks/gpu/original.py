@@ -1,6 +1,6 @@
-"""flownet2-pytorch's own correlation kernel, from a file that the user has fetched: compiled, and launched as it was.
+"""flownet2-pytorch's own correlation kernel, compiled from a file that the user has downloaded, and launched as there.
 
-Its file asks for headers of a torch of 2018. Only the kernels in it are compiled, which need none of them.
+The file includes headers of a torch of 2018. Only its kernels are compiled, which need none of these headers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ TYPES = {torch.float32: "float", torch.float16: "__half"}
 
 
 def kernels_of(text: str) -> str:
-    """The part of the source that is for the card: up to the first function for the host, without its includes."""
+    """The device code of the source: up to the first host function, without the includes. Raises Skipped for another
+    file."""
     host = re.search(r"^int correlation_forward_cuda_kernel\b", text, re.M)
     if host is None or "correlation_forward" not in text[: host.start()]:
         raise Skipped("this is not flownet2-pytorch's correlation_cuda_kernel.cu")
@@ -28,12 +29,12 @@ def kernels_of(text: str) -> str:
 
 
 class OriginalCorrelation:
-    """Its forward pass with FlowNetC's settings, for maps of one shape and type."""
+    """The original forward pass with FlowNetC's settings, for maps of one shape and dtype."""
 
     def __init__(self, path: Path, like: Tensor) -> None:
         import cupy
 
-        from flowreel.kernels.launch import _header_folder  # the same headers as for our own
+        from flowreel.kernels.launch import _header_folder  # the same headers as for our kernels
 
         kind = TYPES[like.dtype]
         names = [f"channels_first<{kind}>", f"correlation_forward<{kind}>"]
@@ -46,7 +47,7 @@ class OriginalCorrelation:
         self._out = like.new_zeros(batch, SIDE * SIDE, height, width)
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        """The cost volume; memory that the next call writes to."""
+        """The cost volume, in memory that the next call overwrites."""
         import numpy as np
 
         from flowreel.kernels.launch import _start

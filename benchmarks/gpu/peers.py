@@ -1,4 +1,4 @@
-"""A network of today beside ours: torchvision's RAFT-small, where torchvision is installed."""
+"""A modern network beside ours: torchvision's RAFT-small, where torchvision is installed."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from flowreel.engine.config import ModelConfig
 from flowreel.engine.inference import prepare
 
 SIZES = {"1024x448": (448, 1024), "1920x1088": (1088, 1920)}
-DRY = {"128x128": (128, 128)}  # the smallest that RAFT takes
+DRY = {"128x128": (128, 128)}  # the smallest size that RAFT accepts
 RAFT, OURS = "torchvision RAFT-small, 12 updates", "flowreel FlowNet2C"
 
 
 def run(findings: Findings, settings: Settings) -> None:
-    """One pair a call, random weights, in turn."""
-    torchvision_models()  # or there is nothing to be found
+    """Both networks in turn, one pair per call, random weights."""
+    torchvision_models()  # raises Skipped here, for the whole part
     effort = Effort(least=2, most=2, cap_s=0.1) if settings.dry else Effort(least=5, most=30, cap_s=3.0)
     for name, size in (DRY if settings.dry else SIZES).items():
         findings.attempt(name, partial(_compare, findings, settings, name, size, effort))
@@ -40,7 +40,7 @@ def _compare(findings: Findings, settings: Settings, name: str, size: tuple[int,
 
 
 def raft_rows(name: str, size: tuple[int, int], device: str, precision: str, effort: Effort) -> list[dict[str, Any]]:
-    """Both on frames of one size (height, width), in turn. Raises Skipped where torchvision cannot be had."""
+    """Both in turn, on frames of one size (height, width). Raises Skipped when torchvision cannot be used."""
     with tempfile.TemporaryDirectory() as folder:
         ways = raft_and_ours(device, precision, *size, Path(folder))
     found = alternated({RAFT: ways[0], OURS: ways[1]}, effort, device_sync(device))
@@ -56,7 +56,7 @@ def raft_rows(name: str, size: tuple[int, int], device: str, precision: str, eff
 
 
 def raft_and_ours(device: str, precision: str, height: int, width: int, folder: Path) -> tuple[Action, Action]:
-    """Both on the same frames, one pair a call, random weights. Raises Skipped where torchvision cannot be had."""
+    """Both on the same frames, one pair per call, random weights. Raises Skipped when torchvision cannot be used."""
     raft = torchvision_models().raft_small(weights=None).eval().to(device)
     weights = str(random_weights("FlowNet2C", folder))
     config = ModelConfig(model="FlowNet2C", weights=weights, device=device, precision=precision, batch=1)  # type: ignore
@@ -75,7 +75,7 @@ def raft_and_ours(device: str, precision: str, height: int, width: int, folder: 
 
 
 def torchvision_models() -> Any:
-    """Its module of flow networks. Raises Skipped where there is none."""
+    """torchvision's module of flow networks. Raises Skipped when it cannot be imported."""
     try:
         return import_module("torchvision.models.optical_flow")
     except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch

@@ -1,4 +1,4 @@
-"""How far each precision is off, of the networks as the engine runs them; and whether one CUDA graph is what runs."""
+"""The error of each precision, in the networks as the engine runs them, and whether they run as one CUDA graph."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from benchmarks.networks import filled
 
 SIZES = {"1024x448": (448, 1024), "128x64": (64, 128)}
 PRECISIONS = ("fp32", "fp16", "tf32", "bf16")
-AIM_PX = 0.05  # mean distance from float32 that the project allows itself
-# Of weights that were trained, in mean px.
+AIM_PX = 0.05  # the project's limit for the mean distance from float32
+# With trained weights: mean px.
 ALLOWED_PX = {"fp32": 2e-3, "tf32": AIM_PX, "fp16": AIM_PX, "bf16": AIM_PX}
-# Of random ones, as a share of the mean flow: they let what is lost grow through three networks.
+# With random weights: a share of the mean flow, since these let errors grow through three networks.
 ALLOWED_SHARE = {"fp32": 2e-4, "tf32": 0.01, "fp16": 0.01, "bf16": 0.05}
-WITHOUT_GRAPH = "without a CUDA graph"  # in the warning of ``flowreel.engine.compiled.graphs``
+WITHOUT_GRAPH = "without a CUDA graph"  # part of a warning in ``flowreel.engine.compiled.graphs``
 
 Reference = Callable[[], tuple[nn.Module, Tensor]]  # the network, and its flow in float32
 
 
 def check(findings: Findings, settings: Settings) -> None:
-    """On two frames of a scene whose motion is known, at 1024x448."""
+    """Uses two frames of a synthetic scene at 1024x448."""
     size = SIZES["128x64" if settings.dry else "1024x448"]
     frames = scene_frames(*size, settings.device)
     for weights in ("baseline", "filled, width 1"):
@@ -80,14 +80,14 @@ def _reference(weights: str, frames: tuple[Tensor, Tensor], settings: Settings) 
 
 
 def exact(net: nn.Module, first: Tensor, second: Tensor) -> Tensor:
-    """The module itself, float32 throughout."""
+    """The flow of the plain module, in float32 throughout."""
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         flow: Tensor = net(first, second)
     return flow
 
 
 def mean_apart(flow: Tensor, wanted: Tensor) -> float:
-    """Mean end-point distance, px."""
+    """Mean end-point distance in px."""
     return float((flow - wanted).norm(dim=1).mean())
 
 

@@ -216,7 +216,7 @@ def _trace(findings: Findings, settings: Settings, chains: Chains, tell: Callabl
 
 
 def _trace_operations(findings: Findings, settings: Settings, chains: Chains) -> None:
-    """Each thread's torch operations, including those that call others. Uses an experiment of torch's, so it comes last.
+    """Each thread's torch operations, including those that call others. An experiment of torch's, so it comes last.
 
     Raises Skipped when this torch lacks the feature.
     """

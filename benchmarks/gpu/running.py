@@ -1,4 +1,4 @@
-"""One part in processes of its own: it cannot harm the others, and what it has found outlives it."""
+"""Runs one part in its own processes: it cannot harm the others, and its findings survive it."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from benchmarks.gpu.findings import LAST_WORDS, Settings, nothing_found, publish
 from benchmarks.gpu.parts import Part
 from benchmarks.processes import ROOT
 
-RUNNING = "running.json"  # beside the result while a part runs: what it has found so far
+RUNNING = "running.json"  # beside the result while a part runs: its findings so far
 
 
 def run_part(part: Part, settings: Settings, env: Mapping[str, str], limit_s: float) -> dict[str, Any]:
-    """What one part found, however it ended.
+    """Runs one part and returns what it found, however it ended.
 
-    Its ``status``: done; skipped, it lacks something, be it time; failed; stopped, its time was over; cut short,
-    likewise, but what it had timed is good; empty, it came to its end and found nothing. All but the first two and cut
-    short count as a failed check.
+    ``status``: done; skipped: something is missing, or too little time is left; failed; stopped: its time was up; cut
+    short: likewise, but its timings so far are good; empty: it finished without a result. Failed, stopped and empty
+    count as a failed check.
     """
     if limit_s < part.least_s:
         reason = f"{max(limit_s, 0):.0f} s are left for it, and it wants {part.least_s:.0f}"
@@ -42,7 +42,7 @@ def run_part(part: Part, settings: Settings, env: Mapping[str, str], limit_s: fl
         found = json.loads(path.read_text()) if path.exists() else nothing_found()
         if code in (None, 0, SKIPPED) or len(found["begun"]) == begun:
             break
-        begun = len(found["begun"])  # another process goes on behind what this one has begun
+        begun = len(found["begun"])  # a new process continues after the attempts that this one has begun
         if found["under_way"] is not None:
             said = f"it ended its process with code {code}; {words}"
             found["checks"].append({"name": found["under_way"], "passed": False, "said": said})
@@ -56,7 +56,7 @@ def run_part(part: Part, settings: Settings, env: Mapping[str, str], limit_s: fl
 
 
 def _ending(part: Part, found: Mapping[str, Any], code: int | None, words: str, limit_s: float) -> tuple[str, str]:
-    """The status and, unless all is well, the reason."""
+    """The status and, unless it is done, the reason."""
     nothing = not found["rows" if part.times else "checks"]
     if code == 0:
         return ("empty", "it came to its end and showed nothing") if nothing else ("done", "")
@@ -70,9 +70,9 @@ def _ending(part: Part, found: Mapping[str, Any], code: int | None, words: str, 
 
 
 def _ran(command: list[str], env: Mapping[str, str], limit_s: float) -> tuple[int | None, str]:
-    """The exit code, None when time was up, and the last that was said, in whatever bytes."""
+    """The exit code, or None when time was up, and the end of the output, which may be in any encoding."""
     with tempfile.TemporaryFile() as said:
-        # A session of its own: what the part starts ends with it.
+        # A session of its own, so that all processes started by the part can be ended with it.
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=said, stderr=said, start_new_session=True)
         code: int | None = None
         try:
@@ -87,7 +87,7 @@ def _ran(command: list[str], env: Mapping[str, str], limit_s: float) -> tuple[in
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends a part that hangs, and what a part that failed has left running."""
+    """Kills a part that hangs, and any processes that a failed part has left running."""
     with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # its session is its own, so its group is, too
+        os.killpg(process.pid, signal.SIGKILL)  # its own session has its own process group
     process.wait()

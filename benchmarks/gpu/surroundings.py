@@ -1,4 +1,4 @@
-"""What the parts' processes see: this checkout, as ``flowreel`` too where that is not installed."""
+"""The environment of the parts' processes: this checkout can be imported, as ``flowreel`` if that is not installed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from benchmarks.processes import MEMORY, ROOT
 
 
 def memory_folder(folder: str) -> Path:
-    """Beside a run's own folder one in memory, by the same name. Whoever makes the run removes both."""
+    """A run's folder in memory, with the same name as its temporary folder. ``main`` removes both."""
     return MEMORY / Path(folder).name
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """The variables of a part's process. What is made lies in ``folder``; nothing is installed."""
+    """The environment variables of a part's process. Files go to ``folder``; nothing is installed."""
     ways = [str(ROOT)]
     if find_spec("flowreel") is None:
         ways.append(str(_checkout(folder / "checkout")))
@@ -31,7 +31,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def _checkout(folder: Path) -> Path:
-    """A folder on whose path this checkout is ``import flowreel``, as an installation would make it."""
+    """A folder that makes this checkout importable as ``flowreel`` when on the path, as an installation would."""
     package = folder / "flowreel"
     package.mkdir(parents=True)
     for name in ("engine", "kernels", "sinks"):

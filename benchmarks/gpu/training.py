@@ -1,4 +1,4 @@
-"""Training on the card: the first loss and its gradients are those of a CPU, by our kernels, scenes too; it learns."""
+"""Training on a GPU: scenes, first loss and gradients equal a CPU's, our kernels compute them, and the loss falls."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from flowreel.engine.training.painting import Batch, Painter
 from flowreel.engine.training.train import Progress
 from flowreel.kernels.launch import recording
 
-SAME = 1e-3  # relative, of the loss, and of all gradients as one vector, in float32; two ways on a CPU: 1e-5
-KERNELS = {  # that must have run, there and back
+SAME = 1e-3  # relative, for the loss and for all gradients as one vector, float32; two ways on a CPU: 1e-5
+KERNELS = {  # those that must have run, forward and backward
     "FlowNet2C": {"correlation", "correlation_backward"},
     "FlowNet2": {
         "correlation",
@@ -32,7 +32,7 @@ KERNELS = {  # that must have run, there and back
         "channel_norm_backward",
     },
 }
-LEARNT = 0.85  # of the loss of the first quarter of the steps, in the last one; on a CPU .74
+LEARNT = 0.85  # most loss in the last quarter of the steps, relative to the first; on a CPU .74
 CONFIG = TrainConfig(
     width=0.125,
     steps=80,
@@ -44,14 +44,14 @@ CONFIG = TrainConfig(
     warm_up=5,
     precision="fp32",
 )
-FEW_TEXTURES = SceneConfig(bank=(0, 16, 128))  # in a dry run
-PAINTED = 128  # pairs that are compared
-FEW = 0.001  # of the pixels may be painted otherwise than on a CPU: on edges, rounding decides
+FEW_TEXTURES = SceneConfig(bank=(0, 16, 128))  # for a dry run
+PAINTED = 128  # pairs whose painting is compared
+FEW = 0.001  # of the pixels may differ from a CPU's: on edges, rounding decides
 DRY = replace(CONFIG, width=0.05, steps=4, batch=2, height=64, width_px=64, warm_up=1)
 
 
 def check(findings: Findings, settings: Settings) -> None:
-    """Small networks: what is looked at is whether it works."""
+    """Uses small networks: the question is only whether training works."""
     config = DRY if settings.dry else CONFIG
     findings.attempt("painting", partial(_paint, findings, settings, config))
     for model in KERNELS:
@@ -65,7 +65,7 @@ def check(findings: Findings, settings: Settings) -> None:
 
 
 def _paint(findings: Findings, settings: Settings, config: TrainConfig) -> None:
-    """The same scenes painted by both."""
+    """The same scenes, painted on both devices."""
     height, width, count = config.height, config.width_px, 4 if settings.dry else PAINTED
     scenes = FEW_TEXTURES if settings.dry else SceneConfig()
     painter = Painter(torch.device(settings.device), scenes.bank)
@@ -86,7 +86,7 @@ def _compare(findings: Findings, settings: Settings, config: TrainConfig) -> Non
     wanted, gradients = _step(config, net, batch)
     device = torch.device(settings.device)
     used: dict[str, str] = {}
-    with recording(used), torch.autograd.set_multithreading_enabled(False):  # else the way back has its own thread
+    with recording(used), torch.autograd.set_multithreading_enabled(False):  # else backward would run in its own thread
         loss, ours = _step(config, net.to(device), batches.on(device, batch))
     apart = abs(loss - wanted) / abs(wanted)
     findings.check(f"{config.model}: the first loss is the CPU's", apart <= SAME, loss=loss, wanted=wanted)
@@ -106,7 +106,7 @@ def _step(config: TrainConfig, net: nn.Module, batch: Batch) -> tuple[float, Ten
 
 
 def _train(findings: Findings, settings: Settings, config: TrainConfig) -> None:
-    """What the command does, on one scene that is flipped and cropped anew each step; and the weights it leaves."""
+    """What ``flowreel train`` does, on one scene that is flipped and cropped anew each step; and the weights it writes."""
     reports: list[Progress] = []
     out = Path(settings.folder) / f"training-{config.precision}"
     every = max(config.steps // 4, 1)

@@ -1,4 +1,4 @@
-"""How fast scenes are painted on the card, and steps of training made with them."""
+"""How fast the GPU paints scenes, and how fast training steps are that use them."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from flowreel.engine.training.config import TrainConfig
 from flowreel.engine.training.drawing import SceneConfig
 from flowreel.engine.training.painting import Painter
 
-# Network, pairs a step; what a long training would be first.
+# Network, pairs per step; those of a long training come first.
 CASES = (("FlowNet2CSS", 64), ("FlowNet2C", 64), ("FlowNet2CSS", 16), ("FlowNet2C", 16))
 HEIGHT, WIDTH = 256, 384
-WARM_UP = 12  # steps before the clock runs: libraries wake up, workers fill their queues
-LONG_S = 3.0  # of steps that are timed
+WARM_UP = 12  # untimed steps at first, while libraries load and workers fill their queues
+LONG_S = 3.0  # duration of the timed steps
 MOST_WORKERS = 12
 
 
 def run(findings: Findings, settings: Settings) -> None:
     scenes = checks.FEW_TEXTURES if settings.dry else SceneConfig()
-    painter = cache(lambda: Painter(torch.device(settings.device), scenes.bank))  # in an attempt, as it may fail
+    painter = cache(lambda: Painter(torch.device(settings.device), scenes.bank))  # in an attempt, since it may fail
     findings.attempt("painting", partial(_paint, findings, settings, painter, scenes))
     for model, batch in CASES[-1:] if settings.dry else CASES:
-        # A dry run's scenes are painted on the host: of all textures they take few.
+        # A dry run paints its scenes on the host, where it needs only few textures.
         by = None if settings.dry else painter
         findings.attempt(f"{model}, {batch} pairs", partial(_train, findings, settings, by, model, batch))
 
 
 def _paint(findings: Findings, settings: Settings, made: Callable[[], Painter], scenes: SceneConfig) -> None:
-    """Scenes that are drawn already."""
+    """Painting alone, of scenes drawn beforehand."""
     painter = made()
     count, sync = 2 if settings.dry else 64, device_sync(settings.device)
     packed, best_s = batches.draw(0, 0, count, HEIGHT, WIDTH, scenes), math.inf
@@ -53,7 +53,7 @@ def _paint(findings: Findings, settings: Settings, made: Callable[[], Painter], 
 
 
 def _train(findings: Findings, settings: Settings, made: Callable[[], Painter] | None, model: str, batch: int) -> None:
-    """The steps that the command makes, with scenes drawn by processes; no reports in between."""
+    """The same steps as ``flowreel train``, with scenes drawn by worker processes, but without reports."""
     config = TrainConfig(model=model, batch=batch, height=HEIGHT, width_px=WIDTH, batch_norm=False, minutes=1)
     workers, warm_up = max(min((os.cpu_count() or 1) - 2, MOST_WORKERS), 1), WARM_UP
     if settings.dry:
