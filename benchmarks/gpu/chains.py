@@ -1,4 +1,4 @@
-"""The chain of a run with one end or the other taken off, and how fast it runs once it is full."""
+"""The chain of a run, optionally without one end, and its speed once the pipeline is full."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from flowreel.engine.stages import StageStatistics, compose
 from flowreel.sinks import open_sink
 
 RATE = 25
-DIFFERENT = 8  # frames that a source in memory gives in turn
-FULL_AFTER = 0.25  # of all pairs: by then the pipeline is full, and all that is made once is made
+DIFFERENT = 8  # frames that a source in memory yields in turn
+FULL_AFTER = 0.25  # of all pairs: by then the pipeline is full, and everything made once has been made
 
 
 @dataclass
 class Pace:
-    """When so many pairs had come to the end of the chain."""
+    """Records when batches reach the end of the chain."""
 
-    reached: list[tuple[int, float]] = field(default_factory=list)  # pairs that were there before a batch, and when
+    reached: list[tuple[int, float]] = field(default_factory=list)  # pairs before a batch, time of its arrival
 
     def timed(self, items: Iterable[Any]) -> Iterator[Any]:
-        """The same items."""
+        """Passes on the items, and records when each arrives."""
         seen = 0
 
         def noted(item: Any) -> Any:
@@ -45,10 +45,10 @@ class Pace:
             seen += len(item)
             return item
 
-        return map(noted, items)  # a map keeps no item alive while whoever took it works
+        return map(noted, items)  # unlike a generator's loop, a map keeps no item alive while its consumer works
 
     def let_go(self, batches: Iterable[FlowBatch]) -> None:
-        """Takes them and keeps none. Waits for the one before: nobody's loop runs ahead of the card without end."""
+        """Consumes batches, keeps none. Waits for each after taking the next, so launches do not run far ahead of the GPU."""
         before: torch.cuda.Event | None = None
         for batch in self.timed(batches):
             if before is not None:
@@ -59,7 +59,7 @@ class Pace:
             del batch
 
     def rate(self, shard: int) -> tuple[float, Sample]:
-        """Pairs a second, from a full pipeline to the last whole shard; and of each of its shards."""
+        """Pairs/s from when the pipeline is full to the last whole shard, and the same by shard."""
         at = {seen: when for seen, when in self.reached if seen % shard == 0}
         marks = [seen for seen in at if seen >= FULL_AFTER * self.reached[-1][0]]
         shards = [at[b] - at[a] for a, b in pairwise(marks)]
@@ -68,14 +68,14 @@ class Pace:
 
 @dataclass(frozen=True)
 class Ran:
-    """What one run of a chain tells."""
+    """The measurements of one run of a chain."""
 
     pairs_s: float
     by_shard: Sample  # pairs a second
-    seconds: float  # of all of it, from the first frame asked for
+    seconds: float  # of the whole run, from requesting the first frame
     stages: tuple[StageStatistics, ...]
     decoder: str
-    with_outputs_s: float  # with opening the outputs before it, and giving them their names
+    with_outputs_s: float  # including opening the outputs before, and publishing them under their final names
 
 
 def ran(
@@ -87,10 +87,10 @@ def ran(
     to_host: bool = False,
     around: AbstractContextManager[object] | None = None,
 ) -> Ran:
-    """``flowreel.run`` on a source that is open, with weights that are loaded.
+    """``flowreel.run`` with an open source and loaded weights.
 
-    output: None: flow is dropped as it comes. to_host: it is brought there before. around: entered when all is ready,
-    left when the last flow is where it belongs.
+    output: None: the flow is dropped. to_host: it is copied to the host before. around: entered when everything is
+    ready, left when the last flow has been written or dropped.
     """
     with ExitStack() as opened:
         opened.enter_context(closing(source))
@@ -124,7 +124,7 @@ def ran(
 
 
 def without_threads(source: Source, network: Network, config: RunConfig) -> Ran:
-    """The same stages one after the other in this thread, the flow dropped: no queue, no lock, no stream of its own."""
+    """Runs the same stages in turn in this thread and drops the flow: no queues, no locks, no streams of their own."""
     inference = network.fitted(source.info.height, source.info.width)
     header = flow_header(source.info, inference, config)
     shard = header.shard_length(config.sink.shard_bytes)
@@ -138,7 +138,7 @@ def without_threads(source: Source, network: Network, config: RunConfig) -> Ran:
 
 
 def written(source: Source, network: Network, config: RunConfig, output: Path) -> Ran:
-    """The store alone: it is given the source's first batch of flow again and again, as fast as it takes them."""
+    """The store alone: writes the source's first batch of flow repeatedly, as fast as the store accepts it."""
     inference = network.fitted(source.info.height, source.info.width)
     header = flow_header(source.info, inference, config)
     shard, count = header.shard_length(config.sink.shard_bytes), header.flow_count or 0
@@ -157,7 +157,7 @@ def written(source: Source, network: Network, config: RunConfig, output: Path) -
 
 
 class InMemory:
-    """A ``Source`` of random frames that lie on the device already, a few in turn."""
+    """A ``Source`` that yields a few random frames in turn, which are on the device already."""
 
     losses: list[str]
     notes: list[str]

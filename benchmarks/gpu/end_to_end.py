@@ -48,7 +48,7 @@ class Job(NamedTuple):
 
 
 def run(findings: Findings, settings: Settings) -> None:
-    """1024x436. Stores in memory first: random weights give flow that hardly compresses, so a disk may be the bottleneck.
+    """1024x436. Stores in memory first: flow of random weights hardly compresses, so a disk may be the bottleneck.
 
     To a video encoder such flow is noise, so there is also a video of the baseline's flow. Both videos are also encoded
     without parts (``sinks/video_writer.py``), which are justified only where they are faster.

@@ -1,7 +1,7 @@
-"""What the calls that a run makes for every item cost its threads: alone, beside a network at work, beside encoders.
+"""What the calls that a run makes for every item cost its threads: alone, beside a running network, beside encoders.
 
-A run's stages share the driver, the interpreter's lock and the machine's memory. Where one of them holds the others up,
-calls that take microseconds by themselves take longer beside it, and this says which calls, and beside what.
+A run's stages share the driver, the GIL and the memory bandwidth. Where one stage delays the others, calls that take
+microseconds alone take longer beside it. This shows which calls, and beside what.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from flowreel.sinks.compressors import compress
 from flowreel.sinks.parallel import encode_workers
 
 Call = Callable[[], object]
-UNDER_WAY = 2  # batches that the network beside may have
-CAP_S = 0.25  # of calls of one kind, beside one thing
+UNDER_WAY = 2  # batches that the network in the background may have in flight
+CAP_S = 0.25  # for timing one call beside one kind of work
 
 
 def run(findings: Findings, settings: Settings) -> None:
-    """Microseconds a call, medians and what nine in ten stay below."""
+    """Microseconds per call: median with quartiles, and 90th percentile."""
     network, humble = _network(settings), _network(settings, priority=0)
     encoders = 2 if settings.dry else encode_workers("cuda:0")
     with closing(_decoded(settings)) as frames:
@@ -70,7 +70,7 @@ def _microseconds(call: Call, settings: Settings) -> dict[str, Any]:
         began_s = time.perf_counter()
         call()
         taken.append(1e6 * (time.perf_counter() - began_s))
-        time.sleep(1e-4)  # lets the others go on, as a stage does between its items
+        time.sleep(1e-4)  # lets other threads run, as a stage does between items
     return {"us": Sample.of(taken).cell(), "us_nine_in_ten": float(np.quantile(taken, 0.9))}
 
 
@@ -123,7 +123,7 @@ def _calls_of_the_card(network: Call) -> dict[str, Call]:
 
 
 def _begun(network: Call) -> Call:
-    """A batch given to the card, and not waited for: only so many that its queues have room."""
+    """Launches a batch without waiting for it, except for every fourth, so that the GPU's queues never fill up."""
     count = 0
 
     def begin() -> None:
@@ -131,7 +131,7 @@ def _begun(network: Call) -> Call:
         network()
         count += 1
         if count % 4 == 0:
-            torch.cuda.synchronize()  # one in four takes as long as the work, the median does not
+            torch.cuda.synchronize()  # one call in four takes as long as the work, which leaves the median unaffected
 
     return begin
 
@@ -155,7 +155,7 @@ def _thread_begun() -> None:
 
 
 def _network(settings: Settings, priority: int = graphs.PRIORITY) -> Call:
-    """priority: of its captured work, where stages' own streams have ``device.STAGE_PRIORITY``."""
+    """priority: of its captured work; the stages' own streams have ``device.STAGE_PRIORITY``."""
     one = DRY[-1] if settings.dry else TIMED[0]
     before, graphs.PRIORITY = graphs.PRIORITY, priority
     try:
@@ -167,7 +167,7 @@ def _network(settings: Settings, priority: int = graphs.PRIORITY) -> Call:
 
 
 def _decoded(settings: Settings) -> Generator[Frame, None, None]:
-    """Frames of a clip on a stage's stream, by the decoder that a run would take; again and again."""
+    """Frames of a clip, repeated endlessly, on a stage's stream, from the decoder that a run would choose."""
     width, height, count = (96, 64, 9) if settings.dry else (1024, 436, 1600)
     clip, device = written_clip(settings.folder, width, height, count), numbered(settings.device)
     while True:
@@ -195,7 +195,7 @@ def _batches(network: Call, settings: Settings) -> Call:
 
 
 def _encoding() -> Call:
-    """A flow of 1024x436 as steps that compress by about three, as those of random weights do."""
+    """Compresses a quantised flow of 1024x436 to about a third, as with random weights."""
     walk = np.random.default_rng(0).normal(0, 48, (2, 436, 1024)).cumsum(-1)
     steps = np.rint(walk).astype(np.int32)
     return lambda: compress(steps, "blosc")
@@ -203,7 +203,7 @@ def _encoding() -> Call:
 
 @contextmanager
 def _going_on(name: str, work: Call) -> Iterator[None]:
-    """``work`` again and again in a thread of its own."""
+    """Repeats ``work`` in a thread of its own until the block ends."""
     ended = threading.Event()
 
     def repeat() -> None:

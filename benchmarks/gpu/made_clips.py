@@ -1,4 +1,4 @@
-"""Video files made on the spot, whose motion is known."""
+"""Generates video files with known motion."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ RATE = 25
 
 @dataclass(frozen=True)
 class Encoding:
-    """How a clip is encoded. ``encoders``: the first that PyAV has is taken."""
+    """How a clip is encoded. ``encoders``: the first one that PyAV has is used."""
 
     name: str
     encoders: tuple[str, ...]
     pix_fmt: str = "yuv420p"
     suffix: str = "mp4"
-    options: dict[str, dict[str, str]] = field(default_factory=dict)  # of each encoder that takes any
+    options: dict[str, dict[str, str]] = field(default_factory=dict)  # by encoder
 
 
 PLAIN = Encoding("H.264", ("libx264", "mpeg4"), options={"libx264": {"preset": "superfast"}})
 
 
 def written_clip(folder: str, width: int, height: int, frames: int, how: Encoding = PLAIN) -> Path:
-    """A file with a picture of soft blobs that moves on by (3, 1) px a frame, edges wrapped. Made once a size.
+    """A video of a picture of soft blobs that moves by (3, 1) px per frame and wraps around. An existing one is reused.
 
-    Raises LookupError where no encoder makes such a file.
+    Raises LookupError when no encoder can make such a file.
     """
     kind = "" if how is PLAIN else "-" + re.sub(r"\W+", "_", how.name)
     path = Path(folder) / f"{width}x{height}-{frames}{kind}.{how.suffix}"
@@ -43,7 +43,7 @@ def written_clip(folder: str, width: int, height: int, frames: int, how: Encodin
     encoder = next((name for name in how.encoders if name in av.codecs_available), None)
     if encoder is None:
         raise LookupError(f"PyAV has no encoder {' or '.join(how.encoders)}")
-    beside = path.with_stem(f"{path.stem}-part")  # whoever is stopped leaves no half of it under the clip's name
+    beside = path.with_stem(f"{path.stem}-part")  # so that stopping leaves no partial file under the clip's name
     with av.open(str(beside), "w") as container:
         stream: Any = container.add_stream(encoder, rate=RATE, options=how.options.get(encoder, {}))
         stream.width, stream.height, stream.pix_fmt = width, height, how.pix_fmt
@@ -63,7 +63,7 @@ def written_clip(folder: str, width: int, height: int, frames: int, how: Encodin
 
 
 def _moving(width: int, height: int, frames: int) -> Iterator[np.ndarray]:
-    """(H, W, 3) uint8 each."""
+    """The frames, (H, W, 3) uint8 each."""
     coarse = torch.rand(1, 3, height // 8 + 1, width // 8 + 1, generator=torch.Generator().manual_seed(0))
     fine = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic", align_corners=True)
     picture = (fine[0] * 255).clamp(0, 255).byte().permute(1, 2, 0).numpy()

@@ -1,4 +1,4 @@
-"""The networks alone, as the engine runs them: how fast."""
+"""The speed of the networks alone, as the engine runs them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from benchmarks.measure import Effort, Sample, alternated, device_sync
 from benchmarks.networks import filled
 from flowreel.engine.compiled import CompiledModel
 
-INPUTS = 4  # different batches, in turn
-AIMED_AT = "H200"  # the card that the aims are for
+INPUTS = 4  # different batches, used in turn
+AIMED_AT = "H200"  # the GPU that the aims are for
 
 
 class Timed(NamedTuple):
-    """One line of the table of speeds. ``aim``: pairs a second that the design asks for, on an H200."""
+    """One row of the table of speeds. ``aim``: pairs/s on an H200 that the design demands."""
 
     model: str
     precision: str
@@ -31,7 +31,7 @@ class Timed(NamedTuple):
 
 
 SIZES = {"1024x448": (448, 1024), "1920x1088": (1088, 1920), "128x64": (64, 128)}
-TIMED = (  # the most important first: what no time is left for is missing
+TIMED = (  # the most important first: the last ones are missing if time runs out
     Timed("FlowNet2", "fp16", "1024x448", 8, 585),
     Timed("FlowNet2", "fp16", "1920x1088", 8, 130),
     Timed("FlowNet2", "fp16", "1024x448", 1),
@@ -50,7 +50,7 @@ DRY = (Timed("FlowNet2", "fp32", "128x64", 1, 585), Timed("FlowNet2C", "bf16", "
 
 @lru_cache(maxsize=1)
 def network(model: str, settings: Settings) -> nn.Module:
-    """With random weights; the last one is kept for whoever asks next."""
+    """The network with random weights; the last one is cached."""
     return filled(model, settings.device, 0.05 if settings.dry else 1.0)
 
 
@@ -61,7 +61,7 @@ def inputs(one: Timed, settings: Settings, count: int = INPUTS) -> list[Tensor]:
 
 
 def made(one: Timed, settings: Settings) -> CompiledModel:
-    """What ``flowreel.compile`` gives for it."""
+    """The network of a row, compiled by ``flowreel.compile``."""
     return flowreel.compile(network(one.model, settings), (one.batch, *SIZES[one.size]), one.precision)
 
 
@@ -73,7 +73,7 @@ def _effort(settings: Settings) -> Effort:
 
 
 def times(findings: Findings, settings: Settings) -> None:
-    """Pairs a second of ``flowreel.compile`` on frames that are on the card, random ones, different each time."""
+    """Pairs/s of ``flowreel.compile``'s result on random frames on the device, several batches in turn."""
     for one in DRY if settings.dry else TIMED:
         name = f"{one.model} {one.precision} {one.size}, batch {one.batch}"
         findings.attempt(name, partial(_time, findings, one, settings))
@@ -105,7 +105,7 @@ def _cells(one: Timed, settings: Settings) -> dict[str, Any]:
     fast = flowreel.compile(net, (one.batch, height, width), one.precision)
     fast(*next(turns))
     sync()
-    if on_gpu:  # what making it ready took besides is not what it takes from now on
+    if on_gpu:  # memory needed only while compiling is reported separately
         at_first = torch.cuda.max_memory_reserved() - before
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""Videos of several kinds, decoded on the card and on the host: the same frames, times and flow, wherever it begins."""
+"""Videos of several kinds decode to the same frames, times and flow on GPU and host, from any starting frame."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from flowreel.engine.config import SelectConfig
 from flowreel.engine.data import Frame
 from flowreel.engine.sources import open_source
 
-# Of 256 levels. Decoding is exact in all of these codecs, so what differs is the way to RGB, of 8 bits or of 10: either
-# side rounds once, to whole levels, from chroma that is enlarged alike: one value in 200 falls on the other side. Ten
-# bits cut or rounded to eight on the way would be a quarter of a level off on average.
+# Of 256 levels. Decoding is exact in all of these codecs, so only the conversion to RGB can differ, from 8 or 10 bits.
+# Both sides upsample chroma alike and round once, to whole levels; one value in 200 is rounded the other way. Reducing
+# ten bits to eight in between would cause an error of a quarter of a level on average.
 LEVELS_MOST, LEVELS_MEAN = 2, 0.05
-SAME_PX = 0.05  # mean difference of the flow between frames that differ so little
-EVERY = 12  # frames from one key frame to the next
+SAME_PX = 0.05  # mean distance of flows between frames that differ so little
+EVERY = 12  # frames between key frames
 X264 = {"preset": "superfast", "g": f"{EVERY}", "x264-params": f"keyint={EVERY}:min-keyint={EVERY}:scenecut=0"}
 X265 = {"preset": "superfast", "x265-params": f"log-level=none:keyint={EVERY}:min-keyint={EVERY}:scenecut=0:open-gop=1"}
 OPEN = X264 | {"x264-params": f"{X264['x264-params']}:open-gop=1:bframes=3"}
@@ -41,13 +41,13 @@ KINDS = (
     Encoding("AV1 10 bits", ("libsvtav1", "libaom-av1"), "yuv420p10le", "mkv", options=AV1),
     Encoding("H.264 4:4:4", ("libx264",), "yuv444p", options={"libx264": X264}),
 )
-GOOD = EVERY  # frames of a damaged clip that lie before the damage
-FLOW_OF = "HEVC 10 bits"  # beside the plain clip
+GOOD = EVERY  # frames of a damaged clip before the damage
+FLOW_OF = "HEVC 10 bits"  # the kind whose flow is compared, besides the plain clip's
 
 
 def check(findings: Findings, settings: Settings) -> None:
-    """The same frames in the same order with the same times, up to the rounding of colours; and the same flow."""
-    os.environ.setdefault("SVT_LOG", "1")  # errors alone
+    """The same frames in the same order with the same times, up to rounding of colours, and the same flow."""
+    os.environ.setdefault("SVT_LOG", "1")  # only errors
     if not settings.dry:
         from flowreel.engine.sources import nvcodec
 
@@ -58,11 +58,11 @@ def check(findings: Findings, settings: Settings) -> None:
     findings.attempt("flow", partial(_compare_flow, findings, settings, PLAIN.name, clip))
     for kind in KINDS:
         findings.attempt(kind.name, partial(_compare_kind, findings, settings, kind))
-    findings.attempt("damaged", partial(_read_damaged, findings, settings))  # last: it might take the process along
+    findings.attempt("damaged", partial(_read_damaged, findings, settings))  # last: it might crash the process
 
 
 def _compare_kind(findings: Findings, settings: Settings, kind: Encoding) -> None:
-    """From the start, and from both sides of key frames: before one stand pictures that lean on it."""
+    """From the start, and from frames around key frames: in an open GOP, frames shown before one depend on it."""
     width, height, count = (128, 96, EVERY + 4) if settings.dry else (330, 190, 3 * EVERY)
     try:
         clip = written_clip(settings.folder, width, height, count, kind)
@@ -79,7 +79,7 @@ def _compare_kind(findings: Findings, settings: Settings, kind: Encoding) -> Non
 
 
 def _refusal(clip: Path, settings: Settings) -> str | None:
-    """Why NVDEC cannot decode it here; None: it can."""
+    """Why NVDEC cannot decode the clip on this machine; None: it can."""
     if settings.dry:
         return None
     from flowreel.engine.sources.nvdec import why_not
@@ -90,7 +90,7 @@ def _refusal(clip: Path, settings: Settings) -> str | None:
 
 
 def _falls_back(findings: Findings, settings: Settings, name: str, clip: Path, count: int) -> None:
-    """What the chip cannot decode comes from the CPU all the same, and is told."""
+    """What NVDEC cannot decode is decoded on the CPU instead, and reported."""
     with closing(open_source(clip, SelectConfig(), numbered(settings.device))) as source:
         given, told = sum(1 for _ in source), any("not with NVDEC" in note for note in source.notes)
         findings.check(f"{name}: the CPU decodes instead, and says so", told and given == count, decoder=source.decoder)
@@ -114,16 +114,16 @@ def _compare(
 
 
 def _read_damaged(findings: Findings, settings: Settings) -> None:
-    """A file whose middle is junk: its first frames are good, the others come in order or are told as lost.
+    """A file damaged in the middle: its first frames are good, the others arrive in order or are reported as lost.
 
-    By whom, and what was said: NVDEC may go on, or leave the rest to the CPU.
+    The check records the decoder and its notes: NVDEC may continue, or leave the rest to the CPU.
     """
     width, height, count = (128, 96, 3 * EVERY) if settings.dry else (330, 190, 3 * EVERY)
     clip = written_clip(settings.folder, width, height, count)
     good = [frame for frame in frames_of(clip, "pyav", settings) if frame.index < GOOD]
     content = bytearray(clip.read_bytes())
     middle = slice(len(content) // 2, len(content) // 2 + len(content) // 16)
-    content[middle] = bytes(255 - byte for byte in content[middle])  # the lengths of its pictures, too
+    content[middle] = bytes(255 - byte for byte in content[middle])  # including the length fields of its frames
     damaged = clip.with_stem(f"{clip.stem}-damaged")
     damaged.write_bytes(content)
     with closing(open_source(damaged, SelectConfig(), numbered(settings.device))) as source:
@@ -142,7 +142,7 @@ def _same_times(ours: Sequence[Frame], wanted: Sequence[Frame]) -> bool:
 
 
 def _levels_apart(ours: Sequence[Frame], wanted: Sequence[Frame]) -> tuple[float, float]:
-    """The largest difference of any colour, and the largest mean of a frame; of frames of one number."""
+    """The largest difference of any value, and the largest mean difference of a frame, of frames with equal numbers."""
     known = {frame.index: frame.rgb.cpu().int() for frame in wanted}
     apart = [(a.rgb.cpu().int() - known[a.index]).abs() for a in ours if a.index in known]
     if not apart:
@@ -165,12 +165,12 @@ def _ours(settings: Settings) -> str:
 
 
 def frames_of(clip: Path, decoder: Any, settings: Settings, start: int = 0) -> Iterator[Frame]:
-    """A clip's frames, each as the source gives it."""
+    """A clip's frames as the source yields them."""
     select = SelectConfig(decoder=decoder, start=start)
     with closing(open_source(clip, select, numbered(settings.device))) as source:
         yield from source
 
 
 def numbered(device: str) -> str:
-    """As sources are told it."""
+    """The device's name as sources expect it."""
     return "cuda:0" if device == "cuda" else device

@@ -1,7 +1,7 @@
-"""``python -m benchmarks.gpu.one MODULE FUNCTION FILE SETTINGS``: one part in this process, its findings in FILE.
+"""``python -m benchmarks.gpu.one MODULE FUNCTION FILE SETTINGS``: runs one part, and writes its findings to FILE.
 
-Exit code 0: it came to its end. ``SKIPPED``: something it needs is not there; the last line of stderr says what.
-``LOST``: the card is lost to this process, and another one should go on.
+Exit code 0: it finished. ``SKIPPED``: something it needs is missing, and the last line of stderr says what. ``LOST``:
+the GPU has become unusable for this process, and another process should continue.
 """
 
 from __future__ import annotations
@@ -37,6 +37,6 @@ def main(module: str, function: str, path: str, settings: str) -> int:
 
 
 if __name__ == "__main__":
-    if sys.platform == "linux":  # whoever kills the command must not leave a part behind that keeps the card busy
+    if sys.platform == "linux":  # killing the command must not leave a part behind that keeps the GPU busy
         ctypes.CDLL(None).prctl(_PARENT_DIED, signal.SIGKILL)
     sys.exit(main(*sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Where the time of a network goes, by kind of kernel and by kernel."""
+"""Where a network's time goes, by kind of kernel and by kernel."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flowreel.engine.compiled import cuda
 
 CONVOLUTIONS = ("convolution_3_", "convolution_7_", "flow_head_")
 INPUTS = ("normalise_frames_", "refining_input_", "fusing_input_", "enlarge_flow_")
-KINDS = (  # what a kernel's name holds, in the order in which it is asked
+KINDS = (  # by parts of a kernel's name; the first match counts
     ("ours", ("correlation_", "warp_", "channel_norm_", "bias_leaky_relu_", "yuv_to_rgb_", *CONVOLUTIONS, *INPUTS)),
     ("layout", ("nchwtonhwc", "nhwctonchw", "transpose", "permute", "reorder")),
     ("convolution", ("conv", "xmma", "cutlass", "gemm", "wgrad", "dgrad", "fprop", "winograd", "cudnn", "implicit")),
@@ -24,11 +24,11 @@ KINDS = (  # what a kernel's name holds, in the order in which it is asked
     ("elementwise", ("elementwise", "reduce", "cat", "upsample", "index", "gather", "mul", "add", "fill")),
 )
 CALLS = 5
-LAYERS = 160  # operations of one shape each that are told, the slowest first
+LAYERS = 160  # operations, each of one shape, that are reported, the slowest first
 
 
 def run(findings: Findings, settings: Settings) -> None:
-    """The network whose speed is asked for, under torch's profiler; the whole table goes to a file of its own."""
+    """The first network of ``TIMED`` under torch's profiler; the whole table is saved in a file of its own."""
     one = DRY[-1] if settings.dry else TIMED[0]
     fast, frames = made(one, settings), inputs(one, settings, 2)
     sync = device_sync(settings.device)
@@ -57,7 +57,7 @@ def run(findings: Findings, settings: Settings) -> None:
 
 
 def _layers(findings: Findings, settings: Settings, one: Timed) -> None:
-    """The same work without its graph, which hides who asked for a kernel: each operation's time by its shapes."""
+    """The same work without its CUDA graph, which hides what launched a kernel: time by operation and input shapes."""
     sync, on_gpu = device_sync(settings.device), settings.device == "cuda"
     frames = inputs(one, settings, 2)
     with torch.no_grad():
@@ -77,28 +77,28 @@ def _layers(findings: Findings, settings: Settings, one: Timed) -> None:
 
 
 def _us_of_op(event: Any, on_gpu: bool) -> float:
-    """What the kernels that an operation itself started took."""
+    """Time of the kernels that the operation itself launched."""
     if not on_gpu:
         return float(event.self_cpu_time_total)
     return float(event.self_device_time_total) if event.device_type == torch.autograd.DeviceType.CPU else 0.0
 
 
 def profiled(on_gpu: bool, shapes: bool = False, how: Any = None) -> torch.profiler.profile:
-    """Torch's profiler of the host, and of the card where there is one. how: an experimental configuration."""
+    """torch's profiler for the host, and for the GPU if used. how: an experimental configuration."""
     activity = torch.profiler.ProfilerActivity
     activities = [activity.CPU, *([activity.CUDA] if on_gpu else [])]
     return torch.profiler.profile(activities=activities, record_shapes=shapes, experimental_config=how)
 
 
 def _own_us(event: Any, on_gpu: bool) -> float:
-    """On a GPU that of the kernels alone: what called them is told their time once more."""
+    """An event's own time. On a GPU only that of kernels, since their callers report the same time again."""
     if not on_gpu:
         return float(event.self_cpu_time_total)
     return float(event.self_device_time_total) if event.device_type == torch.autograd.DeviceType.CUDA else 0.0
 
 
 def by_kind(spent: Mapping[str, float]) -> dict[str, float]:
-    """Shares of the time, largest first: kernels by what their names say they do."""
+    """Fractions of the time by kind of kernel (``KINDS``), largest first."""
     totals: Counter[str] = Counter()
     for name, us in spent.items():
         low = name.lower()
@@ -108,6 +108,6 @@ def by_kind(spent: Mapping[str, float]) -> dict[str, float]:
 
 
 def bound(shares: Mapping[str, float], busy_us: float, wall_us: float) -> str:
-    """In words."""
+    """A line about how busy the GPU is, and with what."""
     told = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items() if share >= 0.01)
     return f"busy {min(busy_us / wall_us, 1):.0%} of {wall_us / 1e3:.2f} ms a call: {told}"

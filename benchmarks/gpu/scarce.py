@@ -1,7 +1,7 @@
-"""Too little memory on the card: for a batch, then the run goes on with less; for one pair, then it says what to do.
+"""Too little GPU memory: for a batch, where a run continues with smaller ones; for one pair, where it says what to do.
 
-Tried in two ways: torch's allocator is given a limit, and another tensor takes nearly all of the card, so that what
-CUDA and cuDNN ask for ends, too.
+Tested in two ways: a limit on torch's allocator, and other tensors that take nearly all memory of the GPU, so that
+CUDA's and cuDNN's own allocations fail, too.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from flowreel.engine.config import ModelConfig
 from flowreel.engine.errors import FlowreelError
 from flowreel.engine.inference import Inference, load_network
 
-MODEL = "FlowNet2C"  # one network alone: a stack makes more of other roundings
-BATCH, FEWER = 8, 2  # pairs: what is asked for, and what surely fits
-SAME = 3e-5  # of the longest vector: between two runs of equal batches, of which each may be given other algorithms
-WENT_ON = re.compile(r"pairs a batch did not fit in the memory of .*: (\d+) from flow")  # of ``engine/inference.py``
-BLOCK, MOST_AT_ONCE = 2 << 20, 1 << 30  # bytes, of what takes the rest: the allocator rounds up to whole blocks
+MODEL = "FlowNet2C"  # a single network: a stack amplifies rounding differences
+BATCH, FEWER = 8, 2  # pairs: the batch requested, and one that surely fits
+SAME = 3e-5  # of the largest component: two runs with equal batches may be given different algorithms
+WENT_ON = re.compile(r"pairs a batch did not fit in the memory of .*: (\d+) from flow")  # from ``engine/inference.py``
+BLOCK, MOST_AT_ONCE = 2 << 20, 1 << 30  # bytes, for taking the rest: the allocator rounds up to whole blocks
 WORDS = "too little free memory"  # likewise
 
-Room = Callable[[int], AbstractContextManager[None]]  # bytes that are left, in all; in a dry run pairs
+Room = Callable[[int], AbstractContextManager[None]]  # of the bytes that may be used in total; in a dry run, pairs
 
 
 class Taken(NamedTuple):
-    """Bytes on the card at the worst moment of a run."""
+    """Peak GPU memory of a run, in bytes."""
 
     used: int
-    reserved: int  # by torch's allocator, which keeps what it may need again
+    reserved: int  # by torch's allocator, including what it caches
 
 
 def check(findings: Findings, settings: Settings) -> None:
-    """In float32, whose results may be compared closely."""
+    """Uses float32, whose results can be compared closely."""
     runs = Runs(settings)
     ways: dict[str, Room] = {"a limit": limited, "a full card": beside_a_hog} if not settings.dry else {"as if": as_if}
     for name, room in ways.items():
@@ -52,7 +52,7 @@ def check(findings: Findings, settings: Settings) -> None:
 
 
 class Runs:
-    """One clip into a store that keeps every bit, as often as asked."""
+    """Repeated runs of one clip to a lossless store."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -62,7 +62,7 @@ class Runs:
         self._alone: dict[int, np.ndarray] = {}
 
     def run(self, batch: int) -> tuple[np.ndarray, RunReport]:
-        """Its flow (N, 2, H, W), px. Decoded on the host: NVDEC wants memory for itself, and says so elsewhere."""
+        """A run's flow, (N, 2, H, W) px. Decodes on the host: NVDEC needs its own memory, with its own error."""
         folder = self._settings.folder
         clip = written_clip(folder, self.width, self.height, self.pairs + 1)
         path = Path(folder) / "scarce.zarr"
@@ -78,9 +78,9 @@ class Runs:
 
     @cached_property
     def for_some(self) -> tuple[int, ...]:
-        """Rooms for ``FEWER`` pairs a batch and not for ``BATCH``, the most first.
+        """Amounts of memory meant to suffice for batches of ``FEWER`` pairs but not of ``BATCH``, the largest first.
 
-        Not for certain: where little is left cuDNN does with less than it took when there was plenty.
+        This is not certain: with little memory left, cuDNN makes do with less than it takes otherwise.
         """
         if self._settings.dry:
             return (FEWER,)
@@ -91,7 +91,7 @@ class Runs:
 
     @cached_property
     def for_none(self) -> int:
-        """Room for the weights, and not for one pair."""
+        """An amount of memory that suffices for the weights, but not for one pair."""
         if self._settings.dry:
             return 0
         torch.cuda.empty_cache()
@@ -140,7 +140,7 @@ def _for_a_pair(findings: Findings, name: str, room: Room, runs: Runs) -> None:
 
 
 def _apart(flow: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
-    """The largest difference and the longest component, px."""
+    """The largest difference and the largest component, px."""
     if flow.shape != wanted.shape:
         return float("inf"), 1.0
     return float(np.abs(flow - wanted).max()), float(np.abs(wanted).max())
@@ -151,7 +151,7 @@ def _apart(flow: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
 
 @contextmanager
 def limited(room: int) -> Iterator[None]:
-    """Torch's allocator takes no more than that."""
+    """Limits torch's allocator to ``room`` bytes."""
     gc.collect()
     torch.cuda.empty_cache()
     _, total = torch.cuda.mem_get_info()
@@ -164,14 +164,14 @@ def limited(room: int) -> Iterator[None]:
 
 @contextmanager
 def beside_a_hog(room: int) -> Iterator[None]:
-    """All the rest of the card is taken."""
+    """Occupies the GPU's memory except for ``room`` bytes."""
     gc.collect()
     torch.cuda.empty_cache()
     own, hog = torch.cuda.memory_reserved(), []
     while (size := torch.cuda.mem_get_info()[0] + own - room) >= BLOCK:
         try:
             hog.append(torch.empty(min(size // BLOCK * BLOCK, MOST_AT_ONCE), dtype=torch.uint8, device="cuda"))
-        except torch.OutOfMemoryError:  # what is free is in pieces
+        except torch.OutOfMemoryError:  # the free memory is fragmented
             break
     try:
         yield
@@ -183,7 +183,7 @@ def beside_a_hog(room: int) -> Iterator[None]:
 
 @contextmanager
 def as_if(pairs: int) -> Iterator[None]:
-    """For a dry run: a network in whose memory only so many pairs fit."""
+    """For a dry run: a network that runs out of memory for more than ``pairs`` pairs."""
     flow = Inference.of_fitted
 
     def little(self: Inference, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

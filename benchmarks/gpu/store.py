@@ -1,4 +1,4 @@
-"""What a store keeps of the flow of a video file."""
+"""Whether a store holds the flow that the network gives for a video file."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ from flowreel.sinks.shard_processes import MOST_PROCESSES, _Process
 if TYPE_CHECKING:
     from flowreel.engine.data import Bytes
 
-ROUNDING = 2e-4  # of the longest vector, in float32, between two programs of one network
+ROUNDING = 2e-4  # of the largest component, in float32, between two programs of one network
 
 
 def check(findings: Findings, settings: Settings) -> None:
-    """Flows read back from a store that was written there, beside the network's own for the same frames."""
+    """Compares flows read back from a store with the network's own for the same frames."""
     for precision in ("fp32",) if settings.dry else ("fp32", "fp16"):
         findings.attempt(f"a store in {precision}", partial(_compare_store, findings, settings, precision))
     findings.attempt("shards made by processes", partial(_compare_processes, findings, settings))
 
 
 def _compare_processes(findings: Findings, settings: Settings) -> None:
-    """A store whose shards other processes make, as those of a long run are, is the same to the byte.
+    """A store whose shards are made by worker processes, as in a long run, is byte-identical to one made by threads.
 
-    Of two batches a shard, and of so many shards that the memory of each is used again and again.
+    Each shard has two batches, and there are so many shards that each buffer is reused several times.
     """
     width, height, batch, shards = (96, 64, 2, 2) if settings.dry else (640, 360, 8, 3 * (MOST_PROCESSES + 1))
     clip = written_clip(settings.folder, width, height, 2 * batch * shards + 4)
     options: dict[str, Any] = {"device": settings.device, "batch": batch, "shard_bytes": 16 * width * height * batch}
     options["precision"] = "fp32" if settings.dry else "fp16"
     stores = [Path(settings.folder) / f"{by}.zarr" for by in ("threads", "processes")]
-    made_there: list[int] = []  # the number of each shard that a process made
+    made_there: list[int] = []  # numbers of the shards made by processes
 
     def noted(process: _Process, request: Request, *rest: Any) -> Any:
         made_there.append(request.number)
@@ -56,7 +56,7 @@ def _compare_processes(findings: Findings, settings: Settings) -> None:
             time.sleep(0.01)
         return True
 
-    pinned: list[bool] = []  # each piece that the processes share: one that is refused is slow, and nothing else tells
+    pinned: list[bool] = []  # for each shared buffer: one that could not be pinned is slow, and nothing else shows it
 
     def looked_at(memory: Bytes, device: torch.device) -> Callable[[], None]:
         undo = pin(memory, device)
@@ -67,7 +67,7 @@ def _compare_processes(findings: Findings, settings: Settings) -> None:
     with (
         mock.patch("flowreel.engine.device.pin", looked_at),
         mock.patch.object(_Process, "make", noted),
-        mock.patch.object(_Process, "_has_said_something", patient),  # else threads make what is full before
+        mock.patch.object(_Process, "_has_said_something", patient),  # else threads make shards full before that
     ):
         for path, worth in zip(stores, (False, True), strict=True):
             with mock.patch.object(shard_processes, "are_worth_it", lambda *_, worth=worth: worth):
@@ -77,7 +77,7 @@ def _compare_processes(findings: Findings, settings: Settings) -> None:
         for path in stores
     ]
     same = files[0] == files[1]
-    by_processes = settings.dry or bool(made_there)  # on a CPU there are none
+    by_processes = settings.dry or bool(made_there)  # on a CPU no processes are used
     said = "a store is the same to the byte by threads and by processes"
     findings.check(said, same and by_processes, files=len(files[0]), shards_made_there=len(made_there))
     landed = settings.dry or (bool(pinned) and all(pinned))
@@ -85,7 +85,8 @@ def _compare_processes(findings: Findings, settings: Settings) -> None:
 
 
 def _compare_store(findings: Findings, settings: Settings, precision: str) -> None:
-    """The first batches of two shards: in float32 every vector; in fp16 the mean, which leaves half a step to it."""
+    """The first batches of two shards: in float32 the largest error; in fp16 the mean, which leaves half of max_error
+    to fp16."""
     width, height, batch = (96, 64, 2) if settings.dry else (640, 360, 8)
     clip = written_clip(settings.folder, width, height, 2 * (batch + 1) + 1)
     options: dict[str, Any] = {"device": settings.device, "precision": precision, "batch": batch}

@@ -11,7 +11,7 @@ from benchmarks.processes import MEMORY, ROOT
 
 
 def memory_folder(folder: str) -> Path:
-    """A run's folder in memory, with the same name as its temporary folder. ``main`` removes both."""
+    """A run's folder in memory, with the same name as its temporary folder. ``gpu/main.py`` removes both."""
     return MEMORY / Path(folder).name
 
 

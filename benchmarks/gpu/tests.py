@@ -1,4 +1,4 @@
-"""The tests that take a GPU, through pytest: file by file, so that nothing a file does or lacks loses another one."""
+"""The tests that need a GPU, run by pytest file by file, so that no file's failure affects another's tests."""
 
 from __future__ import annotations
 
@@ -14,50 +14,50 @@ from benchmarks.gpu.findings import LAST_WORDS, Findings, Settings, device_is_lo
 from benchmarks.processes import ROOT
 
 TAKES_A_GPU = re.compile(r"\b(gpu|card): torch\.device\b")
-GRAPHS = "tests/kernels/test_cuda_on_gpu.py"  # torch.compile takes its time
-# Their own settings want a plug-in for time limits, and make errors of the warnings that other versions of libraries
-# give. A limit there is, for the whole part.
+GRAPHS = "tests/kernels/test_cuda_on_gpu.py"  # slow, as it uses torch.compile
+# The project's own pytest settings need a plug-in for time limits, and turn warnings into errors, also those of other
+# library versions. The whole part has a time limit anyway.
 PLAIN = ("-q", "-o", "addopts=--import-mode=importlib", "-o", "filterwarnings=default", "-p", "no:cacheprovider")
-NO_GPU = "no CUDA device"  # why ``tests/conftest.py`` skips them
+NO_GPU = "no CUDA device"  # the reason when ``tests/conftest.py`` skips them
 
 
 def kernels(findings: Findings, settings: Settings) -> None:
-    """Of the kernels, called plainly."""
+    """Runs the kernels' tests, but for those in ``GRAPHS``."""
     _run(findings, settings, lambda name: name.startswith("tests/kernels/") and name != GRAPHS)
 
 
 def engine(findings: Findings, settings: Settings) -> None:
-    """Of the engine."""
+    """Runs the engine's tests."""
     _run(findings, settings, lambda name: name.startswith("tests/engine/"))
 
 
 def others(findings: Findings, settings: Settings) -> None:
-    """Of everything else."""
+    """Runs all other tests."""
     _run(findings, settings, lambda name: not name.startswith(("tests/kernels/", "tests/engine/")))
 
 
 def graphs(findings: Findings, settings: Settings) -> None:
-    """Of the kernels in captured graphs and under torch.compile."""
+    """Runs the tests of the kernels in captured graphs and under torch.compile."""
     _run(findings, settings, lambda name: name == GRAPHS)
 
 
 def files() -> list[str]:
-    """Those with a test that takes a GPU."""
+    """The test files with a test that needs a GPU."""
     paths = sorted((ROOT / "tests").rglob("test_*.py"))
     return [path.relative_to(ROOT).as_posix() for path in paths if TAKES_A_GPU.search(path.read_text())]
 
 
 def _run(findings: Findings, settings: Settings, chosen: Callable[[str], bool]) -> None:
-    """A dry run only collects them."""
+    """Runs the GPU tests of the chosen files; a dry run only collects them."""
     options = ("-m", "gpu", *(["--collect-only"] if settings.dry else []))
     for name in filter(chosen, files()):
         findings.attempt(name, partial(run_tests, findings, name, *options))
 
 
 def run_tests(findings: Findings, name: str, *options: str) -> None:
-    """A file's tests in this process: each is a check, filed as it ends."""
+    """Runs a file's tests in this process; each becomes a check as soon as it ends."""
     recorder, said = Recorder(findings), io.StringIO()
-    with redirect_stderr(said):  # where pytest tells what is wrong before there is a test
+    with redirect_stderr(said):  # where pytest reports errors that occur before any test
         code = pytest.main([*PLAIN, *options, name], plugins=[recorder])
     count, words = recorder.collected, said.getvalue()[-LAST_WORDS:]
     findings.check(f"{name}: tests are found", count > 0, tests=count, code=int(code), said=words)
@@ -66,7 +66,7 @@ def run_tests(findings: Findings, name: str, *options: str) -> None:
 
 
 class Recorder:
-    """A plug-in for pytest."""
+    """A pytest plug-in that records each test as a check."""
 
     def __init__(self, findings: Findings) -> None:
         self._findings = findings

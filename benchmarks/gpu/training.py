@@ -106,7 +106,7 @@ def _step(config: TrainConfig, net: nn.Module, batch: Batch) -> tuple[float, Ten
 
 
 def _train(findings: Findings, settings: Settings, config: TrainConfig) -> None:
-    """What ``flowreel train`` does, on one scene that is flipped and cropped anew each step; and the weights it writes."""
+    """Trains as the command does, on one scene that is flipped and cropped anew each step; loads the weights."""
     reports: list[Progress] = []
     out = Path(settings.folder) / f"training-{config.precision}"
     every = max(config.steps // 4, 1)
