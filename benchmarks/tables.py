@@ -5,7 +5,7 @@ generated from the newest result of that case, and left unchanged if there is no
 
 - ``table``: its rows. ``<!-- table: model | size=1024x448 | batch=1 -->`` keeps the rows with these cells, and omits
   these columns; ``<!-- table: model | only: model, pairs/s -->`` shows these columns only;
-- ``where``: one line that says where and when it was measured;
+- ``where``: one line that says on which machine and when it was measured;
 - ``plot``: the picture ``docs/plots/CASE.svg``, if it has been drawn (``benchmarks.plots``).
 """
 

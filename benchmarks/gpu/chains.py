@@ -48,7 +48,7 @@ class Pace:
         return map(noted, items)  # unlike a generator's loop, a map keeps no item alive while its consumer works
 
     def let_go(self, batches: Iterable[FlowBatch]) -> None:
-        """Consumes batches, keeps none. Waits for each after taking the next, so launches do not run far ahead of the GPU."""
+        """Consumes batches, keeps none. Waits for each once the next has come: launches stay close to the GPU."""
         before: torch.cuda.Event | None = None
         for batch in self.timed(batches):
             if before is not None:

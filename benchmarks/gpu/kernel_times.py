@@ -23,7 +23,7 @@ from flowreel.engine.compiled.graphs import CaptureError, graph_of
 from flowreel.kernels.correlation import correlation_definition
 
 ORIGINAL = "flownet2-pytorch's kernel, its maps already zero"
-A_REPLAY_S = 0.02  # least duration of a replay, except for quick operations: for these, one call per input
+A_REPLAY_S = 0.02  # target duration of a replay, as far as the number of calls allows
 LEAST, MOST = 8, cases.MOST_INPUTS + 1  # calls in one graph: together their inputs outgrow the caches
 
 
