@@ -151,7 +151,7 @@ def _ways(functions: Mapping[str, Callable[..., Any]], inputs: Sequence[tuple[An
 
 
 def _many(make: Callable[[], tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
-    """As many different inputs as together outgrow every cache."""
+    """Enough different inputs to outgrow every cache together, unless they are small: at most ``MOST_INPUTS`` more."""
     first = make()
     size = sum(tensor.numel() * tensor.element_size() for tensor in first)
     return [first, *(make() for _ in range(min(MOST_INPUTS, BEYOND_CACHES // size)))]

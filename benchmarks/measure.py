@@ -31,7 +31,7 @@ class Skipped(Exception):
 class Effort:
     """How long to measure one thing."""
 
-    least: int = 5  # timings, whatever they take
+    least: int = 5  # timings, unless they take three times ``cap_s``
     most: int = 60
     settled: float = 0.01  # stop once the median's 95 % interval lies within this fraction of the median on either side
     cap_s: float = 10.0  # or once this much time has been spent

@@ -10,7 +10,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -207,7 +207,9 @@ def _going_on(name: str, work: Call) -> Iterator[None]:
     ended = threading.Event()
 
     def repeat() -> None:
-        with torch.no_grad():
+        # A current stream belongs to its thread: without this, what is measured would queue behind this work.
+        own = torch.cuda.stream(torch.cuda.Stream()) if torch.cuda.is_available() else nullcontext()
+        with own, torch.no_grad():
             while not ended.is_set():
                 work()
 

@@ -24,7 +24,7 @@ from flowreel.kernels.correlation import correlation_definition
 
 ORIGINAL = "flownet2-pytorch's kernel, its maps already zero"
 A_REPLAY_S = 0.02  # target duration of a replay, as far as the number of calls allows
-LEAST, MOST = 8, cases.MOST_INPUTS + 1  # calls in one graph: together their inputs outgrow the caches
+LEAST, MOST = 8, cases.MOST_INPUTS + 1  # calls in one graph: each has its own inputs, so that large ones are not cached
 
 
 def run(findings: Findings, settings: Settings) -> None:

@@ -39,7 +39,7 @@ CONFIG = TrainConfig(
     batch=4,
     height=128,
     width_px=192,
-    reuse=80,  # one scene
+    reuse=80,  # one batch of scenes
     learning_rate=2e-3,
     warm_up=5,
     precision="fp32",
@@ -106,7 +106,7 @@ def _step(config: TrainConfig, net: nn.Module, batch: Batch) -> tuple[float, Ten
 
 
 def _train(findings: Findings, settings: Settings, config: TrainConfig) -> None:
-    """Trains as the command does, on one scene that is flipped and cropped anew each step; loads the weights."""
+    """Trains as the command does, on one batch of scenes, flipped and cropped anew each step; loads the weights."""
     reports: list[Progress] = []
     out = Path(settings.folder) / f"training-{config.precision}"
     every = max(config.steps // 4, 1)
