@@ -186,6 +186,9 @@ def test_augmentation_moves_the_flow_with_the_picture() -> None:
         seen.add((du, dv))
         inner = a[:, :, 8:56, 8:56]
         assert torch.equal(inner, b[:, :, 8 + dv : 56 + dv, 8 + du : 56 + du])
+        kept = [slice(max(-move, 0), 64 - max(move, 0)) for move in (dv, du)]  # the crop cuts off the other matches
+        assert mask[0, kept[0], kept[1]].all()
+        assert mask.sum() == (64 - 2) * (64 - 3)
     assert seen == {(3, -2), (-3, -2), (3, 2), (-3, 2)}
 
 
