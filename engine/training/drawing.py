@@ -29,11 +29,11 @@ class SceneConfig:
     objects: tuple[int, int] = (0, 6)  # fewest and most moving layers in front of the background
     median_px: float = 5.0  # median speed of the pairs; about 0.8 for a network for small motions
     spread: float = 0.9  # standard deviation of the logarithm of a pair's speed: many below 1 px, a tail past 40
-    max_px: float = 48.0  # no layer's centre moves farther
+    max_px: float = 48.0  # cap of the camera's speed, and of each object's own; followers of the camera add the two
     still: float = 0.10  # share of pairs whose background does not move at all
     follow: float = 0.60  # share of objects that follow the camera's motion in addition to their own
     bends: float = 0.25  # share of layers that also deform
-    photometric: float = 0.6  # strength of lighting changes, noise, blur, fog; 0: clean pictures
+    photometric: float = 0.6  # strength of lighting changes and noise; 0: clean pictures, without blur and fog too
     motion_blur: float = 0.04  # share of pairs with an open shutter
     bank: Bank = (0, 48, 512)
 
