@@ -60,11 +60,15 @@ class _Scenes(Dataset["Batch | list[Packed]"]):
         return self.last - self.first
 
     def __getitem__(self, index: int) -> Batch | list[Packed]:
-        torch.set_num_threads(1)
         config = self.config
         make = render if self.painted else draw
         number = (self.first + index) * config.batch
-        return make(config.seed, number, config.batch, config.height + STRIDE, config.width_px + STRIDE)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as in a worker process; without one, the training in this process keeps its threads
+        try:
+            return make(config.seed, number, config.batch, config.height + STRIDE, config.width_px + STRIDE)
+        finally:
+            torch.set_num_threads(threads)
 
 
 def render(seed: int, number: int, count: int, height: int, width: int, scenes: SceneConfig | None = None) -> Batch:

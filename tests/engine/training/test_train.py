@@ -56,8 +56,13 @@ def test_stopped_and_resumed_ends_with_the_same_weights(tmp_path: Path) -> None:
 
 def test_a_worker_process_changes_nothing(tmp_path: Path) -> None:
     config = replace(TINY, steps=2, reuse=1)
-    for workers in (0, 1):
-        train(config, tmp_path / str(workers), workers=workers)
+    torch.set_num_threads(2)
+    try:
+        for workers in (0, 1):
+            train(config, tmp_path / str(workers), workers=workers)
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)  # as in all tests
     assert_same(weights_of(tmp_path / "0"), weights_of(tmp_path / "1"))
 
 
