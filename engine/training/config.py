@@ -66,7 +66,7 @@ class TrainConfig:
             raise UsageError(
                 f"one {self.width_px}x{self.height} sample a step is too little for BatchNorm: raise batch"
             )
-        model_name(self.model)
+        object.__setattr__(self, "model", model_name(self.model))  # weights and checkpoints hold that spelling
 
 
 def share_done(config: TrainConfig, step: int, seconds: float) -> float:

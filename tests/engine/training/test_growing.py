@@ -81,7 +81,7 @@ def test_who_refines_once_refines_twice(tmp_path: Path) -> None:
     first = train(TINY, tmp_path / "c", workers=0)
     config = replace(TINY, model="FlowNet2CS", init=str(first), batch_norm=False, last_only=True)
     second = train(config, tmp_path / "cs", workers=0)
-    third = replace(config, model="FlowNet2CSS", init=str(second), learning_rate=0.0)
+    third = replace(config, model="flownet2css", init=str(second), learning_rate=0.0)
     grown = read_weights(train(third, tmp_path / "css", workers=0))
     assert grown.model == "FlowNet2CSS"
     for key, tensor in read_weights(second).state.items():
