@@ -67,6 +67,8 @@ class TrainConfig:
                 f"one {self.width_px}x{self.height} sample a step is too little for BatchNorm: raise batch"
             )
         object.__setattr__(self, "model", model_name(self.model))  # weights and checkpoints hold that spelling
+        if self.last_only and self.model not in ("FlowNet2CS", "FlowNet2CSS"):
+            raise UsageError(f"last-only is for FlowNet2CS and FlowNet2CSS, got model {self.model}")
 
 
 def share_done(config: TrainConfig, step: int, seconds: float) -> float:

@@ -241,7 +241,15 @@ def test_minutes_in_place_of_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"height": 100}, {"steps": 0}, {"minutes": 0}, {"minutes": float("nan")}, {"precision": "fp16"}, {"model": "x"}],
+    [
+        {"height": 100},
+        {"steps": 0},
+        {"minutes": 0},
+        {"minutes": float("nan")},
+        {"precision": "fp16"},
+        {"model": "x"},
+        {"last_only": True},
+    ],
 )
 def test_impossible_settings(wrong: dict[str, object]) -> None:
     with pytest.raises(UsageError):
