@@ -17,7 +17,7 @@ _ENCODER = ("conv1", "conv2", "conv3", "conv3_1", "conv4", "conv4_1", "conv5", "
 _HEAD_READS = {"predict_flow2": "conv2", "predict_flow3": "conv3_1", "predict_flow4": "conv4_1"}
 _HEAD_READS |= {"predict_flow5": "conv5_1", "predict_flow6": "conv6_1"}
 _FLOW_INPUT = 9  # frames 6, warped second frame 3, then the flow's x and y
-_CARRIED = 4  # x, -x, y, -y
+CARRIED = 4  # x, -x, y, -y
 _BOTH_HALVES = 1 / (1 + SLOPE)  # LeakyReLU(f) - LeakyReLU(-f) = (1 + slope) f
 
 
@@ -28,11 +28,11 @@ def start_as_identity(net: FlowNetS) -> None:
         convolution = net.get_submodule(name)[0]  # type: ignore[index]
         assert isinstance(convolution, nn.Conv2d)
         weight, bias = convolution.weight, convolution.bias
-        weight[:_CARRIED] = 0
+        weight[:CARRIED] = 0
         if bias is not None:
-            bias[:_CARRIED] = 0
+            bias[:CARRIED] = 0
         taps = _taps(weight.shape[-1], convolution.stride[0])
-        for out in range(_CARRIED):
+        for out in range(CARRIED):
             axis, sign = out // 2, 1 - 2 * (out % 2)
             if name == "conv1":
                 weight[out, _FLOW_INPUT + axis] = sign * taps

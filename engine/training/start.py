@@ -15,10 +15,12 @@ from flowreel.engine.models.layers import scaled
 from flowreel.engine.models.stacks import FlowNet2CS, FlowNet2CSS
 from flowreel.engine.models.weights import instantiate, read_weights
 from flowreel.engine.training.config import TrainConfig
-from flowreel.engine.training.identity import start_as_identity
+from flowreel.engine.training.identity import CARRIED, start_as_identity
 from flowreel.engine.training.widen import widen
 
 CORRELATION_GAIN = 5.0
+
+_CHANNELS = (32, 64, 128, 256, 512, 1024)  # of FlowNetC's layers at width 1
 
 
 def network(config: TrainConfig) -> nn.Module:
@@ -49,7 +51,7 @@ def _from_weights(config: TrainConfig) -> nn.Module:
     assert config.init is not None
     held = read_weights(config.init)
     times = round(config.width / held.width)
-    fits = times >= 1 and all(scaled(n, config.width) == times * scaled(n, held.width) for n in (32, 64, 128, 1024))
+    fits = times >= 1 and all(scaled(n, config.width) == times * scaled(n, held.width) for n in _CHANNELS)
     if config.batch_norm or held.batch_norm or not fits:
         raise UsageError(f"{held.name} goes on without BatchNorm, at width {held.width:g} or a multiple of it")
     if times == 1 and config.model in held.serves():
@@ -60,6 +62,11 @@ def _from_weights(config: TrainConfig) -> nn.Module:
         state = held.state_for("FlowNet2C")
         _correlating(model).load_state_dict(widen(state, times, config.seed) if times > 1 else state)
         if isinstance(model, FlowNet2CS):
+            if scaled(64, config.width) < CARRIED:
+                raise UsageError(
+                    f"{config.model} starts with a network that passes the flow on, which takes a width of at least "
+                    f"{CARRIED / 64:g}, got {config.width:g}"
+                )
             start_as_identity(model.flownets_1)
     elif grows == ("FlowNet2CS", "FlowNet2CSS") and times == 1:
         first = {key: tensor for key, tensor in held.state.items() if key.startswith("flownets_1.")}

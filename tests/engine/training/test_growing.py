@@ -98,3 +98,17 @@ def test_what_cannot_grow_says_so(changes: dict[str, object], tmp_path: Path) ->
     config = replace(TINY, **({"init": str(first), "batch_norm": False} | changes))  # type: ignore[arg-type]
     with pytest.raises(UsageError):
         train(config, tmp_path / "next", workers=0)
+
+
+def test_widths_that_round_otherwise_in_some_layer_are_refused(tmp_path: Path) -> None:
+    narrow = replace(TINY, width=0.126)
+    config = replace(narrow, width=0.252, init=str(train(narrow, tmp_path / "c", workers=0)), batch_norm=False)
+    with pytest.raises(UsageError, match=r"at width 0\.126 or a multiple"):  # 129 channels in deconv5, not twice 65
+        train(config, tmp_path / "next", workers=0)
+
+
+def test_too_narrow_a_network_cannot_pass_the_flow_on(tmp_path: Path) -> None:
+    narrow = replace(TINY, width=0.05)
+    config = replace(narrow, model="FlowNet2CS", init=str(train(narrow, tmp_path / "c", workers=0)), batch_norm=False)
+    with pytest.raises(UsageError, match=r"a width of at least 0\.0625, got 0\.05"):
+        train(config, tmp_path / "next", workers=0)
