@@ -216,7 +216,10 @@ class _Run:
         try:
             saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)  # saved from any device
         except Exception as error:
-            raise CheckpointError(f"{self.checkpoint} cannot be read: {str(error).splitlines()[0]}") from error
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(f"{self.checkpoint} cannot be read: {reason}") from error
+        if not (isinstance(saved, dict) and saved.keys() >= {"config", "model", "optimiser", "step", "seconds"}):
+            raise CheckpointError(f"{self.checkpoint} is no checkpoint of a training run: choose another folder")
         differing = [f.name for f in fields(TrainConfig) if saved["config"].get(f.name) != getattr(self.config, f.name)]
         if differing:
             raise CheckpointError(f"{self.out} was trained with other settings ({', '.join(differing)})")

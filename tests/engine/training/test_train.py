@@ -168,8 +168,12 @@ def test_a_folder_is_not_overwritten_nor_mixed_up(tmp_path: Path) -> None:
         train(replace(TINY, steps=1), tmp_path, workers=0)
     with pytest.raises(CheckpointError, match="learning_rate"):
         train(replace(TINY, steps=1, learning_rate=1.0), tmp_path, workers=0, resume=True)
-    (tmp_path / "checkpoint.pt").write_bytes(b"not one")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    for content in (b"not one", b""):
+        (tmp_path / "checkpoint.pt").write_bytes(content)
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            train(replace(TINY, steps=1), tmp_path, workers=0, resume=True)
+    torch.save({"model": {}}, tmp_path / "checkpoint.pt")
+    with pytest.raises(CheckpointError, match="is no checkpoint of a training run"):
         train(replace(TINY, steps=1), tmp_path, workers=0, resume=True)
 
 
