@@ -77,7 +77,8 @@ def train(
         UsageError: ``workers`` or ``report_every`` is too small, the kind of device is unknown, or there are several.
         DeviceError: CUDA was asked for and is not there.
         OutputWriteError: the folder cannot be made.
-        CheckpointError: the folder holds a run and ``resume`` is false, or one with other settings.
+        CheckpointError: the folder holds a run and ``resume`` is false, or one with other settings, or finished weights
+            without a checkpoint.
     """
     if workers < 0 or report_every < 1:
         raise UsageError(f"workers must be at least 0 and report-every at least 1, got {workers} and {report_every}")
@@ -206,9 +207,12 @@ class _Run:
         self.config, self.out, self.model, self.optimiser = config, out, model, optimiser
         self.step, self.seconds = 0, 0.0
         self.checkpoint, self.log = out / "checkpoint.pt", out / "log.csv"
+        self.weights = out / "weights.safetensors"
 
     def load(self, resume: bool) -> None:
         if not self.checkpoint.exists():
+            if self.weights.exists():
+                raise CheckpointError(f"{self.weights} is there already, without a checkpoint: choose another folder")
             self.log.unlink(missing_ok=True)
             return
         if not resume:
@@ -245,7 +249,6 @@ class _Run:
             writer.writerow(asdict(progress))
 
     def finish(self) -> Path:
-        path = self.out / "weights.safetensors"
         made_by = asdict(self.config) | {
             "steps": self.step,
             "trained_on": "procedural scenes (flowreel.engine.training.drawing) alone",
@@ -254,7 +257,6 @@ class _Run:
         if self.config.init is not None:
             before = read_weights(self.config.init)
             made_by["init"] = {"sha256": before.sha256, "made_by": dict(before.made_by)}
-        save_weights(
-            path, folded_state(plain(self.model)), licence=LICENCE, made_by=made_by, width=self.config.width, half=True
-        )
-        return path
+        state = folded_state(plain(self.model))
+        save_weights(self.weights, state, licence=LICENCE, made_by=made_by, width=self.config.width, half=True)
+        return self.weights

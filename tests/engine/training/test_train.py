@@ -168,6 +168,11 @@ def test_a_folder_is_not_overwritten_nor_mixed_up(tmp_path: Path) -> None:
         train(replace(TINY, steps=1), tmp_path, workers=0)
     with pytest.raises(CheckpointError, match="learning_rate"):
         train(replace(TINY, steps=1, learning_rate=1.0), tmp_path, workers=0, resume=True)
+    (tmp_path / "checkpoint.pt").unlink()
+    for resume in (False, True):
+        with pytest.raises(CheckpointError, match=r"weights\.safetensors is there already"):
+            train(replace(TINY, steps=1, seed=1), tmp_path, workers=0, resume=resume)
+    assert (tmp_path / "log.csv").exists()
     for content in (b"not one", b""):
         (tmp_path / "checkpoint.pt").write_bytes(content)
         with pytest.raises(CheckpointError, match="cannot be read"):
