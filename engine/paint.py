@@ -28,7 +28,7 @@ from flowreel.engine.outputs import OutputReport, ProgressHook, opened_sinks, ou
 from flowreel.engine.pipeline import Pipeline
 from flowreel.engine.protocols import FlowReader, Sink
 from flowreel.engine.stages import StageStatistics
-from flowreel.sinks import ColorPictures, frame_rate_of, open_flows, open_sink, without_effect
+from flowreel.sinks import ColorPictures, flow_file_kind, frame_rate_of, open_flows, open_sink, without_effect
 
 FRAME_RATE = Fraction(30)  # frames per second for flow files, which carry no times: flow2image's default
 VIDEO_SUFFIXES = (".mp4", ".mkv")
@@ -207,7 +207,7 @@ def _readers(names: Sequence[PathLike], frame_rate: Fraction, bound: float) -> I
     """Opens the inputs in the order given; neighbouring files of one kind go together, in natural order."""
 
     def together(name: PathLike) -> object:
-        return Path(name).suffix.lower() if Path(name).is_file() else object()  # a store or folder by itself
+        return flow_file_kind(name) if Path(name).is_file() else object()  # a store or folder by itself
 
     if not names:
         raise UsageError("name at least one store, folder or flow file")

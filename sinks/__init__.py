@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from flowreel.sinks.flow_cache import FlowCache, open_cache
     from flowreel.sinks.kitti import read_kitti, write_kitti
     from flowreel.sinks.npz import read_flow_npz, write_flow_npz
-    from flowreel.sinks.reading import frame_rate_of, is_store, open_flows
+    from flowreel.sinks.reading import flow_file_kind, frame_rate_of, is_store, open_flows
     from flowreel.sinks.store_metadata import differing_settings
     from flowreel.sinks.store_reader import FlowStore, open_store
     from flowreel.sinks.store_repair import ShardRewriter
@@ -35,6 +35,7 @@ __all__ = [
     "VideoWriter",
     "data_array",
     "differing_settings",
+    "flow_file_kind",
     "frame_rate_of",
     "is_store",
     "known_outputs",
@@ -64,6 +65,7 @@ _HOME = {
     "VideoWriter": "video_writer",
     "data_array": "store_xarray",
     "differing_settings": "store_metadata",
+    "flow_file_kind": "reading",
     "frame_rate_of": "reading",
     "is_store": "reading",
     "open_cache": "flow_cache",

@@ -117,6 +117,13 @@ def _store_and_part(name: str) -> tuple[str | None, slice | int]:
     return match["store"], slice(start, stop)
 
 
+def flow_file_kind(name: PathLike) -> FlowFile | None:
+    """The kind of flow file that has such a name, None for other names. Both pictures of a flow are of one kind."""
+    if _SECOND_HALF.fullmatch(Path(name).name.lower()):
+        return _kind(Path(name).with_name("flow_x_0.png"))
+    return _kind(Path(name))
+
+
 def is_store(name: str) -> bool:
     """Whether a path refers to a flow store, existing or not, rather than to a file or a folder of files."""
     named_so = name.rstrip("/").lower().endswith((".zarr", ".zarr.partial"))

@@ -116,6 +116,14 @@ def test_stores_and_slices_are_named_by_frame(folder: Path) -> None:
     assert np.array_equal(picture("out/dance_000002.png"), flow_to_color(some_flow(10)))
 
 
+def test_files_of_several_kinds_with_one_suffix(folder: Path) -> None:
+    export(folder, "kitti/%06d.kitti.png")
+    export(folder, "two/flow_x_%05d.png")
+    halves = [f"two/flow_{axis}_0000{number}.png" for number in (1, 0) for axis in "xy"]
+    assert color(["kitti/000000.kitti.png", *halves], "out").flows == 3
+    assert names("out") == ["000000.kitti.png.png", "flow_x_00000.png.png", "flow_x_00001.png.png"]
+
+
 def test_unknown_vectors_are_black(folder: Path) -> None:
     flow = some_flow(1)
     flow[3, 4], flow[5, 6] = (1e10, 1e10), (np.nan, 0)
