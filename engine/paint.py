@@ -28,7 +28,7 @@ from flowreel.engine.outputs import OutputReport, ProgressHook, opened_sinks, ou
 from flowreel.engine.pipeline import Pipeline
 from flowreel.engine.protocols import FlowReader, Sink
 from flowreel.engine.stages import StageStatistics
-from flowreel.sinks import ColorPictures, flow_file_kind, frame_rate_of, open_flows, open_sink, without_effect
+from flowreel.sinks import ColorPictures, flow_file_kind, frame_rate_of, is_store, open_flows, open_sink, without_effect
 
 FRAME_RATE = Fraction(30)  # frames per second for flow files, which carry no times: flow2image's default
 VIDEO_SUFFIXES = (".mp4", ".mkv")
@@ -246,6 +246,8 @@ def _places(output: str, video: bool, names: list[str], first: FlowReader) -> tu
         raise UnknownOutputError(
             f"expected a folder, X.png, X.mp4 or X.mkv, got {output!r}; flowreel export makes other outputs"
         )
+    if is_store(output):
+        raise UnknownOutputError(f"{output} is a flow store or named like one: give another folder for the pictures")
     if suffix == ".png":
         if video or len(names) > 1:
             raise UsageError(f"{output} takes the picture of one flow, and here are {len(names)}: give a folder")

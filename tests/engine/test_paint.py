@@ -208,6 +208,8 @@ def test_what_is_there_is_kept_unless_asked(folder: Path) -> None:
         ("flows/8.flo", "out.png", {"video": True}, UsageError, "one flow"),
         ("flows", "out/%06d.png", {}, UnknownOutputError, "expected a folder"),
         ("flows", "out.zarr", {}, UnknownOutputError, "expected a folder"),
+        ("flows", "store.zarr", {}, UnknownOutputError, r"store\.zarr is a flow store"),
+        ("flows", "out.zarr.partial", {}, UnknownOutputError, r"out\.zarr\.partial is .* named like one"),
         ("flows", "out.gif", {}, UnknownOutputError, "expected a folder"),
         ("flows", "", {}, UnknownOutputError, "expected a folder"),
         ("flows", "out", {"max_flow": 0}, UsageError, "max-flow"),
@@ -220,6 +222,7 @@ def test_what_cannot_be_is_said_before_anything_is_written(
     folder: Path, inputs: object, output: str, options: dict[str, object], error: type[Exception], words: str
 ) -> None:
     Path("text.flo").write_text("no flow")
+    export("flows", "store.zarr")
     before = sorted(Path().rglob("*"))
     with pytest.raises(error, match=words):
         color(inputs, output, **options)  # type: ignore[arg-type]
