@@ -154,6 +154,8 @@ class FlowClips(Dataset[Any]):
         self._labels = None if labels is None else list(labels)
         self._open_at_once = open_at_once
         self._options = {"frames_mb": 64.0} | options
+        # Even where all sources are stores: a misspelt argument of this class arrives among the options.
+        self._model = RunConfig.of(**{name: value for name, value in options.items() if name != "frames_mb"}).model
         self._caches = None if cache is None else _caches(Path(cache).absolute(), self._given)
         # Shared memory, since DataLoader workers may persist from epoch to epoch.
         self._epoch = torch.zeros((), dtype=torch.int64, device="cpu")
@@ -280,8 +282,7 @@ class FlowClips(Dataset[Any]):
     def _loaded(self, path: str) -> Network:
         """The network, loaded once per process for all videos."""
         if self._network is None:
-            options = {name: value for name, value in self._options.items() if name != "frames_mb"}
-            self._network = os.getpid(), load_network(RunConfig.of(**options).model)
+            self._network = os.getpid(), load_network(self._model)
         process, network = self._network
         if process != os.getpid():
             refuse_fork(path, network.device)

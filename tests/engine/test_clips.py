@@ -323,6 +323,10 @@ class TestWhatGoesWrong:
         with pytest.raises(UsageError, match=said):
             make(**options)
 
+    def test_a_misspelt_argument_for_stores_alone(self, store: Path) -> None:
+        with pytest.raises(UsageError, match="unknown option mirorr"):
+            flowreel.FlowClips(store, 3, mirorr=True)  # type: ignore[call-arg]
+
     def test_no_source(self) -> None:
         with pytest.raises(UsageError, match="at least one source"):
             flowreel.FlowClips([], 3)
