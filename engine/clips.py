@@ -120,7 +120,8 @@ class FlowClips(Dataset[Any]):
             labels: one for each source.
             seed: of everything random, combined with the epoch (``set_epoch``). None: torch's own generator.
             cache: a folder that holds one cache per video, named after its file.
-            open_at_once: how many of the videos given by path stay open, with decoder and decoded frames.
+            open_at_once: how many of the videos given by path stay open, with decoder and decoded frames; and, apart
+                from them, how many of the stores.
             **options: for videos given by path, as in ``flowreel.open``. ``frames_mb``, by default 64 here, applies to
                 each open video.
 
@@ -267,8 +268,10 @@ class FlowClips(Dataset[Any]):
             if number < len(known) and known[number].differs(flows):
                 raise SourceChangedError(f"{given} is not what it was when the clips were laid out: make them anew")
         self._opened[number] = flows
-        while len(self._opened) > self._open_at_once:
-            _, oldest = self._opened.popitem(last=False)
+        video = isinstance(flows, LazyFlow)  # stores must not evict videos, which are slow to open
+        alike = [other for other, held in self._opened.items() if isinstance(held, LazyFlow) == video]
+        for other in alike[: -self._open_at_once]:
+            oldest = self._opened.pop(other)
             if isinstance(oldest, LazyFlow):
                 oldest.close()
         return flows

@@ -240,6 +240,19 @@ class TestSources:
         assert len(opened) == 4
         assert len(dataset._opened) == 1
 
+    def test_stores_take_no_videos_place(
+        self, videos: list[Path], store: Path, tmp_path: Path, tiny_weights: str
+    ) -> None:
+        other = shutil.copytree(store, tmp_path / "Y.zarr")
+        sources = [videos[0], store, other, videos[1]]
+        dataset = flowreel.FlowClips(sources, 3, weights=tiny_weights, clips=1, open_at_once=1)
+        assert list(dataset._opened) == [2, 3]
+        video = dataset._opened[3]
+        for index in (1, 2):
+            dataset[index]
+        assert dataset._opened[3] is video
+        assert list(dataset._opened) == [3, 2]
+
     def test_the_network_is_loaded_once(self, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
         loads: list[Any] = []
         real = clips.load_network
