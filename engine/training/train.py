@@ -26,6 +26,7 @@ from flowreel.engine.models.stacks import FlowNet2, FlowNet2CS, FlowNet2CSS, ref
 from flowreel.engine.models.weight_files import appearing
 from flowreel.engine.models.weights import read_weights
 from flowreel.engine.places import make_folder
+from flowreel.engine.publish import write_errors
 from flowreel.engine.training.batches import batches, on, render
 from flowreel.engine.training.config import TrainConfig, learning_rate, share_done
 from flowreel.engine.training.drawing import SceneConfig
@@ -76,7 +77,7 @@ def train(
     Raises:
         UsageError: ``workers`` or ``report_every`` is too small, the kind of device is unknown, or there are several.
         DeviceError: CUDA was asked for and is not there.
-        OutputWriteError: the folder cannot be made.
+        OutputWriteError: the folder cannot be made, or one of the files not be written.
         CheckpointError: the folder holds a run and ``resume`` is false, or one with other settings, or finished weights
             without a checkpoint.
     """
@@ -242,7 +243,7 @@ class _Run:
         with appearing(self.checkpoint) as temporary:
             torch.save(content, temporary)
         new = not self.log.exists()
-        with self.log.open("a", newline="") as file:
+        with write_errors(self.log), self.log.open("a", newline="") as file:
             writer = csv.DictWriter(file, list(asdict(progress)))
             if new:
                 writer.writeheader()

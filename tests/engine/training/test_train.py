@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flowreel.engine import device
-from flowreel.engine.errors import CheckpointError, DeviceError, UsageError
+from flowreel.engine.errors import CheckpointError, DeviceError, OutputWriteError, UsageError
 from flowreel.engine.models.weights import load_model, read_weights
 from flowreel.engine.training import batches, start
 from flowreel.engine.training import train as training
@@ -160,6 +160,16 @@ def test_it_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches, "augment", lambda batch, h, w, g: tuple(part[..., :h, :w] for part in batch))
     train(config, tmp_path, workers=0, report_every=10, report=reports.append)
     assert reports[-1].loss < 0.7 * reports[0].loss
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is always full")
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
+    def fill(progress: Progress) -> None:
+        (tmp_path / "log.csv").unlink()
+        (tmp_path / "log.csv").symlink_to("/dev/full")
+
+    with pytest.raises(OutputWriteError, match=r"cannot write .*log\.csv: No space left"):
+        train(replace(TINY, steps=2), tmp_path, workers=0, report_every=1, report=fill)
 
 
 def test_a_folder_is_not_overwritten_nor_mixed_up(tmp_path: Path) -> None:
