@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from flowreel.engine.data import JSON
 from flowreel.engine.device import one_device
 from flowreel.engine.errors import CheckpointError, UsageError
 from flowreel.engine.models.flownetc import FlowNetC
@@ -209,6 +210,10 @@ class _Run:
         self.step, self.seconds = 0, 0.0
         self.checkpoint, self.log = out / "checkpoint.pt", out / "log.csv"
         self.weights = out / "weights.safetensors"
+        self.lineage: dict[str, JSON] | None = None
+        if config.init is not None:  # read now: at the end the file may be gone, or another
+            before = read_weights(config.init)
+            self.lineage = {"sha256": before.sha256, "made_by": dict(before.made_by)}
 
     def load(self, resume: bool) -> None:
         if not self.checkpoint.exists():
@@ -255,9 +260,8 @@ class _Run:
             "trained_on": "procedural scenes (flowreel.engine.training.drawing) alone",
             "seconds": round(self.seconds),
         }
-        if self.config.init is not None:
-            before = read_weights(self.config.init)
-            made_by["init"] = {"sha256": before.sha256, "made_by": dict(before.made_by)}
+        if self.lineage is not None:
+            made_by["init"] = self.lineage
         state = folded_state(plain(self.model))
         save_weights(self.weights, state, licence=LICENCE, made_by=made_by, width=self.config.width, half=True)
         return self.weights
