@@ -116,7 +116,10 @@ def radial_outline(radii: npt.NDArray[np.floating], hole: float = 0.0) -> Radial
 
 
 def polygon(angles: Radii, corner_angles: Radii, corner_radii: Radii) -> Radii:
-    """Radius, at each of ``angles``, of the polygon through the corners, which are sorted by their angle."""
+    """Radius, at each of ``angles``, of the polygon through the corners, which are sorted by their angle.
+
+    All angles lie between -pi and pi. A corner below -pi also works, but leaves a radial step in the outline at pi.
+    """
     after = np.searchsorted(corner_angles, angles) % len(corner_angles)
     before = (after - 1) % len(corner_angles)
     ax, ay = corner_radii[before] * np.cos(corner_angles[before]), corner_radii[before] * np.sin(corner_angles[before])

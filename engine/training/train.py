@@ -69,8 +69,9 @@ def train(
             for the number of steps if ``config`` sets minutes.
         report_every: steps between held-out measurements, log lines and checkpoints.
         device: where the network is trained: cpu, cuda, cuda:N, or auto, which takes CUDA when it is there. A GPU also
-            paints the scenes, which workers then only draw as numbers; its pictures equal a CPU's within one level. On
-            a GPU the order of summation is not fixed, so two runs differ by rounding errors that grow.
+            paints the scenes, which workers then only draw as numbers; but for a few pixels its pictures equal a CPU's
+            within one level. On a GPU the order of summation is not fixed, so two runs differ by rounding errors that
+            grow.
 
     Returns:
         The path of the finished weights.
