@@ -234,6 +234,9 @@ def test_nothing_that_is_read_is_painted_over(folder: Path) -> None:
     before = Path("x/0.kitti.png").read_bytes()
     with pytest.raises(UsageError, match="being read"):
         color("x/0.kitti.png", "x/0.kitti.png", overwrite=True)
+    export("flows/8.flo", "two/flow_x_%d.png")
+    with pytest.raises(UsageError, match="being read"):
+        color("two/flow_x_0.png", "two/flow_y_0.png", overwrite=True)
     color("x", "x")  # beside it is well
     assert names("x") == ["0.kitti.png", "0.kitti.png.png"]
     assert Path("x/0.kitti.png").read_bytes() == before
