@@ -107,9 +107,14 @@ def zarr_arguments(codec: Codec, dtype: np.dtype[Any]) -> dict[str, Any]:
     return {"filters": chain[:serializer], "serializer": chain[serializer], "compressors": chain[serializer + 1 :]}
 
 
-def codec_of(names: Sequence[str]) -> Codec:
-    """Which codec a chain of Zarr codec names stands for. Raises DamagedStoreError for one flowreel does not write."""
-    for codec in COMPRESSORS:
-        if [*names] == [step["name"] for step in zarr_codecs(codec, np.dtype(np.int32))]:
-            return codec
-    raise DamagedStoreError(f"codecs {' + '.join(names)} are none that flowreel writes: open it with zarr-python")
+def codec_of(names: Sequence[str], dtype: np.dtype[Any], recorded: object = None) -> Codec:
+    """Which codec a chain of Zarr codec names stands for, for values of this type.
+
+    recorded: decides where several codecs have the same chain, as ``pcodec`` and ``pcodec2d`` have for floats.
+
+    Raises DamagedStoreError for a chain that flowreel does not write.
+    """
+    fitting = [codec for codec in COMPRESSORS if [*names] == [step["name"] for step in zarr_codecs(codec, dtype)]]
+    if not fitting:
+        raise DamagedStoreError(f"codecs {' + '.join(names)} are none that flowreel writes: open it with zarr-python")
+    return next((codec for codec in fitting if codec == recorded), fitting[0])

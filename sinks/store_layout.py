@@ -189,7 +189,7 @@ def _flow_layout(array: dict[str, Any], attributes: dict[str, Any]) -> StoreLayo
     codec = replace(
         flow_codec(height, width, config, max(full_height, full_width)),
         dtype=dtype.newbyteorder("<"),
-        codec=codec_of([step["name"] for step in inner]),
+        codec=codec_of([step["name"] for step in inner], dtype, attributes.get("codec")),
     )
     _expect_codecs("codecs", inner, zarr_codecs(codec.codec, codec.dtype))
     _expect("fill value", array["fill_value"], "NaN" if codec.lossless else codec.fill)

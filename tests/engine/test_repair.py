@@ -255,7 +255,7 @@ def test_only_what_cannot_be_read_is_taken_from_the_new_flow(weights: str, monke
 
 CASES: list[dict[str, Any]] = [
     {"direction": "backward", "step": 2, "start": 1},
-    {"resolution": "native", "max_error": 0},
+    {"resolution": "native", "max_error": 0, "codec": "pcodec2d"},
     {"resolution": "native", "direction": "backward", "codec": "pcodec2d", "fit": "resize"},
     {"start": "0.08s", "stop": 14, "codec": "pcodec", "step": 1, "precision": "bf16"},
     {"step": 2, "stop": "0.5s", "max_error": 0.5, "fit": "crop"},
