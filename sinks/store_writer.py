@@ -22,7 +22,7 @@ from flowreel.sinks.chunk_pieces import Chunk
 from flowreel.sinks.compressors import compress
 from flowreel.sinks.parallel import OrderedPool
 from flowreel.sinks.shard_file import pack_shard
-from flowreel.sinks.store_checksums import flow_checksums, time_checksums
+from flowreel.sinks.store_checksums import ATTRIBUTES_CHECKSUM, attributes_checksum, flow_checksums, time_checksums
 from flowreel.sinks.store_layout import BESIDE_FLOW, COORDINATES
 from flowreel.sinks.store_target import StoreTarget
 
@@ -98,7 +98,9 @@ class StoreWriter:
     def finish(self, count: int, losses: Sequence[str] = ()) -> None:
         """Trims the arrays to the flows received, records the source's losses and consolidates the metadata."""
         if losses:
-            self._metadata[""]["attributes"]["flowreel"]["source_losses"] = list(losses)
+            attributes = self._metadata[""]["attributes"]
+            attributes["flowreel"]["source_losses"] = list(losses)
+            attributes[ATTRIBUTES_CHECKSUM] = attributes_checksum(attributes["flowreel"])
         self._set_length(count)
         self._consolidate()
 
