@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from flowreel.sinks.store_reader import FlowStore
 
 # The group's attributes that may differ when a run resumes: a recording that grew, another version of flowreel.
-MAY_CHANGE = ("software_version", "frame_rate", "source")
+# What a source failed to give is only known when it ends.
+MAY_CHANGE = ("software_version", "frame_rate", "source", "source_losses")
 
 
 def store_metadata(

@@ -314,6 +314,18 @@ def test_a_video_is_entered_where_the_shard_begins(weights: str, made: Path) -> 
     mended(sound, weights, "clip.mkv")
 
 
+def test_a_cut_source_that_was_taken_as_the_whole(weights: str) -> None:
+    grey = np.random.default_rng(0).integers(0, 255, (FRAMES, H * W), np.uint8)
+    stream = f"YUV4MPEG2 W{W} H{H} F25:1 Cmono\n".encode() + b"".join(b"FRAME\n" + frame.tobytes() for frame in grey)
+    Path("cut.y4m").write_bytes(stream[:-100])
+    shutil.rmtree("X.zarr")
+    flowreel.run("cut.y4m", "X.zarr", weights=weights, tolerate_truncation=True, **SETTINGS)
+    assert open_store("X.zarr").attrs["source_losses"]
+    sound = contents()
+    remove(FLOW.format(1))
+    mended(sound, weights, "cut.y4m")
+
+
 def test_stdin_again(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
     grey = np.random.default_rng(0).integers(0, 255, (FRAMES, H * W), np.uint8)
     stream = f"YUV4MPEG2 W{W} H{H} F25:1 Cmono\n".encode() + b"".join(b"FRAME\n" + frame.tobytes() for frame in grey)
