@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from flowreel.engine.data import FlowBatch, FlowInfo
@@ -53,9 +54,12 @@ def is_finished(sink: Sink, flows: int) -> bool:
 
 
 def named_outputs(outputs: PathLike | Iterable[PathLike], stem: str) -> list[str]:
-    """The outputs' names with ``{stem}`` filled in. Raises UsageError for no outputs, or two that would collide."""
+    """The outputs' names with ``{stem}`` filled in, spelt as their sinks spell them: ``X.zarr`` for ``./X.zarr``.
+
+    Raises UsageError for no outputs, or two that would collide.
+    """
     given = [outputs] if isinstance(outputs, str | os.PathLike) else list(outputs)
-    paths = [os.fspath(path).replace("{stem}", stem) for path in given]
+    paths = [str(Path(os.fspath(path).replace("{stem}", stem))) for path in given]
     if not paths:
         raise UsageError("give at least one output")
     for number, path in enumerate(paths):

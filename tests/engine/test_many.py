@@ -153,6 +153,13 @@ def test_only_the_outputs_that_are_missing_are_made(tiny: str) -> None:
     assert stamps("out/a.zarr") == before
 
 
+def test_outputs_by_a_longer_name_are_known_to_be_done(tiny: str) -> None:
+    sources = [clip("a.mp4"), clip("b.mp4")]
+    outputs = [f"./{template}" for template in (STORE, VIDEO, FLO)]
+    run_many(sources, outputs, weights=tiny)
+    assert statuses(run_many(sources, outputs, weights=tiny)) == ["skipped"] * 2
+
+
 @pytest.mark.parametrize("template", [STORE, VIDEO, FLO])
 def test_another_source_of_the_same_name_is_not_taken_for_done(
     template: str, tiny: str, loads: list[ModelConfig]

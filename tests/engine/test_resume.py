@@ -93,6 +93,16 @@ def test_resumed_is_the_same_to_the_byte(tiny: str, step: int, direction: str) -
     assert contents("X.zarr") == before
 
 
+def test_a_store_by_a_longer_name_is_not_taken_for_another_output(tiny: str) -> None:
+    options: dict[str, Any] = {"weights": tiny, "shard_bytes": SHARD_BYTES}
+    pictures("frames", 0, 20)
+    flowreel.run("frames", "whole.zarr", **options)
+    cut_run("frames", ["./X.zarr"], 9, **options)
+    report = flowreel.run("frames", "./X.zarr/", resume=True, **options)
+    assert [output.path for output in report.outputs] == ["X.zarr"]
+    assert contents("X.zarr") == contents("whole.zarr")
+
+
 def test_frames_that_came_later_are_appended(tiny: str) -> None:
     options: dict[str, Any] = {"weights": tiny, "shard_bytes": SHARD_BYTES}
     pictures("frames", 0, 8)
