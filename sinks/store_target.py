@@ -161,11 +161,20 @@ class LocalTarget:
         publish.remove(self.folder, ignore_errors=True)
 
     def _empty(self) -> None:
-        """Removes what lies under the unfinished name, which is held all the while."""
+        """Removes what lies under the unfinished name.
+
+        A folder is emptied and kept, as the lock is on it: no other run can slip in between.
+        """
         assert self._claim is not None, "hold comes before anything else"
-        if not self._claim.made:
+        if self._claim.made:
+            return
+        if self.folder.is_symlink() or not self.folder.is_dir():
             publish.remove(self.folder)
             self._hold_instead(Claim.of_folder(self.folder, self.name))
+            return
+        for path in list(self.folder.iterdir()):
+            publish.remove(path)
+        self._claim.made = True  # so that ``let_go`` removes it if nothing comes into it
 
     def _hold_instead(self, claim: Claim) -> None:
         assert self._claim is not None

@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 import torch
 
+from flowreel.engine import publish
+from flowreel.engine.claims import Claim
 from flowreel.engine.config import SinkConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
 from flowreel.engine.errors import OutputBusyError, OutputExistsError, ResumeMismatchError
@@ -419,6 +421,38 @@ def test_a_run_that_slept_while_another_one_wrote(tmp_path: Path, whole: dict[st
     if meanwhile in ("went on", "began"):
         run(path, resume=True)
         assert contents(path) == whole
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_no_other_run_slips_in_while_the_unfinished_store_is_emptied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool
+) -> None:
+    cut_after(tmp_path / "X.zarr", 2 if resume else 7)  # no whole shard to go on after
+    refused = []
+    real = publish.remove
+
+    def removed(path: Path) -> None:
+        real(path)
+        with pytest.raises(OutputBusyError):
+            Claim.of_folder(tmp_path / "X.zarr.partial", "X.zarr")
+        refused.append(path)
+
+    sink = ZarrSink(str(tmp_path / "X.zarr"), config(resume=resume, overwrite=not resume))
+    with monkeypatch.context() as patch:
+        patch.setattr(publish, "remove", removed)
+        sink.open(INFO)
+    assert refused
+    sink.abort()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_link_under_the_unfinished_name_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept").touch()
+    (tmp_path / "X.zarr.partial").symlink_to(tmp_path / "elsewhere")
+    run(tmp_path / "X.zarr", overwrite=True)
+    assert os.listdir(tmp_path / "elsewhere") == ["kept"]
+    assert sorted(os.listdir(tmp_path)) == ["X.zarr", "elsewhere"]
 
 
 def test_a_store_that_stepped_aside_for_a_killed_run_is_still_there(tmp_path: Path) -> None:
