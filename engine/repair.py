@@ -56,7 +56,7 @@ class RepairReport:
     shards: tuple[ShardDamage, ...]  # that were, or in a dry run would be, computed again
     after: Verification  # for a dry run or a sound store, ``before``
     flows: int = 0  # computed
-    seconds: float = 0.0  # from the first frame asked for to the last shard published
+    seconds: float = 0.0  # of computing and publishing the shards, including opening the source for each group of them
     bytes_written: int = 0
     how: str = ""  # the network and what it ran on, as text
     notes: tuple[str, ...] = ()

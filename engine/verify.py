@@ -49,7 +49,7 @@ class Verification:
     folder: str | None  # what was read: X.zarr.partial if there is no X.zarr; None if it could not be opened
     complete: bool
     flows: int  # flows there should be; 0 if it could not be opened
-    available: int  # flows there are, from the first one on
+    available: int  # flows there are: from the first one on without a gap, in a cache anywhere
     width: int  # pixels
     height: int  # pixels
     findings: tuple[Finding, ...]

@@ -305,7 +305,7 @@ def _consolidated_metadata(group: dict[str, Any], name: str) -> dict[str, Any] |
 
 
 def _flowreel_attributes(folder: Path, group: dict[str, Any]) -> dict[str, Any]:
-    """The group's "flowreel" attribute. Raises DamagedStoreError when it is not there or from a newer version."""
+    """The group's "flowreel" attribute. Raises DamagedStoreError when it is missing or of another version."""
     everything = group.get("attributes")
     attributes = everything.get("flowreel") if isinstance(everything, dict) else None
     if not isinstance(attributes, dict) or group.get("zarr_format") != 3 or group.get("node_type") != "group":

@@ -80,7 +80,7 @@ def open_store(path: PathLike) -> FlowStore:
 
 
 class FlowStore:
-    """A flow store, read on demand; nothing is kept but the shards' indexes and checksums.
+    """A flow store, read on demand; only times, frame numbers and the shards' indexes and checksums are kept in memory.
 
     ``store[5]`` is (2, H, W) float32, pixels of the source frame, x then y. Where there is no vector it is NaN; a
     lossless store returns what was written there, such as a ``.flo``'s 1e10 (``valid`` tells).

@@ -47,8 +47,9 @@ class ColorVideoSink:
     no colour by more than a level, in at most 256 MiB (but always at least one flow): above 1920x1080 the scale is
     taken from as many flows as that holds. ``notes`` reports the scale.
 
-    Where a GPU computes the flow and has an encoder (NVENC), that is used, unless ``config.encoder`` says cpu. Else the
-    CPU encodes: in one thread if the model runs on it, else in several.
+    ``config.encoder`` chooses the encoder. auto: that of the GPU that computes the flow (NVENC) if it has one, else the
+    CPU. nvenc: that of the same GPU, or of GPU 0 where no GPU computes flow. cpu: the CPU, which uses one thread if
+    the model runs on it, else several.
 
     It is written to ``X.mp4.partial``, synced, and renamed by ``commit``.
     """

@@ -92,7 +92,7 @@ class ZarrSink:
     # -- Resuming ------------------------------------------------------------------------------------------------
 
     def resume_point(self, below: int | None = None) -> ResumePoint | None:
-        """Where this store resumes; None: nothing is there, or no whole shard.
+        """Where this store resumes; None: nothing is there, or an unfinished store without a whole shard.
 
         below: keep fewer flows than this.
 
