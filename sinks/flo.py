@@ -98,10 +98,10 @@ def write_flo(path: PathLike, flow: npt.ArrayLike | Tensor) -> None:
     if hasattr(flow, "detach"):  # a tensor, recognised without importing torch
         flow = flow.detach().cpu()
         flow = flow.float() if flow.element_size() == 2 else flow  # NumPy has no bfloat16
-    if isinstance(flow, np.ma.MaskedArray):
-        flow = flow.filled(UNKNOWN)
     vectors = np.asarray(flow)
     require_flow(vectors)
+    if isinstance(flow, np.ma.MaskedArray):
+        vectors = np.where(np.ma.getmaskarray(flow), UNKNOWN, vectors.astype(np.float64))  # float16 cannot hold 1e10
     write_flow_file(path, _pieces(vectors))
 
 

@@ -6,6 +6,7 @@ import struct
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -179,8 +180,9 @@ def test_a_tensor_is_written_as_an_array_is(tmp_path: Path) -> None:
         write_flo(tmp_path / "y.flo", flow)
 
 
-def test_what_is_masked_is_unknown(tmp_path: Path) -> None:
-    flow = np.ma.masked_greater(np.arange(12, dtype=np.float32).reshape(2, 3, 2), 7)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_what_is_masked_is_unknown(tmp_path: Path, dtype: type[np.floating[Any]]) -> None:
+    flow = np.ma.masked_greater(np.arange(12, dtype=dtype).reshape(2, 3, 2), 7)
     write_flo(tmp_path / "x.flo", flow)
     written = read_flo(tmp_path / "x.flo")
     np.testing.assert_array_equal(written[~flow.mask], flow.data[~flow.mask])
