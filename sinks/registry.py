@@ -26,7 +26,7 @@ class Output:
     module: str
     factory: str  # called as factory(path, config)
     reads: tuple[str, ...] = ()  # SinkConfig fields that affect it, besides those that affect every output
-    prefix: str = ""  # how the file name begins, where the suffix alone is ambiguous
+    prefix: tuple[str, ...] = ("",)  # how the file name may begin, where the suffix alone is ambiguous
 
     def fits(self, name: str) -> bool:
         return name.lower().endswith(self.suffix) and name.rpartition("/")[2].startswith(self.prefix)
@@ -51,7 +51,7 @@ OUTPUTS = (
         "flowreel.sinks.two_stream",
         "TwoStreamSink",
         ("bound",),
-        prefix="flow_x_",
+        prefix=("flow_x_", "flow_y_"),  # the second is refused: it comes beside the first
     ),
     Output(
         ".png",

@@ -55,6 +55,12 @@ def test_unknown_names_list_the_known_ones(name: str) -> None:
         assert form in str(caught.value)
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_the_second_half_of_a_pair_is_no_output_of_its_own(suffix: str) -> None:
+    with pytest.raises(UnknownOutputError, match=r"flow_y_\.\.\. comes beside them"):
+        open_sink(f"out/flow_y_%05d.{suffix}", SinkConfig())
+
+
 def test_open_sink_writes_nothing(tmp_path: Path) -> None:
     sink = open_sink(tmp_path / "X.zarr", SinkConfig())
     assert (sink.path, sink.bytes_written, sink.notes) == (str(tmp_path / "X.zarr"), 0, [])
