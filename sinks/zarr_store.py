@@ -39,7 +39,7 @@ from flowreel.sinks.shard_maker import Setting
 from flowreel.sinks.shard_processes import ShardsInProcesses
 from flowreel.sinks.shards import Shards, ShardsInThreads
 from flowreel.sinks.store_checksums import COVERED
-from flowreel.sinks.store_layout import COORDINATES, published_shards
+from flowreel.sinks.store_layout import BESIDE_FLOW, COORDINATES, published_shards
 from flowreel.sinks.store_metadata import other_settings, places_in_frame, store_metadata
 from flowreel.sinks.store_reader import FlowStore
 from flowreel.sinks.store_target import LocalTarget
@@ -318,10 +318,14 @@ class ZarrSink:
         return self._shards
 
     def _drop_from(self, shard: int) -> None:
-        """Deletes all chunk files of the shards from this one on: a ragged last one, or one without its flow."""
+        """Deletes all chunk files of the shards from this one on: a ragged last one, or one without its flow.
+
+        Other files stay: a user's own arrays, or what a file manager left.
+        """
         for key in sorted(self._target.keys()):  # the flow first: a flow present always has its times
-            _, chunks, rest = key.partition("/c/")
-            if chunks and int(rest.split("/")[0]) >= shard:
+            name, _, rest = key.partition("/c/")
+            number = rest.split("/")[0]
+            if name in ("flow", *BESIDE_FLOW) and number.isdecimal() and int(number) >= shard:
                 self._target.delete(key)
         self._target.tidy()  # else a shard's empty folder, if not filled again, looks like one after the last flow
 

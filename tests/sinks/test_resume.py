@@ -423,6 +423,17 @@ def test_a_run_that_slept_while_another_one_wrote(tmp_path: Path, whole: dict[st
         assert contents(path) == whole
 
 
+def test_files_that_are_not_ours_stay_when_a_store_goes_on(tmp_path: Path) -> None:
+    run(tmp_path / "X.zarr", 5)
+    others = ["flow/c/.DS_Store", "mask/c/4/0/0", "notes/c/zarr.json"]
+    for name in others:
+        (tmp_path / "X.zarr" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "X.zarr" / name).write_text("a user's")
+    run(tmp_path / "X.zarr", resume=True)
+    assert len(open_store(tmp_path / "X.zarr")) == FLOWS
+    assert all((tmp_path / "X.zarr" / name).read_text() == "a user's" for name in others)
+
+
 @pytest.mark.parametrize("resume", [False, True])
 def test_no_other_run_slips_in_while_the_unfinished_store_is_emptied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool
