@@ -120,8 +120,12 @@ class LocalTarget:
             aside = self.folder.with_name(self.folder.name + ".new")  # covered by the lock as well
             publish.remove(aside)
             claim = Claim.of_folder(aside, self.name)
-            shutil.copytree(self.final, aside, copy_function=_link, dirs_exist_ok=True)
-            os.rename(aside, self.folder)  # replaces the empty folder
+            try:
+                shutil.copytree(self.final, aside, copy_function=_link, dirs_exist_ok=True)
+                os.rename(aside, self.folder)  # replaces the empty folder
+            except BaseException:
+                publish.remove(aside, ignore_errors=True)
+                raise
             self._hold_instead(claim)
         for key in list(self.keys()):
             if key.endswith(".partial"):

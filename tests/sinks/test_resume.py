@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import random
@@ -22,9 +23,9 @@ from flowreel.engine import publish
 from flowreel.engine.claims import Claim
 from flowreel.engine.config import SinkConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
-from flowreel.engine.errors import OutputBusyError, OutputExistsError, ResumeMismatchError
+from flowreel.engine.errors import OutputBusyError, OutputExistsError, OutputWriteError, ResumeMismatchError
 from flowreel.engine.protocols import Resumable
-from flowreel.sinks import open_store, zarr_store
+from flowreel.sinks import open_store, store_target, zarr_store
 from flowreel.sinks.codecs import flow_codec
 from flowreel.sinks.shard_file import pack_shard
 from flowreel.sinks.store_layout import BESIDE_FLOW, CHECKSUMS
@@ -485,6 +486,22 @@ def test_killed_while_a_finished_store_was_reopened(tmp_path: Path, whole: dict[
     (tmp_path / "X.zarr.partial.new" / "flow.zip").write_bytes(b"of another kind of store")
     run(tmp_path / "X.zarr", resume=True)
     assert contents(tmp_path / "X.zarr") == whole
+    assert os.listdir(tmp_path) == ["X.zarr"]
+
+
+def test_a_finished_store_that_cannot_be_reopened_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path / "X.zarr", 5)
+    before = contents(tmp_path / "X.zarr")
+
+    def full(source: str, destination: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store_target, "_link", full)
+    with pytest.raises(OutputWriteError, match="No space left"):
+        run(tmp_path / "X.zarr", resume=True)
+    assert contents(tmp_path / "X.zarr") == before
     assert os.listdir(tmp_path) == ["X.zarr"]
 
 
