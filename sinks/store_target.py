@@ -121,7 +121,7 @@ class LocalTarget:
             publish.remove(aside)
             claim = Claim.of_folder(aside, self.name)
             try:
-                shutil.copytree(self.final, aside, copy_function=_link, dirs_exist_ok=True)
+                _link_folder(self.final, aside)
                 os.rename(aside, self.folder)  # replaces the empty folder
             except BaseException:
                 publish.remove(aside, ignore_errors=True)
@@ -186,8 +186,17 @@ class LocalTarget:
         self._claim = claim
 
 
-def _link(source: str, destination: str) -> None:
+def _link_folder(source: Path, destination: Path) -> None:
+    """Links all files of a folder, and of those in it, into another one, durably."""
+    destination.mkdir(exist_ok=True)
+    for path in source.iterdir():
+        (_link_folder if path.is_dir() else _link)(path, destination / path.name)
+    publish.sync_folder(destination)
+
+
+def _link(source: Path, destination: Path) -> None:
     try:
         os.link(source, destination)
     except OSError:  # across mount points, or without support for links
         shutil.copy2(source, destination)
+        publish.sync_file(destination)

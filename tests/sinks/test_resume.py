@@ -495,14 +495,48 @@ def test_a_finished_store_that_cannot_be_reopened_stays_as_it_is(
     run(tmp_path / "X.zarr", 5)
     before = contents(tmp_path / "X.zarr")
 
-    def full(source: str, destination: str) -> None:
+    def full(source: Path, destination: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(store_target, "_link", full)
-    with pytest.raises(OutputWriteError, match="No space left"):
+    with pytest.raises(OutputWriteError, match=r"^cannot write .*X.zarr: No space left on device; free some space"):
         run(tmp_path / "X.zarr", resume=True)
     assert contents(tmp_path / "X.zarr") == before
     assert os.listdir(tmp_path) == ["X.zarr"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_reopened_store_is_on_the_disk_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool, whole: dict[str, bytes]
+) -> None:
+    """Else a power cut after the finished one was replaced would take back its shards."""
+    run(tmp_path / "X.zarr", 5)
+    synced: set[Path] = set()
+    named = []
+    sync, rename, link = publish.sync_file, os.rename, os.link
+
+    def note(path: Path) -> None:
+        synced.add(path)
+        sync(path)
+
+    def checked(source: Path, destination: Path) -> None:
+        if source.suffix == ".new":
+            inside = {path for path in source.rglob("*") if path.is_dir() or not links}
+            assert {source, *inside} <= synced
+            named.append(destination)
+        rename(source, destination)
+
+    def linked(source: Path, destination: Path) -> None:
+        if not links:
+            raise OSError(errno.EPERM, "Operation not permitted")
+        link(source, destination)
+
+    monkeypatch.setattr(publish, "sync_file", note)
+    monkeypatch.setattr(os, "rename", checked)
+    monkeypatch.setattr(os, "link", linked)
+    run(tmp_path / "X.zarr", resume=True)
+    assert named
+    assert contents(tmp_path / "X.zarr") == whole
 
 
 def test_what_a_killed_overwriting_run_left_is_not_taken_for_the_finished_store(
