@@ -73,6 +73,7 @@ def take_up(source: PathLike, select: SelectConfig, sinks: Sequence[Sink], devic
         UsageError: no output is a store.
         SourceError: what ``open_source`` raises.
         DamagedStoreError: the store cannot be read.
+        ResumeMismatchError: the source ends, or ``stop`` lies, before the frame where the store ends.
     """
     store = next((sink for sink in sinks if isinstance(sink, Resumable)), None)
     if store is None:
@@ -85,14 +86,20 @@ def take_up(source: PathLike, select: SelectConfig, sinks: Sequence[Sink], devic
             info = whole.info
         if not _grown(source, info, point):
             return Resumption(store, point, None, info)
+    ends = point.frame
     while True:
         try:
+            if isinstance(select.stop, int) and select.stop <= point.frame:
+                raise TooFewFramesError(f"stop ({select.stop}) leaves no frame from {point.frame} on")
             rest = open_source(source, replace(select, start=point.frame), device)
             return Resumption(store, point, rest, rest.info)
-        except TooFewFramesError:  # the store has every flow but was never renamed: redo its last ones
+        except TooFewFramesError as error:  # the store has every flow but was never renamed: redo its last ones
             earlier = store.resume_point(below=point.flows)
             if earlier is None:
-                raise
+                raise ResumeMismatchError(
+                    f"the store goes on at frame {ends}, and the source, from start to stop, does not reach as far: "
+                    "run it as before, or start afresh with --overwrite"
+                ) from error
             point = earlier
 
 

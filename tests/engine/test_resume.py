@@ -176,6 +176,17 @@ def test_a_wrong_landing_is_noticed(tiny: str, monkeypatch: pytest.MonkeyPatch) 
     assert open_store("X.zarr").available >= 4
 
 
+@pytest.mark.parametrize("stop", [3, 5, 8, "0.12s"])
+def test_a_stop_before_the_end_of_an_unfinished_store(tiny: str, stop: int | str) -> None:
+    options: dict[str, Any] = {"weights": tiny, "shard_bytes": SHARD_BYTES}
+    pictures("frames", 0, 20)
+    cut_run("frames", ["X.zarr"], 9, **options)
+    before = contents("X.zarr.partial")
+    with pytest.raises(ResumeMismatchError, match=r"goes on at frame \d+, and|stop was None, is"):
+        flowreel.run("frames", "X.zarr", resume=True, stop=stop, **options)
+    assert contents("X.zarr.partial") == before
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
