@@ -93,7 +93,8 @@ def repair(
         What was wrong, what was done, and what remains: ``report.after.sound``.
 
     Raises:
-        StoreNotFoundError, StoreError: no store, or an unfinished one.
+        StoreNotFoundError, StoreError: no store, or an unfinished one, or a run has replaced it meanwhile.
+        OutputBusyError: a run or another repair is writing it.
         DamagedStoreError: its metadata is damaged, or does not say how the flow was computed.
         ResumeMismatchError: another source, other weights or settings than it was made with, naming what differs.
         SourceError, WeightsError, DeviceError, OutputError: as for ``run``.
@@ -112,10 +113,11 @@ def repair(
     if dry_run or before.sound:
         return RepairReport(before, shards, before)
     computed = None
-    if shards:
-        computed = _Recomputing(rewriter, source, recorded_config(rewriter, weights, device), progress)
-        computed.run(shards)
-    rewriter.remove_leftovers()
+    with rewriter.held():
+        if shards:
+            computed = _Recomputing(rewriter, source, recorded_config(rewriter, weights, device), progress)
+            computed.run(shards)
+        rewriter.remove_leftovers()
     after = verify(store, _reading("verify", progress))
     report = RepairReport(before, shards, after, rewriter.flows, bytes_written=rewriter.bytes_written)
     if computed is None:

@@ -7,7 +7,9 @@ damaged neighbours; comparing it with the stored one shows whether the neighbour
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flowreel.engine import publish
+from flowreel.engine.claims import Claim
 from flowreel.engine.errors import DamagedStoreError, ResumeMismatchError, StoreError
 from flowreel.engine.files import PathLike
 from flowreel.sinks.chunk_pieces import Chunk
@@ -63,8 +66,8 @@ class ShardDamage:
 class ShardRewriter:
     """Takes recomputed flows of damaged shards, and replaces the damaged files.
 
-    Errors: StoreNotFoundError; StoreError for a store that is unfinished, or that a run is about to replace;
-    DamagedStoreError for metadata that cannot be trusted; OutputWriteError.
+    Errors: StoreNotFoundError; StoreError for a store that is unfinished, or that a run is about to replace or has
+    replaced; DamagedStoreError for metadata that cannot be trusted; OutputWriteError.
     """
 
     def __init__(self, path: PathLike) -> None:
@@ -80,14 +83,11 @@ class ShardRewriter:
                 f"{self.store.path} is a cache: what is damaged in it is computed again when it is next read by "
                 "flowreel.open"
             )
-        unfinished = publish.partial_path(self.store.folder)
         if not self.store.complete:
             raise StoreError(f"{self.store.path} is unfinished: go on with it by flowreel run --resume, then repair it")
-        if unfinished.exists():
-            raise StoreError(
-                f"beside {self.store.path} lies {unfinished.name}, which is to replace it: end that run with flowreel "
-                "run --resume, or remove it, and repair afterwards"
-            )
+        self._unfinished = publish.partial_path(self.store.folder)
+        self._require_nothing_unfinished()
+        self._opened = os.stat(self.store.folder)
         self.flows = 0  # taken so far
         self.bytes_written = 0
         self.same = 0  # readable flows whose recomputed chunk is identical
@@ -107,6 +107,32 @@ class ShardRewriter:
             if unreadable or arrays:
                 self._damaged[shard] = ShardDamage(shard, flows[0], flows[-1], unreadable, arrays)
         return tuple(self._damaged.values())
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps runs and other repairs from writing this store: by the lock of a run, on the unfinished name beside it.
+
+        Raises OutputBusyError while one of them does, and StoreError when a run has replaced the store since it was
+        opened.
+        """
+        with publish.write_errors(self.store.path):
+            claim = Claim.of_folder(self._unfinished, self.store.path)
+        claim.made = True  # so that it is removed even where a killed repair had left it; only if it is empty
+        try:
+            self._require_nothing_unfinished()
+            if not os.path.samestat(self._opened, os.stat(self.store.folder)):
+                raise StoreError(f"{self.store.path} was replaced while it was being read: repair it again")
+            yield
+        finally:
+            claim.withdraw()
+
+    def _require_nothing_unfinished(self) -> None:
+        path = self._unfinished
+        if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+            raise StoreError(
+                f"beside {self.store.path} lies {path.name}, which is to replace it: end that run with flowreel run "
+                "--resume, or remove it, and repair afterwards"
+            )
 
     # -- Where the flow comes from ---------------------------------------------------------------------------------
 

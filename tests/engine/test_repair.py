@@ -25,6 +25,7 @@ from flowreel.engine.data import Frame, PairBatch
 from flowreel.engine.errors import (
     DamagedStoreError,
     DeviceError,
+    OutputBusyError,
     ResumeMismatchError,
     SourceNotFoundError,
     StageError,
@@ -497,6 +498,42 @@ def test_damaged_metadata_and_unfinished_stores(weights: str) -> None:
         repair("X.zarr", "frames", weights=weights)
     with pytest.raises(StoreNotFoundError):
         repair("Z.zarr", "frames")
+
+
+def test_nobody_writes_the_store_meanwhile(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else flow with the steps of the old store would come into the new one, and nobody could tell."""
+    sound = contents()
+    flip(FLOW.format(1))
+    Path("X.zarr.partial").mkdir()  # left by a repair that was killed
+    write, tried = ShardRewriter.write, []
+
+    def late(rewriter: ShardRewriter, batch: Any) -> None:
+        tried.append(batch.index)
+        with pytest.raises(OutputBusyError):
+            flowreel.run("frames", "X.zarr", weights=weights, overwrite=True)
+        with pytest.raises(OutputBusyError):
+            repair("X.zarr", "frames", weights=weights)
+        write(rewriter, batch)
+
+    monkeypatch.setattr(ShardRewriter, "write", late)
+    mended(sound, weights)
+    assert tried
+    assert not Path("X.zarr.partial").exists()
+
+
+def test_a_store_that_was_replaced_while_it_was_read(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    flip(FLOW.format(1))
+    damage = ShardRewriter.damage
+
+    def late(rewriter: ShardRewriter, suspected: set[int]) -> Any:
+        flowreel.run("frames", "X.zarr", weights=weights, overwrite=True, max_error=0.5, **SETTINGS)
+        return damage(rewriter, suspected)
+
+    monkeypatch.setattr(ShardRewriter, "damage", late)
+    with pytest.raises(StoreError, match="was replaced while it was being read"):
+        repair("X.zarr", "frames", weights=weights)
+    assert list(open_store("X.zarr").problems()) == []
+    assert not Path("X.zarr.partial").exists()
 
 
 def test_what_was_exported_has_no_source(weights: str) -> None:
