@@ -348,6 +348,12 @@ def test_a_cut_video_stays_unfinished_unless_told_otherwise(tiny: str, tmp_path:
     assert describe(str(outputs[0]))["notes"] == [
         f"what its source did not give was let pass: {loss}" for loss in store.attrs["source_losses"]
     ]
+    assert flowreel.verify(outputs[0]).sound
+    shard = outputs[0] / "flow/c/0/0/0/0"
+    made = shard.read_bytes()
+    shard.write_bytes(b"damaged!" + made[8:])
+    assert flowreel.repair(outputs[0], cut, weights=tiny).after.sound  # what the source lacks is no other setting
+    assert shard.read_bytes() == made
     flowreel.run(whole, outputs[0], weights=tiny, overwrite=True)
     assert "source_losses" not in flowreel.open_store(outputs[0]).attrs
     assert 0 < report.pairs < 19
