@@ -27,6 +27,7 @@ from flowreel.engine.outputs import (
     OutputReport,
     ProgressHook,
     Tally,
+    commit,
     is_finished,
     named_outputs,
     opened_sinks,
@@ -157,7 +158,7 @@ def run_one(
         for sink in sinks:
             if frames.losses and isinstance(sink, Resumable):
                 sink.tell_losses(frames.losses)
-            sink.commit(complete=whole)
+            commit(sink, complete=whole)
         ended_s = time.perf_counter()
         if not whole:
             raise TruncatedSourceError(

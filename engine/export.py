@@ -20,6 +20,7 @@ from flowreel.engine.outputs import (
     OutputReport,
     ProgressHook,
     Tally,
+    commit,
     named_outputs,
     opened_sinks,
     output_report,
@@ -102,7 +103,7 @@ def export(
             teller(progress, tallies, flows.info.flow_count),
         )
         for sink in sinks:
-            sink.commit()
+            commit(sink)
         seconds = time.perf_counter() - started_s
         flo_bytes = tallies[0].flows * flows.info.flo_bytes
         return ExportReport(

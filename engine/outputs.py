@@ -12,7 +12,7 @@ from typing import Protocol
 
 from flowreel.engine.data import FlowBatch, FlowInfo
 from flowreel.engine.device import download
-from flowreel.engine.errors import FrameSizeError, TruncatedSourceError, UsageError
+from flowreel.engine.errors import FrameSizeError, StageError, TruncatedSourceError, UsageError, frame_of
 from flowreel.engine.files import PathLike
 from flowreel.engine.places import require_apart, require_outside_stores
 from flowreel.engine.protocols import DeviceSink, LandingSink, OneFileAFlow, Resumable, Sink
@@ -96,6 +96,14 @@ def opened_sinks(sinks: Sequence[Sink], header: FlowInfo, *, resumes: bool = Fal
                 goes_on = resumes and isinstance(sink, Resumable) and not isinstance(error.__cause__, FrameSizeError)
                 error.add_note(kept + ("; --resume goes on with it" if goes_on else ""))
         raise
+
+
+def commit(sink: Sink, *, complete: bool = True) -> None:
+    """Finishes an output. What it still had to write may fail: that is its stage's failure, as it is before."""
+    try:
+        sink.commit(complete=complete)
+    except Exception as error:
+        raise StageError(f"write {sink.path}", frame_of(error, None), error) from error
 
 
 class Counting(Protocol):

@@ -24,7 +24,7 @@ from flowreel.engine.errors import FrameSizeError, OutputExistsError, UnknownOut
 from flowreel.engine.export import export_config
 from flowreel.engine.files import PathLike
 from flowreel.engine.options import ColorOptions
-from flowreel.engine.outputs import OutputReport, ProgressHook, opened_sinks, output_report, teller
+from flowreel.engine.outputs import OutputReport, ProgressHook, commit, opened_sinks, output_report, teller
 from flowreel.engine.pipeline import Pipeline
 from flowreel.engine.protocols import FlowReader, Sink
 from flowreel.engine.stages import StageStatistics
@@ -112,7 +112,7 @@ def color(
         tell = teller(progress, writers, len(titles))
         pipeline.run({f"write {writer.path}": writer.consume for writer in writers}, tell)
         for sink in sinks:
-            sink.commit()
+            commit(sink)
         seconds = time.perf_counter() - started_s
         reports = tuple(writer.report() for writer in writers)
         return ColorReport(

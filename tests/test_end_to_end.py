@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -292,9 +293,27 @@ def test_a_failing_output_leaves_nothing_finished(
 
     monkeypatch.setattr(ColorVideoSink, when, fail)
     outputs = [tmp_path / "x.mp4", tmp_path / "x.zarr"]
-    with pytest.raises((Broken, StageError), match="on fire"):
+    with pytest.raises(Broken if when == "open" else StageError, match="on fire") as caught:
         flowreel.run(SOURCE, outputs, weights=tiny)
+    assert when == "open" or isinstance(caught.value.__cause__, Broken)
     assert not any(path.exists() for path in outputs)
+
+
+def test_what_fails_only_as_an_output_is_finished_names_stage_and_frame(
+    tiny: str, tmp_path: Path, files_up_to: Callable[[int], AbstractContextManager[None]]
+) -> None:
+    """The last files of an output may be written as late as that."""
+    frames, store = "synthetic:objects?size=100x70&frames=3", tmp_path / "x.zarr"
+    flowreel.run(frames, store, weights=tiny)
+    for name in ("y.zarr", "y/%06d.flo"):
+        output = str(tmp_path / name)
+        with files_up_to(3000), pytest.raises(StageError) as caught:
+            flowreel.run(frames, output, weights=tiny, max_error=0)
+        assert (caught.value.stage, caught.value.frame) == (f"write {output}", 0)
+        assert isinstance(caught.value.__cause__, OutputWriteError)
+        with files_up_to(3000), pytest.raises(StageError) as caught:
+            flowreel.export(store, output, max_error=0)
+        assert (caught.value.stage, caught.value.frame) == (f"write {output}", 0)
 
 
 def test_an_output_below_a_file_is_named(tiny: str, tmp_path: Path) -> None:
