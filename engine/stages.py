@@ -12,7 +12,7 @@ from functools import partial
 from types import GeneratorType
 from typing import Any
 
-from flowreel.engine.errors import StageError
+from flowreel.engine.errors import StageError, frame_of
 
 StageFunction = Callable[[Iterator[Any]], Iterator[Any]]
 Consumer = Callable[[Iterator[Any]], object]  # consumes the whole iterator; what it yields or returns is dropped
@@ -82,7 +82,7 @@ def _blamed(stage: Stage, items: Iterator[Any]) -> Iterator[Any]:
             except StageError:
                 raise
             except Exception as error:
-                raise StageError(stage.name, last_frame, error) from error
+                raise StageError(stage.name, frame_of(error, last_frame), error) from error
             yield seen(item)
             del item  # not kept alive while the next one is made
     finally:

@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Self
 
 from flowreel.engine.data import FlowInfo, Frame
+from flowreel.engine.errors import concerning
 from flowreel.engine.protocols import Picture
 
 if TYPE_CHECKING:
@@ -43,7 +44,10 @@ class IndependentFrames(ABC):
         for number in self.wanted:
             if self._closed:
                 return
-            yield self.frame(number)
+            with concerning(number):
+                frame = self.frame(number)
+            yield frame
+            del frame  # not kept alive while the next one is made
 
     def close(self) -> None:
         self._closed = True

@@ -24,7 +24,7 @@ import torch
 
 from flowreel.engine.config import SelectConfig
 from flowreel.engine.data import FlowInfo, Frame, SourceId
-from flowreel.engine.errors import TooFewFramesError, UnsupportedSourceError, UsageError
+from flowreel.engine.errors import TooFewFramesError, UnsupportedSourceError, UsageError, concerning
 from flowreel.engine.sources.picture import Converter, Turn, colour_notes
 from flowreel.engine.sources.timecode import parse_seconds
 
@@ -252,10 +252,11 @@ class Y4MSource:
         if not whole and (marker.startswith(MARKER) or MARKER.startswith(marker)) and len(marker) < LONGEST_LINE:
             self._losses.append(f"the stream ends inside the marker of frame {number}")
             return False
-        raise UnsupportedSourceError(
-            f"stdin: expected {MARKER.decode()} before frame {number}, found {_excerpt(marker)}: "
-            f"are the frames {self._header.width}x{self._header.height}, C{self._header.colour}, as the header says?"
-        )
+        with concerning(number):
+            raise UnsupportedSourceError(
+                f"stdin: expected {MARKER.decode()} before frame {number}, found {_excerpt(marker)}: are the frames "
+                f"{self._header.width}x{self._header.height}, C{self._header.colour}, as the header says?"
+            )
 
     def interrupt(self) -> None:
         """Ends the iteration within ``_TICK_S``, even while no data arrives; may be called from any thread."""

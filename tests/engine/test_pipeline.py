@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import flowreel.engine.pipeline as module
 from flowreel.engine.config import QueueConfig
 from flowreel.engine.data import Frame, FramePair
-from flowreel.engine.errors import StageError
+from flowreel.engine.errors import StageError, concerning
 from flowreel.engine.pipeline import Cancelled, Pipeline, in_own_thread
 from flowreel.engine.stages import Stage, StageStatistics, compose, joined
 
@@ -201,6 +201,17 @@ def test_each_of_joined_stages_answers_for_its_own_errors(fails: str) -> None:
     with pytest.raises(StageError, match=f"^{fails}, frame 3: it is odd") as failed:
         list(pipeline)
     assert isinstance(failed.value.__cause__, ValueError)
+
+
+def test_joined_stages_name_the_frame_that_an_error_concerns() -> None:
+    def failing(items: Iterator[Any]) -> Iterator[Any]:
+        yield next(items)
+        with concerning(7):
+            raise ValueError("it is odd")
+
+    source = [SimpleNamespace(last_frame=number) for number in range(6)]
+    with pytest.raises(StageError, match=r"^odd, frame 7: it is odd"):
+        list(Pipeline("source", source, [Stage("all", joined(Stage("odd", failing)))]))
 
 
 def test_joined_stages_are_all_closed_and_the_last_error_is_heard() -> None:

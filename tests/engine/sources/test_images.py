@@ -18,6 +18,7 @@ from flowreel.engine.errors import (
     TooFewFramesError,
     UnsupportedSourceError,
     UsageError,
+    frame_of,
 )
 from flowreel.engine.protocols import Source
 from flowreel.engine.sources import lasting_name, open_source, source_stem
@@ -225,6 +226,16 @@ class TestTrouble:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         with pytest.raises(UnsupportedSourceError, match=rf"2\.{suffix} "):
             list(open_source(tmp_path))
+
+    def test_a_file_that_cannot_be_decoded_concerns_its_own_frame(self, tmp_path: Path) -> None:
+        """Not the one before it, which came last."""
+        noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+        for number in range(6):
+            Image.fromarray(noise).save(tmp_path / f"{number}.png")
+        (tmp_path / "4.png").write_bytes((tmp_path / "4.png").read_bytes()[:2000])
+        with pytest.raises(UnsupportedSourceError, match=r"4\.png cannot be decoded") as caught:
+            list(open_source(tmp_path, SelectConfig(step=2)))
+        assert frame_of(caught.value, None) == 4
 
     def test_floating_point_pixels(self, tmp_path: Path) -> None:
         Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "1.tif")

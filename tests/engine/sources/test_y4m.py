@@ -16,7 +16,7 @@ import torch
 
 from flowreel.engine.config import SelectConfig
 from flowreel.engine.data import Frame
-from flowreel.engine.errors import SourceError, TooFewFramesError, UnsupportedSourceError, UsageError
+from flowreel.engine.errors import SourceError, TooFewFramesError, UnsupportedSourceError, UsageError, frame_of
 from flowreel.engine.protocols import MayWait, Source
 from flowreel.engine.sources import open_source
 from flowreel.engine.sources.video import open_video
@@ -204,8 +204,9 @@ def test_a_cut_stream_gives_what_came(kept: int, opened: Opened) -> None:
 def test_frames_out_of_step_are_an_error(between: bytes, opened: Opened) -> None:
     frames = iter(opened(stream(3) + between + frames_of(1)[0]))
     assert [next(frames).index for _ in range(3)] == [0, 1, 2]
-    with pytest.raises(UnsupportedSourceError, match="before frame 3"):
+    with pytest.raises(UnsupportedSourceError, match="before frame 3") as caught:
         next(frames)
+    assert frame_of(caught.value, None) == 3
 
 
 @pytest.mark.parametrize(
