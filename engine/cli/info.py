@@ -191,10 +191,10 @@ def _store_words(facts: Facts) -> str:
 
 
 def _store_rows(facts: Facts) -> Rows:
-    from flowreel.engine.cli.table import size
+    from flowreel.engine.cli.table import beside_flo, size
 
     bound = f"within {facts['max_error']:g} px" if facts["max_error"] else "lossless"
-    ratio = f", {facts['ratio']:.1f}x smaller than the same as .flo" if facts["available"] else ""
+    ratio = beside_flo(facts["flo_bytes"], facts["disk_bytes"])
     model = " ".join(str(facts[key]) for key in ("model", "weights") if facts[key])
     shown = {"kind", "path", "folder", "complete", "flows", "available", "width", "height", "dtype", "codec"}
     shown |= {

@@ -58,6 +58,14 @@ def test_flow_keeps_its_digits(capsys: Capture) -> None:
     assert said["unknown"] == "1 of 6 vectors"
 
 
+def test_a_store_of_little_flow_is_not_said_to_be_smaller(capsys: Capture) -> None:
+    assert call(["export", "a.flo", "-o", "a.zarr", "-q"]) == 0
+    assert call(["info", "a.zarr"]) == 0
+    (stored, source) = (line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("size "))
+    assert stored.endswith("x larger than .flo")
+    assert source.endswith(" 60 bytes")
+
+
 def test_long_names_are_not_broken(capsys: Capture) -> None:
     name = f"{'very-' * 40}long.flo"
     Path("a.flo").rename(name)
