@@ -142,7 +142,7 @@ def other_settings(
     size = ("flow_height", "flow_width")
     now = store_attributes(info, config) | dict(zip(size, (info.height, info.width), strict=True))
     was = store.attrs | dict(zip(size, store.shape[2:], strict=True))
-    names = {*now, *was} - {*may_change, "notes", "source_losses"}  # the latter tells of a source, not of settings
+    names = {*now, *was} - {*may_change, "notes"}
     return differing_settings(was, {name: now.get(name) for name in names} | {"source": now["source"]})
 
 
