@@ -264,4 +264,5 @@ def _in_groups(form: Callable[[Tensor, Tensor], Tensor], first: Tensor, second: 
     most = max(1, GROUP_PIXELS // (height * width))
     if pairs <= most:
         return form(first, second).contiguous()
-    return torch.cat([form(*group) for group in zip(torch.split(first, most), torch.split(second, most), strict=True)])
+    groups = zip(torch.split(first, most), torch.split(second, most), strict=True)
+    return torch.cat([form(*group).contiguous() for group in groups])  # else cat would keep channels last

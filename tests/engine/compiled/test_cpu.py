@@ -51,6 +51,14 @@ def test_a_pair_does_not_depend_on_its_batch(filled: Filled, monkeypatch: pytest
         assert torch.equal(alone(first[number, None], second[number, None])[0], together[number])
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_results_of_several_groups_are_contiguous(name: str, filled: Filled, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "GROUP_PIXELS", 128 * 64)
+    fast = flowreel.compile(filled(name, width=0.1), (3, 128, 64))
+    assert fast(*frames(3)).is_contiguous()
+    assert name == "FlowNet2" or fast.quarter(*frames(3)).is_contiguous()
+
+
 @pytest.mark.skipif(not onednn.available(torch.float32), reason="this torch has no oneDNN for this CPU")
 def test_without_onednn_the_module_runs(filled: Filled, monkeypatch: pytest.MonkeyPatch) -> None:
     model = filled("FlowNet2S", width=0.1)
