@@ -59,7 +59,7 @@ class Unchanged:
             if child is not None
         ]
         self._places = [
-            _Place(f"{path}.{key}", ref(module), key, ref(tensor), tensor.data_ptr(), _version(tensor))
+            _Place(f"{path}.{key}".lstrip("."), ref(module), key, ref(tensor), tensor.data_ptr(), _version(tensor))
             for path, module in net.named_modules()
             for key, tensor in (*module._parameters.items(), *module._buffers.items())
             if tensor is not None

@@ -230,6 +230,15 @@ def test_statistics_of_batch_norm_are_weights_too() -> None:
         fast(*frames)
 
 
+def test_a_parameter_of_the_network_itself_is_named() -> None:
+    model = build_model("FlowNet2S", width=0.05)
+    model.gain = nn.Parameter(torch.ones(1))
+    fast = flowreel.compile(model, (1, 64, 128))
+    model.gain.detach().mul_(2)
+    with pytest.raises(StaleModelError, match=r"^gain has changed"):
+        fast(*smooth_frames(9, 1))
+
+
 def test_the_network_may_go() -> None:
     model = build_model("FlowNet2S", width=0.05)
     frames = smooth_frames(10, 1)
