@@ -35,9 +35,9 @@ from flowreel.engine.models import MODELS
 from flowreel.engine.models.flownetc import FlowNetC
 from flowreel.engine.models.flownets import FlowNetS
 from flowreel.engine.models.flownetsd import FlowNetSD
-from flowreel.engine.models.fusion import FlowNetFusion
-from flowreel.engine.models.layers import STRIDE, FlowHead, Refiner, UpsampledFlow, Upsampling
+from flowreel.engine.models.layers import STRIDE, Refiner, Upsampling
 from flowreel.engine.models.stacks import FlowNet2, FlowNet2CS, FlowNet2CSS
+from flowreel.engine.models.unfilled import without_values
 
 Shape = tuple[int, int, int]  # pairs, height, width
 
@@ -65,7 +65,8 @@ class Packed(Protocol):
 # Device type to module here; any other device runs the module as it is.
 _BACKENDS: dict[str, str] = {"cpu": "cpu", "cuda": "cuda"}
 WRITTEN_OUT = (FlowNetC, FlowNetS, FlowNetSD, FlowNet2, FlowNet2CS, FlowNet2CSS)  # which backends reimplement
-_LAYERS = (nn.Sequential, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.LeakyReLU, FlowHead, UpsampledFlow)
+_CONVOLUTION = ("kernel_size", "stride", "padding", "output_padding", "dilation", "groups", "padding_mode")
+_SETTINGS = (*_CONVOLUTION, "negative_slope", "track_running_stats", "smooth")  # of layers, as attributes
 
 
 @contextmanager
@@ -89,12 +90,31 @@ def pack(net: nn.Module, precision: Precision) -> Packed:
 
 
 def _is_as_written(net: nn.Module) -> bool:
-    """Whether the network computes exactly what its class defines: no subclass, no foreign layer, no hook."""
-    known = {*WRITTEN_OUT, FlowNetFusion, *_LAYERS}
-    return type(net) in WRITTEN_OUT and all(
-        type(module) in known and not module._forward_hooks and not module._forward_pre_hooks
-        for module in net.modules()
+    """Whether the network computes exactly what its class defines: no other layer, setting or method, and no hook."""
+    if type(net) not in WRITTEN_OUT:
+        return False
+    with without_values():
+        written = type(net)(batch_norm=any(isinstance(module, nn.BatchNorm2d) for module in net.modules()))
+    return _layers(net) == _layers(written) and not any(
+        module._forward_hooks or module._forward_pre_hooks or _replaced_methods(module) for module in net.modules()
     )
+
+
+def _layers(net: nn.Module) -> dict[str, list[object]]:
+    """By name, each layer's type and the settings that decide what it computes; channels follow from the weights."""
+    return {
+        name: [
+            type(module),
+            getattr(module, "bias", None) is None,
+            *(getattr(module, setting, None) for setting in _SETTINGS),
+        ]
+        for name, module in net.named_modules()
+    }
+
+
+def _replaced_methods(module: nn.Module) -> list[str]:
+    """Methods of its class that an attribute of the module itself replaces, as after ``module.forward = ...``."""
+    return [name for name in vars(module) if callable(getattr(type(module), name, None))]
 
 
 def quarter_upsampling(net: nn.Module) -> Upsampling | None:
@@ -160,7 +180,7 @@ def compile(model: nn.Module, shape: Shape, precision: str = "auto") -> Compiled
     Args:
         model: a network as ``load_model`` returns it, on the device it is to run on. It is neither changed nor kept
             alive. BatchNorm is taken in its evaluation form. Only the six unmodified networks have a faster form;
-            of a subclass, or a network with your own layers or hooks, a copy is run instead.
+            of a subclass, or a network with your own layers, settings, methods or hooks, a copy is run instead.
         shape: (B, H, W): pairs in a batch, and their height and width in pixels, multiples of 64.
         precision: ``auto`` (fp32 on a CPU, fp16 on a GPU), ``fp32``, ``bf16``; on a GPU also ``tf32`` and ``fp16``.
             Half types differ from fp32 by at most .05 px on average; coordinates and flow are float32 in all of them.

@@ -282,7 +282,71 @@ def with_normed_weights() -> nn.Module:
     return model
 
 
-OWN = [of_a_subclass, with_a_part_of_a_subclass, with_another_activation, with_a_hook, with_normed_weights]
+def with_another_slope() -> nn.Module:
+    model = build_model("FlowNet2S", width=0.1)
+    model.get_submodule("conv1.1").negative_slope = 0.5  # type: ignore[assignment]
+    return model
+
+
+def with_another_padding() -> nn.Module:
+    model = build_model("FlowNet2S", width=0.1)
+    model.get_submodule("conv3_1.0").padding_mode = "reflect"  # type: ignore[assignment]
+    return model
+
+
+def with_a_layer_more() -> nn.Module:
+    model = build_model("FlowNet2S", width=0.1)
+    model.get_submodule("conv3_1").append(nn.Conv2d(26, 26, 3, 1, 1))  # type: ignore[operator]
+    return model
+
+
+def with_a_head_without_bias() -> nn.Module:
+    model = build_model("FlowNet2SD", width=0.1)
+    model.get_submodule("predict_flow2").bias = None  # type: ignore[assignment]
+    return model
+
+
+def with_a_part_used_twice() -> nn.Module:
+    model = build_model("FlowNet2CSS", width=0.1)
+    model.flownets_2 = model.flownets_1
+    return model
+
+
+def with_norms_of_the_batch() -> nn.Module:
+    model = build_model("FlowNet2S", width=0.1, batch_norm=True)
+    model.get_submodule("conv3")[1] = nn.BatchNorm2d(26, track_running_stats=False)  # type: ignore[operator]
+    return model
+
+
+def with_a_method_replaced() -> nn.Module:
+    model = build_model("FlowNet2S", width=0.1)
+    written = model.predict
+    model.predict = lambda x: tuple(2 * flow for flow in written(x))  # type: ignore[assignment, operator]
+    return model
+
+
+def with_a_layer_s_method_replaced() -> nn.Module:
+    model = build_model("FlowNet2S", width=0.1)
+    layer = model.get_submodule("conv3")
+    layer.forward = lambda x: 2 * type(layer).forward(layer, x)  # type: ignore[method-assign]
+    return model
+
+
+OWN = [
+    of_a_subclass,
+    with_a_part_of_a_subclass,
+    with_another_activation,
+    with_a_hook,
+    with_normed_weights,
+    with_another_slope,
+    with_another_padding,
+    with_a_layer_more,
+    with_a_head_without_bias,
+    with_a_part_used_twice,
+    with_norms_of_the_batch,
+    with_a_method_replaced,
+    with_a_layer_s_method_replaced,
+]
 
 
 @pytest.mark.parametrize("make", OWN)
