@@ -270,10 +270,13 @@ class _Worker(_Party):
 
 
 class OneAtATime:
-    """A ``with`` block that one thread at a time may enter, for state that callers outside any pipeline share."""
+    """A ``with`` block that one thread at a time may enter, for state that callers outside any pipeline share.
+
+    A thread inside it may enter it again.
+    """
 
     def __init__(self) -> None:
-        self._free = threading.Lock()
+        self._free = threading.RLock()
 
     def __enter__(self) -> None:
         self._free.acquire()

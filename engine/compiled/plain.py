@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 from flowreel.engine.compiled import Shape
 from flowreel.engine.config import Precision
 from flowreel.engine.models.layers import FlowHead
+from flowreel.engine.pipeline import OneAtATime
 
 _DTYPES: dict[Precision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
+_setting_cudnn = OneAtATime()
 
 
 def pack(net: nn.Module, precision: Precision) -> PlainNetwork:
@@ -52,12 +55,19 @@ def cast_convolutions(net: nn.Module, dtype: torch.dtype) -> None:
             module.to(dtype)
 
 
-def _math(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
-    """The arithmetic modes of one call, entered and left within it: modes are per thread, generators are not."""
+@contextmanager
+def _math(device: torch.device, precision: Precision) -> Iterator[None]:
+    """The arithmetic modes of one call.
+
+    Autocast belongs to the thread, cuDNN's settings to the process: if two calls that set those overlapped, each would
+    restore what the other had set. So they take turns. Other threads' own convolutions see the settings meanwhile.
+    """
     if precision in _DTYPES:
-        return torch.autocast(device.type, _DTYPES[precision])
-    if device.type == "cpu":
-        return nullcontext()
-    modes = ExitStack()
-    modes.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=precision == "tf32"))
-    return modes
+        with torch.autocast(device.type, _DTYPES[precision]):
+            yield
+    elif device.type == "cpu":
+        yield
+    else:
+        settings = torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=precision == "tf32")
+        with _setting_cudnn, settings:
+            yield

@@ -371,6 +371,32 @@ def test_the_form_that_runs_anywhere(name: str, precision: Precision, filled: Fi
     assert next(model.parameters()).dtype == torch.float32
 
 
+def cudnn_s_settings() -> tuple[bool, ...]:
+    cudnn = torch.backends.cudnn
+    return cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32
+
+
+def test_overlapping_calls_on_a_gpu_leave_cudnn_s_settings_alone() -> None:
+    gpu, before = torch.device("cuda"), cudnn_s_settings()
+    entered, leave = threading.Event(), threading.Event()
+
+    def other_call() -> None:
+        with plain._math(gpu, "tf32"):
+            entered.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=other_call)
+    with plain._math(gpu, "fp32"):
+        thread.start()
+        assert not entered.wait(0.1)
+        with plain._math(gpu, "tf32"):  # a user's network may call another one
+            pass
+        assert cudnn_s_settings()[-1] is False
+    leave.set()
+    thread.join()
+    assert cudnn_s_settings() == before
+
+
 def test_flow_heads_stay_in_float32() -> None:
     net = build_model("FlowNet2", width=0.05)
     plain.cast_convolutions(net, torch.bfloat16)
