@@ -74,7 +74,7 @@ class ModelConfig:
     model: str | None = None  # FlowNet2, FlowNet2C, ...; None: what the weights hold
     weights: str = "baseline"  # "baseline" (shipped), a path, or a downloaded checkpoint's name
     device: str = "auto"  # auto: CUDA if available, and reported; cuda without a GPU is an error; cuda:0,1: both GPUs
-    batch: int | None = None  # pairs; None: chosen from the frame size alone, so that results can be repeated
+    batch: int | None = None  # pairs; None: from the frame size; on a GPU from its free memory too, and recorded
     precision: Precision | None = None  # None: fp32 on a CPU, fp16 on a GPU
     fit: FitMode = "pad"  # to the networks' multiple of 64; pad is undone exactly, crop is flownet2-pytorch's way
     direction: Direction = "forward"

@@ -147,7 +147,7 @@ def _magnitude(xp: Any, u: Any, v: Any) -> Any:
 def _wheel_tables() -> Float32Array:
     """(6, 56) float32, C order: how far R, G, B lie below 255 in each column, then its change to the next column.
 
-    The column after the last is the first again; one more repeats it, for a full turn that rounding made fuller.
+    Behind the last column comes the first again: a full turn, exactly the last column, may be rounded to a little more.
     """
     missing = 255 - color_wheel().astype(np.float32).T  # (3, 55)
     missing = np.concatenate([missing, missing[:, :2]], axis=1)  # (3, 57)

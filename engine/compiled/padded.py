@@ -49,9 +49,10 @@ def padded(channels: int) -> int:
 
 @dataclass(frozen=True)
 class Convolution:
-    """One convolution or deconvolution, and the activation that follows it. ``watch`` sees what the first gives.
+    """One convolution or deconvolution, and the activation that follows it.
 
-    Computed by our own fused kernel if ``packed`` is given, else by cuDNN and an activation kernel after it.
+    Computed by our own fused kernel if ``packed`` is given, else by cuDNN and an activation kernel after it; ``watch``
+    sees what the kernel or cuDNN stores.
     """
 
     # (out, in, k, k), for a deconvolution (in, out, k, k). Channels last, and padded unless ``packed`` is given;

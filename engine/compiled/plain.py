@@ -49,7 +49,7 @@ class PlainNetwork:
 
 
 def cast_convolutions(net: nn.Module, dtype: torch.dtype) -> None:
-    """Casts convolutions and their norms to half precision, in place. Flow heads stay float32 and disable autocast."""
+    """Casts convolutions to half precision, in place. Norms stay float32; so do flow heads, which disable autocast."""
     for module in net.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and not isinstance(module, FlowHead):
             module.to(dtype)

@@ -166,7 +166,7 @@ def published() -> list[dict[str, JSON]]:
     """The table as plain values.
 
     Each has ``name``, ``model``, ``licence``, ``sha256`` and ``size_bytes`` (None: not known), ``about_bytes``,
-    ``shipped``, ``downloaded``, and ``path``, where it is downloaded to.
+    ``shipped``, ``downloaded``, and ``path``, that of the download (None: not downloaded).
     """
     return [
         {

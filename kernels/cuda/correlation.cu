@@ -1,4 +1,5 @@
-// Cost volume: out[dy, dx, y, x] = mean over c of a[c, y, x] b[c, y + dy, x + dx], zero where b ends; and its gradients.
+// Cost volume: out[dy, dx, y, x] = scale times the sum over c of a[c, y, x] b[c, y + dy, x + dx], zero where b ends,
+// then a LeakyReLU; and the gradients of its values before that.
 //
 // Forward. Displacements are multiples of a stride, so only pixels whose x (or y) agree modulo the stride are compared:
 // they form a *phase*, in which neighbouring displacements are neighbouring columns. A block computes, for one phase in
