@@ -68,7 +68,7 @@ def enlarge_flow(flow: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Non
     Computed in float32 and rounded once. Without gradients: for inference.
 
     Raises:
-        TypeError: flow, weight or bias is not float32.
+        TypeError: flow, weight or bias is not float32, or out has another dtype than these.
         ValueError: shapes or devices do not fit together.
     """
     check_types(out, flow, weight, bias)

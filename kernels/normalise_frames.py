@@ -99,7 +99,7 @@ def normalise_frames(
     rounded once. Without gradients: for inference.
 
     Raises:
-        TypeError: frames or planes are not float32, or pair and both differ in dtype.
+        TypeError: frames or planes are not float32, or pair and both differ in dtype or have another than these.
         ValueError: shapes, strides or devices do not fit together.
 
     Source: Ilg et al., FlowNet 2.0: Evolution of Optical Flow Estimation with Deep Networks, CVPR 2017; one mean for

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flowreel.kernels.launch import Size, parts
+from flowreel.kernels.launch import SUFFIXES, Size, parts
 
 _TILE = 32, 32  # rows and columns of pixels per block, as in pixels.cuh
 _PIECE = 16  # bytes per store
@@ -63,12 +63,15 @@ def check_frames(frames: Tensor, *flows: Tensor) -> tuple[int, int, int]:
 
 
 def check_types(room: Tensor, *others: Tensor) -> None:
-    """Checks that ``room`` is floating point, all others are float32 or wider, and all are on one device.
+    """Checks that ``room`` has a dtype that kernels store, all others are float32, and all are on one device.
 
     Raises:
         TypeError, ValueError: they are not.
     """
-    if not all(x.dtype in (torch.float32, torch.float64) for x in others) or not room.is_floating_point():
-        raise TypeError(f"what is read is float32, got {[x.dtype for x in others]}, into {room.dtype}")
+    if not all(x.dtype == torch.float32 for x in others) or room.dtype not in SUFFIXES:
+        raise TypeError(
+            "what is read is float32, and what is written float32, bfloat16 or float16, "
+            f"got {[x.dtype for x in others]} into {room.dtype}"
+        )
     if not all(x.device == room.device for x in others):
         raise ValueError(f"all on one device, got {[x.device for x in (room, *others)]}")

@@ -75,7 +75,7 @@ def refining_input(frames: Tensor, flow: Tensor, scale: float, out: Tensor) -> N
     ``warp`` and ``channel_norm``, for infinite and unknown flow too. Without gradients: for inference.
 
     Raises:
-        TypeError: frames or flow are not float32.
+        TypeError: frames or flow are not float32, or out has another dtype than these.
         ValueError: shapes, strides or devices do not fit together.
 
     Source: Ilg et al., FlowNet 2.0: Evolution of Optical Flow Estimation with Deep Networks, CVPR 2017, section 4.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -81,6 +82,27 @@ def test_half_types_are_rounded_once() -> None:
     refining_input(x, flow, 20.0, wide)
     refining_input(x, flow, 20.0, half)
     assert torch.equal(half, wide.half())
+
+
+def test_other_dtypes_are_refused() -> None:
+    x, flow, weight, bias = frames(), prediction(1), normal(2, 2, 4, 4), normal(2)
+    first, second, large = x[:, :3], x[:, 3:], torch.zeros(BATCH, 2, 32, 32)
+    for dtype in (torch.float64, torch.uint8):
+        wrong = partial(pytest.raises, TypeError, match=str(dtype))
+        with wrong():
+            refining_input(x, flow.to(dtype), 20.0, room(16))
+        with wrong():
+            refining_input(x, flow, 20.0, room(16).to(dtype))
+        with wrong():
+            fusing_input(x, flow, 0.05, flow.to(dtype), 20.0, room(16))
+        with wrong():
+            enlarge_flow(flow, weight.to(dtype), bias, large)
+        with wrong():
+            normalise_frames(first.to(dtype), second, pair=room(8))
+        with wrong():
+            normalise_frames(first, second, planes=torch.empty_like(x, dtype=dtype))
+        with wrong():
+            normalise_frames(first, second, pair=room(8).to(dtype))
 
 
 def test_ops_are_registered_correctly() -> None:
