@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flowreel.engine.errors import WeightsMismatchError
 from flowreel.engine.models import MODELS
+from flowreel.engine.models.layers import scaled
 from flowreel.engine.models.weight_files import MOST_SHOWN
 
 # Which sub-network's prefix marks which stack, longest stack first.
@@ -47,7 +48,24 @@ def identify(state: Mapping[str, Tensor], name: str) -> tuple[str, bool, float]:
     if model is None or widest is None or widest.ndim != 4:
         some = ", ".join(key[:MOST_SHOWN] for key in sorted(state)[:3]) or "nothing"
         raise WeightsMismatchError(f"{name} holds none of {', '.join(MODELS)}: its tensors are {some}, ...")
-    width = widest.shape[1] / 1024
-    if not 0.01 <= width <= 4:
+    width = _width(state, prefix, widest.shape[1])
+    if width is None:
         raise WeightsMismatchError(f"{name}: a network of {widest.shape[1]} channels is none of ours")
     return model, any(key.endswith("running_mean") for key in state), width
+
+
+def _width(state: Mapping[str, Tensor], prefix: str, channels: int) -> float | None:
+    """The width factor of a network whose widest layer has so many channels; None: of none of ours.
+
+    In the middle of the range that this number allows lies the factor at which a narrower layer's number is rounded up
+    instead of down. Those layers tell on which side the factor is.
+    """
+    possible = [width for width in ((channels + part) / 1024 for part in (0, -0.25, 0.25)) if 0.01 <= width <= 4]
+    narrower = {f"{prefix}deconv{level}.0.bias": 16 << level for level in (5, 4, 3, 2)}
+    narrower |= {f"{prefix}conv_redir.0.weight": 32, "flownetfusion.deconv0.0.bias": 16}
+    fitting = (
+        width
+        for width in possible
+        if all(state[key].shape[:1] == (scaled(at_1, width),) for key, at_1 in narrower.items() if key in state)
+    )
+    return next(fitting, possible[0] if possible else None)

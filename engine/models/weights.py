@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -137,7 +136,7 @@ def load_model(
     if batch_norm is not None and batch_norm != held.batch_norm:
         with_or_without = "with" if held.batch_norm else "without"
         raise WeightsMismatchError(f"{held.name} was made {with_or_without} BatchNorm")
-    if width is not None and not _close(width, held.width):
+    if width is not None and not _as_wide(width, held.width):
         raise WeightsMismatchError(f"{held.name} has width {held.width:g}, not {width:g}")
     return instantiate(held, model).to(device).eval()
 
@@ -235,7 +234,7 @@ def _read(path: Path, name: str) -> Weights:
     state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
     model, batch_norm, width = identify(state, name)
     recorded = about.get("width")
-    if isinstance(recorded, float) and math.isfinite(recorded) and scaled(1024, recorded) == scaled(1024, width):
+    if isinstance(recorded, float) and _as_wide(recorded, width):
         width = recorded  # exact, where the rounded channel counts only approximate it
     made_by, sha256 = about.get("made_by"), file_sha256(path)
     known = checkpoint_of(sha256)
@@ -251,5 +250,6 @@ def _read(path: Path, name: str) -> Weights:
     )
 
 
-def _close(a: float, b: float) -> bool:
-    return abs(a - b) < 1e-6
+def _as_wide(a: float, b: float) -> bool:
+    """Whether networks of these widths have the same channels."""
+    return abs(a - b) < 1 / 1024 and all(scaled(16 << step, a) == scaled(16 << step, b) for step in range(7))

@@ -308,6 +308,23 @@ def test_tensors_that_are_not_in_the_file(make: Callable[[Path], None], words: s
         read_weights(path)
 
 
+@pytest.mark.parametrize(("name", "width"), [("FlowNet2S", 0.01), ("FlowNet2C", 0.19), ("FlowNet2", 0.0465)])
+def test_any_width_is_told_from_the_tensors(name: str, width: float, filled: Filled, tmp_path: Path) -> None:
+    """Each of these has a layer whose channels the width of the widest layer alone would round the other way."""
+    model = filled(name, width=width)
+    save_weights(tmp_path / "x.safetensors", model.state_dict(), licence="", made_by={})
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "x.pth.tar")
+    for path in tmp_path.iterdir():
+        assert same(load_model(None, path, width=width), model)
+
+
+@pytest.mark.parametrize("width", [1e306, -1.0, float("nan"), 0.19])
+def test_a_recorded_width_that_does_not_fit_is_ignored(width: float, filled: Filled, tmp_path: Path) -> None:
+    model = filled("FlowNet2S", width=NARROW)
+    save_weights(tmp_path / "x.safetensors", model.state_dict(), licence="", made_by={}, width=width)
+    assert same(load_model(None, tmp_path / "x.safetensors"), model)
+
+
 def test_a_small_file_that_poses_as_a_wide_network(tmp_path: Path) -> None:
     path = tmp_path / "posing.safetensors"
     wide = {"flownetfusion.conv0.0.weight": torch.zeros(1), "flownetc.predict_flow6.weight": torch.zeros(2, 4096, 3, 3)}
