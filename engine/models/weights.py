@@ -148,7 +148,7 @@ def instantiate(weights: Weights, model: str | None = None, *, share: bool = Fal
         share: use the weights' own tensors as the network's parameters instead of copies.
 
     Raises:
-        WeightsMismatchError: no such network inside, or tensors missing, left over or of another shape.
+        WeightsMismatchError: no such network inside, or tensors missing, left over, or of another shape or kind.
     """
     name = weights.model if model is None else model_name(model)
     state = weights.state_for(name)
@@ -162,6 +162,11 @@ def instantiate(weights: Weights, model: str | None = None, *, share: bool = Fal
         f"{key} is {reprlib.repr(tuple(state[key].shape))} instead of {tuple(tensor.shape)}"
         for key, tensor in expected.items()
         if key in state and state[key].shape != tensor.shape
+    ]
+    problems += [
+        f"{key} is {state[key].dtype} instead of floating point"
+        for key, tensor in expected.items()
+        if key in state and tensor.is_floating_point() and not state[key].is_floating_point()
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""

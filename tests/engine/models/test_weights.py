@@ -325,6 +325,13 @@ def test_a_recorded_width_that_does_not_fit_is_ignored(width: float, filled: Fil
     assert same(load_model(None, tmp_path / "x.safetensors"), model)
 
 
+def test_weights_that_are_integers_are_refused(filled: Filled, tmp_path: Path) -> None:
+    state = filled("FlowNet2S", width=NARROW).state_dict()
+    torch.save({"state_dict": state | {"conv1.0.weight": state["conv1.0.weight"].int()}}, tmp_path / "x.pth.tar")
+    with pytest.raises(WeightsMismatchError, match=r"conv1\.0\.weight is torch\.int32"):
+        load_model(None, tmp_path / "x.pth.tar")
+
+
 def test_a_small_file_that_poses_as_a_wide_network(tmp_path: Path) -> None:
     path = tmp_path / "posing.safetensors"
     wide = {"flownetfusion.conv0.0.weight": torch.zeros(1), "flownetc.predict_flow6.weight": torch.zeros(2, 4096, 3, 3)}
