@@ -84,8 +84,7 @@ def flow_to_color(flow: FloatArray | Tensor, max_flow: float | None = None) -> U
         max_flow = max(float(max_flow), _SMALLEST_SCALE)
     if isinstance(flow, Tensor):
         return _color_tensor(flow, max_flow)
-    array = flow.filled(np.nan) if isinstance(flow, np.ma.MaskedArray) else np.asarray(flow)
-    return _color_array(array, max_flow)
+    return _color_array(_unmasked(flow), max_flow)
 
 
 def percentile_magnitude(
@@ -94,7 +93,8 @@ def percentile_magnitude(
     """A colour scale for a whole clip: the length that ``percentile`` % of the known vectors stay below.
 
     Args:
-        flows: each a NumPy array (H, W, 2) or a tensor (2, H, W) or (N, 2, H, W); pixels.
+        flows: each a NumPy array (H, W, 2) or a tensor (2, H, W) or (N, 2, H, W); pixels. What is unknown, masked
+            entries too, is left out.
         percentile: 0 to 100. A little under 100, so that a few outliers do not make all other vectors pale.
         samples_per_flow: a picture with more vectors is sampled on a regular grid of hardly more points than this.
 
@@ -222,6 +222,14 @@ def _color_array(flow: FloatArray, max_flow: float | None) -> UInt8Array:
     return colors
 
 
+def _unmasked(flow: FloatArray) -> FloatArray:
+    """Masked entries as NaN, that is unknown."""
+    if isinstance(flow, np.ma.MaskedArray):
+        filled: FloatArray = np.ma.filled(flow.astype(np.result_type(flow, np.float32)), np.nan)
+        return filled
+    return np.asarray(flow)
+
+
 def _row_blocks(flow: FloatArray) -> Iterator[tuple[slice, Float32Array, Float32Array]]:
     """Blocks of rows: the slice of rows, and both components as contiguous float32 planes."""
     height, width = flow.shape[:2]
@@ -234,8 +242,9 @@ def _row_blocks(flow: FloatArray) -> Iterator[tuple[slice, Float32Array, Float32
 
 def _pictures(flow: FloatArray | Tensor) -> Iterator[tuple[Any, Any]]:
     """The two planes of each picture in ``flow``, (H, W) each."""
-    if isinstance(flow, np.ndarray):
-        yield flow[..., 0], flow[..., 1]
+    if not isinstance(flow, Tensor):
+        array = _unmasked(flow)
+        yield array[..., 0], array[..., 1]
         return
     for picture in flow.detach().unsqueeze(0) if flow.ndim == 3 else flow.detach():
         yield picture[0], picture[1]

@@ -221,3 +221,10 @@ def test_lists_and_masked_arrays() -> None:
     expected = flow_to_color(flow, 4.0)
     expected[0, 1] = 0
     np.testing.assert_array_equal(flow_to_color(masked, 4.0), expected)
+    in_pixels = np.ma.masked_array(flow.astype(int), masked.mask)  # integers have no NaN
+    assert flow_to_color(in_pixels, 4.0)[0, 1].tolist() == [0, 0, 0]
+
+
+def test_masked_entries_do_not_count_for_the_scale() -> None:
+    flow = np.ma.masked_array(row((3, 4), (900, 0)), [[[False, False], [True, True]]])
+    assert percentile_magnitude([flow], 100) == 5
