@@ -363,10 +363,16 @@ def _own_folder() -> Path:
 
 
 def _publish(path: Path, content: bytes) -> None:
-    """Writes the file whole or not at all, even if other processes compile the same program."""
+    """Writes the file whole or not at all, even if other processes compile the same program or the power fails."""
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(content)
-    os.replace(file.name, path)
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut may leave the name without the content, which would never load
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
 
 
 @cache

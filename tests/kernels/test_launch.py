@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -228,6 +229,20 @@ def test_programs_of_a_user_without_a_home_are_kept_for_the_process(
     monkeypatch.setenv("FLOWREEL_CACHE", str(tmp_path / "kept"))
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # it is somebody else's
     assert launch._cache_folder() == tmp_path
+
+
+def test_a_program_that_does_not_fit_on_the_disk_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    launch._publish(tmp_path / "whole.bin", b"program")
+    assert (tmp_path / "whole.bin").read_bytes() == b"program"
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        launch._publish(tmp_path / "x.bin", b"program")
+    assert [path.name for path in tmp_path.iterdir()] == ["whole.bin"]
 
 
 @pytest.mark.parametrize(("capability", "tensor_cores"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
