@@ -21,7 +21,11 @@ _setting_cudnn = OneAtATime()
 
 def pack(net: nn.Module, precision: Precision) -> PlainNetwork:
     """A copy of the module in evaluation mode, channels last."""
-    copy = deepcopy(net).eval().requires_grad_(False).float()
+    # Under torch's hooks for pruning and normed weights, layers also hold tensors computed from their parameters, which
+    # deepcopy refuses to copy.
+    attributes = (value for module in net.modules() for value in vars(module).values())
+    computed = {id(x): x.detach().clone() for x in attributes if isinstance(x, Tensor) and not x.is_leaf}
+    copy = deepcopy(net, computed).eval().requires_grad_(False).float()
     if precision in _DTYPES:
         cast_convolutions(copy, _DTYPES[precision])
     return PlainNetwork(copy.to(memory_format=torch.channels_last), precision)  # type: ignore[call-overload]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import flowreel
 from flowreel.engine.compiled import plain
@@ -282,6 +283,12 @@ def with_normed_weights() -> nn.Module:
     return model
 
 
+def with_pruned_weights() -> nn.Module:
+    model = build_model("FlowNet2S", width=0.1)
+    prune.l1_unstructured(model.get_submodule("conv1.0"), "weight", 0.5)  # type: ignore[no-untyped-call]
+    return model
+
+
 def with_another_slope() -> nn.Module:
     model = build_model("FlowNet2S", width=0.1)
     model.get_submodule("conv1.1").negative_slope = 0.5  # type: ignore[assignment]
@@ -338,6 +345,7 @@ OWN = [
     with_another_activation,
     with_a_hook,
     with_normed_weights,
+    with_pruned_weights,
     with_another_slope,
     with_another_padding,
     with_a_layer_more,
