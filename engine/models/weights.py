@@ -36,6 +36,7 @@ from flowreel.engine.models.layers import scaled
 from flowreel.engine.models.unfilled import without_values
 from flowreel.engine.models.weight_files import MOST_SHOWN, read_tensors
 
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of BatchNorm, which are no parameters
 UNSTATED = "unstated; NVIDIA's FlowNet2 checkpoints are for research only"
 
 
@@ -68,7 +69,7 @@ class Weights:
             "also_runs": list(self.serves()[1:]),
             "batch_norm": self.batch_norm,
             "width": self.width,
-            "parameters": sum(tensor.numel() for tensor in self.state.values()),
+            "parameters": sum(x.numel() for key, x in self.state.items() if not key.endswith(STATISTICS)),
             "licence": self.licence,
             "sha256": self.sha256,
             "made_by": dict(self.made_by),

@@ -51,6 +51,7 @@ def test_a_checkpoint_says_itself_what_it_is(name: str, batch_norm: bool, filled
     torch.save({"epoch": 0, "state_dict": model.state_dict(), "best_EPE": 1e10}, path)
     held = read_weights(path)
     assert (held.model, held.batch_norm) == (name, batch_norm)
+    assert held.summary()["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert held.width == pytest.approx(NARROW, rel=0.02)
     assert len(held.sha256) == 64
     assert same(load_model(None, path), model)
