@@ -52,16 +52,21 @@ def frame_number(where: int | str, times_s: Float64Array) -> int:
     return int(np.searchsorted(elapsed_s, parse_seconds(where) - 1e-6))
 
 
+def require_order(select: SelectConfig) -> None:
+    """Raises UsageError if both ends are times and the stop is not after the start."""
+    if isinstance(select.start, str) and isinstance(select.stop, str):
+        start_s, stop_s = parse_seconds(select.start), parse_seconds(select.stop)
+        if stop_s <= start_s:
+            raise UsageError(f"stop ({select.stop}) must be later than start ({select.start})")
+
+
 def select_frames(select: SelectConfig, times_s: Float64Array, name: str) -> range:
     """Numbers of the frames that ``select`` takes from a source whose frames are shown at ``times_s``.
 
     Raises TooFewFramesError, naming the source by ``name``, when fewer than two are left, and UsageError for a time
     that cannot be read or a stop time that is not after the start time.
     """
-    if isinstance(select.start, str) and isinstance(select.stop, str):
-        start_s, stop_s = parse_seconds(select.start), parse_seconds(select.stop)
-        if stop_s <= start_s:
-            raise UsageError(f"stop ({select.stop}) must be later than start ({select.start})")
+    require_order(select)
     count = len(times_s)
     start = frame_number(select.start, times_s)
     stop = count if select.stop is None else min(frame_number(select.stop, times_s), count)

@@ -22,11 +22,11 @@ from fractions import Fraction
 import av
 import torch
 
-from flowreel.engine.config import SelectConfig
+from flowreel.engine.config import MOST_FRAMES, SelectConfig
 from flowreel.engine.data import FlowInfo, Frame, SourceId
 from flowreel.engine.errors import TooFewFramesError, UnsupportedSourceError, UsageError, concerning
 from flowreel.engine.sources.picture import Converter, Turn, colour_notes
-from flowreel.engine.sources.timecode import parse_seconds
+from flowreel.engine.sources.timecode import parse_seconds, require_order
 
 MAGIC = b"YUV4MPEG2"
 MARKER = b"FRAME"
@@ -287,10 +287,9 @@ def _read_header(stream: _PolledBytes) -> Header:
 
 def _wanted(select: SelectConfig, rate: Fraction) -> range:
     """Numbers of the frames to give, if they arrive."""
+    require_order(select)
     start, stop = (_frame_number(where, rate) for where in (select.start, select.stop))
     assert start is not None
-    if isinstance(select.start, str) and isinstance(select.stop, str) and (stop or 0) <= start:
-        raise UsageError(f"stop ({select.stop}) must be later than start ({select.start})")
     wanted = range(start, sys.maxsize if stop is None else stop, select.step)
     if len(wanted) < 2:
         raise TooFewFramesError(f"start, stop and step leave {len(wanted)} frames of stdin: flow needs at least two")
@@ -298,10 +297,14 @@ def _wanted(select: SelectConfig, rate: Fraction) -> range:
 
 
 def _frame_number(where: int | str | None, rate: Fraction) -> int | None:
-    """First frame at or after ``where``, with the same microsecond of tolerance as for video files."""
+    """First frame at or after ``where``, with the same microsecond of tolerance as for video files.
+
+    At most ``MOST_FRAMES``, which no stream reaches.
+    """
     if where is None or isinstance(where, int):
         return where
-    return max(math.ceil((Fraction(parse_seconds(where)) - Fraction(1, 10**6)) * rate), 0)
+    number = math.ceil((Fraction(parse_seconds(where)) - Fraction(1, 10**6)) * rate)
+    return min(max(number, 0), MOST_FRAMES)
 
 
 def _excerpt(found: bytes | bytearray) -> str:

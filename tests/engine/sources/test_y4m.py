@@ -126,6 +126,20 @@ def test_selection_is_that_of_a_file(select: dict[str, int | str], opened: Opene
         assert source.info.frame_rate == file.info.frame_rate
 
 
+def test_a_stop_time_beyond_all_frame_numbers_is_the_end(opened: Opened) -> None:
+    fast = HEADER.replace(b"F25:1", b"F10000000:1")
+    assert len(list(opened(stream(3, fast), stop="999999999999s"))) == 3
+    with pytest.raises(TooFewFramesError, match="leave 0"):
+        list(opened(stream(3, fast), start="999999999999s"))
+
+
+def test_the_order_of_times_is_not_that_of_frames(opened: Opened) -> None:
+    with pytest.raises(TooFewFramesError, match="leave 0 frames"):
+        opened(stream(3), start="0.01s", stop="0.02s")  # both between frames 0 and 1
+    with pytest.raises(UsageError, match="must be later"):
+        opened(stream(3), start="2s", stop="1s")
+
+
 def test_reading_ends_with_the_last_frame_that_is_wanted(opened: Opened) -> None:
     source = opened(stream(4) + b"no frame", stop=4)
     assert len(list(source)) == 4
