@@ -39,7 +39,7 @@ class LazyStatistics:
     """What reading has cost so far, in this process."""
 
     decoded: int = 0  # frames, including those from a key frame up to the requested one
-    seeks: int = 0  # times decoding started anywhere but at the first frame or its current position; images: 0
+    seeks: int = 0  # times decoding started over, or first started past the first frame; images: 0
     computed: int = 0  # flows computed by the model
     from_cache: int = 0  # flows read from the cache instead
 

@@ -30,7 +30,7 @@ class FrameReader:
 
     def __init__(self, source: RandomAccess, most_bytes: int) -> None:
         self.decoded = 0  # frames decoded, including those on the way to requested ones
-        self.seeks = 0  # times decoding started anywhere but at the first frame or its current position; images: 0
+        self.seeks = 0  # times decoding started over, or first started past the first frame; images: 0
         self.kept_bytes = 0
         self._source = source
         self._most_bytes = most_bytes
