@@ -43,7 +43,7 @@ def _endless(kind: str, seed: int, size: int, texels: float = 1.0) -> tuple[Tens
 
 
 def _tile_size(height: int, width: int) -> int:
-    """A repeat is not seen in frames up to 1536 px; beyond, a larger tile would take too long to make."""
+    """In frames up to 1536 px only ``rotate`` shows a repeat; beyond, a larger tile would take too long to make."""
     return min(-(-max(height, width, 256) // 128) * 128, 1536)
 
 
