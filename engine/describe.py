@@ -1,7 +1,7 @@
 """What a file is, in plain values: a video, images, a synthetic scene, a flow file, a flow store, or weights.
 
 Every answer has ``path``, ``kind`` and the same further keys for every file of that kind, None where nothing is known.
-All numbers are finite, so that the answer is strictly valid JSON.
+The answer is strictly valid JSON: all numbers are finite, NaN is None, and an infinite number is the text inf or -inf.
 """
 
 from __future__ import annotations
@@ -102,9 +102,9 @@ def _is_kitti(path: Path) -> bool:
 
 
 def _strict(value: Any) -> JSON:
-    """The value in JSON's types; numbers that are not finite become None."""
+    """The value in JSON's types, which have neither NaN nor infinite numbers."""
     if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
+        return float(value) if math.isfinite(value) else None if math.isnan(value) else str(float(value))
     if isinstance(value, Mapping):
         return {str(key): _strict(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

@@ -66,6 +66,14 @@ def test_a_store_of_little_flow_is_not_said_to_be_smaller(capsys: Capture) -> No
     assert source.endswith(" 60 bytes")
 
 
+def test_flow_that_is_not_finite_is_shown_as_it_is(capsys: Capture) -> None:
+    write_flo("odd.flo", np.array([[[-np.inf, np.nan]]], np.float32))
+    assert call(["info", "odd.flo"]) == 0
+    assert lines(capsys)["first vector"] == "-inf, NaN"
+    assert call(["info", "--json", "odd.flo"]) == 0
+    assert json.loads(capsys.readouterr().out)["first_vector"] == ["-inf", None]
+
+
 def test_long_names_are_not_broken(capsys: Capture) -> None:
     name = f"{'very-' * 40}long.flo"
     Path("a.flo").rename(name)
