@@ -140,8 +140,11 @@ def probe_video(name: str, stream: int | None = None) -> VideoProbe:
             average, stated = stated, average
         rate = average or stated or Fraction(25)
         assert chosen.time_base is not None  # only an encoder's stream may have none
-        # AVI stores no presentation stamps, only the decoding order, which for intra-only codecs is the same.
+        # AVI stores no presentation stamps, only the decoding order, which for intra-only codecs is the same. Some other
+        # files lack them too (MXF from FFmpeg): they state the decoding stamps twice, though frames are reordered.
+        reordered = chosen.codec_context.has_b_frames and len(key_places) < len(stamps)
         trusted = container.format.name != "avi" or chosen.codec_context.codec.intra_only
+        trusted &= not (reordered and stamps == decoding)
         timeline = Timeline.from_packets(
             stamps, chosen.time_base, rate, decoded=decoding, keys=key_places, trusted=trusted
         )

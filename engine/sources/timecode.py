@@ -104,7 +104,7 @@ class Timeline:
             rate: average frames per second, with which missing stamps are filled in.
             decoded: decoding stamp of each packet, likewise. keys: indices of the key frames' packets. Both serve to
                 tell a jump back from mere reordering.
-            trusted: False if the container stores no presentation stamps, only something like them (AVI). The stamps
+            trusted: False if the file stores no presentation stamps, only something like them (AVI). The stamps
                 then give times in the right order, but a frame's own stamp does not tell its number.
         """
         raw = np.asarray(stamps, dtype=np.int64)

@@ -214,11 +214,13 @@ class TestTimes:
         assert pictured(frames) == list(range(7, 30))
         assert source.losses == []
 
-    def test_container_without_presentation_stamps(self, clip: Clip) -> None:
-        """AVI keeps none, so those of an H.264 stream with B-frames come out of order."""
-        source = open_source(clip("packed.avi", count=30, b_frames=2))
+    @pytest.mark.parametrize("kind", ["avi", "mxf"])
+    def test_container_without_presentation_stamps(self, clip: Clip, kind: str) -> None:
+        """FFmpeg writes none to these, so those of an H.264 stream with B-frames come out of order."""
+        source = open_source(clip(f"packed.{kind}", count=30, b_frames=2))
         frames = list(source)
         assert [frame.index for frame in frames] == pictured(frames) == list(range(30))
+        assert source.losses == []
         assert np.diff([frame.timestamp_s for frame in frames]) == pytest.approx(1 / 25)
 
     def test_missing_stamps_are_filled_and_said(self, clip: Clip) -> None:
