@@ -1,8 +1,12 @@
-"""The picture size that a packet of a stream states: read from its headers in microseconds, without decoding."""
+"""What a packet of a stream states in its headers, read in microseconds, without decoding: the picture size, and
+whether it holds the second field of an H.264 frame."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 
 import av
 
@@ -33,9 +37,6 @@ def stated_size(codec: str, data: bytes) -> Size | None:
     return (width, height) if width and height else None
 
 
-# -- VP9, by its specification (version 0.6, 6.2: uncompressed header) -----------------------------------------------
-
-
 class _Bits:
     """Reads unsigned numbers bit by bit, most significant bit first. Raises EOFError past the end."""
 
@@ -48,6 +49,16 @@ class _Bits:
         if self._left < 0:
             raise EOFError
         return self._value >> self._left & ((1 << count) - 1)
+
+    def golomb(self) -> int:
+        """An unsigned Exp-Golomb number, as in H.264."""
+        zeros = 0
+        while not self.take():
+            zeros += 1
+        return (1 << zeros) - 1 + self.take(zeros)
+
+
+# -- VP9, by its specification (version 0.6, 6.2: uncompressed header) -----------------------------------------------
 
 
 def _vp9_size(data: bytes) -> Size | None:
@@ -87,3 +98,124 @@ def _skip_vp9_colour(bits: _Bits, profile: int) -> None:
         bits.take()
     if profile in (1, 3):
         bits.take(1 if is_rgb else 3)
+
+
+# -- H.264, by ITU-T H.264, 7.3 ---------------------------------------------------------------------------------------
+
+_HIGH_PROFILES = {44, 83, 86, 100, 110, 118, 122, 128, 134, 135, 138, 139, 244}
+_SPS, _PPS = 7, 8  # types of NAL units
+_SLICES = {1, 2, 5}
+_UNIT_BYTES = 512  # of a NAL unit: far more than the fields that are read here take
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """What a sequence parameter set says about the headers of slices."""
+
+    has_planes: bool  # each colour plane is coded on its own
+    number_bits: int  # of the frame number
+    has_fields: bool  # a picture may be a single field
+
+
+class SecondFields:
+    """Finds the packets of an H.264 stream that complete the frame of the packet before.
+
+    Of interlaced video, each field may be coded as a picture of its own (DVB and AVCHD do so). From transport and
+    elementary streams, and from files made of those, FFmpeg then gives each field as a packet, but its decoder outputs
+    both as one frame.
+    """
+
+    def __init__(self, extradata: bytes | None) -> None:
+        """``extradata``: of the codec context."""
+        self._sequences: dict[int, _Sequence] = {}
+        self._sequence_of: dict[int, int] = {}  # by the number of the picture parameter set
+        self._awaited: tuple[int, int] | None = None  # the field that would complete the frame: frame number, parity
+        head = memoryview(extradata or b"")
+        # As in MP4 and Matroska ("avcC"): each unit comes after its length, which takes so many bytes.
+        self._length_bytes = (head[4] & 3) + 1 if len(head) > 6 and head[0] == 1 else 0
+        for _ in self._slices(_avcc_units(head) if self._length_bytes else _units(head)):
+            pass
+        self._possible = any(sequence.has_fields for sequence in self._sequences.values())
+
+    def holds(self, data: memoryview) -> bool:
+        """Whether the packet holds a second field. To be called with every packet in file order."""
+        field = next(self._slices(_units(data, self._length_bytes)), None) if self._possible else None
+        second = field is not None and field == self._awaited
+        self._awaited = None if second or field is None else (field[0], 1 - field[1])
+        return second
+
+    def _slices(self, units: Iterator[memoryview]) -> Iterator[tuple[int, int] | None]:
+        """Frame number and parity (1: bottom) of each slice of a field, None for one of a frame."""
+        for unit in units:
+            bits = _Bits(bytes(unit[:_UNIT_BYTES]).replace(b"\0\0\3", b"\0\0"))
+            with suppress(EOFError, KeyError):
+                kind = bits.take(8) & 31
+                if kind == _SPS:
+                    self._keep_sequence(bits)
+                elif kind == _PPS:
+                    picture = bits.golomb()
+                    self._sequence_of[picture] = bits.golomb()
+                elif kind in _SLICES:
+                    yield self._field(bits)
+
+    def _keep_sequence(self, bits: _Bits) -> None:
+        profile = bits.take(8)
+        bits.take(16)  # constraints and level
+        number = bits.golomb()
+        chroma = has_planes = 0
+        if profile in _HIGH_PROFILES:
+            chroma = bits.golomb()
+            has_planes = chroma == 3 and bits.take()
+            bits.golomb(), bits.golomb(), bits.take()  # bit depths, lossless bypass
+            if bits.take():
+                _skip_scaling_lists(bits, 12 if chroma == 3 else 8)
+        number_bits = bits.golomb() + 4
+        order = bits.golomb()
+        if order == 0:
+            bits.golomb()
+        elif order == 1:
+            bits.take(), bits.golomb(), bits.golomb()
+            for _ in range(bits.golomb()):
+                bits.golomb()
+        bits.golomb(), bits.take(), bits.golomb(), bits.golomb()  # references, gaps, width, height
+        self._sequences[number] = _Sequence(bool(has_planes), number_bits, has_fields=not bits.take())
+
+    def _field(self, bits: _Bits) -> tuple[int, int] | None:
+        bits.golomb(), bits.golomb()  # first macroblock, type
+        sequence = self._sequences[self._sequence_of[bits.golomb()]]
+        if sequence.has_planes:
+            bits.take(2)
+        number = bits.take(sequence.number_bits)
+        return (number, bits.take()) if sequence.has_fields and bits.take() else None
+
+
+def _units(data: memoryview, length_bytes: int = 0) -> Iterator[memoryview]:
+    """The NAL units of a packet: each after its length, or (0) after a start code, and then up to the packet's end."""
+    if not length_bytes:
+        yield from (data[code.end() :] for code in re.finditer(b"\0\0\1", data))
+    while length_bytes and len(data) > length_bytes:
+        end = length_bytes + int.from_bytes(data[:length_bytes], "big")
+        yield data[length_bytes:end]
+        data = data[end:]
+
+
+def _avcc_units(data: memoryview) -> Iterator[memoryview]:
+    """The parameter sets of an MP4's or Matroska's header (ISO/IEC 14496-15, 5.3.3.1)."""
+    data = data[5:]
+    for most in (31, 255):  # sequences, pictures
+        count, data = data[0] & most if data else 0, data[1:]
+        for _ in range(count):
+            end = 2 + int.from_bytes(data[:2], "big")
+            yield data[2:end]
+            data = data[end:]
+
+
+def _skip_scaling_lists(bits: _Bits, count: int) -> None:
+    for place in range(count):
+        if bits.take():
+            last = after = 8
+            for _ in range(16 if place < 6 else 64):
+                if after:
+                    coded = bits.golomb()
+                    after = (last + (coded + 1) // 2 * (1 if coded % 2 else -1)) % 256
+                last = after or last

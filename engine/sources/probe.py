@@ -19,6 +19,7 @@ import numpy as np
 
 from flowreel.engine.errors import SourceNotFoundError, UnsupportedSourceError, UsageError
 from flowreel.engine.sources.file_ends import is_cut_short
+from flowreel.engine.sources.headers import SecondFields
 from flowreel.engine.sources.picture import Turn, colour_notes, is_full_range, matrix_of, shape_notes
 from flowreel.engine.sources.timecode import NO_STAMP, Timeline
 from flowreel.engine.sources.y4m import RECIPE
@@ -125,8 +126,9 @@ def probe_video(name: str, stream: int | None = None) -> VideoProbe:
         stamps, decoding = array("q"), array("q")  # 16 bytes a frame, affordable for a whole day of video
         key_places = array("q")  # indices into ``stamps`` of key frames
         first: VideoFrame | None = None
+        hidden = _Hidden(chosen)
         for packet in packets(container, chosen):
-            if packet.size and not packet.is_discard and not _is_hidden(packet, chosen):
+            if packet.size and not hidden.holds(packet) and not packet.is_discard:
                 if packet.is_keyframe:
                     key_places.append(len(stamps))
                 stamps.append(NO_STAMP if packet.pts is None else packet.pts)
@@ -140,8 +142,10 @@ def probe_video(name: str, stream: int | None = None) -> VideoProbe:
             average, stated = stated, average
         rate = average or stated or Fraction(25)
         assert chosen.time_base is not None  # only an encoder's stream may have none
-        # AVI stores no presentation stamps, only the decoding order, which for intra-only codecs is the same. Some other
-        # files lack them too (MXF from FFmpeg): they state the decoding stamps twice, though frames are reordered.
+        if hidden.has_second_fields:
+            rate = _in_frames(rate, stamps, chosen.time_base)
+        # AVI stores no presentation stamps, only the decoding order, which for intra-only codecs is the same. Other
+        # files may lack them too, as FFmpeg's MXF does: they repeat the decoding stamps, though frames are reordered.
         reordered = chosen.codec_context.has_b_frames and len(key_places) < len(stamps)
         trusted = container.format.name != "avi" or chosen.codec_context.codec.intra_only
         trusted &= not (reordered and stamps == decoding)
@@ -165,6 +169,13 @@ def probe_video(name: str, stream: int | None = None) -> VideoProbe:
             cut_short=is_cut_short(path),
             notes=(*notes, *timeline.notes, *turn_notes, *colour_notes(first), *shape_notes(chosen)),
         )
+
+
+def _in_frames(rate: Fraction, stamps: Sequence[int], time_base: Fraction) -> Fraction:
+    """The average rate of a stream whose fields are packets: MP4 states it in fields, other containers in frames."""
+    known = np.sort([stamp for stamp in stamps if stamp != NO_STAMP])
+    gap = float(np.median(np.diff(known))) if len(known) > 1 else 0.0
+    return rate / 2 if rate * time_base * gap > 1.5 else rate
 
 
 def _numbers(places: Sequence[int], stamps: Sequence[int], timeline: Timeline) -> Int64Array:
@@ -248,9 +259,23 @@ def packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet[V
             errors += 1
 
 
-def _is_hidden(packet: Packet[VideoStream], stream: VideoStream) -> bool:
-    """Whether the packet holds a frame that is never shown: VP8 puts those, used only as references, in own packets."""
-    return stream.codec_context.name in ("vp8", "libvpx") and not memoryview(packet)[0] & 0x10
+class _Hidden:
+    """Finds the packets that give no frame of their own; to be asked about every packet in file order.
+
+    VP8 puts frames that are never shown, but used as references, in packets of their own. H.264: see ``SecondFields``.
+    """
+
+    def __init__(self, stream: VideoStream) -> None:
+        codec = stream.codec_context
+        self.has_second_fields = False  # so far
+        self._is_vp8 = codec.name in ("vp8", "libvpx")
+        self._second_fields = SecondFields(codec.extradata) if codec.name == "h264" else None
+
+    def holds(self, packet: Packet[VideoStream]) -> bool:
+        if self._second_fields is not None and self._second_fields.holds(memoryview(packet)):
+            self.has_second_fields = True
+            return True
+        return self._is_vp8 and not memoryview(packet)[0] & 0x10
 
 
 def decoded(packet: Packet[VideoStream]) -> list[VideoFrame]:

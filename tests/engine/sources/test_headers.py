@@ -10,7 +10,8 @@ import av
 import pytest
 from av.bitstream import BitStreamFilterContext
 
-from flowreel.engine.sources.headers import ENOUGH_BYTES, stated_size
+from flowreel.engine.sources.headers import ENOUGH_BYTES, SecondFields, stated_size
+from tests.fakes.fields import field, parameter_sets
 
 DECODERS = {"libx264": "h264", "libx265": "hevc", "libvpx": "vp8", "libvpx-vp9": "vp9", "libsvtav1": "libdav1d"}
 
@@ -107,3 +108,13 @@ def test_vp9_by_its_specification(header: str, stated: bool) -> None:
     bits += "0" * (-len(bits) % 8)
     data = int(bits, 2).to_bytes(len(bits) // 8, "big")
     assert stated_size("vp9", data) == ((640, 360) if stated else None)
+
+
+def test_second_fields_follow_a_first_one() -> None:
+    fields = SecondFields(parameter_sets())
+    order = [(0, False), (0, True), (1, True), (1, False), (2, False), (3, False), (3, True), (4, True), (5, False)]
+    packets = [field(frame, bottom, 0) for frame, bottom in order]
+    second = [fields.holds(memoryview(packet)) for packet in packets]
+    assert second == [False, True, False, True, False, False, True, False, False]  # 2, 4 and 5 stay alone
+    assert not fields.holds(memoryview(b"\0\0\1\x61"))
+    assert not SecondFields(None).holds(memoryview(packets[1]))

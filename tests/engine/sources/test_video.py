@@ -36,6 +36,7 @@ from flowreel.engine.sources import open_source, pyav
 from flowreel.engine.sources.picture import Turn
 from flowreel.engine.sources.probe import VideoProbe, probe_video
 from flowreel.engine.sources.video import VideoSource, open_video
+from tests.fakes.fields import field, parameter_sets
 
 Clip = Callable[..., Path]
 
@@ -254,6 +255,28 @@ class TestTimes:
         assert pictured(frames) == 2 * list(range(40))
         assert source.losses == []
         assert any("jump back" in note for note in source.notes)
+
+    @pytest.mark.parametrize("high", [False, True])
+    @pytest.mark.parametrize("kind", ["h264", "ts", "mp4"])
+    def test_fields_coded_one_by_one_are_one_frame(self, tmp_path: Path, kind: str, high: bool) -> None:
+        raw, path = tmp_path / "fields.h264", tmp_path / f"both.{kind}"
+        fields = [field(number // 2, number % 2 == 1, 60 + number) for number in range(48)]
+        fields[0] = parameter_sets(high) + fields[0]
+        raw.write_bytes(b"".join(fields))
+        with av.open(str(raw)) as read, av.open(str(path), "w") as write:
+            stream = write.add_stream_from_template(read.streams.video[0])
+            for number, data in enumerate(fields):
+                packet = av.Packet(data)
+                packet.pts, packet.dts, packet.duration = number, number, 1
+                packet.time_base, packet.stream, packet.is_keyframe = Fraction(1, 50), stream, number % 16 == 0
+                write.mux(packet)
+        source = open_source(path, SelectConfig(start=11))
+        frames = list(source)
+        assert source.info.frame_rate == 25
+        assert (source.losses, [frame.index for frame in frames]) == ([], list(range(11, 24)))
+        assert np.diff([frame.timestamp_s for frame in frames]) == pytest.approx(1 / 25)
+        greys = [int(frame.rgb.float().mean()) for frame in frames]
+        assert greys == sorted(set(greys))
 
     def test_frames_never_shown_are_not_counted(self, clip: Clip) -> None:
         """A VP8 packet whose show bit is off gives no frame."""
