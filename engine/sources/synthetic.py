@@ -97,9 +97,11 @@ def open_synthetic(name: str, select: SelectConfig, device: str = "cpu") -> Synt
     """Open ``synthetic:SCENE`` with optional parameters, as the module's docstring shows.
 
     Raises:
-        UsageError: no such scene, or parameters that are not understood.
+        UsageError: no such scene, or parameters or a selection that make no sense.
         TooFewFramesError: the selection leaves fewer than two frames.
     """
+    if select.stream not in (None, 0):
+        raise UsageError(f"{name} is a rendered scene, so there is no video stream {select.stream}")
     return SyntheticSource(SyntheticConfig.parse(name), select)
 
 

@@ -95,6 +95,12 @@ def test_unreadable_parameters_are_named_with_what_was_expected(query: str) -> N
     assert repr(query) in str(caught.value)
 
 
+def test_a_scene_has_no_streams() -> None:
+    with pytest.raises(UsageError, match="no video stream 1"):
+        open_synthetic("synthetic:still", SelectConfig(stream=1))
+    open_synthetic("synthetic:still", SelectConfig(stream=0))
+
+
 def test_an_unknown_scene_is_answered_with_the_known_ones() -> None:
     with pytest.raises(UsageError, match="objects, rotate, still, translate"):
         open_synthetic("synthetic:waterfall", SelectConfig())
