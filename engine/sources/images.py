@@ -122,6 +122,8 @@ class ImageSource(IndependentFrames):
         self._paths = paths
         self._changes = [last_change(path) for path in paths[: wanted[-1] + 1]]
         notes = [f"images carry no times: {FRAME_RATE} frames per second are assumed", *_gaps(chosen)]
+        if (folders := len({path.parent for path in chosen})) > 1:
+            notes.append(f"the images of {folders} folders are one clip: flow also goes from each folder to the next")
         (width, height), several = _common_size(chosen)
         if several:
             notes.append(f"{several} of the files hold more than one picture: of each the first is taken")

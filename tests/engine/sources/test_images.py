@@ -137,6 +137,14 @@ class TestWhichFiles:
         assert expected in open_source(tmp_path).notes
         assert not any("bear one" in note for note in open_source(str(tmp_path / "*.png")).notes)
 
+    def test_images_of_several_folders_are_told(self, tmp_path: Path) -> None:
+        for name in ("a/1.png", "a/2.png", "b/1.png"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            grey(tmp_path / name, 1)
+        expected = "the images of 2 folders are one clip: flow also goes from each folder to the next"
+        assert expected in open_source(tmp_path / "*" / "*.png").notes
+        assert expected not in open_source(tmp_path / "a" / "*.png").notes
+
     def test_a_link_to_nothing_is_not_left_out(self, tmp_path: Path) -> None:
         for number in (1, 2):
             grey(tmp_path / f"{number}.png", 1)
