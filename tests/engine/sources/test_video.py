@@ -516,10 +516,11 @@ class TestDamage:
             careful = {number: decoder.rgb(it, number) for number, it in pyav._from(probe, 0, careful=True)}
             assert given.keys() == careful.keys()
             assert [number for number, rgb in given.items() if not rgb.equal(careful[number])] == []
-            source = open_source(tmp_path / "patched.mp4")
-            list(source)
             damaged = probe.timeline.number_of(stamp)
-            assert source.losses == [f"1 frame is damaged, and patched up by the decoder: {damaged}"]
+            for _ in range(10):  # where it is a race, most of these go well
+                source = open_source(tmp_path / "patched.mp4")
+                list(source)
+                assert source.losses == [f"1 frame is damaged, and patched up by the decoder: {damaged}"]
 
     def test_a_picture_of_motion_jpeg_that_is_patched_up_is_told(self, clip: Clip, tmp_path: Path) -> None:
         whole = clip("motion.mkv", count=20, codec="mjpeg", pix_fmt="yuvj420p", size=(192, 128))
