@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import av
 import torch
@@ -34,6 +34,9 @@ _TELL_LATE = {"h264", "mpeg4"}
 _SILENT = {"hevc", "mjpeg"}
 _FAIL_AT_ERRORS = {"err_detect": "explode"}
 
+# fast: on all cores. exact: on as many as report all damage. careful: on one, skipping damaged packets.
+_Mode = Literal["fast", "exact", "careful"]
+
 
 @dataclass(frozen=True, eq=False)
 class Decoded:
@@ -45,16 +48,21 @@ class Decoded:
 
 
 class PyAVDecoder:
-    """A ``VideoDecoder`` that gives pictures on the CPU."""
+    """A ``VideoDecoder`` that gives pictures on the CPU.
 
-    def __init__(self, probe: VideoProbe) -> None:
+    fast: decode with all cores even where that now and then lets damage pass unreported (``_TELL_LATE``). A network on
+        a GPU may be faster than one decoding thread; one on a CPU never is.
+    """
+
+    def __init__(self, probe: VideoProbe, *, fast: bool = False) -> None:
         self._probe = probe
+        self._fast = fast
         self._convert = Converter(probe.path.name, probe.stored_size, probe.turn)
         self.name = f"PyAV ({probe.codec})"
 
     def pictures(self, first: int) -> Generator[tuple[int, Decoded], None, None]:
         """See ``VideoDecoder``."""
-        return _numbered(self._probe, first)
+        return _numbered(self._probe, first, "fast" if self._fast else "exact")
 
     def patched(self, picture: Decoded) -> bool:
         """See ``VideoDecoder``."""
@@ -65,7 +73,7 @@ class PyAVDecoder:
         return torch.from_numpy(self._convert(picture.frame, number)).permute(2, 0, 1)
 
 
-def _numbered(probe: VideoProbe, first: int) -> Generator[tuple[int, Decoded], None, None]:
+def _numbered(probe: VideoProbe, first: int, mode: _Mode) -> Generator[tuple[int, Decoded], None, None]:
     """Pictures with their numbers, in rising order, from ``first`` or somewhat before it on.
 
     When a frame from ``first`` on is missing, or any has concealed damage, decoding starts over near that place with
@@ -78,7 +86,7 @@ def _numbered(probe: VideoProbe, first: int) -> Generator[tuple[int, Decoded], N
     coming = first  # number of the next frame to come out of the decoder
     held: deque[tuple[int, Decoded, int]] = deque()  # each with the number of the frame it waits for
     with suppress(av.FFmpegError):
-        for number, picture in _from(probe, first, careful=False):
+        for number, picture in _from(probe, first, mode):
             if number > coming or picture.damaged:
                 break
             coming = max(coming, number + 1)
@@ -94,7 +102,7 @@ def _numbered(probe: VideoProbe, first: int) -> Generator[tuple[int, Decoded], N
                 return
     held.clear()
     if due < len(probe.timeline):
-        for number, picture in _from(probe, due, careful=True):
+        for number, picture in _from(probe, due, "careful"):
             if number >= due:
                 yield number, picture
 
@@ -105,23 +113,23 @@ def key_frame_before(probe: VideoProbe, number: int) -> int:
     return int(probe.key_frames[place]) if place >= 0 and probe.timeline.stamps is not None else 0
 
 
-def _from(probe: VideoProbe, first: int, careful: bool) -> Iterator[tuple[int, Decoded]]:
+def _from(probe: VideoProbe, first: int, mode: _Mode) -> Iterator[tuple[int, Decoded]]:
     """Pictures with their numbers, from ``first`` or somewhat before it.
 
     Frames shown after a key frame reference nothing before it. Frames shown before it may, even if they follow it in
     the file. So decoding starts at the last key frame that is shown no later than ``first``, or, near damage
-    (``careful``), at least ``MOST_REORDERED`` frames before ``first``.
+    (``"careful"``), at least ``MOST_REORDERED`` frames before ``first``.
     """
-    start = key_frame_before(probe, max(first - MOST_REORDERED, 0) if careful else first)
+    start = key_frame_before(probe, max(first - MOST_REORDERED, 0) if mode == "careful" else first)
     if start > 0 and probe.timeline.stamps is not None:
-        with closing(_pass(probe, int(probe.timeline.stamps[start]), careful, latest=first)) as pictures:
+        with closing(_pass(probe, int(probe.timeline.stamps[start]), mode, latest=first)) as pictures:
             head = next(pictures, None)
             number = None if head is None else probe.timeline.number_of(head.frame.pts)
             if head is not None and number is not None and number <= first:
                 yield number, head
                 yield from _count(probe.timeline, pictures, number)
                 return
-    with closing(_pass(probe, None, careful)) as pictures:
+    with closing(_pass(probe, None, mode)) as pictures:
         yield from _count(probe.timeline, pictures, -1)
 
 
@@ -139,23 +147,23 @@ def _count(timeline: Timeline, pictures: Iterator[Decoded], last: int) -> Iterat
         last = number
 
 
-def _pass(probe: VideoProbe, seek_stamp: int | None, careful: bool, latest: int = 0) -> Generator[Decoded, None, None]:
+def _pass(probe: VideoProbe, seek_stamp: int | None, mode: _Mode, latest: int = 0) -> Generator[Decoded, None, None]:
     """One pass of the decoder, from the start or from the key frame at a stamp; empty if the seek fails.
 
     latest: highest number of a key frame to start from: a container that seeks by decoding order may land too late.
 
-    A damaged packet raises FFmpeg's error, unless the pass is ``careful``: then it is skipped.
+    A damaged packet raises FFmpeg's error, unless the mode is ``"careful"``: then it is skipped.
     """
     with opened(probe.path) as container:
         stream = container.streams[probe.stream_index]
         assert isinstance(stream, av.VideoStream)
         silent, watcher = stream.codec_context.name in _SILENT, None
-        if careful:
+        if mode == "careful":
             stream.thread_count = 1
             watcher = _Watcher(stream) if silent else None
         else:
-            stream.thread_type = "AUTO"
-            stream.thread_count = 1 if stream.codec_context.name in _TELL_LATE else 0  # 0: as many as there are cores
+            one = mode == "exact" and stream.codec_context.name in _TELL_LATE
+            stream.thread_type, stream.thread_count = "AUTO", int(one)  # 0: as many threads as there are cores
             stream.codec_context.options = dict(_FAIL_AT_ERRORS) if silent else {}
         if seek_stamp is not None:
             try:
@@ -172,7 +180,7 @@ def _pass(probe: VideoProbe, seek_stamp: int | None, careful: bool, latest: int 
                 latest_stamp = latest_stamps[packet.pts] = max(latest_stamp, packet.pts)
                 if watcher is not None and watcher.finds_error(packet):
                     wrong.add(packet.pts)
-            for frame in decoded(packet) if careful else packet.decode():
+            for frame in decoded(packet) if mode == "careful" else packet.decode():
                 latest_of_frame = None if frame.pts is None else latest_stamps.pop(frame.pts, None)
                 yield Decoded(frame, frame.is_corrupt or frame.pts in wrong, latest_of_frame)
 

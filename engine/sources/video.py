@@ -66,19 +66,20 @@ def open_video(name: str, select: SelectConfig, device: str = "cpu") -> VideoSou
     on_gpu = device.startswith("cuda")
     if select.decoder == "nvdec" and not on_gpu:
         raise DeviceError(f"NVDEC decodes on a GPU, but this run is on {device}: use --decoder auto or pyav")
+    decoder = PyAVDecoder(probe, fast=on_gpu)
     if select.decoder == "pyav" or not on_gpu:
-        return VideoSource(probe, select)
+        return VideoSource(probe, select, decoder)
     from flowreel.engine.sources.nvdec import NvdecDecoder, why_not
 
     refusal = why_not(probe, device)
     if refusal is None:
         notes: list[str] = []
-        instead = PyAVDecoder(probe) if select.decoder == "auto" else None
-        decoder = NvdecDecoder(probe, device, instead, notes.append)
-        return VideoSource(probe, select, decoder, notes, made_by={"decoder": "nvdec"}, on_device=True)
+        instead = decoder if select.decoder == "auto" else None
+        nvdec = NvdecDecoder(probe, device, instead, notes.append)
+        return VideoSource(probe, select, nvdec, notes, made_by={"decoder": "nvdec"}, on_device=True)
     if select.decoder == "nvdec":
         raise refusal
-    return VideoSource(probe, select, notes=[f"decoded on the CPU, not with NVDEC: {refusal}"])
+    return VideoSource(probe, select, decoder, notes=[f"decoded on the CPU, not with NVDEC: {refusal}"])
 
 
 def identify(name: str) -> SourceId:

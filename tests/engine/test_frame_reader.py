@@ -225,6 +225,6 @@ def test_a_key_frame_behind_the_wanted_one_will_not_do(keyed: Path) -> None:
     """Containers that seek by decoding order may land there; what is shown before it would come out wrong."""
     probe = probe_video(str(keyed))
     stamp = int(probe.timeline.stamps[40])  # type: ignore[index]
-    assert list(pyav._pass(probe, stamp, False, latest=39)) == []
-    head = next(pyav._pass(probe, stamp, False, latest=40))
+    assert list(pyav._pass(probe, stamp, "exact", latest=39)) == []
+    head = next(pyav._pass(probe, stamp, "exact", latest=40))
     assert probe.timeline.number_of(head.frame.pts) == 40

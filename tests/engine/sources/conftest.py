@@ -22,6 +22,6 @@ def each_decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     if request.param == "NVDEC":
         request.getfixturevalue("nvc")
         no_one = None
-        monkeypatch.setattr(video, "PyAVDecoder", lambda probe: nvdec.NvdecDecoder(probe, "cuda:0", no_one, print))
+        monkeypatch.setattr(video, "PyAVDecoder", lambda probe, **_: nvdec.NvdecDecoder(probe, "cuda:0", no_one, print))
     name: str = request.param
     return name

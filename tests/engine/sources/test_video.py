@@ -190,9 +190,9 @@ def test_a_seek_that_lands_wrong_is_made_good_from_the_start(
     begun: list[int | None] = []
     real = pyav._pass
 
-    def misled(probe: VideoProbe, seek_stamp: int | None, careful: bool, latest: int = 0) -> Iterator[Any]:
+    def misled(probe: VideoProbe, seek_stamp: int | None, mode: Any, latest: int = 0) -> Iterator[Any]:
         begun.append(seek_stamp)
-        frames: Iterator[Any] = real(probe, seek_stamp, careful, latest)
+        frames: Iterator[Any] = real(probe, seek_stamp, mode, latest)
         if seek_stamp is not None:
             frames = (frame for frame in frames if lands != "nowhere" and frame.frame.pts >= later)
         yield from frames
@@ -513,7 +513,7 @@ class TestDamage:
             probe = probe_video(str(tmp_path / "patched.mp4"))
             decoder = pyav.PyAVDecoder(probe)
             given = {number: decoder.rgb(picture, number) for number, picture in decoder.pictures(0)}
-            careful = {number: decoder.rgb(it, number) for number, it in pyav._from(probe, 0, careful=True)}
+            careful = {number: decoder.rgb(it, number) for number, it in pyav._from(probe, 0, "careful")}
             assert given.keys() == careful.keys()
             assert [number for number, rgb in given.items() if not rgb.equal(careful[number])] == []
             damaged = probe.timeline.number_of(stamp)
