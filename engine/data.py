@@ -31,6 +31,9 @@ _SHARD_BYTES = 128 << 20
 JSON = None | bool | int | float | str | list["JSON"] | dict[str, "JSON"]
 
 
+HEAD_BYTES = 1 << 20  # enough to tell videos apart, few enough to read quickly from a slow disk
+
+
 @dataclass(frozen=True)
 class SourceId:
     """Identifies an input well enough to recognise it again, e.g. before a resume."""
@@ -38,7 +41,9 @@ class SourceId:
     name: str  # file name, folder name, or "synthetic:NAME"; never a full path, so that stores can be shared
     size_bytes: int | None = None  # of the file, or of all the images together
     duration_s: float | None = None  # as stated by the container
-    head_sha256: str | None = None  # of the first MiB: stays the same when a recording grows
+    head_sha256: str | None = None  # of the first HEAD_BYTES, or all of a shorter input: see ``heads_sha256``
+    heads_sha256: tuple[str, ...] = ()  # of the first 1, 4, 16, 64 and 256 KiB, as far as the input has them: these
+    # stay the same when an input shorter than HEAD_BYTES grows
     sampled_sha256: str | None = None  # of samples from the whole input: changes when it grows, or almost any other way
 
 

@@ -6,7 +6,7 @@ Both are FlowReaders: see ``engine/protocols.py``.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from fractions import Fraction
 from functools import cached_property
@@ -61,7 +61,7 @@ class StoreFlows:
             width=store.shape[3],
             frame_rate=None if rate is None else Fraction(rate),
             frame_count=len(numbers) + 1,
-            source=SourceId(**{"name": self.stem} | {name: source[name] for name in _SOURCE_FIELDS if name in source}),
+            source=_source_id(self.stem, source),
             made_by=_how_it_was_made(attributes, store),
         )
         self.notes: list[str] = []
@@ -230,6 +230,12 @@ def store_stem(path: str) -> str:
     for ending in (".partial", ".zarr", ".flow"):
         name = name.removesuffix(ending) or name
     return name
+
+
+def _source_id(name: str, source: Mapping[str, Any]) -> SourceId:
+    """The source that a store records; by ``name`` where it records none."""
+    held = {"name": name} | {field: source[field] for field in _SOURCE_FIELDS if field in source}
+    return SourceId(**held | {"heads_sha256": tuple(held.get("heads_sha256", ()))})
 
 
 def _how_it_was_made(attributes: dict[str, Any], store: FlowStore) -> dict[str, Any]:

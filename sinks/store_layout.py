@@ -325,8 +325,25 @@ def _flowreel_attributes(folder: Path, group: dict[str, Any]) -> dict[str, Any]:
     return attributes
 
 
+_SOURCE_KINDS: dict[str, type | tuple[type, ...]] = {
+    "name": str,
+    "size_bytes": int,
+    "duration_s": (int, float),
+    "head_sha256": str,
+    "sampled_sha256": str,
+}
+
+
 def _is_source(value: object) -> bool:
-    return value is None or isinstance(value, dict)
+    """None, or the fields of a ``SourceId``, of the right kinds as far as they are there."""
+    if not isinstance(value, dict):
+        return value is None
+    heads = value.get("heads_sha256", [])
+    return (
+        all(value.get(name) is None or isinstance(value[name], kind) for name, kind in _SOURCE_KINDS.items())
+        and isinstance(heads, list)
+        and all(isinstance(head, str) for head in heads)
+    )
 
 
 def _is_rate(value: object) -> bool:

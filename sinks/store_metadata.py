@@ -16,6 +16,7 @@ import numpy as np
 import zarr
 from zarr.storage import MemoryStore
 
+from flowreel.engine.data import HEAD_BYTES
 from flowreel.sinks.codecs import FlowCodec
 from flowreel.sinks.compressors import zarr_arguments, zarr_codecs
 from flowreel.sinks.native import vector_places
@@ -159,11 +160,21 @@ def differing_settings(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     return differing + other_source(was.get("source") or {}, now["source"])
 
 
+def _same_head(was: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    if None in (was.get("head_sha256"), now["head_sha256"]) or was["head_sha256"] == now["head_sha256"]:
+        return True
+    was_bytes, now_bytes = was.get("size_bytes") or 0, now["size_bytes"] or 0
+    heads = was.get("heads_sha256")  # None: recorded before there were any
+    if heads is None or not was_bytes < min(now_bytes, HEAD_BYTES):
+        return False
+    return list(heads) == list(now["heads_sha256"][: len(heads)])  # the input was short, and has grown
+
+
 def other_source(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Why the source is not the one recorded, which may have grown since, in words; empty if it may be."""
     if was.get("name") != now["name"]:
         return [f"source was {was.get('name')}, is {now['name']}"]
-    if None not in (was.get("head_sha256"), now["head_sha256"]) and was["head_sha256"] != now["head_sha256"]:
+    if not _same_head(was, now):
         return [f"{now['name']} is another file than it was"]
     samples = was.get("sampled_sha256"), now["sampled_sha256"]
     if was.get("size_bytes") == now["size_bytes"] and None not in samples and samples[0] != samples[1]:

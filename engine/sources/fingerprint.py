@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from flowreel.engine.data import SourceId
+from flowreel.engine.data import HEAD_BYTES, SourceId
 
-HEAD_BYTES = 1 << 20  # enough to tell videos apart, few enough to read quickly from a slow disk
+_HEADS = tuple(1 << bits for bits in (10, 12, 14, 16, 18))  # bytes
 _SAMPLES = 32  # per input, spread over its bytes; of several files at least two each
 _SAMPLE_BYTES = 1 << 14
 
@@ -19,8 +19,14 @@ _SAMPLE_BYTES = 1 << 14
 def source_id(name: str, files: Sequence[Path], duration_s: float | None = None) -> SourceId:
     """Identity of an input: ``name``, total size, a hash of the first file's head, a hash of samples of all files."""
     with files[0].open("rb") as file:
-        head = hashlib.sha256(file.read(HEAD_BYTES)).hexdigest()
-    return SourceId(name, sum(path.stat().st_size for path in files), duration_s, head, _sampled(files))
+        head = file.read(HEAD_BYTES)
+    heads = tuple(_sha256(head[:count]) for count in _HEADS if count <= len(head))
+    size = sum(path.stat().st_size for path in files)
+    return SourceId(name, size, duration_s, _sha256(head), heads, _sampled(files))
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def last_change(path: Path) -> tuple[int, int]:

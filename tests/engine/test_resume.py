@@ -6,10 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -19,7 +21,7 @@ import flowreel
 from flowreel.engine import api, inference
 from flowreel.engine.cli import call
 from flowreel.engine.cli.table import print_summary
-from flowreel.engine.errors import ResumeMismatchError, StageError, UsageError
+from flowreel.engine.errors import ResumeMismatchError, StageError, TruncatedSourceError, UsageError
 from flowreel.engine.models import build_model
 from flowreel.engine.models.saving import save_weights
 from flowreel.engine.outputs import Progress
@@ -100,6 +102,23 @@ def test_a_store_by_a_longer_name_is_not_taken_for_another_output(tiny: str) -> 
     cut_run("frames", ["./X.zarr"], 9, **options)
     report = flowreel.run("frames", "./X.zarr/", resume=True, **options)
     assert [output.path for output in report.outputs] == ["X.zarr"]
+    assert contents("X.zarr") == contents("whole.zarr")
+
+
+def test_a_short_download_that_was_cut_goes_on_when_all_of_it_is_there(tiny: str, clip: Callable[..., Path]) -> None:
+    """Less than the first MiB of a file, by which a source is recognised, was there at first."""
+    options: dict[str, Any] = {"weights": tiny, "shard_bytes": SHARD_BYTES, "batch": 4}
+    noise = np.random.default_rng(0).integers(0, 255, (30, H, W, 3), np.uint8)
+    whole = clip("take.mkv", size=(W, H), pictures=[av.VideoFrame.from_ndarray(picture, "rgb24") for picture in noise])
+    assert whole.stat().st_size < 1 << 20
+    flowreel.run(whole, "whole.zarr", **options)
+    Path("take.mkv").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    with pytest.raises(TruncatedSourceError):
+        flowreel.run("take.mkv", "X.zarr", **options)
+    there = open_store("X.zarr").available
+    assert 4 <= there < 28
+    Path("take.mkv").write_bytes(whole.read_bytes())
+    assert flowreel.run("take.mkv", "X.zarr", resume=True, **options).pairs == 29 - there // 4 * 4
     assert contents("X.zarr") == contents("whole.zarr")
 
 

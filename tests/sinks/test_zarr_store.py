@@ -279,7 +279,14 @@ def test_attributes_tell_where_it_comes_from(tmp_path: Path) -> None:
     attrs = make(tmp_path / "X.zarr", moving(2)).attrs
     assert attrs["format_version"] == 1
     assert attrs["software_version"]
-    source = {"name": "clip.mp4", "size_bytes": 4096, "duration_s": 1.5, "head_sha256": None, "sampled_sha256": None}
+    source = {
+        "name": "clip.mp4",
+        "size_bytes": 4096,
+        "duration_s": 1.5,
+        "head_sha256": None,
+        "heads_sha256": [],
+        "sampled_sha256": None,
+    }
     assert attrs["source"] == source
     assert (attrs["model"], attrs["batch"]) == ("FlowNet2C", 2)
     assert (attrs["frame_rate"], attrs["max_error"], attrs["codec"]) == ("30000/1001", 1 / 64, "blosc")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from flowreel.engine.data import HEAD_BYTES
 from flowreel.engine.sources import source_identity
-from flowreel.engine.sources.fingerprint import HEAD_BYTES, source_id
+from flowreel.engine.sources.fingerprint import source_id
 from flowreel.sinks.store_metadata import other_source
 
 
@@ -59,6 +62,29 @@ def test_what_has_grown_is_the_same_as_far_as_it_was(tmp_path: Path) -> None:
     after = source_id("x.mkv", [path])
     assert other_source(vars(before), vars(after)) == []
     assert other_source(vars(after), vars(before))
+
+
+@pytest.mark.parametrize("size", [1500, 150_000, HEAD_BYTES - 1])
+@pytest.mark.parametrize("grown", [1, HEAD_BYTES])
+def test_what_was_short_and_has_grown_is_the_same_as_far_as_it_was(tmp_path: Path, size: int, grown: int) -> None:
+    path = made(tmp_path / "x.mkv", size)
+    before = json.loads(json.dumps(asdict(source_id("x.mkv", [path]))))  # as a store records it
+    path.write_bytes(path.read_bytes() + bytes(grown))
+    assert other_source(before, asdict(source_id("x.mkv", [path]))) == []
+    change(path, 1000)
+    assert other_source(before, asdict(source_id("x.mkv", [path]))) == ["x.mkv is another file than it was"]
+
+
+def test_a_short_file_that_was_exchanged_for_a_longer_one(tmp_path: Path) -> None:
+    path = made(tmp_path / "x.mkv", 150_000)
+    before = asdict(source_id("x.mkv", [path]))
+    made(path, 160_000, seed=1)
+    assert other_source(before, asdict(source_id("x.mkv", [path])))
+    del before["heads_sha256"]  # as recorded before there were any
+    made(path, 150_000)
+    assert not other_source(before, asdict(source_id("x.mkv", [path])))
+    path.write_bytes(path.read_bytes() + b"more")
+    assert other_source(before, asdict(source_id("x.mkv", [path])))
 
 
 def test_what_was_recorded_without_samples_still_counts(tmp_path: Path) -> None:
