@@ -479,10 +479,10 @@ class TestDamage:
 
     @pytest.fixture
     def leaning(self, clip: Clip) -> Callable[[str], Path]:
-        """Clips of a moving texture with B-frames, by the codec."""
+        """Clips of a moving texture with B-frames, by the codec; encoded so that the bytes are always the same."""
         options = {
-            "libx264": {"g": "20", "x264-params": "open-gop=1:scenecut=0:bframes=3"},
-            "libx265": {"x265-params": "keyint=20:bframes=4:open-gop=1:log-level=none"},
+            "libx264": {"g": "20", "x264-params": "open-gop=1:scenecut=0:bframes=3:threads=1:no-mbtree=1"},
+            "libx265": {"x265-params": "keyint=20:bframes=4:open-gop=1:log-level=none:frame-threads=1:pools=none"},
             "mpeg2video": {"g": "12", "bf": "2"},
         }
         texture = np.random.default_rng(0).integers(0, 255, (82, 98, 3), np.uint8).repeat(4, 0).repeat(4, 1)
@@ -494,33 +494,35 @@ class TestDamage:
 
         return write
 
-    @pytest.mark.parametrize(
-        ("codec", "places"),
-        [("libx264", (14, 22, 26)), ("libx265", (12, 22, 34)), ("mpeg2video", (14, 20))],
-    )
+    @pytest.mark.parametrize("codec", ["libx264", "libx265", "mpeg2video"])
     def test_nothing_that_several_threads_patched_up_is_given(
-        self, leaning: Callable[[str], Path], tmp_path: Path, codec: str, places: tuple[int, ...]
+        self, leaning: Callable[[str], Path], tmp_path: Path, codec: str
     ) -> None:
         """Neither a B-frame that is shown before the damaged frame it was made from, nor what HEVC keeps to itself."""
-        whole = leaning(codec)
+        whole, path = leaning(codec), tmp_path / "patched.mp4"
         with av.open(str(whole)) as container:
-            packets = [(p.pos, p.size, p.pts) for p in container.demux(video=0) if p.size]
-        for place in places:  # in the order of the file
-            position, size, stamp = packets[place]
+            packets = [(p.pos, p.size, p.pts) for p in container.demux(video=0) if p.size > 24]
+        found = 0  # an encoder's bytes differ from version to version, and not all damage can be seen
+        for position, size, stamp in packets[3:35]:
             data = bytearray(whole.read_bytes())
             data[position + size // 2 : position + size // 2 + 12] = b"\xff" * 12
-            (tmp_path / "patched.mp4").write_bytes(data)
-            probe = probe_video(str(tmp_path / "patched.mp4"))
+            path.write_bytes(data)
+            probe = probe_video(str(path))
             decoder = pyav.PyAVDecoder(probe)
-            given = {number: decoder.rgb(picture, number) for number, picture in decoder.pictures(0)}
-            careful = {number: decoder.rgb(it, number) for number, it in pyav._from(probe, 0, "careful")}
+            # Made RGB at once, as in a run: what fills a damaged part depends on the memory that was free.
+            careful = {n: (it.damaged, decoder.rgb(it, n)) for n, it in pyav._from(probe, 0, "careful")}
+            if [n for n, (damaged, _) in careful.items() if damaged] != [probe.timeline.number_of(stamp)]:
+                continue
+            found += 1
+            given = {n: decoder.rgb(it, n) for n, it in decoder.pictures(0)}
             assert given.keys() == careful.keys()
-            assert [number for number, rgb in given.items() if not rgb.equal(careful[number])] == []
-            damaged = probe.timeline.number_of(stamp)
-            for _ in range(10):  # where it is a race, most of these go well
-                source = open_source(tmp_path / "patched.mp4")
+            assert [n for n, rgb in given.items() if not rgb.equal(careful[n][1])] == []
+            for _ in range(3):  # where it is a race, most of these go well
+                source = open_source(path)
                 list(source)
+                damaged = probe.timeline.number_of(stamp)
                 assert source.losses == [f"1 frame is damaged, and patched up by the decoder: {damaged}"]
+        assert found >= 3
 
     def test_a_picture_of_motion_jpeg_that_is_patched_up_is_told(self, clip: Clip, tmp_path: Path) -> None:
         whole = clip("motion.mkv", count=20, codec="mjpeg", pix_fmt="yuvj420p", size=(192, 128))
