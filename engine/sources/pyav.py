@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -18,16 +17,16 @@ from torch import Tensor
 
 from flowreel.engine.sources.picture import Converter
 from flowreel.engine.sources.probe import VideoProbe, decoded, opened, packets
-from flowreel.engine.sources.timecode import MOST_REORDERED, NO_STAMP, Timeline
+from flowreel.engine.sources.timecode import MOST_REORDERED, Timeline
 
 if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
 
-# Decoders that with frame threading sometimes output a picture before they mark it as damaged, and then nobody is told:
-# seen on a loaded machine with FFmpeg's MPEG-4 part 2 decoder 17 times in 750, with its H.264 decoder 14 times in 160,
-# never with one thread. With slice threading, the latter marks nothing.
+# Decoders that with frame threading sometimes output a picture before they mark it as damaged, so that the damage goes
+# unreported: on a loaded machine FFmpeg's MPEG-4 part 2 decoder did so 17 times in 750, its H.264 decoder for some frames
+# every second time; with one thread never. With slice threading, the latter marks nothing.
 _TELL_LATE = {"h264", "mpeg4"}
 # Decoders that conceal damage without marking the picture. With err_detect=explode they report it as an error instead.
 # That cannot be the rule for all of them: FFmpeg's VP9 decoder then fails on intact files.
@@ -44,14 +43,13 @@ class Decoded:
 
     frame: VideoFrame
     damaged: bool  # and concealed by the decoder
-    latest_stamp: int | None  # the largest of this picture and of those decoded before it, which it may reference
 
 
 class PyAVDecoder:
     """A ``VideoDecoder`` that gives pictures on the CPU.
 
-    fast: decode with all cores even where that now and then lets damage pass unreported (``_TELL_LATE``). A network on
-        a GPU may be faster than one decoding thread; one on a CPU never is.
+    fast: decode on all cores even where damage may then go unreported (``_TELL_LATE``). A network on a GPU may be
+        faster than one decoding thread; a network on a CPU never is.
     """
 
     def __init__(self, probe: VideoProbe, *, fast: bool = False) -> None:
@@ -79,28 +77,14 @@ def _numbered(probe: VideoProbe, first: int, mode: _Mode) -> Generator[tuple[int
     When a frame from ``first`` on is missing, or any has concealed damage, decoding starts over near that place with
     one thread. With several threads, the number of intact frames lost with a damaged one, and what conceals the damage
     in it and in the frames that reference it, would depend on the number of cores, and FFmpeg may not report the error.
-
-    A B-frame references a frame that is shown after it, and is held back until that frame has come out intact.
     """
-    due = first  # number of the next frame to yield
-    coming = first  # number of the next frame to come out of the decoder
-    held: deque[tuple[int, Decoded, int]] = deque()  # each with the number of the frame it waits for
+    due = first
     with suppress(av.FFmpegError):
         for number, picture in _from(probe, first, mode):
-            if number > coming or picture.damaged:
+            if number > due or picture.damaged:
                 break
-            coming = max(coming, number + 1)
-            latest = probe.timeline.number_of(picture.latest_stamp)
-            held.append((number, picture, number if latest is None else latest))
-            while held and held[0][2] <= number:
-                given, intact, _ = held.popleft()
-                yield given, intact
-                due = max(due, given + 1)
-        else:
-            if coming >= len(probe.timeline):
-                yield from ((given, intact) for given, intact, _ in held)
-                return
-    held.clear()
+            yield number, picture
+            due = max(due, number + 1)
     if due < len(probe.timeline):
         for number, picture in _from(probe, due, "careful"):
             if number >= due:
@@ -170,19 +154,14 @@ def _pass(probe: VideoProbe, seek_stamp: int | None, mode: _Mode, latest: int = 
                 container.seek(seek_stamp, stream=stream)
             except av.FFmpegError:
                 return  # cannot seek: the caller decodes from the start
-        latest_stamp = NO_STAMP
-        latest_stamps: dict[int, int] = {}  # stamp of a packet in the decoder -> latest_stamp at that packet
-        wrong: set[int] = set()  # stamps of the packets in which the watcher has found an error
+        wrong: set[int | None] = set()  # stamps of the packets in which the watcher has found an error
         for place, packet in enumerate(packets(container, stream)):
             if seek_stamp is not None and place == 0 and not _is_key(packet, probe, latest):
                 return
-            if packet.pts is not None:
-                latest_stamp = latest_stamps[packet.pts] = max(latest_stamp, packet.pts)
-                if watcher is not None and watcher.finds_error(packet):
-                    wrong.add(packet.pts)
+            if watcher is not None and watcher.finds_error(packet):
+                wrong.add(packet.pts)
             for frame in decoded(packet) if mode == "careful" else packet.decode():
-                latest_of_frame = None if frame.pts is None else latest_stamps.pop(frame.pts, None)
-                yield Decoded(frame, frame.is_corrupt or frame.pts in wrong, latest_of_frame)
+                yield Decoded(frame, frame.is_corrupt or (frame.pts is not None and frame.pts in wrong))
 
 
 class _Watcher:
