@@ -187,6 +187,7 @@ def stream(source: PathLike, **options: Unpack[RunOptions]) -> Iterator[FlowBatc
     loop raises StageError, and TruncatedSourceError after the last batch that could be computed.
     """
     config = RunConfig.of(**options)
+    refuse_output_options(config)
     with ExitStack() as opened:
         device = str(resolve_device(config.model.device))
         frames = opened.enter_context(closing(open_source(lasting_name(source), config.select, device)))
@@ -205,6 +206,14 @@ def stream(source: PathLike, **options: Unpack[RunOptions]) -> Iterator[FlowBatc
                 raise TruncatedSourceError(f"{_named(source)}: {'; '.join(frames.losses)}")
 
     return flows()
+
+
+def refuse_output_options(config: RunConfig) -> None:
+    """Raises UsageError for options that ask something of outputs, where flow goes to the caller instead."""
+    if asked := [name for name in ("resume", "overwrite") if getattr(config.sink, name)]:
+        raise UsageError(f"{asked[0]} is for runs that write an output to their end")
+    if config.sink.resolution != "full":
+        raise UsageError("resolution native is for flow stores: flow that goes to the caller has full resolution")
 
 
 def stages(

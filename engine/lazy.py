@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from flowreel import sinks
-from flowreel.engine.api import flow_header
+from flowreel.engine.api import flow_header, refuse_output_options
 from flowreel.engine.computed_flow import ComputedFlow, LazyStatistics
 from flowreel.engine.config import RunConfig
 from flowreel.engine.data import SourceId
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from flowreel.sinks import ComputedStore
 
 FRAMES_MB = 256.0  # MiB of decoded frames to keep: 700 frames of 640x360, 80 of 1920x1080
-_RUNS_ONLY = ("resume", "overwrite", "tolerate_truncation")
 
 
 def open(
@@ -105,13 +104,12 @@ class LazyFlow:
         **options: Unpack[LazyOptions],
     ) -> None:
         """As ``open``. network: one loaded earlier with the same options, so that many sources can share it."""
-        if given := [name for name in _RUNS_ONLY if options.get(name)]:
-            raise UsageError(f"{given[0].replace('_', '-')} is for runs that write an output to their end")
         if not 0 <= frames_mb < float("inf"):
             raise UsageError(f"frames-mb must be a number of megabytes, got {frames_mb!r}")
         config = RunConfig.of(**options)
-        if config.sink.resolution != "full":
-            raise UsageError("flow that is computed when it is looked at has full resolution")
+        refuse_output_options(config)
+        if config.tolerate_truncation:
+            raise UsageError("tolerate-truncation is for runs and streams, which read a source to its end")
         self.path = os.fspath(source)
         self._options = options
         self._config = config

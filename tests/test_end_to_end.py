@@ -271,6 +271,12 @@ def test_what_is_wrong_is_said_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("options", [{"resume": True}, {"overwrite": True}, {"resolution": "native"}])
+def test_a_stream_takes_no_options_of_outputs(options: dict[str, Any], tiny: str) -> None:
+    with pytest.raises(UsageError, match=r"for runs|for flow stores"):
+        flowreel.stream(SOURCE, weights=tiny, **options)
+
+
 def test_cuda_is_never_silently_a_cpu(tiny: str) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

@@ -159,9 +159,11 @@ def print_many(report: ManyReport) -> None:
                 console.print(printable(f"{source.source}: {note}"))
     for note in shared:
         console.print(f"note: {printable(note)}")
-    runs = [source.run for source in report.sources if source.run is not None]
-    if runs:
-        console.print(printable(_how(runs[0])))
+    how = {source.source: _how(source.run) for source in report.sources if source.run is not None}
+    if len(set(how.values())) == 1:
+        how = {"": next(iter(how.values()))}
+    for name, said in how.items():
+        console.print(printable(f"{name}: {said}" if name else said))
     counts = (f"{sum(s.status == status for s in report.sources)} {status}" for status in ("done", "skipped", "failed"))
     console.print(f"{', '.join(counts)} in {clock(report.seconds)}; see {printable(report.manifest)}")
 

@@ -87,8 +87,11 @@ def normalise(first: Tensor, second: Tensor) -> Tensor:
         (B, 6, H, W): both frames, minus one mean per sample and channel *over the two together*, divided by 255.
 
     Raises:
+        TypeError: the frames are not floating point.
         ValueError: shapes differ, or are not multiples of 64.
     """
+    if not (first.is_floating_point() and second.is_floating_point()):
+        raise TypeError(f"expected floating point frames, got {first.dtype} and {second.dtype}: call .float() first")
     if first.shape != second.shape or first.ndim != 4 or first.shape[1] != 3:
         raise ValueError(f"expected two (B, 3, H, W) tensors of one shape, got {_shape(first)} and {_shape(second)}")
     height, width = first.shape[2:]

@@ -137,6 +137,9 @@ def _read_checkpoint(path: Path, name: str) -> tuple[dict[str, Tensor], Mapping[
 def _check_zip(path: Path, name: str) -> None:
     """Refuses compressed zip files, which might expand to any size; torch stores its tensors uncompressed."""
     if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            if file.read(4) == b"PK\x03\x04":  # of a zip file's first record; what marks its end is missing
+                raise UnreadableWeightsError(f"{name} is cut short or damaged: its end is missing; download it again")
         return
     with zipfile.ZipFile(path) as packed:
         records = packed.infolist()

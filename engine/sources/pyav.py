@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 
 # Decoders that with frame threading sometimes output a picture before they mark it as damaged, so that the damage goes
-# unreported: on a loaded machine FFmpeg's MPEG-4 part 2 decoder did so 17 times in 750, its H.264 decoder for some frames
-# every second time; with one thread never. With slice threading, the latter marks nothing.
+# unreported: on a loaded machine FFmpeg's MPEG-4 part 2 decoder did so 17 times in 750, its H.264 decoder every second
+# time for some frames; with one thread never. With slice threading, the latter marks nothing.
 _TELL_LATE = {"h264", "mpeg4"}
 # Decoders that conceal damage without marking the picture. With err_detect=explode they report it as an error instead.
 # That cannot be the rule for all of them: FFmpeg's VP9 decoder then fails on intact files.

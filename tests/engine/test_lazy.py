@@ -405,8 +405,8 @@ class TestWhatGoesWrong:
 
     @pytest.mark.parametrize(
         "options",
-        [{"resume": True}, {"overwrite": True}, {"resolution": "native"}, {"frames_mb": -1}, {"colour": 3},
-         {"batch": 0}],
+        [{"resume": True}, {"overwrite": True}, {"resolution": "native"}, {"tolerate_truncation": True},
+         {"frames_mb": -1}, {"colour": 3}, {"batch": 0}],
     )  # fmt: skip
     def test_options(self, opened: Callable[..., LazyFlow], options: dict[str, Any]) -> None:
         with pytest.raises(UsageError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -87,3 +88,10 @@ def test_the_summary_of_many_sources(capsys: Capture) -> None:
         "1 done, 1 skipped, 1 failed in 1:06; see out/list.json",
     ):
         assert words in said
+    alike = SourceReport("d.mp4", "done", ("out/d.zarr",), 7, 1.0, run=replace(run, notes=()))
+    print_many(ManyReport((*sources, alike), "out/list.json", 66.0))
+    assert capsys.readouterr().err.count("decoded by") == 1
+    other = replace(alike, run=replace(run, decoder="PyAV (av1)"))
+    print_many(ManyReport((*sources, other), "out/list.json", 66.0))
+    said = capsys.readouterr().err
+    assert re.findall(r"(\S+): .*decoded by (.*);", said) == [("a[1].mp4", ""), ("d.mp4", "PyAV (av1)")]

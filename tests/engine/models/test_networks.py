@@ -175,6 +175,12 @@ def test_impossible_frames_are_named(shape: tuple[int, ...]) -> None:
         model(torch.zeros(shape), torch.zeros(shape))
 
 
+def test_frames_that_are_not_floating_point_are_refused() -> None:
+    frame = torch.zeros((1, 3, 64, 64))
+    with pytest.raises(TypeError, match=r"got torch.float32 and torch.uint8: call \.float\(\) first"):
+        build_model("FlowNet2S", width=0.05)(frame, frame.byte())
+
+
 def test_model_names_in_any_case() -> None:
     assert model_name("flownet2css") == "FlowNet2CSS"
     with pytest.raises(UsageError, match="FlowNet2SD"):

@@ -184,6 +184,12 @@ def test_bad_files_are_refused_in_one_line(
     assert not (tmp_path / "pwned").exists()
 
 
+def test_a_cut_checkpoint_is_said_to_be_that(tmp_path: Path) -> None:
+    _cut(tmp_path / "part.pth.tar")
+    with pytest.raises(UnreadableWeightsError, match=r"^part\.pth\.tar is cut short or damaged: its end is missing"):
+        read_weights(tmp_path / "part.pth.tar")
+
+
 def test_what_is_no_network_of_ours(tmp_path: Path) -> None:
     path = tmp_path / "resnet.pth"
     for content in ({"layer1.weight": torch.zeros(3)}, {"state_dict": {"a": 1}}, {"state_dict": {}}, [1, 2]):
