@@ -72,7 +72,7 @@ def export(
         progress: called a few times a second with a ``Progress``.
         start, stop: which flows, by number, as in a Python slice.
         **options: ``codec``, ``max_error``, ``max_flow``, ``encoder``, ``bound``, ``overwrite``, ``queue_mb`` as for
-            ``run``; ``frame_rate`` of flow files, which carry no times (default 25 per second).
+            ``run``; ``frame_rate`` of flow files, from which no times are read (default 25 per second).
 
     Returns:
         What was done and how large it is. Its notes state the error that the stored flow had before: a lossless copy

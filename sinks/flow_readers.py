@@ -145,7 +145,7 @@ class FileFlows:
         )
         self.notes: list[str] = []
         if frame_rate is None:
-            self.notes.append(f"flow files carry no times: {FRAME_RATE} frames per second are assumed")
+            self.notes.append(f"no times are read from flow files: {FRAME_RATE} frames per second are assumed")
 
     @property
     def names(self) -> Sequence[str]:

@@ -67,7 +67,7 @@ def open_flows(
             note); a part of a store, ``X.zarr@a:b`` (flows a to b-1, as Python slices) or ``X.zarr@a`` (one flow),
             unless a file has exactly that name; a folder, a glob, a single file or a list of flow files, all of one
             kind, read in natural order: frame2 before frame10.
-        frame_rate: frames per second of files, which carry no times; None: 25, with a note. Stores keep their times.
+        frame_rate: frames per second of files, from which no times are read; None: 25, with a note. Stores keep theirs.
         bound: displacement in pixels that the darkest and lightest grey of two-stream pictures stand for.
         start, stop: flow numbers within what the name gives, as a Python slice.
         one_size: whether files of different sizes raise FrameSizeError. If not, a batch never mixes sizes.

@@ -25,7 +25,9 @@ Weights = Annotated[str, typer.Option(help=WEIGHTS)]
 Device = Annotated[str, typer.Option(help=DEVICE)]
 OneDevice = Annotated[str, typer.Option(help="auto (CUDA if available), cpu, cuda or cuda:N.")]
 STDOUT = Path("-")  # as the value of ``--stats``
-CODECS = "blosc (readable by every Zarr v3 reader), zstd, pcodec (smaller for FlowNet2) or pcodec2d (smallest, fewest readers)."
+CODECS = (
+    "blosc (readable by every Zarr v3 reader), zstd, pcodec (smaller for FlowNet2), pcodec2d (smallest, few readers)."
+)
 BOUND = "Two-stream images map -BOUND..BOUND pixels to 0..255."
 QUEUE_MB = "Memory limit, in megabytes, for frames and flow queued between stages."
 MAX_ERROR = "Largest error of stored flow, in pixels; 0 is lossless."
