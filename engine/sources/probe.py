@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,7 +22,7 @@ from flowreel.engine.errors import SourceNotFoundError, UnsupportedSourceError, 
 from flowreel.engine.sources.file_ends import is_cut_short
 from flowreel.engine.sources.headers import SecondFields
 from flowreel.engine.sources.picture import Turn, colour_notes, is_full_range, matrix_of, shape_notes
-from flowreel.engine.sources.timecode import NO_STAMP, Timeline
+from flowreel.engine.sources.timecode import MOST_REORDERED, NO_STAMP, Timeline
 from flowreel.engine.sources.y4m import RECIPE
 
 if TYPE_CHECKING:
@@ -137,6 +138,13 @@ def probe_video(name: str, stream: int | None = None) -> VideoProbe:
                 first = next(iter(decoded(packet)), None)
         if first is None:
             raise UnsupportedSourceError(f"{path.name} holds {len(stamps)} frames, none of which could be decoded")
+        unfounded = _unfounded(stamps, key_places, first)
+        for place in reversed(unfounded):
+            del stamps[place], decoding[place]
+        key_places = array("q", (place - bisect_left(unfounded, place) for place in key_places))
+        if unfounded:
+            frames = "1 frame references" if len(unfounded) == 1 else f"{len(unfounded)} frames reference"
+            notes.append(f"{frames} what came before the start of the file, and cannot be decoded: left out")
         average, stated = chosen.average_rate, chosen.guessed_rate
         if all(stamp == NO_STAMP for stamp in stamps):  # an elementary stream: its average rate is made up by FFmpeg
             average, stated = stated, average
@@ -169,6 +177,19 @@ def probe_video(name: str, stream: int | None = None) -> VideoProbe:
             cut_short=is_cut_short(path),
             notes=(*notes, *timeline.notes, *turn_notes, *colour_notes(first), *shape_notes(chosen)),
         )
+
+
+def _unfounded(stamps: Sequence[int], key_places: Sequence[int], first: VideoFrame) -> list[int]:
+    """Places of the frames that are shown before the first packet's, where that one is the first to be decoded.
+
+    A recording that was cut out of a longer one may begin with a key frame of an open GOP. The B-frames that are shown
+    before it reference the group before, which is not in the file; decoders drop them.
+    """
+    if not stamps or NO_STAMP in stamps or first.pts != stamps[0] or not key_places or key_places[0] != 0:
+        return []
+    places = [place for place, stamp in enumerate(stamps) if stamp < stamps[0]]
+    end = min([*key_places[1:2], MOST_REORDERED + 1])  # farther on they would be of another recording, joined to this
+    return places if places and places[-1] < end else []
 
 
 def _in_frames(rate: Fraction, stamps: Sequence[int], time_base: Fraction) -> Fraction:
