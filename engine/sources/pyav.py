@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 # Decoders that with frame threading sometimes output a picture before they mark it as damaged, so that the damage goes
 # unreported: on a loaded machine FFmpeg's MPEG-4 part 2 decoder did so 17 times in 750, its H.264 decoder every second
-# time for some frames; with one thread never. With slice threading, the latter marks nothing.
-_TELL_LATE = {"h264", "mpeg4"}
+# time for some frames. With the threads named here they never did; slices are no help to H.264, where they mark nothing.
+_TELL_LATE: dict[str, tuple[Literal["SLICE", "AUTO"], int]] = {"h264": ("AUTO", 1), "mpeg4": ("SLICE", 0)}
 # Decoders that conceal damage without marking the picture. With err_detect=explode they report it as an error instead.
 # That cannot be the rule for all of them: FFmpeg's VP9 decoder then fails on intact files.
 _SILENT = {"hevc", "mjpeg"}
@@ -146,8 +146,8 @@ def _pass(probe: VideoProbe, seek_stamp: int | None, mode: _Mode, latest: int = 
             stream.thread_count = 1
             watcher = _Watcher(stream) if silent else None
         else:
-            one = mode == "exact" and stream.codec_context.name in _TELL_LATE
-            stream.thread_type, stream.thread_count = "AUTO", int(one)  # 0: as many threads as there are cores
+            threads = _TELL_LATE.get(stream.codec_context.name) if mode == "exact" else None
+            stream.thread_type, stream.thread_count = threads or ("AUTO", 0)  # 0: as many threads as there are cores
             stream.codec_context.options = dict(_FAIL_AT_ERRORS) if silent else {}
         if seek_stamp is not None:
             try:
