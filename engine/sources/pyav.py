@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # Decoders that with frame threading sometimes output a picture before they mark it as damaged, so that the damage goes
 # unreported: on a loaded machine FFmpeg's MPEG-4 part 2 decoder did so 17 times in 750, its H.264 decoder every second
-# time for some frames. With the threads named here they never did; slices are no help to H.264, where they mark nothing.
+# time for some frames. With the threads named here they never did. With slices, the H.264 decoder marks nothing.
 _TELL_LATE: dict[str, tuple[Literal["SLICE", "AUTO"], int]] = {"h264": ("AUTO", 1), "mpeg4": ("SLICE", 0)}
 # Decoders that conceal damage without marking the picture. With err_detect=explode they report it as an error instead.
 # That cannot be the rule for all of them: FFmpeg's VP9 decoder then fails on intact files.
