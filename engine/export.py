@@ -72,7 +72,7 @@ def export(
         progress: called a few times a second with a ``Progress``.
         start, stop: which flows, by number, as in a Python slice.
         **options: ``codec``, ``max_error``, ``max_flow``, ``encoder``, ``bound``, ``overwrite``, ``queue_mb`` as for
-            ``run``; ``frame_rate`` of flow files, from which no times are read (default 25 per second).
+            ``run``; ``frame_rate`` of flow files without times (default 25 per second).
 
     Returns:
         What was done and how large it is. Its notes state the error that the stored flow had before: a lossless copy
@@ -134,6 +134,6 @@ def _notes(flows: FlowReader, paths: list[str], config: SinkConfig, frame_rate: 
     if isinstance(error, float):
         yield f"the flow was stored within {error:g} px of what had been computed; every output carries that error too"
     if flows.has_times and frame_rate is not None:
-        yield "a store keeps its own times: the frame rate that was given does not apply"
+        yield "what is read keeps its own times: the frame rate that was given does not apply"
     # For files the bound is not reported as without effect: two-stream pictures are read with it.
     yield from without_effect(paths, config if flows.has_times else replace(config, bound=SinkConfig.bound))

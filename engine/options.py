@@ -62,7 +62,7 @@ class RunOptions(ComputeOptions, OutputOptions, total=False):
 class ExportOptions(OutputOptions, QueueOptions, total=False):
     """Options of ``export``."""
 
-    frame_rate: Fraction | float | str | None  # of flow files, from which no times are read
+    frame_rate: Fraction | float | str | None  # of flow files without times
     shard_bytes: int | None
 
 

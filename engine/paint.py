@@ -75,8 +75,8 @@ def color(
         output: a folder, which gets ``NAME.flo.png`` for ``NAME.flo`` and ``STEM_000012.png`` for frame 12 of the
             store ``STEM.zarr``; or ``X.mp4`` or ``X.mkv`` for the video alone; or ``X.png`` for one single flow.
         video: also make a video in the folder, ``NAME.flo.mp4`` after the first file (``STEM.flo.mp4`` for a store).
-        frame_rate: of the video, frames per second, constant. None: the flow of a store is shown at its own times, and
-            files at 30 frames per second; one input follows the other.
+        frame_rate: of the video, frames per second, constant. None: the flow of a store or of ``.npz`` files with times
+            is shown at those, and other files at 30 frames per second; one input follows the other.
         max_flow: flow magnitude in pixels at full colour. None or "auto": in each picture its own longest vector; in
             the video one value for the whole clip, measured on the first flows.
         progress: called a few times a second with a ``Progress``.

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     Float32Array = npt.NDArray[np.float32]
 
+PairTimes = tuple[int, int, float, float]  # frame, frame_to, timestamp_s, timestamp_to_s
 FRAME_RATE = Fraction(25)  # of flow without times; image sequences are read at the same rate
 BATCH_BYTES = 16 << 20  # of float32 flow in one batch: a single field of 1920x1080
 BATCH_FLOWS = 8  # in one batch, of small fields; more gain nothing
@@ -107,6 +108,8 @@ class FileFlows:
         paths: in order.
         numbers: which of them, counted from 0.
         read: reads one file: (H, W, 2) floats, pixels.
+        read_times: reads the frame numbers and times of a file's pair, None if it holds none; None: no such file does.
+            They are used if all files hold some, in order.
         frame_rate: frames per second, for the times; None: 25, with a note.
         one_size: whether a file whose size differs from the first raises FrameSizeError. If not, ``info`` has the first
             one's size, and a batch never mixes sizes.
@@ -116,13 +119,13 @@ class FileFlows:
     """
 
     stem = None
-    has_times = False
 
     def __init__(
         self,
         paths: Sequence[Path],
         numbers: range,
         read: Callable[[Path], npt.NDArray[Any]],
+        read_times: Callable[[Path], PairTimes | None] | None = None,
         *,
         frame_rate: Fraction | None = None,
         one_size: bool = True,
@@ -132,9 +135,10 @@ class FileFlows:
         self._read_file = read
         self._one_size = one_size
         self._closed = False
-        self._rate = frame_rate or FRAME_RATE
         first = paths[numbers[0]]
         height, width = self._read(first).shape[1:]
+        self._kept = None if read_times is None else _kept_times([paths[number] for number in numbers], read_times)
+        self._rate = frame_rate or (FRAME_RATE if self._kept is None else _rate_of(self._kept[0]))
         self.info = FlowInfo(
             height=height,
             width=width,
@@ -144,8 +148,12 @@ class FileFlows:
             made_by={"imported_from": f"{len(numbers)} files such as {first.name}"},
         )
         self.notes: list[str] = []
-        if frame_rate is None:
-            self.notes.append(f"no times are read from flow files: {FRAME_RATE} frames per second are assumed")
+        if frame_rate is None and not self.has_times:
+            self.notes.append(f"the flow files carry no times: {FRAME_RATE} frames per second are assumed")
+
+    @property
+    def has_times(self) -> bool:
+        return self._kept is not None
 
     @property
     def names(self) -> Sequence[str]:
@@ -189,16 +197,22 @@ class FileFlows:
 
     def _batch(self, flows: list[Float32Array], first: int) -> FlowBatch:
         """The flows of the files from number ``first`` on."""
-        frame = np.arange(first, first + len(flows), dtype=np.int64)
-        rate = float(self._rate)
+        times = [self._times(number) for number in range(first, first + len(flows))]
+        frame, frame_to, timestamp_s, timestamp_to_s = zip(*times, strict=True)
         return FlowBatch(
             flow=torch.from_numpy(np.stack(flows)),
             index=first - self._numbers.start,
-            frame=frame,
-            frame_to=frame + 1,
-            timestamp_s=frame / rate,
-            timestamp_to_s=(frame + 1) / rate,
+            frame=np.array(frame, np.int64),
+            frame_to=np.array(frame_to, np.int64),
+            timestamp_s=np.array(timestamp_s, np.float64),
+            timestamp_to_s=np.array(timestamp_to_s, np.float64),
         )
+
+    def _times(self, number: int) -> PairTimes:
+        if self._kept is not None:
+            return self._kept[self._numbers.index(number)]
+        rate = float(self._rate)
+        return number, number + 1, number / rate, (number + 1) / rate
 
     def _read(self, path: Path) -> Float32Array:
         """(2, H, W) float32, pixels; a view of what the format's own reader returns."""
@@ -217,6 +231,26 @@ class FileFlows:
                 f"{path} is {width}x{height}, but {self._paths[self._numbers[0]].name} is {info.width}x{info.height}: "
                 "flow that goes into one output must be of one size"
             )
+
+
+def _kept_times(paths: Sequence[Path], read_times: Callable[[Path], PairTimes | None]) -> list[PairTimes] | None:
+    """The times that all of the files hold; None if one holds none, is damaged, or does not follow the one before."""
+    kept: list[PairTimes] = []
+    for path in paths:
+        try:
+            times = read_times(path)
+        except FlowreelError:
+            return None  # told when its flow is read
+        if times is None or (kept and times[2] <= kept[-1][2]):
+            return None
+        kept.append(times)
+    return kept
+
+
+def _rate_of(times: PairTimes) -> Fraction:
+    """Frames per second of a pair: a rate such as 25 or 30000/1001, as far as its times tell."""
+    gap_s = abs(times[3] - times[2])
+    return Fraction(1 / gap_s).limit_denominator(1001) if 1e-6 < gap_s < 1e3 else FRAME_RATE
 
 
 def batch_length(info: FlowInfo) -> int:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     Float32Array = npt.NDArray[np.float32]
 
+BESIDE = ("frame", "frame_to", "timestamp_s", "timestamp_to_s")  # entries of the archive next to the flow
 NPY_MAGIC = b"\x93NUMPY"
 HEADER_BYTES = 1024  # of an .npy, at most; NumPy's own for three dimensions take 128
 FLOAT = re.compile(r"[<>=|]?f[248]")
@@ -76,6 +77,23 @@ def read_flow_npz(path: PathLike) -> Float32Array:
         return np.ascontiguousarray(flow if array.is_interleaved else flow.transpose(1, 2, 0), np.float32)
 
 
+def read_npz_times(path: PathLike) -> tuple[int, int, float, float] | None:
+    """The pair's frame numbers and times in seconds that an ``.npz`` of ours holds; None unless all four are there.
+
+    Raises SourceNotFoundError or FlowFileError, as ``read_flow_npz`` does.
+    """
+    name = os.fspath(path)
+    with read_errors(path, ".npz file"), open(path, "rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                frame, frame_to, timestamp_s, timestamp_to_s = (_scalar(archive, field) for field in BESIDE)
+        except _BROKEN as error:
+            raise FlowFileError(f"{name}: its times are damaged ({str(error)[:SHOWN]})") from error
+    if frame is None or frame_to is None or timestamp_s is None or timestamp_to_s is None:
+        return None
+    return int(frame), int(frame_to), timestamp_s, timestamp_to_s
+
+
 def write_flow_npz(
     path: PathLike,
     flow: npt.NDArray[np.floating[Any]],
@@ -112,7 +130,7 @@ class NpzSink(NumberedFilesSink):
     example = "flows/%06d.npz"
 
     def encode(self, flow: SingleFlow) -> FlowFiles:
-        beside = {name: getattr(flow, name) for name in ("frame", "frame_to", "timestamp_s", "timestamp_to_s")}
+        beside = {name: getattr(flow, name) for name in BESIDE}
         return FlowFiles(((_archive(flow.flow, beside),),))
 
 
@@ -187,6 +205,17 @@ def _read_header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> _Array | N
     if not FLOAT.fullmatch(str(dtype)) or not is_shape or 2 not in (shape[0], shape[2]):
         return None
     return _Array(np.dtype(dtype), shape, bool(order), begins)
+
+
+def _scalar(archive: zipfile.ZipFile, name: str) -> float | None:
+    """The single number under this name; None where there is none, or something else."""
+    if f"{name}.npy" not in archive.namelist():
+        return None
+    entry = archive.getinfo(f"{name}.npy")
+    if entry.file_size > HEADER_BYTES or entry.flag_bits & ENCRYPTED:
+        return None
+    value = np.lib.format.read_array(io.BytesIO(archive.read(entry)), allow_pickle=False)
+    return float(value) if value.shape == () and value.dtype.kind in "iuf" and np.isfinite(value) else None
 
 
 def _read_values(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, array: _Array) -> npt.NDArray[Any]:

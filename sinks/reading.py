@@ -36,12 +36,13 @@ class FlowFile:
     module: str
     function: str  # function(path) -> (H, W, 2) float32 pixels, or a tuple that begins with it; unknown: NaN or > 1e9
     takes_bound: bool = False  # function(path, bound), bound in pixels
+    times: str | None = None  # function(path) -> (frame, frame_to, timestamp_s, timestamp_to_s), or None
 
 
 FLOW_FILES = (
     FlowFile("X.flo", r".*\.flo", "flowreel.sinks.flo", "read_flo"),
     FlowFile("X.kitti.png", r".*\.kitti\.png", "flowreel.sinks.kitti", "read_kitti"),
-    FlowFile("X.npz", r".*\.npz", "flowreel.sinks.npz", "read_flow_npz"),
+    FlowFile("X.npz", r".*\.npz", "flowreel.sinks.npz", "read_flow_npz", times="read_npz_times"),
     FlowFile("flow_x_N.jpg", r"flow_x_[^.]*\.(jpe?g|png)", "flowreel.sinks.two_stream", "read_two_stream", True),
 )
 # KITTI's own files are named 000000_10.png, like any picture: read as flow only where no other kind is found.
@@ -67,7 +68,8 @@ def open_flows(
             note); a part of a store, ``X.zarr@a:b`` (flows a to b-1, as Python slices) or ``X.zarr@a`` (one flow),
             unless a file has exactly that name; a folder, a glob, a single file or a list of flow files, all of one
             kind, read in natural order: frame2 before frame10.
-        frame_rate: frames per second of files, from which no times are read; None: 25, with a note. Stores keep theirs.
+        frame_rate: frames per second of files without times; None: 25, with a note. Stores keep theirs, as do ``.npz``
+            files that hold any.
         bound: displacement in pixels that the darkest and lightest grey of two-stream pictures stand for.
         start, stop: flow numbers within what the name gives, as a Python slice.
         one_size: whether files of different sizes raise FrameSizeError. If not, a batch never mixes sizes.
@@ -97,7 +99,8 @@ def open_flows(
         found, strict = _listed(names), True
     kind, paths = _of_one_kind(name, found, strict)
     numbers = _numbers(len(paths), name, slice(start, stop))
-    flows = FileFlows(paths, numbers, _reader(kind, bound), frame_rate=rate, one_size=one_size)
+    times = None if kind.times is None else getattr(import_module(kind.module), kind.times)
+    flows = FileFlows(paths, numbers, _reader(kind, bound), times, frame_rate=rate, one_size=one_size)
     if not strict and (unfinished := _unfinished({path.parent for path in paths}, kind)):
         files = "a file" if unfinished == 1 else f"{unfinished} files"
         flows.notes.append(f"{name} also holds {files} named .partial, of a run that was not finished")

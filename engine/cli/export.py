@@ -62,7 +62,7 @@ def export(
         typer.Option(
             "--frame-rate",
             "-r",
-            help="Frame rate of flow files, from which no timestamps are read. \\[default: 25]",
+            help="Frame rate of flow files, which carry no timestamps (.npz do). \\[default: 25]",
             show_default=False,
         ),
     ] = None,

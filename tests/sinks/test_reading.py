@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import struct
 from fractions import Fraction
@@ -23,7 +24,7 @@ from flowreel.engine.errors import (
     UsageError,
 )
 from flowreel.engine.protocols import FlowReader
-from flowreel.sinks import flow_readers, open_sink, reading
+from flowreel.sinks import flow_readers, open_sink, reading, write_flow_npz
 from flowreel.sinks.reading import open_flows
 
 HEIGHT, WIDTH = 6, 8
@@ -185,6 +186,36 @@ def test_every_kind_of_file_comes_back(tmp_path: Path, pattern: str, tolerance: 
     assert np.array_equal(read_all(open_flows(glob, bound=5.0))[0], back)
     one = sorted((tmp_path / "out").glob(Path(glob).name))[0]
     assert np.array_equal(read_all(open_flows(one, bound=5.0))[0][0], back[0])
+
+
+def npz_files(folder: Path, times: list[tuple[int, float] | None]) -> Path:
+    """One file for each pair of frames 4 apart, a tenth of a second apart; None: without any of that."""
+    for number, pair in enumerate(times):
+        frame, time_s = pair or (0, 0.0)
+        beside = {"frame": frame, "frame_to": frame + 4, "timestamp_s": time_s, "timestamp_to_s": time_s + 0.1}
+        write_flow_npz(folder / f"{number}.npz", some_flow(), **(beside if pair else {}))  # type: ignore[arg-type]
+    return folder
+
+
+def test_npz_files_keep_their_times(tmp_path: Path) -> None:
+    times: list[tuple[int, float] | None] = [(8 + 4 * number, 7.5 + 0.1 * number) for number in range(11)]
+    reader = open_flows(npz_files(tmp_path, times), start=1)
+    assert (reader.has_times, reader.info.frame_rate, reader.notes) == (True, 10, [])
+    batches = list(reader)
+    assert np.concatenate([batch.frame for batch in batches]).tolist() == list(range(12, 52, 4))
+    assert np.concatenate([batch.frame_to for batch in batches]).tolist() == list(range(16, 56, 4))
+    assert np.concatenate([batch.timestamp_s for batch in batches]) == pytest.approx(7.6 + 0.1 * np.arange(10))
+    assert np.concatenate([batch.timestamp_to_s for batch in batches]) == pytest.approx(7.7 + 0.1 * np.arange(10))
+    assert open_flows(tmp_path, frame_rate=50).info.frame_rate == 50
+
+
+@pytest.mark.parametrize("second", [None, (8, 7.5), (12, 7.4), (12, math.nan)], ids=str)
+def test_times_that_do_not_follow_each_other_are_not_read(tmp_path: Path, second: tuple[int, float] | None) -> None:
+    reader = open_flows(npz_files(tmp_path, [(8, 7.5), second]))
+    assert not reader.has_times
+    assert reader.notes == ["the flow files carry no times: 25 frames per second are assumed"]
+    (batch,) = reader
+    assert (batch.frame.tolist(), batch.timestamp_s.tolist()) == ([0, 1], [0, 0.04])
 
 
 def test_kittis_own_names_count_where_there_is_nothing_else(data_dir: Path) -> None:
