@@ -349,7 +349,7 @@ def _with_others(
     """Exports the other outputs from the complete store; without ``overwrite``, only those that are missing."""
     outputs, notes = list(report.outputs), list(report.notes)
     if report.pairs:
-        notes.append(f"went on after {resumed.point.flows} flows of an earlier run")
+        notes.append(f"continued after {resumed.point.flows} flows of an earlier run")
     options = {name: getattr(config.sink, name) for name in ("max_flow", "encoder", "bound")}
     options["queue_mb"] = config.queues.total_bytes / (1 << 20)
     for path in paths:
@@ -357,7 +357,7 @@ def _with_others(
             continue
         sink = open_sink(path, config.sink)
         if not overwrite and is_finished(sink, report.flows):
-            notes.append(f"{path} is there already")
+            notes.append(f"{path} exists already")
             continue
         # What is left of an unfinished single output is replaced. Of many files, nobody can tell whose they are.
         replaces = overwrite or not isinstance(sink, OneFileAFlow)

@@ -266,7 +266,7 @@ class FlowClips(Dataset[Any]):
             flows = self._open_path(given)
             known = self._extents
             if number < len(known) and known[number].differs(flows):
-                raise SourceChangedError(f"{given} is not what it was when the clips were laid out: make them anew")
+                raise SourceChangedError(f"{given} is not what it was when the clips were laid out: create them again")
         self._opened[number] = flows
         video = isinstance(flows, LazyFlow)  # stores must not evict videos, which are slow to open
         alike = [other for other, held in self._opened.items() if isinstance(held, LazyFlow) == video]

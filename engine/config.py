@@ -111,7 +111,7 @@ class SinkConfig:
         if self.max_flow is not None and not 0 < self.max_flow < float("inf"):
             raise UsageError(f"max-flow must be a positive number of pixels or auto, got {self.max_flow}")
         if self.resume and self.overwrite:
-            raise UsageError("resume goes on with what is there and overwrite replaces it: give one of them")
+            raise UsageError("resume continues what exists and overwrite replaces it: give only one of them")
         if not 0 < self.bound < float("inf"):
             raise UsageError(f"bound must be a positive number of pixels, got {self.bound}")
         if self.shard_bytes is not None and self.shard_bytes < 1:

@@ -176,7 +176,7 @@ def _former(path: Path) -> tuple[Mapping[str, dict[str, Any]], dict[str, dict[st
     except (OSError, ValueError):
         content = None
     if not isinstance(content, dict) or FORMAT not in content or not isinstance(content.get("sources"), list):
-        raise OutputExistsError(f"{path} is there and is no manifest of flowreel's: name another with --manifest")
+        raise OutputExistsError(f"{path} exists and is not a flowreel manifest: name another with --manifest")
     earlier, made = content.get("earlier"), content.get("made")  # earlier: of sources that run did not reach
     entries = [
         entry

@@ -49,7 +49,7 @@ class ManyReport:
             first = self.failed[0]
             raise SomeSourcesFailedError(
                 f"{len(self.failed)} of {len(self.sources)} sources failed, the first {first.source}: {first.error}; "
-                f"{self.manifest} tells of each, and the same command again leaves out what is done"
+                f"{self.manifest} lists each; the same command again skips what is done"
             ) from first.error
 
     def as_json(self) -> dict[str, object]:
@@ -207,15 +207,15 @@ def _missing(job: Job, there: list[Sink], ledger: Ledger, config: RunConfig, wei
         differing = differing_settings(was, stored if is_store else settings_of_others(stored, config))
         if differing:
             raise ResumeMismatchError(
-                f"{sink.path} is there, but not what is asked for: {'; '.join(differing)}. Choose another name, or "
-                "make it anew with --overwrite"
+                f"{sink.path} exists, but differs from what is asked for: {'; '.join(differing)}. Choose another name, "
+                "or remake it with --overwrite"
             )
         before = (was.get("source") or {}).get("size_bytes")
         if None not in (before, source.size_bytes) and before != source.size_bytes:
             if not config.sink.resume:
                 raise ResumeMismatchError(
-                    f"{sink.path} is there, but {source.name} had {before} bytes then and has {source.size_bytes}: go "
-                    "on with a store with --resume, or make it anew with --overwrite"
+                    f"{sink.path} exists, but {source.name} had {before} bytes then and has {source.size_bytes}: "
+                    "continue a store with --resume, or remake it with --overwrite"
                 )
             grown = True
     paths = {sink.path for sink in there}

@@ -94,7 +94,7 @@ def opened_sinks(sinks: Sequence[Sink], header: FlowInfo, *, resumes: bool = Fal
         for sink in opened:
             if kept := sink.abort():
                 goes_on = resumes and isinstance(sink, Resumable) and not isinstance(error.__cause__, FrameSizeError)
-                error.add_note(kept + ("; --resume goes on with it" if goes_on else ""))
+                error.add_note(kept + ("; --resume continues it" if goes_on else ""))
         raise
 
 

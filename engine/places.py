@@ -55,12 +55,12 @@ def require_report(path: Path, outputs: Iterable[PathLike], sources: Iterable[Pa
         require_harmless(path, source)
     require_outside_stores(path)
     if path.is_dir():
-        raise OutputWriteError(f"cannot write {path}: a folder of that name is there")
+        raise OutputWriteError(f"cannot write {path}: a folder of that name exists")
     if path.is_file() and path.stat().st_size and not _is_report(path):
-        raise OutputExistsError(f"{path} is there and is no report that flowreel wrote: choose another name")
+        raise OutputExistsError(f"{path} exists and is not a report written by flowreel: choose another name")
     there = next((folder for folder in path.parents if os.path.lexists(folder)), None)
     if there is not None and not there.is_dir():
-        raise OutputWriteError(f"cannot write {path}: {there} is no folder")
+        raise OutputWriteError(f"cannot write {path}: {there} is not a folder")
     if there == path.parent and not os.path.lexists(path):
         try:  # some folders accept no new files, whatever their permissions say
             path.touch()
@@ -90,6 +90,6 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
-        raise OutputWriteError(f"{folder} is there and is no folder: choose another name") from None
+        raise OutputWriteError(f"{folder} exists and is not a folder: choose another name") from None
     except OSError as error:
         raise OutputWriteError(f"cannot make the folder {folder}: {error.strerror or error}") from error

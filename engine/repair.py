@@ -202,7 +202,7 @@ def recorded_config(rewriter: ShardRewriter, weights: str, device: str) -> RunCo
     missing = [name for name in SETTINGS if name not in told]
     if missing or "first_stored_by" in store.attrs:
         why = f"it does not tell {missing[0]}" if missing else "it was exported from another store"
-        raise DamagedStoreError(f"{store.path} cannot be computed again from a source: {why}; export it anew")
+        raise DamagedStoreError(f"{store.path} cannot be computed again from a source: {why}; export it again")
     flow_bytes = 8 * store.layout.codec.height * store.layout.codec.width
     told |= {"codec": store.layout.codec.codec, "shard_bytes": store.shard_length * flow_bytes}
     try:

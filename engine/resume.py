@@ -55,9 +55,9 @@ class Resumption:
             return
         if first.index != self.point.frame or abs(first.timestamp_s - self.point.timestamp_s) > SAME_TIME_S:
             raise ResumeMismatchError(
-                f"the store goes on at frame {self.point.frame}, {self.point.timestamp_s:.6f} s, but the source gives "
-                f"frame {first.index}, {first.timestamp_s:.6f} s there: it is another recording; start afresh with "
-                "--overwrite"
+                f"the store continues at frame {self.point.frame}, {self.point.timestamp_s:.6f} s, but the source "
+                f"gives frame {first.index}, {first.timestamp_s:.6f} s there: it is another recording; start afresh "
+                "with --overwrite"
             )
         yield first
         del first
@@ -77,7 +77,7 @@ def take_up(source: PathLike, select: SelectConfig, sinks: Sequence[Sink], devic
     """
     store = next((sink for sink in sinks if isinstance(sink, Resumable)), None)
     if store is None:
-        raise UsageError("resume goes on with a flow store, and no output is one: add -o X.zarr, or leave resume out")
+        raise UsageError("resume continues a flow store, and no output is one: add -o X.zarr, or leave resume out")
     point = store.resume_point()
     if point is None:
         return None
@@ -97,7 +97,7 @@ def take_up(source: PathLike, select: SelectConfig, sinks: Sequence[Sink], devic
             earlier = store.resume_point(below=point.flows)
             if earlier is None:
                 raise ResumeMismatchError(
-                    f"the store goes on at frame {ends}, and the source, from start to stop, does not reach as far: "
+                    f"the store continues at frame {ends}, and the source, from start to stop, does not reach as far: "
                     "run it as before, or start afresh with --overwrite"
                 ) from error
             point = earlier
@@ -119,6 +119,6 @@ def require_made_so(store: FlowStore, info: FlowInfo, config: RunConfig) -> None
         differing.append(f"flow was {store.shape[3]}x{store.shape[2]}, is {width}x{height}")
     if differing:
         raise ResumeMismatchError(
-            f"{store.path} is complete, but not what is asked for: {'; '.join(differing)}. Run it as before, choose "
-            "another name, or start afresh with --overwrite"
+            f"{store.path} is complete, but differs from what is asked for: {'; '.join(differing)}. Run it as before, "
+            "choose another name, or start afresh with --overwrite"
         )

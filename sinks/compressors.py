@@ -116,5 +116,5 @@ def codec_of(names: Sequence[str], dtype: np.dtype[Any], recorded: object = None
     """
     fitting = [codec for codec in COMPRESSORS if [*names] == [step["name"] for step in zarr_codecs(codec, dtype)]]
     if not fitting:
-        raise DamagedStoreError(f"codecs {' + '.join(names)} are none that flowreel writes: open it with zarr-python")
+        raise DamagedStoreError(f"codecs {' + '.join(names)} are not ones of flowreel: open it with zarr-python")
     return next((codec for codec in fitting if codec == recorded), fitting[0])

@@ -74,7 +74,7 @@ def open_cache(path: PathLike, info: FlowInfo, config: SinkConfig, flows: Placed
     if not folder.is_dir():
         raise CacheMismatchError(f"{folder} is a file: a cache is a folder")
     if not (folder / "zarr.json").is_file():
-        raise CacheMismatchError(f"{folder} is no cache and not empty: choose another folder")
+        raise CacheMismatchError(f"{folder} is not a cache and not empty: choose another folder")
     cache = FlowCache(folder)
     if differing := _differences(cache, info, config, flows):
         raise CacheMismatchError(
@@ -91,7 +91,7 @@ class FlowCache(FlowStore):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         if not self.layout.cache:
-            raise CacheMismatchError(f"{folder} is a flow store and no cache: flowreel.open_store reads it")
+            raise CacheMismatchError(f"{folder} is a flow store, not a cache: flowreel.open_store reads it")
         self.files = _CacheFiles(self.folder, self.layout, complete=True)
 
     def __repr__(self) -> str:

@@ -336,7 +336,7 @@ def read_errors(path: PathLike, what: str) -> Iterator[None]:
     try:
         # Opening a pipe might block forever, and reading a device might never end.
         if not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):
-            raise FlowFileError(f"{name}: expected a {what}, found something that is no file")
+            raise FlowFileError(f"{name}: expected a {what}, found something that is not a file")
         yield
     except FileNotFoundError as error:
         raise SourceNotFoundError(f"no {what} at {name}") from error

@@ -40,7 +40,7 @@ SAME_TIME_S = 1e-6
 # Largest mean difference allowed for a recomputed flow, for instance on another processor, relative to its mean
 # magnitude: bf16 causes 0.01 to 0.02, another pair of pictures about 1.
 MOST_DIFFERENCE = 0.1
-ANEW = "make the store anew with flowreel run --overwrite"
+ANEW = "remake the store with flowreel run --overwrite"
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class ShardRewriter:
                 "flowreel.open"
             )
         if not self.store.complete:
-            raise StoreError(f"{self.store.path} is unfinished: go on with it by flowreel run --resume, then repair it")
+            raise StoreError(f"{self.store.path} is unfinished: complete it with flowreel run --resume, then repair it")
         self._unfinished = publish.partial_path(self.store.folder)
         self._require_nothing_unfinished()
         self._opened = os.stat(self.store.folder)

@@ -100,12 +100,12 @@ class LocalTarget:
         afresh: an unfinished store is removed even without ``overwrite``.
         """
         if self.final.exists() and not (self.final / "zarr.json").is_file():
-            raise OutputExistsError(f"{self.final} is there and is not a Zarr store: remove it yourself if it can go")
+            raise OutputExistsError(f"{self.final} exists and is not a Zarr store: remove it yourself if it can go")
         publish.require_absent(self.final, overwrite)
         assert self._claim is not None, "hold comes before start"
         if not self._claim.made and not (overwrite or afresh):
             raise OutputExistsError(
-                f"{self.folder} is an unfinished store of an earlier run: pass --resume to go on with it, "
+                f"{self.folder} is an unfinished store of an earlier run: pass --resume to continue it, "
                 "or --overwrite to start afresh"
             )
         self._empty()

@@ -140,7 +140,7 @@ class ZarrSink:
             differing.append("it is of an older version and has no checksums of its flows")
         if differing:
             raise ResumeMismatchError(
-                f"cannot go on with {store.path}: {'; '.join(differing)}. Run it as before, or start afresh with "
+                f"cannot resume {store.path}: {'; '.join(differing)}. Run it as before, or start afresh with "
                 "--overwrite"
             )
 

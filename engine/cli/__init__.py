@@ -100,7 +100,7 @@ def call(arguments: list[str]) -> int:
     try:
         os.getcwd()
     except OSError as lost:  # MKL would abort the process, blaming a file of torch's
-        return _say(f"the working folder cannot be used ({lost.strerror}): change into one that is there", 1)
+        return _say(f"the working folder cannot be used ({lost.strerror}): change to one that exists", 1)
     try:
         from flowreel.engine.cli.app import app  # here, so that Ctrl-C while it loads is handled
 

@@ -89,7 +89,7 @@ def convert(
     half: Annotated[
         bool, typer.Option("--half", help="Store float16: half the size; .safetensors only. Values lose digits.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
     debug: Debug = False,
 ) -> None:
     """Convert NVIDIA's .pth.tar to .safetensors, or back. float32 values stay bit-identical.
@@ -118,14 +118,14 @@ def download(
         typer.Option(
             "--output",
             "-o",
-            help="A file, or a folder that is there. \\[default: the cache, where --weights NAME finds it]",
+            help="A file, or an existing folder. \\[default: the cache, where --weights NAME finds it]",
             show_default=False,
         ),
     ] = None,
     accept_licence: Annotated[
         bool, typer.Option("--accept-licence", help="Accept the licence without being asked, in scripts.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Fetch it again and replace what is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Fetch it again, replacing the file.")] = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:

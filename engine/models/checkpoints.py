@@ -152,7 +152,7 @@ def checkpoint(name: str) -> Checkpoint:
     known = find_checkpoint(name)
     if known is None:
         names = ", ".join(known.name for known in CHECKPOINTS)
-        why = "is shipped with flowreel: nothing to download" if name == BASELINE else "is none of the checkpoints"
+        why = "is shipped with flowreel: nothing to download" if name == BASELINE else "is not one of the checkpoints"
         raise UsageError(f"{name!r} {why}; there are {names}")
     return known
 

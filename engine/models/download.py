@@ -85,7 +85,7 @@ def download(
         if wrong is None:
             tell(f"{path} is already there and right")
             return path
-        raise OutputExistsError(f"{path} is there, but not as {checkpoint.name}: {wrong}; pass --overwrite")
+        raise OutputExistsError(f"{path} exists, but is not {checkpoint.name}: {wrong}; pass --overwrite")
     refusals: list[str] = []
     with _Partial.open(path) as partial:
         for source in checkpoint.sources:
@@ -117,7 +117,7 @@ def _by_hand(checkpoint: Checkpoint, refusals: list[str]) -> str:
 def _what_is_wrong(checkpoint: Checkpoint, path: Path) -> str | None:
     """None when the file is the checkpoint, as far as can be checked; else what was expected and what was found."""
     if not path.is_file():
-        return "it is no file"
+        return "it is not a file"
     size_bytes = path.stat().st_size
     if checkpoint.size_bytes not in (None, size_bytes):
         return f"expected {checkpoint.size_bytes} bytes, got {size_bytes}"
@@ -215,7 +215,7 @@ class _Fetch:
         self._receive_all()
         wrong = _what_is_wrong(self.checkpoint, self.partial.temporary)
         if wrong is not None and inherited:
-            self.tell(f"what an earlier download had left is of no use ({wrong}); starting anew")
+            self.tell(f"what an earlier download left is unusable ({wrong}); starting over")
             self.partial.restart()
             self._receive_all()
             wrong = _what_is_wrong(self.checkpoint, self.partial.temporary)

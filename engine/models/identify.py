@@ -50,7 +50,7 @@ def identify(state: Mapping[str, Tensor], name: str) -> tuple[str, bool, float]:
         raise WeightsMismatchError(f"{name} holds none of {', '.join(MODELS)}: its tensors are {some}, ...")
     width = _width(state, prefix, widest.shape[1])
     if width is None:
-        raise WeightsMismatchError(f"{name}: a network of {widest.shape[1]} channels is none of ours")
+        raise WeightsMismatchError(f"{name}: no FlowNet2 network has {widest.shape[1]} channels")
     return model, any(key.endswith("running_mean") for key in state), width
 
 

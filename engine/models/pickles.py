@@ -202,7 +202,7 @@ def _known_name(name: str) -> str:
 def _check_call(called: _Value, given: _Value) -> None:
     """Two of the allowed names could build large values from small arguments; their arguments are restricted."""
     if not called.named:
-        raise UnpicklingError("a call of what is no class or function")
+        raise UnpicklingError("a call of something that is not a class or function")
     first, second = ([part.text for part in given.parts] + ["", ""])[:2]
     if called.text == "_codecs.encode" and second not in ("latin1", "latin-1"):
         raise UnpicklingError(f"unsupported encoding {second!r}")

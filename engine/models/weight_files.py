@@ -66,7 +66,7 @@ def _require_real(state: Mapping[str, Tensor], size_bytes: int, name: str) -> No
     """Requires dense tensors whose values are all in the file: one value repeated a million times grows when used."""
     for key, tensor in state.items():
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_complex():
-            raise UnreadableWeightsError(f"{name}: {key[:MOST_SHOWN]} is no plain tensor of numbers")
+            raise UnreadableWeightsError(f"{name}: {key[:MOST_SHOWN]} is not a plain tensor of numbers")
     claimed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     if claimed > size_bytes:
         raise UnreadableWeightsError(f"{name} claims {claimed} bytes of tensors, but the file has {size_bytes}")
@@ -130,7 +130,7 @@ def _read_checkpoint(path: Path, name: str) -> tuple[dict[str, Tensor], Mapping[
         raise WeightsMismatchError(f"{name} holds no state_dict, but {type(content).__name__}")
     strange = [key for key, value in state.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
     if strange:
-        raise WeightsMismatchError(f"{name} holds no state_dict of tensors: {reprlib.repr(strange[0])} is none")
+        raise WeightsMismatchError(f"{name} holds no state_dict of tensors: {reprlib.repr(strange[0])} is not one")
     return state, _about(content)
 
 

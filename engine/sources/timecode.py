@@ -31,7 +31,7 @@ def parse_seconds(text: str) -> float:
         raise UsageError(f"a frame is a whole number, and a time is written as 10s, 1:02.5 or 1:00:02.5, got {text!r}")
     hours, minutes, seconds = match.groups()
     if (minutes and float(seconds) >= 60) or (hours and int(minutes) >= 60):
-        raise UsageError(f"{text!r} is no time: behind a colon there are less than 60 minutes or seconds")
+        raise UsageError(f"{text!r} is not a time: after a colon, minutes and seconds are below 60")
     whole = 3600 * int(hours or 0) + 60 * int(minutes or 0) + float(seconds)
     if whole > LONGEST_S:
         raise UsageError(f"a time of more than {LONGEST_S:.0e} seconds: {text[:40]!r}")

@@ -53,7 +53,7 @@ def _from_weights(config: TrainConfig) -> nn.Module:
     times = round(config.width / held.width)
     fits = times >= 1 and all(scaled(n, config.width) == times * scaled(n, held.width) for n in _CHANNELS)
     if config.batch_norm or held.batch_norm or not fits:
-        raise UsageError(f"{held.name} goes on without BatchNorm, at width {held.width:g} or a multiple of it")
+        raise UsageError(f"{held.name} continues without BatchNorm, at width {held.width:g} or a multiple of it")
     if times == 1 and config.model in held.serves():
         return instantiate(held, config.model)
     grows = (held.model, config.model)

@@ -219,7 +219,7 @@ class _Run:
     def load(self, resume: bool) -> None:
         if not self.checkpoint.exists():
             if self.weights.exists():
-                raise CheckpointError(f"{self.weights} is there already, without a checkpoint: choose another folder")
+                raise CheckpointError(f"{self.weights} exists already, without a checkpoint: choose another folder")
             self.log.unlink(missing_ok=True)
             return
         if not resume:
@@ -230,7 +230,7 @@ class _Run:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise CheckpointError(f"{self.checkpoint} cannot be read: {reason}") from error
         if not (isinstance(saved, dict) and saved.keys() >= {"config", "model", "optimiser", "step", "seconds"}):
-            raise CheckpointError(f"{self.checkpoint} is no checkpoint of a training run: choose another folder")
+            raise CheckpointError(f"{self.checkpoint} is not a checkpoint of a training run: choose another folder")
         differing = [f.name for f in fields(TrainConfig) if saved["config"].get(f.name) != getattr(self.config, f.name)]
         if differing:
             raise CheckpointError(f"{self.out} was trained with other settings ({', '.join(differing)})")

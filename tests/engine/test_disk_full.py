@@ -107,7 +107,7 @@ def test_a_full_disk_ends_a_run_that_goes_on_when_there_is_room(
         available = open_store("X.zarr").available if names else 0
         assert available in range(0, 4 * SHARD, SHARD) or available == FRAMES - 1
         assert bool(available) == bool(names)
-        assert line.endswith(f"holds {available} of 14 flows; --resume goes on with it") == bool(names)
+        assert line.endswith(f"holds {available} of 14 flows; --resume continues it") == bool(names)
         assert run(1000, "--resume") == 1  # still full: nothing is lost
         assert (open_store("X.zarr").available if names else 0) >= available - available % SHARD
         assert run(plenty, "--resume") == 0

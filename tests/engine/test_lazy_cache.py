@@ -412,11 +412,11 @@ class TestRefusal:
         with pytest.raises(CacheMismatchError, match="is a file: a cache is a folder"):
             opened(cache=tmp_path / "file")
         flowreel.run(video, tmp_path / "run.zarr", weights=tiny_weights, batch=4, stop=5)
-        with pytest.raises(CacheMismatchError, match=r"a flow store and no cache: flowreel\.open_store"):
+        with pytest.raises(CacheMismatchError, match=r"a flow store, not a cache: flowreel\.open_store"):
             opened(cache=tmp_path / "run.zarr")
         (tmp_path / "photos").mkdir()
         (tmp_path / "photos/cat.png").write_bytes(b"")
-        with pytest.raises(CacheMismatchError, match="is no cache and not empty"):
+        with pytest.raises(CacheMismatchError, match="is not a cache and not empty"):
             opened(cache=tmp_path / "photos")
         (tmp_path / "empty").mkdir()
         assert opened(cache=tmp_path / "empty").cached == 0

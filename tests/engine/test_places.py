@@ -20,7 +20,7 @@ def test_a_source_without_a_name_is_said_to_be_that(outputs: str | None) -> None
 @pytest.mark.parametrize("held", ['{"my": "settings"}', '{"sources"', "{", "[1]", "text", "[" * 100_000])
 def test_a_file_that_is_no_report_is_not_replaced_by_one(held: str, tmp_path: Path) -> None:
     (tmp_path / "notes.json").write_text(held)
-    with pytest.raises(OutputExistsError, match="is no report that flowreel wrote"):
+    with pytest.raises(OutputExistsError, match="is not a report written by flowreel"):
         places.require_report(tmp_path / "notes.json", [], [])
 
 

@@ -82,7 +82,7 @@ def test_resumed_is_the_same_to_the_byte(tiny: str, step: int, direction: str) -
     report = flowreel.run("frames", ["X.zarr", "X.mp4", "flo/%03d.flo"], resume=True, **options)
     assert contents("X.zarr") == contents("whole.zarr")
     assert (len(open_store("X.zarr")) - report.pairs) % 4 == 0  # whole shards were kept
-    assert any("went on after" in note for note in report.notes)
+    assert any("continued after" in note for note in report.notes)
     assert Path("X.mp4").exists()
     assert len(list(Path("flo").iterdir())) == len(open_store("X.zarr"))
     before = contents("X.zarr")
@@ -201,7 +201,7 @@ def test_a_stop_before_the_end_of_an_unfinished_store(tiny: str, stop: int | str
     pictures("frames", 0, 20)
     cut_run("frames", ["X.zarr"], 9, **options)
     before = contents("X.zarr.partial")
-    with pytest.raises(ResumeMismatchError, match=r"goes on at frame \d+, and|stop was None, is"):
+    with pytest.raises(ResumeMismatchError, match=r"continues at frame \d+, and|stop was None, is"):
         flowreel.run("frames", "X.zarr", resume=True, stop=stop, **options)
     assert contents("X.zarr.partial") == before
 

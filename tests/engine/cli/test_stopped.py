@@ -106,7 +106,7 @@ def test_ctrl_c_tells_what_is_kept(tiny: list[str], capsys: Capture) -> None:
     assert {path.suffix for path in Path("f").iterdir()} == {".partial"}
     assert not [path for path in Path("f").iterdir() if path.name[0] == "."]
     assert said(capsys) == (
-        f"flowreel: interrupted; k.zarr.partial holds {there} of 11 flows; --resume goes on with it; "
+        f"flowreel: interrupted; k.zarr.partial holds {there} of 11 flows; --resume continues it; "
         f"f keeps {files} whole files such as 000.flo.partial"
     )
     assert sorted(os.listdir()) == ["f", "k.zarr.partial"]
@@ -123,7 +123,7 @@ def test_a_failure_tells_it_too(tiny: list[str], capsys: Capture, monkeypatch: p
     assert call(["run", SOURCE, "-o", "k.zarr", "-o", "f/%03d.flo", "--batch", "1", *tiny]) == 1
     files, there = len(list(Path("f").iterdir())), open_store("k.zarr").available
     assert said(capsys) == (
-        f"flowreel: cannot write at all; k.zarr.partial holds {there} of 11 flows; --resume goes on with it; "
+        f"flowreel: cannot write at all; k.zarr.partial holds {there} of 11 flows; --resume continues it; "
         f"f keeps {files} whole files such as 000.flo.partial"
     )
 
@@ -151,7 +151,7 @@ def test_other_outputs_that_were_cut_are_made_again(tiny: list[str], capsys: Cap
     assert len(whole) == 11
     capsys.readouterr()
     assert call(["run", *loud]) == 0
-    assert "f/%03d.flo is there already" in capsys.readouterr().err
+    assert "f/%03d.flo exists already" in capsys.readouterr().err
     for number in (9, 10):
         Path(f"f/{number:03}.flo").unlink()
     assert call(["run", *loud]) == 1  # whoever made or cut them, they are not this store's flow

@@ -42,7 +42,7 @@ def test_times_that_cannot(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["1:60", "1:75.5", "1:60:00", "1:59:60"])
 def test_sixty_seconds_are_a_minute(text: str) -> None:
-    with pytest.raises(UsageError, match="less than 60"):
+    with pytest.raises(UsageError, match="below 60"):
         parse_seconds(text)
 
 

@@ -180,7 +180,7 @@ def test_a_folder_is_not_overwritten_nor_mixed_up(tmp_path: Path) -> None:
         train(replace(TINY, steps=1, learning_rate=1.0), tmp_path, workers=0, resume=True)
     (tmp_path / "checkpoint.pt").unlink()
     for resume in (False, True):
-        with pytest.raises(CheckpointError, match=r"weights\.safetensors is there already"):
+        with pytest.raises(CheckpointError, match=r"weights\.safetensors exists already"):
             train(replace(TINY, steps=1, seed=1), tmp_path, workers=0, resume=resume)
     assert (tmp_path / "log.csv").exists()
     for content in (b"not one", b""):
@@ -188,7 +188,7 @@ def test_a_folder_is_not_overwritten_nor_mixed_up(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="cannot be read"):
             train(replace(TINY, steps=1), tmp_path, workers=0, resume=True)
     torch.save({"model": {}}, tmp_path / "checkpoint.pt")
-    with pytest.raises(CheckpointError, match="is no checkpoint of a training run"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint of a training run"):
         train(replace(TINY, steps=1), tmp_path, workers=0, resume=True)
 
 
