@@ -214,8 +214,14 @@ def _scalar(archive: zipfile.ZipFile, name: str) -> float | None:
     entry = archive.getinfo(f"{name}.npy")
     if entry.file_size > HEADER_BYTES or entry.flag_bits & ENCRYPTED:
         return None
-    value = np.lib.format.read_array(io.BytesIO(archive.read(entry)), allow_pickle=False)
-    return float(value) if value.shape == () and value.dtype.kind in "iuf" and np.isfinite(value) else None
+    file = io.BytesIO(archive.read(entry))
+    if np.lib.format.read_magic(file) != (1, 0):
+        return None
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    if shape != () or dtype.kind not in "iuf":
+        return None
+    value = np.frombuffer(file.read(), dtype, 1)[0]
+    return float(value) if np.isfinite(value) else None
 
 
 def _read_values(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, array: _Array) -> npt.NDArray[Any]:

@@ -48,8 +48,8 @@ class Decoded:
 class PyAVDecoder:
     """A ``VideoDecoder`` that gives pictures on the CPU.
 
-    fast: decode on all cores even where damage may then go unreported (``_TELL_LATE``). A network on a GPU may be
-        faster than one decoding thread; a network on a CPU never is.
+    fast: decode on all cores even where damage may then go unreported (``_TELL_LATE``): for a network on a GPU, which
+        may be faster than one decoding thread.
     """
 
     def __init__(self, probe: VideoProbe, *, fast: bool = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import struct
 import tracemalloc
 import zipfile
@@ -17,7 +18,7 @@ import torch
 from flowreel.engine.config import SinkConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
 from flowreel.engine.errors import FlowFileError, OutputWriteError, SourceNotFoundError
-from flowreel.sinks import open_sink, read_flow_npz, write_flow_npz
+from flowreel.sinks import npz, open_sink, read_flow_npz, write_flow_npz
 
 
 def some_flow(height: int = 6, width: int = 5) -> np.ndarray:
@@ -37,6 +38,24 @@ def zipped(path: Path, how: int = zipfile.ZIP_DEFLATED, **entries: bytes) -> Pat
         for name, data in entries.items():
             archive.writestr(f"{name}.npy", data)
     return path
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [npy("<i8", (10**12,), data=bytes(8)), npy("<i8", (1,), data=bytes(8)), npy("|O", (), data=bytes(8)),
+     npy("<f8", (), data=struct.pack("<d", math.nan)), npy("<i8", (), data=bytes(8), more=2000), b"\x93NUMPY\x02\x00"],
+    ids=["huge", "an array", "an object", "NaN", "long", "another version"],
+)  # fmt: skip
+def test_what_is_no_frame_number_is_not_read(tmp_path: Path, frame: bytes) -> None:
+    """And no memory is taken for what a header claims."""
+    time_s = npy("<f8", (), data=struct.pack("<d", 0.5))
+    beside = {"frame_to": npy("<i8", (), data=struct.pack("<q", 9)), "timestamp_s": time_s, "timestamp_to_s": time_s}
+    path = zipped(tmp_path / "x.npz", flow=npy(), frame=frame, **beside)
+    assert npz.read_npz_times(path) is None
+    path = zipped(path, flow=npy(), frame=npy("<i8", (), data=struct.pack("<q", 7)), **beside)
+    assert npz.read_npz_times(path) == (7, 9, 0.5, 0.5)
+    with pytest.raises(FlowFileError, match=r"x\.npz: its times are damaged"):
+        npz.read_npz_times(zipped(path, flow=npy(), frame=npy("<i8", (), data=b"\0"), **beside))
 
 
 def test_numpy_reads_what_is_written(tmp_path: Path) -> None:

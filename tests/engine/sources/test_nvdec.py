@@ -22,7 +22,7 @@ from flowreel.engine.config import SelectConfig
 from flowreel.engine.data import Frame
 from flowreel.engine.errors import DeviceError, FrameSizeError, MissingDependencyError, TooFewFramesError
 from flowreel.engine.protocols import Source
-from flowreel.engine.sources import nvcodec, nvdec, nvsession, open_source
+from flowreel.engine.sources import nvcodec, nvdec, nvsession, open_source, pyav
 from flowreel.engine.sources.nvdec import NvdecDecoder
 from flowreel.engine.sources.probe import probe_video
 from flowreel.engine.sources.pyav import PyAVDecoder
@@ -572,6 +572,16 @@ class TestChoosing:
         source = open_source(long_clip, SelectConfig(decoder=decoder), device)
         assert source.decoder == "PyAV (h264)"
         assert source.notes == open_source(long_clip).notes
+
+    @pytest.mark.parametrize(("decoder", "device", "mode"), [("auto", "cpu", "exact"), ("pyav", GPU, "fast")])
+    def test_for_a_network_on_a_gpu_the_cpu_decodes_on_all_its_cores(
+        self, nvc: ModuleType, long_clip: Path, monkeypatch: pytest.MonkeyPatch, decoder: Any, device: str, mode: str
+    ) -> None:
+        modes: list[str] = []
+        real = pyav._numbered
+        monkeypatch.setattr(pyav, "_numbered", lambda *given: (modes.append(given[-1]), real(*given))[1])
+        assert len(list(open_source(long_clip, SelectConfig(decoder=decoder, stop=3), device))) == 3
+        assert modes == [mode]
 
     def test_names_that_look_like_addresses(
         self, nvc: ModuleType, long_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
