@@ -51,7 +51,7 @@ def save_weights(
         "licence": licence,
         "made_by": dict(made_by),
     }
-    tensors = {key: _halved(key, tensor) if half else _own(tensor) for key, tensor in state.items()}
+    tensors = _apart({key: _halved(key, tensor) for key, tensor in state.items()} if half else state)
     with appearing(Path(path)) as temporary:
         # Not save_file, which creates files that only their owner may read.
         temporary.write_bytes(save(tensors, metadata={"format": "pt", METADATA_KEY: json.dumps(about)}))
@@ -71,7 +71,7 @@ def save_checkpoint(path: str | Path, weights: Weights) -> None:
         "epoch": 0,
         "best_EPE": NO_BEST_EPE,
         **trained,
-        "state_dict": {key: _own(tensor) for key, tensor in weights.state.items()},
+        "state_dict": _apart(weights.state),
         METADATA_KEY: json.dumps(about),
     }
     with appearing(Path(path)) as temporary:
@@ -116,16 +116,23 @@ def convert(source: str | Path, output: str | Path, *, half: bool = False, overw
     return read_weights(path)
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """On the CPU, dense and sharing memory with no other tensor, as files require; copied only if necessary."""
-    dense = tensor.detach().cpu().contiguous()
-    return dense if dense.untyped_storage().nbytes() == dense.nbytes else dense.clone()
+def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, dense, and no two sharing memory, as files require; copied only if necessary."""
+    apart: dict[str, Tensor] = {}
+    taken: set[int] = set()  # addresses
+    for key, tensor in state.items():
+        dense = tensor.detach().cpu().contiguous()
+        if dense.untyped_storage().nbytes() != dense.nbytes or dense.data_ptr() in taken:
+            dense = dense.clone()
+        taken.add(dense.data_ptr())
+        apart[key] = dense
+    return apart
 
 
 def _halved(key: str, tensor: Tensor) -> Tensor:
     if not tensor.is_floating_point():
-        return _own(tensor)
-    halved = _own(tensor.detach().half())
-    if not torch.equal(halved.isfinite(), tensor.detach().cpu().isfinite()):
+        return tensor
+    halved = tensor.detach().half()
+    if not torch.equal(halved.isfinite(), tensor.isfinite()):
         raise WeightsMismatchError(f"{key} reaches {tensor.abs().max():.3g}, float16 only 65504: store it without half")
     return halved

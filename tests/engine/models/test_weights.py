@@ -406,6 +406,22 @@ def test_half_files(filled: Filled, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("new*"))
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_tensors_that_share_memory(half: bool, filled: Filled, tmp_path: Path) -> None:
+    state = filled("FlowNet2S", width=NARROW).state_dict()
+    state["conv4.0.bias"] = state["conv4_1.0.bias"] = state["conv5.0.bias"].half().float()
+    torch.save({"state_dict": state}, tmp_path / "a.pth.tar")
+    convert(tmp_path / "a.pth.tar", tmp_path / "b.safetensors", half=half)
+    theirs = convert(tmp_path / "a.pth.tar", tmp_path / "c.pth.tar")
+    assert bits(dict(theirs.state)) == bits(state)
+    state = {key: tensor.half() if half else tensor for key, tensor in state.items()}
+    state["conv4.0.bias"] = state["conv4_1.0.bias"]
+    save_weights(tmp_path / "d.safetensors", state, licence="", made_by={}, half=half)
+    for name in ("b.safetensors", "d.safetensors"):
+        held = read_weights(tmp_path / name).state
+        assert torch.equal(held["conv4.0.bias"], state["conv4_1.0.bias"].float())
+
+
 def test_conversions_that_are_refused(filled: Filled, tmp_path: Path) -> None:
     here, there = tmp_path / "a.pth.tar", tmp_path / "b.safetensors"
     torch.save({"state_dict": filled("FlowNet2S", width=NARROW).state_dict()}, here)
