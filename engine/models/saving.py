@@ -15,7 +15,7 @@ from flowreel.engine.data import JSON
 from flowreel.engine.errors import OutputExistsError, UsageError, WeightsMismatchError
 from flowreel.engine.models.identify import identify
 from flowreel.engine.models.weight_files import METADATA_KEY, appearing
-from flowreel.engine.models.weights import Weights, read_weights
+from flowreel.engine.models.weights import Weights, instantiate, read_weights
 
 CHECKPOINT_SUFFIXES = (".pth.tar", ".pth", ".pt", ".tar")
 NO_BEST_EPE = 1e10  # pixels; NVIDIA's own value where nothing was measured
@@ -105,6 +105,7 @@ def convert(source: str | Path, output: str | Path, *, half: bool = False, overw
     if os.path.lexists(path) and not overwrite:
         raise OutputExistsError(f"{path} is already there: pass --overwrite to replace it, or choose another name")
     held = read_weights(source)
+    instantiate(held, share=True)  # raises if the tensors do not fit the network
     before = held.made_by.get("converted_from")
     origin: dict[str, JSON] = {"name": held.known_as or held.name, "sha256": held.sha256}
     lineage: list[JSON] = [*(before if isinstance(before, list) else []), origin]

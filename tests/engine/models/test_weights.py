@@ -210,8 +210,10 @@ def test_tensors_of_another_shape_are_named(filled: Filled, tmp_path: Path) -> N
     del state["conv4.0.bias"]
     path = tmp_path / "x.pth"
     torch.save(state, path)
-    with pytest.raises(WeightsMismatchError, match=r"lacks conv4\.0\.bias.*conv2\.0\.weight"):
-        load_model(None, path)
+    for use in (lambda: load_model(None, path), lambda: convert(path, tmp_path / "y.safetensors")):
+        with pytest.raises(WeightsMismatchError, match=r"lacks conv4\.0\.bias.*conv2\.0\.weight"):
+            use()
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @contextmanager
