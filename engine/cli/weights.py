@@ -114,11 +114,11 @@ def download(
         str, typer.Argument(metavar="NAME", help="A checkpoint that 'flowreel weights list' shows.", show_default=False)
     ],
     output: Annotated[
-        Path | None,
+        str | None,  # a Path would lose the slash at the end of a folder
         typer.Option(
             "--output",
             "-o",
-            help="A file, or an existing folder. \\[default: the cache, where --weights NAME finds it]",
+            help="A file, or a folder (DIR/). \\[default: the cache, where --weights NAME finds it]",
             show_default=False,
         ),
     ] = None,

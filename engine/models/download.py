@@ -64,7 +64,8 @@ def download(
     """Downloads a checkpoint and returns its path, with the file checked.
 
     Args:
-        output: a file, or a folder to put it into; None: the cache folder, where ``--weights NAME`` finds it.
+        output: a file; or a folder to put it into, which is there or ends in a slash; None: the cache folder, where
+            ``--weights NAME`` finds it.
         overwrite: download again even if the file exists, and replace it.
         show: called with (bytes received, bytes of the whole file or None) after every piece.
         tell: called with a line for the user: which source, what failed, what was checked.
@@ -77,7 +78,8 @@ def download(
         OutputWriteError: the file cannot be written. The bytes so far stay in ``.partial``, to be resumed.
     """
     path = checkpoint.path if output is None else Path(output)
-    path = path / checkpoint.file_name if path.is_dir() else path
+    if path.is_dir() or str(output).endswith(("/", os.sep)):
+        path = path / checkpoint.file_name
     if path.suffix.lower() == ".safetensors":
         raise UsageError(f"{checkpoint.name} comes as .pth.tar: download it, then 'flowreel weights convert' it")
     if os.path.lexists(path) and not overwrite:

@@ -163,6 +163,8 @@ def test_download_and_use(table: list[Checkpoint], capsys: Capture) -> None:
     assert call(["weights", "download", "Here-C", "--accept-licence", "-q", "-o", "mine.pth.tar"]) == 0
     assert capsys.readouterr() == ("mine.pth.tar\n", "")
     assert Path("mine.pth.tar").read_bytes() == table[0].path.read_bytes()
+    assert call(["weights", "download", "Here-C", "--accept-licence", "-q", "-o", "new/"]) == 0
+    assert capsys.readouterr() == ("new/Here-C.pth.tar\n", "")
 
 
 def test_a_dead_link(table: list[Checkpoint], capsys: Capture) -> None:
