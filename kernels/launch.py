@@ -324,13 +324,18 @@ def _load_with_cupy(name: str, device: torch.device) -> Module:
     architecture = _architecture(*torch.cuda.get_device_capability(device), cupy.cuda.nvrtc.getSupportedArchs())
     key = repr((read_source(name), architecture, OPTIONS, cupy.cuda.nvrtc.getVersion()))
     kept = _cache_folder() / f"{name}-{architecture}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.bin"
-    if not kept.is_file():
-        program, _ = compile_source(name, architecture)
-        _publish(kept, program)
-    module = cupy.RawModule(path=str(kept))
-    module.compile()  # loads it: otherwise the first launch would, and an error would only show there
-    loaded: Module = module
-    return loaded
+
+    def loaded() -> Module:
+        module: Any = cupy.RawModule(path=str(kept))
+        module.compile()  # loads it: otherwise the first launch would, and an error would only show there
+        return module  # type: ignore[no-any-return]
+
+    if kept.is_file():
+        with suppress(RuntimeError):  # CUDA's, if the file is damaged: then it is made anew
+            return loaded()
+    program, _ = compile_source(name, architecture)
+    _publish(kept, program)
+    return loaded()
 
 
 def _architecture(major: int, minor: int, supported: Sequence[int]) -> str:

@@ -103,9 +103,11 @@ class NotingCupy:
 
         class RawModule:
             def __init__(self, path: str) -> None:
-                pass
+                self.path = Path(path)
 
             def compile(self) -> None:
+                if self.path.read_bytes() != b"program":
+                    raise RuntimeError("CUDA_ERROR_INVALID_IMAGE")  # CuPy's CUDADriverError is one
                 said.append(f"loaded on {cupy.device}")
 
             def get_function(self, name: str) -> str:
@@ -184,6 +186,24 @@ def test_a_program_is_kept_until_its_source_or_its_compiler_changes(
     files = list(tmp_path.iterdir())
     assert [file.suffix for file in files] == [".bin"] * 4  # and nothing half written
     assert all(file.read_bytes() == b"program" for file in files)
+
+
+def test_a_damaged_program_is_compiled_again(
+    noting: NotingCupy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gpu = torch.device("cuda", 0)
+    launch._module("warp", gpu)
+    (kept,) = tmp_path.iterdir()
+    for damaged in (b"", b"prog"):
+        kept.write_bytes(damaged)
+        launch._modules.clear()
+        launch._module("warp", gpu)
+        assert kept.read_bytes() == b"program"
+    monkeypatch.setattr(launch, "compile_source", lambda name, architecture: (b"what no driver loads", ""))
+    kept.unlink()
+    launch._modules.clear()
+    with pytest.raises(RuntimeError, match="INVALID_IMAGE"):
+        launch._module("warp", gpu)
 
 
 @pytest.mark.parametrize("number", [0, 1])
