@@ -61,17 +61,16 @@ def cast_convolutions(net: nn.Module, dtype: torch.dtype) -> None:
 
 @contextmanager
 def _math(device: torch.device, precision: Precision) -> Iterator[None]:
-    """The arithmetic modes of one call.
+    """The arithmetic modes of one call; on a GPU cuDNN chooses algorithms as in ``padded.convolve``.
 
     Autocast belongs to the thread, cuDNN's settings to the process: if two calls that set those overlapped, each would
     restore what the other had set. So they take turns. Other threads' own convolutions see the settings meanwhile.
     """
-    if precision in _DTYPES:
-        with torch.autocast(device.type, _DTYPES[precision]):
+    with torch.autocast(device.type, _DTYPES.get(precision), enabled=precision in _DTYPES):
+        if device.type == "cpu":
             yield
-    elif device.type == "cpu":
-        yield
-    else:
-        settings = torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=precision == "tf32")
+            return
+        # TF32 is off in half precision too: flow heads are float32 there.
+        settings = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=precision == "tf32")
         with _setting_cudnn, settings:
             yield

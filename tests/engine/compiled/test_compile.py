@@ -405,6 +405,18 @@ def test_overlapping_calls_on_a_gpu_leave_cudnn_s_settings_alone() -> None:
     assert cudnn_s_settings() == before
 
 
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", "bf16"])
+def test_on_a_gpu_neither_benchmarks_nor_unasked_tf32_decide_the_flow(precision: Precision) -> None:
+    before = cudnn_s_settings()
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
+        callers = cudnn_s_settings()
+        with plain._math(torch.device("cuda"), precision):
+            assert cudnn_s_settings() == (True, False, True, precision == "tf32")
+        assert cudnn_s_settings() == callers
+    assert cudnn_s_settings() == before
+
+
 def test_flow_heads_stay_in_float32() -> None:
     net = build_model("FlowNet2", width=0.05)
     plain.cast_convolutions(net, torch.bfloat16)
