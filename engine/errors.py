@@ -174,7 +174,7 @@ class StageError(FlowreelError):
 
     def __init__(self, stage: str, frame: int | None, cause: BaseException) -> None:
         where = f"{stage}" if frame is None else f"{stage}, frame {frame}"
-        super().__init__(f"{where}: {str(cause) or type(cause).__name__}")
+        super().__init__(f"{where}: {_said_by(cause)}")
         self.stage = stage
         self.frame = frame
         self.__cause__ = cause
@@ -182,6 +182,16 @@ class StageError(FlowreelError):
     def __reduce__(self) -> tuple[type[StageError], tuple[str, int | None, BaseException]]:
         assert self.__cause__ is not None
         return StageError, (self.stage, self.frame, self.__cause__)
+
+
+def _said_by(error: BaseException) -> str:
+    """An error's message; instead of torch's and NumPy's own about the host's memory, one that says what to try."""
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        return (
+            "this machine has too little free memory: end what else runs there, or take a smaller --batch, --queue-mb "
+            f"or --model ({first_line(error)})"
+        )
+    return str(error) or type(error).__name__
 
 
 @contextmanager

@@ -214,6 +214,16 @@ def test_joined_stages_name_the_frame_that_an_error_concerns() -> None:
         list(Pipeline("source", source, [Stage("all", joined(Stage("odd", failing)))]))
 
 
+@pytest.mark.parametrize("taken", [lambda: torch.empty(1 << 60, dtype=torch.uint8), lambda: bytearray(1 << 60)])
+def test_memory_that_ends_on_a_cpu_says_what_to_try(taken: Callable[[], object]) -> None:
+    def greedy(items: Iterator[Any]) -> Iterator[Any]:
+        yield next(items), taken()
+
+    with pytest.raises(StageError, match=r"^greedy: this machine has too little free memory: .*--batch") as failed:
+        list(Pipeline("source", [1], [Stage("greedy", greedy)]))
+    assert isinstance(failed.value.__cause__, RuntimeError | MemoryError)
+
+
 def test_joined_stages_are_all_closed_and_the_last_error_is_heard() -> None:
     closed: list[str] = []
 
