@@ -47,6 +47,19 @@ class _Child:
         return module is not None and child is not None and module._modules.get(self.key) is child
 
 
+@dataclass(frozen=True)
+class _Sequence:
+    """How many modules are applied one after another; ``_Child`` checks those that were there."""
+
+    name: str
+    module: ReferenceType[nn.Sequential | nn.ModuleList]
+    count: int
+
+    def same(self) -> bool:
+        module = self.module()
+        return module is not None and len(module) == self.count
+
+
 class Unchanged:
     """Remembers a network's modules, parameters and buffers without keeping them alive."""
 
@@ -64,6 +77,11 @@ class Unchanged:
             for key, tensor in (*module._parameters.items(), *module._buffers.items())
             if tensor is not None
         ]
+        self._sequences = [
+            _Sequence(path, ref(module), len(module))
+            for path, module in net.named_modules()
+            if isinstance(module, nn.Sequential | nn.ModuleList)
+        ]
 
     def require(self) -> None:
         """Checks that nothing has changed; about 0.1 ms. A network that no longer exists counts as unchanged.
@@ -71,11 +89,12 @@ class Unchanged:
         Writes through ``tensor.data``, which torch does not count, go unnoticed.
 
         Raises:
-            StaleModelError: a parameter or buffer was written to, or one of them or a module replaced.
+            StaleModelError: a parameter or buffer was written to, one of them or a module replaced, or a module added
+                to a sequence.
         """
         if self._net() is None:
             return
-        parts: Sequence[_Child | _Place] = (*self._children, *self._places)
+        parts: Sequence[_Child | _Place | _Sequence] = (*self._children, *self._places, *self._sequences)
         for place in parts:
             if not place.same():
                 raise StaleModelError(

@@ -204,11 +204,15 @@ def rebuilt_beside(model: nn.Module) -> None:
     model.add_module("conv1", deepcopy(kept[-1]))
 
 
+def lengthened(model: nn.Module) -> None:
+    model.get_submodule("conv1").append(nn.ReLU())  # type: ignore[operator]
+
+
 def cast(model: nn.Module) -> None:
     model.double()
 
 
-@pytest.mark.parametrize("change", [trained, loaded, replaced, rebuilt, rebuilt_beside, cast])
+@pytest.mark.parametrize("change", [trained, loaded, replaced, rebuilt, rebuilt_beside, lengthened, cast])
 def test_weights_that_change_afterwards_are_noticed(change: Callable[[nn.Module], None]) -> None:
     model = build_model("FlowNet2SD", width=0.05).eval()
     frames = smooth_frames(8, 1, 64, 64)
