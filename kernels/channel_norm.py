@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from flowreel.kernels.launch import SUFFIXES, blocks_for, implement, launch, sizes, view
 
@@ -79,6 +80,7 @@ def _remember(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs, output)
 
 
+@once_differentiable
 def _backward(ctx: Any, grad: Tensor) -> Tensor:
     gradient: Tensor = torch.ops.flowreel.channel_norm_backward(grad, *ctx.saved_tensors)
     return gradient
@@ -100,8 +102,8 @@ def channel_norm(x: Tensor) -> Tensor:
         (B, 1, H, W) in x's unit and dtype, contiguous. Half-precision types are squared and summed in float32, so that
         only a length beyond their own range overflows; float32 itself overflows from about 1.8e19.
 
-    Differentiable; the gradient x / (length + 1e-9) is zero where x is. Against the definition: equal on
-    a CPU; on a GPU 1e-6 relative for float32, one rounding of the result for half precision.
+    Differentiable (once); the gradient x / (length + 1e-9) is zero where x is. Against the definition: equal on a CPU;
+    on a GPU 1e-6 relative for float32, one rounding of the result for half precision.
 
     Raises:
         TypeError: x is not a floating point tensor.

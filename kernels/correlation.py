@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from flowreel.kernels import correlation_bands, correlation_products
 from flowreel.kernels.launch import MOST_DEEP, SUFFIXES, blocks_for, implement, launch, parts, sizes, view
@@ -238,6 +239,7 @@ def _remember(ctx: Any, inputs: tuple[Tensor, Tensor, int, int, float | None, fl
     ctx.save_for_backward(a, b, *([output] if ctx.slope != 1 else []))
 
 
+@once_differentiable
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     a, b, *activated = ctx.saved_tensors
     if activated:  # positive exactly where the value before the activation was

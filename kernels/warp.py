@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from flowreel.kernels.launch import SUFFIXES, blocks_for, implement, launch, sizes, view
 
@@ -227,6 +228,7 @@ def _remember(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
+@once_differentiable
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     image, flow = ctx.saved_tensors
     operations = torch.ops.flowreel

@@ -118,6 +118,16 @@ def test_gradients_are_the_slopes(case: Case) -> None:
     assert torch.autograd.gradcheck(lambda *x: case.call(*x), inputs, fast_mode=True)
 
 
+def test_a_graph_of_the_gradients_gives_them_but_none_beyond(case: Case) -> None:
+    inputs, wanted = (tuple(x.requires_grad_() for x in tensors(case, torch.float64)) for _ in range(2))
+    case.call(*wanted).square().sum().backward()
+    slopes = torch.autograd.grad(case.call(*inputs).square().sum(), inputs, create_graph=True)
+    for slope, x in zip(slopes, wanted, strict=True):
+        assert torch.equal(slope, x.grad)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        slopes[0].sum().backward()
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiles_whole_and_gives_the_same(case: Case, backend: str) -> None:
     torch._dynamo.reset()
