@@ -15,6 +15,7 @@ import atexit
 import hashlib
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -368,16 +369,20 @@ def _own_folder() -> Path:
 
 
 def _publish(path: Path, content: bytes) -> None:
-    """Writes the file whole or not at all, even if other processes compile the same program or the power fails."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        try:
+    """Writes the file whole or not at all, even if other processes compile the same program or the power fails.
+
+    Not by tempfile, whose files only their owner may read: several users may share the cache.
+    """
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+    try:
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())  # else a power cut may leave the name without the content, which would never load
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @cache

@@ -259,6 +259,10 @@ def test_a_program_that_does_not_fit_on_the_disk_leaves_nothing(
 
     launch._publish(tmp_path / "whole.bin", b"program")
     assert (tmp_path / "whole.bin").read_bytes() == b"program"
+    (tmp_path / "as others").touch()
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1  # whoever may read other files here may read it
+    (tmp_path / "as others").unlink()
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         launch._publish(tmp_path / "x.bin", b"program")
