@@ -188,8 +188,8 @@ def compile(model: nn.Module, shape: Shape, precision: str = "auto") -> Compiled
     Returns:
         A callable like the network: two (B, 3, H, W) float tensors to (B, 2, H, W) float32 pixels, without gradients.
         Once the network's weights have changed, by training or by loading others, calling it raises StaleModelError.
-        Changes that torch does not track go unnoticed: through ``.data``, or in place in tensors made in
-        ``torch.inference_mode``.
+        Changes that torch does not track go unnoticed: by an optimiser with ``fused=True``, through ``.data``, or in
+        place in tensors made in ``torch.inference_mode``.
 
     Raises:
         UsageError: not one of the six networks, an impossible shape, or a precision the device does not support.

@@ -86,7 +86,7 @@ class Unchanged:
     def require(self) -> None:
         """Checks that nothing has changed; about 0.1 ms. A network that no longer exists counts as unchanged.
 
-        Writes through ``tensor.data``, which torch does not count, go unnoticed.
+        Writes that torch does not count go unnoticed: through ``tensor.data``, and those of fused optimisers.
 
         Raises:
             StaleModelError: a parameter or buffer was written to, one of them or a module replaced, or a module added
