@@ -148,8 +148,11 @@ def _grid(flow: Tensor, top: int, height: int, width: int, dtype: torch.dtype) -
     x = torch.arange(width, dtype=torch.float64, device=flow.device).mul_(kx).sub_(1).to(dtype)
     y = torch.arange(top, top + rows, dtype=torch.float64, device=flow.device).mul_(ky).sub_(1).to(dtype)[:, None]
     grid = flow.new_empty((flow.shape[0], rows, width, 2), dtype=dtype)
-    torch.add(x, flow[:, 0].to(dtype), alpha=kx, out=grid[..., 0])
-    torch.add(y, flow[:, 1].to(dtype), alpha=ky, out=grid[..., 1])
+    for axis, (places, k, size) in enumerate(((x, kx, width), (y, ky, height))):
+        if size > 1:
+            torch.add(places, flow[:, axis].to(dtype), alpha=k, out=grid[..., axis])
+        else:
+            grid[..., axis] = 0  # whatever the flow: grid_sample multiplies by size - 1, and infinity would become NaN
     return grid
 
 

@@ -126,6 +126,20 @@ def test_infinity_reads_the_border_and_nan_stays(
     assert spoilt.sum() == 2
 
 
+@pytest.mark.parametrize("size", [(5, 6), (1, 6), (5, 1), (1, 1)])
+@pytest.mark.parametrize("length", [torch.inf, -torch.inf, 3e38])
+def test_flow_to_infinity_has_the_gradients_of_the_definition(length: float, size: tuple[int, int]) -> None:
+    """Nor does it crash: torch's own way back leaves an image of one row or column there."""
+    image, flow = (x.requires_grad_() for x in pictures(1, 2, *size))
+    with torch.no_grad():
+        flow[0, 0, 0, 0] = flow[0, 1, -1, -1] = length
+    warp(image, flow).sum().backward()
+    grad = torch.ones_like(image)
+    torch.testing.assert_close(image.grad, warp_image_gradient_definition(grad, flow.detach()))
+    to_flow = warp_flow_gradient_definition(grad, image.detach(), flow.detach())
+    torch.testing.assert_close(flow.grad, to_flow, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("size", [(8, 8), (1, 1), (5, 70), (3, 1100)])
 def test_no_gradient_comes_from_flow_that_is_nan(size: tuple[int, int], dtype: torch.dtype) -> None:
