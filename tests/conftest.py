@@ -1,4 +1,4 @@
-"""Fixtures every test folder may use."""
+"""Fixtures shared by all test folders."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ hypothesis.settings.load_profile("unhurried")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """``-m gpu`` chooses the tests that take the fixture ``gpu``, by name or as a parameter of another one.
+    """Marks every test that uses the fixture ``gpu``, directly or through a parameter "gpu", so ``-m gpu`` selects it.
 
-    Those that are marked ``early`` come first.
+    Tests marked ``early`` run first.
     """
     for item in items:
         chosen = getattr(getattr(item, "callspec", None), "params", {}).values()
@@ -47,7 +47,7 @@ def gpu() -> torch.device:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_torch_thread() -> None:
-    """Small tensors gain nothing from intra-op threads, and results repeat more easily without them."""
+    """One intra-op thread: small tensors gain nothing from more, and results are easier to reproduce."""
     import torch
 
     torch.set_num_threads(1)
@@ -55,15 +55,15 @@ def _one_torch_thread() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _ctrl_c_works() -> None:
-    """A shell starts background jobs with SIGINT ignored, and they pass that on to every process they start."""
+    """Restores Python's SIGINT handler: a shell starts background jobs, and so their children, with SIGINT ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
 def _ctrl_c_still_works(_ctrl_c_works: None) -> Iterator[None]:
-    """A command's own handling of it, left behind by a test, would end a later one's whole process.
+    """Fails a test that leaves a signal handler installed: a later test's signal would then end the whole process.
 
-    Torch's DataLoader takes SIGCHLD and keeps it.
+    SIGCHLD is reset without a check, because torch's DataLoader installs a handler and never removes it.
     """
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
@@ -88,9 +88,9 @@ def data_dir() -> Path:
 
 @pytest.fixture
 def files_up_to() -> Callable[[int], AbstractContextManager[None]]:
-    """``with files_up_to(n):`` no file grows beyond n bytes, as good as a full disk.
+    """``with files_up_to(n):`` no file can grow beyond n bytes, which fails writes as a full disk does.
 
-    Lifted before the test ends: pytest's own output may go to a longer file.
+    The limit ends with the block, because pytest's own output may go to a longer file.
     """
 
     @contextmanager
@@ -107,12 +107,12 @@ def files_up_to() -> Callable[[int], AbstractContextManager[None]]:
 
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
-    """Numbers of the reference layers and networks, computed for this project."""
+    """Folder of reference outputs of layers and networks, computed for this project."""
     return ROOT / "tests" / "data" / "golden"
 
 
 def saved_network(folder: Path, name: str, width: float, scale: float = 1.0) -> str:
-    """Path of random weights, the last prediction of which is multiplied."""
+    """Saves random weights, those of the last prediction multiplied by ``scale``, and gives their path."""
     import torch
 
     from flowreel.engine.models import build_model
@@ -129,17 +129,17 @@ def saved_network(folder: Path, name: str, width: float, scale: float = 1.0) -> 
 
 @pytest.fixture(scope="session")
 def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Weights of a network that is quick and moves with its input."""
+    """Weights of a small, fast network whose flow clearly depends on its input."""
     return saved_network(tmp_path_factory.mktemp("weights"), "FlowNet2S", 0.05, scale=300)
 
 
 @pytest.fixture(scope="session")
 def tiny_flownetc(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Weights of a quick network with a correlation."""
+    """Weights of a small, fast network with a correlation layer."""
     return saved_network(tmp_path_factory.mktemp("weights"), "FlowNet2C", 0.05)
 
 
 @pytest.fixture(scope="session")
 def tiniest_weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Weights of a network as quick as ours can be."""
+    """Weights of the fastest network that can be built."""
     return saved_network(tmp_path_factory.mktemp("weights"), "FlowNet2S", 0.02)

@@ -1,4 +1,4 @@
-"""The house rules that code can check: who may import whom, what is installed, and that importing costs nothing."""
+"""Rules of the code layout: who may import whom, which packages are installed, and that importing stays cheap."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BASE_LAYER = {
     f"flowreel.engine.{name}" for name in ("data", "config", "errors", "claims", "files", "protocols", "publish")
 }
-SINKS_REGISTRY = {"flowreel.sinks"}  # its names load their modules on first use
+SINKS_REGISTRY = {"flowreel.sinks"}  # imports the modules behind its names on first use
 
 
 def modules(folder: str) -> list[tuple[str, Path]]:
@@ -22,7 +22,7 @@ def modules(folder: str) -> list[tuple[str, Path]]:
 
 
 def imports(path: Path) -> set[str]:
-    """Every flowreel module the file imports, at its top or inside functions; not those for type checkers only."""
+    """Every flowreel module that the file imports, at the top or in functions, except under TYPE_CHECKING."""
     found: set[str] = set()
 
     def visit(node: ast.AST) -> None:
@@ -32,7 +32,7 @@ def imports(path: Path) -> set[str]:
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
             assert node.level == 0, f"{path}: imports are absolute"
-            folder = ROOT.joinpath(*node.module.split(".")[1:])  # of a package, where its modules lie
+            folder = ROOT.joinpath(*node.module.split(".")[1:])  # exists if the import names a package
             inside = {alias.name for alias in node.names if (folder / f"{alias.name}.py").is_file()}
             found.update(f"{node.module}.{name}" for name in inside)
             if len(inside) < len(node.names):
@@ -86,7 +86,7 @@ def test_one_file_knows_of_threads_and_one_moves_data_between_devices() -> None:
 
 
 def test_pyproject_lists_every_package() -> None:
-    """Those that hold nothing but data, too: setuptools warns of folders that it would have to take for packages."""
+    """Including folders that hold only data: setuptools warns about those that are not listed."""
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     found = set()
     for folder in ("engine", "kernels", "sinks"):
@@ -104,7 +104,7 @@ def test_importing_flowreel_loads_nothing_heavy() -> None:
 
 
 def test_loading_a_network_loads_no_compiler() -> None:
-    """Of torch's, which takes a second: even to build a network without values."""
+    """Importing torch's compiler takes a second, and building a network without values must not trigger it either."""
     code = (
         "import sys; from flowreel.engine.config import ModelConfig as Config\n"
         "from flowreel.engine.inference import load_network\n"
@@ -126,7 +126,7 @@ def test_every_public_name_is_there_and_documented() -> None:
 
 
 def test_type_checkers_find_the_errors() -> None:
-    """Which mypy reads with the rest of the package; here, that it is brought along."""
+    """The stub for ``flowreel.errors`` is linked in ``typings`` and installed with the package."""
     stub = ROOT / "engine" / "public" / "errors.pyi"
     assert "from flowreel.engine.errors import *" in stub.read_text()
     assert (ROOT / "typings" / "flowreel" / "errors.pyi").samefile(stub)

@@ -1,4 +1,4 @@
-"""The Dockerfile, as far as it can be looked at without building it: nobody has built it yet, and it says so."""
+"""What can be checked of the Dockerfile without building it. It has not been built yet, and says so itself."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TEXT = (ROOT / "Dockerfile").read_text()
 
 
 def instructions() -> list[tuple[str, str]]:
-    """(instruction, arguments) in order, continued lines joined, comments left out."""
+    """(instruction, arguments) in order, with continued lines joined and comments removed."""
     lines = [line for line in TEXT.splitlines() if not line.lstrip().startswith("#")]
     joined = re.sub(r"\\\n\s*", "", "\n".join(lines))
     return [(word, rest) for word, _, rest in (line.partition(" ") for line in joined.splitlines() if line)]
@@ -29,7 +29,7 @@ def given(instruction: str) -> list[str]:
 
 
 def is_ignored(path: str) -> bool:
-    """By .dockerignore, of whose patterns the last that matches counts."""
+    """Whether .dockerignore excludes the path; the last pattern that matches decides."""
     ignored = False
     for line in (ROOT / ".dockerignore").read_text().splitlines():
         pattern = line.removeprefix("!").removeprefix("**/")
@@ -54,11 +54,11 @@ def test_it_runs_on_cuda_as_a_user_with_the_video_libraries() -> None:
     assert capabilities is not None
     assert set(capabilities[1].split(",")) == {"compute", "utility", "video"}
     after = [word for word, _ in instructions()][[word for word, _ in instructions()].index("USER") :]
-    assert "RUN" not in after  # what is installed belongs to root
+    assert "RUN" not in after  # everything is installed as root, so the user cannot change it
 
 
 def test_whoever_runs_it_may_write_to_its_caches() -> None:
-    """``--user`` may name anybody, whose home is then ``/``."""
+    """With ``docker run --user`` any user may run it, and the home folder is then ``/``, which is not writable."""
     (environment,) = given("ENV")
     (made,) = (re.search(r"mkdir --mode 1777 ((?:/\S+ )+)", rest) for rest in given("RUN") if "useradd" in rest)
     assert made is not None

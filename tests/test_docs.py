@@ -1,4 +1,4 @@
-"""The Python and the commands on the pages for users, run as they stand and in their order."""
+"""The Python code and the commands on the documentation pages are run unchanged and in order."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FRAMES = 40
 
 @pytest.fixture(scope="module")
 def dance(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """dance.mp4: 40 frames, a key frame every 12, nothing reordered."""
+    """dance.mp4: 40 frames, a key frame every 12, no B-frames."""
     path = tmp_path_factory.mktemp("docs") / "dance.mp4"
     rng = np.random.default_rng(0)
     texture = rng.integers(0, 255, (20, 40, 3), np.uint8).repeat(8, 0).repeat(8, 1)
@@ -66,7 +66,7 @@ def test_lazy(dance: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 
 def test_what_lazy_reading_costs(dance: Path) -> None:
-    """The page's table."""
+    """The page's table of decoded frames and computed flows is true for each of its rows."""
     rows = re.findall(r"^\| `(flow\[.+\])` \| (\d+).* \| (\d+) \|$", LAZY, re.MULTILINE)
     assert len(rows) == 3
     for read, decoded, computed in rows:
@@ -96,7 +96,7 @@ def test_the_page_names_all_that_a_store_holds(tmp_path: Path) -> None:
 
 
 def test_training(dance: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commands as they stand, but short: what comes last counts."""
+    """The page's commands, made short by options appended to them: the last value of an option counts."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "dance.mp4").symlink_to(dance)
     lines = [
@@ -120,7 +120,7 @@ def test_training(dance: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_python(
     dance: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It runs, and names all that there is."""
+    """The page's code runs, and the page mentions every public name and every field of the reports."""
     page = (ROOT / "docs/python.md").read_text()
     monkeypatch.chdir(tmp_path)
     shutil.copy(dance, tmp_path)
@@ -138,7 +138,7 @@ def test_python(
 
 
 def test_developing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Its example is an output as soon as it has its line; its tables name what is there."""
+    """The example output works once its line is registered, and every file and table the page names exists."""
     page = (ROOT / "docs/developing.md").read_text()
     module, line = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     npy = types.ModuleType("flowreel.sinks.npy")

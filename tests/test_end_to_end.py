@@ -1,4 +1,4 @@
-"""The main job through the library: a source into outputs, the same as the plain composition, and every way to fail."""
+"""Whole runs through the library: results equal those of the stages run without threads; failures leave no output."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def tiny(tiny_weights: str) -> str:
 def _no_thread_stays() -> Iterator[None]:
     before = set(threading.enumerate())
     yield
-    ours = {t for t in threading.enumerate() if not t.name.startswith(("zarr", "asyncio"))}  # zarr keeps its own
+    ours = {t for t in threading.enumerate() if not t.name.startswith(("zarr", "asyncio"))}  # zarr never ends its own
     assert ours <= before
 
 
 def composed(source: str, weights: str, **options: Any) -> list[FlowBatch]:
-    """What the chain gives without threads: the definition of every run."""
+    """The result of the chain without threads: the reference for every run."""
     config = RunConfig.of(weights=weights, **options)
     frames = open_source(source, config.select)
     inference = prepare(config.model, frames.info.height, frames.info.width)
@@ -72,7 +72,10 @@ def composed(source: str, weights: str, **options: Any) -> list[FlowBatch]:
 def test_all_that_a_run_needs_is_made_ready_before_its_clock_starts(
     tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a GPU that takes seconds: graphs are captured. The stages' threads make nothing more."""
+    """The main thread builds the programs for all batch sizes; on a GPU, capturing their graphs takes seconds.
+
+    The threads of the stages build none.
+    """
     makers: list[threading.Thread] = []
     made = Inference._program
 
@@ -308,7 +311,7 @@ def test_a_failing_output_leaves_nothing_finished(
 def test_what_fails_only_as_an_output_is_finished_names_stage_and_frame(
     tiny: str, tmp_path: Path, files_up_to: Callable[[int], AbstractContextManager[None]]
 ) -> None:
-    """The last files of an output may be written as late as that."""
+    """An output may write its last files only in ``commit``; an error there still names its stage and frame."""
     frames, store = "synthetic:objects?size=100x70&frames=3", tmp_path / "x.zarr"
     flowreel.run(frames, store, weights=tiny)
     for name in ("y.zarr", "y/%06d.flo"):
@@ -339,7 +342,7 @@ def test_an_interrupt_stops_everything_and_finishes_nothing(tiny: str, tmp_path:
 
 
 def clip(path: Path, frames: int = 20, size: tuple[int, int] = (128, 96)) -> Path:
-    """An MPEG-4 file whose picture moves, in a container that can be cut."""
+    """An MPEG-4 video with motion; as .mkv it can be cut anywhere and still be read up to there."""
     rng = np.random.default_rng(0)
     texture = np.kron(rng.integers(0, 255, (size[1] // 8 + 8, size[0] // 8 + 8, 3)), np.ones((8, 8, 1))).astype(
         np.uint8
@@ -377,7 +380,7 @@ def test_a_cut_video_stays_unfinished_unless_told_otherwise(tiny: str, tmp_path:
     shard = outputs[0] / "flow/c/0/0/0/0"
     made = shard.read_bytes()
     shard.write_bytes(b"damaged!" + made[8:])
-    assert flowreel.repair(outputs[0], cut, weights=tiny).after.sound  # what the source lacks is no other setting
+    assert flowreel.repair(outputs[0], cut, weights=tiny).after.sound  # needs no tolerate_truncation
     assert shard.read_bytes() == made
     flowreel.run(whole, outputs[0], weights=tiny, overwrite=True)
     assert "source_losses" not in flowreel.open_store(outputs[0]).attrs
@@ -396,13 +399,13 @@ def test_a_cut_video_ends_a_stream_with_an_error(tiny: str, tmp_path: Path) -> N
 
 
 def test_a_size_that_changes_is_not_told_to_resume(tiny: str, tmp_path: Path) -> None:
-    """It would come to the same end."""
+    """The error suggests ``--stop``, not ``--resume``, which would only fail at the same frame again."""
     parts = []
     for number, width in enumerate((64, 128)):
         with av.open(str(tmp_path / f"{number}.ts"), "w") as container:
             stream: Any = container.add_stream("libx264", rate=25)
             stream.width, stream.height, stream.pix_fmt = width, 64, "yuv420p"
-            for _ in range(60):  # more than the channels hold: flows are there by then
+            for _ in range(60):  # more than the channels hold, so some flows are written before the error
                 container.mux(stream.encode(av.VideoFrame(width, 64, "yuv420p")))
             container.mux(stream.encode())
         parts.append((tmp_path / f"{number}.ts").read_bytes())
@@ -415,7 +418,7 @@ def test_a_size_that_changes_is_not_told_to_resume(tiny: str, tmp_path: Path) ->
 
 
 def test_memory_in_the_queues_stays_in_its_bound(tiny: str, tmp_path: Path) -> None:
-    """A slow sink slows the decoder: what waits never exceeds the budget by more than an item a channel."""
+    """A slow sink slows the decoder: queued data exceed the budget by at most one item per channel."""
     config = RunConfig.of(weights=tiny, batch=2, queue_mb=0.1)
     frames = open_source("synthetic:still?size=64x64&frames=60", config.select)
     inference = prepare(config.model, 64, 64)

@@ -1,4 +1,4 @@
-"""The README's commands and its Python, run as they stand; its tables against the results they came from."""
+"""The README's commands and Python code are run unchanged; its tables are compared with the recorded results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the examples speak of: dance.mp4 and a few frames."""
+    """A folder with the files that the examples use: two videos and a few frames."""
     path = tmp_path_factory.mktemp("readme")
     rng = np.random.default_rng(0)
     texture = rng.integers(0, 255, (20, 24, 3), np.uint8).repeat(8, 0).repeat(8, 1)
@@ -60,7 +60,7 @@ def test_commands_and_code(folder: Path) -> None:
 
 
 def test_tables_are_the_latest_results() -> None:
-    sys.path.insert(0, str(ROOT))  # benchmarks are run from the root, never installed
+    sys.path.insert(0, str(ROOT))  # benchmarks are not installed, only importable from the root
     try:
         from benchmarks.tables import PAGES, filled
     finally:

@@ -1,11 +1,12 @@
-"""CUDA streams that compute nothing and find every race: what may run at once is known from who waited for whom.
+"""Fake CUDA streams that compute nothing but detect races.
 
-Each stream has a clock of all streams' work it comes after (a vector clock): an event copies it, waiting merges it.
-Reading or writing memory checks that what must have come before did; a block that is freed goes back to the stream it
-was allocated on, which then comes after the work of those streams alone that ``record_stream`` told of, as in torch.
+Each stream has a vector clock: for every stream, how much of its work is known to be over before this stream goes on.
+Recording an event copies the clock, waiting for the event merges it. Every read or write of a block of memory checks
+that the earlier accesses it conflicts with are over. As in torch, a freed block goes back to the stream it was
+allocated on, and only streams passed to ``record_stream`` are waited for before it is used again.
 
-Copies that nobody waits for happen as late as they may (``LateCopies``): on real numbers, so that a buffer that is
-filled again too early is seen in what arrives.
+``LateCopies`` additionally works on real numbers: it delays asynchronous copies as long as the synchronisation allows,
+so a buffer that is overwritten too early shows in the copied values.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class Stream:
         self.cuda_stream = number  # the first device's default one is 0
         self.device = device
         self.clock: Clock = {}
-        self.late: list[Callable[[], object]] = []  # work that is put off
-        self.done = 0  # of what was ever put off
+        self.late: list[Callable[[], object]] = []  # delayed work
+        self.done = 0  # how many pieces of delayed work have been done
 
     def tick(self) -> int:
         self.clock[self.cuda_stream] = self.clock.get(self.cuda_stream, 0) + 1
@@ -62,7 +63,7 @@ class Stream:
         self.late.append(work)
 
     def work_off(self, until: int | None = None) -> None:
-        """Does what was put off, in order; ``until``: so much of all that ever was."""
+        """Does the delayed work in order, up to a total of ``until`` pieces, or all of it."""
         with self.card.lock:
             while self.late and (until is None or self.done < until):
                 self.late.pop(0)()
@@ -70,7 +71,7 @@ class Stream:
 
 
 class Event:
-    """One recorded on nothing is over."""
+    """An event that was never recorded counts as over, as in CUDA."""
 
     def __init__(self, *, blocking: bool = False) -> None:
         self.blocking = blocking
@@ -97,18 +98,18 @@ class Event:
 
 
 class Block:
-    """Device memory."""
+    """A block of device memory and who accessed it."""
 
     def __init__(self, owner: Stream) -> None:
         self.owner = owner
         self.used_on: set[Stream] = set()
         self.written: tuple[int, int] | None = None  # stream, tick
         self.read: Clock = {}
-        self.safe: Clock = {}  # since it was last freed
+        self.safe: Clock = {}  # work that is over before a freed block is used again
 
 
 class OnCard:
-    """A tensor: as much of one as the streams and channels look at."""
+    """A fake tensor with only the attributes that streams and channels use."""
 
     is_cuda = True
 
@@ -121,7 +122,7 @@ class OnCard:
         return torch.device("cuda", self.block.owner.device)
 
     def to(self, device: torch.device, *, non_blocking: bool) -> OnCard:
-        """As torch copies: on the stream current here, after what is current there, which goes on behind the copy."""
+        """As in torch, the copy runs on the source's current stream; the two devices' streams wait for each other."""
         assert non_blocking
         if device == self.device:
             return self
@@ -149,21 +150,21 @@ class OnCard:
 
 
 class Card:
-    """Stands for ``torch.cuda`` with one device, or several; ``races`` says what could have gone wrong."""
+    """Replaces ``torch.cuda``, with one or several devices; ``races`` lists the races that were found."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, devices: int = 1) -> None:
         self.lock = threading.RLock()
         self.races: list[str] = []
-        self.waits: list[Event] = []  # those that the CPU waited for
-        self.copies: LateCopies | None = None  # entered with every stream
+        self.waits: list[Event] = []  # events that the CPU waited for
+        self.copies: LateCopies | None = None  # if set, active on every stream
         self.free: list[Block] = []
         self.blocks = 0
-        self.contexts: set[int] = set()  # devices that were used, if only to make one of their streams current
-        self.streams = [Stream(self, number, number) for number in range(devices)]  # the default ones
+        self.contexts: set[int] = set()  # devices that were used; making one of their streams current is enough
+        self.streams = [Stream(self, number, number) for number in range(devices)]  # first, the default streams
         self._here = threading.local()
         monkeypatch.setattr(torch.cuda, "Stream", self._new_stream)
         monkeypatch.setattr(torch.cuda, "Event", Event)
-        monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)  # ``OnCard`` looks at it
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)  # only ``OnCard`` keeps track
         monkeypatch.setattr(torch.cuda, "stream", self.entered)
         monkeypatch.setattr(torch.cuda, "device", self.on_device)
         monkeypatch.setattr(torch.cuda, "current_stream", self.current_on)
@@ -175,7 +176,7 @@ class Card:
 
     @property
     def current(self) -> Stream:
-        """Of the thread that asks, on its current device."""
+        """The calling thread's current stream on its current device."""
         return self.current_on(None)
 
     def current_on(self, device: torch.device | None = None) -> Stream:
@@ -190,7 +191,7 @@ class Card:
 
     @contextmanager
     def entered(self, stream: Stream) -> Iterator[None]:
-        """As torch does: the stream is current on its device, and that is the current one."""
+        """As in torch: makes the stream the current one on its device, and that device the current one."""
         before = dict(getattr(self._here, "streams", {})), getattr(self._here, "device", 0)
         self._here.streams, self._here.device = before[0] | {stream.device: stream}, stream.device
         self.contexts.add(stream.device)
@@ -203,7 +204,7 @@ class Card:
 
     @contextmanager
     def on_device(self, device: torch.device) -> Iterator[None]:
-        """As torch does: the one before becomes current again without being used."""
+        """As in torch: leaving makes the previous device current again, which does not count as using it."""
         before, self._here.device = getattr(self._here, "device", 0), device.index or 0
         self.contexts.add(self._here.device)
         try:
@@ -252,10 +253,10 @@ _JUNK = 0xAA
 
 
 class LateCopies(TorchFunctionMode):
-    """While entered, and on every stream: what torch puts on the card is kept on the CPU but says that it is there.
+    """While active, tensors that torch moves to the GPU stay on the CPU but report the GPU as their device.
 
-    Copies with ``non_blocking`` are put off until their stream is waited for, by the CPU or by work on a stream that
-    waits for theirs; before that there is junk in their place. All other work is done at once.
+    Copies with ``non_blocking`` are delayed until something waits for their stream: the CPU, or work on another stream.
+    Until then their destination holds junk. All other work is done at once.
     """
 
     def __init__(self, card: Card) -> None:
@@ -263,17 +264,17 @@ class LateCopies(TorchFunctionMode):
         self.card = card
         card.copies = self
         self.brought: list[int] = []  # bytes of each copy to the host
-        self._pinned: list[torch.Tensor] = []  # kept, whoever gives it up
-        self._there: dict[int, torch.UntypedStorage] = {}  # by address, which none of them gives up
+        self._pinned: list[torch.Tensor] = []  # kept alive, so that delayed copies never touch freed memory
+        self._there: dict[int, torch.UntypedStorage] = {}  # by address; kept alive, so that no address is used twice
 
     def put(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The same tensor, which from now on is on the card."""
+        """Marks the tensor as being on the GPU and returns it."""
         storage = tensor.untyped_storage()
         self._there[storage.data_ptr()] = storage
         return tensor
 
     def finish(self) -> None:
-        """All that was put off is done."""
+        """Does all delayed work."""
         for stream in self.card.streams:
             stream.work_off()
 
@@ -316,7 +317,7 @@ class LateCopies(TorchFunctionMode):
         if arrives:
             self.put(into)
         if non_blocking:
-            # By addresses, as the device sees memory: without keeping anybody from using it again.
+            # Only addresses are kept, not the tensors, so that their memory can be reused too early, as on a real GPU.
             late, early, size = into.data_ptr(), source.data_ptr(), source.nbytes
             ctypes.memset(late, _JUNK, size)
             self.card.current.put_off(lambda: ctypes.memmove(late, early, size))
@@ -327,7 +328,7 @@ class LateCopies(TorchFunctionMode):
         return into
 
 
-_modes = torch.overrides._get_current_function_mode_stack  # of this thread
+_modes = torch.overrides._get_current_function_mode_stack  # the calling thread's
 _LOOKS = {"__get__", "__len__", "data_ptr", "dim", "element_size", "numel", "size", "stride", "untyped_storage"}
 
 

@@ -1,7 +1,7 @@
-"""A disk that says what a power cut would cost.
+"""A disk that knows what a power cut would lose.
 
-It notes what has been told to stay: a file's contents by its fsync, a name by its folder's. What must hold at each step
-is asserted as the step is taken; what would be lost at any moment is in ``waiting``.
+A file's contents are safe once the file was synced with fsync; its name is safe once its folder was. At each renaming
+and removal, ``Disk`` asserts that what must be safe by then is; ``waiting`` holds the names that are not safe yet.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from flowreel.engine import publish
 
 
 class Disk:
-    """Watches every call by which the outputs change a disk, from when it is made to the end of the test."""
+    """Watches every call by which outputs change the disk, until the end of the test."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.waiting: set[Path] = set()  # names of files and folders that a power cut would take back
-        self._one = threading.RLock()  # shards are written side by side
-        self._kept: dict[tuple[int, int], tuple[int, int]] = {}  # file -> size and time of what is on the disk of it
+        self.waiting: set[Path] = set()  # names of files and folders that a power cut would lose
+        self._one = threading.RLock()  # shards are written in parallel
+        self._kept: dict[tuple[int, int], tuple[int, int]] = {}  # (device, inode) -> size and time when last synced
         self._sync, real = publish.sync_file, {name: getattr(os, name) for name in ("replace", "rename", "link")}
         self._mkdir, self._unlink, self._rmtree = os.mkdir, os.unlink, shutil.rmtree
         monkeypatch.setattr(publish, "sync_file", self._synced)
@@ -64,7 +64,7 @@ class Disk:
         status = os.stat(source)
         kept = self._kept.get((status.st_dev, status.st_ino))
         assert kept == (status.st_size, status.st_mtime_ns), f"{path} gets its name before its contents are on the disk"
-        if any(".zarr" in folder.suffixes for folder in path.parents):  # where one file relies on another
+        if any(".zarr" in folder.suffixes for folder in path.parents):  # in a store, files rely on earlier ones
             before = {name for name in self.waiting if name.is_file() and name.suffix != ".partial"}
             assert not before, f"{path} gets its name before {before} are there to stay"
 
@@ -74,13 +74,13 @@ class Disk:
             self.waiting.add(Path(path))
 
     def _removed(self, path: Path, **options: Any) -> None:
-        """What was published goes when its successor is there to stay, be it under its unfinished name."""
+        """A published file may be removed only once what replaces it is safe, if only under its unfinished name."""
         with self._one:
             beside = {name for name in self.waiting if name.parent == Path(path).parent}
             assert str(path).endswith(".partial") or options or not beside, f"{path} goes before {beside} are to stay"
             status = os.lstat(path, dir_fd=options.get("dir_fd"))
             self._unlink(path, **options)
-            self._kept.pop((status.st_dev, status.st_ino), None)  # another file may get its number
+            self._kept.pop((status.st_dev, status.st_ino), None)  # a new file may get the same inode
             self.waiting.discard(Path(path))
 
     def _removed_whole(self, path: Path, *arguments: Any, **options: Any) -> None:

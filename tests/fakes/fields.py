@@ -1,4 +1,7 @@
-"""H.264 whose fields are pictures of their own, which no encoder at hand makes: flat, uncompressed macroblocks."""
+"""Interlaced H.264 in which each field is a picture of its own.
+
+No available encoder produces that, so it is written here bit by bit: every macroblock is grey and uncompressed.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ class _Bits:
         self._bits = ""
 
     def put(self, *fields: tuple[int, int]) -> _Bits:
-        """Unsigned numbers, each with its count of bits."""
+        """Appends unsigned numbers, given as (value, number of bits)."""
         self._bits += "".join(f"{value:0{count}b}" for value, count in fields)
         return self
 
@@ -37,13 +40,13 @@ class _Bits:
 
 
 def parameter_sets(high: bool = False) -> bytes:
-    """For 25 frames a second. ``high``: with scaling lists, whose lengths depend on what is in them."""
+    """SPS and PPS for 25 frames a second. ``high``: with scaling lists, whose lengths depend on their contents."""
     sequence = _Bits().put((_HIGH if high else _MAIN, 8), (0, 8), (30, 8)).golomb(0)
     if high:
         sequence.golomb(1, 0, 0).put((0, 1), (1, 1))
         for place in range(8):
             sequence.put((1, 1))
-            # Differences as signed numbers: all alike, or to 11 and then to 0, which ends the list.
+            # Coded as differences: either all zero, or first to 11 and then to 0, which ends the list early.
             sequence.golomb(*[0] * 16) if place < 6 else sequence.golomb(5, 22)
     sequence.golomb(4, 0, 4, 1).put((0, 1)).golomb(WIDTH // 16 - 1, HEIGHT // 32 - 1)
     sequence.put((0, 1), (0, 1), (1, 1), (0, 1))  # fields, no cropping
@@ -54,7 +57,7 @@ def parameter_sets(high: bool = False) -> bytes:
 
 
 def field(frame: int, bottom: bool, grey: int) -> bytes:
-    """Every eighth frame begins anew."""
+    """One field of flat grey; every eighth frame is a key frame."""
     number, first = frame % 8, frame % 8 == 0 and not bottom
     slice_ = _Bits().golomb(0, 7, 0).put((number, 8), (1, 1), (bottom, 1))
     if first:

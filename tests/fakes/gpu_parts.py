@@ -1,4 +1,4 @@
-"""Parts of ``python -m benchmarks gpu`` that go wrong in every way there is, and findings that can be looked into."""
+"""Made-up parts of ``python -m benchmarks gpu`` that succeed or fail in various ways; findings that tests can read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.gpu.parts import Part
 
 
 class Found(Findings):
-    """Findings of a test, and what is in their file."""
+    """Findings whose file a test can read by kind: ``found["checks"]``."""
 
     def __getitem__(self, kind: str) -> Any:
         return json.loads(self._path.read_text())[kind] if self._path.exists() else []
@@ -28,7 +28,7 @@ class Found(Findings):
 
 
 def part(name: str, **options: Any) -> Part:
-    """The one that is the function of that name."""
+    """The part that runs this module's function of that name."""
     return Part(name, __name__, name, 300, "made up", **options)
 
 

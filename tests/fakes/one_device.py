@@ -1,4 +1,4 @@
-"""A device of tensors without numbers, which like a GPU takes none of a CPU's: for code that is to keep to one."""
+"""A stand-in for a GPU that refuses operations mixing its tensors with the CPU's, for code that must use one device."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 
 
 class OneDevice(TorchDispatchMode):
-    """Within it an operation on tensors here and there is an error; torch itself lets many pass on ``NOWHERE``.
+    """While active, an operation on tensors of several devices is an error; torch itself allows many on ``NOWHERE``.
 
-    Indices of a CPU too, which a GPU would take, but wait for. Copies may cross, as may single numbers.
+    Indices on the CPU are refused too: a GPU accepts them, but has to wait for them. Copies and tensors of a single
+    number may cross devices.
     """
 
     def __torch_dispatch__(

@@ -1,19 +1,20 @@
-"""A stand-in for PyNvVideoCodec 2.2.4: its signatures and its manners, with PyAV decoding underneath, on the CPU.
+"""A fake PyNvVideoCodec 2.2.4 with the real one's signatures and behaviour, which decodes with PyAV on the CPU.
 
-The signatures and manners were taken from the real package: its demuxer runs without a GPU, and its decoder was watched
-on stand-ins of the driver's libraries. What the chip itself does awaits a GPU.
+Signatures and behaviour were observed on the real package: its demuxer runs without a GPU, and its decoder was run on
+stand-ins for the driver's libraries. What the decoding hardware does can only be checked on a GPU.
 
-- one packet object, filled anew for each packet; its bytes are gone when the next one is asked for; of H.264 and HEVC
-  they have start codes, and parameter sets before each IDR picture;
-- an empty packet at the end, which makes the decoder give what it holds; packets of hidden frames come like all others;
-- ``BitDepth`` 8 and no matrix, whatever the stream; ``Seek`` takes a packet's number, lands on a key frame or raises;
-- the decoder proper is made, and has a width, once the next packet shows where the first picture ends;
-- surfaces are the decoder's own and overwritten at the next ``Decode``: here they are filled with junk, at once, and
-  when it is freed; they keep their size when the pictures become smaller, follow a cropping of the same picture, and
-  an error tells of larger ones;
-- a damaged picture comes like a good one;
-- asking what a GPU decodes leaves a context current on the thread that asked, when it fails;
-- errors are ``PyNvVCException``, whose message goes on for lines; a session that failed must not be used again.
+- There is one packet object, refilled for each packet; its bytes are invalid once the next packet is requested. For
+  H.264 and HEVC, the bytes have start codes, and parameter sets before each IDR picture.
+- An empty packet at the end flushes the decoder. Packets of hidden frames are delivered like all others.
+- ``BitDepth`` is always 8, and no colour matrix is reported. ``Seek`` takes a packet's number; it lands on a key frame
+  or raises.
+- The actual decoder is created, and has a width, once the next packet shows where the first picture ends.
+- Surfaces belong to the decoder, and the next ``Decode`` overwrites them: here they are filled with junk at once, and
+  when the decoder is freed. They keep their size when pictures become smaller, follow a changed cropping of the same
+  picture, and larger pictures are an error.
+- A damaged picture is delivered like a good one.
+- A failed query of what a GPU can decode leaves a CUDA context current on the calling thread.
+- Errors are ``PyNvVCException`` with messages of several lines. A session that failed must not be used again.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from av.bitstream import BitStreamFilterContext
 from flowreel.engine.sources import nvdec, nvsession
 
 NO_STAMP = -(1 << 63)
-PITCH = 24  # samples that the rows of a surface are longer than the picture; none in 2.2.4, others had some
+PITCH = 24  # samples by which a surface's rows exceed the picture: 0 in 2.2.4, but more in other versions
 JUNK = 0xAA
 
 
@@ -58,7 +59,7 @@ cudaVideoChromaFormat = enum.Enum("cudaVideoChromaFormat", "Monochrome 420 422 4
 OutputColorType = enum.Enum("OutputColorType", "NATIVE RGB RGBP", start=0)
 DisplayDecodeLatencyType = enum.Enum("DisplayDecodeLatencyType", "NATIVE LOW ZERO", start=0)
 Pixel_Format = enum.Enum("Pixel_Format", "NV12 YUV444 P016 YUV444_16Bit NV16 P216 RGB RGBP", start=3)
-UNKNOWN_CODEC = enum.Enum("cudaVideoCodec", {"???": 12})["???"]  # prints like theirs; among the members it is not
+UNKNOWN_CODEC = enum.Enum("cudaVideoCodec", {"???": 12})["???"]  # prints like the real one, which is no member either
 
 _CODECS = {
     "h264": cudaVideoCodec.H264,
@@ -76,13 +77,13 @@ def _error(where: str, what: str) -> PyNvVCException:
 
 
 class PacketData:
-    """What the demuxer gives and the decoder takes."""
+    """The packet that the demuxer returns and the decoder takes."""
 
     def __init__(self) -> None:
         self.key = self.pts = self.dts = self.pos = self.bsl = self.bsl_data = self.duration = 0
         self.decode_flag = self.discardable = self.stream_index = 0
-        self.memory: Any = None  # what bsl_data points to
-        self.coded: tuple[av.Packet, bytes] | None = None  # for PyAV: the packet, and the stream's header
+        self.memory: Any = None  # the bytes that bsl_data points to
+        self.coded: tuple[av.Packet, bytes] | None = None  # for PyAV: the packet and the stream's header
 
     def point_to(self, packet: av.Packet, header: bytes) -> None:
         self.coded = packet, header
@@ -93,7 +94,7 @@ class PacketData:
 
 @dataclass
 class Behaviour:
-    """What the stand-in does beside decoding, and what it has seen."""
+    """How the fake behaves, set by the tests, and what it has recorded."""
 
     caps: dict[str, int] = field(
         default_factory=lambda: {
@@ -106,25 +107,25 @@ class Behaviour:
             "mb_num_max": 262144,
         }
     )
-    engines_for: set[tuple[str, str, int]] | None = None  # (codec, chroma, bits) that are decoded; None: all
+    engines_for: set[tuple[str, str, int]] | None = None  # (codec, chroma, bits) that can be decoded; None: all
     caps_error: Exception | None = None  # raised instead of an answer
     asked: list[tuple[str, str, int]] = field(default_factory=list)
-    left_current: list[int] = field(default_factory=list)  # threads with a context that a failure left there
+    left_current: list[int] = field(default_factory=list)  # threads on which a failed query left a context current
     fail_at: int | None = None  # number of the packet at which a session fails, from 0
-    fail_bare: bool = False  # with a plain Exception, as some of it does
-    plain_surfaces: bool = False  # of 4:4:4 or more than 8 bits it makes 4:2:0 of 8 bits, and says nothing
-    skips_to_idr: bool = False  # begun in an open GOP, it gives nothing before an IDR picture
-    on_making: Callable[[], object] | None = None  # called while the decoder proper is made
+    fail_bare: bool = False  # fails with a plain Exception, as parts of the package do
+    plain_surfaces: bool = False  # silently converts 4:4:4 or more than 8 bits to 8-bit 4:2:0
+    skips_to_idr: bool = False  # when started in an open GOP, gives no frames before an IDR picture
+    on_making: Callable[[], object] | None = None  # called while the actual decoder is created
     making: int = 0
-    dropped: frozenset[int] = frozenset()  # stamps whose frames never come
-    packets: int | None = None  # that come before the demuxer finds the file broken
+    dropped: frozenset[int] = frozenset()  # presentation stamps whose frames never arrive
+    packets: int | None = None  # packets delivered before the demuxer finds the file broken
     seek_error: bool = False
     seek_shift: int = 0  # packets by which a seek misses the key frame
-    seek_late: bool = False  # it lands on the last key frame
+    seek_late: bool = False  # a seek always lands on the last key frame
     stream_id: int | None = None
     time_base: Fraction | None = None
     log: list[str] = field(default_factory=list)
-    sessions: list[dict[str, Any]] = field(default_factory=list)  # what each was created with
+    sessions: list[dict[str, Any]] = field(default_factory=list)  # the arguments that each was created with
     alive: int = 0  # sessions that still hold memory
     most_alive: int = 0
 
@@ -141,7 +142,7 @@ class Demuxer:
         stream = self._container.streams.best("video")
         assert isinstance(stream, av.VideoStream)
         self._stream = stream
-        self._begun = False  # to read it
+        self._begun = False  # reading
         self._filter: BitStreamFilterContext | None = None
         self._packets: Iterator[Any] | None = None
         self._packet = PacketData()
@@ -168,11 +169,11 @@ class Demuxer:
 
     def _fill(self, given: Any) -> PacketData:
         packet = self._packet
-        vars(packet).update(vars(PacketData()))  # its memory is gone
+        vars(packet).update(vars(PacketData()))  # frees its memory
         if given is not None:
             packet.key, packet.discardable = int(given.is_keyframe), int(given.is_discard)
             packet.pts, packet.dts = (NO_STAMP if stamp is None else stamp for stamp in (given.pts, given.dts))
-            plain = av.Packet(bytes(given))  # without the mark of a hidden frame: the chip knows of none
+            plain = av.Packet(bytes(given))  # drops the flag of a hidden frame, which the hardware does not know
             plain.pts, plain.dts, plain.time_base = given.pts, given.dts, given.time_base
             packet.point_to(plain, b"" if self._filter is not None else self._stream.codec_context.extradata or b"")
         return packet
@@ -181,7 +182,7 @@ class Demuxer:
         self._behaviour.log.append(f"seek {index}")
         packets = list(self._from_packet(0))
         stamps = [packet.pts for packet in packets]
-        if None in stamps:  # as of an elementary stream
+        if None in stamps:  # an elementary stream
             return self._fill(None)
         if self._behaviour.seek_error or index >= len(stamps) or self._container.format.name == "mpegts":
             raise _error("Seek", "Seek target index is out of range (no matching index entry).")
@@ -197,7 +198,7 @@ class Demuxer:
         return packet
 
     def _from_packet(self, first: int) -> Iterator[Any]:
-        """All packets from this one on, as the decoder wants them."""
+        """All packets from number ``first`` on, in the form that the decoder needs."""
         if self._begun:
             self._container.seek(0)
         self._begun = True
@@ -222,20 +223,20 @@ class Demuxer:
 
 
 def _filtered(packets: Iterator[Any], through: BitStreamFilterContext | None, first: int) -> Iterator[Any]:
-    """Those from number ``first`` on. Knows of no demuxer, which thus is freed with its last reference."""
+    """Packets from number ``first`` on. A function without a reference to the demuxer, so that this can be freed."""
     for number, packet in enumerate(packet for packet in packets if packet.size):
         if number >= first:
             yield from [packet] if through is None else through.filter(packet)
 
 
 def _parameter_sets(data: bytes) -> bytes:
-    """Of H.264 (SPS, PPS), which is what seeks are tried with."""
+    """The SPS and PPS in H.264 data, the only codec that seeks are tested with."""
     units = re.split(rb"\x00?\x00\x00\x01", data)[1:]
     return b"".join(b"\0\0\0\1" + unit for unit in units if unit[0] & 0x1F in (7, 8))
 
 
 class DecodedFrame:
-    """A surface of the decoder's, lent until the next ``Decode``."""
+    """A surface of the decoder, valid until the next ``Decode``."""
 
     def __init__(self, surface: np.ndarray, stamp: int, kind: Pixel_Format) -> None:
         self._surface = surface
@@ -249,7 +250,7 @@ class DecodedFrame:
     def shape(self) -> tuple[int, ...]:
         return self._surface.shape
 
-    def __dlpack__(self, stream: Any = -1) -> object:  # theirs is 0, which they refuse; nobody asks for a CPU's stream
+    def __dlpack__(self, stream: Any = -1) -> object:  # the real default is 0, which it refuses
         if stream is None:
             raise RuntimeError("Unable to cast Python instance to C++ type")
         if stream == 0:
@@ -257,7 +258,7 @@ class DecodedFrame:
         return torch.from_numpy(self._surface).__dlpack__()
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return (1, 0)  # the CPU; the real one: (2, gpu)
+        return (1, 0)  # the CPU; the real one returns (2, gpu)
 
 
 class Decoder:
@@ -267,7 +268,7 @@ class Decoder:
         self._behaviour = behaviour
         self._name = next(name for name, kind in _CODECS.items() if kind is codec)
         self._context: Any = None
-        self._pending: tuple[av.Packet, bytes] | None = None  # whose end the next packet will show
+        self._pending: tuple[av.Packet, bytes] | None = None  # decoded once the next packet shows where it ends
         self._size: tuple[int, int] | None = None  # of the first picture
         self._surfaces: list[np.ndarray] = []
         self._count = 0
@@ -309,7 +310,7 @@ class Decoder:
                 return []
         try:
             return list(self._context.decode(packet))
-        except av.FFmpegError:  # which is only printed
+        except av.FFmpegError:  # the real decoder only prints such errors
             if self._size is None:
                 return []
             damaged = av.VideoFrame(*self._size, self._context.pix_fmt)
@@ -317,7 +318,7 @@ class Decoder:
             return [damaged]
 
     def _make(self, header: bytes) -> None:
-        """The decoder proper: the driver must not make two at once."""
+        """Creates the actual decoder; the driver must not create two at once."""
         self._behaviour.making += 1
         assert self._behaviour.making == 1, "two sessions are begun at once"
         if self._behaviour.on_making is not None:
@@ -328,7 +329,7 @@ class Decoder:
         self._behaviour.making -= 1
 
     def _fitted(self, frame: Any) -> Any:
-        """The picture as it lies in a surface."""
+        """The picture in the size and format that it has in a surface."""
         size = (frame.width, frame.height)
         self._size = self._size or size
         if self._behaviour.plain_surfaces:
@@ -351,13 +352,13 @@ class Decoder:
 
 
 def _coded(size: tuple[int, int]) -> tuple[int, int]:
-    """In whole macroblocks."""
+    """The size in whole macroblocks."""
     width, height = size
     return -(-width // 16), -(-height // 16)
 
 
 def _has_idr(data: bytes) -> bool:
-    """Of H.264."""
+    """Whether H.264 data contain an IDR picture."""
     return any(match[1][0] & 0x1F == 5 for match in re.finditer(rb"\x00\x00\x01(.)", data, re.DOTALL))
 
 
@@ -382,7 +383,7 @@ def _planes(frame: Any) -> tuple[Pixel_Format, np.ndarray]:
 
 
 def fake_module() -> types.ModuleType:
-    """A module to stand where ``PyNvVideoCodec`` is imported from; its ``behaviour`` can be set."""
+    """A module to import in place of ``PyNvVideoCodec``; tests set its ``behaviour``."""
     module = types.ModuleType("PyNvVideoCodec")
     behaviour = Behaviour()
 
@@ -415,11 +416,11 @@ def fake_module() -> types.ModuleType:
         asked = (codec.name, chromaformat.name, bitdepth)
         behaviour.asked.append(asked)
         error = behaviour.caps_error
-        if codec is UNKNOWN_CODEC:  # the driver is asked all the same
+        if codec is UNKNOWN_CODEC:  # the real package passes it on to the driver
             error = _error("GetDecoderCaps", "CUDA_ERROR_INVALID_VALUE")
         if error is not None:
             behaviour.left_current.append(threading.get_ident())
-            raise copy.copy(error)  # a parameter's outlives its test, and with it what it was raised through
+            raise copy.copy(error)  # a test parameter lives on, and would keep the frames of its traceback alive
         none = behaviour.engines_for is not None and asked not in behaviour.engines_for
         return behaviour.caps | ({"supported": 0, "num_decoder_engines": 0} if none else {})
 
@@ -439,11 +440,11 @@ def fake_module() -> types.ModuleType:
     return module
 
 
-STREAM = 0x5EED  # handle of the decoder's stream
+STREAM = 0x5EED  # handle of the decoder's CUDA stream
 
 
 def installed(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """The module in its place, with streams that only write down what is asked of them in ``behaviour.log``."""
+    """Installs the fake module, with streams that only record calls in ``behaviour.log``."""
     module = fake_module()
 
     class Stream:
