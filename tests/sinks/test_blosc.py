@@ -1,4 +1,4 @@
-"""Chunks of shuffled values are what Blosc reads, whatever the values; and the same however many threads make them."""
+"""Chunks made from bit-shuffled values can be read by Blosc, and do not depend on the number of threads."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def chunks_of(values: np.ndarray, threads: int = 1) -> list[Chunk]:
 
 
 def made(shape: tuple[int, ...], dtype: str, spread: float, seed: int = 0) -> np.ndarray:
-    """Smooth along the last axis, or with a great spread of hardly two equal bytes."""
+    """Values that are smooth along the last axis; with a large ``spread`` hardly two bytes are equal."""
     steps = np.random.default_rng(seed).normal(0, spread, shape).cumsum(-1)
     return steps.astype(np.int64).astype(dtype)
 
@@ -53,7 +53,10 @@ def test_blosc_reads_them(count: int, size: tuple[int, int], block: int, dtype: 
 
 
 def test_a_frame_as_long_as_its_block_is_not_taken_for_the_block() -> None:
-    """A reader takes what is as long as a block for the block itself. Bytes that shrink little by little."""
+    """A compressed block must not have exactly its raw length: readers would take it for an uncompressed block.
+
+    The noise is made a little more compressible step by step until a block of that length has occurred.
+    """
     noise = np.random.default_rng(0).integers(0, 256, 256, np.uint8)
     frames = zstandard.ZstdCompressor(level=blosc.LEVEL)
     as_long = 0
@@ -61,7 +64,7 @@ def test_a_frame_as_long_as_its_block_is_not_taken_for_the_block() -> None:
         noise[:same] = 0
         as_long += len(frames.compress(noise.tobytes())) == noise.size
         (chunk,) = blosc.chunks_of_shuffled(noise[None], 2, 1)
-        planes = np.unpackbits(noise.reshape(16, -1), axis=1, bitorder="little")  # bit by bit of all values
+        planes = np.unpackbits(noise.reshape(16, -1), axis=1, bitorder="little")  # row n: bit n of all values
         values = np.packbits(planes.T, axis=1, bitorder="little").reshape(-1).view("<i2")
         np.testing.assert_array_equal(decompress(b"".join(chunk), "blosc", values.dtype, values.size), values)
     assert as_long
@@ -69,16 +72,16 @@ def test_a_frame_as_long_as_its_block_is_not_taken_for_the_block() -> None:
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_no_larger_than_those_of_numcodecs(dtype: str) -> None:
-    """And with the same header. Two blocks, of which the last is short."""
+    """For two blocks, the last one short; the headers are the same too."""
     (values,) = made((1, 2, 300, 1000), dtype, 3.0)
     (chunk,) = chunks_of(values[None])
     encoder = numcodecs.blosc.Blosc(
         "zstd", blosc.LEVEL, numcodecs.blosc.BITSHUFFLE, blosc.BLOCK_VALUES * values.itemsize
     )
     theirs = encoder.encode(values)
-    assert sum(map(len, chunk)) - 4 < 1.01 * len(theirs)  # other versions of Zstandard find a little more, or less
+    assert sum(map(len, chunk)) - 4 < 1.01 * len(theirs)  # other versions of Zstandard compress a little differently
     ours = b"".join(chunk)
-    assert ours[:12] == theirs[:12]  # all of the header but how long the chunk is
+    assert ours[:12] == theirs[:12]  # all of the header except the chunk's length
 
 
 def test_the_same_of_any_number_of_threads() -> None:

@@ -1,6 +1,6 @@
-"""A chunk is small, and the same for the same flow.
+"""Chunks are small, and equal for equal flow.
 
-That it keeps every vector within the bound is shown in ``test_codecs_property.py``.
+That every vector stays within the error bound is tested in ``test_codecs_property.py``.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def test_row_blocks_and_strides_change_nothing(monkeypatch: pytest.MonkeyPatch) 
     rng = np.random.default_rng(3)
     padded = rng.normal(0, 9, (2, 50, 80)).astype(np.float32)
     padded[:, 7, 9] = np.nan
-    padded[0, 49, 79] = 5000  # beyond range, in the last, short block
+    padded[0, 49, 79] = 5000  # out of range, in the last, short block
     flow = padded[:, 1:, 2:]
     codec = flow_codec(49, 78, SinkConfig())
     whole = codec.encode(np.ascontiguousarray(flow))
@@ -116,4 +116,4 @@ def test_sizes_on_the_fixed_fields(data_dir: Path, name: str, bars: dict[Any, fl
         assert path.stat().st_size / len(encoded.chunk) >= bar
         error = np.abs(decoded(codec, encoded.chunk).astype(np.float64) - flow).max()
         assert error <= 1 / 64
-        assert math.isclose(error, 1 / 64, rel_tol=0.01)  # the whole budget is used: a finer step would be waste
+        assert math.isclose(error, 1 / 64, rel_tol=0.01)  # the allowed error is used up: a finer step would waste space

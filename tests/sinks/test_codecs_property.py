@@ -1,4 +1,4 @@
-"""Whatever the flow, the bound and the codec: valid vectors come back within the bound, the others as NaN, counted."""
+"""For any flow, bound and codec: valid vectors come back within the bound, all others as NaN, and are counted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flowreel.sinks.compressors import COMPRESSORS
 from flowreel.sinks.pcodec import differences, from_differences
 
 KINDS = sorted(COMPRESSORS)
-LARGEST = {"int16": 32767, "int32": 2**31 - 128}  # steps; the latter is the last float32 below 2^31
+LARGEST = {"int16": 32767, "int32": 2**31 - 128}  # in steps; the latter is the largest float32 below 2^31
 BOUNDS = st.one_of(
     st.sampled_from([1 / 128, 1 / 64, 1 / 32, 1 / 16, 0.01, 0.3, 0.75, 1, 1024]),
     st.floats(-20, 10).map(lambda power: 2.0**power),
@@ -32,7 +32,7 @@ SHAPES = st.one_of(
 
 @st.composite
 def codecs_and_flows(draw: st.DrawFn) -> tuple[FlowCodec, Any]:
-    """A codec, and a flow (2, H, W) that lives near what is hard for it."""
+    """A codec and a flow (2, H, W) with values that are hard for it."""
     height, width = draw(SHAPES)
     try:
         codec = flow_codec(height, width, SinkConfig(max_error=draw(BOUNDS)))
@@ -45,7 +45,7 @@ def codecs_and_flows(draw: st.DrawFn) -> tuple[FlowCodec, Any]:
 
 
 def flow_for(codec: FlowCodec, draw: st.DrawFn) -> Any:
-    """Noise, slopes or a plain of some size from denormal to float32's last, strewn with values at every limit."""
+    """Noise, a slope or a constant, from denormal to huge, with values at every limit scattered in it."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     shape = (2, codec.height, codec.width)
     size = draw(st.sampled_from([0.0, 1e-45, 1e-39, 1e-6, 0.01, 1.0, 40.0, 1e3, 1e6, 1e9, 1e30]))
@@ -117,7 +117,7 @@ def test_lossless_keeps_every_bit_of_every_codec(shape: tuple[int, int], seed: i
 @settings(max_examples=100, deadline=None)
 @given(SHAPES, st.integers(0, 2**32 - 1), st.sampled_from(["<i2", "<i4"]))
 def test_differences_are_numcodecs_delta_and_turn_back(shape: tuple[int, int], seed: int, dtype: str) -> None:
-    """Over the whole range of the integers: what leaves it wraps around."""
+    """For integers of the whole range, where differences wrap around."""
     info = np.iinfo(dtype)
     steps = np.random.default_rng(seed).integers(info.min, info.max + 1, (2, *shape), dtype)
     change = differences(steps)

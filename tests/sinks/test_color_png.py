@@ -1,4 +1,4 @@
-"""Colour pictures: the published colours, one scale or each its own, and PNGs that any reader opens."""
+"""Colour pictures: the published colours, a fixed scale or one per picture, and PNGs that other readers can open."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flowreel.sinks.color_png import ColorPictures, ColorPngSink, png_pieces
 
 
 def picture_of(folder: Path, flow: np.ndarray, **options: float) -> np.ndarray:
-    """The (H, W, 3) colours that the sink makes of one (H, W, 2) flow."""
+    """The (H, W, 3) colours that the sink writes for one (H, W, 2) flow."""
     sink = open_sink(folder / "%03d.png", SinkConfig(overwrite=True, **options))
     sink.open(FlowInfo(*flow.shape[:2], frame_rate=None, frame_count=None, source=SourceId("test")))
     one, times = np.array([0]), np.array([0.0])

@@ -1,4 +1,4 @@
-"""What every codec promises, line by line of the table: a chunk is as zarr-python has it, and notices a flipped bit."""
+"""The contract of every codec in the table: chunks are those of zarr-python, and a flipped bit is detected."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_zarr_python_reads_our_shards_and_writes_the_same(tmp_path: Path, kind: 
     assert np.array_equal(array[1, 1, 3:7, 5:], values[1, 1, 3:7, 5:])
 
     if kind == "pcodec2d" and dtype != "<f4":
-        return  # zarr-python's numcodecs.delta hands on a flat array, which its own transpose refuses
+        return  # zarr-python cannot write it: its numcodecs.delta gives a flat array, which its transpose refuses
     theirs = zarr.create_array(tmp_path / "theirs", **layout)
     theirs[:] = values
     assert (tmp_path / "theirs" / "c" / "0" / "0" / "0" / "0").read_bytes() == shard.read_bytes()

@@ -1,4 +1,4 @@
-"""What every output promises, whatever its format; each line of the table runs all of this (see ``Sink``)."""
+"""The contract of every output, whatever its format (see ``Sink``); all of it runs for each line of the table."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def written(sink: Sink, count: int = COUNT) -> Sink:
 
 
 def unfinished(name: str) -> bool:
-    """Whether nothing there looks finished."""
+    """Whether nothing on the disk looks like a finished output."""
     sink = open_sink(name, SinkConfig())
     there = [path for path in Path(name).parent.rglob("*") if path.is_file()]
     partial = [path for path in there if any(part.endswith(".partial") for part in path.parts)]
@@ -54,7 +54,7 @@ def unfinished(name: str) -> bool:
 
 
 def threads_left() -> list[threading.Thread]:
-    """That a sink has left behind."""
+    """Threads of a sink's pool that are still running."""
     return [thread for thread in threading.enumerate() if thread.name.startswith("pool")]
 
 
@@ -75,7 +75,7 @@ def test_what_is_aborted_never_looks_finished(name: str) -> None:
     assert unfinished(name)
     assert threads_left() == []
     there = [path for path in Path(name).parent.rglob("*") if path.is_file()]
-    assert (kept is None) == (not there)  # what is kept is told
+    assert (kept is None) == (not there)  # ``abort`` reports what it keeps
 
 
 def test_what_is_cut_is_kept_under_an_unfinished_name(name: str) -> None:
@@ -86,7 +86,7 @@ def test_what_is_cut_is_kept_under_an_unfinished_name(name: str) -> None:
 
 def test_what_is_cut_before_its_first_flow_never_looks_finished(name: str) -> None:
     sink = opened(name)
-    with suppress(OutputWriteError):  # a video without a frame is none
+    with suppress(OutputWriteError):  # a video needs at least one frame
         sink.commit(complete=False)
     sink.abort()
     assert unfinished(name)

@@ -1,4 +1,4 @@
-"""``.flo`` files: exact to the bit both ways, whole or not there, and clear about what is wrong."""
+"""``.flo`` files: written and read without changing a bit, never half-written, and clear errors for damaged ones."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_bytes_on_disk_are_the_format(tmp_path: Path) -> None:
 
 def test_every_bit_survives(tmp_path: Path) -> None:
     bits = np.random.default_rng(1).integers(0, 2**32, size=(40, 30, 2), dtype=np.uint32)
-    bits[0, 0] = (0x7FC01234, 0x80000000)  # a NaN with a payload, and minus zero
+    bits[0, 0] = (0x7FC01234, 0x80000000)  # NaN with a payload, minus zero
     write_flo(tmp_path / "x.flo", bits.view(np.float32))
     back = read_flo(tmp_path / "x.flo")
     assert back.dtype == np.float32
@@ -168,7 +168,7 @@ def test_sink_numbers_its_files_from_zero(tmp_path: Path) -> None:
 
 
 def test_a_tensor_is_written_as_an_array_is(tmp_path: Path) -> None:
-    flow = torch.randn(2, 4, 5)  # as models give it
+    flow = torch.randn(2, 4, 5)  # the layout that models return
     write_flo(tmp_path / "x.flo", flow.permute(1, 2, 0))
     assert np.array_equal(read_flo(tmp_path / "x.flo"), flow.permute(1, 2, 0).numpy())
     for odd in (flow.bfloat16(), flow.half(), flow.double(), flow.clone().requires_grad_()):
@@ -191,7 +191,7 @@ def test_what_is_masked_is_unknown(tmp_path: Path, dtype: type[np.floating[Any]]
 
 def test_the_sink_marks_what_is_not_finite_and_leaves_all_else(tmp_path: Path) -> None:
     flow = some_flow(seed=3)
-    flow[0, 0, 0] = 2e9  # unknown already, and as it was
+    flow[0, 0, 0] = 2e9  # already marked as unknown, so it stays as it is
     flow[1, 1, 0], flow[2, 2, 1] = np.nan, -np.inf
     before = flow.copy()
     sink = FloSink(str(tmp_path / "%d.flo"), SinkConfig())

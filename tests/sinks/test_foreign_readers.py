@@ -1,6 +1,6 @@
-"""Stores as other programs see them: zarr-python, xarray, tensorstore, zarrs and zarrita.js give our very values.
+"""Other programs read exactly our values from a store: zarr-python, xarray, tensorstore, zarrs and zarrita.js.
 
-The packages are part of the test extra and must be there; zarrita.js needs node and is optional.
+The Python packages are part of the test extra and required; zarrita.js needs node and is optional.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from flowreel.sinks.zarr_store import ZarrSink
 COUNT = 5  # flows, in shards of two: the last one is ragged
 CODECS: tuple[Codec, ...] = ("blosc", "zstd", "pcodec", "pcodec2d")
 EVERYWHERE: tuple[Codec, ...] = ("blosc", "zstd")  # codecs of the core specification
-KINDS = {"int16": (1 / 64, 6, 9), "int32": (1 / 64, 2, 1040), "float32": (0, 6, 9)}  # max error px, height, width
+KINDS = {"int16": (1 / 64, 6, 9), "int32": (1 / 64, 2, 1040), "float32": (0, 6, 9)}  # max error in px, height, width
 STORES = [(codec, kind) for codec in CODECS for kind in KINDS]
 Open = Callable[[Codec, str], FlowStore]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Open]:
-    """One store of each codec and kind of number, with an invalid vector in it; each written once, and only read."""
+    """Gives a store of any codec and dtype, with one invalid vector. Each is written once; tests must not change it."""
     folder = tmp_path_factory.mktemp("stores")
 
     @functools.cache
@@ -64,7 +64,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Open]:
 
 
 def pixels(stored: Any, store: FlowStore) -> Any:
-    """What another reader's raw numbers mean: its integers are ours when these are our pixels, to the bit."""
+    """Another reader's raw numbers in pixels, computed as our reader does, so that equal integers give equal bits."""
     if stored.dtype.kind == "f":
         return stored
     fill = np.iinfo(stored.dtype).min
@@ -77,12 +77,12 @@ def same(one: Any, other: Any) -> bool:
 
 def with_zarr_python(store: FlowStore, name: str) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that pcodec is not in the core specification
+        warnings.simplefilter("ignore", UserWarning)  # pcodec is not in the core specification
         return zarr.open_group(store.path, mode="r")[name][:]
 
 
 def with_zarrs(store: FlowStore, name: str) -> Any:
-    """The same through the Rust library; strict: what it cannot do is an error, not left to zarr-python."""
+    """Reads with the Rust library zarrs; strict: what it cannot do is an error, with no fallback to zarr-python."""
     pipeline = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline", "codec_pipeline.strict": True}
     with zarr.config.set(pipeline), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -97,7 +97,7 @@ def with_tensorstore(store: FlowStore, name: str) -> Any:
 
 
 READERS = {"zarr-python": with_zarr_python, "zarrs": with_zarrs, "tensorstore": with_tensorstore}
-# What the table in the README says of them. Lossless, pcodec2d predicts nothing and is pcodec.
+# The same as in the README's table. For lossless flow, pcodec2d makes no prediction and is the same as pcodec.
 OPENS: dict[str, tuple[Codec, ...]] = {
     "zarr-python": CODECS,
     "zarrs": (*EVERYWHERE, "pcodec"),
@@ -122,7 +122,7 @@ def test_values_are_ours(made: Open, reader: str, codec: Codec, kind: str) -> No
     assert np.isnan(store[1][:, 1, 2]).all()
 
 
-@pytest.mark.parametrize("size", [(6, 9), (301, 901)])  # a block of values that stay as they are; two, one of each kind
+@pytest.mark.parametrize("size", [(6, 9), (301, 901)])  # one uncompressed block; two blocks, one of each kind
 @pytest.mark.parametrize("reader", READERS)
 def test_chunks_whose_bits_a_device_has_shuffled(tmp_path: Path, reader: str, size: tuple[int, int]) -> None:
     flows = torch.empty(COUNT, 2, *size).uniform_(-20, 20, generator=torch.Generator().manual_seed(0))
@@ -140,7 +140,7 @@ def test_chunks_whose_bits_a_device_has_shuffled(tmp_path: Path, reader: str, si
 
 @pytest.mark.parametrize("reader", READERS)
 def test_times_and_frames_are_ours(made: Open, reader: str) -> None:
-    store = made("pcodec", "int16")  # their own codec is always blosc
+    store = made("pcodec", "int16")  # the arrays beside the flow are always blosc
     ours = (store.timestamps_s, store.timestamps_to_s, store.frame, store.frame_to)
     for name, values in zip(COORDINATES, ours, strict=True):
         assert same(READERS[reader](store, name), values)
@@ -186,7 +186,7 @@ process.stdout.write(new Uint8Array(data.buffer, data.byteOffset, data.byteLengt
 
 
 def node(script: str, *arguments: str) -> subprocess.CompletedProcess[bytes]:
-    """Runs a module in the folder of FLOWREEL_NODE, where its packages are."""
+    """Runs a JavaScript module in the folder FLOWREEL_NODE, where its packages are installed."""
     folder = os.environ.get("FLOWREEL_NODE", ".")
     command = ["node", "--input-type=module", "--eval", script, "--", *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, timeout=60)

@@ -1,4 +1,4 @@
-"""KITTI pictures: read exactly as OpenCV reads them, written so that they read back, and damage is named."""
+"""KITTI pictures: read exactly as OpenCV does, read back after writing, and clear errors for damaged files."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from flowreel.sinks.color_png import png_pieces
 
 
 def opencv(path: Path) -> np.ndarray:
-    """(H, W, 3) uint16, RGB."""
+    """The picture as OpenCV reads it: (H, W, 3) uint16, RGB."""
     samples = cv2.imread(str(path), cv2.IMREAD_ANYDEPTH | cv2.IMREAD_COLOR)
     assert samples is not None
     return samples[..., ::-1]
 
 
 def png(header: bytes, pixels: bytes, *more: bytes) -> bytes:
-    """A PNG of any header and compressed pixels, with right checksums; ``more``: chunks in between."""
+    """A PNG with any header and compressed pixels, and correct checksums; ``more``: chunks in between."""
     chunks = [b"IHDR" + header, *more, b"IDAT" + pixels, b"IEND"]
     framed = (struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks)
     return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
@@ -92,7 +92,7 @@ def test_the_sink_counts_what_is_invalid(tmp_path: Path) -> None:
     flows = torch.zeros(3, 2, 5, 4)
     flows[1, 0, 0, 0], flows[2, 1, 0, :3] = torch.nan, torch.inf
     flows[2, 0, 4, :2] = 600.0
-    flows[2, :, 0, 0] = torch.tensor([torch.nan, 600.0])  # unknown, so not beyond range
+    flows[2, :, 0, 0] = torch.tensor([torch.nan, 600.0])  # unknown, so not counted as out of range
     sink = open_sink(tmp_path / "%06d.kitti.png", SinkConfig())
     sink.open(FlowInfo(5, 4, frame_rate=None, frame_count=None, source=SourceId("test")))
     frames = np.array([10, 20, 30])
@@ -165,7 +165,7 @@ def test_damaged_files_say_what_is_wrong(tmp_path: Path, data: bytes, message: s
 def test_a_bomb_takes_no_memory(tmp_path: Path) -> None:
     bomb = zlib.compressobj(9)
     pixels = b"".join(bomb.compress(bytes(1 << 20)) for _ in range(50)) + bomb.flush()
-    for size in ((3, 2), (11_000, 11_000)):  # more than is declared, and a size that 50 MB do not fill
+    for size in ((3, 2), (11_000, 11_000)):  # 50 MB are more than the header declares, then less
         (tmp_path / "x.png").write_bytes(png(header(*size), pixels))
         tracemalloc.start()
         try:

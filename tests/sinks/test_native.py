@@ -1,4 +1,4 @@
-"""A stored prediction, enlarged by the reader, equals what the network itself would have given."""
+"""A stored low-resolution prediction, enlarged by the reader, equals the network's own full-resolution flow."""
 
 from __future__ import annotations
 

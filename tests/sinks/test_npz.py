@@ -1,4 +1,4 @@
-""".npz files: what NumPy reads and writes, and a reader that believes nothing before it has checked it."""
+""".npz files: compatible with NumPy both ways, and read without trusting anything that a header claims."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def some_flow(height: int = 6, width: int = 5) -> np.ndarray:
 def npy(
     descr: str = "<f4", shape: object = (6, 5, 2), order: object = False, data: bytes = bytes(240), more: int = 0
 ) -> bytes:
-    """An .npy file that says whatever it is told to."""
+    """An .npy file whose header says what the arguments say, true or not."""
     text = f"{{'descr': {descr!r}, 'fortran_order': {order!r}, 'shape': {shape!r}, }}{' ' * more}\n".encode()
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + data
 
@@ -47,7 +47,7 @@ def zipped(path: Path, how: int = zipfile.ZIP_DEFLATED, **entries: bytes) -> Pat
     ids=["huge", "an array", "an object", "NaN", "long", "another version"],
 )  # fmt: skip
 def test_what_is_no_frame_number_is_not_read(tmp_path: Path, frame: bytes) -> None:
-    """And no memory is taken for what a header claims."""
+    """An invalid frame number is ignored, and no memory is allocated for the size that its header claims."""
     time_s = npy("<f8", (), data=struct.pack("<d", 0.5))
     beside = {"frame_to": npy("<i8", (), data=struct.pack("<q", 9)), "timestamp_s": time_s, "timestamp_to_s": time_s}
     path = zipped(tmp_path / "x.npz", flow=npy(), frame=frame, **beside)
@@ -107,7 +107,7 @@ def test_what_others_write(tmp_path: Path, save: Any, dtype: str, order: Any) ->
 
 @pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
 def test_every_version_of_a_header(tmp_path: Path, version: tuple[int, int]) -> None:
-    """The length of the later ones takes four bytes instead of two."""
+    """In versions 2 and 3 the header's length takes four bytes instead of two."""
     file = io.BytesIO()
     np.lib.format.write_array(file, some_flow(), version)
     assert np.array_equal(read_flow_npz(zipped(tmp_path / "x.npz", flow=file.getvalue())), some_flow())
@@ -141,7 +141,7 @@ def test_arrays_that_are_not_flow(tmp_path: Path) -> None:
         ({"a": flow.astype(complex)}, "found 0"),
         ({"a": flow[:0]}, "found 0"),
         ({"a": flow[None]}, "found 0"),
-        ({"a": np.array([flow, None], dtype=object)}, "found 0"),  # a pickle, which is not loaded
+        ({"a": np.array([flow, None], dtype=object)}, "found 0"),  # a pickle, which must not be loaded
     ):
         np.savez(path, **arrays)
         with pytest.raises(FlowFileError, match=found) as caught:
@@ -183,17 +183,17 @@ def test_headers_that_lie(tmp_path: Path, how: int, entry: bytes, message: str) 
 
 
 def test_bombs_take_no_memory(tmp_path: Path) -> None:
-    size = 11_000 * 11_000 * 8  # 1 GB, still a possible size: so that the lie about it has to be found
+    size = 11_000 * 11_000 * 8  # 1 GB: still an allowed size, so it is not refused for the size alone
     bombs = [tmp_path / f"{number}.npz" for number in range(5)]
     entry = npy(shape=(11_000, 11_000, 2), data=bytes(1 << 20))
     header = len(entry) - (1 << 20)
     for short, lying, how in ((bombs[0], bombs[1], zipfile.ZIP_DEFLATED), (bombs[2], bombs[3], zipfile.ZIP_STORED)):
         data = bytearray(zipped(short, how, flow=entry).read_bytes())
-        for mark, place in ((b"PK\x01\x02", 24), (b"PK\x03\x04", 22)):  # the unfolded size, in both its places
+        for mark, place in ((b"PK\x01\x02", 24), (b"PK\x03\x04", 22)):  # the uncompressed size, in both its places
             at = data.rindex(mark) + place
             data[at : at + 4] = struct.pack("<I", size + header)
         lying.write_bytes(data)
-        if how == zipfile.ZIP_DEFLATED:  # and how much there is of it packed
+        if how == zipfile.ZIP_DEFLATED:  # also lies about the compressed size
             at = data.rindex(b"PK\x01\x02") + 20
             data[at : at + 4] = struct.pack("<I", size // 1000)
             lying.with_name("twice.npz").write_bytes(data)
@@ -208,7 +208,7 @@ def test_a_sound_file_takes_little_more_memory_than_its_flow(tmp_path: Path) -> 
 
 
 def most_memory(path: Path, refusal: AbstractContextManager[object]) -> int:
-    """Bytes that reading a file takes at once."""
+    """Peak memory in bytes while a file is read."""
     tracemalloc.start()
     try:
         with refusal:
@@ -226,7 +226,7 @@ def test_damage_anywhere_is_found_or_harmless(tmp_path: Path) -> None:
     for place in range(len(data)):
         bad.write_bytes(data[:place] + bytes([data[place] ^ (1 << place % 8)]) + data[place + 1 :])
         try:
-            assert np.array_equal(read_flow_npz(bad), flow)  # a date, say
+            assert np.array_equal(read_flow_npz(bad), flow)  # for example, a changed date
         except FlowFileError as error:
             assert str(bad) in str(error)  # noqa: PT017
     for length in (0, 1, 30, len(data) // 2, len(data) - 1):

@@ -1,4 +1,4 @@
-"""What every output of one file a flow promises; each line of the table that is one runs all of this."""
+"""The contract of every output that writes one file per flow; all of it runs for each such line of the table."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Limit = Callable[[int], AbstractContextManager[None]]  # the fixture files_up_to
 
 @pytest.fixture(autouse=True)
 def _nobody_waits_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Thousands of small files are written here; that each is durable is what ``test_publish.py`` looks at."""
+    """Thousands of small files are written here, so syncing is skipped; ``test_publish.py`` tests that it happens."""
     monkeypatch.setattr(publish, "sync_file", lambda path: None)
 
 
@@ -60,7 +60,7 @@ def several(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def some_flows(count: int = COUNT, unknown: bool = False) -> torch.Tensor:
-    """(N, 2, H, W), each different from the others."""
+    """(N, 2, H, W), all flows different."""
     flows = torch.from_numpy(np.random.default_rng(5).normal(0, 8, (count, 2, HEIGHT, WIDTH)).astype(np.float32))
     if unknown:
         flows[:, 0, 0, 0] = torch.nan
@@ -114,7 +114,7 @@ def test_each_flow_gets_its_own_file_whatever_the_batches_and_workers(
     numbers = sorted(made)
     assert len(made) == COUNT * files_a_flow(output)
     assert sink.bytes_written == sum(map(len, made.values()))
-    for number in range(COUNT):  # each alone, in a folder of its own, is the same file
+    for number in range(COUNT):  # each flow written alone gives the same file
         alone = sink_for(output, tmp_path / str(number))
         alone.open(INFO)
         alone.write(batch_of(flows[number : number + 1], index=0, frame=number))
@@ -124,7 +124,7 @@ def test_each_flow_gets_its_own_file_whatever_the_batches_and_workers(
 
 
 def test_names_follow_the_pattern_and_the_place_in_the_output(tmp_path: Path, output: Output) -> None:
-    sink = sink_for(output, tmp_path / "100%dance")  # a percent sign further up is only a name
+    sink = sink_for(output, tmp_path / "100%dance")  # a percent sign in a folder's name has no meaning
     sink.open(INFO)
     sink.write(batch_of(some_flows(2), index=12))
     sink.commit()
@@ -152,7 +152,7 @@ def test_overwriting_replaces_and_removes_what_a_longer_run_left(tmp_path: Path,
     sink = sink_for(output, tmp_path, overwrite=True)
     sink.open(INFO)
     sink.write(batch_of(flows))
-    assert old - set(contents(tmp_path)) == set()  # all is there until the new run is complete
+    assert old - set(contents(tmp_path)) == set()  # nothing is removed until the new run is complete
     sink.commit()
     written(output, tmp_path / "fresh", flows, (2,))
     assert contents(tmp_path / "fresh") | {"notes.txt": b"not of this pattern"} == {
@@ -166,7 +166,7 @@ def test_overwriting_replaces_and_removes_what_a_longer_run_left(tmp_path: Path,
 def test_an_unfinished_run_looks_unfinished_and_says_what_it_kept(
     tmp_path: Path, output: Output, there: bool, complete: bool | None, workers: int
 ) -> None:
-    """complete None: it is aborted. What another run had finished stays as it was, and is still read as that."""
+    """What an earlier run finished stays unchanged. ``complete`` None: the new run is aborted instead of committed."""
     folder = tmp_path / "out"
     if there:
         written(output, folder, some_flows())
@@ -193,7 +193,7 @@ def test_an_unfinished_run_looks_unfinished_and_says_what_it_kept(
         assert f"keeps {len(after)} whole files such as {Path(output.form % 0).name}.partial" in kept
     assert not sink_for(output, folder).holds(3)
     assert sink_for(output, folder).holds(COUNT) == there
-    again = sink_for(output, folder, overwrite=there)  # what an unfinished run left is in nobody's way
+    again = sink_for(output, folder, overwrite=there)  # leftovers of an unfinished run do not hinder the next one
     again.open(INFO)
     again.write(batch_of(flows))
     again.commit()
@@ -205,7 +205,7 @@ def test_an_unfinished_run_looks_unfinished_and_says_what_it_kept(
 def test_stopped_while_names_are_given(
     tmp_path: Path, output: Output, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At whatever step: files of two runs never go by finished names side by side, and no flow of the new is lost."""
+    """When stopped at any step, finished names belong to one run only, and no flow of the new run is lost."""
     old, new = some_flows(), -some_flows(4)
     written(output, tmp_path / "old", old)
     written(output, tmp_path / "new", new, (4,))
@@ -246,7 +246,7 @@ def test_stopped_while_names_are_given(
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_second_run_on_the_same_files_is_refused(tmp_path: Path, output: Output, overwrite: bool) -> None:
     lock = tmp_path / f".{Path(output.form).name}.partial"
-    lock.touch()  # of a run that was killed
+    lock.touch()  # left by a run that was killed
     first = sink_for(output, tmp_path, overwrite=overwrite)
     first.open(INFO)
     with pytest.raises(OutputBusyError, match="is being written by another run"):
@@ -339,14 +339,14 @@ def test_being_stopped_while_writing_leaves_whole_files_only(
     sink.abort()
     assert encoders() == []
     after, whole = contents(tmp_path / "out"), contents(tmp_path / "whole")
-    assert len(after) == 2 * files_a_flow(output)  # what was faster than the third flow goes with it
+    assert len(after) == 2 * files_a_flow(output)  # flows behind the third are dropped, even if written earlier
     assert {name.removesuffix(".partial"): data for name, data in after.items()}.items() <= whole.items()
 
 
 def test_being_stopped_while_names_are_given_ends_with_all_of_them(
     tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The former run's files are gone by then, and a folder never holds part of a run."""
+    """The earlier run's files are already gone then, so stopping would leave only part of a run."""
     written(output, tmp_path / "whole", some_flows())
     written(output, tmp_path / "out", some_flows(3))
     sink = sink_for(output, tmp_path / "out", overwrite=True)
@@ -373,7 +373,7 @@ def test_being_stopped_while_names_are_given_ends_with_all_of_them(
 def test_what_goes_wrong_is_told_with_its_own_frame(
     tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Although the stage has taken others by then."""
+    """The error names the frame that failed, although the stage has taken later ones by then."""
     sink = sink_for(output, tmp_path)
     sink.open(INFO)
 

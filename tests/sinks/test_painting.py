@@ -1,4 +1,4 @@
-"""Outputs of pictures give the same whether they are handed flow, or pictures that were painted where the flow was."""
+"""Picture outputs give the same result from flow as from pictures that were already painted on the flow's device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIZE = (32, 48)
 
 
 def flows(count: int) -> torch.Tensor:
-    """(N, 2, H, W) that turns and grows, with unknown vectors here and there."""
+    """(N, 2, H, W) flow that turns and grows, with some unknown vectors."""
     height, width = SIZE
     number = torch.arange(count).view(-1, 1, 1)
     angle = torch.linspace(0, 2, width) + torch.linspace(0, 1, height)[:, None] + number
@@ -43,9 +43,9 @@ def batches(count: int, length: int) -> list[FlowBatch]:
 def write(
     path: Path, config: SinkConfig, given: list[FlowBatch], *, paint: bool
 ) -> tuple[list[str], list[np.ndarray], list[float]]:
-    """What the sink notes, without its path, the pictures it encodes, and a video's times in seconds.
+    """The sink's notes without its path, the pictures it encodes, and a video's times in seconds.
 
-    A video's are planes, whoever made them.
+    Pictures of a video are given as YUV planes, whether the sink was given planes or converted them itself.
     """
     sink = open_sink(str(path), config)
     sink.open(FlowInfo(*SIZE, frame_rate=None, frame_count=None, source=SourceId("test")))
@@ -90,7 +90,7 @@ def test_the_same_either_way(tmp_path: Path, name: str, count: int, length: int,
 
 
 def test_what_waits_on_the_device_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video, "HELD_BYTES", 3 * 4 * SIZE[0] * SIZE[1])  # three flows of float16
+    monkeypatch.setattr(video, "HELD_BYTES", 3 * 4 * SIZE[0] * SIZE[1])  # three flows as float16
     notes, _, _ = write(tmp_path / "x.mp4", SinkConfig(), batches(9, 2), paint=True)
     assert "percentile of the first 3 flows, all that fit" in notes[0]
     assert len([note for note in notes if "percentile" in note]) == 1
@@ -116,7 +116,7 @@ def test_pictures_lie_as_an_encoder_takes_them() -> None:
 
 @pytest.mark.parametrize("size", [(48, 64), (33, 46), (48, 31), (1, 1)])
 def test_planes_are_those_that_ffmpeg_makes(size: tuple[int, int]) -> None:
-    """Of noise, primaries and ramps; an odd side gains its last row or column once more."""
+    """For noise, primary colours and ramps; at odd sizes the last row or column is repeated."""
     height, width = size
     noise = torch.randint(0, 256, (3, height, width), generator=torch.Generator().manual_seed(1))
     bright = torch.linspace(0, 255, width).expand(3, height, width)
@@ -138,7 +138,7 @@ def test_planes_are_those_that_ffmpeg_makes(size: tuple[int, int]) -> None:
 
 
 def test_a_video_of_planes_is_the_video_of_pictures(tmp_path: Path) -> None:
-    """What comes out of the decoder, in colour, from a size with odd sides."""
+    """Compares decoded colours, at an odd size."""
     height, width = 63, 95
     down, right = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
     given = [FlowBatch(torch.stack((right, down))[None] * 5, 0, *[np.zeros(1, int)] * 2, *[np.zeros(1)] * 2)]
@@ -155,7 +155,7 @@ def test_a_video_of_planes_is_the_video_of_pictures(tmp_path: Path) -> None:
         assert (frame.colorspace, frame.color_range) == (Colorspace.ITU709, ColorRange.MPEG)
         shown.append(frame.to_ndarray(format="rgb24").astype(int))
     assert shown[0].std() > 40
-    assert np.abs(shown[0] - shown[1]).mean() < 1  # the encoder makes more of a level here and there
+    assert np.abs(shown[0] - shown[1]).mean() < 1  # planes differ by a level; the encoder can increase that locally
 
 
 def test_held_flow_is_packed_as_on_a_cpu() -> None:

@@ -1,4 +1,4 @@
-"""The pool: results in order whatever finishes first, bounds kept, the first error out, nothing left running."""
+"""The thread pool: results come in order, its bounds hold, the first error is raised, and no thread stays behind."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from flowreel.sinks import parallel
 from flowreel.sinks.parallel import OrderedPool, encode_workers, file_workers
 
-LONG_S = 60.0  # an event that takes this long will not come: the test fails, rather than hangs
+LONG_S = 60.0  # time limit for waiting, so that a broken test fails instead of hanging
 
 
 def encoders() -> list[threading.Thread]:
@@ -23,7 +23,7 @@ def fail(message: str) -> int:
 
 
 class Gate:
-    """Calls that wait until they are let through, and how many of them have begun."""
+    """A call that waits until ``opened`` is set; ``begun`` is released once for each call that has started."""
 
     def __init__(self) -> None:
         self.opened = threading.Event()
@@ -48,7 +48,7 @@ def test_results_come_in_order_and_in_the_callers_thread(workers: int) -> None:
     for value in range(50):
         pool.submit(lambda value: value * value, value)
     pool.drain()
-    pool.submit(int, "7")  # a drained pool goes on
+    pool.submit(int, "7")  # a drained pool can still be used
     pool.close()
     assert taken[:50] == [value * value for value in range(50)]
     assert threads == {threading.current_thread()}
@@ -61,7 +61,7 @@ def test_a_quick_call_waits_for_a_slow_one_before_it() -> None:
     second_done = threading.Event()
 
     def first() -> str:
-        assert second_done.wait(LONG_S)  # so it ends after the second, which runs beside it
+        assert second_done.wait(LONG_S)  # so it ends after the second, which runs in parallel
         return "first"
 
     def second() -> str:
@@ -77,7 +77,7 @@ def test_a_quick_call_waits_for_a_slow_one_before_it() -> None:
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_second_steps_come_in_the_calls_order(workers: int) -> None:
-    """Whatever the first steps do; and the results as ever."""
+    """Second steps run in the order of submission although a later first step ends sooner; results are in order too."""
     turns: list[int] = []
     taken: list[int] = []
     last_made = threading.Event()
@@ -96,7 +96,7 @@ def test_second_steps_come_in_the_calls_order(workers: int) -> None:
     for value in range(3):
         pool.submit_in_turn(partial(make, value), then)
     pool.drain()
-    pool.submit_in_turn(partial(make, 3), then)  # with none before it any more
+    pool.submit_in_turn(partial(make, 3), then)  # with no earlier call left
     pool.drain()
     pool.close()
     assert (turns, taken) == ([0, 1, 2, 3], [0, 1, 4, 9])
@@ -104,7 +104,7 @@ def test_second_steps_come_in_the_calls_order(workers: int) -> None:
 
 @pytest.mark.parametrize("step", ["make", "then"])
 def test_a_second_step_follows_a_call_that_failed(step: str) -> None:
-    """What that means is for the step itself to say; its result is dropped."""
+    """The second step of a later call still runs, so that it can handle the failure; its result is dropped."""
     turns: list[int] = []
     taken: list[int] = []
     last_made = threading.Event()
@@ -151,7 +151,7 @@ def test_bytes_are_bounded_and_a_larger_call_goes_alone() -> None:
     pool.submit(gate, 2, nbytes=40)
     assert taken == []  # both fit
     gate.opened.set()
-    pool.submit(gate, 3, nbytes=1)  # 101 bytes: the first has to be taken
+    pool.submit(gate, 3, nbytes=1)  # 101 bytes: waits until the first result is taken
     assert taken[:1] == [1]
     pool.submit(gate, 4, nbytes=1000)
     assert taken == [1, 2, 3]
@@ -178,7 +178,7 @@ def test_the_first_error_comes_out_in_its_place(workers: int) -> None:
     assert encoders() == []
     with pytest.raises(ValueError, match="closed"):
         pool.submit(abs, 1)
-    pool.close()  # as often as one likes
+    pool.close()  # closing again is allowed
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,4 +1,4 @@
-"""Stored flow by name: every form a name may take, in the right order, a few fields at a time, and clear when wrong."""
+"""Opening stored flow by name: every form of a name, the right order, a few flows at a time, and clear errors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def some_flow(seed: int = 0, height: int = HEIGHT, width: int = WIDTH) -> np.nda
 
 
 def write_flo(path: Path, flow: np.ndarray) -> None:
-    """Without waiting for the disk."""
+    """Writes a ``.flo`` file without syncing it to the disk."""
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(struct.pack("<f2i", 202021.25, flow.shape[1], flow.shape[0]) + flow.tobytes())
 
@@ -53,7 +53,7 @@ def write_store(path: Path, count: int = 7, **options: object) -> np.ndarray:
 
 
 def read_all(reader: FlowReader) -> tuple[np.ndarray, list[int], list[float]]:
-    """All flows (N, 2, H, W), frames and times; every batch follows the one before."""
+    """All flows (N, 2, H, W), frames and times; checks that each batch continues the one before."""
     batches = list(reader)
     count = 0
     for batch in batches:
@@ -68,7 +68,7 @@ def read_all(reader: FlowReader) -> tuple[np.ndarray, list[int], list[float]]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """frame1.flo to frame12.flo, seeds 1 to 12, beside files that are none."""
+    """A folder with frame1.flo to frame12.flo (seeds 1 to 12) and other things that are not flow files."""
     for number in range(1, 13):
         write_flo(tmp_path / "flows" / f"frame{number}.flo", some_flow(number))
     for other in ("frame3.flo.png", ".hidden.flo", "notes.txt", "frame9.flo.partial"):
@@ -79,7 +79,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
-    """A store of seven flows, not to be changed, and what is in it."""
+    """A store of seven flows and its contents; tests must not change it."""
     path = tmp_path_factory.mktemp("store") / "a.zarr"
     return path, write_store(path, max_error=0)
 
@@ -125,7 +125,7 @@ def test_globs_lists_and_single_files(folder: Path) -> None:
 
 
 def test_a_link_to_nothing_is_not_left_out(folder: Path) -> None:
-    (folder / "picture.png").symlink_to("nowhere")  # beside the flow
+    (folder / "picture.png").symlink_to("nowhere")  # no flow file, so it is ignored
     (folder / "frame5.flo").unlink()
     (folder / "frame5.flo").symlink_to("nowhere")
     for name in (folder, str(folder / "*.flo")):
@@ -189,7 +189,7 @@ def test_every_kind_of_file_comes_back(tmp_path: Path, pattern: str, tolerance: 
 
 
 def npz_files(folder: Path, times: list[tuple[int, float] | None]) -> Path:
-    """One file for each pair of frames 4 apart, a tenth of a second apart; None: without any of that."""
+    """One file per (frame, time), each pair 4 frames and 0.1 s apart; None: a file without frames and times."""
     for number, pair in enumerate(times):
         frame, time_s = pair or (0, 0.0)
         beside = {"frame": frame, "frame_to": frame + 4, "timestamp_s": time_s, "timestamp_to_s": time_s + 0.1}
@@ -290,7 +290,7 @@ def test_a_store_keeps_its_frames_times_and_origin(tmp_path: Path) -> None:
     ("max_errors", "total"),
     [
         ([1 / 8, 1 / 2], 1 / 8 + 1 / 2),
-        ([1 / 8, 1 / 8, 1 / 8], 1 / 8),  # whole numbers of steps already
+        ([1 / 8, 1 / 8, 1 / 8], 1 / 8),  # already whole numbers of steps, so storing again adds no error
         ([1 / 8, 1 / 64, 0, 1 / 8], 1 / 8),
         ([1 / 64, 1 / 8, 1 / 64, 1 / 8], 1 / 64 + 1 / 8),
         ([0, 0], 0),
@@ -387,7 +387,7 @@ def test_what_literally_has_the_name_wins(tmp_path: Path, store: tuple[Path, np.
 @pytest.mark.parametrize("name", ["a.zarr", "a.zarr.partial", "a.zarr@1:", "a.zarr.partial@1:"])
 def test_an_unfinished_store_gives_what_is_there(tmp_path: Path, store: tuple[Path, np.ndarray], name: str) -> None:
     shutil.copytree(store[0], tmp_path / "a.zarr.partial")
-    (tmp_path / "a.zarr.partial/flow/c/2/0/0/0").unlink()  # the shards before it hold six flows
+    (tmp_path / "a.zarr.partial/flow/c/2/0/0/0").unlink()  # the two shards before it hold six flows
     reader = open_flows(str(tmp_path / name))
     assert np.array_equal(read_all(reader)[0], store[1][1:6] if "@" in name else store[1][:6])
     assert reader.stem == "a"
@@ -431,4 +431,4 @@ def test_readers_know_what_they_read(
     assert open_flows("a.zarr").reads("a.zarr")
     assert not open_flows("a.zarr").reads("b.zarr")
     Path("a.zarr.partial").rename("a.zarr")
-    assert not open_flows("a.zarr").reads("a.zarr")  # it stays until the new one is complete
+    assert not open_flows("a.zarr").reads("a.zarr")  # a finished store stays until its replacement is complete

@@ -1,4 +1,4 @@
-"""Outputs are found by the end of their name, and nothing heavy loads before one is wanted."""
+"""The end of a name selects its output format, and nothing heavy is imported before a format is used."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_open_sink_writes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("output", OUTPUTS, ids=lambda output: output.form)
 def test_every_line_of_the_table_leads_to_its_module(output: Output) -> None:
     assert find_spec(output.module) is not None
-    assert find_output(output.form) is output  # none hides behind a line above it
+    assert find_output(output.form) is output  # no earlier line matches its names
 
 
 @pytest.mark.parametrize(
@@ -78,9 +78,9 @@ def test_every_line_of_the_table_leads_to_its_module(output: Output) -> None:
     [
         (["X.zarr"], {"codec": "zstd", "max_error": 0.0}, []),
         (["X.mp4", "a/%06d.flo"], {"codec": "zstd"}, ["codec has no effect here: it is for X.zarr"]),
-        (["a/%06d.flo"], {"overwrite": True, "shard_bytes": 1}, []),  # of any output, or none of the command line's
+        (["a/%06d.flo"], {"overwrite": True, "shard_bytes": 1}, []),  # read by every output; no command-line option
         (["a/%06d.png"], {"max_flow": 3.0}, []),
-        (["X.zarr", "X.mkv"], {"max_flow": 3.0, "codec": "zstd"}, []),  # each is read by one of them
+        (["X.zarr", "X.mkv"], {"max_flow": 3.0, "codec": "zstd"}, []),  # each option is read by one of the two
         (["X.zarr"], {"max_flow": 3.0}, ["max-flow has no effect here: it is for X.mp4, X.mkv, DIR/%06d.png"]),
         (["a/flow_x_%05d.jpg"], {"bound": 9.0}, []),
         (["a/%06d.png"], {"encoder": "cpu"}, ["encoder has no effect here: it is for X.mp4, X.mkv"]),
@@ -102,7 +102,7 @@ def test_the_table_names_the_options_that_a_format_reads(
             return super().__getattribute__(name)
 
     config = Watched()
-    seen.clear()  # what it looks at itself
+    seen.clear()  # its constructor reads its own fields
     sink = open_sink(tmp_path / output.form, config)
     sink.open(FlowInfo(16, 32, frame_rate=Fraction(25), frame_count=2, source=SourceId("test")))
     flow, number, time_s = torch.zeros(1, 2, 16, 32), np.zeros(1, np.int64), np.zeros(1)

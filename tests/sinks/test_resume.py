@@ -1,4 +1,4 @@
-"""A store that was cut short goes on: to the very bytes an uninterrupted run writes, or with a clear refusal."""
+"""A resumed store ends with exactly the bytes of an uninterrupted run, or resuming is refused with a clear error."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def batches(first: int, last: int) -> Iterator[FlowBatch]:
 
 
 def run(path: Path, flows: int = FLOWS, info: FlowInfo = INFO, **changes: Any) -> ZarrSink:
-    """What ``flowreel run`` does to the sink: ask where to go on, check, open, write the rest, commit."""
+    """Uses the sink as ``flowreel run`` does: ask for the resume point, check, open, write the rest, commit."""
     sink = ZarrSink(str(path), config(**changes))
     point = sink.resume_point() if changes.get("resume") else None
     if point is not None:
@@ -76,13 +76,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def cut_after(path: Path, flows: int) -> None:
-    """A run that dies after so many flows."""
+    """A run that is killed after this many flows."""
     sink = ZarrSink(str(path), config())
     sink.open(INFO)
     for batch in batches(0, flows):
         sink.write(batch)
     flush(sink)
-    sink._target.let_go()  # as the system does for the dead
+    sink._target.let_go()  # releases the claim, as the system does for a killed process
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_nothing_there_starts_and_it_is_resumable(tmp_path: Path, whole: dict[st
 
 
 def test_killed_before_its_name_was_given(tmp_path: Path, whole: dict[str, bytes]) -> None:
-    """Nine flows make three full shards: all is there but the name, and no pair is left to start from."""
+    """All nine flows are there in three full shards; only the final name is missing. The last shard is made again."""
     info = replace(INFO, frame_count=10)
     run(tmp_path / "Y.zarr", 9, info)
     expected = contents(tmp_path / "Y.zarr")
@@ -142,13 +142,13 @@ def test_temporaries_and_a_damaged_shard_are_made_again(
     run(tmp_path / "X.zarr", resume=True)
     assert contents(tmp_path / "X.zarr") == whole
     assert deleted[0] == "flow/c/3.partial"
-    assert deleted[1:3] == ["flow/c/1/0/0/0", "flow/c/2/0/0/0"]  # before their times, without which they have no place
+    assert deleted[1:3] == ["flow/c/1/0/0/0", "flow/c/2/0/0/0"]  # before their times: no flow is ever without its time
     assert len(deleted) == 1 + 2 * (1 + len(BESIDE_FLOW)) + 1
 
 
 @pytest.mark.parametrize("what", ["swapped shards", "swapped chunks", "times of elsewhere", "no checksums"])
 def test_what_is_not_in_its_place_is_made_again(tmp_path: Path, whole: dict[str, bytes], what: str) -> None:
-    """Sound files, at the wrong place: the run goes on before the first of them."""
+    """Files that are intact but in the wrong place are detected: the run resumes before the first of them."""
     cut_after(tmp_path / "X.zarr", 10)
     partial = tmp_path / "X.zarr.partial"
     second, third = flow_shard(partial, 1), flow_shard(partial, 2)
@@ -187,7 +187,7 @@ def test_a_recording_that_grew_is_appended_to(tmp_path: Path, before: int, after
     assert point is not None
     assert (point.complete, point.flows, point.frame) == (True, before // SHARD * SHARD, before // SHARD * SHARD)
     sink.open(info(after))
-    assert contents(tmp_path / "grown.zarr") == old  # until the new one is whole
+    assert contents(tmp_path / "grown.zarr") == old  # unchanged until the new store is complete
     for batch in batches(point.flows, after):
         sink.write(batch)
     sink.commit()
@@ -219,7 +219,7 @@ def test_what_differs_is_named(tmp_path: Path, info: FlowInfo, changes: dict[str
 
 
 def test_a_store_of_an_older_version_is_not_gone_on_with(tmp_path: Path) -> None:
-    """Of its first flows nobody could tell whether they are in their place."""
+    """Older stores have no checksums, so it could not be checked whether their first flows are in their place."""
     cut_after(tmp_path / "X.zarr", 7)
     partial = tmp_path / "X.zarr.partial"
     flow = json.loads((partial / "flow" / "zarr.json").read_text())
@@ -250,7 +250,7 @@ def test_a_source_that_now_ends_earlier_leaves_nothing_of_the_shards_behind_its_
 
 
 def test_what_is_gone_on_with_is_not_cut_to_what_the_source_announces(tmp_path: Path) -> None:
-    """Whoever reads it meanwhile sees all that is there."""
+    """The source now announces fewer flows than the store holds; a reader still sees all of them."""
     cut_after(tmp_path / "X.zarr", 10)
     sink = ZarrSink(str(tmp_path / "X.zarr"), config(resume=True))
     sink.open(replace(INFO, frame_count=8))
@@ -261,7 +261,7 @@ def test_what_is_gone_on_with_is_not_cut_to_what_the_source_announces(tmp_path: 
 
 def test_a_reader_of_an_unfinished_store_sees_a_ragged_shard_replaced(tmp_path: Path) -> None:
     path = tmp_path / "X.zarr"
-    for flows in (8, 9):  # of the shard two, then all
+    for flows in (8, 9):  # two flows of the last shard, then all three
         sink = ZarrSink(str(path), config(resume=True))
         point = sink.resume_point()
         sink.open(INFO)
@@ -293,7 +293,7 @@ def in_a_child(action: Any) -> int:
 
 
 def killed_at(path: Path, call: int, resume: bool) -> bool:
-    """A run that is killed by the system at its n-th call that changes the disk. False: it got through before."""
+    """Runs until killed at the n-th call that changes the disk. False: the run ended before that call."""
 
     def die_at_last() -> None:
         left = call
@@ -320,11 +320,11 @@ def killed_at(path: Path, call: int, resume: bool) -> bool:
 def test_killed_at_every_step_then_resumed_gives_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also killed again, at a random step, while it resumes. Two full shards and a ragged one."""
+    """While resuming, the run is killed again at a random step. There are two full shards and a ragged one."""
     run(tmp_path / "whole.zarr", KILLED_FLOWS, KILLED_INFO)
     whole = contents(tmp_path / "whole.zarr")
     monkeypatch.setattr(os, "fsync", lambda _: None)  # a killed process loses nothing that was written
-    metadata = store_metadata(INFO, config(), flow_codec(H, W, config()), SHARD, KILLED_FLOWS)  # slow
+    metadata = store_metadata(INFO, config(), flow_codec(H, W, config()), SHARD, KILLED_FLOWS)  # slow, so made once
     monkeypatch.setattr(zarr_store, "store_metadata", lambda *_: copy.deepcopy(metadata))
     rng = random.Random(0)
     calls = 0
@@ -365,12 +365,12 @@ def test_a_second_run_on_the_same_store_is_refused(
     elif there == "shorter":
         run(path, 5)
     if there != "nothing" and not first:
-        return  # the first one is refused itself, as other tests show
+        return  # here already the first run is refused, which other tests show
     one = ZarrSink(str(path), config(**first))
     point = one.resume_point() if first.get("resume") else None
     other = ZarrSink(str(path), config(**second))
     if second.get("resume"):
-        other.resume_point()  # before the first one holds it
+        other.resume_point()  # before the first run claims the store
     one.open(INFO)
     for batch in batches(0 if point is None else point.flows, 8):
         one.write(batch)
@@ -392,7 +392,7 @@ def test_a_second_run_on_the_same_store_is_refused(
 
 @pytest.mark.parametrize("meanwhile", ["went on", "began", "finished", "was made anew, otherwise"])
 def test_a_run_that_slept_while_another_one_wrote(tmp_path: Path, whole: dict[str, bytes], meanwhile: str) -> None:
-    """Between asking where to go on and opening: it would go on from a place that is no more."""
+    """Another run writes between this run's ``resume_point`` and ``open``, so the resume point is outdated."""
     path = tmp_path / "X.zarr"
     if meanwhile != "began":
         cut_after(path, 7)
@@ -468,7 +468,10 @@ def test_a_link_under_the_unfinished_name_is_not_followed(tmp_path: Path) -> Non
 
 
 def test_a_store_that_stepped_aside_for_a_killed_run_is_still_there(tmp_path: Path) -> None:
-    """Killed between the two renames. Whoever may not overwrite it does not."""
+    """A run killed between its two renames left only ``X.zarr.replaced``; the next run gives it its name back.
+
+    Without --overwrite, the store is then not overwritten.
+    """
     run(tmp_path / "X.zarr", 5)
     before = contents(tmp_path / "X.zarr")
     (tmp_path / "X.zarr").rename(tmp_path / "X.zarr.replaced")
@@ -479,7 +482,7 @@ def test_a_store_that_stepped_aside_for_a_killed_run_is_still_there(tmp_path: Pa
 
 
 def test_killed_while_a_finished_store_was_reopened(tmp_path: Path, whole: dict[str, bytes]) -> None:
-    """An empty unfinished store, and a half-made copy beside it: neither is taken for anything."""
+    """It left an empty unfinished store and a half-made copy beside it; both are ignored."""
     run(tmp_path / "X.zarr", 5)
     (tmp_path / "X.zarr.partial").mkdir()
     shutil.copytree(tmp_path / "X.zarr" / "frame", tmp_path / "X.zarr.partial.new" / "frame")
@@ -509,7 +512,7 @@ def test_a_finished_store_that_cannot_be_reopened_stays_as_it_is(
 def test_a_reopened_store_is_on_the_disk_before_it_gets_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool, whole: dict[str, bytes]
 ) -> None:
-    """Else a power cut after the finished one was replaced would take back its shards."""
+    """Otherwise a power cut after the finished store was replaced could lose its shards."""
     run(tmp_path / "X.zarr", 5)
     synced: set[Path] = set()
     named = []
@@ -542,7 +545,7 @@ def test_a_reopened_store_is_on_the_disk_before_it_gets_its_name(
 def test_what_a_killed_overwriting_run_left_is_not_taken_for_the_finished_store(
     tmp_path: Path, whole: dict[str, bytes]
 ) -> None:
-    """It had only begun: the finished store is what is gone on with, and its first shards are not lost."""
+    """The killed run had only begun: the finished store is resumed, and its first shards are not lost."""
     run(tmp_path / "X.zarr", 5)
     (tmp_path / "X.zarr.partial" / "flow").mkdir(parents=True)
     shutil.copy(tmp_path / "X.zarr" / "zarr.json", tmp_path / "X.zarr.partial")

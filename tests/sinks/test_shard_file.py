@@ -1,4 +1,4 @@
-"""Where a shard's chunks lie."""
+"""A shard file: its chunks and its index."""
 
 from __future__ import annotations
 

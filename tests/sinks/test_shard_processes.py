@@ -1,4 +1,4 @@
-"""Shards made by other processes: what can go wrong between two of them, and that none stays behind."""
+"""Shards made by worker processes: everything that can go wrong with them, and that no process stays behind."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def batches(count: int, size: int = 2, first: int = 0) -> Iterator[FlowBatch]:
 
 
 def opened(path: Path, config: SinkConfig = CONFIG, *, up: bool = True) -> tuple[ZarrSink, ShardsInProcesses]:
-    """up: once its processes are: what is full before is made without them."""
+    """An open sink. ``up``: waits until its processes run; shards that are full before are made without them."""
     sink = ZarrSink(str(path), config)
     sink.open(INFO)
     assert isinstance(sink._shards, ShardsInProcesses)
@@ -62,7 +62,7 @@ def opened(path: Path, config: SinkConfig = CONFIG, *, up: bool = True) -> tuple
 
 
 def stored(path: Path, count: int) -> None:
-    """The flows are there, each within the bound."""
+    """Checks that the store is complete and every flow within the error bound."""
     store = open_store(path)
     assert store.complete
     wanted = torch.cat([batch.flow for batch in batches(count)]).numpy()
@@ -74,7 +74,7 @@ def stored(path: Path, count: int) -> None:
 def test_batches_of_any_size(tmp_path: Path, size: int) -> None:
     sink, shards = opened(tmp_path / "x.zarr")
     for batch in batches(11, size):
-        sink.write(batch)  # the sink makes steps of them itself
+        sink.write(batch)  # the sink itself turns the flow into integer steps
     sink.commit()
     stored(tmp_path / "x.zarr", 11)
     assert {process._process.returncode for process in shards._all} == {0}
@@ -83,7 +83,7 @@ def test_batches_of_any_size(tmp_path: Path, size: int) -> None:
 
 
 class Pinning:
-    """Stands for a GPU's driver: what is pinned, and how often anything was."""
+    """In place of a GPU's driver: records what is pinned, and how many pieces were."""
 
     def __init__(self) -> None:
         self.pieces = 0
@@ -92,7 +92,7 @@ class Pinning:
     def __call__(self, memory: np.ndarray) -> Callable[[], None]:
         self.pieces += 1
         self.pinned[memory.ctypes.data] = memory.nbytes
-        memory[:] = 77  # as it is, before anything lies there
+        memory[:] = 77  # pinning happens before anything is stored there, so this overwrites nothing
         return lambda: self.pinned.__delitem__(memory.ctypes.data)
 
     def covers(self, place: torch.Tensor) -> bool:
@@ -112,7 +112,7 @@ def test_steps_that_land_where_the_processes_see_them_are_not_copied(
         assert place is not None
         assert pin.covers(place)
         sink.take(replace(prepared, steps=place.copy_(prepared.steps)))
-    assert 1 <= pin.pieces <= len(shards._all) + 1  # each piece once, however often it is used
+    assert 1 <= pin.pieces <= len(shards._all) + 1  # each piece of memory is pinned once, however often it is used
     sink.commit()
     assert not pin.pinned
     stored(tmp_path / "x.zarr", 9 * SHARD + 1)
@@ -168,7 +168,7 @@ def test_going_on_with_what_an_earlier_run_left(tmp_path: Path) -> None:
     sink = ZarrSink(str(tmp_path / "x.zarr"), replace(CONFIG, resume=True))
     point = sink.resume_point()
     assert point is not None
-    assert point.flows == SHARD  # how many flows there are to be is not known: the last shard is made again
+    assert point.flows == SHARD  # the total is not known, so the last shard is made again
     sink.open(INFO)
     for batch in batches(11, first=point.flows):
         sink.write(batch)
@@ -177,14 +177,14 @@ def test_going_on_with_what_an_earlier_run_left(tmp_path: Path) -> None:
 
 
 def test_no_more_memory_than_what_is_under_way(tmp_path: Path) -> None:
-    """Of a long run, whoever made the steps."""
+    """A long run reuses its shared memory, also when the sink makes the steps itself."""
     sink, shards = opened(tmp_path / "x.zarr")
     for batch in batches(400):
         sink.write(batch)
     sink.commit()
-    most = len(shards._all) + 1  # a shard's: of those on their way, and of the one that fills up
+    most = len(shards._all) + 1  # shards: one in each process, and the one being filled
     assert shards._memory._taken <= most * 4096
-    assert shards._spare == []  # and none of it is kept
+    assert shards._spare == []  # nothing is kept at the end
 
 
 def test_a_process_that_is_killed_is_an_error_that_names_its_shard(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_a_process_that_is_killed_is_an_error_that_names_its_shard(tmp_path: Pat
 def test_a_process_that_does_not_start_is_done_without(
     tmp_path: Path, executable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that ends, and one that does something else."""
+    """A program that ends at once, and one that never answers as a worker would."""
     monkeypatch.setattr(sys, "executable", executable)
     sink, _ = opened(tmp_path / "x.zarr", up=False)
     for batch in batches(11):
@@ -227,7 +227,7 @@ def test_what_is_full_before_they_are_up_is_made_without_them(tmp_path: Path, mo
 
 
 def test_one_that_never_comes_up_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not for every shard: those that are up are taken before it."""
+    """A process that never becomes ready is tried for one shard only: after that, ready ones are preferred."""
     monkeypatch.setattr(shard_processes, "how_many", lambda *_: 3)
     made_here: list[int] = []
 
@@ -239,11 +239,11 @@ def test_one_that_never_comes_up_is_asked_once(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(shard_processes, "make", noted)
     sink, shards = opened(tmp_path / "x.zarr")
     assert len(shards._all) == 3
-    monkeypatch.setattr(shards._all[-1], "_ready", False)  # the first to be taken
+    monkeypatch.setattr(shards._all[-1], "_ready", False)  # the process that is used first
     for batch in batches(6 * SHARD + 1):
         sink.write(batch)
         assert sink._files is not None
-        sink._files.flush()  # one is needed at a time
+        sink._files.flush()  # so that one process is needed at a time
     sink.commit()
     stored(tmp_path / "x.zarr", 6 * SHARD + 1)
     assert made_here == [0]
@@ -264,7 +264,7 @@ def test_modules_of_the_working_folder_are_not_taken(tmp_path: Path, monkeypatch
 def test_a_process_that_was_forked_meanwhile_does_not_keep_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has the sockets as well, and ends when it likes."""
+    """A forked process inherits the sockets; the workers must still end before it does."""
     monkeypatch.setattr(shard_processes, "GRACE_S", 1e9)
     sink, shards = opened(tmp_path / "x.zarr")
     forked = multiprocessing.get_context("fork").Process(target=signal.pause, daemon=True)
@@ -281,11 +281,11 @@ def test_a_process_that_was_forked_meanwhile_does_not_keep_them(
 
 
 def test_an_error_of_the_system_there_is_no_death(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody waits for a process that has said what is wrong."""
+    """An error reported by a process is raised at once, without waiting for that process to die."""
     monkeypatch.setattr(shard_processes, "GRACE_S", 1e9)
     sink, shards = opened(tmp_path / "x.zarr")
     buffer = shards._memory.take(1 << 20)
-    shards._spare.append(buffer._replace(place=1))  # no mapping begins there
+    shards._spare.append(buffer._replace(place=1))  # no memory mapping can begin there
     with pytest.raises(OutputWriteError, match=r"cannot write .*x\.zarr: Invalid argument") as caught:
         _write_all(sink, SHARD)
     assert frame_of(caught.value, None) == 0
@@ -296,11 +296,11 @@ def test_a_disk_that_is_full_is_told_as_by_this_process(tmp_path: Path) -> None:
     sink, _ = opened(tmp_path / "x.zarr")
     folder = tmp_path / "x.zarr.partial" / "flow" / "c" / "1"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    folder.write_bytes(b"")  # where the second shard's folder is to be
+    folder.write_bytes(b"")  # a file where the second shard's folder should be
     with pytest.raises(OutputWriteError, match=r"cannot write .*x\.zarr: Not a directory") as caught:
         _write_all(sink, 3 * SHARD)
     assert (caught.value.errno or errno.ENOTDIR, frame_of(caught.value, None)) == (errno.ENOTDIR, SHARD)
-    assert "holds 4 flows" in str(sink.abort())  # the first, and no hole
+    assert "holds 4 flows" in str(sink.abort())  # the first shard only: none behind the failed one is published
     assert len(list((tmp_path / "x.zarr.partial" / "flow" / "c").glob("*/0/0/0"))) == 1
 
 
@@ -312,7 +312,7 @@ def _write_all(sink: ZarrSink, count: int) -> None:
 
 def test_none_stays_behind_when_nothing_comes(tmp_path: Path) -> None:
     sink, shards = opened(tmp_path / "x.zarr")
-    for process in shards._all:  # each holds the claim as well, should this process be killed first
+    for process in shards._all:  # each holds the store's claim too, in case this process is killed first
         held = [os.path.realpath(file) for file in Path(f"/proc/{process._process.pid}/fd").iterdir()]
         assert str(tmp_path / "x.zarr.partial") in held
     sink.abort()
@@ -341,7 +341,7 @@ def test_a_run_that_is_killed_takes_them_along_and_its_claim_as_well(tmp_path: P
             signal.sigtimedwait([], 0.1)
         assert not _runs(pid)
     sink = ZarrSink(str(tmp_path / "x.zarr"), replace(CONFIG, resume=True))
-    point = sink.resume_point()  # nobody holds it any more
+    point = sink.resume_point()  # the claim is free again
     assert point is not None
     assert point.flows == SHARD
 
@@ -388,7 +388,7 @@ def test_threads_do_it_where_no_process_may_be_had(tmp_path: Path, monkeypatch: 
 def test_threads_make_a_few_shards(
     tmp_path: Path, flows: int, there: int, processes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or what few a resumed run has left."""
+    """Processes are not worth starting for few shards, nor for the few that are left in a resumed run."""
     monkeypatch.setattr(shard_processes, "FEW_SHARDS", 4)
     monkeypatch.setattr(shard_processes, "FEW_WORKERS", 0)
     monkeypatch.setattr(shard_processes, "LEAST_FLOWS", 0)
@@ -411,14 +411,14 @@ def test_where_they_are_possible(monkeypatch: pytest.MonkeyPatch) -> None:
         return flow_codec(1080, 1920, replace(SinkConfig(), **changes))
 
     assert shard_processes.are_possible(codec(), 8)
-    assert not shard_processes.are_possible(codec(), 17)  # 141 MB would wait in memory, and so for each of them
+    assert not shard_processes.are_possible(codec(), 17)  # 141 MB of shared memory for each process is too much
     assert not shard_processes.are_possible(codec(codec="pcodec"), 8)
     assert not shard_processes.are_possible(codec(max_error=0.0), 4)
     for name, value in (("platform", "win32"), ("executable", ""), ("executable", None)):
         with monkeypatch.context() as patch:
             patch.setattr(sys, name, value)
             assert not shard_processes.are_possible(codec(), 8)
-    monkeypatch.setattr(sys, "frozen", True, raising=False)  # the executable is a program of its own
+    monkeypatch.setattr(sys, "frozen", True, raising=False)  # the executable is a packaged program, not Python
     assert not shard_processes.are_possible(codec(), 8)
     assert [worth_it(1000, 32, workers) for workers in (1, 7, 8)] == [False, False, True]
     assert [worth_it(shards, 32, 16) for shards in (0, 128, 129)] == [False, False, True]
@@ -453,7 +453,7 @@ def test_what_is_reserved_is_taken_first_and_more_may_be(reserved: int, monkeypa
     memory._ahead.drain()
     status = os.fstat(memory.descriptor)
     assert status.st_size == max(reserved, 10 * 4096)
-    assert 512 * status.st_blocks == max(-(-reserved // 4096), 10) * 4096  # all of it is there
+    assert 512 * status.st_blocks == max(-(-reserved // 4096), 10) * 4096  # all of it is really allocated
     view = SharedView(memory.descriptor)
     assert [int(view.at(buffer.place, 4000)[-1]) for buffer in buffers] == list(range(10))
     memory.close()
@@ -467,7 +467,7 @@ def test_nothing_more_is_asked_for_once_it_is_closed(monkeypatch: pytest.MonkeyP
         asked.append(place)
         began.set()
         while not memory._closed:
-            assert not closed.wait(0.001)  # not before this is over
+            assert not closed.wait(0.001)  # ``close`` must wait until this call is over
         os.fstat(descriptor)  # still open
 
     monkeypatch.setattr(os, "posix_fallocate", slow)
@@ -486,10 +486,10 @@ def test_buffers_are_seen_where_they_were_taken() -> None:
     buffers = [memory.take(size) for size in (1, 5000, 4096, 0, 7)]
     for number, (place, own) in enumerate(buffers):
         own[:] = number
-        for nbytes in (min(own.size, 100), own.size):  # a buffer may be asked for more than before
+        for nbytes in (min(own.size, 100), own.size):  # a view may ask for more of a buffer than before
             assert view.at(place, nbytes).tolist() == [number] * nbytes
     buffers[1].bytes[:] = 9
-    assert (view.at(buffers[1].place, 5000) == 9).all()  # and not as it was
+    assert (view.at(buffers[1].place, 5000) == 9).all()  # the memory is shared, not copied
     memory.close()
     memory.close()
-    assert (buffers[1].bytes == 9).all()  # stays
+    assert (buffers[1].bytes == 9).all()  # a buffer in use stays valid

@@ -1,4 +1,4 @@
-"""A flipped bit anywhere in a finished store is found, and what is known of flow and frame is named."""
+"""A flipped bit anywhere in a finished store is found, and the report names the flow and frame where known."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ KINDS: dict[str, tuple[SinkConfig, NativeGrid | None]] = {
 
 @pytest.fixture(scope="module", params=KINDS)
 def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FlowStore]:
-    """A finished store of every second frame of a clip of 25 frames a second, checked without threads: quicker."""
+    """A finished store of every second frame of a clip at 25 frames per second; checked without threads, for speed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)
         patch.setattr(store_check, "DECODE_THREADS", 0)
@@ -67,7 +67,7 @@ def files_of(store: FlowStore) -> list[Path]:
 
 
 def reads_the_same(one: bytes, other: bytes) -> bool:
-    """JSON can be written in more than one way: the e of a number in either case."""
+    """Whether two JSON documents are equal; a flipped bit may change only the spelling, such as 1e-7 to 1E-7."""
     try:
         return bool(json.loads(one) == json.loads(other))
     except ValueError:
@@ -79,7 +79,7 @@ def test_nothing_is_wrong_with_a_sound_store(store: FlowStore) -> None:
 
 
 def test_a_flipped_bit_anywhere_is_found(store: FlowStore) -> None:
-    """A few of every file; in a flow file or values, what is found names what it belongs to."""
+    """Tries a few bits of every file; the findings name the flows or the array that the damaged file belongs to."""
     chance = random.Random(0)
     for path in files_of(store):
         sound = path.read_bytes()
@@ -166,7 +166,10 @@ def test_where_other_readers_are_told_that_vectors_lie(tmp_path: Path) -> None:
 
 
 def test_how_a_prediction_lies_in_the_frame_is_doubted(tmp_path: Path) -> None:
-    """Flow of 61x60 from 16x16 vectors of 4x4 pixels each: 3 columns and 4 rows may be cut off."""
+    """Metadata with an impossible prediction layout are refused.
+
+    16x16 vectors of 4x4 pixels each give a flow of 61x60, so 3 columns and 4 rows may be cut off.
+    """
     store = made(tmp_path / "X.zarr", SinkConfig(), GRID)
     path = store.folder / "zarr.json"
     sound = path.read_text()

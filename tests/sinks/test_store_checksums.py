@@ -1,4 +1,4 @@
-"""Sound chunks in the wrong place: each is whole by its own checksum, and still not the flow that was asked for."""
+"""Chunks in the wrong place: each is intact by its own checksum, but not the flow that was written there."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def moving(seed: int = 0) -> Any:
-    """(T, 2, H, W) float32 on the steps of 1/32 px, so that storing changes nothing."""
+    """(T, 2, H, W) float32, multiples of 1/32 px, so that storing changes nothing."""
     flows = np.random.default_rng(seed).integers(-600, 600, (T, 2, H, W)) / np.float32(32)
     return flows.astype(np.float32)
 
 
 def make(path: Path, seed: int = 0, begin_s: float = 0.0, complete: bool = True, **changes: Any) -> FlowStore:
-    """A store of every second frame, 25 a second."""
+    """A store of every second frame of a clip at 25 frames per second."""
     sink = ZarrSink(str(path), SinkConfig(**{"shard_bytes": SHARD * 8 * H * W, **changes}))
     sink.open(INFO)
     frame = 2 * np.arange(T)
@@ -160,7 +160,10 @@ def test_a_shard_with_all_that_belongs_to_it_is_still_not_in_its_place(tmp_path:
 @pytest.mark.parametrize("unfinished", [False, True])
 @pytest.mark.parametrize("name", COORDINATES)
 def test_times_of_elsewhere_are_refused_and_the_flow_is_not(tmp_path: Path, name: str, unfinished: bool) -> None:
-    """An array of another store: sound, known, rising; only a little later. Or of frames a little farther."""
+    """Intact, plausible, increasing values that are only a little off: times of another store, frames shifted by one.
+
+    Times are refused then, but the flow can still be read.
+    """
     other = make(tmp_path / "other.zarr", begin_s=0.001)
     store = make(tmp_path / "X.zarr", complete=not unfinished)
     values = other.files.coordinate_chunk(name, 1) + (1 if name.startswith("frame") else 0)
@@ -174,7 +177,7 @@ def test_times_of_elsewhere_are_refused_and_the_flow_is_not(tmp_path: Path, name
 
 
 def test_one_changed_value_of_any_array_is_found(tmp_path: Path) -> None:
-    """NaN, a number once more, the smallest change there is: with a sound checksum of its own around it."""
+    """Changes with a correct checksum around them: NaN, a repeated value, the smallest possible change, and others."""
     store = make(tmp_path / "X.zarr")
     for name in BESIDE_FLOW:
         for number in range(T):
@@ -212,7 +215,7 @@ def test_every_damaged_chunk_is_told_not_the_first_alone(tmp_path: Path) -> None
     coordinate_chunk(store.folder, "frame", 0).unlink()
     coordinate_chunk(store.folder, "frame", 1).write_bytes(bytes(16 * SHARD + 4097))
     coordinate_chunk(store.folder, "frame", 2).unlink()
-    assert list(store.problems()) == [  # and not that the frames in them are unknown
+    assert list(store.problems()) == [  # without an extra problem for each unknown frame in them
         "chunk 0 of frame is missing (flows 0 to 2)",
         "chunk 1 of frame: it is longer than 3 values can be (flows 3 to 5)",
         "chunk 2 of frame is missing (flows 6 to 7)",
@@ -248,7 +251,7 @@ def test_checksums_cannot_be_argued_away_in_one_copy_of_the_metadata(tmp_path: P
         open_store(store.path)
 
 
-# Stores of versions that wrote no checksums
+# Stores written by older versions, without checksums
 
 
 @pytest.fixture

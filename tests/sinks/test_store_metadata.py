@@ -1,4 +1,4 @@
-"""What two runs say of themselves: what has to be the same, and which source is the one recorded."""
+"""Comparing the metadata of two runs: which settings must be equal, and whether the source is the recorded one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SOURCE = {"name": "a.mp4", "size_bytes": 100, "head_sha256": "h", "sampled_sha25
         ({"head_sha256": None}, {}, []),
         ({}, {"head_sha256": None}, []),
         ({}, {"sampled_sha256": "x"}, ["a.mp4 holds something else than it did"]),
-        ({}, {"sampled_sha256": "x", "size_bytes": 101}, []),  # grown, and so sampled elsewhere
+        ({}, {"sampled_sha256": "x", "size_bytes": 101}, []),  # the file grew, so the samples come from other places
         ({"sampled_sha256": None}, {}, []),
         ({}, {"sampled_sha256": None}, []),
         ({}, {"size_bytes": 99}, ["a.mp4 had 100 bytes, has 99"]),

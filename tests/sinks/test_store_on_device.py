@@ -1,4 +1,4 @@
-"""A store is the same whether it is handed flow, or the steps that were made of it where the flow was."""
+"""A store is the same whether it is given flow, or integer steps that were already computed on the flow's device."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ INFO = FlowInfo(*SIZE, frame_rate=None, frame_count=None, source=SourceId("test"
 
 
 def batches(length: int, count: int = 7) -> list[FlowBatch]:
-    """Flow with vectors that are unknown, and some that are too long for 16 bits."""
+    """Flow with some unknown vectors, and some that are too long for 16 bits."""
     flow = 30 * torch.randn(count, 2, *SIZE, generator=torch.Generator().manual_seed(0))
     flow[1, 0, 3, 4], flow[1, :, 5, 6], flow[2, 1, 7, 8], flow[4, 0, :2, :2] = torch.nan, 1e10, torch.inf, 3e4
     native = flow[:, :, ::4, ::4].contiguous()
@@ -62,7 +62,7 @@ def test_the_same_either_way(
     length: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Also where the sink takes its flow to come from a GPU, of which its metadata tells nothing."""
+    """Also if the flow is said to come from a GPU, where more threads or processes compress it."""
     monkeypatch.setattr(zarr_store, "encode_workers", lambda device: {"cpu": 1, "cuda": 5}[device])
     monkeypatch.setattr(shard_processes, "are_worth_it", lambda *_: processes)
     info = replace(INFO, device=device)
@@ -79,7 +79,7 @@ def test_the_same_either_way(
         sink.commit()
     assert files(tmp_path / "y.zarr") == files(tmp_path / "x.zarr")
     assert as_steps.notes == as_flow.notes
-    assert len(as_flow.notes) == 2  # unknown, and beyond range
+    assert len(as_flow.notes) == 2  # unknown vectors, vectors out of range
 
 
 def test_lossless_flow_is_not_prepared(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def _write_all(sink: ZarrSink, steps: StepsBatch) -> None:
 def test_flow_of_another_size_is_refused_whichever_way_it_comes(
     tmp_path: Path, how: str, processes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also of as many bytes."""
+    """Also if the flow has the expected number of bytes."""
     monkeypatch.setattr(shard_processes, "are_worth_it", lambda *_: processes)
     sink = opened(tmp_path / "x.zarr", replace(INFO, device="cuda"))
     for size in ((64, 64), (64, 129), (128, 64)):
@@ -118,7 +118,7 @@ def test_flow_of_another_size_is_refused_whichever_way_it_comes(
 
 
 def test_flows_that_could_not_be_compressed_are_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By whoever commits although there was an error."""
+    """If a caller ignores the error, ``commit`` refuses."""
     sink = opened(tmp_path / "x.zarr", replace(INFO, device="cuda"))
     steps = list(sink.prepare(iter(batches(2))))
     with pytest.raises(ZeroDivisionError) as caught:

@@ -1,4 +1,4 @@
-"""Reading a store: NumPy's indexing without needless decoding, and damage that is told, never guessed over."""
+"""Reading a store: indexing as in NumPy without needless decoding, and damage always reported, never hidden."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _no_waiting_for_the_disk() -> Iterator[None]:
 
 
 def moving(count: int = T, height: int = H, width: int = W) -> Any:
-    """(N, 2, H, W) float32 on the steps of 1/32 px, so that storing changes nothing; with a hole and a border."""
+    """(N, 2, H, W) float32, multiples of 1/32 px, so that storing changes nothing; one hole and one border of NaN."""
     flows = np.random.default_rng(count).integers(-600, 600, (count, 2, height, width)) / np.float32(32)
     flows[1:2, :, 2, 3] = np.nan
     flows[:, :, :, 0] = np.nan
@@ -75,7 +75,7 @@ def make(
     backward: bool = False,
     **changes: Any,
 ) -> FlowStore:
-    """A store of 25 frames a second, of which every second one is used."""
+    """A store of every second frame of a clip at 25 frames per second."""
     count, _, height, width = flows.shape
     sink = ZarrSink(str(path), SinkConfig(**{"shard_bytes": SHARD * 8 * height * width, **changes}))
     sink.open(
@@ -90,13 +90,13 @@ def make(
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> FlowStore:
-    """Read-only for everybody."""
+    """A store that tests must not change."""
     return make(tmp_path_factory.mktemp("store") / "X.zarr", moving())
 
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one entry, the thread's number, for each chunk that is decoded."""
+    """Gains one entry, the thread's number, for each chunk that is decoded."""
     threads: list[int] = []
     real = FlowCodec.decode
 
@@ -113,7 +113,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def as_older_versions_wrote(store: FlowStore) -> FlowStore:
-    """The same store without the arrays that tell whether a flow is in its place."""
+    """The same store without the checksum arrays, which tell whether a flow is in its place."""
     group, flow = (json.loads((store.folder / name / "zarr.json").read_text()) for name in ("", "flow"))
     copies = group["consolidated_metadata"]["metadata"]
     for name in CHECKSUMS:
@@ -139,7 +139,7 @@ def test_names_of_flows_counted_from_the_end(store: FlowStore) -> None:
 
 
 def test_what_is_damaged_concerns_its_own_frame(tmp_path: Path) -> None:
-    """Whatever frame its reader has come to."""
+    """The error names the damaged flow's frame, not the frame that the reader had reached."""
     damaged = make(tmp_path / "X.zarr", moving())
     spoil(damaged.folder / "flow" / "c" / "0" / "0" / "0" / "0", 40)
     with pytest.raises(DamagedStoreError, match="flow 0") as caught:
@@ -219,7 +219,7 @@ def test_keys_that_are_none(store: FlowStore) -> None:
 def test_valid_tells_where_there_is_a_vector(tmp_path: Path, decoded: list[int], max_error: float) -> None:
     flows = moving()
     if max_error == 0:
-        flows[3, 1, 4, 5] = 2e9  # stored as it came, and still unknown
+        flows[3, 1, 4, 5] = 2e9  # stored unchanged, but counts as unknown
     expected = ~(np.isnan(flows) | (flows > 1e9)).any(axis=1)
     valid = make(tmp_path / "X.zarr", flows, max_error=max_error).valid
     assert (valid.shape, len(valid)) == ((T, H, W), T)
@@ -232,7 +232,7 @@ def test_valid_tells_where_there_is_a_vector(tmp_path: Path, decoded: list[int],
         valid[0, H]
 
 
-# Many at once
+# Several threads
 
 
 def test_threads_are_used_only_where_they_pay(
@@ -254,7 +254,7 @@ def test_threads_are_used_only_where_they_pay(
 
 
 def test_the_first_damaged_flow_is_the_one_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever thread is quicker; and no thread is left behind."""
+    """Whichever thread is faster; and no thread stays behind."""
     monkeypatch.setattr(store_reader, "DECODE_THREADS", 3)
     monkeypatch.setattr(store_reader, "PARALLEL_FROM_BYTES", 1)
     store = make(tmp_path / "X.zarr", moving())
@@ -286,12 +286,12 @@ def test_pickled_stores_open_again_wherever_they_are(tmp_path: Path, monkeypatch
     store = make(Path("X.zarr"), moving())
     assert same(store[0], moving()[0])
     data = pickle.dumps(store)
-    assert len(data) < 500  # a place, not its contents
+    assert len(data) < 500  # only the path is pickled, not the flow
     monkeypatch.chdir("/")
     again = pickle.loads(data)
     assert same(again[:], moving())
     assert again.attrs == store.attrs
-    assert same(store[1], moving()[1])  # nor does the first one mind where the process is
+    assert same(store[1], moving()[1])  # the first one still works in another working folder
     assert same(next(iter(torch.utils.data.DataLoader(again, batch_size=None))).numpy(), moving()[0])
 
 
@@ -345,7 +345,7 @@ def test_without_xarray_the_error_says_what_to_install(store: FlowStore, monkeyp
 
 @pytest.fixture(scope="module")
 def victims(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A finished and an unfinished store, with the sound contents of every file. Checked without threads: quicker."""
+    """A finished and an unfinished store with the intact contents of every file; checked without threads, for speed."""
     folder = tmp_path_factory.mktemp("victims")
     stores = {
         "finished": make(folder / "whole.zarr", moving()),
@@ -361,16 +361,16 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def right_or_refused(folder: Path, flows: Any) -> int:
-    """Reads all there is to read. Each part is exactly right or a FlowreelError; returns how many were refused.
+    """Reads every part of a store, which must be exactly right or a FlowreelError; returns how many were refused.
 
-    ``check`` has to find something whenever a part of it was refused.
+    Whenever a part was refused, ``check`` has to find something too.
     """
     count, refused = len(flows), 0
     try:
         store = FlowStore(folder)
     except FlowreelError:
         return 1
-    there = count if store.complete else min(count, len(store))  # an unfinished one may be as short as it says
+    there = count if store.complete else min(count, len(store))  # an unfinished store may be shorter
     frame = 2 * np.arange(there)
     parts: list[tuple[Callable[[], Any], Any]] = [
         (lambda: store[:count], flows[:there]),
@@ -398,7 +398,7 @@ def right_or_refused(folder: Path, flows: Any) -> int:
 @settings(max_examples=120, deadline=None)
 @given(data=st.data())
 def test_any_damage_to_any_file_is_told(victims: Any, data: st.DataObject) -> None:
-    """Flipped bits, cut ends, bytes put in or taken out, files that are gone, emptied, or another file's."""
+    """Flipped bits, truncation, inserted or missing bytes; files that are missing, empty or replaced by another."""
     store, files = victims[data.draw(st.sampled_from(sorted(victims)))]
     name = data.draw(st.sampled_from(sorted(files)))
     sound, foreign = files[name], files["zarr.json" if name != "zarr.json" else "flow/zarr.json"]
@@ -406,14 +406,14 @@ def test_any_damage_to_any_file_is_told(victims: Any, data: st.DataObject) -> No
     flipped = sound[:place] + bytes([sound[place] ^ 1 << place % 8]) + sound[place + 1 :]
     cut, shorter, longer = sound[:place], sound[:place] + sound[place + 1 :], sound[:place] + b"\0" + sound[place:]
     damaged = data.draw(st.sampled_from([flipped, cut, shorter, longer, sound + sound, foreign, b"", None]))
-    assume(store.complete or damaged is not None or not name.startswith("flow/c/"))  # that is one not written yet
+    assume(store.complete or damaged is not None or not name.startswith("flow/c/"))  # else: not written yet, no damage
     path = store.folder / name
     try:
         path.unlink() if damaged is None else path.write_bytes(damaged)
         refused = right_or_refused(store.folder, moving(T if store.complete else 5))
-        if name.startswith(tuple(CHECKSUMS)):  # they hide no flow, but are missed
+        if name.startswith(tuple(CHECKSUMS)):  # flow can be read without them, but ``check`` reports them
             found = len(list(FlowStore(store.folder).check())) - (not store.complete)
-            # An unfinished store has no copy yet that tells of a changed name of what may as well not be there.
+            # An unfinished store has no second copy of the metadata yet, in which a changed optional entry would show.
             assert found or damaged != flipped or (name.endswith("zarr.json") and not store.complete)
         else:
             assert refused or damaged != flipped or name.endswith("zarr.json")
@@ -422,7 +422,7 @@ def test_any_damage_to_any_file_is_told(victims: Any, data: st.DataObject) -> No
 
 
 def paths_in(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Where every part of a JSON document lies."""
+    """The path to every part of a JSON document."""
     if path:
         yield path
     for key, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
@@ -462,7 +462,7 @@ def test_any_change_of_metadata_reads_right_or_is_refused(victims: Any, data: st
 
 @pytest.mark.parametrize("length", [0, 1, 3, 4])
 def test_an_unfinished_store_that_says_it_is_shorter_gives_what_it_says(victims: Any, length: int) -> None:
-    """Its flow is the last to be declared longer, so that may be how its run ended."""
+    """A run may end so: it lengthens the other arrays before the flow."""
     store, files = victims["unfinished"]
     path = store.folder / "flow" / "zarr.json"
     document = json.loads(files["flow/zarr.json"])
@@ -501,7 +501,7 @@ def test_an_unfinished_store_that_says_it_is_shorter_gives_what_it_says(victims:
     ],
 )
 def test_metadata_that_would_mislead_others_is_refused(tmp_path: Path, array: str, field: str, value: Any) -> None:
-    """This reader would give the right numbers nevertheless; one that goes by the metadata would not."""
+    """Our reader would still give the right numbers, but readers that rely on the metadata would not."""
     store = make(tmp_path / "X.zarr", moving(5), announced=9, complete=False)  # no second copy that would differ
     path = store.folder / array / "zarr.json"
     document = part = json.loads(path.read_text())
@@ -530,7 +530,7 @@ def test_metadata_that_would_mislead_others_is_refused(tmp_path: Path, array: st
     ],
 )
 def test_absurd_sizes_take_no_memory(tmp_path: Path, field: str, value: Any) -> None:
-    """Even when every copy of the metadata agrees on them."""
+    """Even if all copies of the metadata agree on them."""
     store = make(tmp_path / "X.zarr", moving())
     group = json.loads((store.folder / "zarr.json").read_text())
     arrays = group["consolidated_metadata"]["metadata"]
@@ -572,7 +572,7 @@ def resident_bytes() -> int:
 
 
 def test_sound_checksums_over_nonsense_are_no_trap(tmp_path: Path) -> None:
-    """Offsets and lengths that lead out of the shard, and chunks of another flow's size."""
+    """Correct checksums over nonsense: offsets and lengths outside the shard, and chunks of the wrong size."""
     store = as_older_versions_wrote(make(tmp_path / "X.zarr", moving()))
     chunk = compress(np.zeros(2 * H * W, "<i2"), "blosc")
     short = compress(np.zeros(5, "<i2"), "blosc")
@@ -592,14 +592,14 @@ def test_sound_checksums_over_nonsense_are_no_trap(tmp_path: Path) -> None:
         assert not open_store(store.path).files.whole(1)
     index = np.array([[0, len(chunk)], [0, 4529], [0, len(chunk)]], "<u8").tobytes()
     shard.write_bytes(chunk + bytes(5000) + index + crc32c(index))
-    with pytest.raises(DamagedStoreError, match="its 4529 bytes at 0"):  # which no codec makes of 216
+    with pytest.raises(DamagedStoreError, match="its 4529 bytes at 0"):  # too long: no codec makes them from 216 bytes
         open_store(store.path)[4]
 
 
 @pytest.mark.parametrize("place", ["zarr.json", "flow/zarr.json", "flow/c/1/0/0/0", "frame/c/1", "flow/c", "flow/c/1"])
 @pytest.mark.parametrize("kind", ["folder", "pipe", "loop", "file"])
 def test_other_things_in_the_place_of_files(tmp_path: Path, place: str, kind: str) -> None:
-    """A pipe would be waited for without end, a link may lead to itself, and a file may stand where a folder was."""
+    """A named pipe would block forever, a link may lead to itself, and a file may be where a folder should be."""
     store = make(tmp_path / "X.zarr", moving())
     path = store.folder / place
     path.rename(tmp_path / "aside")
@@ -621,7 +621,7 @@ def test_a_store_that_goes_away_while_it_is_read(tmp_path: Path) -> None:
     unfinished = make(tmp_path / "X.zarr", moving(5), complete=False)
     assert same(unfinished[0], moving(5)[0])
     unfinished.folder.rename(tmp_path / "X.zarr")
-    for number in (0, 3):  # in a shard whose index is known by now, and in another one
+    for number in (0, 3):  # in a shard whose index has been read already, and in another one
         with pytest.raises(StoreError, match="open it again"):
             unfinished[number]
 
@@ -668,7 +668,7 @@ BEGINS_ELSEWHERE = "it begins at another time than the one before ends"
             0.01,
             ["flow 3 (frame 6): its timestamp_s is not after the one before", f"flow 3 (frame 6): {BEGINS_ELSEWHERE}"],
         ),
-        ("timestamp_s", 3, 0.16, [f"flow 3 (frame 6): {BEGINS_ELSEWHERE}"]),  # two frames at one time are none
+        ("timestamp_s", 3, 0.16, [f"flow 3 (frame 6): {BEGINS_ELSEWHERE}"]),  # the time of the frame before
         ("frame", 2, 2, ["flow 2 (frame 2): its frame is not after the one before"]),
         ("frame", 5, -1, ["flow 5: its frame is not known"]),
         ("frame_to", 5, -1, ["flow 5 (frame 10): its frame_to is not known"]),
@@ -689,14 +689,14 @@ BEGINS_ELSEWHERE = "it begins at another time than the one before ends"
 def test_check_looks_at_times_and_frames(
     tmp_path: Path, name: str, place: int, value: float, problems: list[str]
 ) -> None:
-    """And tells of each thing once."""
+    """Each problem is reported once."""
     store = as_older_versions_wrote(make(tmp_path / "X.zarr", moving()))
     change(store, name, place, value)
     assert list(open_store(store.path).problems()) == problems
 
 
 def test_check_looks_at_frames_that_are_both_unknown(tmp_path: Path) -> None:
-    """They are not the same one."""
+    """Two unknown frames (-1) are not reported as being the same frame."""
     store = as_older_versions_wrote(make(tmp_path / "X.zarr", moving()))
     for name in ("frame", "frame_to"):
         change(store, name, 5, -1)
@@ -723,7 +723,7 @@ def test_check_looks_at_flow_from_later_to_earlier_frames(tmp_path: Path) -> Non
 
 
 def change(store: FlowStore, name: str, place: int, value: float) -> None:
-    """One value of an array beside the flow, with a sound checksum of its chunk."""
+    """Changes one value of an array beside the flow, and corrects the checksum of its chunk."""
     shard = place // SHARD
     values = store.files.coordinate_chunk(name, shard).copy()
     values[place % SHARD] = value
@@ -735,7 +735,7 @@ def test_check_finds_what_does_not_belong(tmp_path: Path) -> None:
     (store.folder / "notes.txt").write_text("mine")
     assert list(store.check()) == []
     (store.folder / "flow" / "c" / "7").mkdir()
-    (store.folder / "flow" / "c" / "08").mkdir()  # no chunk's name
+    (store.folder / "flow" / "c" / "08").mkdir()  # not the name of a chunk
     (store.folder / "frame" / "c" / "3").touch()
     (store.folder / "flow" / "zarr.json.partial").touch()
     assert list(store.problems()) == [
@@ -765,10 +765,10 @@ def test_check_of_an_unfinished_store_reads_what_is_there(tmp_path: Path, decode
     store = make(tmp_path / "X.zarr", moving(5), announced=40, complete=False)
     assert list(store.problems()) == ["unfinished: 5 of 40 flows are there"]
     assert len(decoded) == 5
-    (store.folder / "flow" / "c" / "9").mkdir()  # of a shard that is not there yet
+    (store.folder / "flow" / "c" / "9").mkdir()  # of a shard that is not written yet
     change(store, "frame", 5, 77)  # behind the last flow
     group = json.loads((store.folder / "zarr.json").read_text())
-    group["consolidated_metadata"] = {"metadata": {}}  # of a finished store that is gone on with, until it is replaced
+    group["consolidated_metadata"] = {"metadata": {}}  # as in a finished store that is being extended
     (store.folder / "zarr.json").write_text(json.dumps(group))
     assert list(store.problems()) == ["unfinished: 5 of 40 flows are there"]
     spoil(flow_shard(store.folder, 0), -1)
@@ -776,11 +776,11 @@ def test_check_of_an_unfinished_store_reads_what_is_there(tmp_path: Path, decode
     assert state == "unfinished: 5 of 40 flows are there"
     assert [line.split(":")[0] for line in damaged] == ["flow 0 (frame 0)", "flow 1 (frame 2)", "flow 2 (frame 4)"]
     flow_shard(store.folder, 0).unlink()
-    assert FlowStore(store.folder).available == 0  # none behind the hole counts
+    assert FlowStore(store.folder).available == 0  # flows behind a missing shard do not count
 
 
 def test_metadata_copies_must_agree(tmp_path: Path) -> None:
-    """A reader over a network believes the group's copy, one on a disk perhaps the array's own."""
+    """A reader over a network uses the group's copy of the metadata, others may use the array's own."""
     store = make(tmp_path / "X.zarr", moving())
     path = store.folder / "zarr.json"
     group = json.loads(path.read_text())
@@ -800,7 +800,7 @@ def test_metadata_copies_must_agree(tmp_path: Path) -> None:
         _ = open_store(store.path).frame
     own["shape"][0] = T
     (store.folder / "frame" / "zarr.json").write_text(json.dumps(own))
-    del group["consolidated_metadata"]  # whoever wants none may have none
+    del group["consolidated_metadata"]  # the copy is optional
     path.write_text(json.dumps(group))
     assert same(open_store(store.path)[:], moving())
 
@@ -822,7 +822,7 @@ def test_times_and_frames_of_a_growing_store_come_with_its_flows(tmp_path: Path)
         assert store.frame.tolist() == [*range(there), *[-1] * (len(flows) - there)]
         assert np.array_equal(store.timestamps_to_s[:there], np.arange(1, there + 1) / 25)
         assert store.to_xarray().frame_to.values.tolist() == list(range(1, there + 1))
-        assert store.frame is store.frame  # kept meanwhile
+        assert store.frame is store.frame  # kept until the store grows
         with pytest.raises(ValueError, match="read-only"):
             store.frame[0] = 5
     sink.abort()

@@ -1,4 +1,4 @@
-"""Two-stream pairs: the levels of the convention, both pictures or none, and what was lost is told."""
+"""Two-stream pairs: the levels of the convention, always both pictures or none, and notes about what was lost."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from flowreel.sinks import open_sink, read_two_stream
 
 
 def written(path: Path, flows: np.ndarray, **options: float) -> Sink:
-    """Writes (N, H, W, 2)."""
+    """A committed sink, after writing flow (N, H, W, 2)."""
     sink = open_sink(path, SinkConfig(**options))
     sink.open(FlowInfo(*flows.shape[1:3], frame_rate=None, frame_count=None, source=SourceId("test")))
     frames = np.arange(len(flows))
@@ -72,7 +72,7 @@ def test_levels_follow_the_bound(tmp_path: Path, bound: float) -> None:
     expected = np.clip(np.rint(127.5 * (flow[0].astype(np.longdouble) / bound + 1)), 0, 255)
     for axis, name in enumerate("xy"):
         off = np.abs(levels(tmp_path / f"flow_{name}_00000.png") - expected[..., axis])
-        assert off.max() <= 1  # where float32 decides a tie otherwise
+        assert off.max() <= 1  # float32 may round a tie the other way
         assert off.sum() <= 2
         assert levels(tmp_path / f"flow_{name}_00000.png")[0, 0] == 128
 
@@ -114,7 +114,7 @@ def test_what_was_lost_is_told(tmp_path: Path) -> None:
     flow = np.zeros((2, 10, 10, 2))
     flow[0, 0, :2, 0] = np.nan
     flow[1, :3, :, 1] = -20.5
-    flow[1, 9, 0] = (20, -20)  # on the bound, so not clipped
+    flow[1, 9, 0] = (20, -20)  # exactly the bound, so not clipped
     flow[1, 0, 0] = (np.inf, 30)  # unknown, so not clipped
     unknown, clipped = written(tmp_path / "flow_x_%05d.jpg", flow).notes
     assert "3 of 200 vectors (1.5 %) are unknown" in unknown
@@ -137,7 +137,7 @@ def test_one_picture_of_the_pair_is_enough_to_be_in_the_way(tmp_path: Path) -> N
 
 
 def test_where_the_x_picture_is_the_other_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At every moment; and one picture of a pair alone is no finished output."""
+    """An x picture never exists without its y picture, and one picture alone does not count as finished."""
     real = os.replace
 
     def naming(source: Path, path: Path) -> None:
@@ -193,7 +193,7 @@ def test_damaged_pictures(tmp_path: Path, suffix: str) -> None:
         y.write_bytes(data)
         with pytest.raises(FlowFileError, match=r"flow_y_00000.*two-stream picture"):
             read_two_stream(x)
-    if suffix == "png":  # what no flow is as large as, in a few bytes: Pillow itself refuses the last one alone
+    if suffix == "png":  # a few bytes that claim a size larger than any flow; only the last is refused by Pillow itself
         for width, height in ((12_000, 12_000), (100_000, 1), (30_000, 30_000)):
             header = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + whole[24:29]
             y.write_bytes(whole[:12] + header + zlib.crc32(header).to_bytes(4, "big") + whole[33:])

@@ -1,4 +1,4 @@
-"""Colour video: decoded again, its frames have the right size, times and colours; unfinished, it does not look done."""
+"""Colour video: its decoded frames have the right size, times and colours; an unfinished one never looks finished."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ def info(height: int = 48, width: int = 64, rate: Fraction | None = Fraction(25)
 
 
 def smooth_flow(number: int = 0, height: int = 48, width: int = 64, length: float = 3.0) -> np.ndarray:
-    """(2, H, W): a slow turn across the picture, growing to ``length`` px. 4:2:0 keeps it well; no two look alike."""
+    """(2, H, W): vectors that slowly turn across the picture and grow to ``length`` px.
+
+    The colours change so slowly that 4:2:0 keeps them well, and each ``number`` gives a different flow.
+    """
     across = np.linspace(0, 1, width)[None, :]
     angle = 2 * across + np.linspace(0, 1, height)[:, None] + number
     return (length * (0.5 + 0.5 * across) * np.stack([np.cos(angle), np.sin(angle)])).astype(np.float32)
@@ -83,13 +86,13 @@ def play(path: Path) -> tuple[list[np.ndarray], list[float], float]:
 
 
 def in_order(path: Path) -> bool:
-    """Whether its frames are decoded in the order in which they are shown: none leans on a later one."""
+    """Whether frames are decoded in the order in which they are shown, so that there are no B-frames."""
     with av.open(str(path)) as container:
         return all(packet.pts == packet.dts for packet in container.demux(video=0) if packet.size)
 
 
 def refreshed(path: Path) -> list[int]:
-    """The numbers of the frames behind which nothing refers to what is before them (H.264's IDR pictures)."""
+    """The numbers of the IDR pictures in H.264: no frame behind one refers to frames before it."""
     found = []
     with av.open(str(path)) as container:
         for number, packet in enumerate(container.demux(video=0)):
@@ -111,7 +114,7 @@ def difference(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def automatic_scale(notes: list[str]) -> tuple[float, str]:
-    """The scale in pixels that the notes tell, and where they say it comes from."""
+    """The colour scale in pixels according to the notes, and where it comes from."""
     (found,) = [match for note in notes if (match := re.search("full colour at (.*) px, the 95th (.*)", note))]
     return float(found[1]), found[2]
 
@@ -131,7 +134,7 @@ def test_frames_times_and_colours(tmp_path: Path, name: str) -> None:
     for picture, flow in zip(pictures, flows, strict=True):
         assert picture.shape == (48, 64, 3)
         assert difference(picture, colors_of(flow, 4.0)) < 4
-        # The mean leaves room for 4:2:0; a wrong matrix or range would shift whole areas by 8 levels and more.
+        # A mean, because 4:2:0 changes single pixels; a wrong matrix or range shifts whole areas by 8 levels or more.
         centre = np.s_[20:28, 28:36]
         assert np.abs(picture[centre].mean((0, 1)) - colors_of(flow, 4.0)[centre].mean((0, 1))).max() < 4
     assert difference(pictures[0], colors_of(flows[1], 4.0)) > 20  # the test can tell flows apart
@@ -154,7 +157,7 @@ def test_an_encoder_that_does_not_start_leaves_nothing(
     real = getattr(VideoWriter, step)
 
     def failing(*arguments: object, **options: object) -> None:
-        if step == "_open_stream":  # the file's header is written by then
+        if step == "_open_stream":  # fails after the file's header is written
             real(*arguments, **options)
         raise OSError(5, "Input/output error")
 
@@ -179,12 +182,12 @@ def test_mp4_starts_with_its_index(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_players_see_the_average_rate(tmp_path: Path, rate: Fraction | None, suffix: str) -> None:
     true_rate = rate or Fraction(25)
-    times_s = 1.4 + np.arange(10) / float(true_rate)  # the source's own clock need not start at zero
+    times_s = 1.4 + np.arange(10) / float(true_rate)  # a source's times need not start at zero
     flow = smooth_flow(0, 16, 16)
     record(tmp_path / f"x{suffix}", [batch_of([flow] * 10, times_s=times_s)], header=info(16, 16, rate))
     _, shown_s, average = play(tmp_path / f"x{suffix}")
     assert average == pytest.approx(float(true_rate), rel=1e-3)
-    assert shown_s == pytest.approx(times_s - 1.4, abs=1e-3 if suffix == ".mkv" else 2e-5)  # mkv counts milliseconds
+    assert shown_s == pytest.approx(times_s - 1.4, abs=1e-3 if suffix == ".mkv" else 2e-5)  # mkv has whole milliseconds
 
 
 @pytest.mark.parametrize("name", ["x.mp4", "x.mkv"])
@@ -223,7 +226,7 @@ def test_odd_and_tiny_sizes_are_padded_to_even(tmp_path: Path, height: int, widt
     assert any(told in note for note in notes) == bool(height % 2 or width % 2)
     pictures, _, _ = play(tmp_path / "x.mp4")
     assert [picture.shape for picture in pictures] == [(height + height % 2, width + width % 2, 3)] * 2
-    # The added row and column repeat the last one: all yellow, and no seam in another colour.
+    # The added row and column repeat the last ones, so everything is yellow, with no seam of another colour.
     assert np.abs(pictures[0].astype(int) - colors_of(flow, 1.0)[0, 0]).max() <= 6
 
 
@@ -249,7 +252,7 @@ def test_a_short_clip_uses_all_its_flows(tmp_path: Path) -> None:
 
 
 def test_what_waits_for_the_scale_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video, "HELD_BYTES", 3 * 4 * 32 * 32)  # three flows of float16
+    monkeypatch.setattr(video, "HELD_BYTES", 3 * 4 * 32 * 32)  # three flows as float16
     lengths = [1.0, 1.0, 1.0, 9.0, 9.0]
     flows = [smooth_flow(number, 32, 32, length) for number, length in enumerate(lengths)]
     scale, origin = automatic_scale(record(tmp_path / "x.mp4", [batch_of(flows)], SinkConfig()))
@@ -287,7 +290,10 @@ def test_another_encoder_takes_over_and_is_named(tmp_path: Path, monkeypatch: py
 
 
 class TestWhichEncoder:
-    """No GPU's encoder has been seen. Where one is wanted, mpeg4 acts for it, so that the file tells who made it."""
+    """Choosing between the GPU's encoder and the CPU's.
+
+    No real GPU encoder has been tried. In its place mpeg4 is used, so that the file shows which encoder was chosen.
+    """
 
     @pytest.fixture
     def nvenc(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,10 +338,10 @@ class TestWhichEncoder:
         options = video_writer._nvenc_options
         monkeypatch.setattr(video_writer, "_nvenc_options", noted)
         record(tmp_path / "x.mp4", [batch_of([smooth_flow()])], FIXED, replace(info(), device=device))
-        assert [one["gpu"] for one in given] == [number, number]  # to try, and to encode
+        assert [one["gpu"] for one in given] == [number, number]  # once for the trial, once to encode
 
     def test_it_is_asked_for_no_b_frames(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """As its presets do. Here x264 acts for it, which also makes them unless told not to."""
+        """NVENC's presets use B-frames. Here x264 takes its place, which also uses them unless told not to."""
         known = {name: value for name, value in video_writer._NVENC_OPTIONS.items() if name in ("qp", "bf")}
         monkeypatch.setattr(video_writer, "NVENC", "libx264")
         monkeypatch.setattr(video_writer, "_nvenc_options", lambda gpu: known)
@@ -347,7 +353,7 @@ class TestWhichEncoder:
         level = av.logging.get_level()
         if video_writer.why_no_nvenc(0, 48, 64) is None:
             pytest.skip("this machine has NVENC")
-        assert video_writer.why_no_nvenc(0, 48, 64) == video_writer.why_no_nvenc(0, 48, 64)  # FFmpeg says it each time
+        assert video_writer.why_no_nvenc(0, 48, 64) == video_writer.why_no_nvenc(0, 48, 64)  # the same reason each time
         assert (av.logging.get_level(), capfd.readouterr()) == (level, ("", ""))
         header = replace(info(), device="cuda:0")
         notes = record(tmp_path / "x.mp4", [batch_of([smooth_flow()])], FIXED, header)
@@ -386,7 +392,7 @@ class TestWhichEncoder:
 
 
 class TestParts:
-    """Several encoders have parts of the video, where several threads are free."""
+    """With several free threads, several encoders each encode a part of the video."""
 
     @pytest.fixture(autouse=True)
     def several_threads(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,7 +411,7 @@ class TestParts:
     @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
     @pytest.mark.parametrize(("count", "height", "width"), [(40, 48, 64), (16, 33, 47), (33, 35, 64)])
     def test_they_are_one_video(self, tmp_path: Path, suffix: str, count: int, height: int, width: int) -> None:
-        """Of frames that come when they like."""
+        """Parts join to one video, here with irregular frame times."""
         times_s = np.cumsum(np.random.default_rng(0).uniform(0.01, 0.3, count)).round(3)
         flows = [smooth_flow(number, height, width) for number in range(count)]
         batches = [
@@ -421,7 +427,7 @@ class TestParts:
 
     @pytest.mark.parametrize("rate", [Fraction(1, 2), Fraction(10), Fraction(60)])
     def test_no_two_key_frames_in_a_row(self, tmp_path: Path, rate: Fraction) -> None:
-        """They might have the same number, which H.264 forbids. Slow videos may have them closer together."""
+        """Each part has one key frame, at any rate and despite new scenes: H.264 forbids two of one id in a row."""
         flows = [smooth_flow(0)] * 8 + [smooth_flow(3)] * 7 + [smooth_flow(6)] * 20  # new scenes in the first part
         batch = batch_of(flows, times_s=np.arange(35) / float(rate))
         record(tmp_path / "x.mp4", [batch], header=info(rate=rate))
@@ -450,7 +456,7 @@ class TestParts:
             (9, 436, 1024, False),
             (15, 720, 64, False),
             (16, 720, 64, True),
-            (16, 720, 1280, False),  # all of them would take more than they may
+            (16, 720, 1280, False),  # 16 encoders would take too much memory
         ],
     )
     def test_where_pictures_have_many_rows_or_bytes_x264_shares_the_threads_out(
@@ -578,7 +584,7 @@ def test_a_second_run_on_the_same_video_is_refused(tmp_path: Path, overwrite: bo
     assert names(tmp_path) == ["x.mp4"]
     third = ColorVideoSink(str(path), SinkConfig(max_flow=4.0, overwrite=True))
     third.open(info())
-    first.abort()  # as when another output of its run fails: what has its unfinished name is another's
+    first.abort()  # as when another output of its run fails; the unfinished file now belongs to the third run
     third.write(batch_of([smooth_flow()]))
     third.commit()
     assert len(play(path)[0]) == 1
@@ -603,7 +609,7 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 @pytest.mark.parametrize("most_bytes", [0, 1000, 60_000, 150_000])
-@pytest.mark.parametrize("threads", [1, 3])  # these have parts of their own
+@pytest.mark.parametrize("threads", [1, 3])  # with three, the video is encoded in parts
 def test_a_full_disk_is_an_error_and_leaves_nothing(
     tmp_path: Path,
     files_up_to: Callable[[int], AbstractContextManager[None]],

@@ -1,4 +1,4 @@
-"""The store as a user sees it: what went in comes out, and unfinished never looks finished."""
+"""The store as a user sees it: it returns what was written, and an unfinished one never looks finished."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ SHARD = 3  # flows
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_waiting_for_the_disk() -> Iterator[None]:
-    """Thousands of fsyncs would only take time here; that they happen, and when, is test_publish's matter."""
+    """Skips thousands of fsyncs, which would only take time; ``test_publish.py`` tests that and when they happen."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)
-        patch.setattr(zarr_store, "encode_workers", lambda *_: 0)  # each flow is in its shard when ``write`` returns
+        patch.setattr(zarr_store, "encode_workers", lambda *_: 0)  # so each flow is in its shard when ``write`` returns
         yield
 
 
@@ -80,7 +80,7 @@ def header(flows: int | None, height: int = H, width: int = W) -> FlowInfo:
 
 
 def batches(flows: Any, size: int = 2) -> Iterator[FlowBatch]:
-    """Every second frame of the source is used, at 25 per second, the first at half a second."""
+    """Every second frame of a source at 25 frames per second that begins at half a second."""
     for index in range(0, len(flows), size):
         part = torch.from_numpy(flows[index : index + size])
         frame = 2 * np.arange(index, index + len(part))
@@ -88,7 +88,7 @@ def batches(flows: Any, size: int = 2) -> Iterator[FlowBatch]:
 
 
 def written(sink: ZarrSink, flows: Any, announced: int | None = -1, size: int = 2) -> ZarrSink:
-    """The sink after open and every write; announced -1: as many as there are."""
+    """The sink after ``open`` and every ``write``. announced -1: the true number of flows."""
     sink.open(header(len(flows) if announced == -1 else announced, *flows.shape[2:]))
     for batch in batches(flows, size):
         sink.write(batch)
@@ -210,7 +210,7 @@ def test_indexing_is_numpys(tmp_path: Path) -> None:
 @pytest.mark.parametrize("max_error", [1 / 64, 0])
 @pytest.mark.parametrize("codec", ["blosc", "zstd"])
 def test_files_are_those_zarr_python_writes(tmp_path: Path, codec: Codec, max_error: float) -> None:
-    """The same integers, written by zarr-python into an array made by hand, give the same bytes on disk."""
+    """zarr-python, given the same integers and settings, writes the same bytes."""
     store = make(tmp_path / "X.zarr", moving(8), codec=codec, max_error=max_error)
     ours = zarr.open_group(store.path, mode="r")
     assert ours.metadata.consolidated_metadata is not None
@@ -333,7 +333,7 @@ def test_summary(tmp_path: Path) -> None:
 
 
 def test_bytes_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Write amplification 1.0: beside the group's metadata, which gains the consolidated one, nothing goes twice."""
+    """Nothing is written twice except the group's metadata, which ``commit`` extends by copies of the arrays' own."""
     put: list[int] = []
 
     def counted(real: Callable[..., int]) -> Callable[..., int]:
@@ -353,7 +353,7 @@ def test_bytes_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("announced", [8, 9, None])
 def test_bytes_written_are_those_on_disk(announced: int | None, tmp_path: Path) -> None:
-    """Arrays that grow or are trimmed have their metadata written again."""
+    """Also where arrays grow or are shortened, and their metadata are written again."""
     sink = written(ZarrSink(str(tmp_path / "X.zarr"), config()), moving(8), announced)
     sink.commit()
     assert sink.bytes_written == open_store(tmp_path / "X.zarr").summary()["disk_bytes"]
@@ -361,7 +361,7 @@ def test_bytes_written_are_those_on_disk(announced: int | None, tmp_path: Path) 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_memory_never_holds_a_raw_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
-    """Only what is compressed waits for its shard to be full, and as many flows as the workers have at hand."""
+    """Only compressed flows wait for their shard to be full, besides the few raw ones that the workers hold."""
     monkeypatch.setattr(zarr_store, "encode_workers", lambda *_: workers)
     count, height, width = 200, 64, 128
     smooth = np.linspace(-20, 20, width, dtype=np.float32)
@@ -391,7 +391,7 @@ def test_until_commit_only_the_partial_is_there(tmp_path: Path) -> None:
     assert names(tmp_path) == ["X.zarr.partial"]
     store = open_store(tmp_path / "X.zarr")
     assert not store.complete
-    assert (len(store), store.available) == (8, 6)  # two whole shards; two flows wait for the third
+    assert (len(store), store.available) == (8, 6)  # two full shards; two flows wait for the third to be full
     assert np.array_equal(store[:6], flows[:6])
     for key in (6, -1, slice(5, 8), [0, 7]):
         with pytest.raises(StoreError, match=r"unfinished: flow [67].* is not there yet, the first 6 are"):
@@ -411,7 +411,7 @@ def test_incomplete_commit_keeps_all_and_stays_partial(tmp_path: Path, announced
     flows = moving(8)
     sink = written(ZarrSink(str(tmp_path / "X.zarr"), config(max_error=0)), flows, announced)
     sink.commit(complete=False)
-    sink.abort()  # too late: what is kept stays
+    sink.abort()  # after ``commit``, this removes nothing
     assert names(tmp_path) == ["X.zarr.partial"]
     store = open_store(tmp_path / "X.zarr")
     assert (store.complete, store.available, len(store)) == (False, 8, announced or 8)
@@ -446,7 +446,7 @@ def test_abort_before_open_and_after_commit_touches_nothing(tmp_path: Path) -> N
 def test_a_store_that_cannot_get_its_name_keeps_its_last_shard_as_well(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of which only the flows are told that are there, not as many as a full one holds."""
+    """The number of flows reported counts those really in that last, short shard."""
     sink = written(ZarrSink(str(tmp_path / "X.zarr"), config()), moving(8))
     monkeypatch.setattr(publish, "publish_folder", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "no more")))
     with pytest.raises(OutputWriteError, match="no more"):
@@ -477,7 +477,7 @@ def test_times_go_before_flow_and_lengths_before_both(tmp_path: Path, monkeypatc
 def test_no_shard_is_published_behind_one_that_failed(
     step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Although the next one is on its way already when the error is heard, and the one before has not been named."""
+    """Although the next shard is already on its way when the error is noticed, and the one before has no name yet."""
     sink = ZarrSink(str(tmp_path / "X.zarr"), config())
     sink.open(header(None))
     real, third_is_full, second_failed = getattr(publish, step), Event(), Event()
@@ -500,9 +500,9 @@ def test_no_shard_is_published_behind_one_that_failed(
     third_is_full.set()
     with pytest.raises(OutputWriteError, match=r"cannot write .*X\.zarr: .*no more") as caught:
         sink.commit()
-    assert frame_of(caught.value, None) == 2 * SHARD  # the first of its shard: every second frame is taken here
+    assert frame_of(caught.value, None) == 2 * SHARD  # the first of its shard; every second frame is used here
     with pytest.raises(OutputWriteError, match="could not be written"):
-        sink.commit()  # once there is room again, say
+        sink.commit()  # trying again does not help
     assert not (tmp_path / "X.zarr").exists()
     assert "holds 3 flows" in str(sink.abort())
     assert open_store(tmp_path / "X.zarr").available == SHARD
@@ -514,7 +514,7 @@ def test_no_shard_is_published_behind_one_that_failed(
 def test_abort_waits_for_the_full_shards_on_their_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
-    """One is being written, the other has not begun. What goes wrong is not heard: whoever aborts has a reason."""
+    """One is being written, the other has not begun. An error in them is not raised: the run is aborted anyway."""
     monkeypatch.setattr(store_writer, "WRITERS", 1)
     sink = ZarrSink(str(tmp_path / "X.zarr"), config())
     sink.open(header(None))
@@ -540,7 +540,7 @@ def test_abort_waits_for_the_full_shards_on_their_way(
 def test_shards_are_written_beside_each_other_and_named_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first one waits until the second is written, and still comes before it."""
+    """The first shard waits until the second is written, and still gets its name first."""
     sink = ZarrSink(str(tmp_path / "X.zarr"), config())
     sink.open(header(2 * SHARD))
     real, second_is_written, order = publish.write_unfinished, Event(), list[str]()
@@ -586,7 +586,7 @@ def test_what_goes_wrong_in_publishing_is_heard_next(
 def test_failure_at_any_step_leaves_whole_shards_and_the_old_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Lets the n-th call that changes the disk fail, for every n until the run gets through."""
+    """Makes the n-th call that changes the disk fail, for every n until the run succeeds."""
     old, flows = moving(2), moving(5)
     make(tmp_path / "old.zarr", old, max_error=0)
     metadata = store_metadata(header(6), config(max_error=0), flow_codec(H, W, config(max_error=0)), SHARD, 6)
@@ -654,9 +654,9 @@ def test_existing_store_is_kept_unless_overwritten(tmp_path: Path) -> None:
 
 def test_unfinished_store_of_a_killed_run(tmp_path: Path) -> None:
     path = tmp_path / "X.zarr"
-    killed = written(ZarrSink(str(path), config()), moving(5))  # and never committed
+    killed = written(ZarrSink(str(path), config()), moving(5))  # never committed
     flush(killed)
-    killed._target.let_go()  # as the system does for the dead
+    killed._target.let_go()  # releases the claim, as the system does for a killed process
     with pytest.raises(OutputExistsError, match=r"unfinished store.*--resume.*--overwrite"):
         ZarrSink(str(path), config()).open(header(5))
     assert open_store(path).available == 3

@@ -1,4 +1,4 @@
-"""Waiting for what a sink does on threads of its own."""
+"""Waiting for the work that a sink does in threads of its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from flowreel.sinks.zarr_store import ZarrSink
 
 
 def flush(sink: ZarrSink) -> None:
-    """Until every flow is compressed and every full shard on the disk."""
+    """Waits until every flow is compressed and every full shard is on the disk."""
     assert isinstance(sink._shards, ShardsInThreads)
     assert sink._files is not None
     sink._shards.drain()
