@@ -1,8 +1,8 @@
-"""The two places our CUDA kernels run in tests: a GPU where there is one, and a CPU that acts the GPU everywhere.
+"""Tests run our CUDA kernels in two places: on a GPU if there is one, and always on a CPU that acts as a GPU.
 
-The launch code is the same in both. On the CPU the ``.cu`` files are compiled with ``cuda_on_cpu/cuda_on_cpu.h``, and
-every tensor a kernel is given lies, during the launch, between a fence, where a read finds NaN and a write is noticed,
-and a page that can be neither read nor written.
+The launch code is the same in both. For the CPU, the ``.cu`` files are compiled with ``cuda_on_cpu/cuda_on_cpu.h``.
+During a launch, each tensor's memory lies behind a fence, in which reads find NaN and writes are detected, and directly
+before a page that can be neither read nor written.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ SHIM = HERE / "cuda_on_cpu"
 FLAGS = ("-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-fPIC", "-shared", "-w")
 FLAGS += (f"-I{SHIM}", "-include", "cuda_on_cpu.h")
 ORDERS = ("forward", "backward", "shuffled")  # of warps, or of all threads
-FENCE = np.full(1 << 12, 0x7FA07DA5, np.uint32).view(np.uint8)  # NaN in every type, and of a kind no sum leaves
+FENCE = np.full(1 << 12, 0x7FA07DA5, np.uint32).view(np.uint8)  # NaN in every type, with bits that no computation gives
 CUDA_DIR = Path(os.environ.get("FLOWREEL_CUDA_DIR", launch.SOURCES)).resolve()
 
 
 class KernelFailure(AssertionError):
-    """A kernel did what a GPU forbids or leaves undefined."""
+    """A kernel did something that is forbidden or undefined on a GPU."""
 
 
 class CPU:
@@ -47,13 +47,13 @@ class CPU:
         self.order = ORDERS.index(order)
         self._sources = sources
         self._built = built
-        self._fenced: dict[int, tuple[Fenced, Tensor]] = {}  # the tensor, so that its memory stays
+        self._fenced: dict[int, tuple[Fenced, Tensor]] = {}  # by address; the tensor keeps its memory alive
 
     def load(self, name: str, device: torch.device) -> Module:
         return Module(self, shared_library(name, self._built))
 
     def pointer_of(self, tensor: Tensor) -> int:
-        """Where a copy of the tensor's whole memory lies fenced in."""
+        """The tensor's address in a fenced copy of its whole memory."""
         storage = tensor.untyped_storage()
         key = storage.data_ptr()
         if key not in self._fenced:
@@ -61,14 +61,14 @@ class CPU:
         return self._fenced[key][0].start + tensor.data_ptr() - key
 
     def taken_back(self) -> bool:
-        """Copies the memory back where it came from; false when a fence was written to."""
+        """Copies all memory back to the tensors; false if a kernel wrote to a fence."""
         broken = [fenced for fenced, _ in self._fenced.values() if not fenced.taken_back()]
         self._fenced.clear()
         return not broken
 
 
 class Fenced:
-    """A copy of some memory: a fence before it, a forbidden page behind, as close as the alignment lets it be."""
+    """A copy of some memory, with a fence before it and a forbidden page behind it, as close as alignment allows."""
 
     def __init__(self, address: int, size: int) -> None:
         self._origin, self._size = address, size
@@ -107,7 +107,7 @@ class Module:
         kinds = self._library.entry_kinds(number).decode()
 
         def kernel(grid: tuple[int, ...], block: tuple[int, ...], args: tuple[object, ...]) -> None:
-            """Takes what a CuPy kernel takes, and passes it on as CuPy does."""
+            """Takes the arguments of a CuPy kernel and passes them on as CuPy does."""
             given = "".join(passed_as(x, kind) for x, kind in zip(args, kinds, strict=True))
             assert given == kinds, f"{name} takes {kinds}, got {given}"
             cells = [np.array(x, np.int64) if isinstance(x, int) else np.array(x) for x in args]
@@ -124,14 +124,14 @@ class Module:
 
 
 def passed_as(x: object, expected: str) -> str:
-    """How CuPy passes it: a plain int as 64 bits, which is what a pointer is."""
+    """The kind of argument as CuPy passes it; a plain int has 64 bits, as a pointer has."""
     if type(x) is int:
         return "p" if expected == "p" else "l"
     return {np.int32: "i", np.int64: "l", np.float32: "f"}[type(x)]
 
 
 def as_on_a_gpu(operation: Any, *arguments: object) -> str:
-    """Calls an operation of ours (``torch.ops.flowreel...default``) as a GPU's tensors do; what it says ran."""
+    """Calls one of our operations (``torch.ops.flowreel...default``) as for a GPU's tensors; returns what ran."""
     with launch.recording(ran := {}):
         if any(isinstance(x, Tensor) and x.is_cuda for x in arguments):
             operation(*arguments)
@@ -145,7 +145,7 @@ def as_on_a_gpu(operation: Any, *arguments: object) -> str:
 
 
 def shared_library(name: str, built: Path) -> ctypes.CDLL:
-    """One source for the CPU; compiled once a session, as long as nothing in it changes."""
+    """One source, compiled for the CPU; once per session unless the source changes."""
     text = launch.read_source(name)
     key = hashlib.sha256("\0".join((text, *((SHIM / "cuda_on_cpu.h").read_text(), *FLAGS))).encode()).hexdigest()[:16]
     library = built / f"{name}-{key}.so"
@@ -173,7 +173,7 @@ extern "C" const char* launch_entry(
 
 
 def entries_of(source: Path) -> list[str]:
-    """The names of all entries, those that macros make included: the preprocessor leaves a mark at each."""
+    """The names of all entries, including those that macros generate: the preprocessor puts a mark at each."""
     plain = [flag for flag in FLAGS if flag not in ("-include", "cuda_on_cpu.h")]
     text = subprocess.run(
         [*compiler(), *plain, "-E", "-P", "-D__global__=@entry@", "-D__launch_bounds__(...)=", str(source)],
@@ -188,11 +188,11 @@ def entries_of(source: Path) -> list[str]:
 def compile_cpp(*arguments: str) -> None:
     done = subprocess.run([*compiler(), *FLAGS, *arguments], capture_output=True, text=True, timeout=300)
     if done.returncode != 0:
-        raise RuntimeError(done.stderr)  # not an assertion: a fault that does not compile was not caught
+        raise RuntimeError(done.stderr)  # no AssertionError: a planted fault that does not compile counts as not caught
 
 
 def compiler() -> list[str]:
-    """A C++ compiler: $CXX, the machine's own, or the one that pip installs."""
+    """A C++ compiler: $CXX, an installed one, or the one that pip installs (ziglang)."""
     for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
         if name and shutil.which(name):
             return [name]
@@ -206,13 +206,13 @@ def compiler() -> list[str]:
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where this session keeps what it compiled."""
+    """The folder of this session's compiled libraries."""
     return tmp_path_factory.mktemp("kernels")
 
 
 @pytest.fixture(scope="session")
 def cuda_dir() -> Path:
-    """The folder of CUDA sources to test: ours, or the one that FLOWREEL_CUDA_DIR names."""
+    """The folder of CUDA sources to test: ours, or FLOWREEL_CUDA_DIR."""
     return CUDA_DIR
 
 
@@ -235,7 +235,7 @@ def acting(built: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..
 
 @pytest.fixture
 def plant(acting: Callable[..., CPU], tmp_path: Path) -> Callable[[str, str, str], torch.device]:
-    """``plant(file, right, wrong)`` replaces text in a copy of our sources, and the CPU acts as a GPU that runs it."""
+    """``plant(file, right, wrong)`` plants a fault in a copy of our sources, which the CPU then runs as a GPU would."""
 
     def planted(file: str, right: str, wrong: str) -> torch.device:
         sources = tmp_path / "cuda"
@@ -243,7 +243,7 @@ def plant(acting: Callable[..., CPU], tmp_path: Path) -> Callable[[str, str, str
         text = (sources / file).read_text()
         assert right in text
         (sources / file).write_text(text.replace(right, wrong))
-        common = sources / "common.cuh"  # only float is compared with it: the rest need not be compiled
+        common = sources / "common.cuh"  # most faults are tested with float only: compile no other types
         common.write_text(
             re.sub(r"(#define FOR_EACH_TYPE\(ENTRY\) ENTRY\(float, float\)).*", r"\1", common.read_text())
         )
@@ -255,7 +255,7 @@ def plant(acting: Callable[..., CPU], tmp_path: Path) -> Callable[[str, str, str
 
 @pytest.fixture(params=["cpu forward", "cpu shuffled", "gpu"])
 def card(request: pytest.FixtureRequest, acting: Callable[..., CPU]) -> torch.device:
-    """The device whose tensors the CUDA versions take: the acting CPU in two orders of threads, then a real GPU."""
+    """The device that CUDA kernels run on: the CPU acting as a GPU, in two orders of threads, and a real GPU."""
     name, _, order = request.param.partition(" ")
     if name == "cpu":
         acting(order=order)
@@ -265,6 +265,6 @@ def card(request: pytest.FixtureRequest, acting: Callable[..., CPU]) -> torch.de
 
 @pytest.fixture
 def gpu(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """A real one, which runs the chosen sources."""
+    """A real GPU, which runs the chosen sources."""
     monkeypatch.setattr(launch, "SOURCES", CUDA_DIR)
     return gpu

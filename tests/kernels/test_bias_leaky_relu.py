@@ -1,4 +1,4 @@
-"""Bias and LeakyReLU: known answers, parts of other tensors, rounding, what does not fit."""
+"""Bias and LeakyReLU: known answers, output into parts of other tensors, rounding, arguments that do not fit."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_into_a_part_of_a_concatenation_and_in_place(dtype: torch.dtype) -> None
     assert bool((whole[:, :3] == 7).all())
     assert bool((whole[:, 9:] == 7).all())
     other = torch.zeros(2, 6, 5, 3)
-    bias_leaky_relu(x, bias, 0.1, other)  # into another type: not rounded to the first
+    bias_leaky_relu(x, bias, 0.1, other)  # into another type, without rounding to x's type first
     torch.testing.assert_close(other.to(dtype), expected[:, :6])
 
 

@@ -1,4 +1,4 @@
-"""Integers to planes of bits: the definition does what Blosc does, and a CUDA kernel what the definition does."""
+"""Integers to planes of bits: the definition equals Blosc's, and the CUDA kernel equals the definition."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TYPES = (torch.int16, torch.int32)
 
 
 def values_of(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Of all sizes and both signs, the longest among them."""
+    """Small and large integers of both signs, over the whole range of the type."""
     generator = torch.Generator().manual_seed(sum(shape))
     limits = torch.iinfo(dtype)
     small, all_bits = (
@@ -30,7 +30,7 @@ def values_of(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def shuffled_by_blosc(values: np.ndarray, block: int) -> bytes:
-    """What Blosc has made of the values before it compressed them."""
+    """The values as Blosc shuffled them, before compression."""
     chunk = numcodecs.blosc.Blosc("zstd", 1, numcodecs.blosc.BITSHUFFLE, block * values.itemsize).encode(values)
     total, size = struct.unpack_from("<2i", chunk, 4)
     assert not chunk[2] & 2, "it has compressed nothing"
@@ -96,7 +96,7 @@ def test_impossible_arguments_are_refused(values: Tensor, block: int, error: typ
 
 # --- the CUDA kernel: equal to the definition -------------------------------------------------------------------------
 
-# Rows that start at every place of 16 bytes; rows of one block and of several; last blocks of each kind, and none.
+# Rows that start at every offset within 16 bytes, rows of one and of several blocks, every kind of last block.
 CASES = (((1, 1), 8), ((2, 8), 8), ((3, 2, 1, 3), 8), ((2, 2, 37, 44), 1024), ((3, 2, 5, 20), 64), ((3, 2, 5, 21), 64))
 CASES += (((2, 2, 64, 64), 4096),)
 

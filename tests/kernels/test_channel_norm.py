@@ -1,4 +1,4 @@
-"""The length over channels against its goldens and cases with a known answer."""
+"""The vector length over channels, compared with golden values and known answers."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_half_types_do_not_overflow(dtype: torch.dtype) -> None:
 
 def test_half_zero_vector_has_gradient_zero() -> None:
     x = torch.zeros(1, 2, 1, 1, dtype=torch.float16, requires_grad=True)
-    channel_norm(x).sum().backward()  # 1e-9 is zero in float16: the quotient must be formed in float32
+    channel_norm(x).sum().backward()  # 1e-9 is zero in float16, so the quotient must be computed in float32
     assert x.grad is not None
     assert not x.grad.any()
 

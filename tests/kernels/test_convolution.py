@@ -1,4 +1,4 @@
-"""Convolution with bias and LeakyReLU: known answers, rounding, what does not fit, which layers the kernel takes."""
+"""Convolution with bias and LeakyReLU: known answers, rounding, bad arguments, and which layers the kernel takes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def weight_of(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
 
 
 def test_known_answer() -> None:
-    """A picture moved one pixel to the right, less one, of which LeakyReLU leaves a quarter."""
+    """The picture is moved one pixel to the right and reduced by one; LeakyReLU quarters what is negative."""
     weight = torch.zeros(64, 8, 3, 3, dtype=torch.float16)
     weight[5, 2, 1, 0] = 1
     x = torch.zeros(1, 8, 2, 3, dtype=torch.float16)
@@ -29,7 +29,7 @@ def test_known_answer() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rounded_once(dtype: torch.dtype) -> None:
-    """In float32 the small half of a sum is still there when the large half cancels."""
+    """The sum is formed in float32, where the small term survives although the large ones cancel."""
     weight = torch.zeros(64, 3, 7, 7, dtype=dtype)
     weight[:, :, 3, 3] = 1
     x = torch.tensor([1024.0, 0.25, -1024.0, 0, 0, 0, 0, 0], dtype=dtype).view(1, 8, 1, 1)

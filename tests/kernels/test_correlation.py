@@ -1,4 +1,4 @@
-"""The cost volume against its goldens, its definition, and cases with a known answer."""
+"""The cost volume, compared with golden values, its definition and known answers."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_definition_gradients_are_those_of_the_definition() -> None:
 
 
 def test_a_shifted_map_peaks_at_its_shift() -> None:
-    """dx = +4, dy = -2 from the first map to the second: channel (dy/2 + 10) * 21 + (dx/2 + 10)."""
+    """A shift of dx = +4, dy = -2 from the first map to the second is channel (dy/2 + 10) * 21 + (dx/2 + 10)."""
     first, _ = maps(1, 64, 24, 48)
     out = correlation(first, torch.roll(first, (-2, 4), (2, 3)))
     assert (out[0, :, 4:-4, 6:-6].argmax(0) == (-1 + 10) * 21 + (2 + 10)).all()
@@ -122,7 +122,7 @@ def test_one_pixel_meets_only_itself() -> None:
     assert out.count_nonzero() == 1
 
 
-@pytest.mark.parametrize("width", [40, 60, 61])  # one tile; several whole ones; a last one that is cut
+@pytest.mark.parametrize("width", [40, 60, 61])  # one tile; several whole tiles; a short last tile
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
 def test_flownetc_parameters_in_each_dtype(width: int, dtype: torch.dtype, tolerance: float) -> None:
     first, second = maps(1, 48, 9, width, dtype=dtype)
@@ -133,7 +133,7 @@ def test_flownetc_parameters_in_each_dtype(width: int, dtype: torch.dtype, toler
 
 
 def test_half_types_are_summed_in_float32() -> None:
-    """4096 products of 100 x 100: their sum is beyond float16, and bfloat16 would stop growing early."""
+    """The sum of 4096 products of 100 x 100 overflows float16, and in bfloat16 it would stop growing early."""
     for dtype in (torch.float16, torch.bfloat16):
         ones = torch.full((1, 4096, 2, 2), 100.0, dtype=dtype)
         out = correlation(ones, ones, 0, 1, 0, 1, 1)
@@ -154,7 +154,7 @@ def test_strides_of_the_input_do_not_matter() -> None:
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("width", [15, 60])  # one product a row and phase, and several
+@pytest.mark.parametrize("width", [15, 60])  # one matrix product per row and phase, and several
 @pytest.mark.parametrize("windows", [(4, 1, 4, 1, 2), (5, 3, 4, 2, 1)])
 def test_scaled_activated_and_written_into_a_concatenation(
     windows: tuple[int, ...], width: int, dtype: torch.dtype, layout: torch.memory_format
@@ -199,7 +199,7 @@ def test_a_spoilt_pixel_spoils_only_what_it_takes_part_in() -> None:
 def test_gradients_survive_expanded_and_half_inputs() -> None:
     first, second = maps(1, 4, 6, 9)
     exact = [x.clone().requires_grad_() for x in (first, second)]
-    correlation(*exact).sum().backward()  # the gradient that arrives is one number, expanded
+    correlation(*exact).sum().backward()  # the incoming gradient is a single number, expanded
     rough = [x.bfloat16().requires_grad_() for x in (first, second)]
     correlation(*rough).sum().backward()
     for x, y in zip(exact, rough, strict=True):

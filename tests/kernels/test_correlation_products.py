@@ -1,4 +1,4 @@
-"""The correlation by tensor cores equals its definition: on a CPU that acts as a GPU, and on one where there is one."""
+"""The correlation on tensor cores equals its definition, on a CPU that acts as a GPU and on a real GPU if present."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 def maps(device: torch.device, dtype: torch.dtype, shape: Shape) -> tuple[Tensor, Tensor]:
-    """As the engine gives them: two halves of one batch, channels last."""
+    """Two maps as the engine passes them: the halves of one batch, channels last."""
     batch, channels, height, width = shape
     generator = torch.Generator().manual_seed(7)
     both = torch.randn(2 * batch, height, width, channels, generator=generator).to(dtype).to(device)
@@ -32,7 +32,7 @@ def maps(device: torch.device, dtype: torch.dtype, shape: Shape) -> tuple[Tensor
 
 
 def amid_nan(x: Tensor) -> Tensor:
-    """The same as a part of something larger, that is NaN everywhere else."""
+    """The same map as a part of a larger tensor that is NaN everywhere else."""
     batch, channels, height, width = x.shape
     whole = torch.full((batch, height + 2, width + 2, channels + 16), torch.nan, dtype=x.dtype, device=x.device)
     part = whole.permute(0, 3, 1, 2)[:, 8:-8, 1:-1, 1:-1]
@@ -41,7 +41,7 @@ def amid_nan(x: Tensor) -> Tensor:
 
 
 def compare(a: Tensor, b: Tensor, radius: int, stride: int, out: Tensor | None = None) -> None:
-    """Scaled and activated, against the definition."""
+    """Compares the scaled and activated correlation with the definition."""
     assert correlation_products.fits(a, radius)
     wanted = pixel_correlation_definition(a, b, radius, stride, 0.5, 0.1)
     out = torch.full_like(wanted, torch.nan) if out is None else out
@@ -55,11 +55,11 @@ def compare(a: Tensor, b: Tensor, radius: int, stride: int, out: Tensor | None =
     [
         ((1, 8, 1, 1), 10, 2),  # a single pixel; three of four phases are empty
         ((2, 16, 3, 1), 10, 2),
-        ((1, 24, 1, 70), 10, 2),  # several tiles, the last of them ragged
-        ((2, 40, 21, 5), 10, 2),  # several blocks below each other; the reach is more than the picture
+        ((1, 24, 1, 70), 10, 2),  # several tiles, the last one short
+        ((2, 40, 21, 5), 10, 2),  # several blocks vertically; displacements larger than the picture
         ((1, 256, 5, 37), 10, 2),
-        ((1, 136, 3, 9), 10, 2),  # a little more than one stage of channels
-        ((1, 8, 27, 5), 10, 1),  # rows that meet nothing
+        ((1, 136, 3, 9), 10, 2),  # slightly more channels than one stage holds
+        ((1, 8, 27, 5), 10, 1),  # rows without a counterpart
         ((1, 24, 19, 25), 4, 1),
         ((2, 40, 10, 37), 4, 3),
     ],
@@ -84,13 +84,13 @@ def test_goes_into_its_part_of_a_concatenation_and_nowhere_else(
 @pytest.mark.parametrize("shares", [1, 3, 28])
 def test_blocks_may_share_the_rows(card: torch.device, monkeypatch: pytest.MonkeyPatch, shares: int) -> None:
     monkeypatch.setattr(correlation_products, "_shares", lambda tiles, rows, at_once: shares)
-    monkeypatch.setattr(correlation_products, "MOST_DEEP", 2 * shares)  # two pairs at a time
+    monkeypatch.setattr(correlation_products, "MOST_DEEP", 2 * shares)  # so that only two pairs fit in one launch
     compare(*maps(card, torch.bfloat16, (3, 8, 19, 3)), 10, 2)
 
 
 def test_shares_fill_the_gpu_and_no_more() -> None:
-    assert correlation_products._shares(64, 28, 264) == 4  # one round of 256 blocks in place of one of 64
-    assert correlation_products._shares(64, 28, 80) == 1  # 40 multiprocessors
+    assert correlation_products._shares(64, 28, 264) == 4  # 256 blocks at once instead of 64
+    assert correlation_products._shares(64, 28, 80) == 1  # a GPU with 40 multiprocessors
     assert correlation_products._shares(512, 28, 264) == 1
     assert correlation_products._shares(10**6, 28, 264) == 1
 
@@ -134,8 +134,8 @@ def test_maps_that_can_be_read_in_words_are_not_copied() -> None:
         (256, torch.float16, 4, "correlation_products_4_half"),
         (8, torch.bfloat16, 10, "correlation_products_10_bfloat16"),
         (8, torch.float32, 4, "correlation_9_float"),
-        (12, torch.float16, 4, "correlation_9_half"),  # not in words
-        (264, torch.float16, 4, "correlation_9_half"),  # more than a warp holds
+        (12, torch.float16, 4, "correlation_9_half"),  # no whole number of 16-byte words
+        (264, torch.float16, 4, "correlation_9_half"),  # more channels than a warp holds
         (8, torch.float16, 9, "correlation_21_half"),
     ],
 )
@@ -150,7 +150,7 @@ def test_only_maps_that_fit_go_to_tensor_cores(
     assert asked == [entry]
 
 
-# --- faults planted in a copy of the source ---------------------------------------------------------------------------
+# --- faults planted in a copy of the source: the tests above must be able to fail -------------------------------------
 
 FAULTS = {
     "no barrier": ("__syncthreads();  // this", "// this"),

@@ -1,4 +1,4 @@
-"""Every CUDA kernel equals its definition: on a CPU that acts the GPU, and on a GPU where there is one."""
+"""Every CUDA kernel equals its definition, on a CPU that acts as a GPU and on a real GPU if present."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ SHAPES: tuple[Shape, ...] = ((1, 1, 1, 1), (1, 3, 1, 7), (2, 2, 9, 1), (2, 5, 7,
 
 
 class Case(NamedTuple):
-    module: object  # the file that holds both
+    module: object  # which contains the kernel's launch and the definition
     name: str  # of the operation
-    inputs: Callable[[Callable[..., Tensor], Shape], tuple[object, ...]]  # made of a random tensor's maker
+    inputs: Callable[[Callable[..., Tensor], Shape], tuple[object, ...]]  # from a function that makes random tensors
     shapes: tuple[Shape, ...] = SHAPES
 
 
@@ -39,7 +39,7 @@ def of_norm(random: Callable[..., Tensor], shape: Shape) -> tuple[object, ...]:
 
 
 def flow_for(random: Callable[..., Tensor], shape: Shape) -> Tensor:
-    """Mostly near, some far beyond the border, one infinite, one unknown; float32 always."""
+    """Mostly short, some whole numbers, some far beyond the border, one vector infinite; always float32."""
     flow = random(shape[0], 2, *shape[2:], dtype=torch.float32) * 3
     flow.view(-1)[::7] *= 50
     flow.view(-1)[3::11] = flow.view(-1)[3::11].round()
@@ -47,7 +47,7 @@ def flow_for(random: Callable[..., Tensor], shape: Shape) -> Tensor:
     return flow
 
 
-WIDE: Shape = (2, 8, 5, 131)  # columns in several tiles, the last of them ragged; channels in three turns
+WIDE: Shape = (2, 8, 5, 131)  # several tiles of columns, the last one short; channels in three turns
 
 
 def for_correlation(radius: int, stride: int, *how: float) -> Callable[..., tuple[object, ...]]:
@@ -97,7 +97,7 @@ def transposed(x: Tensor) -> Tensor:
 
 
 def with_gaps(x: Tensor) -> Tensor:
-    """Every other element of a tensor that is NaN between."""
+    """Every second element of a larger tensor, whose other elements are NaN."""
     return torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0]
 
 
@@ -138,7 +138,7 @@ def compare(case: Case, dtype: torch.dtype, card: torch.device) -> None:
 
 
 def assert_close(found: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Relative to each value, or to the largest where terms may have cancelled."""
+    """Compares relative to each value, or to the largest value where terms may have cancelled."""
     largest = max(1.0, expected.float().nan_to_num(0, 0, 0).abs().max().item())
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance / 4 * largest, equal_nan=True)
 
@@ -151,7 +151,7 @@ def test_an_unknown_flow_spoils_its_own_pixel_only(card: torch.device) -> None:
 
 
 def test_no_gradient_comes_from_an_unknown_flow(card: torch.device) -> None:
-    """Whatever the one of the output is there."""
+    """Where the flow is unknown, the output's gradient is ignored, even if it is NaN itself."""
     random = random_tensors(card, torch.float32)
     image, grad, flow = random(1, 3, 5, 6), random(1, 3, 5, 6), random(1, 2, 5, 6)
     flow[0, 0, 1, 2] = flow[0, 1, 3, 4] = grad[0, 1, 1, 2] = torch.nan
@@ -165,7 +165,7 @@ def test_no_gradient_comes_from_an_unknown_flow(card: torch.device) -> None:
 
 
 def test_far_coordinates_stay_exact(card: torch.device) -> None:
-    """4000 pixels from the left a float's spacing is 2.4e-4, but the fraction is never added to that."""
+    """At 4000 pixels from the left a float32's spacing is 2.4e-4; the fraction must not be added to such a number."""
     image = torch.arange(4096.0, device=card).expand(1, 1, 1, 4096) % 2
     flow = torch.zeros(1, 2, 1, 4096, device=card)
     flow[:, 0] = 0.0001
@@ -202,7 +202,7 @@ def test_correlation_takes_a_gradient_that_is_one_number(card: torch.device) -> 
 
 def test_correlation_of_more_pairs_than_a_grid_is_deep(card: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     module: Any = _module(correlation)
-    monkeypatch.setattr(module, "MOST_DEEP", 7)  # 3 parts of a pair: 2 pairs at a time
+    monkeypatch.setattr(module, "MOST_DEEP", 7)  # each pair takes 3 parts, so only 2 pairs fit in one launch
     random = random_tensors(card, torch.float32)
     a, b = random(5, 2, 3, 4), random(5, 2, 3, 4)
     wanted = module.pixel_correlation_definition(a, b, 10, 2)
@@ -213,7 +213,7 @@ def test_every_dtype_has_its_suffix() -> None:
     assert set(launching.SUFFIXES.items()) == {(dtype, name) for name, dtype in DTYPES.items()}
 
 
-# --- faults planted in a copy of the sources --------------------------------------------------------------------------
+# --- faults planted in a copy of the sources: the tests above must be able to fail ------------------------------------
 
 FAULTS = {
     "channel_norm: one pixel too many": ("common.cuh", "number < (long long)", "number <= (long long)", "channel_norm"),

@@ -1,4 +1,4 @@
-"""Bias and LeakyReLU by the CUDA kernel, against the definition: odd sizes, types, layouts, parts of concatenations."""
+"""The CUDA kernel of bias and LeakyReLU equals the definition: odd sizes, types, layouts, parts of concatenations."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def place_of(shape: tuple[int, int, int, int], channels: int, start: int, like: Tensor) -> Tensor:
-    """Channels ``start`` on of a concatenation that is 7 all over."""
+    """A concatenation filled with 7, with room for ``channels`` channels from ``start`` on."""
     batch, _, *size = shape
     return channels_last(torch.full((batch, start + channels + 3, *size), 7, dtype=like.dtype, device=like.device))
 
@@ -55,7 +55,7 @@ def compare(
                 how = as_on_a_gpu(torch.ops.flowreel.bias_leaky_relu.default, x, bias, slope, ours[:, part])
                 assert how == ("cuda" if into == dtype else "torch")
                 bias_leaky_relu_definition(x, bias, slope, wanted[:, part])
-            torch.testing.assert_close(ours, wanted, rtol=1e-6, atol=1e-7)  # rounded once, and nothing beside it
+            torch.testing.assert_close(ours, wanted, rtol=1e-6, atol=1e-7)  # rounded once; nothing written beside it
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -66,7 +66,7 @@ def test_in_place_and_into_a_part_of_a_concatenation(dtype: torch.dtype, card: t
 
 @pytest.mark.parametrize("into", TYPES)
 def test_into_every_type(into: torch.dtype, card: torch.device) -> None:
-    """By the kernel where it is x's own."""
+    """The kernel writes x's own type; other types are left to torch."""
     for shape in SHAPES[1:4]:
         compare(shape, torch.float16, card, into)
 

@@ -1,7 +1,7 @@
-"""Every CUDA source compiles for every GPU it is meant for, without a GPU, and stays within its budget.
+"""Every CUDA source compiles for every supported architecture, without a GPU, and stays within its budget.
 
-The budget, ``cuda_budget.json``, says per entry how many registers a thread and how many bytes of shared memory a block
-may take; both decide how many blocks a GPU runs at once. Raise a number there knowingly, never to make a test pass.
+The budget, ``cuda_budget.json``, limits each entry's registers per thread and bytes of shared memory per block, which
+decide how many blocks a GPU runs at once. Raise a limit only for a good reason, never just to make a test pass.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ HERE = Path(__file__).resolve().parent
 BUDGET: dict[str, dict[str, dict[str, int]]] = json.loads((HERE / "cuda_budget.json").read_text())
 OLDEST, ARCHITECTURES = "sm_75", ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 SOURCES = sorted(path.stem for path in launch.SOURCES.glob("*.cu"))
-ON_TENSOR_CORES = {"convolution", "correlation_products", "flow_head"}  # which the oldest do without
+ON_TENSOR_CORES = {"convolution", "correlation_products", "flow_head"}  # not for the oldest architecture
 
 
 class Use(NamedTuple):
-    registers: int  # a thread
-    shared_bytes: int  # a block
-    spilled_bytes: int  # a thread, registers that had to go to memory
+    registers: int  # per thread
+    shared_bytes: int  # per block
+    spilled_bytes: int  # per thread: registers that did not fit and went to memory
 
 
 def uses(log: str) -> dict[str, Use]:
-    """What each entry takes, from the assembler's log."""
+    """The resources of each entry, from the assembler's log."""
     found = {}
     for part in log.split("Compiling entry function '")[1:]:
         shared = re.search(r"(\d+) bytes smem", part)
@@ -68,7 +68,7 @@ def test_source_compiles_within_its_budget(source: str, architecture: str) -> No
 
 @pytest.mark.parametrize("source", sorted(set(SOURCES) - ON_TENSOR_CORES))
 def test_the_oldest_gpus_get_what_needs_no_tensor_cores(source: str) -> None:
-    """How many registers the compiler takes there is left to it: nothing has been tuned for them."""
+    """Registers are not limited there, because nothing has been tuned for the oldest GPUs."""
     taken = uses(launch.compile_source(source, OLDEST)[1])
     assert set(taken) == set(BUDGET[source])
     for name, use in taken.items():

@@ -1,4 +1,4 @@
-"""Convolutions by the CUDA kernel, against the definition: odd sizes, ragged tiles, parts of concatenations."""
+"""The CUDA convolution equals the definition: odd sizes, incomplete tiles, parts of concatenations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TOLERANCE = {torch.float16: 2**-10, torch.bfloat16: 2**-7}  # relative: one roun
 
 
 class Layer(NamedTuple):
-    """One that the kernel computes, and a picture that is little work for the acting CPU."""
+    """A layer that the kernel supports, and a picture small enough for the CPU that acts as a GPU."""
 
     inputs: int
     outputs: int
@@ -43,7 +43,7 @@ LAYERS = {
 
 
 def compare(layer: Layer, dtype: torch.dtype, card: torch.device) -> None:
-    """Into a map of its own and a part of a concatenation; then into that part alone."""
+    """Compares results written into a new map and a part of a concatenation, then into that part alone."""
     generator = torch.Generator().manual_seed(3)
     batch, *size = layer.size
     made = torch.randn(batch, -(-layer.inputs // 8) * 8, *size, generator=generator)
@@ -76,7 +76,7 @@ def compare(layer: Layer, dtype: torch.dtype, card: torch.device) -> None:
 
 
 def assert_close(ours: Tensor, wanted: Tensor) -> None:
-    """Both are rounded once, from sums in float32 of different orders."""
+    """Both are rounded once, from float32 sums in different orders."""
     tolerance = TOLERANCE[ours.dtype]
     torch.testing.assert_close(ours, wanted, rtol=tolerance, atol=tolerance / 64)
 
@@ -177,7 +177,7 @@ def test_a_planted_fault_is_caught(fault: tuple[str, str, str], plant: Callable[
 
 
 def keep_one_entry(layer: Layer) -> None:
-    """In a copy of the source: the others need not be compiled."""
+    """Removes all other entries from the copied source, so that they need not be compiled."""
     found = tiling(layer.weight(torch.float16, torch.device("cpu")), layer.stride, layer.transposed)
     assert found is not None
     source = launch.SOURCES / "convolution.cu"

@@ -1,4 +1,4 @@
-"""Flow to colours by the CUDA kernel, against the definition."""
+"""The CUDA kernel that turns flow into colours equals the definition."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LAYOUTS: tuple[Callable[[Tensor], Tensor], ...] = (
 
 
 def flows(count: int, height: int, width: int) -> Tensor:
-    """Near and far, some at rest, along the axes, unknown in one component or both."""
+    """Short and long vectors; some at rest, some along the axes, some unknown in one component or too long."""
     flow = torch.randn(2, count * height * width, generator=torch.Generator().manual_seed(width)) * 8
     for place, (u, v) in enumerate([(0.0, 0.0), (5.0, 0.0), (-5.0, -0.0), (0.0, 3.0), (torch.nan, 1.0), (2.0, 2e9)]):
         flow[:, place + 3 :: 11] = torch.tensor([[u], [v]])
@@ -29,14 +29,14 @@ def flows(count: int, height: int, width: int) -> Tensor:
 
 def compare(device: torch.device, dtype: torch.dtype, size: tuple[int, int], max_flow: float | None) -> None:
     flow = flows(3, *size).to(dtype)
-    flow[1] = 0 if max_flow is None else torch.inf  # nothing moves; nothing is known
+    flow[1] = 0 if max_flow is None else torch.inf  # one flow without motion, or entirely unknown
     wanted = flow_to_color_definition(flow, max_flow)
     for layout in LAYOUTS:
         out = _flow_to_color_cuda(layout(flow.to(device)), max_flow)
         assert out.is_contiguous()
         apart = (out.cpu().int() - wanted.int()).abs()
         assert apart.max() <= 1
-        assert apart.sum() <= max(3, 0.01 * apart.numel())  # where a rounding just tips over
+        assert apart.sum() <= max(3, 0.01 * apart.numel())  # a few values are rounded the other way
 
 
 @pytest.mark.parametrize("max_flow", [None, 9.5])
@@ -49,7 +49,7 @@ def test_equals_its_definition(
 
 
 def test_the_longest_vector_has_its_full_colour(card: torch.device) -> None:
-    """It is as long as the scale, not longer, whichever it is: else it would be darkened."""
+    """The scale is the longest vector's length; if rounding made it smaller, that vector would be darkened."""
     flow = torch.randn(500, 2, 1, 3, generator=torch.Generator().manual_seed(1)).to(card)
     longest = flow.square().sum(1).argmax(-1).flatten()
     colors = _flow_to_color_cuda(flow, None)[torch.arange(500, device=card), :, 0, longest]

@@ -1,4 +1,4 @@
-"""Flow heads by the CUDA kernel, against the definition: odd sizes, strips and their ends, parts of larger maps."""
+"""The CUDA kernel of flow heads equals the definition: odd sizes, strips and their ends, parts of larger maps."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ SHAPES: tuple[Shape, ...] = (
     (1, 8, 1, 1),
     (1, 16, 1, 70),  # three strips
     (2, 40, 9, 1),
-    (2, 88, 7, 33),  # three chunks, one warp
-    (1, 136, 6, 31),  # five, two warps
-    (1, 200, 5, 37),  # seven, four warps
+    (2, 88, 7, 33),  # three chunks of channels, one warp
+    (1, 136, 6, 31),  # five chunks, two warps
+    (1, 200, 5, 37),  # seven chunks, four warps
 )
 TYPES = (torch.float16, torch.bfloat16)
 
@@ -31,7 +31,7 @@ def random(*shape: int, seed: int = 3) -> Tensor:
 
 
 def map_of(shape: Shape, dtype: torch.dtype, card: torch.device, beside: int = 0) -> Tensor:
-    """Channels last; with ``beside`` channels of NaN before and after it."""
+    """A channels-last map, with ``beside`` channels of NaN before and after it."""
     batch, channels, height, width = shape
     whole = torch.full((batch, channels + 2 * beside, height, width), torch.nan)
     whole[:, beside : beside + channels] = random(*shape)
@@ -59,7 +59,7 @@ def test_kernel_equals_its_definition(dtype: torch.dtype, kernel: int, card: tor
 
 @pytest.fixture
 def tall(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of many rows, as a large map gets them; the last of a few has fewer."""
+    """Gives blocks many rows, as for a large map; the last block may have fewer."""
     chosen = heads._shares
 
     def shares(*given: int) -> tuple[int, int, tuple[int, int, int]]:
@@ -109,7 +109,7 @@ def test_the_kernel_runs_where_it_can_and_the_definition_elsewhere_and_it_is_tol
 
 
 def bordering(x: Tensor) -> tuple[Tensor, ...]:
-    """What ``take_off_borders_`` is given for a map."""
+    """The arguments of ``take_off_borders_`` for a map."""
     return random(x.shape[0], 2, *x.shape[2:], seed=6).to(x.device), x, *borders_of(x.shape[1], x.device)
 
 
@@ -117,7 +117,7 @@ def bordering(x: Tensor) -> tuple[Tensor, ...]:
 
 
 def borders_of(channels: int, card: torch.device) -> Borders:
-    """Of values that TF32 holds, in which cuDNN may compute the definition."""
+    """Random values that TF32 represents exactly, because cuDNN may compute the definition in TF32."""
     made = (4, 5, 2, channels), (4, 2), (4, 2, channels), (4, 2)
     return Borders(*(random(*shape, seed=5 + n).bfloat16().float().to(card) for n, shape in enumerate(made)))
 
@@ -138,7 +138,10 @@ def test_borders_equal_their_definition(dtype: torch.dtype, card: torch.device) 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 6), (2, 2), (5, 1), (3, 4), (9, 40)])
 def test_a_head_behind_a_smoothing_layer_is_the_two(height: int, width: int, card: torch.device) -> None:
-    """Exactly, with whole numbers that every type holds; a large bias between the two ends at the border."""
+    """The fused head equals the two layers exactly, tested with integers that every type represents.
+
+    The large bias of the first layer shows errors at the border, where the second layer pads with zeros instead.
+    """
     generator = torch.Generator().manual_seed(height * 100 + width)
 
     def whole(*shape: int) -> Tensor:
@@ -155,7 +158,7 @@ def test_a_head_behind_a_smoothing_layer_is_the_two(height: int, width: int, car
     assert torch.equal(found.cpu(), expected)
 
 
-# --- faults planted in a copy of the sources --------------------------------------------------------------------------
+# --- faults planted in a copy of the sources: the tests above must be able to fail ------------------------------------
 
 HEAD = {
     "one column too many": ("i * 8 < width)", "i * 8 <= width)"),

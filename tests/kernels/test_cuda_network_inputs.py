@@ -1,6 +1,7 @@
-"""What networks are given, and flow between levels, by the CUDA kernels against their definitions.
+"""The CUDA kernels that prepare networks' inputs and enlarge flow between levels equal their definitions.
 
-Odd and whole tiles, borders, unknown and infinite flow, types, layouts, parts of concatenations, planted faults.
+Tested with incomplete and whole tiles, borders, unknown and infinite flow, types, layouts, parts of concatenations and
+planted faults.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from flowreel.kernels.channel_norm import channel_norm_definition
 from tests.kernels.conftest import as_on_a_gpu
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}  # half precision: one rounding
-SIZES = ((1, 4, 4), (1, 12, 36), (2, 8, 100), (2, 64, 64))  # of frames: less than a tile, ragged, two pictures
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}  # for half types: one rounding
+SIZES = ((1, 4, 4), (1, 12, 36), (2, 8, 100), (2, 64, 64))  # of frames: less than a tile, incomplete tiles, two frames
 FLOWS = ((1, 1, 1), (2, 3, 5), (1, 7, 16), (2, 5, 33))
 
 
 class Draws:
-    """The same random tensors every time, on one device."""
+    """Makes the same random tensors every time, on one device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -33,11 +34,11 @@ class Draws:
         return torch.randn(shape, generator=self._generator).to(self.device)
 
     def frames(self, batch: int, height: int, width: int) -> Tensor:
-        """Smooth over a few pixels: where a sample lies is rounded, which noise would make much of."""
+        """Frames that are smooth over a few pixels: in noise, tiny rounding of sample positions would matter a lot."""
         return self.normal(batch, 6, height, width).cumsum(3) / 8
 
     def prediction(self, batch: int, height: int, width: int, pixels: float = 3.0) -> Tensor:
-        """A quarter of the size, after which one is infinite, one unknown, one far beyond the border."""
+        """Flow of a quarter of the size; one value is infinite, one unknown, one far beyond the border."""
         flow = self.normal(batch, 2, height // 4, width // 4) * pixels
         flow.view(-1)[::5] *= 40
         for place, value in ((-1, torch.inf), (-3, torch.nan), (-6, -1e30)):
@@ -54,7 +55,7 @@ def room(
 
 
 def same(found: Tensor, wanted: Tensor) -> None:
-    """Relative to each value, or to the largest finite one, where terms may have cancelled."""
+    """Compares relative to each value, or to the largest finite one, where terms may have cancelled."""
     tolerance = TOLERANCE[found.dtype]
     largest = max(1.0, wanted.float().nan_to_num(0, 0, 0).abs().clamp(max=100).max().item())
     torch.testing.assert_close(found, wanted, rtol=tolerance, atol=max(tolerance / 4, 2e-6) * largest, equal_nan=True)
@@ -80,7 +81,7 @@ def compare_fusing(size: tuple[int, int, int], dtype: torch.dtype, card: torch.d
 
 
 def compare_normalising(size: tuple[int, int, int], dtype: torch.dtype, card: torch.device) -> None:
-    """Frames that are neither contiguous nor of one layout, to all the places and to each alone."""
+    """Writes frames of different, non-contiguous layouts to all outputs, and to each output alone."""
     batch, height, width = size
     draws = Draws(card)
     first = draws.normal(batch, 3, height, 2 * width)[..., ::2] * 60 + 120
@@ -103,7 +104,7 @@ def compare_normalising(size: tuple[int, int, int], dtype: torch.dtype, card: to
 
 
 def compare_enlarging(size: tuple[int, int, int], dtype: torch.dtype, card: torch.device) -> None:
-    """Into two channels of a concatenation from an even and an odd one on, and into planes; nothing beside them."""
+    """Writes to two channels of a concatenation, from an even and an odd one on, and to nothing beside them."""
     batch, height, width = size
     draws = Draws(card)
     flow, weight, bias = draws.normal(batch, 2, height, width), draws.normal(2, 2, 4, 4), draws.normal(2)
@@ -139,7 +140,7 @@ def test_kernel_equals_its_definition(name: str, dtype: torch.dtype, card: torch
 
 
 def test_far_flow_is_exact(card: torch.device) -> None:
-    """4000 pixels from the left a float's spacing is 2.4e-4, but the fraction is never added to that."""
+    """At 4000 pixels from the left a float32's spacing is 2.4e-4; the fraction must not be added to such a number."""
     width = 4096
     frames = (torch.arange(float(width), device=card) % 2).expand(1, 6, 4, width).contiguous()
     flow = torch.zeros(1, 2, 1, width // 4, device=card)
@@ -162,7 +163,7 @@ def test_unknown_flow_spoils_its_own_pixels_only(card: torch.device) -> None:
 
 def test_a_mean_of_large_frames_and_all_lengths_are_formed_in_float32(card: torch.device) -> None:
     frames = torch.zeros(1, 6, 4, 4, device=card)
-    flow = torch.full((1, 2, 1, 1), 15.0, device=card)  # 300 px: its square is beyond float16
+    flow = torch.full((1, 2, 1, 1), 15.0, device=card)  # 300 px, whose square overflows float16
     out = room(1, 16, 4, 4, torch.float16, card)
     fusing_input._fusing_input_cuda(frames, flow, 20.0, flow, 20.0, out)
     length = channel_norm_definition(torch.full((1, 2, 1, 1), 300.0)).half().item()
@@ -216,7 +217,7 @@ def test_a_planted_fault_is_caught(plant: Callable[..., torch.device], file: str
 
 @pytest.mark.parametrize("name", ["refining_input", "fusing_input", "normalise_frames: pair", "normalise_frames: both"])
 def test_a_room_that_cannot_be_stored_whole_is_filled_by_the_definition(name: str, card: torch.device) -> None:
-    """One that begins in the middle of 16 bytes, which only a view of other memory does."""
+    """That is, memory that does not begin at a multiple of 16 bytes, as a view of other memory may not."""
     frames, flow = Draws(card).frames(2, 8, 8), torch.ones(2, 2, 2, 2, device=card)
 
     def shifted(channels: int, by: int) -> Tensor:
@@ -235,7 +236,7 @@ def test_a_room_that_cannot_be_stored_whole_is_filled_by_the_definition(name: st
         elif name.endswith("pair"):
             found.append(shifted(8, by))
             given = frames[:, :3], frames[:, 3:], None, found[-1], None
-        else:  # two pictures as those of one pair
+        else:  # both frames of one pair
             found.append(shifted(8, by))
             given = frames[:1, :3], frames[:1, 3:], None, None, found[-1]
         how = as_on_a_gpu(getattr(torch.ops.flowreel, name.split(":")[0]).default, *given)

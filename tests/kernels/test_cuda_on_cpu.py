@@ -1,4 +1,4 @@
-"""The CPU that acts as a GPU finds what it says it finds, in kernels made wrong on purpose."""
+"""The CPU that acts as a GPU detects the errors it is meant to detect, in deliberately wrong kernels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Run = Callable[..., Tensor]
 
 @pytest.fixture(params=ORDERS)
 def run(request: pytest.FixtureRequest, acting: Callable[..., object], tmp_path: Path) -> Run:
-    """``run(body)`` runs a kernel ``(float* x, int n)`` with that body on 0, 1, 2, ..., one block."""
+    """``run(body)`` runs a kernel ``(float* x, int n)`` with this body on 0, 1, 2, ... in one block."""
 
     def compiled(body: str, threads: int = 64, elements: int = 64) -> Tensor:
         common = (SOURCES / "common.cuh").read_text()
@@ -62,7 +62,7 @@ def test_shared_memory_starts_as_nan(run: Run) -> None:
 def test_what_a_gpu_forbids_is_an_error(run: Run, body: str, message: str) -> None:
     with pytest.raises(AssertionError, match=message):
         run(body)
-    assert run("x[threadIdx.x] = n;")[0] == 64  # and the next launch is none the worse
+    assert run("x[threadIdx.x] = n;")[0] == 64  # the next launch works
 
 
 def test_reading_before_a_tensor_finds_nan(run: Run) -> None:
@@ -89,7 +89,7 @@ def test_arguments_of_another_type_are_refused(run: Run, tmp_path: Path) -> None
 
 
 def test_half_types_convert_as_torch_does(acting: Callable[..., object], tmp_path: Path) -> None:
-    """All 65536 of each to float; and floats between them, ties included, back."""
+    """All 65536 values of each type to float, and floats between them, including ties, back."""
     common = (SOURCES / "common.cuh").read_text()
     entry = (
         'extern "C" __global__ void {0}(const {1}* x, float* wide, const float* y, {1}* narrow) {{ '

@@ -1,7 +1,7 @@
-"""On a card: each kernel in a captured CUDA graph and under torch.compile, forward and backward, beside its definition.
+"""On a real GPU: each kernel in a captured CUDA graph and under torch.compile, forward and backward.
 
-The definitions run on the CPU, in float32, on the values that the kernels are given. What the kernels compute when
-called plainly is in test_cuda.py and its neighbours, which run on a card as well.
+Results are compared with the definitions, computed on the CPU in float32 from the same values. Plain calls of the
+kernels are tested in test_cuda.py and its neighbours, which also run on a GPU.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Differentiable(NamedTuple):
     function: Callable[..., Tensor]
     definition: Callable[..., Tensor]
     shapes: tuple[tuple[int, ...], ...]
-    full: tuple[int, ...] = ()  # inputs that are float32 whatever the others are
+    full: tuple[int, ...] = ()  # inputs that are always float32
 
 
 def activated(a: Tensor, b: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 def random(case: Differentiable, dtype: torch.dtype, seed: int) -> list[Tensor]:
-    """Inputs on the CPU; warps stay away from whole pixels, where the slope jumps."""
+    """Inputs on the CPU; flow for warping avoids whole pixels, where the gradient jumps."""
     generator = torch.Generator().manual_seed(seed)
     made = [torch.randn(shape, generator=generator) for shape in case.shapes]
     made = [x.round() + 0.5 + 0.4 * torch.tanh(x) if n in case.full else x for n, x in enumerate(made)]
@@ -84,7 +84,7 @@ def random(case: Differentiable, dtype: torch.dtype, seed: int) -> list[Tensor]:
 
 
 def with_gradients(function: Callable[..., Tensor], inputs: list[Tensor]) -> Results:
-    """The result, and the gradients of the sum of its values, each weighted with its place."""
+    """The result and the inputs' gradients, for an output gradient that is different at each place."""
     out = function(*inputs)
     weights = torch.linspace(-1, 1, out.numel(), device=out.device).view(out.shape).to(out.dtype)
     return out, *torch.autograd.grad(out, inputs, weights)
@@ -101,7 +101,7 @@ def compare(found: Results, expected: Results, tolerance: float) -> None:
 
 
 def captured(work: Callable[[], Results]) -> tuple[torch.cuda.CUDAGraph, Results]:
-    """A graph of the work, and the tensors that it fills on each replay."""
+    """A CUDA graph of the work, and the tensors that each replay fills."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

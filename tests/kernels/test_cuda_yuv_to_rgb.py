@@ -1,4 +1,4 @@
-"""Surfaces to RGB by the CUDA kernel: every subsampling, range, depth, pitch and padding, against the definition."""
+"""The CUDA conversion to RGB equals the definition: every subsampling, range, depth, pitch and padding."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIZES = ((1, 1), (2, 2), (5, 8), (17, 33), (36, 20))
 def surface(
     height: int, width: int, chroma_size: tuple[int, int], bits: int, device: torch.device
 ) -> tuple[Tensor, ...]:
-    """Luma (H, W) and chroma (h, w, 2) of one surface of noise, whose rows are longer than the picture."""
+    """Luma (H, W) and chroma (h, w, 2) of a surface of noise whose rows are longer than the picture."""
     generator = torch.Generator().manual_seed(height)
     high, dtype = (256, torch.uint8) if bits == 8 else (1 << 16, torch.uint16)
     pitch = width + 11
@@ -49,7 +49,7 @@ def compare(
             yuv_to_rgb_definition(wanted, luma, chroma, matrix, full, bits)
             apart = (out.int() - wanted.int()).abs()
             assert apart.max() <= 1
-            assert apart.float().mean() <= 0.01  # where a rounding just tips over
+            assert apart.float().mean() <= 0.01  # a few values are rounded the other way
 
 
 @pytest.mark.parametrize("bits", [8, 10, 12])
@@ -95,13 +95,13 @@ def test_a_planted_fault_is_caught(plant: Callable[..., torch.device], right: st
 
 
 class TestSurfaces:
-    """One launch is prepared for all of them: it must notice what lies in memory otherwise."""
+    """One prepared launch serves all surfaces of a decoder; it must notice when their memory layout changes."""
 
     HEIGHT, WIDTH = 6, 10
 
     @pytest.fixture(autouse=True)
     def _by_the_kernel(self, card: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(launch, "kernels_on", lambda device: "cuda")  # on the acting CPU as well
+        monkeypatch.setattr(launch, "kernels_on", lambda device: "cuda")  # also on the CPU that acts as a GPU
 
     def planes(self, surface: Tensor) -> tuple[Tensor, Tensor]:
         return surface[: self.HEIGHT], surface[self.HEIGHT :].unflatten(1, (-1, 2))

@@ -1,4 +1,4 @@
-"""The colour wheel against pictures painted by the original C++ program, and against its rules."""
+"""Flow colours, compared with pictures painted by the original C++ program and with the rules of the colour wheel."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GOLDEN = {
 
 
 def paint_both(flow: np.ndarray, max_flow: float | None = None) -> np.ndarray:
-    """Both ways in must agree within a level; gives the array's colours."""
+    """Paints an array; checks that painting it as a tensor gives the same colours within one level."""
     colors = flow_to_color(flow, max_flow)
     tensor = flow_to_color(torch.from_numpy(flow).permute(2, 0, 1), max_flow)
     assert tensor.dtype == torch.uint8
@@ -75,7 +75,7 @@ def test_known_values_of_the_c_program(data_dir: Path) -> None:
 def test_compass() -> None:
     angles = np.deg2rad(np.arange(0, 360, 45))
     flow = np.stack([np.cos(angles), np.sin(angles)], axis=-1)[None].astype(np.float32)
-    flow[np.abs(flow) < 1e-6] = 0  # the cosine of a right angle, in floats
+    flow[np.abs(flow) < 1e-6] = 0  # the cosine of a right angle is not exactly 0 in floats
     expected = "255,0,0 255,114,0 255,229,0 32,255,0 0,209,255 0,52,255 87,0,255 220,0,255"
     expected_colors = np.array([color.split(",") for color in expected.split()], dtype=int)
     assert levels_apart(paint_both(flow * 7)[0], expected_colors) <= 1
@@ -104,7 +104,7 @@ def test_own_maximum_is_never_beyond_itself() -> None:
 def test_unknown_is_black_and_does_not_set_the_scale(bad: float, component: int) -> None:
     flow = np.random.default_rng(4).normal(size=(6, 5, 2)).astype(np.float32)
     expected = paint_both(flow)
-    flow[2, 3] = 0  # not the longest one, for the scale must stay
+    flow[2, 3] = 0  # so that the pixel is not the longest vector, which would change the scale
     flow[2, 3, component] = bad
     before = flow.copy()
     colors = paint_both(flow)
@@ -151,7 +151,7 @@ def test_any_float_any_strides(dtype: type) -> None:
 
 def test_blocks_of_rows_join_seamlessly() -> None:
     flow = np.random.default_rng(7).normal(size=(75, 1000, 2)).astype(np.float32)  # more than two blocks
-    flow[70, 1] = (30, 40)  # the maximum lies in the last one
+    flow[70, 1] = (30, 40)  # the longest vector is in the last block
     whole = flow_to_color(flow)
     assert np.array_equal(whole[30:40], flow_to_color(flow[30:40], 50.0))
     assert np.array_equal(whole[70:], flow_to_color(flow[70:], 50.0))

@@ -1,4 +1,4 @@
-"""Flow heads on any device: packed weights, shapes, what torch asks of operations, how work is shared on a GPU."""
+"""Flow heads on any device: packed weights, shapes, registration with torch, how work is divided on a GPU."""
 
 from __future__ import annotations
 
@@ -72,4 +72,4 @@ def test_every_row_and_column_has_its_block() -> None:
             assert across * (4 // splits) * (33 - kernel) >= width
             assert rows * down >= height > rows * (down - 1)
             assert deep == batch
-            assert splits <= -(-channels // heads.CHUNK)  # each warp has some
+            assert splits <= -(-channels // heads.CHUNK)  # each warp has at least one chunk

@@ -1,4 +1,4 @@
-"""Which version of an operation runs, and that it is told."""
+"""Which version of an operation runs, how that is reported, and how kernels are compiled, kept and launched."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flowreel.kernels.launch import implement, note, recording
 
 
 class Library:
-    """Keeps what is registered with it."""
+    """In place of ``torch.library.Library``: keeps the registered functions."""
 
     def __init__(self) -> None:
         self.versions: dict[str, Callable[..., Any]] = {}
@@ -80,7 +80,7 @@ def test_what_our_kernel_does_not_take_is_told_to_run_by_torch(monkeypatch: pyte
 
 
 class NotingCupy:
-    """Stands for CuPy where kernels are fetched: notes on which device that happens."""
+    """In place of CuPy: records on which device kernels are loaded and fetched."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -121,7 +121,7 @@ class NotingCupy:
 
 @pytest.fixture
 def noting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> NotingCupy:
-    """In a thread that has worked on no GPU yet."""
+    """A fake CuPy, in a thread that has not used a GPU yet."""
     cupy = NotingCupy()
     monkeypatch.setattr(launch, "_cupy", lambda: cupy)
     monkeypatch.setattr(launch, "_modules", {})
@@ -137,7 +137,7 @@ def noting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> NotingCupy:
 def test_a_kernel_is_loaded_and_fetched_on_its_device_in_a_thread_that_has_none(noting: NotingCupy) -> None:
     gpu = torch.device("cuda", 1)
     assert launch._module("warp", gpu) is not None
-    assert noting.said == ["device 1 has its context", "loaded on 1"]  # before anything is captured
+    assert noting.said == ["device 1 has its context", "loaded on 1"]  # loaded now, not at the first launch
     noting.said.clear()
     assert launch._kernel("warp", "warp_float", gpu) == "warp_float"  # type: ignore[comparison-overlap]
     assert noting.said == ["device 1 has its context", "warp_float on 1"]
@@ -184,7 +184,7 @@ def test_a_program_is_kept_until_its_source_or_its_compiler_changes(
     assert [load(), load()] == [4, 4]
     assert compiled[-1] == "compute_90"
     files = list(tmp_path.iterdir())
-    assert [file.suffix for file in files] == [".bin"] * 4  # and nothing half written
+    assert [file.suffix for file in files] == [".bin"] * 4  # no temporary files are left
     assert all(file.read_bytes() == b"program" for file in files)
 
 
@@ -217,7 +217,7 @@ def test_a_launch_goes_to_torchs_stream_and_its_device(noting: NotingCupy, numbe
     for _ in range(2):
         launch._start(kernel, gpu, (3,), (256,), (np.int32(5),))
     assert started == [(number, 0x5EED + number, (3,), (256,), (np.int32(5),))] * 2
-    assert noting.said == [f"device {number} has its context"] * 2  # each time: whose thread it is nobody knows
+    assert noting.said == [f"device {number} has its context"] * 2  # each time, as each call may be in a new thread
     assert noting.device == 0
 
 
@@ -247,7 +247,7 @@ def test_programs_of_a_user_without_a_home_are_kept_for_the_process(
     monkeypatch.setenv("FLOWREEL_CACHE", str(tmp_path / "file"))
     assert launch._cache_folder() == tmp_path
     monkeypatch.setenv("FLOWREEL_CACHE", str(tmp_path / "kept"))
-    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # it is somebody else's
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # the folder belongs to another user
     assert launch._cache_folder() == tmp_path
 
 
@@ -273,7 +273,7 @@ def test_a_program_that_does_not_fit_on_the_disk_leaves_nothing(
 def test_older_gpus_do_without_the_tensor_core_kernels(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], tensor_cores: bool
 ) -> None:
-    """The other kernels run there; cuDNN and the kernels on CUDA cores do the rest."""
+    """The other kernels run there; cuDNN and kernels without tensor cores replace the missing ones."""
     device, loaded = torch.device("cuda", 0), set()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(launch, "_cupy_is_there", lambda: True)

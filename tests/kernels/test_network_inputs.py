@@ -1,4 +1,4 @@
-"""What networks are given, and flow between levels: as the networks' own modules make it, and by torch's rules."""
+"""Networks' inputs and enlarged flow equal those of the networks' own modules; the operations follow torch's rules."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def room(channels: int, batch: int = BATCH, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Full of NaN, so that what is left out is seen."""
+    """An output filled with NaN, so that values that are not written show."""
     made = torch.full((batch, channels, HEIGHT, WIDTH), torch.nan, dtype=dtype)
     return made.to(memory_format=torch.channels_last)
 

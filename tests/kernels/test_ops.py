@@ -1,4 +1,7 @@
-"""What every operation owes torch: correct registration, gradients, fake tensors, compilation. One line enrols it."""
+"""The contract of every operation: correct registration with torch, gradients, fake tensors, compilation.
+
+One line in ``OPERATIONS`` adds an operation.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flowreel.kernels
-import flowreel.kernels.flow_color  # registers on its own: the package imports it late
+import flowreel.kernels.flow_color  # registers its operation; the package itself imports it only on first use
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -20,12 +23,12 @@ if TYPE_CHECKING:
 
 
 class Case(NamedTuple):
-    function: Callable[..., Tensor]  # the public one
+    function: Callable[..., Tensor]  # the public function
     op: str  # its name under torch.ops.flowreel
-    shapes: tuple[tuple[int, int, int, int], ...]  # of the tensors it takes
-    settings: tuple[float, ...] = ()  # what the op takes beside them
-    public_settings: tuple[int, ...] = ()  # what the function takes beside them
-    options: Mapping[str, float] = {}  # and by name
+    shapes: tuple[tuple[int, int, int, int], ...]  # of the input tensors
+    settings: tuple[float, ...] = ()  # further arguments of the op
+    public_settings: tuple[int, ...] = ()  # further arguments of the function
+    options: Mapping[str, float] = {}  # its keyword arguments
 
     def call(self, *inputs: Tensor) -> Tensor:
         return self.function(*inputs, *self.public_settings, **self.options)

@@ -1,4 +1,4 @@
-"""Flow to whole steps: the definition does what the store does, and a CUDA kernel what the definition does."""
+"""Flow to whole steps: the definition equals the store's quantisation, and the CUDA kernel equals the definition."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EDGES = (511.98, 511.99, 512.0, -512.0, 600.0, 1e9, 1.1e9, -1e12, torch.inf, tor
 
 
 def flow_of_all_kinds(count: int, height: int, width: int) -> Tensor:
-    """Usual vectors; values at and beyond every limit, in one component or both."""
+    """Ordinary vectors, and values at and beyond every limit in one component or both."""
     flow = torch.randn(count, 2, height, width, generator=torch.Generator().manual_seed(height)) * 20
     values = flow.view(-1)
     for place, value in enumerate(EDGES):
@@ -64,7 +64,7 @@ def test_each_flow_has_its_own_counts() -> None:
 
 @pytest.mark.parametrize(("dtype", "last_px"), [(torch.int16, 32767 / 4), (torch.int32, 2.0**29 - 32)])
 def test_what_its_type_holds_is_kept_and_not_a_step_more(dtype: torch.dtype, last_px: float) -> None:
-    """Without a limit. 2^31 - 1 is no float32: 128 below 2^31 is the last one."""
+    """Without a limit, the type's range counts. 2^31 - 1 is not a float32; the largest one below 2^31 is 2^31 - 128."""
     wide = torch.tensor(last_px)
     flow = torch.zeros(1, 2, 1, 3)
     flow[0, 0, 0] = torch.stack([wide, torch.nextafter(wide, 2 * wide).clamp(min=last_px + 0.25), -wide])
@@ -100,7 +100,7 @@ def test_impossible_arguments_are_refused(change: dict[str, object], error: type
         quantise(**(arguments | change))  # type: ignore[arg-type]
 
 
-# --- the CUDA kernel: equal to the definition, value by value and count by count --------------------------------------
+# --- the CUDA kernel: equal to the definition in every value and count ------------------------------------------------
 
 SIZES = ((1, 1), (1, 7), (9, 1), (13, 33), (70, 131))  # the last takes three blocks
 
@@ -113,7 +113,7 @@ def compare(
     step: float = 1 / 64,
 ) -> None:
     flow = flow_of_all_kinds(3, *size).to(dtype)
-    flow[1, 0] = flow[2, 1] = 0  # one in which all that happens is in v, and one in u
+    flow[1, 0] = flow[2, 1] = 0  # one flow with only v, one with only u
     settings = step, {16: 32767.0, 32: 1e9}[bits], {16: torch.int16, 32: torch.int32}[bits]
     wanted = quantise_definition(flow, *settings)
     last, gaps = flow.contiguous(memory_format=torch.channels_last), torch.stack([flow, -flow], -1)[..., 0]

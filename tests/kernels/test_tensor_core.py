@@ -1,4 +1,7 @@
-"""A warp's matrix product and how its operands are fetched (``tensor_core.cuh``), on the acting CPU and on a GPU."""
+"""A warp's matrix product and how its operands are fetched (``tensor_core.cuh``), on a CPU that acts as a GPU.
+
+On a real GPU too, if present.
+"""
 
 from __future__ import annotations
 
@@ -48,9 +51,10 @@ Product = Callable[..., float]
 
 @pytest.fixture
 def apart(card: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Product:
-    """How far a product of random matrices is from torch's, with zeros for what the second has outside.
+    """The largest difference between a product of random matrices and torch's.
 
-    That is all but its first ``inside`` pieces of so many bytes, which are NaN where they are fetched from.
+    Only the first ``inside`` pieces of the second matrix, of ``piece`` bytes each, are fetched; the rest, which is NaN
+    in memory, must count as zeros.
     """
 
     def run(

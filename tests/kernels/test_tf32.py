@@ -1,4 +1,4 @@
-"""Definitions do not lose bits where a process allows TF32: on a GPU without CuPy they are what runs."""
+"""Definitions keep float32 precision even if a process allows TF32: on a GPU without CuPy, the definitions run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HALF_TYPES = (torch.float16, torch.bfloat16)
 
 
 class AllowingTF32(TorchDispatchMode):
-    """Rounds what convolutions and matrix products of float32 are given to the 10 bits that TF32 keeps."""
+    """Rounds the float32 factors of convolutions and matrix products to the 10 bits that TF32 keeps."""
 
     def __torch_dispatch__(
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

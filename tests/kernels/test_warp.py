@@ -1,4 +1,4 @@
-"""Warping against its goldens, its definition, and pictures moved by a known amount."""
+"""Warping, compared with golden values, its definition, and pictures moved by a known amount."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_gradients_equal_golden(golden: dict[str, Tensor]) -> None:
     image, flow = golden["image"].clone().requires_grad_(), golden["random_flow"].clone().requires_grad_()
     to_image, to_flow = torch.autograd.grad(warp(image, flow), (image, flow), golden["random_gout"])
     torch.testing.assert_close(to_image, golden["random_gimage"], rtol=0, atol=1e-5)
-    torch.testing.assert_close(to_flow, golden["random_gflow"], rtol=0, atol=3e-5)  # slopes times gradients up to 9
+    torch.testing.assert_close(to_flow, golden["random_gflow"], rtol=0, atol=3e-5)  # looser: values are up to 9
 
 
 @settings(deadline=None, max_examples=60)
@@ -97,7 +97,7 @@ def test_half_a_pixel_is_the_mean_of_neighbours() -> None:
 
 @pytest.mark.parametrize("size", [(2, 1024), (1024, 2), (2, 1025), (2, 4096), (4096, 2)])
 def test_coordinates_are_exact_to_a_ten_thousandth_of_a_pixel(size: tuple[int, int]) -> None:
-    """Stripes of 0 and 1, one pixel wide: the error in the picture is the error of the coordinate."""
+    """With stripes of 0 and 1, one pixel wide, an error of the coordinate is the same error in the picture."""
     _, flow = pictures(1, 1, *size, spread=20)
     axis = 0 if size[1] > size[0] else 1
     length = max(size)
@@ -143,7 +143,10 @@ def test_flow_to_infinity_has_the_gradients_of_the_definition(length: float, siz
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("size", [(8, 8), (1, 1), (5, 70), (3, 1100)])
 def test_no_gradient_comes_from_flow_that_is_nan(size: tuple[int, int], dtype: torch.dtype) -> None:
-    """Nor a crash: torch's own way back reads and writes outside the image there. It is that of the rest alone."""
+    """The gradient is that of the known flow alone.
+
+    It must not crash either: torch's own backward pass reads and writes outside the image where flow is NaN.
+    """
     image, flow = pictures(2, 3, *size)
     image, flow = image.to(dtype), flow.double() if dtype == torch.float64 else flow
     unknown = torch.rand(2, 1, *size, generator=torch.Generator().manual_seed(3)) < 0.3
@@ -154,7 +157,7 @@ def test_no_gradient_comes_from_flow_that_is_nan(size: tuple[int, int], dtype: t
         inputs = image.clone().requires_grad_(), used.clone().requires_grad_()
         torch.where(unknown, 0, warp(*inputs)).sum().backward()
         found.append([x.grad for x in inputs])
-    grad = torch.where(unknown, torch.nan, 1.0).expand_as(image).to(dtype)  # whatever it is there
+    grad = torch.where(unknown, torch.nan, 1.0).expand_as(image).to(dtype)  # must be ignored where flow is unknown
     defined = warp_image_gradient_definition(grad, spoilt), warp_flow_gradient_definition(grad, image, spoilt)
     for ours, of_the_rest, expected in zip(*found, defined, strict=True):
         assert ours is not None

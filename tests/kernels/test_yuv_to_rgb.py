@@ -1,4 +1,4 @@
-"""Surfaces to RGB: against FFmpeg's scaler on frames of real clips, against the standards, and at every edge."""
+"""Surfaces to RGB, compared with FFmpeg's scaler on frames of real clips and with the standards; and edge cases."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ CLIPS = (
     "videos_corner/hevc_main10_320x240.mp4",  # BT.2020, 10 bits
     "videos_corner/odd_321x241_vp9.mp4",
 )
-FORMATS = {"yuv420p": (2, 2), "yuv422p": (1, 2), "yuv444p": (1, 1)}  # pixels that share a chroma sample: down, across
+FORMATS = {"yuv420p": (2, 2), "yuv422p": (1, 2), "yuv444p": (1, 1)}  # pixels per chroma sample: down, across
 
 
 def semi_planar(planes: list[np.ndarray], bits: int, pitch: int = 0) -> tuple[Tensor, Tensor]:
-    """Luma and chroma as NV12 or P010 have them, rows ``pitch`` samples longer than the picture and full of junk."""
+    """Luma and chroma laid out as in NV12 or P010; rows have ``pitch`` more samples than the picture, full of junk."""
     luma, cb, cr = (plane << (16 - bits) if bits > 8 else plane for plane in planes)
 
     def pitched(rows: np.ndarray) -> Tensor:
@@ -66,7 +66,7 @@ def levels_apart(one: Tensor, other: Tensor) -> Tensor:
 
 
 def noise(shape: tuple[int, ...], low: int = 60, high: int = 196) -> np.ndarray:
-    """Colours that stay inside the cube: far outside of it FFmpeg's integers overflow."""
+    """Noise that stays inside the RGB cube: far outside of it, FFmpeg's integers overflow."""
     return np.random.default_rng(sum(shape)).integers(low, high, shape).astype(np.uint8)
 
 
@@ -108,7 +108,7 @@ def test_colours_come_back_as_the_standards_say(matrix: str, full_range: bool, b
     stored = (spans[0] + spans[1] * luma, 128 * unit + spans[2] * cb, 128 * unit + spans[2] * cr)
     planes = [np.clip(p.round(), 0, top).astype(np.uint8 if bits == 8 else np.uint16) for p in stored]
     back = yuv_to_rgb(*semi_planar(planes, bits), matrix=matrix, full_range=full_range, bits=bits)
-    # Rounding of the stored values: half a step each of luma and chroma, and half a level of the result.
+    # Rounding costs half a step each of the stored luma and chroma, and half a level of the result.
     assert levels_apart(back, torch.from_numpy((rgb * 255).round().astype(np.uint8))).max() <= (2 if bits == 8 else 1)
 
 

@@ -1,1 +1,1 @@
-// Found in place of CUDA's own; the types are in cuda_on_cpu.h.
+// Included instead of CUDA's own header; the types are in cuda_on_cpu.h.

@@ -1,12 +1,13 @@
-// CUDA on a CPU, for tests: the threads of a block run by turns, each on a stack of its own (a fiber).
+// CUDA on a CPU, for tests: the threads of a block take turns, each on its own stack (a fiber).
 //
-// Included before a .cu file. A turn lasts until the thread ends or meets a barrier or a warp operation. Warps go as far
-// as the barrier one after the other, forward or backward; or all threads by turns, shuffled. Blocks run one after
-// another. What it catches: a missing barrier (a thread
-// reads what others have not written yet), shared memory read before it is written (it starts as NaN) or overrun
-// (fences), barriers and warp operations that not all threads reach, entries called with arguments of other types, and
-// memory touched beyond a tensor, where whoever launches has put a page behind it that nobody may touch.
-// It tests logic: neither speed, nor the order in which memory becomes visible on a GPU.
+// Included before a .cu file. A thread's turn lasts until it ends or reaches a barrier or a warp operation. In forward
+// and backward order, one warp after another runs up to the barrier; in shuffled order, all threads take turns. Blocks
+// run one after another.
+//
+// It catches: missing barriers (a thread reads what others have not written yet), shared memory that is read before it
+// is written (it starts as NaN) or overrun (fences), barriers and warp operations that not all threads reach, entries
+// called with arguments of the wrong type, and access beyond a tensor, if the launcher has put a forbidden page there.
+// It tests logic, but neither speed nor the order in which memory becomes visible on a GPU.
 #pragma once
 
 #include <math.h>
@@ -31,7 +32,7 @@
 #define __syncwarp(...) shim::together(0, 0xffffffffu, __LINE__)
 #define __shfl_sync(mask, value, lane) shim::together(value, mask, __LINE__)[(lane) & 31]
 #define __shfl_xor_sync(mask, value, other) shim::together(value, mask, __LINE__)[shim::lane() ^ (other)]
-#define WARP_GIVES(value) shim::together(value, 0xffffffffu, __LINE__)  // of every lane, by its number
+#define WARP_GIVES(value) shim::together(value, 0xffffffffu, __LINE__)  // each lane's value, indexed by its number
 #define lane_of_warp() shim::lane()
 #define SHARED(type, name, count)                                                                    \
     static char name##_tag;                                                                          \
@@ -174,7 +175,7 @@ static inline void barrier(int line) {
 static inline int number() { return (int)(running - fibers); }
 static inline int lane() { return number() & 31; }
 
-// What every lane of the warp gave: valid until this lane's next but one warp operation.
+// The value that each lane of the warp passed; valid until this lane's next but one warp operation.
 template <class V>
 struct Given {
     int first, side;
@@ -195,7 +196,7 @@ static Given<V> together(V value, unsigned mask, int line) {
     return {number() & ~31, side};
 }
 
-// Fetches into shared memory come no sooner than they are waited for.
+// Fetches into shared memory happen as late as possible: only when they are waited for.
 struct Fetch {
     void* to;
     const void* from;
@@ -206,7 +207,7 @@ struct Fetch {
 enum { MOST_FETCHES = 256 };
 static Fetch fetches[MOST_THREADS][MOST_FETCHES];
 static int fetch_count[MOST_THREADS];
-static unsigned batches[MOST_THREADS];  // ended so far
+static unsigned batches[MOST_THREADS];  // how many each thread has ended
 
 static void fetch(void* to, const void* from, bool inside, unsigned bytes) {
     int& count = fetch_count[number()];
@@ -246,7 +247,7 @@ static void check_fences() {
                 fail("shared array %s is written beyond its end", arrays[i].name);
 }
 
-// Lets warps of threads `from` to `count` go on whose lanes have all arrived at one operation.
+// Resumes those warps of threads `from` to `count` whose lanes have all arrived at the same warp operation.
 static bool release_warps(int from, int count) {
     bool released = false;
     for (int first = from; first < count; first += 32) {
@@ -270,7 +271,7 @@ static bool release_warps(int from, int count) {
     return released;
 }
 
-// Lets all threads go on if all wait at one barrier; false when all have ended.
+// Resumes all threads if all wait at the same barrier; false if all have ended.
 static bool release_barrier(int count) {
     int waiting = 0, ended = 0, line = 0;
     for (int i = 0; i < count; ++i) {
@@ -332,7 +333,7 @@ static void run_block(int count, Order order, unsigned& seed) {
 struct Entry {
     const char* name;
     void (*call)(void**);
-    const char* kinds;  // of its parameters: p pointer, i 32 bit, l 64 bit, f float
+    const char* kinds;  // one letter per parameter: p pointer, i 32 bits, l 64 bits, f float
 };
 
 template <class P>
@@ -365,7 +366,7 @@ struct Caller<function> {
 
 static void touched(int) { fail("memory beyond a tensor is touched"); }
 
-// Runs one entry over a whole grid; nullptr, or what went wrong. grid and block are x, y, z.
+// Runs one entry over a whole grid; returns nullptr or an error message. grid and block are x, y, z.
 static const char* launch(
     const Entry& entry, const unsigned* grid, const unsigned* block, void** values, int order, unsigned seed
 ) {
@@ -382,7 +383,7 @@ static const char* launch(
     mine.sa_flags = SA_NODEFER;
     sigaction(SIGSEGV, &mine, &before);
     if (_setjmp(bail)) {
-        for (Fiber& fiber : fibers) fiber.started = false;  // they stand somewhere in the middle
+        for (Fiber& fiber : fibers) fiber.started = false;  // they were left in the middle of the kernel
         sigaction(SIGSEGV, &before, nullptr);
         return failure;
     }
