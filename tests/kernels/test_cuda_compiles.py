@@ -87,9 +87,9 @@ def test_budget_names_every_source() -> None:
     assert sorted(BUDGET) == SOURCES
 
 
-@pytest.mark.parametrize("source", SOURCES)
-def test_newer_gpus_get_a_program_their_driver_translates(source: str) -> None:
-    program, _ = launch.compile_source(source, "compute_80")
+def test_newer_gpus_get_a_program_their_driver_translates() -> None:
+    """PTX instead of machine code. That every source compiles for this architecture is tested with machine code."""
+    program, _ = launch.compile_source("warp", "compute_80")
     assert b".target sm_80" in program
 
 
