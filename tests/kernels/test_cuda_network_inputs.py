@@ -161,7 +161,7 @@ def test_unknown_flow_spoils_its_own_pixels_only(card: torch.device) -> None:
     assert spoilt.any(0).any(1).any(1).nonzero().flatten().tolist() == [6, 8, 10]
 
 
-def test_a_mean_of_large_frames_and_all_lengths_are_formed_in_float32(card: torch.device) -> None:
+def test_lengths_are_formed_in_float32(card: torch.device) -> None:
     frames = torch.zeros(1, 6, 4, 4, device=card)
     flow = torch.full((1, 2, 1, 1), 15.0, device=card)  # 300 px, whose square overflows float16
     out = room(1, 16, 4, 4, torch.float16, card)

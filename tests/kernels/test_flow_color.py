@@ -120,7 +120,7 @@ def test_unknown_is_black_and_does_not_set_the_scale(bad: float, component: int)
 def test_no_motion_is_white(value: float) -> None:
     flow = np.full((3, 4, 2), value, np.float32)
     assert (paint_both(flow) == 255).all()
-    assert (paint_both(flow, 1e-40) >= 0).all()  # an absurd scale raises no warning either
+    paint_both(flow, 1e-40)  # an absurd scale raises no warning either
 
 
 def test_everything_unknown() -> None:
