@@ -1,4 +1,4 @@
-"""Results made up for tests, and what parts of ``python -m benchmarks gpu`` are given."""
+"""Made-up results, and the arguments that parts of ``python -m benchmarks gpu`` take."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MACHINE: dict[str, Any] = {
 
 @pytest.fixture
 def write() -> Write:
-    """``write(folder, case, rows, machine={...}, **more)`` puts a result there, and tells where."""
+    """``write(folder, case, rows, machine={...}, **more)`` writes a result file and returns its path."""
 
     def written(
         folder: Path, case: str, rows: list[dict[str, Any]], machine: dict[str, Any] | None = None, **more: Any
@@ -47,7 +47,7 @@ def write() -> Write:
 
 
 def sample(median: float, spread: float = 0.01, n: int = 9) -> dict[str, float]:
-    """A measured cell whose quartiles lie that share below and above the median."""
+    """A measured cell whose quartiles are the fraction ``spread`` below and above the median."""
     return {"median": median, "low": median * (1 - spread), "high": median * (1 + spread), "n": n}
 
 
@@ -64,5 +64,5 @@ def findings(tmp_path: Path) -> Found:
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     (tmp_path / "memory").mkdir()
-    monkeypatch.setattr(surroundings, "MEMORY", tmp_path / "memory")  # a name in /dev/shm is every other session's, too
+    monkeypatch.setattr(surroundings, "MEMORY", tmp_path / "memory")  # /dev/shm is shared with other test sessions
     return Settings("cpu", True, str(tmp_path), str(tmp_path))

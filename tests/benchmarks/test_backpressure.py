@@ -1,4 +1,4 @@
-"""The back-pressure case sees what it is for: nothing piles up where channels are bounded, much where they are not."""
+"""The back-pressure case detects the difference: little piles up in bounded channels, much in unbounded ones."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_bounded_channels_keep_the_source_back(slow: str) -> None:
 
 
 def test_without_bounds_the_source_runs_away() -> None:
-    """The case would notice: with room for everything, a slow sink leaves more in flight than is allowed."""
+    """Missing bounds would be noticed: with room for everything, a slow sink leaves more in flight than is allowed."""
     made = job(10 * FLOWS)
     whole(made)
     assert made.furthest_ahead > most_ahead(job(1))

@@ -1,6 +1,6 @@
-"""Every case on the smallest input that has all its parts: the rows are there, name themselves apart, and add up.
+"""Every benchmark case runs on the smallest complete input: its rows are there, have different names, and add up.
 
-The numbers are not judged: nothing here may depend on how fast a machine is.
+Measured times are not judged, because no test may depend on the speed of the machine.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Row = dict[str, Any]
 
 @pytest.fixture
 def checked(tmp_path: Path, write: Any) -> Callable[[str, dict[str, Any]], list[Row]]:
-    """The rows of a case, once they are known to survive being filed, shown, and compared."""
+    """Gives the rows of a case, after checking that they can be written to a file, shown as a table and compared."""
 
     def rows_of(case: str, result: dict[str, Any]) -> list[Row]:
         again: list[Row] = json.loads(json.dumps(result))["rows"]
@@ -67,7 +67,7 @@ def checked(tmp_path: Path, write: Any) -> Callable[[str, dict[str, Any]], list[
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A data folder of one video, one flow, one pair."""
+    """A data folder with one video, one flow and one pair of images."""
     place = tmp_path / "data"
     for name in ("videos", "flo", "pairs/one"):
         (place / name).mkdir(parents=True)
@@ -91,13 +91,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def _in_haste(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One timing of everything."""
+    """Everything is timed only once."""
     once = Effort(least=1, most=1, cap_s=0.0, warm_up=0)
     monkeypatch.setattr(Effort, "of", classmethod(lambda *_, **__: once))
 
 
 def in_this_process(measure: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[..., Any]:
-    """Stands for a process of its own: the same function, called here."""
+    """In place of a separate process: calls the function directly."""
     return lambda _, settings: (measure(dict(settings)), Spent(1.0, 10**8, 1.0, ""))
 
 
@@ -138,7 +138,7 @@ def test_kernels(monkeypatch: pytest.MonkeyPatch, checked: Any) -> None:
         assert all((row["its time / ours"] is None) == (row["by"] == "flowreel") for row in same)
     listed = {"correlation", "correlation + LeakyReLU into a slice", "correlation, backward", "warp", "channel_norm"}
     listed |= {"quantise", "flow_to_color"}
-    assert {op for op, _ in ops} == listed  # on a GPU these as well
+    assert {op for op, _ in ops} == listed  # the ones below are listed only on a GPU
     others = [kernels._yuv_to_rgb("cpu"), kernels._bias_leaky_relu("cpu", "bf16")]
     inputs = (kernels._normalise_frames, kernels._refining_input, kernels._fusing_input, kernels._enlarge_flow)
     for kernel in (*others, *(make("cpu", "fp16") for make in inputs)):
@@ -180,13 +180,12 @@ def test_every_network_and_precision_is_measured_once() -> None:
 
 
 def test_work_of_a_network_is_that_of_its_layers() -> None:
-    """Counted again by hand, from each layer's own shapes."""
+    """The number of operations equals a count from the shapes of each layer."""
     counted = 0
 
     def add(layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         nonlocal counted
-        # A convolution sums over its input channels at each output; a transposed one gives to its outputs at each
-        # input.
+        # A convolution sums over input channels at each output; a transposed one adds to output channels at each input.
         places = inputs[0] if isinstance(layer, torch.nn.ConvTranspose2d) else output
         other = layer.out_channels if places is inputs[0] else layer.in_channels
         counted += 2 * places.numel() * other * layer.kernel_size[0] * layer.kernel_size[1]

@@ -1,4 +1,4 @@
-"""Which changes are called worse, which are not, and what is not compared at all."""
+"""Comparing results: which changes count as worse, which do not, and which results are not comparable."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.compare import as_text, compare
 
 @pytest.fixture
 def verdict(tmp_path: Path, write: Any) -> Any:
-    """Of one figure in two results."""
+    """``verdict(figure, before, after)``: how a change of one figure is judged."""
 
     def judged(figure: str, before: Any, after: Any, **more: Any) -> str:
         one = write(tmp_path / "a", "x", [{"what": "row", figure: before}], **more)
@@ -27,8 +27,8 @@ def verdict(tmp_path: Path, write: Any) -> Any:
 def test_slower_is_worse_only_beyond_the_spread(verdict: Any, sample: Any) -> None:
     assert verdict("ms", sample(10), sample(11)) == "worse"
     assert verdict("ms", sample(10), sample(9)) == "better"
-    assert verdict("ms", sample(10, 0.1), sample(11, 0.1)) == "same"  # the quartiles meet
-    assert verdict("ms", sample(10, 0.001), sample(10.05, 0.001)) == "same"  # apart, but half a percent
+    assert verdict("ms", sample(10, 0.1), sample(11, 0.1)) == "same"  # the quartiles overlap
+    assert verdict("ms", sample(10, 0.001), sample(10.05, 0.001)) == "same"  # only half a percent apart
 
 
 def test_more_a_second_is_better(verdict: Any, sample: Any) -> None:

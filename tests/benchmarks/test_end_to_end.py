@@ -1,4 +1,4 @@
-"""A run beside its stages alone, on a clip made here."""
+"""The end-to-end case compares a whole run with its stages alone, here on a small synthetic scene."""
 
 from __future__ import annotations
 

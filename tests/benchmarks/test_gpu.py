@@ -1,4 +1,4 @@
-"""``python -m benchmarks gpu``: every part on a CPU, and what the command makes of them together."""
+"""``python -m benchmarks gpu``: every part in a dry run on a CPU, and the command's summary of all parts."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def result_in(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.early
-@pytest.mark.timeout(900)  # of many parts: a slow machine takes minutes
+@pytest.mark.timeout(900)  # many parts, which take minutes on a slow machine
 def test_a_dry_run_walks_through_every_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["gpu", "--dry-run", "--out", str(tmp_path)]) == 0
     result = result_in(tmp_path)
     statuses = {part["name"]: part["status"] for part in result["parts"]}
     assert list(statuses) == [part.name for part in PARTS]
-    assert statuses["peers"] in ("done", "skipped")  # torchvision is not among what the tests install
+    assert statuses["peers"] in ("done", "skipped")  # the test extra does not install torchvision
     assert {status for name, status in statuses.items() if name != "peers"} == {"done"}
     assert result["checks_failed"] == 0
     checks = [check for part in result["parts"] for check in part["checks"]]
@@ -77,7 +77,7 @@ def test_wrong_usage(wrong: list[str], tmp_path: Path) -> None:
 def test_failed_checks_count_and_fail_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever a part does, those after it have their turn."""
+    """Whatever happens in a part, the parts after it still run."""
     monkeypatch.setattr(gpu, "PARTS", [part(name) for name in ("head", "wrong", "junk", "silent", "lacks", "fine")])
     assert gpu.main(["--dry-run", "--out", str(tmp_path / "out")]) == 1
     result = result_in(tmp_path / "out")
@@ -117,7 +117,7 @@ def test_no_part_takes_the_time_of_those_after_it(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(gpu, "DRY_TIMES", 1)
     monkeypatch.setattr(gpu, "PARTS", [Part("quick", "", "", 10, ""), *(part(name) for name in "abcd")])
     gpu.main(["--dry-run", "--out", str(tmp_path), "--seconds", "550"])
-    assert limits == pytest.approx([10, 180, 120, 120, 120])  # a third of the rest, then equal parts
+    assert limits == pytest.approx([10, 180, 120, 120, 120])  # at most a third of what is left, then equal shares
     assert result_in(tmp_path)["seconds"] == 550
 
 
@@ -130,7 +130,7 @@ def test_a_second_run_on_a_day_overwrites_nothing(tmp_path: Path, monkeypatch: p
 
 
 def test_who_starts_the_parts_loads_neither_torch_nor_flowreel() -> None:
-    """It holds nothing on the card, and flowreel is not there for it where it is not installed."""
+    """So it takes no GPU memory, and it works where flowreel is not installed."""
     code = "import sys, benchmarks.gpu.main; print({'torch', 'flowreel'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "set()"

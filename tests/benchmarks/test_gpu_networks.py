@@ -1,4 +1,4 @@
-"""What those parts of ``python -m benchmarks gpu`` make of what they see that compute flow, or time it."""
+"""The parts of ``python -m benchmarks gpu`` that compute or time flow judge made-up observations correctly."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_aims_are_shown_on_the_card_that_they_are_for(
 def test_filled_weights_are_judged_by_their_flow_and_told_in_pixels(
     off_px: float, within: bool, findings: Found, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flow = torch.tensor([60.0, 80.0]).view(1, 2, 1, 1).expand(1, 2, 4, 4)  # of 100 px
+    flow = torch.tensor([60.0, 80.0]).view(1, 2, 1, 1).expand(1, 2, 4, 4)  # 100 px long
     monkeypatch.setattr(flowreel, "compile", lambda *_: lambda *_: flow + torch.tensor([0, off_px]).view(1, 2, 1, 1))
     frames = (torch.zeros(1, 3, 4, 4),) * 2
     precision._check(findings, "filled, width 1", "fp16", lambda: (torch.nn.Identity(), flow), frames)
@@ -108,7 +108,7 @@ def test_a_store_that_is_not_what_the_network_gives_fails(
 def test_steps_that_land_in_memory_that_is_not_pinned_fail(
     answers: list[bool], findings: Found, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which a run does not tell: it is slower, and nothing else."""
+    """A run itself does not notice: it is only slower."""
 
     def run(_: Path, path: Path, **__: object) -> None:
         path.mkdir()
@@ -127,7 +127,7 @@ def test_steps_that_land_in_memory_that_is_not_pinned_fail(
 
 
 def test_the_memory_check_ends_with_a_whole_shard_of_whole_batches() -> None:
-    """Or the engine would make a program for a batch of another length just when the last sample is taken."""
+    """Otherwise the engine would build a program for a shorter batch just when the last sample is taken."""
     width, height, frames = memory.LONG
     header = FlowInfo(height, width, None, frames, None, made_by={"batch": 8})  # type: ignore[arg-type]
     shard = header.shard_length(None)
@@ -137,7 +137,7 @@ def test_the_memory_check_ends_with_a_whole_shard_of_whole_batches() -> None:
 
 
 def test_the_speed_of_a_run_is_that_of_its_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run of 3 s and .01 s a flow, in shards of 7: 100 flows a second."""
+    """If a run takes 3 s plus 0.01 s per flow, its speed is 100 flows per second; here in shards of 7."""
     asked: list[int] = []
 
     def run(_: Path, __: Path, stop: int, **___: object) -> SimpleNamespace:

@@ -1,4 +1,4 @@
-"""The part ``nvdec`` of ``python -m benchmarks gpu`` on PyNvVideoCodec's stand-in: what passes, fails, is skipped."""
+"""The part ``nvdec`` of ``python -m benchmarks gpu`` with a fake PyNvVideoCodec: what passes, fails or is skipped."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def nvc(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def on_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """As on a card, less the flow, which the stand-in's host cannot compute there."""
+    """Settings as on a GPU, but without comparing flow, which needs a real GPU."""
     monkeypatch.setattr(nvdec, "_compare_flow", lambda *_: None)
     return Settings("cuda", False, str(tmp_path), str(tmp_path))
 
@@ -42,14 +42,14 @@ def test_frames_that_are_the_same_pass_wherever_they_begin(
     assert set(findings.verdicts.values()) == {True}
     starts = [check.rpartition("frame ")[2] for check in findings.verdicts if "from frame" in check]
     assert starts == ["10 on", "22 on", "24 on", "25 on", "34 on"]  # 12 and 24 are key frames
-    assert nvc.behaviour.sessions  # it was the stand-in that decoded
+    assert nvc.behaviour.sessions  # the fake really was used
 
 
 @pytest.mark.parametrize("fault", [{"packets": 20}, {"fail_at": 20}])
 def test_a_damaged_file_that_the_cpu_reads_on_passes(
     fault: dict[str, Any], nvc: ModuleType, findings: Found, on_card: Settings
 ) -> None:
-    """Whether NVDEC's demuxer takes the place for the end of the file, or the chip gives up."""
+    """Whether the demuxer takes the damage for the end of the file, or the hardware decoder fails."""
     vars(nvc.behaviour).update(fault)
     nvdec._read_damaged(findings, on_card)
     assert list(findings.verdicts.values()) == [True] * 3

@@ -1,4 +1,4 @@
-"""What those parts of ``python -m benchmarks gpu`` make of what they see that run other programs: tools and tests."""
+"""The parts of ``python -m benchmarks gpu`` that run other programs (tools, pytest) judge their output correctly."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ exit {code}
 
 @pytest.fixture
 def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """``tool(says, code)`` is what ``compute-sanitizer`` does."""
+    """``tool(says, code)`` installs a fake ``compute-sanitizer`` with that output and exit code."""
 
     def made(says: str, code: int, helps: str = "--tool arg") -> None:
         path = tmp_path / "compute-sanitizer"
@@ -68,7 +68,7 @@ def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]
         ("========= ERROR SUMMARY: 3 errors", 99, False),
         ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", 0, True),
         ("========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)", 99, False),
-        ("========= ERROR SUMMARY: 0 errors", 1, False),  # what was watched failed itself
+        ("========= ERROR SUMMARY: 0 errors", 1, False),  # the program that was watched failed
         ("cannot attach to the device", 1, None),
         ("========= Device not supported\\n========= ERROR SUMMARY: 2 errors", 99, None),
     ],
@@ -96,7 +96,7 @@ def test_the_sanitizer_watches_our_kernels_where_it_can_choose(
     tool("========= RACECHECK SUMMARY: 0 hazards", 0, helps)
     sanitizer.racecheck(findings, Settings("cuda", False, str(tmp_path), str(tmp_path)))
     arguments = (tmp_path / "arguments").read_text()
-    assert f"--log-file {tmp_path / 'gpu-racecheck.log'} " in arguments  # it outlives whoever is stopped
+    assert f"--log-file {tmp_path / 'gpu-racecheck.log'} " in arguments  # survives if the part is stopped
     assert ("kns=warp_" in arguments) == (option is not None)
     assert option is None or f"{option} kns=warp_" in arguments
 
@@ -104,7 +104,7 @@ def test_the_sanitizer_watches_our_kernels_where_it_can_choose(
 def test_a_sanitizer_that_breaks_watches_the_kernels_one_by_one(
     tool: Callable[..., None], findings: Found, tmp_path: Path
 ) -> None:
-    """Here it breaks whenever warps are among them."""
+    """Here the tool breaks whenever the kernels named warp_* are among those it watches."""
     tool("", 0, "--kernel-name arg")
     path = tmp_path / "compute-sanitizer"
     ends = (
@@ -157,7 +157,7 @@ for name in sys.argv[2].split(","):
 
 
 def run_tests(findings: Found, files: dict[str, str], *arguments: str, code: int = 0) -> None:
-    """In a process of its own: one pytest inside another would share what both have loaded."""
+    """In a separate process, because one pytest inside another would share loaded modules with it."""
     folder = findings._path.parent
     for name, text in files.items():
         (folder / name).write_text(text)
@@ -168,7 +168,7 @@ def run_tests(findings: Found, files: dict[str, str], *arguments: str, code: int
 
 
 def test_each_test_of_pytest_is_a_check(findings: Found) -> None:
-    """What cannot be collected, or finds no card, has shown nothing: that is a failure, not something left out."""
+    """A file that cannot be collected, or a test that finds no GPU, counts as failed, not as skipped."""
     files = {
         "test_made_up.py": MADE_UP_TESTS,
         "test_lacking.py": "import nothing_like_it",
@@ -198,13 +198,13 @@ def test_each_test_of_pytest_is_a_check(findings: Found) -> None:
 
 def test_once_the_card_is_lost_no_test_of_that_process_is_blamed(findings: Found) -> None:
     files = {"test_a.py": "def test_1(): assert 0\ndef test_2(): assert 0", "test_b.py": "def test_3(): pass"}
-    run_tests(findings, files, "lost", code=1)  # an exception, which ``benchmarks.gpu.one`` knows
+    run_tests(findings, files, "lost", code=1)  # ends with an exception that ``benchmarks.gpu.one`` handles
     assert [name.rpartition("/")[2] for name in findings.verdicts] == [
         "test_a.py::test_1",
         "test_a.py: tests are found",
         "test_a.py",
     ]
-    run_tests(findings, files)  # the next process goes on behind it
+    run_tests(findings, files)  # the next process continues after it
     assert any(name.endswith("test_b.py::test_3") and passed for name, passed in findings.verdicts.items())
 
 

@@ -1,4 +1,4 @@
-"""What the part ``run profile`` of ``python -m benchmarks gpu`` makes of what it sees: of a trace, of threads."""
+"""The part ``run profile`` of ``python -m benchmarks gpu`` evaluates traces and samples of threads correctly."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_intervals_are_joined_and_shared_as_sets_of_moments_are(seed: int) -> No
 
 
 def kineto(name: str, start_us: int, us: int, lane: int, *, on_card: bool = False, number: int = 0) -> SimpleNamespace:
-    """One event as torch's profiler has it."""
+    """One event in the form of torch's profiler."""
     return SimpleNamespace(
         name=lambda: name,
         device_type=lambda: DeviceType.CUDA if on_card else DeviceType.CPU,
@@ -73,16 +73,16 @@ def profiler_of(*events: SimpleNamespace) -> SimpleNamespace:
     return SimpleNamespace(profiler=SimpleNamespace(kineto_results=SimpleNamespace(events=lambda: list(events))))
 
 
-MODEL, DECODE = 4021, 0x7F12_89AB_CDEF  # a number of the system's, and one of pthread's
+MODEL, DECODE = 4021, 0x7F12_89AB_CDEF  # a thread's number by the system, and one by pthread
 KNOWN = {MODEL: "model", DECODE: "decode"}
-DECODE_SHORT = 0x89AB_CDEF - (1 << 32)  # 32 bits with a sign
+DECODE_SHORT = 0x89AB_CDEF - (1 << 32)  # cut to 32 bits with a sign, as in the profiler's events
 RUN = profiler_of(
     kineto("cudaGraphLaunch", 0, 50, MODEL, number=7),
     kineto("aten::conv2d", 0, 9000, MODEL),
     kineto("ProfilerStep#1", 0, 9000, 1, on_card=True),
     kineto("Command Buffer Full", 0, 5000, 1, on_card=True),
     kineto("convolution_3_half", 0, 600, 20, on_card=True, number=7),
-    kineto("warp_half", 300, 400, 20, on_card=True, number=7),  # at the same time
+    kineto("warp_half", 300, 400, 20, on_card=True, number=7),  # overlaps the kernel above
     kineto("cuLaunchKernel", 700, 200, DECODE_SHORT, number=8),
     kineto("yuv_to_rgb_8", 800, 100, 21, on_card=True, number=8),
     kineto("cudaStreamSynchronize", 600, 200, -DECODE_SHORT),  # without its sign
@@ -139,7 +139,7 @@ def test_torchs_profiler_has_events_of_that_kind() -> None:
 def test_on_a_card_the_rows_say_what_bounds(
     findings: Found, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a profiler that has seen one, in the middle of its time: from 180 to 720 us."""
+    """From the made-up trace of a run on a GPU; only its middle counts, from 180 to 720 us."""
     one = chains.Ran(271.0, sample_of(271.0), 1.0, (), "NVDEC (h264)", 1.5)
     monkeypatch.setattr(run_profile, "profiled", lambda on_gpu: RUN)
     made = SimpleNamespace(to_store=lambda around: one)
@@ -156,7 +156,7 @@ def sample_of(rate: float) -> chains.Sample:
 
 
 def test_a_thread_is_seen_where_it_stands() -> None:
-    """One that waits for an item, in the pipeline's own code, until it has been seen twice."""
+    """A thread that waits for items is sampled in the pipeline's own code; it runs until it was seen twice."""
     watch = sampling.Watch(1e-4, resting=2)
 
     def until_seen() -> Iterator[int]:
@@ -211,7 +211,7 @@ def test_without_proc_no_processor_time_is_told(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_pace_is_that_of_whole_shards_once_the_pipeline_is_full() -> None:
-    """Shards of 4 in batches of 2: the first one slow, the others 1 s each."""
+    """Shards of 4 in batches of 2; the first shard is slow, the others take 1 s each."""
     pace = chains.Pace([(0, 0.0), (2, 8.0), (4, 10.0), (6, 10.5), (8, 11.0), (10, 11.9), (12, 12.0), (14, 90.0)])
     rate, by_shard = pace.rate(4)
     assert rate == 4
@@ -219,14 +219,14 @@ def test_the_pace_is_that_of_whole_shards_once_the_pipeline_is_full() -> None:
 
 
 def test_flow_is_let_go_no_further_ahead_than_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a card, which is given work long before it is done."""
+    """A GPU is given work long before the work is done, so the flow is waited for one batch later."""
     log: list[str] = []
 
     class Event:
         made = 0
 
         def __init__(self, blocking: bool) -> None:
-            assert blocking  # a thread that spins would take the lock from others
+            assert blocking  # a thread that waits by spinning would hold Python's lock
             self.number, Event.made = Event.made, Event.made + 1
 
         def record(self, stream: str) -> None:
@@ -259,8 +259,8 @@ def test_a_run_of_the_chain_gives_every_flow_to_its_end(settings: Settings) -> N
 
 
 def test_the_chain_is_that_of_a_run_on_a_card_too(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a stand-in whose streams and copies are as late as they may be: the flow is right, so all was waited for."""
-    monkeypatch.setattr(compiled, "_BACKENDS", {})  # the CPU's own form would mix its buffers with those of the card
+    """On fake streams whose copies happen as late as possible, the flow is right only if every copy is waited for."""
+    monkeypatch.setattr(compiled, "_BACKENDS", {})  # the compiled form for CPUs would mix its buffers with the fake's
     made = run_profile.Chains(settings)
     expected = flowreel.open_store(made._store)[:]
     fitted = Network.fitted

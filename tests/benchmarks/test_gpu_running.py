@@ -1,4 +1,4 @@
-"""What becomes of parts of ``python -m benchmarks gpu`` that fail, hang, crash, or lack something."""
+"""How parts of ``python -m benchmarks gpu`` that fail, hang, crash or lack something are handled."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Run = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """``run("crashes")`` runs that part."""
+    """``run("crashes")`` runs the part of that name."""
     env = surroundings.environment(tmp_path)
     settings = Settings("cpu", True, str(tmp_path), str(tmp_path))
     return lambda name, **options: running.run_part(part(name, **options), settings, env, 300)
@@ -68,7 +68,7 @@ def test_a_part_that_has_too_little_time_is_not_begun(run: Run) -> None:
 def test_a_part_that_shows_nothing_is_not_taken_for_one_that_passed(run: Run) -> None:
     found = run("silent")
     assert (found["status"], verdicts(found)) == ("empty", {"silent comes to its end": False})
-    assert run("silent", times=True)["status"] == "done"  # rows are what it is for
+    assert run("silent", times=True)["status"] == "done"  # a part that takes times only has to make rows
     assert run("fine", times=True)["status"] == "empty"
 
 
@@ -77,7 +77,7 @@ def test_a_warning_is_a_note(run: Run) -> None:
 
 
 def test_attempts_do_not_take_each_other_along(run: Run) -> None:
-    """An error, a crash, a missing package, a card that is lost: each costs its own attempt, whoever goes on."""
+    """An error, a crash, a missing package or a lost GPU fails only its own attempt; the next ones still run."""
     found = run("attempts")
     assert found["status"] == "done", found["reason"]
     failed = {check["name"]: check["said"] for check in found["checks"] if not check["passed"]}
@@ -91,7 +91,7 @@ def test_attempts_do_not_take_each_other_along(run: Run) -> None:
 
 
 class Impatient(subprocess.Popen[bytes]):
-    """The time is up as soon as something was found in the file ``watched``."""
+    """Its time limit is over as soon as the file ``watched`` contains a finding."""
 
     watched: Path
 
@@ -107,7 +107,7 @@ class Impatient(subprocess.Popen[bytes]):
 def test_a_part_that_hangs_is_ended_with_all_it_started(
     run: Run, times: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of one that only takes times, those that it had taken are good."""
+    """If the part only takes times, those taken before it was stopped are kept as valid."""
     monkeypatch.setattr(Impatient, "watched", tmp_path / f"gpu-{running.RUNNING}", raising=False)
     monkeypatch.setattr(running.subprocess, "Popen", Impatient)
     found = run("hangs", times=times)
@@ -117,7 +117,7 @@ def test_a_part_that_hangs_is_ended_with_all_it_started(
 
 
 def wait_for_the_end_of(process: int) -> None:
-    """Gone, or ended and not yet asked after (Z). It was told to end; for ever, if it was not."""
+    """Waits until a process is gone or a zombie (Z). If nobody stopped it, this waits until the test times out."""
     path = Path(f"/proc/{process}/stat")
     while path.exists():
         try:
@@ -136,7 +136,7 @@ def test_killing_the_command_loses_nothing_and_leaves_nothing_running(how: signa
         "main.PARTS = [part('fine'), part('hangs')];"
         f"sys.exit(main.main(['--dry-run', '--out', {str(out)!r}]))"
     )
-    own = {**os.environ, "TMPDIR": str(tmp_path)}  # a command that is killed leaves a folder there
+    own = {**os.environ, "TMPDIR": str(tmp_path)}  # a killed command leaves its temporary folder behind
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL, env=own)
     while not (under_way := list(out.glob(f"*{running.RUNNING}"))) or '"before"' not in under_way[0].read_text():
         assert process.poll() is None
@@ -145,7 +145,7 @@ def test_killing_the_command_loses_nothing_and_leaves_nothing_running(how: signa
     assert process.wait() == (-how if how == signal.SIGKILL else 128 + how)
     left = json.loads(under_way[0].read_text())
     wait_for_the_end_of(left["rows"][0]["part"])
-    if how == signal.SIGKILL:  # nobody was left to end what that part had started
+    if how == signal.SIGKILL:  # then nobody ends the part's own child process
         os.kill(left["rows"][0]["child"], signal.SIGKILL)
     wait_for_the_end_of(left["rows"][0]["child"])
     (result,) = (path for path in out.glob("*.json") if path not in under_way)

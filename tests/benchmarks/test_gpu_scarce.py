@@ -1,4 +1,4 @@
-"""What the part ``memory`` of ``python -m benchmarks gpu`` makes of runs that have too little of it."""
+"""The part ``memory`` of ``python -m benchmarks gpu`` judges runs with too little memory correctly."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.fakes.gpu_parts import Found
 
 @contextmanager
 def plenty(room: int) -> Iterator[None]:
-    """No way to have little."""
+    """In place of a way to limit memory: does not limit it."""
     yield
 
 

@@ -1,4 +1,4 @@
-"""What the part ``training`` of ``python -m benchmarks gpu`` makes of a card that trains otherwise than a CPU."""
+"""The part ``training`` of ``python -m benchmarks gpu`` detects a GPU that trains differently from a CPU."""
 
 from __future__ import annotations
 

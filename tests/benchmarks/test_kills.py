@@ -1,4 +1,4 @@
-"""The case that kills runs counts those that died on the way, and no run that had finished by then."""
+"""The case that kills runs counts only runs that were killed before they had finished."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ FAILS = UNFINISHED + "(p / 'some').touch(); raise SystemExit(3)"
 
 @pytest.fixture
 def kills(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT))  # benchmarks are run from the root, never installed
+    monkeypatch.syspath_prepend(str(ROOT))  # benchmarks are not installed, only importable from the root
     import benchmarks.kills
 
     return benchmarks.kills
 
 
 class Runs:
-    """Instead of flowreel, each run does what the next of these scripts says."""
+    """In place of flowreel: each run executes the next of these scripts."""
 
     def __init__(self, *scripts: str) -> None:
         self.left = list(scripts)
@@ -39,7 +39,7 @@ class Runs:
         return self._running
 
     def draw_s(self) -> float:
-        """Nothing to wait for while a run hangs; the others are through when this returns."""
+        """How long to wait before killing: not at all if the run hangs; other runs have ended when this returns."""
         if self._now != HANGS:
             self._running.wait()
         return 0.0

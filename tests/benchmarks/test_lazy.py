@@ -1,6 +1,6 @@
-"""The lazy case on a scene of a few pixels: each way of reading, computed and cached, told apart and compared.
+"""The lazy case on a tiny scene has a row for each way of reading, computed and cached.
 
-The numbers are not judged: nothing here may depend on how fast a machine is.
+Measured times are not judged, because no test may depend on the speed of the machine.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``python -m benchmarks`` and ``flowreel bench``: cases run in processes of their own, results land as files."""
+"""``python -m benchmarks`` and ``flowreel bench``: cases run in separate processes and write result files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flowreel.engine.cli import bench, call, patience
 
 @pytest.mark.parametrize("name", ["__main__.py", "gpu/surroundings.py"])
 def test_torch_waits_as_on_the_command_line(name: str) -> None:
-    source = (Path(command.__file__).parent / name).read_text()  # which cannot import it: flowreel may not be installed
+    source = (Path(command.__file__).parent / name).read_text()  # cannot import ``patience``: flowreel may be missing
     assert all(f'"{variable}": "{value}"' in source for variable, value in patience().items())
 
 
@@ -35,7 +35,7 @@ def test_every_case_says_what_it_measures(capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.usefixtures("data_dir")
 def test_a_case_is_run_and_filed_with_its_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["accuracy", "--out", str(tmp_path / "new")]) == 0
-    (path,) = (tmp_path / "new").iterdir()  # no ceilings: this case does not ask for them
+    (path,) = (tmp_path / "new").iterdir()  # no result of ceilings, which this case does not need
     result = json.loads(path.read_text())
     assert result["case"] == "accuracy"
     assert not result["short"]
@@ -83,7 +83,7 @@ def test_a_case_that_fails_does_not_stop_the_others(
 
 
 def fake_runs(monkeypatch: pytest.MonkeyPatch, codes: dict[str, int]) -> list[tuple[str, dict[str, Any]]]:
-    """Instead of measuring, notes what would be; ends with the given codes."""
+    """Records which cases would be measured instead of measuring, and ends them with the given codes."""
     ran = []
 
     def run(line: list[str], **_: object) -> SimpleNamespace:
@@ -119,7 +119,7 @@ def test_pages_and_plots_are_made_from_results(tmp_path: Path, monkeypatch: pyte
 
 
 def test_flowreel_bench_is_the_same(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", sys.path.copy())  # where the command finds the benchmarks
+    monkeypatch.setattr(sys, "path", sys.path.copy())  # the command adds the benchmarks' folder to it
     assert call(["bench", "list"]) == 0
     assert capsys.readouterr().out.startswith(CASES[0])
     assert call(["bench", "compare", "1999-01-01", "1999-01-02"]) == 2

@@ -1,4 +1,4 @@
-"""Medians, intervals, ratios and the order of timings, on numbers and clocks whose answers are known."""
+"""Medians, intervals, ratios and the order of timings, with known numbers and a fake clock."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.measure import Effort, Sample, alternated, median_interval, rati
 
 
 class Clock:
-    """Time passes only when somebody works."""
+    """A fake clock that advances only by work."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -49,7 +49,7 @@ def test_a_rate_has_its_slow_end_low() -> None:
     assert Sample(2.0, 1.0, 4.0, 9).rate(8) == Sample(4.0, 2.0, 8.0, 9)
 
 
-# Order statistics of the sign test at 95 %, as its tables have them: n, first value inside (counted from 1).
+# From published tables of the sign test at 95 %: n, first value inside the interval (counted from 1).
 @pytest.mark.parametrize(
     ("count", "first"), [(1, 1), (5, 1), (6, 1), (8, 1), (9, 2), (12, 3), (15, 4), (20, 6), (25, 8)]
 )
@@ -64,7 +64,7 @@ def test_the_interval_holds_the_median(values: list[float]) -> None:
 
 
 def test_settled_needs_values_that_agree() -> None:
-    assert not settled([1.0] * 5, 0.01)  # agree, but five prove little
+    assert not settled([1.0] * 5, 0.01)  # they agree, but five are too few
     assert settled([1.0] * 6, 0.01)
     assert not settled([1.0, 1.0, 1.0, 1.1, 1.1, 1.1], 0.01)
 
@@ -89,7 +89,7 @@ def test_things_are_timed_in_turn_and_in_both_orders(clock: Clock) -> None:
     actions = {name: clock.work(name, lambda _, s=seconds: s) for name, seconds in (("a", 1.0), ("b", 2.0))}
     found = alternated(actions, Effort(least=4, most=4, cap_s=math.inf, warm_up=1))
     assert found == {"a": [1.0] * 4, "b": [2.0] * 4}
-    assert "".join(clock.worked) == "aabb" + "abbaabba"  # each warms up and is looked at once, then ABBA
+    assert "".join(clock.worked) == "aabb" + "abbaabba"  # each warms up and is timed once for its length, then ABBA
 
 
 def test_the_warm_up_is_not_counted(clock: Clock) -> None:
@@ -113,11 +113,11 @@ def test_slow_things_are_still_timed_twice(clock: Clock) -> None:
 def test_quick_calls_are_timed_many_at_once(clock: Clock) -> None:
     found = alternated({"a": clock.work("a", lambda _: 0.001)}, Effort(least=3, most=3, warm_up=0))
     assert found["a"] == pytest.approx([0.001] * 3)
-    assert len(clock.worked) == 1 + 3 * 5  # 5 ms is the shortest that is trusted
+    assert len(clock.worked) == 1 + 3 * 5  # 5 ms is the shortest time that is trusted
 
 
 def test_the_device_is_waited_for(clock: Clock) -> None:
-    """Work that was only started must not look done."""
+    """Work that was started but is not done must not count as done."""
     pending = []
 
     def start() -> None:

@@ -1,4 +1,4 @@
-"""Networks in processes of their own, and what is said where a peer is missing."""
+"""Networks timed in separate processes, and the message when a peer is missing."""
 
 from __future__ import annotations
 

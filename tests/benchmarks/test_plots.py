@@ -1,4 +1,4 @@
-"""Plots: where things stand in the picture, and that every plot is made from the rows its case gives."""
+"""Plots: points and bars are in the right place, and every plot is made from its case's rows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_powers_stand_evenly_on_a_logarithmic_axis() -> None:
     assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2)
     assert y1 - y0 == pytest.approx(y2 - y1, abs=0.2)
     assert x0 < x2
-    assert y0 > y2  # up is less
+    assert y0 > y2  # y decreases upwards
 
 
 def test_a_linear_axis_begins_at_zero_and_points_are_sorted() -> None:
@@ -66,7 +66,7 @@ def test_every_plot_is_drawn_where_its_case_has_a_result(tmp_path: Path, write: 
     assert sorted(path.stem for path in made) == sorted(NAMES)
     for path in made:
         ElementTree.parse(path)
-    assert (tmp_path / "plots" / "models.svg").read_text().count("fp32") == 1  # one pair at a time
+    assert (tmp_path / "plots" / "models.svg").read_text().count("fp32") == 1  # only the row with batch 1
     assert len(places((tmp_path / "plots" / "length-speed.svg").read_text())) == 2
 
 

@@ -1,4 +1,4 @@
-"""What a measured command took is its own: not its parent's memory, nor a neighbour's time."""
+"""The time and memory measured for a command are its own, not those of its parent or of other commands."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.processes import CommandFailedError, measured
 
 
 def test_peak_memory_is_the_commands_own() -> None:
-    """This process holds torch, hundreds of megabytes: a small child must not be given its parent's peak."""
+    """This process has loaded torch, hundreds of megabytes; a small child must not be charged its parent's peak."""
     small = measured([sys.executable, "-S", "-c", "pass"])
     large = measured([sys.executable, "-S", "-c", "print(len(bytearray(200_000_000)))"])
     assert small.peak_bytes < 60e6

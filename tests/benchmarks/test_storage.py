@@ -1,4 +1,4 @@
-"""The storage case measures what it says: sizes from bytes, errors from what is read back, writes from the system."""
+"""The storage case measures correctly: sizes in bytes, errors of the flow read back, writes counted by the system."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def storage(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT))  # benchmarks are run from the root, never installed
+    monkeypatch.syspath_prepend(str(ROOT))  # benchmarks are not installed, only importable from the root
     import benchmarks.storage
 
     return benchmarks.storage
@@ -74,6 +74,6 @@ def test_writes_are_those_of_the_whole_store(storage: ModuleType) -> None:
     batch = FlowBatch(flow, 0, frames, frames + 1, frames / 25, (frames + 1) / 25)
     store = storage.whole_store("noise", [batch], "blosc")
     assert store["flows"] == count
-    assert store["store bytes"] > flow.numel()  # noise fills at least a byte a value
+    assert store["store bytes"] > flow.numel()  # noise takes at least a byte per value
     assert store["wchar"] >= store["store bytes"]
     assert store["wchar / store"] < 1.05  # metadata is written twice, the flow once

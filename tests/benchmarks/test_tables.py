@@ -1,4 +1,4 @@
-"""Markdown from rows, and what a page shows below its markers."""
+"""Markdown tables from rows, and how a page's markers are filled."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_of_several_runs_on_one_day_the_last_counts(tmp_path: Path) -> None:
 
 
 def test_a_result_without_rows_is_no_table(tmp_path: Path, write: Any) -> None:
-    """As of a GPU that has run some of the parts."""
+    """A GPU run of only some parts may have no rows; then an older result is shown."""
     path = write(tmp_path, "model", [{"model": "C"}])
     (tmp_path / "2999-01-01-model.json").write_text('{"rows": []}')
     assert "| C |" in filled("<!-- table: model -->\n", tmp_path / "x.md", tmp_path), path
@@ -108,7 +108,7 @@ def test_a_table_of_some_columns(tmp_path: Path, write: Any) -> None:
 
 
 def test_every_marker_of_the_pages_names_a_case() -> None:
-    """A marker with a slip in its name would stay empty and nobody would be told."""
+    """A marker with a misspelt name would stay empty without any error."""
     import re
 
     from benchmarks.cases import CASES
