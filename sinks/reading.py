@@ -49,7 +49,7 @@ FLOW_FILES = (
 PLAIN_PNG = FlowFile("X.png as KITTI writes it", r".*\.png", "flowreel.sinks.kitti", "read_kitti")
 
 _SECOND_HALF = re.compile(r"flow_y_[^.]*\.(jpe?g|png)")  # read along with the x picture
-_SLICE = re.compile(r"(?P<store>.+?)/?@(?P<part>-?\d+|(-?\d+)?:(-?\d+)?)")
+_SLICE = re.compile(r"(?P<store>.+?)/?@(?P<part>-?\d+|(-?\d+)?:(-?\d+)?)", re.DOTALL)
 
 
 def open_flows(
@@ -228,12 +228,15 @@ def _of_one_kind(name: str, found: list[Path], strict: bool) -> tuple[FlowFile, 
 def _unfinished(folders: Iterable[Path], *kinds: FlowFile) -> int:
     """How many files of these kinds still have their unfinished names, ``*.partial``."""
     names = (path.name.lower() for folder in folders for path in folder.glob("*.partial") if path.name[0] != ".")
-    return sum(any(re.fullmatch(kind.name, name.removesuffix(".partial")) for kind in kinds) for name in names)
+    return sum(any(_fits(kind, name.removesuffix(".partial")) for kind in kinds) for name in names)
 
 
 def _kind(path: Path) -> FlowFile | None:
-    name = path.name.lower()
-    return next((kind for kind in (*FLOW_FILES, PLAIN_PNG) if re.fullmatch(kind.name, name)), None)
+    return next((kind for kind in (*FLOW_FILES, PLAIN_PNG) if _fits(kind, path.name.lower())), None)
+
+
+def _fits(kind: FlowFile, name: str) -> bool:
+    return re.fullmatch(kind.name, name, re.DOTALL) is not None  # a file's name may contain a newline
 
 
 def _reader(kind: FlowFile, bound: float) -> Callable[[Path], npt.NDArray[Any]]:

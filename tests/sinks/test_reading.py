@@ -138,6 +138,14 @@ def test_a_glob_in_a_folder_whose_name_looks_like_one(folder: Path) -> None:
     assert list(open_flows(str(odd / "frame1[12].flo")).names) == ["frame11.flo", "frame12.flo"]
 
 
+def test_names_with_a_newline_are_read_like_any_other(folder: Path, store: tuple[Path, np.ndarray]) -> None:
+    (folder / "frame2.flo").rename(folder / "frame2\nb.flo")
+    assert list(open_flows(folder).names)[1] == "frame2\nb.flo"
+    assert list(open_flows(folder / "frame2\nb.flo").names) == ["frame2\nb.flo"]
+    shutil.copytree(store[0], folder / "a\nb.zarr")
+    assert len(open_flows(str(folder / "a\nb.zarr@1:3")).names) == 2
+
+
 def test_start_and_stop_keep_the_numbers(folder: Path) -> None:
     reader = open_flows(folder, start=2, stop=-8)
     _, frames, times_s = read_all(reader)
