@@ -62,13 +62,14 @@ def test_files_of_hostile_names(catalogue: Catalogue, tmp_path: Path, tiny: str)
     run = ["run", "-o", "a.zarr", "--weights", tiny]
     for name in filter(can_be, NAMES):
         sound = os.fsencode(name + ".flo").decode("utf-8", "surrogateescape")
-        catalogue.call(f"{name!r}, sound", ["info", "--", sound], {sound: flo}, right=bool)
+        code = None if name == "-" or name.startswith("synthetic:") else 0  # these mean something else
+        catalogue.call(f"{name!r}, sound", ["info", "--", sound], {sound: flo}, right=bool, code=code)
         catalogue.call(f"{name!r}, cut", ["info", "--", sound], {sound: flo[:-1]})
-        catalogue.call(f"{name!r}, color", ["color", "-o", "a", "--", sound], {sound: flo}, right=bool)
+        catalogue.call(f"{name!r}, color", ["color", "-o", "a", "--", sound], {sound: flo}, right=bool, code=0)
         folder = {f"{name}/0.png": png, f"{name}/1.png": png, f"{name}/2.png": png[:40]}
         catalogue.call(f"{name!r}, a folder", ["info", "--", name], folder)
         del folder[f"{name}/2.png"]
-        catalogue.call(f"{name!r}, a run", [*run, "--", name], folder, right=bool)
+        catalogue.call(f"{name!r}, a run", [*run, "--", name], folder, right=bool, code=code)
     catalogue.judge(250)
 
 
