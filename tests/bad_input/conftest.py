@@ -1,10 +1,10 @@
-"""The catalogue of bad input: cases are added, run in processes that may die of them, and judged by one set of rules.
+"""The catalogue of bad input: tests add cases, which run in separate processes and are judged by the same rules.
 
-Of each test the first cases run and then some of the others, always the same ones: all 9000 take ten minutes.
-``FLOWREEL_ALL_CASES=1`` runs them all.
+A case may end in two ways. Either it fails, in bounded time and memory, with one clear line and without leaving
+anything that looks like a finished output; or, if the input is still valid, it gives the right result.
 
-Every case ends in one of two ways. Either it fails, in bounded time and memory, with one clear line and without
-anything that looks like a finished output; or, where the damage left it valid, it gives the right result.
+All 9000 cases take ten minutes. By default, each test runs its first cases and a part of the others, the same ones
+every time; ``FLOWREEL_ALL_CASES=1`` runs all.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ import pytest
 HERE = Path(__file__).parent
 WORKERS = min(2, os.cpu_count() or 1)
 ALL = bool(os.environ.get("FLOWREEL_ALL_CASES"))
-ALWAYS, ONE_IN = 10, 7  # cases of a test that run in any case; of the others, how many stand behind one that runs
-LIMIT_S = 60.0  # a case takes milliseconds: this only turns a hang into a failure
-ROOM_BYTES = 3 << 29  # address space beyond what the libraries take; what asks for more gets a MemoryError
-MOST_GROWN_BYTES = 400 << 20  # of memory really in use
-MOST_KEPT_BYTES = 600 << 20  # of address space for ever; the libraries' own pools, threads and caches take some
-LONGEST_LINE = 1500  # characters of a message, beside those that the case's own names have
+ALWAYS, ONE_IN = 10, 7  # a test's first 10 cases always run, and about one in 7 of the others
+LIMIT_S = 60.0  # a case takes milliseconds; this only turns a hang into a failure
+ROOM_BYTES = 3 << 29  # address space beyond what the libraries take; allocating more is a MemoryError
+MOST_GROWN_BYTES = 400 << 20  # memory really in use
+MOST_KEPT_BYTES = 600 << 20  # address space that stays; libraries' pools, threads and caches take some of it
+LONGEST_LINE = 1500  # characters of a message, not counting the case's own names
 SHOWN = 60  # failures that a test prints in full
-STACK_LINES = 14  # of what crashed
+STACK_LINES = 14  # shown of a crash
 
 Answer = dict[str, Any]
 Right = Callable[[Answer], bool]
@@ -44,21 +44,21 @@ Right = Callable[[Answer], bool]
 
 @dataclass(frozen=True)
 class Case:
-    """One bad input and what may come of it."""
+    """One bad input and the results that are allowed."""
 
     name: str
     folder: Path
     task: Mapping[str, Any]  # "call": a command line, or "read" and "path": one of the worker's readers
     stdin: str | None
-    right: Right | None  # of an answer without an error: whether it is right; None: it must be an error
-    may_write: tuple[str, ...]  # names in the folder that may change, or appear even if it fails
-    wordy: bool  # of a command line: it tells of each of several inputs, in more than a line
-    code: int | None  # of a command line: the exit code it must have; None: whatever is right
-    before: Mapping[str, tuple[int, int]]  # what lies in the folder
+    right: Right | None  # whether an answer without an error is right; None: it must be an error
+    may_write: tuple[str, ...]  # names in the folder that may change, or appear even if the case fails
+    wordy: bool  # a command line that may print more than one line, for example one per input
+    code: int | None  # the exit code a command line must have; None: any that fits the result
+    before: Mapping[str, tuple[int, int]]  # the files in the folder
 
 
 class Worker:
-    """A process that runs cases. When one kills it, the next one gets a new process."""
+    """A process that runs cases. If a case kills it, the next case gets a new process."""
 
     def __init__(self, scratch: Path) -> None:
         self._scratch = scratch
@@ -75,7 +75,7 @@ class Worker:
         if line:
             answer: Answer = json.loads(line)
             if answer["kept_bytes"] > MOST_KEPT_BYTES:
-                self.close()  # the cases after it shall not pay for it
+                self.close()  # so that this does not count for later cases
             return answer
         self.close()
         stacks = (self._scratch / "stacks").read_text()
@@ -84,7 +84,7 @@ class Worker:
     def _start(self) -> None:
         self._scratch.mkdir(exist_ok=True)
         cases, answers = os.pipe(), os.pipe()
-        # Few arenas: each thread's own would count as 64 MB of address space.
+        # Few malloc arenas, because each thread's own arena would take 64 MB of address space.
         environment = {**os.environ, "MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
         environment |= {"FLOWREEL_CACHE": str(self._scratch / "cache"), "PYTHONWARNINGS": "always"}
         arguments = [cases[0], answers[1], self._scratch, ROOM_BYTES]
@@ -103,7 +103,7 @@ class Worker:
             with contextlib.suppress(BrokenPipeError):
                 self._cases.close()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(0.5)  # one that died says so at once
+                self._process.wait(0.5)  # at once for a process that has died
             self._answers.close()
             self._process.kill()
             self._code = self._process.wait()
@@ -111,20 +111,20 @@ class Worker:
 
 
 class Catalogue:
-    """What a test adds cases to. They start to run at once; ``judge`` waits for them and tells which broke a rule."""
+    """Tests add cases to it, which start to run at once; ``judge`` waits for them and fails if any broke a rule."""
 
     def __init__(self, folder: Path, workers: queue.Queue[Worker], judged: set[bytes], chance: random.Random) -> None:
         self._folder = folder
         self._chance = chance
         self._workers = workers
-        self._judged = judged  # of the whole session, by ``identity``: a case that is given twice counts once
+        self._judged = judged  # of the whole session, by ``identity``: equal cases count once
         self._pool = ThreadPoolExecutor(WORKERS)
         self._running: list[tuple[Case, Future[Answer]]] = []
         self._identities: list[bytes] = []
         self._given: set[bytes] = set()
 
     def place(self) -> Path:
-        """The folder of the next case, for a test that fills it itself."""
+        """The folder of the next case, for tests that put more than plain files there."""
         folder = self._folder / f"{len(self._running):04}"
         folder.mkdir(exist_ok=True)
         return folder
@@ -141,7 +141,7 @@ class Catalogue:
         wordy: bool = False,
         code: int | None = None,
     ) -> None:
-        """A command line, run in a folder that holds these files. stdin: its bytes, or the path of what gives them."""
+        """Adds a command line, run in a folder with these files. stdin: its bytes, or the path to read it from."""
         self._add(name, {"call": list(arguments)}, files or {}, stdin, right, tuple(may_write), wordy, code)
 
     def read(
@@ -154,7 +154,7 @@ class Catalogue:
         stdin: bytes | str | None = None,
         right: Right | None = None,
     ) -> None:
-        """One of the worker's readers on one of these files."""
+        """Adds a call of one of the worker's readers on one of these files."""
         self._add(name, {"read": reader, "path": path}, files or {}, stdin, right)
 
     def _add(
@@ -192,9 +192,9 @@ class Catalogue:
             self._workers.put(worker)
 
     def judge(self, least: int) -> list[Answer]:
-        """Waits for the cases and fails with those that broke a rule. Gives the answers of those that ran.
+        """Waits for the cases and fails if any broke a rule. Returns the answers of those that ran.
 
-        least: different cases that were given.
+        least: how many different cases must have been added.
         """
         assert len(self._given) >= least, f"only {len(self._given)} different cases"
         answers, broken = [], []
@@ -220,7 +220,7 @@ class Catalogue:
 
 
 def wrong_with(case: Case, answer: Answer) -> Iterator[str]:
-    """The rules."""
+    """Yields each rule that the case's answer breaks."""
     if "crash" in answer:
         yield "\n    ".join(["...", *answer["crash"].rstrip().splitlines()[-STACK_LINES:]])
         return
@@ -247,7 +247,7 @@ def wrong_with(case: Case, answer: Answer) -> Iterator[str]:
 
 
 def _wrong_words(case: Case, answer: Answer, failed: bool) -> Iterator[str]:
-    """Of a command line: exit code, and what stands on the terminal."""
+    """The rules for a command line: its exit code, and what it prints."""
     try:
         out, err = (answer[name].encode("latin-1").decode() for name in ("out", "err"))
     except UnicodeDecodeError:
@@ -275,7 +275,7 @@ def _wrong_words(case: Case, answer: Answer, failed: bool) -> Iterator[str]:
 
 
 def _wrong_files(case: Case, failed: bool) -> Iterator[str]:
-    """Input stays as it was; of what failed, nothing remains that looks finished."""
+    """The rules for files: input is unchanged, and a failed case leaves nothing that looks finished."""
     after = listing(case.folder)
     changed = [name for name, seen in case.before.items() if after.get(name) != seen and name not in case.may_write]
     if changed:
@@ -289,7 +289,7 @@ def _wrong_files(case: Case, failed: bool) -> Iterator[str]:
 
 
 def identity(task: Mapping[str, Any], stdin: str | None, folder: Path, files: Mapping[str, bytes]) -> bytes:
-    """The same for cases that are the same: what is asked, of which bytes. Their names and folders do not matter."""
+    """Equal for equal cases: the same task on the same bytes. Names and folders of cases do not matter."""
     found = hashlib.sha256(repr(sorted(task.items())).encode("utf-8", "surrogatepass"))
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -298,14 +298,14 @@ def identity(task: Mapping[str, Any], stdin: str | None, folder: Path, files: Ma
             found.update(files[name])
         elif path.is_symlink():
             found.update(os.fsencode(path.readlink()))
-        elif path.is_file():  # the test's own; more of it would only tell more cases apart
+        elif path.is_file():  # put there by the test; its first 4 MiB are enough
             with path.open("rb") as file:
                 found.update(file.read(1 << 22) + str(path.stat().st_size).encode())
     return found.digest() + (stdin or "").removeprefix(str(folder)).encode()
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int]]:
-    """Every file below a folder, with its size and the time of its last change."""
+    """Every file below a folder, with its size and modification time."""
     found = {}
     for path in folder.rglob("*"):
         seen = path.lstat()
@@ -315,7 +315,7 @@ def listing(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def mangled(data: bytes, chance: random.Random) -> bytes:
-    """A damaged copy: bits flipped, or a part cut off, taken out, doubled, blanked, made noise, moved or put behind."""
+    """A damaged copy: flipped bits; truncated; a part removed, doubled, zeroed or made noise; or noise appended."""
     size = len(data)
     start, stop = sorted(chance.randrange(size + 1) for _ in range(2))
     stop = min(stop, start + chance.choice((1, 4, 16, 64, size)))
@@ -355,13 +355,13 @@ def _workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[queue.Queue[W
 
 @pytest.fixture(scope="session")
 def judged() -> set[bytes]:
-    """The cases that were judged in this session and kept the rules."""
+    """The cases of this session that were judged and kept all rules."""
     return set()
 
 
 @pytest.fixture(scope="session")
 def begun() -> set[str]:
-    """The tests of this session that had the catalogue: where several processes share the tests, those of this one."""
+    """The tests that used the catalogue in this process; with pytest-xdist, other processes may have run others."""
     return set()
 
 

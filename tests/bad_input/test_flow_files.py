@@ -1,4 +1,4 @@
-"""Files of flow that are none, or not quite: .flo, KITTI pictures, .npz, two-stream pictures."""
+"""Bad flow files: .flo, KITTI pictures, .npz, two-stream pictures."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SIDES = (-(2**31), -1, 0, 1, 2, 12, 46341, 65536, 99_999, 100_000, 2**31 - 1)
 
 
 def digest(flow: np.ndarray) -> str:
-    """As the worker makes it."""
+    """The digest that the worker computes of a flow."""
     flow = np.ascontiguousarray(flow, np.float32)
     return hashlib.sha256(repr((flow.shape, "float32")).encode() + flow.tobytes()).hexdigest()
 
@@ -36,7 +36,7 @@ def reads_as(flow: np.ndarray) -> Callable[[Answer], bool]:
 
 
 def some_flow(seed: int = 0, height: int = 5, width: int = 7) -> np.ndarray:
-    """(H, W, 2) float32, whole KITTI steps."""
+    """(H, W, 2) float32, in whole KITTI steps."""
     steps = np.random.default_rng(seed).integers(-500, 500, size=(height, width, 2))
     return (steps / 64).astype(np.float32)
 
@@ -49,7 +49,7 @@ def flo(width: int, height: int, vectors: bytes = b"", tag: bytes = b"PIEH") -> 
 
 
 def flo_truth(data: bytes) -> Callable[[Answer], bool] | None:
-    """What a damaged file holds if it is still one, from the definition of the format."""
+    """The flow in a damaged file that is still valid by the definition of the format; None if it is not."""
     if len(data) < 12 or data[:4] != b"PIEH":
         return None
     width, height = struct.unpack("<ii", data[4:12])
@@ -73,7 +73,7 @@ def test_flo(catalogue: Catalogue, mangled: Mangled) -> None:
     for side in (20_000, 99_999):
         path = catalogue.place() / "x.flo"
         path.write_bytes(flo(side, side))
-        os.truncate(path, 12 + 8 * side * side)  # takes no room on the disk, but has the right length
+        os.truncate(path, 12 + 8 * side * side)  # a sparse file of the right length
         catalogue.read(f"{side}x{side}, all there", "flo", "x.flo")
     catalogue.judge(240)
 
@@ -99,7 +99,7 @@ def test_flow_files_on_the_command_line(command: list[str], catalogue: Catalogue
 
 
 def kitti_rows(flow: np.ndarray) -> bytes:
-    """A PNG's rows before compression, each behind its filter's number."""
+    """A PNG's rows before compression, each after the number of its filter."""
     samples = np.dstack([flow * 64 + 32768, np.ones(flow.shape[:2])]).astype(">u2")
     return b"".join(b"\0" + row.tobytes() for row in samples)
 
@@ -130,7 +130,7 @@ def test_kitti(catalogue: Catalogue, mangled: Mangled) -> None:
     def read(name: str, data: bytes, right: Callable[[Answer], bool] | None = None) -> None:
         catalogue.read(name, "kitti", "x.kitti.png", {"x.kitti.png": data}, right=right)
 
-    for seed in range(100):  # checksums find everything
+    for seed in range(100):  # checksums detect all damage to the pixels
         read(f"mangled {seed}", mangled(whole, random.Random(seed)), right)
     for width, height in itertools.product((0, 1, 6, 7, 8, 99_999, 100_000, 2**31, 2**32 - 1), (0, 4, 5, 6, 65_536)):
         read(
@@ -177,7 +177,7 @@ def test_kitti(catalogue: Catalogue, mangled: Mangled) -> None:
 
 
 def npy(flow: np.ndarray, said: str | None = None, version: bytes = b"\1\0") -> bytes:
-    """An .npy whose header may say something else than what follows."""
+    """An .npy whose header may not match its contents."""
     text = said if said is not None else f"{{'descr': '<f4', 'fortran_order': False, 'shape': {flow.shape}}}"
     words = text.encode("latin-1", "replace").ljust(117) + b"\n"
     length = struct.pack("<H" if version == b"\1\0" else "<I", len(words))
@@ -262,7 +262,7 @@ def picture(kind: str, mode: str = "L", size: tuple[int, int] = (7, 5)) -> bytes
 
 def test_two_stream(catalogue: Catalogue, mangled: Mangled) -> None:
     def is_a_field(answer: Answer) -> bool:
-        """JPEG has no checksums, so damage may just show."""
+        """JPEG has no checksums, so damage may go unnoticed and show in the values."""
         return len(answer["value"]["shape"]) == 3
 
     for kind, ending in (("JPEG", "jpg"), ("PNG", "png")):
@@ -275,7 +275,7 @@ def test_two_stream(catalogue: Catalogue, mangled: Mangled) -> None:
         for mode in ("1", "LA", "P", "RGB", "RGBA", "I;16", "CMYK"):
             if (ending == "jpg" and mode in ("LA", "P", "RGBA", "I;16")) or (ending == "png" and mode == "CMYK"):
                 continue
-            grey = is_a_field if (kind, mode) == ("JPEG", "1") else None  # a JPEG has no other way to keep it
+            grey = is_a_field if (kind, mode) == ("JPEG", "1") else None  # a JPEG stores mode 1 as 8-bit grey
             catalogue.read(f"mode {mode}", "two-stream", x, {x: picture(kind, mode), y: whole}, right=grey)
         catalogue.read("another size", "two-stream", x, {x: whole, y: picture(kind, size=(5, 7))})
         catalogue.read("half a pair", "two-stream", x, {x: whole})

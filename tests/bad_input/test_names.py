@@ -1,4 +1,4 @@
-"""Names that try to steer the terminal, the shell, a format string or a glob; and names of what is no file."""
+"""Hostile names, which look like terminal control, shell code, format strings or globs; and names of non-files."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def can_be(name: str) -> bool:
 
 
 def test_files_of_hostile_names(catalogue: Catalogue, tmp_path: Path, tiny: str) -> None:
-    """Sound files under such names are read like any other, damaged ones named without harm."""
+    """Sound files with such names are read like any others; errors of damaged ones show the name harmlessly."""
     write_flo(tmp_path / "x.flo", np.ones((4, 6, 2), np.float32))
     Image.new("RGB", (64, 64)).save(tmp_path / "x.png")
     flo, png = ((tmp_path / name).read_bytes() for name in ("x.flo", "x.png"))
     run = ["run", "-o", "a.zarr", "--weights", tiny]
     for name in filter(can_be, NAMES):
         sound = os.fsencode(name + ".flo").decode("utf-8", "surrogateescape")
-        code = None if name == "-" or name.startswith("synthetic:") else 0  # these mean something else
+        code = None if name == "-" or name.startswith("synthetic:") else 0  # these do not mean files
         catalogue.call(f"{name!r}, sound", ["info", "--", sound], {sound: flo}, right=bool, code=code)
         catalogue.call(f"{name!r}, cut", ["info", "--", sound], {sound: flo[:-1]})
         catalogue.call(f"{name!r}, color", ["color", "-o", "a", "--", sound], {sound: flo}, right=bool, code=0)
@@ -74,7 +74,7 @@ def test_files_of_hostile_names(catalogue: Catalogue, tmp_path: Path, tiny: str)
 
 
 def test_several_inputs_of_hostile_names(catalogue: Catalogue, tmp_path: Path, tiny: str) -> None:
-    """What is told of each of several inputs, and of stores, does not steer the terminal either."""
+    """Messages about several inputs and about stores show hostile names harmlessly too."""
     Image.new("RGB", (64, 64)).save(tmp_path / "x.png")
     png = (tmp_path / "x.png").read_bytes()
     for name in filter(can_be, NAMES):
@@ -94,7 +94,7 @@ def test_several_inputs_of_hostile_names(catalogue: Catalogue, tmp_path: Path, t
 
 
 def list_of_store(name: str) -> list[str]:
-    """The files of a store of one flow."""
+    """The names of all files in a store of one flow."""
     arrays = ("flow", "frame", "frame_to", "timestamp_s", "timestamp_to_s", "flow_crc32c", "time_crc32c")
     chunks = [f"{array}/c/0{'/0/0/0' if array == 'flow' else ''}" for array in arrays]
     return [f"{name}/{file}" for file in ("zarr.json", *(f"{array}/zarr.json" for array in arrays), *chunks)]
@@ -128,7 +128,7 @@ def test_outputs_of_hostile_names(catalogue: Catalogue, tmp_path: Path) -> None:
 def a_socket(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listening:
         place = os.getcwd()
-        os.chdir(path.parent)  # a socket's path may be no longer than 107 bytes
+        os.chdir(path.parent)  # because a socket's path may have at most 107 bytes
         try:
             listening.bind(path.name)
         finally:

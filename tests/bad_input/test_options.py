@@ -1,6 +1,6 @@
 """Odd values for every option of every command, and options that contradict each other.
 
-The options come from the command line itself: a new one is given all of these values without being named here.
+The options are taken from the command line itself, so a new option is tested without being named here.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ NUMBERS = ("nan", "NaN", "inf", "-inf", "1e400", "-1", "0", "-0.0", "1.5", "1e-3
 NUMBERS += ("", " ", "x", "9" * 30, "9" * 5000, "2147483648", "-9223372036854775809", "1/0", "1e3", "\0", "\x1b[31m")
 NUMBERS += ("--", "None", "²", "½", "+1", "1\0", "true")
 DEVICES = ("cuda:99", "cuda:-1", "cuda:x", "cuda:" + "9" * 30, "cpu:0", "mps", "meta", "CPU", "cuda,cpu")
-# None beyond the case's own folder that could be written to.
+# No path outside the case's folder that could be written to.
 PATHS = ("", ".", "./", "/proc", "/dev/null/x", "/proc/x", "x" * 300, "a/" * 3000, "\0", "\udcff", "frames", "x.flo")
 PATHS += ("x.flo/y", "frames/0.png", "tiny.safetensors", "a.zarr", "a.zarr/zarr.json", "a.zarr/x", "x.zarr", "x.zarr/x")
-HALF_NUMBERS = ("batch", "max_flow", "frame_rate", "start", "stop")  # text to the command line: auto, 10s, 30000/1001
-NEVER = ("", " ", "nan", "NaN", "inf", "-inf", "1e400", "x", "\0", "None", "\x1b[31m", "1,5", "1/0")  # as a number
+HALF_NUMBERS = ("batch", "max_flow", "frame_rate", "start", "stop")  # texts that may be numbers: auto, 10s, 30000/1001
+NEVER = ("", " ", "nan", "NaN", "inf", "-inf", "1e400", "x", "\0", "None", "\x1b[31m", "1,5", "1/0")  # never numbers
 
-# A command line of each command, sound and quickly done, to which options are added.
-# bench is left out: it hands all it is given to the benchmarks' own command line.
+# A valid and fast command line for each command, to which options are added.
+# bench is left out, because it passes all arguments on to the benchmarks' own command line.
 LINES = {
     "run": "run frames -o a.zarr --weights tiny.safetensors",
-    "demo": "demo x.flo",  # cannot be, but is as far as options get
+    "demo": "demo x.flo",  # fails after the options were checked, as x.flo is no folder
     "info": "info x.flo",
     "color": "color x.flo -o a",
     "export": "export x.flo -o a.zarr",
     "verify": "verify x.zarr",
     "repair": "repair x.zarr frames --weights tiny.safetensors",
-    "train": "train x.flo --width 0.02 --steps 1 --batch 2 --height 64 --width-px 64",  # as with demo
+    "train": "train x.flo --width 0.02 --steps 1 --batch 2 --height 64 --width-px 64",  # likewise
     "doctor": "doctor",
     "weights list": "weights list",
     "weights info": "weights info tiny.safetensors",
@@ -57,7 +57,7 @@ SOUND = {name: line.split() for name, line in LINES.items()}
 
 
 def commands(group: Command = ROOT, name: str = "") -> Iterator[tuple[str, Command]]:
-    """Every command that has options of its own, by the words that call it."""
+    """Every command that has options, with its full name."""
     for word, command in group.commands.items():
         if word == "bench":
             continue
@@ -91,12 +91,12 @@ def files(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> Files:
 
 
 def needed(line: list[str], files: Files) -> Files:
-    """Those of the files that a command line speaks of."""
+    """The files that a command line mentions."""
     return {name: data for name, data in files.items() if any(name.split("/")[0] in word for word in line)}
 
 
 def finished(answer: Answer) -> bool:
-    """What says that it is done has nothing unfinished, and stores that it wrote are sound."""
+    """A command that succeeded left nothing unfinished, and the stores it wrote are sound."""
     folder: Path = answer["folder"]
     stores = [path for path in folder.iterdir() if (path / "zarr.json").is_file()]
     return not list(folder.rglob("*.partial")) and not any(list(open_store(store).check()) for store in stores)
@@ -114,7 +114,7 @@ def test_every_command_has_a_sound_line(catalogue: Catalogue, files: Files) -> N
 @pytest.mark.parametrize("name", [name for name, _ in commands()])
 def test_odd_values_of_options(name: str, catalogue: Catalogue, files: Files) -> None:
     command = dict(commands())[name]
-    count, wordy = 0, name == "weights download"  # it tells how it goes
+    count, wordy = 0, name == "weights download"  # which prints its progress
     for option in command.params:
         if option.param_type_name != "option":
             continue
@@ -181,7 +181,7 @@ def test_where_to_start_and_stop(catalogue: Catalogue, files: Files) -> None:
 
 
 def test_values_for_a_stream(catalogue: Catalogue, files: Files) -> None:
-    """Of stdin nobody knows how long it is: there is nothing to hold a number against."""
+    """The length of stdin is unknown, so numbers cannot be checked against it."""
     stream = b"YUV4MPEG2 W64 H64 F25:1 Cmono\n" + (b"FRAME\n" + bytes(4096)) * 2
     run = ["run", "-", *SOUND["run"][2:]]
     files = needed(run, files)

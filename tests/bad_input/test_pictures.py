@@ -1,4 +1,4 @@
-"""Folders of images that are none, or not quite."""
+"""Folders of bad images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KINDS = {"png": "PNG", "jpg": "JPEG", "ppm": "PPM", "bmp": "BMP", "tif": "TIFF",
 
 
 def whole_source(answer: Answer) -> bool:
-    """Of what reads as good: it gives what it promised, in the size it promised. Damage may show in the pixels."""
+    """Whether a source gave all frames it promised, in the promised size. Damage may show in the pixels."""
     value = answer["value"]
     return bool(value["sizes_agree"] and value["frames"] == value["promised"] and not value["losses"])
 
@@ -53,7 +53,7 @@ def test_damaged_images(ending: str, catalogue: Catalogue, mangled: Mangled) -> 
     ).hexdigest()
 
     def right(answer: Answer) -> bool:
-        """Only PNG has checksums: with the others damage may just show."""
+        """Only PNG has checksums: damage to other formats may go unnoticed and show in the pixels."""
         return whole_source(answer) and (ending != "png" or answer["value"]["pixels"] == pixels)
 
     for seed in range(60):
@@ -96,7 +96,7 @@ def test_images_that_lie_about_their_size(catalogue: Catalogue) -> None:
         "P9 4 4 255\n",
     )
     other |= {repr(head[:20]): [head.encode() + bytes(48), head.encode() + bytes(48)] for head in ppm}
-    # Pillow takes the last two: grey for want of a palette, black for want of rows.
+    # Pillow accepts the last two: it uses grey for a missing palette, and black for missing rows.
     may_be = {"bombs in the text", "bombs in the colour profile", "no palette", "pixels for one row"}
     may_be.add("a palette that is too short")
     for name, data in other.items():
@@ -106,7 +106,7 @@ def test_images_that_lie_about_their_size(catalogue: Catalogue) -> None:
 
 
 def tiff(*tags: tuple[int, int, int, int]) -> bytes:
-    """A TIFF of these tags: number, kind, count, value."""
+    """A TIFF with these tags: number, kind, count, value."""
     entries = b"".join(struct.pack("<HHII", *tag) for tag in sorted(tags))
     return b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + b"\0\0\0\0" + bytes(64)
 
@@ -165,7 +165,7 @@ def test_other_pictures(catalogue: Catalogue) -> None:
     for tag in (254, 258, 259, 262, 277, 284, 317, 322, 339):
         tags = ((256, 4, 1, 8), (257, 4, 1, 8), (tag, 3, 1, 65_535), (273, 4, 1, 8), (279, 4, 1, 64))
         add(f"a TIFF with tag {tag}", *[tiff(*tags)] * 2, ending="tif", right=whole_source)
-    loop = b"II*\0\x08\0\0\0\0\0\x08\0\0\0" + bytes(64)  # its list of pictures goes round
+    loop = b"II*\0\x08\0\0\0\0\0\x08\0\0\0" + bytes(64)  # its list of pictures is circular
     add("a TIFF that goes round", loop, loop, ending="tif")
     catalogue.judge(80)
 
@@ -178,7 +178,7 @@ def test_images_on_the_command_line(catalogue: Catalogue, mangled: Mangled, tiny
         catalogue.call(f"mangled {seed}", ["info", "frames/1.png"], files, right=bool)
         arguments = ["run", "frames", "-o", "a.zarr", "--weights", tiny, "-q"]
         catalogue.call(f"mangled {seed}", arguments, files, right=lambda answer: (answer["folder"] / "a.zarr").is_dir())
-    half = sound[0][: len(sound[0]) // 2]  # its header is sound: found out while it runs
+    half = sound[0][: len(sound[0]) // 2]  # has a sound header, so the damage is found only during the run
     for output in ("a.zarr", "a.mp4", "a/%06d.flo"):
         files = {"frames/0.png": sound[0], "frames/1.png": half}
         catalogue.call(f"cut, to {output}", ["run", "frames", "-o", output, "--weights", tiny], files)

@@ -1,4 +1,4 @@
-"""YUV4MPEG2 streams that are none, or lie, or never end."""
+"""Bad YUV4MPEG2 streams: damaged, lying or endless."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SOUND = HEAD + b"\n" + (b"FRAME\n" + PICTURE) * 3
 
 
 def accounted_for(answer: Answer) -> bool:
-    """At least two frames of the size promised; how many were meant nobody can know."""
+    """At least two frames of the promised size; a stream does not say how many frames it has."""
     return bool(answer["value"]["sizes_agree"] and answer["value"]["frames"] >= 2)
 
 

@@ -1,4 +1,4 @@
-"""Flow stores with flipped bits, missing or strange files, and metadata that somebody edited."""
+"""Flow stores with flipped bits, missing or strange files, and edited metadata."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def sound_store(folder: Path, max_error: float, codec: str) -> Files:
 
 
 def truth(files: Files, folder: Path) -> Callable[[Answer], bool]:
-    """What a damaged store may still give: all that it held; or less, once it has said what is wrong."""
+    """Whether a store that could be read gave everything that the sound store holds."""
     for name, data in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
@@ -104,7 +104,7 @@ def truth(files: Files, folder: Path) -> Callable[[Answer], bool]:
 
 
 def copied(answer: Answer) -> bool:
-    """What an export wrote is finished and holds as much as the store."""
+    """Whether the exported store is finished and has as many flows as the original."""
     made = open_store(answer["folder"] / "a.zarr")
     return made.complete and len(made) == FLOWS and np.isfinite(made[0]).all()
 
@@ -123,13 +123,13 @@ def test_damaged_files(store: Files, catalogue: Catalogue, mangled: Mangled, tmp
         catalogue.read(f"{name} empty", "store", "x.zarr", {**store, name: b""}, right=right)
         catalogue.read(f"{name} a folder", "store", "x.zarr", {**files, f"{name}/x": b""}, right=right)
         other = random.Random(name).choice(names)
-        swapped = {**store, name: store[other]}  # sound, and not in its place
+        swapped = {**store, name: store[other]}  # an intact file in the wrong place
         catalogue.read(f"{name} as {other}", "store", "x.zarr", swapped, right=right)
     catalogue.judge(130)
 
 
 def paths_in(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The way to everything inside a JSON value."""
+    """The path to every part of a JSON value."""
     if path:
         yield path
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -150,15 +150,15 @@ def edited(value: Any, path: tuple[Any, ...], lie: Any, delete: bool = False) ->
 
 
 def test_edited_metadata(one_store: Files, catalogue: Catalogue, tmp_path: Path) -> None:
-    """Every value in every zarr.json is something else, or gone."""
+    """Every value in every zarr.json is replaced or removed."""
     right = truth(one_store, tmp_path / "sound")
     for name in sorted(name for name in one_store if name.endswith("zarr.json")):
         metadata = json.loads(one_store[name])
         for path in paths_in(metadata):
             if "consolidated_metadata" in path and len(path) > 3 and hash_of(name, path) % 8:
-                continue  # the same again: a few will do
+                continue  # copies of the arrays' own metadata, of which a few are enough
             if "_crc32c" in name and hash_of(path, name) % 4:
-                continue  # as the arrays of times are
+                continue  # these arrays are like those of times
             number = hash_of(path, name) % (2 * len(LIES))
             gone = number >= len(LIES)
             lie = LIES[number % len(LIES)]
@@ -195,7 +195,7 @@ def test_strange_metadata(one_store: Files, catalogue: Catalogue) -> None:
 
 
 def test_edited_attributes_on_the_command_line(one_store: Files, catalogue: Catalogue) -> None:
-    """What a store says of itself is shown and handed on: it may be anything."""
+    """A store's own attributes are shown and copied to exports; they may contain anything."""
     group = json.loads(one_store["x.zarr/zarr.json"])
     commands = (
         (["info", "x.zarr"], lambda answer: bool(answer["out"])),
@@ -231,7 +231,7 @@ def test_damaged_stores_on_the_command_line(one_store: Files, catalogue: Catalog
 
 
 def test_strange_files_in_a_store(one_store: Files, catalogue: Catalogue, tmp_path: Path) -> None:
-    """Pipes and devices where files are expected are not waited for, links that go round not followed for ever."""
+    """Pipes and devices in place of files do not block the reader, and circular links are not followed for ever."""
     right = truth(one_store, tmp_path / "sound")
     makers: dict[str, Callable[[Path], None]] = {
         "a pipe": os.mkfifo,
@@ -259,7 +259,7 @@ def test_strange_files_in_a_store(one_store: Files, catalogue: Catalogue, tmp_pa
 
 
 def test_unfinished_stores(one_store: Files, catalogue: Catalogue, mangled: Mangled) -> None:
-    """Under its unfinished name, a damaged store is no better."""
+    """Damage is handled in unfinished stores too."""
 
     def right(answer: Answer) -> bool:
         return not answer["value"]["complete"]

@@ -1,4 +1,4 @@
-"""Video files that are none, or damaged, or would have something else opened."""
+"""Bad video files: not videos at all, damaged, or meant to make the reader open something else."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ENDINGS = (
 
 
 def accounted_for(answer: Answer) -> bool:
-    """What came is of the size promised, and what did not come is told. Damage may show in the pixels."""
+    """Frames have the promised size, and missing ones are reported. Damage may show in the pixels."""
     value = answer["value"]
     return bool(value["sizes_agree"] and (value["frames"] == value["promised"] or value["losses"]))
 
@@ -70,7 +70,7 @@ def test_damaged_clips(kind: str, clips: dict[str, bytes], catalogue: Catalogue,
     for seed in range(25):
         data = mangled(whole, random.Random(seed))
         catalogue.read(f"mangled {seed}", "source", name, {name: data}, right=accounted_for)
-    for seed in range(15):  # its first bytes tell most
+    for seed in range(15):  # the first bytes matter most
         data = mangled(whole[:800], random.Random(seed)) + whole[800:]
         catalogue.read(f"start mangled {seed}", "source", name, {name: data}, right=accounted_for)
     for length in (1, 4, 8, 12, 32, 100, len(whole) // 2, len(whole) - 1):
@@ -124,7 +124,7 @@ LISTS = {
 
 
 def test_lists_of_other_files_are_no_videos(clips: dict[str, bytes], catalogue: Catalogue) -> None:
-    """A downloaded "video" shall not have other files read, nor an address asked, nor be waited for."""
+    """A downloaded "video" must not make other files be read, addresses be contacted, or the reader wait for ever."""
     for name, text in LISTS.items():
         for ending in ("mp4", "m3u8", "txt"):
             files = {f"x.{ending}": text.format(name=f"x.{ending}").encode(), "clip.ts": clips["ts h264"]}
@@ -134,7 +134,7 @@ def test_lists_of_other_files_are_no_videos(clips: dict[str, bytes], catalogue: 
 
 
 def boxes(*parts: tuple[bytes, int | None, bytes]) -> bytes:
-    """MP4 boxes: kind, length or the right one, contents."""
+    """MP4 boxes from (kind, length, contents); length None: the right one."""
     return b"".join(
         (len(body) + 8 if length is None else length).to_bytes(4, "big") + kind + body for kind, length, body in parts
     )
@@ -196,6 +196,6 @@ def test_damaged_clips_on_the_command_line(
             command = ["run", name, "-o", output, *run]
             catalogue.call(f"{kind} {seed}", command, {name: data}, right=lambda answer: answer["err"] == "")
         half = clips[kind][: len(clips[kind]) // 2]
-        right = bool if name == "x.ts" else None  # a transport stream does not tell how long it is
+        right = bool if name == "x.ts" else None  # a transport stream does not say how long it is
         catalogue.call(f"half of {kind}", ["run", name, "-o", "a.zarr", *run], {name: half}, right=right)
     catalogue.judge(70)

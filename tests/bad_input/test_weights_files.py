@@ -1,4 +1,4 @@
-"""Weights files that are none, that lie, or that would run code."""
+"""Bad weights files: not weights at all, lying, or meant to run code."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def state(tiny: str) -> dict[str, torch.Tensor]:
 
 
 def is_network(answer: Answer) -> bool:
-    """Damage may just show in the numbers: neither kind of file has checksums of them that its readers look at."""
+    """Whether the network was recognised. Damage to its numbers may go unnoticed, as no reader checks checksums."""
     return answer["value"]["model"] == "FlowNet2S"
 
 
@@ -180,7 +180,7 @@ def test_no_weights_at_all(ending: str, catalogue: Catalogue) -> None:
 
 
 class Runs:
-    """Unpickling it calls a function."""
+    """A pickle that calls a function when it is loaded."""
 
     def __init__(self, function: str, *arguments: object) -> None:
         self.call = function, arguments
@@ -219,7 +219,7 @@ RUNNING = (
 
 
 def zipped(pickled: bytes, packing: int = zipfile.ZIP_STORED, **beside: bytes) -> bytes:
-    """A checkpoint as torch writes them."""
+    """A checkpoint in torch's present format."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", packing) as archive:
         for name, data in {"data.pkl": pickled, "version": b"3\n", "byteorder": b"little", **beside}.items():
@@ -228,14 +228,14 @@ def zipped(pickled: bytes, packing: int = zipfile.ZIP_STORED, **beside: bytes) -
 
 
 def legacy(pickled: bytes, after: bytes = b"") -> bytes:
-    """As torch wrote them before 1.6."""
+    """A checkpoint in the format of torch before 1.6."""
     system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
     head = [pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, system)]
     return b"".join(head) + pickled + (after or pickle.dumps([], 2))
 
 
 def tarred(pickled: bytes) -> bytes:
-    """As torch wrote them before 0.1.10."""
+    """A checkpoint in the format of torch before 0.1.10."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as archive:
         for name in ("sys_info", "pickle", "tensors", "storages"):
@@ -248,7 +248,7 @@ def tarred(pickled: bytes) -> bytes:
 def test_nothing_in_a_checkpoint_is_executed(catalogue: Catalogue) -> None:
     for runs in RUNNING:
         pickled = runs.pickled()
-        within = b"\x80\x02}(X\x0a\0\0\0state_dict" + pickled[2:-1] + b"u."  # where the tensors should be
+        within = b"\x80\x02}(X\x0a\0\0\0state_dict" + pickled[2:-1] + b"u."  # the call is where tensors should be
         for kind, data in {
             "bare": pickled,
             "in a zip": zipped(pickled),
@@ -322,9 +322,9 @@ def test_checkpoints_of_something_else(catalogue: Catalogue, state: dict[str, to
             try:
                 files = {"x.pth.tar": saved(content, new)}
             except (RuntimeError, RecursionError, NotImplementedError):
-                continue  # torch itself does not save this one
+                continue  # torch itself cannot save it
             catalogue.read(f"{name}, zip {new}", "weights", "x.pth.tar", files)
-            right = bool if name.startswith("a tensor more") else None  # info does not build the network
+            right = bool if name.startswith("a tensor more") else None  # accepted, as info does not build the network
             catalogue.call(f"{name}, zip {new}", ["info", "x.pth.tar"], files, right=right)
     for name, data in odd_checkpoints(saved(state)):
         catalogue.read(name, "weights", "x.pth.tar", {"x.pth.tar": data})
@@ -362,7 +362,7 @@ def odd_checkpoints(whole: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def test_pickles_that_never_end(catalogue: Catalogue) -> None:
-    """Some hundred bytes that torch's own unpickler, told to load nothing but weights, works on for ever."""
+    """Small files on which torch's own unpickler would work for ever, even with ``weights_only``."""
     for name, pickled in endless_pickles().items():
         data = b"\x80\x02" + pickled
         sound = [pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {}, {}, [])]
@@ -399,7 +399,7 @@ def endless_pickles() -> dict[str, bytes]:
 
 
 def storage(size: int) -> bytes:
-    """The pickle of {"x": tensor} whose storage says how many values it has."""
+    """The pickle of {"x": tensor} whose storage claims to have ``size`` values."""
     number = pickle.dumps(size, 2)[2:-1]
     reference = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\0" + b"0X\3\0\0\0cpu" + number + b"tQ"
     shape = b"K\0" + number + b"\x85K\1\x85\x89ccollections\nOrderedDict\n)R"

@@ -1,4 +1,4 @@
-"""How many cases the catalogue has; the last file of its folder by name, and so the last to run."""
+"""Counts the catalogue's cases. By its name this is the last file of the folder, so it runs last."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-CASES = 2000  # by what is asked, of which bytes: one that is given twice counts once
+CASES = 2000  # different ones: the same task on the same bytes counts once
 HERE = Path(__file__).parent
 
 

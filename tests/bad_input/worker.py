@@ -1,8 +1,8 @@
-"""Runs bad input, case by case, in a process that may die of it. Started by ``conftest.py``; no test module.
+"""Runs cases of bad input in a process that may die of them. Started by ``conftest.py``; not a test module.
 
-One line of JSON comes in for each case and one goes out. A case has a time and a room in memory; who takes longer is
-ended with every thread's stack in ``--stacks``. What reaches descriptors 1 and 2 is what a user would see: C libraries
-that talk are caught as well.
+For each case, one line of JSON comes in and one goes out. A case has limits of time and memory; if it takes longer, the
+process ends and writes every thread's stack to the file ``stacks``. Output is captured at descriptors 1 and 2, so it
+includes what C libraries print.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import av  # noqa: F401  (everything heavy is loaded once, before the memory is counted)
+import av  # noqa: F401  (heavy modules are loaded once, before memory is measured)
 import numpy as np
 import PIL.Image
 import torch
@@ -43,10 +43,10 @@ from flowreel.sinks.two_stream import read_two_stream
 
 Answer = dict[str, Any]
 
-JOIN_S = 10.0  # for threads that a case leaves behind: they end by themselves within one item's work
-LASTING = ("asyncio", "zarr")  # zarr-python's own threads begin so; they stay for the life of the process
+JOIN_S = 10.0  # how long to wait for threads that a case leaves behind: they may still finish an item
+LASTING = ("asyncio", "zarr")  # name prefixes of zarr-python's own threads, which never end
 GARBAGE_BYTES = 200 << 20
-MOST_FRAMES = 200  # of a source; no case is meant to have more
+MOST_FRAMES = 200  # read of a source; no case is meant to have more
 
 
 def digest(arrays: Iterable[Any]) -> str:
@@ -68,7 +68,7 @@ def weights_facts(path: str) -> Answer:
 
 
 def store_facts(path: str) -> Answer:
-    """Every flow and number of a store that is finished, once ``check`` has been through it and found what it found."""
+    """What a store holds: for a finished one, a digest of all flows and numbers, read after ``check``."""
     store = sinks.open_store(path)
     problems = [str(problem) for problem in store.check()]
     facts: Answer = {"problems": problems[:5], "complete": store.complete, "flows": len(store)}
@@ -119,7 +119,7 @@ def perform(case: Answer) -> Answer:
 
 
 class Watched:
-    """The rest of the process around one case: descriptors, threads, time, memory."""
+    """Watches what happens in the process during a case: output, threads, time, memory."""
 
     def __init__(self, scratch: Path, room_bytes: int) -> None:
         self._scratch = scratch
@@ -160,12 +160,12 @@ class Watched:
         return answer
 
     def _memory(self) -> int:
-        """Bytes in use now; the peak is counted from here."""
+        """Bytes in use now; also restarts the kernel's count of the peak."""
         Path("/proc/self/clear_refs").write_text("5")
         return status("VmRSS")
 
     def _kept(self) -> int:
-        """Bytes of address space beyond those at the start, garbage collected if they look like many."""
+        """Bytes of address space beyond those at the start, after garbage collection if they are many."""
         if status("VmSize") - self._size > GARBAGE_BYTES:
             gc.collect()
         return status("VmSize") - self._size
@@ -180,7 +180,7 @@ class Watched:
 
 
 def status(name: str) -> int:
-    """Bytes, from the kernel's account of this process."""
+    """One of the kernel's memory counters of this process, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
@@ -188,7 +188,7 @@ def status(name: str) -> int:
 
 
 def shut_off() -> None:
-    """No case shall ask for anything beyond this machine, nor wait between its tries."""
+    """Keeps cases from using the network and from waiting between tries."""
     nowhere = (checkpoints.Source("a dead link", "https://127.0.0.1:9/x"),)
     checkpoints.CHECKPOINTS = tuple(replace(known, sources=nowhere) for known in checkpoints.CHECKPOINTS)
     download.MANNERS = replace(download.MANNERS, sleep=lambda seconds: None)
@@ -198,9 +198,9 @@ def main(commands: int, answers: int, scratch: str, room_bytes: str) -> None:
     torch.set_num_threads(1)
     typer.main.get_command = functools.cache(
         typer.main.get_command
-    )  # built anew for each call, it takes longest of all
+    )  # building it anew would take most of the time of a call
     PIL.Image.init()
-    silence_pillow()  # as the command line does; what is said beside it is ours
+    silence_pillow()  # as the command line does, so that all other output is ours
     shut_off()
     watched = Watched(Path(scratch), int(room_bytes))
     with os.fdopen(commands) as cases, os.fdopen(answers, "w") as results:
