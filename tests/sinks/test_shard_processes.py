@@ -179,7 +179,7 @@ def test_going_on_with_what_an_earlier_run_left(tmp_path: Path) -> None:
 def test_no_more_memory_than_what_is_under_way(tmp_path: Path) -> None:
     """A long run reuses its shared memory, also when the sink makes the steps itself."""
     sink, shards = opened(tmp_path / "x.zarr")
-    for batch in batches(400):
+    for batch in batches(2 * (MOST_PROCESSES + 2) * SHARD):
         sink.write(batch)
     sink.commit()
     most = len(shards._all) + 1  # shards: one in each process, and the one being filled
