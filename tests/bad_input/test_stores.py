@@ -26,7 +26,7 @@ Mangled = Callable[[bytes, random.Random], bytes]
 Files = dict[str, bytes]
 
 FLOWS, HEIGHT, WIDTH = 5, 6, 8
-KINDS = {"blosc": (1 / 64, "blosc"), "pcodec": (1 / 64, "pcodec"), "lossless": (0, "zstd")}
+KINDS = {"blosc": (1 / 64, "blosc"), "lossless": (0, "zstd")}
 LIES = (
     *(
         None,
