@@ -47,11 +47,14 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("length", [1, 3, 7])
 @pytest.mark.parametrize("max_error", [1 / 64, 1e-6], ids=["int16", "int32"])
 @pytest.mark.parametrize(
-    ("codec", "device", "processes"),
-    [("blosc", "cpu", False), ("blosc", "cuda", False), ("blosc", "cuda", True), ("pcodec2d", "cuda", True)],
+    ("codec", "device", "processes", "length"),
+    [
+        *(("blosc", device, False, length) for device in ("cpu", "cuda") for length in (1, 3, 7)),
+        ("blosc", "cuda", True, 3),  # batches of other lengths: ``test_shard_processes.py``
+        ("pcodec2d", "cuda", True, 3),
+    ],
 )
 def test_the_same_either_way(
     tmp_path: Path,
