@@ -85,14 +85,14 @@ def write_kitti(path: PathLike, flow: npt.NDArray[np.floating[Any]]) -> None:
     Args:
         path: missing parent folders are created.
         flow: (H, W, 2) of any float dtype, pixels, x (right) then y (down). A vector that is unknown (NaN, infinite
-            or beyond 1e9) or beyond the format's range is stored as invalid.
+            or beyond 1e9), masked or beyond the format's range is stored as invalid.
 
     Raises:
         ValueError: another shape, or a dtype that is not a float.
         OutputWriteError: the file cannot be written.
     """
     require_flow(flow)
-    write_flow_file(path, png_pieces(_to_samples(flow)))
+    write_flow_file(path, png_pieces(_to_samples(np.ma.filled(flow, np.nan))))
 
 
 class KittiSink(NumberedFilesSink):

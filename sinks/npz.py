@@ -107,7 +107,8 @@ def write_flow_npz(
 
     Args:
         path: missing parent folders are created.
-        flow: (H, W, 2) of any float dtype, pixels, x (right) then y (down); stored as float32 under ``flow``.
+        flow: (H, W, 2) of any float dtype, pixels, x (right) then y (down); stored as float32 under ``flow``. Masked
+            elements of a masked array become NaN.
         frame, frame_to, timestamp_s, timestamp_to_s: the pair's frames and their times in seconds, each a scalar
             under its own name; None: left out.
 
@@ -118,7 +119,7 @@ def write_flow_npz(
     require_flow(flow)
     beside = {"frame": frame, "frame_to": frame_to, "timestamp_s": timestamp_s, "timestamp_to_s": timestamp_to_s}
     given = {name: value for name, value in beside.items() if value is not None}
-    write_flow_file(path, (_archive(flow, given),))
+    write_flow_file(path, (_archive(np.ma.filled(flow, np.nan), given),))
 
 
 class NpzSink(NumberedFilesSink):

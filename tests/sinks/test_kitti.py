@@ -66,6 +66,13 @@ def test_written_vectors_are_the_nearest_steps(tmp_path: Path) -> None:
     assert np.abs(back - flow[:, ::-1]).max() <= 1 / 128
 
 
+def test_what_is_masked_is_invalid(tmp_path: Path) -> None:
+    flow = np.ma.masked_equal(np.arange(12, dtype=np.float32).reshape(2, 3, 2), 7)
+    write_kitti(tmp_path / "x.png", flow)
+    _, valid = read_kitti(tmp_path / "x.png")
+    assert np.array_equal(valid, [[True, True, True], [False, True, True]])
+
+
 @pytest.mark.parametrize(
     ("vector", "samples"),
     [

@@ -78,6 +78,12 @@ def test_numpy_reads_what_is_written(tmp_path: Path) -> None:
     assert np.array_equal(read_flow_npz(str(tmp_path / "bare.npz")), flow[:, ::-1], equal_nan=True)
 
 
+def test_what_is_masked_is_unknown(tmp_path: Path) -> None:
+    flow = np.ma.masked_greater(some_flow(), 5)
+    write_flow_npz(tmp_path / "x.npz", flow)
+    assert np.array_equal(read_flow_npz(tmp_path / "x.npz"), flow.filled(np.nan), equal_nan=True)
+
+
 def test_the_sink_tells_frames_and_times(tmp_path: Path) -> None:
     flows = torch.from_numpy(np.stack([some_flow(), -some_flow()])).permute(0, 3, 1, 2)
     sink = open_sink(tmp_path / "%06d.npz", SinkConfig())
