@@ -44,6 +44,7 @@ _X264 = {"crf": "18", "preset": "veryfast", "bf": "0", "keyint_min": str(PART)}
 _FALLBACK_RATE = Fraction(25)
 _MATROSKA_TICKS = 1_000  # per second; finer times would be rounded to these, and two could coincide
 _FINEST_TICKS = 60_000  # per second; MPEG-4 part 2 allows 65535, and the usual frame rates divide it
+_LONGEST_TICKS = (1 << 31) - 1  # of one frame: FFmpeg writes no longer one to an .mp4
 _CONVERTS_IN_THREADS = int(av.__version__.split(".")[0]) >= 18  # older PyAVs use one, and have no such argument
 # Meant to look like crf 18; not looked at yet. NVENC's presets use B-frames, for each of which older FFmpegs allow one
 # tick of our fine clock instead of one frame: a frame would be decoded after it is shown, which no container accepts.
@@ -201,7 +202,7 @@ class VideoWriter:
 
 def _ticks_per_second(rate: Fraction) -> int:
     """The finest clock in which a frame at ``rate`` lasts a whole number of ticks, so that no rounding drifts."""
-    times = _FINEST_TICKS // rate.numerator
+    times = min(_FINEST_TICKS // rate.numerator, _LONGEST_TICKS // rate.denominator)
     return rate.numerator * times if times else _FINEST_TICKS
 
 

@@ -191,6 +191,17 @@ def test_players_see_the_average_rate(tmp_path: Path, rate: Fraction | None, suf
 
 
 @pytest.mark.parametrize("name", ["x.mp4", "x.mkv"])
+def test_a_frame_a_day(tmp_path: Path, name: str) -> None:
+    times_s = 86400.0 * np.arange(3)
+    record(
+        tmp_path / name,
+        [batch_of([smooth_flow(0, 16, 16)] * 3, times_s=times_s)],
+        header=info(16, 16, Fraction(1, 86400)),
+    )
+    assert play(tmp_path / name)[1] == pytest.approx(times_s)
+
+
+@pytest.mark.parametrize("name", ["x.mp4", "x.mkv"])
 @pytest.mark.parametrize("count", [1, 2, 6])
 def test_the_last_frame_is_shown_as_long_as_the_others(tmp_path: Path, name: str, count: int) -> None:
     record(tmp_path / name, [batch_of([smooth_flow(0, 16, 16)] * count)])
