@@ -242,7 +242,9 @@ def _places(output: str, video: bool, names: list[str], first: FlowReader) -> tu
     suffix = "" if place.is_dir() else place.suffix.lower()
     if suffix in VIDEO_SUFFIXES:
         return [], [output]
-    if suffix in OTHER_SUFFIXES or "%" in place.name or not output:
+    # A colour picture by the name of a KITTI or two-stream picture would be taken for one.
+    for_flow = bool(suffix) and flow_file_kind(place) not in (None, flow_file_kind("X.png"))
+    if suffix in OTHER_SUFFIXES or for_flow or "%" in place.name or not output:
         raise UnknownOutputError(
             f"expected a folder, X.png, X.mp4 or X.mkv, got {output!r}; flowreel export makes other outputs"
         )

@@ -180,8 +180,6 @@ class FileFlows:
         place = Path(output)
         if "%" in place.name and place.suffix.lower() == self._paths[0].suffix.lower():
             return any(_same(place.parent, folder) for folder in {path.parent for path in self._paths})
-        if place.name.startswith("flow_y_"):  # read along with the x picture of its flow
-            place = place.with_name("flow_x_" + place.name.removeprefix("flow_y_"))
         return any(_same(place, path) for path in self._by_name.get(place.name, ()))
 
     def close(self) -> None:
