@@ -100,11 +100,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path to write to, renamed to ``path`` when the block succeeds and removed when it fails.
 
     Parent folders are created. The temporary name is always the same, so that leftovers of killed runs are replaced
-    and do not pile up.
+    and do not pile up. Raises OutputBusyError while another thread or process writes the same file.
     """
     make_folder(path.parent)
     temporary = partial_path(path)
-    remove_leftover(temporary)
+    claim = claimed_file(temporary, str(path))
     try:
         yield temporary
         publish_file(temporary, path)
@@ -112,6 +112,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+    finally:
+        claim.release()
 
 
 @contextmanager

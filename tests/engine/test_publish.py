@@ -43,6 +43,18 @@ def test_replacing_a_file_is_one_step(tmp_path: Path) -> None:
     assert path.read_bytes() == b"new"
 
 
+def test_one_file_has_one_writer(tmp_path: Path) -> None:
+    """Two of them shared the temporary file: the first to end published what the second had written by then."""
+    path = tmp_path / "file"
+    with publish.atomic_file(path) as file:
+        file.write(b"first")
+        with pytest.raises(OutputBusyError, match=r"file is being written by another run"):
+            publish.publish_bytes(path, b"second")
+    assert path.read_bytes() == b"first"
+    publish.publish_bytes(path, b"third")
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"third"]
+
+
 def test_an_error_inside_the_block_leaves_nothing(tmp_path: Path) -> None:
     def write_half() -> None:
         with publish.atomic_file(tmp_path / "file") as file:
