@@ -8,6 +8,7 @@ power cut between any two of these steps loses nothing that was already publishe
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import secrets
 import shutil
@@ -30,8 +31,11 @@ def partial_path(path: Path) -> Path:
 
 
 def replaced_path(path: Path) -> Path:
-    """Name that an old folder has between its own renaming and that of its successor."""
-    return path.with_name(path.name + ".replaced")
+    """A name for an old folder between its own renaming and that of its successor.
+
+    The random part tells it from a user's own ``X.zarr.replaced``.
+    """
+    return path.with_name(f"{path.name}.{secrets.token_hex(8)}.replaced")
 
 
 def require_absent(path: Path, overwrite: bool) -> None:
@@ -240,14 +244,12 @@ def publish_folder(temporary: Path, path: Path) -> None:
 
 def settle_replaced(path: Path) -> None:
     """Cleans up after a process killed inside ``publish_folder``: puts the old folder back, or deletes it."""
-    aside = replaced_path(path)
-    if not os.path.lexists(aside):
-        return
-    if os.path.lexists(path):
-        remove(aside)
-    else:
-        os.rename(aside, path)
-        sync_folder(path.parent)
+    for aside in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 16}.replaced"):
+        if os.path.lexists(path):
+            remove(aside)
+        else:
+            os.rename(aside, path)
+            sync_folder(path.parent)
 
 
 def claimed_file(path: Path, output: str) -> Claim:

@@ -156,6 +156,17 @@ def test_settle_after_a_death_between_the_renames(
     publish.settle_replaced(path)
 
 
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_folder_of_the_users_is_not_taken_for_one_that_was_replaced(tmp_path: Path, exists: bool) -> None:
+    path = tmp_path / "X.zarr"
+    if exists:
+        fill(path, "current")
+    kept = fill(tmp_path / "X.zarr.replaced", "a copy")
+    publish.publish_folder(fill(publish.partial_path(path), "new"), path)
+    assert (kept / "content").read_text() == "a copy"
+    assert sorted(tmp_path.iterdir()) == [path, kept]
+
+
 def test_folders_without_fsync_are_tolerated_but_io_errors_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(code: int) -> None:
         raise OSError(code, os.strerror(code))

@@ -474,7 +474,7 @@ def test_a_store_that_stepped_aside_for_a_killed_run_is_still_there(tmp_path: Pa
     """
     run(tmp_path / "X.zarr", 5)
     before = contents(tmp_path / "X.zarr")
-    (tmp_path / "X.zarr").rename(tmp_path / "X.zarr.replaced")
+    (tmp_path / "X.zarr").rename(publish.replaced_path(tmp_path / "X.zarr"))
     with pytest.raises(OutputExistsError, match="--overwrite"):
         ZarrSink(str(tmp_path / "X.zarr"), config()).open(INFO)
     assert contents(tmp_path / "X.zarr") == before
