@@ -58,6 +58,7 @@ class RepairReport:
     flows: int = 0  # computed
     seconds: float = 0.0  # of computing and publishing the shards, including opening the source for each group of them
     bytes_written: int = 0
+    arrays: tuple[str, ...] = ()  # ``y`` and ``x`` of a native store that were, or would be, written again
     how: str = ""  # the network and what it ran on, as text
     notes: tuple[str, ...] = ()
 
@@ -109,17 +110,18 @@ def repair(
         if finding.first_flow is not None and finding.last_flow is not None
         for shard in range(finding.first_flow // length, finding.last_flow // length + 1)
     }
-    shards = rewriter.damage(suspected)
+    shards, arrays = rewriter.damage(suspected), rewriter.damaged_places()
     if dry_run or before.sound:
-        return RepairReport(before, shards, before)
+        return RepairReport(before, shards, before, arrays=arrays)
     computed = None
     with rewriter.held():
         if shards:
             computed = _Recomputing(rewriter, source, recorded_config(rewriter, weights, device), progress)
             computed.run(shards)
+        rewriter.restore_places()
         rewriter.remove_leftovers()
     after = verify(store, _reading("verify", progress))
-    report = RepairReport(before, shards, after, rewriter.flows, bytes_written=rewriter.bytes_written)
+    report = RepairReport(before, shards, after, rewriter.flows, bytes_written=rewriter.bytes_written, arrays=arrays)
     if computed is None:
         return report
     return replace(report, seconds=computed.seconds, how=computed.how, notes=tuple(_notes(computed.notes, rewriter)))

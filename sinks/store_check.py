@@ -67,7 +67,7 @@ def check_store(store: FlowStore, progress: Callable[[int], None] | None = None)
     try:
         yield from _check_metadata(store)
         yield from _check_coordinates(store)
-        yield from _check_places(store)
+        yield from (StoreProblem(what) for _, _, what in damaged_places(store))
         yield from _check_flows(store, progress or (lambda flows: None))
         if store.complete and not is_cache:
             yield from _check_files(store)
@@ -172,8 +172,11 @@ def _check_pairs(
     yield from _at(store, same & known, "it begins at another time than the one before ends")
 
 
-def _check_places(store: FlowStore) -> Iterator[StoreProblem]:
-    """For a store of coarse predictions: the arrays that tell other readers where the vectors lie."""
+def damaged_places(store: FlowStore) -> Iterator[tuple[str, Array, str]]:
+    """For a store of coarse predictions: the arrays that tell other readers where the vectors lie.
+
+    Of each that is damaged its name, the values it should hold, and what is wrong with it.
+    """
     layout = store.layout
     if layout.native is None:
         return
@@ -182,12 +185,12 @@ def _check_places(store: FlowStore) -> Iterator[StoreProblem]:
             with open_file(coordinate_chunk(store.folder, name, 0)) as file:
                 places = decompress(file.read(16 * len(expected) + SPARE_BYTES), "blosc", expected.dtype, len(expected))
         except FileNotFoundError:
-            yield StoreProblem(f"chunk 0 of {name} is missing")
+            yield name, expected, f"chunk 0 of {name} is missing"
         except (OSError, DamagedStoreError) as error:
-            yield StoreProblem(f"chunk 0 of {name}: {error}")
+            yield name, expected, f"chunk 0 of {name}: {error}"
         else:
             if not np.array_equal(places, expected):
-                yield StoreProblem(f"{name} does not say where the vectors lie")
+                yield name, expected, f"{name} does not say where the vectors lie"
 
 
 def _at(store: FlowStore, wrong: Array, what: str) -> Iterator[StoreProblem]:

@@ -21,7 +21,9 @@ from flowreel.engine.claims import Claim
 from flowreel.engine.errors import DamagedStoreError, ResumeMismatchError, StoreError
 from flowreel.engine.files import PathLike
 from flowreel.sinks.chunk_pieces import Chunk
+from flowreel.sinks.compressors import compress
 from flowreel.sinks.shard_file import pack_shard
+from flowreel.sinks.store_check import damaged_places
 from flowreel.sinks.store_layout import COORDINATES, check_coordinate, coordinate_chunk, flow_shard, open_file
 from flowreel.sinks.store_metadata import other_settings, other_source
 from flowreel.sinks.store_reader import open_store
@@ -108,6 +110,10 @@ class ShardRewriter:
                 self._damaged[shard] = ShardDamage(shard, flows[0], flows[-1], unreadable, arrays)
         return tuple(self._damaged.values())
 
+    def damaged_places(self) -> tuple[str, ...]:
+        """Which arrays of vector places, ``y`` and ``x`` of a store of coarse predictions, are damaged."""
+        return tuple(name for name, _, _ in damaged_places(self.store))
+
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keeps runs and other repairs from writing this store: by the lock of a run, on the unfinished name beside it.
@@ -192,6 +198,13 @@ class ShardRewriter:
         if batch.index + len(batch) == damage.last_flow + 1:
             self._publish(damage)
             self._forget()
+
+    def restore_places(self) -> None:
+        """Writes damaged arrays of vector places again: their values follow from the metadata."""
+        with publish.write_errors(self.store.path):
+            for name, values, _ in damaged_places(self.store):
+                path = coordinate_chunk(self.store.folder, name, 0)
+                self.bytes_written += publish.publish_bytes(path, compress(values, "blosc"))
 
     def remove_leftovers(self) -> None:
         """Deletes what a killed run or repair left inside the store under a temporary name."""

@@ -57,9 +57,10 @@ def summary(report: RepairReport, dry_run: bool = False) -> list[str]:
     """What was wrong and what was done about it."""
     if report.before.sound:
         return []
+    again = [*map(str, report.shards), *report.arrays]
     if dry_run:
-        return [f"to be made again: {shard}" for shard in report.shards] or ["nothing that can be computed again"]
-    lines = [*_lines(report.before), *(f"made again: {shard}" for shard in report.shards)]
+        return [f"to be made again: {one}" for one in again] or ["nothing that can be computed again"]
+    lines = [*_lines(report.before), *(f"made again: {one}" for one in again)]
     if report.shards:
         flows, shards = plural(report.flows, "flow"), plural(len(report.shards), "shard")
         lines += [

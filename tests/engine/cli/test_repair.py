@@ -55,6 +55,16 @@ def test_a_dry_run_then_the_repair_then_nothing_to_do(capsys: Capture) -> None:
     assert capsys.readouterr() == ("a.zarr: sound, 6 flows of 64x64\n", "")
 
 
+def test_arrays_that_need_no_source(capsys: Capture) -> None:
+    """Only a dry run, and the repair of a store whose flow is sound, read no source at all."""
+    flowreel.run(SOURCE, "n.zarr", weights="tiny.safetensors", resolution="native")
+    Path("n.zarr/y/c/0").unlink()
+    assert call(["repair", "n.zarr", "nowhere", "--dry-run"]) == 1
+    assert capsys.readouterr() == ("n.zarr: chunk 0 of y is missing\n", "to be made again: y\n")
+    assert call(["repair", "n.zarr", "nowhere"]) == 0
+    assert "made again: y\n" in capsys.readouterr().err
+
+
 def test_quiet(capsys: Capture) -> None:
     assert call(["repair", "a.zarr", SOURCE, "--weights", "tiny.safetensors", "-q"]) == 0
     assert capsys.readouterr() == ("", "")
