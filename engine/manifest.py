@@ -1,7 +1,8 @@
 """The outcome of each of many sources, in a file beside their outputs: the next run that reads it does what is left.
 
 The file is replaced atomically at every change, by one run at a time. It also records how outputs were made that do not
-record it themselves, which is all but stores.
+record it themselves, which is all but stores. The next run may be started in another folder: names under ``made`` are
+relative to the manifest, and the others, which are as given, to ``folder``, which is relative to the manifest.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from flowreel.engine.errors import OutputBusyError, OutputExistsError, OutputWri
 from flowreel.engine.outputs import is_finished
 from flowreel.engine.protocols import Resumable, Sink
 from flowreel.engine.publish import publish_bytes
+from flowreel.engine.sources.kinds import is_synthetic
 from flowreel.sinks import open_sink
 
 if TYPE_CHECKING:
@@ -72,6 +74,7 @@ class Ledger:
 
     def __init__(self, path: Path, jobs: list[Job]) -> None:
         self.path = path
+        self._folder = os.path.realpath(path.parent)
         self._jobs = jobs
         self._reports: dict[str, SourceReport] = {}
         self._former, self._made = _former(path)
@@ -95,7 +98,9 @@ class Ledger:
 
     def note(self, report: SourceReport) -> None:
         """Replaces the source's report and writes the manifest."""
+        self._hold()
         self._reports[report.source] = report
+        self._former.pop(_place(report.source), None)
         self.write()
 
     def write(self, ended: bool = False) -> None:
@@ -104,9 +109,10 @@ class Ledger:
         content = {
             FORMAT: 1,
             "ended": ended,
+            "folder": os.path.relpath(os.getcwd(), self._folder),
             "sources": [report.as_json() for report in self.reports],
             "not_reached": [job.source for job in self._jobs if not self.has(job)],
-            "earlier": [entry for source, entry in self._former.items() if source not in self._reports],
+            "earlier": list(self._former.values()),
             "made": self._made,
         }
         try:
@@ -138,35 +144,43 @@ class Ledger:
         return [sink for sink in sinks if self._is_finished(sink)]
 
     def _is_finished(self, sink: Sink) -> bool:
-        flows = self._made.get(sink.path, {}).get("flows")
+        flows = self.made(sink.path).get("flows")
         return (isinstance(sink, Resumable) or isinstance(flows, int)) and is_finished(sink, flows or 0)
 
     def made(self, path: str) -> Mapping[str, Any]:
         """How a finished output was made."""
-        return self._made.get(path, {})
+        return self._made.get(os.path.relpath(_place(path), self._folder), {})
 
     def remember(self, paths: list[str], made: dict[str, Any]) -> None:
         """Records how finished outputs were made. Written to the file with the next ``note``."""
         self._hold()
-        self._made |= dict.fromkeys(paths, made)
+        self._made |= {os.path.relpath(_place(path), self._folder): made for path in paths}
 
     def flows_before(self, job: Job) -> int | None:
         """Flows of a source that is done according to the former manifest; None where it is not."""
-        entry = self._former.get(job.source, {})
+        entry = self._former.get(_place(job.source), {})
         flows = entry.get("flows")
         return flows if entry.get("status") in ("done", "skipped") and isinstance(flows, int) else None
 
     def left_unfinished(self, job: Job) -> bool:
         """Whether unfinished outputs of this source were left by the run that wrote the former manifest."""
-        entry = self._former.get(job.source, {})
+        entry = self._former.get(_place(job.source), {})
         ended_early = entry.get("status") in ("interrupted", "failed") and entry.get("began") is True
-        return ended_early and set(job.outputs) <= set(entry.get("outputs", ()))
+        return ended_early and {*map(_place, job.outputs)} <= {*map(_place, entry.get("outputs", ()))}
 
 
-def _former(path: Path) -> tuple[Mapping[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-    """What an earlier run recorded: entries by source, and how outputs were made, by path.
+def _place(name: str) -> str:
+    """The same for every name of a source or output, from whichever folder. A link itself is not followed."""
+    folder, last = os.path.split(os.path.abspath(name))
+    return name if is_synthetic(name) else os.path.join(os.path.realpath(folder), last)
 
-    Raises OutputExistsError for a file that is no manifest of ours.
+
+def _former(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """What an earlier run recorded: entries by the ``_place`` of their source, and how outputs were made, by their path
+    relative to the manifest.
+
+    The names in the entries are turned into those from the present working folder. Raises OutputExistsError for a file
+    that is no manifest of ours.
     """
     odd = os.path.exists(path) and not os.path.isfile(path)  # a folder, or a device, which could be read for ever
     try:
@@ -177,12 +191,21 @@ def _former(path: Path) -> tuple[Mapping[str, dict[str, Any]], dict[str, dict[st
         content = None
     if not isinstance(content, dict) or FORMAT not in content or not isinstance(content.get("sources"), list):
         raise OutputExistsError(f"{path} exists and is not a flowreel manifest: name another with --manifest")
+    working = os.path.join(os.path.realpath(path.parent), str(content.get("folder", os.getcwd())))
+
+    def here(name: object) -> str:
+        text = str(name)
+        return text if os.path.isabs(text) or is_synthetic(text) else os.path.relpath(os.path.join(working, text))
+
+    def listed(names: object) -> list[str]:
+        return [here(name) for name in names] if isinstance(names, list) else []
+
     earlier, made = content.get("earlier"), content.get("made")  # earlier: of sources that run did not reach
     entries = [
-        entry
+        entry | {"source": here(entry.get("source")), "outputs": listed(entry.get("outputs"))}
         for entry in (*(earlier if isinstance(earlier, list) else ()), *content["sources"])
         if isinstance(entry, dict)
     ]
     told = made.items() if isinstance(made, dict) else ()
     how = {name: value for name, value in told if isinstance(value, dict) and isinstance(value.get("source"), dict)}
-    return {str(entry.get("source")): entry for entry in entries}, how
+    return {_place(entry["source"]): entry for entry in entries}, how

@@ -160,6 +160,33 @@ def test_outputs_by_a_longer_name_are_known_to_be_done(tiny: str) -> None:
     assert statuses(run_many(sources, outputs, weights=tiny)) == ["skipped"] * 2
 
 
+def test_the_same_again_from_another_folder(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or after everything moved together."""
+    clip("all/in/a.mp4")
+    clip("all/in/b.mp4", 4)
+    scene = "synthetic:objects?size=64x64&frames=2"
+    monkeypatch.chdir("all")
+    with pytest.raises(KeyboardInterrupt):
+        run_many(["in/a.mp4", scene, "in/b.mp4"], [VIDEO, FLO], weights=tiny, progress=interrupt_at(3))
+    assert manifest()["folder"] == ".."
+    monkeypatch.chdir("..")
+    Path("all").rename("moved")
+    Path("moved/out/b").mkdir(exist_ok=True)
+    Path("moved/out/b/0000.flo").touch()  # as if that run had been killed while it named its files
+    outputs = [f"moved/{template}" for template in (VIDEO, FLO)]
+    report = run_many(["moved/in/a.mp4", scene, "moved/in/b.mp4"], outputs, weights=tiny)
+    assert [(source.status, source.flows) for source in report.sources] == [("skipped", 2), ("skipped", 1), ("done", 3)]
+    here = [str(Path(output).absolute()) for output in outputs]
+    assert statuses(run_many([str(Path("moved/in/b.mp4").absolute())], here, weights=tiny)) == ["skipped"]
+    assert [entry["source"] for entry in manifest("moved/out/flowreel-manifest.json")["earlier"]] == [
+        "moved/in/a.mp4",
+        scene,
+    ]
+    monkeypatch.chdir("moved/in")
+    outputs = [f"../{template}" for template in (VIDEO, FLO)]
+    assert statuses(run_many(["a.mp4", scene, "b.mp4"], outputs, weights=tiny)) == ["skipped"] * 3
+
+
 @pytest.mark.parametrize("template", [STORE, VIDEO, FLO])
 def test_another_source_of_the_same_name_is_not_taken_for_done(
     template: str, tiny: str, loads: list[ModelConfig]
@@ -458,7 +485,7 @@ def test_a_file_that_is_no_manifest_is_left_alone(content: str, tiny: str) -> No
     assert Path("notes.json").read_text() == content
 
 
-@pytest.mark.parametrize("made", [[], {"out/a.mkv": 7}, {"out/a.mkv": {"flows": 2}}, {"out/a.mkv": {"source": "x"}}])
+@pytest.mark.parametrize("made", [[], {"a.mkv": 7}, {"a.mkv": {"flows": 2}}, {"a.mkv": {"source": "x"}}])
 def test_what_a_manifest_does_not_rightly_tell_is_not_known(made: Any, tiny: str) -> None:
     run_many([clip("a.mp4")], VIDEO, weights=tiny)
     Path("out/flowreel-manifest.json").write_text(json.dumps(manifest() | {"made": made}))
