@@ -87,8 +87,9 @@ class VideoWriter:
         self._padding = ((0, height % 2), (0, width % 2), (0, 0))
         self._to_yuv = VideoReformatter()
         container_format, options = CONTAINERS[suffix]
-        # The unfinished name does not reveal the format, so it is given.
-        self._container = av.open(str(path), "w", format=container_format, options=options)
+        # The unfinished name does not reveal the format, so it is given. The prefix keeps FFmpeg from taking
+        # "take:2.mp4" for a URL.
+        self._container = av.open(f"file:{path}", "w", format=container_format, options=options)
         try:
             self._open_stream(rate, height + height % 2, width + width % 2)
         except BaseException:

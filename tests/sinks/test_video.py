@@ -140,6 +140,14 @@ def test_frames_times_and_colours(tmp_path: Path, name: str) -> None:
     assert difference(pictures[0], colors_of(flows[1], 4.0)) > 20  # the test can tell flows apart
 
 
+@pytest.mark.parametrize("name", ["12:30.mp4", "file:x.mkv"])
+def test_a_name_like_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    record(Path(name), [batch_of([smooth_flow(0, 16, 16)])])
+    assert names(tmp_path) == [name]
+    assert len(play(tmp_path / name)[0]) == 1
+
+
 @pytest.mark.parametrize("direction", [(1, 0), (0, 1), (-1, 0), (0, -1), (0, 0)])
 def test_flat_colours_are_the_wheels(tmp_path: Path, direction: tuple[int, int]) -> None:
     flow = np.empty((2, 32, 32), np.float32)
