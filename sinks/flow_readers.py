@@ -232,14 +232,18 @@ class FileFlows:
 
 
 def _kept_times(paths: Sequence[Path], read_times: Callable[[Path], PairTimes | None]) -> list[PairTimes] | None:
-    """The times that all of the files hold; None if one holds none, is damaged, or does not follow the one before."""
+    """The times that all of the files hold; None if one holds none, is damaged, does not follow the one before, or has
+    times that run the other way than its frames."""
     kept: list[PairTimes] = []
     for path in paths:
         try:
             times = read_times(path)
         except FlowreelError:
             return None  # told when its flow is read
-        if times is None or (kept and times[2] <= kept[-1][2]):
+        if times is None or (kept and any(now <= then for now, then in zip(times, kept[-1], strict=True))):
+            return None
+        frame, frame_to, time_s, time_to_s = times
+        if frame == frame_to or (frame_to - frame) * (time_to_s - time_s) < 0:
             return None
         kept.append(times)
     return kept

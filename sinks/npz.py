@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from flowreel.engine.config import MOST_FRAMES
 from flowreel.engine.errors import FlowFileError
 from flowreel.engine.files import PathLike
 from flowreel.sinks.numbered import (
@@ -78,7 +79,8 @@ def read_flow_npz(path: PathLike) -> Float32Array:
 
 
 def read_npz_times(path: PathLike) -> tuple[int, int, float, float] | None:
-    """The pair's frame numbers and times in seconds that an ``.npz`` of ours holds; None unless all four are there.
+    """The pair's frame numbers and times in seconds that an ``.npz`` of ours holds; None unless all four are there, and
+    the numbers are whole.
 
     Raises SourceNotFoundError or FlowFileError, as ``read_flow_npz`` does.
     """
@@ -90,6 +92,8 @@ def read_npz_times(path: PathLike) -> tuple[int, int, float, float] | None:
         except _BROKEN as error:
             raise FlowFileError(f"{name}: its times are damaged ({str(error)[:SHOWN]})") from error
     if frame is None or frame_to is None or timestamp_s is None or timestamp_to_s is None:
+        return None
+    if not all(0 <= number <= MOST_FRAMES and number.is_integer() for number in (frame, frame_to)):
         return None
     return int(frame), int(frame_to), timestamp_s, timestamp_to_s
 

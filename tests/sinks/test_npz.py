@@ -43,8 +43,9 @@ def zipped(path: Path, how: int = zipfile.ZIP_DEFLATED, **entries: bytes) -> Pat
 @pytest.mark.parametrize(
     "frame",
     [npy("<i8", (10**12,), data=bytes(8)), npy("<i8", (1,), data=bytes(8)), npy("|O", (), data=bytes(8)),
-     npy("<f8", (), data=struct.pack("<d", math.nan)), npy("<i8", (), data=bytes(8), more=2000), b"\x93NUMPY\x02\x00"],
-    ids=["huge", "an array", "an object", "NaN", "long", "another version"],
+     npy("<f8", (), data=struct.pack("<d", math.nan)), npy("<i8", (), data=bytes(8), more=2000), b"\x93NUMPY\x02\x00",
+     *(npy("<f8", (), data=struct.pack("<d", number)) for number in (1e300, -1, 1.5))],
+    ids=["huge", "an array", "an object", "NaN", "long", "another version", "beyond 64 bits", "negative", "a fraction"],
 )  # fmt: skip
 def test_what_is_no_frame_number_is_not_read(tmp_path: Path, frame: bytes) -> None:
     """An invalid frame number is ignored, and no memory is allocated for the size that its header claims."""

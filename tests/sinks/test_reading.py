@@ -196,11 +196,11 @@ def test_every_kind_of_file_comes_back(tmp_path: Path, pattern: str, tolerance: 
     assert np.array_equal(read_all(open_flows(one, bound=5.0))[0][0], back[0])
 
 
-def npz_files(folder: Path, times: list[tuple[int, float] | None]) -> Path:
-    """One file per (frame, time), each pair 4 frames and 0.1 s apart; None: a file without frames and times."""
+def npz_files(folder: Path, times: list[tuple[int, float] | None], gap: int = 4) -> Path:
+    """One file for each pair of frames ``gap`` apart, a tenth of a second apart; None: without any of that."""
     for number, pair in enumerate(times):
         frame, time_s = pair or (0, 0.0)
-        beside = {"frame": frame, "frame_to": frame + 4, "timestamp_s": time_s, "timestamp_to_s": time_s + 0.1}
+        beside = {"frame": frame, "frame_to": frame + gap, "timestamp_s": time_s, "timestamp_to_s": time_s + 0.1}
         write_flow_npz(folder / f"{number}.npz", some_flow(), **(beside if pair else {}))  # type: ignore[arg-type]
     return folder
 
@@ -217,13 +217,18 @@ def test_npz_files_keep_their_times(tmp_path: Path) -> None:
     assert open_flows(tmp_path, frame_rate=50).info.frame_rate == 50
 
 
-@pytest.mark.parametrize("second", [None, (8, 7.5), (12, 7.4), (12, math.nan)], ids=str)
+@pytest.mark.parametrize("second", [None, (8, 7.5), (12, 7.4), (12, math.nan), (8, 7.6)], ids=str)
 def test_times_that_do_not_follow_each_other_are_not_read(tmp_path: Path, second: tuple[int, float] | None) -> None:
     reader = open_flows(npz_files(tmp_path, [(8, 7.5), second]))
     assert not reader.has_times
     assert reader.notes == ["the flow files carry no times: 25 frames per second are assumed"]
     (batch,) = reader
     assert (batch.frame.tolist(), batch.timestamp_s.tolist()) == ([0, 1], [0, 0.04])
+
+
+@pytest.mark.parametrize("gap", [0, -4])
+def test_times_that_contradict_the_frames_are_not_read(tmp_path: Path, gap: int) -> None:
+    assert not open_flows(npz_files(tmp_path, [(8, 7.5), (12, 7.6)], gap)).has_times
 
 
 def test_kittis_own_names_count_where_there_is_nothing_else(data_dir: Path) -> None:
