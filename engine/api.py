@@ -350,7 +350,8 @@ def _with_others(
     outputs, notes = list(report.outputs), list(report.notes)
     if report.pairs:
         notes.append(f"continued after {resumed.point.flows} flows of an earlier run")
-    options = {name: getattr(config.sink, name) for name in ("max_flow", "encoder", "bound")}
+    names = ("max_error", "codec", "shard_bytes", "max_flow", "encoder", "bound")
+    options = {name: getattr(config.sink, name) for name in names}
     options["queue_mb"] = config.queues.total_bytes / (1 << 20)
     for path in paths:
         if path == resumed.store.path:

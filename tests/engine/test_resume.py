@@ -105,6 +105,16 @@ def test_a_store_by_a_longer_name_is_not_taken_for_another_output(tiny: str) -> 
     assert contents("X.zarr") == contents("whole.zarr")
 
 
+def test_a_second_store_is_kept_as_it_was_asked_for(tiny: str) -> None:
+    options: dict[str, Any] = {"weights": tiny, "shard_bytes": SHARD_BYTES, "max_error": 0, "codec": "zstd"}
+    pictures("frames", 0, 12)
+    cut_run("frames", ["X.zarr", "Y.zarr"], 5, **options)
+    flowreel.run("frames", ["X.zarr", "Y.zarr"], resume=True, **options)
+    first, second = open_store("X.zarr"), open_store("Y.zarr")
+    assert (second.layout.codec, second.shard_length) == (first.layout.codec, first.shard_length)
+    assert np.array_equal(second[:], first[:])
+
+
 def test_a_short_download_that_was_cut_goes_on_when_all_of_it_is_there(tiny: str, clip: Callable[..., Path]) -> None:
     """Less than the first MiB of a file, by which a source is recognised, was there at first."""
     options: dict[str, Any] = {"weights": tiny, "shard_bytes": SHARD_BYTES, "batch": 4}
