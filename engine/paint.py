@@ -26,6 +26,7 @@ from flowreel.engine.files import PathLike
 from flowreel.engine.options import ColorOptions
 from flowreel.engine.outputs import OutputReport, ProgressHook, commit, opened_sinks, output_report, teller
 from flowreel.engine.pipeline import Pipeline
+from flowreel.engine.places import require_outside_stores
 from flowreel.engine.protocols import FlowReader, Sink
 from flowreel.engine.stages import StageStatistics
 from flowreel.sinks import ColorPictures, flow_file_kind, frame_rate_of, is_store, open_flows, open_sink, without_effect
@@ -99,6 +100,7 @@ def color(
         ]
         titles = [title for reader in readers for title in _picture_names(reader)]
         pictures, videos = _places(os.fspath(output), video, titles, readers[0])
+        require_outside_stores(output)
         _require_free([*pictures, *videos], readers, config.sink.overwrite)
         sinks = [open_sink(path, config.sink) for path in videos]
         info = readers[0].info

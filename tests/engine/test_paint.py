@@ -209,6 +209,7 @@ def test_what_is_there_is_kept_unless_asked(folder: Path) -> None:
         ("flows", "out/%06d.png", {}, UnknownOutputError, "expected a folder"),
         ("flows", "out.zarr", {}, UnknownOutputError, "expected a folder"),
         ("flows", "store.zarr", {}, UnknownOutputError, r"store\.zarr is a flow store"),
+        ("flows", "store.zarr/out", {}, UsageError, "inside the store"),
         ("flows", "out.zarr.partial", {}, UnknownOutputError, r"out\.zarr\.partial is .* named like one"),
         ("flows", "out.gif", {}, UnknownOutputError, "expected a folder"),
         ("flows/8.flo", "out.kitti.png", {}, UnknownOutputError, "export makes other"),
