@@ -110,8 +110,8 @@ def run_many(
     given = [sources] if isinstance(sources, str | os.PathLike) else sources
     templates = _templates(outputs)
     jobs = _jobs([os.fspath(source) for source in given], templates)
-    for path in jobs[0].outputs:
-        open_sink(path, config.sink)  # writes nothing yet, but rejects an unknown format at once
+    for path in (path for job in jobs for path in job.outputs):
+        open_sink(path, config.sink)  # writes nothing yet, but rejects an impossible name at once
     with closing(Ledger(_manifest_path(manifest, templates), jobs)) as ledger:
         _run_each(jobs, config, ledger, progress)
         ledger.write(ended=True)

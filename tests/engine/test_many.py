@@ -408,6 +408,7 @@ def test_a_cut_source_stays_unfinished(tiny: str) -> None:
         (["a.mp4", "b.mp4"], [STORE, "x.mp4"], UsageError, "x.mp4"),
         (["a.mp4", "b.mp4"], [], UsageError, "at least one output"),
         (["a.mp4", "b.mp4"], "{stem}.gif", UnknownOutputError, ".zarr"),
+        (["a.mp4", "take%d.mp4"], "{stem}_%d.flo", UnknownOutputError, "take%d_%d.flo"),
         (["in/a.mkv", "b.mp4", "a.mp4"], STORE, UsageError, "in/a.mkv and a.mp4"),
         (["a.mp4", "a.mp4"], STORE, UsageError, "a.mp4 and a.mp4"),
         (["-", "stdin.mp4"], STORE, UsageError, "- and stdin.mp4"),
