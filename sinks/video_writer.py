@@ -44,7 +44,7 @@ _X264 = {"crf": "18", "preset": "veryfast", "bf": "0", "keyint_min": str(PART)}
 _FALLBACK_RATE = Fraction(25)
 _MATROSKA_TICKS = 1_000  # per second; finer times would be rounded to these, and two could coincide
 _FINEST_TICKS = 60_000  # per second; MPEG-4 part 2 allows 65535, and the usual frame rates divide it
-_LONGEST_TICKS = (1 << 31) - 1  # of one frame: FFmpeg writes no longer one to an .mp4
+_LONGEST_TICKS = (1 << 31) - 2  # of one frame: FFmpeg writes no longer one to an .mp4
 _CONVERTS_IN_THREADS = int(av.__version__.split(".")[0]) >= 18  # older PyAVs use one, and have no such argument
 # Meant to look like crf 18; not looked at yet. NVENC's presets use B-frames, for each of which older FFmpegs allow one
 # tick of our fine clock instead of one frame: a frame would be decoded after it is shown, which no container accepts.
@@ -191,13 +191,16 @@ class VideoWriter:
             self._container.close()
 
     def _tick(self, time_s: float) -> int:
-        """Presentation time in ticks, from 0. Always later than the one before, or players refuse the file."""
+        """Presentation time in ticks, from 0. Always later than the one before, or players refuse the file.
+
+        A frame that would be shown for too long ends early, and so do the next ones until they are in step again.
+        """
         wanted = self._last_tick + self._frame_ticks if self._last_tick >= 0 else 0
         if math.isfinite(time_s):
             if self._zero_s is None:
                 self._zero_s = time_s - wanted / self._ticks
             wanted = round((time_s - self._zero_s) * self._ticks)
-        self._last_tick = max(wanted, self._last_tick + 1)
+        self._last_tick = min(max(wanted, self._last_tick + 1), self._last_tick + _LONGEST_TICKS)
         return self._last_tick
 
 

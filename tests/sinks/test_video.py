@@ -225,6 +225,16 @@ def test_variable_rate_stays_in_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_what_follows_a_long_pause_is_in_step_again(tmp_path: Path, suffix: str) -> None:
+    """No frame of an .mp4 lasts ten hours: without care all those after such a pause would be shown at once."""
+    times_s = np.array([0, 0.04, 40_000, 40_000.04, 40_000.08])
+    record(tmp_path / f"x{suffix}", [batch_of([smooth_flow(0, 16, 16)] * 5, times_s=times_s)])
+    before, start, first, *after = play(tmp_path / f"x{suffix}")[1]
+    assert [before, start, *after] == pytest.approx([0, 0.04, 40_000.04, 40_000.08], abs=1e-3)
+    assert 35_000 < first <= 40_000
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_times_that_make_no_sense_still_give_a_video(tmp_path: Path, suffix: str) -> None:
     times_s = np.array([np.nan, 0.04, 0.04, 0.02, np.nan, 0.2])
     record(tmp_path / f"x{suffix}", [batch_of([smooth_flow(0, 16, 16)] * 6, times_s=times_s)])
