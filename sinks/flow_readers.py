@@ -144,7 +144,10 @@ class FileFlows:
             width=width,
             frame_rate=self._rate,
             frame_count=len(numbers) + 1,
-            source=SourceId(first.absolute().parent.name, sum(path.stat().st_size for path in paths)),
+            source=SourceId(
+                Path(os.path.abspath(first)).parent.name or "flow",  # the root folder has no name
+                sum(path.stat().st_size for path in paths),
+            ),
             made_by={"imported_from": f"{len(numbers)} files such as {first.name}"},
         )
         self.notes: list[str] = []
@@ -262,7 +265,7 @@ def batch_length(info: FlowInfo) -> int:
 
 def store_stem(path: str) -> str:
     """``dance`` of ``dance.zarr``, ``dance.flow.zarr`` or ``dance.flow.zarr.partial``."""
-    name = Path(path).name
+    name = Path(os.path.abspath(path)).name  # also of "." and ".."
     for ending in (".partial", ".zarr", ".flow"):
         name = name.removesuffix(ending) or name
     return name

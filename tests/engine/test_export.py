@@ -119,6 +119,17 @@ def test_a_slice_into_several_outputs(folder: Path) -> None:
     assert report.notes == ()
 
 
+def test_dots_are_no_name(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "in").mkdir()
+    monkeypatch.chdir(folder / "in")
+    named = str(tmp_path / "{stem}.zarr")
+    assert export("..", named).outputs[0].path == str(tmp_path / f"{folder.name}.zarr")
+    monkeypatch.chdir(tmp_path / f"{folder.name}.zarr" / "flow")
+    assert export("..", str(tmp_path / "{stem}-again.zarr")).outputs[0].path == str(
+        tmp_path / f"{folder.name}-again.zarr"
+    )
+
+
 def test_options_that_no_output_reads_are_noted(folder: Path) -> None:
     bound = "bound has no effect here: it is for DIR/flow_x_%05d.jpg, DIR/flow_x_%05d.png"
     assert bound not in export(folder, "a.zarr", bound=9).notes  # pictures that it may read take it
