@@ -34,7 +34,7 @@ from flowreel.sinks import ColorPictures, flow_file_kind, frame_rate_of, is_stor
 FRAME_RATE = Fraction(30)  # frames per second for flow files, which carry no times: flow2image's default
 VIDEO_SUFFIXES = (".mp4", ".mkv")
 OTHER_SUFFIXES = frozenset(  # names that cannot be meant as folders
-    {".zarr", ".flo", ".npz", ".jpg", ".jpeg", ".gif", ".avi", ".mov", ".webm", ".bmp", ".tif", ".tiff", ".webp"}
+    {".zarr", ".jpg", ".jpeg", ".gif", ".avi", ".mov", ".webm", ".bmp", ".tif", ".tiff", ".webp"}
     | {".m4v", ".txt", ".json", ".pdf"}
 )
 
@@ -244,9 +244,11 @@ def _places(output: str, video: bool, names: list[str], first: FlowReader) -> tu
     suffix = "" if place.is_dir() else place.suffix.lower()
     if suffix in VIDEO_SUFFIXES:
         return [], [output]
-    # A colour picture by the name of a KITTI or two-stream picture would be taken for one.
-    for_flow = bool(suffix) and flow_file_kind(place) not in (None, flow_file_kind("X.png"))
-    if suffix in OTHER_SUFFIXES or for_flow or "%" in place.name or not output:
+    if suffix and flow_file_kind(place) not in (None, flow_file_kind("X.png")):
+        raise UnknownOutputError(
+            f"{output} is named like flow, not like a picture of it: choose another name; flowreel export writes flow"
+        )
+    if suffix in OTHER_SUFFIXES or "%" in place.name or not output:
         raise UnknownOutputError(
             f"expected a folder, X.png, X.mp4 or X.mkv, got {output!r}; flowreel export makes other outputs"
         )
