@@ -151,10 +151,10 @@ class Ledger:
         """How a finished output was made."""
         return self._made.get(os.path.relpath(_place(path), self._folder), {})
 
-    def remember(self, paths: list[str], made: dict[str, Any]) -> None:
-        """Records how finished outputs were made. Written to the file with the next ``note``."""
+    def remember(self, made: Mapping[str, dict[str, Any]]) -> None:
+        """Records how finished outputs were made, by path. Written to the file with the next ``note``."""
         self._hold()
-        self._made |= {os.path.relpath(_place(path), self._folder): made for path in paths}
+        self._made |= {os.path.relpath(_place(path), self._folder): how for path, how in made.items()}
 
     def flows_before(self, job: Job) -> int | None:
         """Flows of a source that is done according to the former manifest; None where it is not."""

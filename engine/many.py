@@ -204,7 +204,7 @@ def _missing(job: Job, there: list[Sink], ledger: Ledger, config: RunConfig, wei
     for sink in there:
         is_store = isinstance(sink, Resumable)
         was = open_store(sink.path).attrs if is_store else ledger.made(sink.path)
-        differing = differing_settings(was, stored if is_store else settings_of_others(stored, config))
+        differing = differing_settings(was, stored if is_store else settings_of_others(stored, config, sink.path))
         if differing:
             raise ResumeMismatchError(
                 f"{sink.path} exists, but differs from what is asked for: {'; '.join(differing)}. Choose another name, "
@@ -248,7 +248,7 @@ def _attempt(
         stored = settings(config, source_identity(job.source), network.weights)  # of the source before the run
         run = run_one(job.source, missing, config, lambda: network, follow)
         chosen = {"batch": run.batch, "precision": run.precision, "flows": run.flows}
-        ledger.remember(missing, settings_of_others(stored, config) | chosen)
+        ledger.remember({path: settings_of_others(stored, config, path) | chosen for path in missing})
         report = replace(report, status="done", flows=run.flows, run=run)
     except Exception as error:
         report = replace(report, status="failed", error=error)

@@ -13,6 +13,7 @@ from flowreel.engine.config import RunConfig
 from flowreel.engine.data import JSON, SourceId
 from flowreel.engine.models import model_name
 from flowreel.engine.models.weights import Weights
+from flowreel.sinks import options_read
 
 OF_STORES = ("max_error", "codec", "resolution")  # settings that concern stores alone
 
@@ -46,9 +47,10 @@ def settings(config: RunConfig, source: SourceId, weights: Weights) -> dict[str,
     }
 
 
-def settings_of_others(stored: Mapping[str, JSON], config: RunConfig) -> dict[str, JSON]:
-    """The settings that a manifest records for outputs other than stores. ``stored``: those of ``settings``."""
+def settings_of_others(stored: Mapping[str, JSON], config: RunConfig, path: str) -> dict[str, JSON]:
+    """The settings that a manifest records for an output that is no store. ``stored``: those of ``settings``."""
+    drawn: dict[str, JSON] = {"max_flow": config.sink.max_flow, "bound": config.sink.bound}
+    read = options_read(path)
     return {name: value for name, value in stored.items() if name not in OF_STORES} | {
-        "max_flow": config.sink.max_flow,
-        "bound": config.sink.bound,
+        name: value for name, value in drawn.items() if name in read
     }

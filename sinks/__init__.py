@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from flowreel.sinks.registry import known_outputs, open_sink, without_effect
+from flowreel.sinks.registry import known_outputs, open_sink, options_read, without_effect
 
 if TYPE_CHECKING:
     from flowreel.sinks.color_png import ColorPictures, write_png
@@ -43,6 +43,7 @@ __all__ = [
     "open_flows",
     "open_sink",
     "open_store",
+    "options_read",
     "read_flo",
     "read_flow_npz",
     "read_kitti",

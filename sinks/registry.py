@@ -90,9 +90,14 @@ def known_outputs() -> tuple[tuple[str, str], ...]:
     return tuple((output.form, output.meaning) for output in OUTPUTS)
 
 
+def options_read(name: PathLike) -> tuple[str, ...]:
+    """The SinkConfig fields that affect this output, besides those that affect every output."""
+    return find_output(os.fspath(name)).reads
+
+
 def without_effect(names: Iterable[PathLike], config: SinkConfig) -> list[str]:
     """A sentence for each option that is not at its default and that none of these outputs reads."""
-    read = {option for name in names for option in find_output(os.fspath(name)).reads}
+    read = {option for name in names for option in options_read(name)}
     told = []
     for option in fields(config):
         forms = [output.form for output in OUTPUTS if option.name in output.reads]
