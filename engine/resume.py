@@ -82,7 +82,7 @@ def take_up(source: PathLike, select: SelectConfig, sinks: Sequence[Sink], devic
     if point is None:
         return None
     if point.complete:
-        with closing(open_source(source, select)) as whole:
+        with closing(open_source(source, replace(select, decoder="auto"))) as whole:  # for its header only
             info = whole.info
         if not _grown(source, info, point):
             return Resumption(store, point, None, info)

@@ -21,12 +21,14 @@ import flowreel
 from flowreel.engine import api, inference
 from flowreel.engine.cli import call
 from flowreel.engine.cli.table import print_summary
+from flowreel.engine.config import SelectConfig, SinkConfig
 from flowreel.engine.errors import ResumeMismatchError, StageError, TruncatedSourceError, UsageError
 from flowreel.engine.models import build_model
 from flowreel.engine.models.saving import save_weights
 from flowreel.engine.outputs import Progress
+from flowreel.engine.resume import take_up
 from flowreel.engine.sources.images import ImageSource
-from flowreel.sinks import open_store
+from flowreel.sinks import open_sink, open_store
 
 H, W = 64, 96
 SHARD_BYTES = 4 * 8 * H * W  # four flows
@@ -280,6 +282,15 @@ def test_a_complete_store_is_told_of_without_its_network(tiny: str, monkeypatch:
     report = flowreel.run("frames", "X.zarr", weights="copy.safetensors", model="flownet2c", resume=True)
     assert (report.pairs, report.flows, report.batch) == (0, 7, 3)
     assert report.notes == ("X.zarr is complete already, with 7 flows",)
+
+
+def test_a_complete_store_is_told_of_whatever_decodes(tiny: str, clip: Callable[..., Path]) -> None:
+    source = clip("complete.mp4", count=3)
+    flowreel.run(source, "X.zarr", weights=tiny)
+    store = open_sink("X.zarr", SinkConfig(resume=True))
+    resumed = take_up(source, SelectConfig(decoder="nvdec"), [store], "cuda:0")
+    assert resumed is not None
+    assert resumed.frames is None
 
 
 def test_ratios_after_a_resume_are_of_what_each_output_holds(
