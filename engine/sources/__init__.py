@@ -35,9 +35,11 @@ def open_source(name: PathLike, select: SelectConfig | None = None, device: str 
 
 
 def open_random_access(name: PathLike, select: SelectConfig | None = None) -> RandomAccess:
-    """``open_source`` for random access. Raises UsageError for a source that can be read only once."""
+    """``open_source`` for random access. Raises UsageError for a source that can be read only once, and for NVDEC."""
     if comes_once(name):
         raise UsageError("stdin passes by only once, so its flow cannot be had in any order: use stream or run")
+    if select is not None and select.decoder == "nvdec":
+        raise UsageError("NVDEC decodes in order only, so flow by index cannot use it: use decoder auto, stream or run")
     source = open_source(name, select)
     assert isinstance(source, RandomAccess)
     return source

@@ -23,13 +23,12 @@ from flowreel.engine.errors import (
     SourceNotFoundError,
     TooFewFramesError,
     UnsupportedSourceError,
-    UsageError,
 )
 from flowreel.engine.files import as_glob, leads_nowhere, natural_order
 from flowreel.engine.sources.fingerprint import last_change, source_id
 from flowreel.engine.sources.independent import IndependentFrames
 from flowreel.engine.sources.kinds import IMAGE_SUFFIXES
-from flowreel.engine.sources.timecode import select_frames
+from flowreel.engine.sources.timecode import require_no_video_file, select_frames
 
 FLOW_SUFFIXES = frozenset({".flo", ".npz", ".zarr"})
 FRAME_RATE = Fraction(25)  # images carry no times; FFmpeg reads image sequences at the same rate
@@ -52,8 +51,7 @@ def open_images(name: str, select: SelectConfig, device: str = "cpu") -> ImageSo
     The headers of all files are read at once, so a missing, unreadable or differently sized image is reported before
     the first frame. Raises SourceNotFoundError, UnsupportedSourceError, FrameSizeError, TooFewFramesError, UsageError.
     """
-    if select.stream not in (None, 0):
-        raise UsageError(f"{name} holds images, so there is no video stream {select.stream}")
+    require_no_video_file(select, f"{name} holds images")
     return ImageSource(find_images(name), select)
 
 

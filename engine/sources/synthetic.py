@@ -19,7 +19,7 @@ from flowreel.engine.errors import UsageError
 from flowreel.engine.scenes.named import SCENES, named_scene
 from flowreel.engine.sources.independent import IndependentFrames
 from flowreel.engine.sources.kinds import SYNTHETIC
-from flowreel.engine.sources.timecode import select_frames
+from flowreel.engine.sources.timecode import require_no_video_file, select_frames
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,8 +100,7 @@ def open_synthetic(name: str, select: SelectConfig, device: str = "cpu") -> Synt
         UsageError: no such scene, or parameters or a selection that make no sense.
         TooFewFramesError: the selection leaves fewer than two frames.
     """
-    if select.stream not in (None, 0):
-        raise UsageError(f"{name} is a rendered scene, so there is no video stream {select.stream}")
+    require_no_video_file(select, f"{name} is a rendered scene")
     return SyntheticSource(SyntheticConfig.parse(name), select)
 
 

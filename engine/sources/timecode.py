@@ -60,6 +60,14 @@ def require_order(select: SelectConfig) -> None:
             raise UsageError(f"stop ({select.stop}) must be later than start ({select.start})")
 
 
+def require_no_video_file(select: SelectConfig, what: str) -> None:
+    """Raises UsageError for choices that only video files leave. ``what``: what the source is instead."""
+    if select.stream not in (None, 0):
+        raise UsageError(f"{what}, so there is no video stream {select.stream}")
+    if select.decoder == "nvdec":
+        raise UsageError(f"{what}, and NVDEC decodes only video files: use --decoder auto")
+
+
 def select_frames(select: SelectConfig, times_s: Float64Array, name: str) -> range:
     """Numbers of the frames that ``select`` takes from a source whose frames are shown at ``times_s``.
 

@@ -26,7 +26,7 @@ from flowreel.engine.config import MOST_FRAMES, SelectConfig
 from flowreel.engine.data import FlowInfo, Frame, SourceId
 from flowreel.engine.errors import TooFewFramesError, UnsupportedSourceError, UsageError, concerning
 from flowreel.engine.sources.picture import Converter, Turn, colour_notes
-from flowreel.engine.sources.timecode import parse_seconds, require_order
+from flowreel.engine.sources.timecode import parse_seconds, require_no_video_file, require_order
 
 MAGIC = b"YUV4MPEG2"
 MARKER = b"FRAME"
@@ -144,8 +144,7 @@ def open_stdin(_: str, select: SelectConfig, device: str = "cpu") -> Y4MSource:
         UnsupportedSourceError: stdin is closed, empty, or no YUV4MPEG2 that this version can read.
         TooFewFramesError: the selection leaves fewer than two frames, however many arrive.
     """
-    if select.stream not in (None, 0):
-        raise UsageError(f"stdin holds one video stream, so there is no stream {select.stream}")
+    require_no_video_file(select, "stdin holds one uncompressed video")
     try:
         descriptor = sys.stdin.fileno()
     except (AttributeError, ValueError, OSError) as error:  # None, closed, or something without a descriptor

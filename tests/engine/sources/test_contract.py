@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from flowreel.engine.config import SelectConfig
-from flowreel.engine.errors import TooFewFramesError, UsageError
+from flowreel.engine.errors import DeviceError, TooFewFramesError, UsageError
 from flowreel.engine.protocols import RandomAccess, Source
 from flowreel.engine.sources import comes_once, lasting_name, open_random_access, open_source, source_identity
 from flowreel.engine.sources.kinds import KINDS, STDIN
@@ -120,6 +120,14 @@ def test_frames_own_their_pixels(make: Make) -> None:
 def test_what_leaves_fewer_than_two_is_refused(make: Make) -> None:
     with pytest.raises(TooFewFramesError), closing(open_source(make(), SelectConfig(start=3, stop=4))) as source:
         list(source)
+
+
+@pytest.mark.parametrize("select", [SelectConfig(stream=1), SelectConfig(decoder="nvdec")])
+def test_a_choice_that_it_does_not_have_is_refused(make: Make, select: SelectConfig) -> None:
+    name = make()
+    for opening in (open_source, open_random_access):
+        with pytest.raises((UsageError, DeviceError)):
+            opening(name, select)
 
 
 def test_a_closed_one_gives_no_more(make: Make) -> None:
