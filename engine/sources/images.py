@@ -217,13 +217,14 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1..8, that is still to be applied. Call it before the pixels are loaded."""
+    """The EXIF orientation, 1..8, that is still to be applied; 1 for an invalid one. Call it before loading pixels."""
     if image.format == "TIFF":
         return 1  # Pillow applies it itself
     if image.format == "PNG" and "exif" not in image.info:
         return 1  # getexif() would decode the whole picture
     try:
-        return int(image.getexif().get(_ORIENTATION, 1))
+        orientation = int(image.getexif().get(_ORIENTATION, 1))
+        return orientation if orientation in _UPRIGHT else 1
     except (SyntaxError, ValueError, TypeError, KeyError, EOFError, OSError, struct.error):
         return 1  # the picture itself may still be intact
 

@@ -303,7 +303,7 @@ class TestPixels:
         Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=95)
         assert np.abs(read_rgb(tmp_path / "a.jpg").astype(int) - (255, 0, 0)).max() <= 4
 
-    @pytest.mark.parametrize("orientation", range(1, 9))
+    @pytest.mark.parametrize("orientation", range(1, 10))  # 9 is invalid
     @pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
     def test_exif_orientation(self, tmp_path: Path, suffix: str, orientation: int) -> None:
         stored = np.kron(np.array([[0, 90, 180], [250, 40, 130]], np.uint8), np.ones((16, 16), np.uint8))
@@ -315,7 +315,7 @@ class TestPixels:
         # What the tag says: where row 0 and column 0 of the stored picture are when it is shown.
         upright = {
             1: stored, 2: stored[:, ::-1], 3: stored[::-1, ::-1], 4: stored[::-1],
-            5: stored.T, 6: stored.T[:, ::-1], 7: stored.T[::-1, ::-1], 8: stored.T[::-1],
+            5: stored.T, 6: stored.T[:, ::-1], 7: stored.T[::-1, ::-1], 8: stored.T[::-1], 9: stored,
         }[orientation]  # fmt: skip
         assert np.abs(read_rgb(path)[..., 1].astype(int) - upright).max() <= 4
         (tmp_path / f"2.{suffix}").write_bytes(path.read_bytes())
