@@ -153,10 +153,12 @@ def probe_video(name: str, stream: int | None = None) -> VideoProbe:
         if hidden.has_second_fields:
             rate = _in_frames(rate, stamps, chosen.time_base)
         # AVI stores no presentation stamps, only the decoding order, which for intra-only codecs is the same. Other
-        # files may lack them too, as FFmpeg's MXF does: they repeat the decoding stamps, though frames are reordered.
+        # files may lack them too, though frames are reordered: in FFmpeg's MXF they repeat the decoding stamps, and
+        # for H.264 in ASF FFmpeg makes up some that rise from packet to packet.
         reordered = chosen.codec_context.has_b_frames and len(key_places) < len(stamps)
         trusted = container.format.name != "avi" or chosen.codec_context.codec.intra_only
-        trusted &= not (reordered and stamps == decoding)
+        in_file_order = container.format.name == "asf" and sorted(stamps) == list(stamps)
+        trusted &= not (reordered and (stamps == decoding or in_file_order))
         timeline = Timeline.from_packets(
             stamps, chosen.time_base, rate, decoded=decoding, keys=key_places, trusted=trusted
         )

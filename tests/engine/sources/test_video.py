@@ -318,6 +318,12 @@ class TestTimes:
         assert source.losses == []
 
 
+def test_h264_in_asf(clip: Clip) -> None:
+    """Whose packets have presentation stamps in the order of decoding."""
+    frames = list(open_source(clip("packed.asf", count=30, b_frames=2), SelectConfig(start=3, stop=28)))
+    assert [frame.index for frame in frames] == pictured(frames) == list(range(3, 28))
+
+
 class TestStreams:
     @pytest.fixture
     def two_streams(self, tmp_path: Path) -> Path:
