@@ -141,7 +141,8 @@ def _with_notes(message: str, error: BaseException) -> str:
 
 
 def _say(message: str, code: int) -> int:
-    print(f"flowreel: {printable(' '.join(message.split()))}", file=sys.stderr)
+    if sys.stderr is not None:  # None: closed, and print would turn to stdout instead
+        print(f"flowreel: {printable(' '.join(message.split()))}", file=sys.stderr)
     return code
 
 

@@ -94,6 +94,13 @@ def test_stats_to_a_closed_stdout_are_not_lost_in_silence(
     assert Path("a.zarr").exists()
 
 
+def test_an_error_does_not_go_to_stdout_if_stderr_is_closed(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", None)
+        assert call(["info", "nothing.mp4"]) == 1
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("columns", ["0", "", "100"])
 def test_a_terminal_of_no_width_is_shown_to_nevertheless(columns: str) -> None:
     with spawn("--help", stdout=subprocess.PIPE, env={**os.environ, "COLUMNS": columns}) as process:
