@@ -120,7 +120,7 @@ def print_summary(report: RunReport) -> None:
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     if not report.pairs:  # a resumed run that found everything done
         for note in report.notes:
-            console.print(note)
+            console.print(printable(note))
         return
     console.print(
         f"{report.pairs} {plural(report.pairs, 'flow')} of {report.width}x{report.height} in {clock(report.seconds)} "

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from flowreel.engine.api import RunReport
-from flowreel.engine.cli.table import Live, clock, print_many, size
+from flowreel.engine.cli.table import Live, clock, print_many, print_summary, size
 from flowreel.engine.errors import UnsupportedSourceError
 from flowreel.engine.manifest import SourceReport
 from flowreel.engine.many import ManyProgress, ManyReport
@@ -55,19 +55,27 @@ def test_quiet_says_nothing_of_sources(capsys: Capture) -> None:
     assert capsys.readouterr() == ("", "")
 
 
-def test_the_summary_of_many_sources(capsys: Capture) -> None:
-    output = OutputReport("out/a.zarr", 1500, ("2 vectors are unknown",))
-    run = RunReport(
+def run_report(*notes: str) -> RunReport:
+    return RunReport(
         **dict.fromkeys(("decoder", "device", "precision", "model", "weights"), ""),
         kernels={"correlation": "cuda", "warp": "torch", "channel_norm": "torch"},
         **dict.fromkeys(
             ("pairs", "flows", "seconds", "startup_s", "pairs_per_s", "flo_bytes", "width", "height", "batch"), 0
         ),
         bytes_written=1500,
-        outputs=(output,),
+        outputs=(OutputReport("out/a.zarr", 1500, ("2 vectors are unknown",)),),
         stages=(),
-        notes=("it was dark",),
+        notes=notes,
     )
+
+
+def test_a_name_with_terminal_codes_is_shown_escaped(capsys: Capture) -> None:
+    print_summary(run_report("\x1b[31m.zarr is complete already, with 2 flows"))
+    assert capsys.readouterr().err == "\\x1b[31m.zarr is complete already, with 2 flows\n"
+
+
+def test_the_summary_of_many_sources(capsys: Capture) -> None:
+    run = run_report("it was dark")
     error = UnsupportedSourceError("no video")
     sources = (
         SourceReport("a[1].mp4", "done", ("out/a.zarr",), 7, 65.0, run=run),
