@@ -14,6 +14,7 @@ from pathlib import Path
 from flowreel.engine.files import as_glob
 
 STDIN = "-"
+RECIPE = "ffmpeg -i CLIP -f yuv4mpegpipe - | flowreel run -"  # for messages: how to read what is no file
 SYNTHETIC = "synthetic:"
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp"})
 

@@ -21,9 +21,9 @@ import numpy as np
 from flowreel.engine.errors import SourceNotFoundError, UnsupportedSourceError, UsageError
 from flowreel.engine.sources.file_ends import is_cut_short
 from flowreel.engine.sources.headers import SecondFields
+from flowreel.engine.sources.kinds import RECIPE
 from flowreel.engine.sources.picture import Turn, colour_notes, is_full_range, matrix_of, shape_notes
 from flowreel.engine.sources.timecode import MOST_REORDERED, NO_STAMP, Timeline
-from flowreel.engine.sources.y4m import RECIPE
 
 if TYPE_CHECKING:
     from av.container import InputContainer

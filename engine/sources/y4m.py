@@ -25,6 +25,7 @@ import torch
 from flowreel.engine.config import MOST_FRAMES, SelectConfig
 from flowreel.engine.data import FlowInfo, Frame, SourceId
 from flowreel.engine.errors import TooFewFramesError, UnsupportedSourceError, UsageError, concerning
+from flowreel.engine.sources.kinds import RECIPE
 from flowreel.engine.sources.picture import Converter, Turn, colour_notes
 from flowreel.engine.sources.timecode import parse_seconds, require_no_video_file, require_order
 
@@ -33,7 +34,6 @@ MARKER = b"FRAME"
 LONGEST_LINE = 4096  # bytes of a header or a frame's marker; real ones are far shorter
 LONGEST_SIDE = 32_768  # pixels
 MOST_FRAME_BYTES = 1 << 30
-RECIPE = "ffmpeg -i CLIP -f yuv4mpegpipe - | flowreel run -"
 
 _TICK_S = 0.2  # the longest single wait
 _CHUNK_BYTES = 1 << 16  # what a pipe holds

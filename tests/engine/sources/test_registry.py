@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -98,6 +99,13 @@ def test_a_lasting_name_keeps_what_leads_through_a_link(
         assert source.info.source.name == "clip.mp4"
     with pytest.raises(UsageError, match="empty"):
         sources.lasting_name("")
+
+
+@pytest.mark.parametrize("name", ["https://there/clip.mp4", "https://there/watch?v=1", "rtsp://there/1"])
+def test_an_address_is_told_how_to_pipe_it(name: str) -> None:
+    for looking in (sources.open_source, sources.source_identity, sources.lasting_name):
+        with pytest.raises(UsageError, match=rf"^{re.escape(name)} is an address.*ffmpeg -i"):
+            looking(name)
 
 
 def test_selection_reaches_the_source(clip: Callable[..., Path]) -> None:
