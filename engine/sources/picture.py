@@ -119,8 +119,8 @@ def is_full_range(frame: VideoFrame) -> bool:
 
 
 def _is_yuv(frame: VideoFrame) -> bool:
-    """False for RGB, palettes and plain grey, which have no matrix and use the full range."""
-    return not frame.format.is_rgb and not frame.format.name.startswith(("pal8", "gray", "ya", "mono"))
+    """False for RGB, palettes, plain grey and cinema's XYZ, which have no matrix and use the full range."""
+    return not frame.format.is_rgb and not frame.format.name.startswith(("pal8", "gray", "ya", "mono", "xyz"))
 
 
 def colour_notes(frame: VideoFrame) -> list[str]:

@@ -105,6 +105,14 @@ def test_rgb_passes_unchanged(clip: Clip, pix_fmt: str, codec: str, container: s
     assert open_video(str(path), SelectConfig()).notes == []
 
 
+def test_xyz_of_cinema_has_no_matrix(clip: Clip) -> None:
+    rgb = np.full((64, 96, 3), (90, 120, 60), np.uint8)
+    frames = [av.VideoFrame.from_ndarray(rgb, "rgb24").reformat(format="xyz12le") for _ in range(2)]
+    path = clip("xyz.nut", codec="rawvideo", pix_fmt="xyz12le", size=(96, 64), pictures=frames)
+    assert error(path, rgb) <= 2
+    assert open_video(str(path), SelectConfig()).notes == []
+
+
 def test_alpha_is_dropped(clip: Clip) -> None:
     rgb = patches()
     alpha = np.random.default_rng(1).integers(0, 255, (*rgb.shape[:2], 1)).astype(np.uint8)
