@@ -152,7 +152,7 @@ def download(
 
 
 def _ask(text: str) -> None:
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():  # None: closed
         raise UsageError(
             "these weights have a licence to accept, and nobody is here to ask: pass --accept-licence. " + text
         )

@@ -197,9 +197,10 @@ def test_the_licence_is_asked_for(
     assert out == (f"{table[0].path}\n" if code == 0 else "")
 
 
-def test_nobody_to_ask(table: list[Checkpoint], capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("closed", [False, True])
+def test_nobody_to_ask(closed: bool, table: list[Checkpoint], capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     with open(os.devnull) as nobody:
-        monkeypatch.setattr(sys, "stdin", nobody)
+        monkeypatch.setattr(sys, "stdin", None if closed else nobody)
         assert call(["weights", "download", "Here-C"]) == 2
     err = capsys.readouterr().err
     assert "--accept-licence" in err
