@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from flowreel.engine.cli import printable
 from flowreel.engine.cli.options import Debug, OneDevice, Quiet
 
 
@@ -58,7 +59,7 @@ def train(
     from flowreel.engine.training import train as training
     from flowreel.engine.training.config import TrainConfig
 
-    console = Console(stderr=True, highlight=False, quiet=quiet)
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True, quiet=quiet)
     where = one_device(device)
 
     def report(progress: training.Progress) -> None:
@@ -89,4 +90,4 @@ def train(
     path = training.train(
         config, out, resume=resume, workers=workers, report_every=report_every, report=report, device=device
     )
-    console.print(f"weights: {path}")
+    console.print(f"weights: {printable(str(path))}")

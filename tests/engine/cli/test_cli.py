@@ -489,11 +489,14 @@ def test_demo_replaces_nothing_unasked(name: str, capsys: Capture) -> None:
 
 def test_train_and_use(capsys: Capture) -> None:
     tiny = ["--width", "0.05", "--batch", "2", "--height", "64", "--width-px", "64", "--workers", "0"]
-    assert call(["train", "w", "--steps", "2", "--report-every", "1", "--device", "cpu", *tiny]) == 0
-    assert "step 2 of 2 on cpu" in capsys.readouterr().err
-    assert call(["train", "w", "--steps", "2", *tiny]) == 1
+    folder = "weights of [bold], in a folder whose name is longer than any line of an ordinary terminal is"
+    assert call(["train", folder, "--steps", "2", "--report-every", "1", "--device", "cpu", *tiny]) == 0
+    *reports, last = capsys.readouterr().err.splitlines()
+    assert "step 2 of 2 on cpu" in reports[-1]
+    assert last == f"weights: {folder}/weights.safetensors"
+    assert call(["train", folder, "--steps", "2", *tiny]) == 1
     assert "--resume" in one_line(capsys)
-    assert call(["run", SOURCE, "-o", "a.zarr", "--weights", "w/weights.safetensors", "-q"]) == 0
+    assert call(["run", SOURCE, "-o", "a.zarr", "--weights", f"{folder}/weights.safetensors", "-q"]) == 0
 
 
 def spawn(*arguments: str, **options: object) -> subprocess.Popen[bytes]:
