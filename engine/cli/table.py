@@ -50,7 +50,7 @@ class Live:
     def say(self, words: str) -> None:
         """Prints a line above the live table."""
         if not self._quiet:
-            self.console.print(printable(words), highlight=False)
+            self.console.print(printable(words), highlight=False, soft_wrap=True)
 
     def show(self, progress: Progress) -> None:
         if self._live is not None:
@@ -68,7 +68,7 @@ class Live:
         if progress.number != self._source:
             self._source, self._next_line_s = progress.number, PLAIN_EVERY_S
             if not self._quiet:
-                self.console.print(_place(progress), highlight=False)
+                self.console.print(_place(progress), highlight=False, soft_wrap=True)
         if progress.run is not None:
             self.show(progress.run)
 

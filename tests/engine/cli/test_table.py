@@ -48,6 +48,14 @@ def test_each_source_is_named_once_and_then_how_far_it_is(capsys: Capture) -> No
     assert len(lines) == 4
 
 
+def test_the_lines_of_a_log_are_not_broken(capsys: Capture) -> None:
+    long = "a folder/" * 20
+    with Live(quiet=False) as live:
+        live.say(long)
+        live.show_many(replace(many_progress(1), source=long))
+    assert capsys.readouterr().err == f"{long}\nsource 1 of 3: {long}\n"
+
+
 def test_quiet_says_nothing_of_sources(capsys: Capture) -> None:
     with Live(quiet=True) as live:
         live.show_many(many_progress(1))
