@@ -36,6 +36,7 @@ def verify(
       flowreel verify --json flows/*.zarr
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
 
     from flowreel.engine import verify as verifying
@@ -45,7 +46,7 @@ def verify(
     for store in stores:
         # One bar per store, as it must be gone from the terminal before the result is printed there.
         with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
-            task = bar.add_task(printable(store), total=None)
+            task = bar.add_task(escape(printable(store)), total=None)
             done.append(verifying.verify(store, partial(_show, bar, task)))
         if not as_json and not (quiet and done[-1].sound):
             typer.echo("\n".join(map(printable, _lines(done[-1]))))

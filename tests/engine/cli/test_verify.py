@@ -68,9 +68,12 @@ def damage() -> None:
 def test_on_a_terminal_the_bar_is_gone_before_the_result(terminal: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", terminal.file)
     monkeypatch.setattr(sys, "stderr", terminal.file)
-    assert call(["verify", "a.zarr"]) == 0
-    before, _, _ = terminal.said().partition("a.zarr: sound, 8 flows")
-    assert "a.zarr" in before  # the bar
+    name = "[/b]a.zarr"  # which looks like markup
+    os.mkdir("[")
+    os.rename("a.zarr", name)
+    assert call(["verify", name]) == 0
+    before, _, _ = terminal.said().partition(f"{name}: sound, 8 flows")
+    assert name in before  # the bar
     assert before.endswith("\x1b[2K")  # and its line was wiped
 
 
