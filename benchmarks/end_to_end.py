@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.data import found
 from benchmarks.measure import Effort, Sample, alternated, devices, ratio
 from benchmarks.networks import random_weights
-from flowreel.engine.api import RunReport, flow_header, run_one
+from flowreel.engine.api import flow_header, run_one
 from flowreel.engine.config import ModelConfig, RunConfig, SelectConfig, SinkConfig
 from flowreel.engine.data import Frame
 from flowreel.engine.device import download
@@ -22,6 +22,7 @@ from flowreel.engine.pairing import batches, pairs
 from flowreel.engine.pipeline import in_own_thread
 from flowreel.engine.protocols import Source
 from flowreel.engine.restore import restore
+from flowreel.engine.run_report import RunReport
 from flowreel.engine.sources import open_source
 from flowreel.sinks import open_sink
 

@@ -11,73 +11,43 @@ import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Unpack
 
 from flowreel.engine.config import DEFAULT_OUTPUT, Direction, QueueConfig, RunConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, Frame
-from flowreel.engine.device import Streams, device_name, download, resolve_device, upload
+from flowreel.engine.device import Streams, download, resolve_device, upload
 from flowreel.engine.errors import OutputExistsError, TooFewFramesError, TruncatedSourceError, UsageError
 from flowreel.engine.export import export
 from flowreel.engine.files import PathLike
 from flowreel.engine.inference import Inference, Network, load_network
 from flowreel.engine.options import RunOptions
 from flowreel.engine.outputs import (
-    OutputReport,
     ProgressHook,
     Tally,
     commit,
     is_finished,
     named_outputs,
     opened_sinks,
-    output_report,
     preparing,
     teller,
 )
 from flowreel.engine.pairing import batches, pairs
 from flowreel.engine.pipeline import Pipeline
 from flowreel.engine.places import require_harmless
-from flowreel.engine.protocols import MayWait, OnDevice, OneFileAFlow, Resumable, Sink, Source
+from flowreel.engine.protocols import MayWait, OnDevice, OneFileAFlow, Resumable, Sink
 from flowreel.engine.provenance import selection
 from flowreel.engine.restore import restore
 from flowreel.engine.resume import Resumption, require_made_so, take_up
+from flowreel.engine.run_report import RunReport, report_of, report_of_complete
 from flowreel.engine.sources import lasting_name, open_source, source_stem
 from flowreel.engine.sources.kinds import STDIN
-from flowreel.engine.stages import Stage, StageFunction, StageStatistics, joined
+from flowreel.engine.stages import Stage, StageFunction, joined
 from flowreel.sinks import open_sink, open_store, without_effect
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True)
-class RunReport:
-    """What a run did; ``--stats`` writes it as JSON."""
-
-    pairs: int  # flows computed
-    flows: int  # flows the outputs hold, including those of an earlier run that was resumed
-    seconds: float  # from requesting the first frame to publishing the last output
-    startup_s: float  # before that: opening the source, loading the weights
-    pairs_per_s: float
-    bytes_written: int  # of all outputs
-    flo_bytes: int  # bytes that the flows computed would take as .flo files
-    width: int  # pixels of the flow
-    height: int
-    decoder: str
-    device: str
-    kernels: dict[str, str]  # operation -> what ran it: cuda (our kernel), torch (on any device), or both
-    precision: str
-    batch: int
-    model: str
-    weights: str
-    outputs: tuple[OutputReport, ...]
-    stages: tuple[StageStatistics, ...]
-    notes: tuple[str, ...] = field(default=())
-
-    def as_json(self) -> dict[str, object]:
-        """The report as plain values, for a file."""
-        return asdict(self)
 
 
 def run(
@@ -165,7 +135,7 @@ def run_one(
                 f"{_named(source)}: {'; '.join(frames.losses)}. What decoded is kept, marked as unfinished, beside "
                 f"{', '.join(paths)}; pass --tolerate-truncation to take it as the whole"
             )
-        report = _report(frames, inference, header, sinks, tallies, pipeline, (began_s, started_s, ended_s))
+        report = report_of(frames, inference, header, sinks, tallies, pipeline, (began_s, started_s, ended_s))
         report = replace(report, notes=(*report.notes, *without_effect(paths, config.sink)))
     if resumed is None:
         return report
@@ -320,27 +290,7 @@ def _complete_already(resumed: Resumption, paths: list[str], config: RunConfig) 
     """
     store = open_store(resumed.store.path)
     require_made_so(store, resumed.source_info, config)
-    made_by = {name: str(store.attrs.get(name)) for name in ("model", "weights", "precision")}
-    report = RunReport(
-        pairs=0,
-        flows=len(store),
-        seconds=0.0,
-        startup_s=0.0,
-        pairs_per_s=0.0,
-        bytes_written=0,
-        flo_bytes=0,
-        width=store.shape[3],
-        height=store.shape[2],
-        decoder="none",
-        device="none",
-        kernels={},
-        batch=int(store.attrs.get("batch") or 0),
-        **made_by,
-        outputs=(OutputReport(store.path, 0, flo_bytes=0),),
-        stages=(),
-        notes=(f"{store.path} is complete already, with {len(store)} flows",),
-    )
-    return _with_others(report, resumed, paths, config, overwrite=False)
+    return _with_others(report_of_complete(store), resumed, paths, config, overwrite=False)
 
 
 def _with_others(
@@ -374,41 +324,3 @@ def _with_others(
         notes.append(f"{path} was made from the store{within}")
     written = sum(output.bytes_written for output in outputs)
     return replace(report, outputs=tuple(outputs), bytes_written=written, notes=tuple(notes))
-
-
-def _report(
-    frames: Source,
-    inference: Inference,
-    header: FlowInfo,
-    sinks: list[Sink],
-    tallies: list[Tally],
-    pipeline: Pipeline,
-    times_s: tuple[float, float, float],
-) -> RunReport:
-    began_s, started_s, ended_s = times_s
-    flows, seconds = tallies[0].flows, ended_s - started_s
-    flo_bytes = flows * header.flo_bytes
-    notes = [*frames.notes, *inference.notes]
-    if frames.losses:
-        notes += [f"taken as the whole although {loss}" for loss in frames.losses]
-    return RunReport(
-        pairs=flows,
-        flows=flows,
-        seconds=seconds,
-        startup_s=started_s - began_s,
-        pairs_per_s=flows / seconds,
-        bytes_written=sum(sink.bytes_written for sink in sinks),
-        flo_bytes=flo_bytes,
-        width=header.width,
-        height=header.height,
-        decoder=frames.decoder,
-        device=device_name(*inference.devices),
-        kernels=dict(inference.kernels),
-        precision=inference.precision,
-        batch=inference.batch,
-        model=inference.model,
-        weights=inference.weights.name,
-        outputs=tuple(output_report(sink, flo_bytes) for sink in sinks),
-        stages=pipeline.statistics(),
-        notes=tuple(notes),
-    )

@@ -18,6 +18,7 @@ from flowreel.engine.config import SelectConfig
 from flowreel.engine.errors import OutputExistsError
 from flowreel.engine.outputs import ProgressHook
 from flowreel.engine.places import make_folder
+from flowreel.engine.run_report import RunReport
 from flowreel.engine.sources.synthetic import SyntheticConfig, SyntheticSource
 from flowreel.kernels.flow_color import flow_to_color
 from flowreel.sinks import VideoWriter, open_store, write_png
@@ -29,7 +30,7 @@ SCENE = SyntheticConfig("objects", frames=48)
 class DemoReport:
     """What the demonstration made and measured."""
 
-    run: api.RunReport
+    run: RunReport
     clip: Path
     clip_bytes: int
     comparison: Path  # a picture

@@ -23,8 +23,8 @@ from flowreel.engine.sources.kinds import is_synthetic
 from flowreel.sinks import open_sink
 
 if TYPE_CHECKING:
-    from flowreel.engine.api import RunReport
     from flowreel.engine.config import SinkConfig
+    from flowreel.engine.run_report import RunReport
 
 MANIFEST = "flowreel-manifest.json"
 FORMAT = "flowreel_manifest"  # the key that marks the file as ours; its value is the format's version

@@ -23,11 +23,11 @@ from benchmarks.gpu.surroundings import memory_folder
 from benchmarks.measure import Effort, Sample, Skipped, alternated, device_sync
 from benchmarks.networks import filled
 from benchmarks.processes import MEMORY
-from flowreel.engine.api import RunReport
 from flowreel.engine.config import ModelConfig, SelectConfig
 from flowreel.engine.inference import prepare
 from flowreel.engine.models.saving import save_weights
 from flowreel.engine.models.weights import BASELINE
+from flowreel.engine.run_report import RunReport
 from flowreel.engine.sources import open_source
 from flowreel.sinks import video_writer
 

@@ -20,10 +20,10 @@ import torch
 import flowreel
 from benchmarks.gpu.findings import Findings, Settings
 from benchmarks.gpu.made_clips import written_clip
-from flowreel.engine.api import RunReport
 from flowreel.engine.config import ModelConfig
 from flowreel.engine.errors import FlowreelError
 from flowreel.engine.inference import Inference, load_network
+from flowreel.engine.run_report import RunReport
 
 MODEL = "FlowNet2C"  # a single network: a stack amplifies rounding differences
 BATCH, FEWER = 8, 2  # pairs: the batch requested, and one that surely fits

@@ -16,10 +16,10 @@ from flowreel.engine.cli import printable
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from flowreel.engine.api import RunReport
     from flowreel.engine.manifest import SourceReport
     from flowreel.engine.many import ManyProgress, ManyReport
     from flowreel.engine.outputs import Progress
+    from flowreel.engine.run_report import RunReport
 
 _BAR_WIDTH = 26  # characters: a line of 80 also holds "1023 of 1188 flows, 12.34 flows/s, 1:02:03 to go"
 _LOG_WIDTH = 10_000  # characters: names in a log are not broken

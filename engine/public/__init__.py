@@ -15,7 +15,6 @@ from flowreel.engine.cupy_cache import settle
 if TYPE_CHECKING:
     __version__: str
 
-    from flowreel.engine.api import RunReport as RunReport
     from flowreel.engine.api import run as run
     from flowreel.engine.api import stream as stream
     from flowreel.engine.clips import FlowClips as FlowClips
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from flowreel.engine.paint import color as color
     from flowreel.engine.repair import RepairReport as RepairReport
     from flowreel.engine.repair import repair as repair
+    from flowreel.engine.run_report import RunReport as RunReport
     from flowreel.engine.stages import StageStatistics as StageStatistics
     from flowreel.engine.verify import Finding as Finding
     from flowreel.engine.verify import Verification as Verification
@@ -61,7 +61,7 @@ _HOME = {
     "OutputReport": "flowreel.engine.outputs",
     "Progress": "flowreel.engine.outputs",
     "RepairReport": "flowreel.engine.repair",
-    "RunReport": "flowreel.engine.api",
+    "RunReport": "flowreel.engine.run_report",
     "SourceReport": "flowreel.engine.manifest",
     "StageStatistics": "flowreel.engine.stages",
     "Verification": "flowreel.engine.verify",

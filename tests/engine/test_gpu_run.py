@@ -20,10 +20,11 @@ import zarr
 from PIL import Image
 
 import flowreel
-from flowreel.engine import api, compiled, device
+from flowreel.engine import api, compiled, device, run_report
 from flowreel.engine.data import Frame
 from flowreel.engine.errors import StageError
 from flowreel.engine.inference import Inference, Made, Network
+from flowreel.engine.run_report import RunReport
 from flowreel.engine.sources.synthetic import SyntheticSource
 from flowreel.sinks import VideoWriter, shard_processes
 from flowreel.sinks.painting import yuv420
@@ -51,7 +52,7 @@ def late(monkeypatch: pytest.MonkeyPatch) -> LateCopies:
         return replace(fitted(self, *arguments, **options), device=GPU)
 
     monkeypatch.setattr(Network, "fitted", on_card)
-    monkeypatch.setattr(api, "device_name", lambda *devices: ", ".join(map(str, devices)))
+    monkeypatch.setattr(run_report, "device_name", lambda *devices: ", ".join(map(str, devices)))
     return LateCopies(Card(monkeypatch))
 
 
@@ -73,7 +74,7 @@ def lanes(request: pytest.FixtureRequest) -> None:
     request.getfixturevalue(request.param)
 
 
-def run(folder: Path, weights: str, *names: str, **options: Any) -> api.RunReport:
+def run(folder: Path, weights: str, *names: str, **options: Any) -> RunReport:
     paths = [folder / name for name in names]
     return flowreel.run(SOURCE, paths, weights=weights, device="cpu", **{"max_error": 0.0, "batch": 3} | options)
 

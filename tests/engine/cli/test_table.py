@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from flowreel.engine.api import RunReport
 from flowreel.engine.cli.table import Live, clock, print_many, print_summary, size
 from flowreel.engine.errors import UnsupportedSourceError
 from flowreel.engine.manifest import SourceReport
 from flowreel.engine.many import ManyProgress, ManyReport
 from flowreel.engine.outputs import OutputReport, Progress
+from flowreel.engine.run_report import RunReport
 
 Capture = pytest.CaptureFixture[str]
 
