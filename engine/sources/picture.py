@@ -131,6 +131,13 @@ def colour_notes(frame: VideoFrame) -> list[str]:
     return [f"{said}: {matrix_of(frame).upper()} is assumed, as players do at {frame.height} rows"]
 
 
+def field_notes(interlaced: bool) -> list[str]:
+    """The note about frames that each hold two fields of different times, if they do."""
+    if not interlaced:
+        return []
+    return ["the video is interlaced: frames are taken as they are, two moments in each; ffmpeg -vf bwdif undoes it"]
+
+
 def shape_notes(stream: VideoStream) -> list[str]:
     """The note about pixels that are not square, if they are not."""
     aspect = stream.sample_aspect_ratio

@@ -22,7 +22,7 @@ from flowreel.engine.errors import SourceNotFoundError, UnsupportedSourceError, 
 from flowreel.engine.sources.file_ends import is_cut_short
 from flowreel.engine.sources.headers import SecondFields
 from flowreel.engine.sources.kinds import RECIPE
-from flowreel.engine.sources.picture import Turn, colour_notes, is_full_range, matrix_of, shape_notes
+from flowreel.engine.sources.picture import Turn, colour_notes, field_notes, is_full_range, matrix_of, shape_notes
 from flowreel.engine.sources.timecode import MOST_REORDERED, NO_STAMP, Timeline
 
 if TYPE_CHECKING:
@@ -163,6 +163,8 @@ def probe_video(name: str, stream: int | None = None) -> VideoProbe:
             stamps, chosen.time_base, rate, decoded=decoding, keys=key_places, trusted=trusted
         )
         turn, turn_notes = Turn.of(first)
+        interlaced = bool(first.interlaced_frame)
+        look_notes = (*colour_notes(first), *field_notes(interlaced), *shape_notes(chosen))
         return VideoProbe(
             path=path,
             stream_index=chosen.index,
@@ -172,12 +174,12 @@ def probe_video(name: str, stream: int | None = None) -> VideoProbe:
             pixel_format=PixelFormat.of(first, chosen),
             frame_rate=rate,
             time_base=chosen.time_base,
-            interlaced=bool(first.interlaced_frame),
+            interlaced=interlaced,
             stored_size=(first.width, first.height),
             turn=turn,
             duration_s=None if container.duration is None else container.duration / 1e6,
             cut_short=is_cut_short(path),
-            notes=(*notes, *timeline.notes, *turn_notes, *colour_notes(first), *shape_notes(chosen)),
+            notes=(*notes, *timeline.notes, *turn_notes, *look_notes),
         )
 
 

@@ -26,7 +26,7 @@ from flowreel.engine.config import MOST_FRAMES, SelectConfig
 from flowreel.engine.data import FlowInfo, Frame, SourceId
 from flowreel.engine.errors import TooFewFramesError, UnsupportedSourceError, UsageError, concerning
 from flowreel.engine.sources.kinds import RECIPE
-from flowreel.engine.sources.picture import Converter, Turn, colour_notes
+from flowreel.engine.sources.picture import Converter, Turn, colour_notes, field_notes
 from flowreel.engine.sources.timecode import parse_seconds, require_no_video_file, require_order
 
 MAGIC = b"YUV4MPEG2"
@@ -79,13 +79,14 @@ class Header:
             raise UnsupportedSourceError(
                 f"stdin: pictures of the kind C{colour[:40]} are not known; expected one of {known}"
             )
+        interlaced = fields.get("I", "") not in ("", "p", "?")
         return cls(
             width=_side(fields, "W", line),
             height=_side(fields, "H", line),
             rate=rate,
             colour=colour,
             value_range=fields.get("XCOLORRANGE", "").upper(),
-            notes=(*notes, *_interlace_notes(fields.get("I", "?")), *_aspect_notes(fields.get("A", "0:0"))),
+            notes=(*notes, *field_notes(interlaced), *_aspect_notes(fields.get("A", "0:0"))),
         )
 
     @property
@@ -123,12 +124,6 @@ def _rate(text: str) -> tuple[Fraction, list[str]]:
     if match is not None and int(match[1]) and int(match[2]):
         return Fraction(int(match[1]), int(match[2])), []
     return Fraction(25), ["stdin does not tell its frame rate: 25 frames per second are assumed"]
-
-
-def _interlace_notes(text: str) -> list[str]:
-    if text in ("", "p", "?"):
-        return []
-    return ["stdin is interlaced: frames are taken as they are, two moments in each; ffmpeg -vf bwdif undoes it"]
 
 
 def _aspect_notes(text: str) -> list[str]:

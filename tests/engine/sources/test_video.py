@@ -318,6 +318,12 @@ class TestTimes:
         assert source.losses == []
 
 
+def test_interlaced_video_is_told(clip: Clip) -> None:
+    interlaced = clip("interlaced.mp4", options={"x264-params": "interlaced=1:tff=1"})
+    assert any("two moments in each" in note for note in open_source(interlaced).notes)
+    assert not any("two moments in each" in note for note in open_source(clip("progressive.mp4")).notes)
+
+
 def test_h264_in_asf(clip: Clip) -> None:
     """Whose packets have presentation stamps in the order of decoding."""
     frames = list(open_source(clip("packed.asf", count=30, b_frames=2), SelectConfig(start=3, stop=28)))
