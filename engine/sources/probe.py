@@ -184,15 +184,18 @@ def probe_video(name: str, stream: int | None = None) -> VideoProbe:
 
 
 def _unfounded(stamps: Sequence[int], key_places: Sequence[int], first: VideoFrame) -> list[int]:
-    """Places of the frames that are shown before the first packet's, where that one is the first to be decoded.
+    """Places of the frames that are shown before the first key frame's, where that one is the first to be decoded.
 
-    A recording that was cut out of a longer one may begin with a key frame of an open GOP. The B-frames that are shown
-    before it reference the group before, which is not in the file; decoders drop them.
+    A recording that was cut out of a longer one may begin inside a group of pictures, or with the key frame of an open
+    one, whose B-frames may be shown before it. All these reference what is not in the file; decoders drop them.
     """
-    if not stamps or NO_STAMP in stamps or first.pts != stamps[0] or not key_places or key_places[0] != 0:
+    if not key_places or NO_STAMP in stamps or first.pts != stamps[key_places[0]]:
         return []
-    places = [place for place, stamp in enumerate(stamps) if stamp < stamps[0]]
-    end = min([*key_places[1:2], MOST_REORDERED + 1])  # farther on they would be of another recording, joined to this
+    key = key_places[0]
+    if key >= np.diff([*key_places, len(stamps)]).max():
+        return []  # more than the rest of one group: it was not a cut that took the key frames before
+    places = [place for place, stamp in enumerate(stamps) if stamp < stamps[key]]
+    end = min([*key_places[1:2], key + MOST_REORDERED + 1])  # farther on they would be of another, joined recording
     return places if places and places[-1] < end else []
 
 

@@ -204,11 +204,10 @@ def test_a_seek_that_lands_wrong_is_made_good_from_the_start(
     assert all(frame.rgb.equal(whole[frame.index]) for frame in frames)
 
 
+@pytest.mark.parametrize("before", [0, 5])
 @pytest.mark.parametrize("suffix", ["mkv", "ts"])
-def test_a_cut_in_an_open_group_leaves_out_what_references_the_part_before(
-    clip: Clip, tmp_path: Path, suffix: str
-) -> None:
-    """B-frames that are shown before the first key frame, and come after it in the file."""
+def test_a_cut_leaves_out_what_references_the_part_before(clip: Clip, tmp_path: Path, suffix: str, before: int) -> None:
+    """The last packets of a group, and B-frames that are shown before the first key frame and come after it."""
     options = {"g": "20", "keyint_min": "20", "x264-params": "open-gop=1:scenecut=0:bframes=3:b-adapt=0"}
     path, complete = tmp_path / f"cut.{suffix}", clip(f"open.{suffix}", count=100, options=options)
     with av.open(str(complete)) as whole, av.open(str(path), "w") as cut:
@@ -216,7 +215,7 @@ def test_a_cut_in_an_open_group_leaves_out_what_references_the_part_before(
         sent = [packet for packet in whole.demux(video=0) if packet.size]
         (key,) = [place for place, packet in enumerate(sent) if packet.is_keyframe][1:2]
         leading = sum(packet.pts < sent[key].pts for packet in sent[key:])
-        for packet in sent[key:]:
+        for packet in sent[key - before :]:
             packet.stream = stream
             cut.mux(packet)
     assert leading > 0
