@@ -39,7 +39,7 @@ def test_front_layer_gives_the_flow_and_hides_what_it_passes_over() -> None:
     expected[18:79, 40:61] = True
     assert torch.equal(frame[0] > 125, expected)
     edge = functional.max_pool2d(expected[None].float(), 3, 1, 1)[0].bool() & ~expected
-    assert frame[:, edge].min() > 50  # a quarter covered: seen, but not the bar's motion
+    assert frame[:, edge].min() > 50  # a quarter covered by the bar: it shows, but the flow is the ground's
     assert (frame[:, ~expected & ~edge] == 50).all()
     assert (frame[:, expected] == 200).all()
 
@@ -47,8 +47,8 @@ def test_front_layer_gives_the_flow_and_hides_what_it_passes_over() -> None:
     assert torch.equal(flow[0], torch.where(expected, 10.0, 0.0))
     assert torch.equal(flow[1], torch.where(expected, 0.0, -2.0))
     hidden = torch.zeros_like(expected)
-    hidden[20:81, 61:71] = True  # ground the bar runs over; it comes from 2 px below
-    hidden[79:81, 50:61] = True  # ground that slips under the bar's lower end
+    hidden[20:81, 61:71] = True  # ground that the bar covers next; it moves up by 2 px
+    hidden[79:81, 50:61] = True  # ground that moves under the lower end of the bar
     hidden[:2] = True  # ground that leaves the frame
     assert torch.equal(~visible, hidden)
 
@@ -66,7 +66,7 @@ def test_texels_land_on_pixels_and_tiles_join() -> None:
 
 
 def test_the_box_follows_what_a_bend_pushes_out() -> None:
-    """A wave of no frequency is a plain shift: here 6 px left, 4 px up."""
+    """A bend of zero frequency is a plain shift, here by 6 px to the left and 4 px up."""
     bend = Bend(np.array([[6.0, 4.0]]), np.zeros((1, 2)), np.array([math.pi / 2]), lambda t: t)
     bar = plain(200, placed(50, 40), outline=BarOutline(10.25, 5.25), bend=bend)
     frames = [Scene(HEIGHT, WIDTH, (plain(50, shift(0, 0)), bar)).render(t)[0] for t in (0, 1)]
@@ -109,7 +109,7 @@ def test_a_bend_is_undone_exactly() -> None:
 
 
 def test_flow_ends_on_the_same_object_point() -> None:
-    """Object coordinates at a pixel equal those at the end of its flow, bend, turn and perspective included."""
+    """A pixel and the end of its flow have the same object coordinates, with bending, rotation and perspective."""
     bend = Bend(np.array([[4.0, 2.0]]), np.array([[0.04, 0.03]]), np.array([0.3]), math.sin)
 
     def pose(t: float) -> np.ndarray:
@@ -129,7 +129,7 @@ def test_flow_ends_on_the_same_object_point() -> None:
 
 
 def test_smooth_pictures_agree_to_a_grey_level(pulled: Pulled) -> None:
-    """On a slow texture interpolation errs little, so a wrong flow of a twentieth of a pixel would show."""
+    """On a smooth texture interpolation errors are small, so that an error of 0.05 px in the flow would show."""
     ramp = torch.linspace(0, 4 * math.pi, 257)
     texture = 127 + 120 * torch.stack(
         (ramp.sin() + 0 * ramp[:, None], ramp.sin()[:, None] + 0 * ramp, 0 * ramp[:, None] + ramp.cos())

@@ -1,4 +1,4 @@
-"""A network that starts from another: wider, or with a refining network behind, and computing the same at first."""
+"""A network that starts from a smaller one, wider or with a refining network added, at first computes the same flow."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TINY = TrainConfig(width=0.0625, steps=1, batch=2, height=64, width_px=64, warm_
 
 
 def loud(model: torch.nn.Module) -> torch.nn.Module:
-    """Flow heads start nearly silent; here they must speak, so that a wrong copy would be heard."""
+    """Makes flow heads and biases large: they start near zero, where a wrong copy would not show."""
     for name, parameter in model.named_parameters():
         if "predict_flow" in name or name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1)

@@ -1,4 +1,4 @@
-"""The losses: exact on cases that can be reckoned by hand."""
+"""The losses, on cases that can be computed by hand."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_what_is_masked_counts_at_no_scale() -> None:
 
 
 def shifted_costs(dx: int, dy: int, sharpness: float) -> torch.Tensor:
-    """Costs of a pair whose every pixel moved by (dx, dy) displacements: one channel stands out."""
+    """A cost volume in which every pixel matches best at (dx, dy), in steps of the displacement."""
     costs = torch.zeros(1, DISPLACEMENTS, 8, 8)
     costs[:, (dy + REACH) * (2 * REACH + 1) + dx + REACH] = sharpness
     return costs

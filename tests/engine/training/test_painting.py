@@ -1,4 +1,4 @@
-"""Pairs painted together are those painted one by one."""
+"""Pairs painted in a batch are the same as pairs painted one by one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def drawn(config: SceneConfig = CONFIG) -> list[DrawnPair]:
 
 
 def assert_alike(painted: Batch, wanted: list[ScenePair]) -> None:
-    """Pictures within a level, but for few pixels; the same flow; the same seen, but where an end is between pixels."""
+    """Frames differ by at most one level, flow and visibility not at all, except for a few pixels at edges."""
     first, second, flow, visible = (part.cpu() for part in painted)
     for frames, name in ((first, "first"), (second, "second")):
         apart = (frames.float() - torch.stack([getattr(pair, name) for pair in wanted])).abs()
@@ -35,7 +35,7 @@ def assert_alike(painted: Batch, wanted: list[ScenePair]) -> None:
         assert (apart <= 1).flatten(1).float().mean(1).min() > 0.995
         assert (apart > 0).float().mean() < 0.01
     apart = (flow - torch.stack([pair.flow for pair in wanted])).norm(dim=1)
-    assert (apart > 2e-3).float().mean() < 1e-4  # a front layer that covers half a pixel, more or less
+    assert (apart > 2e-3).float().mean() < 1e-4  # pixels that a front layer covers by about half
     assert apart.median() < 1e-4
     assert (visible != torch.stack([pair.visible for pair in wanted])).float().mean() < 1e-3
 
@@ -58,7 +58,7 @@ def test_together_they_are_as_one_by_one() -> None:
 def test_parts_of_a_batch_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     painter, pairs = Painter(torch.device("cpu"), CONFIG.bank), drawn()[:10]
     whole = painter.paint(pack(pairs))
-    monkeypatch.setattr(packing, "PIXELS", 6 * HEIGHT * WIDTH)  # three pairs, if no shutter is open
+    monkeypatch.setattr(packing, "PIXELS", 6 * HEIGHT * WIDTH)  # three pairs without motion blur
     parts = pack(pairs)
     views = [2 * (1 + len(pair.moments)) for pair in pairs]
     assert len(parts) >= sum(views) / 6 > 3
@@ -112,7 +112,7 @@ def test_one_pair_of_any_size(size: tuple[int, int]) -> None:
 
 
 def test_a_strong_bend_is_undone_as_by_itself() -> None:
-    """On a still ground that bends alone: the flow is what undoes the bend, to a thousandth of a pixel."""
+    """If a background only bends, its flow must undo the bend, to a thousandth of a pixel."""
     pairs = [draw_pair(seed, HEIGHT, WIDTH, replace(CONFIG, objects=(0, 0), bends=1, still=0)) for seed in range(8)]
     bends = []
     for pair in pairs:

@@ -30,7 +30,7 @@ def test_a_pair_is_decided_by_its_seed() -> None:
 
 
 def test_second_frame_pulled_back_along_the_flow_is_the_first(pulled: Pulled) -> None:
-    """Without noise and light; what is left is interpolation, at edges and in fine texture."""
+    """Without noise and changes of light, only interpolation errors remain, at edges and in fine texture."""
     aligned, unaligned, moved = [], [], []
     for seed in range(40):
         pair = sample_pair(seed, HEIGHT, WIDTH, PLAIN)
@@ -39,7 +39,7 @@ def test_second_frame_pulled_back_along_the_flow_is_the_first(pulled: Pulled) ->
         unaligned.append(float((pair.second.float() - first).abs().mean(0)[pair.visible].mean()))
         moved.append(float(pair.flow.norm(dim=0).mean()))
         off_by_half = pulled(pair.second, pair.flow + 0.5) - first
-        if aligned[-1] > 1:  # textured: half a pixel is seen
+        if aligned[-1] > 1:  # textured: an error of half a pixel shows
             assert off_by_half.abs().mean(0)[pair.visible].mean() > aligned[-1]
     assert np.mean(aligned) < 4
     assert max(aligned) < 16

@@ -1,4 +1,4 @@
-"""Training: the same seed gives the same weights, stopped or not, with any number of workers; and it learns."""
+"""Training: the same seed gives the same weights, resumed or not, with any number of workers; and the loss falls."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ def test_a_worker_process_changes_nothing(tmp_path: Path) -> None:
             train(config, tmp_path / str(workers), workers=workers)
             assert torch.get_num_threads() == 2
     finally:
-        torch.set_num_threads(1)  # as in all tests
+        torch.set_num_threads(1)  # as for all other tests
     assert_same(weights_of(tmp_path / "0"), weights_of(tmp_path / "1"))
 
 
 def test_minutes_end_a_workers_endless_scenes(tmp_path: Path) -> None:
-    """However long a step takes: the first one is made."""
+    """One step is always made, however short the time; afterwards no worker process is left, nor after a failure."""
     reports: list[Progress] = []
     train(replace(TINY, minutes=1e-9), tmp_path, workers=1, report=reports.append)
     assert [progress.step for progress in reports] == [1]
@@ -106,8 +106,8 @@ def test_other_networks_train_too(model: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", ["FlowNet2C", "FlowNet2S", "FlowNet2SD", "FlowNet2CS", "FlowNet2CSS", "FlowNet2"])
 def test_a_step_keeps_to_the_device_of_the_network(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU's, were there one."""
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # of which it has none
+    """So that training works on a GPU: a fake device refuses to mix its tensors with the CPU's."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # the meta device does not support it
     net = start.network(replace(TINY, model=model)).to(NOWHERE)
     frames = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
     batch = frames, frames, torch.zeros(2, 2, 64, 64), torch.ones(2, 64, 64, dtype=torch.bool)
@@ -121,7 +121,7 @@ def test_a_step_keeps_to_the_device_of_the_network(model: str, monkeypatch: pyte
 
 
 def test_what_was_begun_on_a_gpu_goes_on_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkpoint names the device of each of its tensors."""
+    """A checkpoint records the device of each tensor, which may be missing when it is resumed."""
 
     class Stopped(Exception):
         pass
@@ -154,7 +154,7 @@ def test_several_gpus_are_not_taken_for_one(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_it_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On one fixed batch the loss must fall: the data, the loss and the optimiser pull the same way."""
+    """On one fixed batch the loss must fall, which it does only if data, loss and optimiser fit together."""
     reports: list[Progress] = []
     config = replace(TINY, steps=40, reuse=40, learning_rate=2e-3)
     monkeypatch.setattr(batches, "augment", lambda batch, h, w, g: tuple(part[..., :h, :w] for part in batch))
@@ -193,7 +193,7 @@ def test_a_folder_is_not_overwritten_nor_mixed_up(tmp_path: Path) -> None:
 
 
 def test_augmentation_moves_the_flow_with_the_picture() -> None:
-    """A picture that is its own coordinates: wherever a pixel goes, its flow must still point at its match."""
+    """Pixels hold their own coordinates, so that a flow vector that does not lead to its match would show."""
     size = 80
     y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     u, v = 3, -2
@@ -210,7 +210,7 @@ def test_augmentation_moves_the_flow_with_the_picture() -> None:
         seen.add((du, dv))
         inner = a[:, :, 8:56, 8:56]
         assert torch.equal(inner, b[:, :, 8 + dv : 56 + dv, 8 + du : 56 + du])
-        kept = [slice(max(-move, 0), 64 - max(move, 0)) for move in (dv, du)]  # the crop cuts off the other matches
+        kept = [slice(max(-move, 0), 64 - max(move, 0)) for move in (dv, du)]  # the crop cuts off other matches
         assert mask[0, kept[0], kept[1]].all()
         assert mask.sum() == (64 - 2) * (64 - 3)
     assert seen == {(3, -2), (-3, -2), (3, 2), (-3, 2)}
@@ -226,7 +226,7 @@ def test_learning_rate_warms_up_and_ends_at_zero() -> None:
 
 
 def test_minutes_in_place_of_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The schedule follows the clock, over an interruption too: here a step takes 10 s."""
+    """The schedule follows the clock, also after an interruption. Each step takes 10 s of a fake clock."""
     now = [0.0]
 
     class Clock:
@@ -251,7 +251,7 @@ def test_minutes_in_place_of_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     reports: list[Progress] = []
     with pytest.raises(Stopped):
         train(config, tmp_path, workers=0, report_every=2, report=stop)
-    now[0] += 1000  # nobody trains
+    now[0] += 1000  # time between the two runs
     train(config, tmp_path, workers=0, report_every=2, resume=True, report=reports.append)
     assert [(progress.step, progress.seconds) for progress in reports] == [(4, 40), (6, 60)]
     assert reports[0].learning_rate == pytest.approx(config.learning_rate * 0.5)  # the step began at 30 s
