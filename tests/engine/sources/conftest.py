@@ -1,4 +1,4 @@
-"""PyNvVideoCodec's stand-in, and every video test's two decoders."""
+"""The fake PyNvVideoCodec, and a fixture that runs a test with each of the two video decoders."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tests.fakes.pynvvideocodec import installed
 
 @pytest.fixture
 def nvc(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The stand-in for PyNvVideoCodec, with streams that only write down what is asked of them in ``behaviour.log``."""
+    """The fake PyNvVideoCodec. Its streams only record what is asked of them, in ``behaviour.log``."""
     return installed(monkeypatch)
 
 
 @pytest.fixture(params=["PyAV", "NVDEC"])
 def each_decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every video source that a test opens is decoded by this one, and by nobody instead of it; gives its name."""
+    """Every video source of the test is decoded by this decoder, never by the other one. Gives its name."""
     if request.param == "NVDEC":
         request.getfixturevalue("nvc")
         no_one = None

@@ -1,4 +1,4 @@
-"""Known colours, through every matrix, range and depth, come back as they were."""
+"""Known colours, stored with every matrix, range and depth, are decoded to what they were."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_unstated_matrix_follows_the_height(clip: Clip, height: int, matrix: str
 
 
 def test_full_range_h264(clip: Clip) -> None:
-    """yuvj420p is full range whatever else is said, as cameras and motion JPEG write it."""
+    """yuvj420p, which cameras and motion JPEG write, is full range, whatever else the file states."""
     rgb = patches()
     frames = [yuv_frame(rgb, "bt601", FULL, 8, "yuvj420p") for _ in range(2)]
     options = {"qp": "0"}

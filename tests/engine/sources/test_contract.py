@@ -1,4 +1,4 @@
-"""What every kind of source promises; a kind without an example here fails (see ``Source`` and ``RandomAccess``)."""
+"""What every kind of source promises (see ``Source`` and ``RandomAccess``). Each kind needs an example here."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Make = Callable[[], str]
 def make(
     request: pytest.FixtureRequest, tmp_path: Path, clip: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Make]:
-    """Gives the name of a source of this kind, of seven frames; each time one that has not been read."""
+    """``make()``: the name of a source of this kind with seven frames, which nobody has read yet."""
     writers: list[threading.Thread] = []
 
     def stdin() -> str:
@@ -136,7 +136,7 @@ def test_a_closed_one_gives_no_more(make: Make) -> None:
     next(frames)
     source.close()
     assert len(list(frames)) <= 1
-    source.close()  # again does no harm
+    source.close()  # may be called again
 
 
 def test_in_any_order_it_gives_the_same(make: Make) -> None:

@@ -1,4 +1,4 @@
-"""Whether a file is whole, told from its structure alone: each kind made by hand, whole, cut, and not telling."""
+"""Whether a file is complete, from its structure alone. Each kind is made by hand: whole, cut, and without lengths."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from flowreel.engine.sources.file_ends import is_cut_short
 
 
 def box(kind: bytes, content: bytes, *, long: bool = False) -> bytes:
-    """Of an MP4."""
+    """A box of an MP4."""
     if long:
         return (1).to_bytes(4, "big") + kind + (16 + len(content)).to_bytes(8, "big") + content
     return (8 + len(content)).to_bytes(4, "big") + kind + content
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
-    """Of an AVI."""
+    """A chunk of an AVI."""
     return kind + len(content).to_bytes(4, "little") + content
 
 
 def asf(file_bytes: int, flags: int = 0) -> bytes:
-    """A header with the file's properties, and a hundred bytes behind it."""
+    """The header of an ASF file with its properties, and 112 bytes after it."""
     properties = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365") + bytes(24) + file_bytes.to_bytes(8, "little")
     head = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c") + bytes(14) + properties
     return head + bytes(40) + flags.to_bytes(4, "little") + bytes(112)
@@ -52,14 +52,14 @@ def test_an_mp4_may_begin_with_any_of_its_boxes(kind: str, tmp_path: Path) -> No
     first = box(kind.encode(), bytes(9))
     path.write_bytes(first)
     assert not is_cut_short(path)
-    path.write_bytes(first + box(b"mdat", bytes(70))[:8])  # behind a box's head
+    path.write_bytes(first + box(b"mdat", bytes(70))[:8])  # cut after the head of a box
     assert is_cut_short(path)
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        box(b"ftyp", b"isom") + bytes(4) + b"mdat" + bytes(70),  # to the end of the file
+        box(b"ftyp", b"isom") + bytes(4) + b"mdat" + bytes(70),  # a length of 0: up to the end of the file
         box(b"ftyp", b"isom") + b"\0\0\0\x07mdat" + bytes(70),
         box(b"ftyp", b"isom") + b"\xff\xff\xff\xff\0\0\0\0" + bytes(70),  # no box
         chunk(b"RIFF", b"AVI " + bytes(60)) + b"RIFF\0\0\0\0AVIXLIST" + bytes(70),  # never finished
@@ -68,7 +68,7 @@ def test_an_mp4_may_begin_with_any_of_its_boxes(kind: str, tmp_path: Path) -> No
         b"\x1a\x45\xdf\xa3\x84" + bytes(4) + b"\x18\x53\x80\x67",
         asf(1 << 40, flags=1),  # a broadcast
         asf(1 << 40)[:100],
-        SCREEN + b"\x07" + bytes(9),  # damaged, which is another matter
+        SCREEN + b"\x07" + bytes(9),  # damaged, which does not mean cut
         Y4M + b"XRAME\n" + bytes(5),
         b"YUV4MPEG2 W4 H2 F25:1 C999\nFRAME\n",
         b"",

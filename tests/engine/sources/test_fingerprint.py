@@ -1,4 +1,4 @@
-"""What tells one input from another: of the same name, size and beginning, but changed later."""
+"""A changed source is recognised although its name, size and beginning are the same."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def change(path: Path, place: int, count: int = 1) -> None:
 
 @pytest.mark.parametrize("place", [1.5, 2.9999, 2.0])
 def test_a_part_of_a_file_that_changes_later(tmp_path: Path, place: float) -> None:
-    """A thirtieth of it, as of a few frames: wherever that is."""
+    """A change to a thirtieth of the file, about a few frames, is noticed wherever it is."""
     path = made(tmp_path / "x.y4m", 3 * HEAD_BYTES)
     before, again = (source_id("x", [path]) for _ in range(2))
     assert before == again
@@ -41,7 +41,7 @@ def test_a_part_of_a_file_that_changes_later(tmp_path: Path, place: float) -> No
 
 
 def test_one_of_many_images_that_changes(tmp_path: Path) -> None:
-    """A compressed one to its end, as they do; a plain one in its middle. And two that change places."""
+    """Its last byte (any change to a compressed image reaches that), a byte in the middle, or two images swapped."""
     paths = [made(tmp_path / f"{number}.png", 5000, number) for number in range(100)]
     before = source_identity(tmp_path)
     for place in (-1, 2500):
@@ -80,7 +80,7 @@ def test_a_short_file_that_was_exchanged_for_a_longer_one(tmp_path: Path) -> Non
     before = asdict(source_id("x.mkv", [path]))
     made(path, 160_000, seed=1)
     assert other_source(before, asdict(source_id("x.mkv", [path])))
-    del before["heads_sha256"]  # as recorded before there were any
+    del before["heads_sha256"]  # as older versions recorded it
     made(path, 150_000)
     assert not other_source(before, asdict(source_id("x.mkv", [path])))
     path.write_bytes(path.read_bytes() + b"more")

@@ -1,4 +1,4 @@
-"""The size a packet states: what an encoder was told, where it says so and nowhere else; VP9's headers bit by bit."""
+"""The frame size stated in a packet, for every codec that states one, and VP9's headers bit by bit."""
 
 from __future__ import annotations
 
@@ -85,22 +85,22 @@ W, H = f"{640 - 1:016b}", f"{360 - 1:016b}"
 @pytest.mark.parametrize(
     ("header", "stated"),
     [
-        # marker, profile, shown again; inter, shown, resilient; then what the kind of picture has
+        # Marker, profile, show existing; inter, shown, error resilient; then fields that depend on the picture.
         ("10 00 0 0 1 0" + SYNC + "010 0" + W + H, True),  # a key picture
-        ("10 10 0 0 1 0" + SYNC + "010 0 110" + W + H, True),  # of profile 1: with its subsampling
-        ("10 01 0 0 1 0" + SYNC + "1 010 0" + W + H, True),  # of profile 2: with its depth
-        ("10 11 0 0 0 1 0" + SYNC + "1 111 0" + W + H, True),  # of profile 3, RGB
-        ("10 00 0 0 1 0" + SYNC[:-1] + "1 010 0" + W + H, False),  # not in step
-        ("11 00 0 0 1 0" + SYNC + "010 0" + W + H, False),  # no VP9
+        ("10 10 0 0 1 0" + SYNC + "010 0 110" + W + H, True),  # profile 1, with its subsampling
+        ("10 01 0 0 1 0" + SYNC + "1 010 0" + W + H, True),  # profile 2, with its bit depth
+        ("10 11 0 0 0 1 0" + SYNC + "1 111 0" + W + H, True),  # profile 3, RGB
+        ("10 00 0 0 1 0" + SYNC[:-1] + "1 010 0" + W + H, False),  # wrong sync code
+        ("11 00 0 0 1 0" + SYNC + "010 0" + W + H, False),  # wrong marker
         ("10 00 0 0 1 0" + SYNC + "010 0" + W, False),  # cut off
         ("10 00 1 011", False),  # an earlier picture is shown
-        ("10 00 0 1 1 0 00 11111111 000000000000 000" + W + H, True),  # refers to others, is like none of them
-        ("10 00 0 1 1 1 11111111 000000000000 000" + W + H, True),  # likewise, made to bear losses
-        ("10 00 0 1 1 0 00 11111111 000000000000 001" + W + H, False),  # like the third
-        ("10 00 0 1 1 0 00 11111111 000000000000 1" + W + H, False),  # like the first
-        ("10 00 0 1 0 0 0 00 11111111 000000000000 000" + W + H, True),  # hidden
-        ("10 00 0 1 0 0 1 00" + SYNC + "11111111" + W + H, True),  # hidden, refers to none
-        ("10 01 0 1 0 0 1 00" + SYNC + "0 010 0 11111111" + W + H, True),  # likewise, of profile 2
+        ("10 00 0 1 1 0 00 11111111 000000000000 000" + W + H, True),  # refers to others
+        ("10 00 0 1 1 1 11111111 000000000000 000" + W + H, True),  # likewise, error resilient
+        ("10 00 0 1 1 0 00 11111111 000000000000 001" + W + H, False),  # the size of the third reference
+        ("10 00 0 1 1 0 00 11111111 000000000000 1" + W + H, False),  # the size of the first reference
+        ("10 00 0 1 0 0 0 00 11111111 000000000000 000" + W + H, True),  # not shown
+        ("10 00 0 1 0 0 1 00" + SYNC + "11111111" + W + H, True),  # not shown, refers to none
+        ("10 01 0 1 0 0 1 00" + SYNC + "0 010 0 11111111" + W + H, True),  # likewise, profile 2
     ],
 )
 def test_vp9_by_its_specification(header: str, stated: bool) -> None:
@@ -115,6 +115,6 @@ def test_second_fields_follow_a_first_one() -> None:
     order = [(0, False), (0, True), (1, True), (1, False), (2, False), (3, False), (3, True), (4, True), (5, False)]
     packets = [field(frame, bottom, 0) for frame, bottom in order]
     second = [fields.holds(memoryview(packet)) for packet in packets]
-    assert second == [False, True, False, True, False, False, True, False, False]  # 2, 4 and 5 stay alone
+    assert second == [False, True, False, True, False, False, True, False, False]  # 2, 4, 5 have one field
     assert not fields.holds(memoryview(b"\0\0\1\x61"))
     assert not SecondFields(None).holds(memoryview(packets[1]))

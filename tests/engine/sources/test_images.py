@@ -148,7 +148,7 @@ class TestWhichFiles:
     def test_a_link_to_nothing_is_not_left_out(self, tmp_path: Path) -> None:
         for number in (1, 2):
             grey(tmp_path / f"{number}.png", 1)
-        (tmp_path / ".3.png").symlink_to("nowhere")  # as some editors make
+        (tmp_path / ".3.png").symlink_to("nowhere")  # some editors make such links
         assert len(list(open_source(tmp_path))) == 2
         (tmp_path / "3.png").symlink_to("nowhere")
         for name in (tmp_path, tmp_path / "*.png"):
@@ -236,7 +236,7 @@ class TestTrouble:
             list(open_source(tmp_path))
 
     def test_a_file_that_cannot_be_decoded_concerns_its_own_frame(self, tmp_path: Path) -> None:
-        """Not the one before it, which came last."""
+        """The error names the frame that fails, not the one before it, which was the last to come."""
         noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
         for number in range(6):
             Image.fromarray(noise).save(tmp_path / f"{number}.png")
@@ -312,7 +312,7 @@ class TestPixels:
         options = {"jpg": {"quality": 95}, "webp": {"lossless": True}}.get(suffix, {})
         path = tmp_path / f"1.{suffix}"
         Image.fromarray(stored).save(path, exif=exif, **options)
-        # What the tag says: where row 0 and column 0 of the stored picture are when it is shown.
+        # The tag states where row 0 and column 0 of the stored picture are when it is shown.
         upright = {
             1: stored, 2: stored[:, ::-1], 3: stored[::-1, ::-1], 4: stored[::-1],
             5: stored.T, 6: stored.T[:, ::-1], 7: stored.T[::-1, ::-1], 8: stored.T[::-1], 9: stored,
@@ -326,12 +326,12 @@ class TestPixels:
         for number in (1, 2):
             Image.fromarray(gradient()).save(tmp_path / f"{number}.png")
         first, second = open_source(tmp_path)
-        first.rgb.zero_()  # writable, and nobody else's
+        first.rgb.zero_()  # it is writable and shares no memory
         assert np.array_equal(second.rgb.permute(1, 2, 0).numpy(), gradient())
 
 
 def test_png_with_its_orientation_behind_the_pixels(tmp_path: Path) -> None:
-    """Such a tag is left alone by the header check and by the reader alike, so that the sizes agree."""
+    """The header check and the reader both ignore such a tag, so that the sizes agree."""
     exif = Image.Exif()
     exif[0x0112] = 6
     buffer = io.BytesIO()

@@ -1,5 +1,5 @@
-"""NVDEC's logic against a stand-in: the same frames as on the CPU, surfaces that are only lent, seeks that go wrong,
-sessions that fail, and telling aloud why the CPU decodes instead. A GPU has run TestOnACard alone."""
+"""Decoding with NVDEC, on a fake PyNvVideoCodec: the same frames as on the CPU, surfaces that are only lent, seeks
+that go wrong, sessions that fail, and notes on why the CPU decodes instead. Only TestOnACard needs a GPU."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from flowreel.engine.sources.video import VideoSource, open_video
 Clip = Callable[..., Path]
 GPU = "cuda:0"
 
-CLIPS = {  # and how many frames are looked at
+CLIPS = {  # how many frames are compared; None: all
     "videos/bbb_1080p60.mp4": 4,
     "videos/sintel_cave_1024x436.mp4": 6,
     "videos/person_asl_walk_640x480.mkv": 12,  # full range
@@ -44,7 +44,7 @@ CLIPS = {  # and how many frames are looked at
 
 
 def on_gpu(path: Path, **select: Any) -> VideoSource:
-    """Decoded by the stand-in, or an error."""
+    """A source decoded by the fake NVDEC; an error where that is not possible."""
     return open_video(str(path), SelectConfig(decoder="nvdec", **select), GPU)
 
 
@@ -53,7 +53,7 @@ def on_cpu(path: Path, **select: Any) -> VideoSource:
 
 
 def levels_apart(got: list[Frame], expected: list[Frame]) -> int:
-    """Largest difference of any colour; numbers and times must be the same."""
+    """The largest difference of any colour value, after a check that numbers and times are equal."""
     assert [frame.index for frame in got] == [frame.index for frame in expected]
     assert [frame.timestamp_s for frame in got] == [frame.timestamp_s for frame in expected]
     assert [frame.rgb.shape for frame in got] == [frame.rgb.shape for frame in expected]
@@ -107,7 +107,7 @@ class TestSameFramesAsOnTheCpu:
 
 
 class Late(NvdecDecoder):
-    """A planted fault: asks for the next picture before the last one is converted."""
+    """A planted fault: the next picture is requested before the last one has been converted."""
 
     def pictures(self, first: int) -> Generator[tuple[int, Any], None, None]:
         ahead = super().pictures(first)
@@ -120,7 +120,7 @@ class Late(NvdecDecoder):
 
 class TestSurfacesAreLent:
     def test_a_late_copy_is_found_out(self, nvc: ModuleType, long_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Else the tests above would prove little."""
+        """The fake overwrites lent surfaces, without which the tests above would prove little."""
         monkeypatch.setattr(nvdec, "NvdecDecoder", Late)
         assert levels_apart(list(on_gpu(long_clip)), list(on_cpu(long_clip))) > 20
 
@@ -133,7 +133,7 @@ class TestSurfacesAreLent:
     def test_small_frames_share_their_allocations(
         self, nvc: ModuleType, long_clip: Path, most_bytes: int, allocations: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Of eight, as far as these are not too large."""
+        """Eight frames share one, unless that would be too large."""
         monkeypatch.setattr(nvdec, "_TOGETHER_BYTES", most_bytes)
         frames = list(on_gpu(long_clip, stop=30))
         assert len({frame.rgb.untyped_storage().data_ptr() for frame in frames}) == allocations
@@ -149,7 +149,7 @@ class TestSeeking:
 
     @pytest.mark.parametrize(("start", "sought"), [(90, ["seek 90"]), (58, ["seek 58", "seek 26"]), (10, [])])
     def test_to_the_key_frame_before(self, nvc: ModuleType, long_clip: Path, start: int, sought: list[str]) -> None:
-        """Frame 60 is a key frame, the 57th packet of the file: for frame 58 that is too late."""
+        """Frame 60 is a key frame, the 57th packet of the file: a seek to frame 58 lands on it, which is too late."""
         frames = list(on_gpu(long_clip, start=start))
         assert levels_apart(frames, list(on_cpu(long_clip, start=start))) <= 1
         assert self.started(nvc) == sought
@@ -163,11 +163,11 @@ class TestSeeking:
     def test_a_seek_that_goes_wrong_means_from_the_start(
         self, nvc: ModuleType, long_clip: Path, fault: dict[str, Any]
     ) -> None:
-        """It raises, or lands behind the frame that is wanted, or on one that is no key frame."""
+        """The seek raises, or lands after the wanted frame, or on a frame that is no key frame."""
         vars(nvc.behaviour).update(fault)
         frames = list(on_gpu(long_clip, start=70, stop=80))
         assert levels_apart(frames, list(on_cpu(long_clip, start=70, stop=80))) <= 1
-        assert len(nvc.behaviour.sessions) == 1  # decided before one is begun
+        assert len(nvc.behaviour.sessions) == 1  # the start is decided on before a session is begun
 
     @pytest.mark.parametrize("start", [80, 85])
     def test_a_key_frame_that_the_chip_does_not_begin_with(self, nvc: ModuleType, long_clip: Path, start: int) -> None:
@@ -178,7 +178,7 @@ class TestSeeking:
         assert nvc.behaviour.most_alive == 1
 
     def test_a_key_frame_that_does_not_come(self, nvc: ModuleType, long_clip: Path) -> None:
-        """What follows would lean on nothing, so decoding begins again; there the frame may be missing, and is told."""
+        """Frames after it could not be decoded, so decoding begins again from the start, where its loss is reported."""
         stamps = probe_video(str(long_clip)).timeline.stamps
         assert stamps is not None
         nvc.behaviour.dropped = frozenset({int(stamps[80])})
@@ -221,7 +221,7 @@ class TestWhatDoesNotCome:
         source = open_video(str(long_clip), SelectConfig(), GPU)
         frames = list(source)
         missing = sorted(set(range(100)) - {frame.index for frame in frames})
-        assert missing == [29, 30, 31]  # before 32, which comes ahead of them in the file and was the last packet
+        assert missing == [29, 30, 31]  # shown before 32, which precedes them in the file and was the last packet
         assert source.losses == ["3 of 100 frames could not be decoded"]
         assert levels_apart(frames, [frame for frame in on_cpu(long_clip) if frame.index not in missing]) <= 1
         (note,) = [note for note in source.notes if "NVDEC" in note]
@@ -250,7 +250,7 @@ class TestWhatDoesNotCome:
         assert source.decoder == "NVDEC (h264)"
 
     def test_a_damaged_picture_counts_as_good(self, nvc: ModuleType, clip: Clip) -> None:
-        """The chip conceals the damage and tells nobody; on the CPU the frame is lost, and that is told."""
+        """NVDEC conceals the damage without a word; on the CPU the frame is lost and the loss is reported."""
         path = clip("nv_sound.webm", codec="libvpx-vp9", count=12, options={"lag-in-frames": "0"})
         with av.open(str(path)) as container:
             packet = bytes([packet for packet in container.demux(video=0) if packet.size][5])
@@ -266,7 +266,7 @@ class TestWhatDoesNotCome:
 
 
 class TestSizesThatChange:
-    """By what the stream states; the surfaces of a smaller picture do not show it."""
+    """A new size is known from the stream's headers; the surfaces of a smaller picture do not show it."""
 
     @pytest.fixture(params=[(32, 32), (96, 80), (60, 48)], ids=["smaller", "larger", "cropped"])
     def changed(self, request: pytest.FixtureRequest, clip: Clip, tmp_path: Path) -> tuple[Path, str]:
@@ -283,7 +283,7 @@ class TestSizesThatChange:
         source = open_video(str(path), SelectConfig(decoder=decoder), GPU)
         frames = []
         with pytest.raises(FrameSizeError, match=f"is {size}, but the first is 64x48"):
-            frames.extend(source)  # as far as they come
+            frames.extend(source)  # those before the error
         assert levels_apart(frames, list(itertools.islice(on_cpu(path), 10))) <= 1
 
     def test_what_is_stated_nowhere_may_show_in_the_surface(
@@ -301,7 +301,7 @@ class TestSizesThatChange:
     def test_only_vp9_is_looked_into_between_key_frames(
         self, nvc: ModuleType, clip: Clip, monkeypatch: pytest.MonkeyPatch, name: str, codec: str, anywhere: bool
     ) -> None:
-        """It may change at any picture; no encoder here does, so the header is made up."""
+        """VP9's size may change at any picture. No encoder here does that, so the stated size is faked."""
         path = clip(f"between_{name}", codec=codec)
         sizes = itertools.chain([(64, 48)], itertools.repeat((32, 32)))
         monkeypatch.setattr(nvsession, "stated_size", lambda codec, data: next(sizes))
@@ -327,7 +327,7 @@ class TestSessionsThatFail:
         assert "From there on the CPU decoded" in note
         assert ("HW decoder faced error" if bare else "it is broken") in note
         assert source.decoder == "NVDEC (h264), then PyAV (h264)"
-        assert len(nvc.behaviour.sessions) == 1  # and the stand-in asserts that it is not used again
+        assert len(nvc.behaviour.sessions) == 1  # and the fake asserts that it is not used again
         assert nvc.behaviour.alive == 0
 
     def test_asked_for_by_name_it_is_an_error(self, nvc: ModuleType, long_clip: Path) -> None:
@@ -357,7 +357,7 @@ class TestSessionsThatFail:
         assert nvc.behaviour.log == ["finished", "freed"]
 
     def test_the_session_stays_until_the_source_is_closed(self, nvc: ModuleType, long_clip: Path) -> None:
-        """To free it takes long and has all threads wait: those that still compute the last flows, too."""
+        """Freeing it takes long and blocks all threads, even those that still compute the last flows."""
         with on_gpu(long_clip, stop=5) as source:
             assert len(list(source)) == 5
             assert (nvc.behaviour.alive, nvc.behaviour.log) == (1, [])
@@ -403,7 +403,7 @@ class TestSessionsThatFail:
             nvc.behaviour.log.append("begins")
             if other.ident is None:
                 other.start()
-                other.join(timeout=0.3)  # time enough to begin as well, if nothing held it back
+                other.join(timeout=0.3)  # enough to begin too, if nothing prevents it
             nvc.behaviour.log.append("has begun")
 
         nvc.behaviour.on_making = slowly
@@ -419,7 +419,7 @@ def put_aside(nvc: ModuleType, monkeypatch: pytest.MonkeyPatch, error: Exception
     class Finder:
         def find_spec(self, name: str, *_: object) -> None:
             if name == "PyNvVideoCodec":
-                raise copy.copy(error)  # a parameter outlives the test, and with it what it was raised through
+                raise copy.copy(error)  # the traceback of a parameter would outlive the test
 
     monkeypatch.delitem(sys.modules, "PyNvVideoCodec")
     monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
@@ -441,7 +441,7 @@ def test_its_warnings_stay_off_stdout(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 class TestFallingBack:
     def refused(self, path: Path, stream: int | None = None) -> str:
-        """Why, as the notes of an automatic choice tell it and as the error of a choice by name does."""
+        """The reason, after a check that the note of decoder auto and the error of decoder nvdec give the same one."""
         source = open_video(str(path), SelectConfig(stream=stream), GPU)
         assert source.decoder.startswith("PyAV")
         assert "decoder" not in source.info.made_by
@@ -516,7 +516,7 @@ class TestFallingBack:
         assert says in self.refused(long_clip)
 
     def test_ten_bits_are_asked_for_as_ten(self, nvc: ModuleType, clip: Clip) -> None:
-        """The demuxer would say eight."""
+        """PyNvVideoCodec's demuxer would say eight."""
         nvc.behaviour.engines_for = {("H264", "420", 8)}
         assert "10 bits" in self.refused(clip("nv_ten.mp4", pix_fmt="yuv420p10le", count=3))
 
@@ -532,7 +532,7 @@ class TestFallingBack:
 
     def test_a_codec_it_has_never_heard_of(self, nvc: ModuleType, clip: Clip) -> None:
         assert "decodes no ffv1" in self.refused(clip("nv_ffv1.mkv", codec="ffv1"))
-        assert nvc.behaviour.asked == []  # the driver would be asked about a codec number 12
+        assert nvc.behaviour.asked == []  # PyNvVideoCodec would ask the driver about a wrong number
 
     def test_a_failed_question_leaves_no_context_here(self, nvc: ModuleType, long_clip: Path) -> None:
         nvc.behaviour.caps_error = nvc.PyNvVCException("no")
@@ -593,11 +593,11 @@ class TestChoosing:
 
 
 def test_the_layout_of_a_p016_surface_is_read_as_such(nvc: ModuleType, data_dir: Path) -> None:
-    """A surface read as 8 bits, or with its rows one after the other, would be far off: no luck in the test above."""
+    """The fake's surfaces have 16 bits and padded rows; read in another way they would look quite different."""
     path = data_dir / "videos_corner/hevc_main10_320x240.mp4"
     probe = probe_video(str(path))
     decoder = NvdecDecoder(probe, GPU, None, print)
-    pictures = decoder.pictures(0)  # which the surface is lent from
+    pictures = decoder.pictures(0)  # kept: it lends the surface
     number, surface = next(pictures)
     memory = torch.from_dlpack(surface)
     assert (memory.dtype, tuple(memory.shape)) == (torch.uint16, (360, 320))
@@ -618,13 +618,13 @@ class TestOnACard:
         return f"cuda:{gpu.index}"
 
     def test_surfaces_outlast_a_long_backlog(self, card: str, clip: Clip, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The stream that converts is far behind while the decoder is given packet after packet: what it writes next
-        has to wait for what is still to be read."""
+        """The decoder is given packet after packet while the stream that converts is far behind: it must not overwrite
+        a surface that is still to be read."""
         convert = NvdecDecoder._converted
 
         def late(self: NvdecDecoder, picture: Any) -> torch.Tensor:
             busy = torch.ones(4096, 4096, device=card)
-            for _ in range(20):  # some ten milliseconds, for a picture that takes less than one
+            for _ in range(20):  # about ten milliseconds, where a picture takes less than one
                 busy = busy @ busy
             return convert(self, picture)
 

@@ -1,4 +1,4 @@
-"""Which kind of source a name opens, and that asking costs no heavy import."""
+"""Which kind of source a name opens, and that finding out costs no heavy import."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_what_outputs_are_called_after(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_lasting_name_keeps_what_leads_through_a_link(
     clip: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of ``link/..`` the system makes the folder that holds what the link leads to."""
+    """``link/..`` is the folder that holds the target of the link, so it must not be shortened to ``.``."""
     (tmp_path / "far" / "folder").mkdir(parents=True)
     clip("clip.mp4").rename(tmp_path / "far" / "clip.mp4")
     monkeypatch.chdir(tmp_path)

@@ -112,7 +112,7 @@ class TestTimeline:
 
     @pytest.mark.parametrize("back", [4, 15, 40])
     def test_a_jump_back_is_no_reordering(self, back: int) -> None:
-        """Two recordings, of which the second begins before the first ends: IPBB in both."""
+        """Two joined recordings with B-frames, whose stamps overlap: the second begins before the first ends."""
         place = np.arange(60)
         shown = 4 * (place + 1 + 2 * (place % 3 == 0) - 1 * (place % 3 > 0))  # 3 0 1  6 3 4 ..., so I or P, B, B
         shown, decoded = shown + 1, 4 * (place - 2)
@@ -129,7 +129,7 @@ class TestTimeline:
 
     @pytest.mark.parametrize("late", [0, 3, 16])
     def test_frames_may_be_held_back_as_long_as_codecs_do(self, late: int) -> None:
-        group = late + 1  # one frame, and in the file behind it those that are shown before it
+        group = late + 1  # one frame, followed in the file by those that are shown before it
         place = np.arange(5 * group)
         shown = 4 * np.where(place % group == 0, place + late, place - 1)
         decoded = 4 * (place - late)

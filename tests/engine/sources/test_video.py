@@ -1,4 +1,4 @@
-"""Video files: counts, times, turning, selection, streams, and everything that is wrong with real files."""
+"""Video files: counts, times, rotation, selection, streams, and what can be wrong with real files."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_turn_follows_the_display_matrix(matrix: tuple[int, int, int, int]) -> N
     frame: Any = SimpleNamespace(side_data={"DISPLAYMATRIX": raw.tobytes()})
     turn, notes = Turn.of(frame)
     if 0 not in (a * d, b * c) or (a and b) or (c and d) or (a and c) or (b and d):
-        assert (turn, len(notes)) == (Turn(), 1)  # a shear: left alone and said so
+        assert (turn, len(notes)) == (Turn(), 1)  # a shear: not applied, and noted
         return
     stored = np.arange(3 * 5 * 3, dtype=np.uint8).reshape(3, 5, 3)
     shown = turn(stored)
@@ -240,7 +240,7 @@ class TestTimes:
 
     @pytest.mark.parametrize("kind", ["avi", "mxf"])
     def test_container_without_presentation_stamps(self, clip: Clip, kind: str) -> None:
-        """FFmpeg writes none to these, so those of an H.264 stream with B-frames come out of order."""
+        """FFmpeg stores only decoding stamps in these, which with B-frames are not in the order of presentation."""
         source = open_source(clip(f"packed.{kind}", count=30, b_frames=2))
         frames = list(source)
         assert [frame.index for frame in frames] == pictured(frames) == list(range(30))
@@ -253,7 +253,7 @@ class TestTimes:
         assert any("12 of 12 frames carry no time stamp" in note for note in source.notes)
 
     def test_a_bare_stream_runs_at_the_rate_that_it_states(self, clip: Clip) -> None:
-        """FFmpeg calls it 25 on average, where nothing tells an average."""
+        """Without time stamps FFmpeg reports an average rate of 25, which must not be used."""
         source = open_source(clip("fast.h264", count=12, rate=60))
         assert source.info.frame_rate == 60
         assert [frame.timestamp_s for frame in source] == pytest.approx([n / 60 for n in range(12)])
@@ -269,7 +269,7 @@ class TestTimes:
 
     @pytest.mark.parametrize("back", [2, 15])
     def test_stamps_that_jump_back_a_little(self, clip: Clip, tmp_path: Path, back: int) -> None:
-        """Less far than frames may be reordered: none is lost, and none comes in another's place."""
+        """By less than frames may be reordered: still no frame is lost or takes the place of another."""
         first = clip("first.ts", count=40, b_frames=2)
         second = clip(f"second{back}.ts", count=40, b_frames=2, stamps=lambda n: n + 40 - back)
         source = open_source(joined(tmp_path / "both.ts", first, second))
@@ -497,7 +497,7 @@ class TestDamage:
     def test_what_leans_on_a_patched_frame_is_the_same_from_any_start(
         self, long_clip: Path, tmp_path: Path, place: int
     ) -> None:
-        """One thread decodes it, wherever reading begins: several would patch it up in another way."""
+        """One thread decodes it, wherever reading begins; several threads would conceal the damage differently."""
         data = bytearray(long_clip.read_bytes())
         with av.open(str(long_clip)) as container:
             packets = [(p.pos, p.size, p.pts) for p in container.demux(video=0) if p.size]
@@ -533,7 +533,7 @@ class TestDamage:
     def test_nothing_that_several_threads_patched_up_is_given(
         self, leaning: Callable[[str], Path], tmp_path: Path, codec: str
     ) -> None:
-        """Neither a B-frame that is shown before the damaged frame it was made from, nor what HEVC keeps to itself."""
+        """Not even a B-frame shown before the damaged frame it refers to, nor what HEVC's decoder does not mark."""
         whole, path = leaning(codec), tmp_path / "patched.mp4"
         with av.open(str(whole)) as container:
             packets = [(p.pos, p.size, p.pts) for p in container.demux(video=0) if p.size > 24]
@@ -544,7 +544,7 @@ class TestDamage:
             path.write_bytes(data)
             probe = probe_video(str(path))
             decoder = pyav.PyAVDecoder(probe)
-            # Made RGB at once, as in a run: what fills a damaged part depends on the memory that was free.
+            # Converted at once, as in a run: what fills a damaged part depends on which memory was free.
             careful = {n: (it.damaged, decoder.rgb(it, n)) for n, it in pyav._from(probe, 0, "careful")}
             if [n for n, (damaged, _) in careful.items() if damaged] != [probe.timeline.number_of(stamp)]:
                 continue
@@ -552,7 +552,7 @@ class TestDamage:
             given = {n: decoder.rgb(it, n) for n, it in decoder.pictures(0)}
             assert given.keys() == careful.keys()
             assert [n for n, rgb in given.items() if not rgb.equal(careful[n][1])] == []
-            for _ in range(3):  # where it is a race, most of these go well
+            for _ in range(3):  # a race would show only in some of the passes
                 source = open_source(path)
                 list(source)
                 damaged = probe.timeline.number_of(stamp)
@@ -572,7 +572,7 @@ class TestDamage:
 
     @pytest.fixture
     def patched(self, clip: Clip, tmp_path: Path) -> tuple[Path, int]:
-        """A file with a frame of which the decoder makes something, and that frame's number."""
+        """A file with a damaged frame, which the decoder conceals, and the number of that frame."""
         whole = clip("patched.mp4", count=40, codec="mpeg4", options={"g": "10"})
         data = bytearray(whole.read_bytes())
         with av.open(str(whole)) as container:
@@ -605,7 +605,7 @@ class TestDamage:
             assert source.losses == []
 
     def test_frames_of_an_avi_keep_their_numbers_where_one_is_lost(self, clip: Clip, tmp_path: Path) -> None:
-        """Its packets carry no times, but where no frame leans on others their order is that of the frames."""
+        """Its packets have no times, but where no frame refers to another, frames come in the order of the packets."""
         whole = clip("motion.avi", count=20, codec="mjpeg", pix_fmt="yuvj420p")
         data = bytearray(whole.read_bytes())
         with av.open(str(whole)) as container:
@@ -619,7 +619,7 @@ class TestDamage:
         assert source.losses == ["1 of 20 frames could not be decoded"]
 
     def test_sound_frames_survive_at_the_end(self, long_clip: Path, tmp_path: Path) -> None:
-        """Several decoding threads would take the frames still inside them down with the last, damaged packet."""
+        """With several decoding threads, the frames still in them would be lost together with the last packet."""
         data = bytearray(long_clip.read_bytes())
         with av.open(str(long_clip)) as container:
             position, size, stamp = [(p.pos, p.size, p.pts) for p in container.demux(video=0) if p.size][-1]
@@ -666,7 +666,7 @@ class TestLifetime:
             links = (os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd"))
             return sum(link == str(long_clip) for link in links)
 
-        gc.collect()  # what other tests gave up
+        gc.collect()  # closes files that other tests left open
         before = open_here()
         source = open_source(long_clip)
         assert open_here() == before
@@ -679,7 +679,7 @@ class TestLifetime:
         source.close()
 
     def test_closed_while_a_frame_is_being_converted(self, long_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The picture is still in use, and nothing of the file is lost."""
+        """The picture is still in use, so the file is closed only after it, and no loss is reported."""
         source: Any = open_source(long_clip)
         rgb = source._decoder.rgb
 

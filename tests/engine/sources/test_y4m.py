@@ -1,4 +1,4 @@
-"""YUV4MPEG2 from a descriptor: the same pictures as from a file, and every way in which a stream can be wrong."""
+"""YUV4MPEG2 from a file descriptor: the same pictures as FFmpeg's, and every way in which a stream can be wrong."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ KINDS = {
 
 
 def frames_of(count: int, size: int = FRAME_BYTES, bits: int = 8) -> list[bytes]:
-    """Pictures of noise, each with its marker."""
+    """Pictures of noise, each after its FRAME marker."""
     rng = np.random.default_rng(0)
     if bits == 8:
         return [b"FRAME\n" + rng.integers(0, 256, size, np.uint8).tobytes() for _ in range(count)]
@@ -102,7 +102,7 @@ def test_pictures_are_those_of_the_same_file(kind: str, value_range: str, opened
 
 
 def test_the_range_matters(opened: Opened) -> None:
-    """Else the test above would prove little."""
+    """The range changes the picture, without which the test above would prove little about it."""
     full, limited = (opened(stream(2, HEADER + b" XCOLORRANGE=" + word)) for word in (b"FULL", b"LIMITED"))
     assert not torch.equal(next(iter(full)).rgb, next(iter(limited)).rgb)
 
@@ -152,7 +152,7 @@ def test_it_is_a_source_that_may_wait_and_is_read_once(opened: Opened) -> None:
     assert isinstance(source, MayWait)
     assert source.decoder == "YUV4MPEG2 (420jpeg)"
     assert source.info.source.name == "stdin"
-    assert source.notes == opened(stream(6, HEADER.replace(b"Ip A1:1", b"I A0:0"))).notes  # which tell nothing more
+    assert source.notes == opened(stream(6, HEADER.replace(b"Ip A1:1", b"I A0:0"))).notes  # no other tag adds one
     assert len(list(source)) == 6
     with pytest.raises(RuntimeError, match="once"):
         iter(source)
@@ -205,7 +205,7 @@ def test_a_bad_header_is_told_of_at_once(data: bytes, words: str, opened: Opened
 
 @pytest.mark.parametrize("kept", [1, 5, 6, 7, 300, FRAME_BYTES + 5])
 def test_a_cut_stream_gives_what_came(kept: int, opened: Opened) -> None:
-    """Cut inside the marker, behind it, inside the picture, before its last byte."""
+    """Cut inside the marker, after it, inside the picture, and before its last byte."""
     source = opened(stream(3) + frames_of(1)[0][:kept])
     assert [frame.index for frame in source] == [0, 1, 2]
     (loss,) = source.losses
@@ -297,7 +297,7 @@ def test_a_pipe_that_does_not_block_is_waited_for(pipe: Pipe) -> None:
 @pytest.mark.parametrize("how", ["interrupt", "close"])
 def test_waiting_ends_when_nobody_wants_it_any_more(how: str, pipe: Pipe) -> None:
     reading, writing = pipe
-    writing.write(stream(3)[:-10])  # the writer stays there and gives no more
+    writing.write(stream(3)[:-10])  # the writer stays open and writes no more
     source = Y4MSource(reading.fileno(), SelectConfig())
     numbers: list[int] = []
     reader = threading.Thread(target=lambda: numbers.extend(frame.index for frame in source), daemon=True)
