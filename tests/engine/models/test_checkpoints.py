@@ -1,4 +1,4 @@
-"""The table of published checkpoints, its names, and the folder their downloads lie in."""
+"""The table of published checkpoints, its names, and where their downloads are kept."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_table_is_whole() -> None:
 
 
 def test_it_is_what_was_found_out(data_dir: Path) -> None:
-    """Every id, size and sha256 stands in the notes that the table was made from."""
+    """Every id, size and sha256 agrees with the notes that the table was made from."""
     if not (data_dir / "WEIGHTS.md").exists():
         pytest.skip("no notes on weights among the data")
     rows = {}

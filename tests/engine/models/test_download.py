@@ -1,4 +1,4 @@
-"""Downloads from a server on this machine that does everything a server can do wrong. Nothing reaches the network."""
+"""Downloads from a server run by the tests, which fails in every way a server can. No test uses the network."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_a_connection_that_keeps_breaking(
         download(wanted, tmp_path / "x", manners=manners)
     assert len(server.asked) == 5
     assert pauses == [1, 2, 4, 8]
-    assert leftovers(tmp_path) == ["x.partial"]  # right so far: the next download goes on from it
+    assert leftovers(tmp_path) == ["x.partial"]  # correct so far: the next download continues from it
     server.paths["/a"] = gives()
     assert download(wanted, tmp_path / "x", manners=manners).read_bytes() == DATA
     assert server.ranges()[-1] == "bytes=5000-"
@@ -208,7 +208,7 @@ def test_what_an_earlier_download_left_is_checked(server: Server, manners: Manne
     wanted = known(server.source("/a", gives()))
     for left, ranges in (
         (DATA[:1000], ["bytes=1000-"]),
-        (bytes(1000), ["bytes=1000-", None]),  # the sha256 finds it, and all is fetched anew
+        (bytes(1000), ["bytes=1000-", None]),  # the sha256 shows that it is wrong, and all is fetched again
         (DATA, []),
         (bytes(len(DATA)), [None]),
         (DATA + b"more", [None]),
@@ -251,7 +251,7 @@ def test_a_source_that_fails_is_named_and_leaves_nothing(
 
 
 def test_the_next_source_takes_over(server: Server, manners: Manners, tmp_path: Path) -> None:
-    """Right bytes that the first one gave are kept, wrong ones are not."""
+    """Bytes of an earlier source are kept if they may be right, and dropped if they were wrong."""
     dead = server.source("/dead", refuses(404))
     wrong = server.source("/wrong", gives(bytes(len(DATA))))
     broken = server.source("/broken", gives(drops=(1000,) * 99))
@@ -276,7 +276,7 @@ def drive(page: str) -> Callable[[Handler], None]:
 
 
 def test_drives_page_in_between(server: Server, manners: Manners, tmp_path: Path) -> None:
-    """Its form leads to the file, for who brings its token, its id and its cookie; also when resuming."""
+    """The form on it leads to the file if its token, id and cookie are sent, also when resuming."""
     file = gives(drops=(1000,))
 
     def guarded(handler: Handler) -> None:
@@ -334,7 +334,7 @@ def test_nobody_there(manners: Manners, server: Server, tmp_path: Path) -> None:
     with pytest.raises(DownloadError, match="no connection"):
         download(known(closed), tmp_path / "x", manners=manners)
     with pytest.raises(DownloadError, match="not https"):
-        download(known(server.source("/a", gives())), tmp_path / "x")  # as everybody calls it: https alone
+        download(known(server.source("/a", gives())), tmp_path / "x")  # by default only https is allowed
     assert server.asked == []
 
 
@@ -378,7 +378,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 class TestOfUnknownHash:
-    """Files of which only the model is known."""
+    """Checkpoints without a known sha256: only their model is known."""
 
     @pytest.fixture(autouse=True)
     def _narrow(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,8 +434,8 @@ class TestOfUnknownHash:
     def test_goes_on_only_where_the_server_names_the_version(
         self, tag: str | None, second: str | None, data: bytes, server: Server, manners: Manners, tmp_path: Path
     ) -> None:
-        """Without a hash nothing else could tell that two halves belong together."""
-        (tmp_path / "x.partial").write_bytes(data[:500])  # whose halves nobody knows
+        """Without a hash nothing else would show that two halves are of different files."""
+        (tmp_path / "x.partial").write_bytes(data[:500])  # of an unknown version
         wanted = self.wanted(data, server.source("/a", gives(data, drops=(1000,), tags=(tag,))))
         assert download(wanted, tmp_path / "x", manners=manners).read_bytes() == data
         assert server.ranges() == [None, second]

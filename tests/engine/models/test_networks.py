@@ -1,4 +1,4 @@
-"""The networks against the reference's numbers, their names against NVIDIA's, and what each mode gives."""
+"""The networks compared with the reference's results, NVIDIA's names of weights, and what each mode returns."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def frames(golden_dir: Path) -> tuple[Tensor, Tensor]:
 
 
 def smooth_frames(seed: int, count: int) -> tuple[Tensor, Tensor]:
-    """Frames without noise: the stacks warp by the flow of random weights, which tears noise apart."""
+    """Smooth frames: on noise, small differences of the flow that a stack warps by would become large ones."""
     coarse = torch.rand(2 * count, 3, 3, 4, generator=torch.Generator().manual_seed(seed)) * 255
     fine = torch.nn.functional.interpolate(coarse, (64, 128), mode="bicubic", align_corners=True)
     return fine[:count], fine[count:]
@@ -70,7 +70,7 @@ def test_training_mode_gives_the_five_predictions(
 @pytest.mark.parametrize("batch_norm", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_weights_of_any_type(name: str, batch_norm: bool, filled: Filled) -> None:
-    """``.half()`` and the like: flow itself stays float32, or becomes float64."""
+    """Networks cast with ``.bfloat16()`` and the like give float32 flow, those cast with ``.double()`` float64."""
     frames = smooth_frames(3, 1)
     with torch.no_grad():
         expected = filled(name, width=0.1, batch_norm=batch_norm).eval()(*frames)

@@ -1,4 +1,4 @@
-"""What pickles would build, judged without building it: real checkpoints pass, small ones that never end do not."""
+"""Pickles are checked without being loaded: checkpoints pass, small files that would build something huge do not."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from flowreel.engine.models.pickles import MOST_INSTRUCTIONS, check_checkpoint, 
 from flowreel.engine.models.weights import read_weights
 
 Filled = Callable[..., nn.Module]
-DOUBLED = b")q\0" + b"h\0\x86q\0" * 60  # a tuple of itself twice, sixty times over: 2**60 empty ones
+DOUBLED = b")q\0" + b"h\0\x86q\0" * 60  # a tuple holding the last one twice, sixty times: 2**60 empty tuples
 DOUBLED_LIST = b"]q\0" + b"h\0\x86q\0" * 60
 
 
 def trained(model: nn.Module) -> dict[str, Any]:
-    """As a training script saves it: optimiser and all."""
+    """A checkpoint as a training script saves it, with the optimiser."""
     optimiser = torch.optim.Adam(model.parameters())
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

@@ -1,4 +1,4 @@
-"""Weights files: both kinds of checkpoint, ours, sub-networks of stacks, and everything that can be wrong with one."""
+"""Weights files: NVIDIA's checkpoints and our own, networks inside a stack, and everything that can be wrong."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ def test_tensors_of_another_shape_are_named(filled: Filled, tmp_path: Path) -> N
 
 @contextmanager
 def memory_up_to(more_bytes: int) -> Iterator[None]:
-    """Whoever asks for more address space than this beside what is taken gets a MemoryError."""
+    """Inside the block, taking more than this in addition to what is already taken is a MemoryError."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more_bytes, before[1]))
@@ -268,7 +268,7 @@ def test_a_header_longer_than_any_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "bad.safetensors"
     with path.open("wb") as file:
         file.write(struct.pack("<Q", 1 << 33))
-        file.truncate((1 << 33) + 8)  # a hole: it takes no room
+        file.truncate((1 << 33) + 8)  # sparse: it takes no room on the disk
     with memory_up_to(1 << 30), pytest.raises(UnreadableWeightsError, match="header of 8589934592 bytes"):
         read_weights(path)
 
@@ -283,7 +283,7 @@ def test_a_file_larger_than_any_network_is_not_read(suffix: str, tmp_path: Path)
 
 
 def _repeated(path: Path) -> None:
-    """One half-precision value, said to stand for 16 billion."""
+    """A single half-precision value, stored as a tensor of 16 billion."""
     torch.save({"conv1.0.weight": torch.zeros(1, dtype=torch.half).expand(1 << 20, 1 << 14)}, path)
 
 
@@ -298,7 +298,7 @@ def _meta(path: Path) -> None:
 
 
 def _packed(path: Path) -> None:
-    """A zip file that unfolds to a thousand times its size."""
+    """A compressed zip file, which expands to a thousand times its size."""
     torch.save({"conv1.0.weight": torch.zeros(1 << 22)}, path)
     with zipfile.ZipFile(path) as plain:
         records = {record.filename: plain.read(record) for record in plain.infolist()}
@@ -319,7 +319,7 @@ def test_tensors_that_are_not_in_the_file(make: Callable[[Path], None], words: s
 
 @pytest.mark.parametrize(("name", "width"), [("FlowNet2S", 0.01), ("FlowNet2C", 0.19), ("FlowNet2", 0.0465)])
 def test_any_width_is_told_from_the_tensors(name: str, width: float, filled: Filled, tmp_path: Path) -> None:
-    """Each of these has a layer whose channels the width of the widest layer alone would round the other way."""
+    """With each of these, a width computed from the widest layer alone would round another layer to a wrong size."""
     model = filled(name, width=width)
     save_weights(tmp_path / "x.safetensors", model.state_dict(), licence="", made_by={})
     torch.save({"state_dict": model.state_dict()}, tmp_path / "x.pth.tar")
@@ -474,7 +474,7 @@ def test_a_checkpoint_by_its_name(published: checkpoints.Checkpoint) -> None:
     held = read_weights("flownet2")
     assert (held.name, held.known_as, held.licence) == ("FlowNet2", "FlowNet2", published.licence)
     assert held.summary()["also_runs"] == ["FlowNet2C", "FlowNet2CS", "FlowNet2CSS"]
-    Path("FlowNet2").mkdir()  # a folder is in nobody's way
+    Path("FlowNet2").mkdir()  # a folder of that name makes no difference
     assert load_model("FlowNet2C", "FlowNet2")
     Path("FlowNet2").rmdir()
     Path("FlowNet2").write_text("a file by that name comes first")
@@ -498,7 +498,7 @@ def test_a_download_that_became_another_file(published: checkpoints.Checkpoint, 
 
 
 def test_a_file_that_is_a_known_checkpoint(published: checkpoints.Checkpoint) -> None:
-    """Known by its sha256, wherever it lies; what is made from it keeps the licence and says so."""
+    """It is recognised by its sha256 in any place, and what is converted from it keeps its licence and origin."""
     held = read_weights("made.pth.tar")
     assert (held.known_as, held.licence) == ("FlowNet2", published.licence)
     assert held.summary()["known_as"] == "FlowNet2"
@@ -545,7 +545,7 @@ def test_a_network_may_share_the_weights_tensors_or_have_copies(
 
 
 def test_where_a_network_may_go() -> None:
-    """As elsewhere; on this machine auto is whatever there is."""
+    """The same device names as everywhere; ``auto`` depends on the machine."""
     for device in ("cpu", torch.device("cpu"), "auto"):
         load_model("FlowNet2S", device=device, width=0.02)
     with pytest.raises(DeviceError, match="cuda:99"):
