@@ -1,4 +1,4 @@
-"""Worlds in which a module or a library is there, is not there, or is broken."""
+"""Fakes: a Python module or a shared library that is there, is missing, or is broken."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Fake = Callable[..., types.ModuleType]
 
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> Fake:
-    """``module("cupy", arange=...)`` makes ``import cupy`` find that."""
+    """``module("cupy", arange=...)`` makes ``import cupy`` give a module with these names."""
 
     def fake(name: str, **names: object) -> types.ModuleType:
         made = types.ModuleType(name)
@@ -28,7 +28,7 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Fake:
 
 @pytest.fixture
 def libraries(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Shared libraries by name: an object of functions, or the error that loading raises. Others are not there."""
+    """Fake shared libraries by name: an object with functions, or the error that loading raises. No others exist."""
     there: dict[str, Any] = {}
 
     def load(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What the tests of all checks ask with."""
+"""Helpers with which all tests run a check."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def check(name: str) -> Check:
 
 
 def found(name: str) -> Finding:
-    """What a full examination would say of one check."""
+    """What an examination finds for one check."""
     ((_, finding),) = examine([check(name)]).found
     return finding
 

@@ -1,4 +1,4 @@
-"""Examining: every check says something, whatever it raises, prints or warns of."""
+"""An examination has a finding for every check, whatever that raises, prints or warns of."""
 
 from __future__ import annotations
 

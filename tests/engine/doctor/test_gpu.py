@@ -1,4 +1,4 @@
-"""Checks of what a GPU run needs, in worlds where it is there, is not there, and is broken. No GPU has seen them."""
+"""Checks of what a run on a GPU needs, with fakes that work, are missing or are broken. They need no GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Fake = Callable[..., types.ModuleType]
 
 
 class Driver:
-    """Stands for libcuda."""
+    """Stands for libcuda, the driver's library."""
 
     def __init__(self, init: int = 0, cuda: int = 13010, gpus: int = 2) -> None:
         self.cuInit = lambda flags: init
@@ -153,7 +153,7 @@ class TestNvrtc:
     def test_without_cupy(
         self, libraries: dict[str, Any], monkeypatch: pytest.MonkeyPatch, compiled: int, status: str
     ) -> None:
-        for name in ("cupy", "cupy.cuda"):  # which another test may have imported
+        for name in ("cupy", "cupy.cuda"):  # another test may have imported them
             monkeypatch.setitem(sys.modules, name, None)
         assert found("NVRTC").status == "missing"
 
@@ -173,7 +173,7 @@ class TestNvrtc:
 
 class TestKernels:
     def test_compile_here(self) -> None:
-        """With the NVRTC and the headers that the tests' extra brings."""
+        """With the NVRTC and the headers that the extra for tests installs."""
         finding = found("CUDA kernels")
         assert finding.status == "ok"
         assert finding.detail.startswith("compiled")
@@ -196,7 +196,7 @@ class TestKernels:
             (None, (7, 5), "ok", "without tensor-core kernels: its compute capability is 7.5, they need 8.0"),
             (torch.float32, (9, 0), "broken", "a kernel computes something else"),
             (torch.float16, (9, 0), "broken", "a tensor-core kernel computes something else"),
-            (torch.float16, (7, 5), "ok", "they need 8.0"),  # it is not run
+            (torch.float16, (7, 5), "ok", "they need 8.0"),  # that kernel is not run
         ],
     )
     def test_run_on_a_gpu(
@@ -207,7 +207,7 @@ class TestKernels:
         status: str,
         says: str,
     ) -> None:
-        """Where the maps of one type come to something else."""
+        """A fake GPU, on which maps of type ``wrong`` arrive changed, so that a kernel computes something else."""
         to = torch.Tensor.to
 
         def moved(x: torch.Tensor, *to_what: Any, **how: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Checks of the machine."""
+"""Checks of Python, the CPU and the working folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of the packages that every run needs: absent, and broken."""
+"""Checks of the packages that every run needs, when they are missing or broken."""
 
 from __future__ import annotations
 
