@@ -1,4 +1,4 @@
-"""The memory that large tensors are made in."""
+"""Memory for large tensors, which is used again once nothing refers to it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def test_memory_comes_back_when_its_last_view_is_gone(monkeypatch: pytest.Monkey
     del first
     gc.collect()
     other = kept.empty(1, 2, 4, 4, torch.float32)
-    assert other.data_ptr() != place  # a view is still there
+    assert other.data_ptr() != place  # a view still refers to the first
     del view
     gc.collect()
-    assert kept.empty(1, 4, 4, 4, torch.bfloat16).data_ptr() == place  # the same bytes in another form
+    assert kept.empty(1, 4, 4, 4, torch.bfloat16).data_ptr() == place  # the same bytes, with another shape and type
     assert other.shape == (1, 2, 4, 4)
     assert other.is_contiguous(memory_format=torch.channels_last)
 

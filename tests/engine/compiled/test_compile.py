@@ -1,4 +1,4 @@
-"""The inference form against the network it is made of, and what it refuses."""
+"""Compiled networks compared with the networks they are made from, and what cannot be compiled."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from flowreel.engine.models.flownets import FlowNetS
 from flowreel.engine.models.layers import FlowHead
 
 Filled = Callable[..., nn.Module]
-TOLERANCE_PX = 2e-4  # of the goldens
-HALF = 0.02  # of the flow, on average: what half precision may differ by; random weights give wild flow of 10 to 30 px
+TOLERANCE_PX = 2e-4  # from the goldens
+HALF = 0.02  # largest mean error of half precision, relative to the flow, which is 10 to 30 px with random weights
 NATIVE = [name for name in MODELS if name != "FlowNet2"]
 
 
 def smooth_frames(seed: int, count: int, height: int = 64, width: int = 128) -> tuple[Tensor, Tensor]:
-    """Frames without noise: the stacks warp by the flow of random weights, which tears noise apart."""
+    """Smooth frames: on noise, small differences of the flow that a stack warps by would become large ones."""
     coarse = torch.rand(2 * count, 3, 3, 4, generator=torch.Generator().manual_seed(seed)) * 255
     fine = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic", align_corners=True)
     return fine[:count], fine[count:]
@@ -88,7 +88,7 @@ def test_the_result_is_an_ordinary_tensor_that_later_calls_leave_alone() -> None
     assert not flow.is_inference()
     assert not torch.equal(fast(*others), kept)
     assert torch.equal(flow, kept)
-    (flow * torch.ones(1, requires_grad=True)).sum().backward()  # may take part in training
+    (flow * torch.ones(1, requires_grad=True)).sum().backward()  # it can take part in training
 
 
 def test_modes_of_the_caller_stay_and_do_not_matter(filled: Filled) -> None:
@@ -196,7 +196,7 @@ def rebuilt(model: nn.Module) -> None:
     model.add_module("predict_flow2", FlowHead(model.get_submodule("predict_flow2").in_channels))  # type: ignore[arg-type]
 
 
-kept: list[nn.Module] = []  # a module that was replaced is still there somewhere
+kept: list[nn.Module] = []  # keeps a replaced module alive
 
 
 def rebuilt_beside(model: nn.Module) -> None:
@@ -401,7 +401,7 @@ def test_overlapping_calls_on_a_gpu_leave_cudnn_s_settings_alone() -> None:
     with plain._math(gpu, "fp32"):
         thread.start()
         assert not entered.wait(0.1)
-        with plain._math(gpu, "tf32"):  # a user's network may call another one
+        with plain._math(gpu, "tf32"):  # allowed in the same thread: a user's network may call another one
             pass
         assert cudnn_s_settings()[-1] is False
     leave.set()

@@ -1,4 +1,4 @@
-"""Convolutions in each of their forms against torch's own, whole and in strips, and the memory they are made in."""
+"""Each form of convolution compared with torch's own, on whole maps and in strips."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flowreel.engine.compiled.taps import Taps
 from flowreel.engine.compiled.winograd import Winograd
 
 pytestmark = pytest.mark.skipif(not onednn.available(torch.float32), reason="this torch has no oneDNN for this CPU")
-KINDS = {  # kernel, stride of a convolution; None: the networks' transposed one
+KINDS = {  # (kernel, stride); None: the networks' transposed convolution
     "3x3": (3, 1),
     "3x3, halved": (3, 2),
     "5x5, halved": (5, 2),
@@ -32,7 +32,7 @@ FORMS = ("packed", "winograd", "taps")
 
 @pytest.fixture(autouse=True, params=FORMS)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each form for all layers that it can do, however small."""
+    """Each test runs with each form, used for every layer that it can do, however small."""
     torch.manual_seed(0)
     monkeypatch.setattr(winograd, "NARROWEST", 1 if request.param == "winograd" else 1 << 30)
     monkeypatch.setattr(taps, "NARROWEST", 1 if request.param == "taps" else 1 << 30)
@@ -60,7 +60,7 @@ def same(found: Tensor, expected: Tensor) -> None:
 
 @pytest.fixture
 def everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Strips of two rows, and every result from kept memory."""
+    """Convolutions run in strips of two rows, and all results use kept memory."""
     monkeypatch.setattr(convolution, "WHOLE", 0)
     monkeypatch.setattr(convolution, "STRIP", 0)
     monkeypatch.setattr(buffers, "SMALLEST", 0)

@@ -1,4 +1,4 @@
-"""The CPU's own form: everything in strips, pairs in groups, and what it falls back to."""
+"""The form for CPUs: layers in strips, pairs in groups, and the plain module where oneDNN is missing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Filled = Callable[..., nn.Module]
 
 
 def frames(count: int, height: int = 128, width: int = 64) -> tuple[Tensor, Tensor]:
-    """Smooth ones: the stacks warp by the flow of random weights, which tears noise apart."""
+    """Smooth frames: on noise, small differences of the flow that a stack warps by would become large ones."""
     coarse = torch.rand(2 * count, 3, 4, 3, generator=torch.Generator().manual_seed(0)) * 255
     fine = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic", align_corners=True)
     return fine[:count], fine[count:]
@@ -29,7 +29,7 @@ def frames(count: int, height: int = 128, width: int = 64) -> tuple[Tensor, Tens
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_network_in_strips_and_in_kept_memory(name: str, filled: Filled, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As large frames are done; twice, so that the second time all memory has been used before."""
+    """As for large frames. The second call uses memory that the first one has written to."""
     monkeypatch.setattr(convolution, "WHOLE", 0)
     monkeypatch.setattr(convolution, "STRIP", 16 << 10)
     monkeypatch.setattr(buffers, "SMALLEST", 0)
@@ -83,7 +83,7 @@ def test_bfloat16_on_real_pictures_with_trained_weights(data_dir: Path) -> None:
     first, second = (_picture(data_dir / "pairs" / "chairs_1" / f"img{number}.ppm") for number in (1, 2))
     model = flowreel.load_model("FlowNet2CSS", weights="baseline")
     whole, half = (flowreel.compile(model, (1, *first.shape[2:]), name)(first, second) for name in ("fp32", "bf16"))
-    assert 0 < (half - whole).norm(dim=1).mean() <= 0.05  # px, of motion of 5 px
+    assert 0 < (half - whole).norm(dim=1).mean() <= 0.05  # px, where the motion is about 5 px
 
 
 def _picture(path: Path) -> Tensor:

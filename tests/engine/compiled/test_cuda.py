@@ -1,4 +1,4 @@
-"""The form for a GPU, run on a CPU: padded networks equal the module, what is float32, whose memory is whose.
+"""The form for GPUs, run on a CPU: padded networks equal the module, types of layers, and who owns which memory.
 
 What only a GPU can show (cuDNN, captured graphs, streams) is checked there by ``python -m benchmarks gpu``.
 """
@@ -25,18 +25,18 @@ from flowreel.engine.errors import PrecisionWarning
 from flowreel.engine.models import MODELS, build_model
 
 Filled = Callable[..., nn.Module]
-HALF: dict[Precision, float] = {"fp16": 0.005, "bf16": 0.02}  # of the flow, on average; random weights: 10 to 30 px
+HALF: dict[Precision, float] = {"fp16": 0.005, "bf16": 0.02}  # largest mean error, relative to the flow
 
 
 @pytest.fixture(autouse=True)
 def _no_gradients() -> object:
-    """As the seam calls it."""
+    """As in ``flowreel.compile``, which calls this form."""
     with torch.no_grad():
         yield
 
 
 def frames_of(seed: int, count: int, height: int = 64, width: int = 128) -> tuple[Tensor, Tensor]:
-    """Smooth ones: the stacks warp by the flow of random weights, which tears noise apart."""
+    """Smooth frames: on noise, small differences of the flow that a stack warps by would become large ones."""
     coarse = torch.rand(2 * count, 3, 3, 4, generator=torch.Generator().manual_seed(seed)) * 255
     fine = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic", align_corners=True)
     return fine[:count], fine[count:]
@@ -48,7 +48,7 @@ def apart(flow: Tensor, expected: Tensor) -> float:
 
 
 def test_the_published_width() -> None:
-    """Its own initial weights: filling 160 million numbers by their names takes longer than all the rest here."""
+    """With the initial weights, since making reproducible ones of this size takes longer than all other tests here."""
     model = build_model("FlowNet2").eval()
     frames = frames_of(0, 1, 64, 64)
     flow = cuda.pack(model, "fp32").program((1, 64, 64)).flow(*frames)
@@ -60,7 +60,7 @@ def test_the_published_width() -> None:
 @pytest.mark.parametrize("batch_norm", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_padding_and_folding_change_nothing(name: str, batch_norm: bool, filled: Filled) -> None:
-    """At a width where hardly a layer has a multiple of 8 channels, for three pairs."""
+    """At a width where hardly any layer has a multiple of 8 channels."""
     model = filled(name, width=0.13, batch_norm=batch_norm)
     frames = frames_of(1, 3)
     program = cuda.pack(model, "fp32").program((3, 64, 128))
@@ -109,7 +109,7 @@ def test_what_is_float32_and_how_layers_are_padded() -> None:
     }
     assert inputs["flownetc.conv3_1"] == 480  # 473
     assert inputs["flownets_1.conv1"] == 16  # 12
-    assert net.parts["flownets_2"]["deconv4"].weight.shape[0] == 1040  # 1026; a deconvolution's inputs come first
+    assert net.parts["flownets_2"]["deconv4"].weight.shape[0] == 1040  # 1026; a deconvolution has its inputs first
 
 
 def test_tf32_is_for_convolutions_alone() -> None:
@@ -121,7 +121,7 @@ def test_tf32_is_for_convolutions_alone() -> None:
 
 
 def test_every_convolution_gets_what_tensor_cores_want(filled: Filled, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dense channels-last maps of a multiple of 8 channels: anything else cuDNN would copy or turn around first."""
+    """Dense channels-last maps with a multiple of 8 channels; cuDNN would first have to copy anything else."""
     seen: list[tuple[Tensor, padded.Convolution]] = []
     plain = padded.convolve
 
@@ -131,7 +131,7 @@ def test_every_convolution_gets_what_tensor_cores_want(filled: Filled, monkeypat
 
     monkeypatch.setattr(padded, "convolve", convolve)
     cuda.Work(cuda.pack(filled("FlowNet2", width=0.13), "bf16"), (2, 64, 128))()
-    # C, both S, SD, fusion: each layer once, but for the enlarging of flow, heads, and what is smoothed before them.
+    # C, both S, SD, fusion: all layers but those that enlarge flow, the heads, and what is merged into heads.
     assert len(seen) == (24 - 4 - 5) + 2 * (23 - 4 - 5) + (30 - 4 - 5 - 4) + (14 - 2 - 3 - 2)
     for x, by in seen:
         assert x.is_contiguous(memory_format=torch.channels_last), tuple(x.shape)
@@ -156,7 +156,7 @@ def test_results_own_their_memory(name: str, filled: Filled) -> None:
         kept = flow.clone()
         assert not torch.equal(form(*frames_of(7, 1)), kept)
         assert torch.equal(flow, kept)
-        assert torch.equal(form(*frames_of(6, 1)), kept)  # nothing is left over from the frames between
+        assert torch.equal(form(*frames_of(6, 1)), kept)  # the frames in between left nothing behind
 
 
 def test_frames_are_not_changed(filled: Filled) -> None:
@@ -204,12 +204,12 @@ def test_a_call_waits_for_one_that_is_held_up_in_the_same_memory(filled: Filled)
 
 
 def later(work: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """What runs beside, only when it is asked for: after all that comes in between."""
+    """Runs the work of the second stream as late as possible: when its result is asked for."""
     return work
 
 
 def in_a_thread(work: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """What runs beside, at the same time as what comes in between."""
+    """Runs the work of the second stream at the same time as the rest."""
     done: list[Tensor] = []
 
     def run() -> None:
@@ -230,7 +230,7 @@ def in_a_thread(work: Callable[[], Tensor], device: torch.device) -> Callable[[]
 def test_flownet2s_second_stream_may_run_at_any_time_and_for_several_threads(
     beside: Callable[..., Any], filled: Filled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two programs of one network, two threads at each: the same bits as one after the other, all on one stream."""
+    """Two programs of one network, each run by two threads, give the same bits as without threads and on one stream."""
     network = cuda.pack(filled("FlowNet2", width=0.1), "fp32")
     cases = [(count, frames_of(20 + seed, count)) for count in (1, 2) for seed in (0, 1)]
     expected = [network.program((count, 64, 128)).flow(*frames) for count, frames in cases]
@@ -328,7 +328,7 @@ def test_the_automatic_batch_counts_on_the_memory_that_a_program_takes(precision
 
 @pytest.mark.parametrize("name", ["FlowNet2", "FlowNet2C"])
 def test_what_is_made_in_inference_mode_serves_outside_it(name: str) -> None:
-    """In fp16 the first run goes through the buffers call by call."""
+    """In fp16 the first run also looks for overflow, and so uses the buffers outside of inference mode."""
     model = build_model(name, width=0.1).eval()
     frames = frames_of(9, 1)
     expected = cuda.pack(model, "fp16").program((1, 64, 128)).flow(*frames)

@@ -1,4 +1,4 @@
-"""The form for a GPU, on one: cuDNN, captured graphs, streams and threads, against the module in float32."""
+"""The form for GPUs on a real GPU: cuDNN, captured graphs, streams and threads, compared with the float32 module."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from flowreel.kernels.launch import kernels_on
 
 Filled = Callable[..., nn.Module]
 SHAPE = (2, 128, 192)
-# Of the flow, on average. TF32 and fp16 keep 10 bits; random weights let what is lost grow through three networks, in
-# float32 too, whose sums here and there are of another order.
+# Largest mean error, relative to the flow. TF32 and fp16 keep 10 bits. With random weights, errors grow through three
+# networks; float32 has some too, since sums are taken in another order.
 APART: dict[Precision, float] = {"fp32": 2e-4, "tf32": 0.01, "fp16": 0.01, "bf16": 0.05}
 
 
@@ -69,7 +69,7 @@ def test_a_graph_is_what_runs(filled: Filled, gpu: torch.device) -> None:
         assert isinstance(getattr(repeat, "__self__", None), torch.cuda.CUDAGraph)
 
 
-@pytest.mark.parametrize("name", ["FlowNet2CS", "FlowNet2"])  # the second works on two streams of its own
+@pytest.mark.parametrize("name", ["FlowNet2CS", "FlowNet2"])  # the second uses two streams
 def test_streams_and_threads_at_once(name: str, filled: Filled, gpu: torch.device) -> None:
     fast = flowreel.compile(filled(name, width=0.25).to(gpu), SHAPE, "fp16")
     inputs = [frames_of(seed, gpu) for seed in range(4)]
@@ -93,7 +93,7 @@ def test_streams_and_threads_at_once(name: str, filled: Filled, gpu: torch.devic
 
 
 def test_programs_made_and_run_in_several_threads(filled: Filled, gpu: torch.device) -> None:
-    """FlowNet2's, of one network: each thread captures its own, on two streams, while others capture or run theirs."""
+    """Programs of one FlowNet2: each thread captures its own, on two streams, while others capture or run theirs."""
     network = cuda.pack(filled("FlowNet2", width=0.25).to(gpu), "fp16")
     frames = frames_of(1, gpu)
     inputs = [tuple(x[:count] for x in frames) for count in (1, 2)] * 2

@@ -1,4 +1,4 @@
-"""Captured work and turns: the order of things, against a CUDA that only notes what it is told."""
+"""Captured work and turns: the order of calls, on a fake CUDA that only records them."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ GPU = torch.device("cuda", 0)
 
 
 class NotingCuda:
-    """Streams, events and graphs of torch.cuda that write down what is asked of them."""
+    """Stands for the streams, events and graphs of torch.cuda and records what is asked of them."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
         self.stream = "s1"  # the current one
-        self.pools_in_use: list[object] = []  # that the allocator thinks a capture allocates from
+        self.pools_in_use: list[object] = []  # pools that the allocator believes a capture is using
         self.capturing = False
-        self.fails: Exception | None = None  # what ends a capture
+        self.fails: Exception | None = None  # raised at the end of a capture
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         cuda = self
 
         class Stream:
             def __init__(self, name: object = "side", priority: int = 0) -> None:
-                made = not isinstance(name, str)  # not the current one
+                made = not isinstance(name, str)  # rather than being the current one
                 self.name = "side" if made else str(name)
-                assert priority == (-1 if made else 0)  # of a pool of its own
+                assert priority == (-1 if made else 0)  # torch keeps a separate pool of streams for each priority
 
             def wait_event(self, event: Event) -> None:
                 cuda.said.append(f"{self.name} waits for {event.recorded}")
@@ -63,7 +63,7 @@ class NotingCuda:
 
         @contextmanager
         def graph(made: CUDAGraph, pool: object, stream: Stream, capture_error_mode: str) -> Iterator[None]:
-            """As torch's: where the capture cannot be ended, neither its stream nor its pool is left."""
+            """Like torch's: if the capture cannot be ended, its stream stays current and its pool stays in use."""
             assert capture_error_mode == "thread_local"
             before, cuda.stream, cuda.capturing = cuda.stream, stream.name, True
             cuda.pools_in_use.append(pool)
@@ -144,7 +144,7 @@ def test_work_beside_other_work_in_a_capture_alone(noting: NotingCuda, capturing
 
 
 def test_what_runs_beside_belongs_to_its_own_threads_capture(noting: NotingCuda) -> None:
-    """Three threads capture work that forks: one capture begins when the one before has come together again."""
+    """Three threads capture work that forks to a second stream; each capture ends before the next one begins."""
 
     def work() -> None:
         name = threading.current_thread().name
@@ -165,11 +165,11 @@ def test_what_runs_beside_belongs_to_its_own_threads_capture(noting: NotingCuda)
         name = said[1].split()[0]
         assert said == [
             "side waits for s1",
-            *[f"{name} beside on side", f"{name} on side"] * 3,  # to warm up: not beside
+            *[f"{name} beside on side", f"{name} on side"] * 3,  # warm-up, without a second stream
             "side waits for side",  # the fork
             f"{name} beside on side",
             f"{name} on side",
-            "side waits for side",  # and together again
+            "side waits for side",  # the join
             "s1 waits for side",
         ]
 
@@ -186,7 +186,7 @@ def test_work_that_fails_is_no_capture_that_failed(noting: NotingCuda) -> None:
 
     with pytest.raises(RuntimeError, match="a size is wrong"):
         captured(broken, GPU)
-    assert noting.said == ["side waits for s1", "s1 waits for side"]  # what of it was begun is over by then
+    assert noting.said == ["side waits for s1", "s1 waits for side"]  # the current stream waits for whatever was begun
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_memory_that_ends_inside_a_capture_is_known_although_the_capture_fails_t
 
 
 def test_one_capture_at_a_time(noting: NotingCuda) -> None:
-    """To begin one, torch waits for the whole device, and that ends every other."""
+    """Before a capture torch waits for the whole device, which makes any other capture fail."""
     inside, most = [0], [0]
 
     def work() -> None:

@@ -1,4 +1,4 @@
-"""Flow heads on half precision in the form for a GPU, run on a CPU: they equal the layers that they stand for."""
+"""The half-precision flow heads of the form for GPUs, run on a CPU, equal the layers that they replace."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flowreel.kernels.flow_head import take_off_borders_
 
 Filled = Callable[..., nn.Module]
 SIZES = [(1, 1), (1, 6), (2, 2), (5, 1), (3, 4), (14, 9), (9, 40)]
-TOLERANCE: dict[Precision, float] = {"fp16": 2**-9, "bf16": 2**-6}  # two roundings, of the largest
+TOLERANCE: dict[Precision, float] = {"fp16": 2**-9, "bf16": 2**-6}  # two roundings, relative to the largest value
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Weights in oneDNN's layouts: shared by the sizes that agree in one, changed for those that do not."""
+"""Weights in oneDNN's layouts: sizes that need the same layout share them, others get a layout of their own."""
 
 from __future__ import annotations
 

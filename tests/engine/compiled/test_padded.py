@@ -1,4 +1,4 @@
-"""Layers as a GPU has them: which of them our own convolution computes, and that it is the same layer either way."""
+"""Layers of the form for GPUs: which of them our own convolution computes, and that cuDNN's result is the same."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OURS = {
 
 
 def test_our_convolution_computes_large_maps_of_few_channels_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, but for the numbers: none of the maps has to be copied for it, nor any result."""
+    """The layouts are those of a GPU run, without values: no map and no result has to be copied for our convolution."""
     monkeypatch.setattr(padded, "_runs_ours", lambda device: True)
     seen: list[tuple[Tensor, ...]] = []
 
@@ -80,7 +80,7 @@ def test_the_same_layer_by_cudnn_and_by_ours(module: nn.Module, inputs: int, fil
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 0.002), ("bf16", 0.02)])
 def test_the_fusion_network_by_cudnn_and_by_ours(precision: Precision, tolerance: float) -> None:
-    """The one with most layers of ours."""
+    """The network with the most layers that our convolution computes."""
     torch.manual_seed(0)
     net = FlowNetFusion().eval()
 

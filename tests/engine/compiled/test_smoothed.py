@@ -1,4 +1,4 @@
-"""A flow head and the smoothing layer before it as one: equal to the two, at the borders as in the middle."""
+"""A flow head merged with the smoothing layer before it equals the two layers, at the borders as in the middle."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_it_is_the_two_layers(
 
 
 def test_a_large_bias_between_them_ends_at_the_border(pair: tuple[nn.Conv2d, nn.Conv2d]) -> None:
-    """The head meets zeros beyond the image, not the smoothing layer's bias."""
+    """Beyond the image the head reads zeros, not the smoothing layer's bias."""
     assert pair[0].bias is not None
     with torch.no_grad():
         pair[0].bias.fill_(1e3)
@@ -68,7 +68,7 @@ def test_what_it_is_given_may_lie_in_memory_in_any_way(pair: tuple[nn.Conv2d, nn
 
 
 def test_it_is_nearly_as_exact_as_the_two_layers() -> None:
-    """Sums are longer: over all inputs of five taps at once."""
+    """Its sums are longer than theirs, over five by five taps of all inputs."""
     torch.manual_seed(0)
     smooth = torch.randn(64, 194, 3, 3) * (194 * 9) ** -0.5
     head, none = torch.randn(2, 64, 3, 3) * (64 * 9) ** -0.5, torch.zeros(64)

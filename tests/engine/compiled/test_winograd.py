@@ -1,4 +1,4 @@
-"""Minimal filtering against what it stands for, how exact it is, and which layers are done by it."""
+"""Minimal filtering (Winograd): equal to plain convolution, nearly as exact, and used for the right layers."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def found(kernel: int, stride: int) -> Filtering:
 
 @needs_onednn
 def test_which_layers_are_done_in_which_form() -> None:
-    """Of a network of the published width, in float32."""
+    """For a network of the published width in float32."""
     layers = Layers.of(build_model("FlowNet2C"), torch.float32)
     forms: dict[type, set[str]] = {}
     for name, convolution in layers.convolutions.items():
@@ -96,6 +96,6 @@ def test_which_layers_are_done_in_which_form() -> None:
 
 @needs_onednn
 def test_half_types_multiply_in_full(filled: Callable[..., nn.Module]) -> None:
-    """What is combined before multiplying would be rounded once more."""
+    """Minimal filtering is not used: it would round the sums that it multiplies once more."""
     layers = Layers.of(filled("FlowNet2S"), torch.bfloat16)
     assert not any(isinstance(convolution._form, Winograd) for convolution in layers.convolutions.values())
