@@ -1,4 +1,4 @@
-"""A terminal for commands that run in the test's own process."""
+"""A pseudo-terminal for commands that run in the test's own process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 
 class Terminal:
-    """What is written to ``file`` is read meanwhile, as a terminal does: it holds only a few kilobytes unread."""
+    """A thread reads what is written to ``file``: the system holds only a few kilobytes that nobody has read."""
 
     def __init__(self) -> None:
         self._parent, child = pty.openpty()
@@ -28,7 +28,7 @@ class Terminal:
             pass
 
     def said(self) -> str:
-        """All of it, with the codes that move the cursor. Nothing can be written afterwards."""
+        """All that was written, with the codes that move the cursor. Nothing can be written afterwards."""
         self.file.close()
         self._reader.join()
         return self._seen.decode(errors="replace")

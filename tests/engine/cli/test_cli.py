@@ -1,4 +1,4 @@
-"""The command line as a person meets it: exit codes, one line an error, help, and what each command prints."""
+"""The command line as a user sees it: exit codes, one-line errors, help, and what each command prints."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ def test_every_strange_clip_gives_one_flow_less_than_frames(
     tiniest: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if frames > 60:  # what this is about is not the network, which would take longer than all the rest
+    if frames > 60:  # the network is not tested here, and would take longer than all the rest
         monkeypatch.setattr(Inference, "of_fitted", lambda _, first, __: torch.zeros(len(first), 2, *NETWORK_SIZE))
     clip = str(data_dir / "videos_corner" / name)
     assert call(["run", clip, "-o", "a.zarr", "--weights", tiniest, "--max-error", "0.5", "-q"]) == 0
@@ -303,7 +303,7 @@ def test_one_of_several_video_streams(tiniest: str, capsys: Capture) -> None:
 def test_a_cut_clip_gives_what_decodes_and_stays_unfinished(
     name: str, data_dir: Path, tiniest: str, capsys: Capture
 ) -> None:
-    """A third of a real clip is gone; the MP4 has its index in front, as a download that broke off would."""
+    """A real clip without its last third; the MP4 has its index in front, as it must for a cut download to be read."""
     with av.open(str(data_dir / "videos_corner" / "odd_321x241_vp9.mp4")) as given:
         options = {"movflags": "faststart"} if name.endswith("mp4") else {}
         with av.open("whole" + name[3:], "w", options=options) as whole:
@@ -552,7 +552,7 @@ def test_a_terminal_shows_the_live_table(tiny: str) -> None:
 
 def test_torch_waits_as_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "call", lambda arguments: 0)
-    for lasting in ("take_interrupts", "silence_pillow"):  # they are for the whole process, which is the tests' here
+    for lasting in ("take_interrupts", "silence_pillow"):  # they change the whole process, here that of the tests
         monkeypatch.setattr(cli, lasting, list)
     monkeypatch.setattr(os, "environ", {"OMP_WAIT_POLICY": "active"})
     with pytest.raises(SystemExit):

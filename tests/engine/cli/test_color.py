@@ -1,4 +1,4 @@
-"""``flowreel color`` as a person meets it, above all one who comes from flow2image."""
+"""``flowreel color`` as a user sees it, in particular one who is used to flow2image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``flowreel doctor`` as a person and a script meet it."""
+"""``flowreel doctor`` for a user and for a script."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Capture = pytest.CaptureFixture[str]
 
 
 def checks(**states: str) -> tuple[Check, ...]:
-    """One check a demand, in these states."""
+    """One check for each demand, with the given status."""
     made = []
     for demand, status in states.items():
         finding = Finding(status, "1.2", f"the {demand} part")  # type: ignore[arg-type]

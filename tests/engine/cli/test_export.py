@@ -1,4 +1,4 @@
-"""``flowreel export`` as a person meets it."""
+"""``flowreel export`` as a user sees it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``flowreel info`` as a person and a script meet it."""
+"""``flowreel info`` for a user and for a script."""
 
 from __future__ import annotations
 

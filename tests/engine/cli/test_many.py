@@ -1,4 +1,4 @@
-"""Several sources on one command line: what is printed, exit codes, the manifest, and what is usage."""
+"""Several sources on one command line: what is printed, exit codes, the manifest, and usage errors."""
 
 from __future__ import annotations
 

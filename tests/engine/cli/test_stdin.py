@@ -1,4 +1,4 @@
-"""``... | flowreel run -``: a whole stream, a cut one, nothing, a terminal, and a writer that never goes on."""
+"""``... | flowreel run -``: a whole stream, a cut one, nothing, a terminal, and a pipe that falls silent."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def stream(frames: int) -> bytes:
 
 @pytest.fixture
 def piped(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """``piped(data)`` puts a pipe in stdin's place that gives these bytes and ends; ``ends=False``: it stays open."""
+    """``piped(data)`` replaces stdin by a pipe that gives these bytes and ends; with ``ends=False`` it stays open."""
     files: list[io.FileIO] = []
     writers: list[threading.Thread] = []
 
@@ -149,11 +149,11 @@ def test_a_terminal_is_wrong_usage(tiny: str, capsys: Capture, monkeypatch: pyte
     assert not list(Path().iterdir())
 
 
-# -- A writer that never goes on ---------------------------------------------------------------------------------
+# -- A writer that writes no more but keeps the pipe open ---------------------------------------------------------
 
 
 def no_thread_waits() -> bool:
-    """The decoding thread would otherwise wait for ever, and be left behind after a while."""
+    """Whether the decoding thread has ended; otherwise it would wait forever and be left behind."""
     return not any(thread.name == "decode" for thread in threading.enumerate())
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C, a failure, a second run on the same outputs: what is said of what is there, and that it looks as it is."""
+"""Ctrl-C, a failure, a second run on the same outputs: users are told what is left, and nothing looks finished."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C once every output has taken two flows."""
+    """Interrupts a run, as Ctrl-C does, once every output has taken two flows."""
 
     def stop(_: Live, progress: Progress) -> None:
         if progress.flows_done >= 2:
@@ -86,7 +86,7 @@ cli.main()
 
 
 def test_sigterm_is_a_stop_in_good_order(tiny: list[str]) -> None:
-    """As of a job scheduler, or of a container that is stopped."""
+    """As sent by a job scheduler, or to a container that is stopped."""
     source = "synthetic:objects?size=64x64&frames=4000"
     arguments = ["run", source, "-o", "k.zarr", "-o", "k.mp4", "--batch", "1", *tiny]
     done = subprocess.run([sys.executable, "-c", TERMINATED, *arguments], capture_output=True, text=True)
@@ -143,7 +143,7 @@ def test_an_export_that_stopped_does_not_promise_to_resume(
 
 
 def test_other_outputs_that_were_cut_are_made_again(tiny: list[str], capsys: Capture) -> None:
-    """Of a complete store, while they were made from it: a folder that holds only some files is not there already."""
+    """The store is complete, but the files made from it are not: a folder with some of them does not count as done."""
     loud = [SOURCE, "-o", "k.zarr", "-o", "f/%03d.flo", "--resume", *tiny[:2]]
     assert call(["run", SOURCE, "-o", "k.zarr", *tiny]) == 0
     assert call(["run", *loud]) == 0

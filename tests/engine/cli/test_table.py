@@ -1,4 +1,4 @@
-"""What a person is shown: numbers, and the lines about many sources."""
+"""What a user is shown: times, sizes, and the lines about many sources."""
 
 from __future__ import annotations
 

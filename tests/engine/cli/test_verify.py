@@ -1,4 +1,4 @@
-"""``flowreel verify``: exit 0 for sound stores, 1 with flows and frames named for others, in words and as JSON."""
+"""``flowreel verify``: exit code 0 for sound stores; 1 for others, with the flows and frames concerned."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _here(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def damage() -> None:
-    """Flows 3 to 5 go, and flow 7 gets a wrong bit."""
+    """Removes flows 3 to 5 and flips one bit of flow 7."""
     shutil.rmtree("a.zarr/flow/c/1")
     shard = Path("a.zarr/flow/c/2/0/0/0")
     data = bytearray(shard.read_bytes())

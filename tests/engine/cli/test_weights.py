@@ -1,4 +1,4 @@
-"""``flowreel weights`` as a person meets it. Downloads come from a server on this machine."""
+"""``flowreel weights`` as a user sees it. Downloads come from a server that the tests run."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str
 
 @pytest.fixture
 def table(served: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> list[Checkpoint]:
-    """The checkpoints known are one that is served, and one whose only link is dead."""
+    """Two checkpoints are known: one that is served, and one whose only link is dead."""
     folder, address = served
     path = folder / "c.pth.tar"
     size, sha256 = path.stat().st_size, checkpoints.file_sha256(path)
@@ -178,7 +178,7 @@ def test_a_dead_link(table: list[Checkpoint], capsys: Capture) -> None:
 
 
 class Answer(io.StringIO):
-    """A person at a terminal who types this."""
+    """Stands for a terminal at which somebody types this."""
 
     def isatty(self) -> bool:
         return True
