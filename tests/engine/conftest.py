@@ -1,5 +1,5 @@
-"""Small clips that tell their own frames' numbers, frames pulled back along flow, and networks filled with numbers that
-anybody can make again, which the goldens were computed with."""
+"""What many tests share: small clips whose frames show their own numbers, frames warped along flow, and networks with
+reproducible weights, with which the golden results were computed."""
 
 from __future__ import annotations
 
@@ -85,12 +85,12 @@ def long_clip(clip: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def pulled() -> Callable[[Tensor, Tensor], Tensor]:
-    """Pulls a second frame (3, H, W) back along a flow (2, H, W) px: sampled where the flow ends, float32."""
+    """A function of a second frame (3, H, W) and a flow (2, H, W) px that warps the frame back along the flow."""
     return _pulled
 
 
 def _pulled(second: Tensor, flow: Tensor) -> Tensor:
-    """``second`` sampled where ``flow`` ends: (3, H, W) float32."""
+    """``second`` sampled at the end of each vector of ``flow``: (3, H, W) float32."""
     height, width = flow.shape[1:]
     x = (flow[0] + torch.arange(width)) * 2 / (width - 1) - 1
     y = (flow[1] + torch.arange(height)[:, None]) * 2 / (height - 1) - 1
@@ -99,7 +99,7 @@ def _pulled(second: Tensor, flow: Tensor) -> Tensor:
 
 
 def fill(key: str, shape: torch.Size) -> np.ndarray:
-    """The value of one tensor, from its name alone."""
+    """The values of one tensor, which follow from its name and shape alone."""
     noise = np.random.Generator(np.random.PCG64(zlib.crc32(key.encode()))).standard_normal(tuple(shape), np.float32)
     if len(shape) >= 2:
         taps = shape[2] * shape[3]

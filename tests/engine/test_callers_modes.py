@@ -1,4 +1,4 @@
-"""Torch's modes and defaults are the caller's: they change no flow, and are as they were afterwards."""
+"""Torch's modes and defaults belong to the caller: they do not change the flow, and flowreel does not change them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def video(clip: Clip) -> Path:
 
 
 def everything(video: Path, folder: Path) -> dict[str, Any]:
-    """Flow by every way in, of the baseline's networks."""
+    """Flow of the default weights, from every function of the library that computes or loads it."""
     options: dict[str, Any] = {"batch": 4}
     lazy = flowreel.open(video, **options)
     kept = flowreel.open(video, cache=folder / "cache", **options)

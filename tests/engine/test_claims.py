@@ -1,4 +1,4 @@
-"""One holder at a time, whoever else asks; what is left behind by a holder that died is nobody's."""
+"""A claim on a file or folder has one holder at a time, and ends with the process that holds it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_it_goes_along_when_it_is_renamed(tmp_path: Path, take: Take) -> None:
     assert second.made
     with pytest.raises(OutputBusyError):
         take(tmp_path / "x", "x")
-    first.withdraw()  # is not what has the name now
+    first.withdraw()  # another claim has its old name now: nothing may be deleted
     assert sorted(os.listdir(tmp_path)) == ["x", "x.partial"]
     second.release()
 
@@ -65,13 +65,14 @@ def test_to_withdraw_leaves_nothing_that_was_made_for_it(tmp_path: Path, take: T
 
 
 def test_nobody_has_it_any_more(tmp_path: Path, take: Take) -> None:
+    """A claim that no variable refers to any more is released."""
     take(tmp_path / "x", "x")
     gc.collect()
     take(tmp_path / "x", "x").release()
 
 
 def test_published_between_opening_and_locking(tmp_path: Path, take: Take, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then the lock is on what has another name by now: the next try makes a new one."""
+    """The first lock is then on something that has got another name. It is given up, and a second try succeeds."""
     real, tries = claims.locked, []
 
     def slow(descriptor: int) -> bool:

@@ -1,4 +1,4 @@
-"""Resized, cut and mirrored flow has known lengths; pictures go along with it."""
+"""Resizing, cropping and mirroring a clip: flow vectors are scaled and turned with it, and pictures match the flow."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_cut_is_the_part_it_says() -> None:
 
 
 def test_flow_still_leads_from_frame_to_frame() -> None:
-    """A picture that moves: what the resized flow says of the resized pictures is what it said of them before."""
+    """The transformed flow describes the motion between the transformed pictures."""
     height, width, u = 48, 64, 6
     x = torch.arange(width + u) / 9
     wave = (127 + 100 * torch.sin(x)).expand(3, height, -1)

@@ -48,7 +48,7 @@ def make(videos: list[Path], tiny_weights: str) -> Make:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """7 flows of 6x8: flow n is (n, -n) px everywhere, but for a vector that nobody knows."""
+    """7 flows of 6x8: flow n is (n, -n) px everywhere, except for one unknown vector in flow 4."""
     flows = torch.arange(7.0)[:, None, None, None] * torch.tensor([1.0, -1.0])[:, None, None] + torch.zeros(7, 2, 6, 8)
     flows[4, :, 1, 2] = torch.nan
     sink = open_sink(tmp_path_factory.mktemp("clips") / "X.zarr", SinkConfig())
@@ -263,7 +263,7 @@ class TestSources:
 
 class TestLoaders:
     def test_two_spawned_workers_that_stay(self, make: Make, tmp_path: Path) -> None:
-        """The same clips as in one process, in every epoch, and none computed twice."""
+        """In every epoch they give the same clips as a single process."""
         dataset = make(random=True, clips=4, seed=7, crop=32, rgb=True, labels=[0, 1], cache=tmp_path, mirror=True)
         workers: dict[str, Any] = {
             "num_workers": 2, "multiprocessing_context": "spawn", "persistent_workers": True,

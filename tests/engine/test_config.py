@@ -1,4 +1,4 @@
-"""Settings: flat names to their parts, auto to None, and every impossible value named."""
+"""Options given by name reach the right part of the configuration; errors name the option with an impossible value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where CuPy's cache is once flowreel is imported, wherever its user has a home."""
+"""Where CuPy keeps its cache once flowreel is imported, also for a user without a usable home folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flowreel.engine import cupy_cache
 
 @pytest.fixture
 def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home in the folder ``home``, and nothing said of caches."""
+    """The home folder is ``home``, which does not exist yet; no environment variable names a cache."""
     for name in ("CUPY_CACHE_DIR", "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, "x")
         monkeypatch.delenv(name)
@@ -28,15 +28,15 @@ def settled() -> str | None:
 
 
 def test_what_loads_cupy_loads_without_a_home(user: Path) -> None:
-    (user / "home").touch()  # where nobody can make a folder, not even root
+    (user / "home").touch()  # a file, so that nobody can make a folder in it, not even root
     code = "import flowreel, os; print(folder := os.environ['CUPY_CACHE_DIR']); import cupy, zarr; os.listdir(folder)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert not Path(done.stdout.strip()).exists()  # it goes with its process
+    assert not Path(done.stdout.strip()).exists()  # it was temporary
 
 
 def test_cupys_cache_is_where_the_user_has_one(user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert settled() is None  # CuPy's own choice
+    assert settled() is None  # left to CuPy
     assert not (user / "home").exists()  # an import makes no folders
     (user / "home").mkdir()
     assert settled() is None

@@ -1,4 +1,4 @@
-"""What ``describe`` says of every kind of thing: made here with known contents, and real videos."""
+"""What ``describe`` reports for each kind of input: files with known contents made here, and real videos."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def make_video(tmp_path: Path) -> MakeVideo:
 
 
 def told(path: object) -> Facts:
-    """The facts, once they have gone through strict JSON and come back the same."""
+    """The facts, after a check that they survive a round trip through strict JSON."""
     facts = describe(str(path))
     text = json.dumps(facts, allow_nan=False)
     assert json.loads(text) == facts
@@ -129,9 +129,9 @@ class TestVideos:
         ("gaps_ms", "tick_s", "steady"),
         [
             ([33, 34, 33], 0.001, True),  # 30 frames a second in a container of milliseconds
-            ([33, 34, 33], 1 / 90000, True),  # the same, taken into a finer one
+            ([33, 34, 33], 1 / 90000, True),  # the same, copied to a container with finer ticks
             ([33, 36, 33], 1 / 90000, False),
-            ([40, 80, 40], 0.04, False),  # one tick apart, but that tick is a frame
+            ([40, 80, 40], 0.04, False),  # gaps one tick apart, but a tick is as long as a frame
             ([0, 1, 1], 0.001, False),
             ([], 0.001, None),
         ],
@@ -195,7 +195,7 @@ class TestVideos:
         ],
     )
     def test_rotation(self, turn: tuple[bool, bool, bool], rotation: int, mirrored: bool) -> None:
-        """Against NumPy, which turns counterclockwise."""
+        """Compared with ``np.rot90``, which turns counterclockwise."""
         from flowreel.engine.sources.picture import Turn
 
         picture = np.arange(18, dtype=np.uint8).reshape(2, 3, 3)
@@ -321,7 +321,7 @@ class TestFlow:
 
     def test_memory_does_not_grow_with_the_field(self, tmp_path: Path) -> None:
         path = tmp_path / "huge.flo"
-        with path.open("wb") as file:  # 128 MB, all but the first page a hole
+        with path.open("wb") as file:  # 128 MB, of which only the first page takes space on the disk
             file.write(b"PIEH" + np.array([4000, 4000], "<i4").tobytes())
             file.truncate(12 + 8 * 4000 * 4000)
         code = (

@@ -118,6 +118,7 @@ def test_older_gpus_have_neither_bf16_nor_tf32(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_memory_that_ended_is_found_behind_other_errors_even_such_as_hang_on_themselves() -> None:
+    """The chain of causes is followed to an out-of-memory error, and a chain that forms a loop comes to an end."""
     inner, outer = ValueError("a"), RuntimeError("b")
     outer.__cause__, inner.__context__ = inner, outer
     assert not ran_out_of_memory(outer)

@@ -22,15 +22,15 @@ from flowreel.engine.models import build_model
 from flowreel.engine.models.saving import save_weights
 from flowreel.sinks import open_store
 
-H, W, FRAMES, SHARD = 64, 96, 15, 4  # 14 flows: three shards and a ragged one
+H, W, FRAMES, SHARD = 64, 96, 15, 4  # 14 flows: three full shards and one of two flows
 
 
 class Disk:
-    """Takes so many bytes, then some of what is written, then none."""
+    """Accepts ``free`` bytes, the last of them as a write cut short, and then fails every write with ``error``."""
 
     def __init__(self, free: int, error: int = errno.ENOSPC) -> None:
         self.free = free
-        self.error = error  # what it says then
+        self.error = error
 
     def open(self, path: Path, mode: str) -> io.BufferedWriter:
         assert mode == "wb"
@@ -58,7 +58,7 @@ class OnDisk(io.FileIO):
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """``flowreel run`` of some pictures on a disk with so much room; its exit code."""
+    """``run(free, ...)``: ``flowreel run`` on a disk with ``free`` bytes left; gives the exit code."""
     torch.manual_seed(0)
     model = build_model("FlowNet2C", width=0.05)
     save_weights("tiny.safetensors", model.state_dict(), licence="none", made_by={}, width=0.05)
@@ -122,7 +122,7 @@ def test_a_full_disk_ends_a_run_that_goes_on_when_there_is_room(
 def test_a_disk_that_takes_nothing_any_more(
     run: Callable[..., int], capsys: pytest.CaptureFixture[str], error: int
 ) -> None:
-    """Mounted anew to be read only, permission withdrawn, broken: before the run or while it goes on."""
+    """Remounted read-only, permission withdrawn, or broken: before the run and in the middle of it."""
     assert run(1 << 40, store="whole.zarr") == 0
     whole = contents("whole.zarr")
     for free in (0, 2 * sum(map(len, whole.values())) // 3):

@@ -1,4 +1,4 @@
-"""Stored flow into other outputs: nothing is lost that need not be, failures leave nothing that looks finished."""
+"""Export of stored flow to other outputs: no needless loss, and a failure leaves nothing that looks finished."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_store_to_store_keeps_how_the_flow_was_made(
     assert np.array_equal(after.frame_to, before.frame_to)
     assert np.array_equal(after.timestamps_to_s, before.timestamps_to_s)
     assert np.abs(after[:] - before[:]).max() <= after.attrs["max_error"]
-    if "max_error" not in options:  # the same steps: nothing more is lost
+    if "max_error" not in options:  # rounded to the same steps: a second rounding changes nothing
         assert np.array_equal(after[:], before[:])
     assert any("within 0.015625 px" in note for note in report.notes)
 
@@ -132,7 +132,7 @@ def test_dots_are_no_name(folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_options_that_no_output_reads_are_noted(folder: Path) -> None:
     bound = "bound has no effect here: it is for DIR/flow_x_%05d.jpg, DIR/flow_x_%05d.png"
-    assert bound not in export(folder, "a.zarr", bound=9).notes  # pictures that it may read take it
+    assert bound not in export(folder, "a.zarr", bound=9).notes  # the option also serves the reading of picture folders
     notes = export("a.zarr", "b/%d.flo", bound=9, codec="zstd").notes
     assert bound in notes
     assert "codec has no effect here: it is for X.zarr" in notes
@@ -156,7 +156,7 @@ def test_unknown_vectors_are_nan_in_stores_and_beyond_1e9_in_flo(
         assert (flow[unknown] == UNKNOWN).all()
         assert np.abs(flow[~unknown]).max() < 10
         assert np.abs(read_flo(f"{place}/0.flo")).max() < 10
-    assert np.array_equal(open_store("b.zarr")[:], flows, equal_nan=True)  # the tee's other branches see no change
+    assert np.array_equal(open_store("b.zarr")[:], flows, equal_nan=True)  # unchanged by writing .flo
 
 
 def test_it_equals_reading_and_writing_by_hand(folder: Path) -> None:
@@ -283,7 +283,7 @@ def test_a_sink_that_fails_aborts_the_others(folder: Path, monkeypatch: pytest.M
 
 
 def test_reading_waits_for_a_slow_output(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However slow the output, only a few flows are ever under way."""
+    """Only a few flows are in memory at a time, however slow the output."""
     given = taken = most = 0
     real = reading.FileFlows.__iter__
 
@@ -309,7 +309,7 @@ def test_reading_waits_for_a_slow_output(folder: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(exporting, "open_sink", lambda path, config: Slow())
     report = export(folder, "slow.zarr", queue_mb=1e-5)
     assert (given, taken, report.flows) == (10, 10, 10)
-    assert most <= 3  # one in work, one in the channel, one in the reader's hand
+    assert most <= 3  # one being written, one in the channel, one held by the reader
 
 
 def test_progress_and_statistics(folder: Path) -> None:

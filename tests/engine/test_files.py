@@ -1,4 +1,4 @@
-"""Where what is kept lies, and that numbers in names count as numbers."""
+"""The cache folder, names with glob characters, and the natural order of file names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder("weights") == tmp_path / ".cache" / "flowreel" / "weights"
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # the specification says to ignore such
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # the XDG specification says to ignore relative paths
     assert cache_folder("kernels") == tmp_path / ".cache" / "flowreel" / "kernels"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "users"))
     assert cache_folder("weights") == tmp_path / "users" / "flowreel" / "weights"
@@ -27,6 +27,7 @@ def test_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_of_a_user_whom_the_system_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container may run under a user number without an account, and so without a known home folder."""
     for name in ("FLOWREEL_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)

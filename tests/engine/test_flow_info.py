@@ -1,4 +1,4 @@
-"""What a header tells: how many flows a shard holds."""
+"""``FlowInfo`` decides how many flows a shard holds."""
 
 from __future__ import annotations
 
@@ -38,4 +38,4 @@ def test_unless_their_size_was_asked_for() -> None:
 
 def test_a_store_that_is_gone_on_with_keeps_its_own() -> None:
     assert info(436, 1024, batch=8, shard=37).shard_length(None) == 37
-    assert info(436, 1024, batch=8, shard=37).shard_length(8 * 436 * 1024) == 1  # which the store then refuses
+    assert info(436, 1024, batch=8, shard=37).shard_length(8 * 436 * 1024) == 1  # refused by the store

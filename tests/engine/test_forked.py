@@ -1,4 +1,4 @@
-"""A plain fork of a process that has computed: torch's threads are not there any more, and nobody may wait for them."""
+"""A fork of a process that has computed flow: the child lacks torch's threads, and must not wait for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Frames by number: the right ones in any order, each decoded as seldom as can be, and clear errors for the rest."""
+"""Frames by number: correct in any order, decoded as few times as possible, with clear errors for missing ones."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ REAL = (
     "videos_corner/non_zero_start_200x112.mp4",
     "videos_corner/odd_321x241_vp9.mp4",
 )
-# name, codec, what makes key frames frequent and what surrounds them lean across
+# Name, codec and options: frequent key frames, most of them crossed by frames that refer to both sides.
 GENERATED: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("open.mp4", "libx264", {"options": {"g": "20", "x264-params": "open-gop=1:scenecut=0:bframes=3:keyint=20"}}),
     ("short.mp4", "libx264", {"options": {"x264-params": "open-gop=1:scenecut=0:bframes=2:keyint=3:min-keyint=3"}}),

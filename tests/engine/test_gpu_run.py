@@ -1,7 +1,7 @@
-"""A whole run on a card that is none: its streams and copies are fakes that are as late as they may be.
+"""Whole runs on a fake GPU, whose streams and copies finish as late as CUDA allows.
 
-What is proven is the order: that frames arrive before they are used, that flow is on the host before it is written,
-and what is brought there. What a GPU computes is not.
+The tests show that frames arrive before they are used, that flow is on the host before it is written, and what is
+copied. They do not show what a real GPU computes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PIXELS = 100 * 70
 
 @pytest.fixture(scope="module", autouse=True)
 def _the_network_as_it_is() -> Iterator[None]:
-    """The CPU's own form of it fills buffers that the stand-in card would take for memory of the host."""
+    """Runs the plain module: the compiled form for CPUs fills buffers that the fake GPU would take for host memory."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiled, "_BACKENDS", {})
         yield
@@ -45,7 +45,7 @@ def _the_network_as_it_is() -> Iterator[None]:
 
 @pytest.fixture
 def late(monkeypatch: pytest.MonkeyPatch) -> LateCopies:
-    """Runs are on the card from here on."""
+    """Makes runs use the fake GPU."""
     fitted = Network.fitted
 
     def on_card(self: Network, *arguments: Any, **options: Any) -> Inference:
@@ -58,7 +58,7 @@ def late(monkeypatch: pytest.MonkeyPatch) -> LateCopies:
 
 @pytest.fixture
 def twice(late: LateCopies, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And there on two lanes."""
+    """Makes runs use the fake GPU as if it were two GPUs."""
     fitted = Network.fitted
 
     def on_both(self: Network, *arguments: Any, **options: Any) -> Inference:
@@ -70,7 +70,7 @@ def twice(late: LateCopies, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=["late", "twice"])
 def lanes(request: pytest.FixtureRequest) -> None:
-    """One, then two."""
+    """The test runs with one GPU and with two."""
     request.getfixturevalue(request.param)
 
 
@@ -81,7 +81,7 @@ def run(folder: Path, weights: str, *names: str, **options: Any) -> RunReport:
 
 @contextmanager
 def encoded() -> Iterator[list[np.ndarray]]:
-    """The pictures that are given to the video's encoder, as planes of 4:2:0, whoever made them."""
+    """The pictures that the video encoder is given, as 4:2:0 planes, whether a GPU or the CPU converted them."""
     pictures: list[np.ndarray] = []
     encode = VideoWriter.encode
 
@@ -125,7 +125,7 @@ def test_flow_and_pictures_are_those_of_a_cpu(
         report = run(tmp_path, tiny_weights, *NAMES)
     assert report.device == "cuda:0"
     stages = [stage.name for stage in report.stages if "write" not in stage.name]
-    assert stages == ["decode", "batches", "model"]  # and each output takes what it wants
+    assert stages == ["decode", "batches", "model"]  # no common download: each output copies what it needs
     expected, got = (flowreel.open_store(folder / "x.zarr")[:] for folder in (on_cpu, tmp_path))
     assert np.array_equal(got, expected)
     assert np.abs(np.stack(pictures) - np.load(on_cpu / "video.npy")).max() <= 1
@@ -187,7 +187,7 @@ def test_over_several_gpus_flow_is_the_same(twice: None, on_cpu: Path, tmp_path:
 def test_a_short_batch_goes_through_a_full_ones_work(
     late: LateCopies, on_cpu: Path, tmp_path: Path, tiny_weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Eight flows in batches of five: the last three are computed as five, and three are kept."""
+    """Eight flows in batches of five: the last three pairs are filled up to five, and three flows are kept."""
     lengths: list[int] = []
     flow = Inference.of_fitted
 
@@ -237,17 +237,17 @@ def test_a_store_brings_steps_alone_to_the_host_and_is_that_of_a_cpu(
     monkeypatch.setattr(device, "pin", pin)
     monkeypatch.setattr(shard_processes, "are_worth_it", lambda *_: made_by == "processes")
     run(tmp_path, tiny_weights, "x.zarr", max_error=1 / 64, resolution=resolution)
-    assert pinned == (2 * [GPU] if made_by == "processes" else [])  # and given up; steps land where processes see them
+    assert pinned == (2 * [GPU] if made_by == "processes" else [])  # pinned, then released
     stored: Any = zarr.open_group(tmp_path / "x.zarr", mode="r")["flow"]
     assert stored.dtype == np.int16
-    assert sum(late.brought) == 2 * stored.size + 8 * 12  # what is missing and the largest error go with each of 8
+    assert sum(late.brought) == 2 * stored.size + 8 * 12  # and 12 bytes of statistics a flow
     assert flow_files(tmp_path / "x.zarr") == flow_files(on_cpu / f"{resolution}.zarr")
 
 
 def test_memory_that_processes_share_is_used_again(
     late: LateCopies, tmp_path: Path, tiny_weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of shards of two batches each, which land there one behind the other."""
+    """Each shard of two batches is handed on only after its copies have ended, and its memory serves a later shard."""
     pieces: list[int] = []
 
     def pin(memory: np.ndarray, device: torch.device) -> Callable[[], None]:
@@ -284,8 +284,8 @@ def test_memory_that_processes_share_is_used_again(
 def test_a_hand_off_that_is_forgotten_is_found_out(
     lanes: None, on_cpu: Path, tmp_path: Path, tiny_weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of so few frames that no copy is waited for to use its buffer again; nor, here, at the end."""
-    monkeypatch.setattr(Stream, "wait_event", lambda self, event: None)  # a planted fault
+    """With so few frames no buffer is used twice, so that only the hand-off, which is broken here, waits for a copy."""
+    monkeypatch.setattr(Stream, "wait_event", lambda self, event: None)  # the planted fault
     monkeypatch.setattr(device._Sender, "finish", lambda self: None)
     run(tmp_path, tiny_weights, "x.zarr", stop=device.MOST_UPLOADS)
     expected, got = (flowreel.open_store(folder / "x.zarr")[:3] for folder in (on_cpu, tmp_path))

@@ -1,4 +1,4 @@
-"""The model stage: what is settled before the first frame, and that flow is in the frame's pixels."""
+"""The model stage: batch sizes, programs made in advance, flow in pixels of the frame, and running out of memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_on_a_gpu_free_memory_bounds_it_too() -> None:
     assert [auto_batch(*size, "fp16", plenty) for size in sizes] == [8, 8, 8, 2]
     assert [auto_batch(*size, "fp16", 8 << 30) for size in sizes] == [8, 8, 1, 1]
     assert [auto_batch(*size, "fp32", 8 << 30) for size in sizes] == [8, 2, 1, 1]
-    assert auto_batch(2176, 3840, "fp16", 0) == 1  # and then memory ends, or does not: it is tried
+    assert auto_batch(2176, 3840, "fp16", 0) == 1  # one pair is tried even if it does not seem to fit
 
 
 def test_the_batch_an_earlier_run_chose_is_taken_again_unless_another_is_asked_for() -> None:
@@ -45,18 +45,18 @@ def test_sources_of_one_size_share_what_was_made_for_it(tiny_weights: str) -> No
     network = load_network(ModelConfig(device="cpu", weights=tiny_weights))
     first = network.fitted(64, 64)
     first.make_ready(16, 19)
-    again = network.fitted(60, 64)  # the network sees the same
+    again = network.fitted(60, 64)  # padded to the same size
     assert again.made is first.made
     assert again.notes is not first.notes
     assert again.batch == first.batch
     assert list(again.made.programs) == [8, 3]
     network.fitted(64, 128)
-    assert network.fitted(64, 64).made is not first.made  # memory is for one size at a time
-    assert list(first.made.programs) == [8, 3]  # whoever still works with it keeps it
+    assert network.fitted(64, 64).made is not first.made  # only one size is kept at a time
+    assert list(first.made.programs) == [8, 3]  # but the earlier one goes on working for whoever holds it
 
 
 def test_what_ran_is_told_to_every_source(tiny_weights: str) -> None:
-    """The second one makes nothing, and on a GPU what was captured is only replayed."""
+    """Also to one that reuses a program (on a GPU: replays a captured graph), in which no operation is called again."""
     network = load_network(ModelConfig(device="cpu", model="flownet2c"))
     frames = torch.zeros(2, 1, 3, 64, 64)
     network.fitted(64, 64).flow(*frames)
@@ -65,7 +65,7 @@ def test_what_ran_is_told_to_every_source(tiny_weights: str) -> None:
 
 
 def test_the_batch_is_chosen_once_for_a_size(tiny_weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The memory that the first source's work keeps is not missing for the next one's."""
+    """Free memory is read once: later, what the first source still holds would make it look too small."""
     free = [1 << 30, 1 << 20]
     monkeypatch.setattr("flowreel.engine.inference.free_bytes", lambda device: free.pop(0))
     network = replace(load_network(ModelConfig(device="cpu", weights=tiny_weights)), device=GPU, precision="fp16")
@@ -93,7 +93,7 @@ def frame(scene: object, number: int) -> Frame:
 
 
 def test_the_shipped_weights_know_a_known_motion() -> None:
-    """A texture moved by (3, 1) px: not exact yet, but far from no motion, and to the right side."""
+    """A texture moved by (3, 1) px: the mean flow is off by less than half of that motion."""
     scene = named_scene("translate", 192, 256)
     inference = prepare(ModelConfig(device="cpu"), 192, 256)
     batch = PairBatch((FramePair(frame(scene, 0), frame(scene, 1)),), 0)
@@ -142,7 +142,7 @@ def test_it_knows_by_what_each_operation_ran() -> None:
     ],
 )
 def test_a_batch_gives_each_pairs_own_flow(pairs: list[tuple[int, int]], what: str, native: bool) -> None:
-    """Frames are brought to the network once, though two pairs share them."""
+    """Frames that two pairs share are converted once; each pair must still get its own two frames."""
     generator = torch.Generator().manual_seed(0)
     pictures = torch.randint(0, 256, (7, 3, 70, 60), dtype=torch.uint8, generator=generator)
     frames = [Frame(picture, number, number / 25) for number, picture in enumerate(pictures)]
@@ -191,20 +191,20 @@ def test_what_a_run_will_need_is_made_before_it(
 
 
 def _starts(batch: int, shard: int, count: int) -> list[int]:
-    """Where batches begin, as ``pairing.batches`` has it."""
+    """Where batches begin, by the same rule as ``pairing.batches``."""
     return [place for place in range(count) if place % shard % batch == 0]
 
 
 class LittleMemory:
-    """A network in whose memory only so many pairs fit: others fail half-way, as on a GPU."""
+    """A network that runs out of memory for more than ``fits`` pairs, after allocating some, as on a GPU."""
 
     def __init__(self, inference: Inference, fits: int, when_made: bool = False) -> None:
         self.packed = inference.packed
         self.fits = fits
-        self.when_made = when_made  # already making the program takes too much
+        self.when_made = when_made  # the memory already runs out when the program is made
         self.attempts: list[int] = []  # pairs
-        self.held: list[weakref.ref[torch.Tensor]] = []  # what an attempt that failed had in memory
-        self.words = ""  # of another error than torch's own
+        self.held: list[weakref.ref[torch.Tensor]] = []  # what failed attempts had allocated
+        self.words = ""  # the message of another error to raise than torch.OutOfMemoryError
 
     def program(self, shape: tuple[int, int, int]) -> Any:
         pairs = shape[0]
@@ -263,7 +263,7 @@ class TestOutOfMemory:
     def test_batches_are_halved_and_no_pair_is_lost(self, tiny_weights: str, when_made: bool, native: bool) -> None:
         given, memory, inference = self.run(tiny_weights, [8, 8, 3], fits=3, when_made=when_made, native=native)
         if not when_made:
-            assert memory.attempts == [8, 4, *[2] * 8, 2, 1]  # learnt once
+            assert memory.attempts == [8, 4, *[2] * 8, 2, 1]  # the smaller size is remembered
         assert [batch.index for batch in given] == list(range(0, 19, 2))
         assert [int(number) for batch in given for number in batch.frame] == list(range(19))
         assert [int(number) for batch in given for number in batch.frame_to] == list(range(1, 20))
@@ -275,7 +275,7 @@ class TestOutOfMemory:
         assert all(torch.equal(a.flow, b.flow) for a, b in zip(given, whole, strict=True))
 
     def test_memory_that_ends_later(self, tiny_weights: str) -> None:
-        """Another program took some of it: what was made ready for more pairs is given up."""
+        """Another process takes some memory during the run: programs for larger batches are given up."""
         network = load_network(ModelConfig(device="cpu", weights=tiny_weights, batch=4)).fitted(64, 64)
         memory = LittleMemory(network, fits=4)
         inference = replace(network, packed=memory, notes=[], made=Made())

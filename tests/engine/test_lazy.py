@@ -1,4 +1,4 @@
-"""Flow by number equals the flow of a run, costs no more than what was asked for, and says what goes wrong."""
+"""``flowreel.open``: flow by number equals that of a run, costs no more than was asked for, and errors are clear."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def opened(video: Path, tiny_weights: str) -> Callable[..., LazyFlow]:
 def _no_thread_stays() -> Iterator[None]:
     before = set(threading.enumerate())
     yield
-    ours = {t for t in threading.enumerate() if not t.name.startswith(("zarr", "asyncio"))}  # zarr keeps its own
+    ours = {t for t in threading.enumerate() if not t.name.startswith(("zarr", "asyncio"))}  # zarr keeps its threads
     assert ours <= before
 
 
@@ -434,7 +434,7 @@ class TestWhatGoesWrong:
     def test_a_name_means_the_same_from_another_folder(
         self, video: Path, tmp_path: Path, tiny_weights: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Of a file, of a glob in a folder whose own name looks like one; in what is open, and in a pickled copy."""
+        """A relative name of a file, or of a glob in a folder with glob characters; also in a pickled copy."""
         here = tmp_path / "a[1]"
         (here / "frames").mkdir(parents=True)
         shutil.copy(video, here / "x.mp4")
@@ -451,7 +451,7 @@ class TestWhatGoesWrong:
             monkeypatch.chdir(here)
 
     def test_an_image_that_is_replaced(self, tmp_path: Path, tiny_weights: str) -> None:
-        """What it would give is not kept, either."""
+        """Nor is anything computed from the new image put into the cache."""
         frames = tmp_path / "frames"
         frames.mkdir()
         rng = np.random.default_rng(0)

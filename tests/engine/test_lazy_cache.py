@@ -1,4 +1,4 @@
-"""Flow that was computed once is read from then on: by whom, how often, and what becomes of it when things go wrong."""
+"""The cache of lazy flow: what was computed once is read from then on, by other processes too, and after failures."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def opened(video: Path, tiny_weights: str, cache: Path) -> Open:
 
 @pytest.fixture(scope="module")
 def expected(video: Path, tiny_weights: str) -> torch.Tensor:
-    """All flow, never stored."""
+    """All flow, without a cache."""
     return torch.cat([batch.flow for batch in flowreel.stream(video, weights=tiny_weights, batch=4)])
 
 
@@ -95,7 +95,7 @@ class TestReading:
         flow = opened()
         first = flow[:]
         assert (first - expected).abs().max() <= 1 / 64
-        assert not torch.equal(first, expected)  # it is as it was stored
+        assert not torch.equal(first, expected)  # it was rounded for the cache
         assert flow.statistics == LazyStatistics(decoded=40, computed=39)
         again = opened()
         assert torch.equal(again[:], first)
@@ -160,7 +160,7 @@ class TestReading:
     def test_batches_that_come_in_halves_keep_their_numbers(
         self, opened: Open, expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """As a device gives them whose memory is too small for whole ones."""
+        """As on a device with too little memory for a whole batch."""
         from flowreel.engine.inference import Inference
 
         whole = Inference.flows_that_fit
@@ -176,7 +176,7 @@ class TestReading:
         assert flow.cached == 0
         flow[3:8]
         assert flow.cached == 5
-        (cache / f"flow/c.{COUNT}.0.0.0").touch()  # a flow there is not
+        (cache / f"flow/c.{COUNT}.0.0.0").touch()  # there is no flow of that number
         assert flow.cached == 5
         assert repr(flow).endswith(f"; 5 of 39 flows in {cache}>")
 
@@ -256,7 +256,7 @@ if __name__ == "__main__":
 class TestProcesses:
     @pytest.fixture
     def start(self, video: Path, tiny_weights: str, cache: Path) -> Iterator[Callable[[int], subprocess.Popen[str]]]:
-        """Starts a process that opens the cache, says so, and on a word fills it in batches of the given size."""
+        """Starts a process that opens the cache, says so, waits for a line, and fills it in batches of that size."""
         started: list[subprocess.Popen[str]] = []
 
         def begin(batch: int) -> subprocess.Popen[str]:
@@ -299,7 +299,7 @@ class TestProcesses:
     def test_killed_while_it_keeps_a_flow(
         self, opened: Open, cache: Path, video: Path, tiny_weights: str, moment: str
     ) -> None:
-        """What was published before is there, what was not is computed, and nothing half-written is ever read."""
+        """Flows published before are still there, the others are computed, and nothing half-written is read."""
         spot = {"in the file": "sync_file", "before its name": "os.link", "with its name": "sync_folder"}[moment]
         code = f"""
 import os, signal, sys, flowreel
@@ -383,7 +383,7 @@ class TestRefusal:
         with pytest.raises(CacheMismatchError, match=r"cached\.mp4 is another file than it was"):
             flowreel.open(folder / video.name, **options)
         shutil.copy(video, folder / video.name)
-        flowreel.open(folder / video.name, **options)  # the very same, moved
+        flowreel.open(folder / video.name, **options)  # the same file in another folder
 
     @pytest.mark.parametrize("size_bytes", [99, 101])
     def test_a_source_of_the_same_beginning(self, cache: Path, size_bytes: int) -> None:
@@ -509,7 +509,7 @@ class TestDamage:
 
     @pytest.mark.timeout(60)
     def test_reading_inside_an_iteration_over_a_damaged_flow(self, opened: Open, cache: Path) -> None:
-        """It is computed again in the iteration's turn, which must be over when the loop's body reads."""
+        """The iteration holds a lock while it computes that flow again; the body of the loop needs that lock."""
         opened()[:8]
         (cache / "flow/c.5.0.0.0").write_bytes(b"")
         flow = opened()
@@ -566,7 +566,7 @@ class TestDamage:
     def test_several_are_encoded_side_by_side(
         self, opened: Open, cache: Path, expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """As on a machine with more cores; one that fails is told, those before it are there."""
+        """As on a machine with more cores. When one fails, the error is raised and those before it are kept."""
         monkeypatch.setattr("flowreel.sinks.flow_cache.encode_workers", lambda: 4)
         flow = opened()
         assert (flow[:16] - expected[:16]).abs().max() <= 1 / 64

@@ -1,4 +1,4 @@
-"""Zarr's own readers on flow that is computed as they read: right values, no more work than needed, no silent holes."""
+"""Zarr, xarray and dask read flow that is computed on demand: correct, without needless work, errors never hidden."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class TestReaders:
         assert flow.statistics == LazyStatistics(from_cache=4)
 
     def test_its_chunks_may_be_copied_elsewhere(self, opened: Open, expected: Any, tmp_path: Path) -> None:
-        """Another store that takes key for key what this one lists is the same flow."""
+        """Copying every listed key to another store gives the same flow."""
         store = opened(stop=6).store()
 
         async def copy() -> None:
@@ -281,7 +281,7 @@ class TestWhatGoesWrong:
     def test_a_source_that_vanishes_is_no_field_of_fill_values(
         self, tmp_path: Path, video: Path, tiny_weights: str, reader: Callable[[Any], Any]
     ) -> None:
-        """Above all because its error is a FileNotFoundError, which is what a store says of a missing chunk."""
+        """Its error is a FileNotFoundError, which Zarr could take for a missing chunk and replace by fill values."""
         path = tmp_path / "gone.mp4"
         shutil.copy(video, path)
         flow = flowreel.open(path, weights=tiny_weights, batch=4, frames_mb=0)
@@ -298,7 +298,7 @@ class TestWhatGoesWrong:
         self, opened: Open, monkeypatch: pytest.MonkeyPatch, reader: Callable[[Any], Any], error: type[Exception]
     ) -> None:
         def broken(*_: Any) -> Any:
-            raise error("x")  # its own: a parameter outlives the test, and with it what it was raised through
+            raise error("x")  # a new one each time: its traceback would keep every frame alive
 
         array = reader(opened().store())
         monkeypatch.setattr("flowreel.engine.inference.Inference.of_fitted", broken)
@@ -332,7 +332,7 @@ class TestWhatGoesWrong:
         array = by_zarr(store)
         with pytest.raises(ValueError, match=r"flow/c\.0\.0\.0\.0 cannot be written"):
             array[0] = 1
-        with pytest.raises(ValueError, match=r"cannot be deleted|A group exists"):  # newer versions of Zarr ask first
+        with pytest.raises(ValueError, match=r"cannot be deleted|A group exists"):  # newer versions of Zarr check first
             zarr.open_group(store, mode="w")
         with pytest.raises(ValueError, match="cannot be written"):
             array.attrs["mine"] = 1
@@ -388,7 +388,7 @@ class TestSharing:
         assert "LazyFlow" in repr(store)
 
     def test_dask_in_processes(self, opened: Open, expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("PYTHONHASHSEED", "6640")  # as dask does, which would leave it
+        monkeypatch.setenv("PYTHONHASHSEED", "6640")  # dask sets the same value and would not restore it
         array = by_dask(opened().store())
         with dask.config.set(scheduler="processes", num_workers=1):
             close(array[5].compute(), expected[5])

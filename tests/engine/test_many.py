@@ -1,4 +1,4 @@
-"""Many sources in one run: one network, what is done skipped, failures collected, a manifest that is always true."""
+"""Many sources in one run: one network, finished ones skipped, failures collected, a manifest that is always true."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[ModelConfig]:
 
 
 def clip(name: str, frames: int = 3, size: tuple[int, int] = (64, 48)) -> str:
-    """A small film of noise."""
+    """A small video of noise."""
     rng = np.random.default_rng(frames)
     Path(name).parent.mkdir(parents=True, exist_ok=True)
     with av.open(name, "w") as container:
@@ -191,14 +191,14 @@ def test_the_same_again_from_another_folder(tiny: str, monkeypatch: pytest.Monke
 def test_another_source_of_the_same_name_is_not_taken_for_done(
     template: str, tiny: str, loads: list[ModelConfig]
 ) -> None:
-    """Nor is it replaced; and once the first one is asked for again, that is still known to be done."""
+    """Nor is its output replaced, and the first source is still known to be done when it is asked for again."""
     run_many([clip("A/x.mp4", 3), clip("A/y.mp4", 3)], template, weights=tiny)
     before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file() and path.suffix != ".json"}
     loads.clear()
     clip("B/y.mp4", 3)
     for _ in range(2):
         report = run_many([clip("B/x.mp4", 4), "B/y.mp4"], template, weights=tiny)
-        assert statuses(report) == ["failed", "skipped"]  # the same pictures by the same name are the same source
+        assert statuses(report) == ["failed", "skipped"]  # y.mp4 has the same name and content in both folders
         assert isinstance(report.failed[0].error, ResumeMismatchError)
         assert "x.mp4 is another file than it was" in str(report.failed[0].error)
     assert statuses(run_many(["A/x.mp4", "A/y.mp4"], template, weights=tiny)) == ["skipped"] * 2
@@ -229,7 +229,7 @@ def test_what_was_made_otherwise_is_not_taken_for_done(
     assert statuses(report) == ["failed", "failed"]
     assert all(words in str(source.error) for source in report.sources)
     assert "out/a" in str(report.failed[0].error)
-    for same in ({}, {"batch": 8, "precision": "fp32", "model": "FlowNet2S"}):  # what was chosen, asked for by name
+    for same in ({}, {"batch": 8, "precision": "fp32", "model": "FlowNet2S"}):  # the defaults, given explicitly
         assert statuses(run_many(sources, template, **given | same)) == ["skipped", "skipped"]
 
 
@@ -262,7 +262,7 @@ def test_a_video_that_nobody_knows_of_is_neither_done_nor_replaced(tiny: str) ->
 
 
 def test_a_recording_that_grew(tiny: str) -> None:
-    """Images, as a folder that got more of them: the store is gone on with, and what is beside it made anew."""
+    """A folder gets more images: with ``resume`` the store is continued, and the outputs beside it are made again."""
 
     def pictures(count: int) -> None:
         Path("take").mkdir(exist_ok=True)
@@ -303,7 +303,7 @@ def test_single_files_count_as_done_when_the_manifest_says_so(tiny: str) -> None
     sources = [clip("a.mp4"), clip("b.mp4", 4)]
     run_many(sources, FLO, weights=tiny)
     assert Path("out/b/0002.flo").exists()
-    for _ in range(2):  # the second time it is the manifest of a run that skipped them
+    for _ in range(2):  # the second time the manifest is that of a run that skipped them
         assert statuses(run_many(sources, FLO, weights=tiny)) == ["skipped", "skipped"]
     Path("out/b/0001.flo").unlink()
     report = run_many(sources, FLO, weights=tiny)
@@ -314,7 +314,7 @@ def test_single_files_count_as_done_when_the_manifest_says_so(tiny: str) -> None
 
 
 def test_what_earlier_runs_did_is_not_forgotten(tiny: str) -> None:
-    """Another batch, or one that ends before it gets there, keeps the entries of sources it does not touch."""
+    """A run with other sources keeps the manifest's entries of those it does not touch."""
     run_many([clip("a.mp4"), clip("b.mp4")], FLO, weights=tiny)
     run_many([clip("c.mp4"), clip("d.mp4")], FLO, weights=tiny)
     assert statuses(run_many(["a.mp4", "b.mp4", "c.mp4"], FLO, weights=tiny)) == ["skipped"] * 3
@@ -340,7 +340,7 @@ def test_ctrl_c_stops_all_and_the_manifest_says_where(tiny: str) -> None:
 
 
 def test_the_manifest_is_true_while_a_source_is_at_work(tiny: str) -> None:
-    """What a process that is killed at that moment would leave."""
+    """A process that is killed at that moment leaves it like this."""
     seen: list[dict[str, Any]] = []
 
     def look(progress: ManyProgress) -> None:
@@ -368,7 +368,7 @@ def test_what_a_killed_run_left_is_made_anew(template: str, tiny: str) -> None:
             left["manifest"] = Path("out/flowreel-manifest.json").read_bytes()
 
     run_many(sources, template, weights=tiny, progress=remember)
-    Path("out/flowreel-manifest.json").write_bytes(left["manifest"])  # back to that moment
+    Path("out/flowreel-manifest.json").write_bytes(left["manifest"])  # as it was at that moment
     if template == FLO:
         Path("out/b/0002.flo").unlink()
     else:
@@ -379,7 +379,7 @@ def test_what_a_killed_run_left_is_made_anew(template: str, tiny: str) -> None:
 
 
 def test_files_of_somebody_else_are_never_replaced(tiny: str) -> None:
-    """Also not the second time, when the manifest knows that this source failed."""
+    """Nor by a second run, when the manifest records that this source failed."""
     sources = [clip("a.mp4"), clip("b.mp4")]
     Path("out/b").mkdir(parents=True)
     Path("out/b/0000.flo").write_text("mine")
@@ -393,7 +393,7 @@ def test_a_cut_source_stays_unfinished(tiny: str) -> None:
     data = Path(clip("cut.mkv", 9)).read_bytes()
     Path("cut.mkv").write_bytes(data[: len(data) * 4 // 5])
     sources = [clip("a.mp4"), "cut.mkv"]
-    for _ in range(2):  # again: what it left is in nobody's way
+    for _ in range(2):  # the second run is not hindered by what the first one left
         report = run_many(sources, STORE, weights=tiny)
         assert report.sources[1].status == "failed"
         assert type(report.sources[1].error).__name__ == "TruncatedSourceError"
@@ -502,10 +502,10 @@ def test_a_manifest_that_cannot_be_written_is_an_error(tiny: str) -> None:
 
 
 def test_one_run_at_a_time_keeps_a_manifest(tiny: str) -> None:
-    """Also one of other sources; what the first one noted meanwhile is not forgotten by the next."""
+    """Even a run of other sources is refused; what the first one records is found by the next."""
     lock = Path("out/.flowreel-manifest.json.partial")
     Path("out").mkdir()
-    lock.touch()  # of a run that was killed
+    lock.touch()  # left by a run that was killed
 
     def meanwhile(progress: ManyProgress) -> None:
         if progress.run is None:
@@ -536,7 +536,7 @@ def test_a_fault_of_our_own_is_written_down_and_gets_out(tiny: str, monkeypatch:
 
 
 def test_failed_sources_keep_no_memory(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error remembers the frames of its traceback, and they whatever was in them."""
+    """An error in the report would keep alive its traceback, and all local variables in it."""
     opened: list[weakref.ref[Any]] = []
 
     class Failing:

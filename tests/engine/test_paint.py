@@ -1,4 +1,4 @@
-"""Stored flow as pictures: the right colours under the right names, and a video at a steady rate."""
+"""Stored flow as pictures and videos: the right colours, file names and times."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def put_flo(path: Path, flow: np.ndarray) -> np.ndarray:
 
 
 def some_flow(seed: int = 0, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
-    """Smooth, its longest vector about as long as the seed in pixels."""
+    """A smooth field, whose longest vector is ``seed + 1`` px long."""
     angle = np.linspace(0, 2, height)[:, None] + np.linspace(0, 3, width) + seed
     length = np.linspace(0, 1, width) * (seed + 1)
     return np.stack([np.cos(angle) * length, np.sin(angle) * length], -1).astype(np.float32)
@@ -85,12 +85,12 @@ def test_pictures_are_those_of_the_middlebury_program(data_dir: Path, tmp_path: 
 def test_as_flow2image_did(folder: Path) -> None:
     report = color([str(path) for path in folder.glob("*.flo")], "out", video=True, frame_rate=30)
     assert names("out") == ["10.flo.png", "11.flo.png", "8.flo.mp4", "8.flo.png", "9.flo.png"]
-    for number in range(8, 12):  # each by its own longest vector
+    for number in range(8, 12):  # each scaled by its own longest vector
         assert np.array_equal(picture(f"out/{number}.flo.png"), flow_to_color(some_flow(number)))
     pictures, times_s = play("out/8.flo.mp4")
     assert times_s == pytest.approx([0, 1 / 30, 2 / 30, 3 / 30], abs=1e-4)
     scale = np.percentile([np.hypot(*some_flow(number).T) for number in range(8, 12)], 95)
-    for shown, number in zip(pictures, range(8, 12), strict=True):  # all by one scale, in natural order
+    for shown, number in zip(pictures, range(8, 12), strict=True):  # all with the same scale, in natural order
         wanted = flow_to_color(some_flow(number), scale).astype(int)
         assert np.abs(shown - wanted).mean() < 6
         assert np.abs(shown - flow_to_color(some_flow(19 - number), scale).astype(int)).mean() > 10
@@ -153,7 +153,7 @@ def test_a_store_plays_at_its_own_times_and_files_at_30_a_second(folder: Path) -
     export("flows", "dance.zarr", frame_rate=10)
     color("dance.zarr", "store.mkv")
     assert play("store.mkv")[1] == pytest.approx([0, 0.1, 0.2, 0.3])
-    color(["dance.zarr@2:", "flows/8.flo", "flows/9.flo", "dance.zarr@:2"], "many.mkv")  # one after the other
+    color(["dance.zarr@2:", "flows/8.flo", "flows/9.flo", "dance.zarr@:2"], "many.mkv")  # one after another
     starts_s = [0, 0.1, 0.2, 0.2 + 1 / 30, 0.2 + 2 / 30, 0.3 + 2 / 30]
     assert play("many.mkv")[1] == pytest.approx(starts_s, abs=1e-3)
     color("dance.zarr", "asked.mkv", frame_rate=50)
@@ -240,7 +240,7 @@ def test_nothing_that_is_read_is_painted_over(folder: Path) -> None:
     before = Path("x/0.png").read_bytes()
     with pytest.raises(UsageError, match="being read"):
         color("x/0.png", "x/0.png", overwrite=True)
-    color("x", "x")  # beside it is well
+    color("x", "x")  # a new file beside it is allowed
     assert names("x") == ["0.png", "0.png.png"]
     assert Path("x/0.png").read_bytes() == before
 

@@ -1,4 +1,4 @@
-"""Pairs and batches as plain lists: nothing lost, nothing twice, nothing across a clip or a shard."""
+"""Pairs and batches of plain lists of frames: none lost, none twice, none across the end of a clip or a shard."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_resumed_batches_are_those_of_the_first_run(count: int, batch: int, shar
 
 
 def test_a_batch_leaves_with_its_last_pair() -> None:
-    """And does not wait for the next one, which a camera gives later and a decoder perhaps never."""
+    """It does not wait for another frame, which may come much later (a camera) or never (a decoder that fails)."""
     taken: list[int] = []
 
     def noted() -> Iterator[FramePair]:

@@ -1,4 +1,4 @@
-"""Buffers that are lent: nobody's numbers change under him, and nothing is allocated twice for nothing."""
+"""Pinned buffers: none is filled again while somebody holds its contents, and no more are allocated than needed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HOLDS: dict[str, Callable[[torch.Tensor], object]] = {
 
 @pytest.fixture
 def ring() -> PinnedRing:
-    """Of memory that cannot be pinned here."""
+    """A ring of ordinary memory, since none can be pinned without a GPU."""
     return PinnedRing(lambda size: torch.empty(size, dtype=torch.uint8))
 
 
@@ -69,7 +69,7 @@ def test_type_and_order_of_dimensions_are_kept(ring: PinnedRing, like: torch.Ten
 
 
 class Runtime:
-    """CuPy's, of which two calls are wanted."""
+    """Stands for CuPy's runtime, of which two functions are used."""
 
     class CUDARuntimeError(RuntimeError):
         pass
@@ -104,7 +104,7 @@ def test_memory_is_pinned_where_it_is_as_far_as_that_goes(refuses: bool, monkeyp
     assert (kept() is None) == refuses
     undo()
     assert runtime.pinned == {}
-    undo()  # as where the driver has gone meanwhile
+    undo()  # the driver's error is ignored: it may be gone at exit
     assert set(entered) == {device}
 
 
@@ -120,14 +120,14 @@ def test_a_card_writes_to_memory_that_processes_share(gpu: torch.device) -> None
     if pinned.kernels_on(gpu) != "cuda":
         pytest.skip("no CuPy")
     memory, size = SharedMemory(), (1 << 24) + 77
-    memory.reserve(2 * size)  # while this goes on
+    memory.reserve(2 * size)  # done in the background meanwhile
     memory.take(size)
     buffer = memory.take(size)
     place = torch.from_numpy(buffer.bytes)
     assert not place.is_pinned()
     undo = pin(buffer.bytes, gpu)
     assert place.is_pinned()
-    seen = SharedView(memory.descriptor).at(buffer.place, size)  # as another process maps it
+    seen = SharedView(memory.descriptor).at(buffer.place, size)  # a second mapping, as in another process
     for _ in range(2):
         values = torch.randint(0, 256, (size,), dtype=torch.uint8, device=gpu)
         place.copy_(values, non_blocking=True)

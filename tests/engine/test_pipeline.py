@@ -36,7 +36,7 @@ class Boom(Exception):
 
 
 class Item:
-    """Something of a known weight, from a known frame."""
+    """An item of ``size`` bytes that comes from frame ``index``."""
 
     def __init__(self, index: int, size: int = 100, tensor: torch.Tensor | None = None) -> None:
         self.last_frame = index
@@ -51,7 +51,7 @@ def _no_thread_left() -> Iterator[None]:
 
 
 def eventually(condition: Callable[[], bool]) -> None:
-    """Waits for a state other threads must come to; the limit only ends a broken test."""
+    """Waits for a state that other threads must reach; the time limit only ends a broken test."""
     deadline = time.monotonic() + 20
     while not condition():
         assert time.monotonic() < deadline, "never came to be"
@@ -76,14 +76,14 @@ def stats(pipeline: Pipeline) -> dict[str, StageStatistics]:
 
 
 def noting(items: Iterable[Any], made: list[Any]) -> Iterator[Any]:
-    """Gives the items and notes each before it is given: with all sinks held, their number shows who holds what."""
+    """Passes items on and records each before: while all sinks are held, their number shows how far the source got."""
     for item in items:
         made.append(item)
         yield item
 
 
 class Held:
-    """A sink that takes one item and then nothing until it is let go."""
+    """A sink that takes one item, and the others only after ``go`` is set."""
 
     def __init__(self) -> None:
         self.go = threading.Event()
@@ -184,7 +184,7 @@ def test_joined_stages_give_what_they_give_one_by_one(functions: list[Function],
 
 @pytest.mark.parametrize("fails", ["a", "b", "c"])
 def test_each_of_joined_stages_answers_for_its_own_errors(fails: str) -> None:
-    """With the frame that it took last; and one that fails inside another join keeps its name."""
+    """An error names the stage and the frame that it took last, also in a join inside another one."""
 
     def stage(name: str) -> Stage:
         def run(items: Iterator[Any]) -> Iterator[Any]:
@@ -259,7 +259,7 @@ def test_a_slow_sink_holds_back_the_source_at_the_bound_in_items() -> None:
     sink = Held()
     pipeline = Pipeline("source", noting(range(50), made), [Stage("a", passing)], QueueConfig(items=3))
     thread = in_background(pipeline, {"sink": sink})
-    eventually(lambda: len(made) == 3 + 3 + 3)  # in two channels, and one in the hands of each thread
+    eventually(lambda: len(made) == 3 + 3 + 3)  # in two channels, and one held by each of three threads
     assert [stage.queue for stage in pipeline.statistics()] == [0, 3, 3]
     sink.go.set()
     thread.join()
@@ -361,7 +361,7 @@ def test_a_fast_branch_does_not_overdraw_the_budget_before_a_slow_one() -> None:
     slow = Held()
     pipeline = Pipeline("source", map(Item, range(9)), queues=QueueConfig(items=4, total_bytes=1))
     thread = in_background(pipeline, {"fast": drain, "slow": slow})
-    eventually(lambda: stats(pipeline)["fast"].items == 1 + 1 + 1)  # the slow one's, before it, and on its way there
+    eventually(lambda: stats(pipeline)["fast"].items == 1 + 1 + 1)  # in the slow sink, in its channel, and before it
     slow.go.set()
     thread.join()
     assert len(slow.got) == 9
@@ -465,7 +465,7 @@ MOMENTS = ("called", "first", "middle", "end", "cleanup")
 
 
 def failing(moment: str) -> Function:
-    """Passes items on and fails at one moment; as source, stage or sink."""
+    """Passes items on and raises Boom at the given moment, as a source, a stage or a sink."""
 
     def run(items: Iterator[Item]) -> Iterator[Item]:
         try:
@@ -535,7 +535,7 @@ def test_a_failure_while_a_generator_is_closed_surfaces(leave: str) -> None:
     stream: Any = Pipeline("source", noting(itertools.count(), made), stages, QueueConfig(items=1)).stream()
     next(stream)
     if leave == "close":
-        eventually(lambda: len(made) == 5)  # so the stage has one in hand, which it cannot put
+        eventually(lambda: len(made) == 5)  # so the stage holds an item and waits for room
     with pytest.raises(StageError, match="cannot let go") as caught:
         stream.close() if leave == "close" else drain(stream)
     assert caught.value.stage == "a"
@@ -633,7 +633,7 @@ def test_a_failure_elsewhere_ends_a_blocked_take_and_put(blocked: str) -> None:
 
     def source() -> Iterator[int]:
         yield from noting(range(1 if blocked == "take" else 99), made)
-        assert left.wait(20)  # only once the stage has gone
+        assert left.wait(20)  # set when the stage has ended
 
     def stage(items: Iterator[int]) -> Iterator[int]:
         try:
@@ -653,7 +653,7 @@ def test_a_failure_elsewhere_ends_a_blocked_take_and_put(blocked: str) -> None:
     with pytest.raises(StageError) as caught:
         pipeline.run({"sink": sink})
     assert caught.value.stage == "sink"
-    assert not hasattr(caught.value, "__notes__")  # the source did not wait in vain
+    assert not hasattr(caught.value, "__notes__")  # the source's wait did not time out
     assert seen == [Cancelled if blocked == "take" else GeneratorExit]
 
 
@@ -700,7 +700,7 @@ def test_leaving_a_stream_early_stops_everything(how: str, count: int) -> None:
         stream = None
     del stream
     assert set(threading.enumerate()) <= before
-    if count:  # else the threads may have stopped before they opened anything, or never begun
+    if count:  # for 0 the threads may have stopped before any generator began
         assert {name for name, _ in closed} <= {"source", "a", "b"}
         assert ("b", "b") in closed
     assert all(name == thread for name, thread in closed)
@@ -767,7 +767,7 @@ def test_stop_from_a_stage() -> None:
 
 
 def test_stop_where_nobody_takes() -> None:
-    """Items that are dropped meet no channel: whoever gives them has to look."""
+    """Without a sink items are dropped and pass no channel, so the source's own thread has to notice the stop."""
 
     def source() -> Iterator[int]:
         yield 0
@@ -792,7 +792,7 @@ def test_nothing_is_called_after_a_stop_before_the_start(by_run: bool) -> None:
 
 @pytest.fixture
 def no_collection() -> Iterator[None]:
-    """Hypothesis hangs a function of its own on the garbage collector, and a Ctrl-C that strikes there is lost."""
+    """Hypothesis adds a callback to the garbage collector, and a KeyboardInterrupt raised in it would be lost."""
     gc.disable()
     yield
     gc.enable()
@@ -829,7 +829,7 @@ def test_ctrl_c_while_everything_waits(by_run: bool) -> None:
     def source() -> Iterator[int]:
         eventually(lambda: stats(pipeline)["a"].wait_in_s > 0)
         _thread.interrupt_main()
-        assert left.wait(20)  # gives nothing: the others can only be woken
+        assert left.wait(20)  # yields nothing: only the interruption can wake the others
         yield 1
 
     def stage(items: Iterator[int]) -> Iterator[int]:
@@ -841,7 +841,7 @@ def test_ctrl_c_while_everything_waits(by_run: bool) -> None:
     pipeline = Pipeline("source", source(), [Stage("a", stage)])
     with pytest.raises(KeyboardInterrupt) as caught:
         pipeline.run({"sink": drain}) if by_run else drain_and_close(pipeline.stream())
-    assert not hasattr(caught.value, "__notes__")  # the source did not wait in vain
+    assert not hasattr(caught.value, "__notes__")  # the source's wait did not time out
 
 
 @pytest.mark.usefixtures("no_collection")
@@ -918,7 +918,7 @@ def test_statistics_add_up() -> None:
     eventually(lambda: all(stats(pipeline)[name].wait_out_s > 0 for name in ("source", "odd", "twice")))
     before = stats(pipeline)["source"].wait_out_s
     eventually(lambda: stats(pipeline)["source"].wait_out_s > before)  # a wait counts while it lasts
-    eventually(lambda: stats(pipeline)["fast"].wait_in_s > 0)  # starved by its slow neighbour
+    eventually(lambda: stats(pipeline)["fast"].wait_in_s > 0)  # it waits for the slow sink beside it
     eventually(lambda: stats(pipeline)["sink"].queue == 2)
     sink.go.set()
     thread.join()
@@ -980,7 +980,7 @@ def test_wrap_sees_every_function_and_hides_none_from_closing() -> None:
             result = function(x + 1 for x in items)
             if not isinstance(result, Iterator):
                 return None
-            kept.append(result)  # so that only closing it ends it
+            kept.append(result)  # kept alive: it ends only if it is closed
             return (x * 10 for x in result)
 
         return wrapped
@@ -989,7 +989,7 @@ def test_wrap_sees_every_function_and_hides_none_from_closing() -> None:
     pipeline = Pipeline("source", stage(itertools.count()), [Stage("a", stage), Stage("head", head(2))], wrap=wrap)
     pipeline.run({"sink": got.extend})
     assert names == ["source", "a", "head", "sink"]
-    assert got == [111, 1111]  # 0 -> 0 | 1 -> 10 | 11 -> 110 | 111: one more on the way in, ten times on the way out
+    assert got == [111, 1111]  # wrap adds 1 before each and multiplies by 10 after it
     assert sorted(closed) == ["a", "source"]
 
 

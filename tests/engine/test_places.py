@@ -1,4 +1,4 @@
-"""Where nothing may be written."""
+"""Outputs and reports that would damage files of the user are refused."""
 
 from __future__ import annotations
 

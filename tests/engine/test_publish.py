@@ -1,4 +1,4 @@
-"""Whatever step fails, what has the final name is whole and what was there before is not lost."""
+"""Whichever step fails, a file or folder of the final name is whole, and what was there before is not lost."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_write_errors_name_the_path_and_keep_the_cause() -> None:
 def test_require_absent(tmp_path: Path) -> None:
     path = tmp_path / "link"
     publish.require_absent(path, overwrite=False)
-    path.symlink_to(tmp_path / "nowhere")  # a dangling link is something, too
+    path.symlink_to(tmp_path / "nowhere")  # a dangling link counts as existing
     publish.require_absent(path, overwrite=True)
     with pytest.raises(OutputExistsError, match="--overwrite"):
         publish.require_absent(path, overwrite=False)
@@ -115,7 +115,7 @@ def test_folder_gets_its_name(tmp_path: Path, replaces: bool) -> None:
     path = tmp_path / "X.zarr"
     if replaces:
         fill(path, "old")
-        fill(publish.replaced_path(path), "older")  # of a process that was killed
+        fill(publish.replaced_path(path), "older")  # left by a process that was killed
     publish.publish_folder(fill(publish.partial_path(path), "new"), path)
     assert (path / "content").read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
@@ -206,7 +206,7 @@ def test_files_that_belong_together_are_all_written_before_the_first_gets_its_na
 
 @pytest.mark.parametrize("at_once", [None, 1, 7, 1 << 20])
 def test_many_pieces_in_few_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int | None) -> None:
-    """However much of them a system takes at a time; None: where it takes one piece alone."""
+    """However many bytes the system accepts at a time; None: a system without ``os.writev``."""
     pieces = [bytes([number % 256]) * (number % 5) for number in range(3000)]
     calls = []
 
@@ -234,7 +234,7 @@ def test_when_one_of_several_files_does_not_fit_none_is_there(
 
 
 def test_a_folder_by_an_unfinished_name_stays(tmp_path: Path) -> None:
-    """It is an error, and nobody's to remove."""
+    """It is an error, and the folder is not removed: it may hold files of the user."""
     (tmp_path / "y.partial").mkdir()
     (tmp_path / "y.partial" / "mine").write_text("the only copy")
     (tmp_path / "x.partial").symlink_to("y.partial")  # but a link to one goes
@@ -247,7 +247,7 @@ def test_a_folder_by_an_unfinished_name_stays(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("links", [True, False])
 def test_the_first_of_a_name_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
-    """Also on a file system that knows no links."""
+    """Also on a file system without hard links."""
 
     def refuse(*_: Any) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")

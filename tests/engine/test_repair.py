@@ -1,4 +1,4 @@
-"""A damaged store is mended from its source: to the very bytes that were there, or with a clear refusal."""
+"""A damaged store is repaired from its source to exactly the bytes it had, or the repair is refused with a reason."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def times_ns(folder: str = "X.zarr") -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, weights: str) -> Iterator[Path]:
-    """Folder with pictures and a sound store of their flow."""
+    """A folder with pictures and an undamaged store of their flow."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("made"))
         patch.setattr(os, "fsync", lambda _: None)
@@ -128,7 +128,7 @@ def lengthen(name: str) -> None:
 
 
 def mended(sound: Contents, weights: str, source: str = "frames") -> RepairReport:
-    """Repairs X.zarr and finds it as it was, with nothing written but what was damaged."""
+    """Repairs X.zarr and checks that it is as before the damage, and that only damaged files were written."""
     damaged, before = contents(), times_ns()
     report = repair("X.zarr", source, weights=weights)
     assert not report.before.sound
@@ -214,19 +214,19 @@ def swap_everything() -> None:
     ],
 )
 def test_what_is_not_in_its_place_is_put_right(weights: str, damage: Callable[[], None], shards: list[int]) -> None:
-    """Nothing of it is broken by itself; the other store is of the same pictures, taken the other way."""
+    """Valid parts in wrong places. The other store holds the backward flow of the same pictures."""
     sound = contents()
     if damage is shard_of_another_store:
         flowreel.run("frames", "other.zarr", weights=weights, direction="backward", **SETTINGS)
     damage()
     report = mended(sound, weights)
     assert [one.shard for one in report.shards] == shards
-    if damage is swap_times:  # which leaves the flow, and what tells its place, as they are
+    if damage is swap_times:  # the flow and its checksums, which depend on its place, are intact
         assert {(one.flows, one.arrays) for one in report.shards} == {((), (*ARRAYS, "time_crc32c"))}
 
 
 def test_a_store_of_an_older_version_is_mended_as_it_is(weights: str) -> None:
-    """It has no checksums of its flows, and gets none."""
+    """It has no checksums of its flows, and the repair adds none."""
     group, flow = (json.loads(Path("X.zarr", name, "zarr.json").read_text()) for name in ("", "flow"))
     for name in ("flow_crc32c", "time_crc32c"):
         shutil.rmtree(Path("X.zarr", name))
@@ -242,7 +242,7 @@ def test_a_store_of_an_older_version_is_mended_as_it_is(weights: str) -> None:
 
 
 def test_only_what_cannot_be_read_is_taken_from_the_new_flow(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another processor computes a little differently: sound flows of the shard stay as they were first written."""
+    """Another processor computes slightly different flow: undamaged flows of the shard stay as first written."""
     flip(FLOW.format(1), 0.1)
     before = open_store("X.zarr")[5:8]
     flow = Inference.of_fitted
@@ -294,7 +294,7 @@ def test_frame_numbers_are_counted_from_whichever_are_left() -> None:
     rewriter = ShardRewriter("X.zarr")
     at = partial(rewriter.frame_at, backward=False, start=None, step=1)
     shutil.rmtree("X.zarr/frame/c")
-    assert [at(place) for place in (0, 5, 14)] == [0, 5, 14]  # a flow ends where the next one begins
+    assert [at(place) for place in (0, 5, 14)] == [0, 5, 14]  # told by frame_to instead
     shutil.rmtree("X.zarr/frame_to/c")
     assert at(5) is None
     assert at(5, start=3, step=2) == 13
@@ -406,11 +406,11 @@ def test_the_batches_are_those_of_the_run() -> None:
     assert alone == [batch for batch in run if batch[0] // SHARD == 1]
 
 
-# Refused
+# Repairs that are refused.
 
 
 def refused(error: type[Exception], match: str, source: str = "frames", **options: Any) -> None:
-    """The repair says why not, and has changed nothing."""
+    """Checks that the repair says why it is refused, and changes nothing."""
     before = contents()
     with pytest.raises((error, StageError), match=match) as caught:
         repair("X.zarr", source, **options)
@@ -450,7 +450,7 @@ def test_other_pictures_by_the_same_names_are_told_by_the_sound_flows(weights: s
     shutil.rmtree("frames")
     pictures("frames", seed=5)
     shutil.move("first.png", "frames/000.png")
-    Path("frames/zzz.png").write_bytes(Path("frames/014.png").read_bytes())  # no smaller than the first ones
+    Path("frames/zzz.png").write_bytes(Path("frames/014.png").read_bytes())  # the folder must not shrink
     refused(ResumeMismatchError, "differs from it by", weights=weights)
 
 
@@ -504,7 +504,7 @@ def test_damaged_metadata_and_unfinished_stores(weights: str) -> None:
 
 
 def test_nobody_writes_the_store_meanwhile(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else flow with the steps of the old store would come into the new one, and nobody could tell."""
+    """Otherwise a repair could write shards of the old store into a new one, and nothing would show it."""
     sound = contents()
     flip(FLOW.format(1))
     Path("X.zarr.partial").mkdir()  # left by a repair that was killed
@@ -547,7 +547,7 @@ def test_what_was_exported_has_no_source(weights: str) -> None:
     refused(DamagedStoreError, "exported from another store", weights=weights)
 
 
-# Stopped on the way
+# Repairs that are stopped on the way.
 
 
 def test_a_full_disk_leaves_the_damaged_store(weights: str, files_up_to: Any) -> None:
@@ -578,7 +578,7 @@ def test_stopped_between_two_shards(weights: str) -> None:
 
 
 def test_killed_at_any_moment(weights: str) -> None:
-    """Dies without a word at its n-th rename or sync: every file is then the damaged one or the sound one."""
+    """Killed at its n-th rename or sync, it leaves every file either damaged as before or repaired."""
     code = (
         "import sys, os, torch; torch.set_num_threads(1); import flowreel.engine.publish as publish\n"
         "left = int(sys.argv[1])\n"

@@ -1,4 +1,4 @@
-"""A run that was cut short goes on, and a store may keep the network's own prediction: both end in the same flow."""
+"""Resumed runs end with the same bytes as uninterrupted ones; stores of native resolution give the same flow."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Cut(Exception):
 
 
 def cut_run(source: str, outputs: list[str], flows: int, **options: Any) -> None:
-    """A run that dies once the outputs have taken so many flows."""
+    """A run that dies once the outputs have taken ``flows`` flows."""
 
     def stop(progress: Progress) -> None:
         if progress.flows_done >= flows:
@@ -118,7 +118,7 @@ def test_a_second_store_is_kept_as_it_was_asked_for(tiny: str) -> None:
 
 
 def test_a_short_download_that_was_cut_goes_on_when_all_of_it_is_there(tiny: str, clip: Callable[..., Path]) -> None:
-    """Less than the first MiB of a file, by which a source is recognised, was there at first."""
+    """A source is recognised by the first MiB of its file, and less than that was there at first."""
     options: dict[str, Any] = {"weights": tiny, "shard_bytes": SHARD_BYTES, "batch": 4}
     noise = np.random.default_rng(0).integers(0, 255, (30, H, W, 3), np.uint8)
     whole = clip("take.mkv", size=(W, H), pictures=[av.VideoFrame.from_ndarray(picture, "rgb24") for picture in noise])
@@ -147,7 +147,7 @@ def test_frames_that_came_later_are_appended(tiny: str) -> None:
 
 @pytest.mark.parametrize("stopped", [True, False])
 def test_a_store_keeps_the_shards_it_was_begun_with(tiny: str, stopped: bool) -> None:
-    """Also where they would be of another length today, when they hold whole batches by default."""
+    """Even if shards would by default have another length, namely whole batches."""
     options: dict[str, Any] = {"weights": tiny, "batch": 2}
     pictures("frames", 0, 20)
     flowreel.run("frames", "whole.zarr", shard_bytes=5 * 8 * H * W, **options)
@@ -164,7 +164,7 @@ def test_a_store_keeps_the_shards_it_was_begun_with(tiny: str, stopped: bool) ->
 
 
 def test_the_batch_that_was_chosen_before_is_taken_again(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, where it depends on how much memory was free."""
+    """On a GPU the automatic choice depends on free memory, and may differ when the run is resumed."""
     options: dict[str, Any] = {"weights": tiny, "shard_bytes": SHARD_BYTES}
     pictures("frames", 0, 20)
     monkeypatch.setattr(inference, "auto_batch", lambda *_: 3)
@@ -239,7 +239,7 @@ def test_a_stop_before_the_end_of_an_unfinished_store(tiny: str, stop: int | str
 def test_a_complete_store_of_something_else_is_refused(
     tiny: str, options: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before a network is loaded; and nothing is made from it."""
+    """The refusal comes before a network is loaded, and no other output is made from the store."""
     pictures("frames", 0, 8)
     flowreel.run("frames", "X.zarr", weights=tiny)
     if "weights" in options:
@@ -274,7 +274,7 @@ def test_a_complete_store_of_another_source_is_refused(tiny: str, monkeypatch: p
 
 
 def test_a_complete_store_is_told_of_without_its_network(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was left to choose is taken as it was; the weights are the same by any name."""
+    """Settings that are not given count as they were; weights are compared by content, not by name."""
     pictures("frames", 0, 8)
     flowreel.run("frames", "X.zarr", weights=tiny, batch=3, precision="bf16")
     monkeypatch.setattr(api, "load_network", None)
@@ -318,7 +318,7 @@ def test_resume_wants_a_store(tiny: str, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_killed_again_and_again(tiny: str) -> None:
-    """SIGKILL before some file gets its name; run again with --resume it gets farther, and ends the same."""
+    """Killed before a file is renamed into place, a run loses nothing, and the last one ends with the same bytes."""
     pictures("frames", 0, 40)
     code = (
         "import itertools, os, signal, sys, torch; torch.set_num_threads(1); import flowreel\n"
@@ -330,7 +330,7 @@ def test_killed_again_and_again(tiny: str) -> None:
     )
     flowreel.run("frames", "whole.zarr", weights=tiny, shard_bytes=SHARD_BYTES)
     there = 0
-    for last in (3, 23, 18):  # some nine of metadata, then seven a shard
+    for last in (3, 23, 18):  # about nine renames of metadata, then seven for each shard
         killed = subprocess.run([sys.executable, "-c", code, str(last)], check=False)
         assert killed.returncode == -signal.SIGKILL
         before, there = there, open_store("X.zarr").available if Path("X.zarr.partial/zarr.json").exists() else 0
@@ -341,7 +341,7 @@ def test_killed_again_and_again(tiny: str) -> None:
     assert sorted(name for name in os.listdir() if name.startswith("X")) == ["X.zarr"]
 
 
-# The network's own resolution
+# Stores of native resolution, which hold the network's own prediction.
 
 
 @pytest.mark.parametrize("fit", ["pad", "crop", "resize"])
@@ -389,7 +389,7 @@ def test_native_has_its_limits(tmp_path: Path) -> None:
 
 
 def test_pictures_drawn_anew_by_the_same_names_are_another_source(tiny: str) -> None:
-    """Plain ones, so that they have the same sizes, and all but some are as they were."""
+    """Uncompressed pictures, so that the file sizes stay the same, and only two of nine change."""
     rng = np.random.default_rng(0)
 
     def draw(first: int, last: int) -> None:

@@ -1,4 +1,4 @@
-"""Batches that take turns at several GPUs, on streams that compute nothing and find every race."""
+"""Batches that several GPUs compute in turn, on fake streams that detect every race."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GPUS = tuple(torch.device("cuda", number) for number in range(3))
 
 
 class Batch:
-    """Of pairs, or of flow."""
+    """A batch of pairs or of flow."""
 
     def __init__(self, index: int, *tensors: OnCard) -> None:
         self.index = index
@@ -32,15 +32,15 @@ class Batch:
 
 
 class Run:
-    """Batches from the first device's memory through lanes on ``devices`` and back, each read by a sink."""
+    """Batches go from the first device to lanes on ``devices`` and back, and a sink reads each result."""
 
     def __init__(self, card: Card, devices: tuple[torch.device, ...], parts: int = 1) -> None:
         self.card, self.devices, self.parts = card, devices, parts
         self.streams = Streams(GPUS[0])
-        self.began: dict[int, Clock] = {}  # by batch: what its work comes after
-        self.ended: dict[int, tuple[int, int]] = {}  # its work: stream, tick
-        self.asked: list[tuple[int, int]] = []  # how many batches were taken when each result came
-        self.kept: list[object] | None = None  # keeps memory from being used again, which would order what uses it
+        self.began: dict[int, Clock] = {}  # by batch: all work that is known to precede it
+        self.ended: dict[int, tuple[int, int]] = {}  # by batch: the stream and tick at which its work ended
+        self.asked: list[tuple[int, int]] = []  # (result, number of batches taken when it came)
+        self.kept: list[object] | None = None  # keeps memory from being reused: reuse would impose an order
 
     def batches(self, count: int) -> Iterator[Batch]:
         self.taken = 0
@@ -69,7 +69,7 @@ class Run:
         return in_turn(batches, lanes)
 
     def indices(self, count: int) -> list[int]:
-        """Of the flows in the order in which a sink got them."""
+        """The indices of the flows in the order in which a sink got them."""
         on = self.streams.on_stream
         got = []
         for flow in self.streams.handed_over(on(self.model)(on(lambda _: self.batches(count))(iter(())))):
@@ -95,7 +95,7 @@ def test_flow_comes_in_order_and_nothing_races(card: Card, devices: tuple[torch.
     run = Run(card, devices)
     assert run.indices(count) == list(range(count))
     assert card.races == []
-    # One comes as soon as every device has a batch.
+    # A result comes as soon as every device has a batch, and no batch is taken before that is needed.
     assert run.asked == [(index, min(index + len(devices), count)) for index in range(count)]
 
 
@@ -128,7 +128,10 @@ def test_memory_is_used_again(card: Card) -> None:
 
 @pytest.mark.parametrize(("forgotten", "says"), [("wait_event", "read while"), ("record_stream", "written while")])
 def test_half_a_hand_off_is_found_out(card: Card, monkeypatch: pytest.MonkeyPatch, forgotten: str, says: str) -> None:
-    """Else the tests above would prove nothing. Copies between devices keep their own order."""
+    """The fakes detect a missing wait or mark, without which the tests above would prove nothing.
+
+    Only the lanes' own hand-off is broken here; copies between devices stay ordered.
+    """
     kind = {"wait_event": Stream, "record_stream": OnCard}[forgotten]
     whole = getattr(kind, forgotten)
 
@@ -163,7 +166,7 @@ def test_half_a_hand_off_is_found_out(card: Card, monkeypatch: pytest.MonkeyPatc
 
 
 def test_on_a_card_flow_is_that_of_one_lane(gpu: torch.device, tiny_weights: str) -> None:
-    """Two lanes on it, and, where there are more cards, one on each."""
+    """Two lanes on one GPU give the same flow as one; so do two GPUs where there are several."""
     generator = torch.Generator().manual_seed(0)
     frames = [
         Frame(torch.randint(0, 256, (3, 70, 100), dtype=torch.uint8, generator=generator).to(gpu), number, number / 25)

@@ -1,4 +1,4 @@
-"""The hand-off between stages' streams, on streams that compute nothing and find every race."""
+"""The hand-off between the CUDA streams of stages, on fake streams that detect every race."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
 
 
 class Chain:
-    """Frames, pairs of neighbours that share them, one result a pair: the shape of the real chain."""
+    """Frames, pairs that share them, and one result a pair, as in the real chain."""
 
     def __init__(self, card: Card, count: int = 12) -> None:
         self.card = card
@@ -76,13 +76,13 @@ class Chain:
         return [Stage("pairs", self.pairs), Stage("model", self.model)]
 
     def one_after_the_other(self) -> Iterator[Item]:
-        """Each item through all stages before the next is begun, as few blocks as can be, each reused at once."""
+        """Each item passes all stages before the next begins: few blocks are needed, and each is reused at once."""
         wrap = self.streams.on_stream
         return compose(wrap(self.frames)(iter(())), [Stage(s.name, wrap(s.function)) for s in self.stages])
 
 
 class Uncoupled:
-    """Planted faults: streams that forget one half of the hand-off."""
+    """Planted faults: one half of the hand-off does nothing."""
 
     def wait_event(self, event: object) -> None: ...
     def record_stream(self, stream: object) -> None: ...
@@ -103,7 +103,7 @@ def test_in_threads_nothing_races(card: Card) -> None:
         "model": 1,
         "sink": 2,
     }
-    assert len(set.union(*chain.seen.values())) == 5  # each its own
+    assert len(set.union(*chain.seen.values())) == 5  # each thread has its own
     assert card.streams[0] not in set.union(*chain.seen.values())
 
 
@@ -114,7 +114,7 @@ def test_a_callers_own_loop_reads_what_is_ready(card: Card) -> None:
         card.read(*item.tensors)
         del item
     assert card.races == []
-    assert card.blocks <= 5  # freed blocks are used again, so lifetimes were put to the test
+    assert card.blocks <= 5  # freed blocks were used again, so a lifetime that is too short would show
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_a_callers_own_loop_reads_what_is_ready(card: Card) -> None:
 def test_half_a_hand_off_is_found_out(
     card: Card, monkeypatch: pytest.MonkeyPatch, forgotten: tuple[type, str], says: str
 ) -> None:
-    """Else the tests above would prove nothing."""
+    """The fakes detect a missing wait or mark, without which the tests above would prove nothing."""
     kind, method = forgotten
     monkeypatch.setattr(kind, method, getattr(Uncoupled, method))
     chain = Chain(card)
@@ -134,7 +134,7 @@ def test_half_a_hand_off_is_found_out(
 
 
 def test_a_block_of_memory_is_marked_once(card: Card) -> None:
-    """Whatever lies in it."""
+    """Even if an item has several tensors in it."""
     marked: list[int] = []
 
     def piece(block: int) -> Any:
@@ -157,7 +157,7 @@ def test_streams_are_left_before_anything_is_handed_on(card: Card) -> None:
 
 
 def test_a_device_that_is_not_asked_for_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first one, say, which is full: a context there would be too much for it."""
+    """The first GPU may be full: even a CUDA context there could fail."""
     card, second = Card(monkeypatch, devices=2), torch.device("cuda", 1)
 
     def frames(_: Iterator[Item]) -> Iterator[Item]:
@@ -191,7 +191,7 @@ def test_streams_are_left_when_a_stage_fails(card: Card) -> None:
 
 
 def test_a_stage_that_finds_no_memory_says_what_to_do(card: Card) -> None:
-    """In its place, whether it gives items or takes them to the end; unless it has said so itself."""
+    """The message is the same for stages that yield and for sinks; a DeviceError of the stage's own is kept."""
     ended = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB\nand much more")
 
     def giving(items: Iterator[Item]) -> Iterator[Item]:
@@ -230,7 +230,7 @@ def test_a_stage_that_finds_no_memory_says_what_to_do(card: Card) -> None:
 
 
 def test_an_item_that_passes_through_is_handed_on_again(card: Card) -> None:
-    """A stage may write to what it passes on: its successor must wait for it too."""
+    """A stage may write to an item before it passes it on, so the next stage must wait for it again."""
     streams = Streams(GPU)
 
     def source(_: Iterator[Item]) -> Iterator[Item]:
@@ -283,7 +283,7 @@ def frame_of(number: int, size: tuple[int, int] = (4, 6)) -> Frame:
 
 
 class Rings:
-    """Every ring that is made from now on."""
+    """Records every ring that is made from now on."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.made: list[PinnedRing] = []
@@ -305,7 +305,7 @@ def rings(monkeypatch: pytest.MonkeyPatch) -> Rings:
 
 class TestUpload:
     def sent(self, late: LateCopies, count: int = 12) -> list[int]:
-        """The values that frames 0, 1, ... have on the card when all is done."""
+        """The values of frames 0, 1, ... on the GPU after all copies have ended."""
         frames = list(Streams(GPU).on_stream(upload(GPU))(map(frame_of, range(count))))
         late.finish()
         assert all(frame.rgb.device == GPU for frame in frames)
@@ -378,8 +378,8 @@ class TestDownload:
                 kept.append(batch)
             assert bool((batch.flow == number).all() and (batch.native == number).all())
         assert [float(batch.flow.min()) for batch in kept] == [0, 4]
-        assert rings.buffers <= 8  # two batches kept, the one at work, the one before it: a flow and a native each
-        assert [event.stream for event in card.waits] == [card.streams[1]] * 8  # its own, once a batch
+        assert rings.buffers <= 8  # four batches at a time (two kept, this one, the one before), two tensors each
+        assert [event.stream for event in card.waits] == [card.streams[1]] * 8  # on its own stream, once for each batch
         assert all(event.blocking for event in card.waits)
 
     def test_flow_that_is_not_waited_for_is_found_out(self, late: LateCopies, monkeypatch: pytest.MonkeyPatch) -> None:
