@@ -38,6 +38,12 @@ MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 }
 
 
+def modes() -> tuple[object, ...]:
+    autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+    defaults = torch.get_default_dtype(), torch.get_default_device()
+    return *autocast, *defaults, torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+
 @pytest.fixture(scope="module")
 def video(clip: Clip) -> Path:
     return clip("modes.mp4", count=7)
@@ -70,12 +76,16 @@ def expected(video: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 @pytest.mark.parametrize("mode", MODES)
 def test_flow_does_not_depend_on_them(mode: str, video: Path, expected: dict[str, Any], tmp_path: Path) -> None:
     with MODES[mode]():
+        before = modes()
         found = everything(video, tmp_path)
+        assert modes() == before
     frames = [torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(seed)) * 255 for seed in (0, 1)]
     for mine, other in zip(found.pop("compiled"), expected["compiled"], strict=True):
         assert torch.equal(mine(*frames), other(*frames))
         with MODES[mode]():
+            before = modes()
             given = mine(*frames)
+            assert modes() == before
         assert torch.equal(given, other(*frames))
     for name, values in expected.items():
         if name == "compiled":
