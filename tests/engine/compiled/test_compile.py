@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -249,8 +249,9 @@ def test_the_network_may_go() -> None:
     frames = smooth_frames(10, 1)
     fast = flowreel.compile(model, (1, 64, 128))
     expected = fast(*frames)
+    gone = ref(model), ref(model.get_parameter("conv1.0.weight"))
     del model
-    gc.collect()
+    assert [one() for one in gone] == [None, None]
     assert torch.equal(fast(*frames), expected)
 
 

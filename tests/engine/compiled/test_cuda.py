@@ -286,9 +286,14 @@ def test_the_look_at_the_first_batch_leaves_its_flow_as_it_is(filled: Filled) ->
 def test_the_network_may_go_and_stays_as_it_was(filled: Filled) -> None:
     model = filled("FlowNet2SD", width=0.1, batch_norm=True).train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    cuda.pack(model, "bf16").program((1, 64, 128)).flow(*frames_of(14, 1))
+    program = cuda.pack(model, "bf16").program((1, 64, 128))
+    expected = program.flow(*frames_of(14, 1))
     assert model.training
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    gone = weakref.ref(model), weakref.ref(model.get_parameter("conv0.0.weight"))
+    del model
+    assert [one() for one in gone] == [None, None]
+    assert torch.equal(program.flow(*frames_of(14, 1)), expected)
 
 
 class Held(TorchDispatchMode):
