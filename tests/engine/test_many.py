@@ -314,9 +314,16 @@ def test_single_files_count_as_done_when_the_manifest_says_so(tiny: str) -> None
 
 
 def test_what_earlier_runs_did_is_not_forgotten(tiny: str) -> None:
-    """A run with other sources keeps the manifest's entries of those it does not touch."""
+    """A run of other sources, or one that is interrupted, keeps the entries of sources that it does not touch."""
     run_many([clip("a.mp4"), clip("b.mp4")], FLO, weights=tiny)
     run_many([clip("c.mp4"), clip("d.mp4")], FLO, weights=tiny)
+    with pytest.raises(KeyboardInterrupt):
+        run_many([clip("e.mp4"), "a.mp4"], FLO, weights=tiny, progress=interrupt_at(1))
+    entries = manifest()["sources"] + manifest()["earlier"]
+    assert {entry["source"]: entry["status"] for entry in entries} == {
+        **dict.fromkeys(["a.mp4", "b.mp4", "c.mp4", "d.mp4"], "done"),
+        "e.mp4": "interrupted",
+    }
     assert statuses(run_many(["a.mp4", "b.mp4", "c.mp4"], FLO, weights=tiny)) == ["skipped"] * 3
 
 
