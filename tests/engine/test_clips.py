@@ -263,7 +263,7 @@ class TestSources:
 
 class TestLoaders:
     def test_two_spawned_workers_that_stay(self, make: Make, tmp_path: Path) -> None:
-        """In every epoch they give the same clips as a single process."""
+        """In every epoch they give the same clips as a single process, which finds their flow in the cache."""
         dataset = make(random=True, clips=4, seed=7, crop=32, rgb=True, labels=[0, 1], cache=tmp_path, mirror=True)
         workers: dict[str, Any] = {
             "num_workers": 2, "multiprocessing_context": "spawn", "persistent_workers": True,
@@ -279,6 +279,7 @@ class TestLoaders:
                 assert all(torch.equal(one[name], other[name]) for name in one)
             epochs.append(torch.cat([batch["first"] for batch in got]))
         assert not torch.equal(*epochs)
+        assert all(flow.statistics.computed == 0 for flow in dataset._opened.values())  # type: ignore[union-attr]
 
     def test_forked_workers(self, make: Make) -> None:
         dataset = make()
