@@ -409,7 +409,8 @@ class TestWhatGoesWrong:
          {"frames_mb": -1}, {"colour": 3}, {"batch": 0}],
     )  # fmt: skip
     def test_options(self, opened: Callable[..., LazyFlow], options: dict[str, Any]) -> None:
-        with pytest.raises(UsageError):
+        (name,) = options
+        with pytest.raises(UsageError, match=name.replace("_", "-")):
             opened(**options)
 
     def test_sources_that_cannot_be_opened(self, tmp_path: Path, tiny_weights: str, clip: Clip) -> None:

@@ -143,7 +143,7 @@ def one_line(capsys: Capture) -> str:
     ("arguments", "code", "words"),
     [
         (["run", "nowhere.mp4"], 1, "nowhere.mp4"),
-        (["run", "empty.mp4"], 1, "empty"),
+        (["run", "empty.mp4"], 1, "empty.mp4 is empty"),
         (["run", "text.mp4"], 1, "text.mp4"),
         (["run", "frames/*.png"], 1, "png"),
         (["run", SOURCE, "--weights", "nowhere.pth"], 1, "nowhere.pth"),
@@ -178,7 +178,7 @@ def one_line(capsys: Capture) -> str:
         (["run", "synthetic:objects?speed=3"], 2, "speed"),
         (["jump"], 2, "jump"),
         (["info", "nowhere"], 1, "nowhere"),
-        (["info", "-"], 1, "-"),
+        (["info", "-"], 1, "nothing is at -"),
         (["info", "text.mp4"], 1, "text.mp4"),
         (["train", "out", "--width", "0"], 2, "width"),
         (["train", "out", "--height", "100"], 2, "64"),

@@ -92,12 +92,15 @@ def test_who_refines_once_refines_twice(tmp_path: Path) -> None:
     assert changed == {"flownets_2"}
 
 
-@pytest.mark.parametrize("changes", [{"width": 0.09}, {"model": "FlowNet2S"}, {"batch_norm": True}])
-def test_what_cannot_grow_says_so(changes: dict[str, object], tmp_path: Path) -> None:
-    first = train(TINY, tmp_path / "c", workers=0)
-    config = replace(TINY, **({"init": str(first), "batch_norm": False} | changes))  # type: ignore[arg-type]
-    with pytest.raises(UsageError):
-        train(config, tmp_path / "next", workers=0)
+def test_what_cannot_grow_says_so(tmp_path: Path) -> None:
+    config = replace(TINY, init=str(train(TINY, tmp_path / "c", workers=0)), batch_norm=False)
+    for changed, words in (
+        (replace(config, width=0.09), r"at width 0\.0625 or a multiple of it"),
+        (replace(config, model="FlowNet2S"), "cannot grow into FlowNet2S"),
+        (replace(config, batch_norm=True), "continues without BatchNorm"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            train(changed, tmp_path / "next", workers=0)
 
 
 def test_widths_that_round_otherwise_in_some_layer_are_refused(tmp_path: Path) -> None:
