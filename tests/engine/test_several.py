@@ -183,7 +183,7 @@ def test_on_a_card_flow_is_that_of_one_lane(gpu: torch.device, tiny_weights: str
     alone = load_network(config).fitted(70, 100)
     expected = flows(alone)
     twice = replace(alone, others=(replace(alone, made=Made()),))
-    assert all(map(torch.equal, flows(twice), expected))
+    assert all(torch.equal(ours, other) for ours, other in zip(flows(twice), expected, strict=True))
     if torch.cuda.device_count() > 1:
         several = load_network(replace(config, device=f"{gpu},{(gpu.index + 1) % 2}")).fitted(70, 100)
         got = flows(several)
