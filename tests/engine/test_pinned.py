@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import weakref
 from collections.abc import Callable
@@ -40,7 +39,6 @@ def test_nothing_is_filled_again_while_it_is_held(ring: PinnedRing, how: str) ->
     assert ring.buffers == 2
     assert np.all(np.asarray(held) == 7)
     del held
-    gc.collect()
     taken = [ring.take(like) for _ in range(2)]
     assert ring.buffers == len(taken) == 2
 
@@ -100,7 +98,6 @@ def test_memory_is_pinned_where_it_is_as_far_as_that_goes(refuses: bool, monkeyp
     undo, kept = pin(memory, device), weakref.ref(memory)
     assert runtime.pinned == ({} if refuses else {memory.ctypes.data: 4096})
     del memory
-    gc.collect()
     assert (kept() is None) == refuses
     undo()
     assert runtime.pinned == {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -269,7 +268,6 @@ def test_memory_goes_only_when_its_last_turn_is_over(noting: NotingCuda) -> None
         pass
     noting.said.clear()
     del turns
-    gc.collect()
     assert noting.said == ["host waits for s4"]
 
 
