@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import os
 import pickle
@@ -233,7 +232,6 @@ class TestCost:
             if number == 5:
                 break
         assert flow.statistics.computed < 39
-        gc.collect()
 
 
 def flow_shape(key: Any) -> tuple[int, ...]:
@@ -311,12 +309,6 @@ class TestTraining:
         with torch.inference_mode():
             flow[1]
         assert not flow[1].is_inference()
-
-    def test_two_spawned_workers(self, opened: Callable[..., LazyFlow]) -> None:
-        flow = opened(stop=14)
-        loader = DataLoader(flow, batch_size=3, num_workers=2, multiprocessing_context="spawn")  # type: ignore[arg-type]
-        got = torch.cat(list(loader))
-        assert torch.equal(got, torch.stack([flow[number] for number in range(13)]))
 
     def test_a_forked_worker_opens_its_own_decoder(self, opened: Callable[..., LazyFlow]) -> None:
         flow = opened(stop=8)
