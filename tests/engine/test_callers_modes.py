@@ -30,7 +30,6 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "autocast bf16": lambda: torch.autocast("cpu", torch.bfloat16),
-    "autocast fp16": lambda: torch.autocast("cpu", torch.float16),
     "default float64": lambda: default_dtype(torch.float64),
     "default bf16": lambda: default_dtype(torch.bfloat16),
     "another default device": lambda: torch.device("meta"),

@@ -95,7 +95,7 @@ def test_a_full_disk_ends_a_run_that_goes_on_when_there_is_room(
     whole = contents("whole.zarr")
     total = sum(map(len, whole.values()))
     kept = []
-    for free in (0, 3000, total // 3, total // 2, total - 3000, total - 1):
+    for free in (0, 3000, total // 2, total - 3000, total - 1):
         capsys.readouterr()
         assert run(free) == 1
         (line,) = capsys.readouterr().err.splitlines()
