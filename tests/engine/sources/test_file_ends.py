@@ -25,10 +25,10 @@ def asf(file_bytes: int, flags: int = 0) -> bytes:
     """The header of an ASF file with its properties, and 112 bytes after it."""
     properties = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365") + bytes(24) + file_bytes.to_bytes(8, "little")
     head = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c") + bytes(14) + properties
-    return head + bytes(40) + flags.to_bytes(4, "little") + bytes(112)
+    return head + 40 * b"\xaa" + flags.to_bytes(4, "little") + bytes(112)
 
 
-MP4 = box(b"ftyp", b"isom") + box(b"mdat", bytes(70), long=True) + box(b"moov", bytes(20))
+MP4 = box(b"ftyp", b"isom") + box(b"free", b"") + box(b"mdat", bytes(70), long=True) + box(b"moov", bytes(20))
 AVI = chunk(b"RIFF", b"AVI " + bytes(60)) + chunk(b"RIFF", b"AVIX" + bytes(60))
 MATROSKA = b"\x1a\x45\xdf\xa3\x84" + bytes(4) + b"\x18\x53\x80\x67\x01" + (90).to_bytes(7, "big") + bytes(90)
 ASF = asf(30 + 92 + 112)
