@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
+import time
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -29,7 +31,7 @@ from flowreel.engine.errors import (
 from flowreel.engine.export import export
 from flowreel.engine.paint import color
 from flowreel.kernels import flow_to_color
-from flowreel.sinks import open_sink
+from flowreel.sinks import open_sink, reading
 
 HEIGHT, WIDTH = 32, 48
 
@@ -245,10 +247,22 @@ def test_nothing_that_is_read_is_painted_over(folder: Path) -> None:
     assert Path("x/0.png").read_bytes() == before
 
 
-def test_a_failure_on_the_way(folder: Path) -> None:
+def test_a_failure_on_the_way(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "11.flo").write_bytes(b"PIEH")
-    with pytest.raises(StageError, match=r"11\.flo"):
-        color(folder, "out", video=True)
+    real = reading.FileFlows.__iter__
+
+    def one_by_one(self: reading.FileFlows) -> Iterator[FlowBatch]:
+        for batch in real(self):
+            yield batch
+            while not list(Path("out").glob("*.png")):
+                time.sleep(0.001)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("flowreel.sinks.flow_readers.BATCH_FLOWS", 1)
+        patch.setattr(reading.FileFlows, "__iter__", one_by_one)
+        with pytest.raises(StageError, match=r"11\.flo"):
+            color(folder, "out", video=True)
+    assert "8.flo.png" in names("out")
     assert not any(name.endswith((".partial", ".mp4")) for name in names("out"))
     for name in names("out"):
         picture(Path("out") / name)
