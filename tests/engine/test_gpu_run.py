@@ -104,6 +104,10 @@ def flow_files(store: Path) -> dict[str, bytes]:
     return {str(path.relative_to(store)): path.read_bytes() for path in store.glob("flow/c/**/*") if path.is_file()}
 
 
+def flo_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (folder / "flo").iterdir()}
+
+
 NAMES = ("x.zarr", "x.mp4", "png/%06d.png", "flo/%06d.flo")
 
 
@@ -130,8 +134,7 @@ def test_flow_and_pictures_are_those_of_a_cpu(
     assert np.array_equal(got, expected)
     assert np.abs(np.stack(pictures) - np.load(on_cpu / "video.npy")).max() <= 1
     assert np.abs(pictures_in(tmp_path / "png") - pictures_in(on_cpu / "png")).max() <= 1
-    for path in (tmp_path / "flo").iterdir():
-        assert path.read_bytes() == (on_cpu / "flo" / path.name).read_bytes()
+    assert flo_files(tmp_path) == flo_files(on_cpu)
 
 
 def test_what_is_decoded_on_the_card_is_paired_in_the_decoders_thread(
@@ -180,8 +183,7 @@ def test_over_several_gpus_flow_is_the_same(twice: None, on_cpu: Path, tmp_path:
     assert report.device == "cuda:0, cuda:0"
     expected, got = (flowreel.open_store(folder / "x.zarr")[:] for folder in (on_cpu, tmp_path))
     assert np.array_equal(got, expected)
-    for path in (tmp_path / "flo").iterdir():
-        assert path.read_bytes() == (on_cpu / "flo" / path.name).read_bytes()
+    assert flo_files(tmp_path) == flo_files(on_cpu)
 
 
 def test_a_short_batch_goes_through_a_full_ones_work(
