@@ -9,12 +9,8 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-import typer
 
-from flowreel.engine.cli import app as commands
 from flowreel.engine.cli import call
-from flowreel.engine.cli.color import color
-from flowreel.engine.cli.export import export
 from flowreel.engine.cli.table import Live
 from flowreel.engine.outputs import Progress
 
@@ -23,14 +19,10 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture(autouse=True)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """000001.flo to 000003.flo in the working folder, and a command line of these two commands alone."""
+    """000001.flo to 000003.flo in the working folder."""
     monkeypatch.chdir(tmp_path)
     for number in (1, 2, 3):
         put_flo(Path(f"{number:06d}.flo"), number)
-    app = typer.Typer(rich_markup_mode="rich")
-    for command in (export, color):
-        app.command()(command)
-    monkeypatch.setattr(commands, "app", app)
 
 
 def put_flo(path: Path, value: float, height: int = 24, width: int = 32) -> None:

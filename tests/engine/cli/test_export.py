@@ -9,12 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import typer
 
-from flowreel.engine.cli import app as commands
 from flowreel.engine.cli import call
-from flowreel.engine.cli.color import color
-from flowreel.engine.cli.export import export
 from flowreel.sinks import open_store, read_flo
 
 Capture = pytest.CaptureFixture[str]
@@ -22,15 +18,11 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture(autouse=True)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``flows`` with 0.flo to 4.flo in the working folder, and a command line of these two commands alone."""
+    """``flows`` with 0.flo to 4.flo in the working folder."""
     monkeypatch.chdir(tmp_path)
     Path("flows").mkdir()
     for number in range(5):
         put_flo(Path("flows") / f"{number}.flo", number)
-    app = typer.Typer(rich_markup_mode="rich")
-    for command in (export, color):
-        app.command()(command)
-    monkeypatch.setattr(commands, "app", app)
 
 
 def put_flo(path: Path, value: float) -> None:

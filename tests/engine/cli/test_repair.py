@@ -7,13 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 
 import flowreel
-from flowreel.engine.cli import app as commands
 from flowreel.engine.cli import call
-from flowreel.engine.cli.repair import repair
-from flowreel.engine.cli.verify import verify
 from flowreel.engine.models import build_model
 from flowreel.engine.models.saving import save_weights
 
@@ -23,7 +19,7 @@ SOURCE = "synthetic:objects?size=64x64&frames=7"
 
 @pytest.fixture(autouse=True)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``a.zarr`` with six flows in shards of two, its second shard missing; a command line of these commands alone."""
+    """``a.zarr`` with six flows in shards of two, its second shard missing."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "fsync", lambda _: None)
     torch.manual_seed(0)
@@ -31,10 +27,6 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_weights("tiny.safetensors", model.state_dict(), licence="none", made_by={}, width=0.05)
     flowreel.run(SOURCE, "a.zarr", weights="tiny.safetensors", shard_bytes=2 * 8 * 64 * 64)
     Path("a.zarr/flow/c/1/0/0/0").unlink()
-    app = typer.Typer(rich_markup_mode="rich")
-    for command in (repair, verify):
-        app.command()(command)
-    monkeypatch.setattr(commands, "app", app)
 
 
 def test_a_dry_run_then_the_repair_then_nothing_to_do(capsys: Capture) -> None:
