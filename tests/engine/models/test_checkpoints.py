@@ -27,6 +27,7 @@ def test_the_table_is_whole() -> None:
     for one in CHECKPOINTS:
         assert one.model in MODELS
         assert one.licence.startswith("research only")
+        assert len(one.sources) >= 2
         assert all(source.url.startswith("https://") for source in one.sources)
         assert (one.size_bytes is None) == (one.sha256 is None)
         if one.size_bytes is not None and one.sha256 is not None:

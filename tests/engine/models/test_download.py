@@ -16,7 +16,7 @@ import torch
 from flowreel.engine.errors import DownloadError, OutputExistsError, OutputWriteError, UsageError
 from flowreel.engine.models import build_model
 from flowreel.engine.models import download as module
-from flowreel.engine.models.checkpoints import CHECKPOINTS, Checkpoint, Source
+from flowreel.engine.models.checkpoints import Checkpoint, Source
 from flowreel.engine.models.download import download
 from flowreel.engine.models.web import Manners
 
@@ -448,9 +448,3 @@ class TestOfUnknownHash:
         wanted = self.wanted(data, first, second)
         assert download(wanted, tmp_path / "x", manners=replace(manners, tries=2)).read_bytes() == data
         assert [asked[:2] for asked in server.asked][-1] == ("/second", None)
-
-
-def test_the_real_sources_are_https() -> None:
-    for one in CHECKPOINTS:
-        assert len(one.sources) >= 2
-        assert all(source.url.startswith("https://") for source in one.sources)
