@@ -108,8 +108,12 @@ def test_memory_is_pinned_where_it_is_as_far_as_that_goes(refuses: bool, monkeyp
 def test_a_torch_that_has_no_gpu_pins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("it has one")
+    runtime = Runtime(refuses=False)
+    monkeypatch.setitem(sys.modules, "cupy.cuda", SimpleNamespace(runtime=runtime))
     monkeypatch.setattr(pinned, "kernels_on", lambda device: "cuda")
-    pin(np.zeros(4096, np.uint8), torch.device("cuda", 0))()
+    undo = pin(np.zeros(4096, np.uint8), torch.device("cuda", 0))
+    assert runtime.pinned == {}
+    undo()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has memory without a name")
