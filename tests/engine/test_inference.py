@@ -55,7 +55,7 @@ def test_sources_of_one_size_share_what_was_made_for_it(tiny_weights: str) -> No
     assert list(first.made.programs) == [8, 3]  # but the earlier one goes on working for whoever holds it
 
 
-def test_what_ran_is_told_to_every_source(tiny_weights: str) -> None:
+def test_what_ran_is_told_to_every_source() -> None:
     """Also to one that reuses a program (on a GPU: replays a captured graph), in which no operation is called again."""
     network = load_network(ModelConfig(device="cpu", model="flownet2c"))
     frames = torch.zeros(2, 1, 3, 64, 64)

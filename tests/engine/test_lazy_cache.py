@@ -224,9 +224,7 @@ class TestSharing:
         copy[5:7]
         assert copy.statistics == LazyStatistics(from_cache=2)
 
-    def test_the_same_flow_by_two_at_once_is_one_flow(
-        self, opened: Open, cache: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_the_same_flow_by_two_at_once_is_one_flow(self, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
         """The second one to finish takes what the first one has published, whatever it computed itself."""
         slow, fast = opened(batch=1), opened()
         wait = slow._cache

@@ -300,7 +300,7 @@ def test_frame_numbers_are_counted_from_whichever_are_left() -> None:
     assert at(5, start=3, step=2) == 13
 
 
-def test_a_video_is_entered_where_the_shard_begins(weights: str, made: Path) -> None:
+def test_a_video_is_entered_where_the_shard_begins(weights: str) -> None:
     with av.open("clip.mkv", "w") as container:
         stream = container.add_stream("mpeg4", rate=Fraction(30000, 1001))
         assert isinstance(stream, av.VideoStream)
@@ -368,7 +368,7 @@ def test_a_dry_run_only_tells() -> None:
     assert contents() == damaged
 
 
-def test_leftovers_go(weights: str) -> None:
+def test_leftovers_go() -> None:
     sound = contents()
     Path("X.zarr", FLOW.format(1) + ".partial").write_bytes(b"half")
     assert repair("X.zarr", "nowhere").after.sound

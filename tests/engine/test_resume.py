@@ -293,9 +293,7 @@ def test_a_complete_store_is_told_of_whatever_decodes(tiny: str, clip: Callable[
     assert resumed.frames is None
 
 
-def test_ratios_after_a_resume_are_of_what_each_output_holds(
-    tiny: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ratios_after_a_resume_are_of_what_each_output_holds(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
     pictures("frames", 0, 20)
     cut_run("frames", ["X.zarr"], 9, weights=tiny, shard_bytes=SHARD_BYTES)
     report = flowreel.run("frames", ["X.zarr", "f/%03d.flo"], weights=tiny, shard_bytes=SHARD_BYTES, resume=True)

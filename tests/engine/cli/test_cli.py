@@ -389,7 +389,7 @@ def test_help_costs_no_heavy_import() -> None:
     assert done.stdout.splitlines()[-1] == "set()"
 
 
-def test_options_reach_the_run(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_reach_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, object] = {}
 
     def note(source: str, outputs: object, *, progress: object, **options: object) -> None:

@@ -173,7 +173,7 @@ def test_wrong_usage_and_help(capsys: Capture) -> None:
     assert "Exit code 0" in capsys.readouterr().out
 
 
-def test_progress_counts_flows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_counts_flows() -> None:
     seen: list[tuple[int, int]] = []
     assert verify("a.zarr", lambda *progress: seen.append(progress)).sound
     assert seen == [(number, COUNT) for number in range(1, COUNT + 1)]

@@ -362,7 +362,7 @@ class TestStreams:
         with pytest.raises(UsageError, match="has 2 video streams"):
             open_source(two_streams, SelectConfig(stream=2))
 
-    def test_cover_picture_is_no_video(self, clip: Clip, tmp_path: Path) -> None:
+    def test_cover_picture_is_no_video(self, tmp_path: Path) -> None:
         path = tmp_path / "song.mp4"
         with av.open(str(path), "w") as container:
             audio: Any = container.add_stream("aac", rate=44100)
