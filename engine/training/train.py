@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from flowreel.engine.claims import Claim
 from flowreel.engine.data import JSON
 from flowreel.engine.device import one_device
 from flowreel.engine.errors import CheckpointError, UsageError
@@ -79,19 +80,33 @@ def train(
     Raises:
         UsageError: ``workers`` or ``report_every`` is too small, the kind of device is unknown, or there are several.
         DeviceError: CUDA was asked for and is not there.
+        WeightsError: the initial weights cannot be read.
         OutputWriteError: the folder cannot be made, or one of the files not be written.
+        OutputBusyError: another run is training in the folder.
         CheckpointError: the folder holds a run and ``resume`` is false, or one with other settings, or finished weights
             without a checkpoint.
     """
     if workers < 0 or report_every < 1:
         raise UsageError(f"workers must be at least 0 and report-every at least 1, got {workers} and {report_every}")
     where = one_device(device)
-    make_folder(out)
     torch.manual_seed(config.seed)
     model = network(config).to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimiser = optimiser_of(config, model)
-    state = _Run(config, out, model, optimiser)
-    state.load(resume)
+    state = _Run(config, out, model, optimiser_of(config, model))
+    make_folder(out)  # not before the initial weights have been read
+    with write_errors(out):
+        claim = Claim.of_folder(out, str(out))
+    try:
+        state.load(resume)
+        return _train(state, where, workers, report_every, report)
+    finally:
+        claim.release()
+
+
+def _train(
+    state: _Run, where: torch.device, workers: int, report_every: int, report: Callable[[Progress], None]
+) -> Path:
+    """``train``, once the folder is this run's alone and the state is that of its checkpoint."""
+    config, model, optimiser = state.config, state.model, state.optimiser
     held_out = on(where, render(0, HELD_OUT_SEED, 16, config.height, config.width_px))
 
     losses: list[Tensor] = []  # scalars, kept on the device: reading one would synchronise with it every step

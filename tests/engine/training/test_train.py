@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from flowreel.engine import device
-from flowreel.engine.errors import CheckpointError, DeviceError, OutputWriteError, UsageError
+from flowreel.engine.errors import (
+    CheckpointError,
+    DeviceError,
+    OutputBusyError,
+    OutputWriteError,
+    UsageError,
+    WeightsNotFoundError,
+)
 from flowreel.engine.models.weights import load_model, read_weights
 from flowreel.engine.training import batches, start
 from flowreel.engine.training import train as training
@@ -191,6 +198,22 @@ def test_a_folder_is_not_overwritten_nor_mixed_up(tmp_path: Path) -> None:
     torch.save({"model": {}}, tmp_path / "checkpoint.pt")
     with pytest.raises(CheckpointError, match="is not a checkpoint of a training run"):
         train(replace(TINY, steps=1), tmp_path, workers=0, resume=True)
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    def second(progress: Progress) -> None:
+        for resume in (False, True):
+            with pytest.raises(OutputBusyError, match="is being written by another run"):
+                train(replace(TINY, steps=1), tmp_path, workers=0, resume=resume)
+
+    train(replace(TINY, steps=1), tmp_path, workers=0, report=second)
+    train(replace(TINY, steps=1), tmp_path, workers=0, resume=True)  # the first has let it go
+
+
+def test_no_folder_is_left_by_initial_weights_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(WeightsNotFoundError):
+        train(replace(TINY, init="nowhere"), tmp_path / "runs" / "out", workers=0)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_augmentation_moves_the_flow_with_the_picture() -> None:
