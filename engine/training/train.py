@@ -8,6 +8,7 @@ unless it is limited by minutes instead of steps.
 from __future__ import annotations
 
 import csv
+import os
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -252,6 +253,21 @@ class _Run:
         self.model.load_state_dict(saved["model"])
         self.optimiser.load_state_dict(saved["optimiser"])
         self.step, self.seconds = saved["step"], saved["seconds"]
+        self._shorten_log()
+
+    def _shorten_log(self) -> None:
+        """Cuts off reports that are later than the checkpoint: their steps are made, and reported, again."""
+        if not self.log.exists():
+            return
+        kept_bytes = 0
+        with write_errors(self.log), self.log.open("rb+") as file:
+            for number, line in enumerate(file):
+                step = line.partition(b",")[0]
+                later = number > 0 and step.isdigit() and int(step) > self.step  # line 0 is the heading
+                if later or not line.endswith(b"\n"):
+                    break
+                kept_bytes += len(line)
+            file.truncate(kept_bytes)
 
     def save(self, progress: Progress) -> None:
         content = {
@@ -261,14 +277,16 @@ class _Run:
             "step": self.step,
             "seconds": self.seconds,
         }
-        with appearing(self.checkpoint) as temporary:
-            torch.save(content, temporary)
-        new = not self.log.exists()
+        # The log comes first: a process killed in between leaves a report too many, which a resumed run can cut off.
         with write_errors(self.log), self.log.open("a", newline="") as file:
             writer = csv.DictWriter(file, list(asdict(progress)))
-            if new:
+            if not file.tell():
                 writer.writeheader()
             writer.writerow(asdict(progress))
+            file.flush()
+            os.fsync(file.fileno())
+        with appearing(self.checkpoint) as temporary:
+            torch.save(content, temporary)
 
     def finish(self) -> Path:
         made_by = asdict(self.config) | {

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import math
 import multiprocessing
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from flowreel.engine.errors import (
     UsageError,
     WeightsNotFoundError,
 )
+from flowreel.engine.models.weight_files import appearing
 from flowreel.engine.models.weights import load_model, read_weights
 from flowreel.engine.training import batches, start
 from flowreel.engine.training import train as training
@@ -59,6 +61,35 @@ def test_stopped_and_resumed_ends_with_the_same_weights(tmp_path: Path) -> None:
     assert_same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
     with (tmp_path / "parts" / "log.csv").open(newline="") as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["2", "4"]
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_the_log_has_no_gap_and_no_repeat_after_a_kill_beside_the_checkpoint(
+    published: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(Exception):
+        pass
+
+    @contextmanager
+    def killing(path: Path) -> Iterator[Path]:
+        last = path.exists()
+        if last and not published:
+            raise Killed
+        with appearing(path) as temporary:
+            yield temporary
+        if last:
+            raise Killed
+
+    config, log = replace(TINY, steps=2), tmp_path / "log.csv"
+    with monkeypatch.context() as killed:
+        killed.setattr(training, "appearing", killing)
+        with pytest.raises(Killed):
+            train(config, tmp_path, workers=0, report_every=1)
+    with log.open("ab") as file:
+        file.write(b"1")  # of another row: a full disk, or a power cut
+    train(config, tmp_path, workers=0, report_every=1, resume=True)
+    with log.open(newline="") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["1", "2"]
 
 
 def test_a_worker_process_changes_nothing(tmp_path: Path) -> None:
