@@ -82,7 +82,7 @@ def color(
         )
     if not quiet:
         for line in summary(report):
-            live.console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
+            live.console.print(printable(line), highlight=False, soft_wrap=True)
 
 
 def summary(report: ColorReport) -> list[str]:

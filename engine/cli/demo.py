@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from flowreel.engine.cli import printable
 from flowreel.engine.cli.options import Debug, Device, Quiet, Weights
 
 
@@ -36,5 +37,6 @@ def demo(
         f"sizes: the clip {size(report.clip_bytes)}, its flow {size(store.bytes_written)} "
         f"(as .flo files {size(report.run.flo_bytes)}), the colour video {size(video.bytes_written)}"
     )
-    typer.echo(f"look at {report.comparison}: a frame, its true flow, the computed flow; {video.path} plays it all")
-    typer.echo(f"open {store.path} with flowreel.open_store or xarray")
+    picture = printable(str(report.comparison))
+    typer.echo(f"look at {picture}: a frame, its true flow, the computed flow; {printable(video.path)} plays it all")
+    typer.echo(f"open {printable(store.path)} with flowreel.open_store or xarray")

@@ -107,7 +107,7 @@ def export(
         write_stats(stats, report.as_json())
     if not quiet:
         for line in summary(report):
-            live.console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
+            live.console.print(printable(line), highlight=False, soft_wrap=True)
 
 
 def summary(report: ExportReport) -> list[str]:

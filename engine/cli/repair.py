@@ -46,7 +46,7 @@ def repair(
         report = repairing.repair(store, source, weights=weights, device=device, dry_run=dry_run, progress=live.show)
     if not quiet:
         for line in summary(report, dry_run):
-            live.console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
+            live.console.print(printable(line), highlight=False, soft_wrap=True)
     if not (quiet and report.after.sound):
         typer.echo("\n".join(map(printable, _lines(report.after))))
     if not report.after.sound:

@@ -30,7 +30,7 @@ class Live:
     """``show`` is a run's progress hook. Draws on stderr, so that stdout stays free for what commands print."""
 
     def __init__(self, quiet: bool) -> None:
-        self.console = Console(stderr=True, markup=False)
+        self.console = Console(stderr=True, markup=False, emoji=False)
         self._live = None if quiet or not self.console.is_terminal else RichLive(console=self.console, transient=True)
         self._quiet = quiet
         self._next_line_s = PLAIN_EVERY_S
@@ -117,7 +117,7 @@ def _headline(progress: Progress) -> str:
 
 def print_summary(report: RunReport) -> None:
     """What ran, how fast, and how large the outputs are compared with ``.flo`` files."""
-    console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
     if not report.pairs:  # a resumed run that found everything done
         for note in report.notes:
             console.print(printable(note))
@@ -140,7 +140,7 @@ def print_summary(report: RunReport) -> None:
 
 def print_many(report: ManyReport) -> None:
     """One line per source, the errors of those that failed, and where the manifest is."""
-    console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console.width = _LOG_WIDTH
     table = Table(box=None, pad_edge=False)

@@ -59,7 +59,7 @@ def train(
     from flowreel.engine.training import train as training
     from flowreel.engine.training.config import TrainConfig
 
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True, quiet=quiet)
+    console = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True, quiet=quiet)
     where = one_device(device)
 
     def report(progress: training.Progress) -> None:

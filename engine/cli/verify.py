@@ -36,17 +36,18 @@ def verify(
       flowreel verify --json flows/*.zarr
     """
     from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import Progress
+    from rich.progress import Progress, TextColumn
 
     from flowreel.engine import verify as verifying
 
     done = []
     console = Console(stderr=True)
+    # Instead of the default first column, which takes brackets in a name for markup.
+    columns = (TextColumn("{task.description}", markup=False), *Progress.get_default_columns()[1:])
     for store in stores:
         # One bar per store, as it must be gone from the terminal before the result is printed there.
-        with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
-            task = bar.add_task(escape(printable(store)), total=None)
+        with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+            task = bar.add_task(printable(store), total=None)
             done.append(verifying.verify(store, partial(_show, bar, task)))
         if not as_json and not (quiet and done[-1].sound):
             typer.echo("\n".join(map(printable, _lines(done[-1]))))

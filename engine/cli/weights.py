@@ -170,7 +170,7 @@ class _Meter:
     """Download progress on stderr: a bar on a terminal, a line now and then elsewhere."""
 
     def __init__(self, quiet: bool) -> None:
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
         columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         live = not quiet and self.console.is_terminal
         self.progress = Progress(*columns, console=self.console, transient=True, disable=not live)
@@ -195,7 +195,7 @@ class _Meter:
 
     def tell(self, line: str) -> None:
         if not self._quiet:
-            self.console.print(line, markup=False)
+            self.console.print(printable(line))
 
 
 def _table(facts: list[dict[str, JSON]]) -> str:

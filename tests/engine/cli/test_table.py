@@ -33,7 +33,7 @@ def test_size(count: float, said: str) -> None:
 
 def many_progress(number: int, seconds: float | None = None, failed: int = 0) -> ManyProgress:
     run = None if seconds is None else Progress((), flow_count=10, flows_done=4, seconds=seconds)
-    return ManyProgress(f"take[{number}].mp4", number, 3, failed, run)
+    return ManyProgress(f"take:on:[{number}].mp4", number, 3, failed, run)
 
 
 def test_each_source_is_named_once_and_then_how_far_it_is(capsys: Capture) -> None:
@@ -41,9 +41,9 @@ def test_each_source_is_named_once_and_then_how_far_it_is(capsys: Capture) -> No
         for number, seconds in ((1, None), (1, 0.0), (1, 11.0), (1, 12.0), (3, None), (3, 1.0), (3, 11.0)):
             live.show_many(many_progress(number, seconds, failed=number // 3))
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "source 1 of 3: take[1].mp4"
+    assert lines[0] == "source 1 of 3: take:on:[1].mp4"
     assert lines[1].startswith("4 of 10 flows")
-    assert lines[2] == "source 3 of 3, 1 failed: take[3].mp4"
+    assert lines[2] == "source 3 of 3, 1 failed: take:on:[3].mp4"
     assert lines[3].startswith("4 of 10 flows")
     assert len(lines) == 4
 
@@ -86,20 +86,20 @@ def test_the_summary_of_many_sources(capsys: Capture) -> None:
     run = run_report("it was dark")
     error = UnsupportedSourceError("no video")
     sources = (
-        SourceReport("a[1].mp4", "done", ("out/a.zarr",), 7, 65.0, run=run),
+        SourceReport("a[1]:on:.mp4", "done", ("out/a.zarr",), 7, 65.0, run=run),
         SourceReport("b.mp4", "skipped", ("out/b.zarr",), 9),
         SourceReport("c.mp4", "failed", ("out/c.zarr",), None, 0.5, error=error),
     )
     print_many(ManyReport(sources, "out/list.json", 66.0))
     said = capsys.readouterr().err
     rows = [re.split(r"\s{2,}", line.strip()) for line in said.splitlines()]
-    assert ["a[1].mp4", "done", "7", "1:05", "1.5 kB"] in rows
+    assert ["a[1]:on:.mp4", "done", "7", "1:05", "1.5 kB"] in rows
     assert ["b.mp4", "skipped: there already", "9"] in rows
     assert ["c.mp4", "failed", "0.5 s"] in rows
     for words in (
         "c.mp4: no video",
-        "a[1].mp4: 2 vectors are unknown",
-        "a[1].mp4: it was dark",
+        "a[1]:on:.mp4: 2 vectors are unknown",
+        "a[1]:on:.mp4: it was dark",
         "kernels: cuda (correlation), torch (channel_norm, warp)",
         "1 done, 1 skipped, 1 failed in 1:06; see out/list.json",
     ):
@@ -110,4 +110,4 @@ def test_the_summary_of_many_sources(capsys: Capture) -> None:
     other = replace(alike, run=replace(run, decoder="PyAV (av1)"))
     print_many(ManyReport((*sources, other), "out/list.json", 66.0))
     said = capsys.readouterr().err
-    assert re.findall(r"(\S+): .*decoded by (.*);", said) == [("a[1].mp4", ""), ("d.mp4", "PyAV (av1)")]
+    assert re.findall(r"(\S+): .*decoded by (.*);", said) == [("a[1]:on:.mp4", ""), ("d.mp4", "PyAV (av1)")]

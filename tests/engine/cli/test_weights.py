@@ -165,6 +165,9 @@ def test_download_and_use(table: list[Checkpoint], capsys: Capture) -> None:
     assert Path("mine.pth.tar").read_bytes() == table[0].path.read_bytes()
     assert call(["weights", "download", "Here-C", "--accept-licence", "-q", "-o", "new/"]) == 0
     assert capsys.readouterr() == ("new/Here-C.pth.tar\n", "")
+    Path("mine.pth.tar").rename("mi:on:\x1bne.pth.tar")
+    assert call(["weights", "download", "Here-C", "--accept-licence", "-o", "mi:on:\x1bne.pth.tar"]) == 0
+    assert capsys.readouterr().err == "mi:on:\\x1bne.pth.tar is already there and right\n"
 
 
 def test_a_dead_link(table: list[Checkpoint], capsys: Capture) -> None:
