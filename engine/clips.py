@@ -206,9 +206,12 @@ class FlowClips(Dataset[Any]):
     def set_epoch(self, epoch: int) -> None:
         """Selects other random clips: call it before each epoch when there is a seed. It reaches running workers too.
 
-        Raises UsageError for anything but a whole number from 0 on.
+        Raises UsageError for anything but a whole number from 0 on, below 2^63.
         """
-        self._epoch.fill_(_whole("epoch", epoch, 0))
+        number = _whole("epoch", epoch, 0)
+        if number >= 1 << 63:
+            raise UsageError(f"epoch must be below 2^63, got {number}")
+        self._epoch.fill_(number)
 
     # -- One clip ------------------------------------------------------------------------------------------------
 
@@ -251,11 +254,11 @@ class FlowClips(Dataset[Any]):
                 f"{name} has {count} flows, a clip takes {self.length}: leave it out, or take shorter clips"
             )
         last = count - self.length
-        starts = np.arange(0, last + 1, stride or self.length)
+        starts: Sequence[int] = range(0, last + 1, stride or self.length)
         if clips is not None:
-            starts = np.linspace(0, last, clips).round().astype(int) if clips > 1 else np.array([last // 2])
+            starts = np.linspace(0, last, clips).round().astype(int).tolist() if clips > 1 else [last // 2]
         source = flows.info.source if isinstance(flows, LazyFlow) else None
-        return _Extent(source, count, *flows.shape[2:], tuple(starts.tolist()))
+        return _Extent(source, count, *flows.shape[2:], tuple(starts))
 
     def _open(self, number: int) -> LazyFlow | FlowStore:
         given = self._given[number]

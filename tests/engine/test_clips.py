@@ -133,7 +133,7 @@ class TestPlaces:
         [
             ({}, [(0, 0), (0, 3), (0, 6), (0, 9), (1, 0), (1, 3)]),
             ({"stride": 5}, [(0, 0), (0, 5), (0, 10), (1, 0), (1, 5)]),
-            ({"stride": 100}, [(0, 0), (1, 0)]),
+            ({"stride": 1 << 63}, [(0, 0), (1, 0)]),
             ({"clips": 3}, [(0, 0), (0, 5), (0, 10), (1, 0), (1, 2), (1, 5)]),
             ({"clips": 1}, [(0, 5), (1, 2)]),
             ({"length": 8}, [(0, 0), (1, 0)]),
@@ -169,6 +169,8 @@ class TestPlaces:
         for epoch in (-1, 1.5, True):
             with pytest.raises(UsageError, match="epoch must be a whole number from 0 on"):
                 one.set_epoch(epoch)
+        with pytest.raises(UsageError, match="epoch must be below 2"):
+            one.set_epoch(1 << 63)
         assert places(one) == first
 
     def test_numbers_of_other_libraries_are_numbers(self, make: Make) -> None:
