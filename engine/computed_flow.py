@@ -31,7 +31,9 @@ from flowreel.engine.protocols import RandomAccess
 from flowreel.engine.stages import Stage, StageFunction, compose
 from flowreel.sinks import FlowCache
 
-_STRETCH_BATCHES = 32  # batches looked up in the cache at a time when all flow is read in order
+# What is planned at a time when all flow is read in order:
+_STRETCH_BATCHES = 32  # batches, with a cache, where they are looked up
+_STRETCH_FLOWS = 1 << 14  # flows, without one: the pipeline starts anew for each stretch, and a plan takes memory
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,8 @@ class ComputedFlow:
 
     def in_order(self) -> Iterator[Tensor]:
         """Each flow in order, in memory of its own. Uses a separate decoder, so other reads may go on meanwhile."""
-        stretch = self._count if self._cache is None else _STRETCH_BATCHES * self._inference.batch
+        most = _STRETCH_FLOWS if self._cache is None else _STRETCH_BATCHES * self._inference.batch
+        stretch = max(most // self._shard, 1) * self._shard  # whole shards, so that no batch of a run is divided
         info = self._source.info
         with closing(FrameReader(self._source, 3 * info.height * info.width)) as reader:  # keeps the shared frame
             for first in range(0, self._count, stretch):

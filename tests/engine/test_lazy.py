@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import flowreel
-from flowreel.engine import lazy
+from flowreel.engine import computed_flow, lazy
 from flowreel.engine.errors import (
     DeviceError,
     SourceChangedError,
@@ -86,6 +86,25 @@ class TestEquality:
         for name, mine in (("frame", flow.frame), ("frame_to", flow.frame_to),
                            ("timestamp_s", flow.timestamps_s), ("timestamp_to_s", flow.timestamps_to_s)):  # fmt: skip
             np.testing.assert_array_equal(mine, np.concatenate([getattr(batch, name) for batch in batches]))
+
+    @pytest.mark.parametrize("cached", [False, True])
+    def test_iterating_plans_a_few_of_a_run_s_batches_at_a_time(
+        self, opened: Callable[..., LazyFlow], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
+    ) -> None:
+        plans: list[list[list[int]]] = []
+
+        def recorded(*arguments: Any) -> list[list[int]]:
+            plans.append(planned(*arguments))
+            return plans[-1]
+
+        monkeypatch.setattr(computed_flow, "planned", recorded)
+        monkeypatch.setattr(computed_flow, "_STRETCH_BATCHES", 4)
+        monkeypatch.setattr(computed_flow, "_STRETCH_FLOWS", 16)
+        flow = opened(shard_bytes=6 * 8 * 48 * 64, cache=tmp_path / "cache" if cached else None)
+        assert sum(1 for _ in flow) == 39
+        assert counts(flow) == (40, 39)
+        assert len(plans) == 4
+        assert list(itertools.chain(*plans)) == planned(range(39), 4, 6, 39)
 
     def test_it_is_what_run_stores(self, opened: Callable[..., LazyFlow], video: Path, tiny_weights: str) -> None:
         folder = video.parent / "run.zarr"
