@@ -61,11 +61,13 @@ def moved(picture: Tensor, motion: str, speed: float, frame: int) -> Tensor:
 
 def render(folder: Path, name: str, clips_a_class: int, seed: int) -> tuple[list[Path], list[int]]:
     """Videos of each class, and the number of the class that each belongs to."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator()
     folder.mkdir(parents=True, exist_ok=True)
     paths, labels = [], []
     for label, (kind, motion) in enumerate((kind, motion) for kind in GROUNDS for motion in MOTIONS):
         for number in range(clips_a_class):
+            # A clip is the same however many there are, so its flow in the cache stays valid.
+            generator.manual_seed(1_000_000 * seed + 1000 * label + number)
             picture = ground(kind, generator)
             speed = 2 + 2 * float(torch.rand((), generator=generator))
             paths.append(folder / f"{name}-{label}-{number}.mp4")

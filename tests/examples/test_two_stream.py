@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "two_stream.py"
 
@@ -33,3 +35,22 @@ def test_it_learns_from_flow_that_is_computed_once(
     computed = [int(number) for number in re.findall(r"(\d+) flows computed", told)]
     assert computed == [4 * 8 * 6, 0, 0, 0, 0, 0, 0, 0]
     assert f"held out: {both:.0%} recognised" in told
+
+
+def test_a_clip_does_not_depend_on_how_many_there_are(
+    example: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the cache would refuse it in a second run with more clips."""
+    made: list[tuple[float, str, float]] = []
+
+    def still(picture: Tensor, motion: str, speed: float, frame: int) -> Tensor:
+        made.append((float(picture.sum()), motion, speed))
+        return torch.zeros(3, example.HEIGHT, example.WIDTH, dtype=torch.uint8)
+
+    monkeypatch.setattr(example, "moved", still)
+    example.render(tmp_path, "few", 1, seed=1)
+    few = set(made)
+    made.clear()
+    example.render(tmp_path, "many", 2, seed=1)
+    assert len(few) == 8
+    assert few < set(made)
