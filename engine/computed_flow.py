@@ -101,6 +101,7 @@ class ComputedFlow:
         yield from self._found(numbers, missing)
         if missing:
             with self._turn:
+                self._require_open()  # another thread may have closed it while this one waited
                 still_missing: list[int] = []  # other threads may have computed some while this one waited
                 yield from self._found(missing, still_missing)
                 yield from self._computed(still_missing, self._reader)
@@ -130,6 +131,7 @@ class ComputedFlow:
     def frame(self, number: int) -> Frame:
         """A frame of the source, by its number there."""
         with self._turn, self._counted(self._reader), _plain_errors():
+            self._require_open()
             return self._reader.frame(number)
 
     # -- Computing -----------------------------------------------------------------------------------------------
@@ -200,7 +202,10 @@ class ComputedFlow:
 
     def close(self) -> None:
         """Releases the decoder and the kept frames. Nothing can be read afterwards."""
-        if not self._closed and os.getpid() == self._process:
+        if os.getpid() != self._process:  # in a fork, where the decoder and the lock are still those of the parent
+            _ABANDONED.append(self._reader)
+            self._closed = True
+        elif not self._closed:
             with self._turn:
                 self._closed = True
                 self._reader.close()
@@ -210,8 +215,7 @@ class ComputedFlow:
 
         Raises ValueError when this is closed, DeviceError in a forked process on a GPU.
         """
-        if self._closed:
-            raise ValueError(f"{self._path} is closed: open it again")
+        self._require_open()
         if os.getpid() == self._process:
             return
         refuse_fork(self._path, self._device)
@@ -220,6 +224,10 @@ class ComputedFlow:
         torch.set_num_threads(1)
         _ABANDONED.append(self._reader)
         self._start_here()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ValueError(f"{self._path} is closed: open it again")
 
 
 # Readers inherited by a fork, kept for ever: their decoders' threads exist only in the parent, and closing a decoder

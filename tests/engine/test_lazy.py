@@ -387,6 +387,32 @@ class TestSharing:
                 read()
         assert len(flow) == 39
 
+    def test_what_another_thread_closes_is_not_opened_again(self, opened: Callable[..., LazyFlow]) -> None:
+        """A thread that has begun to read waits for its turn, and then finds it closed."""
+        flow = opened()
+        flow.close()
+        for read in (lambda: list(flow._flows.read([0])), lambda: flow._flows.frame(0)):
+            with pytest.raises(ValueError, match="is closed"):
+                read()
+        assert flow._flows._reader._decoder is None
+
+    def test_closing_in_a_forked_process_leaves_the_parent_s_decoder_alone(
+        self, opened: Callable[..., LazyFlow], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its threads are only in the parent: to close it, or to drop it, would wait for them for ever."""
+        flow = opened()
+        flow[0]
+        reader = flow._flows._reader
+        monkeypatch.setattr(computed_flow, "_ABANDONED", abandoned := [])
+        with monkeypatch.context() as forked:
+            forked.setattr(os, "getpid", lambda: -1)
+            flow.close()
+            with pytest.raises(ValueError, match="is closed"):
+                flow[0]
+        assert abandoned == [reader]
+        assert reader._decoder is not None
+        reader.close()
+
 
 class TestWhatGoesWrong:
     @pytest.mark.parametrize("key", [39, -40, [3, 39], (0, 2), (0, 0, 48)])
