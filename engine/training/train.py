@@ -253,6 +253,7 @@ class _Run:
         self.model.load_state_dict(saved["model"])
         self.optimiser.load_state_dict(saved["optimiser"])
         self.step, self.seconds = saved["step"], saved["seconds"]
+        self.lineage = saved.get("init", self.lineage)  # the file may be another now than when the run began
         self._shorten_log()
 
     def _shorten_log(self) -> None:
@@ -276,6 +277,7 @@ class _Run:
             "optimiser": self.optimiser.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
+            "init": self.lineage,
         }
         # The log comes first: a process killed in between leaves a report too many, which a resumed run can cut off.
         with write_errors(self.log), self.log.open("a", newline="") as file:

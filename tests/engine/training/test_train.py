@@ -339,6 +339,10 @@ def test_a_run_goes_on_from_other_weights_and_says_so(tmp_path: Path) -> None:
     first.write_bytes(as_it_was)
     assert_same(dict(read_weights(first).state), dict(read_weights(second).state))
     lineage = read_weights(second).made_by["init"]
+    first.write_bytes(train(replace(TINY, steps=1, seed=1), tmp_path / "other", workers=0).read_bytes())
+    train(config, tmp_path / "second", workers=0, resume=True)
+    assert read_weights(second).made_by["init"] == lineage
+    first.write_bytes(as_it_was)
     assert isinstance(lineage, dict)
     assert lineage["sha256"] == read_weights(first).sha256
     assert lineage["made_by"]["steps"] == 1
