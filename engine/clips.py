@@ -14,7 +14,7 @@ import re
 from bisect import bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Unpack
@@ -34,6 +34,7 @@ from flowreel.engine.errors import SourceChangedError, StoreError, UsageError
 from flowreel.engine.files import PathLike
 from flowreel.engine.inference import Network, load_network
 from flowreel.engine.lazy import LazyFlow
+from flowreel.engine.models.weights import lasting_weights
 from flowreel.engine.options import ClipOptions
 from flowreel.engine.sources import lasting_name
 from flowreel.sinks import FlowStore
@@ -154,9 +155,10 @@ class FlowClips(Dataset[Any]):
         self._rgb = rgb
         self._labels = None if labels is None else list(labels)
         self._open_at_once = open_at_once
-        self._options = {"frames_mb": 64.0} | options
         # Even where all sources are stores: a misspelt argument of this class arrives among the options.
-        self._model = RunConfig.of(**{name: value for name, value in options.items() if name != "frames_mb"}).model
+        model = RunConfig.of(**{name: value for name, value in options.items() if name != "frames_mb"}).model
+        self._model = replace(model, weights=lasting_weights(model.weights))
+        self._options = {"frames_mb": 64.0} | options | {"weights": self._model.weights}
         self._caches = None if cache is None else _caches(Path(cache).absolute(), self._given)
         # Shared memory, since DataLoader workers may persist from epoch to epoch.
         self._epoch = torch.zeros((), dtype=torch.int64, device="cpu")

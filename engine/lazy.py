@@ -28,6 +28,7 @@ from flowreel.engine.device import to_host
 from flowreel.engine.errors import MissingDependencyError, SourceChangedError, UsageError
 from flowreel.engine.files import PathLike
 from flowreel.engine.inference import Network, load_network
+from flowreel.engine.models.weights import lasting_weights
 from flowreel.engine.options import LazyOptions
 from flowreel.engine.sources import lasting_name, open_random_access
 from flowreel.sinks import select
@@ -111,7 +112,7 @@ class LazyFlow:
         if config.tolerate_truncation:
             raise UsageError("tolerate-truncation is for runs and streams, which read a source to its end")
         self.path = os.fspath(source)
-        self._options = options
+        self._options = options | {"weights": lasting_weights(config.model.weights)}
         self._config = config
         self._most_bytes = int(frames_mb * (1 << 20))
         self._lasting = lasting_name(self.path)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -178,6 +179,11 @@ def instantiate(weights: Weights, model: str | None = None, *, share: bool = Fal
     own = state if share else {key: tensor.clone() for key, tensor in state.items()}
     net.load_state_dict(counts | own, assign=True)  # checked above; only the counts may be absent
     return net
+
+
+def lasting_weights(source: str) -> str:
+    """A name for the same weights that is valid in any working folder."""
+    return os.path.abspath(source) if source != BASELINE and os.path.isfile(source) else source
 
 
 def read_weights(source: str | Path) -> Weights:

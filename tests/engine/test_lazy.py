@@ -472,19 +472,22 @@ class TestWhatGoesWrong:
     def test_a_name_means_the_same_from_another_folder(
         self, video: Path, tmp_path: Path, tiny_weights: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A relative name of a file, or of a glob in a folder with glob characters; also in a pickled copy."""
+        """A relative name of weights, a file, or a glob in a folder with glob characters; also in a pickled copy."""
         here = tmp_path / "a[1]"
         (here / "frames").mkdir(parents=True)
         shutil.copy(video, here / "x.mp4")
         for number, frame in enumerate(itertools.islice(flowreel.open(video, weights=tiny_weights).frame, 4)):
             Image.new("RGB", (96, 64), (40 * number, int(frame), 0)).save(here / "frames" / f"{number}.png")
         monkeypatch.chdir(here)
+        shutil.copy(tiny_weights, "w.safetensors")
         for name in ("x.mp4", "frames/*.png"):
-            flow = flowreel.open(name, weights=tiny_weights, batch=2, frames_mb=0)
+            flow = flowreel.open(name, weights="w.safetensors", batch=2, frames_mb=0)
+            clips = flowreel.FlowClips(name, 1, bound=None, weights="w.safetensors", stop=4)
             wanted, stream = flow[2], flowreel.stream(name, weights=tiny_weights, batch=2, stop=4)
             monkeypatch.chdir("/")
             assert torch.equal(flow[2], wanted)
             assert torch.equal(pickle.loads(pickle.dumps(flow))[2], wanted)
+            assert torch.equal(pickle.loads(pickle.dumps(clips))[2]["flow"], wanted)
             assert sum(len(batch) for batch in stream) == 3
             monkeypatch.chdir(here)
 
