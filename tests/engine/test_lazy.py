@@ -399,19 +399,28 @@ class TestSharing:
     def test_closing_in_a_forked_process_leaves_the_parent_s_decoder_alone(
         self, opened: Callable[..., LazyFlow], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Its threads are only in the parent: to close it, or to drop it, would wait for them for ever."""
         flow = opened()
         flow[0]
-        reader = flow._flows._reader
-        monkeypatch.setattr(computed_flow, "_ABANDONED", abandoned := [])
         with monkeypatch.context() as forked:
             forked.setattr(os, "getpid", lambda: -1)
             flow.close()
             with pytest.raises(ValueError, match="is closed"):
                 flow[0]
-        assert abandoned == [reader]
-        assert reader._decoder is not None
-        reader.close()
+        assert flow._flows._reader._decoder is not None
+        flow._flows._reader.close()
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+    def test_a_forked_process_never_drops_the_parent_s_decoder(self, opened: Callable[..., LazyFlow]) -> None:
+        """Its threads are only in the parent, and to drop it would wait for them for ever."""
+        flow = opened()
+        flow[0]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+            child = os.fork()
+        if not child:
+            os._exit(0 if flow._flows._reader in computed_flow._ABANDONED else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert flow._flows._reader not in computed_flow._ABANDONED
 
 
 class TestWhatGoesWrong:
