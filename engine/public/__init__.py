@@ -103,4 +103,4 @@ if not TYPE_CHECKING:  # a type checker would conclude that every name exists
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*_HOME, *__all__})  # ``open`` too, and none of the names that this file itself uses
