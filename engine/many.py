@@ -148,11 +148,10 @@ def _run_each(
         _attempt(job, missing, again, network, ledger, tell)
 
 
-def _instead(source: str) -> str:
-    """What to suggest when two sources have the same stem."""
-    if Path(source).suffix.lower() in IMAGE_SUFFIXES:
-        return "to take images as one sequence, name their folder, or put the glob in quotes"
-    return "rename one, or run them apart"
+def _as_sequence(source: str) -> str:
+    """What to suggest when one of several sources is a single image; empty for others."""
+    single_image = Path(source).suffix.lower() in IMAGE_SUFFIXES
+    return "to take images as one sequence, name their folder, or put the glob in quotes" if single_image else ""
 
 
 def _jobs(sources: list[str], templates: list[str]) -> list[Job]:
@@ -162,9 +161,10 @@ def _jobs(sources: list[str], templates: list[str]) -> list[Job]:
     if len(sources) > 1:
         for template in templates:
             if "{stem}" not in template:
+                hint = _as_sequence(sources[0])
                 raise UsageError(
                     f"with {len(sources)} sources each output's name must hold {{stem}}, which stands for the "
-                    f"source's: got {template!r}, expected something like 'out/{{stem}}.zarr'"
+                    f"source's: got {template!r}, expected something like 'out/{{stem}}.zarr'{hint and '; ' + hint}"
                 )
     by_stem: dict[str, str] = {}
     for source in sources:
@@ -172,7 +172,7 @@ def _jobs(sources: list[str], templates: list[str]) -> list[Job]:
         if stem in by_stem:
             raise UsageError(
                 f"{by_stem[stem]} and {source} both go by the name {stem!r}, so their outputs would meet: "
-                f"{_instead(source)}"
+                f"{_as_sequence(source) or 'rename one, or run them apart'}"
             )
         by_stem[stem] = source
     return [Job(source, tuple(output_names(templates, source))) for source in sources]

@@ -91,8 +91,9 @@ def test_images_one_by_one_are_told_how_to_be_a_sequence(tiny: list[str], capsys
     Path("frames").mkdir()
     for name in ("1.png", "2.png"):
         Image.new("RGB", (64, 64)).save(f"frames/{name}")
-    assert call(["run", "frames/1.png", "frames/2.png", *STORE, *tiny]) == 2
-    assert "name their folder, or put the glob in quotes" in capsys.readouterr().err
+    for output in ("{stem}.zarr", "flow/%06d.flo"):
+        assert call(["run", "frames/1.png", "frames/2.png", "-o", output, *tiny]) == 2
+        assert "name their folder, or put the glob in quotes" in capsys.readouterr().err
     assert call(["run", "frames/1.png", *STORE, *tiny]) == 1
     assert "1.png is one image: flow needs at least two" in capsys.readouterr().err
 
