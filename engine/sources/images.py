@@ -90,11 +90,13 @@ def _what_else(place: Path, found: list[Path]) -> str:
     flow = [path for path in found if path.suffix.lower() in FLOW_SUFFIXES]
     if flow:
         return f"; there is flow, such as {_first(flow)}, which flowreel export and color take, and info one by one"
-    if found and not place.is_dir():
-        return (
-            f"; {_first(found)} is there, but globs in quotes are for images: without quotes, the shell names each file"
-        )
-    return ""
+    shown = [path for path in found if not path.name.startswith(".")]
+    if not shown:
+        return ""
+    there = f"; {_first(shown)} is there, but "
+    if place.is_dir():
+        return there + "a folder is read as the images of one clip: name each video or folder in it"
+    return there + "globs in quotes are for images: without quotes, the shell names each file"
 
 
 def _folder(paths: list[Path]) -> str:

@@ -82,7 +82,8 @@ class TestWhichFiles:
             ("*.flo", "a/10.flo a/2.flo", r"such as 2\.flo, which flowreel export"),
             ("", "a/zarr.json", r"it is a flow store, which flowreel\.open_store reads"),
             ("*.mp4", "a/10.mp4 a/2.mp4", r"2\.mp4 is there, but globs in quotes are for images"),
-            ("", "a/10.mp4", "ppm tif tiff webp$"),
+            ("", "a/10.mp4 a/2.mp4", r"2\.mp4 is there, but a folder is read as the images of one clip"),
+            ("", "a/.DS_Store", "ppm tif tiff webp$"),
             ("*.mp4", "", "ppm tif tiff webp$"),
         ],
     )
