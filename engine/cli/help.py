@@ -1,4 +1,4 @@
-"""How typer formats ``--help``, made plainer: types and usage lines."""
+"""How typer formats ``--help``, made plainer: types, usage lines and paragraphs."""
 
 from __future__ import annotations
 
@@ -26,8 +26,18 @@ def _words(parameter: Any, context: Any) -> str | None:
     return words.replace("<list[", "<").replace("]>", ">")
 
 
+def _reflowed(text: str) -> str:
+    """Each paragraph in one line, except those marked by click's \\b: lists and examples."""
+    paragraphs = text.split("\n\n")
+    return "\n\n".join(part if part.startswith("\b") else part.replace("\n", " ") for part in paragraphs)
+
+
 class Command(TyperCommand):
     """A command with a plain ``--help``."""
+
+    def __init__(self, *args: Any, help: str | None = None, **options: Any) -> None:
+        # typer keeps the line breaks of a docstring: in a narrower terminal every other line would be a short one.
+        super().__init__(*args, help=help and _reflowed(help), **options)
 
     def get_params(self, ctx: Any) -> list[Any]:
         return _plain(super().get_params(ctx))

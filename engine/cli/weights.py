@@ -137,7 +137,8 @@ def download(
 
     \b
     [bold]Examples[/bold]
-      flowreel weights download FlowNet2 && flowreel run dance.mp4 --weights FlowNet2
+      flowreel weights download FlowNet2
+      flowreel run dance.mp4 --weights FlowNet2
       flowreel weights download FlowNet2-C -o weights/ --accept-licence
     """
     from flowreel.engine.models.checkpoints import LICENCE_TEXT, checkpoint

@@ -32,6 +32,17 @@ def test_help_speaks_of_values_only_where_there_are_some(words: list[str], capsy
     assert "..." not in usage.replace("...", "", 1)
 
 
+@pytest.mark.parametrize("words", [words for words in COMMANDS if words], ids=" ".join)
+def test_help_fits_a_narrow_terminal(words: list[str]) -> None:
+    """Paragraphs wrap as a whole, and no example or list, which keep their lines, is wider than 80 columns."""
+    command = (GROUP if len(words) == 2 else ROOT).commands[words[-1]]
+    for paragraph in command.help.split("\n\n"):
+        if paragraph.startswith("\b"):
+            assert max(map(len, paragraph.splitlines())) < 80
+        else:
+            assert "\n" not in paragraph
+
+
 @pytest.mark.parametrize("command", ["run", "export"])
 def test_help_names_every_codec(command: str) -> None:
     (option,) = (one for one in ROOT.commands[command].params if one.name == "codec")
