@@ -119,7 +119,8 @@ def _read_checkpoint(path: Path, name: str) -> tuple[dict[str, Tensor], Mapping[
         raise
     except pickle.UnpicklingError as error:
         raise UnreadableWeightsError(
-            f"{name} is damaged, or holds more than tensors and plain values; it was not loaded: {_met(error)}"
+            f"{name} is damaged, or holds more than tensors and plain values; it was not loaded: {_met(error)}. Save "
+            "it again where it was made, with nothing else than {'state_dict': model.state_dict()}"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise UnreadableWeightsError(f"{name} is cut, damaged, or no checkpoint: {_first_line(error)}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -188,6 +189,13 @@ def test_a_cut_checkpoint_is_said_to_be_that(tmp_path: Path) -> None:
     _cut(tmp_path / "part.pth.tar")
     with pytest.raises(UnreadableWeightsError, match=r"^part\.pth\.tar is cut short or damaged: its end is missing"):
         read_weights(tmp_path / "part.pth.tar")
+
+
+def test_a_checkpoint_with_the_options_of_its_training_is_told_what_to_hold(tmp_path: Path) -> None:
+    path = tmp_path / "mine.pth.tar"
+    torch.save({"state_dict": {"conv1.0.weight": torch.zeros(1)}, "args": argparse.Namespace(lr=1e-4)}, path)
+    with pytest.raises(UnreadableWeightsError, match=r"argparse\.Namespace\. Save it again .*\{'state_dict': model"):
+        read_weights(path)
 
 
 def test_what_is_no_network_of_ours(tmp_path: Path) -> None:
