@@ -186,7 +186,11 @@ class PairBatch:
 
 @dataclass(frozen=True, eq=False)
 class FlowBatch:
-    """Flow fields in order, with the frames and times they belong to."""
+    """N flow fields in order, with the frames and times they belong to.
+
+    ``flow`` is (N, 2, H, W) float32, pixels of the source frame, x (right) then y (down). ``frame`` and ``timestamp_s``
+    (seconds) are those of each pair's first frame, ``frame_to`` and ``timestamp_to_s`` of its second, each (N,).
+    """
 
     flow: Tensor  # (N, 2, H, W) float32, pixels of the source frame, x (right) then y (down)
     index: int  # place of flow[0] in the output, from 0

@@ -65,7 +65,13 @@ class Verification:
 def verify(path: PathLike, progress: Progress | None = None) -> Verification:
     """Reads every chunk of a flow store, finished or not, and reports what is wrong with it.
 
-    A store that is missing or cannot be opened is a finding as well, so that the rest of a list is still read.
+    Args:
+        path: a store, or a cache of ``flowreel.open``.
+        progress: called with the number of flows read so far and the number there are.
+
+    Returns:
+        The problems found: ``sound`` when there are none. A store that is missing or cannot be opened is a finding as
+        well, so that the rest of a list is still read.
     """
     name = os.fspath(path)
     try:

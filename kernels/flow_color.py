@@ -68,7 +68,7 @@ def flow_to_color(flow: FloatArray | Tensor, max_flow: float | None = None) -> U
             y (down). It is not changed. Masked entries of a masked array are unknown.
         max_flow: length in pixels that gets the full colour; longer vectors get it at 3/4 of its brightness.
             None: each picture's own longest known vector, as is usual for single pictures. A video needs one number
-            for all its pictures, see ``percentile_magnitude``.
+            for all its pictures.
 
     Returns:
         RGB, uint8: (H, W, 3) for an array, (3, H, W) or (N, 3, H, W) on the same device for a tensor. No motion is
