@@ -217,18 +217,12 @@ def _numbers(places: Sequence[int], stamps: Sequence[int], timeline: Timeline) -
 # -- The container and its packets -------------------------------------------------------------------------------
 
 
-def _meant(missing: str) -> str:
-    """A hint at what the user may have meant by the path of no file."""
-    if re.search(r"(^|/)[a-z]{2,}:/", missing):  # in a path, the // of a URL has become one /
-        return f"; URLs are not opened: download the video, or pipe it in: {RECIPE}"
-    pattern = re.sub(r"%0?\d*d", "*", missing)
-    return "" if pattern == missing else f"; images are named by their folder, or by a quoted glob: '{pattern}'"
-
-
 def opened(path: Path) -> InputContainer:
     """The open container; the caller closes it. Raises SourceNotFoundError or UnsupportedSourceError."""
     if not path.exists():
-        raise SourceNotFoundError(f"there is no file {path}{_meant(str(path))}")
+        pattern = re.sub(r"%0?\d*d", "*", str(path))
+        hint = "" if pattern == str(path) else f"; images are named by their folder, or by a quoted glob: '{pattern}'"
+        raise SourceNotFoundError(f"there is no file {path}{hint}")
     if not path.is_file():
         hint = f"; what comes through a pipe is read from -, as YUV4MPEG2: {RECIPE}" if _is_pipe(path) else ""
         raise UnsupportedSourceError(f"{path} is neither a file nor a folder{hint}")
