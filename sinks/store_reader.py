@@ -91,9 +91,9 @@ class FlowStore:
 
     Any number of threads may read one store. Pickling keeps only the path: the copy opens the store again.
 
-    Raises, when read: IndexError; StoreError for a flow an unfinished store does not hold yet; DamagedStoreError
-    naming the flow and its frame when a chunk is missing from a finished store, fails its checksum, or is another
-    flow's.
+    Raises, when read: IndexError; StoreError for a flow an unfinished store does not hold yet, and when the store has
+    been removed, or a finished one replaced, since it was opened; DamagedStoreError naming the flow and its frame when
+    a chunk is missing from a finished store, fails its checksum, or is another flow's.
     """
 
     path: str
@@ -108,6 +108,7 @@ class FlowStore:
         self.folder = folder.absolute()
         self.path = str(folder)
         self._finished = self.folder.suffix != ".partial"
+        self._identity = _identity(self.folder)  # before the metadata is read: it may be replaced meanwhile
         self.attrs, self.layout = read_layout(folder, self._finished)
         self.shape: tuple[int, int, int, int] = (self.layout.count, *self.layout.flow_shape)
         self.shard_length: int = self.layout.shard_length
@@ -302,14 +303,24 @@ class FlowStore:
         try:
             there = self.files.flow(number, out)
         except DamagedStoreError as error:
+            self._require_same()
             frame = self.frame_of(number)
             with nullcontext() if frame is None else concerning(frame):
                 raise DamagedStoreError(f"{self.path}: {self.name_of(number)}: {error}") from error
-        if there:
-            return
-        if not self.folder.is_dir():
+        self._require_same()
+        if not there:
+            raise self._missing(number)
+
+    def _require_same(self) -> None:
+        """Raises StoreError if the store has been removed, or a finished one replaced, since it was opened.
+
+        Call it after reading: the files of another store mean something else under the metadata of this one.
+        """
+        now = _identity(self.folder)
+        if now is None:
             raise StoreError(f"{self.path} is gone since it was opened (finished, moved or removed): open it again")
-        raise self._missing(number)
+        if self._finished and now != self._identity:
+            raise StoreError(f"{self.path} has been replaced since it was opened: open it again")
 
     def _missing(self, number: int) -> StoreError:
         """The error for a flow that is not present."""
@@ -327,7 +338,9 @@ class FlowStore:
             try:
                 values = self.files.coordinate(name)
             except DamagedStoreError as error:
+                self._require_same()
                 raise DamagedStoreError(f"{self.path}: {error}") from error
+            self._require_same()
             self._coordinates[name] = values, available
         return values
 
@@ -364,6 +377,15 @@ class ValidVectors:
             np.logical_and(known[0], known[1], out=out)
 
         return self._store._gather(chosen, np.dtype(np.bool_), take)
+
+
+def _identity(folder: Path) -> tuple[int, ...] | None:
+    """Tells a store from another one that has taken its place; None if there is none."""
+    try:
+        status = os.stat(folder / "flow" / "zarr.json")
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def _file_bytes(path: Path) -> int:

@@ -626,6 +626,19 @@ def test_a_store_that_goes_away_while_it_is_read(tmp_path: Path) -> None:
             unfinished[number]
 
 
+def test_a_store_that_is_replaced_while_it_is_read(tmp_path: Path) -> None:
+    """The integers of the new one would be taken for multiples of the old one's step."""
+    before = make(tmp_path / "X.zarr", moving(5))
+    assert same(before[0], moving(5)[0])
+    shutil.rmtree(before.folder)
+    make(tmp_path / "X.zarr", moving(5), max_error=1.0)
+    for number in (0, 3):  # in a shard whose index has been read already, and in another one
+        with pytest.raises(StoreError, match="replaced since it was opened: open it again"):
+            before[number]
+    with pytest.raises(StoreError, match="replaced since it was opened: open it again"):
+        _ = before.frame
+
+
 def test_places_without_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for place in (".", "/", ""):
