@@ -27,7 +27,7 @@ from flowreel.engine.errors import DeviceError, StageError
 from flowreel.engine.frame_reader import FrameReader
 from flowreel.engine.inference import Inference
 from flowreel.engine.pairing import batches_of, planned
-from flowreel.engine.pipeline import OneAtATime
+from flowreel.engine.pipeline import OneAtATime, limit_threads_of_fork
 from flowreel.engine.protocols import RandomAccess
 from flowreel.engine.stages import Stage, StageFunction, compose
 from flowreel.sinks import FlowCache
@@ -219,9 +219,7 @@ class ComputedFlow:
         if os.getpid() == self._process:
             return
         refuse_fork(self._path, self._device)
-        # With more threads GNU's OpenMP would wait for ever for workers that only the parent has. DataLoader limits its
-        # workers to one thread as well.
-        torch.set_num_threads(1)
+        limit_threads_of_fork()
         self._start_here()
 
     def _require_open(self) -> None:

@@ -18,7 +18,7 @@ from flowreel.engine.errors import DeviceError, StageError, UsageError, first_li
 from flowreel.engine.models import model_name
 from flowreel.engine.models.layers import Upsampling, upsample
 from flowreel.engine.models.weights import Weights, instantiate, read_weights
-from flowreel.engine.pipeline import in_own_thread
+from flowreel.engine.pipeline import in_own_thread, limit_threads_of_fork
 from flowreel.engine.restore import Fit
 from flowreel.engine.several import in_turn
 from flowreel.kernels.launch import recording
@@ -315,6 +315,7 @@ def load_network(config: ModelConfig) -> Network:
     Raises:
         DeviceError, UsageError, WeightsError: before any frame is decoded.
     """
+    limit_threads_of_fork()
     devices = resolve_devices(config.device)
     (precision,) = {resolve_precision(config.precision, device) for device in devices}
     loaded = partial(_loaded, config, devices, precision)

@@ -10,6 +10,7 @@ from flowreel.engine.config import SelectConfig
 from flowreel.engine.data import SourceId
 from flowreel.engine.errors import FlowreelError, SourceNotFoundError, UnsupportedSourceError, UsageError
 from flowreel.engine.files import PathLike
+from flowreel.engine.pipeline import limit_threads_of_fork
 from flowreel.engine.protocols import RandomAccess, Source
 from flowreel.engine.sources.kinds import RECIPE, Kind, is_synthetic, kind_of
 
@@ -30,6 +31,7 @@ def open_source(name: PathLike, select: SelectConfig | None = None, device: str 
         DeviceError, MissingDependencyError: NVDEC was asked for by name and cannot decode it.
     """
     text, kind = _looked_up(name)
+    limit_threads_of_fork()  # some sources compute, too
     source: Source = getattr(_module(kind), kind.function)(text, select or SelectConfig(), device)
     return source
 
