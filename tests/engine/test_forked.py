@@ -40,3 +40,22 @@ def test_flow_is_computed_in_a_forked_process() -> None:
     source = "synthetic:objects?size=192x128&frames=9"
     done = subprocess.run([sys.executable, "-c", PROGRAM, source], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+CONVERTED = """
+import os, signal, av
+from flowreel.engine.sources.picture import Converter, Turn
+convert = Converter("x", (96, 64), Turn())
+convert(av.VideoFrame(96, 64, "yuv420p"), 0)
+child = os.fork()
+if not child:
+    signal.alarm(10)  # it hangs
+    del convert  # as garbage collection does, whenever it comes
+    os._exit(0)
+raise SystemExit(os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="no fork here")
+def test_a_forked_process_can_free_what_its_parent_converted_frames_with() -> None:
+    assert subprocess.run([sys.executable, "-c", CONVERTED], check=False).returncode == 0
