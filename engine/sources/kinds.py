@@ -73,6 +73,11 @@ def is_synthetic(name: str) -> bool:
     return name.startswith(SYNTHETIC)
 
 
+def is_path(name: str) -> bool:
+    """Whether the name is that of a file or folder, or a glob, so that it depends on the working folder."""
+    return not (_is_stdin(name) or is_synthetic(name))
+
+
 def _stem_of_scene(name: str) -> str:
     return name.removeprefix(SYNTHETIC).split("?")[0]
 

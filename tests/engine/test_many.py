@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import shutil
+import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -185,6 +186,19 @@ def test_the_same_again_from_another_folder(tiny: str, monkeypatch: pytest.Monke
     monkeypatch.chdir("moved/in")
     outputs = [f"../{template}" for template in (VIDEO, FLO)]
     assert statuses(run_many(["a.mp4", scene, "b.mp4"], outputs, weights=tiny)) == ["skipped"] * 3
+
+
+def test_stdin_is_known_in_another_folder(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    frame = b"FRAME\n" + bytes(64 * 64 * 3 // 2)
+    Path("clip.y4m").write_bytes(b"YUV4MPEG2 W64 H64 F25:1\n" + 3 * frame)
+    with open("clip.y4m") as video:
+        monkeypatch.setattr(sys, "stdin", video)
+        run_many("-", VIDEO, weights=tiny)
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    (source,) = run_many("-", f"../{VIDEO}", weights=tiny).sources
+    assert (source.status, source.flows) == ("skipped", 2)
+    assert manifest("../out/flowreel-manifest.json")["earlier"] == []
 
 
 @pytest.mark.parametrize("template", [STORE, VIDEO, FLO])
