@@ -109,7 +109,7 @@ def call(arguments: list[str]) -> int:
         return _say(_with_notes("interrupted", stopped.__cause__ or stopped), INTERRUPTED)
     except Exception as raised:
         error = raised.__cause__ if isinstance(raised, EndOfFile) else raised
-        if "--debug" in arguments:
+        if "--debug" in arguments and sys.stderr is not None:  # None: see ``_say``
             traceback.print_exception(raised)
         assert isinstance(error, Exception)
         return _report(error)

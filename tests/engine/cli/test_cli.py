@@ -98,7 +98,7 @@ def test_stats_to_a_closed_stdout_are_not_lost_in_silence(
 def test_an_error_does_not_go_to_stdout_if_stderr_is_closed(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", None)
-        assert call(["info", "nothing.mp4"]) == 1
+        assert call(["info", "nothing.mp4", "--debug"]) == 1
     assert capsys.readouterr().out == ""
 
 
