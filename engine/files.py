@@ -33,6 +33,11 @@ def leads_nowhere(path: Path) -> bool:
     return path.is_symlink() and not path.exists()
 
 
+def folder_name(path: PathLike) -> str:
+    """The name of a folder, also of ``.`` and ``..``; ``flow`` for the root folder, which has none."""
+    return Path(os.path.abspath(path)).name or "flow"
+
+
 def cache_folder(kind: str) -> Path:
     """Where cached files of a kind go: ``$FLOWREEL_CACHE/KIND``, else ``flowreel/KIND`` in the user's cache folder.
 

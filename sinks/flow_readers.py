@@ -18,6 +18,7 @@ import torch
 
 from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
 from flowreel.engine.errors import FlowFileError, FlowreelError, FrameSizeError
+from flowreel.engine.files import folder_name
 from flowreel.engine.publish import partial_path
 
 if TYPE_CHECKING:
@@ -144,10 +145,7 @@ class FileFlows:
             width=width,
             frame_rate=self._rate,
             frame_count=len(numbers) + 1,
-            source=SourceId(
-                Path(os.path.abspath(first)).parent.name or "flow",  # the root folder has no name
-                sum(path.stat().st_size for path in paths),
-            ),
+            source=SourceId(folder_name(first.parent), sum(path.stat().st_size for path in paths)),
             made_by={"imported_from": f"{len(numbers)} files such as {first.name}"},
         )
         self.notes: list[str] = []

@@ -24,7 +24,7 @@ from flowreel.engine.errors import (
     TooFewFramesError,
     UnsupportedSourceError,
 )
-from flowreel.engine.files import as_glob, leads_nowhere, natural_order
+from flowreel.engine.files import as_glob, folder_name, leads_nowhere, natural_order
 from flowreel.engine.sources.fingerprint import last_change, source_id
 from flowreel.engine.sources.independent import IndependentFrames
 from flowreel.engine.sources.kinds import IMAGE_SUFFIXES
@@ -101,7 +101,7 @@ def _what_else(place: Path, found: list[Path]) -> str:
 
 def _folder(paths: list[Path]) -> str:
     """The name of a clip of images: that of their folder."""
-    return paths[0].absolute().parent.name
+    return folder_name(paths[0].parent)
 
 
 def _first(paths: list[Path]) -> str:

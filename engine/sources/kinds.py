@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from flowreel.engine.files import as_glob
+from flowreel.engine.files import as_glob, folder_name
 
 STDIN = "-"
 RECIPE = "ffmpeg -i CLIP -f yuv4mpegpipe - | flowreel run -"  # for messages: how to read what is no file
@@ -95,7 +95,7 @@ def _stem_of_images(name: str) -> str:
     folder = Path(name)
     if not folder.is_dir():
         folder = min(map(Path, glob.glob(as_glob(name) or name, recursive=True)), default=folder).parent
-    return Path(os.path.abspath(folder)).name or "flow"  # the root folder has no name
+    return folder_name(folder)
 
 
 def _lasting_images(name: str) -> str:

@@ -61,6 +61,14 @@ class TestWhichFiles:
         (tmp_path / "7.png").mkdir()
         assert [path.name for path in find_images(str(tmp_path))] == ["1.jpg", "2.PNG", "3.webp", "4.tif", "5.ppm"]
 
+    def test_a_folder_has_the_same_name_from_inside(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Else a store made from ``..`` could be neither resumed nor repaired from elsewhere."""
+        for number in range(2):
+            grey(tmp_path / f"{number}.png", number)
+        (tmp_path / "inside").mkdir()
+        monkeypatch.chdir(tmp_path / "inside")
+        assert open_source("..").info.source == open_source("../*.png").info.source == open_source(tmp_path).info.source
+
     def test_glob(self, tmp_path: Path) -> None:
         for number in range(4):
             grey(tmp_path / f"left{number}.png", number)
