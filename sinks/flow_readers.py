@@ -150,7 +150,7 @@ class FileFlows:
         )
         self.notes: list[str] = []
         if frame_rate is None and not self.has_times:
-            self.notes.append(f"the flow files carry no times: {FRAME_RATE} frames per second are assumed")
+            self.notes.append(f"the flow files carry no usable times: {FRAME_RATE} frames per second are assumed")
 
     @property
     def has_times(self) -> bool:

@@ -221,7 +221,7 @@ def test_npz_files_keep_their_times(tmp_path: Path) -> None:
 def test_times_that_do_not_follow_each_other_are_not_read(tmp_path: Path, second: tuple[int, float] | None) -> None:
     reader = open_flows(npz_files(tmp_path, [(8, 7.5), second]))
     assert not reader.has_times
-    assert reader.notes == ["the flow files carry no times: 25 frames per second are assumed"]
+    assert reader.notes == ["the flow files carry no usable times: 25 frames per second are assumed"]
     (batch,) = reader
     assert (batch.frame.tolist(), batch.timestamp_s.tolist()) == ([0, 1], [0, 0.04])
 
