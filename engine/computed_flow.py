@@ -14,7 +14,6 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import astuple, dataclass, replace
 from itertools import chain, groupby, islice
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -83,7 +82,7 @@ class ComputedFlow:
     def _start_here(self) -> None:
         """Creates this process's own state: after a fork, the parent's decoder and locks cannot be used."""
         self._process = os.getpid()
-        self._reader = _reader(self._source, self._most_bytes)
+        self._reader = FrameReader(self._source, self._most_bytes)
         self._turn = OneAtATime()  # guards the reader
         self._counting = OneAtATime()  # guards the statistics
         self._statistics = LazyStatistics()
@@ -112,7 +111,7 @@ class ComputedFlow:
         most = _STRETCH_FLOWS if self._cache is None else _STRETCH_BATCHES * self._inference.batch
         stretch = max(most // self._shard, 1) * self._shard  # whole shards, so that no batch of a run is divided
         info = self._source.info
-        with closing(_reader(self._source, 3 * info.height * info.width)) as reader:  # keeps the shared frame
+        with closing(FrameReader(self._source, 3 * info.height * info.width)) as reader:  # keeps the shared frame
             for first in range(0, self._count, stretch):
                 yield from self._stretch(range(first, min(first + stretch, self._count)), reader)
 
@@ -203,7 +202,7 @@ class ComputedFlow:
 
     def close(self) -> None:
         """Releases the decoder and the kept frames. Nothing can be read afterwards."""
-        if os.getpid() != self._process:  # in a fork, where the decoder and the lock are still those of the parent
+        if os.getpid() != self._process:  # a fork, where the lock may be held by a thread that only the parent has
             self._closed = True
         elif not self._closed:
             with self._turn:
@@ -225,20 +224,6 @@ class ComputedFlow:
     def _require_open(self) -> None:
         if self._closed:
             raise ValueError(f"{self._path} is closed: open it again")
-
-
-_READERS: WeakSet[FrameReader] = WeakSet()  # of this process and, after a fork, of its parent
-# Readers inherited by a fork, kept for ever: their decoders' threads exist only in the parent, and closing a decoder,
-# or merely dropping it, would wait for them.
-_ABANDONED: list[FrameReader] = []
-if hasattr(os, "register_at_fork"):  # where there are forks
-    os.register_at_fork(after_in_child=lambda: _ABANDONED.extend(_READERS))
-
-
-def _reader(source: RandomAccess, most_bytes: int) -> FrameReader:
-    reader = FrameReader(source, most_bytes)
-    _READERS.add(reader)
-    return reader
 
 
 def refuse_fork(path: str, device: torch.device) -> None:

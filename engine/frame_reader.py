@@ -10,9 +10,11 @@ request: reading backwards then costs one pass through each stretch between key 
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
+from weakref import WeakSet
 
 from flowreel.engine.data import Frame
 from flowreel.engine.errors import TruncatedSourceError
@@ -20,7 +22,7 @@ from flowreel.engine.protocols import Picture, RandomAccess
 
 
 class FrameReader:
-    """Gives frames of one source by number. For one thread at a time.
+    """Gives frames of one source by number. For one thread at a time. A forked process reads with its own decoder.
 
     Args:
         source: is left open; several readers may share it.
@@ -37,6 +39,7 @@ class FrameReader:
         self._kept: OrderedDict[int, Picture] = OrderedDict()  # least recently used first
         self._decoder: Generator[Picture, None, None] | None = None
         self._stands_at = 0  # number of the frame that the decoder yields next
+        _READERS.add(self)
 
     def frame(self, number: int) -> Frame:
         """Raises TruncatedSourceError for a frame that the container lists but that does not decode; SourceError when
@@ -117,3 +120,21 @@ class FrameReader:
         while self._kept and self.kept_bytes > self._most_bytes:
             _, dropped = self._kept.popitem(last=False)
             self.kept_bytes -= dropped.size_bytes
+
+    def _abandon(self) -> None:
+        """In a forked process: leaves alone what belongs to the parent."""
+        _ABANDONED.append((self._decoder, self._kept))
+        self._decoder, self._kept, self.kept_bytes = None, OrderedDict(), 0
+
+
+def _abandon_all() -> None:
+    for reader in list(_READERS):
+        reader._abandon()
+
+
+_READERS: WeakSet[FrameReader] = WeakSet()
+# Decoders that a forked process inherited, and their frames. They are kept for ever: a decoder's threads exist only in
+# the parent, and closing the decoder, or merely dropping it, would wait for them.
+_ABANDONED: list[object] = []
+if hasattr(os, "register_at_fork"):  # where there are forks
+    os.register_at_fork(after_in_child=_abandon_all)

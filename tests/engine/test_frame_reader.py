@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -228,3 +229,24 @@ def test_a_key_frame_behind_the_wanted_one_will_not_do(keyed: Path) -> None:
     assert list(pyav._pass(probe, stamp, "exact", latest=39)) == []
     head = next(pyav._pass(probe, stamp, "exact", latest=40))
     assert probe.timeline.number_of(head.frame.pts) == 40
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_leaves_the_parent_s_decoder_alone(keyed: Path) -> None:
+    """Its threads are only in the parent: closing or dropping it in the child would wait for them for ever."""
+    reader = reader_of(open_random_access(keyed))
+    expected = reader.frame(5).rgb
+    decoder = reader._decoder
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+        child = os.fork()
+    if not child:
+        try:
+            assert reader._decoder is None
+            assert torch.equal(reader.frame(5).rgb, expected)
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert reader._decoder is decoder
+    reader.close()

@@ -409,19 +409,6 @@ class TestSharing:
         assert flow._flows._reader._decoder is not None
         flow._flows._reader.close()
 
-    @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-    def test_a_forked_process_never_drops_the_parent_s_decoder(self, opened: Callable[..., LazyFlow]) -> None:
-        """Its threads are only in the parent, and to drop it would wait for them for ever."""
-        flow = opened()
-        flow[0]
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
-            child = os.fork()
-        if not child:
-            os._exit(0 if flow._flows._reader in computed_flow._ABANDONED else 1)
-        assert os.waitpid(child, 0)[1] == 0
-        assert flow._flows._reader not in computed_flow._ABANDONED
-
 
 class TestWhatGoesWrong:
     @pytest.mark.parametrize("key", [39, -40, [3, 39], (0, 2), (0, 0, 48)])
