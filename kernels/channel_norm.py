@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from flowreel.kernels.launch import SUFFIXES, blocks_for, implement, launch, sizes, view
+from flowreel.kernels.launch import SUFFIXES, blocks_for, implement, launch, refuse_derivative, sizes, view
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,13 +79,13 @@ def _remember(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs, output)
 
 
-@once_differentiable
 def _backward(ctx: Any, grad: Tensor) -> Tensor:
     gradient: Tensor = torch.ops.flowreel.channel_norm_backward(grad, *ctx.saved_tensors)
     return gradient
 
 
 _torch_library.register_autograd("flowreel::channel_norm", _backward, setup_context=_remember, lib=_LIBRARY)
+refuse_derivative(_LIBRARY, "channel_norm_backward")
 
 
 # --- the public function ----------------------------------------------------------------------------------------------

@@ -16,10 +16,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flowreel.kernels import correlation_bands, correlation_products
-from flowreel.kernels.launch import MOST_DEEP, SUFFIXES, blocks_for, implement, launch, parts, sizes, view
+from flowreel.kernels.launch import (
+    MOST_DEEP,
+    SUFFIXES,
+    blocks_for,
+    implement,
+    launch,
+    parts,
+    refuse_derivative,
+    sizes,
+    view,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -239,7 +248,6 @@ def _remember(ctx: Any, inputs: tuple[Tensor, Tensor, int, int, float | None, fl
     ctx.save_for_backward(a, b, *([output] if ctx.slope != 1 else []))
 
 
-@once_differentiable
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     a, b, *activated = ctx.saved_tensors
     if activated:  # positive exactly where the value before the activation was
@@ -249,6 +257,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _torch_library.register_autograd("flowreel::correlation", _backward, setup_context=_remember, lib=_LIBRARY)
+refuse_derivative(_LIBRARY, "correlation_backward")
 
 
 # --- the public function ----------------------------------------------------------------------------------------------

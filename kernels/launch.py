@@ -200,6 +200,22 @@ def implement(
         library.impl(name, chosen, "CUDA")
 
 
+def refuse_derivative(library: Any, name: str) -> None:
+    """Makes it an error to differentiate this operation, which computes a gradient itself.
+
+    Otherwise torch would silently leave its part out of the result, and with ``once_differentiable`` still does so
+    where the incoming gradient is a constant, as after ``.sum()``.
+    """
+
+    def refused(*_: Any) -> None:
+        raise RuntimeError(
+            f"{name} has no derivative, since flowreel's operations can be differentiated only once: "
+            "use their gradients as constants, with .detach()"
+        )
+
+    torch.library.register_autograd(f"flowreel::{name}", refused, lib=library)
+
+
 @contextmanager
 def recording(into: dict[str, str]) -> Iterator[None]:
     """Notes which version of each of our operations runs meanwhile in this thread: ``cuda``, ``torch``, or both.

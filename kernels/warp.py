@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from flowreel.kernels.launch import SUFFIXES, blocks_for, implement, launch, sizes, view
+from flowreel.kernels.launch import SUFFIXES, blocks_for, implement, launch, refuse_derivative, sizes, view
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -231,7 +230,6 @@ def _remember(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-@once_differentiable
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     image, flow = ctx.saved_tensors
     operations = torch.ops.flowreel
@@ -242,6 +240,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
 
 
 _torch_library.register_autograd("flowreel::warp", _backward, setup_context=_remember, lib=_LIBRARY)
+refuse_derivative(_LIBRARY, "warp_image_gradient")
+refuse_derivative(_LIBRARY, "warp_flow_gradient")
 
 
 # --- the public function ----------------------------------------------------------------------------------------------

@@ -127,8 +127,10 @@ def test_a_graph_of_the_gradients_gives_them_but_none_beyond(case: Case) -> None
     slopes = torch.autograd.grad(case.call(*inputs).square().sum(), inputs, create_graph=True)
     for slope, x in zip(slopes, wanted, strict=True):
         assert torch.equal(slope, x.grad)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        slopes[0].sum().backward()
+    constant = torch.autograd.grad(case.call(*inputs).sum(), inputs, create_graph=True)  # the gradient that comes in
+    for beyond in (*slopes, *constant):
+        with pytest.raises(RuntimeError, match="differentiated only once"):
+            (beyond.sum() + inputs[0].sum()).backward()
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
