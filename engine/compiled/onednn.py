@@ -63,9 +63,10 @@ class PackedWeights:
         return self._last
 
     def _plain(self) -> Tensor:
-        if not self._last.is_mkldnn:
-            return self._last
-        plain = self._last.to_dense()
+        last = self._last  # read once: another thread may replace it at any time
+        if not last.is_mkldnn:
+            return last
+        plain = last.to_dense()
         if not self.transposed:
             return plain
         return plain.transpose(0, 1).contiguous()  # oneDNN puts outputs first

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flowreel.engine.compiled import onednn
-from flowreel.engine.compiled.onednn import PackedConvolution
+from flowreel.engine.compiled.onednn import PackedConvolution, PackedWeights
 
 pytestmark = pytest.mark.skipif(not onednn.available(torch.float32), reason="this torch has no oneDNN for this CPU")
 SIZES = [*itertools.product((1, 2), (32, 64), (8, 128))]
@@ -58,3 +58,22 @@ def test_layouts_go_with_the_sizes_that_asked_for_them() -> None:
         same(convolution(x, 1), F.conv2d(x, weight, padding=1))
         del convolution
         assert len(once._weights._layouts) == 1
+
+
+def test_weights_that_another_thread_packs_meanwhile() -> None:
+    plain = torch.randn(48, 32, 3, 3)
+    packed = PackedWeights(plain, (1, 1), 1, False, 1).for_input(torch.Size((1, 32, 32, 8)), 1)
+
+    class PackedMeanwhile(PackedWeights):
+        reads = 0
+
+        @property
+        def _last(self) -> Tensor:
+            self.reads += 1
+            return plain if self.reads == 1 else packed
+
+        @_last.setter
+        def _last(self, tensor: Tensor) -> None:
+            pass
+
+    assert torch.equal(PackedMeanwhile(plain, (1, 1), 1, False, 1)._plain(), plain)
