@@ -50,7 +50,7 @@ class _Extent:
     count: int  # flows
     height: int  # pixels of a flow
     width: int
-    starts: tuple[int, ...]  # first flow of each fixed clip; for random clips only the length of this tuple matters
+    starts: Sequence[int]  # first flow of each fixed clip; for random clips only the number of them matters
 
     def differs(self, flows: LazyFlow | FlowStore) -> bool:
         """Whether the source, opened again, is not what it was."""
@@ -260,7 +260,7 @@ class FlowClips(Dataset[Any]):
         if clips is not None:
             starts = np.linspace(0, last, clips).round().astype(int).tolist() if clips > 1 else [last // 2]
         source = flows.info.source if isinstance(flows, LazyFlow) else None
-        return _Extent(source, count, *flows.shape[2:], tuple(starts))
+        return _Extent(source, count, *flows.shape[2:], starts)
 
     def _open(self, number: int) -> LazyFlow | FlowStore:
         given = self._given[number]

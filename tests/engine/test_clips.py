@@ -199,6 +199,9 @@ class TestPlaces:
         with pytest.raises(IndexError, match=rf"clip {index} of 6"):
             make()[index]
 
+    def test_each_place_takes_no_memory(self, make: Make) -> None:
+        assert make(length=2, stride=1)._extents[0].starts == range(12)
+
 
 class TestSources:
     def test_videos_stores_and_what_was_opened_before(self, videos: list[Path], store: Path, tiny_weights: str) -> None:
