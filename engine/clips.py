@@ -34,7 +34,7 @@ from flowreel.engine.errors import SourceChangedError, StoreError, UsageError
 from flowreel.engine.files import PathLike
 from flowreel.engine.inference import Network, load_network
 from flowreel.engine.lazy import LazyFlow
-from flowreel.engine.models.weights import lasting_weights
+from flowreel.engine.models.weights import lasting_weights, require_same_weights
 from flowreel.engine.options import ClipOptions
 from flowreel.engine.sources import lasting_name
 from flowreel.sinks import FlowStore
@@ -159,6 +159,7 @@ class FlowClips(Dataset[Any]):
         model = RunConfig.of(**{name: value for name, value in options.items() if name != "frames_mb"}).model
         self._model = replace(model, weights=lasting_weights(model.weights))
         self._options = {"frames_mb": 64.0} | options | {"weights": self._model.weights}
+        self._weights_sha256: str | None = None  # None: no weights loaded so far
         self._caches = None if cache is None else _caches(Path(cache).absolute(), self._given)
         # Shared memory, since DataLoader workers may persist from epoch to epoch.
         self._epoch = torch.zeros((), dtype=torch.int64, device="cpu")
@@ -290,7 +291,10 @@ class FlowClips(Dataset[Any]):
     def _loaded(self, path: str) -> Network:
         """The network, loaded once per process for all videos."""
         if self._network is None:
-            self._network = os.getpid(), load_network(self._model)
+            loaded = load_network(self._model)
+            if self._weights_sha256 is not None:  # a worker, which has it from the process that started it
+                require_same_weights(loaded.weights, self._weights_sha256)
+            self._network, self._weights_sha256 = (os.getpid(), loaded), loaded.weights.sha256
         process, network = self._network
         if process != os.getpid():
             refuse_fork(path, network.device)

@@ -28,7 +28,7 @@ from flowreel.engine.device import to_host
 from flowreel.engine.errors import MissingDependencyError, SourceChangedError, UsageError
 from flowreel.engine.files import PathLike
 from flowreel.engine.inference import Network, load_network
-from flowreel.engine.models.weights import lasting_weights
+from flowreel.engine.models.weights import lasting_weights, require_same_weights
 from flowreel.engine.options import LazyOptions
 from flowreel.engine.sources import lasting_name, open_random_access
 from flowreel.sinks import select
@@ -276,12 +276,13 @@ class LazyFlow:
         options = self._options | {"frames_mb": self._most_bytes / (1 << 20)}
         if self._cache is not None:
             options["cache"] = str(self._cache.folder)
-        return _reopened, (self._lasting, options, self.info.source, len(self))
+        return _reopened, (self._lasting, options, self.info.source, len(self), self._inference.weights.sha256)
 
 
-def _reopened(path: str, options: dict[str, Any], source: SourceId, count: int) -> LazyFlow:
+def _reopened(path: str, options: dict[str, Any], source: SourceId, count: int, weights_sha256: str) -> LazyFlow:
     """Unpickles a LazyFlow by opening its source again."""
     flow = LazyFlow(path, **options)
+    require_same_weights(flow._inference.weights, weights_sha256)
     if (flow.info.source, len(flow)) != (source, count):
         raise SourceChangedError(f"{path} is not what it was when its flow was pickled: open it again")
     return flow

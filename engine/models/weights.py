@@ -186,6 +186,15 @@ def lasting_weights(source: str) -> str:
     return os.path.abspath(source) if source != BASELINE and os.path.isfile(source) else source
 
 
+def require_same_weights(weights: Weights, sha256: str) -> None:
+    """Raises WeightsMismatchError unless the weights, read again in another process, are still those of that hash."""
+    if weights.sha256 != sha256:
+        raise WeightsMismatchError(
+            f"{weights.name} has been replaced since it was loaded (sha256 {weights.sha256} instead of {sha256}): "
+            "start again, or put the old file back"
+        )
+
+
 def read_weights(source: str | Path) -> Weights:
     """Reads a weights file and identifies its network.
 

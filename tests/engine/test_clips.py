@@ -21,7 +21,14 @@ from flowreel.engine import clips
 from flowreel.engine.clip_view import ViewRule
 from flowreel.engine.config import SinkConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
-from flowreel.engine.errors import DeviceError, SourceChangedError, SourceNotFoundError, StoreError, UsageError
+from flowreel.engine.errors import (
+    DeviceError,
+    SourceChangedError,
+    SourceNotFoundError,
+    StoreError,
+    UsageError,
+    WeightsMismatchError,
+)
 from flowreel.sinks import open_sink
 
 Clip = Callable[..., Path]
@@ -307,6 +314,18 @@ class TestLoaders:
         copy = pickle.loads(pickle.dumps(dataset))
         assert not copy._opened
         assert torch.equal(copy[3]["flow"], dataset[3]["flow"])
+
+    def test_pickled_it_knows_its_weights(
+        self, videos: list[Path], tmp_path: Path, tiny_weights: str, tiniest_weights: str
+    ) -> None:
+        weights = tmp_path / "w.safetensors"
+        shutil.copy(tiny_weights, weights)
+        data = pickle.dumps(flowreel.FlowClips(videos[0], 3, weights=weights))
+        shutil.copy(tiniest_weights, weights)
+        copy = pickle.loads(data)
+        for _ in range(2):
+            with pytest.raises(WeightsMismatchError, match=r"w\.safetensors has been replaced"):
+                copy[0]
 
 
 class _On:

@@ -33,6 +33,7 @@ from flowreel.engine.errors import (
     TooFewFramesError,
     TruncatedSourceError,
     UsageError,
+    WeightsMismatchError,
 )
 from flowreel.engine.lazy import LazyFlow, LazyStatistics
 from flowreel.engine.pairing import planned
@@ -376,6 +377,16 @@ class TestSharing:
         data = pickle.dumps(flowreel.open(path, weights=tiny_weights))
         shutil.copy(clip("other.mp4", count=12), path)
         with pytest.raises(SourceChangedError, match="not what it was"):
+            pickle.loads(data)
+
+    def test_a_pickled_one_knows_its_weights(
+        self, tiny_weights: str, tiniest_weights: str, tmp_path: Path, video: Path
+    ) -> None:
+        weights = tmp_path / "w.safetensors"
+        shutil.copy(tiny_weights, weights)
+        data = pickle.dumps(flowreel.open(video, weights=weights))
+        shutil.copy(tiniest_weights, weights)
+        with pytest.raises(WeightsMismatchError, match=r"w\.safetensors has been replaced"):
             pickle.loads(data)
 
     def test_closing(self, opened: Callable[..., LazyFlow]) -> None:
