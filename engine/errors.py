@@ -174,7 +174,7 @@ class StageError(FlowreelError):
 
     def __init__(self, stage: str, frame: int | None, cause: BaseException) -> None:
         where = f"{stage}" if frame is None else f"{stage}, frame {frame}"
-        super().__init__(f"{where}: {_said_by(cause)}")
+        super().__init__(f"{where}: {said_by(cause)}")
         self.stage = stage
         self.frame = frame
         self.__cause__ = cause
@@ -184,9 +184,16 @@ class StageError(FlowreelError):
         return StageError, (self.stage, self.frame, self.__cause__)
 
 
-def _said_by(error: BaseException) -> str:
+def lacks_memory(error: BaseException) -> bool:
+    """Whether the host's memory ran out, however the library at work reports that."""
+    return isinstance(error, MemoryError) or any(
+        words in str(error) for words in ("DefaultCPUAllocator", "Cannot allocate memory")
+    )
+
+
+def said_by(error: BaseException) -> str:
     """An error's message; instead of torch's and NumPy's own about the host's memory, one that says what to try."""
-    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+    if lacks_memory(error):
         return (
             "this machine has too little free memory: end what else runs there, or take a smaller --batch, --queue-mb "
             f"or --model ({first_line(error)})"

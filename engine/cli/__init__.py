@@ -16,7 +16,7 @@ import warnings
 from types import FrameType
 from typing import NoReturn
 
-from flowreel.engine.errors import FlowreelError, StageError, UsageError
+from flowreel.engine.errors import FlowreelError, StageError, UsageError, lacks_memory, said_by
 
 INTERRUPTED = 130
 SAME_INTERRUPT_S = 1.0  # a Ctrl-C this soon after the first counts as the same: a person or a script sent it twice
@@ -123,6 +123,8 @@ def _report(error: Exception) -> int:
     if isinstance(error, FlowreelError):
         message = _with_notes(str(error) or type(error).__name__, error)
         return _say(message, 2 if isinstance(cause, UsageError) else 1)
+    if lacks_memory(error):
+        return _say(said_by(error), 1)
     if isinstance(error, OSError) and error.strerror:  # one that was not foreseen: a name too long, a lost disk
         return _say(f"{error.strerror}: {error.filename}" if error.filename else error.strerror, 1)
     if hasattr(error, "format_message"):  # typer's own: an unknown option, a value of the wrong kind

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from flowreel.engine.data import JSON
-from flowreel.engine.errors import OutputWriteError, UnreadableWeightsError, WeightsMismatchError
+from flowreel.engine.errors import OutputWriteError, UnreadableWeightsError, WeightsMismatchError, lacks_memory
 from flowreel.engine.models.pickles import MOST_BYTES, check_checkpoint
 from flowreel.engine.publish import atomic_path
 
@@ -82,8 +82,8 @@ def _read_safetensors(path: Path, name: str) -> tuple[dict[str, Tensor], Mapping
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except UnreadableWeightsError:
         raise
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise UnreadableWeightsError(f"{name} is not a whole .safetensors file: {_first_line(error)}") from error
+    except (SafetensorError, OSError, ValueError, RecursionError, MemoryError, RuntimeError) as error:
+        raise _unreadable(name, "not a whole .safetensors file", error) from error
     return state, about if isinstance(about, dict) else {}
 
 
@@ -123,9 +123,9 @@ def _read_checkpoint(path: Path, name: str) -> tuple[dict[str, Tensor], Mapping[
             "it again where it was made, with nothing else than {'state_dict': model.state_dict()}"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise UnreadableWeightsError(f"{name} is cut, damaged, or no checkpoint: {_first_line(error)}") from error
+        raise _unreadable(name, "cut, damaged, or no checkpoint", error) from error
     except (zipfile.BadZipFile, MemoryError, OverflowError, AssertionError, RecursionError) as error:
-        raise UnreadableWeightsError(f"{name} is damaged: {_first_line(error)}") from error
+        raise _unreadable(name, "damaged", error) from error
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state:
         raise WeightsMismatchError(f"{name} holds no state_dict, but {type(content).__name__}")
@@ -184,6 +184,12 @@ def _met(error: pickle.UnpicklingError) -> str:
     """What torch refused. Its message first explains how to load the file regardless, which must not be shown here."""
     met = re.search(r"unsupported [^\n]*", str(error), re.IGNORECASE)
     return _first_line(error) if met is None else met[0][:MOST_SHOWN].partition(" was not")[0]
+
+
+def _unreadable(name: str, guess: str, error: BaseException) -> UnreadableWeightsError:
+    """guess: what is wrong with the file, unless memory ran out, which a damaged file too can cause."""
+    wrong = "too large for the memory that is free here, or damaged" if lacks_memory(error) else guess
+    return UnreadableWeightsError(f"{name} is {wrong}: {_first_line(error)}")
 
 
 def _first_line(error: BaseException) -> str:

@@ -95,6 +95,17 @@ def test_stats_to_a_closed_stdout_are_not_lost_in_silence(
     assert Path("a.zarr").exists()
 
 
+def test_memory_that_ends_outside_a_run_is_told_in_plain_words(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails() -> None:
+        raise MemoryError("std::bad_alloc")
+
+    monkeypatch.setattr("flowreel.engine.models.weights.known_weights", fails)
+    assert call(["weights", "list"]) == 1
+    assert one_line(capsys).startswith("flowreel: this machine has too little free memory: end what else runs there")
+
+
 def test_an_error_does_not_go_to_stdout_if_stderr_is_closed(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", None)

@@ -191,6 +191,33 @@ def test_a_cut_checkpoint_is_said_to_be_that(tmp_path: Path) -> None:
         read_weights(tmp_path / "part.pth.tar")
 
 
+@pytest.mark.parametrize(
+    ("suffix", "reader", "error"),
+    [
+        (".pth.tar", "torch.load", RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")),
+        (".pth.tar", "torch.load", MemoryError()),
+        (".safetensors", "safetensors.safe_open", MemoryError("Cannot allocate memory (os error 12)")),
+        (".safetensors", "safetensors.safe_open", RuntimeError("unable to mmap 9 bytes: Cannot allocate memory (12)")),
+    ],
+    ids=range(4),
+)
+def test_a_file_that_memory_does_not_suffice_for_need_not_be_damaged(
+    suffix: str, reader: str, error: Exception, tmp_path: Path, filled: Filled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    path = tmp_path / f"large{suffix}"
+    state = filled("FlowNet2S", width=NARROW).state_dict()
+    if suffix == ".safetensors":
+        save_weights(path, state, licence="none", made_by={})
+    else:
+        torch.save(state, path)
+    monkeypatch.setattr(reader, fails)
+    with pytest.raises(UnreadableWeightsError, match=r"^large.* is too large for the memory that is free here, or dam"):
+        read_weights(path)
+
+
 def test_a_checkpoint_with_the_options_of_its_training_is_told_what_to_hold(tmp_path: Path) -> None:
     path = tmp_path / "mine.pth.tar"
     torch.save({"state_dict": {"conv1.0.weight": torch.zeros(1)}, "args": argparse.Namespace(lr=1e-4)}, path)
