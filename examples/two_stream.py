@@ -1,16 +1,16 @@
-"""Trains a two-stream classifier on flow that nobody has computed beforehand.
+"""Trains a two-stream classifier on optical flow that is computed while it trains.
 
     python examples/two_stream.py
 
-Little clips are rendered first: a warm or a cool ground that slides left, slides right, comes closer or turns. What a
-clip shows is told by both together, so that neither the picture nor the motion is enough by itself:
+First it renders short clips. The background is warm or cool, and it slides left, slides right, comes closer or turns.
+A clip's class is its background together with its motion, so neither the picture nor the motion alone is enough:
 
     frame ─────────────────> spatial stream ──┐
       │                                       ├─> sum of scores ─> one of eight classes
       └─ FlowClips: 6 flows ─> temporal stream ┘
 
-The first epoch computes the flow and keeps it; from the second on it is read. The last lines tell how many of the
-clips that were held out are recognised by both streams, and by each alone.
+The first epoch computes the flow and stores it in a cache, from which later epochs read it. At the end the script
+prints how many of the held-out clips are recognised by both streams together, and by each alone.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ BOUND = 6.0  # pixels of motion that become 1
 
 
 def ground(kind: str, generator: torch.Generator) -> Tensor:
-    """(1, 3, 256, 256) in 0..255: patches of random colours, red above all or blue above all."""
+    """(1, 3, 256, 256) in 0..255: patches of random colours, mostly red or mostly blue."""
     patches = torch.rand(1, 3, 32, 32, generator=generator)
     patches = functional.interpolate(patches, size=(256, 256), mode="bilinear", align_corners=False)
     strong = torch.tensor([230.0, 120.0, 60.0] if kind == "warm" else [60.0, 120.0, 230.0])
@@ -60,13 +60,13 @@ def moved(picture: Tensor, motion: str, speed: float, frame: int) -> Tensor:
 
 
 def render(folder: Path, name: str, clips_a_class: int, seed: int) -> tuple[list[Path], list[int]]:
-    """Videos of each class, and the number of the class that each belongs to."""
+    """Renders videos of each class. Returns their paths, and the number of the class of each."""
     generator = torch.Generator()
     folder.mkdir(parents=True, exist_ok=True)
     paths, labels = [], []
     for label, (kind, motion) in enumerate((kind, motion) for kind in GROUNDS for motion in MOTIONS):
         for number in range(clips_a_class):
-            # A clip is the same however many there are, so its flow in the cache stays valid.
+            # A seed for each clip: it stays the same, and its cached flow valid, if the number of clips changes.
             generator.manual_seed(1_000_000 * seed + 1000 * label + number)
             picture = ground(kind, generator)
             speed = 2 + 2 * float(torch.rand((), generator=generator))
@@ -92,14 +92,14 @@ def stream(channels: int) -> nn.Sequential:
         nn.ReLU(),
         nn.Conv2d(16, 32, 3, stride=2, padding=1),
         nn.ReLU(),
-        nn.AdaptiveAvgPool2d(3),  # nine places: turning looks otherwise at the left than at the right
+        nn.AdaptiveAvgPool2d(3),  # 3 x 3 regions: a turn moves the left side the other way than the right
         nn.Flatten(),
         nn.Linear(9 * 32, len(CLASSES)),
     )
 
 
 class TwoStream(nn.Module):
-    """Scores of a frame and of the flow behind it."""
+    """Scores of a frame and of the flow that starts there."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class TwoStream(nn.Module):
 
 
 def accuracies(net: TwoStream, loader: DataLoader) -> tuple[float, float, float]:
-    """How many of the clips are recognised: by both streams together, by the picture alone, by the motion alone."""
+    """The share of clips recognised by both streams together, by the picture alone, and by the motion alone."""
     right, count = torch.zeros(3), 0
     with torch.no_grad():
         for batch in loader:
@@ -127,22 +127,22 @@ def accuracies(net: TwoStream, loader: DataLoader) -> tuple[float, float, float]
 
 
 def cached(folder: Path) -> int:
-    """Flows that lie in the caches."""
+    """The number of flows in the caches."""
     return sum(flowreel.open_store(cache).stored for cache in folder.iterdir()) if folder.is_dir() else 0
 
 
 def main(arguments: list[str] | None = None) -> tuple[float, float, float]:
-    """Trains and tells; returns what ``accuracies`` says of the clips that were held out."""
+    """Trains, prints the progress, and returns the ``accuracies`` on the held-out clips."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("two_stream"), help="for the clips and their flow")
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--clips", type=int, default=8, help="of each class to train on; half as many are held out")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read; 0: this one")
+    parser.add_argument("--clips", type=int, default=8, help="training clips per class; half as many are held out")
+    parser.add_argument("--workers", type=int, default=0, help="processes that load clips; 0: this one")
     chosen = parser.parse_args(arguments)
 
     torch.manual_seed(0)
     flows = chosen.folder / "flow"
-    # No mirror here: it would make a clip that slides left one that slides right.
+    # No mirroring: it would turn a clip that slides left into one that slides right.
     options = {"length": LENGTH, "bound": BOUND, "rgb": True, "cache": flows, "model": "FlowNet2C", "open_at_once": 100}
     videos, labels = render(chosen.folder / "videos", "train", chosen.clips, seed=1)
     train = flowreel.FlowClips(videos, labels=labels, random=True, crop=(80, 112), seed=0, **options)
