@@ -34,7 +34,7 @@ class OriginalCorrelation:
     def __init__(self, path: Path, like: Tensor) -> None:
         import cupy
 
-        from flowreel.kernels.launch import _header_folder  # the same headers as for our kernels
+        from flowreel.kernels.compiling import _header_folder  # the same headers as for our kernels
 
         kind = TYPES[like.dtype]
         names = [f"channels_first<{kind}>", f"correlation_forward<{kind}>"]

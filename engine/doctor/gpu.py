@@ -138,8 +138,9 @@ def kernels() -> Finding:
     import torch
 
     from flowreel.kernels import channel_norm
+    from flowreel.kernels.compiling import compile_source
     from flowreel.kernels.flow_head import flow_head, pack_flow_head
-    from flowreel.kernels.launch import TENSOR_CORES_SINCE, compile_source
+    from flowreel.kernels.launch import TENSOR_CORES_SINCE
 
     try:
         compile_source("channel_norm", "compute_80")

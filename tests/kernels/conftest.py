@@ -25,7 +25,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowreel.kernels import launch
+from flowreel.kernels import compiling, launch
 
 HERE = Path(__file__).resolve().parent
 SHIM = HERE / "cuda_on_cpu"
@@ -33,7 +33,7 @@ FLAGS = ("-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-fPIC",
 FLAGS += (f"-I{SHIM}", "-include", "cuda_on_cpu.h")
 ORDERS = ("forward", "backward", "shuffled")  # of warps, or of all threads
 FENCE = np.full(1 << 12, 0x7FA07DA5, np.uint32).view(np.uint8)  # NaN in every type, with bits that no computation gives
-CUDA_DIR = Path(os.environ.get("FLOWREEL_CUDA_DIR", launch.SOURCES)).resolve()
+CUDA_DIR = Path(os.environ.get("FLOWREEL_CUDA_DIR", compiling.SOURCES)).resolve()
 
 
 class KernelFailure(AssertionError):
@@ -146,7 +146,7 @@ def as_on_a_gpu(operation: Any, *arguments: object) -> str:
 
 def shared_library(name: str, built: Path) -> ctypes.CDLL:
     """One source, compiled for the CPU; once per session unless the source changes."""
-    text = launch.read_source(name)
+    text = compiling.read_source(name)
     key = hashlib.sha256("\0".join((text, *((SHIM / "cuda_on_cpu.h").read_text(), *FLAGS))).encode()).hexdigest()[:16]
     library = built / f"{name}-{key}.so"
     if not library.exists():
@@ -222,7 +222,7 @@ def acting(built: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..
 
     def start(sources: Path = CUDA_DIR, order: str = "forward") -> CPU:
         cpu = CPU(sources, built, order)
-        monkeypatch.setattr(launch, "SOURCES", sources)
+        monkeypatch.setattr(compiling, "SOURCES", sources)
         monkeypatch.setattr(launch, "pointer_of", cpu.pointer_of)
         monkeypatch.setitem(launch.loaders, "cpu", cpu.load)
         monkeypatch.setattr(launch, "_cupy_is_there", lambda: True)
@@ -239,7 +239,7 @@ def plant(acting: Callable[..., CPU], tmp_path: Path) -> Callable[[str, str, str
 
     def planted(file: str, right: str, wrong: str) -> torch.device:
         sources = tmp_path / "cuda"
-        shutil.copytree(launch.SOURCES, sources)
+        shutil.copytree(compiling.SOURCES, sources)
         text = (sources / file).read_text()
         assert right in text
         (sources / file).write_text(text.replace(right, wrong))
@@ -266,5 +266,5 @@ def card(request: pytest.FixtureRequest, acting: Callable[..., CPU]) -> torch.de
 @pytest.fixture
 def gpu(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """A real GPU, which runs the chosen sources."""
-    monkeypatch.setattr(launch, "SOURCES", CUDA_DIR)
+    monkeypatch.setattr(compiling, "SOURCES", CUDA_DIR)
     return gpu

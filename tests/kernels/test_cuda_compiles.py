@@ -16,12 +16,12 @@ from typing import NamedTuple
 import pytest
 
 from flowreel.engine.errors import DeviceError
-from flowreel.kernels import launch
+from flowreel.kernels import compiling, launch
 
 HERE = Path(__file__).resolve().parent
 BUDGET: dict[str, dict[str, dict[str, int]]] = json.loads((HERE / "cuda_budget.json").read_text())
 OLDEST, ARCHITECTURES = "sm_75", ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-SOURCES = sorted(path.stem for path in launch.SOURCES.glob("*.cu"))
+SOURCES = sorted(path.stem for path in compiling.SOURCES.glob("*.cu"))
 ON_TENSOR_CORES = {"convolution", "correlation_products", "flow_head"}  # not for the oldest architecture
 
 
@@ -47,13 +47,13 @@ def uses(log: str) -> dict[str, Use]:
 
 @pytest.fixture(autouse=True)
 def _chosen_sources(monkeypatch: pytest.MonkeyPatch, cuda_dir: Path) -> None:
-    monkeypatch.setattr(launch, "SOURCES", cuda_dir)
+    monkeypatch.setattr(compiling, "SOURCES", cuda_dir)
 
 
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_source_compiles_within_its_budget(source: str, architecture: str) -> None:
-    program, log = launch.compile_source(source, architecture)
+    program, log = compiling.compile_source(source, architecture)
     assert program[:4] == b"\x7fELF"
     taken = uses(log)
     assert set(taken) == set(BUDGET[source])
@@ -69,7 +69,7 @@ def test_source_compiles_within_its_budget(source: str, architecture: str) -> No
 @pytest.mark.parametrize("source", sorted(set(SOURCES) - ON_TENSOR_CORES))
 def test_the_oldest_gpus_get_what_needs_no_tensor_cores(source: str) -> None:
     """Registers are not limited there, because nothing has been tuned for the oldest GPUs."""
-    taken = uses(launch.compile_source(source, OLDEST)[1])
+    taken = uses(compiling.compile_source(source, OLDEST)[1])
     assert set(taken) == set(BUDGET[source])
     for name, use in taken.items():
         assert use.spilled_bytes == 0, name
@@ -80,7 +80,7 @@ def test_the_oldest_gpus_do_without_what_needs_them() -> None:
     assert {source for source in SOURCES if launch.needs_tensor_cores(source)} == ON_TENSOR_CORES
     for source in ON_TENSOR_CORES:
         with pytest.raises(DeviceError, match=f"does not compile for {OLDEST}"):
-            launch.compile_source(source, OLDEST)
+            compiling.compile_source(source, OLDEST)
 
 
 def test_budget_names_every_source() -> None:
@@ -89,15 +89,15 @@ def test_budget_names_every_source() -> None:
 
 def test_newer_gpus_get_a_program_their_driver_translates() -> None:
     """PTX instead of machine code. That every source compiles for this architecture is tested with machine code."""
-    program, _ = launch.compile_source("warp", "compute_80")
+    program, _ = compiling.compile_source("warp", "compute_80")
     assert b".target sm_80" in program
 
 
 def test_an_error_in_a_source_is_told_with_the_compilers_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "wrong.cu").write_text('extern "C" __global__ void wrong(float* x) { *x = unheard_of; }\n')
-    monkeypatch.setattr(launch, "SOURCES", tmp_path)
+    monkeypatch.setattr(compiling, "SOURCES", tmp_path)
     with pytest.raises(DeviceError, match=r"(?s)wrong\.cu does not compile for sm_90.*unheard_of"):
-        launch.compile_source("wrong", "sm_90")
+        compiling.compile_source("wrong", "sm_90")
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc: NVRTC has compiled the same sources")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowreel.kernels import launch
+from flowreel.kernels import compiling
 from flowreel.kernels.convolution import _convolution_cuda, convolution_definition, pack, tiling
 
 TOLERANCE = {torch.float16: 2**-10, torch.bfloat16: 2**-7}  # relative: one rounding
@@ -180,7 +180,7 @@ def keep_one_entry(layer: Layer) -> None:
     """Removes all other entries from the copied source, so that they need not be compiled."""
     found = tiling(layer.weight(torch.float16, torch.device("cpu")), layer.stride, layer.transposed)
     assert found is not None
-    source = launch.SOURCES / "convolution.cu"
+    source = compiling.SOURCES / "convolution.cu"
     kept = f"ENTRIES({', '.join(str(int(number)) for number in found)}, "
     lines = source.read_text().replace("ENTRY_OF(bfloat16, __nv_bfloat16, __VA_ARGS__)", "").splitlines()
     assert sum(line.startswith(kept) for line in lines) == 1

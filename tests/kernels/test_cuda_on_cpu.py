@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowreel.kernels.launch import SOURCES, launch, sizes
+from flowreel.kernels.compiling import SOURCES
+from flowreel.kernels.launch import launch, sizes
 
 ORDERS = ("forward", "backward", "shuffled")
 Run = Callable[..., Tensor]

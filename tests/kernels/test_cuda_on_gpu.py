@@ -13,7 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowreel.kernels import bitshuffle, channel_norm, correlation, flow_to_color, launch, quantise, warp, yuv_to_rgb
+from flowreel.kernels import (
+    bitshuffle,
+    channel_norm,
+    compiling,
+    correlation,
+    flow_to_color,
+    launch,
+    quantise,
+    warp,
+    yuv_to_rgb,
+)
 from flowreel.kernels.bitshuffle import bitshuffle_definition
 from flowreel.kernels.channel_norm import channel_norm_definition
 from flowreel.kernels.convolution import convolution, convolution_definition, pack
@@ -270,4 +280,4 @@ def test_flow_heads_in_a_graph_and_compiled(gpu: torch.device) -> None:
 def test_all_kernels_load(gpu: torch.device) -> None:
     assert launch.kernels_on(gpu) == "cuda"
     launch.prepare(gpu)
-    assert {source for source, _ in launch._modules} == {path.stem for path in launch.SOURCES.glob("*.cu")}
+    assert {source for source, _ in launch._modules} == {path.stem for path in compiling.SOURCES.glob("*.cu")}

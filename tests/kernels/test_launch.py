@@ -1,9 +1,7 @@
-"""Which version of an operation runs, how that is reported, and how kernels are compiled, kept and launched."""
+"""Which version of an operation runs, how that is reported, and how kernels are loaded, kept and launched."""
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +12,7 @@ import pytest
 import torch
 
 from flowreel.engine.compiled import padded
-from flowreel.engine.errors import DeviceError
-from flowreel.kernels import channel_norm, correlation_products, flow_head, launch, warp
+from flowreel.kernels import channel_norm, compiling, correlation_products, flow_head, launch, warp
 from flowreel.kernels.launch import implement, note, recording
 
 
@@ -123,11 +120,11 @@ class NotingCupy:
 def noting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> NotingCupy:
     """A fake CuPy, in a thread that has not used a GPU yet."""
     cupy = NotingCupy()
-    monkeypatch.setattr(launch, "_cupy", lambda: cupy)
+    monkeypatch.setattr(compiling, "load_cupy", lambda: cupy)
     monkeypatch.setattr(launch, "_modules", {})
     monkeypatch.setattr(launch, "_kernels", {})
-    monkeypatch.setattr(launch, "_cache_folder", lambda: tmp_path)
-    monkeypatch.setattr(launch, "compile_source", lambda name, architecture: (b"program", ""))
+    monkeypatch.setattr(compiling, "_cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(compiling, "compile_source", lambda name, architecture: (b"program", ""))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: cupy.device)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0x5EED + device))
@@ -144,31 +141,16 @@ def test_a_kernel_is_loaded_and_fetched_on_its_device_in_a_thread_that_has_none(
     assert noting.device == 0
 
 
-@pytest.mark.parametrize(
-    ("own", "architecture"),
-    [((9, 0), "sm_90"), ((7, 5), "sm_75"), ((10, 3), "compute_90"), ((8, 7), "compute_86"), ((12, 0), "compute_90")],
-)
-def test_a_gpu_gets_its_own_program_or_the_newest_that_its_driver_translates(
-    own: tuple[int, int], architecture: str
-) -> None:
-    assert launch._architecture(*own, [75, 80, 86, 90]) == architecture
-
-
-def test_a_gpu_older_than_the_compiler_is_refused() -> None:
-    with pytest.raises(DeviceError, match=r"capability 7\.5 and newer, not 7\.0"):
-        launch._architecture(7, 0, [75, 80, 86, 90])
-
-
 def test_a_program_is_kept_until_its_source_or_its_compiler_changes(
     noting: NotingCupy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     compiled: list[str] = []
 
-    def compiling(name: str, architecture: str) -> tuple[bytes, str]:
+    def compile_source(name: str, architecture: str) -> tuple[bytes, str]:
         compiled.append(architecture)
         return b"program", ""
 
-    monkeypatch.setattr(launch, "compile_source", compiling)
+    monkeypatch.setattr(compiling, "compile_source", compile_source)
 
     def load() -> int:
         launch._modules.clear()
@@ -176,7 +158,7 @@ def test_a_program_is_kept_until_its_source_or_its_compiler_changes(
         return len(compiled)
 
     assert [load(), load()] == [1, 1]
-    monkeypatch.setattr(launch, "read_source", lambda name: "another source")
+    monkeypatch.setattr(compiling, "read_source", lambda name: "another source")
     assert [load(), load()] == [2, 2]
     noting.cuda.nvrtc.getVersion = lambda: (13, 1)
     assert [load(), load()] == [3, 3]
@@ -199,7 +181,7 @@ def test_a_damaged_program_is_compiled_again(
         launch._modules.clear()
         launch._module("warp", gpu)
         assert kept.read_bytes() == b"program"
-    monkeypatch.setattr(launch, "compile_source", lambda name, architecture: (b"what no driver loads", ""))
+    monkeypatch.setattr(compiling, "compile_source", lambda name, architecture: (b"what no driver loads", ""))
     kept.unlink()
     launch._modules.clear()
     with pytest.raises(RuntimeError, match="INVALID_IMAGE"):
@@ -233,42 +215,6 @@ def test_a_prepared_launch_changes_its_pointers_alone(monkeypatch: pytest.Monkey
         prepared(16)
 
 
-def test_programs_of_a_user_without_a_home_are_kept_for_the_process(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    for name in ("FLOWREEL_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    monkeypatch.setattr(launch, "_own_folder", lambda: tmp_path)
-    assert launch._cache_folder() == tmp_path
-    monkeypatch.setenv("FLOWREEL_CACHE", str(tmp_path / "kept"))
-    assert launch._cache_folder() == tmp_path / "kept" / "kernels"
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("FLOWREEL_CACHE", str(tmp_path / "file"))
-    assert launch._cache_folder() == tmp_path
-    monkeypatch.setenv("FLOWREEL_CACHE", str(tmp_path / "kept"))
-    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # the folder belongs to another user
-    assert launch._cache_folder() == tmp_path
-
-
-def test_a_program_that_does_not_fit_on_the_disk_leaves_nothing(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    launch._publish(tmp_path / "whole.bin", b"program")
-    assert (tmp_path / "whole.bin").read_bytes() == b"program"
-    (tmp_path / "as others").touch()
-    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
-    assert len(modes) == 1  # whoever may read other files here may read it
-    (tmp_path / "as others").unlink()
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        launch._publish(tmp_path / "x.bin", b"program")
-    assert [path.name for path in tmp_path.iterdir()] == ["whole.bin"]
-
-
 @pytest.mark.parametrize(("capability", "tensor_cores"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
 def test_older_gpus_do_without_the_tensor_core_kernels(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], tensor_cores: bool
@@ -286,7 +232,7 @@ def test_older_gpus_do_without_the_tensor_core_kernels(
         launch.on_tensor_cores.cache_clear()
     assert {"warp", "correlation", "bias_leaky_relu"} <= loaded
     assert ({"convolution", "correlation_products", "flow_head"} <= loaded) == tensor_cores
-    assert len(loaded) == len(list(launch.SOURCES.glob("*.cu"))) - (0 if tensor_cores else 3)
+    assert len(loaded) == len(list(compiling.SOURCES.glob("*.cu"))) - (0 if tensor_cores else 3)
 
 
 def test_the_device_tells_how_many_multiprocessors_it_has(monkeypatch: pytest.MonkeyPatch) -> None:

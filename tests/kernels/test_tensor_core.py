@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flowreel.kernels import compiling
 from flowreel.kernels import launch as launching
 
 BODY = """
@@ -62,11 +63,11 @@ def apart(card: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ) -> float:
         inside = 256 // piece if inside is None else inside
         for name in ("common.cuh", "tensor_core.cuh"):
-            (tmp_path / name).write_text((launching.SOURCES / name).read_text())
+            (tmp_path / name).write_text((compiling.SOURCES / name).read_text())
         text = BODY.replace("LAID", str(by_rows).lower()).replace("WAIT", wait)
         text = text.replace("BYTES", str(piece)).replace("INSIDE", str(inside))
         (tmp_path / "made.cu").write_text(text)
-        monkeypatch.setattr(launching, "SOURCES", tmp_path)
+        monkeypatch.setattr(compiling, "SOURCES", tmp_path)
         monkeypatch.setattr(launching, "_modules", {})
         monkeypatch.setattr(launching, "_kernels", {})
         a, b = torch.randn(16, 16).to(card, dtype), torch.randn(16, 8).to(card, dtype)

@@ -15,7 +15,7 @@ import torch
 
 from flowreel.engine.doctor import Finding, gpu
 from flowreel.engine.errors import DeviceError, MissingDependencyError
-from flowreel.kernels import launch
+from flowreel.kernels import compiling
 from flowreel.sinks import video_writer
 from tests.engine.doctor.looking import found, raising
 
@@ -183,7 +183,7 @@ class TestKernels:
         [(MissingDependencyError("no headers"), "missing"), (DeviceError("does not compile\nlog"), "broken")],
     )
     def test_what_does_not_compile(self, monkeypatch: pytest.MonkeyPatch, error: Exception, status: str) -> None:
-        monkeypatch.setattr(launch, "compile_source", raising(error))
+        monkeypatch.setattr(compiling, "compile_source", raising(error))
         finding = found("CUDA kernels")
         assert finding.status == status
         assert finding.detail.endswith(str(error).splitlines()[0])
@@ -214,7 +214,7 @@ class TestKernels:
             on_gpu = to_what == ("cuda",) and x.ndim == 4
             return 1.5 * x if on_gpu and x.dtype == wrong else x if to_what == ("cuda",) else to(x, *to_what, **how)
 
-        monkeypatch.setattr(launch, "compile_source", lambda *_: (b"", ""))
+        monkeypatch.setattr(compiling, "compile_source", lambda *_: (b"", ""))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
         monkeypatch.setattr(torch.Tensor, "to", moved)
