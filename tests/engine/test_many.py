@@ -9,6 +9,7 @@ import shutil
 import sys
 import weakref
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from flowreel.engine.errors import (
     WeightsNotFoundError,
 )
 from flowreel.engine.inference import Network
+from flowreel.engine.manifest import Ledger, SourceReport
 from flowreel.engine.many import ManyProgress, ManyReport, run_many
 from flowreel.engine.protocols import Source
 from flowreel.engine.sources import open_source
@@ -158,7 +160,10 @@ def test_outputs_by_a_longer_name_are_known_to_be_done(tiny: str) -> None:
     sources = [clip("a.mp4"), clip("b.mp4")]
     outputs = [f"./{template}" for template in (STORE, VIDEO, FLO)]
     run_many(sources, outputs, weights=tiny)
-    assert statuses(run_many(sources, outputs, weights=tiny)) == ["skipped"] * 2
+    Path("link").symlink_to("out")
+    for folder in ("./out", "link"):
+        again = [template.replace("out", folder, 1) for template in (STORE, VIDEO, FLO)]
+        assert statuses(run_many(sources, again, weights=tiny)) == ["skipped"] * 2
 
 
 def test_the_same_again_from_another_folder(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,7 +334,8 @@ def test_single_files_count_as_done_when_the_manifest_says_so(tiny: str) -> None
 
 def test_what_earlier_runs_did_is_not_forgotten(tiny: str) -> None:
     """A run of other sources, or one that is interrupted, keeps the entries of sources that it does not touch."""
-    run_many([clip("a.mp4"), clip("b.mp4")], FLO, weights=tiny)
+    Path("b.mp4").symlink_to(clip("a.mp4"))  # still a source of its own
+    run_many(["a.mp4", "b.mp4"], FLO, weights=tiny)
     run_many([clip("c.mp4"), clip("d.mp4")], FLO, weights=tiny)
     with pytest.raises(KeyboardInterrupt):
         run_many([clip("e.mp4"), "a.mp4"], FLO, weights=tiny, progress=interrupt_at(1))
@@ -339,6 +345,16 @@ def test_what_earlier_runs_did_is_not_forgotten(tiny: str) -> None:
         "e.mp4": "interrupted",
     }
     assert statuses(run_many(["a.mp4", "b.mp4", "c.mp4"], FLO, weights=tiny)) == ["skipped"] * 3
+    assert {entry["source"] for entry in manifest()["earlier"]} == {"d.mp4", "e.mp4"}
+
+
+def test_what_another_run_wrote_meanwhile_is_not_forgotten() -> None:
+    path = Path("out/list.json")
+    with closing(Ledger(path, [])) as late:  # which begins first, and writes last
+        with closing(Ledger(path, [])) as other:
+            other.note(SourceReport("a.mp4", "done", ()))
+        late.note(SourceReport("b.mp4", "done", ()))
+    assert [entry["source"] for entry in manifest("out/list.json")["earlier"]] == ["a.mp4"]
 
 
 def interrupt_at(number: int) -> Any:
@@ -408,6 +424,14 @@ def test_files_of_somebody_else_are_never_replaced(tiny: str) -> None:
         report = run_many(sources, FLO, weights=tiny)
         assert report.sources[1].status == "failed"
         assert Path("out/b/0000.flo").read_text() == "mine"
+
+
+def test_files_beside_those_that_an_interrupted_run_began_are_not_its_own(tiny: str) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run_many([clip("a.mp4")], VIDEO, weights=tiny, progress=interrupt_at(1))
+    Path("out/a.mp4").write_text("mine")
+    assert statuses(run_many(["a.mp4"], [VIDEO, "out/{stem}.mp4"], weights=tiny)) == ["failed"]
+    assert Path("out/a.mp4").read_text() == "mine"
 
 
 def test_a_cut_source_stays_unfinished(tiny: str) -> None:
