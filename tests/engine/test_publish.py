@@ -144,7 +144,7 @@ def test_old_folder_returns_when_the_new_one_cannot_take_its_name(
 def test_settle_after_a_death_between_the_renames(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, survivor: str
 ) -> None:
-    path, disk = tmp_path / "X.zarr", Disk(monkeypatch)
+    path, disk = tmp_path / "X[1].zarr", Disk(monkeypatch)
     fill(publish.replaced_path(path), "old")
     if survivor == "new":
         fill(path, "new")
@@ -156,12 +156,13 @@ def test_settle_after_a_death_between_the_renames(
     publish.settle_replaced(path)
 
 
+@pytest.mark.parametrize("name", ["X.zarr.replaced", "X.zarr.yesterday's copy.replaced"])
 @pytest.mark.parametrize("exists", [False, True])
-def test_a_folder_of_the_users_is_not_taken_for_one_that_was_replaced(tmp_path: Path, exists: bool) -> None:
+def test_a_folder_of_the_users_is_not_taken_for_one_that_was_replaced(tmp_path: Path, exists: bool, name: str) -> None:
     path = tmp_path / "X.zarr"
     if exists:
         fill(path, "current")
-    kept = fill(tmp_path / "X.zarr.replaced", "a copy")
+    kept = fill(tmp_path / name, "a copy")
     publish.publish_folder(fill(publish.partial_path(path), "new"), path)
     assert (kept / "content").read_text() == "a copy"
     assert sorted(tmp_path.iterdir()) == [path, kept]

@@ -102,10 +102,15 @@ def test_a_lasting_name_keeps_what_leads_through_a_link(
 
 
 @pytest.mark.parametrize("name", ["https://there/clip.mp4", "https://there/watch?v=1", "rtsp://there/1"])
-def test_an_address_is_told_how_to_pipe_it(name: str) -> None:
+def test_an_address_is_told_how_to_pipe_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless there is a file of that name."""
+    monkeypatch.chdir(tmp_path)
     for looking in (sources.open_source, sources.source_identity, sources.lasting_name):
         with pytest.raises(UsageError, match=rf"^{re.escape(name)} is an address.*ffmpeg -i"):
             looking(name)
+    Path(name).parent.mkdir(parents=True)
+    Path(name).touch()
+    assert sources.lasting_name(name) == str(tmp_path / name)
 
 
 def test_selection_reaches_the_source(clip: Callable[..., Path]) -> None:
