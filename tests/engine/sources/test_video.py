@@ -227,6 +227,22 @@ def test_a_cut_leaves_out_what_references_the_part_before(clip: Clip, tmp_path: 
     assert any("what came before the start of the file" in note for note in source.notes)
 
 
+def test_more_than_a_group_before_the_first_key_frame_is_not_left_out(clip: Clip, tmp_path: Path) -> None:
+    """Frames are missing for another reason than a cut, and are told of as such."""
+    path = tmp_path / "cut.mkv"
+    with av.open(str(clip("closed.mkv", count=40))) as whole, av.open(str(path), "w") as cut:
+        stream = cut.add_stream_from_template(whole.streams.video[0])
+        sent = [packet for packet in whole.demux(video=0) if packet.size]
+        (key,) = [place for place, packet in enumerate(sent) if packet.is_keyframe][1:2]
+        for packet in sent[key - 6 : key + 6]:
+            packet.stream = stream
+            cut.mux(packet)
+    source = open_source(path)
+    assert source.info.frame_count == 12
+    list(source)
+    assert source.losses != []
+
+
 @pytest.mark.usefixtures("each_decoder")
 class TestTimes:
     def test_edit_list_hides_frames(self, clip: Clip) -> None:
@@ -266,6 +282,14 @@ class TestTimes:
         assert pictured(frames) == 2 * list(range(60))
         assert np.diff([frame.timestamp_s for frame in frames]).min() > 0
         assert any("jump back" in note for note in source.notes)
+
+    def test_a_short_recording_after_one_with_later_stamps_is_not_left_out(self, clip: Clip, tmp_path: Path) -> None:
+        """Its frames, too, come after the first key frame and have stamps before it."""
+        later = clip("later.ts", count=20, stamps=lambda n: n + 100)
+        source = open_source(joined(tmp_path / "short.ts", later, clip("short.ts", count=10)))
+        frames = list(source)
+        assert pictured(frames) == [*range(20), *range(10)]
+        assert source.losses == []
 
     @pytest.mark.parametrize("back", [2, 15])
     def test_stamps_that_jump_back_a_little(self, clip: Clip, tmp_path: Path, back: int) -> None:
