@@ -322,6 +322,10 @@ class TestTraining:
         next(iter(flow)).zero_()
         assert torch.equal(flow[4], before)
 
+    def test_a_flow_that_is_kept_keeps_no_others_in_memory(self, opened: Callable[..., LazyFlow]) -> None:
+        for one in (opened()[4], next(iter(opened()))):
+            assert one.untyped_storage().nbytes() == one.nbytes
+
     def test_no_mode_leaks(self, opened: Callable[..., LazyFlow]) -> None:
         flow = opened()
         for _ in flow:

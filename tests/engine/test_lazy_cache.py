@@ -13,7 +13,7 @@ import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -206,6 +206,18 @@ class TestSharing:
         assert all(torch.equal(flow, again[number]) for number, flow in zip(numbers, got, strict=True))
         assert one.statistics.computed <= 12
         assert other.statistics.computed <= 12
+
+    def test_what_another_computes_while_one_waits_is_read(self, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+        one, other = opened(), opened()
+
+        @contextmanager
+        def turn() -> Iterator[None]:
+            other[3]
+            yield
+
+        monkeypatch.setattr(one._flows, "_turn", turn())
+        assert torch.equal(one[3], other[3])
+        assert one.statistics == LazyStatistics(from_cache=1)
 
     def test_two_spawned_workers_fill_one(self, opened: Open, expected: torch.Tensor) -> None:
         flow = opened(stop=14)
