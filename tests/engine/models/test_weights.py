@@ -32,7 +32,7 @@ from flowreel.engine.errors import (
 )
 from flowreel.engine.models import MODELS, build_model, checkpoints
 from flowreel.engine.models.identify import identify
-from flowreel.engine.models.saving import convert, save_weights
+from flowreel.engine.models.saving import convert, save_checkpoint, save_weights
 from flowreel.engine.models.weights import instantiate, known_weights, load_model, read_weights
 
 Filled = Callable[..., nn.Module]
@@ -429,16 +429,17 @@ def test_conversion_keeps_what_is_known(filled: Filled, tmp_path: Path) -> None:
 
 
 def test_half_files(filled: Filled, tmp_path: Path) -> None:
-    state = filled("FlowNet2S", width=0.2).state_dict()
+    state = filled("FlowNet2S", width=0.2, batch_norm=True).state_dict()
+    state["conv1.1.num_batches_tracked"] += 70_001  # an integer, which float16 cannot hold
     torch.save({"state_dict": state}, tmp_path / "a.pth.tar")
     convert(tmp_path / "a.pth.tar", tmp_path / "full.safetensors")
     half = convert(tmp_path / "a.pth.tar", tmp_path / "half.safetensors", half=True)
     sizes = [(tmp_path / name).stat().st_size for name in ("half.safetensors", "full.safetensors")]
     assert sizes[0] < 0.51 * sizes[1]
     torch.testing.assert_close(dict(half.state), dict(state), rtol=1e-3, atol=1e-4)
-    state["conv2.0.bias"][3] = 70_000
+    state["conv2.1.bias"][3] = 70_000
     torch.save({"state_dict": state}, tmp_path / "a.pth.tar")
-    with pytest.raises(WeightsMismatchError, match=r"conv2\.0\.bias reaches 7e\+04"):
+    with pytest.raises(WeightsMismatchError, match=r"conv2\.1\.bias reaches 7e\+04"):
         convert(tmp_path / "a.pth.tar", tmp_path / "new.safetensors", half=True)
     assert not list(tmp_path.glob("new*"))
 
@@ -457,6 +458,16 @@ def test_tensors_that_share_memory(half: bool, filled: Filled, tmp_path: Path) -
     for name in ("b.safetensors", "d.safetensors"):
         held = read_weights(tmp_path / name).state
         assert torch.equal(held["conv4.0.bias"], state["conv4_1.0.bias"].float())
+
+
+def test_a_part_of_a_larger_tensor_is_saved_alone(filled: Filled, tmp_path: Path) -> None:
+    state = filled("FlowNet2S", width=NARROW).state_dict()
+    save_weights(tmp_path / "a.safetensors", state, licence="", made_by={})
+    held = read_weights(tmp_path / "a.safetensors")
+    bias = held.state["conv5.0.bias"]
+    larger = bias.repeat(1 << 16)
+    save_checkpoint(tmp_path / "b.pth.tar", replace(held, state={**held.state, "conv5.0.bias": larger[: len(bias)]}))
+    assert (tmp_path / "b.pth.tar").stat().st_size < larger.nbytes
 
 
 def test_conversions_that_are_refused(filled: Filled, tmp_path: Path) -> None:
