@@ -17,6 +17,7 @@ from torch.nn.utils import prune
 
 import flowreel
 from flowreel.engine.compiled import plain
+from flowreel.engine.compiled.unchanged import Unchanged
 from flowreel.engine.config import Precision
 from flowreel.engine.errors import StaleModelError, UsageError
 from flowreel.engine.models import MODELS, build_model
@@ -223,6 +224,16 @@ def test_weights_that_change_afterwards_are_noticed(change: Callable[[nn.Module]
         with pytest.raises(StaleModelError, match=r"call flowreel\.compile again"):
             form(*frames)
     flowreel.compile(model, (1, 64, 64))(*frames)
+
+
+def test_a_module_added_to_a_list_is_noticed() -> None:
+    modules = nn.ModuleList([nn.ReLU()])
+    network = nn.ModuleDict({"blocks": modules})
+    unchanged = Unchanged(network)
+    unchanged.require()
+    modules.append(nn.ReLU())
+    with pytest.raises(StaleModelError, match="blocks has changed"):
+        unchanged.require()
 
 
 def test_statistics_of_batch_norm_are_weights_too() -> None:
