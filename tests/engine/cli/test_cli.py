@@ -544,10 +544,12 @@ def test_ctrl_c_while_the_commands_load(capsys: Capture, monkeypatch: pytest.Mon
 def test_a_terminal_shows_the_live_table(tiny: str, terminal: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", terminal.file)
     assert call(["run", SOURCE, "-o", "a.zarr", "--weights", tiny]) == 0
-    said = plain(terminal.said())
+    seen = terminal.said()
+    said = plain(seen)
     assert "waits for input" in said
     assert "decode" in said
     assert "5 flows" in said
+    assert seen.rfind("\x1b[?25h") > seen.rfind("\x1b[?25l")  # the cursor, hidden beside the table, is shown again
 
 
 def test_torch_waits_as_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
