@@ -24,7 +24,7 @@ from flowreel.engine.config import SelectConfig
 from flowreel.engine.data import JSON, UNKNOWN_ABOVE
 from flowreel.engine.errors import SourceNotFoundError, UnsupportedSourceError
 from flowreel.engine.files import as_glob
-from flowreel.engine.sources.kinds import IMAGE_SUFFIXES, is_synthetic
+from flowreel.engine.sources.kinds import IMAGE_SUFFIXES, is_synthetic, require_no_address
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -50,6 +50,7 @@ def describe(name: str) -> Facts:
 
     Raises:
         SourceNotFoundError, StoreNotFoundError: nothing of that name exists.
+        UsageError: it is the address of something on a network.
         FlowreelError: it exists, but cannot be read as the kind it claims to be, or is of no known kind.
     """
     kind, reader = _kind(name)
@@ -67,6 +68,7 @@ def _kind(name: str) -> tuple[str, Callable[[str], Facts]]:
     if not os.path.lexists(path):
         if name == "baseline":
             return "weights", _weights
+        require_no_address(name)
         if as_glob(name) is not None:
             return "images", _images
         raise SourceNotFoundError(f"nothing is at {name}: expected {KNOWN_KINDS}")

@@ -211,7 +211,10 @@ def _of_one_kind(name: str, found: list[Path], strict: bool) -> tuple[FlowFile, 
         if kind is not None:
             by_kind.setdefault(kind, []).append(path)
         elif strict and not _SECOND_HALF.fullmatch(path.name.lower()):
-            raise FlowFileError(f"{path} is not a known kind of flow file: expected {_known_forms()}")
+            raise FlowFileError(
+                f"{path} is not a known kind of flow file: expected {_known_forms()}; "
+                "flowreel run computes the flow of a video or of images"
+            )
     if not strict and len(by_kind) > 1:
         by_kind.pop(PLAIN_PNG, None)  # pictures beside the flow
     if not by_kind:

@@ -12,7 +12,7 @@ from flowreel.engine.errors import FlowreelError, SourceNotFoundError, Unsupport
 from flowreel.engine.files import PathLike
 from flowreel.engine.pipeline import limit_threads_of_fork
 from flowreel.engine.protocols import RandomAccess, Source
-from flowreel.engine.sources.kinds import RECIPE, Kind, is_synthetic, kind_of
+from flowreel.engine.sources.kinds import Kind, kind_of, require_no_address
 
 
 def open_source(name: PathLike, select: SelectConfig | None = None, device: str = "cpu") -> Source:
@@ -95,8 +95,7 @@ def image_folders(name: PathLike) -> list[str] | None:
 def _looked_up(name: PathLike) -> tuple[str, Kind]:
     """The name as text, and its kind. Raises UsageError for the address of something on a network."""
     text = os.fspath(name)
-    if "://" in text and not is_synthetic(text) and not os.path.exists(text):
-        raise UsageError(f"{text} is an address, and only files are read: download it, or pipe it in: {RECIPE}")
+    require_no_address(text)
     return text, kind_of(text)
 
 

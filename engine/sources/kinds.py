@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from flowreel.engine.errors import UsageError
 from flowreel.engine.files import as_glob, folder_name
 
 STDIN = "-"
@@ -71,6 +72,12 @@ def _stem_of_stdin(_: str) -> str:
 def is_synthetic(name: str) -> bool:
     """Whether the name is that of a rendered scene, not of a file."""
     return name.startswith(SYNTHETIC)
+
+
+def require_no_address(name: str) -> None:
+    """Raises UsageError for the address of something on a network, unless a file has that name."""
+    if "://" in name and not is_synthetic(name) and not os.path.exists(name):
+        raise UsageError(f"{name} is an address, and only files are read: download it, or pipe it in: {RECIPE}")
 
 
 def is_path(name: str) -> bool:

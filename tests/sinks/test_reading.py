@@ -259,7 +259,7 @@ def test_what_is_wrong_with_files_is_said(folder: Path) -> None:
     np.savez(folder / "a.npz", flow=some_flow())
     with pytest.raises(FlowFileError, match=r"one kind.*12 X\.flo, 1 X\.npz|one kind.*1 X\.npz, 12 X\.flo"):
         open_flows(folder)
-    with pytest.raises(FlowFileError, match=r"notes\.txt is not a known kind.*X\.flo"):
+    with pytest.raises(FlowFileError, match=r"notes\.txt is not a known kind.*X\.flo.*flowreel run"):
         open_flows(folder / "notes.txt")
     with pytest.raises(FlowFileError, match=r"notes\.txt is not a known kind"):
         open_flows([folder / "frame1.flo", folder / "notes.txt"])

@@ -17,6 +17,7 @@ from PIL import Image
 
 from flowreel.engine import sources
 from flowreel.engine.config import SelectConfig
+from flowreel.engine.describe import describe
 from flowreel.engine.errors import FlowreelError, SourceNotFoundError, UnsupportedSourceError, UsageError
 from flowreel.engine.sources import kinds
 
@@ -105,7 +106,7 @@ def test_a_lasting_name_keeps_what_leads_through_a_link(
 def test_an_address_is_told_how_to_pipe_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unless there is a file of that name."""
     monkeypatch.chdir(tmp_path)
-    for looking in (sources.open_source, sources.source_identity, sources.lasting_name):
+    for looking in (sources.open_source, sources.source_identity, sources.lasting_name, describe):
         with pytest.raises(UsageError, match=rf"^{re.escape(name)} is an address.*ffmpeg -i"):
             looking(name)
     Path(name).parent.mkdir(parents=True)
