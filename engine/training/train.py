@@ -90,6 +90,8 @@ def train(
     if workers < 0 or report_every < 1:
         raise UsageError(f"workers must be at least 0 and report-every at least 1, got {workers} and {report_every}")
     where = one_device(device)
+    if os.path.lexists(out):
+        make_folder(out)  # a file of that name is refused at once
     torch.manual_seed(config.seed)
     model = network(config).to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
     state = _Run(config, out, model, optimiser_of(config, model))

@@ -253,6 +253,12 @@ def test_no_folder_is_left_by_initial_weights_that_are_not_there(tmp_path: Path)
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_file_in_place_of_the_folder_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputWriteError):
+        train(replace(TINY, init="nowhere"), tmp_path / "file", workers=0)
+
+
 def test_augmentation_moves_the_flow_with_the_picture() -> None:
     """Pixels hold their own coordinates, so that a flow vector that does not lead to its match would show."""
     size = 80
