@@ -1,4 +1,8 @@
-"""The Python code and the commands on the documentation pages are run unchanged and in order."""
+"""The Python code and the commands on the documentation pages are run unchanged and in order.
+
+Commands that are not run, on any page and in any ``--help``, are at least such as the command line knows, and every
+link leads somewhere.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +20,18 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+import typer.main
 
 import flowreel
 from flowreel.engine.cli import call
+from flowreel.engine.cli.app import app
 from flowreel.sinks import registry
 
 ROOT = Path(__file__).resolve().parent.parent
 LAZY = (ROOT / "docs/lazy.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 FRAMES = 40
+CLI: Any = typer.main.get_command(app)
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +159,40 @@ def test_developing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         assert name == "sinks/npy.py" or (ROOT / name).exists(), name
     for table, name in re.findall(r"`(\w+)` in `(\S+\.py)`", page):
         assert re.search(rf"^{table}\b", (ROOT / name).read_text(), re.MULTILINE), table
+
+
+def understood(command: str) -> None:
+    """Fails unless the command line knows these words after ``flowreel``, and these options."""
+    words, known = shlex.split(command, comments=True), CLI
+    while hasattr(known, "commands"):
+        known = known.commands[words.pop(0)]
+    if known.name != "bench":  # it has a parser of its own
+        known.make_parser(known.context_class(known)).parse_args(words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_on_a_page_is_understood(page: Path) -> None:
+    parts = page.read_text().split("```")
+    code = [*re.findall(r"`([^`\n]+)`", " ".join(parts[::2])), *"\n".join(parts[1::2]).splitlines()]
+    for line in code:
+        if found := re.search(r"(?:^|\| )flowreel ([a-z].*)", line):
+            understood(found[1].replace("\\|", "|"))
+
+
+def test_every_example_in_a_help_text_is_understood() -> None:
+    texts = [command.help for command in (*CLI.commands.values(), *CLI.commands["weights"].commands.values())]
+    examples = re.findall(r"^  (?:.*\| )?flowreel ([a-z].*)$", "\n".join(texts), re.MULTILINE)
+    assert len(examples) > 20
+    for example in examples:
+        understood(example)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        name, _, heading = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, link
