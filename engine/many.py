@@ -41,6 +41,7 @@ class ManyReport:
 
     @property
     def failed(self) -> tuple[SourceReport, ...]:
+        """The sources that failed, each with its ``error``."""
         return tuple(report for report in self.sources if report.status == "failed")
 
     def raise_if_failed(self) -> None:

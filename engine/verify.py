@@ -56,9 +56,11 @@ class Verification:
 
     @property
     def sound(self) -> bool:
+        """Whether nothing is wrong."""
         return not self.findings
 
     def as_json(self) -> dict[str, Any]:
+        """The result as plain values, for a file."""
         return {"sound": self.sound} | asdict(self) | {"findings": [asdict(finding) for finding in self.findings]}
 
 
