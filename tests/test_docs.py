@@ -145,6 +145,35 @@ def test_python(
         assert {field.name for field in fields(report)} <= words
 
 
+def test_recipes(dance: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The page's commands and code run in order: a shell tells the words of each command, this process runs it."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(dance, tmp_path)
+    (tmp_path / "videos").mkdir()
+    for name in ("dance.mp4", "with space.mp4"):
+        shutil.copy(dance, tmp_path / "videos" / name)
+    blocks = re.findall(r"```(python|sh)\n(.*?)```", (ROOT / "docs/recipes.md").read_text(), re.DOTALL)
+    shown = {**os.environ, "SLURM_ARRAY_TASK_ID": "1"}
+    names: dict[str, Any] = {}
+    for language, block in blocks:
+        if language == "python":
+            exec(compile(block, "docs/recipes.md", "exec"), names)
+            continue
+        for line in block.splitlines():
+            words = subprocess.check_output(
+                line.replace("flowreel ", r"printf '%s\0' "), shell=True, env=shown, text=True
+            )
+            faster = ["--model", "FlowNet2C"] if words.startswith("run\0") else []
+            assert call([*words.split("\0")[:-1], *faster]) == 0, line
+    assert {path.name for path in (tmp_path / "all").iterdir()} == {"dance.zarr", "1.json"}
+    assert len(flowreel.open_store("every-second.zarr")) == 19
+    assert flowreel.open_store("part.zarr").frame[0] == 10
+    assert (tmp_path / "tsn/flow_y_00038.jpg").exists()
+    assert names["flow"].shape == (39, 2, 64, 96)
+    matlab = np.fromfile("flo/000000.flo", np.float32)[3:].reshape((2, 96, 64), order="F").transpose(2, 1, 0)
+    assert np.array_equal(matlab, flowreel.read_flo("flo/000000.flo"))
+
+
 def test_developing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The example output works once its line is registered, and every file and table the page names exists."""
     page = (ROOT / "docs/developing.md").read_text()
