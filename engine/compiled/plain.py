@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,29 @@ def _math(device: torch.device, precision: Precision) -> Iterator[None]:
             yield
             return
         # TF32 is off in half precision too: flow heads are float32 there.
-        settings = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=precision == "tf32")
-        with _setting_cudnn, settings:
+        with _setting_cudnn, _cudnn_settings(tf32=precision == "tf32"):
             yield
+
+
+@contextmanager
+def _cudnn_settings(*, tf32: bool) -> Iterator[None]:
+    """Deterministic convolutions, with TF32 or without.
+
+    Not by ``torch.backends.cudnn.flags``: it raises where the caller has chosen a precision by torch's newer
+    ``fp32_precision``, and does not turn off a TF32 chosen that way.
+    """
+    cudnn = torch.backends.cudnn
+    wanted: list[tuple[Any, str, object]] = [(cudnn, "enabled", True), (cudnn, "benchmark", False)]
+    wanted.append((cudnn, "deterministic", True))
+    if hasattr(cudnn, "conv"):  # since torch 2.9
+        wanted.append((cudnn.conv, "fp32_precision", "tf32" if tf32 else "ieee"))
+    else:
+        wanted.append((cudnn, "allow_tf32", tf32))
+    before = [getattr(place, name) for place, name, _ in wanted]
+    try:
+        for place, name, value in wanted:
+            setattr(place, name, value)
+        yield
+    finally:
+        for (place, name, _), value in zip(wanted, before, strict=True):
+            setattr(place, name, value)

@@ -396,8 +396,10 @@ def test_the_form_that_runs_anywhere(name: str, precision: Precision, filled: Fi
 
 
 def cudnn_s_settings() -> tuple[bool, ...]:
+    """Whether cuDNN is used, times algorithms, takes deterministic ones only, and uses TF32 in convolutions."""
     cudnn = torch.backends.cudnn
-    return cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32
+    tf32 = cudnn.conv.fp32_precision == "tf32" if hasattr(cudnn, "conv") else cudnn.allow_tf32
+    return cudnn.enabled, cudnn.benchmark, cudnn.deterministic, tf32
 
 
 def test_overlapping_calls_on_a_gpu_leave_cudnn_s_settings_alone() -> None:
@@ -431,6 +433,20 @@ def test_on_a_gpu_neither_benchmarks_nor_unasked_tf32_decide_the_flow(precision:
             assert cudnn_s_settings() == (True, False, True, precision == "tf32")
         assert cudnn_s_settings() == callers
     assert cudnn_s_settings() == before
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch is older than 2.9")
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+@pytest.mark.parametrize("callers", ["ieee", "tf32"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16"])
+def test_fp32_precision_of_the_caller_s_neither_decides_nor_fails(precision: Precision, callers: str) -> None:
+    before, convolutions = cudnn_s_settings(), torch.backends.cudnn.conv
+    with torch.backends.flags(fp32_precision=callers):
+        convolutions.fp32_precision = callers
+        with plain._math(torch.device("cuda"), precision):
+            assert (convolutions.fp32_precision == "tf32") is (precision == "tf32")
+        assert convolutions.fp32_precision == callers
+    torch.backends.cudnn.allow_tf32 = before[-1]
 
 
 def test_flow_heads_stay_in_float32() -> None:
