@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -71,8 +72,7 @@ class Fit:
             return flow
         if self.mode == "resize":
             flow = F.interpolate(flow, (self.height, self.width), mode="bilinear", align_corners=False)
-            scale = flow.new_tensor([self.width / width, self.height / height])
-            return flow * scale.view(1, 2, 1, 1)
+            return _scaled(flow, self.width / width, self.height / height)
         top, left = self._margins()
         return flow[:, :, top : top + self.height, left : left + self.width]
 
@@ -81,7 +81,7 @@ class Fit:
         if self.mode != "resize":
             return native
         height, width = self.network_size
-        return native * native.new_tensor([self.width / width, self.height / height]).view(1, 2, 1, 1)
+        return _scaled(native, self.width / width, self.height / height)
 
     def grid(self, upsampling: Upsampling) -> NativeGrid:
         """How the network's native prediction, upsampled as stated, maps to the flow that ``undo`` gives."""
@@ -103,6 +103,11 @@ def restore(fit: Fit) -> Callable[[Iterator[FlowBatch]], Iterator[FlowBatch]]:
             yield replace(batch, flow=fit.undo(batch.flow), native=native)
 
     return stage
+
+
+def _scaled(flow: Tensor, x: float, y: float) -> Tensor:
+    """Vectors stretched by plain numbers: a tensor of them would be copied to a GPU only after all its work so far."""
+    return torch.stack([flow[:, 0] * x, flow[:, 1] * y], 1)
 
 
 def _nearest(size: int) -> int:

@@ -219,6 +219,14 @@ def test_flow_alone_is_brought_once_for_all_outputs(late: LateCopies, tmp_path: 
     assert sum(late.brought) == 8 * 8 * PIXELS
 
 
+@pytest.mark.parametrize("fit", ["pad", "resize"])
+def test_no_thread_waits_for_the_network_unless_it_needs_the_result(
+    fit: str, late: LateCopies, tmp_path: Path, tiny_weights: str
+) -> None:
+    run(tmp_path, tiny_weights, "x.zarr", fit=fit, resolution="native", max_error=1 / 64)
+    assert late.stalls == []
+
+
 @pytest.mark.parametrize("made_by", ["threads", "processes"])
 @pytest.mark.parametrize("resolution", ["full", "native"])
 def test_a_store_brings_steps_alone_to_the_host_and_is_that_of_a_cpu(

@@ -264,6 +264,7 @@ class LateCopies(TorchFunctionMode):
         self.card = card
         card.copies = self
         self.brought: list[int] = []  # bytes of each copy to the host
+        self.stalls: list[str] = []  # operations in which a thread waits for all that its stream has been given
         self._pinned: list[torch.Tensor] = []  # kept alive, so that delayed copies never touch freed memory
         self._there: dict[int, torch.UntypedStorage] = {}  # by address; kept alive, so that no address is used twice
 
@@ -297,6 +298,8 @@ class LateCopies(TorchFunctionMode):
         if not any(map(self._on_card, _tensors(args, kwargs))) or name in _LOOKS or kwargs.get("device") == "meta":
             return func(*args, **kwargs)
         self.card.current.work_off()
+        if name in _STALLS:
+            self.stalls.append(name)
         if name == "cpu":
             self.brought.append(args[0].nbytes)
             return func(*args, **kwargs).clone()
@@ -329,6 +332,7 @@ class LateCopies(TorchFunctionMode):
 
 
 _modes = torch.overrides._get_current_function_mode_stack  # the calling thread's
+_STALLS = {"new_tensor", "item", "tolist", "nonzero", "__bool__", "__int__", "__float__", "cpu"}
 _LOOKS = {"__get__", "__len__", "data_ptr", "dim", "element_size", "numel", "size", "stride", "untyped_storage"}
 
 
