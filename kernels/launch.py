@@ -256,14 +256,16 @@ def _start(kernel: Kernel, device: torch.device, grid: Size, block: Size, passed
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Makes the GPU this thread's current device."""
+    """Makes the GPU this thread's current device.
+
+    Torch makes the one before it current again: CuPy would create a context there (see ``engine/device.py``).
+    """
     if device.type != "cuda":
         return nullcontext()
-    gpu = compiling.load_cupy().cuda.Device(device.index)
     entered = ExitStack()
     if torch.cuda.current_device() != device.index:
-        entered.enter_context(gpu)
-    gpu.use()  # a thread that has not used CUDA before has no context yet
+        entered.enter_context(torch.cuda.device(device))
+    compiling.load_cupy().cuda.Device(device.index).use()  # a thread that has not used CUDA before has no context yet
     return entered
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -82,6 +83,7 @@ class NotingCupy:
     def __init__(self) -> None:
         self.said: list[str] = []
         self.device = 0
+        self.contexts: set[int] = set()
         said, cupy = self.said, self
 
         class Device:
@@ -89,14 +91,17 @@ class NotingCupy:
                 self.number = number
 
             def __enter__(self) -> Device:
-                self.before, cupy.device = cupy.device, self.number
-                return self
+                self.before = cupy.device
+                return self.use()
 
             def __exit__(self, *_: object) -> None:
-                cupy.device = self.before
+                Device(self.before).use()
 
-            def use(self) -> None:
-                said.append(f"device {cupy.device} has its context")
+            def use(self) -> Device:
+                cupy.device = self.number
+                cupy.contexts.add(self.number)
+                said.append(f"device {self.number} has its context")
+                return self
 
         class RawModule:
             def __init__(self, path: str) -> None:
@@ -115,6 +120,13 @@ class NotingCupy:
         self.cuda = SimpleNamespace(Device=Device, nvrtc=nvrtc)
         self.RawModule = RawModule
 
+    @contextmanager
+    def entered(self, device: torch.device) -> Iterator[None]:
+        """``torch.cuda.device``, which creates no context where it goes back to."""
+        before, self.device = self.device, device.index or 0
+        yield
+        self.device = before
+
 
 @pytest.fixture
 def noting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> NotingCupy:
@@ -127,6 +139,7 @@ def noting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> NotingCupy:
     monkeypatch.setattr(compiling, "compile_source", lambda name, architecture: (b"program", ""))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: cupy.device)
+    monkeypatch.setattr(torch.cuda, "device", cupy.entered)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0x5EED + device))
     return cupy
 
@@ -139,6 +152,7 @@ def test_a_kernel_is_loaded_and_fetched_on_its_device_in_a_thread_that_has_none(
     assert launch._kernel("warp", "warp_float", gpu) == "warp_float"  # type: ignore[comparison-overlap]
     assert noting.said == ["device 1 has its context", "warp_float on 1"]
     assert noting.device == 0
+    assert noting.contexts == {1}
 
 
 def test_a_program_is_kept_until_its_source_or_its_compiler_changes(
