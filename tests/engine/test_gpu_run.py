@@ -53,17 +53,17 @@ def late(monkeypatch: pytest.MonkeyPatch) -> LateCopies:
 
     monkeypatch.setattr(Network, "fitted", on_card)
     monkeypatch.setattr(run_report, "device_name", lambda *devices: ", ".join(map(str, devices)))
-    return LateCopies(Card(monkeypatch))
+    return LateCopies(Card(monkeypatch, devices=2))
 
 
 @pytest.fixture
 def twice(late: LateCopies, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes runs use the fake GPU as if it were two GPUs."""
+    """Makes runs use two fake GPUs."""
     fitted = Network.fitted
 
     def on_both(self: Network, *arguments: Any, **options: Any) -> Inference:
         inference = fitted(self, *arguments, **options)
-        return replace(inference, others=(replace(inference, made=Made()),))
+        return replace(inference, others=(replace(inference, device=torch.device("cuda", 1), made=Made()),))
 
     monkeypatch.setattr(Network, "fitted", on_both)
 
@@ -180,7 +180,7 @@ def test_what_fails_in_the_decoders_thread_names_its_stage_and_frame(
 
 def test_over_several_gpus_flow_is_the_same(twice: None, on_cpu: Path, tmp_path: Path, tiny_weights: str) -> None:
     report = run(tmp_path, tiny_weights, "x.zarr", "flo/%06d.flo")
-    assert report.device == "cuda:0, cuda:0"
+    assert report.device == "cuda:0, cuda:1"
     expected, got = (flowreel.open_store(folder / "x.zarr")[:] for folder in (on_cpu, tmp_path))
     assert np.array_equal(got, expected)
     assert flo_files(tmp_path) == flo_files(on_cpu)

@@ -80,6 +80,7 @@ class Event:
         self.until = 0
 
     def record(self, stream: Stream) -> None:
+        assert self.stream is None or self.stream.device == stream.device, "an event belongs to one device"
         with stream.card.lock:
             self.stream, self.clock = stream, dict(stream.clock)
             self.until = stream.done + len(stream.late)
@@ -253,10 +254,10 @@ _JUNK = 0xAA
 
 
 class LateCopies(TorchFunctionMode):
-    """While active, tensors that torch moves to the GPU stay on the CPU but report the GPU as their device.
+    """While active, tensors that torch moves to a GPU stay on the CPU but report that GPU as their device.
 
     Copies with ``non_blocking`` are delayed until something waits for their stream: the CPU, or work on another stream.
-    Until then their destination holds junk. All other work is done at once.
+    Until then their destination holds junk. All other work is done at once; it must not mix tensors of different GPUs.
     """
 
     def __init__(self, card: Card) -> None:
@@ -266,12 +267,13 @@ class LateCopies(TorchFunctionMode):
         self.brought: list[int] = []  # bytes of each copy to the host
         self.stalls: list[str] = []  # operations in which a thread waits for all that its stream has been given
         self._pinned: list[torch.Tensor] = []  # kept alive, so that delayed copies never touch freed memory
-        self._there: dict[int, torch.UntypedStorage] = {}  # by address; kept alive, so that no address is used twice
+        # By address; kept alive, so that no address is used twice.
+        self._there: dict[int, tuple[torch.UntypedStorage, torch.device]] = {}
 
-    def put(self, tensor: torch.Tensor) -> torch.Tensor:
+    def put(self, tensor: torch.Tensor, device: torch.device = GPU) -> torch.Tensor:
         """Marks the tensor as being on the GPU and returns it."""
         storage = tensor.untyped_storage()
-        self._there[storage.data_ptr()] = storage
+        self._there[storage.data_ptr()] = storage, device
         return tensor
 
     def finish(self) -> None:
@@ -286,18 +288,21 @@ class LateCopies(TorchFunctionMode):
             return self._pinned[-1]
         name = getattr(func, "__name__", "")
         if func == torch.Tensor.device.__get__:  # type: ignore[attr-defined]
-            return GPU if self._on_card(args[0]) else func(*args)
+            return self._where(args[0]) or func(*args)
         if func == torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
             return self._on_card(args[0])
-        if name == "to" and GPU in args:
-            return args[0] if self._on_card(args[0]) else self._copied(torch.empty_like(args[0]), args[0], **kwargs)
+        if name == "to" and (wanted := [x for x in args if isinstance(x, torch.device) and x.type == "cuda"]):
+            return self._moved(args[0], wanted[0], **kwargs)
         if name == "copy_":
             return self._copied(*args, **kwargs)
         if name in ("numpy", "__array__") and self._on_card(args[0]):
             raise TypeError("can't convert cuda:0 device type tensor to numpy")
-        if not any(map(self._on_card, _tensors(args, kwargs))) or name in _LOOKS or kwargs.get("device") == "meta":
+        devices = {device for tensor in _tensors(args, kwargs) if (device := self._where(tensor)) is not None}
+        if not devices or name in _LOOKS or kwargs.get("device") == "meta":
             return func(*args, **kwargs)
-        self.card.current.work_off()
+        assert len(devices) == 1, f"{name} is given tensors of several GPUs"
+        (device,) = devices
+        self.card.current_on(device).work_off()
         if name in _STALLS:
             self.stalls.append(name)
         if name == "cpu":
@@ -305,19 +310,38 @@ class LateCopies(TorchFunctionMode):
             return func(*args, **kwargs).clone()
         result = func(*args, **kwargs)
         for tensor in _tensors((result,), {}):
-            self.put(tensor)
+            self.put(tensor, device)
         return result
 
-    def _on_card(self, tensor: torch.Tensor) -> bool:
+    def _where(self, tensor: torch.Tensor) -> torch.device | None:
+        """The GPU that it is on; None: it is on the CPU."""
         known = tensor.layout is torch.strided and tensor.device.type != "meta"
-        return known and tensor.untyped_storage().data_ptr() in self._there
+        return self._there.get(tensor.untyped_storage().data_ptr(), (None, None))[1] if known else None
+
+    def _on_card(self, tensor: torch.Tensor) -> bool:
+        return self._where(tensor) is not None
+
+    def _moved(self, tensor: torch.Tensor, device: torch.device, non_blocking: bool = False) -> torch.Tensor:
+        source = self._where(tensor)
+        if source == device:
+            return tensor
+        into = self.put(torch.empty_like(tensor), device)
+        if source is None:
+            return self._copied(into, tensor, non_blocking)
+        # Never waited for by the CPU, and ordered as in ``OnCard.to``.
+        here, there = self.card.current_on(source), self.card.current_on(device)
+        here.wait_stream(there)
+        with self.card.entered(here):
+            self._copied(into, tensor, non_blocking=True)
+        there.wait_stream(here)
+        return into
 
     def _copied(self, into: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
         leaves = self._on_card(source) and not self._on_card(into)
         arrives = self._on_card(into) or (non_blocking and not leaves)
         if leaves:
             self.brought.append(source.nbytes)
-        if arrives:
+        if arrives and not self._on_card(into):
             self.put(into)
         if non_blocking:
             # Only addresses are kept, not the tensors, so that their memory can be reused too early, as on a real GPU.
