@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 
 SMALLEST, LARGEST = 16, 8192  # px: room for something to move; a sensible limit for a frame
+MOST_FRAMES = 5_000_000  # beyond, "translate" goes farther than float32 counts pixels, and the times fill the memory
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,10 @@ class SyntheticConfig:
             key, _, value = part.partition("=")
             values = _PARAMETERS[key](value) if key in _PARAMETERS else None
             if values is None:
-                known = ", ".join(("size=WIDTHxHEIGHT", "frames=N", "rate=FPS", "seed=N"))
-                raise UsageError(f"{part!r} in {name} is not understood; expected {known}")
+                raise UsageError(
+                    f"{part!r} in {name} is not understood; expected size=WIDTHxHEIGHT, frames=N, rate=FPS, seed=N "
+                    f"(sides of {SMALLEST} to {LARGEST} px, at most {MOST_FRAMES} frames)"
+                )
             given.update(values)
         return cls(scene, **given)  # type: ignore[arg-type]
 
@@ -76,7 +79,7 @@ def _size(text: str) -> dict[str, int] | None:
 
 
 def _frames(text: str) -> dict[str, int] | None:
-    return {"frames": int(text)} if re.fullmatch(r"\d{1,9}", text, re.ASCII) else None
+    return {"frames": int(text)} if re.fullmatch(r"\d{1,7}", text, re.ASCII) and int(text) <= MOST_FRAMES else None
 
 
 def _rate(text: str) -> dict[str, Fraction] | None:

@@ -82,6 +82,7 @@ def test_closing_ends_the_iteration() -> None:
         "size=99999x64",
         "frames=-3",
         "frames=",
+        "frames=5000001",
         "rate=0",
         "rate=1/0",
         "rate=x",
