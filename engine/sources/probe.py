@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import re
 from array import array
-from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -26,6 +25,7 @@ from flowreel.engine.sources.picture import Turn, colour_notes, field_notes, is_
 from flowreel.engine.sources.timecode import MOST_REORDERED, NO_STAMP, Timeline
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     from av.container import InputContainer
     from av.packet import Packet
     from av.video.frame import VideoFrame
@@ -124,43 +124,34 @@ def probe_video(name: str, stream: int | None = None) -> VideoProbe:
     path = Path(name)
     with opened(path) as container:
         chosen, notes = _choose_stream(container, path, stream)
-        stamps, decoding = array("q"), array("q")  # 16 bytes a frame, affordable for a whole day of video
-        key_places = array("q")  # indices into ``stamps`` of key frames
+        shown, decoding, is_key = array("q"), array("q"), bytearray()  # 17 bytes a frame: a whole day of video fits
         first: VideoFrame | None = None
         hidden = _Hidden(chosen)
         for packet in packets(container, chosen):
             if packet.size and not hidden.holds(packet) and not packet.is_discard:
-                if packet.is_keyframe:
-                    key_places.append(len(stamps))
-                stamps.append(NO_STAMP if packet.pts is None else packet.pts)
+                shown.append(NO_STAMP if packet.pts is None else packet.pts)
                 decoding.append(NO_STAMP if packet.dts is None else packet.dts)
+                is_key.append(packet.is_keyframe)
             if first is None:
                 first = next(iter(decoded(packet)), None)
         if first is None:
-            raise UnsupportedSourceError(f"{path.name} holds {len(stamps)} frames, none of which could be decoded")
-        unfounded = _unfounded(stamps, key_places, first)
-        for place in reversed(unfounded):
-            del stamps[place], decoding[place]
-        key_places = array("q", (place - bisect_left(unfounded, place) for place in key_places))
-        if unfounded:
-            frames = "1 frame references" if len(unfounded) == 1 else f"{len(unfounded)} frames reference"
+            raise UnsupportedSourceError(f"{path.name} holds {len(shown)} frames, none of which could be decoded")
+        kept = ~_unfounded(np.asarray(shown), np.flatnonzero(is_key), first)
+        if left_out := int(np.count_nonzero(~kept)):
+            frames = "1 frame references" if left_out == 1 else f"{left_out} frames reference"
             notes.append(f"{frames} what came before the start of the file, and cannot be decoded: left out")
+        stamps, decoding_stamps = np.asarray(shown)[kept], np.asarray(decoding)[kept]
+        keys = np.flatnonzero(np.asarray(is_key)[kept])
         average, stated = chosen.average_rate, chosen.guessed_rate
-        if all(stamp == NO_STAMP for stamp in stamps):  # an elementary stream: its average rate is made up by FFmpeg
+        if (stamps == NO_STAMP).all():  # an elementary stream: its average rate is made up by FFmpeg
             average, stated = stated, average
         rate = average or stated or Fraction(25)
         assert chosen.time_base is not None  # only an encoder's stream may have none
         if hidden.has_second_fields:
             rate = _in_frames(rate, stamps, chosen.time_base)
-        # AVI stores no presentation stamps, only the decoding order, which for intra-only codecs is the same. Other
-        # files may lack them too, though frames are reordered: in FFmpeg's MXF they repeat the decoding stamps, and
-        # for H.264 in ASF FFmpeg makes up some that rise from packet to packet.
-        reordered = chosen.codec_context.has_b_frames and len(key_places) < len(stamps)
-        trusted = container.format.name != "avi" or chosen.codec_context.codec.intra_only
-        in_file_order = container.format.name == "asf" and sorted(stamps) == list(stamps)
-        trusted &= not (reordered and (stamps == decoding or in_file_order))
+        trusted = _tells_presentation(container, chosen, stamps, decoding_stamps, len(keys))
         timeline = Timeline.from_packets(
-            stamps, chosen.time_base, rate, decoded=decoding, keys=key_places, trusted=trusted
+            stamps, chosen.time_base, rate, decoded=decoding_stamps, keys=keys, trusted=trusted
         )
         turn, turn_notes = Turn.of(first)
         interlaced = bool(first.interlaced_frame)
@@ -170,7 +161,7 @@ def probe_video(name: str, stream: int | None = None) -> VideoProbe:
             stream_index=chosen.index,
             codec=chosen.codec_context.name,
             timeline=timeline,
-            key_frames=_numbers(key_places, stamps, timeline),
+            key_frames=keys if timeline.stamps is None else np.sort(np.searchsorted(timeline.stamps, stamps[keys])),
             pixel_format=PixelFormat.of(first, chosen),
             frame_rate=rate,
             time_base=chosen.time_base,
@@ -183,35 +174,45 @@ def probe_video(name: str, stream: int | None = None) -> VideoProbe:
         )
 
 
-def _unfounded(stamps: Sequence[int], key_places: Sequence[int], first: VideoFrame) -> list[int]:
-    """Places of the frames that are shown before the first key frame's, where that one is the first to be decoded.
+def _unfounded(stamps: Int64Array, keys: Int64Array, first: VideoFrame) -> npt.NDArray[np.bool_]:
+    """Which frames are shown before the first key frame, where that one is the first to be decoded: (T,).
 
     A recording that was cut out of a longer one may begin inside a group of pictures, or with the key frame of an open
     one, whose B-frames may be shown before it. All these reference what is not in the file; decoders drop them.
     """
-    if not key_places or NO_STAMP in stamps or first.pts != stamps[key_places[0]]:
-        return []
-    key = key_places[0]
-    if key >= np.diff([*key_places, len(stamps)]).max():
-        return []  # more than the rest of one group: it was not a cut that took the key frames before
-    places = [place for place, stamp in enumerate(stamps) if stamp < stamps[key]]
-    end = min([*key_places[1:2], key + MOST_REORDERED + 1])  # farther on they would be of another, joined recording
-    return places if places and places[-1] < end else []
+    none = np.zeros(len(stamps), bool)
+    if not len(keys) or (stamps == NO_STAMP).any() or first.pts != stamps[keys[0]]:
+        return none
+    key = keys[0]
+    if key >= np.diff(keys, append=len(stamps)).max():
+        return none  # more than the rest of one group: it was not a cut that took the key frames before
+    before = stamps < stamps[key]
+    end = min([*keys[1:2], key + MOST_REORDERED + 1])  # farther on they would be of another, joined recording
+    return none if before[end:].any() else before
 
 
-def _in_frames(rate: Fraction, stamps: Sequence[int], time_base: Fraction) -> Fraction:
+def _tells_presentation(
+    container: InputContainer, stream: VideoStream, stamps: Int64Array, decoding: Int64Array, keys: int
+) -> bool:
+    """Whether the packets' presentation stamps are what they are called.
+
+    AVI stores only the decoding order, which for intra-only codecs is the same. Other files may lack them too, though
+    frames are reordered: in FFmpeg's MXF they repeat the decoding stamps, and for H.264 in ASF FFmpeg makes up some
+    that rise from packet to packet.
+    """
+    kind, codec = container.format.name, stream.codec_context
+    if kind == "avi":
+        return codec.codec.intra_only
+    in_file_order = kind == "asf" and bool((np.diff(stamps) >= 0).all())
+    reordered = codec.has_b_frames and keys < len(stamps)
+    return not (reordered and (in_file_order or np.array_equal(stamps, decoding)))
+
+
+def _in_frames(rate: Fraction, stamps: Int64Array, time_base: Fraction) -> Fraction:
     """The average rate of a stream whose fields are packets: MP4 states it in fields, other containers in frames."""
-    known = np.sort([stamp for stamp in stamps if stamp != NO_STAMP])
+    known = np.sort(stamps[stamps != NO_STAMP])
     gap = float(np.median(np.diff(known))) if len(known) > 1 else 0.0
     return rate / 2 if rate * time_base * gap > 1.5 else rate
-
-
-def _numbers(places: Sequence[int], stamps: Sequence[int], timeline: Timeline) -> Int64Array:
-    """Frame numbers of the packets at these places in the file: from their stamps, or the places if those fail."""
-    in_file = np.asarray(places, dtype=np.int64)
-    if timeline.stamps is None:
-        return in_file
-    return np.sort(np.searchsorted(timeline.stamps, np.asarray(stamps, dtype=np.int64)[in_file]))
 
 
 # -- The container and its packets -------------------------------------------------------------------------------

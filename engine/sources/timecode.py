@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -14,6 +13,8 @@ from flowreel.engine.config import SelectConfig
 from flowreel.engine.errors import TooFewFramesError, UsageError
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
     from flowreel.engine.data import Float64Array, Int64Array
 
 NO_STAMP = -(1 << 63)  # stands for a missing time stamp, as in FFmpeg
@@ -96,12 +97,12 @@ class Timeline:
     @classmethod
     def from_packets(
         cls,
-        stamps: Sequence[int],
+        stamps: ArrayLike,
         time_base: Fraction,
         rate: Fraction,
         *,
-        decoded: Sequence[int] = (),
-        keys: Sequence[int] = (),
+        decoded: ArrayLike = (),
+        keys: ArrayLike = (),
         trusted: bool = True,
     ) -> Timeline:
         """Order the stamps of a stream's packets.
