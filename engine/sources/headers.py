@@ -127,6 +127,7 @@ class SecondFields:
 
     def __init__(self, extradata: bytes | None) -> None:
         """``extradata``: of the codec context."""
+        self.any_field = False  # whether any packet so far held a field, first or second
         self._sequences: dict[int, _Sequence] = {}
         self._sequence_of: dict[int, int] = {}  # by the number of the picture parameter set
         self._awaited: tuple[int, int] | None = None  # the field that would complete the frame: frame number, parity
@@ -140,6 +141,7 @@ class SecondFields:
     def holds(self, data: memoryview) -> bool:
         """Whether the packet holds a second field. To be called with every packet in file order."""
         field = next(self._slices(_units(data, self._length_bytes)), None) if self._possible else None
+        self.any_field |= field is not None
         second = field is not None and field == self._awaited
         self._awaited = None if second or field is None else (field[0], 1 - field[1])
         return second

@@ -17,7 +17,8 @@ thread then has to wait to get it back.
 
 *What differs from the CPU.* Both decoders conceal damage, but NVDEC does not tell in which pictures: they count as
 good, with a line on stdout that cannot be suppressed, and only frames that do not come at all are reported as lost. And
-NVDEC deinterlaces, so a file whose first frame is interlaced is left to the CPU; later frames are not checked.
+NVDEC deinterlaces, so a file is left to the CPU if its first frame is interlaced or any H.264 field was found; other
+frames are not checked.
 
 On a GPU H.264, HEVC (4:4:4 too) and VP9 were seen to give the CPU's frames and times. The rest is tested against a
 stand-in (``tests/fakes``) that decodes with PyAV and behaves like the real package.

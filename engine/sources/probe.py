@@ -95,7 +95,7 @@ class VideoProbe:
     pixel_format: PixelFormat
     frame_rate: Fraction  # average frames per second
     time_base: Fraction  # seconds, the unit of the timeline's stamps
-    interlaced: bool  # each frame holds two fields of different times; judged by the first frame
+    interlaced: bool  # frames hold two fields of different times: the first frame does, or H.264 fields were found
     stored_size: tuple[int, int]  # (width, height) in pixels before ``turn``
     turn: Turn
     duration_s: float | None  # as the container states
@@ -147,14 +147,14 @@ def probe_video(name: str, stream: int | None = None) -> VideoProbe:
             average, stated = stated, average
         rate = average or stated or Fraction(25)
         assert chosen.time_base is not None  # only an encoder's stream may have none
-        if hidden.has_second_fields:
+        if hidden.has_fields:
             rate = _in_frames(rate, stamps, chosen.time_base)
         trusted = _tells_presentation(container, chosen, stamps, decoding_stamps, len(keys))
         timeline = Timeline.from_packets(
             stamps, chosen.time_base, rate, decoded=decoding_stamps, keys=keys, trusted=trusted
         )
         turn, turn_notes = Turn.of(first)
-        interlaced = bool(first.interlaced_frame)
+        interlaced = bool(first.interlaced_frame) or hidden.has_fields
         look_notes = (*colour_notes(first), *field_notes(interlaced), *shape_notes(chosen))
         return VideoProbe(
             path=path,
@@ -296,14 +296,17 @@ class _Hidden:
 
     def __init__(self, stream: VideoStream) -> None:
         codec = stream.codec_context
-        self.has_second_fields = False  # so far
         self._is_vp8 = codec.name in ("vp8", "libvpx")
         self._second_fields = SecondFields(codec.extradata) if codec.name == "h264" else None
 
+    @property
+    def has_fields(self) -> bool:
+        """Whether any picture so far is known to be a field."""
+        return self._second_fields is not None and self._second_fields.any_field
+
     def holds(self, packet: Packet[VideoStream]) -> bool:
-        if self._second_fields is not None and self._second_fields.holds(memoryview(packet)):
-            self.has_second_fields = True
-            return True
+        if self._second_fields is not None:
+            return self._second_fields.holds(memoryview(packet))
         return self._is_vp8 and not memoryview(packet)[0] & 0x10
 
 

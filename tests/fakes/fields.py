@@ -56,13 +56,13 @@ def parameter_sets(high: bool = False) -> bytes:
     return sequence.unit(7) + pictures.unit(8)
 
 
-def field(frame: int, bottom: bool, grey: int) -> bytes:
-    """One field of flat grey; every eighth frame is a key frame."""
+def field(frame: int, bottom: bool | None, grey: int) -> bytes:
+    """One field of flat grey, or (``bottom`` None) a frame that is not made of fields; every eighth is a key frame."""
     number, first = frame % 8, frame % 8 == 0 and not bottom
-    slice_ = _Bits().golomb(0, 7, 0).put((number, 8), (1, 1), (bottom, 1))
+    slice_ = _Bits().golomb(0, 7, 0).put((number, 8), *([(0, 1)] if bottom is None else [(1, 1), (bottom, 1)]))
     if first:
         slice_.golomb(frame // 8 % 2)
-    slice_.put((2 * number + bottom, 8)).put((0, 2 if first else 1)).golomb(0)
-    for _ in range(_BLOCKS):
+    slice_.put((2 * number + bool(bottom), 8)).put((0, 2 if first else 1)).golomb(0)
+    for _ in range(_BLOCKS if bottom is not None else 2 * _BLOCKS):
         slice_.golomb(25).aligned().put(*[(grey, 8)] * 256, *[(128, 8)] * 128)
     return slice_.unit(5 if first else 1)

@@ -71,6 +71,23 @@ def joined(path: Path, *parts: Path) -> Path:
     return path
 
 
+def of_pictures(path: Path, pictures: list[tuple[bytes, int]], high: bool = False) -> Path:
+    """A file of the pictures of ``fakes/fields.py``, each with how many fields it lasts."""
+    pictures = [(parameter_sets(high) + pictures[0][0], pictures[0][1]), *pictures[1:]]
+    raw = path.with_name("raw.h264")
+    raw.write_bytes(b"".join(data for data, _ in pictures))
+    at = 0
+    with av.open(str(raw)) as read, av.open(str(path), "w") as write:
+        stream = write.add_stream_from_template(read.streams.video[0])
+        for data, fields in pictures:
+            packet = av.Packet(data)
+            packet.pts, packet.dts, packet.duration = at, at, fields
+            packet.time_base, packet.stream, packet.is_keyframe = Fraction(1, 50), stream, at % 16 == 0
+            write.mux(packet)
+            at += fields
+    return path
+
+
 class TestRealClips:
     @pytest.mark.parametrize("name", REAL)
     def test_count_size_and_times(self, data_dir: Path, name: str) -> None:
@@ -306,17 +323,8 @@ class TestTimes:
     @pytest.mark.parametrize("high", [False, True])
     @pytest.mark.parametrize("kind", ["h264", "ts", "mp4"])
     def test_fields_coded_one_by_one_are_one_frame(self, tmp_path: Path, kind: str, high: bool) -> None:
-        raw, path = tmp_path / "fields.h264", tmp_path / f"both.{kind}"
-        fields = [field(number // 2, number % 2 == 1, 60 + number) for number in range(48)]
-        fields[0] = parameter_sets(high) + fields[0]
-        raw.write_bytes(b"".join(fields))
-        with av.open(str(raw)) as read, av.open(str(path), "w") as write:
-            stream = write.add_stream_from_template(read.streams.video[0])
-            for number, data in enumerate(fields):
-                packet = av.Packet(data)
-                packet.pts, packet.dts, packet.duration = number, number, 1
-                packet.time_base, packet.stream, packet.is_keyframe = Fraction(1, 50), stream, number % 16 == 0
-                write.mux(packet)
+        fields = [(field(number // 2, number % 2 == 1, 60 + number), 1) for number in range(48)]
+        path = of_pictures(tmp_path / f"both.{kind}", fields, high)
         source = open_source(path, SelectConfig(start=11))
         frames = list(source)
         assert source.info.frame_rate == 25
@@ -345,6 +353,14 @@ def test_interlaced_video_is_told(clip: Clip) -> None:
     interlaced = clip("interlaced.mp4", options={"x264-params": "interlaced=1:tff=1"})
     assert any("two moments in each" in note for note in open_source(interlaced).notes)
     assert not any("two moments in each" in note for note in open_source(clip("progressive.mp4")).notes)
+
+
+def test_a_video_with_fields_is_interlaced_though_it_begins_with_whole_frames(tmp_path: Path) -> None:
+    frames = [(field(number, None, 60 + number), 2) for number in range(4)]
+    fields = [(field(4 + number // 2, number % 2 == 1, 90 + number), 1) for number in range(8)]
+    path = of_pictures(tmp_path / "mixed.ts", [*frames, *fields])
+    assert probe_video(str(path)).interlaced
+    assert numbers(open_source(path)) == list(range(8))
 
 
 def test_h264_in_asf(clip: Clip) -> None:
