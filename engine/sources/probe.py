@@ -184,8 +184,6 @@ def _unfounded(stamps: Int64Array, keys: Int64Array, first: VideoFrame) -> npt.N
     if not len(keys) or (stamps == NO_STAMP).any() or first.pts != stamps[keys[0]]:
         return none
     key = keys[0]
-    if key >= np.diff(keys, append=len(stamps)).max():
-        return none  # more than the rest of one group: it was not a cut that took the key frames before
     before = stamps < stamps[key]
     end = min([*keys[1:2], key + MOST_REORDERED + 1])  # farther on they would be of another, joined recording
     return none if before[end:].any() else before

@@ -244,20 +244,21 @@ def test_a_cut_leaves_out_what_references_the_part_before(clip: Clip, tmp_path: 
     assert any("what came before the start of the file" in note for note in source.notes)
 
 
-def test_more_than_a_group_before_the_first_key_frame_is_not_left_out(clip: Clip, tmp_path: Path) -> None:
-    """Frames are missing for another reason than a cut, and are told of as such."""
-    path = tmp_path / "cut.mkv"
-    with av.open(str(clip("closed.mkv", count=40))) as whole, av.open(str(path), "w") as cut:
+def test_a_short_cut_leaves_out_more_than_the_groups_that_follow(clip: Clip, tmp_path: Path) -> None:
+    """An encoder that begins a group at each change of scene makes groups of any length."""
+    options = {"g": "20", "keyint_min": "20", "sc_threshold": "0"}
+    path, complete = tmp_path / "cut.mkv", clip("closed.mkv", count=30, b_frames=0, options=options)
+    with av.open(str(complete)) as whole, av.open(str(path), "w") as cut:
         stream = cut.add_stream_from_template(whole.streams.video[0])
         sent = [packet for packet in whole.demux(video=0) if packet.size]
-        (key,) = [place for place, packet in enumerate(sent) if packet.is_keyframe][1:2]
-        for packet in sent[key - 6 : key + 6]:
+        for packet in sent[12:26]:
             packet.stream = stream
             cut.mux(packet)
     source = open_source(path)
-    assert source.info.frame_count == 12
-    list(source)
-    assert source.losses != []
+    assert source.info.frame_count == 6
+    assert pictured(list(source)) == list(range(20, 26))
+    assert source.losses == []
+    assert any(note.startswith("8 frames reference what came before") for note in source.notes)
 
 
 @pytest.mark.usefixtures("each_decoder")
