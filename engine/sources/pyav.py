@@ -20,6 +20,7 @@ from flowreel.engine.sources.probe import VideoProbe, decoded, opened, packets
 from flowreel.engine.sources.timecode import MOST_REORDERED, Timeline
 
 if TYPE_CHECKING:
+    from av.container import InputContainer
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
@@ -105,8 +106,8 @@ def _from(probe: VideoProbe, first: int, mode: _Mode) -> Iterator[tuple[int, Dec
     (``"careful"``), at least ``MOST_REORDERED`` frames before ``first``.
     """
     start = key_frame_before(probe, max(first - MOST_REORDERED, 0) if mode == "careful" else first)
-    if start > 0 and probe.timeline.stamps is not None:
-        with closing(_pass(probe, int(probe.timeline.stamps[start]), mode, latest=first)) as pictures:
+    if start > 0:
+        with closing(_pass(probe, start, mode)) as pictures:
             head = next(pictures, None)
             number = None if head is None else probe.timeline.number_of(head.frame.pts)
             if head is not None and number is not None and number <= first:
@@ -131,10 +132,8 @@ def _count(timeline: Timeline, pictures: Iterator[Decoded], last: int) -> Iterat
         last = number
 
 
-def _pass(probe: VideoProbe, seek_stamp: int | None, mode: _Mode, latest: int = 0) -> Generator[Decoded, None, None]:
-    """One pass of the decoder, from the start or from the key frame at a stamp; empty if the seek fails.
-
-    latest: highest number of a key frame to start from: a container that seeks by decoding order may land too late.
+def _pass(probe: VideoProbe, key: int | None, mode: _Mode) -> Generator[Decoded, None, None]:
+    """One pass of the decoder, from the start (None) or from the key frame of that number; empty if no seek finds it.
 
     A damaged packet raises FFmpeg's error, unless the mode is ``"careful"``: then it is skipped.
     """
@@ -149,19 +148,39 @@ def _pass(probe: VideoProbe, seek_stamp: int | None, mode: _Mode, latest: int = 
             threads = _TELL_LATE.get(stream.codec_context.name) if mode == "exact" else None
             stream.thread_type, stream.thread_count = threads or ("AUTO", 0)  # 0: as many threads as there are cores
             stream.codec_context.options = dict(_FAIL_AT_ERRORS) if silent else {}
-        if seek_stamp is not None:
-            try:
-                container.seek(seek_stamp, stream=stream)
-            except av.FFmpegError:
-                return  # cannot seek: the caller decodes from the start
         wrong: set[int | None] = set()  # stamps of the packets in which the watcher has found an error
-        for place, packet in enumerate(packets(container, stream)):
-            if seek_stamp is not None and place == 0 and not _is_key(packet, probe, latest):
-                return
+        for packet in packets(container, stream) if key is None else _sought(container, stream, probe.timeline, key):
             if watcher is not None and watcher.finds_error(packet):
                 wrong.add(packet.pts)
             for frame in decoded(packet) if mode == "careful" else packet.decode():
                 yield Decoded(frame, frame.is_corrupt or (frame.pts is not None and frame.pts in wrong))
+
+
+def _sought(
+    container: InputContainer, stream: VideoStream, timeline: Timeline, key: int
+) -> Iterator[Packet[VideoStream]]:
+    """The packets from key frame ``key`` on; none if no seek finds it.
+
+    With an index, a seek leads to the key frame. Without one, as in transport streams, it leads to some packet that is
+    decoded later, and the first packets may bear the stamps of others. So the second aim is well before the key frame.
+    """
+    assert timeline.stamps is not None
+    for aim in (key, key - MOST_REORDERED):
+        if aim < 0:
+            return
+        try:
+            container.seek(int(timeline.stamps[aim]), stream=stream)
+        except av.FFmpegError:
+            return
+        found = packets(container, stream)
+        for packet in found:
+            number = timeline.number_of(packet.pts) if packet.is_keyframe else None
+            if number == key:
+                yield packet
+                yield from found
+                return
+            if aim == key or (number is not None and number > key):
+                break
 
 
 class _Watcher:
@@ -192,9 +211,3 @@ class _Watcher:
         except av.FFmpegError:
             return True
         return False
-
-
-def _is_key(packet: Packet[VideoStream], probe: VideoProbe, latest: int) -> bool:
-    """Whether decoding can start at this packet: a key frame with a number of at most ``latest``."""
-    number = probe.timeline.number_of(packet.pts)
-    return packet.is_keyframe and number is not None and number <= latest

@@ -187,13 +187,19 @@ class TestSelection:
             open_video(str(long_clip), SelectConfig(decoder="nvdec"))
 
 
-def test_seeking_really_skips(long_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    probe = probe_video(str(long_clip))
+@pytest.mark.parametrize(("kind", "codec"), [("mp4", "libx264"), ("ts", "libx264"), ("mpg", "mpeg2video")])
+def test_seeking_really_skips(clip: Clip, monkeypatch: pytest.MonkeyPatch, kind: str, codec: str) -> None:
+    """Also where no index leads to the key frame, as in transport and program streams."""
+    options = {"g": "20", "keyint_min": "20", "sc_threshold": "0"}
+    probe = probe_video(str(clip(f"skipped.{kind}", count=100, codec=codec, b_frames=2, options=options)))
+    whole = [frame.rgb for frame in VideoSource(probe, SelectConfig())]
     stamps: list[int | None] = []
     real = pyav._pass
     monkeypatch.setattr(pyav, "_pass", lambda *a, **k: (stamps.append(it.frame.pts) or it for it in real(*a, **k)))
-    assert numbers(VideoSource(probe, SelectConfig(start=90, stop=92))) == [90, 91]
-    assert probe.timeline.number_of(stamps[0]) == 80  # the key frame before it
+    frames = list(VideoSource(probe, SelectConfig(start=90, stop=92)))
+    assert [frame.index for frame in frames] == [90, 91]
+    assert all(frame.rgb.equal(whole[frame.index]) for frame in frames)
+    assert probe.timeline.number_of(stamps[0]) == probe.key_frames[probe.key_frames <= 90][-1] > 70
 
 
 @pytest.mark.parametrize("lands", ["at a later key frame", "at the end", "nowhere"])
@@ -207,16 +213,16 @@ def test_a_seek_that_lands_wrong_is_made_good_from_the_start(
     begun: list[int | None] = []
     real = pyav._pass
 
-    def misled(probe: VideoProbe, seek_stamp: int | None, mode: Any, latest: int = 0) -> Iterator[Any]:
-        begun.append(seek_stamp)
-        frames: Iterator[Any] = real(probe, seek_stamp, mode, latest)
-        if seek_stamp is not None:
+    def misled(probe: VideoProbe, key: int | None, mode: Any) -> Iterator[Any]:
+        begun.append(key)
+        frames: Iterator[Any] = real(probe, key, mode)
+        if key is not None:
             frames = (frame for frame in frames if lands != "nowhere" and frame.frame.pts >= later)
         yield from frames
 
     monkeypatch.setattr(pyav, "_pass", misled)
     frames = list(VideoSource(probe, SelectConfig(start=85, stop=88)))
-    assert begun == [probe.timeline.stamps[80], None]
+    assert begun == [80, None]
     assert [frame.index for frame in frames] == [85, 86, 87]
     assert all(frame.rgb.equal(whole[frame.index]) for frame in frames)
 
