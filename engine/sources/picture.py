@@ -83,7 +83,8 @@ class Converter:
             raise FrameSizeError(
                 f"frame {number} of {self._name} is {frame.width}x{frame.height}, "
                 f"but the first is {width}x{height}; the size must not change within a source: take what comes before "
-                f"(--stop {number}), or have it scaled (ffmpeg -i {self._name} -vf scale={width}:{height} "
+                f"(--stop {number}), cut the file there (ffmpeg -ss TIME -i {self._name} -c copy PART), or have it "
+                f"scaled (ffmpeg -i {self._name} -vf scale={width}:{height} "
                 "-f yuv4mpegpipe - | flowreel run -)"
             )
         look = (frame.format.name, matrix_of(frame), "full" if is_full_range(frame) else "limited")
