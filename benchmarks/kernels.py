@@ -32,8 +32,8 @@ from flowreel.kernels.enlarge_flow import enlarge_flow, enlarge_flow_definition
 from flowreel.kernels.flow_color import flow_to_color_definition
 from flowreel.kernels.flow_head import flow_head, flow_head_definition, pack_flow_head, take_off_borders_
 from flowreel.kernels.fusing_input import fusing_input, fusing_input_definition
-from flowreel.kernels.launch import recording
 from flowreel.kernels.normalise_frames import normalise_frames, normalise_frames_definition
+from flowreel.kernels.operation import recording
 from flowreel.kernels.quantise import quantise_definition
 from flowreel.kernels.refining_input import refining_input, refining_input_definition
 from flowreel.kernels.warp import warp_definition

@@ -5,14 +5,15 @@ The convolution's result is read and written once more anyway, so a copy into a 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowreel.kernels.launch import SUFFIXES, THREADS, implement, launch, parts, sizes, view
+from flowreel.kernels.launch import SUFFIXES, THREADS, launch, parts, sizes, view
+from flowreel.kernels.operation import operation
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,27 +63,18 @@ def _launched(x: Tensor, bias: Tensor, slope: float, out: Tensor, also: Tensor |
 
 # --- registration -----------------------------------------------------------------------------------------------------
 
-_torch_library: Any = torch.library  # its functions carry no types
-_LIBRARY = _torch_library.Library("flowreel", "FRAGMENT")
-_LIBRARY.define("bias_leaky_relu(Tensor x, Tensor bias, float slope, Tensor(a!) out) -> ()")
-_LIBRARY.define("bias_leaky_relu_(Tensor(a!) x, Tensor bias, float slope, Tensor(b!)? also) -> ()")
-implement(_LIBRARY, "bias_leaky_relu", bias_leaky_relu_definition, on_cuda=_bias_leaky_relu_cuda, takes=_takes)
-implement(
-    _LIBRARY,
-    "bias_leaky_relu_",
+_into: Callable[[Tensor, Tensor, float, Tensor], None] = operation(
+    "bias_leaky_relu(Tensor x, Tensor bias, float slope, Tensor(a!) out) -> ()",
+    bias_leaky_relu_definition,
+    on_cuda=_bias_leaky_relu_cuda,
+    takes=_takes,
+)
+_in_place: Callable[[Tensor, Tensor, float, Tensor | None], None] = operation(
+    "bias_leaky_relu_(Tensor(a!) x, Tensor bias, float slope, Tensor(b!)? also) -> ()",
     bias_leaky_relu_in_place_definition,
     on_cuda=_bias_leaky_relu_in_place_cuda,
     takes=_takes,
 )
-
-
-def _nothing_of(x: Tensor, bias: Tensor, slope: float, out: Tensor | None) -> None:
-    return None
-
-
-_torch_library.register_fake("flowreel::bias_leaky_relu", _nothing_of, lib=_LIBRARY)
-
-_torch_library.register_fake("flowreel::bias_leaky_relu_", _nothing_of, lib=_LIBRARY)
 
 # --- the functions ----------------------------------------------------------------------------------------------------
 
@@ -125,7 +117,3 @@ def _check(x: Tensor, bias: Tensor, out: Tensor) -> None:
     batch, channels, *size = out.shape
     if batch != x.shape[0] or channels > x.shape[1] or size != list(x.shape[2:]):
         raise ValueError(f"{tuple(x.shape)} does not go into {tuple(out.shape)}")
-
-
-_into: Callable[[Tensor, Tensor, float, Tensor], None] = torch.ops.flowreel.bias_leaky_relu.default
-_in_place: Callable[[Tensor, Tensor, float, Tensor | None], None] = torch.ops.flowreel.bias_leaky_relu_.default

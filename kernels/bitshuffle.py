@@ -5,12 +5,13 @@ Neighbouring flow values share their upper bits, so the planes of those are long
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from flowreel.kernels.launch import blocks_for, implement, launch, parts, sizes
+from flowreel.kernels.launch import blocks_for, launch, parts, sizes
+from flowreel.kernels.operation import operation
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,19 +54,15 @@ def _bitshuffle_cuda(values: Tensor, block: int) -> Tensor:
 
 # --- registration -----------------------------------------------------------------------------------------------------
 
-_torch_library: Any = torch.library  # its functions carry no types
-_LIBRARY = _torch_library.Library("flowreel", "FRAGMENT")
-_LIBRARY.define("bitshuffle(Tensor values, int block) -> Tensor")
-implement(_LIBRARY, "bitshuffle", bitshuffle_definition, on_cuda=_bitshuffle_cuda)
-
 
 def _shape(values: Tensor, block: int) -> Tensor:
     count = values[0].numel() * values.element_size()
     return torch.empty((values.shape[0], count), dtype=torch.uint8, device=values.device)
 
 
-_torch_library.register_fake("flowreel::bitshuffle", _shape, lib=_LIBRARY)
-
+_bitshuffle: Callable[[Tensor, int], Tensor] = operation(
+    "bitshuffle(Tensor values, int block) -> Tensor", bitshuffle_definition, on_cuda=_bitshuffle_cuda, shape=_shape
+)
 
 # --- the public function ----------------------------------------------------------------------------------------------
 
@@ -93,6 +90,3 @@ def bitshuffle(values: Tensor, block: int) -> Tensor:
     if block <= 0 or block % TOGETHER:
         raise ValueError(f"a block is a multiple of {TOGETHER} values, got {block}")
     return _bitshuffle(values, block)
-
-
-_bitshuffle: Callable[[Tensor, int], Tensor] = torch.ops.flowreel.bitshuffle.default

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flowreel.kernels.launch import SUFFIXES, blocks_for, implement, launch, refuse_derivative, sizes, view
+from flowreel.kernels.launch import SUFFIXES, blocks_for, launch, sizes, view
+from flowreel.kernels.operation import operation, refuse_gradient, set_gradient, widened
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,20 +18,15 @@ if TYPE_CHECKING:
 
 def channel_norm_definition(x: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, 1, H, W): what ``channel_norm`` means."""
-    wide = _widened(x)
+    wide = widened(x)
     return (wide * wide).sum(1, keepdim=True).sqrt_().to(x.dtype)  # linalg.vector_norm(dim=1) is far slower
 
 
 def channel_norm_backward_definition(grad: Tensor, x: Tensor, norm: Tensor) -> Tensor:
     """Gradient for ``x``, from the gradient (B, 1, H, W) of its norm."""
-    wide, length = (_widened(y) for y in (x, norm))
-    gradient = wide * (_widened(grad) / (length + 1e-9))  # the term that keeps a zero vector's gradient zero
+    wide, length = (widened(y) for y in (x, norm))
+    gradient = wide * (widened(grad) / (length + 1e-9))  # the term that keeps a zero vector's gradient zero
     return gradient.to(x.dtype, memory_format=torch.contiguous_format)
-
-
-def _widened(x: Tensor) -> Tensor:
-    """Half-precision types as float32: a float16 square overflows from 256 on."""
-    return x.float() if x.element_size() < 4 else x
 
 
 # --- the CUDA version -------------------------------------------------------------------------------------------------
@@ -54,25 +50,18 @@ def _channel_norm_backward_cuda(grad: Tensor, x: Tensor, norm: Tensor) -> Tensor
 
 # --- registration -----------------------------------------------------------------------------------------------------
 
-_torch_library: Any = torch.library  # its functions carry no types
-_LIBRARY = _torch_library.Library("flowreel", "FRAGMENT")
-_LIBRARY.define("channel_norm(Tensor x) -> Tensor")
-_LIBRARY.define("channel_norm_backward(Tensor grad, Tensor x, Tensor norm) -> Tensor")
-implement(_LIBRARY, "channel_norm", channel_norm_definition, on_cuda=_channel_norm_cuda)
-implement(_LIBRARY, "channel_norm_backward", channel_norm_backward_definition, on_cuda=_channel_norm_backward_cuda)
-
-
-def _shape_of_norm(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], 1, *x.shape[2:])
-
-
-def _shape_of_gradient(grad: Tensor, x: Tensor, norm: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-_torch_library.register_fake("flowreel::channel_norm", _shape_of_norm, lib=_LIBRARY)
-
-_torch_library.register_fake("flowreel::channel_norm_backward", _shape_of_gradient, lib=_LIBRARY)
+_norm: Callable[[Tensor], Tensor] = operation(
+    "channel_norm(Tensor x) -> Tensor",
+    channel_norm_definition,
+    on_cuda=_channel_norm_cuda,
+    shape=lambda x: x.new_empty(x.shape[0], 1, *x.shape[2:]),
+)
+_gradient: Callable[[Tensor, Tensor, Tensor], Tensor] = operation(
+    "channel_norm_backward(Tensor grad, Tensor x, Tensor norm) -> Tensor",
+    channel_norm_backward_definition,
+    on_cuda=_channel_norm_backward_cuda,
+    shape=lambda grad, x, norm: x.new_empty(x.shape),
+)
 
 
 def _remember(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -80,13 +69,11 @@ def _remember(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> Tensor:
-    gradient: Tensor = torch.ops.flowreel.channel_norm_backward(grad, *ctx.saved_tensors)
-    return gradient
+    return _gradient(grad, *ctx.saved_tensors)
 
 
-_torch_library.register_autograd("flowreel::channel_norm", _backward, setup_context=_remember, lib=_LIBRARY)
-refuse_derivative(_LIBRARY, "channel_norm_backward")
-
+set_gradient("channel_norm", _backward, _remember)
+refuse_gradient("channel_norm_backward")
 
 # --- the public function ----------------------------------------------------------------------------------------------
 
@@ -115,6 +102,3 @@ def channel_norm(x: Tensor) -> Tensor:
     if x.ndim != 4 or x.numel() == 0:
         raise ValueError(f"channel_norm takes (B, C, H, W) that holds something, got {tuple(x.shape)}")
     return _norm(x)
-
-
-_norm: Callable[[Tensor], Tensor] = torch.ops.flowreel.channel_norm.default

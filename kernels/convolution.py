@@ -6,14 +6,15 @@ there: to a map of its own and, where it is needed there too, to a part of a con
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowreel.kernels.launch import SUFFIXES, implement, launch, on_tensor_cores, parts, sizes, view
+from flowreel.kernels.launch import SUFFIXES, launch, on_tensor_cores, parts, sizes, view
+from flowreel.kernels.operation import operation
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -193,20 +194,13 @@ def _reaches(x: Tensor, together: int) -> bool:
 
 # --- registration -----------------------------------------------------------------------------------------------------
 
-_torch_library: Any = torch.library  # its functions carry no types
-_LIBRARY = _torch_library.Library("flowreel", "FRAGMENT")
-_LIBRARY.define(
+_into: Callable[..., None] = operation(
     "convolution(Tensor x, Tensor weight, Tensor packed, Tensor bias, int stride, bool transposed, float slope, "
-    "Tensor(a!) out, Tensor(b!)? also) -> ()"
+    "Tensor(a!) out, Tensor(b!)? also) -> ()",
+    convolution_definition,
+    on_cuda=_convolution_cuda,
+    takes=_takes,
 )
-implement(_LIBRARY, "convolution", convolution_definition, on_cuda=_convolution_cuda, takes=_takes)
-
-
-def _nothing_of(*given: object) -> None:
-    return None
-
-
-_torch_library.register_fake("flowreel::convolution", _nothing_of, lib=_LIBRARY)
 
 # --- the function -----------------------------------------------------------------------------------------------------
 
@@ -265,6 +259,3 @@ def convolution(
             raise ValueError(f"the result is {shape} {x.dtype}, not {tuple(given.shape)} {given.dtype}")
     _into(x, weight, packed, bias, stride, transposed, slope, out, also)
     return out
-
-
-_into: Callable[..., None] = torch.ops.flowreel.convolution.default

@@ -18,17 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowreel.kernels import correlation_bands, correlation_products
-from flowreel.kernels.launch import (
-    MOST_DEEP,
-    SUFFIXES,
-    blocks_for,
-    implement,
-    launch,
-    parts,
-    refuse_derivative,
-    sizes,
-    view,
-)
+from flowreel.kernels.launch import MOST_DEEP, SUFFIXES, blocks_for, launch, parts, sizes, view
+from flowreel.kernels.operation import operation, refuse_gradient, set_gradient, widened
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,7 +40,7 @@ def correlation_definition(
     dtype, reach, radius = a.dtype, kernel_size // 2, max_displacement // stride2
     margin = max_displacement + reach  # from the edge of the padded map to the centre of the first window
     rows, columns = (-(-(size + 2 * (pad_size - margin)) // stride1) for size in a.shape[2:])
-    a, b = (F.pad(_widened(x), (pad_size,) * 4) for x in (a, b))
+    a, b = (F.pad(widened(x), (pad_size,) * 4) for x in (a, b))
 
     def at_centres(x: Tensor, dy: int, dx: int) -> Tensor:
         y, x0 = margin + dy, margin + dx
@@ -71,7 +62,7 @@ def pixel_correlation_definition(
     scale None: 1 / C. slope: of the LeakyReLU for negative values; 1: no activation.
     """
     reach = radius * stride
-    mean = correlation_definition(_widened(a), _widened(b), reach, 1, reach, 1, stride)
+    mean = correlation_definition(widened(a), widened(b), reach, 1, reach, 1, stride)
     return F.leaky_relu(mean * (a.shape[1] * _scale(a, scale)), slope).to(a.dtype)
 
 
@@ -80,7 +71,7 @@ def pixel_correlation_backward_definition(
 ) -> tuple[Tensor, Tensor]:
     """Gradients for ``a`` and ``b`` from that of the volume before its LeakyReLU, one displacement at a time."""
     edge, (height, width) = radius * stride, a.shape[2:]
-    grad, wide_a, padded_b = _widened(grad) * _scale(a, scale), _widened(a), F.pad(_widened(b), (edge,) * 4)
+    grad, wide_a, padded_b = widened(grad) * _scale(a, scale), widened(a), F.pad(widened(b), (edge,) * 4)
     grad_a, padded_grad_b = torch.zeros_like(wide_a), torch.zeros_like(padded_b)
     for channel, (dy, dx) in enumerate(_displacements(radius, stride)):
         shifted = (..., slice(edge + dy, edge + dy + height), slice(edge + dx, edge + dx + width))
@@ -99,11 +90,6 @@ def _displacements(radius: int, stride: int) -> list[tuple[int, int]]:
 
 def _scale(a: Tensor, scale: float | None) -> float:
     return 1 / a.shape[1] if scale is None else scale
-
-
-def _widened(x: Tensor) -> Tensor:
-    """Half-precision types as float32, in which sums are formed."""
-    return x.float() if x.element_size() < 4 else x
 
 
 def _into(made_by: Callable[..., Tensor], out: Tensor, *arguments: Any) -> None:
@@ -144,6 +130,10 @@ def _pixel_correlation_cuda(
     out = _shape_of_correlation(a, b, radius, stride)
     _pixel_correlation_into_cuda(out, a, b, radius, stride, scale, slope)
     return out
+
+
+def _shape_of_correlation(a: Tensor, b: Tensor, radius: int, stride: int, *_: object) -> Tensor:
+    return a.new_empty(a.shape[0], (2 * radius + 1) ** 2, *a.shape[2:])
 
 
 def _pixel_correlation_into_cuda(
@@ -189,58 +179,27 @@ def _pixel_correlation_backward_cuda(
 
 # --- registration -----------------------------------------------------------------------------------------------------
 
-_torch_library: Any = torch.library  # its functions carry no types
-_LIBRARY = _torch_library.Library("flowreel", "FRAGMENT")
 _MAPS, _HOW = "Tensor a, Tensor b, int radius, int stride, float? scale=None", "float slope=1."
-_LIBRARY.define(f"correlation({_MAPS}, {_HOW}) -> Tensor")
-_LIBRARY.define(f"correlation_into(Tensor(a!) out, {_MAPS}, {_HOW}) -> ()")
-_LIBRARY.define(f"correlation_backward(Tensor grad, {_MAPS}) -> (Tensor, Tensor)")
-implement(
-    _LIBRARY,
-    "correlation",
+_pixel_correlation: Callable[..., Tensor] = operation(
+    f"correlation({_MAPS}, {_HOW}) -> Tensor",
     pixel_correlation_definition,
     on_cpu=_pixel_correlation_cpu,
     on_cuda=_pixel_correlation_cuda,
+    shape=_shape_of_correlation,
 )
-implement(
-    _LIBRARY,
-    "correlation_into",
+_pixel_correlation_into: Callable[..., None] = operation(
+    f"correlation_into(Tensor(a!) out, {_MAPS}, {_HOW}) -> ()",
     partial(_into, pixel_correlation_definition),
     on_cpu=_pixel_correlation_into_cpu,
     on_cuda=_pixel_correlation_into_cuda,
 )
-implement(
-    _LIBRARY,
-    "correlation_backward",
+_gradients: Callable[..., tuple[Tensor, Tensor]] = operation(
+    f"correlation_backward(Tensor grad, {_MAPS}) -> (Tensor, Tensor)",
     pixel_correlation_backward_definition,
     on_cpu=_pixel_correlation_backward_cpu,
     on_cuda=_pixel_correlation_backward_cuda,
+    shape=lambda grad, a, b, *_: (a.new_empty(a.shape), b.new_empty(b.shape)),
 )
-
-
-def _shape_of_correlation(
-    a: Tensor, b: Tensor, radius: int, stride: int, scale: float | None = None, slope: float = 1.0
-) -> Tensor:
-    return a.new_empty(a.shape[0], (2 * radius + 1) ** 2, *a.shape[2:])
-
-
-def _nothing_comes_back(
-    out: Tensor, a: Tensor, b: Tensor, radius: int, stride: int, scale: float | None = None, slope: float = 1.0
-) -> None:
-    pass
-
-
-def _shapes_of_backward(
-    grad: Tensor, a: Tensor, b: Tensor, radius: int, stride: int, scale: float | None = None
-) -> tuple[Tensor, Tensor]:
-    return a.new_empty(a.shape), b.new_empty(b.shape)
-
-
-_torch_library.register_fake("flowreel::correlation", _shape_of_correlation, lib=_LIBRARY)
-
-_torch_library.register_fake("flowreel::correlation_into", _nothing_comes_back, lib=_LIBRARY)
-
-_torch_library.register_fake("flowreel::correlation_backward", _shapes_of_backward, lib=_LIBRARY)
 
 
 def _remember(ctx: Any, inputs: tuple[Tensor, Tensor, int, int, float | None, float], output: Tensor) -> None:
@@ -252,13 +211,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     a, b, *activated = ctx.saved_tensors
     if activated:  # positive exactly where the value before the activation was
         grad = torch.where(activated[0] > 0, grad, grad * ctx.slope)
-    grads = torch.ops.flowreel.correlation_backward(grad, a, b, ctx.radius, ctx.stride, ctx.scale)
-    return (*grads, None, None, None, None)
+    return (*_gradients(grad, a, b, ctx.radius, ctx.stride, ctx.scale), None, None, None, None)
 
 
-_torch_library.register_autograd("flowreel::correlation", _backward, setup_context=_remember, lib=_LIBRARY)
-refuse_derivative(_LIBRARY, "correlation_backward")
-
+set_gradient("correlation", _backward, _remember)
+refuse_gradient("correlation_backward")
 
 # --- the public function ----------------------------------------------------------------------------------------------
 
@@ -326,13 +283,9 @@ def correlation(
         return out
     # Where a and b are padded with zeros, the volume is zero too; and comparing windows averages the volume over them.
     border = pad_size - max_displacement
-    volume = F.pad(_pixel_correlation(_widened(a), _widened(b), radius, stride2, scale), (border,) * 4)
+    volume = F.pad(_pixel_correlation(widened(a), widened(b), radius, stride2, scale), (border,) * 4)
     costs = F.leaky_relu(F.avg_pool2d(volume, kernel_size, stride1), negative_slope).to(a.dtype)
     return costs if out is None else out.copy_(costs)
-
-
-_pixel_correlation: Callable[..., Tensor] = torch.ops.flowreel.correlation.default
-_pixel_correlation_into: Callable[..., None] = torch.ops.flowreel.correlation_into.default
 
 
 def _checked(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowreel.kernels.launch import SUFFIXES, implement, launch, sizes, view
+from flowreel.kernels.launch import SUFFIXES, launch, sizes, view
+from flowreel.kernels.operation import operation
 from flowreel.kernels.pixels import aligned, check_types, tiles_for
 
 if TYPE_CHECKING:
@@ -40,17 +40,11 @@ def _enlarge_flow_cuda(flow: Tensor, weight: Tensor, bias: Tensor, out: Tensor) 
 
 # --- registration -----------------------------------------------------------------------------------------------------
 
-_torch_library: Any = torch.library  # its functions carry no types
-_LIBRARY = _torch_library.Library("flowreel", "FRAGMENT")
-_LIBRARY.define("enlarge_flow(Tensor flow, Tensor weight, Tensor bias, Tensor(a!) out) -> ()")
-implement(_LIBRARY, "enlarge_flow", enlarge_flow_definition, on_cuda=_enlarge_flow_cuda)
-
-
-def _nothing_comes_back(flow: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
-    pass
-
-
-_torch_library.register_fake("flowreel::enlarge_flow", _nothing_comes_back, lib=_LIBRARY)
+_enlarge: Callable[[Tensor, Tensor, Tensor, Tensor], None] = operation(
+    "enlarge_flow(Tensor flow, Tensor weight, Tensor bias, Tensor(a!) out) -> ()",
+    enlarge_flow_definition,
+    on_cuda=_enlarge_flow_cuda,
+)
 
 # --- the function -----------------------------------------------------------------------------------------------------
 
@@ -80,6 +74,3 @@ def enlarge_flow(flow: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Non
     if out.shape != (batch, 2, 2 * height, 2 * width):
         raise ValueError(f"{tuple(flow.shape)} does not go into {tuple(out.shape)}")
     _enlarge(flow, weight, bias, out)
-
-
-_enlarge: Callable[[Tensor, Tensor, Tensor, Tensor], None] = torch.ops.flowreel.enlarge_flow.default

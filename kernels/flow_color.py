@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from flowreel.engine.data import UNKNOWN_ABOVE
-from flowreel.kernels.launch import SUFFIXES, blocks_for_picture, implement, launch, sizes, view
+from flowreel.kernels.launch import SUFFIXES, blocks_for_picture, launch, sizes, view
+from flowreel.kernels.operation import operation
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -164,7 +165,7 @@ def _color_tensor(flow: Tensor, max_flow: float | None) -> Tensor:
     if flow.ndim not in (3, 4) or flow.shape[-3] != 2 or 0 in flow.shape[-2:]:
         raise ValueError(f"a tensor of flow is (2, H, W) or (N, 2, H, W), got {tuple(flow.shape)}")
     vectors = flow.detach() if flow.is_floating_point() else flow.float()
-    pictures: Tensor = torch.ops.flowreel.flow_to_color(vectors[None] if flow.ndim == 3 else vectors, max_flow)
+    pictures = _flow_to_color(vectors[None] if flow.ndim == 3 else vectors, max_flow)
     return pictures[0] if flow.ndim == 3 else pictures
 
 
@@ -199,11 +200,12 @@ def _shape_of_pictures(flow: Tensor, max_flow: float | None) -> Tensor:
     return torch.empty((flow.shape[0], 3, *flow.shape[2:]), dtype=torch.uint8, device=flow.device)
 
 
-_torch_library: Any = torch.library  # its functions carry no types
-_LIBRARY = _torch_library.Library("flowreel", "FRAGMENT")
-_LIBRARY.define("flow_to_color(Tensor flow, float? max_flow) -> Tensor")
-implement(_LIBRARY, "flow_to_color", flow_to_color_definition, on_cuda=_flow_to_color_cuda)
-_torch_library.register_fake("flowreel::flow_to_color", _shape_of_pictures, lib=_LIBRARY)
+_flow_to_color: Callable[[Tensor, float | None], Tensor] = operation(
+    "flow_to_color(Tensor flow, float? max_flow) -> Tensor",
+    flow_to_color_definition,
+    on_cuda=_flow_to_color_cuda,
+    shape=_shape_of_pictures,
+)
 
 
 def _color_array(flow: FloatArray, max_flow: float | None) -> UInt8Array:

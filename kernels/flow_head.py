@@ -14,23 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowreel.kernels.launch import (
-    MOST_DEEP,
-    SUFFIXES,
-    implement,
-    launch,
-    multiprocessors,
-    on_tensor_cores,
-    parts,
-    sizes,
-    view,
-)
+from flowreel.kernels.launch import MOST_DEEP, SUFFIXES, launch, multiprocessors, on_tensor_cores, parts, sizes, view
+from flowreel.kernels.operation import operation
 
 
 class Borders(NamedTuple):
@@ -147,10 +138,6 @@ def _take_off_borders_cuda(
     launch("flow_head", f"flow_head_borders_{SUFFIXES[x.dtype]}", grid, arguments, block)
 
 
-def _takes_head(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
-    return _fits(x)
-
-
 def _takes_borders(out: Tensor, x: Tensor, *borders: Tensor) -> bool:
     wide = all(y.dtype == torch.float32 for y in (out, *borders))
     return _fits(x) and wide and out.is_contiguous() and out.shape[1] == _OUTPUTS
@@ -190,34 +177,20 @@ def _shares(
 
 # --- registration -----------------------------------------------------------------------------------------------------
 
-_torch_library: Any = torch.library  # its functions carry no types
-_LIBRARY = _torch_library.Library("flowreel", "FRAGMENT")
-_LIBRARY.define("flow_head(Tensor x, Tensor weight, Tensor bias) -> Tensor")
-_LIBRARY.define(
-    "take_off_borders_(Tensor(a!) out, Tensor x, Tensor along, Tensor along_constants, Tensor corners, "
-    "Tensor corner_constants) -> ()"
+_head: Callable[[Tensor, Tensor, Tensor], Tensor] = operation(
+    "flow_head(Tensor x, Tensor weight, Tensor bias) -> Tensor",
+    flow_head_definition,
+    on_cuda=_flow_head_cuda,
+    takes=lambda x, weight, bias: _fits(x),
+    shape=lambda x, weight, bias: x.new_empty(x.shape[0], _OUTPUTS, *x.shape[2:], dtype=torch.float32),
 )
-implement(_LIBRARY, "flow_head", flow_head_definition, on_cuda=_flow_head_cuda, takes=_takes_head)
-implement(
-    _LIBRARY,
-    "take_off_borders_",
+_take_off: Callable[..., None] = operation(
+    "take_off_borders_(Tensor(a!) out, Tensor x, Tensor along, Tensor along_constants, Tensor corners, "
+    "Tensor corner_constants) -> ()",
     take_off_borders_definition,
     on_cuda=_take_off_borders_cuda,
     takes=_takes_borders,
 )
-
-
-def _shape_of_flow(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], _OUTPUTS, *x.shape[2:], dtype=torch.float32)
-
-
-def _nothing_of(out: Tensor, x: Tensor, *borders: Tensor) -> None:
-    return None
-
-
-_torch_library.register_fake("flowreel::flow_head", _shape_of_flow, lib=_LIBRARY)
-
-_torch_library.register_fake("flowreel::take_off_borders_", _nothing_of, lib=_LIBRARY)
 
 # --- the functions ----------------------------------------------------------------------------------------------------
 
@@ -266,7 +239,3 @@ def take_off_borders_(out: Tensor, x: Tensor, borders: Borders) -> Tensor:
         raise ValueError(f"{tuple(out.shape)} was not made of {tuple(x.shape)} by {inputs} to {outputs} channels")
     _take_off(out, x, *borders)
     return out
-
-
-_head: Callable[[Tensor, Tensor, Tensor], Tensor] = torch.ops.flowreel.flow_head.default
-_take_off: Callable[..., None] = torch.ops.flowreel.take_off_borders_.default

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flowreel.kernels.channel_norm import channel_norm_definition
-from flowreel.kernels.launch import SUFFIXES, implement, launch, sizes, view
+from flowreel.kernels.launch import SUFFIXES, launch, sizes, view
+from flowreel.kernels.operation import operation
 from flowreel.kernels.pixels import aligned, check_frames, check_room, check_types, fill, tiles_for
 from flowreel.kernels.warp import warp_definition
 
@@ -36,10 +36,6 @@ def fusing_input_definition(
 # --- the CUDA version -------------------------------------------------------------------------------------------------
 
 
-def _takes(frames: Tensor, small: Tensor, small_scale: float, large: Tensor, large_scale: float, out: Tensor) -> bool:
-    return aligned(out)
-
-
 def _fusing_input_cuda(
     frames: Tensor, small: Tensor, small_scale: float, large: Tensor, large_scale: float, out: Tensor
 ) -> None:
@@ -51,22 +47,13 @@ def _fusing_input_cuda(
 
 # --- registration -----------------------------------------------------------------------------------------------------
 
-_torch_library: Any = torch.library  # its functions carry no types
-_LIBRARY = _torch_library.Library("flowreel", "FRAGMENT")
-_LIBRARY.define(
+_fusing: Callable[[Tensor, Tensor, float, Tensor, float, Tensor], None] = operation(
     "fusing_input(Tensor frames, Tensor small, float small_scale, Tensor large, float large_scale, Tensor(a!) out)"
-    " -> ()"
+    " -> ()",
+    fusing_input_definition,
+    on_cuda=_fusing_input_cuda,
+    takes=lambda *arguments: aligned(arguments[-1]),
 )
-implement(_LIBRARY, "fusing_input", fusing_input_definition, on_cuda=_fusing_input_cuda, takes=_takes)
-
-
-def _nothing_comes_back(
-    frames: Tensor, small: Tensor, small_scale: float, large: Tensor, large_scale: float, out: Tensor
-) -> None:
-    pass
-
-
-_torch_library.register_fake("flowreel::fusing_input", _nothing_comes_back, lib=_LIBRARY)
 
 # --- the function -----------------------------------------------------------------------------------------------------
 
@@ -96,6 +83,3 @@ def fusing_input(
     check_types(out, frames, small, large)
     check_room(out, CHANNELS, *check_frames(frames, small, large))
     _fusing(frames, small, small_scale, large, large_scale, out)
-
-
-_fusing: Callable[[Tensor, Tensor, float, Tensor, float, Tensor], None] = torch.ops.flowreel.fusing_input.default

@@ -4,19 +4,15 @@
 
 CuPy is not imported before the first launch. A launch allocates nothing and waits for nothing, so it may be captured
 in a CUDA graph once its module is loaded: ``prepare`` loads all modules that run on a device.
-
-Without CuPy, for float64, and for inputs that a kernel does not take, the plain torch definitions run on the GPU too;
-``recording`` tells which version ran.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -133,89 +129,11 @@ def multiprocessors(device: torch.device) -> int:
 
 def kernels_on(device: torch.device) -> str:
     """``cuda`` where our own kernels run, ``torch`` where torch's operations replace them."""
-    return "cuda" if device.type == "cuda" and _cupy_is_there() else "torch"
-
-
-# --- which version runs -----------------------------------------------------------------------------------------------
-
-_ran: ContextVar[dict[str, str] | None] = ContextVar("_ran", default=None)
-
-
-def implement(
-    library: Any,
-    name: str,
-    definition: Callable[..., Any],
-    *,
-    on_cpu: Callable[..., Any] | None = None,
-    on_cuda: Callable[..., Any] | None = None,
-    takes: Callable[..., bool] = lambda *_: True,
-) -> None:
-    """Registers the versions of one operation: our kernel on CUDA tensors where it can run, else the definition.
-
-    ``takes`` tells whether our kernel takes the operation's arguments. It is called here and nowhere else, so that the
-    version that is noted is the one that runs.
-    """
-    operation = name.removesuffix("_into")  # the same operation, written to a given tensor
-
-    def run(on: Callable[..., Any], how: str) -> Callable[..., Any]:
-        def noted(*arguments: Any) -> Any:
-            note(operation, how)
-            return on(*arguments)
-
-        return noted
-
-    plain = run(definition, "torch")
-    library.impl(name, plain, "CompositeExplicitAutograd")  # for any device without a version of its own
-    if on_cpu is not None:
-        library.impl(name, run(on_cpu, "torch"), "CPU")
-    if on_cuda is not None:
-        ours = run(on_cuda, "cuda")
-
-        def chosen(*arguments: Any) -> Any:
-            known = all(x.dtype in SUFFIXES for x in arguments if isinstance(x, Tensor) and x.is_floating_point())
-            return (ours if known and _cupy_is_there() and takes(*arguments) else plain)(*arguments)
-
-        library.impl(name, chosen, "CUDA")
-
-
-def refuse_derivative(library: Any, name: str) -> None:
-    """Makes it an error to differentiate this operation, which computes a gradient itself.
-
-    Otherwise torch would silently leave its part out of the result, and with ``once_differentiable`` still does so
-    where the incoming gradient is a constant, as after ``.sum()``.
-    """
-
-    def refused(*_: Any) -> None:
-        raise RuntimeError(
-            f"{name} has no derivative, since flowreel's operations can be differentiated only once: "
-            "use their gradients as constants, with .detach()"
-        )
-
-    torch.library.register_autograd(f"flowreel::{name}", refused, lib=library)
-
-
-@contextmanager
-def recording(into: dict[str, str]) -> Iterator[None]:
-    """Notes which version of each of our operations runs meanwhile in this thread: ``cuda``, ``torch``, or both.
-
-    The replay of a CUDA graph is not seen: record while it is captured.
-    """
-    before = _ran.set(into)
-    try:
-        yield
-    finally:
-        _ran.reset(before)
-
-
-def note(name: str, how: str) -> None:
-    """Notes that an operation is about to run, by our kernel (``cuda``) or by torch's operations (``torch``)."""
-    ran = _ran.get()
-    if ran is not None:
-        ran[name] = how if ran.get(name, how) == how else "cuda and torch"
+    return "cuda" if device.type == "cuda" and cupy_is_there() else "torch"
 
 
 @cache
-def _cupy_is_there() -> bool:
+def cupy_is_there() -> bool:
     return find_spec("cupy") is not None
 
 

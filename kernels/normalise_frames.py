@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from flowreel.kernels.launch import SUFFIXES, implement, launch, sizes, view
+from flowreel.kernels.launch import SUFFIXES, launch, sizes, view
+from flowreel.kernels.operation import operation
 from flowreel.kernels.pixels import aligned, check_room, check_types, fill, tiles_for
 
 if TYPE_CHECKING:
@@ -41,10 +42,6 @@ def _mean(frames: Tensor) -> Tensor:
 # --- the CUDA version -------------------------------------------------------------------------------------------------
 
 
-def _takes(first: Tensor, second: Tensor, planes: Tensor | None, pair: Tensor | None, both: Tensor | None) -> bool:
-    return aligned(pair) and aligned(both)
-
-
 def _normalise_frames_cuda(
     first: Tensor, second: Tensor, planes: Tensor | None, pair: Tensor | None, both: Tensor | None
 ) -> None:
@@ -59,21 +56,12 @@ def _normalise_frames_cuda(
 
 # --- registration -----------------------------------------------------------------------------------------------------
 
-_torch_library: Any = torch.library  # its functions carry no types
-_LIBRARY = _torch_library.Library("flowreel", "FRAGMENT")
-_LIBRARY.define(
-    "normalise_frames(Tensor first, Tensor second, Tensor(a!)? planes, Tensor(b!)? pair, Tensor(c!)? both) -> ()"
+_normalise: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], None] = operation(
+    "normalise_frames(Tensor first, Tensor second, Tensor(a!)? planes, Tensor(b!)? pair, Tensor(c!)? both) -> ()",
+    normalise_frames_definition,
+    on_cuda=_normalise_frames_cuda,
+    takes=lambda first, second, planes, pair, both: aligned(pair) and aligned(both),
 )
-implement(_LIBRARY, "normalise_frames", normalise_frames_definition, on_cuda=_normalise_frames_cuda, takes=_takes)
-
-
-def _nothing_comes_back(
-    first: Tensor, second: Tensor, planes: Tensor | None, pair: Tensor | None, both: Tensor | None
-) -> None:
-    pass
-
-
-_torch_library.register_fake("flowreel::normalise_frames", _nothing_comes_back, lib=_LIBRARY)
 
 # --- the function -----------------------------------------------------------------------------------------------------
 
@@ -118,7 +106,3 @@ def normalise_frames(
     if pair is not None and both is not None and pair.dtype != both.dtype:
         raise TypeError(f"pair and both are of one dtype, got {pair.dtype} and {both.dtype}")
     _normalise(first, second, planes, pair, both)
-
-
-_normalise: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], None]
-_normalise = torch.ops.flowreel.normalise_frames.default

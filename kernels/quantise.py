@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from flowreel.engine.data import UNKNOWN_ABOVE
-from flowreel.kernels.launch import SUFFIXES, blocks_for_picture, implement, launch, sizes, view
+from flowreel.kernels.launch import SUFFIXES, blocks_for_picture, launch, sizes, view
+from flowreel.kernels.operation import operation
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -79,19 +80,18 @@ def _quantise_cuda(flow: Tensor, step: float, limit: float, dtype: torch.dtype) 
 
 # --- registration -----------------------------------------------------------------------------------------------------
 
-_torch_library: Any = torch.library  # its functions carry no types
-_LIBRARY = _torch_library.Library("flowreel", "FRAGMENT")
-_LIBRARY.define("quantise(Tensor flow, float step, float limit, ScalarType dtype) -> (Tensor, Tensor)")
-implement(_LIBRARY, "quantise", quantise_definition, on_cuda=_quantise_cuda)
-
 
 def _shapes(flow: Tensor, step: float, limit: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     steps = torch.empty(flow.shape, dtype=dtype, device=flow.device)
     return steps, torch.empty((3, flow.shape[0]), dtype=torch.int32, device=flow.device)
 
 
-_torch_library.register_fake("flowreel::quantise", _shapes, lib=_LIBRARY)
-
+_quantise: Callable[..., tuple[Tensor, Tensor]] = operation(
+    "quantise(Tensor flow, float step, float limit, ScalarType dtype) -> (Tensor, Tensor)",
+    quantise_definition,
+    on_cuda=_quantise_cuda,
+    shape=_shapes,
+)
 
 # --- the public function ----------------------------------------------------------------------------------------------
 
@@ -128,6 +128,3 @@ def quantise(flow: Tensor, step: float, limit: float | None = None, dtype: torch
     if not 0 < limit <= most:
         raise ValueError(f"the limit for {dtype} is up to {most:.0f} steps, got {limit}")
     return Quantised(*_quantise(flow, step, limit, dtype))
-
-
-_quantise: Callable[..., tuple[Tensor, Tensor]] = torch.ops.flowreel.quantise.default

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flowreel.kernels.channel_norm import channel_norm_definition
-from flowreel.kernels.launch import SUFFIXES, implement, launch, sizes, view
+from flowreel.kernels.launch import SUFFIXES, launch, sizes, view
+from flowreel.kernels.operation import operation
 from flowreel.kernels.pixels import aligned, check_frames, check_room, check_types, fill, tiles_for
 from flowreel.kernels.warp import warp_definition
 
@@ -33,10 +33,6 @@ def refining_input_definition(frames: Tensor, flow: Tensor, scale: float, out: T
 # --- the CUDA version -------------------------------------------------------------------------------------------------
 
 
-def _takes(frames: Tensor, flow: Tensor, scale: float, out: Tensor) -> bool:
-    return aligned(out)
-
-
 def _refining_input_cuda(frames: Tensor, flow: Tensor, scale: float, out: Tensor) -> None:
     batch, _, height, width = frames.shape
     arguments = (frames, *view(flow), out, *sizes(height, width), np.float32(scale), np.float32(1 / scale))
@@ -45,17 +41,12 @@ def _refining_input_cuda(frames: Tensor, flow: Tensor, scale: float, out: Tensor
 
 # --- registration -----------------------------------------------------------------------------------------------------
 
-_torch_library: Any = torch.library  # its functions carry no types
-_LIBRARY = _torch_library.Library("flowreel", "FRAGMENT")
-_LIBRARY.define("refining_input(Tensor frames, Tensor flow, float scale, Tensor(a!) out) -> ()")
-implement(_LIBRARY, "refining_input", refining_input_definition, on_cuda=_refining_input_cuda, takes=_takes)
-
-
-def _nothing_comes_back(frames: Tensor, flow: Tensor, scale: float, out: Tensor) -> None:
-    pass
-
-
-_torch_library.register_fake("flowreel::refining_input", _nothing_comes_back, lib=_LIBRARY)
+_refining: Callable[[Tensor, Tensor, float, Tensor], None] = operation(
+    "refining_input(Tensor frames, Tensor flow, float scale, Tensor(a!) out) -> ()",
+    refining_input_definition,
+    on_cuda=_refining_input_cuda,
+    takes=lambda frames, flow, scale, out: aligned(out),
+)
 
 # --- the function -----------------------------------------------------------------------------------------------------
 
@@ -83,6 +74,3 @@ def refining_input(frames: Tensor, flow: Tensor, scale: float, out: Tensor) -> N
     check_types(out, frames, flow)
     check_room(out, CHANNELS, *check_frames(frames, flow))
     _refining(frames, flow, scale, out)
-
-
-_refining: Callable[[Tensor, Tensor, float, Tensor], None] = torch.ops.flowreel.refining_input.default

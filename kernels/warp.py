@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flowreel.kernels.launch import SUFFIXES, blocks_for, implement, launch, refuse_derivative, sizes, view
+from flowreel.kernels.launch import SUFFIXES, blocks_for, launch, sizes, view
+from flowreel.kernels.operation import operation, refuse_gradient, set_gradient, widened
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 def warp_definition(image: Tensor, flow: Tensor) -> Tensor:
     """What ``warp`` means: four neighbours, each clamped to the image, weighted by distance."""
-    wide = _widened(image)
+    wide = widened(image)
     out = torch.zeros_like(wide, memory_format=torch.contiguous_format)
     for corner, wx, wy in _corners(flow.to(wide.dtype)):
         out += _fetch(wide, corner) * (wx * wy)
@@ -27,7 +28,7 @@ def warp_definition(image: Tensor, flow: Tensor) -> Tensor:
 def warp_image_gradient_definition(grad: Tensor, flow: Tensor) -> Tensor:
     """Gradient for the image, from the gradient (B, C, H, W) of the output."""
     grad, flow = _where_known(grad, flow)
-    wide = _widened(grad)
+    wide = widened(grad)
     total = torch.zeros_like(wide, memory_format=torch.contiguous_format).flatten(2)
     for corner, wx, wy in _corners(flow.to(wide.dtype)):
         share = (wide * (wx * wy)).flatten(2)
@@ -38,7 +39,7 @@ def warp_image_gradient_definition(grad: Tensor, flow: Tensor) -> Tensor:
 def warp_flow_gradient_definition(grad: Tensor, image: Tensor, flow: Tensor) -> Tensor:
     """Gradient for the flow: the slope of the image between the four neighbours."""
     grad, flow = _where_known(grad, flow)
-    wide = _widened(image)
+    wide = widened(image)
     gradient = torch.zeros_like(flow, dtype=wide.dtype, memory_format=torch.contiguous_format)
     for number, (corner, wx, wy) in enumerate(_corners(flow.to(wide.dtype))):
         match = (_fetch(wide, corner) * grad).sum(1, keepdim=True)
@@ -75,11 +76,6 @@ def _fetch(image: Tensor, place: Tensor) -> Tensor:
     """(B, C, H, W) and (B, 1, H, W) -> (B, C, H, W)."""
     pixels = image.flatten(2)
     return pixels.gather(2, place.flatten(2).expand_as(pixels)).view(image.shape)
-
-
-def _widened(x: Tensor) -> Tensor:
-    """Half-precision types as float32, in which sums are formed."""
-    return x.float() if x.element_size() < 4 else x
 
 
 # --- the fast CPU version: torch's grid_sample, in strips -------------------------------------------------------------
@@ -185,45 +181,27 @@ def _launch_each_pixel(entry: str, dtype: torch.dtype, *tensors: Tensor) -> None
 
 # --- registration -----------------------------------------------------------------------------------------------------
 
-_torch_library: Any = torch.library  # its functions carry no types
-_LIBRARY = _torch_library.Library("flowreel", "FRAGMENT")
-_LIBRARY.define("warp(Tensor image, Tensor flow) -> Tensor")
-_LIBRARY.define("warp_image_gradient(Tensor grad, Tensor flow) -> Tensor")
-_LIBRARY.define("warp_flow_gradient(Tensor grad, Tensor image, Tensor flow) -> Tensor")
-implement(_LIBRARY, "warp", warp_definition, on_cpu=_warp_cpu, on_cuda=_warp_cuda)
-implement(
-    _LIBRARY,
-    "warp_image_gradient",
+_warp: Callable[[Tensor, Tensor], Tensor] = operation(
+    "warp(Tensor image, Tensor flow) -> Tensor",
+    warp_definition,
+    on_cpu=_warp_cpu,
+    on_cuda=_warp_cuda,
+    shape=lambda image, flow: image.new_empty(image.shape),
+)
+_image_gradient: Callable[[Tensor, Tensor], Tensor] = operation(
+    "warp_image_gradient(Tensor grad, Tensor flow) -> Tensor",
     warp_image_gradient_definition,
     on_cpu=_warp_image_gradient_cpu,
     on_cuda=_warp_image_gradient_cuda,
+    shape=lambda grad, flow: grad.new_empty(grad.shape),
 )
-implement(
-    _LIBRARY,
-    "warp_flow_gradient",
+_flow_gradient: Callable[[Tensor, Tensor, Tensor], Tensor] = operation(
+    "warp_flow_gradient(Tensor grad, Tensor image, Tensor flow) -> Tensor",
     warp_flow_gradient_definition,
     on_cpu=_warp_flow_gradient_cpu,
     on_cuda=_warp_flow_gradient_cuda,
+    shape=lambda grad, image, flow: flow.new_empty(flow.shape),
 )
-
-
-def _shape_of_warp(image: Tensor, flow: Tensor) -> Tensor:
-    return image.new_empty(image.shape)
-
-
-def _shape_of_image_gradient(grad: Tensor, flow: Tensor) -> Tensor:
-    return grad.new_empty(grad.shape)
-
-
-def _shape_of_flow_gradient(grad: Tensor, image: Tensor, flow: Tensor) -> Tensor:
-    return flow.new_empty(flow.shape)
-
-
-_torch_library.register_fake("flowreel::warp", _shape_of_warp, lib=_LIBRARY)
-
-_torch_library.register_fake("flowreel::warp_image_gradient", _shape_of_image_gradient, lib=_LIBRARY)
-
-_torch_library.register_fake("flowreel::warp_flow_gradient", _shape_of_flow_gradient, lib=_LIBRARY)
 
 
 def _remember(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -232,17 +210,15 @@ def _remember(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     image, flow = ctx.saved_tensors
-    operations = torch.ops.flowreel
     return (  # the image is usually the network's input, which needs no gradient
-        operations.warp_image_gradient(grad, flow) if ctx.needs_input_grad[0] else None,
-        operations.warp_flow_gradient(grad, image, flow) if ctx.needs_input_grad[1] else None,
+        _image_gradient(grad, flow) if ctx.needs_input_grad[0] else None,
+        _flow_gradient(grad, image, flow) if ctx.needs_input_grad[1] else None,
     )
 
 
-_torch_library.register_autograd("flowreel::warp", _backward, setup_context=_remember, lib=_LIBRARY)
-refuse_derivative(_LIBRARY, "warp_image_gradient")
-refuse_derivative(_LIBRARY, "warp_flow_gradient")
-
+set_gradient("warp", _backward, _remember)
+refuse_gradient("warp_image_gradient")
+refuse_gradient("warp_flow_gradient")
 
 # --- the public function ----------------------------------------------------------------------------------------------
 
@@ -279,6 +255,3 @@ def warp(image: Tensor, flow: Tensor) -> Tensor:
     if image.device != flow.device:
         raise ValueError(f"warp takes image and flow on one device, got {image.device} and {flow.device}")
     return _warp(image, flow)
-
-
-_warp: Callable[[Tensor, Tensor], Tensor] = torch.ops.flowreel.warp.default

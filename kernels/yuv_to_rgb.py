@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from flowreel.kernels import launch as launching
-from flowreel.kernels.launch import Argument, Prepared, Size, blocks_for, implement, launch, sizes, view
+from flowreel.kernels.launch import Argument, Prepared, Size, blocks_for, launch, sizes, view
+from flowreel.kernels.operation import operation
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -126,18 +127,11 @@ def _launched(
 
 # --- registration -----------------------------------------------------------------------------------------------------
 
-_torch_library: Any = torch.library  # its functions carry no types
-_LIBRARY = _torch_library.Library("flowreel", "FRAGMENT")
-_LIBRARY.define("yuv_to_rgb(Tensor(a!) out, Tensor luma, Tensor chroma, str matrix, bool full_range, int bits) -> ()")
-implement(_LIBRARY, "yuv_to_rgb", yuv_to_rgb_definition, on_cuda=_yuv_to_rgb_cuda)
-
-
-def _nothing_comes_back(out: Tensor, luma: Tensor, chroma: Tensor, matrix: str, full_range: bool, bits: int) -> None:
-    pass
-
-
-_torch_library.register_fake("flowreel::yuv_to_rgb", _nothing_comes_back, lib=_LIBRARY)
-
+_convert: Callable[[Tensor, Tensor, Tensor, str, bool, int], None] = operation(
+    "yuv_to_rgb(Tensor(a!) out, Tensor luma, Tensor chroma, str matrix, bool full_range, int bits) -> ()",
+    yuv_to_rgb_definition,
+    on_cuda=_yuv_to_rgb_cuda,
+)
 
 # --- the public function ----------------------------------------------------------------------------------------------
 
@@ -204,9 +198,6 @@ def yuv_to_rgb(
         raise ValueError(f"all on one device, got {luma.device}, {chroma.device} and {out.device}")
     _convert(out, luma, chroma, matrix, full_range, bits)
     return out
-
-
-_convert: Callable[[Tensor, Tensor, Tensor, str, bool, int], None] = torch.ops.flowreel.yuv_to_rgb.default
 
 
 class SurfacesToRgb:

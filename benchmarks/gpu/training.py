@@ -18,7 +18,7 @@ from flowreel.engine.training.config import TrainConfig
 from flowreel.engine.training.drawing import SceneConfig
 from flowreel.engine.training.painting import Batch, Painter
 from flowreel.engine.training.train import Progress
-from flowreel.kernels.launch import recording
+from flowreel.kernels.operation import recording
 
 SAME = 1e-3  # relative, for the loss and for all gradients as one vector, float32; two ways on a CPU: 1e-5
 KERNELS = {  # those that must have run, forward and backward

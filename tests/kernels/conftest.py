@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from flowreel.kernels import compiling, launch
+from flowreel.kernels.operation import recording
 
 HERE = Path(__file__).resolve().parent
 SHIM = HERE / "cuda_on_cpu"
@@ -132,7 +133,7 @@ def passed_as(x: object, expected: str) -> str:
 
 def as_on_a_gpu(operation: Any, *arguments: object) -> str:
     """Calls one of our operations (``torch.ops.flowreel...default``) as for a GPU's tensors; returns what ran."""
-    with launch.recording(ran := {}):
+    with recording(ran := {}):
         if any(isinstance(x, Tensor) and x.is_cuda for x in arguments):
             operation(*arguments)
         else:
@@ -225,7 +226,7 @@ def acting(built: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..
         monkeypatch.setattr(compiling, "SOURCES", sources)
         monkeypatch.setattr(launch, "pointer_of", cpu.pointer_of)
         monkeypatch.setitem(launch.loaders, "cpu", cpu.load)
-        monkeypatch.setattr(launch, "_cupy_is_there", lambda: True)
+        monkeypatch.setattr(launch, "cupy_is_there", lambda: True)
         monkeypatch.setattr(launch, "_modules", {})
         monkeypatch.setattr(launch, "_kernels", {})
         return cpu

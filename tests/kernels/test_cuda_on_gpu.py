@@ -40,6 +40,7 @@ from flowreel.kernels.flow_head import (
 )
 from flowreel.kernels.fusing_input import fusing_input, fusing_input_definition
 from flowreel.kernels.normalise_frames import normalise_frames, normalise_frames_definition
+from flowreel.kernels.operation import recording
 from flowreel.kernels.quantise import quantise_definition
 from flowreel.kernels.refining_input import refining_input, refining_input_definition
 from flowreel.kernels.warp import warp_definition
@@ -127,7 +128,7 @@ def captured(work: Callable[[], Results]) -> tuple[torch.cuda.CUDAGraph, Results
 def test_in_a_captured_graph(gpu: torch.device, name: str, dtype: torch.dtype) -> None:
     case = DIFFERENTIABLE[name]
     inputs = [x.to(gpu).requires_grad_() for x in random(case, dtype, 1)]
-    with launch.recording(ran := {}):
+    with recording(ran := {}):
         graph, results = captured(lambda: with_gradients(case.function, inputs))
     assert ran[name] == "cuda"
     for seed in (2, 3):
@@ -217,7 +218,7 @@ def test_convolution_into_a_concatenation_in_a_graph_and_compiled(gpu: torch.dev
         whole = torch.ones(2, 88, 37, 21, device=gpu, dtype=dtype).to(memory_format=torch.channels_last)
         return convolution(*given, 0.1, 1, also=whole[:, 8:72]), whole
 
-    with launch.recording(ran := {}):
+    with recording(ran := {}):
         graph, results = captured(work)
     assert ran["convolution"] == "cuda"
     graph.replay()
@@ -267,7 +268,7 @@ def test_flow_heads_in_a_graph_and_compiled(gpu: torch.device) -> None:
     def work() -> Results:
         return (take_off_borders_(flow_head(there, packed_there, bias_there), there, borders_there),)
 
-    with launch.recording(ran := {}):
+    with recording(ran := {}):
         graph, results = captured(work)
     assert ran == {"flow_head": "cuda", "take_off_borders_": "cuda"}
     there.copy_(x)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from flowreel.kernels import flow_head as heads
 from flowreel.kernels.flow_head import Borders, pack_flow_head
-from flowreel.kernels.launch import recording
+from flowreel.kernels.operation import recording
 
 
 def borders_of(channels: int) -> Borders:

@@ -1,8 +1,8 @@
-"""Which version of an operation runs, how that is reported, and how kernels are loaded, kept and launched."""
+"""How kernels are loaded, kept and launched."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,68 +13,7 @@ import pytest
 import torch
 
 from flowreel.engine.compiled import padded
-from flowreel.kernels import channel_norm, compiling, correlation_products, flow_head, launch, warp
-from flowreel.kernels.launch import implement, note, recording
-
-
-class Library:
-    """In place of ``torch.library.Library``: keeps the registered functions."""
-
-    def __init__(self) -> None:
-        self.versions: dict[str, Callable[..., Any]] = {}
-
-    def impl(self, name: str, function: Callable[..., Any], key: str) -> None:
-        self.versions[key] = function
-
-
-def test_operations_are_noted_while_somebody_records() -> None:
-    ran: dict[str, str] = {}
-    x = torch.ones(1, 2, 3, 3)
-    channel_norm(x)
-    with recording(ran):
-        channel_norm(x)
-        with recording(inner := {}):
-            warp(x, x)
-        channel_norm(x)
-    warp(x, x)
-    assert (ran, inner) == ({"channel_norm": "torch"}, {"warp": "torch"})
-
-
-def test_what_ran_both_ways_is_told_so() -> None:
-    with recording(ran := {}):
-        note("warp", "cuda")
-        note("warp", "cuda")
-        assert ran == {"warp": "cuda"}
-        note("warp", "torch")
-        note("warp", "cuda")
-    assert ran == {"warp": "cuda and torch"}
-
-
-@pytest.mark.parametrize("cupy", [True, False])
-def test_on_cuda_tensors_ours_runs_where_it_can(monkeypatch: pytest.MonkeyPatch, cupy: bool) -> None:
-    monkeypatch.setattr(launch, "_cupy_is_there", lambda: cupy)
-    library = Library()
-    implement(library, "op", lambda *_: "definition", on_cpu=lambda *_: "on cpu", on_cuda=lambda *_: "on cuda")
-    run = library.versions["CUDA"]
-    for dtype, ours in ((torch.float16, cupy), (torch.float32, cupy), (torch.float64, False)):
-        with recording(ran := {}):
-            assert run(torch.ones(1, dtype=dtype), 3) == ("on cuda" if ours else "definition")
-        assert ran == {"op": "cuda" if ours else "torch"}
-    with recording(ran := {}):
-        assert run(torch.ones(1, dtype=torch.uint8)) == ("on cuda" if cupy else "definition")
-        assert library.versions["CPU"](1) == "on cpu"
-        assert library.versions["CompositeExplicitAutograd"](1) == "definition"
-    assert ran == {"op": "cuda and torch" if cupy else "torch"}
-
-
-def test_what_our_kernel_does_not_take_is_told_to_run_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_cupy_is_there", lambda: True)
-    library = Library()
-    implement(library, "op", lambda *_: "definition", on_cuda=lambda *_: "on cuda", takes=lambda x, n: n > 1)
-    for n, ran_by in ((1, "torch"), (2, "cuda")):
-        with recording(ran := {}):
-            assert library.versions["CUDA"](torch.ones(1), n) == ("on cuda" if n > 1 else "definition")
-        assert ran == {"op": ran_by}
+from flowreel.kernels import compiling, correlation_products, flow_head, launch
 
 
 class NotingCupy:
@@ -236,7 +175,7 @@ def test_older_gpus_do_without_the_tensor_core_kernels(
     """The other kernels run there; cuDNN and kernels without tensor cores replace the missing ones."""
     device, loaded = torch.device("cuda", 0), set()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr(launch, "_cupy_is_there", lambda: True)
+    monkeypatch.setattr(launch, "cupy_is_there", lambda: True)
     monkeypatch.setattr(launch, "_module", lambda name, _: loaded.add(name))
     launch.on_tensor_cores.cache_clear()
     try:
