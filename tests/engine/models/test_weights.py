@@ -301,10 +301,11 @@ def test_a_header_that_lies_allocates_nothing(header: object, tmp_path: Path) ->
 
 def test_a_header_longer_than_any_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "bad.safetensors"
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", 1 << 33))
-        file.truncate((1 << 33) + 8)  # sparse: it takes no room on the disk
-    with memory_up_to(1 << 30), pytest.raises(UnreadableWeightsError, match="header of 8589934592 bytes"):
+    path.write_bytes(struct.pack("<Q", 1 << 33) + bytes(16))
+    with (
+        memory_up_to(1 << 30),
+        pytest.raises(UnreadableWeightsError, match=r"^bad.safetensors is not a whole .*: .*header"),
+    ):
         read_weights(path)
 
 
