@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import is_
 from weakref import ReferenceType, ref
 
 from torch import Tensor, nn
@@ -34,30 +35,22 @@ class _Place:
 
 
 @dataclass(frozen=True)
-class _Child:
-    """One module inside another."""
+class _Children:
+    """The modules inside another one, in the order in which a sequence applies them."""
 
     name: str
     module: ReferenceType[nn.Module]
-    key: str
-    child: ReferenceType[nn.Module]
-
-    def same(self) -> bool:
-        module, child = self.module(), self.child()
-        return module is not None and child is not None and module._modules.get(self.key) is child
-
-
-@dataclass(frozen=True)
-class _Sequence:
-    """How many modules are applied one after another; ``_Child`` checks those that were there."""
-
-    name: str
-    module: ReferenceType[nn.Sequential | nn.ModuleList]
-    count: int
+    children: tuple[ReferenceType[nn.Module], ...]
 
     def same(self) -> bool:
         module = self.module()
-        return module is not None and len(module) == self.count
+        now = [] if module is None else _children_of(module)
+        return len(now) == len(self.children) and all(map(is_, now, (child() for child in self.children)))
+
+
+def _children_of(module: nn.Module) -> list[nn.Module]:
+    """Unlike ``children()``, with those that occur twice."""
+    return [child for child in module._modules.values() if child is not None]
 
 
 class Unchanged:
@@ -66,21 +59,15 @@ class Unchanged:
     def __init__(self, net: nn.Module) -> None:
         self._net = ref(net)
         self._children = [
-            _Child(f"{path}.{key}".lstrip("."), ref(module), key, ref(child))
+            _Children(path, ref(module), tuple(map(ref, _children_of(module))))
             for path, module in net.named_modules()
-            for key, child in module._modules.items()
-            if child is not None
+            if module._modules
         ]
         self._places = [
             _Place(f"{path}.{key}".lstrip("."), ref(module), key, ref(tensor), tensor.data_ptr(), _version(tensor))
             for path, module in net.named_modules()
             for key, tensor in (*module._parameters.items(), *module._buffers.items())
             if tensor is not None
-        ]
-        self._sequences = [
-            _Sequence(path, ref(module), len(module))
-            for path, module in net.named_modules()
-            if isinstance(module, nn.Sequential | nn.ModuleList)
         ]
 
     def require(self) -> None:
@@ -89,17 +76,16 @@ class Unchanged:
         Writes that torch does not count go unnoticed: through ``tensor.data``, and those of fused optimisers.
 
         Raises:
-            StaleModelError: a parameter or buffer was written to, one of them or a module replaced, or a module added
-                to a sequence.
+            StaleModelError: a parameter or buffer was written to, or one of them or a module replaced, or a module
+                added to others.
         """
         if self._net() is None:
             return
-        parts: Sequence[_Child | _Place | _Sequence] = (*self._children, *self._places, *self._sequences)
-        for place in parts:
-            if not place.same():
-                raise StaleModelError(
-                    f"{place.name} has changed since the network was compiled: call flowreel.compile again"
-                )
+        parts: Sequence[_Children | _Place] = (*self._children, *self._places)
+        for part in parts:
+            if not part.same():
+                what = part.name or "the network"
+                raise StaleModelError(f"{what} has changed since the network was compiled: call flowreel.compile again")
 
 
 def _version(tensor: Tensor) -> int:
