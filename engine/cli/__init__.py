@@ -22,12 +22,9 @@ INTERRUPTED = 130
 SAME_INTERRUPT_S = 1.0  # a Ctrl-C this soon after the first counts as the same: a person or a script sent it twice
 
 
-class EndOfFile(Exception):
-    """Carries an EOFError past typer, which would take it for Ctrl-D at a prompt. ``__cause__`` is the error."""
-
-
-class Interrupted(Exception):
-    """Carries Ctrl-C past typer, which would discard it and its notes. ``__cause__`` is the KeyboardInterrupt."""
+class PastTyper(Exception):
+    """Carries an error, its ``__cause__``, past typer: an EOFError, which typer would take for Ctrl-D at a prompt, or a
+    KeyboardInterrupt, whose notes it would discard."""
 
 
 def main() -> NoReturn:
@@ -105,13 +102,12 @@ def call(arguments: list[str]) -> int:
         from flowreel.engine.cli.app import app  # here, so that Ctrl-C while it loads is handled
 
         result = app(arguments, prog_name="flowreel", standalone_mode=False)
-    except (KeyboardInterrupt, Interrupted) as stopped:
-        return _say(_with_notes("interrupted", stopped.__cause__ or stopped), INTERRUPTED)
-    except Exception as raised:
-        error = raised.__cause__ if isinstance(raised, EndOfFile) else raised
+    except (KeyboardInterrupt, Exception) as raised:
+        error = (raised.__cause__ or raised) if isinstance(raised, PastTyper) else raised
+        if not isinstance(error, Exception):
+            return _say(_with_notes("interrupted", error), INTERRUPTED)
         if "--debug" in arguments and sys.stderr is not None:  # None: see ``_say``
             traceback.print_exception(raised)
-        assert isinstance(error, Exception)
         return _report(error)
     if result == INTERRUPTED:  # what typer makes of Ctrl-C
         return _say("interrupted", INTERRUPTED)

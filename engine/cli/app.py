@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from flowreel.engine.cli import EndOfFile, Interrupted
+from flowreel.engine.cli import PastTyper
 from flowreel.engine.cli.bench import bench
 from flowreel.engine.cli.color import color
 from flowreel.engine.cli.demo import demo
@@ -55,10 +55,8 @@ def _shielded(command: Callable[..., None]) -> Callable[..., None]:
     def shielded(*arguments: object, **options: object) -> None:
         try:
             command(*arguments, **options)
-        except EOFError as error:
-            raise EndOfFile from error
-        except KeyboardInterrupt as error:
-            raise Interrupted from error
+        except (EOFError, KeyboardInterrupt) as error:
+            raise PastTyper from error
 
     return shielded
 
