@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from flowreel.engine.cli import printable
 from flowreel.engine.cli.options import BOUND, QUEUE_MB, Debug, Quiet, number_or_auto
 from flowreel.engine.cli.table import Live, clock, plural, size
 from flowreel.engine.config import Encoder
@@ -80,9 +79,8 @@ def color(
             overwrite=overwrite,
             queue_mb=queue_mb,
         )
-    if not quiet:
-        for line in summary(report):
-            live.console.print(printable(line), highlight=False, soft_wrap=True)
+    for line in summary(report):
+        live.say(line)
 
 
 def summary(report: ColorReport) -> list[str]:

@@ -9,6 +9,7 @@ import typer
 
 from flowreel.engine.cli import printable
 from flowreel.engine.cli.options import Debug, Device, Quiet, Weights
+from flowreel.engine.cli.table import Live, print_summary, size
 
 
 def demo(
@@ -23,7 +24,6 @@ def demo(
 ) -> None:
     """Render a moving scene to an H.264 file, compute its flow, and compare it with the truth."""
     from flowreel.engine import demo as demonstration
-    from flowreel.engine.cli.table import Live, print_summary, size
 
     with Live(quiet) as live:
         report = demonstration.demo(

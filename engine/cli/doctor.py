@@ -6,6 +6,8 @@ import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.text import Text
 
 from flowreel.engine.cli.options import Debug
 
@@ -37,9 +39,6 @@ def doctor(
 
 def _print(diagnosis: Diagnosis) -> None:
     """One aligned line per check, below it the advice if it is not ok, and the overall result at the end."""
-    from rich.console import Console
-    from rich.text import Text
-
     console = Console(soft_wrap=True, highlight=False)
     width = max(len(check.name) for check, _ in diagnosis.found)
     for check, finding in diagnosis.found:

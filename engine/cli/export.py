@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from flowreel.engine.cli import printable
 from flowreel.engine.cli.options import (
     BOUND,
     CODECS,
@@ -105,9 +104,8 @@ def export(
         )
     if stats is not None:
         write_stats(stats, report.as_json())
-    if not quiet:
-        for line in summary(report):
-            live.console.print(printable(line), highlight=False, soft_wrap=True)
+    for line in summary(report):
+        live.say(line)
 
 
 def summary(report: ExportReport) -> list[str]:

@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.text import Text
 
 from flowreel.engine.cli import printable
 from flowreel.engine.cli.options import Debug
+from flowreel.engine.cli.table import beside_flo, size
 
 Facts = dict[str, Any]
 Rows = list[tuple[str, str]]  # label, text; rows without text are left out
@@ -55,9 +58,6 @@ def info(
 
 def print_facts(facts: Facts, follows: bool = False) -> None:
     """Headings and aligned rows on stdout; colours only on a terminal, and no line is wrapped."""
-    from rich.console import Console
-    from rich.text import Text
-
     console = Console(soft_wrap=True, highlight=False)
     groups = [(printable(heading), [_shown(row) for row in rows if row[1]]) for heading, rows in _groups(facts)]
     width = max((len(label) for _, rows in groups for label, _ in rows), default=0)
@@ -96,8 +96,6 @@ def _groups(facts: Facts) -> Iterator[Group]:
 
 
 def _video_rows(facts: Facts) -> Rows:
-    from flowreel.engine.cli.table import size
-
     start = "" if facts["start_time_s"] is None else f", starting at {facts['start_time_s']:.3f} s"
     rate = "" if facts["bit_rate"] is None else f", {facts['bit_rate'] / 1e6:.3g} Mbit/s"
     duration = "unknown" if facts["duration_s"] is None else f"{facts['duration_s']:.3f} s"
@@ -191,8 +189,6 @@ def _store_words(facts: Facts) -> str:
 
 
 def _store_rows(facts: Facts) -> Rows:
-    from flowreel.engine.cli.table import beside_flo, size
-
     bound = f"within {facts['max_error']:g} px" if facts["max_error"] else "lossless"
     ratio = beside_flo(facts["flo_bytes"], facts["disk_bytes"])
     model = " ".join(str(facts[key]) for key in ("model", "weights") if facts[key])
@@ -265,8 +261,6 @@ def _rows(key: str, value: Any) -> Iterator[tuple[str, str]]:
 
 def _row(key: str, value: Any) -> tuple[str, str]:
     """A fact as a label and text; its name may end in its unit."""
-    from flowreel.engine.cli.table import size
-
     for unit in ("_bytes", "_s"):
         if key.endswith(unit) and isinstance(value, int | float):
             text = size(value) if unit == "_bytes" else f"{value:.3f} s"

@@ -44,16 +44,15 @@ def repair(
 
     with Live(quiet) as live:
         report = repairing.repair(store, source, weights=weights, device=device, dry_run=dry_run, progress=live.show)
-    if not quiet:
-        for line in summary(report, dry_run):
-            live.console.print(printable(line), highlight=False, soft_wrap=True)
+    for line in summary(report, dry_run):
+        live.say(line)
     if not (quiet and report.after.sound):
         typer.echo("\n".join(map(printable, _lines(report.after))))
     if not report.after.sound:
         raise typer.Exit(1)
 
 
-def summary(report: RepairReport, dry_run: bool = False) -> list[str]:
+def summary(report: RepairReport, dry_run: bool) -> list[str]:
     """What was wrong and what was done about it."""
     if report.before.sound:
         return []

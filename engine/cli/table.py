@@ -115,9 +115,14 @@ def _headline(progress: Progress) -> str:
     return f"{progress.flows_done}{total} {noun}, {rate:.2f} flows/s{left}"
 
 
+def line_console(quiet: bool = False) -> Console:
+    """Prints lines on stderr as they are."""
+    return Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True, quiet=quiet)
+
+
 def print_summary(report: RunReport) -> None:
     """What ran, how fast, and how large the outputs are compared with ``.flo`` files."""
-    console = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    console = line_console()
     if not report.pairs:  # a resumed run that found everything done
         for note in report.notes:
             console.print(printable(note))
@@ -140,7 +145,7 @@ def print_summary(report: RunReport) -> None:
 
 def print_many(report: ManyReport) -> None:
     """One line per source, the errors of those that failed, and where the manifest is."""
-    console = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    console = line_console()
     if not console.is_terminal:
         console.width = _LOG_WIDTH
     table = Table(box=None, pad_edge=False)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from flowreel.engine.cli import printable
 from flowreel.engine.cli.options import Debug, OneDevice, Quiet
+from flowreel.engine.cli.table import line_console
 
 
 def train(
@@ -59,7 +59,7 @@ def train(
     from flowreel.engine.training import train as training
     from flowreel.engine.training.config import TrainConfig
 
-    console = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True, quiet=quiet)
+    console = line_console(quiet)
     where = one_device(device)
 
     def report(progress: training.Progress) -> None:

@@ -7,14 +7,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.progress import Progress, TaskID, TextColumn
 
 from flowreel.engine.cli import printable
 from flowreel.engine.cli.options import Debug, Quiet
 from flowreel.engine.cli.table import plural
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
-
     from flowreel.engine.verify import Verification
 
 
@@ -35,9 +35,6 @@ def verify(
       flowreel verify dance.flow.zarr
       flowreel verify --json flows/*.zarr
     """
-    from rich.console import Console
-    from rich.progress import Progress, TextColumn
-
     from flowreel.engine import verify as verifying
 
     done = []

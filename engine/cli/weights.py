@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from flowreel.engine.cli import printable
 from flowreel.engine.cli.help import Command, Group
 from flowreel.engine.cli.info import print_facts
 from flowreel.engine.cli.options import Debug, Quiet
+from flowreel.engine.cli.table import line_console, size
 from flowreel.engine.data import JSON
 from flowreel.engine.errors import UsageError
 
@@ -171,7 +171,7 @@ class _Meter:
     """Download progress on stderr: a bar on a terminal, a line now and then elsewhere."""
 
     def __init__(self, quiet: bool) -> None:
-        self.console = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
+        self.console = line_console()
         columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         live = not quiet and self.console.is_terminal
         self.progress = Progress(*columns, console=self.console, transient=True, disable=not live)
@@ -187,8 +187,6 @@ class _Meter:
         self.progress.stop()
 
     def show(self, done: int, whole: int | None) -> None:
-        from flowreel.engine.cli.table import size
-
         self.progress.update(self.task, completed=done, total=whole)
         if self.progress.disable and whole and done >= self._next * whole:
             self._next = done / whole + PLAIN_STEP
@@ -201,8 +199,6 @@ class _Meter:
 
 def _table(facts: list[dict[str, JSON]]) -> str:
     """One line per checkpoint, in columns."""
-    from flowreel.engine.cli.table import size
-
     rows = [("NAME", "MODEL", "SIZE", "HERE", "LICENCE", "SHA256")]
     for one in facts:
         exact, about = one["size_bytes"], one["about_bytes"]
