@@ -7,6 +7,7 @@ that a broken package never keeps the others from being checked. Nothing heavy i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from flowreel.engine.doctor import gpu, machine, packages
 from flowreel.engine.doctor.checking import Check, Diagnosis, Finding, look_at
@@ -37,8 +38,14 @@ CHECKS = (
     Check("CuPy", "gpu", "our CUDA kernels", gpu.cupy, gpu.GPU_EXTRA),
     Check("NVRTC", "gpu", "our CUDA kernels", gpu.nvrtc, gpu.GPU_EXTRA),
     Check("CUDA kernels", "gpu", "--device cuda at full speed", gpu.kernels, gpu.GPU_EXTRA),
-    Check("libnvcuvid", "gpu", "--decoder nvdec", gpu.libnvcuvid, gpu.VIDEO_DRIVER),
-    Check("libnvidia-encode", "gpu", "PyNvVideoCodec, to load", gpu.libnvidia_encode, gpu.VIDEO_DRIVER),
+    Check("libnvcuvid", "gpu", "--decoder nvdec", partial(gpu.video_library, "libnvcuvid.so.1"), gpu.VIDEO_DRIVER),
+    Check(
+        "libnvidia-encode",
+        "gpu",
+        "PyNvVideoCodec, to load",
+        partial(gpu.video_library, "libnvidia-encode.so.1"),
+        gpu.VIDEO_DRIVER,
+    ),
     Check("PyNvVideoCodec", "gpu", "--decoder nvdec", gpu.pynvvideocodec, gpu.GPU_EXTRA),
     Check("NVDEC", "gpu", "--decoder nvdec", gpu.nvdec, "let it decode on the CPU: --decoder pyav"),
     Check("NVENC", "extra", "--encoder nvenc", gpu.nvenc, "nothing to do: colour video is encoded on the CPU then"),

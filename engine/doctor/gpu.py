@@ -14,7 +14,7 @@ from flowreel.engine.errors import DeviceError, MissingDependencyError
 from flowreel.engine.sources import nvcodec
 
 NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
-SMALL_KERNEL = b'extern "C" __global__ void add_one(float* values) { values[threadIdx.x] += 1.0f; }'
+SMALL_KERNEL = 'extern "C" __global__ void add_one(float* values) { values[threadIdx.x] += 1.0f; }'
 CUPYS = ("cupy-cuda13x", "cupy-cuda12x", "cupy-cuda11x", "cupy")  # distributions of the same package
 NVDEC_CODECS = (("H264", 8), ("HEVC", 8), ("HEVC", 10), ("AV1", 8), ("AV1", 10), ("VP9", 8))  # name, bits
 
@@ -102,35 +102,20 @@ def cupy() -> Finding:
 
 
 def nvrtc() -> Finding:
-    """Compiles a kernel, which needs no GPU: through CuPy, as flowreel's kernels are, or with the library alone."""
+    """Compiles a kernel through CuPy, as flowreel's are. That needs no GPU."""
     try:
         from cupy.cuda import nvrtc as compiler
-    except Exception:  # CuPy has a check of its own
-        return _bare_nvrtc()
+    except Exception:  # it has a check of its own
+        return Finding("missing", detail="CuPy, to compile by, does not load", advice="mend that first")
     try:
         found = ".".join(map(str, compiler.getVersion()))
     except Exception as error:  # CuPy looks for the library only now
         return Finding("missing", detail=f"CuPy finds no NVRTC: {first_line(error)}")
-    program = compiler.createProgram(SMALL_KERNEL.decode(), "add_one.cu", [], [])
+    program = compiler.createProgram(SMALL_KERNEL, "add_one.cu", [], [])
     compiler.compileProgram(program, ("--gpu-architecture=compute_75",))
     expect(compiler.getPTX(program), "a kernel compiles to nothing")
     compiler.destroyProgram(program)
     return Finding("ok", found, "compiled a kernel through CuPy")
-
-
-def _bare_nvrtc() -> Finding:
-    library = _library("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
-    if library is None:
-        return Finding("missing", detail="neither CuPy nor NVRTC's library (libnvrtc) can be found")
-    program, option = ctypes.c_void_p(), (ctypes.c_char_p * 1)(b"--gpu-architecture=compute_75")
-    made = library.nvrtcCreateProgram(ctypes.byref(program), SMALL_KERNEL, b"add_one.cu", 0, None, None)
-    expect(made == 0, f"nvrtcCreateProgram gives error {made}")
-    compiled = library.nvrtcCompileProgram(program, 1, option)
-    library.nvrtcDestroyProgram(ctypes.byref(program))
-    expect(compiled == 0, f"nvrtcCompileProgram gives error {compiled}")
-    major, minor = ctypes.c_int(), ctypes.c_int()
-    library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
-    return Finding("ok", f"{major.value}.{minor.value}", "compiled a kernel without CuPy")
 
 
 def kernels() -> Finding:
@@ -162,15 +147,8 @@ def kernels() -> Finding:
     return Finding("ok", detail="compiled, and run on the GPU, on its tensor cores too")
 
 
-def libnvcuvid() -> Finding:
-    return _video_library("libnvcuvid.so.1")
-
-
-def libnvidia_encode() -> Finding:
-    return _video_library("libnvidia-encode.so.1")
-
-
-def _video_library(name: str) -> Finding:
+def video_library(name: str) -> Finding:
+    """One of the driver's libraries."""
     if _library(name) is not None:
         return Finding("ok", detail=f"{name} loads")
     given = os.environ.get("NVIDIA_DRIVER_CAPABILITIES")  # in a container: the parts of the driver that are passed in
@@ -229,20 +207,14 @@ def nvenc() -> Finding:
     return Finding("ok", detail="H.264") if why is None else Finding("missing", detail=why)
 
 
-def _library(*names: str) -> Any:
-    """The first of these libraries that exists, or None. Raises OSError if it exists but does not load."""
-    for name in names:
-        try:
-            return ctypes.CDLL(name)
-        except OSError as error:
-            if not _is_absent(error, name):
-                raise
-    return None
-
-
-def _is_absent(error: OSError, name: str) -> bool:
-    """Whether the library itself cannot be found, rather than another one that it needs."""
-    return name in str(error) and "no such file" in str(error).lower()
+def _library(name: str) -> Any:
+    """The library, or None if there is none. Raises OSError if it exists but does not load."""
+    try:
+        return ctypes.CDLL(name)
+    except OSError as error:
+        if name in str(error) and "no such file" in str(error).lower():  # else another one, that it needs, is absent
+            return None
+        raise
 
 
 def _installed(distribution: str) -> str:

@@ -149,26 +149,11 @@ class TestNvrtc:
         self.through_cupy(module, compileProgram=raising(ValueError("NVRTC_ERROR_COMPILATION")))
         assert found("NVRTC").status == "broken"
 
-    @pytest.mark.parametrize(("compiled", "status"), [(0, "ok"), (6, "broken")])
-    def test_without_cupy(
-        self, libraries: dict[str, Any], monkeypatch: pytest.MonkeyPatch, compiled: int, status: str
-    ) -> None:
+    def test_without_cupy(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("cupy", "cupy.cuda"):  # another test may have imported them
             monkeypatch.setitem(sys.modules, name, None)
-        assert found("NVRTC").status == "missing"
-
-        def version(major: Any, minor: Any) -> None:
-            major._obj.value, minor._obj.value = 12, 9
-
-        libraries["libnvrtc.so.12"] = types.SimpleNamespace(
-            nvrtcCreateProgram=lambda *_: 0,
-            nvrtcCompileProgram=lambda *_: compiled,
-            nvrtcDestroyProgram=lambda *_: 0,
-            nvrtcVersion=version,
-        )
         finding = found("NVRTC")
-        assert finding.status == status
-        assert finding.version == ("12.9" if status == "ok" else "")
+        assert (finding.status, finding.advice) == ("missing", "mend that first")
 
 
 class TestKernels:
