@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowreel.kernels import correlation_bands, correlation_products
+from flowreel.kernels.correlation_bands import scale_of
 from flowreel.kernels.launch import MOST_DEEP, SUFFIXES, blocks_for, launch, parts, sizes, view
 from flowreel.kernels.operation import operation, refuse_gradient, set_gradient, widened
 
@@ -63,7 +64,7 @@ def pixel_correlation_definition(
     """
     reach = radius * stride
     mean = correlation_definition(widened(a), widened(b), reach, 1, reach, 1, stride)
-    return F.leaky_relu(mean * (a.shape[1] * _scale(a, scale)), slope).to(a.dtype)
+    return F.leaky_relu(mean * (a.shape[1] * scale_of(a, scale)), slope).to(a.dtype)
 
 
 def pixel_correlation_backward_definition(
@@ -71,7 +72,7 @@ def pixel_correlation_backward_definition(
 ) -> tuple[Tensor, Tensor]:
     """Gradients for ``a`` and ``b`` from that of the volume before its LeakyReLU, one displacement at a time."""
     edge, (height, width) = radius * stride, a.shape[2:]
-    grad, wide_a, padded_b = widened(grad) * _scale(a, scale), widened(a), F.pad(widened(b), (edge,) * 4)
+    grad, wide_a, padded_b = widened(grad) * scale_of(a, scale), widened(a), F.pad(widened(b), (edge,) * 4)
     grad_a, padded_grad_b = torch.zeros_like(wide_a), torch.zeros_like(padded_b)
     for channel, (dy, dx) in enumerate(_displacements(radius, stride)):
         shifted = (..., slice(edge + dy, edge + dy + height), slice(edge + dx, edge + dx + width))
@@ -88,34 +89,9 @@ def _displacements(radius: int, stride: int) -> list[tuple[int, int]]:
     return [(dy, dx) for dy in steps for dx in steps]
 
 
-def _scale(a: Tensor, scale: float | None) -> float:
-    return 1 / a.shape[1] if scale is None else scale
-
-
 def _into(made_by: Callable[..., Tensor], out: Tensor, *arguments: Any) -> None:
     """Copies the result of ``made_by`` to ``out``."""
     out.copy_(made_by(*arguments))
-
-
-# --- the CPU version --------------------------------------------------------------------------------------------------
-
-
-def _pixel_correlation_cpu(
-    a: Tensor, b: Tensor, radius: int, stride: int, scale: float | None = None, slope: float = 1.0
-) -> Tensor:
-    return correlation_bands.pixel_correlation(a, b, radius, stride, _scale(a, scale), slope)
-
-
-def _pixel_correlation_into_cpu(
-    out: Tensor, a: Tensor, b: Tensor, radius: int, stride: int, scale: float | None = None, slope: float = 1.0
-) -> None:
-    correlation_bands.pixel_correlation_into(out, a, b, radius, stride, _scale(a, scale), slope)
-
-
-def _pixel_correlation_backward_cpu(
-    grad: Tensor, a: Tensor, b: Tensor, radius: int, stride: int, scale: float | None = None
-) -> tuple[Tensor, Tensor]:
-    return correlation_bands.pixel_correlation_backward(grad, a, b, radius, stride, _scale(a, scale))
 
 
 # --- the CUDA version -------------------------------------------------------------------------------------------------
@@ -140,7 +116,7 @@ def _pixel_correlation_into_cuda(
     out: Tensor, a: Tensor, b: Tensor, radius: int, stride: int, scale: float | None = None, slope: float = 1.0
 ) -> None:
     if correlation_products.fits(a, radius):
-        correlation_products.pixel_correlation_into(out, a, b, radius, stride, _scale(a, scale), slope)
+        correlation_products.pixel_correlation_into(out, a, b, radius, stride, scale_of(a, scale), slope)
     else:
         pixel_correlation_on_cuda_cores(out, a, b, radius, stride, scale, slope)
 
@@ -160,7 +136,7 @@ def pixel_correlation_on_cuda_cores(
         count = len(range(batch)[some])
         views = (*view(a[some]), *view(b[some]), *view(out[some]))
         numbers = sizes(count, channels, height, width, radius, stride)
-        arguments = (*views, *numbers, np.float32(_scale(a, scale)), np.float32(slope))
+        arguments = (*views, *numbers, np.float32(scale_of(a, scale)), np.float32(slope))
         launch("correlation", entry, (across, down, deep * count), arguments, (_BLOCK,))
 
 
@@ -172,7 +148,7 @@ def _pixel_correlation_backward_cuda(
     grid = (*blocks_for(batch * height * width), parts(channels, _GROUP))
     for of_b, (out, other) in enumerate(zip(grads, (b, a), strict=True)):
         numbers = sizes(batch, channels, height, width, radius, stride)
-        arguments = (*view(grad), *view(other), *view(out), *numbers, np.float32(_scale(a, scale)), np.int32(of_b))
+        arguments = (*view(grad), *view(other), *view(out), *numbers, np.float32(scale_of(a, scale)), np.int32(of_b))
         launch("correlation", f"correlation_gradient_{SUFFIXES[a.dtype]}", grid, arguments)
     return grads
 
@@ -183,20 +159,20 @@ _MAPS, _HOW = "Tensor a, Tensor b, int radius, int stride, float? scale=None", "
 _pixel_correlation: Callable[..., Tensor] = operation(
     f"correlation({_MAPS}, {_HOW}) -> Tensor",
     pixel_correlation_definition,
-    on_cpu=_pixel_correlation_cpu,
+    on_cpu=correlation_bands.pixel_correlation,
     on_cuda=_pixel_correlation_cuda,
     shape=_shape_of_correlation,
 )
 _pixel_correlation_into: Callable[..., None] = operation(
     f"correlation_into(Tensor(a!) out, {_MAPS}, {_HOW}) -> ()",
     partial(_into, pixel_correlation_definition),
-    on_cpu=_pixel_correlation_into_cpu,
+    on_cpu=correlation_bands.pixel_correlation_into,
     on_cuda=_pixel_correlation_into_cuda,
 )
 _gradients: Callable[..., tuple[Tensor, Tensor]] = operation(
     f"correlation_backward(Tensor grad, {_MAPS}) -> (Tensor, Tensor)",
     pixel_correlation_backward_definition,
-    on_cpu=_pixel_correlation_backward_cpu,
+    on_cpu=correlation_bands.pixel_correlation_backward,
     on_cuda=_pixel_correlation_backward_cuda,
     shape=lambda grad, a, b, *_: (a.new_empty(a.shape), b.new_empty(b.shape)),
 )

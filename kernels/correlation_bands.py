@@ -127,7 +127,14 @@ class _Layout:
             yield y, phase, row, inside, slice(first * self.pitch, last * self.pitch)
 
 
-def pixel_correlation(a: Tensor, b: Tensor, radius: int, stride: int, scale: float, slope: float) -> Tensor:
+def scale_of(a: Tensor, scale: float | None) -> float:
+    """The factor of the sum over channels. None: 1 / C, which gives the mean."""
+    return 1 / a.shape[1] if scale is None else scale
+
+
+def pixel_correlation(
+    a: Tensor, b: Tensor, radius: int, stride: int, scale: float | None = None, slope: float = 1.0
+) -> Tensor:
     """(B, C, H, W) twice -> (B, (2 radius + 1)^2, H, W), as ``pixel_correlation_definition``."""
     out = a.new_empty(a.shape[0], (2 * radius + 1) ** 2, *a.shape[2:])
     pixel_correlation_into(out, a, b, radius, stride, scale, slope)
@@ -135,7 +142,7 @@ def pixel_correlation(a: Tensor, b: Tensor, radius: int, stride: int, scale: flo
 
 
 def pixel_correlation_into(
-    out: Tensor, a: Tensor, b: Tensor, radius: int, stride: int, scale: float, slope: float
+    out: Tensor, a: Tensor, b: Tensor, radius: int, stride: int, scale: float | None = None, slope: float = 1.0
 ) -> None:
     """The same, written to ``out``, which may have any strides."""
     if a.dtype == torch.float16 or (a.dtype == torch.bfloat16 and not _FAST_BFLOAT16):
@@ -144,10 +151,10 @@ def pixel_correlation_into(
     layout = _Layout.of(a, radius, stride)
     if layout.full_width > layout.width:
         whole = a.new_empty(*out.shape[:3], layout.full_width)
-        _by_rows(layout, layout.volume(whole), a, b, scale, slope)
+        _by_rows(layout, layout.volume(whole), a, b, scale_of(a, scale), slope)
         out.copy_(whole[..., : layout.width])
     else:
-        _by_rows(layout, layout.volume(out), a, b, scale, slope)
+        _by_rows(layout, layout.volume(out), a, b, scale_of(a, scale), slope)
 
 
 def _by_rows(layout: _Layout, volume: Tensor, a: Tensor, b: Tensor, scale: float, slope: float) -> None:
@@ -171,13 +178,13 @@ def _by_rows(layout: _Layout, volume: Tensor, a: Tensor, b: Tensor, scale: float
 
 
 def pixel_correlation_backward(
-    grad: Tensor, a: Tensor, b: Tensor, radius: int, stride: int, scale: float
+    grad: Tensor, a: Tensor, b: Tensor, radius: int, stride: int, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """Gradients for both maps: the volume's gradient becomes a banded matrix, which is multiplied by b and by a."""
     if a.element_size() < 4:
         grads = pixel_correlation_backward(grad.float(), a.float(), b.float(), radius, stride, scale)
         return grads[0].to(a.dtype), grads[1].to(b.dtype)
-    layout = _Layout.of(a, radius, stride)
+    layout, scale = _Layout.of(a, radius, stride), scale_of(a, scale)
     lefts, windows = layout.lefts(a, scale), layout.windows(b)
     missing = layout.full_width - layout.width
     volume = layout.volume((F.pad(grad, (0, missing)) if missing else grad).contiguous())
