@@ -10,6 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# By layer, its input's size and the rows of padding: the layout of its weights that oneDNN chose. Kept by a program, so
+# that those for one size of frames are freed with it.
+Layouts = dict[tuple[object, ...], Tensor]
+
 SMALLEST = 8 << 20  # bytes; smaller blocks are reused by the C library itself
 
 
@@ -26,13 +30,14 @@ def apart(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 class Buffers:
-    """Channels-last tensors whose memory returns here when the last view of it is gone.
+    """A program's memory: channels-last tensors whose memory returns here when the last view of it is gone.
 
     It is kept for the next tensor of the same size in bytes. Any number of threads may allocate at once; no two tensors
     share memory.
     """
 
     def __init__(self) -> None:
+        self.layouts: Layouts = {}
         self._free: dict[int, list[np.ndarray]] = {}
 
     def empty(self, batch: int, channels: int, height: int, width: int, dtype: torch.dtype) -> Tensor:

@@ -8,7 +8,6 @@ layer takes up to four times as long, because of fresh memory alone (see ``buffe
 from __future__ import annotations
 
 from collections.abc import Iterator
-from copy import copy
 
 import torch
 from torch import Tensor, nn
@@ -47,23 +46,17 @@ class Convolution:
         own_bias = None if bias is None else bias.detach().to(dtype, copy=True)
         self._form = _fastest(own, own_bias, self.stride, self.padding, transposed=self.transposed, leaky=leaky)
 
-    def for_another_size(self) -> Convolution:
-        """Shares the weights; what is cached for the input sizes it meets is its own and is freed with it."""
-        other = copy(self)
-        other._form = self._form.for_another_size()
-        return other
-
     def __call__(self, x: Tensor, buffers: Buffers) -> Tensor:
         """(B, inputs, H, W) of any dtype and strides to (B, outputs, H', W'), channels last."""
         batch, height, width = x.shape[0], *self._size(x)
         small = batch * height * width * self._form.bytes_a_pixel <= WHOLE
         if small and x.dtype == self.dtype == self.gives:
-            return channels_last(self._form(channels_last(x), self.padding))
+            return channels_last(self._form(channels_last(x), self.padding, buffers.layouts))
         out = buffers.empty(batch, self.outputs, height, width, self.gives)
-        self.into(out, x)
+        self.into(out, x, buffers)
         return out
 
-    def into(self, out: Tensor, x: Tensor) -> None:
+    def into(self, out: Tensor, x: Tensor, buffers: Buffers) -> None:
         """The same, written to ``out``: channels last, of any dtype, perhaps a slice of another tensor's channels."""
         x = channels_last(x)
         bytes_a_pixel = self._form.bytes_a_pixel
@@ -71,9 +64,11 @@ class Convolution:
             bytes_a_pixel = max(bytes_a_pixel, self.inputs * self.dtype.itemsize)
         for sample in range(x.shape[0]):
             for top, bottom in strips(*self._size(x), bytes_a_pixel):
-                out[sample : sample + 1, :, top:bottom] = self.rows(x[sample : sample + 1], top, bottom)
+                out[sample : sample + 1, :, top:bottom] = self.rows(x[sample : sample + 1], top, bottom, buffers)
 
-    def rows(self, x: Tensor, top: int, bottom: int, *, first: int = 0, height: int | None = None) -> Tensor:
+    def rows(
+        self, x: Tensor, top: int, bottom: int, buffers: Buffers, *, first: int = 0, height: int | None = None
+    ) -> Tensor:
         """Rows ``top`` to ``bottom`` of the output; both even if transposed.
 
         ``x`` may hold only those of the input's ``height`` rows that are needed, starting at row ``first``.
@@ -81,18 +76,18 @@ class Convolution:
         height = x.shape[2] if height is None else height
         if self.transposed:  # output row y reads input rows from y/2 - 1 on
             low, high = max(0, top // 2 - 1), min(height, bottom // 2 + 1)
-            return self._run(x[:, :, low - first : high - first], 1)[:, :, top - 2 * low : bottom - 2 * low]
+            return self._run(x[:, :, low - first : high - first], 1, buffers)[:, :, top - 2 * low : bottom - 2 * low]
         low, high = top * self.stride - self.padding, (bottom - 1) * self.stride - self.padding + self.kernel
         if low >= 0 and high <= height:
-            return self._run(x[:, :, low - first : high - first], 0)
+            return self._run(x[:, :, low - first : high - first], 0, buffers)
         # oneDNN pads both ends or neither. An end that lies inside the image gets wrong rows, which are cut off.
         spoilt = 0 if low < 0 else -(-self.padding // self.stride)
         start = max(0, (top - spoilt) * self.stride)
-        made = self._run(x[:, :, start - first : min(high, height) - first], self.padding)
+        made = self._run(x[:, :, start - first : min(high, height) - first], self.padding, buffers)
         return made[:, :, spoilt : spoilt + bottom - top]
 
-    def _run(self, x: Tensor, rows: int) -> Tensor:
-        return self._form(x.to(self.dtype), rows)
+    def _run(self, x: Tensor, rows: int, buffers: Buffers) -> Tensor:
+        return self._form(x.to(self.dtype), rows, buffers.layouts)
 
     def _size(self, x: Tensor) -> tuple[int, int]:
         height, width = x.shape[2:]
@@ -135,9 +130,10 @@ def chained(first: Convolution, second: Convolution, x: Tensor, buffers: Buffers
         one = x[sample : sample + 1]
         for top, bottom in strips(height // 2, width // 2, 4 * first.outputs * first.dtype.itemsize):
             low = max(0, 2 * top - 1)
-            between = first.rows(one, low, 2 * bottom)
+            between = first.rows(one, low, 2 * bottom, buffers)
             if keep is not None:
                 keep[sample : sample + 1, :, low : 2 * bottom] = between
             between = channels_last(between)
-            out[sample : sample + 1, :, top:bottom] = second.rows(between, top, bottom, first=low, height=height)
+            made = second.rows(between, top, bottom, buffers, first=low, height=height)
+            out[sample : sample + 1, :, top:bottom] = made
     return out

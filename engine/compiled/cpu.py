@@ -8,7 +8,7 @@ memory, see ``convolution`` and ``buffers``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakValueDictionary
 
 import torch
@@ -54,7 +54,7 @@ class CpuNetwork:
 
     def program(self, shape: Shape) -> CpuProgram:
         """One for each height and width; the number of pairs does not matter."""
-        made = CpuProgram(self._kind, self._layers.for_another_size(), self._upsampling)
+        made = CpuProgram(self._kind, replace(self._layers, buffers=Buffers()), self._upsampling)
         return self._programs.setdefault(shape[1:], made)
 
 
@@ -94,12 +94,6 @@ class Layers:
             found[path] = Convolution(inner, weight, bias, leaky, inside, gives)
         return cls(found, smoothed, Buffers(), dtype)
 
-    def for_another_size(self) -> Layers:
-        """The same weights with working memory of their own."""
-        convolutions = {name: layer.for_another_size() for name, layer in self.convolutions.items()}
-        smoothed = {name: layer.for_another_size() for name, layer in self.smoothed.items()}
-        return Layers(convolutions, smoothed, Buffers(), self.dtype)
-
     def part(self, name: str) -> Layers:
         """The layers of one network inside a stack."""
         start = f"{name}."
@@ -129,7 +123,7 @@ class Layers:
             if isinstance(part, Tensor):
                 slot.copy_(part)
             else:
-                self[part[0]].into(slot, part[1])
+                self[part[0]].into(slot, part[1], self.buffers)
         return out
 
 
@@ -178,7 +172,7 @@ def flownet_c(layers: Layers, x: Tensor) -> Tensor:
     sizes = [layers["conv_redir"].outputs, DISPLACEMENTS]
     concat = layers.buffers.empty(batch, sum(sizes), height, width, layers.dtype)
     redirected, matched = torch.split(concat, sizes, 1)
-    layers["conv_redir"].into(redirected, first)
+    layers["conv_redir"].into(redirected, first, layers.buffers)
     correlation(first, second, negative_slope=SLOPE, out=matched)
     return refine(layers, encode_on(layers, conv2, layers(concat, "conv3_1")))
 
@@ -194,8 +188,8 @@ def fuse(layers: Layers, x: Tensor) -> Tensor:
     flow2 = layers(conv2, "predict_flow2")
     concat1 = layers.side_by_side(conv1, ("deconv1", conv2), ("upsampled_flow2_to_1", flow2))
     flow1 = layers(concat1, "predict_flow1")
-    layers["deconv0"].into(deconv0, concat1)
-    layers["upsampled_flow1_to_0"].into(up0, flow1)
+    layers["deconv0"].into(deconv0, concat1, layers.buffers)
+    layers["upsampled_flow1_to_0"].into(up0, flow1, layers.buffers)
     return layers(concat0, "predict_flow0")
 
 

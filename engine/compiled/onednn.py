@@ -5,13 +5,13 @@ torch has them as operators for its own compiler. None is a documented interface
 
 from __future__ import annotations
 
-from copy import copy
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from flowreel.engine.compiled.buffers import Layouts
 from flowreel.engine.models.layers import SLOPE
 
 _ops: Any = torch.ops.mkldnn
@@ -38,7 +38,7 @@ def available(dtype: torch.dtype) -> bool:
 class PackedWeights:
     """One layer's weights in the layouts that oneDNN chooses by input size; many sizes share a layout.
 
-    A layout is freed when no ``PackedConvolution`` uses it any more; the most recent one lives as long as this object.
+    A layout is freed when no program uses it any more; the most recent one lives as long as this object.
     So for frames of one size the weights are in memory once, however many sizes came before.
     """
 
@@ -99,20 +99,13 @@ class PackedConvolution:
             weight.shape[1] * groups if transposed else weight.shape[0]
         ) * weight.itemsize  # of output
         self._activation: tuple[str, list[float], str] = ("leaky_relu", [SLOPE], "") if leaky else ("none", [], "")
-        self._chosen: dict[tuple[int, ...], Tensor] = {}  # by the input's size and the rows of padding
 
-    def for_another_size(self) -> PackedConvolution:
-        """Shares the weights; what is cached for the input sizes it meets is its own and is freed with it."""
-        other = copy(self)
-        other._chosen = {}
-        return other
-
-    def __call__(self, x: Tensor, rows: int) -> Tensor:
+    def __call__(self, x: Tensor, rows: int, layouts: Layouts) -> Tensor:
         """``x``: (B, C, H, W), channels last; ``rows``: of padding, above and below."""
-        key = (*x.shape, rows)
-        weight = self._chosen.get(key)
+        key = (self, *x.shape, rows)
+        weight = layouts.get(key)
         if weight is None:
-            weight = self._chosen[key] = self._weights.for_input(x.shape, rows)
+            weight = layouts[key] = self._weights.for_input(x.shape, rows)
         settled = self._weights
         around, close = [rows, settled.columns], [1, 1]
         if settled.transposed:

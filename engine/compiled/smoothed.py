@@ -6,8 +6,6 @@ layer, to two channels for each of the filter's five rows, and a 5x1 layer that 
 
 from __future__ import annotations
 
-from copy import copy
-
 import torch
 from torch import Tensor
 
@@ -37,12 +35,6 @@ class SmoothedHead:
         self._sum = PackedConvolution(places.reshape(outputs, KERNEL * outputs, KERNEL, 1), whole.bias, (1, 1), 0)
         self._borders = whole.borders
 
-    def for_another_size(self) -> SmoothedHead:
-        """Shares the weights; what is cached for the input sizes it meets is its own and is freed with it."""
-        other = copy(self)
-        other._rows, other._sum = self._rows.for_another_size(), self._sum.for_another_size()
-        return other
-
     def __call__(self, x: Tensor, buffers: Buffers) -> Tensor:
         """(B, inputs, H, W) of any dtype and strides to (B, 2, H, W) float32, channels last."""
         x = channels_last(x)
@@ -56,7 +48,8 @@ class SmoothedHead:
             one = x[sample : sample + 1]
             for top, bottom in strips(height, width, bytes_a_pixel):
                 low, high = max(0, top - reach), min(height, bottom + reach)
-                rows = self._rows(one[:, :, low:high].float(), 0)
-                out[sample : sample + 1, :, top:bottom] = self._sum(rows, reach)[:, :, top - low : bottom - low]
+                rows = self._rows(one[:, :, low:high].float(), 0, buffers.layouts)
+                made = self._sum(rows, reach, buffers.layouts)
+                out[sample : sample + 1, :, top:bottom] = made[:, :, top - low : bottom - low]
         take_off_borders_definition(out, x, *self._borders)
         return out

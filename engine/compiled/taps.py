@@ -7,12 +7,12 @@ fast.
 
 from __future__ import annotations
 
-from copy import copy
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from flowreel.engine.compiled.buffers import Layouts
 from flowreel.engine.compiled.onednn import PackedConvolution
 
 MOST = 32  # channels, over all taps
@@ -41,12 +41,6 @@ class Taps:
             return None
         return cls(weight, bias)
 
-    def for_another_size(self) -> Taps:
-        """Shares the weights; what is cached for the input sizes it meets is its own and is freed with it."""
-        other = copy(self)
-        other._each, other._sum = self._each.for_another_size(), self._sum.for_another_size()
-        return other
-
-    def __call__(self, x: Tensor, rows: int) -> Tensor:
+    def __call__(self, x: Tensor, rows: int, layouts: Layouts) -> Tensor:
         """``x``: (B, C, H, W), channels last; ``rows``: of padding, above and below."""
-        return self._sum(self._each(x, 0), rows)
+        return self._sum(self._each(x, 0, layouts), rows, layouts)

@@ -17,7 +17,6 @@ Networks" (CVPR 2016), brought it to networks.
 from __future__ import annotations
 
 import math
-from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowreel.engine.compiled.buffers import apart
+from flowreel.engine.compiled.buffers import Layouts, apart
 from flowreel.engine.compiled.onednn import PackedConvolution
 from flowreel.engine.models.layers import SLOPE
 
@@ -124,13 +123,7 @@ class Winograd:
             return None
         return cls(by, weight, bias, stride, leaky=leaky)
 
-    def for_another_size(self) -> Winograd:
-        """Shares the weights; what is cached for the input sizes it meets is its own and is freed with it."""
-        other = copy(self)
-        other._multiply = self._multiply.for_another_size()
-        return other
-
-    def __call__(self, x: Tensor, rows: int) -> Tensor:
+    def __call__(self, x: Tensor, rows: int, layouts: Layouts) -> Tensor:
         """``x``: (B, C, H, W), channels last; ``rows``: of padding, above and below."""
         width = -(-x.shape[3] * len(self._by.spread) // self._by.step)
         lacking = -x.shape[3] % self._by.step
@@ -138,7 +131,7 @@ class Winograd:
         batch, height, count = tiles.shape[:3]
         collected = torch.bmm(self._collect.expand(batch * height * count, -1, -1), tiles.flatten(0, 2))
         collected = collected.view(batch, height, count, -1).permute(0, 3, 1, 2)  # (B, products * C, H, tiles)
-        made = self._multiply(collected, rows).permute(0, 2, 3, 1)  # (B, H', tiles, products * K)
+        made = self._multiply(collected, rows, layouts).permute(0, 2, 3, 1)  # (B, H', tiles, products * K)
         products = made.reshape(-1, len(self._by.collect), self._held_outputs)
         y = torch.bmm(self._spread.expand(len(products), -1, -1), products)  # (B * H' * tiles, outputs of a tile, K)
         if self._leaky:

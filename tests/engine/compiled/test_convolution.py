@@ -94,7 +94,7 @@ def test_any_rows_of_a_layer(kind: str) -> None:
     expected = module(x)
     even = range(0, expected.shape[2] + 1, 2)
     for top, bottom in itertools.combinations(even, 2):
-        same(settled(module).rows(x, top, bottom), expected[:, :, top:bottom])
+        same(settled(module).rows(x, top, bottom, Buffers()), expected[:, :, top:bottom])
 
 
 @pytest.mark.usefixtures("everything_is_large")
@@ -104,7 +104,7 @@ def test_a_layer_written_between_other_channels(kind: str) -> None:
     x = torch.randn(2, 3, 8, 10)
     expected = module(x)
     whole = torch.full((2, 9, *expected.shape[2:]), 7.0).contiguous(memory_format=torch.channels_last)
-    settled(module).into(whole[:, 2:6], x)
+    settled(module).into(whole[:, 2:6], x, Buffers())
     same(whole[:, 2:6], expected)
     assert (whole[:, :2] == 7).all()
     assert (whole[:, 6:] == 7).all()

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flowreel.engine.compiled import onednn
+from flowreel.engine.compiled.buffers import Layouts
 from flowreel.engine.compiled.onednn import PackedConvolution, PackedWeights
 
 pytestmark = pytest.mark.skipif(not onednn.available(torch.float32), reason="this torch has no oneDNN for this CPU")
@@ -33,31 +34,33 @@ def same(found: Tensor, expected: Tensor) -> None:
 def test_another_size_shares_the_weights_or_has_them_in_its_own_layout(groups: int) -> None:
     weight, bias = torch.randn(groups * 48, 32, 3, 1), torch.randn(groups * 48)
     convolution = PackedConvolution(weight, bias, (2, 1), 0, groups=groups, leaky=True)
+    layouts: Layouts = {}
     for size in SIZES:
         x = pictures(groups * 32, *size)
         expected = F.leaky_relu(F.conv2d(x, weight, bias, (2, 1), (1, 0), groups=groups), 0.1)
-        same(convolution(x, 1), expected)
-    assert len(convolution._weights._layouts) < len(convolution._chosen) == len(SIZES)
+        same(convolution(x, 1, layouts), expected)
+    assert len(convolution._weights._layouts) < len(layouts) == len(SIZES)
 
 
 def test_another_size_of_a_transposed_one() -> None:
     weight, bias = torch.randn(32, 48, 4, 4), torch.randn(48)
     convolution = PackedConvolution(weight, bias, (2, 2), 1, transposed=True)
+    layouts: Layouts = {}
     for size in SIZES:
         x = pictures(32, *size)
-        same(convolution(x, 1), F.conv_transpose2d(x, weight, bias, 2, 1))
-    assert len(convolution._weights._layouts) < len(convolution._chosen) == len(SIZES)
+        same(convolution(x, 1, layouts), F.conv_transpose2d(x, weight, bias, 2, 1))
+    assert len(convolution._weights._layouts) < len(layouts) == len(SIZES)
 
 
 def test_layouts_go_with_the_sizes_that_asked_for_them() -> None:
     weight = torch.randn(48, 32, 3, 3)
-    once = PackedConvolution(weight, None, (1, 1), 1)
+    convolution = PackedConvolution(weight, None, (1, 1), 1)
     for width in (8, 128, 8):
-        convolution = once.for_another_size()
+        layouts: Layouts = {}
         x = pictures(32, 1, 32, width)
-        same(convolution(x, 1), F.conv2d(x, weight, padding=1))
-        del convolution
-        assert len(once._weights._layouts) == 1
+        same(convolution(x, 1, layouts), F.conv2d(x, weight, padding=1))
+        del layouts
+        assert len(convolution._weights._layouts) == 1
 
 
 def test_weights_that_another_thread_packs_meanwhile() -> None:

@@ -57,7 +57,7 @@ def test_widths_that_are_no_whole_tiles_and_channels_that_are_no_whole_blocks(
     x = torch.randn(2, 33, 10, width).contiguous(memory_format=torch.channels_last)
     fewer = Winograd(found(kernel, stride), weight, bias, stride, leaky=True)
     expected = F.leaky_relu(F.conv2d(x, weight, bias, stride, kernel // 2), 0.1)
-    torch.testing.assert_close(fewer(x, kernel // 2), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(fewer(x, kernel // 2, {}), expected, rtol=1e-4, atol=1e-4)
 
 
 @needs_onednn
@@ -68,7 +68,7 @@ def test_it_is_nearly_as_exact_as_the_plain_form(kernel: int, stride: int) -> No
     x = F.leaky_relu(torch.randn(1, 256, 16, 32), 0.1).contiguous(memory_format=torch.channels_last)
     exact = F.conv2d(x.double(), weight.double(), None, stride, kernel // 2)
     plain = F.conv2d(x, weight, None, stride, kernel // 2)
-    fewer = Winograd(found(kernel, stride), weight, None, stride, leaky=False)(x, kernel // 2)
+    fewer = Winograd(found(kernel, stride), weight, None, stride, leaky=False)(x, kernel // 2, {})
     assert error(fewer, exact) < 2.5 * error(plain, exact)
 
 
