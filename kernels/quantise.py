@@ -21,22 +21,10 @@ class Quantised(NamedTuple):
     """N flows in steps, all on their device."""
 
     steps: Tensor  # (N, 2, H, W) int16 or int32; where a vector was not kept, both are the dtype's smallest number
-    found: Tensor  # (3, N) int32, one tensor, so that one copy brings it to the host
-
-    @property
-    def unknown(self) -> Tensor:
-        """(N,) int32: vectors that were NaN, infinite or beyond 1e9 px."""
-        return self.found[0]
-
-    @property
-    def beyond_range(self) -> Tensor:
-        """(N,) int32: known vectors with a component, x or y, beyond the limit."""
-        return self.found[1]
-
-    @property
-    def worst(self) -> Tensor:
-        """(N,) float32 pixels: the largest error of a kept component. ``found`` holds its bits as int32."""
-        return self.found[2].view(torch.float32)
+    # (3, N) int32, one tensor, so that one copy brings it to the host (see ``numbers_found``). For each flow:
+    # vectors that were NaN, infinite or beyond 1e9 px; known vectors with a component beyond the limit; the bits of the
+    # largest error of a kept component, float32 pixels.
+    found: Tensor
 
 
 def numbers_found(found: Tensor) -> tuple[list[int], list[int], list[float]]:
