@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowreel.kernels.flow_head import Borders
@@ -28,6 +28,13 @@ class Composed(NamedTuple):
     weight: Tensor  # (N, C, 5, 5)
     bias: Tensor  # (N,)
     borders: Borders
+
+
+def values_of(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """A convolution's weight and bias."""
+    assert isinstance(layer, nn.Conv2d)
+    assert layer.bias is not None
+    return layer.weight.detach(), layer.bias.detach()
 
 
 def composed(smooth: tuple[Tensor, Tensor], head: tuple[Tensor, Tensor]) -> Composed:

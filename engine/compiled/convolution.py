@@ -28,22 +28,17 @@ class Convolution:
     def __init__(
         self,
         layer: AnyConv,
-        weight: Tensor,
-        bias: Tensor | None,
         leaky: bool,
         dtype: torch.dtype,
         gives: torch.dtype,
     ) -> None:
-        """``layer`` gives the kind and shape; the values are copied from ``weight`` and ``bias``.
-
-        It computes in ``dtype``; ``gives`` is the dtype of the tensor it returns when called.
-        """
+        """Copies the layer's values. Computes in ``dtype``; ``gives``: the dtype of what it returns when called."""
         self.transposed = isinstance(layer, nn.ConvTranspose2d)
         self.kernel, self.stride, self.padding = layer.kernel_size[0], layer.stride[0], int(layer.padding[0])
         self.inputs, self.outputs, self.dtype = layer.in_channels, layer.out_channels, dtype
         self.gives = gives
-        own = apart(weight.shape, dtype).copy_(weight.detach())
-        own_bias = None if bias is None else bias.detach().to(dtype, copy=True)
+        own = apart(layer.weight.shape, dtype).copy_(layer.weight.detach())
+        own_bias = None if layer.bias is None else layer.bias.detach().to(dtype, copy=True)
         self._form = _fastest(own, own_bias, self.stride, self.padding, transposed=self.transposed, leaky=leaky)
 
     def __call__(self, x: Tensor, buffers: Buffers) -> Tensor:

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from flowreel.engine.compiled import Packed, Shape, plain, quarter_upsampling
 from flowreel.engine.compiled.buffers import Buffers
-from flowreel.engine.compiled.composed import HEAD, SMOOTHING
+from flowreel.engine.compiled.composed import HEAD, SMOOTHING, values_of
 from flowreel.engine.compiled.convolution import Convolution, chained
 from flowreel.engine.compiled.onednn import available
 from flowreel.engine.compiled.smoothed import SmoothedHead
 from flowreel.engine.config import Precision
 from flowreel.engine.models.flownetc import DISPLACEMENTS, FlowNetC
 from flowreel.engine.models.flownetsd import FlowNetSD
-from flowreel.engine.models.layers import FLOW_SCALE, SLOPE, FlowHead, Upsampling, folded_state, normalise, upsample
+from flowreel.engine.models.layers import FLOW_SCALE, SLOPE, FlowHead, Upsampling, folded, normalise, upsample
 from flowreel.engine.models.stacks import (
     REFINING_CHANNELS,
     SD_SCALE_IN_FLOWNET2,
@@ -73,25 +73,23 @@ class Layers:
 
     @classmethod
     def of(cls, net: nn.Module, dtype: torch.dtype) -> Layers:
-        state, found, smoothed = folded_state(net), {}, {}
-        for path, module in net.named_modules():
+        modules = dict(folded(net).named_modules())
+        found, smoothed = {}, {}
+        for path, module in modules.items():
             inner = module[0] if isinstance(module, nn.Sequential) else module
             if not isinstance(inner, nn.Conv2d | nn.ConvTranspose2d) or path.endswith(".0"):
                 continue
-            key = f"{path}.0" if inner is not module else path
             if SMOOTHING in path:
                 continue  # packed with its head
-            before = f"{path.replace(HEAD, SMOOTHING)}.0"  # the smoothing layer, if the head has one
-            if HEAD in path and f"{before}.weight" in state:
-                smooth, head = ((state[f"{layer}.weight"], state[f"{layer}.bias"]) for layer in (before, key))
-                smoothed[path] = SmoothedHead(smooth, head)
+            before = modules.get(path.replace(HEAD, SMOOTHING))
+            if HEAD in path and isinstance(before, nn.Sequential):
+                smoothed[path] = SmoothedHead(values_of(before[0]), values_of(inner))
                 continue
             leaky = isinstance(module, nn.Sequential) and isinstance(module[-1], nn.LeakyReLU)
             is_head = isinstance(inner, FlowHead)
             inside = torch.float32 if is_head or _is_first(net, path) else dtype
             gives = torch.float32 if is_head else dtype
-            weight, bias = state[f"{key}.weight"], state.get(f"{key}.bias")
-            found[path] = Convolution(inner, weight, bias, leaky, inside, gives)
+            found[path] = Convolution(inner, leaky, inside, gives)
         return cls(found, smoothed, Buffers(), dtype)
 
     def part(self, name: str) -> Layers:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowreel.engine.compiled.composed import HEAD, SMOOTHING, composed
+from flowreel.engine.compiled.composed import HEAD, SMOOTHING, composed, values_of
 from flowreel.engine.compiled.padded import DTYPES, Convolution, pack_layer, padded
 from flowreel.engine.config import Precision
-from flowreel.engine.models.layers import FlowHead, folded_state
+from flowreel.engine.models.layers import FlowHead, folded
 from flowreel.kernels.flow_head import Borders, flow_head, pack_flow_head, take_off_borders_
 
 
@@ -38,26 +38,24 @@ Layers = dict[str, Convolution | Head]
 
 def pack_part(part: nn.Module, precision: Precision) -> Layers:
     """The layers of C, S, SD or the fusion network. In half precision, smoothing layers are part of their heads."""
-    dtype = DTYPES[precision]
+    part, dtype = folded(part), DTYPES[precision]
     if dtype == torch.float32:
         return {name: pack_layer(layer, precision) for name, layer in part.named_children()}
-    state, layers = folded_state(part), Layers()
+    layers = Layers()
     for name, layer in part.named_children():
         if isinstance(layer, FlowHead):
-            before = f"{name.replace(HEAD, SMOOTHING)}.0"
-            layers[name] = _head(state, name, before if f"{before}.weight" in state else None, dtype)
+            layers[name] = _head(layer, getattr(part, name.replace(HEAD, SMOOTHING), None), dtype)
         elif not name.startswith(SMOOTHING):
             layers[name] = pack_layer(layer, precision)
     return layers
 
 
-def _head(state: dict[str, Tensor], name: str, before: str | None, dtype: torch.dtype) -> Head:
-    """``before``: the smoothing layer's name; None: there is none."""
-    weight, bias = state[f"{name}.weight"].detach(), state[f"{name}.bias"].detach().float()
-    if before is None:
-        return Head(pack_flow_head(weight, dtype), bias, None)
-    smooth = _padded(state[f"{before}.weight"]), state[f"{before}.bias"]
-    whole = composed(smooth, (weight, bias))
+def _head(head: FlowHead, smoothing: nn.Sequential | None, dtype: torch.dtype) -> Head:
+    weight, bias = values_of(head)
+    if smoothing is None:
+        return Head(pack_flow_head(weight, dtype), bias.float(), None)
+    smooth_weight, smooth_bias = values_of(smoothing[0])
+    whole = composed((_padded(smooth_weight), smooth_bias), (weight, bias))
     return Head(pack_flow_head(whole.weight, dtype), whole.bias, whole.borders)
 
 

@@ -6,14 +6,12 @@ the next layer's weights for them are zero too. So results are those of the unpa
 
 from __future__ import annotations
 
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from flowreel.engine.config import Precision
 from flowreel.engine.models.layers import FlowHead
@@ -120,7 +118,7 @@ def convolve(x: Tensor, by: Convolution) -> Tensor:
 
 
 def pack_layer(module: nn.Module, precision: Precision, by_cudnn: bool = False) -> Convolution:
-    """Packs a layer of ``engine.models.layers``; not flow heads in half precision, which ``heads`` packs.
+    """Packs a layer of ``engine.models.layers``, its BatchNorm folded; ``heads`` packs flow heads in half precision.
 
     Layers that take or give flow stay in float32, without TF32. ``by_cudnn``: use cuDNN even where our own kernel could
     compute the layer, for comparisons.
@@ -128,8 +126,6 @@ def pack_layer(module: nn.Module, precision: Precision, by_cudnn: bool = False) 
     parts = list(module) if isinstance(module, nn.Sequential) else [module]
     layer = parts[0]
     assert isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
-    if len(parts) > 1 and isinstance(parts[1], nn.BatchNorm2d):
-        layer = fuse_conv_bn_eval(deepcopy(layer).eval(), deepcopy(parts[1]).eval())
     transposed = isinstance(layer, nn.ConvTranspose2d)
     enlarging = isinstance(module, nn.ConvTranspose2d)  # flow itself: two channels in, two out
     about_flow = enlarging or isinstance(module, FlowHead)

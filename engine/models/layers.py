@@ -188,21 +188,18 @@ def initialise(model: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def folded_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state_dict with BatchNorm folded into the convolutions: the same network in evaluation mode."""
-    state = model.state_dict()
-    for name, module in model.named_modules():
-        if not (isinstance(module, nn.Sequential) and len(module) > 1):
-            continue
-        convolution, norm = module[0], module[1]
-        if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-            fused = fuse_conv_bn_eval(deepcopy(convolution).eval(), deepcopy(norm).eval())
-            for key in norm.state_dict():
-                del state[f"{name}.1.{key}"]
-            state[f"{name}.0.weight"] = fused.weight.detach()
-            assert fused.bias is not None
-            state[f"{name}.0.bias"] = fused.bias.detach()
-    return state
+def folded(net: nn.Module) -> nn.Module:
+    """The network in evaluation mode with BatchNorm folded into its convolutions: a copy, or itself if it has none."""
+    if not any(isinstance(module, nn.BatchNorm2d) for module in net.modules()):
+        return net
+    net = deepcopy(net).eval()
+    for module in net.modules():
+        if isinstance(module, nn.Sequential) and isinstance(norm := module[1], nn.BatchNorm2d):
+            convolution = module[0]
+            assert isinstance(convolution, nn.Conv2d)
+            module[0] = fuse_conv_bn_eval(convolution, norm)
+            del module[1]
+    return net
 
 
 def _shape(tensor: Tensor) -> str:

@@ -23,7 +23,7 @@ from flowreel.engine.data import JSON
 from flowreel.engine.device import one_device
 from flowreel.engine.errors import CheckpointError, UsageError
 from flowreel.engine.models.flownetc import FlowNetC
-from flowreel.engine.models.layers import folded_state, normalise, to_pixels
+from flowreel.engine.models.layers import folded, normalise, to_pixels
 from flowreel.engine.models.saving import save_weights
 from flowreel.engine.models.stacks import FlowNet2, FlowNet2CS, FlowNet2CSS, refining_input
 from flowreel.engine.models.weight_files import appearing
@@ -300,6 +300,6 @@ class _Run:
         }
         if self.lineage is not None:
             made_by["init"] = self.lineage
-        state = folded_state(plain(self.model))
+        state = folded(plain(self.model)).state_dict()
         save_weights(self.weights, state, licence=LICENCE, made_by=made_by, width=self.config.width, half=True)
         return self.weights

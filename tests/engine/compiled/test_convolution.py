@@ -51,7 +51,7 @@ def layer(kind: str, inputs: int, outputs: int, bias: bool = True) -> nn.Conv2d 
 def settled(
     module: nn.Conv2d | nn.ConvTranspose2d, leaky: bool = False, dtype: torch.dtype = torch.float32
 ) -> Convolution:
-    return Convolution(module, module.weight, module.bias, leaky, dtype, dtype)
+    return Convolution(module, leaky, dtype, dtype)
 
 
 def same(found: Tensor, expected: Tensor) -> None:
@@ -133,7 +133,7 @@ def test_a_layer_may_give_another_type_than_it_computes_in(whole: int, monkeypat
     monkeypatch.setattr(convolution, "WHOLE", whole)
     module = layer("3x3, halved", 3, 4)
     x = torch.randn(1, 3, 8, 8)
-    found = Convolution(module, module.weight, module.bias, False, torch.float32, torch.bfloat16)(x, Buffers())
+    found = Convolution(module, False, torch.float32, torch.bfloat16)(x, Buffers())
     assert torch.equal(found, module(x).bfloat16())
 
 
