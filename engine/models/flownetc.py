@@ -27,12 +27,7 @@ class FlowNetC(Refiner):
         self.conv3 = conv(n(128), n(256), 5, 2, batch_norm=batch_norm)
         self.conv_redir = conv(n(256), n(32), 1, batch_norm=batch_norm)
         self.conv3_1 = conv(n(32) + DISPLACEMENTS, n(256), batch_norm=batch_norm)
-        self.conv4 = conv(n(256), n(512), stride=2, batch_norm=batch_norm)
-        self.conv4_1 = conv(n(512), n(512), batch_norm=batch_norm)
-        self.conv5 = conv(n(512), n(512), stride=2, batch_norm=batch_norm)
-        self.conv5_1 = conv(n(512), n(512), batch_norm=batch_norm)
-        self.conv6 = conv(n(512), n(1024), stride=2, batch_norm=batch_norm)
-        self.conv6_1 = conv(n(1024), n(1024), batch_norm=batch_norm)
+        self.add_coarse_levels(width, batch_norm)
         initialise(self)
 
     def match(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,10 +41,7 @@ class FlowNetC(Refiner):
         """The result of ``match`` to (flow2, ..., flow6) in pixels / 20."""
         matched = F.leaky_relu(costs, SLOPE)
         conv3 = self.conv3_1(torch.cat((self.conv_redir(conv3_first), matched), 1))
-        conv4 = self.conv4_1(self.conv4(conv3))
-        conv5 = self.conv5_1(self.conv5(conv4))
-        conv6 = self.conv6_1(self.conv6(conv5))
-        return self.refine({2: conv2_first, 3: conv3, 4: conv4, 5: conv5, 6: conv6})
+        return self.refine(self.encode_on(conv2_first, conv3))
 
     def predict(self, x: Tensor) -> tuple[Tensor, ...]:
         """(B, 6, H, W) normalised frames to (flow2, ..., flow6) in pixels / 20."""

@@ -23,12 +23,7 @@ class FlowNetSD(Refiner):
         self.conv2_1 = conv(n(128), n(128), batch_norm=batch_norm)
         self.conv3 = conv(n(128), n(256), stride=2, batch_norm=batch_norm)
         self.conv3_1 = conv(n(256), n(256), batch_norm=batch_norm)
-        self.conv4 = conv(n(256), n(512), stride=2, batch_norm=batch_norm)
-        self.conv4_1 = conv(n(512), n(512), batch_norm=batch_norm)
-        self.conv5 = conv(n(512), n(512), stride=2, batch_norm=batch_norm)
-        self.conv5_1 = conv(n(512), n(512), batch_norm=batch_norm)
-        self.conv6 = conv(n(512), n(1024), stride=2, batch_norm=batch_norm)
-        self.conv6_1 = conv(n(1024), n(1024), batch_norm=batch_norm)
+        self.add_coarse_levels(width, batch_norm)
         initialise(self)
 
     def predict(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -36,7 +31,4 @@ class FlowNetSD(Refiner):
         conv1 = self.conv1_1(self.conv1(self.conv0(x)))
         conv2 = self.conv2_1(self.conv2(conv1))
         conv3 = self.conv3_1(self.conv3(conv2))
-        conv4 = self.conv4_1(self.conv4(conv3))
-        conv5 = self.conv5_1(self.conv5(conv4))
-        conv6 = self.conv6_1(self.conv6(conv5))
-        return self.refine({2: conv2, 3: conv3, 4: conv4, 5: conv5, 6: conv6})
+        return self.refine(self.encode_on(conv2, conv3))

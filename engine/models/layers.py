@@ -114,9 +114,9 @@ def to_pixels(flow2: Tensor, mode: Upsampling) -> Tensor:
 
 
 class Refiner(nn.Module):
-    """The coarse-to-fine decoder that FlowNetC, FlowNetS and FlowNetSD share, and their interface when used alone.
+    """What FlowNetC, FlowNetS and FlowNetSD share: the coarse levels, the decoder, and the interface when used alone.
 
-    It predicts flow at each level from 6 (1/64) to 2 (1/4). The next finer level's input is
+    The decoder predicts flow at each level from 6 (1/64) to 2 (1/4). The next finer level's input is
     concat(skip, deconv, upsampled flow): the encoder's features there, then the upsampled features and flow.
     FlowNetSD predicts from an extra convolution of that concatenation (``inter_conv``).
     """
@@ -137,6 +137,21 @@ class Refiner(nn.Module):
         for level in (6, 5, 4, 3, 2):
             inputs = up[level] if smooth and level < 6 else channels[level]
             self.add_module(f"predict_flow{level}", FlowHead(inputs))
+
+    def add_coarse_levels(self, width: float, batch_norm: bool) -> None:
+        """The encoder from level 4 on, where all three are alike."""
+        for level, inputs, outputs in ((4, 256, 512), (5, 512, 512), (6, 512, 1024)):
+            inputs, outputs = scaled(inputs, width), scaled(outputs, width)
+            self.add_module(f"conv{level}", conv(inputs, outputs, stride=2, batch_norm=batch_norm))
+            self.add_module(f"conv{level}_1", conv(outputs, outputs, batch_norm=batch_norm))
+
+    def encode_on(self, conv2: Tensor, conv3: Tensor) -> dict[int, Tensor]:
+        """The encoder's features at levels 2 and 3 to those at all levels, as ``refine`` takes them."""
+        encoded = {2: conv2, 3: conv3}
+        for level in (4, 5, 6):
+            halved = self.get_submodule(f"conv{level}")(encoded[level - 1])
+            encoded[level] = self.get_submodule(f"conv{level}_1")(halved)
+        return encoded
 
     def predict(self, x: Tensor) -> tuple[Tensor, ...]:
         """A network's normalised input to (flow2, ..., flow6) in pixels / 20."""
