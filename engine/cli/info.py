@@ -193,19 +193,8 @@ def _store_rows(facts: Facts) -> Rows:
     ratio = beside_flo(facts["flo_bytes"], facts["disk_bytes"])
     model = " ".join(str(facts[key]) for key in ("model", "weights") if facts[key])
     shown = {"kind", "path", "folder", "complete", "flows", "available", "width", "height", "dtype", "codec"}
-    shown |= {
-        "cache",
-        "max_error",
-        "step",
-        "disk_bytes",
-        "flo_bytes",
-        "ratio",
-        "model",
-        "weights",
-        "source",
-        "made_by",
-        "notes",
-    }
+    shown |= {"cache", "max_error", "step", "disk_bytes", "flo_bytes", "ratio", "model", "weights"}
+    shown |= {"source", "made_by", "notes"}
     if facts["cache"]:
         shown |= {"shard_length", "resolution"}  # always one and full
     return [

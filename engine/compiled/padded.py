@@ -6,8 +6,8 @@ the next layer's weights for them are zero too. So results are those of the unpa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,18 +25,15 @@ MULTIPLE = 8  # 16 bytes of half precision: one load of tensor-core operands
 # written without reading what lies beside them.
 SECTOR = 16
 
+# Sees what each convolution stores: its sums before the bias, or the final result where our fused kernel runs.
+Watch = Callable[[Tensor], None]
+
 DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
     "tf32": torch.float32,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-
-
-class Watch(Protocol):
-    """Sees what each convolution stores: its sums before the bias, or the final result where our fused kernel runs."""
-
-    def __call__(self, result: Tensor) -> None: ...
 
 
 def padded(channels: int) -> int:

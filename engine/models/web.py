@@ -15,7 +15,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from http.client import HTTPException, HTTPMessage
-from importlib.metadata import PackageNotFoundError, version
+from importlib import metadata
 from typing import IO, TYPE_CHECKING, NoReturn
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlencode, urlsplit
@@ -65,7 +65,8 @@ class Web:
     def get(self, url: str, offset: int = 0, version: str = "") -> HTTPResponse:
         """The reply to a GET: from byte ``offset`` on, or the whole file if it is no longer ``version``."""
         _require_scheme(url, self.manners.schemes)
-        request = Request(url, headers={"User-Agent": f"flowreel/{_own_version()}", "Accept-Encoding": "identity"})
+        agent = f"flowreel/{metadata.version('flowreel')}"
+        request = Request(url, headers={"User-Agent": agent, "Accept-Encoding": "identity"})
         if offset:
             request.add_header("Range", f"bytes={offset}-")
             if version:
@@ -199,10 +200,3 @@ class Page(HTMLParser):
 
 def words(error: object) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def _own_version() -> str:
-    try:
-        return version("flowreel")
-    except PackageNotFoundError:
-        return "0"

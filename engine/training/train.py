@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from flowreel.engine.claims import Claim
 from flowreel.engine.data import JSON
 from flowreel.engine.device import one_device
-from flowreel.engine.errors import CheckpointError, UsageError
+from flowreel.engine.errors import CheckpointError, UsageError, first_line
 from flowreel.engine.models.flownetc import FlowNetC
 from flowreel.engine.models.layers import folded, normalise, to_pixels
 from flowreel.engine.models.saving import save_weights
@@ -245,8 +245,7 @@ class _Run:
         try:
             saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)  # saved from any device
         except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise CheckpointError(f"{self.checkpoint} cannot be read: {reason}") from error
+            raise CheckpointError(f"{self.checkpoint} cannot be read: {first_line(error)}") from error
         if not (isinstance(saved, dict) and saved.keys() >= {"config", "model", "optimiser", "step", "seconds"}):
             raise CheckpointError(f"{self.checkpoint} is not a checkpoint of a training run: choose another folder")
         differing = [f.name for f in fields(TrainConfig) if saved["config"].get(f.name) != getattr(self.config, f.name)]
