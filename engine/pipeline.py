@@ -254,6 +254,12 @@ class _Worker(_Party):
         elif self.outlets:
             raise TypeError(f"stage {self.name} must return an iterator, got {type(result).__name__}")
 
+    def forget(self) -> None:
+        """Drops what only its work needed. Parties and channels refer to each other: a model held here would stay in
+        memory after the run, until the garbage collector comes by."""
+        self.opened.clear()
+        del self._function, self._source
+
     def statistics(self) -> StageStatistics:
         """Reads without the lock, so that it never delays the stage; exact once the thread has ended."""
         now_s = self.ended_s or time.perf_counter()
@@ -479,7 +485,7 @@ class Pipeline:
             for iterator in reversed(worker.opened):
                 self._attempt(worker, iterator.close)
         finally:
-            worker.opened.clear()
+            worker.forget()
             worker.ended_s = time.perf_counter()
             with self._lock:
                 if worker.inlet is not None:

@@ -417,6 +417,30 @@ def passed(item: Item) -> Item:
     return item
 
 
+class Model:
+    def stage(self, items: Iterator[int]) -> Iterator[int]:
+        yield from items
+
+
+@pytest.mark.usefixtures("no_collection")
+@pytest.mark.parametrize("how", ["run", "stream", "left", "failed"])
+def test_after_its_end_no_model_is_kept_until_a_garbage_collection(how: str) -> None:
+    model = Model()
+    alive = weakref.ref(model)
+    pipeline = Pipeline("source", iter(range(99)), [Stage("model", model.stage)])
+    if how == "run":
+        pipeline.run({"sink": model.stage})
+    elif how == "stream":
+        drain(pipeline.stream())
+    elif how == "left":
+        next(pipeline.stream())
+    else:
+        with pytest.raises(StageError):
+            pipeline.run({"sink": lambda items: next(items) / 0})
+    del pipeline, model
+    assert alive() is None
+
+
 # -- stages that end early ---------------------------------------------------------------------------------------
 
 
