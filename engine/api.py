@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Unpack
 from flowreel.engine.config import DEFAULT_OUTPUT, Direction, QueueConfig, RunConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, Frame
 from flowreel.engine.device import Streams, download, resolve_device, upload
-from flowreel.engine.errors import OutputExistsError, TooFewFramesError, TruncatedSourceError, UsageError
+from flowreel.engine.errors import OutputExistsError, TooFewFramesError, TruncatedSourceError, UsageError, counted
 from flowreel.engine.export import export
 from flowreel.engine.files import PathLike
 from flowreel.engine.inference import Inference, Network, load_network
@@ -299,7 +299,7 @@ def _with_others(
     """Exports the other outputs from the complete store; without ``overwrite``, only those that are missing."""
     outputs, notes = list(report.outputs), list(report.notes)
     if report.pairs:
-        notes.append(f"continued after {resumed.point.flows} flows of an earlier run")
+        notes.append(f"continued after {counted(resumed.point.flows, 'flow')} of an earlier run")
     names = ("max_error", "codec", "shard_bytes", "max_flow", "encoder", "bound")
     options = {name: getattr(config.sink, name) for name in names}
     options["queue_mb"] = config.queues.total_bytes / (1 << 20)
@@ -316,8 +316,8 @@ def _with_others(
             outputs += export(resumed.store.path, path, overwrite=replaces, **options).outputs
         except OutputExistsError as error:
             raise OutputExistsError(
-                f"{path}: what is there is not the {report.flows} flows of {resumed.store.path}: remove it, or choose "
-                "another place"
+                f"{path}: what is there is not the {counted(report.flows, 'flow')} of {resumed.store.path}: remove it, "
+                "or choose another place"
             ) from error
         bound = config.sink.max_error
         within = f", and so is within {bound:g} px of what was computed" if bound else ""

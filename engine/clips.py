@@ -30,7 +30,7 @@ from flowreel.engine.computed_flow import refuse_fork
 from flowreel.engine.config import RunConfig, as_whole
 from flowreel.engine.data import UNKNOWN_ABOVE, SourceId
 from flowreel.engine.device import to_device
-from flowreel.engine.errors import SourceChangedError, StoreError, UsageError
+from flowreel.engine.errors import SourceChangedError, StoreError, UsageError, counted
 from flowreel.engine.files import PathLike
 from flowreel.engine.inference import Network, load_network
 from flowreel.engine.lazy import LazyFlow
@@ -148,7 +148,7 @@ class FlowClips(Dataset[Any]):
         if mirror and not random:
             raise UsageError("mirror is for random clips: fixed ones are the same every time")
         if labels is not None and len(labels) != len(self._given):
-            raise UsageError(f"{len(labels)} labels were given for {len(self._given)} sources")
+            raise UsageError(f"got {counted(len(labels), 'label')} for {counted(len(self._given), 'source')}")
         self.length, self.bound, self.random, self.seed = length, bound, random, seed
         self.transform = transform
         self._rule = ViewRule(size, crop, mirror)
@@ -183,7 +183,8 @@ class FlowClips(Dataset[Any]):
     def __repr__(self) -> str:
         kind = "random" if self.random else "fixed"
         size = "of different sizes" if self.shape is None else str(self.shape)
-        return f"<FlowClips {len(self)} {kind} clips of {self.length} flows, {size}, from {len(self._given)} sources>"
+        clips, flows = counted(len(self), f"{kind} clip"), counted(self.length, "flow")
+        return f"<FlowClips {clips} of {flows}, {size}, from {counted(len(self._given), 'source')}>"
 
     def __getitem__(self, index: int) -> Any:
         index = operator.index(index)
@@ -254,7 +255,7 @@ class FlowClips(Dataset[Any]):
             count = flows.available
         if count < self.length:
             raise UsageError(
-                f"{name} has {count} flows, a clip takes {self.length}: leave it out, or take shorter clips"
+                f"{name} has {counted(count, 'flow')}, a clip takes {self.length}: leave it out, or take shorter clips"
             )
         last = count - self.length
         starts: Sequence[int] = range(0, last + 1, stride or self.length)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from flowreel.engine.config import Precision
 from flowreel.engine.data import FlowBatch, Frame, Prepared
-from flowreel.engine.errors import DeviceError, FlowreelError, StageError, UsageError, first_line
+from flowreel.engine.errors import DeviceError, FlowreelError, StageError, UsageError, counted, first_line
 from flowreel.engine.pinned import PinnedRing, pin
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def device_name(device: torch.device, *others: torch.device) -> str:
         return ", ".join(map(device_name, (device, *others)))
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return f"cpu ({platform.machine()}, {counted(torch.get_num_threads(), 'thread')})"
 
 
 class Streams:

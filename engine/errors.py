@@ -222,5 +222,10 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def counted(count: int, noun: str) -> str:
+    """``1 flow`` or ``5 flows``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 class PrecisionWarning(UserWarning):
     """A network's values come close to the limit of what the chosen precision can represent."""

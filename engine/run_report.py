@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from flowreel.engine.data import FlowInfo
 from flowreel.engine.device import device_name
+from flowreel.engine.errors import counted
 from flowreel.engine.inference import Inference
 from flowreel.engine.outputs import OutputReport, Tally, output_report
 from flowreel.engine.pipeline import Pipeline
@@ -110,5 +111,5 @@ def report_of_complete(store: FlowStore) -> RunReport:
         **made_by,
         outputs=(OutputReport(store.path, 0, flo_bytes=0),),
         stages=(),
-        notes=(f"{store.path} is complete already, with {len(store)} flows",),
+        notes=(f"{store.path} is complete already, with {counted(len(store), 'flow')}",),
     )

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
-from flowreel.engine.errors import FlowFileError, FlowreelError, FrameSizeError
+from flowreel.engine.errors import FlowFileError, FlowreelError, FrameSizeError, counted
 from flowreel.engine.files import folder_name
 from flowreel.engine.publish import partial_path
 
@@ -146,7 +146,7 @@ class FileFlows:
             frame_rate=self._rate,
             frame_count=len(numbers) + 1,
             source=SourceId(folder_name(first.parent), sum(path.stat().st_size for path in paths)),
-            made_by={"imported_from": f"{len(numbers)} files such as {first.name}"},
+            made_by={"imported_from": f"{counted(len(numbers), 'file')} such as {first.name}"},
         )
         self.notes: list[str] = []
         if frame_rate is None and not self.has_times:

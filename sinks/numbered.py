@@ -29,6 +29,7 @@ from flowreel.engine.errors import (
     SourceNotFoundError,
     UnknownOutputError,
     concerning,
+    counted,
 )
 from flowreel.engine.files import PathLike
 from flowreel.engine.publish import (
@@ -174,7 +175,7 @@ class NumberedFilesSink(ABC):
                 raise OutputExistsError(f"{file} is a folder: choose another place, or remove it yourself if it can go")
         if present and not self._overwrite:
             raise OutputExistsError(
-                f"{self._folder} already holds {len(present)} files such as {present[0].name}: "
+                f"{self._folder} already holds {counted(len(present), 'file')} such as {present[0].name}: "
                 "pass --overwrite to replace them, or choose another folder"
             )
 
@@ -236,7 +237,7 @@ class NumberedFilesSink(ABC):
     def _kept(self) -> str:
         count, first = len(self._written) * len(self._names), self._names[0].file(self._written[0])
         example = next((file.name for file in (partial_path(first), first) if file.exists()), first.name)
-        return f"{self._folder} keeps {count} whole files such as {example}"
+        return f"{self._folder} keeps {counted(count, 'whole file')} such as {example}"
 
     def _publish(self) -> None:
         self._require_possible()  # something may have appeared during the run
@@ -253,7 +254,7 @@ class NumberedFilesSink(ABC):
             raise
         sync_folder(self._folder)
         if gone := len(left) + max(0, len(former) - len(self._written) * len(self._names)):
-            self._notes.append(f"{self._folder}: removed {gone} files of a former, longer run")
+            self._notes.append(f"{self._folder}: removed {counted(gone, 'file')} of a former, longer run")
 
     def _files(self) -> Iterator[Path]:
         """The files of this run, in the order in which they get their names."""

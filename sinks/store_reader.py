@@ -25,6 +25,7 @@ from flowreel.engine.errors import (
     StoreError,
     StoreNotFoundError,
     concerning,
+    counted,
 )
 from flowreel.engine.files import PathLike
 from flowreel.engine.publish import partial_path
@@ -156,7 +157,8 @@ class FlowStore:
             return "complete"
         if (available := self.available) < len(self):
             return f"unfinished: {available} of {len(self)} flows are there"
-        return f"unfinished: {available} flows are there; its source or its run was cut short, or it is being written"
+        there = counted(available, "flow")
+        return f"unfinished: {there} so far; its source or its run was cut short, or it is being written"
 
     @property
     def stored(self) -> int:

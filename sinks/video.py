@@ -17,7 +17,14 @@ from torch import Tensor
 
 from flowreel.engine.claims import Claim
 from flowreel.engine.data import UNKNOWN_ABOVE, ColorBatch
-from flowreel.engine.errors import DeviceError, OutputError, OutputExistsError, OutputWriteError, UnknownOutputError
+from flowreel.engine.errors import (
+    DeviceError,
+    OutputError,
+    OutputExistsError,
+    OutputWriteError,
+    UnknownOutputError,
+    counted,
+)
 from flowreel.engine.publish import claimed_file, make_folder, partial_path, publish_file, remove, require_absent
 from flowreel.kernels.flow_color import flow_to_color, percentile_magnitude
 from flowreel.sinks.painting import packed, painted
@@ -172,7 +179,7 @@ class ColorVideoSink:
         if not complete:
             self._notes.append(f"{self.path}: incomplete, left as {self._partial.name}")
         if self._unknown:
-            self._notes.append(f"{self.path}: {self._unknown} unknown vectors are black")
+            self._notes.append(f"{self.path}: {counted(self._unknown, 'unknown vector')} painted black")
 
     def abort(self) -> str | None:
         """Removes the unfinished file. What was at the output's name before is untouched."""
@@ -238,7 +245,7 @@ class ColorVideoSink:
         limit = "" if count == SCALE_FLOWS or nbytes * (count + 1) <= HELD_BYTES else ", all that fit"
         self._notes.append(
             f"{self.path}: full colour at {self._max_flow:.4g} px, "
-            f"the {SCALE_PERCENTILE:g}th percentile of the first {count} flows{limit}"
+            f"the {SCALE_PERCENTILE:g}th percentile of the first {counted(count, 'flow')}{limit}"
         )
 
     def _encode_held(self) -> None:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from flowreel.engine.cli.options import BOUND, QUEUE_MB, Debug, Quiet, number_or_auto
-from flowreel.engine.cli.table import Live, clock, plural, size
+from flowreel.engine.cli.table import Live, clock, size
 from flowreel.engine.config import Encoder
+from flowreel.engine.errors import counted
 
 if TYPE_CHECKING:
     from flowreel.engine.paint import ColorReport
@@ -85,11 +86,8 @@ def color(
 
 def summary(report: ColorReport) -> list[str]:
     """What was painted and how large it is."""
-    pictures = f"{report.pictures} {plural(report.pictures, 'picture')}"
-    lines = [
-        f"{report.flows} {plural(report.flows, 'flow')} painted in {clock(report.seconds)} "
-        f"({report.flows_per_s:.1f} flows/s)"
-    ]
+    pictures = counted(report.pictures, "picture")
+    lines = [f"{counted(report.flows, 'flow')} painted in {clock(report.seconds)} ({report.flows_per_s:.1f} flows/s)"]
     for number, output in enumerate(report.outputs):
         what = f"{pictures}, " if report.pictures and number == 0 else ""
         lines += [f"{output.path}  {what}{size(output.bytes_written)}", *(f"  {note}" for note in output.notes)]

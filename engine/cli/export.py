@@ -18,8 +18,9 @@ from flowreel.engine.cli.options import (
     require_report_free,
     write_stats,
 )
-from flowreel.engine.cli.table import Live, beside_flo, clock, plural, size
+from flowreel.engine.cli.table import Live, beside_flo, clock, size
 from flowreel.engine.config import Codec, Encoder
+from flowreel.engine.errors import counted
 
 if TYPE_CHECKING:
     from flowreel.engine.export import ExportReport
@@ -111,7 +112,7 @@ def export(
 def summary(report: ExportReport) -> list[str]:
     """What was exported, how large it is, and how that compares with ``.flo``."""
     lines = [
-        f"{report.flows} {plural(report.flows, 'flow')} of {report.width}x{report.height} from {report.source} "
+        f"{counted(report.flows, 'flow')} of {report.width}x{report.height} from {report.source} "
         f"in {clock(report.seconds)} ({report.flows_per_s:.1f} flows/s); as .flo {size(report.flo_bytes)}"
     ]
     for output in report.outputs:

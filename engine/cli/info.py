@@ -13,6 +13,7 @@ from rich.text import Text
 from flowreel.engine.cli import printable
 from flowreel.engine.cli.options import Debug
 from flowreel.engine.cli.table import beside_flo, size
+from flowreel.engine.errors import counted
 
 Facts = dict[str, Any]
 Rows = list[tuple[str, str]]  # label, text; rows without text are left out
@@ -100,12 +101,13 @@ def _video_rows(facts: Facts) -> Rows:
     rate = "" if facts["bit_rate"] is None else f", {facts['bit_rate'] / 1e6:.3g} Mbit/s"
     duration = "unknown" if facts["duration_s"] is None else f"{facts['duration_s']:.3f} s"
     whole = "cut short" if facts["cut_short"] else ""
-    flows = f"{facts['flows']} flows of {facts['width']}x{facts['height']} from stream {facts['stream_used']}"
+    flows, stream = counted(facts["flows"], "flow"), facts["stream_used"]
+    flow = f"{flows} of {facts['width']}x{facts['height']} from stream {stream}"
     return [
         ("duration", duration + start),
         ("size", size(facts["size_bytes"]) + rate),
         ("state", whole),
-        ("flow", f"{flows}, {facts['frame_rate']:.6g} frames/s, decoded by {facts['decoder']}"),
+        ("flow", f"{flow}, {facts['frame_rate']:.6g} frames/s, decoded by {facts['decoder']}"),
     ]
 
 
@@ -132,7 +134,7 @@ def _stream_rows(stream: Facts) -> Rows:
         *rows,
         ("pixels", f"{stream['pixel_format']}, {stream['bit_depth']} bits"),
         ("picture", _size_words(stream)),
-        ("frames", f"{stream['frames']}, giving {stream['flows']} flows"),
+        ("frames", f"{stream['frames']}, giving {counted(stream['flows'], 'flow')}"),
         ("rate", f"{stream['average_rate']:.6g} frames/s{nominal}{_gap_words(stream)}"),
         ("shown", f"from {stream['first_frame_s']:.3f} s to {stream['last_frame_s']:.3f} s"),
         ("key frames", _key_words(stream)),

@@ -8,8 +8,9 @@ import typer
 
 from flowreel.engine.cli import printable
 from flowreel.engine.cli.options import Debug, Device, Quiet, Weights
-from flowreel.engine.cli.table import Live, clock, plural, size
+from flowreel.engine.cli.table import Live, clock, size
 from flowreel.engine.cli.verify import _lines
+from flowreel.engine.errors import counted
 
 if TYPE_CHECKING:
     from flowreel.engine.repair import RepairReport
@@ -61,10 +62,9 @@ def summary(report: RepairReport, dry_run: bool) -> list[str]:
         return [f"to be made again: {one}" for one in again] or ["nothing that can be computed again"]
     lines = [*_lines(report.before), *(f"made again: {one}" for one in again)]
     if report.shards:
-        flows, shards = plural(report.flows, "flow"), plural(len(report.shards), "shard")
         lines += [
-            f"{report.flows} {flows} of {len(report.shards)} {shards} computed in {clock(report.seconds)}, "
-            f"{size(report.bytes_written)} written",
+            f"{counted(report.flows, 'flow')} of {counted(len(report.shards), 'shard')} "
+            f"computed in {clock(report.seconds)}, {size(report.bytes_written)} written",
             report.how,
         ]
     return [*lines, *(f"note: {note}" for note in report.notes)]

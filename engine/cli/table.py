@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flowreel.engine.cli import printable
+from flowreel.engine.errors import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -107,12 +108,12 @@ def _place(progress: ManyProgress) -> str:
 
 def _headline(progress: Progress) -> str:
     rate = progress.flows_done / max(progress.seconds, 1e-9)
-    total = "" if progress.flow_count is None else f" of {progress.flow_count}"
     left = ""
     if progress.flow_count is not None and progress.flows_done:
         left = f", {clock((progress.flow_count - progress.flows_done) / rate)} to go"
-    noun = plural(progress.flows_done if progress.flow_count is None else progress.flow_count, "flow")
-    return f"{progress.flows_done}{total} {noun}, {rate:.2f} flows/s{left}"
+    count = progress.flow_count
+    done = "" if count is None else f"{progress.flows_done} of "
+    return f"{done}{counted(progress.flows_done if count is None else count, 'flow')}, {rate:.2f} flows/s{left}"
 
 
 def line_console(quiet: bool = False) -> Console:
@@ -128,7 +129,7 @@ def print_summary(report: RunReport) -> None:
             console.print(printable(note))
         return
     console.print(
-        f"{report.pairs} {plural(report.pairs, 'flow')} of {report.width}x{report.height} in {clock(report.seconds)} "
+        f"{counted(report.pairs, 'flow')} of {report.width}x{report.height} in {clock(report.seconds)} "
         f"({report.pairs_per_s:.2f} flows/s; startup {report.startup_s:.1f} s)"
     )
     console.print(printable(_how(report)))
@@ -212,10 +213,6 @@ def beside_flo(flo_bytes: int, written: int) -> str:
         return ""
     smaller = flo_bytes / written
     return f", {smaller:.1f}x smaller than .flo" if smaller > 1 else f", {1 / smaller:.1f}x larger than .flo"
-
-
-def plural(count: int, noun: str) -> str:
-    return noun if count == 1 else f"{noun}s"
 
 
 def clock(seconds: float) -> str:

@@ -12,7 +12,7 @@ from rich.progress import Progress, TaskID, TextColumn
 
 from flowreel.engine.cli import printable
 from flowreel.engine.cli.options import Debug, Quiet
-from flowreel.engine.cli.table import plural
+from flowreel.engine.errors import counted
 
 if TYPE_CHECKING:
     from flowreel.engine.verify import Verification
@@ -61,9 +61,9 @@ def _show(bar: Progress, task: TaskID, flows: int, available: int) -> None:
 def _lines(one: Verification) -> list[str]:
     """The lines printed for one store."""
     if one.sound:
-        count = str(one.flows) if one.available == one.flows else f"{one.available} of {one.flows}"  # a cache
-        return [f"{one.path}: sound, {count} {plural(one.flows, 'flow')} of {one.width}x{one.height}"]
+        part = "" if one.available == one.flows else f"{one.available} of "  # a cache
+        return [f"{one.path}: sound, {part}{counted(one.flows, 'flow')} of {one.width}x{one.height}"]
     if len(one.findings) == 1 and one.findings[0].first_flow is None:
         return [f"{one.path}: {one.findings[0]}"]
-    heading = f"{one.path}: {len(one.findings)} {plural(len(one.findings), 'thing')} wrong"
+    heading = f"{one.path}: {counted(len(one.findings), 'thing')} wrong"
     return [heading, *(f"  {finding}" for finding in one.findings)]

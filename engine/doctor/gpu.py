@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flowreel.engine.doctor.checking import Finding, expect, first_line
-from flowreel.engine.errors import DeviceError, MissingDependencyError
+from flowreel.engine.errors import DeviceError, MissingDependencyError, counted
 from flowreel.engine.sources import nvcodec
 
 NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
@@ -38,7 +38,7 @@ def driver() -> Finding:
     newest, count = ctypes.c_int(), ctypes.c_int()
     expect(cuda.cuDriverGetVersion(ctypes.byref(newest)) == 0, "cuDriverGetVersion fails")
     expect(cuda.cuDeviceGetCount(ctypes.byref(count)) == 0, "cuDeviceGetCount fails")
-    gpus = "1 GPU" if count.value == 1 else f"{count.value} GPUs"
+    gpus = counted(count.value, "GPU")
     return Finding("ok", f"CUDA {newest.value // 1000}.{newest.value % 1000 // 10}", f"{gpus}, {_kernel_module()}")
 
 
@@ -98,7 +98,7 @@ def cupy() -> Finding:
         advice = "pip uninstall cupy-cuda13x, then pip install 'flowreel[cuda12]': the driver is of CUDA 12"
         return Finding("missing", cupy.__version__, why, advice if too_new else DRIVER)
     expect(int(cupy.arange(4).sum()) == 6, "a sum on the GPU is wrong")
-    return Finding("ok", cupy.__version__, f"{count} GPU{'' if count == 1 else 's'}")
+    return Finding("ok", cupy.__version__, counted(count, "GPU"))
 
 
 def nvrtc() -> Finding:
@@ -196,7 +196,7 @@ def nvdec() -> Finding:
     if not found:
         return Finding("broken", detail="the GPU decodes no video at all: it has no NVDEC")
     without = f"; not {', '.join(lacking)}" if lacking else ""
-    return Finding("ok", detail=f"{engines} engine{'' if engines == 1 else 's'}: {', '.join(found)}{without}")
+    return Finding("ok", detail=f"{counted(engines, 'engine')}: {', '.join(found)}{without}")
 
 
 def nvenc() -> Finding:

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import Any, Literal
 
 from flowreel.engine.doctor.checking import Finding, expect
+from flowreel.engine.errors import counted
 
 # Codec -> FFmpeg's decoders for it on a CPU; the decoder that FFmpeg calls av1 needs a GPU.
 DECODERS = {"h264": ["h264"], "hevc": ["hevc"], "av1": ["libdav1d", "libaom-av1"], "vp9": ["vp9"], "mpeg4": ["mpeg4"]}
@@ -20,7 +21,7 @@ def torch() -> Finding:
     expect(torch.nn.functional.conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3)) == 9, "a convolution is wrong")
     built = "built without CUDA" if torch.version.cuda is None else f"built for CUDA {torch.version.cuda}"
     onednn = "" if torch.backends.mkldnn.is_available() else ", without oneDNN: slow on a CPU"  # type: ignore[no-untyped-call]
-    return Finding("ok", torch.__version__, f"{built}, {torch.get_num_threads()} threads{onednn}")
+    return Finding("ok", torch.__version__, f"{built}, {counted(torch.get_num_threads(), 'thread')}{onednn}")
 
 
 def pyav() -> Finding:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import av
 import numpy as np
 
-from flowreel.engine.errors import SourceNotFoundError, UnsupportedSourceError, UsageError
+from flowreel.engine.errors import SourceNotFoundError, UnsupportedSourceError, UsageError, counted
 from flowreel.engine.sources.file_ends import is_cut_short
 from flowreel.engine.sources.headers import SecondFields
 from flowreel.engine.sources.kinds import RECIPE
@@ -135,7 +135,9 @@ def probe_video(name: str, stream: int | None = None) -> VideoProbe:
             if first is None:
                 first = next(iter(decoded(packet)), None)
         if first is None:
-            raise UnsupportedSourceError(f"{path.name} holds {len(shown)} frames, none of which could be decoded")
+            raise UnsupportedSourceError(
+                f"{path.name} holds {counted(len(shown), 'frame')}, none of which could be decoded"
+            )
         kept = ~_unfounded(np.asarray(shown), np.flatnonzero(is_key), first)
         if left_out := int(np.count_nonzero(~kept)):
             frames = "1 frame references" if left_out == 1 else f"{left_out} frames reference"
@@ -257,8 +259,8 @@ def _choose_stream(container: InputContainer, path: Path, number: int | None) ->
         cover = " (only a cover picture)" if container.streams.video else ""
         raise UnsupportedSourceError(f"{path.name} holds no video stream{cover}")
     if number is not None and number >= len(videos):
-        plural = "" if len(videos) == 1 else "s"
-        raise UsageError(f"stream {number} of {path.name}: it has {len(videos)} video stream{plural}, counted from 0")
+        have = counted(len(videos), "video stream")
+        raise UsageError(f"stream {number} of {path.name}: it has {have}, counted from 0")
     if number is None:
         best = container.streams.best("video")
         number = next((n for n, video in enumerate(videos) if best is not None and video.index == best.index), 0)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flowreel.engine.config import SelectConfig
-from flowreel.engine.errors import TooFewFramesError, UsageError
+from flowreel.engine.errors import TooFewFramesError, UsageError, counted
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -82,7 +82,7 @@ def select_frames(select: SelectConfig, times_s: Float64Array, name: str) -> ran
     chosen = range(start, stop, select.step)
     if len(chosen) < 2:
         left = "" if len(chosen) == count else f", of which start, stop and step leave {len(chosen)}"
-        raise TooFewFramesError(f"{name} has {count} frame{'' if count == 1 else 's'}{left}: flow needs at least two")
+        raise TooFewFramesError(f"{name} has {counted(count, 'frame')}{left}: flow needs at least two")
     return chosen
 
 

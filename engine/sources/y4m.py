@@ -24,7 +24,7 @@ import torch
 
 from flowreel.engine.config import MOST_FRAMES, SelectConfig
 from flowreel.engine.data import FlowInfo, Frame, SourceId
-from flowreel.engine.errors import TooFewFramesError, UnsupportedSourceError, UsageError, concerning
+from flowreel.engine.errors import TooFewFramesError, UnsupportedSourceError, UsageError, concerning, counted
 from flowreel.engine.sources.kinds import RECIPE
 from flowreel.engine.sources.picture import Converter, Turn, colour_notes, field_notes
 from flowreel.engine.sources.timecode import parse_seconds, require_no_video_file, require_order
@@ -227,9 +227,7 @@ class Y4MSource:
         if given < 2:
             left = "" if given == number else f", of which start, stop and step leave {given}"
             lost = f" ({self._losses[0]})" if self._losses else ""
-            raise TooFewFramesError(
-                f"stdin gave {number} frame{'' if number == 1 else 's'}{left}{lost}: flow needs at least two"
-            )
+            raise TooFewFramesError(f"stdin gave {counted(number, 'frame')}{left}{lost}: flow needs at least two")
 
     def _read(self, picture: bytearray, number: int) -> bool:
         """Reads frame ``number``. False if the stream ends before it, or inside it, which is recorded as a loss."""
@@ -286,7 +284,8 @@ def _wanted(select: SelectConfig, rate: Fraction) -> range:
     assert start is not None
     wanted = range(start, sys.maxsize if stop is None else stop, select.step)
     if len(wanted) < 2:
-        raise TooFewFramesError(f"start, stop and step leave {len(wanted)} frames of stdin: flow needs at least two")
+        left = counted(len(wanted), "frame")
+        raise TooFewFramesError(f"start, stop and step leave {left} of stdin: flow needs at least two")
     return wanted
 
 

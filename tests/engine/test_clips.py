@@ -350,7 +350,7 @@ class TestWhatGoesWrong:
             ({"bound": 0}, "bound must be"),
             ({"bound": float("nan")}, "bound must be"),
             ({"mirror": True}, "mirror is for random clips"),
-            ({"labels": [1]}, "1 labels were given for 2 sources"),
+            ({"labels": [1]}, "got 1 label for 2 sources"),
             ({"crop": 100}, "100x100 cannot be cut out of 64x48"),
             ({"size": "big"}, "size must be"),
             ({"colour": 3}, "colour"),

@@ -364,7 +364,7 @@ class TestStores:
         for name in (store, partial):
             facts = told(name)
             assert parts(facts, "complete", "available", "folder") == [False, 3, str(partial)]
-            assert "unfinished: 3 flows are there; its source or its run was cut short" in facts["notes"][0]
+            assert "unfinished: 3 flows so far; its source or its run was cut short" in facts["notes"][0]
         assert "a.zarr is not there yet" in told(store)["notes"][0]
 
     def test_a_store_of_another_name(self, store: Path) -> None:

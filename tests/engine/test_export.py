@@ -196,14 +196,12 @@ def test_a_cut_source_leaves_a_store_that_says_why_it_is_unfinished(
 ) -> None:
     export(folder, "a.zarr", max_error=0)
     Path("a.zarr").rename("a.zarr.partial")
-    said = (
-        "a.zarr.partial is unfinished: 10 flows are there; its source or its run was cut short, or it is being written"
-    )
+    said = "a.zarr.partial is unfinished: 10 flows so far; its source or its run was cut short, or it is being written"
     assert said in export("a.zarr", "b.zarr").notes[0]
     assert call(["info", "a.zarr"]) == 0
     assert said in capsys.readouterr().out
     assert call(["verify", "a.zarr"]) == 1
-    assert "unfinished: 10 flows are there; its source or its run" in capsys.readouterr().out
+    assert "unfinished: 10 flows so far; its source or its run" in capsys.readouterr().out
 
 
 def test_a_finished_store_may_be_replaced_by_its_own_export(folder: Path) -> None:

@@ -22,6 +22,7 @@ from flowreel.engine.errors import (
     OutputWriteError,
     StageError,
     UnknownOutputError,
+    counted,
 )
 from flowreel.engine.pipeline import Pipeline
 from flowreel.sinks import numbered, open_sink
@@ -137,7 +138,9 @@ def test_names_follow_the_pattern_and_the_place_in_the_output(tmp_path: Path, ou
 def test_what_is_there_is_kept_unless_asked(tmp_path: Path, output: Output) -> None:
     written(output, tmp_path, some_flows())
     before = contents(tmp_path)
-    with pytest.raises(OutputExistsError, match=rf"{COUNT * files_a_flow(output)} files such as .*--overwrite"):
+    with pytest.raises(
+        OutputExistsError, match=rf"{counted(COUNT * files_a_flow(output), 'file')} such as .*--overwrite"
+    ):
         sink_for(output, tmp_path).open(INFO)
     assert contents(tmp_path) == before
 
@@ -190,7 +193,7 @@ def test_an_unfinished_run_looks_unfinished_and_says_what_it_kept(
         assert len(after) == len(whole)
     if after:
         assert kept is not None
-        assert f"keeps {len(after)} whole files such as {Path(output.form % 0).name}.partial" in kept
+        assert f"keeps {counted(len(after), 'whole file')} such as {Path(output.form % 0).name}.partial" in kept
     assert not sink_for(output, folder).holds(3)
     assert sink_for(output, folder).holds(COUNT) == there
     again = sink_for(output, folder, overwrite=there)  # leftovers of an unfinished run do not hinder the next one
@@ -364,7 +367,7 @@ def test_being_stopped_while_names_are_given_ends_with_all_of_them(
     with pytest.raises(KeyboardInterrupt):
         sink.commit()
     assert str(sink.abort()).endswith(
-        f"{len(contents(tmp_path / 'out'))} whole files such as {Path(output.form % 0).name}"
+        f"{counted(len(contents(tmp_path / 'out')), 'whole file')} such as {Path(output.form % 0).name}"
     )
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 

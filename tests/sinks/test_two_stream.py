@@ -130,7 +130,7 @@ def test_other_names_say_what_to_write(tmp_path: Path, name: str) -> None:
 
 def test_one_picture_of_the_pair_is_enough_to_be_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "flow_y_00003.jpg").touch()
-    with pytest.raises(OutputExistsError, match=r"1 files such as flow_y_00003\.jpg"):
+    with pytest.raises(OutputExistsError, match=r"1 file such as flow_y_00003\.jpg"):
         written(tmp_path / "flow_x_%05d.jpg", smooth_flow()[None])
     written(tmp_path / "flow_x_%05d.jpg", smooth_flow()[None], overwrite=True)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["flow_x_00000.jpg", "flow_y_00000.jpg"]

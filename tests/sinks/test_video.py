@@ -289,7 +289,7 @@ def test_what_waits_for_the_scale_is_bounded(tmp_path: Path, monkeypatch: pytest
     assert origin == "percentile of the first 3 flows, all that fit"
     monkeypatch.setattr(video, "HELD_BYTES", 1)
     scale, origin = automatic_scale(record(tmp_path / "x.mp4", [batch_of(flows)], SinkConfig(overwrite=True)))
-    assert origin == "percentile of the first 1 flows, all that fit"
+    assert origin == "percentile of the first 1 flow, all that fit"
 
 
 def test_holding_back_changes_no_colour_by_more_than_a_level() -> None:
@@ -304,7 +304,7 @@ def test_unknown_vectors_are_black_and_counted(tmp_path: Path) -> None:
     flow[0, :16] = 1e10
     flow[1, 20, 20] = np.nan
     notes = record(tmp_path / "x.mp4", [batch_of([flow, flow])], SinkConfig())
-    assert any(f"{2 * (16 * 32 + 1)} unknown vectors are black" in note for note in notes)
+    assert any(f"{2 * (16 * 32 + 1)} unknown vectors painted black" in note for note in notes)
     assert play(tmp_path / "x.mp4")[0][0][2:12].max() < 16
 
 

@@ -16,7 +16,7 @@ from flowreel.engine.claims import Claim
 from flowreel.engine.cli import call
 from flowreel.engine.cli.table import Live
 from flowreel.engine.data import FlowInfo
-from flowreel.engine.errors import OutputWriteError
+from flowreel.engine.errors import OutputWriteError, counted
 from flowreel.engine.outputs import Progress
 from flowreel.sinks import open_store
 
@@ -108,7 +108,7 @@ def test_ctrl_c_tells_what_is_kept(tiny: list[str], capsys: Capture) -> None:
     assert not [path for path in Path("f").iterdir() if path.name[0] == "."]
     assert said(capsys) == (
         f"flowreel: interrupted; k.zarr.partial holds {there} of 11 flows; --resume continues it; "
-        f"f keeps {files} whole files such as 000.flo.partial"
+        f"f keeps {counted(files, 'whole file')} such as 000.flo.partial"
     )
     assert sorted(os.listdir()) == ["f", "k.zarr.partial"]
     assert call(["export", "f", "-o", "x.zarr", "-q"]) == 1
@@ -125,7 +125,7 @@ def test_a_failure_tells_it_too(tiny: list[str], capsys: Capture, monkeypatch: p
     files, there = len(list(Path("f").iterdir())), open_store("k.zarr").available
     assert said(capsys) == (
         f"flowreel: cannot write at all; k.zarr.partial holds {there} of 11 flows; --resume continues it; "
-        f"f keeps {files} whole files such as 000.flo.partial"
+        f"f keeps {counted(files, 'whole file')} such as 000.flo.partial"
     )
 
 
