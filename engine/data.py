@@ -121,7 +121,7 @@ class FlowInfo:
 class Frame:
     """One decoded picture."""
 
-    rgb: Tensor  # (3, H, W) uint8, full-range RGB, any strides, on the source's device
+    rgb: Tensor = field(repr=False)  # (3, H, W) uint8, full-range RGB, any strides, on the source's device
     index: int  # number of this frame in the source, from 0, whatever start and step select
     timestamp_s: float  # presentation timestamp of the container, seconds, unshifted
     clip: int = 0  # frames of different clips are never paired
@@ -212,6 +212,14 @@ class FlowBatch:
 
     def __len__(self) -> int:
         return int(self.flow.shape[0])
+
+    def __repr__(self) -> str:
+        which = ""
+        if len(self):
+            which = (
+                f": frame {self.frame[0]} to {self.frame[-1]}, {self.timestamp_s[0]:g} to {self.timestamp_s[-1]:g} s"
+            )
+        return f"<FlowBatch {tuple(self.flow.shape)} float32 on {self.flow.device}{which}>"
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

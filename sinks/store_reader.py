@@ -368,6 +368,9 @@ class ValidVectors:
         self._store = store
         self.shape: tuple[int, int, int] = (store.shape[0], *store.shape[2:])
 
+    def __repr__(self) -> str:
+        return f"<ValidVectors {self.shape} bool of {self._store.path!r}>"
+
     def __len__(self) -> int:
         return self.shape[0]
 

@@ -223,6 +223,13 @@ def test_flow_can_take_part_in_training(tiny: str) -> None:
     assert not torch.is_inference(batch.flow)
 
 
+def test_a_batch_is_printed_without_its_values(tiny: str) -> None:
+    first, *_ = flowreel.stream(SOURCE, weights=tiny, batch=4)
+    assert repr(first) == "<FlowBatch (4, 2, 70, 100) float32 on cpu: frame 0 to 3, 0 to 0.12 s>"
+    none = {name: getattr(first, name)[:0] for name in ("flow", "frame", "frame_to", "timestamp_s", "timestamp_to_s")}
+    assert repr(FlowBatch(index=0, **none)) == "<FlowBatch (0, 2, 70, 100) float32 on cpu>"
+
+
 def test_leaving_a_stream_early_stops_everything(tiny: str) -> None:
     for batch in flowreel.stream("synthetic:still?size=64x64&frames=100000", weights=tiny, batch=1):
         if batch.index == 2:

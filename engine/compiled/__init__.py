@@ -129,10 +129,14 @@ class CompiledModel:
         self.shape = shape  # pairs, height, width
         self.precision = precision
         self.device = _device_of(net)
+        self._name = type(net).__name__
         self._weights = Unchanged(net)
         self._has_quarter = quarter_upsampling(net) is not None
         with plain_modes(self.device):
             self._program = pack(net, precision).program(shape)
+
+    def __repr__(self) -> str:
+        return f"<CompiledModel {self._name} {self.shape}, {self.precision}, on {self.device}>"
 
     def __call__(self, first: Tensor, second: Tensor) -> Tensor:
         """(B, 3, H, W) floating point RGB 0..255 twice to (B, 2, H, W) float32 pixels, x (right) then y (down).

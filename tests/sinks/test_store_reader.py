@@ -223,6 +223,7 @@ def test_valid_tells_where_there_is_a_vector(tmp_path: Path, decoded: list[int],
     expected = ~(np.isnan(flows) | (flows > 1e9)).any(axis=1)
     valid = make(tmp_path / "X.zarr", flows, max_error=max_error).valid
     assert (valid.shape, len(valid)) == ((T, H, W), T)
+    assert repr(valid) == f"<ValidVectors {(T, H, W)} bool of {str(tmp_path / 'X.zarr')!r}>"
     for key in (5, slice(1, 4), [3, 1, 3], (3, 4, 5), (slice(0, 5), slice(1, 4), slice(None, None, -2)), ...):
         assert same(valid[key], expected[key])
     decoded.clear()

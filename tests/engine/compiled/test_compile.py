@@ -149,6 +149,7 @@ def test_inputs_of_any_strides_and_float_type(layout: str, filled: Filled) -> No
 
 def test_other_inputs_are_refused() -> None:
     fast = flowreel.compile(build_model("FlowNet2S", width=0.05), (2, 64, 64))
+    assert repr(fast) == "<CompiledModel FlowNetS (2, 64, 64), fp32, on cpu>"
     good = torch.zeros(2, 3, 64, 64)
     for bad in (good[:1], torch.zeros(2, 3, 64, 128), torch.zeros(3, 64, 64)):
         with pytest.raises(ValueError, match=r"\(2, 3, 64, 64\).*compile again"):
