@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, fields
 from fractions import Fraction
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from flowreel.engine.config import SelectConfig
 from flowreel.engine.data import FlowInfo, Frame, SourceId
@@ -20,10 +21,6 @@ from flowreel.engine.scenes.named import SCENES, named_scene
 from flowreel.engine.sources.independent import IndependentFrames
 from flowreel.engine.sources.kinds import SYNTHETIC
 from flowreel.engine.sources.timecode import require_no_video_file, select_frames
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 SMALLEST, LARGEST = 16, 8192  # px: room for something to move; a sensible limit for a frame
 MOST_FRAMES = 5_000_000  # beyond, "translate" goes farther than float32 counts pixels, and the times fill the memory
@@ -130,7 +127,8 @@ class SyntheticSource(IndependentFrames):
         self._scene = named_scene(config.scene, config.height, config.width, config.seed)
 
     def frame(self, number: int) -> Frame:
-        return Frame(self._scene.render(number), number, float(self.times_s[number]))
+        with torch.device("cpu"):  # whatever the caller's default device
+            return Frame(self._scene.render(number), number, float(self.times_s[number]))
 
     def flow(self, frame: int, frame_to: int) -> tuple[Tensor, Tensor]:
         """The true flow between two frames, given by their numbers in the source.

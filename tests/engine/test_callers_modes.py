@@ -54,6 +54,7 @@ def everything(video: Path, folder: Path) -> dict[str, Any]:
     lazy = flowreel.open(video, **options)
     kept = flowreel.open(video, cache=folder / "cache", **options)
     found: dict[str, Any] = {"one": lazy[0], "all": lazy[:], "kept": kept[1], "read": kept[1:3]}
+    found["rendered"] = flowreel.open(SCENE, **options)[0]
     with flowreel.open(video, cache=folder / "cache", **options) as again:
         found["read again"] = again[1:3]
     found |= {f"batch {batch.index}": batch.flow for batch in flowreel.stream(video, **options)}
