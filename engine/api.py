@@ -21,6 +21,7 @@ from flowreel.engine.device import Streams, download, resolve_device, upload
 from flowreel.engine.errors import OutputExistsError, TooFewFramesError, TruncatedSourceError, UsageError, counted
 from flowreel.engine.export import export
 from flowreel.engine.files import PathLike
+from flowreel.engine.forked import OfOneProcess, limit_threads_of_fork
 from flowreel.engine.inference import Inference, Network, load_network
 from flowreel.engine.options import RunOptions
 from flowreel.engine.outputs import (
@@ -166,7 +167,8 @@ def stream(source: PathLike, **options: Unpack[RunOptions]) -> Iterator[FlowBatc
         inference.make_ready(header.shard_length(config.sink.shard_bytes), header.flow_count)
         closer = opened.pop_all()
 
-    def flows() -> Iterator[FlowBatch]:
+    def flows() -> Generator[FlowBatch, None, None]:
+        limit_threads_of_fork()  # which may have inherited the stream
         with closer:
             batched = batches(inference.batch, header.shard_length(config.sink.shard_bytes))
             steps = stages(inference, config.model.direction, batched, to_host=False)
@@ -175,7 +177,7 @@ def stream(source: PathLike, **options: Unpack[RunOptions]) -> Iterator[FlowBatc
             if frames.losses and not config.tolerate_truncation:
                 raise TruncatedSourceError(f"{_named(source)}: {'; '.join(frames.losses)}")
 
-    return flows()
+    return OfOneProcess(flows())
 
 
 def refuse_output_options(config: RunConfig) -> None:

@@ -23,10 +23,11 @@ from flowreel.engine.config import RunConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, Frame
 from flowreel.engine.device import to_device
 from flowreel.engine.errors import DeviceError, StageError
+from flowreel.engine.forked import limit_threads_of_fork
 from flowreel.engine.frame_reader import FrameReader
 from flowreel.engine.inference import Inference
 from flowreel.engine.pairing import batches_of, planned
-from flowreel.engine.pipeline import OneAtATime, limit_threads_of_fork
+from flowreel.engine.pipeline import OneAtATime
 from flowreel.engine.protocols import RandomAccess
 from flowreel.engine.stages import Stage, StageFunction, compose
 from flowreel.sinks import FlowCache
@@ -106,8 +107,9 @@ class ComputedFlow:
                 yield from self._found(missing, still_missing)
                 yield from self._computed(still_missing, self._reader)
 
-    def in_order(self) -> Iterator[Tensor]:
+    def in_order(self) -> Generator[Tensor, None, None]:
         """Each flow in order, in memory of its own. Uses a separate decoder, so other reads may go on meanwhile."""
+        self.require_usable()
         most = _STRETCH_FLOWS if self._cache is None else _STRETCH_BATCHES * self._inference.batch
         stretch = max(most // self._shard, 1) * self._shard  # whole shards, so that no batch of a run is divided
         info = self._source.info

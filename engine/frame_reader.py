@@ -18,6 +18,7 @@ from weakref import WeakSet
 
 from flowreel.engine.data import Frame
 from flowreel.engine.errors import TruncatedSourceError
+from flowreel.engine.forked import ABANDONED
 from flowreel.engine.protocols import Picture, RandomAccess
 
 
@@ -123,7 +124,7 @@ class FrameReader:
 
     def _abandon(self) -> None:
         """In a forked process: leaves alone what belongs to the parent."""
-        _ABANDONED.append((self._decoder, self._kept))
+        ABANDONED.append((self._decoder, self._kept))
         self._decoder, self._kept, self.kept_bytes = None, OrderedDict(), 0
 
 
@@ -133,8 +134,5 @@ def _abandon_all() -> None:
 
 
 _READERS: WeakSet[FrameReader] = WeakSet()
-# Decoders that a forked process inherited, and their frames. They are kept for ever: a decoder's threads exist only in
-# the parent, and closing the decoder, or merely dropping it, would wait for them.
-_ABANDONED: list[object] = []
 if hasattr(os, "register_at_fork"):  # where there are forks
     os.register_at_fork(after_in_child=_abandon_all)

@@ -15,10 +15,11 @@ from flowreel.engine.config import ModelConfig, Precision
 from flowreel.engine.data import JSON, FlowBatch, FramePair, NativeGrid, PairBatch
 from flowreel.engine.device import Lane, free_bytes, ran_out_of_memory, resolve_devices, resolve_precision, to_device
 from flowreel.engine.errors import DeviceError, StageError, UsageError, first_line
+from flowreel.engine.forked import limit_threads_of_fork
 from flowreel.engine.models import model_name
 from flowreel.engine.models.layers import Upsampling, upsample
 from flowreel.engine.models.weights import Weights, instantiate, read_weights
-from flowreel.engine.pipeline import in_own_thread, limit_threads_of_fork
+from flowreel.engine.pipeline import in_own_thread
 from flowreel.engine.restore import Fit
 from flowreel.engine.several import in_turn
 from flowreel.kernels.operation import recording

@@ -27,6 +27,7 @@ from flowreel.engine.data import SourceId
 from flowreel.engine.device import to_host
 from flowreel.engine.errors import MissingDependencyError, SourceChangedError, UsageError
 from flowreel.engine.files import PathLike
+from flowreel.engine.forked import OfOneProcess
 from flowreel.engine.inference import Network, load_network
 from flowreel.engine.models.weights import lasting_weights, require_same_weights
 from flowreel.engine.options import LazyOptions
@@ -195,8 +196,7 @@ class LazyFlow:
 
     def __iter__(self) -> Iterator[Tensor]:
         """Yields each flow in order. Uses a separate decoder, so other reads may go on meanwhile."""
-        self._flows.require_usable()
-        yield from self._flows.in_order()
+        return OfOneProcess(self._flows.in_order())
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
         """Computes all flow, for ``numpy.asarray``."""

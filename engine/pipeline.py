@@ -19,7 +19,6 @@ because it reacquires the lock as it wakes.
 from __future__ import annotations
 
 import atexit
-import os
 import threading
 import time
 import warnings
@@ -315,24 +314,6 @@ def in_own_thread(action: Callable[[], Result]) -> Result:
     if failed:
         raise failed[0]
     return done[0]
-
-
-_process: int | None = None  # the first one that computed; any other here is a fork of it
-
-
-def limit_threads_of_fork() -> None:
-    """Lets torch compute with one thread in a fork of a process that has computed. Call it before computing.
-
-    With more threads GNU's OpenMP may wait for ever for workers, or for a lock, that only the parent has. DataLoader
-    limits its workers to one thread as well.
-    """
-    global _process
-    if _process is None:
-        _process = os.getpid()
-    elif os.getpid() != _process:
-        import torch
-
-        torch.set_num_threads(1)
 
 
 class Pipeline:

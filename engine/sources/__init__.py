@@ -10,7 +10,7 @@ from flowreel.engine.config import SelectConfig
 from flowreel.engine.data import SourceId
 from flowreel.engine.errors import FlowreelError, SourceNotFoundError, UnsupportedSourceError, UsageError
 from flowreel.engine.files import PathLike
-from flowreel.engine.pipeline import limit_threads_of_fork
+from flowreel.engine.forked import limit_threads_of_fork
 from flowreel.engine.protocols import RandomAccess, Source
 from flowreel.engine.sources.kinds import Kind, kind_of, require_no_address
 

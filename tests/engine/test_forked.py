@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -59,3 +61,38 @@ raise SystemExit(os.waitpid(child, 0)[1])
 @pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="no fork here")
 def test_a_forked_process_can_free_what_its_parent_converted_frames_with() -> None:
     assert subprocess.run([sys.executable, "-c", CONVERTED], check=False).returncode == 0
+
+
+INHERITED = """
+import os, signal, sys, flowreel
+options = {"model": "FlowNet2C", "batch": 1}
+begun = {
+    "stream": flowreel.stream(sys.argv[1], **options),
+    "lazy flow": iter(flowreel.open(sys.argv[1], **options)),
+}
+for flows in begun.values():
+    next(flows)
+ahead = flowreel.stream(sys.argv[1], stop=3, **options)
+child = os.fork()
+if not child:
+    signal.alarm(30)  # it hangs
+    for flows in begun.values():
+        try:
+            next(flows)
+        except flowreel.errors.UsageError as error:
+            assert "forked" in str(error)
+        else:
+            raise SystemExit("it read on")
+    begun.pop("stream")
+    assert len(list(ahead)) == 2
+    sys.exit()
+assert os.waitpid(child, 0)[1] == 0
+assert [len(list(flows)) for flows in begun.values()] == [38, 38]
+"""
+
+
+@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="no fork here")
+def test_flow_that_is_being_read_stays_with_the_process_that_reads_it(clip: Callable[..., Path]) -> None:
+    source = clip("forked.mkv", codec="ffv1", count=40)  # decoded by several threads, for which closing would wait
+    done = subprocess.run([sys.executable, "-c", INHERITED, str(source)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
