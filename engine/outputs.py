@@ -15,7 +15,7 @@ from flowreel.engine.device import download
 from flowreel.engine.errors import FrameSizeError, StageError, TruncatedSourceError, UsageError, frame_of
 from flowreel.engine.files import PathLike
 from flowreel.engine.places import require_apart, require_outside_stores
-from flowreel.engine.protocols import DeviceSink, LandingSink, OneFileAFlow, Resumable, Sink
+from flowreel.engine.protocols import DeviceSink, LandingSink, OneFileAFlow, Resumable, ResumableSink, Sink
 from flowreel.engine.stages import StageStatistics
 
 ProgressHook = Callable[["Progress"], None]
@@ -75,14 +75,20 @@ def named_outputs(outputs: PathLike | Iterable[PathLike], stem: str) -> list[str
     return paths
 
 
+def first_store(sinks: Iterable[Sink]) -> ResumableSink | None:
+    """The output that --resume continues: the first store. The others are made anew, from it when it is complete."""
+    return next((sink for sink in sinks if isinstance(sink, Resumable)), None)
+
+
 @contextmanager
 def opened_sinks(sinks: Sequence[Sink], header: FlowInfo, *, resumes: bool = False) -> Iterator[None]:
     """Opens the sinks; when the block raises, those that are open are aborted.
 
-    What they keep nevertheless is added to the error as notes. With ``resumes``, the notes say that --resume goes on
-    with it, unless it would fail in the same way.
+    What they keep nevertheless is added to the error as notes. With ``resumes``, the note of the store that --resume
+    continues says so, unless that would fail in the same way.
     """
     opened: list[Sink] = []
+    continued = first_store(sinks) if resumes else None
     try:
         for sink in sinks:
             sink.open(header)
@@ -93,7 +99,7 @@ def opened_sinks(sinks: Sequence[Sink], header: FlowInfo, *, resumes: bool = Fal
     except BaseException as error:
         for sink in opened:
             if kept := sink.abort():
-                goes_on = resumes and isinstance(sink, Resumable) and not isinstance(error.__cause__, FrameSizeError)
+                goes_on = sink is continued and not isinstance(error.__cause__, FrameSizeError)
                 error.add_note(kept + ("; --resume continues it" if goes_on else ""))
         raise
 

@@ -116,7 +116,8 @@ class Resumable(Protocol):
     """A sink that can resume what an earlier run with the same settings left."""
 
     def resume_point(self, below: int | None = None) -> ResumePoint | None:
-        """Called before ``open``, which resumes at the point last returned; None: nothing there is worth resuming.
+        """Called before ``open``, which resumes at the point last returned; None: nothing there is worth resuming. Not
+        called: ``open`` starts afresh.
 
         below: keep fewer flows than this.
         """
@@ -204,6 +205,10 @@ class Sink(Protocol):
     def notes(self) -> list[str]:
         """What the user should know, e.g. how many vectors were unknown or out of range."""
         ...
+
+
+class ResumableSink(Sink, Resumable, Protocol):
+    """A sink that can be resumed."""
 
 
 @runtime_checkable

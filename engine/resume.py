@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from flowreel.engine.data import FlowInfo, Frame
 from flowreel.engine.errors import ResumeMismatchError, TooFewFramesError, UsageError
 from flowreel.engine.files import PathLike
 from flowreel.engine.models.weights import read_weights
-from flowreel.engine.protocols import Resumable, ResumePoint, Sink, Source
+from flowreel.engine.outputs import first_store
+from flowreel.engine.protocols import ResumableSink, ResumePoint, Sink, Source
 from flowreel.engine.provenance import settings
 from flowreel.engine.restore import Fit
 from flowreel.engine.sources import comes_once, open_source
@@ -26,10 +27,6 @@ if TYPE_CHECKING:
     from flowreel.sinks import FlowStore
 
 SAME_TIME_S = 1e-6
-
-
-class ResumableSink(Sink, Resumable, Protocol):
-    """A sink that can be resumed."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ def take_up(source: PathLike, select: SelectConfig, sinks: Sequence[Sink], devic
         DamagedStoreError: the store cannot be read.
         ResumeMismatchError: the source ends, or ``stop`` lies, before the frame where the store ends.
     """
-    store = next((sink for sink in sinks if isinstance(sink, Resumable)), None)
+    store = first_store(sinks)
     if store is None:
         raise UsageError("resume continues a flow store, and no output is one: add -o X.zarr, or leave resume out")
     point = store.resume_point()

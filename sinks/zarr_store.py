@@ -63,7 +63,7 @@ class ZarrSink:
         self._state = "new"  # -> "open" -> "done"
         self._point: ResumePoint | None = None  # where to resume, as last returned by ``resume_point``
         self._below: int | None = None  # the argument of that call
-        self._asked = False
+        self._asked = False  # whether ``resume_point`` was called
         self._taken = 0  # flows received, including those of a resumed store
         self._announced = ""  # " of N", N flows being expected, for messages
         self._losses: tuple[str, ...] = ()  # what the source failed to give
@@ -160,7 +160,7 @@ class ZarrSink:
     # -- Writing -------------------------------------------------------------------------------------------------
 
     def open(self, info: FlowInfo) -> None:
-        """Creates ``X.zarr.partial`` with empty arrays, or continues an existing one if it is to resume.
+        """Creates ``X.zarr.partial`` with empty arrays, or continues where ``resume_point`` said, if it was called.
 
         An existing ``X.zarr`` stays until ``commit``.
         """
@@ -170,8 +170,6 @@ class ZarrSink:
         self._native = info.native is not None
         self._shard_length = info.shard_length(self._config.shard_bytes)
         with publish.write_errors(self.path):
-            if self._config.resume and not self._asked:
-                self.resume_point()
             try:
                 self._target.hold()
                 self._start_or_reopen(info)
@@ -190,8 +188,8 @@ class ZarrSink:
                 raise
 
     def _start_or_reopen(self, info: FlowInfo) -> None:
-        point = self._point if self._config.resume else None
-        if self._config.resume and self._point_now(self._below) != point:
+        point = self._point
+        if self._asked and self._point_now(self._below) != point:
             raise OutputBusyError(f"another run has gone on with {self.path} meanwhile: run the same again")
         if point is None or point.flows == 0:
             self._target.start(overwrite=self._config.overwrite or point is not None, afresh=self._config.resume)

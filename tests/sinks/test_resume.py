@@ -228,7 +228,7 @@ def test_a_store_of_an_older_version_is_not_gone_on_with(tmp_path: Path) -> None
     for name in CHECKSUMS:
         shutil.rmtree(partial / name)
     with pytest.raises(ResumeMismatchError, match="older version"):
-        ZarrSink(str(tmp_path / "X.zarr"), config(resume=True)).open(INFO)
+        run(tmp_path / "X.zarr", resume=True)
 
 
 @pytest.mark.parametrize(("below", "flows"), [(None, 9), (10, 9), (9, 6), (8, 6), (4, 3)])
@@ -253,6 +253,7 @@ def test_what_is_gone_on_with_is_not_cut_to_what_the_source_announces(tmp_path: 
     """The source now announces fewer flows than the store holds; a reader still sees all of them."""
     cut_after(tmp_path / "X.zarr", 10)
     sink = ZarrSink(str(tmp_path / "X.zarr"), config(resume=True))
+    sink.resume_point()
     sink.open(replace(INFO, frame_count=8))
     store = open_store(tmp_path / "X.zarr")
     assert (len(store), store.available) == (9, 9)

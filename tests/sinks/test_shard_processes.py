@@ -400,7 +400,8 @@ def test_threads_make_a_few_shards(
         for batch in batches(there):
             sink.write(batch)
         sink.abort()
-    sink = ZarrSink(str(path), replace(CONFIG, resume=bool(there)))
+    sink = ZarrSink(str(path), replace(CONFIG, resume=True))
+    sink.resume_point()
     sink.open(info)
     assert isinstance(sink._shards, ShardsInProcesses) == processes
     sink.abort()

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from flowreel.engine.claims import Claim
@@ -113,6 +114,33 @@ def test_ctrl_c_tells_what_is_kept(tiny: list[str], capsys: Capture) -> None:
     assert sorted(os.listdir()) == ["f", "k.zarr.partial"]
     assert call(["export", "f", "-o", "x.zarr", "-q"]) == 1
     assert f"no flow files there; expected X.flo, X.kitti.png, X.npz, flow_x_N.jpg; {files} named" in said(capsys)
+
+
+@pytest.mark.usefixtures("stopped")
+def test_of_two_stores_the_first_is_continued(tiny: list[str], capsys: Capture) -> None:
+    """And only that is promised: the second one is made from it, whatever was left of it."""
+    run = ["run", SOURCE, "-o", "k.zarr", "-o", "l.zarr", "--batch", "1", *tiny]
+    assert call(run) == 130
+    kept = [f"{name} holds {open_store(name).available} of 11 flows" for name in ("k.zarr.partial", "l.zarr.partial")]
+    assert said(capsys) == f"flowreel: interrupted; {kept[0]}; --resume continues it; {kept[1]}"
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_with_only_the_second_of_two_stores_there(complete: bool, tiny: list[str], capsys: Capture) -> None:
+    """A run killed before the first store has a whole shard may leave one of the second, which is not continued."""
+    both = ["run", SOURCE, "-o", "k.zarr", "-o", "l.zarr", "--resume", *tiny]
+    assert call(["run", SOURCE, "-o", "l.zarr", *tiny]) == 0
+    whole = open_store("l.zarr")[:]
+    if complete:
+        assert call(both) == 1
+        assert said(capsys).startswith("flowreel: l.zarr is already there: pass --overwrite")
+        assert os.listdir() == ["l.zarr"]
+        return
+    Path("l.zarr").rename("l.zarr.partial")
+    assert call(both) == 0
+    assert sorted(os.listdir()) == ["k.zarr", "l.zarr"]
+    assert np.array_equal(open_store("k.zarr")[:], whole)
+    assert np.array_equal(open_store("l.zarr")[:], whole)
 
 
 def test_a_failure_tells_it_too(tiny: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
