@@ -28,11 +28,13 @@ from flowreel.engine.outputs import (
     ProgressHook,
     Tally,
     commit,
+    first_store,
     is_finished,
     named_outputs,
     opened_sinks,
     preparing,
     teller,
+    unname,
 )
 from flowreel.engine.pairing import batches, pairs
 from flowreel.engine.pipeline import Pipeline
@@ -126,7 +128,12 @@ def run_one(
         if tallies[0].flows == 0:
             raise TooFewFramesError(f"{_named(source)} gave fewer than two frames: there is no pair, so no flow")
         whole = not frames.losses or config.tolerate_truncation
-        for sink in sinks:
+        if resumed is not None and whole:
+            for path in paths:
+                if path != resumed.store.path:
+                    unname(open_sink(path, config.sink))
+        continued = first_store(sinks)  # named last: where it is complete, no other output is that of an earlier run
+        for sink in sorted(sinks, key=lambda sink: sink is continued):
             if frames.losses and isinstance(sink, Resumable):
                 sink.tell_losses(frames.losses)
             commit(sink, complete=whole)
@@ -141,7 +148,7 @@ def run_one(
     if resumed is None:
         return report
     report = replace(report, flows=resumed.point.flows + report.pairs)
-    return _with_others(report, resumed, paths, config, overwrite=True)
+    return _with_others(report, resumed, paths, config)
 
 
 def stream(source: PathLike, **options: Unpack[RunOptions]) -> Iterator[FlowBatch]:
@@ -292,13 +299,11 @@ def _complete_already(resumed: Resumption, paths: list[str], config: RunConfig) 
     """
     store = open_store(resumed.store.path)
     require_made_so(store, resumed.source_info, config)
-    return _with_others(report_of_complete(store), resumed, paths, config, overwrite=False)
+    return _with_others(report_of_complete(store), resumed, paths, config)
 
 
-def _with_others(
-    report: RunReport, resumed: Resumption, paths: list[str], config: RunConfig, *, overwrite: bool
-) -> RunReport:
-    """Exports the other outputs from the complete store; without ``overwrite``, only those that are missing."""
+def _with_others(report: RunReport, resumed: Resumption, paths: list[str], config: RunConfig) -> RunReport:
+    """Exports those of the other outputs that are missing from the complete store."""
     outputs, notes = list(report.outputs), list(report.notes)
     if report.pairs:
         notes.append(f"continued after {counted(resumed.point.flows, 'flow')} of an earlier run")
@@ -309,11 +314,11 @@ def _with_others(
         if path == resumed.store.path:
             continue
         sink = open_sink(path, config.sink)
-        if not overwrite and is_finished(sink, report.flows):
+        if is_finished(sink, report.flows):
             notes.append(f"{path} exists already")
             continue
         # What is left of an unfinished single output is replaced. Of many files, nobody can tell whose they are.
-        replaces = overwrite or not isinstance(sink, OneFileAFlow)
+        replaces = not isinstance(sink, OneFileAFlow)
         try:
             outputs += export(resumed.store.path, path, overwrite=replaces, **options).outputs
         except OutputExistsError as error:

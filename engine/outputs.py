@@ -16,6 +16,7 @@ from flowreel.engine.errors import FrameSizeError, StageError, TruncatedSourceEr
 from flowreel.engine.files import PathLike
 from flowreel.engine.places import require_apart, require_outside_stores
 from flowreel.engine.protocols import DeviceSink, LandingSink, OneFileAFlow, Resumable, ResumableSink, Sink
+from flowreel.engine.publish import partial_path, remove, sync_folder, write_errors
 from flowreel.engine.stages import StageStatistics
 
 ProgressHook = Callable[["Progress"], None]
@@ -102,6 +103,19 @@ def opened_sinks(sinks: Sequence[Sink], header: FlowInfo, *, resumes: bool = Fal
                 goes_on = sink is continued and not isinstance(error.__cause__, FrameSizeError)
                 error.add_note(kept + ("; --resume continues it" if goes_on else ""))
         raise
+
+
+def unname(sink: Sink) -> None:
+    """Gives a finished output its unfinished name again, as it is about to be made anew."""
+    one = Path(sink.path)
+    paths = sink.files() if isinstance(sink, OneFileAFlow) else [one] if is_finished(sink, 0) else []
+    with write_errors(sink.path):
+        for path in paths:
+            if path.is_dir():
+                remove(partial_path(path))  # a folder is renamed over nothing else
+            os.replace(path, partial_path(path))
+        for folder in {path.parent for path in paths}:
+            sync_folder(folder)
 
 
 def commit(sink: Sink, *, complete: bool = True) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from flowreel.engine.data import FlowBatch, FlowInfo, Frame, Prepared
@@ -175,6 +176,10 @@ class OneFileAFlow(Protocol):
 
     def holds(self, flows: int) -> bool:
         """Whether the finished files of exactly so many flows exist. Called without ``open``."""
+        ...
+
+    def files(self) -> list[Path]:
+        """The finished files. Called without ``open``."""
         ...
 
 

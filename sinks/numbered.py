@@ -169,7 +169,7 @@ class NumberedFilesSink(ABC):
                 raise
 
     def _require_possible(self) -> None:
-        present = [file for name in self._names for file in name.files()]
+        present = self.files()
         for file in (*present, *(file for name in self._unfinished for file in name.files())):
             if file.is_dir():
                 raise OutputExistsError(f"{file} is a folder: choose another place, or remove it yourself if it can go")
@@ -178,6 +178,10 @@ class NumberedFilesSink(ABC):
                 f"{self._folder} already holds {counted(len(present), 'file')} such as {present[0].name}: "
                 "pass --overwrite to replace them, or choose another folder"
             )
+
+    def files(self) -> list[Path]:
+        """The finished files, of this run or another."""
+        return [file for name in self._names for file in name.files()] if self._folder.is_dir() else []
 
     def holds(self, flows: int) -> bool:
         """Whether exactly the files of so many flows exist: of one run, as two runs' never have their names at once."""
@@ -241,7 +245,7 @@ class NumberedFilesSink(ABC):
 
     def _publish(self) -> None:
         self._require_possible()  # something may have appeared during the run
-        former = [file for name in self._names for file in name.files()]
+        former = self.files()
         written = set(self._written)
         left = [file for name in self._unfinished for number, file in name.present().items() if number not in written]
         sync_folder(self._folder)  # first make the written files durable

@@ -29,6 +29,7 @@ from flowreel.engine.outputs import Progress
 from flowreel.engine.resume import take_up
 from flowreel.engine.sources.images import ImageSource
 from flowreel.sinks import open_sink, open_store
+from flowreel.sinks.store_target import LocalTarget
 
 H, W = 64, 96
 SHARD_BYTES = 4 * 8 * H * W  # four flows
@@ -143,6 +144,36 @@ def test_frames_that_came_later_are_appended(tiny: str) -> None:
     assert flowreel.run("frames", "X.zarr", resume=True, **options).pairs == 10  # the ragged shard of three is redone
     flowreel.run("frames", "whole.zarr", **options)
     assert contents("X.zarr") == contents("whole.zarr")
+
+
+@pytest.mark.parametrize("how", ["resume", "overwrite"])
+def test_with_a_complete_store_no_other_output_is_an_older_one(
+    tiny: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recording that grew, killed when its store was complete: --resume used to keep the former, shorter video."""
+    outputs = ["X.zarr", "X.mp4", "flo/%03d.flo", "Y.zarr"]
+    options: dict[str, Any] = {"weights": tiny, "shard_bytes": SHARD_BYTES}
+    named = LocalTarget.finish
+
+    def killed(target: LocalTarget) -> None:
+        named(target)
+        if target.name == "X.zarr":
+            raise KeyboardInterrupt
+
+    pictures("frames", 0, 6)
+    flowreel.run("frames", outputs, **options)
+    former = Path("X.mp4").read_bytes()
+    pictures("frames", 6, 10)
+    monkeypatch.setattr(LocalTarget, "finish", killed)
+    with pytest.raises(KeyboardInterrupt):
+        flowreel.run("frames", outputs, **options, **{how: True})
+    assert len(open_store("X.zarr")) == 9
+    assert how == "overwrite" or not Path("X.mp4").exists()
+    monkeypatch.setattr(LocalTarget, "finish", named)
+    flowreel.run("frames", outputs, resume=True, **options)
+    assert Path("X.mp4").read_bytes() != former
+    assert len(list(Path("flo").iterdir())) == len(open_store("Y.zarr")) == 9
+    assert sorted(os.listdir()) == ["X.mp4", "X.zarr", "Y.zarr", "flo", "frames"]
 
 
 @pytest.mark.parametrize("stopped", [True, False])
