@@ -242,9 +242,14 @@ def publish_folder(temporary: Path, path: Path) -> None:
         remove(aside, ignore_errors=True)  # the new one is published; the next run removes a leftover
 
 
+def replaced(path: Path) -> Iterator[Path]:
+    """The old folders left by processes killed inside ``publish_folder``."""
+    return path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 16}.replaced")
+
+
 def settle_replaced(path: Path) -> None:
     """Cleans up after a process killed inside ``publish_folder``: puts the old folder back, or deletes it."""
-    for aside in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 16}.replaced"):
+    for aside in replaced(path):
         if os.path.lexists(path):
             remove(aside)
         else:

@@ -70,18 +70,24 @@ class LocalTarget:
         self.name = str(Path(path))
         self.final = Path(path)
         self.folder = publish.partial_path(self.final)
+        self._reopened = self.folder.with_name(self.folder.name + ".new")  # covered by the lock as well
         self._claim: Claim | None = None
 
-    def require_free(self) -> None:
-        """Raises OutputBusyError while another run writes the unfinished store."""
-        if self.folder.is_dir():
-            Claim.of_folder(self.folder, self.name).withdraw()
+    @property
+    def left_over(self) -> bool:
+        """Whether an unfinished store is there, or what a run left that was killed as it gave one its name."""
+        return self.folder.is_dir() or any(publish.replaced(self.final))
 
     def hold(self) -> None:
-        """Locks the unfinished store, whose contents stay. Called before looking at what another run might change."""
+        """Locks the unfinished store, whose contents stay. Called before looking at what another run might change.
+
+        What killed runs left beside it is removed, or gets its name back.
+        """
         publish.make_folder(self.folder.parent)
         self._claim = Claim.of_folder(self.folder, self.name)
         publish.settle_replaced(self.final)
+        if os.path.lexists(self._reopened):
+            publish.remove(self._reopened)
 
     @property
     def held(self) -> tuple[int, ...]:
@@ -117,14 +123,12 @@ class LocalTarget:
         """
         if finished:
             self._empty()
-            aside = self.folder.with_name(self.folder.name + ".new")  # covered by the lock as well
-            publish.remove(aside)
-            claim = Claim.of_folder(aside, self.name)
+            claim = Claim.of_folder(self._reopened, self.name)
             try:
-                _link_folder(self.final, aside)
-                os.rename(aside, self.folder)  # replaces the empty folder
+                _link_folder(self.final, self._reopened)
+                os.rename(self._reopened, self.folder)  # replaces the empty folder
             except BaseException:
-                publish.remove(aside, ignore_errors=True)
+                publish.remove(self._reopened, ignore_errors=True)
                 raise
             self._hold_instead(claim)
         for key in list(self.keys()):

@@ -99,7 +99,13 @@ class ZarrSink:
         Raises OutputBusyError while another run writes it, DamagedStoreError.
         """
         with publish.write_errors(self.path):
-            self._target.require_free()
+            if self._target.left_over:
+                try:
+                    self._target.hold()
+                    if self._target.final.is_dir() and not published_shards(self._target.folder):
+                        self._target.discard()  # of a run that was killed at once; what counts is the finished store
+                finally:
+                    self._target.let_go()
         self._point, self._below, self._asked = self._point_now(below), below, True
         return self._point
 
@@ -145,7 +151,7 @@ class ZarrSink:
             )
 
     def _present(self) -> FlowStore | None:
-        """What an earlier run left: the unfinished store, else the finished one."""
+        """What an earlier run left: the unfinished store if any of its shards is kept, else the finished one."""
         for folder in (self._target.folder, self._target.final):
             # If one of these is missing, the run was killed while it created them: there is nothing to resume.
             if all((folder / name / "zarr.json").exists() for name in ("", "flow", *COORDINATES)):
@@ -154,7 +160,8 @@ class ZarrSink:
                     raise ResumeMismatchError(
                         f"{folder} is a cache of flowreel.open: flowreel export makes a store of a full one"
                     )
-                return store
+                if store.complete or (len(store) > store.shard_length and store.files.whole(0)):
+                    return store
         return None
 
     # -- Writing -------------------------------------------------------------------------------------------------

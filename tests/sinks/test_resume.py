@@ -75,9 +75,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def cut_after(path: Path, flows: int) -> None:
+def cut_after(path: Path, flows: int, **changes: Any) -> None:
     """A run that is killed after this many flows."""
-    sink = ZarrSink(str(path), config())
+    sink = ZarrSink(str(path), config(**changes))
     sink.open(INFO)
     for batch in batches(0, flows):
         sink.write(batch)
@@ -552,3 +552,36 @@ def test_what_a_killed_overwriting_run_left_is_not_taken_for_the_finished_store(
     shutil.copy(tmp_path / "X.zarr" / "zarr.json", tmp_path / "X.zarr.partial")
     run(tmp_path / "X.zarr", resume=True)
     assert contents(tmp_path / "X.zarr") == whole
+
+
+@pytest.mark.parametrize("flows", [0, 2, 4])
+def test_of_an_overwriting_run_that_was_killed_whole_shards_are_continued(
+    tmp_path: Path, flows: int, whole: dict[str, bytes]
+) -> None:
+    """Without one it counts as never begun: the finished store is what --resume is about, and nothing else is left."""
+    path, other = tmp_path / "X.zarr", {"max_error": 0.25}
+    run(path, **other)
+    before = contents(path)
+    cut_after(path, flows, overwrite=True)
+    (tmp_path / "X.zarr.partial.new").mkdir()
+    if flows > SHARD:
+        run(path, resume=True)
+        assert contents(path) == whole
+    else:
+        sink = ZarrSink(str(path), config(resume=True))
+        point = sink.resume_point()
+        assert point is not None
+        assert point.complete
+        with pytest.raises(ResumeMismatchError, match=r"X\.zarr: max error was 0\.25"):
+            sink.require_same(INFO)
+        assert contents(path) == before
+    assert os.listdir(tmp_path) == ["X.zarr"]
+
+
+def test_resuming_a_complete_store_ends_what_was_left_of_replacing_it(tmp_path: Path) -> None:
+    run(tmp_path / "X.zarr")
+    shutil.copytree(tmp_path / "X.zarr", publish.replaced_path(tmp_path / "X.zarr"))
+    point = ZarrSink(str(tmp_path / "X.zarr"), config(resume=True)).resume_point()
+    assert point is not None
+    assert point.complete
+    assert os.listdir(tmp_path) == ["X.zarr"]
