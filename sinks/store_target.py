@@ -111,8 +111,8 @@ class LocalTarget:
         assert self._claim is not None, "hold comes before start"
         if not self._claim.made and not (overwrite or afresh):
             raise OutputExistsError(
-                f"{self.folder} is an unfinished store of an earlier run: pass --resume to continue it, "
-                "or --overwrite to start afresh"
+                f"{self.folder} is an unfinished store of an earlier run: --resume continues what flowreel run began, "
+                "--overwrite starts afresh"
             )
         self._empty()
 

@@ -169,6 +169,8 @@ def test_an_export_that_stopped_does_not_promise_to_resume(
     monkeypatch.setattr(Live, "show", stop)
     assert call(["export", "k.zarr", "-o", "c.zarr", "-q"]) == 130
     assert said(capsys) == f"flowreel: interrupted; c.zarr.partial holds {open_store('c.zarr').available} of 98 flows"
+    assert call(["export", "k.zarr", "-o", "c.zarr", "-q"]) == 1  # which has no --resume
+    assert said(capsys).endswith("--resume continues what flowreel run began, --overwrite starts afresh")
 
 
 def test_other_outputs_that_were_cut_are_made_again(tiny: list[str], capsys: Capture) -> None:
