@@ -125,7 +125,7 @@ def _check_coordinates(store: FlowStore) -> Iterator[StoreProblem]:
     for name, values in arrays.items():
         unknown = ~np.isfinite(values) | (values < 0 if name.startswith("frame") else False)
         yield from _at(store, unknown, f"its {name} is not known")
-        with np.errstate(invalid="ignore"):  # infinite times
+        with np.errstate(invalid="ignore", over="ignore"):  # infinite times, or nearly so
             back = np.diff(values) < 0 if name.startswith("timestamp") else np.diff(values) <= 0
         back &= ~(unknown[1:] | unknown[:-1])  # reported above
         yield from _at(store, np.concatenate([[False], back]), f"its {name} is not after the one before")
@@ -163,7 +163,7 @@ def _check_pairs(
     """A flow joins two frames, times ordered as their numbers; and a frame has the same time in all its pairs."""
     yield from _at(store, (frame == frame_to) & (frame >= 0), "it leads nowhere")
     known = (frame >= 0) & (frame_to >= 0) & np.isfinite(time_s) & np.isfinite(time_to_s)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         ahead = np.sign(time_to_s - time_s) * np.sign(frame_to - frame) < 0
         same = np.zeros_like(known)
         for end, begin, end_s, begin_s in ((frame_to, frame, time_to_s, time_s), (frame, frame_to, time_s, time_to_s)):

@@ -719,6 +719,18 @@ def test_check_looks_at_frames_that_are_both_unknown(tmp_path: Path) -> None:
     ]
 
 
+def test_check_looks_at_times_too_far_apart_for_a_float(tmp_path: Path) -> None:
+    store = as_older_versions_wrote(make(tmp_path / "X.zarr", moving()))
+    for name, place, value in (
+        ("timestamp_s", 2, -1.7e308),
+        ("timestamp_to_s", 2, 1.7e308),
+        ("timestamp_s", 3, 1.7e308),
+    ):
+        change(store, name, place, value)
+    found = list(open_store(store.path).problems())
+    assert found[0] == "flow 2 (frame 4): its timestamp_s is not after the one before"
+
+
 def test_a_lossless_store_with_a_scale_is_refused(tmp_path: Path) -> None:
     store = make(tmp_path / "X.zarr", moving(), max_error=0, complete=False)
     path = store.folder / "flow" / "zarr.json"
