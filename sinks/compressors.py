@@ -10,6 +10,7 @@ kept between calls, and compressing releases the GIL, so a pool may compress sev
 from __future__ import annotations
 
 import math
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache
@@ -112,9 +113,9 @@ def codec_of(names: Sequence[str], dtype: np.dtype[Any], recorded: object = None
 
     recorded: decides where several codecs have the same chain, as ``pcodec`` and ``pcodec2d`` have for floats.
 
-    Raises DamagedStoreError for a chain that flowreel does not write.
+    Raises ValueError for a chain that flowreel does not write.
     """
     fitting = [codec for codec in COMPRESSORS if [*names] == [step["name"] for step in zarr_codecs(codec, dtype)]]
     if not fitting:
-        raise DamagedStoreError(f"codecs {' + '.join(names)} are not ones of flowreel: open it with zarr-python")
+        raise ValueError(f"codecs {reprlib.repr(' + '.join(names))} are not flowreel's: open it with zarr-python")
     return next((codec for codec in fitting if codec == recorded), fitting[0])

@@ -133,6 +133,7 @@ def test_one_bad_store_does_not_hide_the_others(capsys: Capture) -> None:
     [
         ('"scale_factor": 0.03125', '"scale_factor": 0.5', "(scaling: expected {'scale_factor': 0.03125,"),
         ('"fill_value"', '"empty_value"', "(no entry 'fill_value')"),
+        ('"blosc"', '"gzip"', "(codecs 'bytes + gzip + crc32c' are not flowreel's: open it with zarr-python)"),
     ],
 )
 def test_edited_metadata_is_told_in_words(entry: str, instead: str, words: str, capsys: Capture) -> None:
