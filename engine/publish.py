@@ -242,6 +242,13 @@ def publish_folder(temporary: Path, path: Path) -> None:
         remove(aside, ignore_errors=True)  # the new one is published; the next run removes a leftover
 
 
+def require_replaceable(path: Path) -> None:
+    """Raises OSError if a folder at ``path`` could not step aside because its name is too long for that."""
+    if os.path.lexists(path):
+        with suppress(FileNotFoundError):
+            os.lstat(replaced_path(path))
+
+
 def replaced(path: Path) -> Iterator[Path]:
     """The old folders left by processes killed inside ``publish_folder``."""
     return path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 16}.replaced")

@@ -108,6 +108,7 @@ class LocalTarget:
         if self.final.exists() and not (self.final / "zarr.json").is_file():
             raise OutputExistsError(f"{self.final} exists and is not a Zarr store: remove it yourself if it can go")
         publish.require_absent(self.final, overwrite)
+        publish.require_replaceable(self.final)
         assert self._claim is not None, "hold comes before start"
         if not self._claim.made and not (overwrite or afresh):
             raise OutputExistsError(
@@ -122,6 +123,7 @@ class LocalTarget:
         The finished store itself stays as it is: the two share their files, and none is ever changed in place.
         """
         if finished:
+            publish.require_replaceable(self.final)
             self._empty()
             claim = Claim.of_folder(self._reopened, self.name)
             try:

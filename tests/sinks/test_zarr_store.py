@@ -682,6 +682,20 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     assert names(tmp_path) == ["file"]
 
 
+def test_a_name_too_long_to_be_replaced_is_told_at_once(tmp_path: Path) -> None:
+    """The old store steps aside under a longer name than the unfinished one has, at the end of the run."""
+    path = tmp_path / f"{'x' * 242}.zarr"
+    make(path, moving(5))
+    for how in ("overwrite", "resume"):
+        sink = ZarrSink(str(path), config(**{how: True}))
+        if how == "resume":
+            sink.resume_point()
+        with pytest.raises(OutputWriteError, match="File name too long"):
+            sink.open(header(9))
+    assert names(tmp_path) == [path.name]
+    assert open_store(path).complete
+
+
 def test_flow_out_of_order_or_of_another_size_is_refused(tmp_path: Path) -> None:
     sink = ZarrSink(str(tmp_path / "X.zarr"), config())
     with pytest.raises(ValueError, match="not open"):
