@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Protocol
 
 from flowreel.engine import publish
-from flowreel.engine.claims import Claim
-from flowreel.engine.errors import OutputExistsError
+from flowreel.engine.claims import Claim, still_named
+from flowreel.engine.errors import OutputExistsError, OutputWriteError
 
 
 class StoreTarget(Protocol):
@@ -144,6 +144,7 @@ class LocalTarget:
         return publish.write_unfinished({self.folder / key: pieces for key, pieces in files.items()}, self.name)
 
     def publish(self, keys: Iterable[str]) -> None:
+        self._require_ours()
         for key in keys:
             publish.give_name(self.folder / key)
 
@@ -165,10 +166,24 @@ class LocalTarget:
                     path.rmdir()
 
     def finish(self) -> None:
+        self._require_ours()
         publish.publish_folder(self.folder, self.final)
 
     def discard(self) -> None:
-        publish.remove(self.folder, ignore_errors=True)
+        if self._is_ours():
+            publish.remove(self.folder, ignore_errors=True)
+
+    def _is_ours(self) -> bool:
+        """Whether the folder of the unfinished name is still the one that was locked."""
+        descriptor = None if self._claim is None else self._claim.descriptor
+        return descriptor is None or still_named(descriptor, self.folder)
+
+    def _require_ours(self) -> None:
+        """Otherwise what is written from now on would be called a whole store, without what was written before."""
+        if not self._is_ours():
+            raise OutputWriteError(
+                f"cannot write {self.name}: {self.folder} was moved or removed meanwhile, or the working folder changed"
+            )
 
     def _empty(self) -> None:
         """Removes what lies under the unfinished name.

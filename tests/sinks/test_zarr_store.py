@@ -95,6 +95,12 @@ def written(sink: ZarrSink, flows: Any, announced: int | None = -1, size: int = 
     return sink
 
 
+def go_on(sink: ZarrSink, coming: list[FlowBatch]) -> None:
+    for batch in coming:
+        sink.write(batch)
+    sink.commit()
+
+
 def make(path: Path, flows: Any, **changes: Any) -> FlowStore:
     written(ZarrSink(str(path), config(**changes)), flows).commit()
     return open_store(path)
@@ -680,6 +686,35 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(OutputWriteError, match=r"cannot write .*X\.zarr"):
         sink.open(header(5))
     assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("before", [4, 6])
+@pytest.mark.parametrize("what", ["removed", "moved", "another working folder"])
+def test_a_store_that_is_lost_on_the_way_does_not_end_as_a_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, before: int
+) -> None:
+    """It did, under its final name and with the last shards only. ``before``: of its six flows, two shards."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    sink = ZarrSink("X.zarr", config())
+    sink.open(header(6))
+    coming = list(batches(moving(6)))
+    for batch in coming[: before // 2]:
+        sink.write(batch)
+    flush(sink)
+    if what == "removed":
+        shutil.rmtree("X.zarr.partial")
+    elif what == "moved":
+        Path("X.zarr.partial").rename("kept.zarr.partial")
+    else:
+        monkeypatch.chdir("elsewhere")
+    with pytest.raises(OutputWriteError, match="moved or removed meanwhile, or the working folder changed"):
+        go_on(sink, coming[before // 2 :])
+    sink.abort()
+    left = {"removed": [], "moved": ["kept.zarr"], "another working folder": ["X.zarr"]}[what]
+    assert [store.name for store in tmp_path.rglob("*.zarr")] == []
+    for name in left:
+        assert open_store(tmp_path / name).available == before // SHARD * SHARD
 
 
 def test_a_name_too_long_to_be_replaced_is_told_at_once(tmp_path: Path) -> None:
