@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
 
 from flowreel.engine.config import SelectConfig
@@ -137,6 +136,8 @@ class ImageSource(IndependentFrames):
         super().__init__(info, wanted, times_s, "Pillow", notes)
 
     def frame(self, number: int) -> Frame:
+        import torch
+
         path = self._paths[number]
         try:
             changed = last_change(path) != self._changes[number]

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import av
-import torch
 
 from flowreel.engine.config import MOST_FRAMES, SelectConfig
 from flowreel.engine.data import FlowInfo, Frame, SourceId
@@ -207,6 +206,8 @@ class Y4MSource:
         return self._frames()
 
     def _frames(self) -> Generator[Frame, None, None]:
+        import torch
+
         header = self._header
         convert = Converter("stdin", (header.width, header.height), Turn())
         decoder = header.decoder()

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -392,13 +393,22 @@ def test_help_has_examples_and_every_command(capsys: Capture) -> None:
         assert form in said
 
 
-def test_help_costs_no_heavy_import() -> None:
-    heavy = {"torch", "av", "zarr", "PIL"}
-    code = (
-        f"import sys; from flowreel.engine.cli import call; call(['run', '--help']); print({heavy} & {{*sys.modules}})"
-    )
+def imported_by(arguments: list[str], modules: set[str]) -> str:
+    """Which of the modules a command has imported, as Python writes a set."""
+    code = f"import sys; from flowreel.engine.cli import call; call({arguments}); print({modules} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "set()"
+    return done.stdout.splitlines()[-1]
+
+
+def test_help_costs_no_heavy_import() -> None:
+    assert imported_by(["run", "--help"], {"torch", "numpy", "av", "zarr", "PIL"}) == "set()"
+
+
+def test_what_videos_and_images_are_is_told_without_torch(clip: Callable[..., Path]) -> None:
+    os.mkdir("images")
+    for number in range(2):
+        PIL.Image.new("RGB", (64, 64)).save(f"images/{number}.png")
+    assert imported_by(["info", str(clip("told.mp4")), "images"], {"torch", "zarr", "av"}) == "{'av'}"
 
 
 def test_options_reach_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
