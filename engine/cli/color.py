@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from flowreel.engine.cli import loading
 from flowreel.engine.cli.options import BOUND, QUEUE_MB, Debug, Quiet, number_or_auto
 from flowreel.engine.cli.table import Live, clock, size
 from flowreel.engine.config import Encoder
@@ -65,7 +66,8 @@ def color(
       flowreel color dance.zarr -o dance-flow.mp4
       flowreel color 000835.flo -o 000835.png
     """
-    from flowreel.engine import paint
+    with loading():
+        from flowreel.engine import paint
 
     with Live(quiet) as live:
         report = paint.color(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from flowreel.engine.cli import loading
 from flowreel.engine.cli.options import (
     BOUND,
     CODECS,
@@ -84,7 +85,8 @@ def export(
       flowreel export flows -o dance.zarr --max-error 0 -r 29.97
       flowreel export dance.zarr -o smaller.zarr --codec pcodec
     """
-    from flowreel.engine import export as exporting
+    with loading():
+        from flowreel.engine import export as exporting
 
     require_report_free(stats, output, source)
     with Live(quiet) as live:

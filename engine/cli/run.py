@@ -8,6 +8,7 @@ from typing import Annotated, cast
 import typer
 from rich.markup import escape
 
+from flowreel.engine.cli import loading
 from flowreel.engine.cli.options import (
     BOUND,
     CODECS,
@@ -251,7 +252,8 @@ run.__doc__ = (run.__doc__ or "").replace("    OUTPUTS", _output_lines())  # eve
 
 
 def _run_one(source: str, outputs: list[str] | None, options: RunOptions, stats: Path | None, quiet: bool) -> None:
-    from flowreel.engine import api
+    with loading():
+        from flowreel.engine import api
 
     with Live(quiet) as live:
         report = api.run(source, outputs, progress=live.show, **options)
@@ -269,7 +271,8 @@ def _run_many(
     quiet: bool,
     manifest: Path | None,
 ) -> None:
-    from flowreel.engine.many import run_many
+    with loading():
+        from flowreel.engine.many import run_many
 
     if manifest == STDOUT:
         raise UsageError("the manifest is read again by the next run, so it needs a file; --stats - goes to stdout")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -409,6 +410,20 @@ def test_what_videos_and_images_are_is_told_without_torch(clip: Callable[..., Pa
     for number in range(2):
         PIL.Image.new("RGB", (64, 64)).save(f"images/{number}.png")
     assert imported_by(["info", str(clip("told.mp4")), "images"], {"torch", "zarr", "av"}) == "{'av'}"
+
+
+def test_a_command_loads_torch_without_collecting_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    with cli.loading():  # torch is there already: the objects of whoever calls are left alone
+        assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+    monkeypatch.delitem(sys.modules, "torch")
+    try:
+        with cli.loading():
+            assert not gc.isenabled()
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
 
 
 def test_options_reach_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
