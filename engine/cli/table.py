@@ -15,7 +15,7 @@ from flowreel.engine.cli import printable
 from flowreel.engine.errors import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from flowreel.engine.manifest import SourceReport
     from flowreel.engine.many import ManyProgress, ManyReport
@@ -155,21 +155,17 @@ def print_many(report: ManyReport) -> None:
     for source in report.sources:
         table.add_row(*(Text(printable(cell)) for cell in _cells(source)))
     console.print(table)
-    shared = _shared_notes(report)
+    runs = [(source.source, source.run) for source in report.sources if source.run is not None]
+    for note, names in _by_text((name, note) for name, run in runs for note in _notes(run)).items():
+        alike = "note" if 1 < len(names) == len(runs) else _named(names)
+        console.print(printable(f"{alike}: {note}"))
+    ways = _by_text((name, _how(run)) for name, run in runs)
+    for how, names in ways.items():
+        console.print(printable(how if len(ways) == 1 else f"{_named(names)}: {how}"))
     for source in report.sources:
         if source.error is not None:
             told = "; ".join([str(source.error), *getattr(source.error, "__notes__", ())])
             console.print(printable(f"{source.source}: {told}"))
-        for note in () if source.run is None else _notes(source.run):
-            if note not in shared:
-                console.print(printable(f"{source.source}: {note}"))
-    for note in shared:
-        console.print(f"note: {printable(note)}")
-    how = {source.source: _how(source.run) for source in report.sources if source.run is not None}
-    if len(set(how.values())) == 1:
-        how = {"": next(iter(how.values()))}
-    for name, said in how.items():
-        console.print(printable(f"{name}: {said}" if name else said))
     counts = (f"{sum(s.status == status for s in report.sources)} {status}" for status in ("done", "skipped", "failed"))
     console.print(f"{', '.join(counts)} in {clock(report.seconds)}; see {printable(report.manifest)}")
 
@@ -186,10 +182,18 @@ def _notes(report: RunReport) -> list[str]:
     return [note for output in report.outputs for note in output.notes] + list(report.notes)
 
 
-def _shared_notes(report: ManyReport) -> list[str]:
-    """The notes that all sources have in common, which are printed once; none for a single source."""
-    each = [_notes(source.run) for source in report.sources if source.run is not None]
-    return [note for note in each[0] if all(note in notes for notes in each)] if len(each) > 1 else []
+def _by_text(said: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """From (source, text): each text once, with the sources it concerns."""
+    by_text: dict[str, list[str]] = {}
+    for name, text in said:
+        names = by_text.setdefault(text, [])
+        if name not in names[-1:]:  # two outputs of one source may say the same
+            names.append(name)
+    return by_text
+
+
+def _named(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{len(names)} sources such as {names[0]}"
 
 
 def _how(report: RunReport) -> str:

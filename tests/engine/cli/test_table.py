@@ -111,3 +111,15 @@ def test_the_summary_of_many_sources(capsys: Capture) -> None:
     print_many(ManyReport((*sources, other), "out/list.json", 66.0))
     said = capsys.readouterr().err
     assert re.findall(r"(\S+): .*decoded by (.*);", said) == [("a[1]:on:.mp4", ""), ("d.mp4", "PyAV (av1)")]
+
+
+def test_what_is_said_of_several_of_many_sources_is_said_once_and_errors_come_last(capsys: Capture) -> None:
+    dark, bright = run_report("it was dark", "it was dark"), replace(run_report("it was bright"), decoder="PyAV (av1)")
+    runs = [SourceReport(f"{n}.mp4", "done", (), 7, 1.0, run=(dark, bright)[n % 2]) for n in range(6)]
+    failed = SourceReport("bad.mp4", "failed", (), None, 0.5, error=UnsupportedSourceError("no video"))
+    print_many(ManyReport((failed, *runs), "out/list.json", 66.0))
+    said = capsys.readouterr().err.splitlines()[-7:]
+    assert said[0].startswith("note: 2 vectors")
+    assert said[1:3] == ["3 sources such as 0.mp4: it was dark", "3 sources such as 1.mp4: it was bright"]
+    assert [line.partition(": ")[0] for line in said[3:5]] == ["3 sources such as 0.mp4", "3 sources such as 1.mp4"]
+    assert said[5] == "bad.mp4: no video"
