@@ -24,7 +24,7 @@ from flowreel.engine.config import SelectConfig
 from flowreel.engine.data import JSON, UNKNOWN_ABOVE
 from flowreel.engine.errors import SourceNotFoundError, UnsupportedSourceError
 from flowreel.engine.files import as_glob
-from flowreel.engine.sources.kinds import IMAGE_SUFFIXES, is_synthetic, require_no_address
+from flowreel.engine.sources.kinds import IMAGE_SUFFIXES, WEIGHTS_SUFFIXES, is_synthetic, require_no_address
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -38,7 +38,6 @@ KNOWN_KINDS = (
     "a video, images (file, folder or quoted glob), synthetic:NAME, flow (.flo, .kitti.png, .npz), "
     "a flow store (.zarr) or weights (.safetensors, .pth.tar)"
 )
-_WEIGHTS = (".safetensors", ".pth", ".pt", ".tar", ".ckpt")
 _VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".mpg", ".flv", ".wmv"})
 _RGB_16_BIT = bytes((16, 2))  # bytes 24 and 25 of a PNG file: bits per sample, colour type (RGB)
 _SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
@@ -88,7 +87,7 @@ def _kind_of_file(path: Path, ending: str) -> tuple[str, Callable[[str], Facts]]
         return "kitti", _kitti
     if ending.endswith(".npz"):
         return "npz", _npz
-    if ending.endswith(_WEIGHTS):
+    if ending.endswith(WEIGHTS_SUFFIXES):
         return "weights", _weights
     return ("images", _images) if path.suffix.lower() in IMAGE_SUFFIXES else ("video", _video)
 

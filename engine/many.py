@@ -27,7 +27,7 @@ from flowreel.engine.outputs import Progress
 from flowreel.engine.protocols import Resumable, Sink
 from flowreel.engine.provenance import settings, settings_of_others
 from flowreel.engine.sources import source_identity, source_stem
-from flowreel.engine.sources.kinds import IMAGE_SUFFIXES
+from flowreel.engine.sources.kinds import IMAGE_SUFFIXES, as_weights
 from flowreel.sinks import differing_settings, open_sink, open_store
 
 
@@ -162,7 +162,7 @@ def _jobs(sources: list[str], templates: list[str]) -> list[Job]:
     if len(sources) > 1:
         for template in templates:
             if "{stem}" not in template:
-                hint = _as_sequence(sources[0])
+                hint = next(filter(None, map(as_weights, sources)), _as_sequence(sources[0]))
                 raise UsageError(
                     f"with {len(sources)} sources each output's name must hold {{stem}}, which stands for the "
                     f"source's: got {template!r}, expected something like 'out/{{stem}}.zarr'{hint and '; ' + hint}"

@@ -18,6 +18,7 @@ STDIN = "-"
 RECIPE = "ffmpeg -i CLIP -f yuv4mpegpipe - | flowreel run -"  # for messages: how to read what is no file
 SYNTHETIC = "synthetic:"
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp"})
+WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".ckpt")
 
 
 def _any(_: str) -> bool:
@@ -78,6 +79,11 @@ def require_no_address(name: str) -> None:
     """Raises UsageError for the address of something on a network, unless a file has that name."""
     if "://" in name and not is_synthetic(name) and not os.path.exists(name):
         raise UsageError(f"{name} is an address, and only files are read: download it, or pipe it in: {RECIPE}")
+
+
+def as_weights(name: str) -> str:
+    """What to say of weights given as a source, as flownet2-pytorch's ``--resume FILE`` does; empty for others."""
+    return "weights are given by --weights; --resume takes no file" if name.endswith(WEIGHTS_SUFFIXES) else ""
 
 
 def is_path(name: str) -> bool:

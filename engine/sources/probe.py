@@ -20,7 +20,7 @@ import numpy as np
 from flowreel.engine.errors import SourceNotFoundError, UnsupportedSourceError, UsageError, counted
 from flowreel.engine.sources.file_ends import is_cut_short
 from flowreel.engine.sources.headers import SecondFields
-from flowreel.engine.sources.kinds import RECIPE
+from flowreel.engine.sources.kinds import RECIPE, as_weights
 from flowreel.engine.sources.picture import Turn, colour_notes, field_notes, is_full_range, matrix_of, shape_notes
 from flowreel.engine.sources.timecode import MOST_REORDERED, NO_STAMP, Timeline
 
@@ -242,6 +242,7 @@ def opened(path: Path) -> InputContainer:
             reason += " (its index, moov, is missing or damaged: was the recording or the download cut off?)"
         if head.startswith((b"#EXTM3U", b"ffconcat")):
             reason = "it is a list of other files; name one of those"
+        reason = as_weights(path.name) or reason
         raise UnsupportedSourceError(f"{path.name} is not a video that FFmpeg can read: {reason}") from error
     if container.format.name in _TEXT_FORMATS:
         container.close()

@@ -452,6 +452,7 @@ def test_a_cut_source_stays_unfinished(tiny: str) -> None:
         ([], STORE, UsageError, "at least one source"),
         (["a.mp4", "b.mp4"], "x.zarr", UsageError, "{stem}"),
         (["a.mp4", "b.mp4"], [STORE, "x.mp4"], UsageError, "x.mp4"),
+        (["a.mp4", "net.pth.tar"], "x.zarr", UsageError, "weights are given by --weights; --resume takes no file"),
         (["a.mp4", "b.mp4"], [], UsageError, "at least one output"),
         (["a.mp4", "b.mp4"], "{stem}.gif", UnknownOutputError, ".zarr"),
         (["a.mp4", "take%d.mp4"], "{stem}_%d.flo", UnknownOutputError, "take%d_%d.flo"),
