@@ -233,8 +233,10 @@ class FlowClips(Dataset[Any]):
     def _stack(self, flows: Any, view: ClipView) -> Tensor:
         """(L, 2, H, W) pixels of the source, a tensor or NumPy array, to a (2L, h, w) stack."""
         given = flows if isinstance(flows, Tensor) else torch.from_numpy(flows)
-        known = (given.abs() <= UNKNOWN_ABOVE).all(1, keepdim=True)
-        seen = view.flow(torch.where(known, given, 0))
+        low, high = torch.aminmax(given)  # NaN if any is, which no comparison holds for
+        if not (low >= -UNKNOWN_ABOVE and high <= UNKNOWN_ABOVE):  # rare: in most clips every vector is known
+            given = torch.where((given.abs() <= UNKNOWN_ABOVE).all(1, keepdim=True), given, 0)
+        seen = view.flow(given)
         if self.bound is not None:
             seen = (seen / self.bound).clamp(-1, 1)
         return seen.flatten(0, 1)
