@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ SHIM = HERE / "cuda_on_cpu"
 FLAGS = ("-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-fPIC", "-shared", "-w")
 FLAGS += (f"-I{SHIM}", "-include", "cuda_on_cpu.h")
 ORDERS = ("forward", "backward", "shuffled")  # of warps, or of all threads
+MOST_KEPT = 2000  # files: those of a few versions of the sources
 FENCE = np.full(1 << 12, 0x7FA07DA5, np.uint32).view(np.uint8)  # NaN in every type, with bits that no computation gives
 CUDA_DIR = Path(os.environ.get("FLOWREEL_CUDA_DIR", compiling.SOURCES)).resolve()
 
@@ -146,19 +148,31 @@ def as_on_a_gpu(operation: Any, *arguments: object) -> str:
 
 
 def shared_library(name: str, built: Path) -> ctypes.CDLL:
-    """One source, compiled for the CPU; once per session unless the source changes."""
+    """One source, compiled for the CPU."""
     text = compiling.read_source(name)
-    key = hashlib.sha256("\0".join((text, *((SHIM / "cuda_on_cpu.h").read_text(), *FLAGS))).encode()).hexdigest()[:16]
-    library = built / f"{name}-{key}.so"
-    if not library.exists():
-        source = built / f"{name}-{key}.cpp"
+    of = text, [path.read_text() for path in (*sorted(SHIM.iterdir()), Path(__file__))], compiler_version()
+
+    def compiled(part: Path) -> None:
+        source = part.with_suffix(".cpp")
         source.write_text(text)
         entries = [f"ENTRY({entry})" for entry in entries_of(source)]
         source.write_text(f"{text}\nstatic const shim::Entry entries[] = {{{', '.join(entries)}}};\n{ACCESS}")
-        part = library.with_suffix(".part")
         compile_cpp(str(source), "-o", str(part))
-        part.rename(library)
-    return ctypes.CDLL(str(library))
+        source.unlink()
+
+    return ctypes.CDLL(str(made_once(built, f"{name}.so", of, compiled)))
+
+
+def made_once(folder: Path, name: str, of: object, make: Callable[[Path], None]) -> Path:
+    """A file that an earlier session has made of the same things, or that ``make`` makes now."""
+    path = folder / f"{hashlib.sha256(repr(of).encode()).hexdigest()[:24]}-{name}"
+    if path.exists():
+        path.touch()  # so that it is kept
+    else:
+        part = folder / f"{os.getpid()}.part"
+        make(part)
+        part.rename(path)
+    return path
 
 
 ACCESS = """
@@ -192,6 +206,11 @@ def compile_cpp(*arguments: str) -> None:
         raise RuntimeError(done.stderr)  # no AssertionError: a planted fault that does not compile counts as not caught
 
 
+@cache
+def compiler_version() -> str:
+    return subprocess.run([*compiler(), "--version"], capture_output=True, text=True, check=True).stdout
+
+
 def compiler() -> list[str]:
     """A C++ compiler: $CXX, an installed one, or the one that pip installs (ziglang)."""
     for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
@@ -206,9 +225,21 @@ def compiler() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of this session's compiled libraries."""
-    return tmp_path_factory.mktemp("kernels")
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of what compilers made, in pytest's cache: sources seldom change, and compiling them takes minutes."""
+    kept = getattr(request.config, "cache", None)
+    if kept is None:
+        return tmp_path_factory.mktemp("kernels")
+    folder: Path = kept.mkdir("kernels")
+    for path in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)[MOST_KEPT:]:
+        path.unlink(missing_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def once(built: Path) -> Callable[[str, object, Callable[[Path], None]], Path]:
+    """See ``made_once``."""
+    return partial(made_once, built)
 
 
 @pytest.fixture(scope="session")

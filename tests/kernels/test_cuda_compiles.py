@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,17 +46,35 @@ def uses(log: str) -> dict[str, Use]:
     return found
 
 
+UsesOn = Callable[[str, str], dict[str, Use]]
+
+
 @pytest.fixture(autouse=True)
 def _chosen_sources(monkeypatch: pytest.MonkeyPatch, cuda_dir: Path) -> None:
     monkeypatch.setattr(compiling, "SOURCES", cuda_dir)
 
 
+@pytest.fixture
+def uses_on(once: Callable[..., Path]) -> UsesOn:
+    """``uses_on(source, architecture)``: the resources of each entry."""
+
+    def found(source: str, architecture: str) -> dict[str, Use]:
+        def compiled(path: Path) -> None:
+            program, log = compiling.compile_source(source, architecture)
+            assert program[:4] == b"\x7fELF"
+            path.write_text(log)
+
+        cupy, text = compiling.load_cupy(), compiling.read_source(source)
+        by = cupy.cuda.nvrtc.getVersion(), cupy.__version__, Path(compiling.__file__).read_text()
+        return uses(once(f"{source}-{architecture}.log", (text, architecture, by), compiled).read_text())
+
+    return found
+
+
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_source_compiles_within_its_budget(source: str, architecture: str) -> None:
-    program, log = compiling.compile_source(source, architecture)
-    assert program[:4] == b"\x7fELF"
-    taken = uses(log)
+def test_source_compiles_within_its_budget(source: str, architecture: str, uses_on: UsesOn) -> None:
+    taken = uses_on(source, architecture)
     assert set(taken) == set(BUDGET[source])
     assert {name: use for name, use in taken.items() if use.spilled_bytes} == {}
     over = {
@@ -67,9 +86,9 @@ def test_source_compiles_within_its_budget(source: str, architecture: str) -> No
 
 
 @pytest.mark.parametrize("source", sorted(set(SOURCES) - ON_TENSOR_CORES))
-def test_the_oldest_gpus_get_what_needs_no_tensor_cores(source: str) -> None:
+def test_the_oldest_gpus_get_what_needs_no_tensor_cores(source: str, uses_on: UsesOn) -> None:
     """Registers are not limited there, because nothing has been tuned for the oldest GPUs."""
-    taken = uses(compiling.compile_source(source, OLDEST)[1])
+    taken = uses_on(source, OLDEST)
     assert set(taken) == set(BUDGET[source])
     for name, use in taken.items():
         assert use.spilled_bytes == 0, name
@@ -102,7 +121,12 @@ def test_an_error_in_a_source_is_told_with_the_compilers_words(monkeypatch: pyte
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc: NVRTC has compiled the same sources")
 @pytest.mark.parametrize("source", SOURCES)
-def test_source_stands_alone_under_nvcc(source: str, cuda_dir: Path, tmp_path: Path) -> None:
-    command = ["nvcc", "-std=c++17", "-arch=sm_90", "-ptx", "-o", str(tmp_path / "out.ptx"), f"{source}.cu"]
-    done = subprocess.run(command, cwd=cuda_dir, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+def test_source_stands_alone_under_nvcc(source: str, cuda_dir: Path, once: Callable[..., Path]) -> None:
+    def compiled(path: Path) -> None:
+        command = ["nvcc", "-std=c++17", "-arch=sm_90", "-ptx", "-o", str(path), f"{source}.cu"]
+        done = subprocess.run(command, cwd=cuda_dir, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+
+    by = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    headers = [path.read_text() for path in sorted(cuda_dir.glob("*.cuh"))]
+    once(f"{source}.ptx", ((cuda_dir / f"{source}.cu").read_text(), headers, by), compiled)
