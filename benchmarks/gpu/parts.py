@@ -47,11 +47,10 @@ PARTS = (
         True,
         least_s=40,
     ),
-    Part("run profile", f"{HERE}.run_profile", "run", 80, "what bounds a whole run: its ends, threads and calls", True),
+    Part("run profile", f"{HERE}.run_profile", "run", 80, "what bounds a whole run: its ends and threads", True),
     Part("kernel times", f"{HERE}.kernel_times", "run", 75, "each kernel beside torch's and flownet2-pytorch's", True),
     Part("peers", f"{HERE}.peers", "run", 45, "torchvision's RAFT-small beside FlowNet2-C", True),
     Part("profile", f"{HERE}.profile", "run", 60, "which kernels the time goes into, and what bounds the run", True),
-    Part("host calls", f"{HERE}.host_calls", "run", 30, "what a run's calls cost its threads", True),
     Part(
         "training times",
         f"{HERE}.training_times",

@@ -83,11 +83,11 @@ def _us_of_op(event: Any, on_gpu: bool) -> float:
     return float(event.self_device_time_total) if event.device_type == torch.autograd.DeviceType.CPU else 0.0
 
 
-def profiled(on_gpu: bool, shapes: bool = False, how: Any = None) -> torch.profiler.profile:
-    """torch's profiler for the host, and for the GPU if used. how: an experimental configuration."""
+def profiled(on_gpu: bool, shapes: bool = False) -> torch.profiler.profile:
+    """torch's profiler for the host, and for the GPU if used."""
     activity = torch.profiler.ProfilerActivity
     activities = [activity.CPU, *([activity.CUDA] if on_gpu else [])]
-    return torch.profiler.profile(activities=activities, record_shapes=shapes, experimental_config=how)
+    return torch.profiler.profile(activities=activities, record_shapes=shapes)
 
 
 def _own_us(event: Any, on_gpu: bool) -> float:

@@ -1,4 +1,4 @@
-"""The bottleneck of a whole run from H.264 to a store: the chain without one end or the other, its threads, its calls.
+"""The bottleneck of a whole run from H.264 to a store: the chain without one end or the other, its threads.
 
 Everything uses the chain that ``flowreel.run`` builds, with weights loaded once. The most informative runs come first.
 """
@@ -16,18 +16,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
 from benchmarks.ceilings import written_rows
-from benchmarks.gpu import trace
 from benchmarks.gpu.chains import InMemory, Ran, ran, without_threads, written
 from benchmarks.gpu.end_to_end import job_of
 from benchmarks.gpu.findings import Findings, Settings
 from benchmarks.gpu.nvdec import numbered
-from benchmarks.gpu.profile import profiled
 from benchmarks.gpu.sampling import Watch
 from benchmarks.gpu.surroundings import memory_folder
-from benchmarks.measure import Skipped
 from benchmarks.processes import MEMORY
 from flowreel.engine.config import RunConfig, SelectConfig
 from flowreel.engine.inference import load_network
@@ -38,10 +33,8 @@ from flowreel.sinks import shard_processes
 PAIRS = 12 * 32  # twelve shards of 1024x436
 STORE_BYTES = 12 << 30  # two stores of LIGHT_PAIRS, as large as float32, and a margin
 LIGHT, LIGHT_PAIRS = "FlowNet2C", 4 * PAIRS  # a network that leaves the other stages little time
-MOST = 8  # places and calls reported per thread
+MOST = 8  # places reported per thread
 SOONER_S = 1e-4  # switch interval, instead of Python's 5 ms
-NAMING_S = 0.02  # how often the threads' names are read while the profiler runs
-OPERATION = re.compile(r"aten::|flowreel::")
 QUOTA = Path("/sys/fs/cgroup/cpu.stat")  # Linux only: whether a quota throttled the process
 
 
@@ -116,7 +109,6 @@ def run(findings: Findings, settings: Settings) -> None:
         ("frames there, the flow dropped", partial(timed, way=Chains.frames_there, short="no decoder either")),
         ("to a store, the lock asked for sooner", partial(timed, way=asking_sooner, short="lock asked for sooner")),
         ("watched", lambda _: _watch(findings, chains(), "", tell)),
-        ("under torch's profiler", lambda _: _trace(findings, settings, chains(), tell)),
         ("frames there, without threads", partial(timed, way=Chains.without_threads)),
         ("frames there, to a store", partial(timed, way=Chains.frames_there_to_store)),
         ("the flow dropped on the host", partial(timed, way=Chains.dropped_on_the_host)),
@@ -132,7 +124,6 @@ def run(findings: Findings, settings: Settings) -> None:
             partial(timed, way=alone_by_processes, on=light),
         ),
         (f"{LIGHT}, watched", lambda _: _watch(findings, light(), f"{LIGHT}, ", lambda *_: None)),
-        ("operations of all threads", lambda _: _trace_operations(findings, settings, chains())),
     ):
         findings.attempt(name, partial(action, name))
 
@@ -198,44 +189,6 @@ def _watch(findings: Findings, chains: Chains, of: str, tell: Callable[[str, str
         f"{cores} processors may be used, {sys.getswitchinterval() * 1e3:g} ms until the lock is asked for, "
         f"{(_withheld_us() - withheld_us) / 1e3:.0f} ms of processors withheld by a quota"
     )
-
-
-def _trace(findings: Findings, settings: Settings, chains: Chains, tell: Callable[[str, str], None]) -> None:
-    """What the GPU does when, and each thread's CUDA calls."""
-    one, events, names = _seen(chains, profiled(settings.device == "cuda"), trace.CALL)
-    findings.row(run="to a store, under torch's profiler", pairs_s=one.pairs_s, **_stages(one))
-    if not any(event.on_card for event in events):
-        raise Skipped("the profiler saw nothing on a card")
-    within = trace.middle([event for event in events if event.on_card])
-    card = trace.card(events, within, names)
-    findings.row(looked_at_ms=(within[1] - within[0]) / 1e6, events=len(events), **card.shares)
-    for row in (trace.waits(card.pauses, within), *card.rows, *trace.calls(events, within, names, card.pauses, MOST)):
-        findings.row(**row)
-    share = card.shares[trace.NETWORK_RUNS]
-    tell("card", f"under the profiler ({one.pairs_s:.0f} pairs/s) the network's kernels run {share:.0%} of the time")
-
-
-def _trace_operations(findings: Findings, settings: Settings, chains: Chains) -> None:
-    """Each thread's torch operations, including those that call others. An experiment of torch's, so it comes last.
-
-    Raises Skipped when this torch lacks the feature.
-    """
-    try:
-        every_thread = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
-    except (AttributeError, TypeError) as error:
-        raise Skipped(f"torch {torch.__version__} follows no other threads: {error}") from error
-    one, events, names = _seen(chains, profiled(settings.device == "cuda", how=every_thread), OPERATION)
-    findings.row(run="to a store, operations of all threads", pairs_s=one.pairs_s, **_stages(one))
-    events = [event for event in events if not event.on_card]
-    for row in trace.calls(events, trace.middle(events), names, [], MOST):
-        findings.row(**row)
-
-
-def _seen(chains: Chains, profiler: Any, calls: re.Pattern[str]) -> tuple[Ran, list[trace.Event], dict[int, str]]:
-    """A run under the profiler, the events it recorded, and the threads' names."""
-    with Watch(NAMING_S, resting=1) as watch:
-        one = chains.to_store(around=profiler)
-    return one, trace.events_of(profiler, calls), watch.names
 
 
 def _place(settings: Settings) -> Path:

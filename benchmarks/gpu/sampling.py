@@ -40,7 +40,7 @@ class Watch:
     """``with Watch() as watch: ...`` samples until the block ends."""
 
     def __init__(self, every_s: float = EVERY_S, resting: int = RESTING) -> None:
-        self.names: dict[int, str] = {}  # of Python's threads, by the system's thread ID and by pthread's
+        self.names: dict[int, str] = {}  # of Python's threads, by the system's thread ID
         self.places: dict[str, Counter[str]] = defaultdict(Counter)  # by thread name: samples per place
         self.late_s: list[float] = []  # each sample's delay after its due time
         self.resting_s: list[float] = []  # the same, measured before the run
@@ -86,7 +86,7 @@ class Watch:
         for thread in threading.enumerate():
             if thread is self._thread or thread.ident is None or thread.native_id is None:
                 continue
-            self.names[thread.ident] = self.names[thread.native_id] = thread.name
+            self.names[thread.native_id] = thread.name
             if (frame := frames.get(thread.ident)) is not None:
                 self.places[thread.name][place(frame)] += 1
 

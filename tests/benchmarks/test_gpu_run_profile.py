@@ -1,8 +1,7 @@
-"""The part ``run profile`` of ``python -m benchmarks gpu`` evaluates traces and samples of threads correctly."""
+"""The part ``run profile`` of ``python -m benchmarks gpu``: the chain of a run, and samples of its threads."""
 
 from __future__ import annotations
 
-import random
 import sys
 import threading
 from collections.abc import Iterator
@@ -14,143 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.autograd import DeviceType
 
 import flowreel
-from benchmarks.gpu import chains, run_profile, sampling, trace
+from benchmarks.gpu import chains, run_profile, sampling
 from benchmarks.gpu.findings import Settings
-from benchmarks.gpu.profile import profiled
-from benchmarks.gpu.trace import Event
 from flowreel.engine import compiled, pipeline
 from flowreel.engine.inference import Inference, Network
 from flowreel.sinks import shard_processes
 from tests.fakes.cuda_streams import GPU, Card, LateCopies
-from tests.fakes.gpu_parts import Found
-
-US = 1000  # ns
-
-# --- intervals --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_intervals_are_joined_and_shared_as_sets_of_moments_are(seed: int) -> None:
-    drawn = random.Random(seed)
-
-    def some() -> list[tuple[int, int]]:
-        starts = [drawn.randrange(100) for _ in range(8)]
-        return [(start, start + drawn.randrange(1, 20)) for start in starts]
-
-    def moments(intervals: list[tuple[int, int]]) -> set[int]:
-        return {moment for start, end in intervals for moment in range(start, end)}
-
-    one, other = some(), some()
-    joined, beside = trace.union(one), trace.union(other)
-    assert moments(joined) == moments(one)
-    assert trace.length(joined) == len(moments(one))
-    assert trace.shared(joined, beside) == len(moments(one) & moments(other))
-    within = [(start, end) for start, end in joined if start < 60]
-    assert moments(trace.gaps(within, (0, 130))) == set(range(130)) - moments(within)
-
-
-# --- the profiler's events --------------------------------------------------------------------------------------------
-
-
-def kineto(name: str, start_us: int, us: int, lane: int, *, on_card: bool = False, number: int = 0) -> SimpleNamespace:
-    """One event in the form of torch's profiler."""
-    return SimpleNamespace(
-        name=lambda: name,
-        device_type=lambda: DeviceType.CUDA if on_card else DeviceType.CPU,
-        device_resource_id=lambda: lane,
-        start_ns=lambda: start_us * US,
-        duration_ns=lambda: us * US,
-        correlation_id=lambda: number,
-        is_user_annotation=lambda: name == "ProfilerStep#1",
-        activity_type=lambda: "overhead" if "Buffer" in name else "kernel",
-    )
-
-
-def profiler_of(*events: SimpleNamespace) -> SimpleNamespace:
-    return SimpleNamespace(profiler=SimpleNamespace(kineto_results=SimpleNamespace(events=lambda: list(events))))
-
-
-MODEL, DECODE = 4021, 0x7F12_89AB_CDEF  # a thread's number by the system, and one by pthread
-KNOWN = {MODEL: "model", DECODE: "decode"}
-DECODE_SHORT = 0x89AB_CDEF - (1 << 32)  # cut to 32 bits with a sign, as in the profiler's events
-RUN = profiler_of(
-    kineto("cudaGraphLaunch", 0, 50, MODEL, number=7),
-    kineto("aten::conv2d", 0, 9000, MODEL),
-    kineto("ProfilerStep#1", 0, 9000, 1, on_card=True),
-    kineto("Command Buffer Full", 0, 5000, 1, on_card=True),
-    kineto("convolution_3_half", 0, 600, 20, on_card=True, number=7),
-    kineto("warp_half", 300, 400, 20, on_card=True, number=7),  # overlaps the kernel above
-    kineto("cuLaunchKernel", 700, 200, DECODE_SHORT, number=8),
-    kineto("yuv_to_rgb_8", 800, 100, 21, on_card=True, number=8),
-    kineto("cudaStreamSynchronize", 600, 200, -DECODE_SHORT),  # without its sign
-    kineto("Memcpy DtoH (Device -> Pinned)", 500, 300, 22, on_card=True),
-    kineto("cudaMalloc", 900, 100, 99),
-)
-
-
-def test_what_the_card_and_the_threads_did_is_told_apart() -> None:
-    events = trace.events_of(RUN)
-    assert [event.name for event in events if not event.on_card] == [
-        "cudaGraphLaunch",
-        "cuLaunchKernel",
-        "cudaStreamSynchronize",
-        "cudaMalloc",
-    ]
-    within = (0, 1000 * US)
-    card = trace.card(events, within, KNOWN)
-    assert card.shares == pytest.approx(
-        {"a kernel runs": 0.8, trace.NETWORK_RUNS: 0.7, "a copy runs": 0.3, "nothing runs": 0.1}
-    )
-    told = [(row["on the card"], row["stream"], row["started by"], row["count"], row["share"]) for row in card.rows]
-    assert told == [
-        ("network", 20, ["model"], 2, pytest.approx(0.7)),
-        ("copy to the host", 22, [], 1, pytest.approx(0.3)),
-        ("colours", 21, ["decode"], 1, pytest.approx(0.1)),
-    ]
-    assert card.pauses == [(700 * US, 1000 * US)]
-    assert trace.waits(card.pauses, within)["share"] == pytest.approx(0.3)
-    calls = trace.calls(events, within, KNOWN, card.pauses, 1)
-    assert [(row["thread"], row["call"], row["ms"], row["ms in pauses"]) for row in calls] == [
-        ("decode", "cuLaunchKernel", pytest.approx(0.2), pytest.approx(0.2)),
-        ("decode", "cudaStreamSynchronize", pytest.approx(0.2), pytest.approx(0.1)),
-        ("another thread, 99", "cudaMalloc", pytest.approx(0.1), pytest.approx(0.1)),
-        ("model", "cudaGraphLaunch", pytest.approx(0.05), 0),
-    ]
-
-
-def test_the_ends_of_a_run_are_left_out() -> None:
-    events = [Event("a", 0, 100, 1, True, 0), Event("a", 450, 1000, 1, True, 0)]
-    assert trace.middle(events) == (200, 800)
-    assert [(event.start_ns, event.end_ns) for event in trace.clipped(events, (200, 800))] == [(450, 800)]
-    assert trace.card([], trace.middle([]), {}).shares["nothing runs"] == 1
-
-
-def test_torchs_profiler_has_events_of_that_kind() -> None:
-    with profiled(False) as profiler:
-        torch.ones(3).add(1)
-    events = trace.events_of(profiler, run_profile.OPERATION)
-    assert "aten::add" in {event.name for event in events}
-    assert all(event.end_ns >= event.start_ns > 0 and not event.on_card for event in events)
-
-
-def test_on_a_card_the_rows_say_what_bounds(
-    findings: Found, settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """From the made-up trace of a run on a GPU; only its middle counts, from 180 to 720 us."""
-    one = chains.Ran(271.0, sample_of(271.0), 1.0, (), "NVDEC (h264)", 1.5)
-    monkeypatch.setattr(run_profile, "profiled", lambda on_gpu: RUN)
-    made = SimpleNamespace(to_store=lambda around: one)
-    run_profile._trace(findings, settings, made, lambda what, words: findings.add(headline=words))  # type: ignore[arg-type]
-    assert [row["call"] for row in findings["rows"] if "call" in row] == ["cudaStreamSynchronize", "cuLaunchKernel"]
-    assert findings["headline"] == "under the profiler (271 pairs/s) the network's kernels run 96% of the time"
-
-
-def sample_of(rate: float) -> chains.Sample:
-    return chains.Sample(rate, rate, rate, 1)
-
 
 # --- the threads ------------------------------------------------------------------------------------------------------
 
