@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import hypothesis
 import pytest
 
+from tests.fakes.fresh import Fresh
+
 if TYPE_CHECKING:
     import torch
 
@@ -103,6 +105,14 @@ def files_up_to() -> Callable[[int], AbstractContextManager[None]]:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     return limited
+
+
+@pytest.fixture(scope="session")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fresh]:
+    """Runs commands in new processes that start fast."""
+    made = Fresh(tmp_path_factory.mktemp("fresh"))
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

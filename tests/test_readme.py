@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
+import shlex
 import sys
 from pathlib import Path
 
@@ -12,6 +12,8 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+
+from tests.fakes.fresh import Fresh
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -42,21 +44,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.early
-def test_commands_and_code(folder: Path) -> None:
+def test_commands_and_code(folder: Path, fresh: Fresh) -> None:
     commands, code = blocks("sh"), blocks("python")
     assert len(commands) == len(code) == 1
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     for line in commands[0].splitlines():
-        done = subprocess.run(
-            line, shell=True, cwd=folder, capture_output=True, text=True, env={**os.environ, "PATH": path}, check=False
-        )
-        assert done.returncode == 0, f"{line}\n{done.stderr}"
+        program, *arguments = shlex.split(line, comments=True)
+        assert program == "flowreel"
+        module = "flowreel" if arguments[0] != "demo" else "tests.fakes.short_demo"
+        exit_code, said = fresh(module, arguments, folder, os.environ | {"PYTHONPATH": str(ROOT)})
+        assert exit_code == 0, f"{line}\n{said}"
     made = ("dance.zarr", "dance-flow.mp4", "part.zarr", "flows/000001.flo", "shown/flow.mp4", "out/other.zarr")
-    for name in (*made, "colour/000001.flo.png", "colour/000000.flo.mp4", "kitti/000004.kitti.png"):
+    made += ("colour/000001.flo.png", "colour/000000.flo.mp4", "kitti/000004.kitti.png", "shown/comparison.png")
+    for name in made:
         assert (folder / name).exists(), name
-    done = subprocess.run([sys.executable, "-c", code[0]], cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "(19, 2, 64, 96)" in done.stdout
+    (folder / "readme_code.py").write_text(code[0])
+    exit_code, said = fresh("readme_code", [], folder)
+    assert exit_code == 0, said
+    assert "(19, 2, 64, 96)" in said
 
 
 def test_tables_are_the_latest_results() -> None:

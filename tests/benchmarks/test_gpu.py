@@ -17,6 +17,7 @@ from benchmarks.gpu import running, surroundings
 from benchmarks.gpu.findings import Settings
 from benchmarks.gpu.parts import PARTS, Part
 from benchmarks.processes import ROOT
+from tests.fakes.fresh import Fresh
 from tests.fakes.gpu_parts import part
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -30,7 +31,13 @@ def result_in(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.early
 @pytest.mark.timeout(900)  # many parts, which take minutes on a slow machine
-def test_a_dry_run_walks_through_every_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_walks_through_every_part(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fresh: Fresh
+) -> None:
+    def ran(argv: list[str], env: dict[str, str], limit_s: float) -> tuple[int, str]:
+        return fresh(argv[2], argv[3:], ROOT, env)
+
+    monkeypatch.setattr(running, "_ran", ran)  # "running" itself is tested with real processes
     assert command.main(["gpu", "--dry-run", "--out", str(tmp_path)]) == 0
     result = result_in(tmp_path)
     statuses = {part["name"]: part["status"] for part in result["parts"]}

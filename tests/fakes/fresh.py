@@ -1,0 +1,72 @@
+"""New processes that need not load torch: a server process has loaded it, and forks for each command.
+
+The server loads nothing of flowreel, so a module that forgets an import fails as in any new process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+LOADED = ("torch", "av", "zarr", "typer", "rich", "PIL.Image", "pytest", "hypothesis")
+
+
+class Fresh:
+    """``fresh("flowreel", ["doctor"], cwd)`` does in ``cwd`` what ``python -m flowreel doctor`` does there."""
+
+    def __init__(self, scratch: Path) -> None:
+        self._said = scratch / "said"
+        self._server = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},  # read when torch is loaded
+        )
+
+    def __call__(
+        self, module: str, arguments: Sequence[str], cwd: Path, env: Mapping[str, str] = os.environ
+    ) -> tuple[int, str]:
+        """The exit code (negative: the signal that ended it), and what it wrote to stdout and stderr."""
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        task = [module, [*arguments], str(cwd), dict(env), str(self._said)]
+        print(json.dumps(task), file=self._server.stdin, flush=True)
+        return int(self._server.stdout.readline()), self._said.read_text(errors="replace")
+
+    def close(self) -> None:
+        self._server.communicate()
+
+
+def serve() -> None:
+    for name in LOADED:
+        __import__(name)
+    assert not {"flowreel", "benchmarks"} & sys.modules.keys()
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            run(*json.loads(line))
+            return
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def run(module: str, arguments: Sequence[str], cwd: str, env: Mapping[str, str], said: str) -> None:
+    with open(said, "wb") as file, open(os.devnull) as nothing:
+        for number, descriptor in enumerate((nothing.fileno(), file.fileno(), file.fileno())):
+            os.dup2(descriptor, number)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.argv = [module, *arguments]
+    sys.path[0] = cwd
+    sys.path[1:1] = filter(None, env.get("PYTHONPATH", "").split(os.pathsep))
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    serve()
