@@ -27,7 +27,8 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).parent
-WORKERS = min(2, os.cpu_count() or 1)
+AT_ONCE = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))  # processes of pytest, each with its own workers
+WORKERS = max(1, min(2, os.cpu_count() or 1) // AT_ONCE)
 ALL = bool(os.environ.get("FLOWREEL_ALL_CASES"))
 ALWAYS, ONE_IN = 10, 7  # a test's first 10 cases always run, and about one in 7 of the others
 LIMIT_S = 60.0  # a case takes milliseconds; this only turns a hang into a failure
