@@ -105,7 +105,8 @@ def fill(key: str, shape: torch.Size) -> np.ndarray:
         taps = shape[2] * shape[3]
         transposed = any(part.startswith(("deconv", "upsampled_flow")) for part in key.split("."))
         fan_in = shape[0] * taps / 4 if transposed else shape[1] * taps
-        return noise * np.float32(np.sqrt(2 / (1.01 * fan_in)))
+        noise *= np.float32(np.sqrt(2 / (1.01 * fan_in)))
+        return noise
     if key.endswith("running_var"):
         return 1 + 0.01 * np.abs(noise)
     if key.endswith(".1.weight"):
@@ -118,12 +119,13 @@ def filled() -> Callable[..., nn.Module]:
     """``filled(name, **options)``: a network in evaluation mode with reproducible weights."""
 
     def build(name: str, **options: object) -> nn.Module:
-        model = build_model(name, **options)  # type: ignore[arg-type]
-        state: dict[str, Tensor] = {
-            key: tensor if key.endswith("num_batches_tracked") else torch.from_numpy(fill(key, tensor.shape))
+        with torch.device("meta"):  # its own values would be drawn in vain
+            model = build_model(name, **options)  # type: ignore[arg-type]
+        state = {
+            key: torch.tensor(0) if key.endswith("num_batches_tracked") else torch.from_numpy(fill(key, tensor.shape))
             for key, tensor in model.state_dict().items()
         }
-        model.load_state_dict(state)
+        model.load_state_dict(state, assign=True)
         return model.eval()
 
     return build
