@@ -25,7 +25,7 @@ from flowreel.engine.computed_flow import ComputedFlow, LazyStatistics
 from flowreel.engine.config import RunConfig
 from flowreel.engine.data import SourceId
 from flowreel.engine.device import to_host
-from flowreel.engine.errors import MissingDependencyError, SourceChangedError, UsageError
+from flowreel.engine.errors import SourceChangedError, UsageError
 from flowreel.engine.files import PathLike
 from flowreel.engine.forked import OfOneProcess
 from flowreel.engine.inference import Network, load_network
@@ -234,11 +234,7 @@ class LazyFlow:
         Dimensions time, component, y, x; timestamps and frame numbers are coordinates of time. Raises
         MissingDependencyError when xarray is not installed.
         """
-        try:
-            data_array = sinks.data_array
-        except ImportError as error:
-            raise MissingDependencyError(f"to_xarray needs xarray: pip install xarray ({error})") from error
-        return data_array(_OnHost(self))
+        return sinks.data_array(_OnHost(self))
 
     def store(self) -> ComputedStore:
         """A read-only Zarr store, a group laid out like ``X.zarr``, whose chunks are computed when they are read.

@@ -21,7 +21,6 @@ import numpy as np
 from flowreel.engine.data import UNKNOWN_ABOVE
 from flowreel.engine.errors import (
     DamagedStoreError,
-    MissingDependencyError,
     StoreError,
     StoreNotFoundError,
     concerning,
@@ -32,12 +31,7 @@ from flowreel.engine.publish import partial_path
 from flowreel.sinks.flo import flo_bytes
 from flowreel.sinks.parallel import OrderedPool
 from flowreel.sinks.store_files import StoreFiles
-from flowreel.sinks.store_layout import BESIDE_FLOW as BESIDE_FLOW
-from flowreel.sinks.store_layout import COORDINATES as COORDINATES
-from flowreel.sinks.store_layout import FORMAT_VERSION as FORMAT_VERSION
 from flowreel.sinks.store_layout import StoreLayout, read_layout
-from flowreel.sinks.store_layout import flow_shard as flow_shard
-from flowreel.sinks.store_layout import published_shards as published_shards
 from flowreel.sinks.store_select import Selection, select
 
 if TYPE_CHECKING:
@@ -213,10 +207,8 @@ class FlowStore:
         Raises:
             MissingDependencyError: xarray is not installed.
         """
-        try:
-            from flowreel.sinks.store_xarray import data_array
-        except ImportError as error:
-            raise MissingDependencyError(f"to_xarray needs xarray: pip install xarray ({error})") from error
+        from flowreel.sinks.store_xarray import data_array
+
         return data_array(self)
 
     def check(self, progress: Callable[[int], None] | None = None) -> Iterator[StoreProblem]:

@@ -1,15 +1,23 @@
-"""Flow as a lazy xarray.DataArray, which reads or computes what is accessed. Imported only by ``to_xarray``."""
+"""Flow as a lazy xarray.DataArray, which reads or computes what is accessed. Imported only by ``to_xarray``.
+
+Raises, when imported, MissingDependencyError if xarray is not installed.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-import xarray
-from xarray.backends import BackendArray
-from xarray.core import indexing
 
+from flowreel.engine.errors import MissingDependencyError
 from flowreel.sinks.flows import Flows, coordinates
+
+try:
+    import xarray
+    from xarray.backends import BackendArray
+    from xarray.core import indexing
+except ImportError as error:
+    raise MissingDependencyError(f"to_xarray needs xarray: pip install xarray ({error})") from error
 
 DIMENSIONS = ("time", "component", "y", "x")
 

@@ -28,9 +28,8 @@ from flowreel.engine.protocols import Resumable
 from flowreel.sinks import open_store, store_target, zarr_store
 from flowreel.sinks.codecs import flow_codec
 from flowreel.sinks.shard_file import pack_shard
-from flowreel.sinks.store_layout import BESIDE_FLOW, CHECKSUMS
+from flowreel.sinks.store_layout import BESIDE_FLOW, CHECKSUMS, flow_shard
 from flowreel.sinks.store_metadata import store_metadata
-from flowreel.sinks.store_reader import flow_shard
 from flowreel.sinks.store_target import LocalTarget
 from flowreel.sinks.zarr_store import ZarrSink
 from tests.sinks.waiting import flush

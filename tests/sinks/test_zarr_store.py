@@ -41,9 +41,9 @@ from flowreel.engine.errors import (
 from flowreel.sinks import store_writer, zarr_store
 from flowreel.sinks.codecs import flow_codec
 from flowreel.sinks.shards import ShardsInThreads
-from flowreel.sinks.store_layout import BESIDE_FLOW, COORDINATES
+from flowreel.sinks.store_layout import BESIDE_FLOW, COORDINATES, flow_shard, published_shards
 from flowreel.sinks.store_metadata import store_metadata
-from flowreel.sinks.store_reader import FlowStore, flow_shard, open_store, published_shards
+from flowreel.sinks.store_reader import FlowStore, open_store
 from flowreel.sinks.store_target import LocalTarget
 from flowreel.sinks.store_writer import StoreWriter
 from flowreel.sinks.zarr_store import ZarrSink
