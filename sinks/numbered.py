@@ -133,7 +133,8 @@ class NumberedFilesSink(ABC):
     example: ClassVar[str]  # a valid name, for messages
 
     def __init__(self, path: str, config: SinkConfig, *beside: str) -> None:
-        self._path = path
+        self.path = path
+        self.bytes_written = 0
         self._overwrite = config.overwrite
         self._folder = Path(path).parent
         self._names = [NumberedName(each, self.example) for each in (path, *beside)]
@@ -143,7 +144,6 @@ class NumberedFilesSink(ABC):
         self._size = (0, 0)
         self._came: list[int] = []  # numbers of the flows received, in order
         self._written: list[int] = []  # the first of those: their files are whole
-        self._bytes = 0
         self._lost: dict[str, tuple[int, int]] = {}  # what became of them -> (vectors, first frame)
         self._notes: list[str] = []
 
@@ -161,7 +161,7 @@ class NumberedFilesSink(ABC):
         self._pool = OrderedPool(self._keep, file_workers(info.device))
         with write_errors(self._folder):
             make_folder(self._folder)
-            self._claim = claimed_file(self._folder / f".{Path(self._path).name}.partial", self._path)
+            self._claim = claimed_file(self._folder / f".{Path(self.path).name}.partial", self.path)
             try:
                 self._require_possible()
             except BaseException:
@@ -265,14 +265,6 @@ class NumberedFilesSink(ABC):
         return (name.file(number) for number in self._written for name in reversed(self._names))
 
     @property
-    def path(self) -> str:
-        return self._path
-
-    @property
-    def bytes_written(self) -> int:
-        return self._bytes
-
-    @property
     def notes(self) -> list[str]:
         vectors = len(self._written) * self._size[0] * self._size[1]
         return self._notes + [
@@ -293,7 +285,7 @@ class NumberedFilesSink(ABC):
     def _keep(self, written: tuple[int, int, int, Mapping[str, int]]) -> None:
         """Called in order, so that the first frame with lost vectors is known."""
         number, frame, nbytes, lost = written
-        self._bytes += nbytes
+        self.bytes_written += nbytes
         self._written.append(number)
         for what, vectors in lost.items():
             if vectors:

@@ -63,6 +63,7 @@ class ColorVideoSink:
 
     def __init__(self, path: str, config: SinkConfig) -> None:
         self._destination = Path(path)
+        self.path = str(self._destination)
         if self._destination.suffix.lower() not in CONTAINERS:
             raise UnknownOutputError(f"a colour video's name ends in {' or '.join(CONTAINERS)}, got {path!r}")
         self._partial = partial_path(self._destination)
@@ -74,7 +75,7 @@ class ColorVideoSink:
         self._encoder: VideoWriter | None = None
         self._claim: Claim | None = None  # of the unfinished file
         self._unknown = 0  # vectors
-        self._notes: list[str] = []
+        self.notes: list[str] = []
 
     def open(self, info: FlowInfo) -> None:
         """Starts the file under its unfinished name.
@@ -112,11 +113,11 @@ class ColorVideoSink:
                 raise
         if info.height % 2 or info.width % 2:
             even = f"{info.width + info.width % 2}x{info.height + info.height % 2}"
-            self._notes.append(f"{self.path}: {even}, as 4:2:0 has even sides: the last row or column comes twice")
+            self.notes.append(f"{self.path}: {even}, as 4:2:0 has even sides: the last row or column comes twice")
         if self._encoder.fallback is not None:
-            self._notes.append(f"{self.path}: {self._encoder.fallback}")
+            self.notes.append(f"{self.path}: {self._encoder.fallback}")
         if self._max_flow is not None:
-            self._notes.append(f"{self.path}: full colour at {self._max_flow:.4g} px")
+            self.notes.append(f"{self.path}: full colour at {self._max_flow:.4g} px")
 
     def write(self, batch: FlowBatch) -> None:
         """Paints and encodes, or holds flows back while there is no scale yet."""
@@ -177,9 +178,9 @@ class ColorVideoSink:
         assert self._claim is not None
         self._claim.release()
         if not complete:
-            self._notes.append(f"{self.path}: incomplete, left as {self._partial.name}")
+            self.notes.append(f"{self.path}: incomplete, left as {self._partial.name}")
         if self._unknown:
-            self._notes.append(f"{self.path}: {counted(self._unknown, 'unknown vector')} painted black")
+            self.notes.append(f"{self.path}: {counted(self._unknown, 'unknown vector')} painted black")
 
     def abort(self) -> str | None:
         """Removes the unfinished file. What was at the output's name before is untouched."""
@@ -191,10 +192,6 @@ class ColorVideoSink:
         return None
 
     @property
-    def path(self) -> str:
-        return str(self._destination)
-
-    @property
     def bytes_written(self) -> int:
         """Size of the file, the finished one or the one being written."""
         if self._encoder is None:
@@ -203,10 +200,6 @@ class ColorVideoSink:
             with suppress(FileNotFoundError):
                 return file.stat().st_size
         return 0
-
-    @property
-    def notes(self) -> list[str]:
-        return list(self._notes)
 
     def _require_possible(self) -> None:
         if self._destination.is_dir():
@@ -221,11 +214,11 @@ class ColorVideoSink:
         gpu = int(number or 0) if kind == "cuda" else 0
         why = why_no_nvenc(gpu, info.height, info.width)
         if why is None:
-            self._notes.append(f"{self.path}: encoded by the GPU (NVENC)")
+            self.notes.append(f"{self.path}: encoded by the GPU (NVENC)")
             return gpu
         if self._asked_encoder == "nvenc":
             raise DeviceError(f"{self.path}: NVENC cannot encode {info.width}x{info.height} here: {why}")
-        self._notes.append(f"{self.path}: encoded on the CPU, as NVENC cannot: {why}")
+        self.notes.append(f"{self.path}: encoded on the CPU, as NVENC cannot: {why}")
         return None
 
     def _require_size(self, batch: FlowBatch) -> None:
@@ -243,7 +236,7 @@ class ColorVideoSink:
         count, nbytes = len(self._held), self._held[0].flow.nbytes
         self._max_flow = percentile_magnitude((held.flow for held in self._held), SCALE_PERCENTILE)
         limit = "" if count == SCALE_FLOWS or nbytes * (count + 1) <= HELD_BYTES else ", all that fit"
-        self._notes.append(
+        self.notes.append(
             f"{self.path}: full colour at {self._max_flow:.4g} px, "
             f"the {SCALE_PERCENTILE:g}th percentile of the first {counted(count, 'flow')}{limit}"
         )

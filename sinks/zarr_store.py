@@ -59,6 +59,7 @@ class ZarrSink:
 
     def __init__(self, path: str, config: SinkConfig) -> None:
         self._target = LocalTarget(path)
+        self.path = self._target.name
         self._config = config
         self._state = "new"  # -> "open" -> "done"
         self._point: ResumePoint | None = None  # where to resume, as last returned by ``resume_point``
@@ -70,10 +71,6 @@ class ZarrSink:
         self._invalid: dict[str, tuple[int, int]] = {}  # why -> (vectors, first frame)
         self._files: StoreWriter | None = None  # from ``open`` on
         self._shards: Shards | None = None  # likewise
-
-    @property
-    def path(self) -> str:
-        return self._target.name
 
     @property
     def bytes_written(self) -> int:

@@ -23,7 +23,6 @@ from flowreel.engine.sources.timecode import parse_seconds, select_frames
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from flowreel.engine.data import Float64Array
 
 MOST_NAMED = 8  # frame numbers listed in a message
 REOPENING_FRAMES = 32  # decoding and dropping this many frames is quicker than reopening the file and seeking
@@ -112,12 +111,12 @@ class VideoSource:
         about the decoder. on_device: see ``protocols.OnDevice``.
         """
         self.on_device = on_device
-        times_s = probe.timeline.times_s
+        self.times_s = probe.timeline.times_s
         self._probe = probe
         self._stat = last_change(probe.path)
-        self._wanted = select_frames(select, times_s, probe.path.name)
+        self.wanted = select_frames(select, self.times_s, probe.path.name)
         self._to_the_end = _reaches_beyond(select.stop, probe)
-        self._losses: list[str] = []
+        self.losses: list[str] = []
         self._patched: set[int] = set()  # numbers of frames whose damage the decoder has concealed
         self._decoder: VideoDecoder = decoder or PyAVDecoder(probe)
         self._decoder_notes = [] if notes is None else notes
@@ -125,39 +124,23 @@ class VideoSource:
         self._pictures: Generator[tuple[int, Any], None, None] | None = None  # of that iteration
         self._closed = False
         width, height = probe.shown_size
-        self._info = FlowInfo(
+        self.info = FlowInfo(
             height=height,
             width=width,
             frame_rate=probe.frame_rate / select.step,
-            frame_count=len(self._wanted),
+            frame_count=len(self.wanted),
             source=source_id(probe.path.name, [probe.path], probe.duration_s),
             made_by=made_by or {},
         )
-
-    @property
-    def info(self) -> FlowInfo:
-        return self._info
 
     @property
     def decoder(self) -> str:
         return self._decoder.name
 
     @property
-    def losses(self) -> list[str]:
-        return self._losses
-
-    @property
     def notes(self) -> list[str]:
-        patched = [] if not self._patched or self._losses else [_patched_words(self._patched)]
+        patched = [] if not self._patched or self.losses else [_patched_words(self._patched)]
         return [*self._probe.notes, *self._decoder_notes, *patched]
-
-    @property
-    def wanted(self) -> range:
-        return self._wanted
-
-    @property
-    def times_s(self) -> Float64Array:
-        return self._probe.timeline.times_s
 
     def standing_before(self, number: int) -> int:
         return key_frame_before(self._probe, number)
@@ -188,23 +171,23 @@ class VideoSource:
                 yield Picture(number, size, developed(number, picture))
 
     def _frame(self, number: int, rgb: Tensor) -> Frame:
-        return Frame(rgb, number, float(self._probe.timeline.times_s[number]))
+        return Frame(rgb, number, float(self.times_s[number]))
 
     def __iter__(self) -> Iterator[Frame]:
         """Decode. Raises TooFewFramesError at the end if fewer than two came; FrameSizeError when the size changes."""
         if self._iteration is not None:
-            raise RuntimeError(f"{self._info.source.name} is already being read; open it again to read it twice")
+            raise RuntimeError(f"{self.info.source.name} is already being read; open it again to read it twice")
         self._iteration = self._frames()
         return self._iteration
 
     def _frames(self) -> Generator[Frame, None, None]:
         given = 0
-        self._pictures = pictures = self._decoder.pictures(self._wanted[0])
+        self._pictures = pictures = self._decoder.pictures(self.wanted[0])
         try:
             for number, picture in pictures:
                 if self._closed:
                     return
-                if number in self._wanted:
+                if number in self.wanted:
                     if self._decoder.patched(picture):
                         self._patched.add(number)
                     with concerning(number):
@@ -212,7 +195,7 @@ class VideoSource:
                     yield self._frame(number, rgb)
                     del rgb  # or it would stay alive while the next one is made
                     given += 1
-                if number >= self._wanted[-1]:
+                if number >= self.wanted[-1]:
                     break
         finally:
             # Freeing an NVDEC decoder takes long and blocks all threads, even those of the last flows: left to close().
@@ -222,15 +205,15 @@ class VideoSource:
 
     def _account(self, given: int) -> None:
         """Report at the end what is missing."""
-        asked, probe = len(self._wanted), self._probe
+        asked, probe = len(self.wanted), self._probe
         if given < asked:
-            self._losses.append(f"{asked - given} of {asked} frames could not be decoded")
+            self.losses.append(f"{asked - given} of {asked} frames could not be decoded")
         if self._patched:
-            self._losses.append(_patched_words(self._patched))
+            self.losses.append(_patched_words(self._patched))
         if probe.cut_short and self._to_the_end:
             promised = "" if probe.duration_s is None else f" of the {probe.duration_s:.2f} s it should last"
-            reached = float(probe.timeline.times_s[-1])
-            self._losses.append(f"the file is cut short: its last frame is at {reached:.2f} s{promised}")
+            reached = float(self.times_s[-1])
+            self.losses.append(f"the file is cut short: its last frame is at {reached:.2f} s{promised}")
         if given < 2:
             raise TooFewFramesError(
                 f"only {given} of {asked} frames of {probe.path.name} could be decoded: flow needs at least two"

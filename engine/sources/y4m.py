@@ -170,33 +170,18 @@ class Y4MSource:
                 f"{header.frame_bytes} bytes each; at most {MOST_FRAME_BYTES} are accepted"
             )
         self._wanted = _wanted(select, header.rate)
-        self._losses: list[str] = []
+        self.losses: list[str] = []
         look = av.VideoFrame(header.width, header.height, header.pixel_format)
-        self._notes = [*header.notes, *colour_notes(look)]
+        self.notes = [*header.notes, *colour_notes(look)]
         self._started = False
-        self._info = FlowInfo(
+        self.decoder = f"YUV4MPEG2 ({header.colour})"
+        self.info = FlowInfo(
             height=header.height,
             width=header.width,
             frame_rate=header.rate / select.step,
             frame_count=None,
             source=SourceId("stdin"),
         )
-
-    @property
-    def info(self) -> FlowInfo:
-        return self._info
-
-    @property
-    def decoder(self) -> str:
-        return f"YUV4MPEG2 ({self._header.colour})"
-
-    @property
-    def losses(self) -> list[str]:
-        return self._losses
-
-    @property
-    def notes(self) -> list[str]:
-        return self._notes
 
     def __iter__(self) -> Iterator[Frame]:
         """Raises TooFewFramesError at the end if fewer than two came; UnsupportedSourceError if a marker is missing."""
@@ -227,7 +212,7 @@ class Y4MSource:
             return
         if given < 2:
             left = "" if given == number else f", of which start, stop and step leave {given}"
-            lost = f" ({self._losses[0]})" if self._losses else ""
+            lost = f" ({self.losses[0]})" if self.losses else ""
             raise TooFewFramesError(f"stdin gave {counted(number, 'frame')}{left}{lost}: flow needs at least two")
 
     def _read(self, picture: bytearray, number: int) -> bool:
@@ -240,10 +225,10 @@ class Y4MSource:
             came = self._bytes.into(memoryview(picture))
             if came == len(picture):
                 return True
-            self._losses.append(f"the stream ends inside frame {number}: {came} of {len(picture)} bytes came")
+            self.losses.append(f"the stream ends inside frame {number}: {came} of {len(picture)} bytes came")
             return False
         if not whole and (marker.startswith(MARKER) or MARKER.startswith(marker)) and len(marker) < LONGEST_LINE:
-            self._losses.append(f"the stream ends inside the marker of frame {number}")
+            self.losses.append(f"the stream ends inside the marker of frame {number}")
             return False
         with concerning(number):
             raise UnsupportedSourceError(
