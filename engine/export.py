@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Unpack
 
@@ -85,16 +84,13 @@ def export(
     """
     frame_rate: Any = options.pop("frame_rate", None)
     config = export_config(options)
-    with ExitStack() as opened:
-        flows = opened.enter_context(
-            closing(open_flows(source, frame_rate=frame_rate, bound=config.sink.bound, start=start, stop=stop))
-        )
-        paths = named_outputs(outputs, flows.stem or flows.info.source.name)
-        for path in paths:
-            if flows.reads(path):
-                raise UsageError(f"{path} would replace what is being read: choose another output")
-        sinks = [open_sink(path, config.sink) for path in paths]
-        opened.enter_context(opened_sinks(sinks, flows.info))
+    flows = open_flows(source, frame_rate=frame_rate, bound=config.sink.bound, start=start, stop=stop)
+    paths = named_outputs(outputs, flows.stem or flows.info.source.name)
+    for path in paths:
+        if flows.reads(path):
+            raise UsageError(f"{path} would replace what is being read: choose another output")
+    sinks = [open_sink(path, config.sink) for path in paths]
+    with opened_sinks(sinks, flows.info):
         tallies = [Tally(sink) for sink in sinks]
         pipeline = Pipeline("read", flows, (), config.queues)
         started_s = time.perf_counter()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from itertools import groupby
@@ -94,18 +94,15 @@ def color(
     rate = None if frame_rate is None else frame_rate_of(frame_rate)
     config = export_config({**options, "max_flow": "auto" if max_flow is None else max_flow})
     names = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
-    with ExitStack() as opened:
-        readers = [
-            opened.enter_context(closing(reader)) for reader in _readers(names, rate or FRAME_RATE, config.sink.bound)
-        ]
-        titles = [title for reader in readers for title in _picture_names(reader)]
-        pictures, videos = _places(os.fspath(output), video, titles, readers[0])
-        require_outside_stores(output)
-        _require_free([*pictures, *videos], readers, config.sink.overwrite)
-        sinks = [open_sink(path, config.sink) for path in videos]
-        info = readers[0].info
-        header = replace(info, frame_rate=rate or info.frame_rate, frame_count=len(titles) + 1)
-        opened.enter_context(opened_sinks(sinks, header))
+    readers = list(_readers(names, rate or FRAME_RATE, config.sink.bound))
+    titles = [title for reader in readers for title in _picture_names(reader)]
+    pictures, videos = _places(os.fspath(output), video, titles, readers[0])
+    require_outside_stores(output)
+    _require_free([*pictures, *videos], readers, config.sink.overwrite)
+    sinks = [open_sink(path, config.sink) for path in videos]
+    info = readers[0].info
+    header = replace(info, frame_rate=rate or info.frame_rate, frame_count=len(titles) + 1)
+    with opened_sinks(sinks, header):
         writers: list[PictureFeed | VideoFeed] = [VideoFeed(sink, header, titles, rate) for sink in sinks]
         if pictures:
             writers.insert(0, PictureFeed(os.fspath(output), ColorPictures(pictures, config.sink.max_flow)))

@@ -137,7 +137,8 @@ class Resumable(Protocol):
 class FlowReader(Protocol):
     """Gives stored flow in order: of a store or a part of it, ``.flo`` files, KITTI pictures.
 
-    Iterate once. Unknown vectors are NaN, or beyond ``UNKNOWN_ABOVE`` as in a ``.flo``.
+    Iterate once; a file is open only while it is read. Unknown vectors are NaN, or beyond ``UNKNOWN_ABOVE`` as in a
+    ``.flo``.
     """
 
     @property
@@ -163,7 +164,6 @@ class FlowReader(Protocol):
     @property
     def notes(self) -> list[str]: ...
     def __iter__(self) -> Iterator[FlowBatch]: ...
-    def close(self) -> None: ...
 
     def reads(self, output: str) -> bool:
         """Whether writing ``output`` would destroy what is still being read."""

@@ -54,7 +54,6 @@ class StoreFlows:
         self.stem = store_stem(store.path)
         self._store = store
         self._numbers = numbers
-        self._closed = False
         attributes: dict[str, Any] = store.attrs
         source = attributes.get("source") or {}
         rate = attributes.get("frame_rate")
@@ -79,8 +78,6 @@ class StoreFlows:
         store, first, last = self._store, self._numbers.start, self._numbers.stop
         length = batch_length(self.info)
         for start in range(first, last, length):
-            if self._closed:
-                return
             part = slice(start, min(start + length, last))
             yield FlowBatch(
                 flow=torch.from_numpy(store[part]),
@@ -97,9 +94,6 @@ class StoreFlows:
         if self._store.complete:
             return len(self._numbers) < len(self._store) and _same(Path(output), Path(self._store.path))
         return _same(partial_path(Path(output)), Path(self._store.path))
-
-    def close(self) -> None:
-        self._closed = True
 
 
 class FileFlows:
@@ -135,7 +129,6 @@ class FileFlows:
         self._numbers = numbers
         self._read_file = read
         self._one_size = one_size
-        self._closed = False
         first = paths[numbers[0]]
         height, width = self._read(first).shape[1:]
         self._kept = None if read_times is None else _kept_times([paths[number] for number in numbers], read_times)
@@ -165,8 +158,6 @@ class FileFlows:
         waiting: list[Float32Array] = []  # all of one size
         first = self._numbers.start
         for number in self._numbers:
-            if self._closed:
-                return
             flow = self._read(self._paths[number])
             if self._one_size:
                 self._expect_size(self._paths[number], flow)
@@ -182,9 +173,6 @@ class FileFlows:
         if "%" in place.name and place.suffix.lower() == self._paths[0].suffix.lower():
             return any(_same(place.parent, folder) for folder in {path.parent for path in self._paths})
         return any(_same(place, path) for path in self._by_name.get(place.name, ()))
-
-    def close(self) -> None:
-        self._closed = True
 
     @cached_property
     def _by_name(self) -> dict[str, list[Path]]:

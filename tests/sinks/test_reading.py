@@ -170,9 +170,6 @@ def test_only_a_few_files_are_read_ahead(folder: Path, monkeypatch: pytest.Monke
     flows = iter(reader)
     assert [len(next(flows)), len(next(flows))] == [3, 3]
     assert len(seen) == 1 + 3 + 3 + 1
-    reader.close()
-    assert sum(len(batch) for batch in flows) <= 3
-    assert len(seen) == 8
 
 
 @pytest.mark.parametrize(
