@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     from torch import Tensor
 
+    Array = npt.NDArray[Any]
+    BoolArray = npt.NDArray[np.bool_]
+    Float32Array = npt.NDArray[np.float32]
     Int64Array = npt.NDArray[np.int64]
     Float64Array = npt.NDArray[np.float64]
     Bytes = npt.NDArray[np.uint8]

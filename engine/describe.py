@@ -27,9 +27,7 @@ from flowreel.engine.files import as_glob
 from flowreel.engine.sources.kinds import IMAGE_SUFFIXES, WEIGHTS_SUFFIXES, is_synthetic, require_no_address
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
-    Float32Array = npt.NDArray[np.float32]
+    from flowreel.engine.data import Float32Array
 
 Facts = dict[str, JSON]
 

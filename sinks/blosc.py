@@ -25,7 +25,7 @@ from flowreel.sinks.compressors import Compressor
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    Array = npt.NDArray[Any]
+    from flowreel.engine.data import Array
 
 # C-Blosc's own threads write their blocks in any order; with one thread per call equal input gives equal bytes.
 numcodecs.blosc.use_threads = False

@@ -22,11 +22,7 @@ from flowreel.sinks.chunk_pieces import Chunk
 from flowreel.sinks.compressors import chunk_of, decompress
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
-    Float32Array = npt.NDArray[np.float32]
-    BoolArray = npt.NDArray[np.bool_]
-    Array = npt.NDArray[Any]
+    from flowreel.engine.data import Array, BoolArray, Float32Array
 
 BLOCK_VALUES = 1 << 17  # quantised at a time, so that the float32 scratch stays in a core's L2 cache
 

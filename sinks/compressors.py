@@ -24,9 +24,7 @@ from flowreel.engine.errors import DamagedStoreError
 from flowreel.sinks.chunk_pieces import Chunk, crc32c, without_checksum
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
-    Array = npt.NDArray[Any]
+    from flowreel.engine.data import Array
 
 
 class Compressor(ABC):

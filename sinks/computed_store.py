@@ -35,12 +35,10 @@ from flowreel.sinks.store_layout import BYTES
 from flowreel.sinks.store_metadata import store_metadata
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
     from zarr.core.buffer import Buffer, BufferPrototype
 
-    from flowreel.engine.data import FlowInfo
+    from flowreel.engine.data import Float32Array, FlowInfo
 
-    Float32Array = npt.NDArray[np.float32]
 
 GATHER_S = 0.002  # readers issue their requests within far less, and no flow is computed as fast
 _FLOW = re.compile(r"flow/c\.(0|[1-9]\d*)\.0\.0\.0")

@@ -22,7 +22,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -39,13 +39,9 @@ from flowreel.sinks.store_metadata import MAY_CHANGE, other_settings, store_meta
 from flowreel.sinks.store_reader import FlowStore
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
     from flowreel.engine.config import SinkConfig
-    from flowreel.engine.data import FlowInfo
+    from flowreel.engine.data import Array, Float32Array, FlowInfo
 
-    Array = npt.NDArray[Any]
-    Float32Array = npt.NDArray[np.float32]
 
 # What may differ from one use to the next: how flows are batched depends on what is requested, and the selection is
 # compared by the frames it takes.

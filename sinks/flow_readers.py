@@ -22,11 +22,8 @@ from flowreel.engine.files import folder_name
 from flowreel.engine.publish import partial_path
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
+    from flowreel.engine.data import Array, Float32Array
     from flowreel.sinks.store_reader import FlowStore
-
-    Float32Array = npt.NDArray[np.float32]
 
 PairTimes = tuple[int, int, float, float]  # frame, frame_to, timestamp_s, timestamp_to_s
 FRAME_RATE = Fraction(25)  # of flow without times; image sequences are read at the same rate
@@ -119,7 +116,7 @@ class FileFlows:
         self,
         paths: Sequence[Path],
         numbers: range,
-        read: Callable[[Path], npt.NDArray[Any]],
+        read: Callable[[Path], Array],
         read_times: Callable[[Path], PairTimes | None] | None = None,
         *,
         frame_rate: Fraction | None = None,

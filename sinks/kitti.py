@@ -34,9 +34,8 @@ from flowreel.sinks.numbered import (
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    Float32Array = npt.NDArray[np.float32]
-    BoolArray = npt.NDArray[np.bool_]
     UInt16Array = npt.NDArray[np.uint16]
+    from flowreel.engine.data import BoolArray, Float32Array
 
 STEPS_PER_PIXEL = 64
 ZERO = 32768  # the sample that stands for no motion

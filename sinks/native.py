@@ -13,12 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
-    from flowreel.engine.data import NativeGrid
-
-    Float32Array = npt.NDArray[np.float32]
-    Float64Array = npt.NDArray[np.float64]
+    from flowreel.engine.data import Float32Array, Float64Array, NativeGrid
 
 
 def enlarge(coarse: Float32Array, grid: NativeGrid, height: int, width: int) -> Float32Array:

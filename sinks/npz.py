@@ -34,7 +34,7 @@ from flowreel.sinks.numbered import (
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    Float32Array = npt.NDArray[np.float32]
+    from flowreel.engine.data import Array, Float32Array
 
 BESIDE = ("frame", "frame_to", "timestamp_s", "timestamp_to_s")  # entries of the archive next to the flow
 NPY_MAGIC = b"\x93NUMPY"
@@ -229,7 +229,7 @@ def _scalar(archive: zipfile.ZipFile, name: str) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _read_values(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, array: _Array) -> npt.NDArray[Any]:
+def _read_values(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, array: _Array) -> Array:
     """The values of an entry, flat. Its size has been checked; reading to its end checks its checksum."""
     values = np.empty(math.prod(array.shape), array.dtype)
     room, filled = values.view(np.uint8), 0

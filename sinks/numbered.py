@@ -49,10 +49,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from flowreel.engine.config import SinkConfig
-    from flowreel.engine.data import FlowBatch, FlowInfo
+    from flowreel.engine.data import Array, BoolArray, Float32Array, FlowBatch, FlowInfo
 
-    Float32Array = npt.NDArray[np.float32]
-    BoolArray = npt.NDArray[np.bool_]
 
 Piece = bytes | memoryview  # of a file's contents; a view spares a copy
 
@@ -301,7 +299,7 @@ def write_flow_file(path: PathLike, pieces: Sequence[Piece]) -> None:
         file.writelines(pieces)
 
 
-def require_flow(flow: npt.NDArray[Any]) -> None:
+def require_flow(flow: Array) -> None:
     """Raises ValueError unless flow is (H, W, 2) of a float dtype, with sides that files can record."""
     if flow.ndim != 3 or flow.shape[2] != 2 or not all(1 <= side <= LONGEST_SIDE for side in flow.shape[:2]):
         raise ValueError(f"flow is (H, W, 2) with sides of 1 to {LONGEST_SIDE}, got {flow.shape}")

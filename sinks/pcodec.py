@@ -18,9 +18,7 @@ from numcodecs.pcodec import PCodec
 from flowreel.sinks.compressors import Compressor
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
-    Array = npt.NDArray[Any]
+    from flowreel.engine.data import Array
 
 LEVEL = 8  # 12 is slower and hardly smaller, 4 costs a sixth of the size
 # For integers: no search for common factors, which flow does not have, and small pages, which adapt to a still

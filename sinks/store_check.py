@@ -34,11 +34,8 @@ from flowreel.sinks.store_layout import (
 from flowreel.sinks.store_reader import DECODE_THREADS
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
+    from flowreel.engine.data import Array
     from flowreel.sinks.store_reader import FlowStore
-
-    Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,7 @@ import numpy as np
 from flowreel.sinks.chunk_pieces import CHECKSUM_BYTES
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
-    Array = npt.NDArray[Any]
+    from flowreel.engine.data import Array
 
 ATTRIBUTES_CHECKSUM = "flowreel_crc32c"  # its name among the group's attributes
 COVERED = ("frame", "frame_to", "timestamp_s", "timestamp_to_s")

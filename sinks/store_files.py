@@ -30,10 +30,7 @@ from flowreel.sinks.store_layout import (
 )
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
-    Array = npt.NDArray[Any]
-    Float32Array = npt.NDArray[np.float32]
+    from flowreel.engine.data import Array, Float32Array
 
 SPARE_BYTES = 4096  # no codec makes a chunk longer than twice its contents plus this
 

@@ -35,15 +35,11 @@ from flowreel.sinks.store_layout import StoreLayout, read_layout
 from flowreel.sinks.store_select import Selection, select
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
     import xarray
 
-    from flowreel.engine.data import Float64Array, Int64Array
+    from flowreel.engine.data import Array, BoolArray, Float32Array, Float64Array, Int64Array
     from flowreel.sinks.store_check import StoreProblem
 
-    Array = npt.NDArray[Any]
-    Float32Array = npt.NDArray[np.float32]
-    BoolArray = npt.NDArray[np.bool_]
 
 DECODE_THREADS = min(4, os.cpu_count() or 1)  # a reader shares its machine with whatever uses the flow
 PARALLEL_FROM_BYTES = 16 << 20  # of float32; below it, starting the threads takes longer than they save

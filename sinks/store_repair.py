@@ -30,13 +30,9 @@ from flowreel.sinks.store_reader import open_store
 from flowreel.sinks.store_writer import pack_values, values_beside
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
     from flowreel.engine.config import SinkConfig
-    from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
+    from flowreel.engine.data import Array, Float32Array, FlowBatch, FlowInfo, SourceId
 
-    Array = npt.NDArray[Any]
-    Float32Array = npt.NDArray[np.float32]
 
 SAME_TIME_S = 1e-6
 # Largest mean difference allowed for a recomputed flow, for instance on another processor, relative to its mean

@@ -35,9 +35,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from flowreel.engine.config import SinkConfig
-    from flowreel.engine.data import FlowInfo
+    from flowreel.engine.data import Float32Array, FlowInfo
 
-    Float32Array = npt.NDArray[np.float32]
     UInt8Array = npt.NDArray[np.uint8]
 
 X_PREFIX, Y_PREFIX = "flow_x_", "flow_y_"

@@ -10,9 +10,7 @@ import numpy as np
 from flowreel.sinks.compressors import Compressor
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
-    Array = npt.NDArray[Any]
+    from flowreel.engine.data import Array
 
 LEVEL = 3
 
