@@ -1,8 +1,7 @@
 """One writer at a time: a run locks the file or folder that it writes under an unfinished name.
 
 The lock is the operating system's (flock), on that file or folder itself: it ends with the process, however the process
-ends, and leaves nothing behind. Where there are no such locks (not a Unix, some network file systems), runs go on
-without them.
+ends, and leaves nothing behind. Where there are no such locks (on some network file systems), runs go on without them.
 """
 
 from __future__ import annotations
@@ -16,11 +15,6 @@ from typing import Any
 
 from flowreel.engine.errors import OutputBusyError
 
-try:
-    import fcntl
-except ImportError:  # not a Unix
-    fcntl = None  # type: ignore[assignment]
-
 
 class Claim:
     """A lock on a file or folder, held until it is released or this object is garbage-collected.
@@ -33,7 +27,7 @@ class Claim:
     """
 
     made: bool  # it did not exist before
-    descriptor: int | None = None  # of the open file; a child process that inherits it shares the lock; None: no locks
+    descriptor: int  # of the open file; a child process that inherits it shares the lock
     _close: weakref.finalize[Any, Any]  # closes the descriptor, also when this object is garbage-collected
 
     def __init__(self, path: Path, output: str, make: Callable[[Path], None]) -> None:
@@ -44,9 +38,6 @@ class Claim:
                 self.made = True
             except FileExistsError:
                 self.made = False
-            if fcntl is None:
-                self._close = weakref.finalize(self, int)
-                return
             try:
                 descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe must not block
             except FileNotFoundError:
@@ -77,14 +68,16 @@ class Claim:
 
     def release(self) -> None:
         """Releases the lock. May be called more than once."""
-        if self.held and fcntl is not None and self.descriptor is not None:
+        if self.held:
+            import fcntl
+
             with suppress(OSError):  # closing is not enough when a child process has inherited it
                 fcntl.flock(self.descriptor, fcntl.LOCK_UN)
         self._close()
 
     def withdraw(self) -> None:
         """Releases the lock and, if the file or folder was created for it and is still empty, removes that."""
-        if self.made and self.held and (self.descriptor is None or still_named(self.descriptor, self.path)):
+        if self.made and self.held and still_named(self.descriptor, self.path):
             with suppress(OSError):
                 if self.path.is_dir():
                     self.path.rmdir()
@@ -95,8 +88,8 @@ class Claim:
 
 def locked(descriptor: int) -> bool:
     """Tries to lock the open file for this descriptor alone. Returns whether it did; True where there are no locks."""
-    if fcntl is None:
-        return True
+    import fcntl  # here: not every system has it, and reading flow needs no lock
+
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -140,9 +140,6 @@ def write_pieces(file: BinaryIO, pieces: Iterable[bytes | memoryview]) -> None:
     A system call for each piece would have to reacquire the GIL each time, and in a fast run many threads compete for
     it.
     """
-    if not hasattr(os, "writev"):  # as on Windows
-        file.writelines(pieces)
-        return
     waiting = deque(memoryview(piece).cast("B") for piece in pieces)
     while waiting:
         written = os.writev(file.fileno(), list(islice(waiting, MOST_PIECES)))

@@ -92,8 +92,7 @@ class LocalTarget:
     @property
     def held(self) -> tuple[int, ...]:
         """The file descriptors by which a process that inherits them shares the lock."""
-        descriptor = None if self._claim is None else self._claim.descriptor
-        return () if descriptor is None else (descriptor,)
+        return () if self._claim is None else (self._claim.descriptor,)
 
     def let_go(self) -> None:
         """Releases the lock. The contents of the unfinished store stay, to be resumed."""
@@ -175,8 +174,7 @@ class LocalTarget:
 
     def _is_ours(self) -> bool:
         """Whether the folder of the unfinished name is still the one that was locked."""
-        descriptor = None if self._claim is None else self._claim.descriptor
-        return descriptor is None or still_named(descriptor, self.folder)
+        return self._claim is None or still_named(self._claim.descriptor, self.folder)
 
     def _require_ours(self) -> None:
         """Otherwise what is written from now on would be called a whole store, without what was written before."""
