@@ -21,24 +21,8 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".t
 WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".ckpt")
 
 
-def _any(_: str) -> bool:
-    return True
-
-
-def _as_it_is(name: str) -> str:
-    return name
-
-
 def _absolute(name: str) -> str:
     return os.fspath(Path(name).absolute())  # keeps "link/..", which is not the folder that holds the link
-
-
-def _stem_of_file(name: str) -> str:
-    return Path(name).stem
-
-
-def _no_folders(_: str) -> None:
-    return None
 
 
 @dataclass(frozen=True)
@@ -52,22 +36,14 @@ class Kind:
 
     module: str
     function: str
-    takes: Callable[[str], bool] = _any  # whether a name is of this kind; earlier kinds are asked first
-    stem: Callable[[str], str] = _stem_of_file  # from a name: what outputs are named after
+    takes: Callable[[str], bool] = lambda _: True  # whether a name is of this kind; earlier kinds are asked first
+    stem: Callable[[str], str] = lambda name: Path(name).stem  # from a name: what outputs are named after
     lasting_name: Callable[[str], str] = _absolute  # a name for the same source, valid in any working folder
-    folders: Callable[[str], list[str] | None] = _no_folders  # folders whose images are, or may be, its frames
+    folders: Callable[[str], list[str] | None] = lambda _: None  # folders whose images are, or may be, its frames
     once: bool = False  # whether it can be opened and read only once
 
 
 # -- stdin and procedural scenes, which are not files ----------------------------------------------------------------
-
-
-def _is_stdin(name: str) -> bool:
-    return name == STDIN
-
-
-def _stem_of_stdin(_: str) -> str:
-    return "stdin"
 
 
 def is_synthetic(name: str) -> bool:
@@ -88,7 +64,7 @@ def as_weights(name: str) -> str:
 
 def is_path(name: str) -> bool:
     """Whether the name is that of a file or folder, or a glob, so that it depends on the working folder."""
-    return not (_is_stdin(name) or is_synthetic(name))
+    return not (name == STDIN or is_synthetic(name))
 
 
 def _stem_of_scene(name: str) -> str:
@@ -128,8 +104,8 @@ def _folders_of_images(name: str) -> list[str]:
 # -- the registry: the first kind that takes a name wins ------------------------------------------------------------
 
 KINDS = (
-    Kind("y4m", "open_stdin", _is_stdin, _stem_of_stdin, _as_it_is, once=True),
-    Kind("synthetic", "open_synthetic", is_synthetic, _stem_of_scene, _as_it_is),
+    Kind("y4m", "open_stdin", lambda name: name == STDIN, lambda _: "stdin", lambda name: name, once=True),
+    Kind("synthetic", "open_synthetic", is_synthetic, _stem_of_scene, lambda name: name),
     Kind("images", "open_images", _is_images, _stem_of_images, _lasting_images, _folders_of_images),
     Kind("video", "open_video"),  # any other name; its module reports a missing file
 )
