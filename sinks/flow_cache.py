@@ -21,6 +21,7 @@ import re
 import secrets
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -127,13 +128,10 @@ class FlowCache(FlowStore):
         """
         kept = np.empty_like(flows)
         workers = encode_workers() if len(numbers) > 1 else 0
-        pool: OrderedPool[None] = OrderedPool(lambda _: None, workers if workers > 1 else 0)
-        try:
+        with closing(OrderedPool[None](lambda _: None, workers if workers > 1 else 0)) as pool:
             for number, flow, out in zip(numbers, flows, kept, strict=True):
                 pool.submit(self._keep_one, number, flow, out, nbytes=flow.nbytes)
             pool.drain()
-        finally:
-            pool.close()
         with publish.write_errors(self.path):
             publish.sync_folder(self.folder / "flow")
         return kept

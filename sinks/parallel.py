@@ -72,18 +72,6 @@ class OrderedPool(Generic[Result]):
         First takes the results that are ready, and waits for as many as needed to keep within the bounds on calls and
         bytes; a call larger than the bound runs alone.
         """
-        self._start(function, args, nbytes)
-
-    def submit_in_turn(self, make: Callable[[], Made], then: Callable[[Made], Result], nbytes: int = 0) -> None:
-        """As ``submit``, in two steps: ``make`` runs beside other calls; ``then`` takes its result in their order.
-
-        Both run in a worker. ``then`` begins when the call before has ended, whether or not it failed. A ``make`` that
-        fails ends its call without waiting for those before.
-        """
-        before = self._in_flight[-1][0] if self._in_flight else None
-        self._start(_in_turn, (before, make, then), nbytes)
-
-    def _start(self, function: Callable[..., Result], args: tuple[Any, ...], nbytes: int) -> None:
         if self._closed:
             raise ValueError("this pool is closed")
         try:
@@ -98,6 +86,15 @@ class OrderedPool(Generic[Result]):
         except BaseException:
             self.close()
             raise
+
+    def submit_in_turn(self, make: Callable[[], Made], then: Callable[[Made], Result], nbytes: int = 0) -> None:
+        """As ``submit``, in two steps: ``make`` runs beside other calls; ``then`` takes its result in their order.
+
+        Both run in a worker. ``then`` begins when the call before has ended, whether or not it failed. A ``make`` that
+        fails ends its call without waiting for those before.
+        """
+        before = self._in_flight[-1][0] if self._in_flight else None
+        self.submit(_in_turn, before, make, then, nbytes=nbytes)
 
     def take_ready(self) -> None:
         """Takes the results that are ready, without waiting for any; raises as ``submit`` does."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -215,16 +216,13 @@ def _check_flows(store: FlowStore, progress: Callable[[int], None]) -> Iterator[
         done += 1
         progress(done)
 
-    pool: OrderedPool[tuple[int, str | None]] = OrderedPool(take, DECODE_THREADS)
-    try:
+    with closing(OrderedPool(take, DECODE_THREADS)) as pool:
         for number in _expected(store):
             pool.submit(examine, number, nbytes=store.flow_bytes)
             yield from found
             found.clear()
         pool.drain()
         yield from found
-    finally:
-        pool.close()
 
 
 def _expected(store: FlowStore) -> Iterator[int]:

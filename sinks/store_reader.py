@@ -12,7 +12,7 @@ import math
 import os
 import stat
 from collections.abc import Callable, Collection, Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -268,13 +268,10 @@ class FlowStore:
             for number in numbers:
                 bring(number)
             return
-        pool: OrderedPool[None] = OrderedPool(lambda _: None, DECODE_THREADS)
-        try:
+        with closing(OrderedPool[None](lambda _: None, DECODE_THREADS)) as pool:
             for number in numbers:
                 pool.submit(bring, number, nbytes=self.flow_bytes)
             pool.drain()
-        finally:
-            pool.close()
 
     def _flow(self, number: int) -> Float32Array:
         """(2, H, W) float32, pixels."""
