@@ -34,8 +34,7 @@ def video_facts(name: str) -> Facts:
     frames = len(used.timeline)
     notes: list[JSON] = [*used.notes]
     if used.cut_short:
-        promised = "" if used.duration_s is None else f" of the {used.duration_s:.2f} s it should last"
-        notes.append(f"the file is cut short: its last frame is at {used.timeline.times_s[-1]:.2f} s{promised}")
+        notes.append(used.loss)
     if frames < 2:
         notes.append("one frame: flow needs at least two")
     with opened(path) as container:

@@ -108,6 +108,12 @@ class VideoProbe:
         width, height = self.stored_size
         return (height, width) if self.turn.transpose else (width, height)
 
+    @property
+    def loss(self) -> str:
+        """What to say of a file that is cut short."""
+        promised = "" if self.duration_s is None else f" of the {self.duration_s:.2f} s it should last"
+        return f"the file is cut short: its last frame is at {self.timeline.times_s[-1]:.2f} s{promised}"
+
 
 def probe_video(name: str, stream: int | None = None) -> VideoProbe:
     """Read all packets of a video file and decode its first frame.

@@ -211,9 +211,7 @@ class VideoSource:
         if self._patched:
             self.losses.append(_patched_words(self._patched))
         if probe.cut_short and self._to_the_end:
-            promised = "" if probe.duration_s is None else f" of the {probe.duration_s:.2f} s it should last"
-            reached = float(self.times_s[-1])
-            self.losses.append(f"the file is cut short: its last frame is at {reached:.2f} s{promised}")
+            self.losses.append(probe.loss)
         if given < 2:
             raise TooFewFramesError(
                 f"only {given} of {asked} frames of {probe.path.name} could be decoded: flow needs at least two"
