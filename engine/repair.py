@@ -102,7 +102,7 @@ def repair(
         StageError: a stage failed on the way; shards finished by then stay repaired.
     """
     rewriter = ShardRewriter(store)
-    before = verify(store, _reading("verify", progress))
+    before = verify(store, _reading(progress))
     length = rewriter.store.shard_length
     suspected = {
         shard
@@ -120,7 +120,7 @@ def repair(
             computed.run(shards)
         rewriter.restore_places()
         rewriter.remove_leftovers()
-    after = verify(store, _reading("verify", progress))
+    after = verify(store, _reading(progress))
     report = RepairReport(before, shards, after, rewriter.flows, bytes_written=rewriter.bytes_written, arrays=arrays)
     if computed is None:
         return report
@@ -255,7 +255,7 @@ def _load(config: RunConfig, rewriter: ShardRewriter) -> Network:
         ) from error
 
 
-def _reading(name: str, progress: ProgressHook | None) -> Callable[[int, int], None] | None:
+def _reading(progress: ProgressHook | None) -> Callable[[int, int], None] | None:
     """A progress hook for ``verify`` that reports it to the caller's hook as a single stage of a run."""
     if progress is None:
         return None
@@ -263,7 +263,7 @@ def _reading(name: str, progress: ProgressHook | None) -> Callable[[int, int], N
 
     def tell(flows: int, available: int) -> None:
         seconds = time.perf_counter() - began_s
-        progress(Progress((StageStatistics(name, flows, seconds, 0.0, 0.0, 0, 0),), available, flows, seconds))
+        progress(Progress((StageStatistics("verify", flows, seconds, 0.0, 0.0, 0, 0),), available, flows, seconds))
 
     return tell
 
