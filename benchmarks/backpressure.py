@@ -12,6 +12,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -50,7 +51,7 @@ class Job:
     resident_mb: list[float] = field(default_factory=list)  # resident memory after each flow written
 
     def frames(self) -> Iterator[Frame]:
-        with open_source(_scene(self.flows + 1), SelectConfig()) as source:  # type: ignore[attr-defined]
+        with closing(open_source(_scene(self.flows + 1), SelectConfig())) as source:
             for frame in source:
                 self.frames_made += 1
                 self.furthest_ahead = max(self.furthest_ahead, self.frames_made - self.flows_written)
@@ -94,7 +95,7 @@ def new_job(flows: int, rest_s: dict[Slow, float] | None = None) -> Job:
     from flowreel.engine.config import RunConfig
 
     inference = prepare(ModelConfig(model="FlowNet2C", device="cpu", batch=1), HEIGHT, WIDTH)
-    with open_source(_scene(flows + 1), SelectConfig()) as source:  # type: ignore[attr-defined]
+    with closing(open_source(_scene(flows + 1), SelectConfig())) as source:
         header = flow_header(source.info, inference, RunConfig())
     return Job(flows, inference, header, rest_s or {})
 

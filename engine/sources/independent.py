@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from flowreel.engine.data import FlowInfo, Frame
 from flowreel.engine.errors import concerning
@@ -51,9 +51,3 @@ class IndependentFrames(ABC):
 
     def close(self) -> None:
         self._closed = True
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

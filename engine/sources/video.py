@@ -233,12 +233,6 @@ class VideoSource:
             with suppress(Exception):
                 self._pictures.close()
 
-    def __enter__(self) -> VideoSource:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 def _patched_words(numbers: set[int]) -> str:
     """E.g. "3 frames are damaged, and patched up by the decoder: 8, 9, 12"."""

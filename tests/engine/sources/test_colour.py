@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import av
@@ -56,7 +57,7 @@ def yuv_frame(rgb: np.ndarray, matrix: str, value_range: int, bits: int, pix_fmt
 
 def error(path: Path, rgb: np.ndarray) -> float:
     """Largest difference in levels at the middle of any patch."""
-    with open_video(str(path), SelectConfig()) as source:
+    with closing(open_video(str(path), SelectConfig())) as source:
         shown = next(iter(source)).rgb.permute(1, 2, 0).numpy()
     middle = slice(PATCH // 2, None, PATCH)
     return float(np.abs(shown.astype(int) - rgb)[middle, middle].max())
@@ -135,7 +136,7 @@ def test_odd_sizes(clip: Clip, size: tuple[int, int]) -> None:
     rgb = np.full((height, width, 3), (200, 60, 90), np.uint8)
     frames = [yuv_frame(rgb, "bt601", LIMITED, 8, "yuv420p") for _ in range(2)]
     path = clip(f"{width}x{height}.mkv", codec="ffv1", size=size, pictures=frames)
-    with open_video(str(path), SelectConfig()) as source:
+    with closing(open_video(str(path), SelectConfig())) as source:
         shown = next(iter(source)).rgb
     assert shown.shape == (3, height, width)
     assert np.abs(shown.permute(1, 2, 0).numpy().astype(int) - rgb).max() <= 2

@@ -8,7 +8,7 @@ import itertools
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
@@ -358,7 +358,7 @@ class TestSessionsThatFail:
 
     def test_the_session_stays_until_the_source_is_closed(self, nvc: ModuleType, long_clip: Path) -> None:
         """Freeing it takes long and blocks all threads, even those that still compute the last flows."""
-        with on_gpu(long_clip, stop=5) as source:
+        with closing(on_gpu(long_clip, stop=5)) as source:
             assert len(list(source)) == 5
             assert (nvc.behaviour.alive, nvc.behaviour.log) == (1, [])
         assert nvc.behaviour.log == ["finished", "freed"]
@@ -374,7 +374,7 @@ class TestSessionsThatFail:
         monkeypatch.setattr(nvdec.WorkStream, "finish", broken)
 
         def fail() -> None:
-            with on_gpu(long_clip) as source:
+            with closing(on_gpu(long_clip)) as source:
                 next(iter(source))
                 raise KeyError("the model's own")
 
@@ -630,6 +630,6 @@ class TestOnACard:
 
         monkeypatch.setattr(NvdecDecoder, "_converted", late)
         path = clip("nv_backlog.mp4", size=(192, 144), count=60)
-        with open_video(str(path), SelectConfig(decoder="nvdec"), card) as source:
+        with closing(open_video(str(path), SelectConfig(decoder="nvdec"), card)) as source:
             frames = [Frame(frame.rgb.cpu(), frame.index, frame.timestamp_s) for frame in list(source)]
         assert levels_apart(frames, list(on_cpu(path))) <= 2

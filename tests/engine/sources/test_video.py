@@ -93,7 +93,7 @@ class TestRealClips:
     def test_count_size_and_times(self, data_dir: Path, name: str) -> None:
         count, width, height, rate, first_s, last_s = REAL[name]
         slow = any(part in name for part in SLOW)
-        with open_video(str(data_dir / name), SelectConfig()) as source:
+        with closing(open_video(str(data_dir / name), SelectConfig())) as source:
             info = source.info
             assert (info.frame_count, info.width, info.height, info.frame_rate) == (count, width, height, rate)
             assert info.source.name == Path(name).name
@@ -116,7 +116,7 @@ class TestRealClips:
         path = data_dir / "videos_corner/nasa_rotated90_480x270.mp4"
         with av.open(str(path)) as container:
             stored = next(container.decode(video=0)).to_ndarray(format="rgb24")
-        with open_video(str(path), SelectConfig()) as source:
+        with closing(open_video(str(path), SelectConfig())) as source:
             shown = next(iter(source)).rgb.permute(1, 2, 0).numpy()
         # the display matrix asks for a quarter turn counter-clockwise
         error = [np.abs(np.rot90(stored, turns).astype(int) - shown).mean() for turns in (1, 3)]
@@ -157,7 +157,7 @@ class TestSelection:
         ],
     )
     def test_takes_what_was_asked(self, long_clip: Path, select: SelectConfig, expected: range) -> None:
-        with open_video(str(long_clip), select) as source:
+        with closing(open_video(str(long_clip), select)) as source:
             assert source.info.frame_count == len(expected)
             assert source.info.frame_rate == Fraction(25, select.step)
             frames = list(source)

@@ -7,6 +7,7 @@ import os
 import pty
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from fractions import Fraction
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def test_pictures_are_those_of_the_same_file(kind: str, value_range: str, opened
     header = f"YUV4MPEG2 W33 H18 F30000:1001 Ip A1:1{kind}{value_range}\n".encode()
     data = header + b"".join(frames_of(3, size, bits))
     (tmp_path / "file.y4m").write_bytes(data)
-    with open_video(str(tmp_path / "file.y4m"), SelectConfig()) as file:
+    with closing(open_video(str(tmp_path / "file.y4m"), SelectConfig())) as file:
         expected, notes = list(file), file.notes
     source = opened(data)
     assert_same(list(source), expected)
@@ -120,7 +121,7 @@ def test_the_range_matters(opened: Opened) -> None:
 )
 def test_selection_is_that_of_a_file(select: dict[str, int | str], opened: Opened, tmp_path: Path) -> None:
     (tmp_path / "file.y4m").write_bytes(stream(10))
-    with open_video(str(tmp_path / "file.y4m"), SelectConfig(**select)) as file:  # type: ignore[arg-type]
+    with closing(open_video(str(tmp_path / "file.y4m"), SelectConfig(**select))) as file:  # type: ignore[arg-type]
         source = opened(stream(10), **select)
         assert_same(list(source), list(file))
         assert source.info.frame_rate == file.info.frame_rate
