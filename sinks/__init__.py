@@ -8,54 +8,36 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from flowreel.sinks.registry import known_outputs, open_sink, options_read, without_effect
+from flowreel.sinks.registry import known_outputs as known_outputs
+from flowreel.sinks.registry import open_sink as open_sink
+from flowreel.sinks.registry import options_read as options_read
+from flowreel.sinks.registry import without_effect as without_effect
 
 if TYPE_CHECKING:
-    from flowreel.sinks.color_png import ColorPictures, write_png
-    from flowreel.sinks.computed_store import ComputedStore
-    from flowreel.sinks.flo import read_flo, write_flo
-    from flowreel.sinks.flow_cache import FlowCache, open_cache
-    from flowreel.sinks.kitti import read_kitti, write_kitti
-    from flowreel.sinks.npz import read_flow_npz, write_flow_npz
-    from flowreel.sinks.reading import flow_file_kind, frame_rate_of, is_store, open_flows
-    from flowreel.sinks.store_metadata import differing_settings
-    from flowreel.sinks.store_reader import FlowStore, open_store
-    from flowreel.sinks.store_repair import ShardRewriter
-    from flowreel.sinks.store_select import select
-    from flowreel.sinks.store_xarray import data_array
-    from flowreel.sinks.two_stream import read_two_stream
-    from flowreel.sinks.video_writer import VideoWriter, why_no_nvenc
-
-__all__ = [
-    "ColorPictures",
-    "ComputedStore",
-    "FlowCache",
-    "FlowStore",
-    "ShardRewriter",
-    "VideoWriter",
-    "data_array",
-    "differing_settings",
-    "flow_file_kind",
-    "frame_rate_of",
-    "is_store",
-    "known_outputs",
-    "open_cache",
-    "open_flows",
-    "open_sink",
-    "open_store",
-    "options_read",
-    "read_flo",
-    "read_flow_npz",
-    "read_kitti",
-    "read_two_stream",
-    "select",
-    "why_no_nvenc",
-    "without_effect",
-    "write_flo",
-    "write_flow_npz",
-    "write_kitti",
-    "write_png",
-]
+    from flowreel.sinks.color_png import ColorPictures as ColorPictures
+    from flowreel.sinks.color_png import write_png as write_png
+    from flowreel.sinks.computed_store import ComputedStore as ComputedStore
+    from flowreel.sinks.flo import read_flo as read_flo
+    from flowreel.sinks.flo import write_flo as write_flo
+    from flowreel.sinks.flow_cache import FlowCache as FlowCache
+    from flowreel.sinks.flow_cache import open_cache as open_cache
+    from flowreel.sinks.kitti import read_kitti as read_kitti
+    from flowreel.sinks.kitti import write_kitti as write_kitti
+    from flowreel.sinks.npz import read_flow_npz as read_flow_npz
+    from flowreel.sinks.npz import write_flow_npz as write_flow_npz
+    from flowreel.sinks.reading import flow_file_kind as flow_file_kind
+    from flowreel.sinks.reading import frame_rate_of as frame_rate_of
+    from flowreel.sinks.reading import is_store as is_store
+    from flowreel.sinks.reading import open_flows as open_flows
+    from flowreel.sinks.store_metadata import differing_settings as differing_settings
+    from flowreel.sinks.store_reader import FlowStore as FlowStore
+    from flowreel.sinks.store_reader import open_store as open_store
+    from flowreel.sinks.store_repair import ShardRewriter as ShardRewriter
+    from flowreel.sinks.store_select import select as select
+    from flowreel.sinks.store_xarray import data_array as data_array
+    from flowreel.sinks.two_stream import read_two_stream as read_two_stream
+    from flowreel.sinks.video_writer import VideoWriter as VideoWriter
+    from flowreel.sinks.video_writer import why_no_nvenc as why_no_nvenc
 
 _HOME = {
     "ColorPictures": "color_png",
