@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     from flowreel.sinks.flow_cache import FlowCache as FlowCache
     from flowreel.sinks.flow_cache import open_cache as open_cache
     from flowreel.sinks.kitti import read_kitti as read_kitti
-    from flowreel.sinks.kitti import write_kitti as write_kitti
     from flowreel.sinks.npz import read_flow_npz as read_flow_npz
-    from flowreel.sinks.npz import write_flow_npz as write_flow_npz
     from flowreel.sinks.reading import flow_file_kind as flow_file_kind
     from flowreel.sinks.reading import frame_rate_of as frame_rate_of
     from flowreel.sinks.reading import is_store as is_store
@@ -35,7 +33,6 @@ if TYPE_CHECKING:
     from flowreel.sinks.store_repair import ShardRewriter as ShardRewriter
     from flowreel.sinks.store_select import select as select
     from flowreel.sinks.store_xarray import data_array as data_array
-    from flowreel.sinks.two_stream import read_two_stream as read_two_stream
     from flowreel.sinks.video_writer import VideoWriter as VideoWriter
     from flowreel.sinks.video_writer import why_no_nvenc as why_no_nvenc
 
@@ -57,12 +54,9 @@ _HOME = {
     "read_flo": "flo",
     "read_flow_npz": "npz",
     "read_kitti": "kitti",
-    "read_two_stream": "two_stream",
     "select": "store_select",
     "why_no_nvenc": "video_writer",
     "write_flo": "flo",
-    "write_flow_npz": "npz",
-    "write_kitti": "kitti",
     "write_png": "color_png",
 }
 

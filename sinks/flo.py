@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import os
 import struct
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flowreel.engine.data import UNKNOWN
-from flowreel.engine.errors import FlowFileError
+from flowreel.engine.errors import FlowFileError, OutputWriteError
 from flowreel.engine.files import PathLike
+from flowreel.engine.publish import atomic_file, write_errors
 from flowreel.sinks.numbered import (
     LONGEST_SIDE,
     FlowFiles,
     NumberedFilesSink,
     SingleFlow,
     read_errors,
-    require_flow,
-    write_flow_file,
 )
 
 if TYPE_CHECKING:
@@ -99,10 +99,16 @@ def write_flo(path: PathLike, flow: npt.ArrayLike | Tensor) -> None:
         flow = flow.detach().cpu()
         flow = flow.float() if flow.element_size() == 2 else flow  # NumPy has no bfloat16
     vectors = np.asarray(flow)
-    require_flow(vectors)
+    if vectors.ndim != 3 or vectors.shape[2] != 2 or not all(1 <= side <= LONGEST_SIDE for side in vectors.shape[:2]):
+        raise ValueError(f"flow is (H, W, 2) with sides of 1 to {LONGEST_SIDE}, got {vectors.shape}")
+    if not np.issubdtype(vectors.dtype, np.floating):
+        raise ValueError(f"flow is of a float dtype, got {vectors.dtype}")
     if isinstance(flow, np.ma.MaskedArray):
         vectors = np.where(np.ma.getmaskarray(flow), UNKNOWN, vectors.astype(np.float64))  # float16 cannot hold 1e10
-    write_flow_file(path, _pieces(vectors))
+    if not Path(path).name:
+        raise OutputWriteError(f"cannot write {path!r}: it is a folder")
+    with write_errors(Path(path)), atomic_file(Path(path)) as file:
+        file.writelines(_pieces(vectors))
 
 
 def _pieces(flow: npt.NDArray[np.floating[Any]]) -> tuple[bytes, memoryview]:

@@ -26,9 +26,7 @@ from flowreel.sinks.numbered import (
     SingleFlow,
     known_vectors,
     read_errors,
-    require_flow,
     require_size,
-    write_flow_file,
 )
 
 if TYPE_CHECKING:
@@ -76,22 +74,6 @@ def read_kitti(path: PathLike) -> tuple[Float32Array, BoolArray]:
     flow: Float32Array = (samples[..., :2].astype(np.float32) - ZERO) / np.float32(STEPS_PER_PIXEL)  # exact
     flow[~valid] = np.nan
     return flow, valid
-
-
-def write_kitti(path: PathLike, flow: npt.NDArray[np.floating[Any]]) -> None:
-    """Write flow as a KITTI picture, atomically; a file of that name is replaced.
-
-    Args:
-        path: missing parent folders are created.
-        flow: (H, W, 2) of any float dtype, pixels, x (right) then y (down). A vector that is unknown (NaN, infinite
-            or beyond 1e9), masked or beyond the format's range is stored as invalid.
-
-    Raises:
-        ValueError: another shape, or a dtype that is not a float.
-        OutputWriteError: the file cannot be written.
-    """
-    require_flow(flow)
-    write_flow_file(path, png_pieces(_to_samples(np.ma.filled(flow, np.nan))))
 
 
 class KittiSink(NumberedFilesSink):

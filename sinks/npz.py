@@ -26,9 +26,7 @@ from flowreel.sinks.numbered import (
     NumberedFilesSink,
     SingleFlow,
     read_errors,
-    require_flow,
     require_size,
-    write_flow_file,
 )
 
 if TYPE_CHECKING:
@@ -96,34 +94,6 @@ def read_npz_times(path: PathLike) -> tuple[int, int, float, float] | None:
     if not all(0 <= number <= MOST_FRAMES and number.is_integer() for number in (frame, frame_to)):
         return None
     return int(frame), int(frame_to), timestamp_s, timestamp_to_s
-
-
-def write_flow_npz(
-    path: PathLike,
-    flow: npt.NDArray[np.floating[Any]],
-    *,
-    frame: int | None = None,
-    frame_to: int | None = None,
-    timestamp_s: float | None = None,
-    timestamp_to_s: float | None = None,
-) -> None:
-    """Write flow as a compressed ``.npz``, atomically; a file of that name is replaced.
-
-    Args:
-        path: missing parent folders are created.
-        flow: (H, W, 2) of any float dtype, pixels, x (right) then y (down); stored as float32 under ``flow``. Masked
-            elements of a masked array become NaN.
-        frame, frame_to, timestamp_s, timestamp_to_s: the pair's frames and their times in seconds, each a scalar
-            under its own name; None: left out.
-
-    Raises:
-        ValueError: another shape, or a dtype that is not a float.
-        OutputWriteError: the file cannot be written.
-    """
-    require_flow(flow)
-    beside = {"frame": frame, "frame_to": frame_to, "timestamp_s": timestamp_s, "timestamp_to_s": timestamp_to_s}
-    given = {name: value for name, value in beside.items() if value is not None}
-    write_flow_file(path, (_archive(np.ma.filled(flow, np.nan), given),))
 
 
 class NpzSink(NumberedFilesSink):

@@ -25,7 +25,6 @@ from flowreel.engine.data import UNKNOWN_ABOVE
 from flowreel.engine.errors import (
     FlowFileError,
     OutputExistsError,
-    OutputWriteError,
     SourceNotFoundError,
     UnknownOutputError,
     concerning,
@@ -33,7 +32,6 @@ from flowreel.engine.errors import (
 )
 from flowreel.engine.files import PathLike
 from flowreel.engine.publish import (
-    atomic_file,
     claimed_file,
     drop_unfinished,
     give_names,
@@ -49,7 +47,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from flowreel.engine.config import SinkConfig
-    from flowreel.engine.data import Array, BoolArray, Float32Array, FlowBatch, FlowInfo
+    from flowreel.engine.data import BoolArray, Float32Array, FlowBatch, FlowInfo
 
 
 Piece = bytes | memoryview  # of a file's contents; a view spares a copy
@@ -289,22 +287,6 @@ class NumberedFilesSink(ABC):
             if vectors:
                 before, first = self._lost.get(what, (0, frame))
                 self._lost[what] = (before + vectors, first)
-
-
-def write_flow_file(path: PathLike, pieces: Sequence[Piece]) -> None:
-    """Writes a single file, atomically."""
-    if not Path(path).name:
-        raise OutputWriteError(f"cannot write {path!r}: it is a folder")
-    with write_errors(Path(path)), atomic_file(Path(path)) as file:
-        file.writelines(pieces)
-
-
-def require_flow(flow: Array) -> None:
-    """Raises ValueError unless flow is (H, W, 2) of a float dtype, with sides that files can record."""
-    if flow.ndim != 3 or flow.shape[2] != 2 or not all(1 <= side <= LONGEST_SIDE for side in flow.shape[:2]):
-        raise ValueError(f"flow is (H, W, 2) with sides of 1 to {LONGEST_SIDE}, got {flow.shape}")
-    if not np.issubdtype(flow.dtype, np.floating):
-        raise ValueError(f"flow is of a float dtype, got {flow.dtype}")
 
 
 def known_vectors(flow: npt.NDArray[np.floating[Any]]) -> BoolArray:

@@ -24,7 +24,7 @@ from flowreel.engine.errors import (
     UsageError,
 )
 from flowreel.engine.protocols import FlowReader
-from flowreel.sinks import flow_readers, open_sink, reading, write_flow_npz
+from flowreel.sinks import flow_readers, open_sink, reading
 from flowreel.sinks.reading import open_flows
 
 HEIGHT, WIDTH = 6, 8
@@ -198,7 +198,7 @@ def npz_files(folder: Path, times: list[tuple[int, float] | None], gap: int = 4)
     for number, pair in enumerate(times):
         frame, time_s = pair or (0, 0.0)
         beside = {"frame": frame, "frame_to": frame + gap, "timestamp_s": time_s, "timestamp_to_s": time_s + 0.1}
-        write_flow_npz(folder / f"{number}.npz", some_flow(), **(beside if pair else {}))  # type: ignore[arg-type]
+        np.savez_compressed(folder / f"{number}.npz", flow=some_flow(), **(beside if pair else {}))  # type: ignore[arg-type]
     return folder
 
 

@@ -22,7 +22,8 @@ from flowreel.engine.errors import (
     UsageError,
 )
 from flowreel.engine.protocols import Sink
-from flowreel.sinks import open_sink, read_two_stream
+from flowreel.sinks import open_sink
+from flowreel.sinks.two_stream import read_two_stream
 
 
 def written(path: Path, flows: np.ndarray, **options: float) -> Sink:
