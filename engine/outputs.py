@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from flowreel.engine.claims import Claim
 from flowreel.engine.data import FlowBatch, FlowInfo
 from flowreel.engine.device import download
 from flowreel.engine.errors import FrameSizeError, StageError, TruncatedSourceError, UsageError, frame_of
 from flowreel.engine.files import PathLike
 from flowreel.engine.places import require_apart, require_outside_stores
 from flowreel.engine.protocols import DeviceSink, LandingSink, OneFileAFlow, Resumable, ResumableSink, Sink
-from flowreel.engine.publish import partial_path, remove, sync_folder, write_errors
+from flowreel.engine.publish import claimed_file, partial_path, remove, sync_folder, write_errors
 from flowreel.engine.stages import StageStatistics
 
 ProgressHook = Callable[["Progress"], None]
@@ -51,7 +52,7 @@ def is_finished(sink: Sink, flows: int) -> bool:
     """Whether the output is complete; where it is one file per flow, whether it holds that many flows."""
     if isinstance(sink, OneFileAFlow):
         return sink.holds(flows)
-    return os.path.isdir(sink.path) if isinstance(sink, Resumable) else os.path.isfile(sink.path)
+    return os.path.isfile(os.path.join(sink.path, "zarr.json") if isinstance(sink, Resumable) else sink.path)
 
 
 def named_outputs(outputs: PathLike | Iterable[PathLike], stem: str) -> list[str]:
@@ -106,16 +107,29 @@ def opened_sinks(sinks: Sequence[Sink], header: FlowInfo, *, resumes: bool = Fal
 
 
 def unname(sink: Sink) -> None:
-    """Gives a finished output its unfinished name again, as it is about to be made anew."""
-    one = Path(sink.path)
-    paths = sink.files() if isinstance(sink, OneFileAFlow) else [one] if is_finished(sink, 0) else []
+    """Gives a finished output its unfinished name again, as it is about to be made anew.
+
+    What is no output of ours, such as a folder of other files, is left to the sink, which refuses it. Raises
+    OutputBusyError while another run writes the output.
+    """
+    lock = path = Path(sink.path)
+    if isinstance(sink, OneFileAFlow):
+        named, lock = [file for file in sink.files() if not file.is_dir()], path.with_name(f".{path.name}")
+    else:
+        named = [path] if is_finished(sink, 0) else []
+    if not named:
+        return
     with write_errors(sink.path):
-        for path in paths:
-            if path.is_dir():
-                remove(partial_path(path))  # a folder is renamed over nothing else
-            os.replace(path, partial_path(path))
-        for folder in {path.parent for path in paths}:
-            sync_folder(folder)
+        unfinished = partial_path(lock)
+        claim = Claim.of_folder(unfinished, sink.path) if lock.is_dir() else claimed_file(unfinished, sink.path)
+        try:
+            for one in named:
+                if one.is_dir():
+                    remove(partial_path(one))  # a folder is renamed over nothing else
+                os.replace(one, partial_path(one))
+            sync_folder(path.parent)
+        finally:
+            claim.withdraw()
 
 
 def commit(sink: Sink, *, complete: bool = True) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,13 +20,14 @@ from PIL import Image
 
 import flowreel
 from flowreel.engine import api, inference
+from flowreel.engine.claims import Claim
 from flowreel.engine.cli import call
 from flowreel.engine.cli.table import print_summary
 from flowreel.engine.config import SelectConfig, SinkConfig
-from flowreel.engine.errors import ResumeMismatchError, StageError, TruncatedSourceError, UsageError
+from flowreel.engine.errors import OutputBusyError, ResumeMismatchError, StageError, TruncatedSourceError, UsageError
 from flowreel.engine.models import build_model
 from flowreel.engine.models.saving import save_weights
-from flowreel.engine.outputs import Progress
+from flowreel.engine.outputs import Progress, unname
 from flowreel.engine.resume import take_up
 from flowreel.engine.sources.images import ImageSource
 from flowreel.sinks import open_sink, open_store
@@ -174,6 +176,35 @@ def test_with_a_complete_store_no_other_output_is_an_older_one(
     assert Path("X.mp4").read_bytes() != former
     assert len(list(Path("flo").iterdir())) == len(open_store("Y.zarr")) == 9
     assert sorted(os.listdir()) == ["X.mp4", "X.zarr", "Y.zarr", "flo", "frames"]
+
+
+def everything() -> dict[str, bytes | None]:
+    return {str(path): None if path.is_dir() else path.read_bytes() for path in Path().rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("output", "lock"),
+    [("Y.zarr", "Y.zarr.partial"), ("X.mp4", "X.mp4.partial"), ("flo/%d.flo", "flo/.%d.flo.partial")],
+)
+def test_what_another_run_writes_or_is_not_ours_keeps_its_name(output: str, lock: str) -> None:
+    sink = open_sink(output, SinkConfig())
+    for folder in ("Y.zarr", "flo/1.flo", "flo/1.flo.partial", "X.mp4"):
+        Path(folder).mkdir(parents=True)
+        Path(folder, "mine").touch()
+    before = everything()
+    unname(sink)
+    assert everything() == before
+    for folder in ("flo/1.flo", "X.mp4"):
+        shutil.rmtree(folder)
+        Path(folder).write_bytes(b"of an earlier run")
+    Path("Y.zarr/zarr.json").touch()
+    claim = Claim(Path(lock), "", Path.mkdir if output == "Y.zarr" else Path.touch)
+    Path("Y.zarr.partial" if output == "Y.zarr" else "flo", "of another run").touch()
+    before = everything()
+    with pytest.raises(OutputBusyError):
+        unname(sink)
+    assert everything() == before
+    claim.release()
 
 
 @pytest.mark.parametrize("stopped", [True, False])
