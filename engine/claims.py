@@ -77,8 +77,8 @@ class Claim:
 
     def withdraw(self) -> None:
         """Releases the lock and, if the file or folder was created for it and is still empty, removes that."""
-        if self.made and self.held and still_named(self.descriptor, self.path):
-            with suppress(OSError):
+        with suppress(OSError):  # among others where the disk is gone
+            if self.made and self.held and still_named(self.descriptor, self.path):
                 if self.path.is_dir():
                     self.path.rmdir()
                 elif not self.path.stat().st_size:

@@ -137,9 +137,11 @@ class LocalTarget:
                 self.delete(key)
 
     def put(self, key: str, *pieces: bytes) -> int:
+        self._require_ours()
         return publish.publish_bytes(self.folder / key, *pieces)
 
     def prepare(self, files: Mapping[str, Iterable[bytes]]) -> int:
+        self._require_ours()
         return publish.write_unfinished({self.folder / key: pieces for key, pieces in files.items()}, self.name)
 
     def publish(self, keys: Iterable[str]) -> None:
@@ -169,8 +171,9 @@ class LocalTarget:
         publish.publish_folder(self.folder, self.final)
 
     def discard(self) -> None:
-        if self._is_ours():
-            publish.remove(self.folder, ignore_errors=True)
+        with suppress(OSError):  # as where the disk is gone
+            if self._is_ours():
+                publish.remove(self.folder, ignore_errors=True)
 
     def _is_ours(self) -> bool:
         """Whether the folder of the unfinished name is still the one that was locked."""

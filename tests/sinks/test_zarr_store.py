@@ -27,7 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, Crc32cCodec
 
-from flowreel.engine import publish
+from flowreel.engine import claims, publish
 from flowreel.engine.config import Codec, SinkConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
 from flowreel.engine.errors import (
@@ -38,7 +38,7 @@ from flowreel.engine.errors import (
     StoreNotFoundError,
     frame_of,
 )
-from flowreel.sinks import store_writer, zarr_store
+from flowreel.sinks import store_target, store_writer, zarr_store
 from flowreel.sinks.codecs import flow_codec
 from flowreel.sinks.shards import ShardsInThreads
 from flowreel.sinks.store_layout import BESIDE_FLOW, COORDINATES, flow_shard, published_shards
@@ -712,9 +712,22 @@ def test_a_store_that_is_lost_on_the_way_does_not_end_as_a_whole_one(
         go_on(sink, coming[before // 2 :])
     sink.abort()
     left = {"removed": [], "moved": ["kept.zarr"], "another working folder": ["X.zarr"]}[what]
-    assert [store.name for store in tmp_path.rglob("*.zarr")] == []
+    assert names(tmp_path) == sorted(["elsewhere", *(f"{name}.partial" for name in left)])  # nothing is made anew
+    assert names(tmp_path / "elsewhere") == []
     for name in left:
         assert open_store(tmp_path / name).available == before // SHARD * SHARD
+
+
+def test_a_disk_that_is_gone_does_not_hide_why_a_run_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sink = ZarrSink(str(tmp_path / "X.zarr"), config())
+    sink.open(header(6))
+
+    def gone(*_: object) -> bool:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    for module in (store_target, claims):
+        monkeypatch.setattr(module, "still_named", gone)
+    assert sink.abort() is None
 
 
 def test_a_name_too_long_to_be_replaced_is_told_at_once(tmp_path: Path) -> None:
