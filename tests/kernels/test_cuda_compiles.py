@@ -122,11 +122,12 @@ def test_an_error_in_a_source_is_told_with_the_compilers_words(monkeypatch: pyte
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc: NVRTC has compiled the same sources")
 @pytest.mark.parametrize("source", SOURCES)
 def test_source_stands_alone_under_nvcc(source: str, cuda_dir: Path, once: Callable[..., Path]) -> None:
+    command = ["nvcc", "-std=c++17", "-arch=sm_90", "-ptx", f"{source}.cu"]
+
     def compiled(path: Path) -> None:
-        command = ["nvcc", "-std=c++17", "-arch=sm_90", "-ptx", "-o", str(path), f"{source}.cu"]
-        done = subprocess.run(command, cwd=cuda_dir, capture_output=True, text=True, timeout=300)
+        done = subprocess.run([*command, "-o", str(path)], cwd=cuda_dir, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
 
     by = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     headers = [path.read_text() for path in sorted(cuda_dir.glob("*.cuh"))]
-    once(f"{source}.ptx", ((cuda_dir / f"{source}.cu").read_text(), headers, by), compiled)
+    once(f"{source}.ptx", ((cuda_dir / f"{source}.cu").read_text(), headers, command, by), compiled)
