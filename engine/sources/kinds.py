@@ -59,7 +59,8 @@ def require_no_address(name: str) -> None:
 
 def as_weights(name: str) -> str:
     """What to say of weights given as a source, as flownet2-pytorch's ``--resume FILE`` does; empty for others."""
-    return "weights are given by --weights; --resume takes no file" if name.endswith(WEIGHTS_SUFFIXES) else ""
+    is_weights = name.removesuffix(".tar").endswith(WEIGHTS_SUFFIXES)  # a plain .tar may as well hold frames
+    return "weights are given by --weights; --resume takes no file" if is_weights else ""
 
 
 def is_path(name: str) -> bool:

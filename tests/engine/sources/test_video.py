@@ -447,6 +447,7 @@ class TestWhatIsNoVideo:
             ("empty.mp4", b"", "empty.mp4 is empty"),
             ("text.mp4", b"Once upon a time\n" * 50, "not a video that FFmpeg can read"),
             ("text.txt", b"Once upon a time\n" * 50, "looks like text"),
+            ("frames.tar", bytes(10240), "not a video that FFmpeg can read: Invalid data found"),
             ("net.pth.tar", b"PK\x03\x04" + bytes(99), "weights are given by --weights; --resume takes no file"),
         ],
     )
