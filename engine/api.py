@@ -132,8 +132,9 @@ def run_one(
             for path in paths:
                 if path != resumed.store.path:
                     unname(open_sink(path, config.sink))
-        continued = first_store(sinks)  # named last: where it is complete, no other output is that of an earlier run
-        for sink in sorted(sinks, key=lambda sink: sink is continued):
+        # A store that may replace one is named last: where it is complete, no other output is that of an earlier run.
+        continued, replaces = first_store(sinks), config.sink.overwrite
+        for sink in sorted(sinks, key=lambda sink: replaces and sink is continued):
             if frames.losses and isinstance(sink, Resumable):
                 sink.tell_losses(frames.losses)
             commit(sink, complete=whole)

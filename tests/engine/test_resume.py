@@ -27,7 +27,7 @@ from flowreel.engine.config import SelectConfig, SinkConfig
 from flowreel.engine.errors import OutputBusyError, ResumeMismatchError, StageError, TruncatedSourceError, UsageError
 from flowreel.engine.models import build_model
 from flowreel.engine.models.saving import save_weights
-from flowreel.engine.outputs import Progress, unname
+from flowreel.engine.outputs import Progress, commit, unname
 from flowreel.engine.resume import take_up
 from flowreel.engine.sources.images import ImageSource
 from flowreel.sinks import open_sink, open_store
@@ -205,6 +205,22 @@ def test_what_another_run_writes_or_is_not_ours_keeps_its_name(output: str, lock
         unname(sink)
     assert everything() == before
     claim.release()
+
+
+def test_a_run_stopped_between_naming_its_outputs_is_resumed(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if all its flow fits into one shard, so that there is nothing to continue but the complete store."""
+    outputs = ["X.zarr", "X.mp4", "flo/%03d.flo", "Y.zarr"]
+
+    def stopped(sink: Any, complete: bool) -> None:
+        commit(sink, complete=complete)
+        raise KeyboardInterrupt
+
+    pictures("frames", 0, 4)
+    monkeypatch.setattr(api, "commit", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        flowreel.run("frames", outputs, weights=tiny, shard_bytes=SHARD_BYTES)
+    flowreel.run("frames", outputs, weights=tiny, shard_bytes=SHARD_BYTES, resume=True)
+    assert sorted(os.listdir()) == ["X.mp4", "X.zarr", "Y.zarr", "flo", "frames"]
 
 
 @pytest.mark.parametrize("stopped", [True, False])
