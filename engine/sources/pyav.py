@@ -174,13 +174,12 @@ def _sought(
             return
         found = packets(container, stream)
         for packet in found:
-            number = timeline.number_of(packet.pts) if packet.is_keyframe else None
-            if number == key:
+            if packet.is_keyframe and timeline.number_of(packet.pts) == key:
                 yield packet
                 yield from found
                 return
-            if aim == key or (number is not None and number > key):
-                break
+            if aim == key or (packet.dts is not None and packet.dts > timeline.stamps[key]):
+                break  # the key frame was missed, or came with another stamp than when the file was probed
 
 
 class _Watcher:

@@ -227,6 +227,28 @@ def test_a_seek_that_lands_wrong_is_made_good_from_the_start(
     assert all(frame.rgb.equal(whole[frame.index]) for frame in frames)
 
 
+def test_a_key_frame_that_no_seek_finds_is_not_sought_up_to_the_end(
+    clip: Clip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Program streams with few time stamps give their frames others after a seek."""
+    options = {"g": "20", "keyint_min": "20", "sc_threshold": "0"}
+    probe = probe_video(str(clip("unfound.ts", count=200, options=options)))
+    real, read = pyav.packets, [0]
+
+    def restamped(*arguments: Any) -> Iterator[Any]:
+        for place, packet in enumerate(real(*arguments)):
+            if place == 0:
+                sought = probe.timeline.number_of(packet.pts) != 0
+            if sought and packet.pts is not None:
+                packet.pts += 1
+            read[0] += 1
+            yield packet
+
+    monkeypatch.setattr(pyav, "packets", restamped)
+    assert numbers(VideoSource(probe, SelectConfig(start=70, stop=72))) == [70, 71]
+    assert read[0] < 150  # packets, most of them on the way from the start; up to the end there would be 246
+
+
 @pytest.mark.parametrize("before", [0, 5])
 @pytest.mark.parametrize("suffix", ["mkv", "ts"])
 def test_a_cut_leaves_out_what_references_the_part_before(clip: Clip, tmp_path: Path, suffix: str, before: int) -> None:
