@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -86,10 +86,11 @@ def _cudnn_settings(*, tf32: bool) -> Iterator[None]:
     cudnn = torch.backends.cudnn
     wanted: list[tuple[Any, str, object]] = [(cudnn, "enabled", True), (cudnn, "benchmark", False)]
     wanted.append((cudnn, "deterministic", True))
+    with suppress(RuntimeError):  # which torch raises where a caller has mixed it with ``fp32_precision``
+        _ = cudnn.allow_tf32
+        wanted.append((cudnn, "allow_tf32", tf32))  # or it could not be read meanwhile
     if hasattr(cudnn, "conv"):  # since torch 2.9
         wanted.append((cudnn.conv, "fp32_precision", "tf32" if tf32 else "ieee"))
-    else:
-        wanted.append((cudnn, "allow_tf32", tf32))
     before = [getattr(place, name) for place, name, _ in wanted]
     try:
         for place, name, value in wanted:

@@ -432,6 +432,7 @@ def test_on_a_gpu_neither_benchmarks_nor_unasked_tf32_decide_the_flow(precision:
         callers = cudnn_s_settings()
         with plain._math(torch.device("cuda"), precision):
             assert cudnn_s_settings() == (True, False, True, precision == "tf32")
+            assert torch.backends.cudnn.allow_tf32 is (precision == "tf32")  # which a network may ask
         assert cudnn_s_settings() == callers
     assert cudnn_s_settings() == before
 
