@@ -180,11 +180,11 @@ def _current(device: torch.device) -> AbstractContextManager[object]:
     """
     if device.type != "cuda":
         return nullcontext()
-    entered = ExitStack()
-    if torch.cuda.current_device() != device.index:
-        entered.enter_context(torch.cuda.device(device))
-    compiling.load_cupy().cuda.Device(device.index).use()  # a thread that has not used CUDA before has no context yet
-    return entered
+    with ExitStack() as entered:  # left, if no context can be had
+        if torch.cuda.current_device() != device.index:
+            entered.enter_context(torch.cuda.device(device))
+        compiling.load_cupy().cuda.Device(device.index).use()  # a thread new to CUDA has no context yet
+        return entered.pop_all()
 
 
 loaders: dict[str, Callable[[str, torch.device], Module]] = {

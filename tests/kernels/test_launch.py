@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,12 +58,12 @@ class NotingCupy:
         self.cuda = SimpleNamespace(Device=Device, nvrtc=nvrtc)
         self.RawModule = RawModule
 
-    @contextmanager
-    def entered(self, device: torch.device) -> Iterator[None]:
+    def entered(self, device: torch.device) -> ExitStack:
         """``torch.cuda.device``, which creates no context where it goes back to."""
-        before, self.device = self.device, device.index or 0
-        yield
-        self.device = before
+        left = ExitStack()
+        left.callback(setattr, self, "device", self.device)
+        self.device = device.index or 0
+        return left
 
 
 @pytest.fixture
@@ -92,6 +91,15 @@ def test_a_kernel_is_loaded_and_fetched_on_its_device_in_a_thread_that_has_none(
     assert noting.said == ["device 1 has its context", "warp_float on 1"]
     assert noting.device == 0
     assert noting.contexts == {1}
+
+
+def test_a_thread_stays_on_its_device_where_no_kernel_can_be_loaded(
+    noting: NotingCupy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(noting, "cuda")
+    with pytest.raises(AttributeError, match="cuda"):
+        launch._kernel("warp", "warp_float", torch.device("cuda", 1))
+    assert noting.device == 0
 
 
 def test_a_program_is_kept_until_its_source_or_its_compiler_changes(
