@@ -7,7 +7,7 @@ with BatchNorm, is the normalisation. Networks: Fischer et al., "FlowNet" (ICCV 
 
 from __future__ import annotations
 
-from copy import deepcopy
+from copy import copy
 from typing import Literal
 
 import torch
@@ -204,17 +204,20 @@ def initialise(model: nn.Module) -> None:
 
 
 def folded(net: nn.Module) -> nn.Module:
-    """The network in evaluation mode with BatchNorm folded into its convolutions: a copy, or itself if it has none."""
+    """What the network computes in evaluation mode, with BatchNorm folded into the convolutions before it.
+
+    The network is left as it is, and shares all other tensors with the result. Without BatchNorm it is the result.
+    """
     if not any(isinstance(module, nn.BatchNorm2d) for module in net.modules()):
         return net
-    net = deepcopy(net).eval()
-    for module in net.modules():
-        if isinstance(module, nn.Sequential) and isinstance(norm := module[1], nn.BatchNorm2d):
-            convolution = module[0]
-            assert isinstance(convolution, nn.Conv2d)
-            module[0] = fuse_conv_bn_eval(convolution, norm)
-            del module[1]
-    return net
+    if isinstance(net, nn.Sequential):
+        convolution, norm, *others = net
+        assert isinstance(convolution, nn.Conv2d)
+        assert isinstance(norm, nn.BatchNorm2d)
+        return nn.Sequential(fuse_conv_bn_eval(copy(convolution).eval(), copy(norm).eval()), *others)
+    own = copy(net)  # not deepcopy, which fails where a user's attribute cannot be copied
+    own._modules = {name: child and folded(child) for name, child in net._modules.items()}
+    return own
 
 
 def _shape(tensor: Tensor) -> str:

@@ -247,6 +247,17 @@ def test_statistics_of_batch_norm_are_weights_too() -> None:
         fast(*frames)
 
 
+def test_batch_norm_in_a_network_with_an_attribute_that_cannot_be_copied() -> None:
+    model = build_model("FlowNet2S", width=0.05, batch_norm=True).eval()
+    frames = smooth_frames(9, 1)
+    with torch.no_grad():
+        expected = model(*frames)
+    model.lock = threading.Lock()  # type: ignore[assignment]
+    assert apart(flowreel.compile(model, (1, 64, 128))(*frames), expected) < 1e-5
+    with torch.no_grad():
+        assert torch.equal(model(*frames), expected)
+
+
 def test_a_parameter_of_the_network_itself_is_named() -> None:
     model = build_model("FlowNet2S", width=0.05)
     model.gain = nn.Parameter(torch.ones(1))

@@ -16,7 +16,7 @@ from flowreel.engine.compiled.parts import Part
 from flowreel.engine.config import Precision
 from flowreel.engine.models import build_model
 from flowreel.engine.models.fusion import FlowNetFusion
-from flowreel.engine.models.layers import conv, deconv, inter_conv
+from flowreel.engine.models.layers import conv, deconv, folded, inter_conv
 from flowreel.kernels.convolution import _reaches
 
 OURS = {
@@ -62,6 +62,7 @@ def test_the_same_layer_by_cudnn_and_by_ours(module: nn.Module, inputs: int, fil
     x = torch.randn(2, padded.padded(inputs), 6, 10, generator=torch.Generator().manual_seed(1))
     x = x.half().contiguous(memory_format=torch.channels_last)
     filled_layer(module)
+    module = folded(module)
     ours, cudnns = pack_layer(module, "fp16"), pack_layer(module, "fp16", by_cudnn=True)
     assert ours.packed is not None
     assert cudnns.packed is None
