@@ -78,7 +78,7 @@ def _read_safetensors(path: Path, name: str) -> tuple[dict[str, Tensor], Mapping
         with safe_open(path, framework="pt") as file:  # refuses a header that claims more than the file holds
             about = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError, RecursionError, MemoryError, RuntimeError) as error:
+    except (SafetensorError, OSError, TypeError, ValueError, RecursionError, MemoryError, RuntimeError) as error:
         raise _unreadable(name, "not a whole .safetensors file", error) from error
     return state, about if isinstance(about, dict) else {}
 

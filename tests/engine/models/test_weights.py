@@ -281,6 +281,7 @@ def _entry(*shape: int, end: int | None = None) -> dict[str, object]:
         {"predict_flow6.weight": _entry(1 << 40, 1 << 40)},
         {"predict_flow6.weight": _entry(1 << 62, 4, end=0)},
         {"predict_flow6.weight": _entry(-1, 2, end=16)},
+        {"predict_flow6.weight": _entry((1 << 64) - 1, 0), "predict_flow6.bias": _entry(4)},
         {"predict_flow6.weight": 7, "__metadata__": 5},
         {"__metadata__": {"flowreel": "[" * 100_000}},
         [1, 2],
@@ -288,7 +289,7 @@ def _entry(*shape: int, end: int | None = None) -> dict[str, object]:
         b"{",
         b"\xff" * 40,
     ],
-    ids=range(11),
+    ids=range(12),
 )
 def test_a_header_that_lies_allocates_nothing(header: object, tmp_path: Path) -> None:
     path = tmp_path / "bad.safetensors"
