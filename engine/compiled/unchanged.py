@@ -84,7 +84,7 @@ class Unchanged:
         parts: Sequence[_Children | _Place] = (*self._children, *self._places)
         for part in parts:
             if not part.same():
-                what = part.name or "the network"
+                what = part.name or "one of its modules"
                 raise StaleModelError(f"{what} has changed since the network was compiled: call flowreel.compile again")
 
 

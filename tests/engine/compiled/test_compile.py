@@ -233,7 +233,10 @@ def test_a_module_added_to_a_list_is_noticed() -> None:
     unchanged = Unchanged(network)
     unchanged.require()
     modules.append(nn.ReLU())
-    with pytest.raises(StaleModelError, match="blocks has changed"):
+    with pytest.raises(StaleModelError, match=r"^blocks has changed"):
+        unchanged.require()
+    network["more"] = nn.ReLU()
+    with pytest.raises(StaleModelError, match=r"^one of its modules has changed since the network was compiled"):
         unchanged.require()
 
 
