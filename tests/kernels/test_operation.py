@@ -50,7 +50,7 @@ def test_on_cuda_tensors_ours_runs_where_it_can(monkeypatch: pytest.MonkeyPatch,
 
 def test_what_our_kernel_does_not_take_is_told_to_run_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "cupy_is_there", lambda: True)
-    run = versions("op", lambda *_: "definition", None, lambda *_: "on cuda", lambda x, n: n > 1)["CUDA"]
+    run = versions("op_into", lambda *_: "definition", None, lambda *_: "on cuda", lambda x, n: n > 1)["CUDA"]
     for n, ran_by in ((1, "torch"), (2, "cuda")):
         with recording(ran := {}):
             assert run(torch.ones(1), n) == ("on cuda" if n > 1 else "definition")

@@ -72,9 +72,11 @@ def test_batches_of_one_size_share_memory_and_sizes_that_went_leave_none(filled:
     program = network.program((4, 128, 64))
     assert network.program((1, 128, 64)) is program
     assert network.program((4, 64, 64)) is not program
-    gone = ref(program)
+    program.flow(*frames(4))
+    assert program.layers.buffers.layouts
+    gone = ref(program), ref(program.layers.buffers)
     del program
-    assert gone() is None
+    assert [which() for which in gone] == [None, None]
 
 
 def test_bfloat16_on_real_pictures_with_trained_weights(data_dir: Path) -> None:
