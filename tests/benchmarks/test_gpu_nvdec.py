@@ -61,7 +61,7 @@ def test_damage_that_spoils_what_is_before_it_or_is_not_told_fails(
 ) -> None:
     clip = made_clips.written_clip(on_card.folder, 330, 190, 36)
     nvc.behaviour.dropped = frozenset({decoder_stamps(clip)[3]})
-    monkeypatch.setattr(VideoSource, "losses", [])
+    monkeypatch.setattr(VideoSource, "_account", lambda *_: None)
     nvdec._read_damaged(findings, on_card)
     assert list(findings.verdicts.values()) == [True, False, False]
 

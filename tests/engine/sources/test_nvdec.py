@@ -65,7 +65,7 @@ class TestSameFramesAsOnTheCpu:
     @pytest.mark.parametrize("name", CLIPS)
     def test_real_clips(self, nvc: ModuleType, data_dir: Path, name: str) -> None:
         path, stop = data_dir / name, CLIPS[name]
-        with on_gpu(path, stop=stop) as gpu, on_cpu(path, stop=stop) as cpu:
+        with closing(on_gpu(path, stop=stop)) as gpu, closing(on_cpu(path, stop=stop)) as cpu:
             assert (gpu.info.height, gpu.info.width) == (cpu.info.height, cpu.info.width)
             assert levels_apart(list(gpu), list(cpu)) <= 1
             assert gpu.decoder == cpu.decoder.replace("PyAV", "NVDEC").replace("libdav1d", "av1")
