@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from flowreel.engine.device import WorkStream, free_bytes
 from flowreel.engine.errors import DeviceError, FrameSizeError
 from flowreel.engine.pipeline import OneAtATime
-from flowreel.engine.sources.headers import ENOUGH_BYTES, stated_size
+from flowreel.engine.sources.headers import ENOUGH_BYTES, Size, stated_size
 from flowreel.engine.sources.pyav import key_frame_before
 from flowreel.engine.sources.timecode import MOST_REORDERED
 
@@ -53,11 +53,11 @@ def begin(codec: ModuleType, probe: VideoProbe, stream: WorkStream, first: int) 
     Raises DeviceError when too little device memory is free, and what PyNvVideoCodec raises. Iterating the surfaces may
     raise the latter too, and FrameSizeError before the first surface of another size.
     """
+    demuxer, packet, key_frame = _sought(codec, probe, first) or _started(codec, probe)
     with _beginning:
         free = free_bytes(stream.device)
         if free < LEAST_FREE_BYTES:
             raise DeviceError(f"{free >> 20} MiB of device memory are free, a session needs {LEAST_FREE_BYTES >> 20}")
-        demuxer, packet, key_frame = _sought(codec, probe, first) or _started(codec, probe)
         decoder = codec.CreateDecoder(
             gpuid=stream.device.index or 0,
             codec=demuxer.GetNvCodecId(),
@@ -86,19 +86,36 @@ def _started(codec: ModuleType, probe: VideoProbe) -> tuple[Any, Any, None]:
 
 
 def _sought(codec: ModuleType, probe: VideoProbe, first: int) -> tuple[Any, Any, int] | None:
-    """A demuxer, the packet of a key frame from which ``first`` can be decoded, its number; None: no seek finds one."""
-    if key_frame_before(probe, first) == 0:
+    """A demuxer, the packet of a key frame from which ``first`` can be decoded, its number; None: the file's start."""
+    key = key_frame_before(probe, first)
+    if key == 0:
         return None
     for aim in (first, first - MOST_REORDERED):  # packets are not in presentation order: the first may go too far
         demuxer = codec.CreateDemuxer(filename=plain(probe.path))
         try:
             packet = demuxer.Seek(max(aim, 0))
         except Exception:  # no index, or one with fewer packets
-            return None
+            break
         landed = probe.timeline.number_of(packet.pts)
         if packet.key and landed is not None and landed <= first:
             return demuxer, packet, landed
+    return _read_up_to(codec, probe, key)
+
+
+def _read_up_to(codec: ModuleType, probe: VideoProbe, key: int) -> tuple[Any, Any, int] | None:
+    """The same, from key frame ``key`` on; None if its packet lacks the parameter sets, without which none decodes.
+
+    Transport streams have no index. What comes before is read, but not decoded.
+    """
+    demuxer = codec.CreateDemuxer(filename=plain(probe.path))
+    for packet in demuxer:
+        if packet.key and probe.timeline.number_of(packet.pts) == key:
+            return None if _size(probe, packet) is None else (demuxer, packet, key)
     return None
+
+
+def _size(probe: VideoProbe, packet: Any) -> Size | None:
+    return stated_size(probe.codec, ctypes.string_at(packet.bsl_data, min(packet.bsl, ENOUGH_BYTES)))
 
 
 def _of_one_size(codec: ModuleType, probe: VideoProbe, head: Any, demuxer: Any) -> Iterator[Any]:
@@ -111,7 +128,7 @@ def _of_one_size(codec: ModuleType, probe: VideoProbe, head: Any, demuxer: Any) 
     for packet in chain([head], demuxer):
         size = None
         if packet.bsl and (packet.key or "vp9" in probe.codec):
-            size = stated_size(probe.codec, ctypes.string_at(packet.bsl_data, min(packet.bsl, ENOUGH_BYTES)))
+            size = _size(probe, packet)
         first = first or size
         if size is not None and first is not None and size != first:
             yield codec.PacketData()

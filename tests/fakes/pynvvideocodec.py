@@ -7,7 +7,7 @@ stand-ins for the driver's libraries. What the decoding hardware does can only b
   H.264 and HEVC, the bytes have start codes, and parameter sets before each IDR picture.
 - An empty packet at the end flushes the decoder. Packets of hidden frames are delivered like all others.
 - ``BitDepth`` is always 8, and no colour matrix is reported. ``Seek`` takes a packet's number; it lands on a key frame
-  or raises.
+  or raises, as it does for formats without an index.
 - The actual decoder is created, and has a width, once the next packet shows where the first picture ends.
 - Surfaces belong to the decoder, and the next ``Decode`` overwrites them: here they are filled with junk at once, and
   when the decoder is freed. They keep their size when pictures become smaller, follow a changed cropping of the same
@@ -184,7 +184,7 @@ class Demuxer:
         stamps = [packet.pts for packet in packets]
         if None in stamps:  # an elementary stream
             return self._fill(None)
-        if self._behaviour.seek_error or index >= len(stamps) or self._container.format.name == "mpegts":
+        if self._behaviour.seek_error or index >= len(stamps) or self._container.format.name in ("mpegts", "mpeg"):
             raise _error("Seek", "Seek target index is out of range (no matching index entry).")
         keys = [n for n, packet in enumerate(packets) if packet.is_keyframe]
         place = keys[-1] if self._behaviour.seek_late else max(n for n in keys if n <= index)

@@ -155,6 +155,17 @@ class TestSeeking:
         assert self.started(nvc) == sought
         assert len(nvc.behaviour.sessions) == 1
 
+    @pytest.mark.parametrize("gop", ["open-gop=1", "open-gop=0"])
+    def test_without_an_index_what_comes_before_is_read_but_not_decoded(
+        self, nvc: ModuleType, clip: Clip, gop: str
+    ) -> None:
+        options = {"g": "20", "keyint_min": "20", "x264-params": f"{gop}:scenecut=0:bframes=3"}
+        path = clip(f"nv_{gop}.ts", count=100, options=options)
+        expected = list(on_cpu(path, start=90))
+        nvc.behaviour.fail_at = 30  # of the packets that are decoded
+        assert levels_apart(list(on_gpu(path, start=90)), expected) <= 1
+        assert len(nvc.behaviour.sessions) == 1
+
     def test_gives_nothing_before_the_first(self, nvc: ModuleType, long_clip: Path) -> None:
         pictures = NvdecDecoder(probe_video(str(long_clip)), GPU, None, print).pictures(90)
         assert [number for number, _ in pictures] == list(range(90, 100))
