@@ -2,7 +2,9 @@
 
 *What is not asked of the demuxer.* It reports 10-bit HEVC as 8 bits deep and knows no BT.2020 (seen with 2.2.4), so
 depth, matrix, range and rotation come from our own probe. Its ``Seek`` takes the number of a packet and may land
-anywhere, or raise: the time stamp of the packet it returns decides whether decoding can start there.
+anywhere, or raise: the time stamp of the packet it returns decides whether decoding can start there. It contains no
+decoders, without which FFmpeg cannot tell all time stamps in program streams and ASF: those of P-frames of MPEG-1, 2
+and 4 are missing. A session fails at the first such packet.
 
 *Why packets are looked into.* When the pictures of a stream become smaller, the decoder gives no sign: it goes on
 returning surfaces of the first size, with the small picture scaled up to them (seen with 2.2.4; larger pictures fail
@@ -23,7 +25,7 @@ from flowreel.engine.errors import DeviceError, FrameSizeError
 from flowreel.engine.pipeline import OneAtATime
 from flowreel.engine.sources.headers import ENOUGH_BYTES, Size, stated_size
 from flowreel.engine.sources.pyav import key_frame_before
-from flowreel.engine.sources.timecode import MOST_REORDERED
+from flowreel.engine.sources.timecode import MOST_REORDERED, NO_STAMP
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -50,8 +52,9 @@ def begin(codec: ModuleType, probe: VideoProbe, stream: WorkStream, first: int) 
     A lock is held until the driver has created the decoder itself, because sessions begun by several threads at once
     have been seen to crash. It does so when it has seen the end of the first picture, which may take a second packet.
 
-    Raises DeviceError when too little device memory is free, and what PyNvVideoCodec raises. Iterating the surfaces may
-    raise the latter too, and FrameSizeError before the first surface of another size.
+    Raises DeviceError when too little device memory is free or a packet lacks its time stamp, and what PyNvVideoCodec
+    raises. Iterating the surfaces may raise the last two as well, and FrameSizeError before the first surface of
+    another size.
     """
     demuxer, packet, key_frame = _sought(codec, probe, first) or _started(codec, probe)
     with _beginning:
@@ -122,10 +125,13 @@ def _of_one_size(codec: ModuleType, probe: VideoProbe, head: Any, demuxer: Any) 
     """``head`` and the packets after it, including the empty one that ends the file.
 
     In place of a packet that states another size comes an empty one, which flushes the decoder, and then
-    FrameSizeError. VP9 may change size at any picture, other codecs at key frames.
+    FrameSizeError. VP9 may change size at any picture, other codecs at key frames. Raises DeviceError at a packet
+    without the time stamp by which its frame would be numbered.
     """
     first: tuple[int, int] | None = None
     for packet in chain([head], demuxer):
+        if packet.bsl and packet.pts == NO_STAMP and probe.timeline.stamps is not None:
+            raise DeviceError("its demuxer cannot tell the time stamps of all frames")
         size = None
         if packet.bsl and (packet.key or "vp9" in probe.codec):
             size = _size(probe, packet)

@@ -8,6 +8,7 @@ stand-ins for the driver's libraries. What the decoding hardware does can only b
 - An empty packet at the end flushes the decoder. Packets of hidden frames are delivered like all others.
 - ``BitDepth`` is always 8, and no colour matrix is reported. ``Seek`` takes a packet's number; it lands on a key frame
   or raises, as it does for formats without an index.
+- The demuxer contains no decoders, so time stamps of P-frames are missing in some formats.
 - The actual decoder is created, and has a width, once the next packet shows where the first picture ends.
 - Surfaces belong to the decoder, and the next ``Decode`` overwrites them: here they are filled with junk at once, and
   when the decoder is freed. They keep their size when pictures become smaller, follow a changed cropping of the same
@@ -173,6 +174,9 @@ class Demuxer:
         if given is not None:
             packet.key, packet.discardable = int(given.is_keyframe), int(given.is_discard)
             packet.pts, packet.dts = (NO_STAMP if stamp is None else stamp for stamp in (given.pts, given.dts))
+            codec, shown_late = self._stream.codec_context.name, given.pts != given.dts and not given.is_keyframe
+            if shown_late and codec in ("mpeg2video", "mpeg4") and self._container.format.name in ("mpeg", "asf"):
+                given.pts, packet.pts = None, NO_STAMP
             plain = av.Packet(bytes(given))  # drops the flag of a hidden frame, which the hardware does not know
             plain.pts, plain.dts, plain.time_base = given.pts, given.dts, given.time_base
             packet.point_to(plain, b"" if self._filter is not None else self._stream.codec_context.extradata or b"")

@@ -254,6 +254,15 @@ class TestWhatDoesNotCome:
         assert [number for number, _ in decoder.pictures(0)] == list(range(100))
         assert (said, decoder.name) == ([], "NVDEC (h264)")
 
+    def test_time_stamps_that_the_demuxer_cannot_tell(self, nvc: ModuleType, clip: Clip) -> None:
+        path = clip("nv_unstamped.mpg", codec="mpeg2video", b_frames=2, count=20)
+        source = open_video(str(path), SelectConfig(), GPU)
+        assert levels_apart(list(source), list(on_cpu(path))) <= 1
+        assert source.losses == []
+        assert any("cannot tell the time stamps of all frames. From there on the CPU" in note for note in source.notes)
+        with pytest.raises(DeviceError, match=r"NVDEC failed at frame 0 of nv_unstamped\.mpg: its demuxer cannot tell"):
+            list(on_gpu(path))
+
     def test_what_was_not_asked_for_is_not_missed(self, nvc: ModuleType, long_clip: Path) -> None:
         nvc.behaviour.packets = 40
         source = open_video(str(long_clip), SelectConfig(stop=20), GPU)
