@@ -150,6 +150,8 @@ def probe_video(name: str, stream: int | None = None) -> VideoProbe:
             notes.append(f"{frames} what came before the start of the file, and cannot be decoded: left out")
         stamps, decoding_stamps = np.asarray(shown)[kept], np.asarray(decoding)[kept]
         keys = np.flatnonzero(np.asarray(is_key)[kept])
+        if container.format.name == "avi" and not chosen.codec_context.codec.intra_only:
+            keys = keys[:0]  # where an AVI's index is damaged, FFmpeg marks all its packets as key frames
         average, stated = chosen.average_rate, chosen.guessed_rate
         if (stamps == NO_STAMP).all():  # an elementary stream: its average rate is made up by FFmpeg
             average, stated = stated, average
@@ -202,13 +204,13 @@ def _tells_presentation(
 ) -> bool:
     """Whether the packets' presentation stamps are what they are called.
 
-    AVI stores only the decoding order, which for intra-only codecs is the same. Other files may lack them too, though
-    frames are reordered: in FFmpeg's MXF they repeat the decoding stamps, and for H.264 in ASF FFmpeg makes up some
-    that rise from packet to packet.
+    AVI stores only the decoding order, which is the same for codecs that never reorder. Other files may lack them too,
+    though frames are reordered: in FFmpeg's MXF they repeat the decoding stamps, and for H.264 in ASF FFmpeg makes up
+    some that rise from packet to packet.
     """
     kind, codec = container.format.name, stream.codec_context
     if kind == "avi":
-        return codec.codec.intra_only
+        return not codec.codec.reorder
     in_file_order = kind == "asf" and bool((np.diff(stamps) >= 0).all())
     reordered = codec.has_b_frames and keys < len(stamps)
     return not (reordered and (in_file_order or np.array_equal(stamps, decoding)))

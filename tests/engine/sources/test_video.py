@@ -675,9 +675,12 @@ class TestDamage:
             list(source)
             assert source.losses == []
 
-    def test_frames_of_an_avi_keep_their_numbers_where_one_is_lost(self, clip: Clip, tmp_path: Path) -> None:
-        """Its packets have no times, but where no frame refers to another, frames come in the order of the packets."""
-        whole = clip("motion.avi", count=20, codec="mjpeg", pix_fmt="yuvj420p")
+    @pytest.mark.parametrize(("codec", "pix_fmt"), [("mjpeg", "yuvj420p"), ("ffv1", "yuv420p"), ("cinepak", "rgb24")])
+    def test_frames_of_an_avi_keep_their_numbers_where_one_is_lost(
+        self, clip: Clip, tmp_path: Path, codec: str, pix_fmt: str
+    ) -> None:
+        """Its packets have no times, but where a codec never reorders, frames come in the order of the packets."""
+        whole = clip(f"{codec}.avi", count=20, codec=codec, pix_fmt=pix_fmt, options={"g": "1"})
         data = bytearray(whole.read_bytes())
         with av.open(str(whole)) as container:
             position, size = [(p.pos, p.size) for p in container.demux(video=0) if p.size][9]
@@ -688,6 +691,14 @@ class TestDamage:
         assert pictured(frames) == [frame.index for frame in frames] == [n for n in range(20) if n != 9]
         assert [frame.timestamp_s for frame in frames] == pytest.approx([frame.index / 25 for frame in frames])
         assert source.losses == ["1 of 20 frames could not be decoded"]
+
+    def test_an_avi_without_its_index_is_not_begun_between_key_frames(self, clip: Clip, tmp_path: Path) -> None:
+        whole = clip("indexed.avi", count=60, codec="msmpeg4", options={"g": "20"}).read_bytes()
+        (tmp_path / "lost.avi").write_bytes(whole.replace(b"idx1", b"JUNK"))
+        expected = [frame.rgb for frame in open_source(tmp_path / "lost.avi")]
+        frames = list(open_source(tmp_path / "lost.avi", SelectConfig(start=50)))
+        assert [frame.index for frame in frames] == list(range(50, 60))
+        assert all(frame.rgb.equal(expected[frame.index]) for frame in frames)
 
     def test_sound_frames_survive_at_the_end(self, long_clip: Path, tmp_path: Path) -> None:
         """With several decoding threads, the frames still in them would be lost together with the last packet."""
