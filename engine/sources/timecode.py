@@ -165,17 +165,21 @@ def _jumps_back(shown: Int64Array, decoded: Int64Array, keys: Int64Array, period
 def _filled(raw: Int64Array, period: float) -> Float64Array:
     """Each missing stamp becomes the one before it plus a period; those before the first known one count back from it.
 
-    If none is known, the first frame is shown at 0.
+    In a file with B-frames, the frame before may be shown later. So there the missing ones take the places that the
+    known stamps leave free, unless more are free than are missing. If none is known, the first frame is shown at 0.
     """
-    ticks = raw.astype(np.float64)
     known = np.flatnonzero(raw != NO_STAMP)
-    first = int(known[0]) if len(known) else 0
-    start = ticks[first] if len(known) else 0.0
-    ticks[: first + 1] = start - period * np.arange(first, -1, -1)
-    for index in np.flatnonzero(raw == NO_STAMP):
-        if index > first:
-            ticks[index] = ticks[index - 1] + period
-    return np.sort(ticks)
+    stamps = raw[known]
+    if not len(known):
+        known, stamps = np.zeros(1, np.int64), np.zeros(1, np.int64)
+    elif (np.diff(stamps) < 0).any():
+        shown = np.sort(stamps)
+        places = known[0] + np.cumsum([0, *np.maximum(np.rint(np.diff(shown) / period), 1)]).astype(np.int64)
+        if places[-1] < len(raw):
+            known, stamps = places, shown
+    every = np.arange(len(raw))
+    last = np.maximum(np.searchsorted(known, every, "right") - 1, 0)  # the known one before each
+    return np.sort(stamps[last] + period * (every - known[last]))
 
 
 def _seconds(ticks: Int64Array | Float64Array, time_base: Fraction) -> Float64Array:

@@ -105,6 +105,13 @@ class TestTimeline:
         assert timeline.number_of(100) is None
         assert "2 of 4 frames carry no time stamp" in timeline.notes[0]
 
+    @pytest.mark.parametrize("missing", [[2], [3], [1, 4], [2, 3, 5], [4, 5, 6, 7, 8]])
+    def test_with_b_frames_the_gap_is_not_behind_the_frame_before(self, missing: list[int]) -> None:
+        stamps = np.array([100, 116, 108, 104, 112, 132, 124, 120, 128])
+        stamps[missing] = NO_STAMP
+        timeline = Timeline.from_packets(stamps, TICK, RATE)
+        assert timeline.times_s == pytest.approx(1 + np.arange(9) / 25)
+
     def test_stamps_that_start_over_are_replaced(self) -> None:
         timeline = Timeline.from_packets([100 + 4 * (n % 50) for n in range(100)], TICK, RATE)
         assert timeline.times_s == pytest.approx(1 + np.arange(100) / 25)
