@@ -32,6 +32,7 @@ AV1 = {"libsvtav1": {"preset": "10", "g": f"{EVERY}"}, "libaom-av1": {"cpu-used"
 VP9 = {"libvpx-vp9": {"deadline": "good", "cpu-used": "5", "lag-in-frames": "8", "g": f"{EVERY}"}}
 KINDS = (
     Encoding("H.264, B-frames and open GOPs", ("libx264",), options={"libx264": OPEN}),
+    Encoding("H.264 in a transport stream", ("libx264",), suffix="ts", options={"libx264": OPEN}),
     Encoding("HEVC", ("libx265",), options={"libx265": X265}),
     Encoding("HEVC 10 bits", ("libx265",), "yuv420p10le", options={"libx265": X265}),
     Encoding("HEVC 4:4:4", ("libx265",), "yuv444p", options={"libx265": X265}),

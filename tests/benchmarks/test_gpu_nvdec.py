@@ -34,7 +34,10 @@ def on_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     return Settings("cuda", False, str(tmp_path), str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["H.264, B-frames and open GOPs", "HEVC 10 bits", "HEVC 4:4:4", "AV1 10 bits"])
+@pytest.mark.parametrize(
+    "name",
+    ["H.264, B-frames and open GOPs", "H.264 in a transport stream", "HEVC 10 bits", "HEVC 4:4:4", "AV1 10 bits"],
+)
 def test_frames_that_are_the_same_pass_wherever_they_begin(
     name: str, nvc: ModuleType, findings: Found, on_card: Settings
 ) -> None:
