@@ -78,7 +78,7 @@ def versions(
         ours = run(on_cuda, "cuda")
 
         def chosen(*arguments: Any) -> Any:
-            known = all(x.dtype in SUFFIXES for x in arguments if isinstance(x, Tensor) and x.is_floating_point())
+            known = all(x.dtype in SUFFIXES for x in arguments if isinstance(x, Tensor) and x.dtype.is_floating_point)
             return (ours if known and launch.cupy_is_there() and takes(*arguments) else plain)(*arguments)
 
         by_key["CUDA"] = chosen

@@ -103,7 +103,7 @@ def quantise(flow: Tensor, step: float, limit: float | None = None, dtype: torch
         TypeError: flow is not float32, bfloat16 or float16, or the dtype is none of these.
         ValueError: the shape, step or limit is not as described.
     """
-    if not flow.is_floating_point() or flow.dtype == torch.float64:
+    if not flow.dtype.is_floating_point or flow.dtype == torch.float64:
         raise TypeError(f"flow to quantise is float32, bfloat16 or float16, got {flow.dtype}")
     if dtype not in (torch.int16, torch.int32):
         raise TypeError(f"steps are int16 or int32, got {dtype}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -142,7 +143,7 @@ class Timeline:
         """Number of the frame with this stamp; None if the stamp does not tell it."""
         if self.stamps is None or stamp is None:
             return None
-        place = int(np.searchsorted(self.stamps, stamp))
+        place = bisect_left(self.stamps, stamp)  # NumPy's search would release the GIL, once for each frame
         return place if place < len(self.stamps) and self.stamps[place] == stamp else None
 
 
