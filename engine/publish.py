@@ -15,6 +15,7 @@ import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import FileIO
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
@@ -134,19 +135,21 @@ def publish_bytes(path: Path, *pieces: bytes) -> int:
     return sum(len(piece) for piece in pieces)
 
 
-def write_pieces(file: BinaryIO, pieces: Iterable[bytes | memoryview]) -> None:
-    """Writes the pieces in order with as few system calls as possible. The file's own buffer must be empty.
+def write_pieces(file: FileIO, pieces: Iterable[bytes | memoryview]) -> int:
+    """Writes the pieces in order with as few system calls as possible. Returns their size in bytes.
 
     A system call for each piece would have to reacquire the GIL each time, and in a fast run many threads compete for
     it.
     """
     waiting = deque(memoryview(piece).cast("B") for piece in pieces)
+    nbytes = sum(map(len, waiting))
     while waiting:
         written = os.writev(file.fileno(), list(islice(waiting, MOST_PIECES)))
         while waiting and written >= len(waiting[0]):
             written -= len(waiting.popleft())
         if written:  # the last piece in part
             waiting[0] = waiting[0][written:]
+    return nbytes
 
 
 def write_unfinished(contents: Mapping[Path, Iterable[bytes | memoryview]], output: Path | str | None = None) -> int:
@@ -163,9 +166,8 @@ def write_unfinished(contents: Mapping[Path, Iterable[bytes | memoryview]], outp
                 temporary = partial_path(path)
                 remove_leftover(temporary)
                 written.append(path)
-                with open(temporary, "wb") as file:
-                    write_pieces(file, pieces)
-                    nbytes += file.tell()
+                with open(temporary, "wb", buffering=0) as file:
+                    nbytes += write_pieces(file, pieces)
                 sync_file(temporary)
     except BaseException:
         drop_unfinished(written)
@@ -285,7 +287,7 @@ def remove_leftover(path: Path) -> None:
 
     A folder stays: opening a file of that name then fails.
     """
-    if path.is_symlink() or not path.is_dir():
+    if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
 
 
