@@ -22,7 +22,7 @@ from flowreel.kernels.launch import kernels_on
 if TYPE_CHECKING:
     from flowreel.engine.data import Bytes
 
-# Dtypes that NumPy can name are lent in their final shape at once: each view that torch makes releases the GIL.
+# Tensors are lent in their final shape, strides and, for these, dtype: each view that torch makes releases the GIL.
 _NUMPY = {torch.uint8: "|u1", torch.int16: "<i2", torch.int32: "<i4", torch.int64: "<i8", torch.float32: "<f4"}
 
 
@@ -49,18 +49,24 @@ class PinnedRing:
         else:
             buffer = self._pinned(max(size, 1))
             self.buffers += 1
-        if like.is_contiguous() and like.dtype in _NUMPY:
-            return torch.from_numpy(np.asarray(_Loan(buffer, like.shape, _NUMPY[like.dtype], self._free)))
-        lent = torch.from_numpy(np.asarray(_Loan(buffer, (size,), "|u1", self._free))).view(like.dtype)
-        return lent.as_strided(like.shape, torch.empty_like(like, device="meta").stride())
+        lent = torch.from_numpy(np.asarray(_Loan(buffer, like, self._free)))
+        return lent if lent.dtype == like.dtype else lent.view(like.dtype)
 
 
 class _Loan:
     """The object that NumPy keeps alive as long as any array, and so any tensor, uses the buffer."""
 
-    def __init__(self, buffer: Tensor, shape: tuple[int, ...], kind: str, back_to: list[Tensor]) -> None:
-        """kind: NumPy's ``typestr`` of the numbers, which start at the buffer's beginning and are contiguous."""
-        self.__array_interface__ = {"shape": shape, "typestr": kind, "data": (buffer.data_ptr(), False), "version": 3}
+    def __init__(self, buffer: Tensor, like: Tensor, back_to: list[Tensor]) -> None:
+        strides, step = [0] * like.ndim, like.element_size()  # bytes
+        for dim in sorted(range(like.ndim - 1, -1, -1), key=like.stride):  # from the innermost one outwards
+            strides[dim], step = step, step * like.shape[dim]
+        self.__array_interface__ = {
+            "shape": tuple(like.shape),
+            "strides": tuple(strides),
+            "typestr": _NUMPY.get(like.dtype, f"<i{like.element_size()}"),
+            "data": (buffer.data_ptr(), False),
+            "version": 3,
+        }
         self._buffer = buffer
         self._back_to = back_to
 

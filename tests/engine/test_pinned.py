@@ -58,12 +58,14 @@ def test_short_batches_and_small_ones_find_room(ring: PinnedRing) -> None:
     [
         torch.zeros(3, 5, dtype=torch.float16),
         torch.zeros(4, 6, 3, dtype=torch.uint8).permute(2, 0, 1),
+        torch.zeros(4, 6, 3, dtype=torch.uint8)[:, ::2].permute(2, 0, 1),
+        torch.zeros(3, 1, 5, 1, dtype=torch.bfloat16),
         torch.zeros(2, 3, 4, 6).to(memory_format=torch.channels_last),
     ],
 )
 def test_type_and_order_of_dimensions_are_kept(ring: PinnedRing, like: torch.Tensor) -> None:
-    taken = ring.take(like)
-    assert (taken.dtype, taken.shape, taken.stride()) == (like.dtype, like.shape, like.stride())
+    taken, packed = ring.take(like), torch.empty_like(like)
+    assert (taken.dtype, taken.shape, taken.stride()) == (packed.dtype, packed.shape, packed.stride())
 
 
 class Runtime:
