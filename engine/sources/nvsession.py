@@ -56,11 +56,11 @@ def begin(codec: ModuleType, probe: VideoProbe, stream: WorkStream, first: int) 
     raises. Iterating the surfaces may raise the last two as well, and FrameSizeError before the first surface of
     another size.
     """
-    demuxer, packet, key_frame = _sought(codec, probe, first) or _started(codec, probe)
     with _beginning:
         free = free_bytes(stream.device)
         if free < LEAST_FREE_BYTES:
             raise DeviceError(f"{free >> 20} MiB of device memory are free, a session needs {LEAST_FREE_BYTES >> 20}")
+        demuxer, packet, key_frame = _sought(codec, probe, first) or _started(codec, probe)
         decoder = codec.CreateDecoder(
             gpuid=stream.device.index or 0,
             codec=demuxer.GetNvCodecId(),
