@@ -9,7 +9,7 @@ shards, so the original batches recur, and on a CPU the original bytes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby, islice
@@ -157,7 +157,7 @@ class _Recomputing:
         with closing(open_source(self._source, select, str(network.device))) as frames:
             inference = network.fitted(frames.info.height, frames.info.width, native=config.sink.resolution == "native")
             rewriter.require_same(flow_header(frames.info, inference, config), config.sink)
-            batched = batches_of(shards, inference.batch, rewriter.store.shard_length, first)
+            batched = batches_of_shards(shards, inference.batch, rewriter.store.shard_length, first)
             steps = stages(inference, config.model.direction, batched, to_host=True)
             pipeline = Chain(frames, steps, config.queues, inference.device)
             pipeline.run({f"write {rewriter.store.path}": self._consume}, self._tell)
@@ -213,19 +213,19 @@ def recorded_config(rewriter: ShardRewriter, weights: str, device: str) -> RunCo
         raise DamagedStoreError(f"{store.path} records settings that make no sense: {error}") from error
 
 
-def batches_of(shards: Iterable[ShardDamage], batch: int, length: int, first: int) -> StageFunction:
+def batches_of_shards(shards: Sequence[ShardDamage], batch: int, length: int, first: int) -> StageFunction:
     """A stage that forms batches as ``pairing.batches`` does, but only for the flows of some shards.
 
     length: flows per shard. first: number of the first pair's flow.
     """
-    wanted = {shard.shard for shard in shards}
-    end = max((shard.last_flow + 1 for shard in shards), default=0)
 
     def gather(pairs: Iterator[FramePair]) -> Iterator[PairBatch]:
-        numbered = enumerate(islice(pairs, end - first), first)
-        for shard, members in groupby(numbered, lambda item: item[0] // length):
-            if shard in wanted:
-                yield from batches(batch, length, shard * length)(pair for _, pair in members)
+        reached = first
+        for shard in shards:
+            end = shard.last_flow + 1
+            wanted = islice(pairs, shard.first_flow - reached, end - reached)
+            yield from batches(batch, length, shard.first_flow)(wanted)
+            reached = end
 
     return gather
 

@@ -39,7 +39,7 @@ from flowreel.engine.models import build_model
 from flowreel.engine.models.saving import save_weights
 from flowreel.engine.outputs import Progress
 from flowreel.engine.pairing import batches, pairs
-from flowreel.engine.repair import RepairReport, batches_of, repair
+from flowreel.engine.repair import RepairReport, batches_of_shards, repair
 from flowreel.sinks import ShardRewriter, open_store
 from flowreel.sinks.shard_file import pack_shard
 from flowreel.sinks.store_repair import ShardDamage
@@ -400,9 +400,9 @@ def test_the_batches_are_those_of_the_run() -> None:
     assert [index for index, _ in run] == [0, 3, 4, 7, 8, 11, 12]
     damaged = [ShardDamage(shard, 4 * shard, min(4 * shard + 3, 13), (4 * shard,), ()) for shard in (1, 3)]
     for first in (0, 4):
-        again = shape(batches_of(damaged, 3, SHARD, first)(pairs(iter(frames[first:]))))
+        again = shape(batches_of_shards(damaged, 3, SHARD, first)(pairs(iter(frames[first:]))))
         assert again == [batch for batch in run if batch[0] // SHARD in (1, 3)]
-    alone = shape(batches_of(damaged[:1], 3, SHARD, 0)(pairs(iter(frames))))
+    alone = shape(batches_of_shards(damaged[:1], 3, SHARD, 0)(pairs(iter(frames))))
     assert alone == [batch for batch in run if batch[0] // SHARD == 1]
 
 
