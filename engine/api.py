@@ -239,12 +239,11 @@ class Chain(Pipeline):
     ) -> None:
         self._streams = Streams(device)
         self._source = source
-        on_gpu = device.type == "cuda"
-        if on_gpu and isinstance(source, OnDevice) and source.on_device:
+        if isinstance(source, OnDevice) and source.on_device:
             # The per-frame stages share the decoder's thread: handing on each frame would cost more than their work.
             by_frame, *stages = stages
             source = joined(Stage("decode", lambda _: iter(self._source)), by_frame)(iter(()))
-        super().__init__("decode", source, stages, queues, self._streams.on_stream if on_gpu else None)
+        super().__init__("decode", source, stages, queues, self._streams.on_stream)
 
     def flows(self) -> Generator[FlowBatch, None, None]:
         """The items of ``stream``, each ready on the CUDA stream that is current in the consumer when it takes it."""

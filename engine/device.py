@@ -29,13 +29,13 @@ from flowreel.engine.config import Precision
 from flowreel.engine.data import FlowBatch, Frame, Prepared
 from flowreel.engine.errors import DeviceError, FlowreelError, StageError, UsageError, counted, first_line
 from flowreel.engine.pinned import PinnedRing, pin
+from flowreel.engine.stages import Consumer, StageFunction
 
 if TYPE_CHECKING:
     from flowreel.engine.data import Pin
 
 Item = TypeVar("Item")
 Batch = TypeVar("Batch", FlowBatch, Prepared)
-Stage = Callable[[Iterator[Any]], Any]
 _MEMORY_ENDED = ("out of memory", "unable to find an engine", "STATUS_ALLOC_FAILED")
 # Priority of the stages' streams (lower is sooner), above that of a network's captured graph (``compiled/graphs.py``).
 # Short work goes first, so that no incoming frame or outgoing result waits for kernels that fill the whole device.
@@ -130,7 +130,7 @@ class Streams:
         self.device = device
         self._ready: WeakKeyDictionary[Any, torch.cuda.Event] = WeakKeyDictionary()
 
-    def on_stream(self, stage: Stage, name: str = "") -> Stage:
+    def on_stream(self, stage: Consumer, name: str = "") -> Consumer:
         """The stage with each ``next()`` run on the stage's own stream; on a CPU, the stage unchanged.
 
         ``stage`` may also be a consumer, which runs to its end when called.
@@ -188,7 +188,7 @@ def _each_storage(tensors: Iterable[Tensor]) -> Iterable[Tensor]:
     return {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors if tensor.is_cuda}.values()
 
 
-def upload(device: torch.device) -> Stage:
+def upload(device: torch.device) -> StageFunction:
     """A stage that copies each frame to the device once, before pairs share it; frames already there pass through."""
 
     def stage(frames: Iterator[Frame]) -> Iterator[Frame]:
