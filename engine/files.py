@@ -5,9 +5,15 @@ from __future__ import annotations
 import glob
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 PathLike = str | os.PathLike[str]
+
+
+def as_names(paths: PathLike | Iterable[PathLike]) -> list[str]:
+    """The names of one path or of several."""
+    return [os.fspath(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
 
 
 def natural_order(path: Path) -> tuple[list[int | str], str]:

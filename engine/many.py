@@ -6,7 +6,6 @@ been opened and again when the source ends; in between it says interrupted, so t
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import closing
@@ -17,7 +16,7 @@ from typing import Unpack
 from flowreel.engine.api import output_names, run_one
 from flowreel.engine.config import DEFAULT_OUTPUT, ModelConfig, RunConfig
 from flowreel.engine.errors import FlowreelError, ResumeMismatchError, SomeSourcesFailedError, UsageError
-from flowreel.engine.files import PathLike
+from flowreel.engine.files import PathLike, as_names
 from flowreel.engine.inference import Network, load_network
 from flowreel.engine.manifest import MANIFEST, Job, Ledger, SourceReport
 from flowreel.engine.models import model_name
@@ -108,9 +107,8 @@ def run_many(
     """
     began_s = time.perf_counter()
     config = RunConfig.of(**options)
-    given = [sources] if isinstance(sources, str | os.PathLike) else sources
-    templates = _templates(outputs)
-    jobs = _jobs([os.fspath(source) for source in given], templates)
+    templates = as_names(DEFAULT_OUTPUT if outputs is None else outputs)
+    jobs = _jobs(as_names(sources), templates)
     for path in (path for job in jobs for path in job.outputs):
         open_sink(path, config.sink)  # writes nothing yet, but rejects an impossible name at once
     with closing(Ledger(_manifest_path(manifest, templates), jobs)) as ledger:
@@ -177,13 +175,6 @@ def _jobs(sources: list[str], templates: list[str]) -> list[Job]:
             )
         by_stem[stem] = source
     return [Job(source, tuple(output_names(templates, source))) for source in sources]
-
-
-def _templates(outputs: PathLike | Iterable[PathLike] | None) -> list[str]:
-    if outputs is None:
-        return [DEFAULT_OUTPUT]
-    given = [outputs] if isinstance(outputs, str | os.PathLike) else outputs
-    return [os.fspath(path) for path in given]
 
 
 def _held(config: ModelConfig) -> Weights:

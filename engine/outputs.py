@@ -14,7 +14,7 @@ from flowreel.engine.claims import Claim
 from flowreel.engine.data import FlowBatch, FlowInfo
 from flowreel.engine.device import download
 from flowreel.engine.errors import FrameSizeError, StageError, TruncatedSourceError, UsageError, frame_of
-from flowreel.engine.files import PathLike
+from flowreel.engine.files import PathLike, as_names
 from flowreel.engine.places import require_apart, require_outside_stores
 from flowreel.engine.protocols import DeviceSink, LandingSink, OneFileAFlow, Resumable, ResumableSink, Sink
 from flowreel.engine.publish import claimed_file, partial_path, remove, sync_folder, write_errors
@@ -60,8 +60,7 @@ def named_outputs(outputs: PathLike | Iterable[PathLike], stem: str) -> list[str
 
     Raises UsageError for no outputs, or two that would collide.
     """
-    given = [outputs] if isinstance(outputs, str | os.PathLike) else list(outputs)
-    paths = [str(Path(os.fspath(path).replace("{stem}", stem))) for path in given]
+    paths = [str(Path(name.replace("{stem}", stem))) for name in as_names(outputs)]
     if not paths:
         raise UsageError("give at least one output")
     for number, path in enumerate(paths):
@@ -69,9 +68,8 @@ def named_outputs(outputs: PathLike | Iterable[PathLike], stem: str) -> list[str
             if os.path.realpath(path) == os.path.realpath(before):
                 again = "" if path == before else f", the other time as {before}"
                 raise UsageError(f"{path} is given twice as an output{again}")
-            require_apart(path, before, "another output")
-            require_apart(before, path, "another output")
-            for one, other in ((path, before), (before, path)):  # nor inside the .partial of the other
+            for one, other in ((path, before), (before, path)):
+                require_apart(one, other, "another output")
                 require_apart(one, f"{other}.partial", f"the unfinished {other}")
         require_outside_stores(path)
     return paths

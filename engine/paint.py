@@ -22,7 +22,7 @@ from flowreel.engine.config import SinkConfig
 from flowreel.engine.data import FlowBatch, FlowInfo
 from flowreel.engine.errors import FrameSizeError, OutputExistsError, UnknownOutputError, UsageError
 from flowreel.engine.export import export_config
-from flowreel.engine.files import PathLike
+from flowreel.engine.files import PathLike, as_names
 from flowreel.engine.options import ColorOptions
 from flowreel.engine.outputs import OutputReport, ProgressHook, commit, opened_sinks, output_report, teller
 from flowreel.engine.pipeline import Pipeline
@@ -93,8 +93,7 @@ def color(
     """
     rate = None if frame_rate is None else frame_rate_of(frame_rate)
     config = export_config({**options, "max_flow": "auto" if max_flow is None else max_flow})
-    names = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
-    readers = list(_readers(names, rate or FRAME_RATE, config.sink.bound))
+    readers = list(_readers(as_names(inputs), rate or FRAME_RATE, config.sink.bound))
     titles = [title for reader in readers for title in _picture_names(reader)]
     pictures, videos = _places(os.fspath(output), video, titles, readers[0])
     require_outside_stores(output)
@@ -202,10 +201,10 @@ class VideoFeed:
         return output_report(self._sink)
 
 
-def _readers(names: Sequence[PathLike], frame_rate: Fraction, bound: float) -> Iterator[FlowReader]:
+def _readers(names: Sequence[str], frame_rate: Fraction, bound: float) -> Iterator[FlowReader]:
     """Opens the inputs in the order given; neighbouring files of one kind go together, in natural order."""
 
-    def together(name: PathLike) -> object:
+    def together(name: str) -> object:
         return flow_file_kind(name) if Path(name).is_file() else object()  # a store or folder by itself
 
     if not names:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowreel.engine.errors import FlowFileError, SourceNotFoundError, StoreError, UsageError
-from flowreel.engine.files import PathLike, as_glob, leads_nowhere, natural_order
+from flowreel.engine.files import PathLike, as_glob, as_names, leads_nowhere, natural_order
 from flowreel.engine.protocols import FlowReader
 from flowreel.sinks.flow_readers import FileFlows, StoreFlows
 from flowreel.sinks.store_reader import open_store
@@ -81,8 +81,7 @@ def open_flows(
         UsageError: an empty slice, or an invalid frame rate.
     """
     rate = None if frame_rate is None else frame_rate_of(frame_rate)
-    given = [name_or_names] if isinstance(name_or_names, str | os.PathLike) else name_or_names
-    names = [os.fspath(name) for name in given]
+    names = as_names(name_or_names)
     name = names[0] if len(names) == 1 else f"the {len(names)} files given"
     if len(names) == 1:
         store_name, part = _store_and_part(name)
