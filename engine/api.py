@@ -19,7 +19,7 @@ from flowreel.engine.config import DEFAULT_OUTPUT, Direction, QueueConfig, RunCo
 from flowreel.engine.data import FlowBatch, FlowInfo, Frame
 from flowreel.engine.device import Streams, download, resolve_device, upload
 from flowreel.engine.errors import OutputExistsError, TooFewFramesError, TruncatedSourceError, UsageError, counted
-from flowreel.engine.export import export
+from flowreel.engine.export import write_flows
 from flowreel.engine.files import PathLike
 from flowreel.engine.forked import OfOneProcess, limit_threads_of_fork
 from flowreel.engine.inference import Inference, Network, load_network
@@ -47,7 +47,7 @@ from flowreel.engine.run_report import RunReport, report_of, report_of_complete
 from flowreel.engine.sources import lasting_name, open_source, source_stem
 from flowreel.engine.sources.kinds import STDIN
 from flowreel.engine.stages import Stage, StageFunction, joined
-from flowreel.sinks import open_sink, open_store, without_effect
+from flowreel.sinks import open_flows, open_sink, open_store, without_effect
 
 if TYPE_CHECKING:
     import torch
@@ -307,9 +307,6 @@ def _with_others(report: RunReport, resumed: Resumption, paths: list[str], confi
     outputs, notes = list(report.outputs), list(report.notes)
     if report.pairs:
         notes.append(f"continued after {counted(resumed.point.flows, 'flow')} of an earlier run")
-    names = ("max_error", "codec", "shard_bytes", "max_flow", "encoder", "bound")
-    options = {name: getattr(config.sink, name) for name in names}
-    options["queue_mb"] = config.queues.total_bytes / (1 << 20)
     for path in paths:
         if path == resumed.store.path:
             continue
@@ -318,9 +315,9 @@ def _with_others(report: RunReport, resumed: Resumption, paths: list[str], confi
             notes.append(f"{path} exists already")
             continue
         # What is left of an unfinished single output is replaced. Of many files, nobody can tell whose they are.
-        replaces = not isinstance(sink, OneFileAFlow)
+        replacing = replace(config.sink, overwrite=not isinstance(sink, OneFileAFlow), resume=False)
         try:
-            outputs += export(resumed.store.path, path, overwrite=replaces, **options).outputs
+            outputs += write_flows(open_flows(resumed.store.path), [path], replace(config, sink=replacing)).outputs
         except OutputExistsError as error:
             raise OutputExistsError(
                 f"{path}: what is there is not the {counted(report.flows, 'flow')} of {resumed.store.path}: remove it, "

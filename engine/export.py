@@ -7,8 +7,9 @@ read ──▢▢▢▢──┬──▢▢▢▢──> write        with the 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from typing import Any, Unpack
 
 from flowreel.engine.config import RunConfig, SinkConfig
@@ -59,6 +60,7 @@ def export(
     progress: ProgressHook | None = None,
     start: int | None = None,
     stop: int | None = None,
+    frame_rate: Fraction | float | str | None = None,
     **options: Unpack[ExportOptions],
 ) -> ExportReport:
     """Writes stored flow to one or several other outputs.
@@ -70,8 +72,9 @@ def export(
         outputs: where to; the kind follows from each name, as for ``run``. ``{stem}`` stands for the source's name.
         progress: called a few times a second with a ``Progress``.
         start, stop: which flows, by number, as in a Python slice.
+        frame_rate: of flow files without times, frames per second. None: 25.
         **options: ``codec``, ``max_error``, ``max_flow``, ``encoder``, ``bound``, ``overwrite``, ``queue_mb`` as for
-            ``run``; ``frame_rate`` of flow files without times (default 25 per second).
+            ``run``.
 
     Returns:
         What was done and how large it is. Its notes state the error that the stored flow had before: a lossless copy
@@ -82,13 +85,20 @@ def export(
         SourceError, FlowFileError, StoreError, OutputError: before the first flow is read.
         StageError: reading or writing failed on the way; nothing half-written looks finished.
     """
-    frame_rate: Any = options.pop("frame_rate", None)
     config = export_config(options)
     flows = open_flows(source, frame_rate=frame_rate, bound=config.sink.bound, start=start, stop=stop)
     paths = named_outputs(outputs, flows.stem or flows.info.source.name)
     for path in paths:
         if flows.reads(path):
             raise UsageError(f"{path} would replace what is being read: choose another output")
+    report = write_flows(flows, paths, config, progress)
+    return replace(report, notes=tuple(_notes(flows, paths, config.sink, frame_rate)))
+
+
+def write_flows(
+    flows: FlowReader, paths: Sequence[str], config: RunConfig, progress: ProgressHook | None = None
+) -> ExportReport:
+    """Writes stored flow to these outputs, whose names are settled: the report is without notes."""
     sinks = [open_sink(path, config.sink) for path in paths]
     with opened_sinks(sinks, flows.info):
         tallies = [Tally(sink) for sink in sinks]
@@ -113,7 +123,6 @@ def export(
             source=flows.info.source.name,
             outputs=tuple(output_report(sink, flo_bytes) for sink in sinks),
             stages=pipeline.statistics(),
-            notes=tuple(_notes(flows, paths, config.sink, frame_rate)),
         )
 
 

@@ -6,7 +6,6 @@ NumPy numbers are accepted as well.
 
 from __future__ import annotations
 
-from fractions import Fraction
 from os import PathLike
 from typing import TYPE_CHECKING, Literal, TypedDict
 
@@ -62,7 +61,6 @@ class RunOptions(ComputeOptions, OutputOptions, total=False):
 class ExportOptions(OutputOptions, QueueOptions, total=False):
     """Options of ``export``."""
 
-    frame_rate: Fraction | float | str | None  # of flow files without times
     shard_bytes: int | None
 
 
