@@ -61,10 +61,8 @@ def _shielded(command: Callable[..., None]) -> Callable[..., None]:
     return shielded
 
 
-NEED_ARGUMENTS = (run, info, color, export, verify, repair)
-
 for command in (run, demo, info, color, export, verify, repair, train, doctor):
-    app.command(cls=Command, no_args_is_help=command in NEED_ARGUMENTS)(_shielded(command))
+    app.command(cls=Command)(_shielded(command))
 # All arguments, --help included, are passed on to ``python -m benchmarks``.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(
     _shielded(bench)

@@ -33,11 +33,12 @@ def _reflowed(text: str) -> str:
 
 
 class Command(TyperCommand):
-    """A command with a plain ``--help``."""
+    """A command with a plain ``--help``, also shown where arguments are needed and none are given."""
 
     def __init__(self, *args: Any, help: str | None = None, **options: Any) -> None:
         # typer keeps the line breaks of a docstring: in a narrower terminal every other line would be a short one.
         super().__init__(*args, help=help and _reflowed(help), **options)
+        self.no_args_is_help = any(parameter.required for parameter in self.params)
 
     def get_params(self, ctx: Any) -> list[Any]:
         return _plain(super().get_params(ctx))

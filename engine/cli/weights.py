@@ -49,7 +49,7 @@ def list_known(as_json: AsJson = False, debug: Debug = False) -> None:
     typer.echo(_table(facts))
 
 
-@weights_app.command(cls=Command, no_args_is_help=True)
+@weights_app.command(cls=Command)
 def info(
     source: Annotated[
         str,
@@ -76,7 +76,7 @@ def info(
     print_facts({"path": source, "kind": "weights", **facts})
 
 
-@weights_app.command(cls=Command, no_args_is_help=True)
+@weights_app.command(cls=Command)
 def convert(
     source: Annotated[
         str,
@@ -108,7 +108,7 @@ def convert(
     typer.echo(f"{printable(str(output))}: {held.model}, licence: {printable(held.licence)}, sha256 {held.sha256}")
 
 
-@weights_app.command(cls=Command, no_args_is_help=True)
+@weights_app.command(cls=Command)
 def download(
     name: Annotated[
         str, typer.Argument(metavar="NAME", help="A checkpoint that 'flowreel weights list' shows.", show_default=False)

@@ -43,6 +43,14 @@ def test_help_fits_a_narrow_terminal(words: list[str]) -> None:
             assert "\n" not in paragraph
 
 
+def test_a_command_without_the_arguments_that_it_needs_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["run"], ["train"], ["weights", "convert"]):
+        assert call(words) == 2
+        shown = capsys.readouterr()
+        assert f"Usage: flowreel {' '.join(words)} " in shown.out
+        assert not shown.err
+
+
 @pytest.mark.parametrize("command", ["run", "export"])
 def test_help_names_every_codec(command: str) -> None:
     (option,) = (one for one in ROOT.commands[command].params if one.name == "codec")
