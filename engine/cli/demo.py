@@ -29,8 +29,9 @@ def demo(
         report = demonstration.demo(
             folder, weights=weights, device=device, overwrite=overwrite, progress=live.show, say=live.say
         )
-    if not quiet:
-        print_summary(report.run)
+    if quiet:
+        return
+    print_summary(report.run)
     store, video = report.run.outputs
     typer.echo(f"error against the truth: {report.epe:.2f} px; predicting no motion: {report.mean_motion:.2f} px")
     typer.echo(
