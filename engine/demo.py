@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from flowreel.engine import api
-from flowreel.engine.config import SelectConfig
+from flowreel.engine.config import RunConfig, SelectConfig
 from flowreel.engine.errors import OutputExistsError
+from flowreel.engine.inference import load_network
 from flowreel.engine.outputs import ProgressHook
 from flowreel.engine.places import make_folder
 from flowreel.engine.run_report import RunReport
@@ -62,12 +63,14 @@ def demo(
     for path in () if overwrite else (clip, *outputs, comparison):
         if os.path.lexists(path):
             raise OutputExistsError(f"{path} is already there: pass --overwrite to replace it, or name another folder")
+    config = RunConfig.of(weights=weights, device=device, overwrite=overwrite)
+    network = load_network(config.model)  # before anything is there that the next call would have to replace
     make_folder(folder)
     with closing(SyntheticSource(SCENE, SelectConfig())) as scene:
         say(f"rendering {scene.info.frame_count} frames into {clip}")
         render(scene, clip)
         say("computing their flow")
-        report = api.run(clip, outputs, weights=weights, device=device, overwrite=overwrite, progress=progress)
+        report = api.run_one(clip, api.output_names(outputs, clip), config, lambda: network, progress)
         say("comparing it with the truth")
         store, errors, motions = open_store(outputs[0]), [], []
         for i, flow in enumerate(store):

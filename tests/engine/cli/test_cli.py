@@ -522,6 +522,12 @@ def test_demo_replaces_nothing_unasked(name: str, capsys: Capture) -> None:
     assert [(path.name, path.read_text()) for path in Path("demo").iterdir()] == [(name, "the user's own")]
 
 
+def test_demo_leaves_nothing_where_its_network_does_not_load(capsys: Capture) -> None:
+    assert call(["demo", "--weights", "gone.safetensors"]) == 1
+    assert "no weights file at gone.safetensors" in one_line(capsys)
+    assert not Path("demo").exists()
+
+
 def test_train_and_use(capsys: Capture) -> None:
     tiny = ["--width", "0.05", "--batch", "2", "--height", "64", "--width-px", "64", "--workers", "0"]
     folder = "[/w]:on:"  # neither markup nor the name of an emoji
