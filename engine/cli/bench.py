@@ -14,17 +14,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]  # of an editable install
 
 
 def bench(context: typer.Context) -> None:
-    """Measure speed, memory and sizes by named cases; compare two results; make the README's tables from them.
-
-    Needs the repository with this package installed from it (pip install --editable). What follows is handed on as it
-    is; flowreel bench --help shows what there is.
-
-    \b
-    [bold]Examples[/bold]
-      flowreel bench list
-      flowreel bench kernels model --short
-      flowreel bench compare before/ after/
-    """
+    """Measure speed, memory and sizes by named cases; compare two results; make the README's tables from them."""
     if not (CHECKOUT / "benchmarks" / "__main__.py").is_file():
         raise UsageError(
             "the benchmarks are not part of the installed package, but of the repository: clone it, install it with "
