@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Unpack
 from flowreel.engine.config import DEFAULT_OUTPUT, Direction, QueueConfig, RunConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, Frame
 from flowreel.engine.device import Streams, download, resolve_device, upload
-from flowreel.engine.errors import OutputExistsError, TooFewFramesError, TruncatedSourceError, UsageError, counted
-from flowreel.engine.export import write_flows
+from flowreel.engine.errors import TooFewFramesError, TruncatedSourceError, UsageError
 from flowreel.engine.files import PathLike
 from flowreel.engine.forked import OfOneProcess, limit_threads_of_fork
 from flowreel.engine.inference import Inference, Network, load_network
@@ -29,7 +28,6 @@ from flowreel.engine.outputs import (
     Tally,
     commit,
     first_store,
-    is_finished,
     named_outputs,
     opened_sinks,
     preparing,
@@ -39,15 +37,15 @@ from flowreel.engine.outputs import (
 from flowreel.engine.pairing import batches, pairs
 from flowreel.engine.pipeline import Pipeline
 from flowreel.engine.places import require_harmless
-from flowreel.engine.protocols import MayWait, OnDevice, OneFileAFlow, Resumable, Sink
+from flowreel.engine.protocols import MayWait, OnDevice, Resumable, Sink
 from flowreel.engine.provenance import selection
 from flowreel.engine.restore import restore
-from flowreel.engine.resume import Resumption, require_made_so, take_up
-from flowreel.engine.run_report import RunReport, report_of, report_of_complete
+from flowreel.engine.resume import complete_already, take_up, with_others
+from flowreel.engine.run_report import RunReport, report_of
 from flowreel.engine.sources import lasting_name, open_source, source_stem
 from flowreel.engine.sources.kinds import STDIN
 from flowreel.engine.stages import Stage, StageFunction, joined
-from flowreel.sinks import open_flows, open_sink, open_store, without_effect
+from flowreel.sinks import open_sink, without_effect
 
 if TYPE_CHECKING:
     import torch
@@ -101,7 +99,7 @@ def run_one(
     device = str(resolve_device(config.model.device))
     resumed = take_up(source, config.select, sinks, device) if config.sink.resume else None
     if resumed is not None and resumed.frames is None:
-        return _complete_already(resumed, paths, config)
+        return complete_already(resumed, paths, config)
     with ExitStack() as opened:
         going_on = None if resumed is None else resumed.frames
         frames = opened.enter_context(closing(going_on or open_source(source, config.select, device)))
@@ -149,7 +147,7 @@ def run_one(
     if resumed is None:
         return report
     report = replace(report, flows=resumed.point.flows + report.pairs)
-    return _with_others(report, resumed, paths, config)
+    return with_others(report, resumed, paths, config)
 
 
 def stream(source: PathLike, **options: Unpack[RunOptions]) -> Iterator[FlowBatch]:
@@ -290,41 +288,3 @@ def output_names(outputs: PathLike | Iterable[PathLike] | None, source: PathLike
 def _named(source: PathLike) -> str:
     """The source's name in messages."""
     return "stdin" if os.fspath(source) == STDIN else os.fspath(source)
-
-
-def _complete_already(resumed: Resumption, paths: list[str], config: RunConfig) -> RunReport:
-    """The report of a run whose store is complete already; missing other outputs are exported from that store.
-
-    Raises ResumeMismatchError when the store was made from another source or with other settings.
-    """
-    store = open_store(resumed.store.path)
-    require_made_so(store, resumed.source_info, config)
-    return _with_others(report_of_complete(store), resumed, paths, config)
-
-
-def _with_others(report: RunReport, resumed: Resumption, paths: list[str], config: RunConfig) -> RunReport:
-    """Exports those of the other outputs that are missing from the complete store."""
-    outputs, notes = list(report.outputs), list(report.notes)
-    if report.pairs:
-        notes.append(f"continued after {counted(resumed.point.flows, 'flow')} of an earlier run")
-    for path in paths:
-        if path == resumed.store.path:
-            continue
-        sink = open_sink(path, config.sink)
-        if is_finished(sink, report.flows):
-            notes.append(f"{path} exists already")
-            continue
-        # What is left of an unfinished single output is replaced. Of many files, nobody can tell whose they are.
-        replacing = replace(config.sink, overwrite=not isinstance(sink, OneFileAFlow), resume=False)
-        try:
-            outputs += write_flows(open_flows(resumed.store.path), [path], replace(config, sink=replacing)).outputs
-        except OutputExistsError as error:
-            raise OutputExistsError(
-                f"{path}: what is there is not the {counted(report.flows, 'flow')} of {resumed.store.path}: remove it, "
-                "or choose another place"
-            ) from error
-        bound = config.sink.max_error
-        within = f", and so is within {bound:g} px of what was computed" if bound else ""
-        notes.append(f"{path} was made from the store{within}")
-    written = sum(output.bytes_written for output in outputs)
-    return replace(report, outputs=tuple(outputs), bytes_written=written, notes=tuple(notes))

@@ -12,19 +12,20 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from flowreel.engine.data import FlowInfo, Frame
-from flowreel.engine.errors import ResumeMismatchError, TooFewFramesError, UsageError
+from flowreel.engine.errors import OutputExistsError, ResumeMismatchError, TooFewFramesError, UsageError, counted
+from flowreel.engine.export import write_flows
 from flowreel.engine.files import PathLike
 from flowreel.engine.models.weights import read_weights
-from flowreel.engine.outputs import first_store
-from flowreel.engine.protocols import ResumableSink, ResumePoint, Sink, Source
+from flowreel.engine.outputs import first_store, is_finished
+from flowreel.engine.protocols import OneFileAFlow, ResumableSink, ResumePoint, Sink, Source
 from flowreel.engine.provenance import settings
 from flowreel.engine.restore import Fit
+from flowreel.engine.run_report import RunReport, report_of_complete
 from flowreel.engine.sources import comes_once, open_source
-from flowreel.sinks import differing_settings
+from flowreel.sinks import differing_settings, open_flows, open_sink, open_store
 
 if TYPE_CHECKING:
     from flowreel.engine.config import RunConfig, SelectConfig
-    from flowreel.sinks import FlowStore
 
 SAME_TIME_S = 1e-6
 
@@ -105,11 +106,13 @@ def _grown(source: PathLike, info: FlowInfo, point: ResumePoint) -> bool:
     return not comes_once(source) and info.flow_count is not None and info.flow_count > point.stored
 
 
-def require_made_so(store: FlowStore, info: FlowInfo, config: RunConfig) -> None:
-    """Raises ResumeMismatchError unless a run of the source with these settings would have written that store.
+def complete_already(resumed: Resumption, paths: list[str], config: RunConfig) -> RunReport:
+    """The report of a run whose store is complete already; missing other outputs are exported from that store.
 
-    Loads no network and decodes nothing, so that a complete store is recognised at once. Also raises WeightsError.
+    Loads no network and decodes nothing, so that a complete store is recognised at once. Raises WeightsError, and
+    ResumeMismatchError unless a run of the source with these settings would have written that store.
     """
+    store, info = open_store(resumed.store.path), resumed.source_info
     differing = differing_settings(store.attrs, settings(config, info.source, read_weights(config.model.weights)))
     height, width = Fit(config.model.fit, info.height, info.width).flow_size
     if (height, width) != store.shape[2:]:
@@ -119,3 +122,32 @@ def require_made_so(store: FlowStore, info: FlowInfo, config: RunConfig) -> None
             f"{store.path} is complete, but differs from what is asked for: {'; '.join(differing)}. Run it as before, "
             "choose another name, or start afresh with --overwrite"
         )
+    return with_others(report_of_complete(store), resumed, paths, config)
+
+
+def with_others(report: RunReport, resumed: Resumption, paths: list[str], config: RunConfig) -> RunReport:
+    """Exports those of the other outputs that are missing from the complete store."""
+    outputs, notes = list(report.outputs), list(report.notes)
+    if report.pairs:
+        notes.append(f"continued after {counted(resumed.point.flows, 'flow')} of an earlier run")
+    for path in paths:
+        if path == resumed.store.path:
+            continue
+        sink = open_sink(path, config.sink)
+        if is_finished(sink, report.flows):
+            notes.append(f"{path} exists already")
+            continue
+        # What is left of an unfinished single output is replaced. Of many files, nobody can tell whose they are.
+        replacing = replace(config.sink, overwrite=not isinstance(sink, OneFileAFlow), resume=False)
+        try:
+            outputs += write_flows(open_flows(resumed.store.path), [path], replace(config, sink=replacing)).outputs
+        except OutputExistsError as error:
+            raise OutputExistsError(
+                f"{path}: what is there is not the {counted(report.flows, 'flow')} of {resumed.store.path}: remove it, "
+                "or choose another place"
+            ) from error
+        bound = config.sink.max_error
+        within = f", and so is within {bound:g} px of what was computed" if bound else ""
+        notes.append(f"{path} was made from the store{within}")
+    written = sum(output.bytes_written for output in outputs)
+    return replace(report, outputs=tuple(outputs), bytes_written=written, notes=tuple(notes))
