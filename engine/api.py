@@ -142,7 +142,7 @@ def run_one(
                 f"{_named(source)}: {'; '.join(frames.losses)}. What decoded is kept, marked as unfinished, beside "
                 f"{', '.join(paths)}; pass --tolerate-truncation to take it as the whole"
             )
-        report = report_of(frames, inference, header, sinks, tallies, pipeline, (began_s, started_s, ended_s))
+        report = report_of(frames, inference, header, tallies, pipeline, (began_s, started_s, ended_s))
         report = replace(report, notes=(*report.notes, *without_effect(paths, config.sink)))
     if resumed is None:
         return report

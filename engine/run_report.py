@@ -11,7 +11,7 @@ from flowreel.engine.errors import counted
 from flowreel.engine.inference import Inference
 from flowreel.engine.outputs import OutputReport, Tally, output_report
 from flowreel.engine.pipeline import Pipeline
-from flowreel.engine.protocols import Sink, Source
+from flowreel.engine.protocols import Source
 from flowreel.engine.stages import StageStatistics
 
 if TYPE_CHECKING:
@@ -51,7 +51,6 @@ def report_of(
     frames: Source,
     inference: Inference,
     header: FlowInfo,
-    sinks: list[Sink],
     tallies: list[Tally],
     pipeline: Pipeline,
     times_s: tuple[float, float, float],
@@ -74,7 +73,7 @@ def report_of(
         seconds=seconds,
         startup_s=started_s - began_s,
         pairs_per_s=flows / seconds,
-        bytes_written=sum(sink.bytes_written for sink in sinks),
+        bytes_written=sum(tally.sink.bytes_written for tally in tallies),
         flo_bytes=flo_bytes,
         width=header.width,
         height=header.height,
@@ -85,7 +84,7 @@ def report_of(
         batch=inference.batch,
         model=inference.model,
         weights=inference.weights.name,
-        outputs=tuple(output_report(sink, flo_bytes) for sink in sinks),
+        outputs=tuple(output_report(tally.sink, flo_bytes) for tally in tallies),
         stages=pipeline.statistics(),
         notes=tuple(notes),
     )
