@@ -147,7 +147,7 @@ def with_others(report: RunReport, resumed: Resumption, paths: list[str], config
                 "or choose another place"
             ) from error
         bound = config.sink.max_error
-        within = f", and so is within {bound:g} px of what was computed" if bound else ""
+        within = f", whose flow is within {bound:g} px of what was computed" if bound else ""
         notes.append(f"{path} was made from the store{within}")
     written = sum(output.bytes_written for output in outputs)
     return replace(report, outputs=tuple(outputs), bytes_written=written, notes=tuple(notes))
