@@ -76,8 +76,7 @@ def check_store(store: FlowStore, progress: Callable[[int], None] | None = None)
 def _check_metadata(store: FlowStore) -> Iterator[StoreProblem]:
     """The metadata that reading flow does not need, and that opening the store therefore did not check."""
     group = read_json(store.folder / "zarr.json")
-    written = group["attributes"].get(ATTRIBUTES_CHECKSUM)
-    if (store.layout.checksums or store.layout.cache) and written != attributes_checksum(store.attrs):
+    if group["attributes"].get(ATTRIBUTES_CHECKSUM) != attributes_checksum(store.attrs):
         yield StoreProblem("its attribute flowreel, which records where the flow comes from, is not what was written")
     for name in sorted(group.keys() - {"zarr_format", "node_type", "attributes", "consolidated_metadata"}):
         yield StoreProblem(f"zarr.json has an entry that Zarr does not know: {reprlib.repr(name)}")

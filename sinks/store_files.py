@@ -158,7 +158,7 @@ class StoreFiles:
 
     def misplaced_times(self, shard: int) -> list[int]:
         """The flows of a shard whose times and frame numbers are readable but not those written."""
-        if not self._layout.checksums or shard in self._times_in_place:
+        if self._layout.cache or shard in self._times_in_place:
             return []
         first, length = shard * self._layout.shard_length, self._layout.shard_length
         count = min(length, self._layout.count - first)
@@ -196,7 +196,7 @@ class StoreFiles:
 
     def _checksums_of_flows(self, shard: int) -> Array | None:
         """(S,) checksums of one shard's flows; None: there are none, or they cannot be read."""
-        if shard in self._flow_checksums or not self._layout.checksums:
+        if shard in self._flow_checksums or self._layout.cache:
             return self._flow_checksums.get(shard)
         try:
             checksums = self.coordinate_chunk("flow_crc32c", shard)

@@ -34,7 +34,7 @@ COORDINATES: dict[str, tuple[str, float]] = {
     "frame": ("<i8", -1),
     "frame_to": ("<i8", -1),
 }
-# Checksums that tell whether a flow and its times are in their place (``store_checksums.py``): none in older stores.
+# Checksums that tell whether a flow and its times are in their place (``store_checksums.py``): a cache has none.
 CHECKSUMS: dict[str, tuple[str, float]] = {"flow_crc32c": ("<u4", 0), "time_crc32c": ("<u4", 0)}
 BESIDE_FLOW = COORDINATES | CHECKSUMS
 
@@ -60,13 +60,12 @@ class StoreLayout:
     native: NativeGrid | None  # how that lies in the frame, if it is the network's own coarser prediction
     height: int  # pixels of a flow as it is read
     width: int
-    checksums: bool  # whether it has ``CHECKSUMS``
     cache: bool = False  # each flow is a separate file, written in any order: ``flow_cache.py``
 
     @property
     def arrays(self) -> tuple[str, ...]:
         """The arrays beside ``flow``, one value per flow."""
-        return tuple(BESIDE_FLOW if self.checksums else COORDINATES)
+        return tuple(COORDINATES if self.cache else BESIDE_FLOW)
 
     @property
     def chunk_length(self) -> int:
@@ -198,10 +197,7 @@ def _flow_layout(array: dict[str, Any], attributes: dict[str, Any]) -> StoreLayo
         _expect("scaling", scaling, {"scale_factor": None, "add_offset": None, "_FillValue": None})
     else:
         _expect("scaling", scaling, {"scale_factor": codec.step, "add_offset": 0.0, "_FillValue": codec.fill})
-    named = str(array["attributes"].get("ancillary_variables", "")).split()
-    checksums = [name for name in CHECKSUMS if name in named]
-    _expect("ancillary variables", checksums, [*CHECKSUMS] if checksums else [])
-    return StoreLayout(count, shard_length, codec, native, full_height, full_width, bool(checksums), is_cache)
+    return StoreLayout(count, shard_length, codec, native, full_height, full_width, is_cache)
 
 
 def _inside_shards(codecs: list[dict[str, Any]], height: int, width: int) -> list[dict[str, Any]]:

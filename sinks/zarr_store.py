@@ -139,8 +139,6 @@ class ZarrSink:
         shard_length = info.shard_length(self._config.shard_bytes)
         if shard_length != store.shard_length:
             differing.append(f"shard length was {store.shard_length}, is {shard_length}")
-        if not store.layout.checksums:
-            differing.append("it is of an older version and has no checksums of its flows")
         if differing:
             raise ResumeMismatchError(
                 f"cannot resume {store.path}: {'; '.join(differing)}. Run it as before, or start afresh with "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -223,22 +222,6 @@ def test_what_is_not_in_its_place_is_put_right(weights: str, damage: Callable[[]
     assert [one.shard for one in report.shards] == shards
     if damage is swap_times:  # the flow and its checksums, which depend on its place, are intact
         assert {(one.flows, one.arrays) for one in report.shards} == {((), (*ARRAYS, "time_crc32c"))}
-
-
-def test_a_store_of_an_older_version_is_mended_as_it_is(weights: str) -> None:
-    """It has no checksums of its flows, and the repair adds none."""
-    group, flow = (json.loads(Path("X.zarr", name, "zarr.json").read_text()) for name in ("", "flow"))
-    for name in ("flow_crc32c", "time_crc32c"):
-        shutil.rmtree(Path("X.zarr", name))
-        del group["consolidated_metadata"]["metadata"][name]
-    for array in (flow, group["consolidated_metadata"]["metadata"]["flow"]):
-        del array["attributes"]["ancillary_variables"]
-    Path("X.zarr/zarr.json").write_text(json.dumps(group))
-    Path("X.zarr/flow/zarr.json").write_text(json.dumps(flow))
-    sound = contents()
-    flip(FLOW.format(1))
-    remove("frame/c/2")
-    mended(sound, weights)
 
 
 def test_only_what_cannot_be_read_is_taken_from_the_new_flow(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import errno
-import json
 import os
 import random
 import shutil
@@ -28,7 +27,7 @@ from flowreel.engine.protocols import Resumable
 from flowreel.sinks import open_store, store_target, zarr_store
 from flowreel.sinks.codecs import flow_codec
 from flowreel.sinks.shard_file import pack_shard
-from flowreel.sinks.store_layout import BESIDE_FLOW, CHECKSUMS, flow_shard
+from flowreel.sinks.store_layout import BESIDE_FLOW, flow_shard
 from flowreel.sinks.store_metadata import store_metadata
 from flowreel.sinks.store_target import LocalTarget
 from flowreel.sinks.zarr_store import ZarrSink
@@ -215,19 +214,6 @@ def test_what_differs_is_named(tmp_path: Path, info: FlowInfo, changes: dict[str
     with pytest.raises(ResumeMismatchError, match=words):
         ZarrSink(str(tmp_path / "X.zarr"), config(resume=True, **changes)).require_same(info)
     assert contents(tmp_path) == before
-
-
-def test_a_store_of_an_older_version_is_not_gone_on_with(tmp_path: Path) -> None:
-    """Older stores have no checksums, so it could not be checked whether their first flows are in their place."""
-    cut_after(tmp_path / "X.zarr", 7)
-    partial = tmp_path / "X.zarr.partial"
-    flow = json.loads((partial / "flow" / "zarr.json").read_text())
-    del flow["attributes"]["ancillary_variables"]
-    (partial / "flow" / "zarr.json").write_text(json.dumps(flow))
-    for name in CHECKSUMS:
-        shutil.rmtree(partial / name)
-    with pytest.raises(ResumeMismatchError, match="older version"):
-        run(tmp_path / "X.zarr", resume=True)
 
 
 @pytest.mark.parametrize(("below", "flows"), [(None, 9), (10, 9), (9, 6), (8, 6), (4, 3)])

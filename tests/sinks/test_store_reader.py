@@ -41,6 +41,7 @@ from flowreel.sinks.codecs import FlowCodec
 from flowreel.sinks.compressors import compress
 from flowreel.sinks.shard_file import pack_shard
 from flowreel.sinks.store_check import StoreProblem
+from flowreel.sinks.store_checksums import COVERED, flow_checksums, time_checksums
 from flowreel.sinks.store_layout import CHECKSUMS, COORDINATES, coordinate_chunk, flow_shard, open_file
 from flowreel.sinks.store_reader import FlowStore, open_store
 from flowreel.sinks.zarr_store import ZarrSink
@@ -110,21 +111,6 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def same(one: Any, other: Any) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and np.array_equal(one, other, equal_nan=True)
-
-
-def as_older_versions_wrote(store: FlowStore) -> FlowStore:
-    """The same store without the checksum arrays, which tell whether a flow is in its place."""
-    group, flow = (json.loads((store.folder / name / "zarr.json").read_text()) for name in ("", "flow"))
-    copies = group["consolidated_metadata"]["metadata"]
-    for name in CHECKSUMS:
-        shutil.rmtree(store.folder / name)
-        del copies[name]
-    for array in (flow, copies["flow"]):
-        del array["attributes"]["ancillary_variables"]
-    del group["attributes"]["flowreel_crc32c"]
-    (store.folder / "zarr.json").write_text(json.dumps(group))
-    (store.folder / "flow" / "zarr.json").write_text(json.dumps(flow))
-    return open_store(store.path)
 
 
 def spoil(path: Path, place: int) -> None:
@@ -574,10 +560,12 @@ def resident_bytes() -> int:
 
 def test_sound_checksums_over_nonsense_are_no_trap(tmp_path: Path) -> None:
     """Correct checksums over nonsense: offsets and lengths outside the shard, and chunks of the wrong size."""
-    store = as_older_versions_wrote(make(tmp_path / "X.zarr", moving()))
+    store = make(tmp_path / "X.zarr", moving())
     chunk = compress(np.zeros(2 * H * W, "<i2"), "blosc")
     short = compress(np.zeros(5, "<i2"), "blosc")
     shard = flow_shard(store.folder, 1)
+    places = compress(flow_checksums(SHARD, [chunk, short, chunk]), "blosc")
+    coordinate_chunk(store.folder, "flow_crc32c", 1).write_bytes(places)
     shard.write_bytes(b"".join(pack_shard([(chunk,), (short,), (chunk,)], SHARD)))
     store = open_store(store.path)
     assert same(store[3], np.zeros((2, H, W), np.float32))
@@ -704,14 +692,14 @@ def test_check_looks_at_times_and_frames(
     tmp_path: Path, name: str, place: int, value: float, problems: list[str]
 ) -> None:
     """Each problem is reported once."""
-    store = as_older_versions_wrote(make(tmp_path / "X.zarr", moving()))
+    store = make(tmp_path / "X.zarr", moving())
     change(store, name, place, value)
     assert list(open_store(store.path).problems()) == problems
 
 
 def test_check_looks_at_frames_that_are_both_unknown(tmp_path: Path) -> None:
     """Two unknown frames (-1) are not reported as being the same frame."""
-    store = as_older_versions_wrote(make(tmp_path / "X.zarr", moving()))
+    store = make(tmp_path / "X.zarr", moving())
     for name in ("frame", "frame_to"):
         change(store, name, 5, -1)
     assert list(open_store(store.path).problems()) == [
@@ -720,7 +708,7 @@ def test_check_looks_at_frames_that_are_both_unknown(tmp_path: Path) -> None:
 
 
 def test_check_looks_at_times_too_far_apart_for_a_float(tmp_path: Path) -> None:
-    store = as_older_versions_wrote(make(tmp_path / "X.zarr", moving()))
+    store = make(tmp_path / "X.zarr", moving())
     for name, place, value in (
         ("timestamp_s", 2, -1.7e308),
         ("timestamp_to_s", 2, 1.7e308),
@@ -742,18 +730,19 @@ def test_a_lossless_store_with_a_scale_is_refused(tmp_path: Path) -> None:
 
 
 def test_check_looks_at_flow_from_later_to_earlier_frames(tmp_path: Path) -> None:
-    store = as_older_versions_wrote(make(tmp_path / "X.zarr", moving(), backward=True))
+    store = make(tmp_path / "X.zarr", moving(), backward=True)
     assert list(store.problems()) == []
     change(store, "timestamp_s", 2, 0.23)
     assert list(open_store(store.path).problems()) == [f"flow 3 (frame 8): {BEGINS_ELSEWHERE}"]
 
 
 def change(store: FlowStore, name: str, place: int, value: float) -> None:
-    """Changes one value of an array beside the flow, and corrects the checksum of its chunk."""
+    """Changes one value of an array beside the flow, and corrects the checksums that cover it."""
     shard = place // SHARD
-    values = store.files.coordinate_chunk(name, shard).copy()
-    values[place % SHARD] = value
-    coordinate_chunk(store.folder, name, shard).write_bytes(compress(values, "blosc"))
+    arrays = {each: store.files.coordinate_chunk(each, shard).copy() for each in COVERED}
+    arrays[name][place % SHARD] = value
+    for each, values in (arrays | {"time_crc32c": time_checksums(shard * SHARD, arrays)}).items():
+        coordinate_chunk(store.folder, each, shard).write_bytes(compress(values, "blosc"))
 
 
 def test_check_finds_what_does_not_belong(tmp_path: Path) -> None:
