@@ -216,10 +216,6 @@ class FlowStore:
 
         return check_store(self, progress)
 
-    def problems(self) -> Iterator[str]:
-        """The same, one line each."""
-        return map(str, self.check())
-
     def summary(self) -> dict[str, Any]:
         """What the store holds and what it costs: sizes in bytes, ``ratio`` against the same flows as ``.flo``."""
         _, _, height, width = self.shape

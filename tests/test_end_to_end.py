@@ -380,7 +380,7 @@ def test_a_cut_video_stays_unfinished_unless_told_otherwise(tiny: str, tmp_path:
     store = flowreel.open_store(outputs[0])
     assert store.complete
     assert store.attrs["source_losses"][0] in " ".join(report.notes)
-    assert list(store.problems()) == []
+    assert list(store.check()) == []
     assert describe(str(outputs[0]))["notes"] == [
         f"what its source did not give was let pass: {loss}" for loss in store.attrs["source_losses"]
     ]

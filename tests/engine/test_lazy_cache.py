@@ -304,7 +304,7 @@ class TestProcesses:
         flow = opened()
         assert (flow[:] - expected).abs().max() <= 1 / 64 + 1e-4
         assert flow.statistics == LazyStatistics(from_cache=COUNT)
-        assert list(flowreel.open_store(cache).problems()) == []
+        assert list(flowreel.open_store(cache).check()) == []
 
     @pytest.mark.parametrize("moment", ["in the file", "before its name", "with its name"])
     def test_killed_while_it_keeps_a_flow(
@@ -333,7 +333,7 @@ if __name__ == "__main__":
         assert (counted.from_cache, counted.computed) == (published, 3 - published)
         left = list((cache / "flow").glob("*.partial"))
         assert len(left) == (0 if moment == "with its name" else 1)
-        assert list(flowreel.open_store(cache).problems()) == []
+        assert list(flowreel.open_store(cache).check()) == []
         for path in left:
             os.utime(path, (0, 0))  # long ago
         assert opened()[[0, 1, 5]].shape == (3, 2, 48, 64)
@@ -493,7 +493,7 @@ class TestAsAStore:
         store = flowreel.open_store(tmp_path / "packed.zarr")
         np.testing.assert_array_equal(store[:], flow[:])
         np.testing.assert_array_equal(store.timestamps_s, flow.timestamps_s)
-        assert list(store.problems()) == []
+        assert list(store.check()) == []
         assert "cache" not in store.attrs
         assert store.attrs["weights_sha256"] == flowreel.open_store(cache).attrs["weights_sha256"]
         assert len([path for path in (tmp_path / "packed.zarr/flow").rglob("*") if path.is_file()]) == 2
@@ -514,7 +514,7 @@ class TestDamage:
         flow = opened()
         assert torch.allclose(flow[4:8], before, atol=1 / 32, rtol=0)
         assert (flow.statistics.from_cache, flow.statistics.computed) == (3, 1)
-        assert list(flowreel.open_store(cache).problems()) == []
+        assert list(flowreel.open_store(cache).check()) == []
         path.write_bytes(b"")
         assert torch.allclose(torch.stack(list(opened())[4:8]), before, atol=1 / 32, rtol=0)
 
@@ -553,7 +553,7 @@ class TestDamage:
         path.write_bytes(path.read_bytes()[:-1])
         with pytest.raises(DamagedStoreError, match=r"chunk 0 of frame: checksum is wrong \(flows 0 to 38\)"):
             opened()
-        assert len(list(flowreel.open_store(cache).problems())) == 1
+        assert len(list(flowreel.open_store(cache).check())) == 1
 
     def test_repair_is_not_for_caches(self, opened: Open, cache: Path) -> None:
         from flowreel.sinks import ShardRewriter

@@ -432,7 +432,7 @@ def test_native_stores_give_back_the_full_flow(tiny: str, fit: str, max_error: f
         for flow, number in zip(batch.flow.numpy(), range(batch.index, 99), strict=False):
             np.testing.assert_allclose(store[number], flow, atol=bound, rtol=0)
     assert store.attrs["native"]["factor"] == 4
-    assert list(store.problems()) == []
+    assert list(store.check()) == []
     flowreel.run(source, "f.zarr", max_error=max_error, **options)
     native, full = (Path(name, "flow/c/0/0/0/0").stat().st_size - 16 * 512 for name in ("n.zarr", "f.zarr"))
     assert full > 4 * native
@@ -460,7 +460,7 @@ def test_xarray_sees_where_native_vectors_lie(tiny: str) -> None:
         np.testing.assert_allclose(seen["x"][:2], [1.5 - 21, 5.5 - 21])
     place = Path("n.zarr/y/c/0")
     place.write_bytes(place.read_bytes()[:-1] + b"!")
-    (problem,) = open_store("n.zarr").problems()
+    (problem,) = map(str, open_store("n.zarr").check())
     assert problem == "chunk 0 of y: checksum is wrong"
 
 

@@ -231,7 +231,7 @@ def test_a_source_that_now_ends_earlier_leaves_nothing_of_the_shards_behind_its_
         sink.write(batch)
     sink.commit(complete=False)
     run(tmp_path / "X.zarr", 6, resume=True)
-    assert list(open_store(tmp_path / "X.zarr").problems()) == []
+    assert list(open_store(tmp_path / "X.zarr").check()) == []
 
 
 def test_what_is_gone_on_with_is_not_cut_to_what_the_source_announces(tmp_path: Path) -> None:

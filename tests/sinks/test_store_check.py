@@ -109,7 +109,7 @@ def test_what_a_store_says_of_its_source_is_that_which_was_written(store: FlowSt
     sound = path.read_text()
     for was, now in (("FlowNet2C", "FlowNet2S"), ("clip.mp4", "clap.mp4"), ("flowreel_crc32c", "flowreel_crc32b")):
         path.write_text(sound.replace(was, now))
-        assert any("is not what was written" in problem for problem in FlowStore(store.folder).problems())
+        assert any("is not what was written" in problem for problem in map(str, FlowStore(store.folder).check()))
     path.write_text(sound)
 
 
@@ -118,7 +118,7 @@ def test_metadata_that_only_others_read_is_compared(store: FlowStore, which: str
     path = store.folder / ("flow/zarr.json" if which == "own" else "zarr.json")
     sound = path.read_text()
     path.write_text(sound.replace('"component"', '"compinent"').replace('"units": "pixel"', '"units": "qixel"'))
-    told = list(FlowStore(store.folder).problems())
+    told = list(map(str, FlowStore(store.folder).check()))
     path.write_text(sound)
     assert "the metadata of flow and the group's copy of it differ: dimension_names, units" in told
 
@@ -127,7 +127,7 @@ def test_copies_of_metadata_have_to_be_called_so(store: FlowStore) -> None:
     path = store.folder / "zarr.json"
     sound = path.read_text()
     path.write_text(sound.replace('"kind": "inline"', '"kind": "other"'))
-    told = list(FlowStore(store.folder).problems())
+    told = list(map(str, FlowStore(store.folder).check()))
     path.write_text(sound)
     assert told == ["zarr.json does not say of its copies of the arrays' metadata that they are that"]
 
@@ -152,7 +152,7 @@ def test_where_other_readers_are_told_that_vectors_lie(tmp_path: Path) -> None:
     sound = chunk.read_bytes()
 
     def told() -> list[str]:
-        return list(open_store(store.path).problems())
+        return list(map(str, open_store(store.path).check()))
 
     chunk.write_bytes(compress(np.arange(GRID.height, dtype=np.float64), "blosc"))
     assert told() == ["y does not say where the vectors lie"]

@@ -134,7 +134,7 @@ def test_misplaced_flow_is_refused_and_named(
             with pytest.raises(DamagedStoreError, match=rf"flow {number} \(frame {2 * number}\): {MISPLACED}"):
                 read(number)
     assert np.array_equal(store.frame, 2 * np.arange(T))
-    assert list(store.problems()) == [f"flow {number} (frame {2 * number}): {MISPLACED}" for number in wrong]
+    assert list(map(str, store.check())) == [f"flow {number} (frame {2 * number}): {MISPLACED}" for number in wrong]
 
 
 def test_neighbours_are_one_finding_with_their_frames(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_a_shard_with_all_that_belongs_to_it_is_still_not_in_its_place(tmp_path:
             store[number]
     with pytest.raises(DamagedStoreError, match="times and frame numbers of flow 0 are not those written"):
         _ = store.frame
-    found = list(store.problems())
+    found = list(map(str, store.check()))
     for number in wrong:
         assert f"flow {number}: {MISPLACED}" in found
         assert f"flow {number}: its times and frame numbers are not those written" in found
@@ -172,7 +172,7 @@ def test_times_of_elsewhere_are_refused_and_the_flow_is_not(tmp_path: Path, name
         getattr(store, {"timestamp_s": "timestamps_s", "timestamp_to_s": "timestamps_to_s"}.get(name, name))
     assert np.array_equal(store[:], moving())
     told = [f"flow {number}: its times and frame numbers are not those written" for number in (3, 4, 5)]
-    assert [problem for problem in store.problems() if "not those" in problem] == told
+    assert [problem for problem in map(str, store.check()) if "not those" in problem] == told
 
 
 def test_one_changed_value_of_any_array_is_found(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_chunks_of_another_length_are_found(tmp_path: Path, name: str, length: i
     store = make(tmp_path / "X.zarr")
     values = np.resize(store.files.coordinate_chunk(name, 1), length)
     coordinate_chunk(store.folder, name, 1).write_bytes(compress(values, "blosc"))
-    (problem,) = FlowStore(store.folder).problems()
+    (problem,) = map(str, FlowStore(store.folder).check())
     assert problem.startswith(f"chunk 1 of {name}: ")
     assert problem.endswith("(flows 3 to 5)")
 
@@ -214,7 +214,7 @@ def test_every_damaged_chunk_is_told_not_the_first_alone(tmp_path: Path) -> None
     coordinate_chunk(store.folder, "frame", 0).unlink()
     coordinate_chunk(store.folder, "frame", 1).write_bytes(bytes(16 * SHARD + 4097))
     coordinate_chunk(store.folder, "frame", 2).unlink()
-    assert list(store.problems()) == [  # without an extra problem for each unknown frame in them
+    assert list(map(str, store.check())) == [  # without an extra problem for each unknown frame in them
         "chunk 0 of frame is missing (flows 0 to 2)",
         "chunk 1 of frame: it is longer than 3 values can be (flows 3 to 5)",
         "chunk 2 of frame is missing (flows 6 to 7)",
@@ -228,9 +228,9 @@ def test_lost_checksums_hide_nothing_and_are_missed(tmp_path: Path, name: str) -
     store = open_store(store.path)
     assert np.array_equal(store[:], moving())
     assert np.array_equal(store.frame, 2 * np.arange(T))
-    assert list(store.problems()) == [f"chunk 1 of {name} is missing (flows 3 to 5)"]
+    assert list(map(str, store.check())) == [f"chunk 1 of {name} is missing (flows 3 to 5)"]
     (store.folder / name / "zarr.json").unlink()
-    assert any(f"{name} is not a Zarr v3 store" in problem for problem in open_store(store.path).problems())
+    assert any(f"{name} is not a Zarr v3 store" in problem for problem in map(str, open_store(store.path).check()))
 
 
 def test_checksums_cannot_be_argued_away_in_the_metadata(tmp_path: Path) -> None:

@@ -694,7 +694,7 @@ def test_check_looks_at_times_and_frames(
     """Each problem is reported once."""
     store = make(tmp_path / "X.zarr", moving())
     change(store, name, place, value)
-    assert list(open_store(store.path).problems()) == problems
+    assert list(map(str, open_store(store.path).check())) == problems
 
 
 def test_check_looks_at_frames_that_are_both_unknown(tmp_path: Path) -> None:
@@ -702,7 +702,7 @@ def test_check_looks_at_frames_that_are_both_unknown(tmp_path: Path) -> None:
     store = make(tmp_path / "X.zarr", moving())
     for name in ("frame", "frame_to"):
         change(store, name, 5, -1)
-    assert list(open_store(store.path).problems()) == [
+    assert list(map(str, open_store(store.path).check())) == [
         f"flow 5: its {name} is not known" for name in ("frame", "frame_to")
     ]
 
@@ -715,7 +715,7 @@ def test_check_looks_at_times_too_far_apart_for_a_float(tmp_path: Path) -> None:
         ("timestamp_s", 3, 1.7e308),
     ):
         change(store, name, place, value)
-    found = list(open_store(store.path).problems())
+    found = list(map(str, open_store(store.path).check()))
     assert found[0] == "flow 2 (frame 4): its timestamp_s is not after the one before"
 
 
@@ -731,9 +731,9 @@ def test_a_lossless_store_with_a_scale_is_refused(tmp_path: Path) -> None:
 
 def test_check_looks_at_flow_from_later_to_earlier_frames(tmp_path: Path) -> None:
     store = make(tmp_path / "X.zarr", moving(), backward=True)
-    assert list(store.problems()) == []
+    assert list(store.check()) == []
     change(store, "timestamp_s", 2, 0.23)
-    assert list(open_store(store.path).problems()) == [f"flow 3 (frame 8): {BEGINS_ELSEWHERE}"]
+    assert list(map(str, open_store(store.path).check())) == [f"flow 3 (frame 8): {BEGINS_ELSEWHERE}"]
 
 
 def change(store: FlowStore, name: str, place: int, value: float) -> None:
@@ -753,7 +753,7 @@ def test_check_finds_what_does_not_belong(tmp_path: Path) -> None:
     (store.folder / "flow" / "c" / "08").mkdir()  # not the name of a chunk
     (store.folder / "frame" / "c" / "3").touch()
     (store.folder / "flow" / "zarr.json.partial").touch()
-    assert list(store.problems()) == [
+    assert list(map(str, store.check())) == [
         "flow/c/7 lies behind the last flow",
         "frame/c/3 lies behind the last flow",
         "flow/zarr.json.partial is a leftover of a run that was cut short",
@@ -766,7 +766,7 @@ def test_a_folder_that_cannot_be_listed_is_told(tmp_path: Path, monkeypatch: pyt
 
     store = make(tmp_path / "X.zarr", moving())
     monkeypatch.setattr(os, "listdir", refused)
-    assert list(store.problems()) == [f"{store.folder / 'flow/c'} cannot be listed (Permission denied)"]
+    assert list(map(str, store.check())) == [f"{store.folder / 'flow/c'} cannot be listed (Permission denied)"]
 
 
 def test_what_is_no_file_is_not_left_open(tmp_path: Path) -> None:
@@ -778,16 +778,16 @@ def test_what_is_no_file_is_not_left_open(tmp_path: Path) -> None:
 
 def test_check_of_an_unfinished_store_reads_what_is_there(tmp_path: Path, decoded: list[int]) -> None:
     store = make(tmp_path / "X.zarr", moving(5), announced=40, complete=False)
-    assert list(store.problems()) == ["unfinished: 5 of 40 flows are there"]
+    assert list(map(str, store.check())) == ["unfinished: 5 of 40 flows are there"]
     assert len(decoded) == 5
     (store.folder / "flow" / "c" / "9").mkdir()  # of a shard that is not written yet
     change(store, "frame", 5, 77)  # behind the last flow
     group = json.loads((store.folder / "zarr.json").read_text())
     group["consolidated_metadata"] = {"metadata": {}}  # as in a finished store that is being extended
     (store.folder / "zarr.json").write_text(json.dumps(group))
-    assert list(store.problems()) == ["unfinished: 5 of 40 flows are there"]
+    assert list(map(str, store.check())) == ["unfinished: 5 of 40 flows are there"]
     spoil(flow_shard(store.folder, 0), -1)
-    state, *damaged = FlowStore(store.folder).problems()
+    state, *damaged = map(str, FlowStore(store.folder).check())
     assert state == "unfinished: 5 of 40 flows are there"
     assert [line.split(":")[0] for line in damaged] == ["flow 0 (frame 0)", "flow 1 (frame 2)", "flow 2 (frame 4)"]
     flow_shard(store.folder, 0).unlink()

@@ -129,7 +129,7 @@ def test_what_went_in_comes_out(tmp_path: Path, codec: Codec, max_error: float) 
     assert np.array_equal(store.frame_to, store.frame + 2)
     assert np.array_equal(store.timestamps_s, 0.5 + store.frame / 25)
     assert np.array_equal(store.timestamps_to_s, 0.5 + store.frame_to / 25)
-    assert list(store.problems()) == []
+    assert list(store.check()) == []
     assert names(tmp_path / "new") == ["X.zarr"]
     assert published_shards(Path(store.path)) == [0, 1, 2]
     assert not [file for file in Path(store.path).rglob("*") if file.name.endswith(".partial")]
@@ -183,7 +183,7 @@ def test_any_shape_shard_batch_and_announcement(
     assert np.nan_to_num(np.abs(store[:] - flows)).max() <= max_error
     assert np.array_equal(store.frame, 2 * np.arange(count))
     assert bool(sink.notes) == bool(holes and max_error)
-    assert list(store.problems()) == []
+    assert list(store.check()) == []
 
 
 def test_indexing_is_numpys(tmp_path: Path) -> None:
@@ -404,7 +404,7 @@ def test_until_commit_only_the_partial_is_there(tmp_path: Path) -> None:
             store[key]
     with pytest.raises(StoreError):
         list(store)
-    assert list(store.problems()) == ["unfinished: 6 of 8 flows are there"]
+    assert list(map(str, store.check())) == ["unfinished: 6 of 8 flows are there"]
     assert np.isnan(store.timestamps_s[6:]).all()
     assert store.frame.tolist() == [0, 2, 4, 6, 8, 10, -1, -1]
     assert "unfinished" in repr(store)
@@ -814,7 +814,7 @@ def test_a_flipped_bit_names_its_frame(tmp_path: Path, codec: Codec) -> None:
     assert store[3].shape == (2, H, W)
     with pytest.raises(DamagedStoreError, match=r"flow 4 \(frame 8\): checksum is wrong"):
         store[2:6]
-    (problem,) = store.problems()
+    (problem,) = map(str, store.check())
     assert "flow 4 (frame 8)" in problem
 
 
@@ -827,7 +827,7 @@ def test_a_damaged_or_missing_shard_names_its_flows(tmp_path: Path) -> None:
     store = open_store(tmp_path / "X.zarr")
     with pytest.raises(DamagedStoreError, match=r"flow 1 \(frame 2\) is missing"):
         store[1]
-    problems = list(store.problems())
+    problems = list(map(str, store.check()))
     assert len(problems) == 5
     for number in (0, 1, 2):
         assert sum(f"flow {number} " in problem for problem in problems) == 1
@@ -843,4 +843,4 @@ def test_damaged_times_are_found_and_do_not_hide_the_flow(tmp_path: Path) -> Non
     with pytest.raises(DamagedStoreError, match="chunk 0 of frame is missing"):
         _ = store.frame
     assert np.array_equal(store[:], flows)
-    assert len(list(store.problems())) == 2
+    assert len(list(store.check())) == 2

@@ -227,5 +227,5 @@ def test_of_two_processes_on_one_store_one_gives_up_and_nothing_is_lost(tiny: li
         other.send_signal(signal.SIGKILL)
         other.communicate()
     assert call(["run", SOURCE, "-o", "k.zarr", *tiny, "--overwrite"]) == 0
-    assert list(open_store("k.zarr").problems()) == []
+    assert list(open_store("k.zarr").check()) == []
     assert os.listdir() == ["k.zarr"]
