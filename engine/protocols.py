@@ -174,8 +174,12 @@ class FlowReader(Protocol):
 class OneFileAFlow(Protocol):
     """A sink whose output is many files, so that one path does not tell whether it is finished."""
 
-    def holds(self, flows: int) -> bool:
-        """Whether the finished files of exactly so many flows exist. Called without ``open``."""
+    def holds(self, flows: int, *, or_unfinished: bool = False) -> bool:
+        """Whether the finished files of exactly so many flows exist. Called without ``open``.
+
+        or_unfinished: whether each exists under its finished or its unfinished name, but none under both, as when a run
+        is killed while it names them.
+        """
         ...
 
     def files(self) -> list[Path]:

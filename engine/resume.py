@@ -16,7 +16,7 @@ from flowreel.engine.errors import OutputExistsError, ResumeMismatchError, TooFe
 from flowreel.engine.export import write_flows
 from flowreel.engine.files import PathLike
 from flowreel.engine.models.weights import read_weights
-from flowreel.engine.outputs import first_store, is_finished
+from flowreel.engine.outputs import first_store, is_finished, unname
 from flowreel.engine.protocols import OneFileAFlow, ResumableSink, ResumePoint, Sink, Source
 from flowreel.engine.provenance import settings
 from flowreel.engine.restore import Fit
@@ -137,8 +137,11 @@ def with_others(report: RunReport, resumed: Resumption, paths: list[str], config
         if is_finished(sink, report.flows):
             notes.append(f"{path} exists already")
             continue
-        # What is left of an unfinished single output is replaced. Of many files, nobody can tell whose they are.
-        replacing = replace(config.sink, overwrite=not isinstance(sink, OneFileAFlow), resume=False)
+        # What is left of an unfinished single output is replaced. Of many files, nobody can tell whose they are, unless
+        # a run was killed while it named them.
+        if (one_each := isinstance(sink, OneFileAFlow)) and sink.holds(report.flows, or_unfinished=True):
+            unname(sink)
+        replacing = replace(config.sink, overwrite=not one_each, resume=False)
         try:
             outputs += write_flows(open_flows(resumed.store.path), [path], replace(config, sink=replacing)).outputs
         except OutputExistsError as error:

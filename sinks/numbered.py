@@ -179,10 +179,13 @@ class NumberedFilesSink(ABC):
         """The finished files, of this run or another."""
         return [file for name in self._names for file in name.files()] if self._folder.is_dir() else []
 
-    def holds(self, flows: int) -> bool:
-        """Whether exactly the files of so many flows exist: of one run, as two runs' never have their names at once."""
-        there = self._folder.is_dir()
-        return there and all(name.present().keys() == set(range(flows)) for name in self._names)
+    def holds(self, flows: int, *, or_unfinished: bool = False) -> bool:
+        """See ``OneFileAFlow``. They are of one run, as two runs' never have their names at once."""
+        if not self._folder.is_dir():
+            return False
+        kinds = (self._names, self._unfinished) if or_unfinished else (self._names,)
+        each = (sorted(number for name in names for number in name.present()) for names in zip(*kinds, strict=True))
+        return all(numbers == [*range(flows)] for numbers in each)
 
     def write(self, batch: FlowBatch) -> None:
         """Submits each flow to be encoded and written. Raises the error of an earlier one, too."""

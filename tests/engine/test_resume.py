@@ -24,7 +24,14 @@ from flowreel.engine.claims import Claim
 from flowreel.engine.cli import call
 from flowreel.engine.cli.table import print_summary
 from flowreel.engine.config import SelectConfig, SinkConfig
-from flowreel.engine.errors import OutputBusyError, ResumeMismatchError, StageError, TruncatedSourceError, UsageError
+from flowreel.engine.errors import (
+    OutputBusyError,
+    OutputExistsError,
+    ResumeMismatchError,
+    StageError,
+    TruncatedSourceError,
+    UsageError,
+)
 from flowreel.engine.models import build_model
 from flowreel.engine.models.saving import save_weights
 from flowreel.engine.outputs import Progress, commit, unname
@@ -221,6 +228,32 @@ def test_a_run_stopped_between_naming_its_outputs_is_resumed(tiny: str, monkeypa
         flowreel.run("frames", outputs, weights=tiny, shard_bytes=SHARD_BYTES)
     flowreel.run("frames", outputs, weights=tiny, shard_bytes=SHARD_BYTES, resume=True)
     assert sorted(os.listdir()) == ["X.mp4", "X.zarr", "Y.zarr", "flo", "frames"]
+
+
+@pytest.mark.parametrize("output", ["flo/%03d.flo", "flo/flow_x_%d.png"])
+def test_files_that_a_killed_run_was_naming_are_made_again(tiny: str, output: str) -> None:
+    pictures("frames", 0, 6)
+    flowreel.run("frames", ["X.zarr", output], weights=tiny, max_error=0)
+    sound = contents("flo")
+    for unnamed in (1, 3, len(sound) - 1):
+        for name in sorted(sound, reverse=True)[:unnamed]:
+            Path("flo", name).rename(Path("flo", name + ".partial"))
+        Path("flo", name + ".partial").write_bytes(b"cut off")
+        flowreel.run("frames", ["X.zarr", output], weights=tiny, max_error=0, resume=True)
+        assert contents("flo") == sound
+
+
+def test_of_other_files_none_is_taken_for_those_of_a_killed_run(tiny: str) -> None:
+    """Here some exist under both names: the unfinished ones are of a later run than the others."""
+    pictures("frames", 0, 6)
+    flowreel.run("frames", ["X.zarr", "flo/%03d.flo"], weights=tiny)
+    Path("flo/004.flo").unlink()
+    for number in (3, 4):
+        Path(f"flo/{number:03}.flo.partial").touch()
+    before = contents("flo")
+    with pytest.raises(OutputExistsError, match="what is there is not the 5 flows"):
+        flowreel.run("frames", ["X.zarr", "flo/%03d.flo"], weights=tiny, resume=True)
+    assert contents("flo") == before
 
 
 @pytest.mark.parametrize("stopped", [True, False])
