@@ -13,6 +13,7 @@ import typer
 
 from flowreel.engine.errors import OutputWriteError, UsageError
 from flowreel.engine.options import Auto
+from flowreel.engine.publish import publish_bytes
 
 Number = TypeVar("Number", int, float)
 
@@ -62,8 +63,11 @@ def write_stats(path: Path, report: dict[str, object]) -> None:
             raise OutputWriteError("stdout is closed, so the report is lost; the outputs are done")
         typer.echo(json.dumps(report, indent=2))
         return
+    text = json.dumps(report, indent=2).encode() + b"\n"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=2) + "\n")
+        if path.is_symlink() or (path.exists() and not path.is_file()):  # such as /dev/fd/3, which has no neighbours
+            path.write_bytes(text)
+        else:
+            publish_bytes(path, text)
     except OSError as error:
         raise OutputWriteError(f"cannot write {path}: {error.strerror or error}; the outputs are done") from error

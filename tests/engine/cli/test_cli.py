@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import re
+import resource
 import signal
 import struct
 import subprocess
@@ -24,7 +25,9 @@ import torch
 
 from flowreel.engine import api, cli
 from flowreel.engine.cli import call
+from flowreel.engine.cli.options import write_stats
 from flowreel.engine.config import RunConfig
+from flowreel.engine.errors import OutputWriteError
 from flowreel.engine.inference import Inference
 from flowreel.engine.sources.synthetic import SyntheticConfig, SyntheticSource
 from flowreel.kernels.flow_color import flow_to_color
@@ -76,6 +79,27 @@ def test_stats_to_stdout(tiny: str, capsys: Capture) -> None:
     assert call([*run, "list.json"]) == 0
     assert json.loads(capsys.readouterr().out)["sources"][0]["status"] == "done"
     assert sorted(path.name for path in Path().iterdir()) == ["a.zarr", "b.zarr", "c", "list.json"]
+
+
+def test_stats_that_do_not_fit_on_the_disk_leave_the_former_ones() -> None:
+    write_stats(Path("stats.json"), {"seconds": 1.0, "outputs": []})
+    former, limit = Path("stats.json").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+        with pytest.raises(OutputWriteError, match=r"stats\.json: .*; the outputs are done"):
+            write_stats(Path("stats.json"), {"seconds": 2.0, "outputs": ["x" * 200]})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert Path("stats.json").read_bytes() == former
+    assert os.listdir() == ["stats.json"]
+
+
+def test_stats_to_a_pipe() -> None:
+    reader, writer = os.pipe()
+    write_stats(Path(f"/dev/fd/{writer}"), {"pairs": 5})
+    assert json.loads(os.read(reader, 100)) == {"pairs": 5}
+    os.close(reader)
+    os.close(writer)
 
 
 @pytest.mark.parametrize("option", ["--stats", "--manifest"])
