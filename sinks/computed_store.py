@@ -31,7 +31,7 @@ from flowreel.sinks.codecs import flow_codec
 from flowreel.sinks.compressors import compress
 from flowreel.sinks.flows import Flows, coordinates
 from flowreel.sinks.store_checksums import ATTRIBUTES_CHECKSUM, attributes_checksum
-from flowreel.sinks.store_layout import BYTES
+from flowreel.sinks.store_layout import BYTES, consolidate
 from flowreel.sinks.store_metadata import store_metadata
 
 if TYPE_CHECKING:
@@ -245,8 +245,7 @@ def _files(info: FlowInfo, flows: Flows) -> dict[str, bytes]:
     del attributes["flowreel"]["codec"]
     attributes[ATTRIBUTES_CHECKSUM] = attributes_checksum(attributes["flowreel"])
     metadata["flow"]["codecs"] = [BYTES]
-    arrays = {name: metadata[name] for name in sorted(metadata) if name}
-    metadata[""]["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": arrays}
+    consolidate(metadata)
     files = {f"{name}/zarr.json".lstrip("/"): json.dumps(content).encode() for name, content in metadata.items()}
     return files | {f"{name}/c/0": compress(values, "blosc") for name, values in coordinates(flows).items()}
 

@@ -139,8 +139,9 @@ def read_layout(folder: Path, complete: bool) -> tuple[dict[str, Any], StoreLayo
     group = read_json(folder / "zarr.json")
     attributes = _flowreel_attributes(folder, group)
     try:
-        layout = _flow_layout(read_json(folder / "flow" / "zarr.json"), attributes)
-        if complete and _consolidated(group, "flow", layout) != layout:
+        array = read_json(folder / "flow" / "zarr.json")
+        layout = _flow_layout(array, attributes)
+        if complete and _flow_layout(_groups_copy(group, "flow", array), attributes) != layout:
             raise ValueError("its own metadata and the group's copy of it disagree")
     except _MALFORMED as error:
         if isinstance(error, DamagedStoreError):
@@ -158,8 +159,8 @@ def check_coordinate(folder: Path, name: str, layout: StoreLayout, complete: boo
         length = _coordinate_length(array, name, layout)
         if complete:  # while a store grows or is trimmed, its arrays get their new length one after the other
             _expect("length", length, layout.count)
-            copy = _consolidated_metadata(read_json(folder / "zarr.json"), name)
-            _expect("length in the group's copy", _coordinate_length(copy or array, name, layout), length)
+            copy = _groups_copy(read_json(folder / "zarr.json"), name, array)
+            _expect("length in the group's copy", _coordinate_length(copy, name, layout), length)
     except _MALFORMED as error:
         if isinstance(error, DamagedStoreError):
             raise
@@ -289,15 +290,19 @@ def _number(what: str, value: object) -> float:
     return float(value)
 
 
-def _consolidated(group: dict[str, Any], name: str, layout: StoreLayout) -> StoreLayout:
-    """The layout that the group's copy of the metadata describes; the given one when the group has no copy."""
-    metadata = _consolidated_metadata(group, name)
-    return layout if metadata is None else _flow_layout(metadata, group["attributes"]["flowreel"])
+def consolidate(metadata: dict[str, dict[str, Any]]) -> None:
+    """Copies the arrays' metadata into the group's, which is "", so that a reader over a network needs one request.
+
+    Only at the end, as every change of length makes the copies stale.
+    """
+    arrays = {name: metadata[name] for name in sorted(metadata) if name}
+    metadata[""]["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": arrays}
 
 
-def _consolidated_metadata(group: dict[str, Any], name: str) -> dict[str, Any] | None:
+def _groups_copy(group: dict[str, Any], name: str, array: dict[str, Any]) -> dict[str, Any]:
+    """The group's copy of an array's metadata; the metadata itself when the group has no copies."""
     copies = group.get("consolidated_metadata")
-    return None if copies is None else dict(copies["metadata"][name])
+    return array if copies is None else dict(copies["metadata"][name])
 
 
 def _flowreel_attributes(folder: Path, group: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from flowreel.sinks.compressors import compress
 from flowreel.sinks.parallel import OrderedPool
 from flowreel.sinks.shard_file import pack_shard
 from flowreel.sinks.store_checksums import ATTRIBUTES_CHECKSUM, attributes_checksum, flow_checksums, time_checksums
-from flowreel.sinks.store_layout import BESIDE_FLOW, COORDINATES
+from flowreel.sinks.store_layout import BESIDE_FLOW, COORDINATES, consolidate
 from flowreel.sinks.store_target import StoreTarget
 
 WRITERS = 4  # threads; on two cores they write to a disk 1.4 times as fast as one does, to memory twice
@@ -102,7 +102,8 @@ class StoreWriter:
             attributes["flowreel"]["source_losses"] = list(losses)
             attributes[ATTRIBUTES_CHECKSUM] = attributes_checksum(attributes["flowreel"])
         self._set_length(count)
-        self._consolidate()
+        consolidate(self._metadata)
+        self._publish_metadata("")
 
     def require_no_hole(self) -> None:
         if self._failed:
@@ -156,15 +157,6 @@ class StoreWriter:
                 self._metadata[name]["shape"][0] = length
                 self._publish_metadata(name)
             self._length = length
-
-    def _consolidate(self) -> None:
-        """Copies the arrays' metadata into the group's, so that a reader over a network needs one request.
-
-        Only at the end, as every change of length makes the copy stale.
-        """
-        arrays = {name: self._metadata[name] for name in sorted(self._metadata) if name}
-        self._metadata[""]["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": arrays}
-        self._publish_metadata("")
 
     def _publish_metadata(self, name: str) -> None:
         key = f"{name}/zarr.json" if name else "zarr.json"
