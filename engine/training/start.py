@@ -13,7 +13,7 @@ from flowreel.engine.models import build_model
 from flowreel.engine.models.flownetc import DISPLACEMENTS, FlowNetC
 from flowreel.engine.models.layers import scaled
 from flowreel.engine.models.stacks import FlowNet2CS, FlowNet2CSS
-from flowreel.engine.models.weights import instantiate, read_weights
+from flowreel.engine.models.weights import Weights, instantiate
 from flowreel.engine.training.config import TrainConfig
 from flowreel.engine.training.identity import CARRIED, start_as_identity
 from flowreel.engine.training.widen import widen
@@ -23,12 +23,15 @@ CORRELATION_GAIN = 5.0
 _CHANNELS = (32, 64, 128, 256, 512, 1024)  # of FlowNetC's layers at width 1
 
 
-def network(config: TrainConfig) -> nn.Module:
+def network(config: TrainConfig, initial: Weights | None = None) -> nn.Module:
     """The network that a run trains, on the CPU.
+
+    Args:
+        initial: those of ``config.init``. None: random ones, which a resumed run replaces by those of its checkpoint.
 
     Raises UsageError for initial weights that cannot grow into it.
     """
-    return _fresh(config) if config.init is None else _from_weights(config)
+    return _fresh(config) if initial is None else _from_weights(config, initial)
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -41,15 +44,13 @@ def plain(model: nn.Module) -> nn.Module:
 
 def _fresh(config: TrainConfig) -> nn.Module:
     model = build_model(config.model, batch_norm=config.batch_norm, width=config.width)
-    if isinstance(net := _correlating(model), FlowNetC):
+    if config.init is None and isinstance(net := _correlating(model), FlowNetC):
         parametrize.register_parametrization(net.conv3_1[0], "weight", _CentredCorrelation())
     return model
 
 
-def _from_weights(config: TrainConfig) -> nn.Module:
-    """The network of ``config.init``, made wider or longer as the run's network demands."""
-    assert config.init is not None
-    held = read_weights(config.init)
+def _from_weights(config: TrainConfig, held: Weights) -> nn.Module:
+    """The network that the weights are of, made wider or longer as the run's network demands."""
     times = round(config.width / held.width)
     fits = times >= 1 and all(scaled(n, config.width) == times * scaled(n, held.width) for n in _CHANNELS)
     if config.batch_norm or held.batch_norm or not fits:

@@ -27,7 +27,7 @@ from flowreel.engine.models.layers import folded, normalise, to_pixels
 from flowreel.engine.models.saving import save_weights
 from flowreel.engine.models.stacks import FlowNet2, FlowNet2CS, FlowNet2CSS, refining_input
 from flowreel.engine.models.weight_files import appearing
-from flowreel.engine.models.weights import read_weights
+from flowreel.engine.models.weights import Weights, read_weights
 from flowreel.engine.places import make_folder
 from flowreel.engine.publish import write_errors
 from flowreel.engine.training.batches import batches, on, render
@@ -37,6 +37,7 @@ from flowreel.engine.training.loss import end_point_error, matching_loss, multi_
 from flowreel.engine.training.painting import Batch, Painter
 from flowreel.engine.training.start import network, plain
 
+CHECKPOINT = "checkpoint.pt"  # in a run's folder
 LICENCE = "Apache-2.0"
 HELD_OUT_SEED = 1 << 40  # no training run gets this far
 
@@ -66,7 +67,7 @@ def train(
     """Trains, and writes ``weights.safetensors``, ``checkpoint.pt`` and ``log.csv`` into ``out``.
 
     Args:
-        resume: continue from ``out/checkpoint.pt`` if it exists.
+        resume: continue from ``out/checkpoint.pt`` if it exists; the initial weights are then not read again.
         workers: processes that make scenes during training; 0: made in this process. Does not change the result, except
             for the number of steps if ``config`` sets minutes.
         report_every: steps between held-out measurements, log lines and checkpoints.
@@ -92,14 +93,16 @@ def train(
     where = one_device(device)
     if os.path.lexists(out):
         make_folder(out)  # a file of that name is refused at once
+    begun = resume and (out / CHECKPOINT).exists()  # then the initial weights, which may be gone, are not needed
+    initial = None if begun or config.init is None else read_weights(config.init)
     torch.manual_seed(config.seed)
-    model = network(config).to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    state = _Run(config, out, model, optimiser_of(config, model))
+    model = network(config, initial).to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    state = _Run(config, out, model, optimiser_of(config, model), initial)
     make_folder(out)  # not before the initial weights have been read
     with write_errors(out):
         claim = Claim.of_folder(out, str(out))
     try:
-        state.load(resume)
+        state.load(begun)
         return _train(state, where, workers, report_every, report)
     finally:
         claim.release()
@@ -224,37 +227,47 @@ def _held_out(model: nn.Module, batch: Batch) -> tuple[float, float]:
 class _Run:
     """The state of a run that is kept in its folder."""
 
-    def __init__(self, config: TrainConfig, out: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        out: Path,
+        model: nn.Module,
+        optimiser: torch.optim.Optimizer,
+        initial: Weights | None,
+    ) -> None:
         self.config, self.out, self.model, self.optimiser = config, out, model, optimiser
         self.step, self.seconds = 0, 0.0
-        self.checkpoint, self.log = out / "checkpoint.pt", out / "log.csv"
+        self.checkpoint, self.log = out / CHECKPOINT, out / "log.csv"
         self.weights = out / "weights.safetensors"
         self.lineage: dict[str, JSON] | None = None
-        if config.init is not None:  # read now: at the end the file may be gone, or another
-            before = read_weights(config.init)
-            self.lineage = {"sha256": before.sha256, "made_by": dict(before.made_by)}
+        if initial is not None:
+            self.lineage = {"sha256": initial.sha256, "made_by": dict(initial.made_by)}
 
-    def load(self, resume: bool) -> None:
-        if not self.checkpoint.exists():
+    def load(self, begun: bool) -> None:
+        """Takes over the checkpoint of a run that has begun; for a new one, makes sure that the folder holds none."""
+        if not begun:
+            if self.checkpoint.exists():
+                raise CheckpointError(f"{self.out} holds a training run already: pass --resume, or another folder")
             if self.weights.exists():
                 raise CheckpointError(f"{self.weights} exists already, without a checkpoint: choose another folder")
             self.log.unlink(missing_ok=True)
             return
-        if not resume:
-            raise CheckpointError(f"{self.out} holds a training run already: pass --resume, or another folder")
         try:
             saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)  # saved from any device
         except Exception as error:
             raise CheckpointError(f"{self.checkpoint} cannot be read: {first_line(error)}") from error
         if not (isinstance(saved, dict) and saved.keys() >= {"config", "model", "optimiser", "step", "seconds"}):
             raise CheckpointError(f"{self.checkpoint} is not a checkpoint of a training run: choose another folder")
-        differing = [f.name for f in fields(TrainConfig) if saved["config"].get(f.name) != getattr(self.config, f.name)]
+        values = [(f.name, saved["config"].get(f.name), getattr(self.config, f.name)) for f in fields(TrainConfig)]
+        differing = [f"{name} {before!r} instead of {now!r}" for name, before, now in values if before != now]
         if differing:
-            raise CheckpointError(f"{self.out} was trained with other settings ({', '.join(differing)})")
+            raise CheckpointError(
+                f"{self.out} was begun with other settings: {', '.join(differing)}; pass those, or another folder"
+            )
         self.model.load_state_dict(saved["model"])
         self.optimiser.load_state_dict(saved["optimiser"])
         self.step, self.seconds = saved["step"], saved["seconds"]
-        self.lineage = saved.get("init", self.lineage)  # the file may be another now than when the run began
+        self.lineage = saved["init"]
         self._shorten_log()
 
     def _shorten_log(self) -> None:

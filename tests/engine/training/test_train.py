@@ -362,3 +362,27 @@ def test_a_run_goes_on_from_other_weights_and_says_so(tmp_path: Path) -> None:
     assert lineage["made_by"]["steps"] == 1
     with pytest.raises(UsageError, match="BatchNorm"):
         train(replace(config, batch_norm=True), tmp_path / "third", workers=0)
+
+
+@pytest.mark.parametrize("last_only", [False, True])
+def test_a_run_is_resumed_without_the_weights_it_began_with(last_only: bool, tmp_path: Path) -> None:
+    class Stopped(Exception):
+        pass
+
+    def stop(progress: Progress) -> None:
+        raise Stopped
+
+    narrow = replace(TINY, steps=1, width=0.0625)
+    first = train(narrow, tmp_path / "first", workers=0)
+    grown = {"model": "FlowNet2CS", "width": 0.125, "last_only": True} if last_only else {}
+    config = replace(narrow, steps=2, init=str(first), batch_norm=False, **grown)
+    train(config, tmp_path / "whole", workers=0)
+    with pytest.raises(Stopped):
+        train(config, tmp_path / "parts", workers=0, report_every=1, report=stop)
+    first.unlink()
+    with pytest.raises(CheckpointError, match=r"init '.*first.weights\.safetensors' instead of 'other'; pass those"):
+        train(replace(config, init="other"), tmp_path / "parts", workers=0, resume=True)
+    train(config, tmp_path / "parts", workers=0, resume=True)
+    assert_same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
+    whole, parts = (read_weights(tmp_path / name / "weights.safetensors").made_by for name in ("whole", "parts"))
+    assert whole["init"] == parts["init"]
