@@ -241,7 +241,8 @@ class _Run:
         self.weights = out / "weights.safetensors"
         self.lineage: dict[str, JSON] | None = None
         if initial is not None:
-            self.lineage = {"sha256": initial.sha256, "made_by": dict(initial.made_by)}
+            made_by = dict(initial.made_by)
+            self.lineage = {"sha256": initial.sha256, "licence": initial.licence, "made_by": made_by}
 
     def load(self, begun: bool) -> None:
         """Takes over the checkpoint of a run that has begun; for a new one, makes sure that the folder holds none."""
@@ -310,8 +311,10 @@ class _Run:
             "trained_on": "procedural scenes (flowreel.engine.training.drawing) alone",
             "seconds": round(self.seconds),
         }
+        licence = LICENCE
         if self.lineage is not None:
             made_by["init"] = self.lineage
+            licence = str(self.lineage["licence"])  # of weights for research only come weights for research only
         state = folded(plain(self.model)).state_dict()
-        save_weights(self.weights, state, licence=LICENCE, made_by=made_by, width=self.config.width, half=True)
+        save_weights(self.weights, state, licence=licence, made_by=made_by, width=self.config.width, half=True)
         return self.weights

@@ -23,6 +23,8 @@ from flowreel.engine.errors import (
     UsageError,
     WeightsNotFoundError,
 )
+from flowreel.engine.models import build_model
+from flowreel.engine.models.saving import save_weights
 from flowreel.engine.models.weight_files import appearing
 from flowreel.engine.models.weights import load_model, read_weights
 from flowreel.engine.training import batches, start
@@ -362,6 +364,14 @@ def test_a_run_goes_on_from_other_weights_and_says_so(tmp_path: Path) -> None:
     assert lineage["made_by"]["steps"] == 1
     with pytest.raises(UsageError, match="BatchNorm"):
         train(replace(config, batch_norm=True), tmp_path / "third", workers=0)
+
+
+def test_weights_keep_the_licence_of_those_they_began_with(tmp_path: Path) -> None:
+    state = build_model("FlowNet2C", width=TINY.width).state_dict()
+    save_weights(tmp_path / "theirs.safetensors", state, licence="research only", made_by={}, width=TINY.width)
+    config = replace(TINY, steps=1, init=str(tmp_path / "theirs.safetensors"), batch_norm=False)
+    for resume in (False, True):
+        assert read_weights(train(config, tmp_path / "ours", workers=0, resume=resume)).licence == "research only"
 
 
 @pytest.mark.parametrize("last_only", [False, True])
