@@ -30,6 +30,7 @@
     ├── FlowFileError (ValueError)        an invalid .flo, KITTI picture, .npz or two-stream picture
     ├── StaleModelError (RuntimeError)    a network's weights changed after it was compiled
     ├── CheckpointError (ValueError)      a training run that cannot be resumed
+    ├── DivergedError (ArithmeticError)   training whose loss is no longer a finite number
     └── StageError                        a pipeline stage failed; __cause__ is the original error
 
     PrecisionWarning (UserWarning)    values come close to the limit of the chosen precision; the run goes on
@@ -162,6 +163,10 @@ class StaleModelError(FlowreelError, RuntimeError):
 
 class CheckpointError(FlowreelError, ValueError):
     """A training run's folder that cannot be resumed as asked."""
+
+
+class DivergedError(FlowreelError, ArithmeticError):
+    """A training run whose loss or weights are no longer finite numbers, which none of its later steps would change."""
 
 
 class StageError(FlowreelError):

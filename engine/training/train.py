@@ -8,6 +8,7 @@ unless it is limited by minutes instead of steps.
 from __future__ import annotations
 
 import csv
+import math
 import os
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from flowreel.engine.claims import Claim
 from flowreel.engine.data import JSON
 from flowreel.engine.device import one_device
-from flowreel.engine.errors import CheckpointError, UsageError, first_line
+from flowreel.engine.errors import CheckpointError, DivergedError, UsageError, first_line
 from flowreel.engine.models.flownetc import FlowNetC
 from flowreel.engine.models.layers import folded, normalise, to_pixels
 from flowreel.engine.models.saving import save_weights
@@ -87,6 +88,7 @@ def train(
         OutputBusyError: another run is training in the folder.
         CheckpointError: the folder holds a run and ``resume`` is false, or one with other settings, or finished weights
             without a checkpoint.
+        DivergedError: the loss is no longer finite. The checkpoint before is kept; no weights are written.
     """
     if workers < 0 or report_every < 1:
         raise UsageError(f"workers must be at least 0 and report-every at least 1, got {workers} and {report_every}")
@@ -132,6 +134,11 @@ def _train(
             if state.step % report_every == 0 or done >= 1:
                 epe, zero = _held_out(model, held_out)
                 loss = float(torch.stack(losses).double().mean())
+                if not (math.isfinite(loss) and math.isfinite(epe)):  # before the last good checkpoint is replaced
+                    raise DivergedError(
+                        f"training diverged by step {state.step}: loss {loss:g}, held-out error {epe:g} px; train "
+                        "in another folder with a smaller --learning-rate, or with --precision fp32"
+                    )
                 state.seconds = time.monotonic() - started
                 progress = Progress(state.step, state.seconds, loss, epe, zero, rate)
                 losses.clear()

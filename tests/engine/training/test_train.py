@@ -18,6 +18,7 @@ from flowreel.engine import device
 from flowreel.engine.errors import (
     CheckpointError,
     DeviceError,
+    DivergedError,
     OutputBusyError,
     OutputWriteError,
     UsageError,
@@ -207,6 +208,21 @@ def test_it_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches, "augment", lambda batch, h, w, g: tuple(part[..., :h, :w] for part in batch))
     train(config, tmp_path, workers=0, report_every=10, report=reports.append)
     assert reports[-1].loss < 0.7 * reports[0].loss
+
+
+def test_a_diverging_run_ends_and_keeps_its_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DivergedError, match=r"loss nan, held-out error nan px; .*smaller --learning-rate"):
+        train(replace(TINY, learning_rate=1e30), tmp_path / "at once", workers=0)
+    assert not list((tmp_path / "at once").iterdir())
+
+    def spoil(progress: Progress) -> None:
+        monkeypatch.setattr(training, "_held_out", lambda *_: (math.nan, 1.0))  # the last step alone was wrong
+
+    with pytest.raises(DivergedError):
+        train(TINY, tmp_path / "later", workers=0, report_every=2, report=spoil)
+    assert torch.load(tmp_path / "later" / "checkpoint.pt", weights_only=True)["step"] == 2
+    assert len((tmp_path / "later" / "log.csv").read_text().splitlines()) == 2
+    assert not (tmp_path / "later" / "weights.safetensors").exists()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is always full")
