@@ -62,40 +62,42 @@ def cast_convolutions(net: nn.Module, dtype: torch.dtype) -> None:
 
 @contextmanager
 def _math(device: torch.device, precision: Precision) -> Iterator[None]:
-    """The arithmetic modes of one call; on a GPU cuDNN chooses algorithms as in ``padded.convolve``.
-
-    Autocast belongs to the thread, cuDNN's settings to the process: if two calls that set those overlapped, each would
-    restore what the other had set. So they take turns. Other threads' own convolutions see the settings meanwhile.
-    """
-    with torch.autocast(device.type, _DTYPES.get(precision), enabled=precision in _DTYPES):
-        if device.type == "cpu":
-            yield
-            return
-        # TF32 is off in half precision too: flow heads are float32 there.
-        with _setting_cudnn, _cudnn_settings(tf32=precision == "tf32"):
-            yield
+    """The arithmetic modes of one call; on a GPU cuDNN chooses algorithms as in ``padded.convolve``."""
+    # TF32 is off in half precision too: flow heads are float32 there.
+    with (
+        torch.autocast(device.type, _DTYPES.get(precision), enabled=precision in _DTYPES),
+        cudnn_settings(device, tf32=precision == "tf32", deterministic=True),
+    ):
+        yield
 
 
 @contextmanager
-def _cudnn_settings(*, tf32: bool) -> Iterator[None]:
-    """Deterministic convolutions, with TF32 or without.
+def cudnn_settings(device: torch.device, *, tf32: bool, deterministic: bool) -> Iterator[None]:
+    """Convolutions with TF32 or without, their algorithms not chosen by timing them. On a CPU nothing is set.
+
+    The settings belong to the process: if two calls that set them overlapped, each would restore what the other had
+    set. So they take turns. Other threads' own convolutions see the settings meanwhile.
 
     Not by ``torch.backends.cudnn.flags``: it raises where the caller has chosen a precision by torch's newer
     ``fp32_precision``, and does not turn off a TF32 chosen that way.
     """
+    if device.type == "cpu":
+        yield
+        return
     cudnn = torch.backends.cudnn
     wanted: list[tuple[Any, str, object]] = [(cudnn, "enabled", True), (cudnn, "benchmark", False)]
-    wanted.append((cudnn, "deterministic", True))
-    with suppress(RuntimeError):  # which torch raises where a caller has mixed it with ``fp32_precision``
-        _ = cudnn.allow_tf32
-        wanted.append((cudnn, "allow_tf32", tf32))  # or it could not be read meanwhile
-    if hasattr(cudnn, "conv"):  # since torch 2.9
-        wanted.append((cudnn.conv, "fp32_precision", "tf32" if tf32 else "ieee"))
-    before = [getattr(place, name) for place, name, _ in wanted]
-    try:
-        for place, name, value in wanted:
-            setattr(place, name, value)
-        yield
-    finally:
-        for (place, name, _), value in zip(wanted, before, strict=True):
-            setattr(place, name, value)
+    wanted.append((cudnn, "deterministic", deterministic))
+    with _setting_cudnn:
+        with suppress(RuntimeError):  # which torch raises where a caller has mixed it with ``fp32_precision``
+            _ = cudnn.allow_tf32
+            wanted.append((cudnn, "allow_tf32", tf32))  # or it could not be read meanwhile
+        if hasattr(cudnn, "conv"):  # since torch 2.9
+            wanted.append((cudnn.conv, "fp32_precision", "tf32" if tf32 else "ieee"))
+        before = [getattr(place, name) for place, name, _ in wanted]
+        try:
+            for place, name, value in wanted:
+                setattr(place, name, value)
+            yield
+        finally:
+            for (place, name, _), value in zip(wanted, before, strict=True):
+                setattr(place, name, value)

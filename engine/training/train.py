@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from flowreel.engine.claims import Claim
+from flowreel.engine.compiled.plain import cudnn_settings
 from flowreel.engine.data import JSON
 from flowreel.engine.device import one_device
 from flowreel.engine.errors import CheckpointError, DivergedError, UsageError, first_line
@@ -178,7 +179,8 @@ def gradients(config: TrainConfig, model: nn.Module, batch: Batch, *, visible_al
     model.train()
     mask = visible if visible_alone else torch.ones_like(visible)
     half = torch.autocast(flow.device.type, torch.bfloat16, enabled=config.precision == "bf16")
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # true float32, above all in the flow heads
+    # True float32, above all in the flow heads. Training sums in no fixed order anyway, so any algorithm will do.
+    with cudnn_settings(flow.device, tf32=False, deterministic=False):
         with half:
             loss = _loss(config, model, first, second, flow, visible, mask)
         loss.backward()  # type: ignore[no-untyped-call]

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -166,6 +167,33 @@ def test_a_step_keeps_to_the_device_of_the_network(model: str, monkeypatch: pyte
             loss = training.gradients(replace(TINY, model=model), net, seen, visible_alone=visible_alone)
         assert loss.device.type == "meta"
         assert all(weight.grad is not None and weight.grad.is_meta for weight in net.parameters())
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch is older than 2.9")
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+@pytest.mark.parametrize("callers", ["ieee", "tf32"])
+@pytest.mark.parametrize("place", ["cpu", "meta"])  # meta: as on a GPU
+def test_fp32_precision_of_the_caller_s_neither_decides_nor_fails(
+    place: str, callers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, loss_of, convolutions = [], training._loss, torch.backends.cudnn.conv
+
+    def looking(*given: Any) -> Tensor:
+        seen.append(convolutions.fp32_precision)
+        return loss_of(*given)
+
+    monkeypatch.setattr(training, "_loss", looking)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    frames = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    batch = frames, frames, torch.zeros(2, 2, 64, 64), torch.ones(2, 64, 64, dtype=torch.bool)
+    where, before = torch.device(place), convolutions.fp32_precision
+    try:
+        convolutions.fp32_precision = callers
+        training.gradients(TINY, start.network(TINY).to(where), batches.on(where, batch), visible_alone=True)
+        assert seen == [callers if place == "cpu" else "ieee"]
+        assert convolutions.fp32_precision == callers
+    finally:
+        convolutions.fp32_precision = before
 
 
 def test_what_was_begun_on_a_gpu_goes_on_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
