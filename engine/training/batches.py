@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import signal
+import traceback
+from collections.abc import Generator, Iterator
+from multiprocessing import resource_tracker
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +40,7 @@ def batches(
     )
     generator = torch.Generator()
     skip = step % config.reuse
-    for scene in loader:
+    for scene in _from_workers(loader) if workers else loader:
         batch = scene if painter is None else painter.paint(scene)
         for _ in range(skip, config.reuse):
             if step == last:
@@ -45,6 +49,24 @@ def batches(
             generator.manual_seed((config.seed << 42) + step)
             yield augment(batch, config.height, config.width_px, generator)
         skip = 0
+
+
+def _from_workers(loader: DataLoader[Any]) -> Generator[Any, None, None]:
+    """What the loader's processes make. They ignore Ctrl-C, which a terminal sends to them too, and end with this."""
+    try:
+        yield from _started(loader)
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # or they would keep the processes until Python exits
+        raise
+
+
+def _started(loader: DataLoader[Any]) -> Iterator[Any]:
+    resource_tracker.ensure_running()  # now, because its start unblocks the signal
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited by processes started meanwhile
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 class _Scenes(Dataset["Batch | list[Packed]"]):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import math
 import multiprocessing
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,8 @@ from flowreel.engine.training import batches, start
 from flowreel.engine.training import train as training
 from flowreel.engine.training.batches import augment
 from flowreel.engine.training.config import TrainConfig, learning_rate, share_done
+from flowreel.engine.training.packing import Packed
+from flowreel.engine.training.painting import Batch, Painter
 from flowreel.engine.training.train import Progress, train
 from tests.fakes.one_device import NOWHERE, OneDevice
 
@@ -113,6 +117,37 @@ def test_a_worker_process_changes_nothing(tmp_path: Path) -> None:
     finally:
         torch.set_num_threads(1)  # as for all other tests
     assert_same(weights_of(tmp_path / "0"), weights_of(tmp_path / "1"))
+
+
+def test_workers_leave_ctrl_c_to_the_process_that_trains_and_end_with_its_batches() -> None:
+    """A terminal sends it to the workers too; each that was interrupted while it started would print a traceback."""
+
+    class Blank(Painter):  # so that the workers need not make textures
+        def __init__(self) -> None:
+            pass
+
+        def paint(self, parts: Sequence[Packed]) -> Batch:
+            frames = torch.zeros(2, 3, 128, 128, dtype=torch.uint8)
+            return frames, frames, torch.zeros(2, 2, 128, 128), torch.ones(2, 128, 128, dtype=torch.bool)
+
+    config = replace(TINY, steps=100, reuse=1)
+    with closing(batches.batches(config, 0, workers=2, painter=Blank())) as seen:
+        next(seen)
+        workers = [worker.pid or 0 for worker in multiprocessing.active_children()]
+        for worker in workers:
+            os.kill(worker, signal.SIGINT)
+        for _ in range(20):  # more than were made in advance
+            next(seen)
+
+        def lose_one() -> None:
+            os.kill(workers[0], signal.SIGKILL)
+            list(seen)
+
+        with pytest.raises(RuntimeError, match="DataLoader worker") as failed:
+            lose_one()
+    assert not multiprocessing.active_children()
+    del failed  # until here its traceback kept the frames of the failed iterator
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_minutes_end_a_workers_endless_scenes(tmp_path: Path) -> None:
