@@ -56,6 +56,9 @@ class Progress:
     learning_rate: float
 
 
+HEADING = ",".join(field.name for field in fields(Progress)).encode()  # of the log
+
+
 def train(
     config: TrainConfig,
     out: Path,
@@ -88,7 +91,7 @@ def train(
         OutputWriteError: the folder cannot be made, or one of the files not be written.
         OutputBusyError: another run is training in the folder.
         CheckpointError: the folder holds a run and ``resume`` is false, or one with other settings, or finished weights
-            without a checkpoint.
+            without a checkpoint, or another program's log.csv.
         DivergedError: the loss is no longer finite. The checkpoint before is kept; no weights are written.
     """
     if workers < 0 or report_every < 1:
@@ -260,7 +263,11 @@ class _Run:
                 raise CheckpointError(f"{self.out} holds a training run already: pass --resume, or another folder")
             if self.weights.exists():
                 raise CheckpointError(f"{self.weights} exists already, without a checkpoint: choose another folder")
-            self.log.unlink(missing_ok=True)
+            if self.log.exists():  # of a run that was killed before its first checkpoint, or none of ours
+                with self.log.open("rb") as file:
+                    if not HEADING.startswith(file.readline().strip()):
+                        raise CheckpointError(f"{self.log} is not of a training run: choose another folder")
+                self.log.unlink()
             return
         try:
             saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)  # saved from any device

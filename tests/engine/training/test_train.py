@@ -318,6 +318,14 @@ def test_a_folder_is_not_overwritten_nor_mixed_up(tmp_path: Path) -> None:
         train(replace(TINY, steps=1), tmp_path, workers=0, resume=True)
 
 
+def test_another_program_s_log_is_not_deleted(tmp_path: Path) -> None:
+    log = tmp_path / "log.csv"
+    log.write_text("step,accuracy\n1,0.5\n")
+    with pytest.raises(CheckpointError, match=r"log\.csv is not of a training run: choose another folder"):
+        train(replace(TINY, steps=1), tmp_path, workers=0)
+    assert log.read_text() == "step,accuracy\n1,0.5\n"
+
+
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     def second(progress: Progress) -> None:
         for resume in (False, True):
