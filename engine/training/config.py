@@ -69,6 +69,8 @@ class TrainConfig:
         object.__setattr__(self, "model", model_name(self.model))  # weights and checkpoints hold that spelling
         if self.last_only and self.model not in ("FlowNet2CS", "FlowNet2CSS"):
             raise UsageError(f"last-only is for FlowNet2CS and FlowNet2CSS, got model {self.model}")
+        if self.last_only and self.init is None:
+            raise UsageError("last-only keeps the networks before the last as they are: give their weights by init")
 
 
 def share_done(config: TrainConfig, step: int, seconds: float) -> float:

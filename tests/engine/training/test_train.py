@@ -426,10 +426,11 @@ def test_minutes_in_place_of_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         {"precision": "fp16"},
         {"model": "x"},
         {"last_only": True},
+        {"model": "FlowNet2CS", "last_only": True},
     ],
 )
 def test_impossible_settings(wrong: dict[str, object]) -> None:
-    (name,) = wrong
+    *_, name = wrong
     with pytest.raises(UsageError, match={"height": "256x100", "last_only": "last-only"}.get(name, name)):
         TrainConfig(**wrong)  # type: ignore[arg-type]
 
