@@ -74,8 +74,8 @@ def save_checkpoint(path: str | Path, weights: Weights) -> None:
         "state_dict": _apart(weights.state),
         METADATA_KEY: json.dumps(about),
     }
-    with appearing(Path(path)) as temporary:
-        torch.save(content, temporary)
+    with appearing(Path(path)) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)
 
 
 def convert(source: str | Path, output: str | Path, *, half: bool = False, overwrite: bool = False) -> Weights:

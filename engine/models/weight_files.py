@@ -25,7 +25,7 @@ from torch import Tensor
 from flowreel.engine.data import JSON
 from flowreel.engine.errors import OutputWriteError, UnreadableWeightsError, WeightsMismatchError, lacks_memory
 from flowreel.engine.models.pickles import MOST_BYTES, check_checkpoint
-from flowreel.engine.publish import atomic_path
+from flowreel.engine.publish import atomic_path, write_errors
 
 METADATA_KEY = "flowreel"
 LARGEST_BYTES = 16 << 30  # of a file; FlowNet2 four times as wide as published has 10.4 GB
@@ -52,13 +52,18 @@ def read_tensors(path: Path, name: str) -> tuple[dict[str, Tensor], Mapping[str,
 
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
-    """``publish.atomic_path`` for files that torch writes. Raises OutputWriteError."""
-    try:
-        with atomic_path(path) as temporary:
-            yield temporary
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
-        raise OutputWriteError(f"cannot write {path}: {reason}") from error
+    """``publish.atomic_path`` for files that torch writes. Raises OutputWriteError.
+
+    torch must be given an open file: given a path, it does not say why a write failed.
+    """
+    with write_errors(path):
+        try:
+            with atomic_path(path) as temporary:
+                yield temporary
+        except RuntimeError as error:  # torch's, about where in the file a write failed
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise OutputWriteError(f"cannot write {path}: {_first_line(error)}") from error
 
 
 def _require_real(state: Mapping[str, Tensor], size_bytes: int, name: str) -> None:

@@ -318,8 +318,8 @@ class _Run:
             writer.writerow(asdict(progress))
             file.flush()
             os.fsync(file.fileno())
-        with appearing(self.checkpoint) as temporary:
-            torch.save(content, temporary)
+        with appearing(self.checkpoint) as temporary, temporary.open("wb") as file:
+            torch.save(content, file)
 
     def finish(self) -> Path:
         made_by = asdict(self.config) | {

@@ -7,8 +7,8 @@ import math
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -296,6 +296,14 @@ def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
 
     with pytest.raises(OutputWriteError, match=r"cannot write .*log\.csv: No space left"):
         train(replace(TINY, steps=2), tmp_path, workers=0, report_every=1, report=fill)
+
+
+def test_a_full_disk_is_told_for_a_checkpoint_too(
+    tmp_path: Path, files_up_to: Callable[[int], AbstractContextManager[None]]
+) -> None:
+    with files_up_to(500_000), pytest.raises(OutputWriteError, match=r"cannot write .*checkpoint\.pt: File too large"):
+        train(replace(TINY, steps=1), tmp_path, workers=0)
+    assert os.listdir(tmp_path) == ["log.csv"]
 
 
 def test_a_folder_is_not_overwritten_nor_mixed_up(tmp_path: Path) -> None:
