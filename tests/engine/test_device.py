@@ -51,13 +51,13 @@ def test_what_is_no_device(name: str) -> None:
 def three_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
 
 
 @pytest.mark.parametrize(
     ("name", "numbers"),
-    [("auto", [0]), ("cuda", [0]), ("cuda:2", [2]), ("cuda:0,1", [0, 1]), ("cuda:2, 0,cuda:1", [2, 0, 1])],
+    [("auto", [1]), ("cuda", [1]), ("cuda:2", [2]), ("cuda:0,1", [0, 1]), ("cuda:2, 0,cuda:1", [2, 0, 1])],
 )
 def test_several_gpus_in_the_order_they_are_named(three_gpus: None, name: str, numbers: list[int]) -> None:
     devices = resolve_devices(name)

@@ -67,7 +67,7 @@ def test_what_ran_is_told_to_every_source() -> None:
 def test_the_batch_is_chosen_once_for_a_size(tiny_weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Free memory is read once: later, what the first source still holds would make it look too small."""
     free = [1 << 30, 1 << 20]
-    monkeypatch.setattr("flowreel.engine.inference.free_bytes", lambda device: free.pop(0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free.pop(0), 1 << 40))
     network = replace(load_network(ModelConfig(device="cpu", weights=tiny_weights)), device=GPU, precision="fp16")
     assert [network.fitted(320, 256).batch for _ in range(2)] == [6, 6]
     assert network.fitted(320, 256, recorded_batch=2).batch == 2

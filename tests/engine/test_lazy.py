@@ -18,7 +18,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
@@ -170,6 +170,7 @@ class TestEquality:
     shard=st.integers(1, 25),
     count=st.just(60),
 )
+@example(numbers=[0, 56, 57, 58, 59], batch=7, shard=25, count=60)  # the last batch is whole, although short
 def test_plans_hold_every_flow_once_in_order_and_whole_batches_as_they_are(
     numbers: list[int], batch: int, shard: int, count: int
 ) -> None:

@@ -46,7 +46,7 @@ def test_nothing_is_filled_again_while_it_is_held(ring: PinnedRing, how: str) ->
 def test_short_batches_and_small_ones_find_room(ring: PinnedRing) -> None:
     full, short, small = torch.zeros(4, 2, 8, 8), torch.zeros(1, 2, 8, 8), torch.zeros(4, 2, 2, 2)
     for _ in range(3):
-        large, little = ring.take(full), ring.take(small)
+        little, large = ring.take(small), ring.take(full)
         assert (large.shape, little.shape) == (full.shape, small.shape)
         del large, little
     assert ring.take(short).shape == short.shape

@@ -165,10 +165,10 @@ def test_compose_closes_its_stages() -> None:
 
         return run
 
-    items = compose(iter(range(9)), [Stage("a", stage("a")), Stage("b", stage("b"))])
+    items = compose(iter(range(9)), [Stage(name, stage(name)) for name in "abc"])
     assert next(items) == 0
     items.close()  # type: ignore[attr-defined]
-    assert closed == ["b", "a"]
+    assert closed == ["c", "b", "a"]
 
 
 @settings(max_examples=30, deadline=None)
@@ -238,10 +238,13 @@ def test_joined_stages_are_all_closed_and_the_last_error_is_heard() -> None:
 
         return run
 
-    pipeline = Pipeline("source", range(9), [Stage("both", joined(Stage("a", stage("a")), Stage("b", stage("b"))))])
+    both = joined(Stage("a", stage("a")), Stage("b", stage("b")))
+    pipeline = Pipeline("source", range(9), [Stage("both", both)])
     with pytest.raises(StageError, match="the file would not close"), contextlib.closing(pipeline.stream()) as items:
         next(items)
     assert sorted(closed) == ["a", "b"]
+    with pytest.raises(OSError, match="the file would not close"), contextlib.closing(both(iter([1, 2]))) as items:  # type: ignore[type-var]
+        next(items)
 
 
 def test_names_must_differ() -> None:
@@ -404,7 +407,8 @@ def test_the_threads_keep_no_item_alive() -> None:
         yield Item(0)
         assert end.wait(20)
 
-    stream = Pipeline("source", source(), [Stage("a", lambda items: map(passed, items))]).stream()
+    both = joined(Stage("a", lambda items: map(passed, items)), Stage("b", lambda items: map(passed, items)))
+    stream = Pipeline("source", source(), [Stage("both", both)]).stream()
     item = next(stream)
     alive = weakref.ref(item)
     del item

@@ -32,10 +32,11 @@ def test_flow_has_the_frames_size(size: tuple[int, int]) -> None:
 
 
 def test_the_margin_repeats_the_edge() -> None:
-    frames = torch.rand(1, 3, 60, 62, generator=torch.Generator().manual_seed(0))
-    padded = Fit("pad", 60, 62).apply(frames)
-    assert torch.equal(padded[:, :, 0, 1:-1], frames[:, :, 0])
-    assert torch.equal(padded[:, :, 2:-2, -1], frames[:, :, :, -1])
+    frames = torch.rand(1, 3, 59, 61, generator=torch.Generator().manual_seed(0))
+    padded = Fit("pad", 59, 61).apply(frames)
+    assert torch.equal(padded[:, :, 2:-3, 1:-2], frames)  # of an odd margin the smaller half comes first
+    assert torch.equal(padded[:, :, 0, 1:-2], frames[:, :, 0])
+    assert torch.equal(padded[:, :, 2:-3, -1], frames[:, :, :, -1])
 
 
 def test_crop_keeps_the_centre_as_flownet2_pytorch_does() -> None:

@@ -171,7 +171,10 @@ def test_a_device_that_is_not_asked_for_is_left_alone(monkeypatch: pytest.Monkey
 
     on_stream = Streams(second).on_stream
     on_stream(sink)(on_stream(frames)(iter(())))
-    WorkStream(second).run(card.made)  # type: ignore[arg-type]
+    assert len(list(on_stream(frames)(iter(())))) == 3
+    with torch.cuda.device(second), torch.cuda.stream(torch.cuda.Stream(second)):
+        work = WorkStream(second)
+    work.run(card.made)  # type: ignore[arg-type]
     assert card.current is card.streams[0]
     assert card.contexts == {second.index}
     assert card.races == []
@@ -352,7 +355,7 @@ class TestUpload:
 def batch_of(late: LateCopies, number: int, flows: int = 2) -> FlowBatch:
     flow = late.put(torch.full((flows, 2, 4, 6), float(number)))
     frames, times = np.arange(flows), np.arange(flows, dtype=np.float64)
-    return FlowBatch(flow, 0, frames, frames, times, times, native=flow[..., ::2, ::2])
+    return FlowBatch(flow, 0, frames, frames, times, times, native=flow.transpose(2, 3))
 
 
 class TestDownload:
@@ -363,6 +366,7 @@ class TestDownload:
         on_stream = Streams(GPU).on_stream(partial(download, landing=lambda batch, pin: next(asked)))
         for number, batch in enumerate(on_stream(batches)):
             assert (number < 3) == any(batch.flow is place for place in places)
+            assert not any(batch.native is place for place in places)
             assert bool((batch.flow == number).all() and (batch.native == number).all())
         assert [float(place.min()) for place in places] == [0, 1, 2]
         assert len(card.waits) == 4
@@ -387,13 +391,32 @@ class TestDownload:
         (batch,) = download(iter([batch_of(late, 1)]))
         assert not bool((batch.native == 1).any())
 
-    def test_memory_on_the_device_is_not_held_while_the_host_works(self, late: LateCopies) -> None:
-        alive: list[weakref.ref[FlowBatch]] = []
+    def test_memory_is_not_held_on_the_device_while_the_host_works_nor_on_the_host_afterwards(
+        self, late: LateCopies
+    ) -> None:
+        sent: list[weakref.ref[FlowBatch]] = []
+        brought: list[weakref.ref[FlowBatch]] = []
 
         def made(number: int) -> FlowBatch:
+            assert [one() for one in brought] == [None] * number
             batch = batch_of(late, number)
-            alive.append(weakref.ref(batch))
+            sent.append(weakref.ref(batch))
             return batch
 
-        for number, _ in enumerate(download(Streams(GPU).handed_over(map(made, range(3))))):
-            assert [one() for one in alive] == [None] * (number + 1)
+        for batch in Streams(GPU).on_stream(download)(map(made, range(3))):
+            assert [one() for one in sent] == [None] * len(sent)
+            brought.append(weakref.ref(batch))
+            del batch
+        assert len(brought) == 3
+
+    def test_a_copy_that_fails_leaves_none_under_way(self, late: LateCopies) -> None:
+        place = torch.zeros(2, 2, 4, 6)
+
+        def moved(copy: Callable[[torch.Tensor], torch.Tensor]) -> None:
+            copy(batch.tensors[0])
+            raise torch.OutOfMemoryError
+
+        batch = SimpleNamespace(tensors=batch_of(late, 1).tensors, moved=moved)
+        with pytest.raises(torch.OutOfMemoryError):
+            next(download(iter([batch]), landing=lambda batch, pin: place))  # type: ignore[type-var]
+        assert bool((place == 1).all())

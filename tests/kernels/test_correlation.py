@@ -199,9 +199,9 @@ def test_a_spoilt_pixel_spoils_only_what_it_takes_part_in() -> None:
 def test_gradients_survive_expanded_and_half_inputs() -> None:
     first, second = maps(1, 4, 6, 9)
     exact = [x.clone().requires_grad_() for x in (first, second)]
-    correlation(*exact).sum().backward()  # the incoming gradient is a single number, expanded
+    correlation(*exact, scale=0.5).sum().backward()  # the incoming gradient is a single number, expanded
     rough = [x.bfloat16().requires_grad_() for x in (first, second)]
-    correlation(*rough).sum().backward()
+    correlation(*rough, scale=0.5).sum().backward()
     for x, y in zip(exact, rough, strict=True):
         assert y.grad is not None
         assert y.grad.dtype == torch.bfloat16

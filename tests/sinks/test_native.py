@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from flowreel.engine.config import FitMode
+from flowreel.engine.data import FlowBatch
 from flowreel.engine.models.layers import Upsampling, upsample
-from flowreel.engine.restore import Fit
+from flowreel.engine.restore import Fit, restore
 from flowreel.sinks.native import enlarge
 
 
@@ -19,10 +20,12 @@ def test_equals_the_direct_flow(mode: FitMode, size: tuple[int, int], upsampling
     fit = Fit(mode, *size)
     height, width = fit.network_size
     predicted = 5 * torch.randn(2, 2, height // 4, width // 4, generator=torch.Generator().manual_seed(0))
-    direct = fit.undo(upsample(predicted, upsampling)).numpy()
-    stored = fit.undo_native(predicted).numpy()
+    frames = np.arange(2)
+    batch = FlowBatch(upsample(predicted, upsampling), 0, frames, frames, frames / 25, frames / 25, native=predicted)
+    (restored,) = restore(fit)(iter([batch]))
+    assert restored.native is not None
     grid = fit.grid(upsampling)
-    for flow, expected in zip(stored, direct, strict=True):
+    for flow, expected in zip(restored.native.numpy(), restored.flow.numpy(), strict=True):
         made = enlarge(flow, grid, *fit.flow_size)
         assert made.dtype == np.float32
         np.testing.assert_allclose(made, expected, atol=1e-4, rtol=0)

@@ -129,12 +129,15 @@ def test_a_layer_is_done_in_the_form_that_was_asked_for(form: str) -> None:
 
 
 @pytest.mark.parametrize("whole", [0, 1 << 20])
-def test_a_layer_may_give_another_type_than_it_computes_in(whole: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_may_take_and_give_another_type_than_it_computes_in(
+    whole: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(convolution, "WHOLE", whole)
     module = layer("3x3, halved", 3, 4)
     x = torch.randn(1, 3, 8, 8)
     found = Convolution(module, False, torch.float32, torch.bfloat16)(x, Buffers())
     assert torch.equal(found, module(x).bfloat16())
+    same(settled(module)(x.bfloat16(), Buffers()), module(x.bfloat16().float()))
 
 
 @pytest.mark.parametrize("kind", ["3x3", "transposed"])

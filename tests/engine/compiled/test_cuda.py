@@ -8,7 +8,8 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -148,12 +149,22 @@ def test_programs_share_weights_and_shapes_do_not_share_memory(filled: Filled) -
 
 
 @pytest.mark.parametrize("name", ["FlowNet2", "FlowNet2C"])
-def test_results_own_their_memory(name: str, filled: Filled) -> None:
+def test_results_own_their_memory(name: str, filled: Filled, monkeypatch: pytest.MonkeyPatch) -> None:
     program = cuda.pack(filled(name, width=0.1), "fp32").program((1, 64, 128))
+    taken = program._works.taken
+
+    @contextmanager
+    def spoilt_afterwards() -> Iterator[cuda.Captured]:
+        with taken() as captured_work:
+            yield captured_work
+            captured_work.work.flow.fill_(torch.nan)  # as another thread may overwrite it once this call's turn is over
+
+    monkeypatch.setattr(program._works, "taken", spoilt_afterwards)
     forms = [program.flow] if name == "FlowNet2" else [program.flow, program.quarter]
     for form in forms:
         flow = form(*frames_of(6, 1))
         kept = flow.clone()
+        assert kept.isfinite().all()
         assert not torch.equal(form(*frames_of(7, 1)), kept)
         assert torch.equal(flow, kept)
         assert torch.equal(form(*frames_of(6, 1)), kept)  # the frames in between left nothing behind
@@ -263,7 +274,10 @@ def test_fp16_near_its_end_is_said_once(loud: str, filled: Filled) -> None:
         warnings.simplefilter("error")
         cuda.pack(model, "fp16").program((1, 64, 128)).flow(*frames)
     layer = model.get_submodule(loud)
-    (layer[0] if isinstance(layer, nn.Sequential) else layer).weight *= 1e6  # type: ignore[operator]
+    if isinstance(layer, nn.Sequential):
+        layer[0].weight *= 1e6  # type: ignore[operator]
+    else:  # half of what fp16 holds, below zero
+        layer.bias.fill_(torch.finfo(torch.float16).min / 2)  # type: ignore[operator, union-attr]
     network = cuda.pack(model, "fp16")
     program = network.program((1, 64, 128))
     with pytest.warns(PrecisionWarning, match="bf16"):
@@ -281,6 +295,8 @@ def test_the_look_at_the_first_batch_leaves_its_flow_as_it_is(filled: Filled) ->
     program = cuda.pack(model, "fp16").program((1, 64, 128))
     first, second = (program.flow(*frames_of(13, 1)) for _ in range(2))
     assert torch.equal(first, second)
+    with program._works.taken() as captured_work:
+        assert all(part.watch is None for part in captured_work.work.parts.values())
 
 
 def test_the_network_may_go_and_stays_as_it_was(filled: Filled) -> None:

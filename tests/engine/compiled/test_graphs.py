@@ -21,6 +21,8 @@ class NotingCuda:
         self.said: list[str] = []
         self.stream = "s1"  # the current one
         self.pools_in_use: list[object] = []  # pools that the allocator believes a capture is using
+        self.pools_released: list[object] = []
+        self.devices: list[torch.device] = []  # that were made current
         self.capturing = False
         self.fails: Exception | None = None  # raised at the end of a capture
 
@@ -85,7 +87,7 @@ class NotingCuda:
             "CUDAGraph": CUDAGraph,
             "graph": graph,
             "stream": on,
-            "device": lambda device: nullcontext(),
+            "device": lambda device: nullcontext(self.devices.append(device)),
             "current_stream": lambda device: Stream(self.stream),
             "graph_pool_handle": lambda: object(),
             "is_current_stream_capturing": lambda: self.capturing,
@@ -93,7 +95,9 @@ class NotingCuda:
         for name, value in names.items():
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end_allocating, raising=False)
-        monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda index, pool: None, raising=False)
+        monkeypatch.setattr(
+            torch._C, "_cuda_releasePool", lambda index, pool: self.pools_released.append(pool), raising=False
+        )
 
     def work(self) -> None:
         self.said.append(f"{'captured' if self.capturing else 'done'} on {self.stream}")
@@ -114,6 +118,7 @@ def test_work_is_warmed_up_beside_the_current_stream_then_captured(noting: Notin
         "captured on side",
         "s1 waits for side",
     ]
+    assert noting.devices == [GPU]  # else the one that was current before gets a context
     noting.said.clear()
     noting.stream = "s2"
     repeat()
@@ -125,7 +130,7 @@ def test_work_that_cannot_be_captured_stays_as_it_is_and_says_so(noting: NotingC
     with pytest.warns(UserWarning, match="without a CUDA graph.*not permitted"):
         repeat = captured(noting.work, GPU)
     assert noting.said[-1] == "s1 waits for side"
-    assert (noting.stream, noting.pools_in_use) == ("s1", [])
+    assert (noting.stream, noting.pools_in_use, len(noting.pools_released)) == ("s1", [], 1)
     noting.said.clear()
     repeat()
     assert noting.said == ["done on s1"]
@@ -250,15 +255,20 @@ def test_a_turn_waits_for_what_the_last_one_started_on_another_stream(noting: No
     turns = Turns(GPU, lambda: "thing")
     with turns.taken() as thing:
         assert thing == "thing"
+    assert noting.said == ["s1 waits for s1"]  # on which it was made
     noting.stream = "s2"
     noting.said.clear()
     with turns.taken():
         noting.said.append("used on s2")
     assert noting.said == ["s2 waits for s1", "used on s2"]
     noting.stream = "s3"
+    with pytest.raises(ValueError, match="too late"), turns.taken():
+        raise ValueError("too late")
+    assert noting.said[-1] == "s3 waits for s2"
+    noting.stream = "s4"
     with turns.taken():
         pass
-    assert noting.said[-1] == "s3 waits for s2"
+    assert noting.said[-1] == "s4 waits for s3"  # which may have been given work before it failed
 
 
 def test_memory_goes_only_when_its_last_turn_is_over(noting: NotingCuda) -> None:

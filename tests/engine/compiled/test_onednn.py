@@ -35,11 +35,11 @@ def test_another_size_shares_the_weights_or_has_them_in_its_own_layout(groups: i
     weight, bias = torch.randn(groups * 48, 32, 3, 1), torch.randn(groups * 48)
     convolution = PackedConvolution(weight, bias, (2, 1), 0, groups=groups, leaky=True)
     layouts: Layouts = {}
-    for size in SIZES:
+    for rows, size in itertools.product((0, 1), SIZES):
         x = pictures(groups * 32, *size)
-        expected = F.leaky_relu(F.conv2d(x, weight, bias, (2, 1), (1, 0), groups=groups), 0.1)
-        same(convolution(x, 1, layouts), expected)
-    assert len(convolution._weights._layouts) < len(layouts) == len(SIZES)
+        expected = F.leaky_relu(F.conv2d(x, weight, bias, (2, 1), (rows, 0), groups=groups), 0.1)
+        same(convolution(x, rows, layouts), expected)
+    assert len(set(map(id, layouts.values()))) == len(convolution._weights._layouts) < len(layouts) == 2 * len(SIZES)
 
 
 def test_another_size_of_a_transposed_one() -> None:
