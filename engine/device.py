@@ -153,22 +153,17 @@ class Streams:
         return self._awaited(items, lambda: torch.cuda.current_stream(self.device))
 
     def _stepped(self, results: Iterator[Any], stream: torch.cuda.Stream) -> Iterator[Any]:
-        try:
-            while True:
-                # Left before the yield: the current stream is thread state, shared with the code that runs us.
-                with torch.cuda.device(self.device), torch.cuda.stream(stream):
-                    try:
-                        with _memory_told(self.device):
-                            item = next(results)
-                    except StopIteration:
-                        return
-                    self._ready[item] = stream.record_event()
-                yield item
-                del item  # else it stays alive, counted in no budget, while the next one is made
-        finally:
-            close = getattr(results, "close", None)
-            if close is not None:
-                close()
+        while True:
+            # Left before the yield: the current stream is thread state, shared with the code that runs us.
+            with torch.cuda.device(self.device), torch.cuda.stream(stream):
+                try:
+                    with _memory_told(self.device):
+                        item = next(results)
+                except StopIteration:
+                    return
+                self._ready[item] = stream.record_event()
+            yield item
+            del item  # else it stays alive, counted in no budget, while the next one is made
 
     def _awaited(self, items: Iterator[Item], stream: Callable[[], torch.cuda.Stream]) -> Iterator[Item]:
         def taken(item: Item) -> Item:
@@ -241,7 +236,6 @@ def download(batches: Iterator[Batch], landing: Callable[[Batch, Pin], Tensor | 
             try:
                 batch = _begun(batch, place, ring)  # drops its tensors on the device
             finally:  # also if one of its copies cannot be started: no copy may outlive the memory that it writes to
-                del place
                 _recorded(device).synchronize()
         yield batch
         del batch
