@@ -73,6 +73,10 @@ def test_the_batch_is_chosen_once_for_a_size(tiny_weights: str, monkeypatch: pyt
     assert network.fitted(320, 256, recorded_batch=2).batch == 2
     assert network.fitted(320, 256).batch == 6
     assert network.fitted(320, 192).batch == 1
+    free += [1 << 30, 1 << 20]
+    assert (
+        replace(network, others=(replace(network, _made={}),), _made={}).fitted(320, 256).batch == 1
+    )  # the least counts
     assert not free
 
 
@@ -183,8 +187,9 @@ def test_what_a_run_will_need_is_made_before_it(
     tiny_weights: str, batch: int, shard: int, count: int | None, made: list[int]
 ) -> None:
     inference = load_network(ModelConfig(device="cpu", weights=tiny_weights, batch=batch)).fitted(64, 64)
-    inference.make_ready(shard, count)
-    assert list(inference.made.programs) == made
+    other = replace(inference, made=Made())
+    replace(inference, others=(other,)).make_ready(shard, count)
+    assert list(inference.made.programs) == list(other.made.programs) == made
     if count is not None:
         lengths = {min(batch, shard - place % shard, count - place) for place in _starts(batch, shard, count)}
         assert lengths == set(made)

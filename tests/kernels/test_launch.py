@@ -91,6 +91,9 @@ def test_a_kernel_is_loaded_and_fetched_on_its_device_in_a_thread_that_has_none(
     assert noting.said == ["device 1 has its context", "warp_float on 1"]
     assert noting.device == 0
     assert noting.contexts == {1}
+    noting.said.clear()
+    launch._kernel("warp", "warp_float", torch.device("cuda", 0))
+    assert [said for said in noting.said if "context" not in said] == ["loaded on 0", "warp_float on 0"]
 
 
 def test_a_thread_stays_on_its_device_where_no_kernel_can_be_loaded(
@@ -194,6 +197,8 @@ def test_older_gpus_do_without_the_tensor_core_kernels(
     assert {"warp", "correlation", "bias_leaky_relu"} <= loaded
     assert ({"convolution", "correlation_products", "flow_head"} <= loaded) == tensor_cores
     assert len(loaded) == len(list(compiling.SOURCES.glob("*.cu"))) - (0 if tensor_cores else 3)
+    monkeypatch.setattr(launch, "cupy_is_there", lambda: False)
+    assert launch.kernels_on(device) == "torch"
 
 
 def test_the_device_tells_how_many_multiprocessors_it_has(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -66,6 +67,7 @@ def test_the_same_layer_by_cudnn_and_by_ours(module: nn.Module, inputs: int, fil
     ours, cudnns = pack_layer(module, "fp16"), pack_layer(module, "fp16", by_cudnn=True)
     assert ours.packed is not None
     assert cudnns.packed is None
+    assert pack_layer(nn.Conv2d(inputs, 64, 3), "fp16").packed is None  # ours has another padding
     expected = cudnns(x)
     also = torch.zeros_like(expected)
     watched: list[Tensor] = []
@@ -77,6 +79,17 @@ def test_the_same_layer_by_cudnn_and_by_ours(module: nn.Module, inputs: int, fil
     ours.into(x, into, watched.append)
     assert torch.equal(into, found)
     assert torch.equal(watched[1], found)
+
+
+def test_cudnn_neither_benchmarks_nor_chooses_what_gives_other_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[tuple[object, ...]] = []  # benchmark, deterministic, TF32
+    for name in ("cudnn_convolution", "cudnn_convolution_transpose"):
+        monkeypatch.setattr(torch.ops.aten, name, lambda *given: modes.append(given[-3:]))
+    on_gpu: Any = SimpleNamespace(device=torch.device("cuda"))
+    for layer in (conv(3, 64), deconv(20, 16)):
+        for precision in ("tf32", "fp16"):
+            padded.convolve(on_gpu, pack_layer(layer, precision, by_cudnn=True))
+    assert modes == 2 * [(False, True, True), (False, True, False)]
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 0.002), ("bf16", 0.02)])
