@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import flowreel
 from flowreel.engine.compiled import buffers, convolution, cpu, onednn, pack, plain
-from flowreel.engine.models import MODELS
+from flowreel.engine.models import MODELS, build_model
 
 Filled = Callable[..., nn.Module]
 
@@ -61,6 +61,8 @@ def test_results_of_several_groups_are_contiguous(name: str, filled: Filled, mon
 @pytest.mark.skipif(not onednn.available(torch.float32), reason="this torch has no oneDNN for this CPU")
 def test_without_onednn_the_module_runs(filled: Filled, monkeypatch: pytest.MonkeyPatch) -> None:
     model = filled("FlowNet2S", width=0.1)
+    monkeypatch.setattr(onednn._ops, "_is_mkldnn_bf16_supported", lambda: False)
+    assert isinstance(pack(model, "bf16"), plain.PlainNetwork)
     assert isinstance(pack(model, "fp32"), cpu.CpuNetwork)
     monkeypatch.setattr(onednn, "_NEEDED", ("an_operator_that_no_torch_has",))
     assert isinstance(pack(model, "fp32"), plain.PlainNetwork)
@@ -77,6 +79,17 @@ def test_batches_of_one_size_share_memory_and_sizes_that_went_leave_none(filled:
     gone = ref(program), ref(program.layers.buffers)
     del program
     assert [which() for which in gone] == [None, None]
+
+
+@pytest.mark.skipif(not onednn.available(torch.bfloat16), reason="this torch has no oneDNN for this CPU")
+def test_first_layers_and_heads_stay_float32() -> None:
+    """What a first layer is given is exact."""
+    layers = cpu.Layers.of(build_model("FlowNet2", width=0.05), torch.bfloat16).convolutions
+    exact = {name for name, layer in layers.items() if layer.dtype == torch.float32}
+    heads = {name for name in layers if "predict_flow" in name}
+    firsts = {"flownetc.conv1", "flownets_1.conv1", "flownets_2.conv1", "flownets_d.conv0", "flownetfusion.conv0"}
+    assert exact == firsts | heads
+    assert {name for name, layer in layers.items() if layer.gives == torch.float32} == heads
 
 
 def test_bfloat16_on_real_pictures_with_trained_weights(data_dir: Path) -> None:
