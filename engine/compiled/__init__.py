@@ -66,7 +66,7 @@ class Packed(Protocol):
 _BACKENDS: dict[str, str] = {"cpu": "cpu", "cuda": "cuda"}
 WRITTEN_OUT = (FlowNetC, FlowNetS, FlowNetSD, FlowNet2, FlowNet2CS, FlowNet2CSS)  # which backends reimplement
 _CONVOLUTION = ("kernel_size", "stride", "padding", "output_padding", "dilation", "groups", "padding_mode")
-_SETTINGS = (*_CONVOLUTION, "negative_slope", "track_running_stats", "smooth")  # of layers, as attributes
+_SETTINGS = (*_CONVOLUTION, "negative_slope", "track_running_stats")  # of layers, as attributes
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from flowreel.engine.data import FlowBatch, Frame, FramePair, PairBatch
 from flowreel.engine.errors import DeviceError, StageError, UsageError
 from flowreel.engine.inference import Inference, Made, auto_batch, load_network, prepare
 from flowreel.engine.scenes.named import named_scene
+from flowreel.kernels import channel_norm
 from tests.fakes.cuda_streams import GPU
 
 
@@ -132,6 +134,10 @@ def test_it_knows_by_what_each_operation_ran() -> None:
     frame, following = (Frame(picture[0].to(torch.uint8), number, 0.0) for number, picture in enumerate(frames))
     list(inference.stage(iter([PairBatch((FramePair(frame, following),), 0)])))
     assert inference.kernels == {"correlation": "torch"}
+    capturing: Any = SimpleNamespace(program=lambda shape: channel_norm(frames[0]))
+    captured = replace(inference, packed=capturing, made=Made())
+    captured.make_ready(8, None)
+    assert captured.kernels == {"channel_norm": "torch"}  # a graph that is captured then is only replayed later
 
 
 @pytest.mark.parametrize("native", [False, True])

@@ -425,6 +425,9 @@ class Model:
     def stage(self, items: Iterator[int]) -> Iterator[int]:
         yield from items
 
+    def failing(self, items: Iterator[int]) -> None:
+        raise Boom
+
 
 @pytest.mark.usefixtures("no_collection")
 @pytest.mark.parametrize("how", ["run", "stream", "left", "failed"])
@@ -432,6 +435,7 @@ def test_after_its_end_no_model_is_kept_until_a_garbage_collection(how: str) -> 
     model = Model()
     alive = weakref.ref(model)
     pipeline = Pipeline("source", iter(range(99)), [Stage("model", model.stage)])
+    whole = weakref.ref(pipeline)
     if how == "run":
         pipeline.run({"sink": model.stage})
     elif how == "stream":
@@ -440,9 +444,11 @@ def test_after_its_end_no_model_is_kept_until_a_garbage_collection(how: str) -> 
         next(pipeline.stream())
     else:
         with pytest.raises(StageError):
-            pipeline.run({"sink": lambda items: next(items) / 0})
+            pipeline.run({"sink": model.failing})
     del pipeline, model
     assert alive() is None
+    gc.collect()
+    assert whole() is None
 
 
 # -- stages that end early ---------------------------------------------------------------------------------------
@@ -737,6 +743,27 @@ def test_leaving_a_stream_early_stops_everything(how: str, count: int) -> None:
         assert {name for name, _ in closed} <= {"source", "a", "b"}
         assert ("b", "b") in closed
     assert all(name == thread for name, thread in closed)
+
+
+@pytest.mark.usefixtures("no_collection")
+def test_a_stream_that_is_collected_in_a_stage_s_thread_stops_everything() -> None:
+    """Even while that thread is putting an item into its channel."""
+    before, dropped = set(threading.enumerate()), threading.Event()
+
+    def source() -> Iterator[int]:
+        yield 0
+        assert dropped.wait(20)
+        yield from itertools.count(1)
+
+    pipeline = Pipeline("source", source(), [Stage("a", lambda items: map(abs, items))])
+    pipeline._board.budget.hold = lambda storages: dropped.is_set() and gc.collect()  # type: ignore[assignment, method-assign]
+    stream = pipeline.stream()
+    assert next(stream) == 0
+    cycle: list[Any] = [stream]
+    cycle.append(cycle)
+    del pipeline, stream, cycle
+    dropped.set()
+    eventually(lambda: set(threading.enumerate()) <= before)
 
 
 def test_what_failed_ahead_of_a_caller_who_leaves_is_forgotten() -> None:

@@ -104,6 +104,9 @@ def test_modes_of_the_caller_stay_and_do_not_matter(filled: Filled) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(fast(*frames), expected)
     assert model.training
+    with torch.inference_mode():
+        made_there = build_model("FlowNet2S", width=0.05)
+    flowreel.compile(made_there, (1, 64, 128))(*frames)
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
@@ -308,6 +311,12 @@ def with_a_hook() -> nn.Module:
     return model
 
 
+def with_a_hook_before() -> nn.Module:
+    model = build_model("FlowNet2S", width=0.1)
+    model.get_submodule("conv3").register_forward_pre_hook(lambda _module, inputs: (2 * inputs[0],))
+    return model
+
+
 def with_normed_weights() -> nn.Module:
     model = build_model("FlowNet2S", width=0.1)
     nn.utils.parametrizations.weight_norm(model.get_submodule("conv1.0"))
@@ -375,6 +384,7 @@ OWN = [
     with_a_part_of_a_subclass,
     with_another_activation,
     with_a_hook,
+    with_a_hook_before,
     with_normed_weights,
     with_pruned_weights,
     with_another_slope,
