@@ -51,6 +51,8 @@ def test_a_program_that_does_not_fit_on_the_disk_leaves_nothing(
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    others = [tmp_path / "whole.bin"]  # another process compiles the same program meanwhile
+    monkeypatch.setattr(os, "fsync", lambda _: others and compiling._publish(others.pop(), b"program"))
     compiling._publish(tmp_path / "whole.bin", b"program")
     assert (tmp_path / "whole.bin").read_bytes() == b"program"
     (tmp_path / "as others").touch()

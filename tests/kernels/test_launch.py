@@ -126,11 +126,13 @@ def test_a_program_is_kept_until_its_source_or_its_compiler_changes(
     assert [load(), load()] == [2, 2]
     noting.cuda.nvrtc.getVersion = lambda: (13, 1)
     assert [load(), load()] == [3, 3]
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    monkeypatch.setattr(compiling, "OPTIONS", ("-std=c++20",))
     assert [load(), load()] == [4, 4]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    assert [load(), load()] == [5, 5]
     assert compiled[-1] == "compute_90"
     files = list(tmp_path.iterdir())
-    assert [file.suffix for file in files] == [".bin"] * 4  # no temporary files are left
+    assert [file.suffix for file in files] == [".bin"] * 5  # no temporary files are left
     assert all(file.read_bytes() == b"program" for file in files)
 
 

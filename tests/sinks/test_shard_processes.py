@@ -192,7 +192,7 @@ def test_a_process_that_is_killed_is_an_error_that_names_its_shard(tmp_path: Pat
     for process in shards._all:
         assert process.is_ready()
         os.kill(process._process.pid, signal.SIGKILL)
-        process._process.wait()
+        os.waitid(os.P_PID, process._process.pid, os.WEXITED | os.WNOWAIT)
     for batch in batches(SHARD):
         sink.write(batch)
     with pytest.raises(OutputWriteError, match=r"x\.zarr: .*made shard 0 ended early \(exit code -9\)") as caught:
@@ -247,6 +247,7 @@ def test_one_that_never_comes_up_is_asked_once(tmp_path: Path, monkeypatch: pyte
     sink.commit()
     stored(tmp_path / "x.zarr", 6 * SHARD + 1)
     assert made_here == [0]
+    assert [process._process.returncode for process in shards._all] == [0, 0, 0]
 
 
 def test_modules_of_the_working_folder_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,13 +372,21 @@ def test_what_stops_a_whole_group_does_not_reach_them(number: int, tmp_path: Pat
 
 
 def test_threads_do_it_where_no_process_may_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*arguments: Any, **options: Any) -> Any:
-        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+    started: list[Any] = []
 
+    def refused(*arguments: Any, **options: Any) -> Any:
+        if started:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        started.append(popen(*arguments, **options))
+        return started[0]
+
+    popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", refused)
+    monkeypatch.setattr(shard_processes, "how_many", lambda *_: 2)
     sink = ZarrSink(str(tmp_path / "x.zarr"), CONFIG)
     sink.open(INFO)
     assert not isinstance(sink._shards, ShardsInProcesses)
+    assert started[0].returncode == 0  # the one that was to be had is gone again
     for batch in batches(11):
         sink.write(batch)
     sink.commit()
