@@ -186,7 +186,6 @@ class _Partial:
         with _write_errors(self.path):
             os.fsync(self._file.fileno())
             self.temporary.replace(self.path)
-        self.size = -1  # nothing is left under the temporary name
 
 
 @contextmanager

@@ -183,6 +183,8 @@ def test_a_result_that_goes_elsewhere_has_no_gradients() -> None:
     first, second = maps(1, 2, 4, 4)
     out = torch.zeros(1, 441, 4, 4)
     with pytest.raises(RuntimeError, match="no_grad"):
+        correlation(first, second, out=out.clone().requires_grad_())
+    with pytest.raises(RuntimeError, match="no_grad"):
         correlation(first.requires_grad_(), second, out=out)
     with torch.no_grad():
         assert correlation(first, second, out=out) is out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -147,7 +148,10 @@ def test_into_a_folder_and_into_the_cache(
     server: Server, manners: Manners, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = known(server.source("/a", gives()))
+    there: list[bool] = []
+    monkeypatch.setattr(os, "fsync", lambda _: there.append((tmp_path / "some.pth.tar").exists()))
     assert download(wanted, tmp_path, manners=manners) == tmp_path / "some.pth.tar"
+    assert there == [False]  # all bytes are on the disk before it has its name
     monkeypatch.setenv("FLOWREEL_CACHE", str(tmp_path / "cache"))
     assert not wanted.downloaded
     assert download(wanted, manners=manners) == tmp_path / "cache" / "weights" / "some.pth.tar"
