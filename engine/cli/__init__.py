@@ -15,9 +15,9 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from flowreel.engine.errors import FlowreelError, StageError, UsageError, lacks_memory, said_by
 
@@ -34,6 +34,7 @@ def main() -> NoReturn:
     """Entry point of ``flowreel`` and ``python -m flowreel``."""
     os.environ.update(patience() | os.environ)  # read when torch loads
     silence_pillow()
+    outlive_stderr()
     if isinstance(sys.stdout, io.TextIOWrapper):  # as on stderr: escapes what the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
     if not os.environ.get("COLUMNS", "").strip("0"):  # as set where there is no terminal; nothing would be shown
@@ -51,6 +52,23 @@ def silence_pillow() -> None:
     """Silences Pillow in this process: what it warns and logs about a file is in our own errors or does not matter."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").addHandler(logging.NullHandler())
+
+
+class Unheard(io.FileIO):
+    """Drops what cannot be written: the disk of a log is full, a terminal was closed, or nobody reads a pipe."""
+
+    def write(self, data: Any, /) -> int:
+        written = None
+        with suppress(OSError):
+            written = super().write(data)
+        return len(data) if written is None else written
+
+
+def outlive_stderr() -> None:
+    """Makes stderr an ``Unheard``: hours of computation do not end because a line about them cannot be shown."""
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        file = io.BufferedWriter(Unheard(sys.stderr.fileno(), "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(file, sys.stderr.encoding, sys.stderr.errors, line_buffering=True)
 
 
 def take_interrupts() -> list[int]:

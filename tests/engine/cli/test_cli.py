@@ -139,6 +139,19 @@ def test_an_error_does_not_go_to_stdout_if_stderr_is_closed(capsys: Capture, mon
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("full_disk", [True, False], ids=["full disk", "pipe without a reader"])
+def test_a_run_goes_on_if_nothing_can_be_written_to_stderr(tiny: str, full_disk: bool) -> None:
+    if full_disk:
+        stderr = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, stderr = os.pipe()
+        os.close(reader)
+    with spawn("run", SOURCE, "-o", "a.zarr", "--weights", tiny, stderr=stderr) as process:
+        os.close(stderr)
+    assert process.returncode == 0
+    assert open_store("a.zarr").complete
+
+
 @pytest.mark.parametrize("columns", ["0", "", "100"])
 def test_a_terminal_of_no_width_is_shown_to_nevertheless(columns: str) -> None:
     with spawn("--help", stdout=subprocess.PIPE, env={**os.environ, "COLUMNS": columns}) as process:
@@ -609,7 +622,8 @@ def test_a_terminal_shows_the_live_table(tiny: str, terminal: Any, monkeypatch: 
 
 def test_torch_waits_as_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "call", lambda arguments: 0)
-    for lasting in ("take_interrupts", "silence_pillow"):  # they change the whole process, here that of the tests
+    # They change the whole process, here that of the tests.
+    for lasting in ("take_interrupts", "silence_pillow", "outlive_stderr"):
         monkeypatch.setattr(cli, lasting, list)
     monkeypatch.setattr(os, "environ", {"OMP_WAIT_POLICY": "active"})
     with pytest.raises(SystemExit):
