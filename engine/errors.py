@@ -196,8 +196,18 @@ def lacks_memory(error: BaseException) -> bool:
     )
 
 
+def lacks_threads(error: BaseException) -> bool:
+    """Whether the system refused Python another thread."""
+    return isinstance(error, RuntimeError) and "can't start new thread" in str(error)
+
+
 def said_by(error: BaseException) -> str:
-    """An error's message; instead of torch's and NumPy's own about the host's memory, one that says what to try."""
+    """An error's message; where the host's memory or threads run out, one that says what to try."""
+    if lacks_threads(error):
+        return (
+            "the system allows no more threads: end what else runs there, or raise the limit (ulimit -u; for a "
+            "container its limit of pids)"
+        )
     if lacks_memory(error):
         return (
             "this machine has too little free memory: end what else runs there, or take a smaller --batch, --queue-mb "

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
-from flowreel.engine.errors import FlowreelError, StageError, UsageError, lacks_memory, said_by
+from flowreel.engine.errors import FlowreelError, StageError, UsageError, lacks_memory, lacks_threads, said_by
 
 INTERRUPTED = 130
 SAME_INTERRUPT_S = 1.0  # a Ctrl-C this soon after the first counts as the same: a person or a script sent it twice
@@ -158,7 +158,7 @@ def _report(error: Exception) -> int:
     if isinstance(error, FlowreelError):
         message = _with_notes(str(error) or type(error).__name__, error)
         return _say(message, 2 if isinstance(cause, UsageError) else 1)
-    if lacks_memory(error):
+    if lacks_memory(error) or lacks_threads(error):
         return _say(said_by(error), 1)
     if isinstance(error, OSError) and error.strerror:  # one that was not foreseen: a name too long, a lost disk
         return _say(f"{error.strerror}: {error.filename}" if error.filename else error.strerror, 1)

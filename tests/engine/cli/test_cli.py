@@ -121,15 +121,22 @@ def test_stats_to_a_closed_stdout_are_not_lost_in_silence(
     assert Path("a.zarr").exists()
 
 
-def test_memory_that_ends_outside_a_run_is_told_in_plain_words(
-    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MemoryError("std::bad_alloc"), "this machine has too little free memory: end what else runs there"),
+        (RuntimeError("can't start new thread"), "the system allows no more threads: end what else runs there"),
+    ],
+)
+def test_what_the_machine_lacks_is_told_in_plain_words(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
 ) -> None:
     def fails() -> None:
-        raise MemoryError("std::bad_alloc")
+        raise error
 
     monkeypatch.setattr("flowreel.engine.models.weights.known_weights", fails)
     assert call(["weights", "list"]) == 1
-    assert one_line(capsys).startswith("flowreel: this machine has too little free memory: end what else runs there")
+    assert one_line(capsys).startswith(f"flowreel: {told}")
 
 
 def test_an_error_does_not_go_to_stdout_if_stderr_is_closed(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
