@@ -130,6 +130,7 @@ def probe_video(name: str, stream: int | None = None) -> VideoProbe:
     path = Path(name)
     with opened(path) as container:
         chosen, notes = _choose_stream(container, path, stream)
+        chosen.thread_count = 1  # enough for one frame, and there where the system allows no more threads
         shown, decoding, is_key = array("q"), array("q"), bytearray()  # 17 bytes a frame: a whole day of video fits
         first: VideoFrame | None = None
         hidden = _Hidden(chosen)

@@ -378,6 +378,20 @@ class TestTimes:
         assert source.losses == []
 
 
+def test_a_video_is_probed_with_one_thread(clip: Clip, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With more, FFmpeg may fail at a limit on threads, and a whole video would be one that cannot be decoded."""
+    threads = []
+
+    def watched(packet: Any) -> list[av.VideoFrame]:
+        frames: list[av.VideoFrame] = packet.decode()
+        threads.append(packet.stream.codec_context.thread_count)
+        return frames
+
+    monkeypatch.setattr("flowreel.engine.sources.probe.decoded", watched)
+    probe_video(str(clip("probed.mp4")))
+    assert set(threads) == {1}
+
+
 def test_interlaced_video_is_told(clip: Clip) -> None:
     interlaced = clip("interlaced.mp4", options={"x264-params": "interlaced=1:tff=1"})
     assert any("two moments in each" in note for note in open_source(interlaced).notes)
