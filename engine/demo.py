@@ -19,6 +19,7 @@ from flowreel.engine.errors import OutputExistsError
 from flowreel.engine.inference import load_network
 from flowreel.engine.outputs import ProgressHook
 from flowreel.engine.places import make_folder
+from flowreel.engine.publish import atomic_path, write_errors
 from flowreel.engine.run_report import RunReport
 from flowreel.engine.sources.synthetic import SyntheticConfig, SyntheticSource
 from flowreel.kernels.flow_color import flow_to_color
@@ -101,11 +102,12 @@ def beside(scene: SyntheticSource, number: int, flow: npt.NDArray[np.float32]) -
 def render(scene: SyntheticSource, path: Path) -> None:
     """Encodes a scene's frames as H.264, the way a camera or an editor would hand them over."""
     info = scene.info
-    writer = VideoWriter(path, path.suffix, info.height, info.width, info.frame_rate)
-    try:
-        for frame in scene:
-            writer.encode(frame.rgb.permute(1, 2, 0).contiguous().numpy(), frame.timestamp_s)
-        writer.finish()
-    except BaseException:
-        writer.discard()
-        raise
+    with write_errors(path), atomic_path(path) as temporary:
+        writer = VideoWriter(temporary, path.suffix, info.height, info.width, info.frame_rate)
+        try:
+            for frame in scene:
+                writer.encode(frame.rgb.permute(1, 2, 0).contiguous().numpy(), frame.timestamp_s)
+            writer.finish()
+        except BaseException:
+            writer.discard()
+            raise

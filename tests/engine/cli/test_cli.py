@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -525,6 +526,19 @@ def test_info_of_an_unfinished_store(tiny: str, capsys: Capture) -> None:
         assert call(["info", name, "--json"]) == 0
         facts = json.loads(capsys.readouterr().out)
         assert (facts["complete"], facts["available"]) == (False, 5)
+
+
+def test_a_demo_that_cannot_render_its_clip_leaves_nothing_that_looks_finished(
+    tiny: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as full_disk:
+        full_disk.setattr("flowreel.sinks.VideoWriter.encode", fails)
+        assert call(["demo", "shown", "-q"]) == 1
+    assert "cannot write shown/scene.mp4: No space left on device; free some space" in one_line(capsys)
+    assert list(Path("shown").iterdir()) == []
 
 
 def test_demo(tiny: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
