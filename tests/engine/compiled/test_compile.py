@@ -450,7 +450,7 @@ def test_overlapping_calls_on_a_gpu_leave_cudnn_s_settings_alone() -> None:
     assert cudnn_s_settings() == before
 
 
-@pytest.mark.filterwarnings("ignore:CUDA is not available")
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", "bf16"])
 def test_on_a_gpu_neither_benchmarks_nor_unasked_tf32_decide_the_flow(precision: Precision) -> None:
     before = cudnn_s_settings()
@@ -464,7 +464,7 @@ def test_on_a_gpu_neither_benchmarks_nor_unasked_tf32_decide_the_flow(precision:
 
 
 @pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch is older than 2.9")
-@pytest.mark.filterwarnings("ignore:CUDA is not available")
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
 @pytest.mark.parametrize("callers", ["ieee", "tf32"])
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16"])
 def test_fp32_precision_of_the_caller_s_neither_decides_nor_fails(precision: Precision, callers: str) -> None:
