@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import cleandoc
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -245,10 +246,11 @@ def run(
 def _output_lines() -> str:
     forms = known_outputs()
     width = max(len(form) for form, _ in forms)
-    return "\n".join(escape(f"      {form:{width}}  {meaning}") for form, meaning in forms)
+    return "\n".join(escape(f"  {form:{width}}  {meaning}") for form, meaning in forms)
 
 
-run.__doc__ = (run.__doc__ or "").replace("    OUTPUTS", _output_lines())  # every format that is registered
+# Every format that is registered. Python 3.13 removes a docstring's indentation itself, older versions leave it.
+run.__doc__ = cleandoc(run.__doc__ or "").replace("OUTPUTS", _output_lines())
 
 
 def _run_one(source: str, outputs: list[str] | None, options: RunOptions, stats: Path | None, quiet: bool) -> None:
