@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import av
 import numpy as np
+from av.stream import Disposition
 
 from flowreel.engine.errors import SourceNotFoundError, UnsupportedSourceError, UsageError, counted
 from flowreel.engine.sources.file_ends import is_cut_short
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
     from flowreel.engine.data import Int64Array
 
-_ATTACHED_PICTURE = 0x400  # FFmpeg's disposition flag of cover art
 _READ_ERRORS = 16  # in a row, after which the rest of a damaged file is given up
 _TEXT_FORMATS = {"tty"}  # demuxers that would render any text file as a video of a terminal
 # Demuxers of lists, not of videos: FFmpeg would open whatever files a list names, or wait for a playlist to grow.
@@ -92,6 +92,7 @@ class VideoProbe:
     codec: str  # FFmpeg's name of the decoder
     timeline: Timeline
     key_frames: Int64Array  # (K,) numbers of the key frames, ascending
+    seekable: bool  # decoding may begin at a key frame
     pixel_format: PixelFormat
     frame_rate: Fraction  # average frames per second
     time_base: Fraction  # seconds, the unit of the timeline's stamps
@@ -151,8 +152,6 @@ def probe_video(name: str, stream: int | None = None) -> VideoProbe:
             notes.append(f"{frames} what came before the start of the file, and cannot be decoded: left out")
         stamps, decoding_stamps = np.asarray(shown)[kept], np.asarray(decoding)[kept]
         keys = np.flatnonzero(np.asarray(is_key)[kept])
-        if container.format.name == "avi" and not chosen.codec_context.codec.intra_only:
-            keys = keys[:0]  # where an AVI's index is damaged, FFmpeg marks all its packets as key frames
         average, stated = chosen.average_rate, chosen.guessed_rate
         if (stamps == NO_STAMP).all():  # an elementary stream: its average rate is made up by FFmpeg
             average, stated = stated, average
@@ -164,6 +163,8 @@ def probe_video(name: str, stream: int | None = None) -> VideoProbe:
         timeline = Timeline.from_packets(
             stamps, chosen.time_base, rate, decoded=decoding_stamps, keys=keys, trusted=trusted
         )
+        # Where an AVI's index is damaged, FFmpeg marks all its packets as key frames.
+        keys_hold = container.format.name != "avi" or chosen.codec_context.codec.intra_only
         turn, turn_notes = Turn.of(first)
         interlaced = bool(first.interlaced_frame) or hidden.has_fields
         look_notes = (*colour_notes(first), *field_notes(interlaced), *shape_notes(chosen))
@@ -173,6 +174,7 @@ def probe_video(name: str, stream: int | None = None) -> VideoProbe:
             codec=chosen.codec_context.name,
             timeline=timeline,
             key_frames=keys if timeline.stamps is None else np.sort(np.searchsorted(timeline.stamps, stamps[keys])),
+            seekable=timeline.stamps is not None and keys_hold,
             pixel_format=PixelFormat.of(first, chosen),
             frame_rate=rate,
             time_base=chosen.time_base,
@@ -281,8 +283,7 @@ def _choose_stream(container: InputContainer, path: Path, number: int | None) ->
 
 
 def is_cover(video: VideoStream) -> bool:
-    disposition = getattr(video, "disposition", 0)  # PyAV 14 lacks it; 15 to 17 have a Flag, 18 an IntFlag
-    return bool(getattr(disposition, "value", disposition) & _ATTACHED_PICTURE)
+    return bool(video.disposition & Disposition.attached_pic)
 
 
 def packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet[VideoStream]]:

@@ -95,7 +95,7 @@ def _numbered(probe: VideoProbe, first: int, mode: _Mode) -> Generator[tuple[int
 def key_frame_before(probe: VideoProbe, number: int) -> int:
     """The frame where decoding has to start for this one: the last key frame at or before it."""
     place = bisect_right(probe.key_frames, number) - 1
-    return int(probe.key_frames[place]) if place >= 0 and probe.timeline.stamps is not None else 0
+    return int(probe.key_frames[place]) if place >= 0 and probe.seekable else 0
 
 
 def _from(probe: VideoProbe, first: int, mode: _Mode) -> Iterator[tuple[int, Decoded]]:
