@@ -28,7 +28,7 @@ def pyav() -> Finding:
     import av
 
     library = ".".join(map(str, av.library_versions["libavcodec"]))
-    return Finding("ok", av.__version__, f"FFmpeg {getattr(av, 'ffmpeg_version_info', '?')}, libavcodec {library}")
+    return Finding("ok", av.__version__, f"FFmpeg {av.ffmpeg_version_info}, libavcodec {library}")
 
 
 def decoders() -> Finding:

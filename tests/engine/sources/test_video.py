@@ -19,6 +19,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from av.stream import Disposition
 
 from flowreel.engine.config import SelectConfig
 from flowreel.engine.data import Frame
@@ -451,9 +452,7 @@ class TestStreams:
             audio: Any = container.add_stream("aac", rate=44100)
             cover: Any = container.add_stream("mjpeg", rate=1)
             cover.width, cover.height, cover.pix_fmt = 64, 48, "yuvj420p"
-            if not hasattr(cover, "disposition"):
-                pytest.skip("this PyAV cannot write cover pictures")
-            cover.disposition = 0x400
+            cover.disposition = Disposition.attached_pic
             frame = av.VideoFrame(64, 48, "yuvj420p")
             frame.pts = 0
             container.mux(cover.encode(frame))
