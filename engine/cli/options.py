@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -67,7 +68,12 @@ def write_stats(path: Path, report: dict[str, object]) -> None:
     try:
         if path.is_symlink() or (path.exists() and not path.is_file()):  # such as /dev/fd/3, which has no neighbours
             path.write_bytes(text)
-        else:
+            return
+        try:
             publish_bytes(path, text)
+        except OSError as error:  # its folder takes no other files, or it is mounted by itself
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EBUSY):
+                raise
+            path.write_bytes(text)
     except OSError as error:
         raise OutputWriteError(f"cannot write {path}: {error.strerror or error}; the outputs are done") from error

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import av
 import numpy as np
@@ -92,6 +92,20 @@ def test_stats_that_do_not_fit_on_the_disk_leave_the_former_ones() -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert Path("stats.json").read_bytes() == former
+    assert os.listdir() == ["stats.json"]
+
+
+@pytest.mark.parametrize("why", [errno.EACCES, errno.EBUSY])
+def test_stats_replace_former_ones_that_only_take_writing_in_place(monkeypatch: pytest.MonkeyPatch, why: int) -> None:
+    """In a folder that takes no other files, or mounted by themselves, as by docker run -v FILE:FILE."""
+    Path("stats.json").write_text('{"seconds": 1.0, "outputs": [], "notes": []}')
+
+    def refused(*_: object) -> NoReturn:
+        raise OSError(why, os.strerror(why))
+
+    monkeypatch.setattr(os, "replace", refused)
+    write_stats(Path("stats.json"), {"seconds": 2.0})
+    assert json.loads(Path("stats.json").read_bytes()) == {"seconds": 2.0}
     assert os.listdir() == ["stats.json"]
 
 
