@@ -265,7 +265,7 @@ class _Run:
                 raise CheckpointError(f"{self.weights} exists already, without a checkpoint: choose another folder")
             if self.log.exists():  # of a run that was killed before its first checkpoint, or none of ours
                 with self.log.open("rb") as file:
-                    if not HEADING.startswith(file.readline().strip()):
+                    if not HEADING.startswith(file.read(len(HEADING))):
                         raise CheckpointError(f"{self.log} is not of a training run: choose another folder")
                 self.log.unlink()
             return

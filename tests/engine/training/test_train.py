@@ -94,7 +94,7 @@ def test_the_log_has_no_gap_and_no_repeat_after_a_kill_beside_the_checkpoint(
             raise Killed
 
     config, log = replace(TINY, steps=2), tmp_path / "log.csv"
-    log.write_text("step\n1\n")  # of a run that was killed before its first checkpoint
+    log.write_bytes(training.HEADING + b"\r\n1,")  # of a run that was killed before its first checkpoint
     with monkeypatch.context() as killed:
         killed.setattr(training, "appearing", killing)
         with pytest.raises(Killed):
@@ -326,12 +326,13 @@ def test_a_folder_is_not_overwritten_nor_mixed_up(tmp_path: Path) -> None:
         train(replace(TINY, steps=1), tmp_path, workers=0, resume=True)
 
 
-def test_another_program_s_log_is_not_deleted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("theirs", ["step,accuracy\n1,0.5\n", "step\n1\n", "\nstep,accuracy\n"])
+def test_another_program_s_log_is_not_deleted(theirs: str, tmp_path: Path) -> None:
     log = tmp_path / "log.csv"
-    log.write_text("step,accuracy\n1,0.5\n")
+    log.write_text(theirs)
     with pytest.raises(CheckpointError, match=r"log\.csv is not of a training run: choose another folder"):
         train(replace(TINY, steps=1), tmp_path, workers=0)
-    assert log.read_text() == "step,accuracy\n1,0.5\n"
+    assert log.read_text() == theirs
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
