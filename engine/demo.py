@@ -59,9 +59,9 @@ def demo(
         OutputExistsError: one of these files exists, and ``overwrite`` is not set.
         What ``flowreel.run`` raises.
     """
-    clip, outputs = folder / "scene.mp4", [folder / "scene.zarr", folder / "flow.mp4"]
-    comparison = folder / "comparison.png"
-    for path in () if overwrite else (clip, *outputs, comparison):
+    clip, comparison = folder / "scene.mp4", folder / "comparison.png"
+    outputs = api.output_names([folder / "scene.zarr", folder / "flow.mp4"], clip)
+    for path in () if overwrite else (clip, *map(Path, outputs), comparison):
         if os.path.lexists(path):
             raise OutputExistsError(f"{path} is already there: pass --overwrite to replace it, or name another folder")
     config = RunConfig.of(weights=weights, device=device, overwrite=overwrite)
@@ -71,7 +71,7 @@ def demo(
         say(f"rendering {scene.info.frame_count} frames into {clip}")
         render(scene, clip)
         say("computing their flow")
-        report = api.run_one(clip, api.output_names(outputs, clip), config, lambda: network, progress)
+        report = api.run_one(clip, outputs, config, lambda: network, progress)
         say("comparing it with the truth")
         store, errors, motions = open_store(outputs[0]), [], []
         for i, flow in enumerate(store):

@@ -600,6 +600,14 @@ def test_demo_leaves_nothing_where_its_network_does_not_load(capsys: Capture) ->
     assert not Path("demo").exists()
 
 
+def test_demo_leaves_nothing_where_its_outputs_may_not_be(tiny: str, capsys: Capture) -> None:
+    Path("X.zarr").mkdir()
+    Path("X.zarr/zarr.json").write_text("{}")
+    assert call(["demo", "X.zarr/demo", "--weights", tiny]) == 2
+    assert "lies inside the store" in one_line(capsys)
+    assert not Path("X.zarr/demo").exists()
+
+
 def test_train_and_use(capsys: Capture) -> None:
     tiny = ["--width", "0.05", "--batch", "2", "--height", "64", "--width-px", "64", "--workers", "0"]
     folder = "[/w]:on:"  # neither markup nor the name of an emoji
