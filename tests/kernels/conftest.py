@@ -32,6 +32,7 @@ from flowreel.kernels.operation import recording
 HERE = Path(__file__).resolve().parent
 SHIM = HERE / "cuda_on_cpu"
 FLAGS = ("-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-fPIC", "-shared", "-w")
+FLAGS += ("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error")  # where a GPU would fail
 FLAGS += (f"-I{SHIM}", "-include", "cuda_on_cpu.h")
 ORDERS = ("forward", "backward", "shuffled")  # of warps, or of all threads
 MOST_KEPT = 2000  # files: those of a few versions of the sources

@@ -58,6 +58,7 @@ def test_shared_memory_starts_as_nan(run: Run) -> None:
         ("x[threadIdx.x + 1] = 0;", "memory beyond a tensor is touched"),
         ("if (x[threadIdx.x + 1] < 0) x[0] = 1;", "memory beyond a tensor is touched"),
         ("x[(int)threadIdx.x - 1] = 0;", "writes beyond a tensor's memory"),
+        ("((Several<float, 2>*)(x + 1))->values[0] = 0;", "does not have its type's alignment"),
     ],
 )
 def test_what_a_gpu_forbids_is_an_error(run: Run, body: str, message: str) -> None:

@@ -6,8 +6,9 @@
 //
 // It catches: missing barriers (a thread reads what others have not written yet), shared memory that is read before it
 // is written (it starts as NaN) or overrun (fences), barriers and warp operations that not all threads reach, entries
-// called with arguments of the wrong type, and access beyond a tensor, if the launcher has put a forbidden page there.
-// It tests logic, but neither speed nor the order in which memory becomes visible on a GPU.
+// called with arguments of the wrong type, access beyond a tensor, if the launcher has put a forbidden page there, and
+// addresses without their type's alignment, if the compiler traps there. It tests logic, but neither speed nor the order
+// in which memory becomes visible on a GPU.
 #pragma once
 
 #include <math.h>
@@ -213,6 +214,7 @@ static void fetch(void* to, const void* from, bool inside, unsigned bytes) {
     int& count = fetch_count[number()];
     if (count == MOST_FETCHES) fail("too many fetches that nobody waits for");
     if ((uintptr_t)to % bytes || (inside && (uintptr_t)from % bytes)) fail("a fetch of %u bytes is not aligned", bytes);
+    if (inside) (void)((const volatile char*)from)[bytes - 1];  // a GPU reads it even if nobody waits for it
     fetches[number()][count++] = {to, from, inside, batches[number()], bytes};
 }
 static void fetch_end() { ++batches[number()]; }
@@ -365,6 +367,7 @@ struct Caller<function> {
 #define ENTRY(name) {#name, shim::Caller<name>::call, shim::Caller<name>::kinds}
 
 static void touched(int) { fail("memory beyond a tensor is touched"); }
+static void trapped(int) { fail("an address does not have its type's alignment"); }
 
 // Runs one entry over a whole grid; returns nullptr or an error message. grid and block are x, y, z.
 static const char* launch(
@@ -378,19 +381,23 @@ static const char* launch(
     if (grid[0] > 0x7fffffff || grid[1] > 65535 || grid[2] > 65535) return "the grid is larger than a GPU allows";
     body = entry.call;
     arguments = values;
-    struct sigaction mine = {}, before;
+    struct sigaction mine = {}, before, before_traps;
     mine.sa_handler = touched;
     mine.sa_flags = SA_NODEFER;
     sigaction(SIGSEGV, &mine, &before);
+    mine.sa_handler = trapped;
+    sigaction(SIGILL, &mine, &before_traps);
     if (_setjmp(bail)) {
         for (Fiber& fiber : fibers) fiber.started = false;  // they were left in the middle of the kernel
         sigaction(SIGSEGV, &before, nullptr);
+        sigaction(SIGILL, &before_traps, nullptr);
         return failure;
     }
     for (blockIdx.z = 0; blockIdx.z < gridDim.z; ++blockIdx.z)
         for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y)
             for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) run_block(count, (Order)order, seed);
     sigaction(SIGSEGV, &before, nullptr);
+    sigaction(SIGILL, &before_traps, nullptr);
     return nullptr;
 }
 
