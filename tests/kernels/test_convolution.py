@@ -67,7 +67,8 @@ def test_what_does_not_fit() -> None:
     ):
         with pytest.raises(ValueError, match="weights of their type and float32 biases"):
             convolution(x, its_weight, its_packed, its_bias, 0.1, 1)
-    for its_packed in (packed[:-1], packed[: packed.numel() // 2], pack(weight[:, :8], 1, False)):
+    apart = torch.stack((packed, packed), 1)[:, 0]
+    for its_packed in (packed[:-1], packed[: packed.numel() // 2], pack(weight[:, :8], 1, False), apart):
         with pytest.raises(ValueError, match="not what pack makes"):
             convolution(x, weight, its_packed, bias, 0.1, 1)
     with pytest.raises(ValueError, match="no kernel"):

@@ -146,14 +146,15 @@ def assert_close(found: Tensor, expected: Tensor, tolerance: float) -> None:
 def test_an_unknown_flow_spoils_its_own_pixel_only(card: torch.device) -> None:
     image, flow = torch.ones(1, 2, 4, 5, device=card), torch.zeros(1, 2, 4, 5, device=card)
     flow[0, 0, 1, 2] = torch.nan
-    out = _module(warp)._warp_cuda(image, flow)  # type: ignore[attr-defined]
-    assert out.isnan().nonzero().tolist() == [[0, 0, 1, 2], [0, 1, 1, 2]]
+    for given in (flow, flow.half(), flow.double()):
+        out = _module(warp)._warp_cuda(image, given)  # type: ignore[attr-defined]
+        assert out.isnan().nonzero().tolist() == [[0, 0, 1, 2], [0, 1, 1, 2]]
 
 
 def test_no_gradient_comes_from_an_unknown_flow(card: torch.device) -> None:
     """Where the flow is unknown, the output's gradient is ignored, even if it is NaN itself."""
     random = random_tensors(card, torch.float32)
-    image, grad, flow = random(1, 3, 5, 6), random(1, 3, 5, 6), random(1, 2, 5, 6)
+    image, grad, flow = random(1, 3, 5, 6), random(1, 3, 5, 6), random(1, 2, 5, 6, dtype=torch.float64)
     flow[0, 0, 1, 2] = flow[0, 1, 3, 4] = grad[0, 1, 1, 2] = torch.nan
     known = ~flow.isnan().any(1, keepdim=True)
     module, kept = _module(warp), (torch.where(known, grad, 0), torch.where(known, flow, 0))
@@ -179,7 +180,7 @@ def test_correlation_goes_into_its_part_of_a_concatenation_and_nowhere_else(
     card: torch.device, dtype: torch.dtype, memory_format: torch.memory_format
 ) -> None:
     random = random_tensors(card, dtype)
-    a, b = random(2, 6, 9, 14), random(2, 6, 9, 14)
+    a, b = random(2, 7, 9, 14).to(memory_format=memory_format), random(2, 7, 9, 14)  # a turn of one channel
     whole = random(2, 3 + 441 + 4, 9, 14).to(memory_format=memory_format)
     wanted = whole.clone()
     module: Any = _module(correlation)

@@ -40,7 +40,7 @@ def compare(
     into: torch.dtype | None = None,
     layout: Callable[[Tensor], Tensor] = channels_last,
 ) -> None:
-    bias = random(shape[1:2], torch.float32, card)
+    bias = random((shape[1], 2), torch.float32, card)[:, 0]
     x = layout(random(shape, dtype, card))
     for slope in (0.1, 1.0):
         for start, channels in {(0, shape[1]), (8, shape[1]), (3, -(-shape[1] // 2))}:

@@ -96,6 +96,7 @@ def test_the_kernel_runs_where_it_can_and_the_definition_elsewhere_and_it_is_tol
         (whole[:, :, 1:, 2:], True),
         (whole[:, 4:20], False),  # not aligned
         (whole.contiguous(), False),
+        (map_of((1, 80, 3, 5), torch.float16, card)[:, ::2], False),
         (odd, False),
         (whole.float(), False),
     ):

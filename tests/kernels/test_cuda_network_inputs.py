@@ -20,7 +20,7 @@ from tests.kernels.conftest import as_on_a_gpu
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}  # for half types: one rounding
 SIZES = ((1, 4, 4), (1, 12, 36), (2, 8, 100), (2, 64, 64))  # of frames: less than a tile, incomplete tiles, two frames
-FLOWS = ((1, 1, 1), (2, 3, 5), (1, 7, 16), (2, 5, 33))
+FLOWS = ((1, 1, 1), (2, 3, 5), (1, 8, 32), (2, 5, 33))  # (1, 8, 32): whole tiles
 
 
 class Draws:
@@ -107,7 +107,8 @@ def compare_enlarging(size: tuple[int, int, int], dtype: torch.dtype, card: torc
     """Writes to two channels of a concatenation, from an even and an odd one on, and to nothing beside them."""
     batch, height, width = size
     draws = Draws(card)
-    flow, weight, bias = draws.normal(batch, 2, height, width), draws.normal(2, 2, 4, 4), draws.normal(2)
+    flow, weight, bias = draws.normal(batch, 2, height, width), draws.normal(2, 2, 4, 4), draws.normal(2, 2)[:, 0]
+    weight = torch.cat((bias[:1], weight.flatten()))[1:].view(2, 2, 4, 4)  # does not begin at a multiple of 16 bytes
     flow[0, 0, 0, 0] = torch.inf
     for start, channels in ((0, 2), (4, 8), (3, 7)):
         for order in (torch.channels_last, torch.contiguous_format):
@@ -252,6 +253,8 @@ def test_rooms_are_stored_whole_and_what_does_not_fit_is_refused() -> None:
     for wrong, error in (
         ((frames[:, :5], flow, 20.0, out), ValueError),
         ((frames, flow[:, :, :1], 20.0, out), ValueError),
+        ((frames, flow.to("meta"), 20.0, out), ValueError),
+        ((torch.zeros(2, 6, 8, 6), flow[..., :1], 20.0, room(2, 16, 8, 6, out.dtype, out.device)), ValueError),
         ((frames, flow, 20.0, out.contiguous()), ValueError),
         ((frames, flow, 20.0, out[:, :12]), ValueError),
         ((frames, flow, 20.0, out[..., :4]), ValueError),

@@ -121,6 +121,7 @@ def test_no_motion_is_white(value: float) -> None:
     flow = np.full((3, 4, 2), value, np.float32)
     assert (paint_both(flow) == 255).all()
     paint_both(flow, 1e-40)  # an absurd scale raises no warning either
+    assert (paint_both(np.zeros_like(flow), 1e-50) == 255).all()  # also one that float32 rounds to zero
 
 
 def test_everything_unknown() -> None:

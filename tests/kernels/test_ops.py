@@ -56,6 +56,9 @@ BACKWARD_OPERATIONS = {
     "correlation_backward": Case(
         flowreel.kernels.correlation, "correlation_backward", ((2, 25, 6, 7), MAP, MAP), (2, 2)
     ),
+    "channel_norm_backward": Case(
+        flowreel.kernels.channel_norm, "channel_norm_backward", ((2, 1, 6, 7), MAP, (2, 1, 6, 7))
+    ),
     "warp_image_gradient": Case(flowreel.kernels.warp, "warp_image_gradient", (MAP, (2, 2, 6, 7))),
     "warp_flow_gradient": Case(flowreel.kernels.warp, "warp_flow_gradient", (MAP, MAP, (2, 2, 6, 7))),
 }
@@ -81,7 +84,9 @@ def test_op_is_registered_correctly(case: Case) -> None:
 def test_backward_op_is_registered_correctly(operation: Case) -> None:
     op = getattr(torch.ops.flowreel, operation.op).default
     checks = ("test_schema", "test_faketensor")  # there is no gradient of the gradient
-    torch.library.opcheck(op, (*tensors(operation), *operation.settings), test_utils=checks)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        inputs = [x.to(memory_format=memory_format) for x in tensors(operation)]
+        torch.library.opcheck(op, (*inputs, *operation.settings), test_utils=checks)
 
 
 def test_ops_without_gradients_are_registered_correctly() -> None:

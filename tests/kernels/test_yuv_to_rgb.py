@@ -177,6 +177,7 @@ Y, C = torch.zeros(4, 6, dtype=torch.uint8), torch.zeros(2, 3, 2, dtype=torch.ui
         (Y, C.to(torch.uint16), {}, TypeError),
         (Y[None], C, {}, ValueError),
         (Y[:0], C, {}, ValueError),
+        (Y, C.to("meta"), {}, ValueError),
         (Y, C[:1], {}, ValueError),
         (Y, C[:, :2], {}, ValueError),
         (Y, C[..., :1], {}, ValueError),
