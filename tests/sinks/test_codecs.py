@@ -74,6 +74,8 @@ def test_row_blocks_and_strides_change_nothing(monkeypatch: pytest.MonkeyPatch) 
     for block in (1, 1000, 78 * 2 * 5):
         monkeypatch.setattr(codecs, "BLOCK_VALUES", block)
         assert codec.encode(flow) == whole
+    lossless = flow_codec(49, 78, SinkConfig(max_error=0))
+    assert lossless.encode(flow) == lossless.encode(np.ascontiguousarray(flow))
 
 
 def test_a_broken_bound_is_noticed() -> None:
@@ -86,8 +88,9 @@ def test_a_broken_bound_is_noticed() -> None:
 
 
 def test_size_is_checked() -> None:
-    with pytest.raises(ValueError, match=r"\(2, 8, 8\)"):
-        flow_codec(8, 8, SinkConfig()).encode(np.zeros((2, 8, 9), np.float32))
+    for wrong in ((2, 8, 9), (3, 8, 8)):
+        with pytest.raises(ValueError, match=r"\(2, 8, 8\)"):
+            flow_codec(8, 8, SinkConfig()).encode(np.zeros(wrong, np.float32))
 
 
 @pytest.mark.parametrize("kind", COMPRESSORS)

@@ -157,7 +157,7 @@ def test_into_a_folder_and_into_the_cache(
     assert download(wanted, manners=manners) == tmp_path / "cache" / "weights" / "some.pth.tar"
     assert wanted.downloaded
     with pytest.raises(UsageError, match="convert"):
-        download(wanted, tmp_path / "x.safetensors", manners=manners)
+        download(wanted, tmp_path / "x.SafeTensors", manners=manners)
 
 
 def test_a_dropped_connection_goes_on_where_it_stopped(
@@ -208,6 +208,21 @@ def test_a_file_that_changed_in_between_starts_over(server: Server, manners: Man
     assert server.asked[1][1:] == ("bytes=1000-", '"zero"')
 
 
+def test_a_file_of_untold_length_that_breaks_off(server: Server, manners: Manners, tmp_path: Path) -> None:
+    def plain(handler: Handler) -> None:
+        handler.head(200)
+        handler.wfile.write(DATA[:1000])
+
+    def in_chunks(handler: Handler) -> None:
+        handler.head(200, Transfer_Encoding="chunked")
+        handler.wfile.write(b"7d0\r\n" + DATA[:1000])
+
+    behaviours = [plain, in_chunks, gives()]
+    wanted = known(server.source("/a", lambda handler: behaviours.pop(0)(handler)))
+    assert download(wanted, tmp_path / "x", manners=manners).read_bytes() == DATA
+    assert server.ranges() == [None, "bytes=1000-", "bytes=1000-"]
+
+
 def test_what_an_earlier_download_left_is_checked(server: Server, manners: Manners, tmp_path: Path) -> None:
     wanted = known(server.source("/a", gives()))
     for left, ranges in (
@@ -221,6 +236,11 @@ def test_what_an_earlier_download_left_is_checked(server: Server, manners: Manne
         (tmp_path / "x.partial").write_bytes(left)
         assert download(wanted, tmp_path / "x", overwrite=True, manners=manners).read_bytes() == DATA
         assert server.ranges() == ranges
+    behaviours = [lambda handler: handler.head(416), gives()]
+    server.paths["/a"] = lambda handler: behaviours.pop(0)(handler)
+    (tmp_path / "x.partial").write_bytes(DATA[:1000])
+    assert download(wanted, tmp_path / "x", overwrite=True, manners=manners).read_bytes() == DATA
+    assert server.ranges()[-2:] == ["bytes=1000-", None]
 
 
 @pytest.mark.parametrize(
@@ -232,6 +252,7 @@ def test_what_an_earlier_download_left_is_checked(server: Server, manners: Manne
         (refuses(404, "Not here"), "HTTP 404 Not Found: Not here"),
         (refuses(403, "Access denied"), "HTTP 403 Forbidden: Access denied"),
         (refuses(200, "Google Drive - Quota exceeded"), "web page instead of the file: Google Drive - Quota exceeded"),
+        (refuses(429), "HTTP 429 Too Many Requests, 5 times in a row"),
         (refuses(503), "HTTP 503 Service Unavailable, 5 times in a row"),
         (lambda handler: handler.head(302, Location="ftp://127.0.0.1/x"), "ftp://127.0.0.1/x is not http"),
         (lambda handler: handler.head(302, Location="file:///etc/hostname"), "HTTP 302"),
@@ -265,6 +286,7 @@ def test_the_next_source_takes_over(server: Server, manners: Manners, tmp_path: 
     assert path.read_bytes() == DATA
     assert server.asked[-1][:2] == ("/good", "bytes=5000-")
     assert any("wrong file" in line for line in said)
+    assert [asked[0] for asked in server.asked].count("/wrong") == 1
     with pytest.raises(DownloadError, match=r"source /dead.*HTTP 404.*source /wrong.*wrong file"):
         download(known(dead, wrong), tmp_path / "y", manners=manners)
     with pytest.raises(DownloadError, match="no source"):
@@ -354,12 +376,21 @@ def test_another_file_in_the_way_is_kept(server: Server, manners: Manners, tmp_p
     assert (tmp_path / "notes").read_text() == "mine"
 
 
-def test_two_at_a_time(server: Server, manners: Manners, tmp_path: Path) -> None:
+def test_two_at_a_time(server: Server, manners: Manners, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = known(server.source("/a", gives()))
     (tmp_path / "x.partial").write_bytes(DATA[:5])
     with module._Partial.open(tmp_path / "x"), pytest.raises(OutputWriteError, match="another download"):
         download(wanted, tmp_path / "x", manners=manners)
     assert (tmp_path / "x.partial").read_bytes() == DATA[:5]
+
+    def locked_once_published(_: int) -> bool:
+        (tmp_path / "x.partial").rename(tmp_path / "x")
+        return True
+
+    monkeypatch.setattr(module, "locked", locked_once_published)
+    with pytest.raises(OutputWriteError, match="another download"):
+        download(wanted, tmp_path / "x", manners=manners)
+    assert (tmp_path / "x").read_bytes() == DATA[:5]
 
 
 def test_a_full_disk(server: Server, manners: Manners, tmp_path: Path, files_up_to: Callable[[int], object]) -> None:
