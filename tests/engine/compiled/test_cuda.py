@@ -298,7 +298,7 @@ def test_the_network_may_go_and_stays_as_it_was(filled: Filled) -> None:
     before = {key: value.clone() for key, value in model.state_dict().items()}
     program = cuda.pack(model, "bf16").program((1, 64, 128))
     expected = program.flow(*frames_of(14, 1))
-    assert model.training
+    assert all(module.training for module in model.modules())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     gone = weakref.ref(model), weakref.ref(model.get_parameter("conv0.0.weight"))
     del model
