@@ -71,6 +71,7 @@ def test_a_checkpoint_saved_while_training(legacy: bool, filled: Filled, tmp_pat
     path = tmp_path / "FlowNet2S_checkpoint.pth.tar"
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
     assert same(load_model("flownet2s", path), model)
+    assert not load_model("flownet2s", path).training
 
 
 def test_a_scalar_under_its_old_name_is_read(filled: Filled, tmp_path: Path) -> None:
