@@ -32,9 +32,9 @@ class Disk:
         self.free = free
         self.error = error
 
-    def open(self, path: Path, mode: str) -> io.BufferedWriter:
+    def open(self, path: Path, mode: str, buffering: int = -1) -> io.FileIO | io.BufferedWriter:
         assert mode == "wb"
-        return io.BufferedWriter(OnDisk(self, path))
+        return io.BufferedWriter(OnDisk(self, path)) if buffering else OnDisk(self, path)
 
     def writev(self, descriptor: int, buffers: Sequence[memoryview]) -> int:
         return self.write(b"".join(buffers), lambda data: os.write(descriptor, data))
