@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
-from collections.abc import Generator, Iterator
+import sys
+from collections.abc import Callable, Generator, Iterator
+from functools import cache, partial
+from pathlib import Path
 from typing import TypeVar
 
 from flowreel.engine.errors import UsageError
@@ -29,6 +33,31 @@ def limit_threads_of_fork() -> None:
         import torch
 
         torch.set_num_threads(1)
+
+
+def end_openmp_workers() -> None:
+    """Ends this thread's OpenMP workers, and waits for their end. Call it at the end of a thread that has computed.
+
+    By themselves they would end shortly after the thread. An ending thread takes the locks of MKL's allocator, and a
+    process forked in that moment, which lacks the thread that would release them, waits for them for ever.
+    """
+    if "torch" in sys.modules:  # otherwise nothing has computed
+        _omp_pause()()
+
+
+@cache
+def _omp_pause() -> Callable[[], object]:
+    """What ends and joins the OpenMP workers of the thread that calls it, if torch computes with GNU's OpenMP."""
+    import torch
+
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        pause = library.omp_pause_resource_all
+    except (OSError, AttributeError):  # another system, or an OpenMP from before 2018
+        return lambda: None
+    if hasattr(library, "kmp_set_blocktime"):  # Intel's or LLVM's, whose workers are not one thread's
+        return lambda: None
+    return partial(pause, 1)  # omp_pause_soft: settings stay
 
 
 class OfOneProcess(Iterator[Item]):

@@ -19,6 +19,7 @@ because it reacquires the lock as it wakes.
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 import time
 import warnings
@@ -29,6 +30,7 @@ from typing import Any, TypeVar
 from flowreel.engine.budget import Budget, storages_of
 from flowreel.engine.config import QueueConfig
 from flowreel.engine.errors import StageError, frame_of
+from flowreel.engine.forked import end_openmp_workers
 from flowreel.engine.stages import Consumer, Stage, StageStatistics, Wrap, is_ours_to_close
 
 Result = TypeVar("Result")
@@ -291,6 +293,19 @@ class OneAtATime:
         self._free.release()
 
 
+def _join(thread: threading.Thread, timeout_s: float | None = None) -> None:
+    """Joins ``thread``, and waits for what the system does as it ends: before Python 3.13 a join alone does not.
+
+    The reason is that of ``end_openmp_workers``.
+    """
+    thread.join(timeout_s)
+    deadline_s = time.monotonic() + JOIN_S
+    while not thread.is_alive() and os.path.exists(f"/proc/self/task/{thread.native_id}"):
+        if time.monotonic() > deadline_s:
+            break
+        time.sleep(1e-4)
+
+
 def in_own_thread(action: Callable[[], Result]) -> Result:
     """Runs ``action`` in a thread of its own that ends with it, and returns or raises what it returns or raises.
 
@@ -307,10 +322,12 @@ def in_own_thread(action: Callable[[], Result]) -> Result:
             done.append(action())
         except BaseException as error:
             failed.append(error)
+        finally:
+            end_openmp_workers()
 
     thread = threading.Thread(target=work, name="load", daemon=True)
     thread.start()
-    thread.join()
+    _join(thread)
     if failed:
         raise failed[0]
     return done[0]
@@ -477,6 +494,7 @@ class Pipeline:
                     self._unfinished -= 1
                     if self._unfinished == 0:
                         self._settle()
+            end_openmp_workers()
 
     def _attempt(self, worker: _Worker, action: Callable[[], object]) -> None:
         try:
@@ -511,7 +529,7 @@ class Pipeline:
             return []  # garbage collection in a stage's thread finalised an abandoned stream: it cannot join itself
         deadline_s = time.monotonic() + JOIN_S
         for thread in threads:
-            thread.join(max(deadline_s - time.monotonic(), 0))
+            _join(thread, max(deadline_s - time.monotonic(), 0))
         return [thread.name for thread in threads if thread.is_alive()]
 
     def _finish(self, reason: BaseException | None) -> None:

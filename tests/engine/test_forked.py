@@ -14,9 +14,7 @@ import multiprocessing, sys, torch, flowreel
 torch.set_num_threads(4)
 options = {"model": "FlowNet2C", "batch": 2}
 flow = flowreel.open(sys.argv[1], **options)
-# Both networks are loaded first: a fork in the instant after may inherit locks of MKL, taken by threads as they end.
-unread = flowreel.stream(sys.argv[1], **options)
-before = flow[4]
+before, unread = flow[4], flowreel.stream(sys.argv[1], **options)
 ways = {
     "inherited": lambda: flow[4],
     "a stream inherited": lambda: torch.cat([batch.flow for batch in unread])[4],

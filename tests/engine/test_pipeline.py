@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -1074,6 +1075,57 @@ def test_work_before_a_run_is_done_in_a_thread_that_ends() -> None:
     assert in_own_thread(work) == 3
     assert threads[0] is not threading.current_thread()
     assert not threads[0].is_alive()
+
+
+THREADS = """
+import os, sys, threading, torch
+from flowreel.engine.pipeline import Pipeline, in_own_thread
+from flowreel.engine.stages import Stage
+
+def threads():
+    return set(os.listdir("/proc/self/task"))
+
+class AtTheEnd:
+    def __init__(self):
+        self.before = threads()
+
+    def __del__(self):
+        left.append(threads() - self.before)
+
+torch.set_num_threads(4)
+numbers = torch.rand(500_000)
+of_thread = threading.local()
+
+def compute():
+    of_thread.witness = AtTheEnd()
+    numbers.sin().sum()
+    assert threads() - of_thread.witness.before  # the workers
+
+def stage(items):
+    for _ in items:
+        yield compute()
+
+def own_thread():
+    in_own_thread(compute)
+
+def pipeline():
+    list(Pipeline("source", [1], [Stage("a", stage)]))
+
+before = threads()
+for _ in range(100):
+    left = []
+    locals()[sys.argv[1]]()
+    assert left == [set()], "workers live on as their thread ends"
+    assert threads() == before, "a thread is still ending"
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="lists no threads")
+@pytest.mark.parametrize("work", ["own_thread", "pipeline"])
+def test_no_thread_is_still_ending_afterwards(work: str) -> None:
+    # A process forked meanwhile may inherit what an ending thread has locked.
+    done = subprocess.run([sys.executable, "-c", THREADS, work], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
