@@ -25,8 +25,11 @@ def apart(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     size = math.prod(shape) * dtype.itemsize
     if size < mmap.PAGESIZE:
         return torch.zeros(shape, dtype=dtype, device="cpu")
-    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-    return torch.frombuffer(mmap.mmap(-1, size, **private), dtype=dtype).view(shape)
+    if hasattr(mmap, "MAP_PRIVATE"):
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    else:
+        memory = mmap.mmap(-1, size)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 class Buffers:
