@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.data import TruePair, true_pair
 from flowreel.engine.config import ModelConfig
-from flowreel.engine.inference import prepare
+from flowreel.engine.inference import load_network
 
 FRESH: Any = None  # OpenCV's argument for an initial flow or an output buffer: neither
 Flow = npt.NDArray[np.float32]
@@ -44,7 +44,7 @@ def epe(flow: Flow, pair: TruePair) -> float:
 
 
 def network(pair: TruePair, weights: str) -> Flow:
-    model = prepare(ModelConfig(weights=weights, device="cpu"), *pair.flow.shape[:2])
+    model = load_network(ModelConfig(weights=weights, device="cpu")).fitted(*pair.flow.shape[:2])
     frames = (torch.from_numpy(picture).permute(2, 0, 1)[None] for picture in (pair.first, pair.second))
     flow = model.fit.undo(model.flow(*frames))
     return np.asarray(flow[0].permute(1, 2, 0).numpy())

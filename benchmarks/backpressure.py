@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 from benchmarks.measure import ratio
 from flowreel.engine.config import ModelConfig, QueueConfig, SelectConfig, SinkConfig
 from flowreel.engine.data import FlowBatch, Frame, PairBatch
-from flowreel.engine.inference import Inference, prepare
+from flowreel.engine.inference import Inference, load_network
 from flowreel.engine.outputs import Tally
 from flowreel.engine.pairing import batches, pairs
 from flowreel.engine.pipeline import Pipeline, in_own_thread
@@ -94,7 +94,7 @@ def new_job(flows: int, rest_s: dict[Slow, float] | None = None) -> Job:
     from flowreel.engine.api import flow_header
     from flowreel.engine.config import RunConfig
 
-    inference = prepare(ModelConfig(model="FlowNet2C", device="cpu", batch=1), HEIGHT, WIDTH)
+    inference = load_network(ModelConfig(model="FlowNet2C", device="cpu", batch=1)).fitted(HEIGHT, WIDTH)
     with closing(open_source(_scene(flows + 1), SelectConfig())) as source:
         header = flow_header(source.info, inference, RunConfig())
     return Job(flows, inference, header, rest_s or {})

@@ -15,7 +15,7 @@ from benchmarks.accuracy import FRESH
 from benchmarks.data import found
 from benchmarks.measure import Action, Effort, Sample, alternated, ratio
 from flowreel.engine.config import ModelConfig, SelectConfig
-from flowreel.engine.inference import prepare
+from flowreel.engine.inference import load_network
 from flowreel.engine.sources import open_source
 
 CLIPS = ("person_asl_walk_640x480.mkv", "sintel_cave_1024x436.mp4")
@@ -78,7 +78,7 @@ def _farneback(first: Any, second: Any) -> Any:
 
 
 def _network(model: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Action:
-    inference = prepare(ModelConfig(model=model, device="cpu"), *pairs[0][0].shape[1:])
+    inference = load_network(ModelConfig(model=model, device="cpu")).fitted(*pairs[0][0].shape[1:])
     batches = [pairs[at : at + inference.batch] for at in range(0, len(pairs), inference.batch)]
 
     def action() -> None:

@@ -88,12 +88,12 @@ def _measure(settings: dict[str, Any]) -> dict[str, Any]:
 
     from benchmarks.measure import Effort, alternated, device_sync
     from flowreel.engine.config import ModelConfig
-    from flowreel.engine.inference import prepare
+    from flowreel.engine.inference import load_network
 
     height, width = SIZES[settings["size"]]
     device, batch = settings["device"], settings["batch"]
     given = {name: settings[name] for name in ("model", "weights", "precision", "batch", "device")}
-    inference = prepare(ModelConfig(**given), height, width)
+    inference = load_network(ModelConfig(**given)).fitted(height, width)
     torch.manual_seed(0)
     shape = (batch, 3, height, width)
     frames = [torch.randint(0, 256, shape, dtype=torch.uint8, device=device) for _ in range(INPUTS)]

@@ -342,11 +342,6 @@ def _loaded(config: ModelConfig, devices: Sequence[torch.device], precision: Pre
     return on(devices[0], tuple(on(device) for device in devices[1:]))
 
 
-def prepare(config: ModelConfig, height: int, width: int) -> Inference:
-    """``load_network``, then ``Network.fitted``, for frames of one size. Raises what they raise."""
-    return load_network(config).fitted(height, width)
-
-
 def auto_batch(height: int, width: int, precision: Precision = "fp32", free: int | None = None) -> int:
     """Pairs per batch for frames of this size.
 

@@ -32,7 +32,7 @@ from flowreel.engine.errors import (
     UsageError,
     WeightsMismatchError,
 )
-from flowreel.engine.inference import Inference, prepare
+from flowreel.engine.inference import Inference, load_network
 from flowreel.engine.outputs import Progress
 from flowreel.engine.pairing import batches, pairs
 from flowreel.engine.restore import restore
@@ -59,7 +59,7 @@ def composed(source: str, weights: str, **options: Any) -> list[FlowBatch]:
     """The result of the chain without threads: the reference for every run."""
     config = RunConfig.of(weights=weights, **options)
     frames = open_source(source, config.select)
-    inference = prepare(config.model, frames.info.height, frames.info.width)
+    inference = load_network(config.model).fitted(frames.info.height, frames.info.width)
     shard = api.flow_header(frames.info, inference, config).shard_length(config.sink.shard_bytes)
     stages = [
         Stage("pairs", pairs),
@@ -429,7 +429,7 @@ def test_memory_in_the_queues_stays_in_its_bound(tiny: str) -> None:
     """A network slower than its source holds the source back: the budget is exceeded by at most an item per channel."""
     config = RunConfig.of(weights=tiny, batch=2, queue_mb=0.1)
     frames = open_source("synthetic:still?size=64x64&frames=120", config.select)  # 1.5 MB, were they all queued
-    inference = prepare(config.model, 64, 64)
+    inference = load_network(config.model).fitted(64, 64)
     steps = api.stages(inference, "forward", batches(2, shard=8), to_host=True)
     queues = replace(config.queues, items=1000)  # so that only the bound in bytes holds anything back
     pipeline = api.Chain(frames, steps, queues, inference.device)

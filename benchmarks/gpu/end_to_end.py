@@ -24,7 +24,7 @@ from benchmarks.measure import Effort, Sample, Skipped, alternated, device_sync
 from benchmarks.networks import filled
 from benchmarks.processes import MEMORY
 from flowreel.engine.config import ModelConfig, SelectConfig
-from flowreel.engine.inference import prepare
+from flowreel.engine.inference import load_network
 from flowreel.engine.models.saving import save_weights
 from flowreel.engine.models.weights import BASELINE
 from flowreel.engine.run_report import RunReport
@@ -172,7 +172,7 @@ def _file(findings: Findings, name: str, sample: Sample, report: RunReport, alon
 def _alone(job: Job, settings: Settings, model: str, batch: int) -> Sample:
     """Pairs/s of the same network alone, on frames that are on the device already."""
     chosen = {name: job.options[name] for name in ("device", "weights", "precision")}
-    inference = prepare(ModelConfig(**chosen, model=model, batch=batch), job.height, job.width)
+    inference = load_network(ModelConfig(**chosen, model=model, batch=batch)).fitted(job.height, job.width)
     shape = (batch, 3, job.height, job.width)
     frames = [torch.randint(0, 256, shape, dtype=torch.uint8, device=settings.device) for _ in range(3)]
     effort = Effort(least=2, most=2, cap_s=0.1) if settings.dry else Effort(least=5, most=30, cap_s=2.0)

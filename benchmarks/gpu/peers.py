@@ -15,7 +15,7 @@ from benchmarks.gpu.findings import Findings, Settings
 from benchmarks.measure import Action, Effort, Sample, Skipped, alternated, device_sync, ratio
 from benchmarks.networks import random_weights
 from flowreel.engine.config import ModelConfig
-from flowreel.engine.inference import prepare
+from flowreel.engine.inference import load_network
 
 SIZES = {"1024x448": (448, 1024), "1920x1088": (1088, 1920)}
 DRY = {"128x128": (128, 128)}  # the smallest size that RAFT accepts
@@ -60,7 +60,7 @@ def raft_and_ours(device: str, precision: str, height: int, width: int, folder: 
     raft = torchvision_models().raft_small(weights=None).eval().to(device)
     weights = str(random_weights("FlowNet2C", folder))
     config = ModelConfig(model="FlowNet2C", weights=weights, device=device, precision=precision, batch=1)  # type: ignore
-    inference = prepare(config, height, width)
+    inference = load_network(config).fitted(height, width)
     torch.manual_seed(0)
     frames = [torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8, device=device) for _ in range(2)]
     half = torch.float16 if precision == "fp16" else torch.bfloat16

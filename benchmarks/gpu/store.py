@@ -16,7 +16,7 @@ from benchmarks.gpu.findings import Findings, Settings
 from benchmarks.gpu.made_clips import written_clip
 from benchmarks.gpu.nvdec import frames_of
 from flowreel.engine.config import ModelConfig, SinkConfig
-from flowreel.engine.inference import prepare
+from flowreel.engine.inference import load_network
 from flowreel.engine.pinned import pin
 from flowreel.sinks import shard_processes
 from flowreel.sinks.shard_maker import Request
@@ -95,7 +95,7 @@ def _compare_store(findings: Findings, settings: Settings, precision: str) -> No
     flowreel.run(clip, path, overwrite=True, shard_bytes=shard_bytes, **options)
     kept = flowreel.open_store(path)
     frames = torch.stack([frame.rgb.cpu() for frame in frames_of(clip, "auto", settings)])
-    inference = prepare(ModelConfig(**options), height, width)
+    inference = load_network(ModelConfig(**options)).fitted(height, width)
     findings.check(f"{precision}: every flow is there", len(kept) == len(frames) - 1, flows=len(kept))
     for first in (0, batch):
         pairs = slice(first, first + batch), slice(first + 1, first + batch + 1)

@@ -16,7 +16,7 @@ from flowreel.engine import inference as module
 from flowreel.engine.config import ModelConfig
 from flowreel.engine.data import FlowBatch, Frame, FramePair, PairBatch
 from flowreel.engine.errors import DeviceError, StageError, UsageError
-from flowreel.engine.inference import Inference, Made, auto_batch, load_network, prepare
+from flowreel.engine.inference import Inference, Made, auto_batch, load_network
 from flowreel.engine.scenes.named import named_scene
 from flowreel.kernels import channel_norm
 from tests.fakes.cuda_streams import GPU
@@ -101,7 +101,7 @@ def frame(scene: object, number: int) -> Frame:
 def test_the_shipped_weights_know_a_known_motion() -> None:
     """A texture moved by (3, 1) px: the mean flow is off by less than half of that motion."""
     scene = named_scene("translate", 192, 256)
-    inference = prepare(ModelConfig(device="cpu"), 192, 256)
+    inference = load_network(ModelConfig(device="cpu")).fitted(192, 256)
     batch = PairBatch((FramePair(frame(scene, 0), frame(scene, 1)),), 0)
     (result,) = inference.stage(iter([batch]))
     mean = result.flow[0].mean((1, 2)).numpy()
@@ -113,7 +113,7 @@ def test_one_loaded_network_serves_frames_of_any_size() -> None:
     config = ModelConfig(device="cpu", model="flownet2c")
     network = load_network(config)
     for height, width in ((64, 64), (70, 130)):
-        shared, alone = network.fitted(height, width), prepare(config, height, width)
+        shared, alone = network.fitted(height, width), load_network(config).fitted(height, width)
         assert shared.packed is network.packed
         assert (shared.model, shared.batch, shared.fit) == (alone.model, alone.batch, alone.fit)
         assert shared.made_by() == alone.made_by()
@@ -126,7 +126,7 @@ def test_one_loaded_network_serves_frames_of_any_size() -> None:
 
 def test_it_knows_by_what_each_operation_ran() -> None:
     frames = torch.zeros(2, 1, 3, 64, 64)
-    inference = prepare(ModelConfig(device="cpu", model="flownet2c"), 64, 64)
+    inference = load_network(ModelConfig(device="cpu", model="flownet2c")).fitted(64, 64)
     assert inference.kernels == {}
     inference.flow(*frames)
     assert inference.kernels == {"correlation": "torch"}
@@ -167,7 +167,7 @@ def test_a_batch_gives_each_pairs_own_flow(pairs: list[tuple[int, int]], what: s
 
 
 def test_flow_is_an_ordinary_tensor_without_gradients() -> None:
-    inference = prepare(ModelConfig(device="cpu"), 64, 64)
+    inference = load_network(ModelConfig(device="cpu")).fitted(64, 64)
     flow = inference.flow(torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 64, 64))
     assert not flow.requires_grad
     assert not flow.is_inference()
