@@ -19,7 +19,7 @@ from flowreel.engine.errors import OutputBusyError, OutputExistsError, OutputWri
 from flowreel.engine.outputs import is_finished
 from flowreel.engine.protocols import Resumable, Sink
 from flowreel.engine.publish import publish_bytes
-from flowreel.engine.sources.kinds import is_path
+from flowreel.engine.sources.kinds import kind_of
 from flowreel.sinks import open_sink
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ class Ledger:
 def _place(name: str) -> str:
     """The same for every name of a source or output, from whichever folder. A link itself is not followed."""
     folder, last = os.path.split(os.path.abspath(name))
-    return os.path.join(os.path.realpath(folder), last) if is_path(name) else name
+    return os.path.join(os.path.realpath(folder), last) if kind_of(name).is_path else name
 
 
 def _former(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
@@ -195,7 +195,8 @@ def _former(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, 
 
     def here(name: object) -> str:
         text = str(name)
-        return os.path.relpath(os.path.join(working, text)) if is_path(text) and not os.path.isabs(text) else text
+        moves = kind_of(text).is_path and not os.path.isabs(text)
+        return os.path.relpath(os.path.join(working, text)) if moves else text
 
     def listed(names: object) -> list[str]:
         return [here(name) for name in names] if isinstance(names, list) else []

@@ -83,7 +83,7 @@ def lasting_name(name: PathLike) -> str:
     text, kind = _looked_up(name)
     if not text:
         raise UsageError("the source's name is empty")
-    return kind.lasting_name(text)
+    return kind.absolute(text) if kind.is_path else text
 
 
 def image_folders(name: PathLike) -> list[str] | None:

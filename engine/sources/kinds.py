@@ -38,9 +38,10 @@ class Kind:
     function: str
     takes: Callable[[str], bool] = lambda _: True  # whether a name is of this kind; earlier kinds are asked first
     stem: Callable[[str], str] = lambda name: Path(name).stem  # from a name: what outputs are named after
-    lasting_name: Callable[[str], str] = _absolute  # a name for the same source, valid in any working folder
+    absolute: Callable[[str], str] = _absolute  # from a path: one for the same source, valid in any working folder
     folders: Callable[[str], list[str] | None] = lambda _: None  # folders whose images are, or may be, its frames
     once: bool = False  # whether it can be opened and read only once
+    is_path: bool = True  # whether a name is that of a file or folder, or a glob, and so depends on the working folder
 
 
 # -- stdin and procedural scenes, which are not files ----------------------------------------------------------------
@@ -63,11 +64,6 @@ def as_weights(name: str) -> str:
     return "weights are given by --weights; --resume takes no file" if is_weights else ""
 
 
-def is_path(name: str) -> bool:
-    """Whether the name is that of a file or folder, or a glob, so that it depends on the working folder."""
-    return not (name == STDIN or is_synthetic(name))
-
-
 def _stem_of_scene(name: str) -> str:
     return name.removeprefix(SYNTHETIC).split("?")[0]
 
@@ -88,7 +84,7 @@ def _stem_of_images(name: str) -> str:
     return folder_name(folder)
 
 
-def _lasting_images(name: str) -> str:
+def _absolute_images(name: str) -> str:
     pattern = None if os.path.lexists(name) else as_glob(name)
     if pattern is None or os.path.isabs(name):
         return _absolute(name)
@@ -105,9 +101,9 @@ def _folders_of_images(name: str) -> list[str]:
 # -- the registry: the first kind that takes a name wins ------------------------------------------------------------
 
 KINDS = (
-    Kind("y4m", "open_stdin", lambda name: name == STDIN, lambda _: "stdin", lambda name: name, once=True),
-    Kind("synthetic", "open_synthetic", is_synthetic, _stem_of_scene, lambda name: name),
-    Kind("images", "open_images", _is_images, _stem_of_images, _lasting_images, _folders_of_images),
+    Kind("y4m", "open_stdin", lambda name: name == STDIN, lambda _: "stdin", once=True, is_path=False),
+    Kind("synthetic", "open_synthetic", is_synthetic, _stem_of_scene, is_path=False),
+    Kind("images", "open_images", _is_images, _stem_of_images, _absolute_images, _folders_of_images),
     Kind("video", "open_video"),  # any other name; its module reports a missing file
 )
 
