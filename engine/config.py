@@ -27,6 +27,7 @@ _WHOLE = re.compile("[+-]?[0-9]{1,30}", re.ASCII)
 _KINDS: dict[object, str] = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
 DEFAULT_OUTPUT = "{stem}.flow.zarr"  # of a run, in the working folder
 MOST_FRAMES = (1 << 62) - 1  # so that frame numbers, and sums of two, fit in 64 bits
+DEFAULT_QUEUE_MB = 512  # MiB
 MOST_QUEUE_MB = 1 << 40  # more than any machine has, yet its bytes still fit in 64 bits
 
 
@@ -123,7 +124,7 @@ class QueueConfig:
     """How much may wait between the stages, which is all that a run holds in memory besides the model."""
 
     items: int = 4  # per channel: enough to even out an irregular neighbour, few enough to stop quickly
-    total_bytes: int = 512 << 20  # over all channels together, a frame shared by two pairs counted once
+    total_bytes: int = DEFAULT_QUEUE_MB << 20  # over all channels together, a frame shared by two pairs counted once
 
     def __post_init__(self) -> None:
         if self.items < 1:

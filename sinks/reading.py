@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flowreel.engine.config import SinkConfig
 from flowreel.engine.errors import FlowFileError, SourceNotFoundError, StoreError, UsageError
 from flowreel.engine.files import PathLike, as_glob, as_names, leads_nowhere, natural_order
 from flowreel.engine.protocols import FlowReader
@@ -56,7 +57,7 @@ def open_flows(
     name_or_names: PathLike | Iterable[PathLike],
     *,
     frame_rate: Fraction | float | str | None = None,
-    bound: float = 20.0,
+    bound: float = SinkConfig.bound,
     start: int | None = None,
     stop: int | None = None,
     one_size: bool = True,

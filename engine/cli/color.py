@@ -9,7 +9,7 @@ import typer
 from flowreel.engine.cli import loading
 from flowreel.engine.cli.options import BOUND, QUEUE_MB, Debug, Quiet, number_or_auto
 from flowreel.engine.cli.table import Live, clock, size
-from flowreel.engine.config import Encoder
+from flowreel.engine.config import DEFAULT_QUEUE_MB, Encoder, SinkConfig
 from flowreel.engine.errors import counted
 
 if TYPE_CHECKING:
@@ -51,9 +51,9 @@ def color(
         typer.Option(help="Flow magnitude in pixels at full saturation; auto: measured per image, once for a video."),
     ] = "auto",
     encoder: Annotated[str, typer.Option(help="Encoder of the video: auto (the CPU), nvenc or cpu.")] = "auto",
-    bound: Annotated[float, typer.Option(help=BOUND)] = 20.0,
+    bound: Annotated[float, typer.Option(help=BOUND)] = SinkConfig.bound,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing images and videos.")] = False,
-    queue_mb: Annotated[float, typer.Option(help=QUEUE_MB)] = 512,
+    queue_mb: Annotated[float, typer.Option(help=QUEUE_MB)] = DEFAULT_QUEUE_MB,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:

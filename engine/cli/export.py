@@ -20,7 +20,7 @@ from flowreel.engine.cli.options import (
     write_stats,
 )
 from flowreel.engine.cli.table import Live, beside_flo, clock, size
-from flowreel.engine.config import Codec, Encoder
+from flowreel.engine.config import DEFAULT_QUEUE_MB, Codec, Encoder, SinkConfig
 from flowreel.engine.errors import counted
 
 if TYPE_CHECKING:
@@ -51,13 +51,13 @@ def export(
         int | None, typer.Option(help="Number of the first flow; negative counts from the end.", show_default=False)
     ] = None,
     stop: Annotated[int | None, typer.Option(help="End (exclusive), likewise.", show_default=False)] = None,
-    max_error: Annotated[float, typer.Option(help=MAX_ERROR)] = 1 / 64,
-    codec: Annotated[str, typer.Option(help=CODECS)] = "blosc",
+    max_error: Annotated[float, typer.Option(help=MAX_ERROR)] = SinkConfig.max_error,
+    codec: Annotated[str, typer.Option(help=CODECS)] = SinkConfig.codec,
     max_flow: Annotated[
         str, typer.Option(help="Flow magnitude in pixels at full saturation; auto: measured on the first flows.")
     ] = "auto",
     encoder: Annotated[str, typer.Option(help="Encoder of colour video: auto (the CPU), nvenc or cpu.")] = "auto",
-    bound: Annotated[float, typer.Option(help=BOUND)] = 20.0,
+    bound: Annotated[float, typer.Option(help=BOUND)] = SinkConfig.bound,
     frame_rate: Annotated[
         str | None,
         typer.Option(
@@ -68,7 +68,7 @@ def export(
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing outputs.")] = False,
-    queue_mb: Annotated[float, typer.Option(help=QUEUE_MB)] = 512,
+    queue_mb: Annotated[float, typer.Option(help=QUEUE_MB)] = DEFAULT_QUEUE_MB,
     stats: Annotated[
         Path | None,
         typer.Option(help="Write a report of the export as JSON to this file; - is stdout.", show_default=False),

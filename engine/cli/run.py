@@ -25,12 +25,12 @@ from flowreel.engine.cli.options import (
     write_stats,
 )
 from flowreel.engine.cli.table import Live, print_many, print_summary
-from flowreel.engine.config import DEFAULT_OUTPUT
+from flowreel.engine.config import DEFAULT_OUTPUT, DEFAULT_QUEUE_MB, ModelConfig, SelectConfig, SinkConfig
 from flowreel.engine.errors import UsageError
 from flowreel.engine.options import RunOptions
 from flowreel.sinks import known_outputs
 
-FRAMES, NETWORK, OUTPUT, STREAM = "Frames", "Network", "Outputs", "Run"
+FRAMES, NETWORK, OUTPUT, RUN = "Frames", "Network", "Outputs", "Run"
 
 
 def run(
@@ -62,7 +62,7 @@ def run(
             rich_help_panel=NETWORK,
         ),
     ] = None,
-    weights: Annotated[str, typer.Option(help=WEIGHTS, rich_help_panel=NETWORK)] = "baseline",
+    weights: Annotated[str, typer.Option(help=WEIGHTS, rich_help_panel=NETWORK)] = ModelConfig.weights,
     device: Annotated[str, typer.Option(help=DEVICE, rich_help_panel=NETWORK)] = "auto",
     decoder: Annotated[
         str,
@@ -81,10 +81,10 @@ def run(
             help="How frames are fitted to multiples of 64: pad (undone exactly), crop or resize.",
             rich_help_panel=NETWORK,
         ),
-    ] = "pad",
+    ] = ModelConfig.fit,
     direction: Annotated[
         str, typer.Option(help="forward (t to t+1) or backward (t+1 to t).", rich_help_panel=NETWORK)
-    ] = "forward",
+    ] = ModelConfig.direction,
     start: Annotated[
         str,
         typer.Option(
@@ -99,7 +99,7 @@ def run(
             rich_help_panel=FRAMES,
         ),
     ] = None,
-    step: Annotated[int, typer.Option(help="Use every STEP-th frame.", rich_help_panel=FRAMES)] = 1,
+    step: Annotated[int, typer.Option(help="Use every STEP-th frame.", rich_help_panel=FRAMES)] = SelectConfig.step,
     stream: Annotated[
         int | None,
         typer.Option(
@@ -108,8 +108,8 @@ def run(
             rich_help_panel=FRAMES,
         ),
     ] = None,
-    max_error: Annotated[float, typer.Option(help=MAX_ERROR, rich_help_panel=OUTPUT)] = 1 / 64,
-    codec: Annotated[str, typer.Option(help=CODECS, rich_help_panel=OUTPUT)] = "blosc",
+    max_error: Annotated[float, typer.Option(help=MAX_ERROR, rich_help_panel=OUTPUT)] = SinkConfig.max_error,
+    codec: Annotated[str, typer.Option(help=CODECS, rich_help_panel=OUTPUT)] = SinkConfig.codec,
     max_flow: Annotated[
         str,
         typer.Option(
@@ -126,7 +126,7 @@ def run(
             rich_help_panel=OUTPUT,
         ),
     ] = "auto",
-    bound: Annotated[float, typer.Option(help=BOUND, rich_help_panel=OUTPUT)] = 20.0,
+    bound: Annotated[float, typer.Option(help=BOUND, rich_help_panel=OUTPUT)] = SinkConfig.bound,
     resolution: Annotated[
         str,
         typer.Option(
@@ -134,7 +134,7 @@ def run(
             "upsampled when read. Not for FlowNet2.",
             rich_help_panel=OUTPUT,
         ),
-    ] = "full",
+    ] = SinkConfig.resolution,
     resume: Annotated[
         bool,
         typer.Option(
@@ -151,16 +151,16 @@ def run(
         typer.Option(
             "--tolerate-truncation",
             help="Accept a truncated source and finish with the frames that decode.",
-            rich_help_panel=STREAM,
+            rich_help_panel=RUN,
         ),
     ] = False,
-    queue_mb: Annotated[float, typer.Option(help=QUEUE_MB, rich_help_panel=STREAM)] = 512,
+    queue_mb: Annotated[float, typer.Option(help=QUEUE_MB, rich_help_panel=RUN)] = DEFAULT_QUEUE_MB,
     stats: Annotated[
         Path | None,
         typer.Option(
             help="Write a report of the run as JSON to this file; - is stdout.",
             show_default=False,
-            rich_help_panel=STREAM,
+            rich_help_panel=RUN,
         ),
     ] = None,
     manifest: Annotated[
@@ -169,7 +169,7 @@ def run(
             help="With several sources: write the outcome of each as JSON to this file. "
             "\\[default: flowreel-manifest.json beside the outputs]",
             show_default=False,
-            rich_help_panel=STREAM,
+            rich_help_panel=RUN,
         ),
     ] = None,
     quiet: Quiet = False,
