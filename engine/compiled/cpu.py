@@ -209,7 +209,7 @@ class CpuProgram:
 
     def _fused(self, first: Tensor, second: Tensor) -> Tensor:
         x = normalise(first, second)
-        flow_css = _enlarged(self._refined(x, "flownetc", "flownets_1", "flownets_2") * FLOW_SCALE, "nearest")
+        flow_css = _enlarged(self._refined(x, "flownets_1", "flownets_2") * FLOW_SCALE, "nearest")
         flow_sd = _enlarged(flownet_sd(self.layers.part("flownets_d"), x) * SD_SCALE_IN_FLOWNET2, "nearest")
         _, error_css = warped_and_error(x, flow_css)
         _, error_sd = warped_and_error(x, flow_sd)
@@ -219,9 +219,9 @@ class CpuProgram:
     def _quarter(self, first: Tensor, second: Tensor) -> Tensor:
         x = normalise(first, second)
         if issubclass(self.kind, FlowNet2CSS):
-            flow = self._refined(x, "flownetc", "flownets_1", "flownets_2")
+            flow = self._refined(x, "flownets_1", "flownets_2")
         elif issubclass(self.kind, FlowNet2CS):
-            flow = self._refined(x, "flownetc", "flownets_1")
+            flow = self._refined(x, "flownets_1")
         elif issubclass(self.kind, FlowNetC):
             flow = flownet_c(self.layers, x)
         elif issubclass(self.kind, FlowNetSD):
@@ -230,13 +230,13 @@ class CpuProgram:
             flow = flownet_s(self.layers, x)
         return flow * FLOW_SCALE
 
-    def _refined(self, x: Tensor, first: str, *others: str) -> Tensor:
+    def _refined(self, x: Tensor, *refiners: str) -> Tensor:
         """A stack's last prediction, pixels / 20."""
-        flow = flownet_c(self.layers.part(first), x)
+        flow = flownet_c(self.layers.part("flownetc"), x)
         batch, frames, height, width = x.shape
         refining = self.layers.buffers.empty(batch, REFINING_CHANNELS, height, width, x.dtype)
         refining[:, :frames] = x  # written once, for every refining network
-        for name in others:
+        for name in refiners:
             full = _enlarged(flow * FLOW_SCALE, "bilinear")
             warped, error = warped_and_error(x, full)
             own = torch.split(refining[:, frames:], [3, 2, 1], 1)

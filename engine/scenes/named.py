@@ -88,13 +88,13 @@ def _wavy(lobes: int, depth: float) -> Callable[[float], Outline]:
     return lambda radius: radial_outline(radius * (1 - depth + depth * np.cos(lobes * angles)))
 
 
-def _regular(corners: int, hole: float = 0.0, inner: float = 1.0) -> Callable[[float], Outline]:
+def _regular(corners: int, inner: float = 1.0) -> Callable[[float], Outline]:
     """A regular polygon; with ``inner`` < 1 a star, whose every second corner is at ``inner`` times the radius."""
     angles = -np.pi + 2 * np.pi * np.arange(512) / 512
     count = corners if inner == 1 else 2 * corners
     at = -np.pi + 2 * np.pi * (np.arange(count) + 0.5) / count
     shares = np.where(np.arange(count) % 2 == 0, 1.0, inner)
-    return lambda radius: radial_outline(polygon(angles, at, radius * shares), hole)
+    return lambda radius: radial_outline(polygon(angles, at, radius * shares))
 
 
 def _ring(hole: float) -> Callable[[float], Outline]:

@@ -82,6 +82,6 @@ def matching_loss(costs: Tensor, truth: Tensor, mask: Tensor) -> Tensor:
     return (total * counts).sum() / counts.sum().clamp(min=1)
 
 
-def zero_flow_error(truth: Tensor, mask: Tensor | None = None) -> Tensor:
+def zero_flow_error(truth: Tensor) -> Tensor:
     """The end-point error of predicting no motion, which any network has to beat."""
-    return end_point_error(torch.zeros_like(truth), truth, mask)
+    return end_point_error(torch.zeros_like(truth), truth)
