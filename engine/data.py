@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 # Pixels; a component beyond this, NaN or infinite marks an unknown vector: Middlebury's convention.
 UNKNOWN_ABOVE = 1e9
 UNKNOWN = 1e10  # pixels; what Middlebury's own tools write in a .flo for an unknown vector
+UNKNOWN_WORDS = "unknown (NaN, infinite or beyond 1e9 px)"
+SAME_TIME_S = 1e-6  # times of one frame, read twice, that differ by less are the same
 MOST_FLOWS_A_SHARD = 512
 _SHARD_BYTES = 128 << 20
 

@@ -12,9 +12,8 @@ from torch.nn import functional as F
 from flowreel.engine.config import FitMode
 from flowreel.engine.data import FlowBatch, NativeGrid
 from flowreel.engine.errors import UsageError
-from flowreel.engine.models.layers import Upsampling
+from flowreel.engine.models.layers import STRIDE, Upsampling
 
-MULTIPLE = 64
 PREDICTED_AT = 4  # the networks' last prediction has a quarter of their input's height and width
 
 
@@ -33,9 +32,9 @@ class Fit:
     width: int
 
     def __post_init__(self) -> None:
-        if self.mode == "crop" and min(self.height, self.width) < MULTIPLE:
+        if self.mode == "crop" and min(self.height, self.width) < STRIDE:
             raise UsageError(
-                f"fit=crop needs frames of at least {MULTIPLE}x{MULTIPLE} pixels, these are "
+                f"fit=crop needs frames of at least {STRIDE}x{STRIDE} pixels, these are "
                 f"{self.width}x{self.height}: use fit=pad"
             )
 
@@ -43,9 +42,9 @@ class Fit:
     def network_size(self) -> tuple[int, int]:
         """(height, width) of the network's input."""
         if self.mode == "pad":
-            return -(-self.height // MULTIPLE) * MULTIPLE, -(-self.width // MULTIPLE) * MULTIPLE
+            return -(-self.height // STRIDE) * STRIDE, -(-self.width // STRIDE) * STRIDE
         if self.mode == "crop":
-            return self.height // MULTIPLE * MULTIPLE, self.width // MULTIPLE * MULTIPLE
+            return self.height // STRIDE * STRIDE, self.width // STRIDE * STRIDE
         return _nearest(self.height), _nearest(self.width)
 
     @property
@@ -111,4 +110,4 @@ def _scaled(flow: Tensor, x: float, y: float) -> Tensor:
 
 
 def _nearest(size: int) -> int:
-    return max(MULTIPLE, round(size / MULTIPLE) * MULTIPLE)
+    return max(STRIDE, round(size / STRIDE) * STRIDE)

@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from flowreel.engine.data import FlowInfo, Frame
+from flowreel.engine.data import SAME_TIME_S, FlowInfo, Frame
 from flowreel.engine.errors import OutputExistsError, ResumeMismatchError, TooFewFramesError, UsageError, counted
 from flowreel.engine.export import write_flows
 from flowreel.engine.files import PathLike
@@ -26,8 +26,6 @@ from flowreel.sinks import differing_settings, open_flows, open_sink, open_store
 
 if TYPE_CHECKING:
     from flowreel.engine.config import RunConfig, SelectConfig
-
-SAME_TIME_S = 1e-6
 
 
 @dataclass(frozen=True)

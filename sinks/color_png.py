@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flowreel.engine.data import ColorBatch
+from flowreel.engine.data import UNKNOWN_WORDS, ColorBatch
 from flowreel.engine.errors import concerning
 from flowreel.engine.publish import publish_bytes, write_errors
 from flowreel.kernels.flow_color import flow_to_color
-from flowreel.sinks.numbered import UNKNOWN, FlowFiles, NumberedFilesSink, SingleFlow, known_vectors
+from flowreel.sinks.numbered import FlowFiles, NumberedFilesSink, SingleFlow, known_vectors
 from flowreel.sinks.painting import painted
 from flowreel.sinks.parallel import OrderedPool, file_workers
 
@@ -74,7 +74,7 @@ class ColorPngSink(NumberedFilesSink):
 
 
 def _picture_file(rgb: npt.NDArray[np.uint8], unknown: int) -> FlowFiles:
-    return FlowFiles((png_pieces(rgb),), {f"{UNKNOWN} and black": unknown})
+    return FlowFiles((png_pieces(rgb),), {f"{UNKNOWN_WORDS} and black": unknown})
 
 
 class ColorPictures:

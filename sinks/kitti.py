@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import av
 import numpy as np
 
+from flowreel.engine.data import UNKNOWN_WORDS
 from flowreel.engine.errors import FlowFileError
 from flowreel.engine.files import PathLike
 from flowreel.sinks.color_png import PNG_RGB, PNG_SIGNATURE, png_pieces
 from flowreel.sinks.numbered import (
-    UNKNOWN,
     FlowFiles,
     NumberedFilesSink,
     SingleFlow,
@@ -89,7 +89,7 @@ class KittiSink(NumberedFilesSink):
         unknown = int(np.count_nonzero(~known_vectors(flow.flow)))
         invalid = int(np.count_nonzero(samples[..., 2] == 0))
         lost = {
-            f"{UNKNOWN} and stored as invalid": unknown,
+            f"{UNKNOWN_WORDS} and stored as invalid": unknown,
             "beyond KITTI's range of ±512 px and stored as invalid": invalid - unknown,
         }
         return FlowFiles((png_pieces(samples),), lost)

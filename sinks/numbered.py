@@ -54,7 +54,6 @@ Piece = bytes | memoryview  # of a file's contents; a view spares a copy
 
 LONGEST_SIDE = 99_999  # pixels; Middlebury's own reader has the same limit
 MOST_PIXELS = 1 << 27  # of a compressed file, 1 GiB of flow: a small file can claim any size, and video is below this
-UNKNOWN = "unknown (NaN, infinite or beyond 1e9 px)"
 
 _NUMBER = re.compile(r"%(0?)(\d*)d")
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from flowreel.engine import publish
 from flowreel.engine.claims import Claim
+from flowreel.engine.data import SAME_TIME_S
 from flowreel.engine.errors import DamagedStoreError, ResumeMismatchError, StoreError
 from flowreel.engine.files import PathLike
 from flowreel.sinks.chunk_pieces import Chunk
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from flowreel.engine.data import Array, Float32Array, FlowBatch, FlowInfo, SourceId
 
 
-SAME_TIME_S = 1e-6
 # Largest mean difference allowed for a recomputed flow, for instance on another processor, relative to its mean
 # magnitude: bf16 causes 0.01 to 0.02, another pair of pictures about 1.
 MOST_DIFFERENCE = 0.1

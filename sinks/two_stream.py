@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from flowreel.engine.data import UNKNOWN_ABOVE
+from flowreel.engine.data import UNKNOWN_ABOVE, UNKNOWN_WORDS
 from flowreel.engine.errors import FlowFileError, OutputError, UnknownOutputError, UsageError
 from flowreel.engine.files import PathLike
 from flowreel.sinks.color_png import png_pieces
 from flowreel.sinks.numbered import (
-    UNKNOWN,
     FlowFiles,
     NumberedFilesSink,
     Piece,
@@ -111,7 +110,7 @@ class TwoStreamSink(NumberedFilesSink):
         reach = min(self._bound, UNKNOWN_ABOVE)  # finite in float32
         short = (np.abs(flow.flow[..., 0]) <= reach) & (np.abs(flow.flow[..., 1]) <= reach)
         lost = {
-            f"{UNKNOWN} and stored as no motion": int(np.count_nonzero(~known)),
+            f"{UNKNOWN_WORDS} and stored as no motion": int(np.count_nonzero(~known)),
             f"beyond the bound of {self._bound:g} px and clipped": int(np.count_nonzero(known & ~short)),
         }
         levels = (_to_levels(np.where(known, flow.flow[..., axis], 0), self._bound) for axis in (0, 1))

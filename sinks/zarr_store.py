@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from flowreel.engine import publish
-from flowreel.engine.data import Prepared, StepsBatch
+from flowreel.engine.data import UNKNOWN_WORDS, Prepared, StepsBatch
 from flowreel.engine.errors import OutputBusyError, OutputWriteError, ResumeMismatchError, concerning
 from flowreel.engine.protocols import ResumePoint
 from flowreel.kernels.bitshuffle import bitshuffle
@@ -350,7 +350,7 @@ class ZarrSink:
     def _note_invalid(self, unknown: int, beyond_range: int, frame: int) -> None:
         reach = self._codec.limit * self._codec.step
         for what, vectors in (
-            ("unknown (NaN, infinite or beyond 1e9 px)", unknown),
+            (UNKNOWN_WORDS, unknown),
             (f"beyond the range of ±{reach:.6g} px", beyond_range),
         ):
             if vectors:
