@@ -71,7 +71,7 @@ def compile_source(name: str, architecture: str) -> tuple[bytes, str]:
         program = nvrtc.createProgram(read_source(name), f"{name}.cu", [], [])
     except Exception as error:  # CuPy looks for the NVRTC library only now
         raise MissingDependencyError(f"NVRTC cannot be loaded ({error}): install flowreel[cuda]") from error
-    options = (f"--gpu-architecture={architecture}", *OPTIONS, f"-I{_header_folder()}")
+    options = (f"--gpu-architecture={architecture}", *OPTIONS, f"-I{header_folder()}")
     try:
         nvrtc.compileProgram(program, options)
         log = nvrtc.getProgramLog(program)
@@ -151,7 +151,7 @@ def _publish(path: Path, content: bytes) -> None:
 
 
 @cache
-def _header_folder() -> str:
+def header_folder() -> str:
     """The folder of cuda_fp16.h: in pip's CUDA runtime package, or in an installed toolkit."""
     from cuda.pathfinder import find_nvidia_header_directory
 

@@ -50,7 +50,7 @@ def launch(source: str, entry: str, grid: Size, arguments: Sequence[Argument], b
     """
     device = next(x.device for x in arguments if isinstance(x, Tensor))
     passed = tuple(pointer_of(x) if isinstance(x, Tensor) else 0 if x is None else x for x in arguments)
-    _start(_kernel(source, entry, device), device, grid, block, passed)
+    start(_kernel(source, entry, device), device, grid, block, passed)
 
 
 class Prepared:
@@ -72,7 +72,7 @@ class Prepared:
         passed = self._passed.copy()
         for place, pointer in zip(self._places, pointers, strict=True):
             passed[place] = pointer
-        _start(self._kernel, self._device, self._grid, self._block, tuple(passed))
+        start(self._kernel, self._device, self._grid, self._block, tuple(passed))
 
 
 def view(x: Tensor) -> tuple[Argument, ...]:
@@ -164,7 +164,7 @@ class _Stream(NamedTuple):
     ptr: int  # cudaStream_t
 
 
-def _start(kernel: Kernel, device: torch.device, grid: Size, block: Size, passed: tuple[object, ...]) -> None:
+def start(kernel: Kernel, device: torch.device, grid: Size, block: Size, passed: tuple[object, ...]) -> None:
     """Launches on that device, on torch's current stream."""
     if device.type != "cuda":
         kernel(grid, block, passed)

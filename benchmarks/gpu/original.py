@@ -34,11 +34,11 @@ class OriginalCorrelation:
     def __init__(self, path: Path, like: Tensor) -> None:
         import cupy
 
-        from flowreel.kernels.compiling import _header_folder  # the same headers as for our kernels
+        from flowreel.kernels.compiling import header_folder  # the same headers as for our kernels
 
         kind = TYPES[like.dtype]
         names = [f"channels_first<{kind}>", f"correlation_forward<{kind}>"]
-        options = ("-std=c++17", f"-I{_header_folder()}")
+        options = ("-std=c++17", f"-I{header_folder()}")
         module = cupy.RawModule(code=kernels_of(path.read_text()), options=options, name_expressions=names)
         self._rearrange, self._correlate = map(module.get_function, names)
         batch, channels, height, width = like.shape
@@ -50,7 +50,7 @@ class OriginalCorrelation:
         """The cost volume, in memory that the next call overwrites."""
         import numpy as np
 
-        from flowreel.kernels.launch import _start
+        from flowreel.kernels.launch import start
 
         batch, channels, height, width = a.shape
         numbers = [np.int32(x) for x in (channels, height, width)]
@@ -58,9 +58,9 @@ class OriginalCorrelation:
         grid, block = (batch, height, width), (THREADS,)
         for given, kept in zip((a, b), self._maps, strict=True):
             passed = (given.data_ptr(), kept.data_ptr(), *numbers, settings[0])
-            _start(self._rearrange, a.device, grid, block, passed)
+            start(self._rearrange, a.device, grid, block, passed)
         out = [np.int32(SIDE * SIDE), *numbers[1:]]
         first, second = (kept.data_ptr() for kept in self._maps)
         passed = (self._out.data_ptr(), *out, first, *numbers, second, *settings)
-        _start(self._correlate, a.device, grid, block, passed)
+        start(self._correlate, a.device, grid, block, passed)
         return self._out

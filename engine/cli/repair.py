@@ -9,7 +9,7 @@ import typer
 from flowreel.engine.cli import printable
 from flowreel.engine.cli.options import Debug, Device, Quiet, Weights
 from flowreel.engine.cli.table import Live, clock, size
-from flowreel.engine.cli.verify import _lines
+from flowreel.engine.cli.verify import verdict
 from flowreel.engine.errors import counted
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def repair(
     for line in summary(report, dry_run):
         live.say(line)
     if not (quiet and report.after.sound):
-        typer.echo("\n".join(map(printable, _lines(report.after))))
+        typer.echo("\n".join(map(printable, verdict(report.after))))
     if not report.after.sound:
         raise typer.Exit(1)
 
@@ -60,7 +60,7 @@ def summary(report: RepairReport, dry_run: bool) -> list[str]:
     again = [*map(str, report.shards), *report.arrays]
     if dry_run:
         return [f"to be made again: {one}" for one in again] or ["nothing that can be computed again"]
-    lines = [*_lines(report.before), *(f"made again: {one}" for one in again)]
+    lines = [*verdict(report.before), *(f"made again: {one}" for one in again)]
     if report.shards:
         lines += [
             f"{counted(report.flows, 'flow')} of {counted(len(report.shards), 'shard')} "

@@ -47,7 +47,7 @@ def verify(
             task = bar.add_task(printable(store), total=None)
             done.append(verifying.verify(store, partial(_show, bar, task)))
         if not as_json and not (quiet and done[-1].sound):
-            typer.echo("\n".join(map(printable, _lines(done[-1]))))
+            typer.echo("\n".join(map(printable, verdict(done[-1]))))
     if as_json:
         typer.echo(json.dumps([one.as_json() for one in done], indent=2))
     if not all(one.sound for one in done):
@@ -58,8 +58,8 @@ def _show(bar: Progress, task: TaskID, flows: int, available: int) -> None:
     bar.update(task, completed=flows, total=available)
 
 
-def _lines(one: Verification) -> list[str]:
-    """The lines printed for one store."""
+def verdict(one: Verification) -> list[str]:
+    """The lines printed for one store: that it is sound, or what is wrong with it."""
     if one.sound:
         part = "" if one.available == one.flows else f"{one.available} of "  # a cache
         return [f"{one.path}: sound, {part}{counted(one.flows, 'flow')} of {one.width}x{one.height}"]

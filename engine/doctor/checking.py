@@ -74,13 +74,13 @@ def look_at(check: Check) -> Finding:
     except ModuleNotFoundError as error:
         finding = Finding("missing", detail=f"{error.name or error} is not installed")
     except Exception as error:
-        finding = Finding("broken", detail=first_line(error))
+        finding = Finding("broken", detail=kind_and_line(error))
     if finding.status == "ok" or finding.advice:
         return finding
     return Finding(finding.status, finding.version, finding.detail, check.advice)
 
 
-def first_line(error: BaseException) -> str:
+def kind_and_line(error: BaseException) -> str:
     said = str(error).strip().split("\n")[0]
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
 

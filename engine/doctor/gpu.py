@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from flowreel.engine.doctor.checking import Finding, expect, first_line
+from flowreel.engine.doctor.checking import Finding, expect, kind_and_line
 from flowreel.engine.errors import DeviceError, MissingDependencyError, counted
 from flowreel.engine.sources import nvcodec
 
@@ -93,7 +93,7 @@ def cupy() -> Finding:
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:
-        why = f"installed, but it finds no GPU: {first_line(error)}"
+        why = f"installed, but it finds no GPU: {kind_and_line(error)}"
         too_new = there == ["cupy-cuda13x"] and _driver_is_older_than(13)
         advice = "pip uninstall cupy-cuda13x, then pip install 'flowreel[cuda12]': the driver is of CUDA 12"
         return Finding("missing", cupy.__version__, why, advice if too_new else DRIVER)
@@ -110,7 +110,7 @@ def nvrtc() -> Finding:
     try:
         found = ".".join(map(str, compiler.getVersion()))
     except Exception as error:  # CuPy looks for the library only now
-        return Finding("missing", detail=f"CuPy finds no NVRTC: {first_line(error)}")
+        return Finding("missing", detail=f"CuPy finds no NVRTC: {kind_and_line(error)}")
     program = compiler.createProgram(SMALL_KERNEL, "add_one.cu", [], [])
     compiler.compileProgram(program, ("--gpu-architecture=compute_75",))
     expect(compiler.getPTX(program), "a kernel compiles to nothing")
@@ -130,7 +130,7 @@ def kernels() -> Finding:
     try:
         compile_source("channel_norm", "compute_80")
     except MissingDependencyError as error:
-        return Finding("missing", detail=first_line(error))
+        return Finding("missing", detail=kind_and_line(error))
     if not torch.cuda.is_available():
         return Finding("ok", detail="compiled; there is no GPU to run them on")
     x = torch.arange(24.0).view(1, 2, 3, 4)

@@ -63,7 +63,7 @@ def appearing(path: Path) -> Iterator[Path]:
         except RuntimeError as error:  # torch's, about where in the file a write failed
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
-            raise OutputWriteError(f"cannot write {path}: {_first_line(error)}") from error
+            raise OutputWriteError(f"cannot write {path}: {_quoted(error)}") from error
 
 
 def _require_real(state: Mapping[str, Tensor], size_bytes: int, name: str) -> None:
@@ -163,15 +163,15 @@ def _numpy_scalars_allowed() -> Iterator[None]:
 def _met(error: pickle.UnpicklingError) -> str:
     """What torch refused. Its message first explains how to load the file regardless, which must not be shown here."""
     met = re.search(r"unsupported [^\n]*", str(error), re.IGNORECASE)
-    return _first_line(error) if met is None else met[0][:MOST_SHOWN].partition(" was not")[0]
+    return _quoted(error) if met is None else met[0][:MOST_SHOWN].partition(" was not")[0]
 
 
 def _unreadable(name: str, guess: str, error: BaseException) -> UnreadableWeightsError:
     """guess: what is wrong with the file, unless memory ran out, which a damaged file too can cause."""
     wrong = "too large for the memory that is free here, or damaged" if lacks_memory(error) else guess
-    return UnreadableWeightsError(f"{name} is {wrong}: {_first_line(error)}")
+    return UnreadableWeightsError(f"{name} is {wrong}: {_quoted(error)}")
 
 
-def _first_line(error: BaseException) -> str:
+def _quoted(error: BaseException) -> str:
     said = str(error).strip().split("\n")[0][:MOST_SHOWN]
     return said if " " in said else f"{type(error).__name__} {said}".strip()  # a bare key or number explains nothing

@@ -163,7 +163,7 @@ def test_a_launch_goes_to_torchs_stream_and_its_device(noting: NotingCupy, numbe
 
     gpu = torch.device("cuda", number)
     for _ in range(2):
-        launch._start(kernel, gpu, (3,), (256,), (np.int32(5),))
+        launch.start(kernel, gpu, (3,), (256,), (np.int32(5),))
     assert started == [(number, 0x5EED + number, (3,), (256,), (np.int32(5),))] * 2
     assert noting.said == [f"device {number} has its context"] * 2  # each time, as each call may be in a new thread
     assert noting.device == 0
