@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any, get_args
 
@@ -14,6 +15,7 @@ import typer.main
 from flowreel.engine.cli import call
 from flowreel.engine.cli.app import app
 from flowreel.engine.config import Codec
+from flowreel.engine.models import MODELS
 
 ROOT: Any = typer.main.get_command(app)
 GROUP = ROOT.commands["weights"]
@@ -51,10 +53,13 @@ def test_a_command_without_the_arguments_that_it_needs_shows_its_help(capsys: py
         assert not shown.err
 
 
-@pytest.mark.parametrize("command", ["run", "export"])
-def test_help_names_every_codec(command: str) -> None:
-    (option,) = (one for one in ROOT.commands[command].params if one.name == "codec")
-    assert {*get_args(Codec)} <= {*re.findall(r"\w+", option.help)}
+@pytest.mark.parametrize(
+    ("command", "name", "choices"),
+    [("run", "codec", get_args(Codec)), ("export", "codec", get_args(Codec)), ("run", "model", MODELS)],
+)
+def test_help_names_every_choice(command: str, name: str, choices: Iterable[str]) -> None:
+    (option,) = (one for one in ROOT.commands[command].params if one.name == name)
+    assert {*choices} <= {*re.findall(r"\w+", option.help)}
 
 
 @pytest.mark.parametrize("command", ["export", "color"])
