@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +11,11 @@ import torch
 from torch import Tensor
 
 from flowreel.engine.data import JSON
-from flowreel.engine.errors import OutputExistsError, UsageError, WeightsMismatchError
+from flowreel.engine.errors import UsageError, WeightsMismatchError
 from flowreel.engine.models.identify import identify
 from flowreel.engine.models.weight_files import METADATA_KEY, appearing
 from flowreel.engine.models.weights import Weights, instantiate, read_weights
+from flowreel.engine.publish import require_absent
 
 CHECKPOINT_SUFFIXES = (".pth.tar", ".pth", ".pt", ".tar")
 NO_BEST_EPE = 1e10  # pixels; NVIDIA's own value where nothing was measured
@@ -102,8 +102,7 @@ def convert(source: str | Path, output: str | Path, *, half: bool = False, overw
         raise UsageError(f"weights are written as X.safetensors or X.pth.tar, got {path.name!r}")
     if half and not ours:
         raise UsageError(f"flownet2-pytorch loads float32 alone: half is for .safetensors, not for {path.name!r}")
-    if os.path.lexists(path) and not overwrite:
-        raise OutputExistsError(f"{path} is already there: pass --overwrite to replace it, or choose another name")
+    require_absent(path, overwrite)
     held = read_weights(source)
     instantiate(held, share=True)  # raises if the tensors do not fit the network
     before = held.made_by.get("converted_from")

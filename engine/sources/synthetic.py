@@ -112,8 +112,7 @@ def identify(name: str) -> SourceId:
 class SyntheticSource(IndependentFrames):
     """Renders each frame on demand; nothing is kept."""
 
-    def __init__(self, config: SyntheticConfig, select: SelectConfig | None = None) -> None:
-        select = select or SelectConfig()
+    def __init__(self, config: SyntheticConfig, select: SelectConfig) -> None:
         times_s = np.arange(config.frames) * config.rate.denominator / config.rate.numerator
         wanted = select_frames(select, times_s, str(config))
         info = FlowInfo(

@@ -27,7 +27,7 @@ import torch
 from flowreel.engine import api, cli
 from flowreel.engine.cli import call
 from flowreel.engine.cli.options import write_stats
-from flowreel.engine.config import RunConfig
+from flowreel.engine.config import RunConfig, SelectConfig
 from flowreel.engine.errors import OutputWriteError
 from flowreel.engine.inference import Inference
 from flowreel.engine.sources.synthetic import SyntheticConfig, SyntheticSource
@@ -575,7 +575,7 @@ def test_demo(tiny: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(store) == 4
     with PIL.Image.open(f"{folder}/comparison.png") as picture:
         frame, truth, computed = np.split(np.asarray(picture), 3, axis=1)
-    with closing(SyntheticSource(scene)) as source:
+    with closing(SyntheticSource(scene, SelectConfig())) as source:
         np.testing.assert_array_equal(frame, list(source)[2].rgb.permute(1, 2, 0))
         flow = source.flow(2, 3)[0].permute(1, 2, 0).numpy()
     longest = float(np.hypot(flow[..., 0], flow[..., 1]).max())
