@@ -239,7 +239,7 @@ class TextureBank:
     48 textures of 512 px take 50 MB and about four seconds on one core.
     """
 
-    def __init__(self, seed: int = 0, count: int = 48, size: int = 512) -> None:
+    def __init__(self, seed: int, count: int, size: int) -> None:
         self.seed, self.count, self.size = seed, count, size
         self._made: dict[int, tuple[Tensor, ...]] = {}
         self._grey: dict[int, float] = {}
@@ -278,7 +278,7 @@ class TextureBank:
 
 
 @functools.cache
-def texture_bank(seed: int = 0, count: int = 48, size: int = 512) -> TextureBank:
+def texture_bank(seed: int, count: int, size: int) -> TextureBank:
     """The bank with these settings, one per process."""
     return TextureBank(seed, count, size)
 
