@@ -60,7 +60,7 @@ class Resumption:
         yield from frames
 
 
-def take_up(source: PathLike, select: SelectConfig, sinks: Sequence[Sink], device: str = "cpu") -> Resumption | None:
+def take_up(source: PathLike, select: SelectConfig, sinks: Sequence[Sink], device: str) -> Resumption | None:
     """Opens the source at the frame where the store among the outputs ends; None: there is nothing to resume.
 
     ``device``: as for ``open_source``.

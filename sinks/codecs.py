@@ -86,7 +86,7 @@ class FlowCodec:
         """Whether the bits of the steps can be shuffled on a device: ``encode_prepared`` then expects them so."""
         return self.codec == "blosc" and not self.lossless
 
-    def encode_prepared(self, steps: Array, threads: int = 1) -> list[Chunk]:
+    def encode_prepared(self, steps: Array, threads: int) -> list[Chunk]:
         """The chunks of flows that ``kernels.quantise`` has quantised on their device.
 
         Args:

@@ -53,7 +53,7 @@ class StoreProblem:
         return f"flow {self.flow}{'' if self.frame is None else f' (frame {self.frame})'}: {self.what}"
 
 
-def check_store(store: FlowStore, progress: Callable[[int], None] | None = None) -> Iterator[StoreProblem]:
+def check_store(store: FlowStore, progress: Callable[[int], None] | None) -> Iterator[StoreProblem]:
     """Everything that is wrong with the store; nothing when it is sound.
 
     Args:

@@ -36,7 +36,7 @@ def named_scene(name: str, height: int, width: int, seed: int = 0) -> Scene:
     return Scene(height, width, SCENES[name](height, width, seed))
 
 
-def _endless(kind: str, seed: int, size: int, texels: float = 1.0) -> tuple[Tensor, float, tuple[float, float]]:
+def _endless(kind: str, seed: int, size: int, texels: float) -> tuple[Tensor, float, tuple[float, float]]:
     """A periodic texture, its texels per object px, and its centre: the first fields of a ``Layer``."""
     texture = functional.pad(_remembered_texture(kind, seed, size)[None].float(), (0, 1, 0, 1), mode="circular")
     return texture, texels, (size / 2, size / 2)
