@@ -132,6 +132,11 @@ class Resumable(Protocol):
         """Has the source's losses recorded; called before a ``commit`` that treats the rest as the whole."""
         ...
 
+    def copy(self, finished: str) -> int:
+        """Called instead of ``open``: makes this output the same as a finished one of its kind, replacing what is
+        there. Returns its size in bytes."""
+        ...
+
 
 @runtime_checkable
 class FlowReader(Protocol):

@@ -16,8 +16,8 @@ from flowreel.engine.errors import OutputExistsError, ResumeMismatchError, TooFe
 from flowreel.engine.export import write_flows
 from flowreel.engine.files import PathLike
 from flowreel.engine.models.weights import read_weights
-from flowreel.engine.outputs import first_store, is_finished, unname
-from flowreel.engine.protocols import OneFileAFlow, ResumableSink, ResumePoint, Sink, Source
+from flowreel.engine.outputs import OutputReport, first_store, is_finished, unname
+from flowreel.engine.protocols import OneFileAFlow, Resumable, ResumableSink, ResumePoint, Sink, Source
 from flowreel.engine.provenance import settings
 from flowreel.engine.restore import Fit
 from flowreel.engine.run_report import RunReport, report_of_complete
@@ -124,7 +124,7 @@ def complete_already(resumed: Resumption, paths: list[str], config: RunConfig) -
 
 
 def with_others(report: RunReport, resumed: Resumption, paths: list[str], config: RunConfig) -> RunReport:
-    """Exports those of the other outputs that are missing from the complete store."""
+    """Makes those of the other outputs that are missing from the complete store: other stores are copies of it."""
     outputs, notes = list(report.outputs), list(report.notes)
     if report.pairs:
         notes.append(f"continued after {counted(resumed.point.flows, 'flow')} of an earlier run")
@@ -139,9 +139,15 @@ def with_others(report: RunReport, resumed: Resumption, paths: list[str], config
         # a run was killed while it named them.
         if (one_each := isinstance(sink, OneFileAFlow)) and sink.holds(report.flows, or_unfinished=True):
             unname(sink)
+        flows = open_flows(resumed.store.path)
+        flo_bytes = report.flows * flows.info.flo_bytes
+        if isinstance(sink, Resumable):  # all stores of a run are the same, also in resolution and in what they record
+            outputs.append(OutputReport(path, sink.copy(resumed.store.path), flo_bytes=flo_bytes))
+            notes.append(f"{path} was copied from {resumed.store.path}")
+            continue
         replacing = replace(config.sink, overwrite=not one_each, resume=False)
         try:
-            outputs += write_flows(open_flows(resumed.store.path), [path], replace(config, sink=replacing)).outputs
+            outputs += write_flows(flows, [path], replace(config, sink=replacing)).outputs
         except OutputExistsError as error:
             raise OutputExistsError(
                 f"{path}: what is there is not the {counted(report.flows, 'flow')} of {resumed.store.path}: remove it, "

@@ -136,6 +136,21 @@ class LocalTarget:
             if key.endswith(".partial"):
                 self.delete(key)
 
+    def copy(self, finished: Path) -> int:
+        """Makes the store a copy of a finished one, durably. Returns its size in bytes."""
+        nbytes = 0
+        try:
+            for path in (path for path in finished.rglob("*") if path.is_file()):
+                self._require_ours()
+                with publish.atomic_path(self.folder / path.relative_to(finished)) as temporary:
+                    shutil.copyfile(path, temporary)
+                nbytes += path.stat().st_size
+            self.finish()
+        except BaseException:
+            self.discard()
+            raise
+        return nbytes
+
     def put(self, key: str, *pieces: bytes) -> int:
         self._require_ours()
         return publish.publish_bytes(self.folder / key, *pieces)

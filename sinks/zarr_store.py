@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -306,6 +307,16 @@ class ZarrSink:
                 self._target.discard()
         self._target.let_go()
         return kept
+
+    def copy(self, finished: str) -> int:
+        """See ``Resumable``."""
+        with publish.write_errors(self.path):
+            self._target.hold()
+            try:
+                self._target.start(overwrite=True)
+                return self._target.copy(Path(finished))
+            finally:
+                self._target.let_go()
 
     def _require_open(self) -> StoreWriter:
         if self._state != "open" or self._files is None:
