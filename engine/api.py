@@ -130,9 +130,10 @@ def run_one(
             for path in paths:
                 if path != resumed.store.path:
                     unname(open_sink(path, config.sink))
-        # A store that may replace one is named last: where it is complete, no other output is that of an earlier run.
+        # The store is named first: if the run is killed then, --resume makes the other outputs from it. A store that
+        # may replace one is named last: where it is complete, no other output is that of an earlier run.
         continued, replaces = first_store(sinks), config.sink.overwrite
-        for sink in sorted(sinks, key=lambda sink: replaces and sink is continued):
+        for sink in sorted(sinks, key=lambda sink: (sink is continued) == replaces):
             if frames.losses and isinstance(sink, Resumable):
                 sink.tell_losses(frames.losses)
             commit(sink, complete=whole)

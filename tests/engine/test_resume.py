@@ -219,9 +219,12 @@ def test_what_another_run_writes_or_is_not_ours_keeps_its_name(output: str, lock
     claim.release()
 
 
-def test_a_run_stopped_between_naming_its_outputs_is_resumed(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_run_stopped_between_naming_its_outputs_is_resumed(
+    tiny: str, order: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Even if all its flow fits into one shard, so that there is nothing to continue but the complete store."""
-    outputs = ["X.zarr", "X.mp4", "flo/%03d.flo", "Y.zarr"]
+    outputs = ["X.zarr", "X.mp4", "Y.zarr", "flo/%03d.flo"][::order]
 
     def stopped(sink: Any, complete: bool) -> None:
         commit(sink, complete=complete)
