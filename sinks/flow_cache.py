@@ -15,6 +15,7 @@ Other Zarr readers open a cache, too, but see fill values where no flow has been
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 _MAY_DIFFER = (*MAY_CHANGE, "batch", "cache")
 _SELECTION = ("start", "stop", "step", "stream")
 _FLOW = re.compile(r"c\.(\d+)\.0\.0\.0")
-_STALE_S = 3600.0  # a file left unfinished for so long belongs to a killed process
+_STALE_S = 3600.0  # what is left unfinished for so long belongs to a killed process
 
 
 def open_cache(path: PathLike, info: FlowInfo, config: SinkConfig, flows: Placed) -> FlowCache:
@@ -148,12 +149,13 @@ class FlowCache(FlowStore):
         self.layout.codec.decode(chunk, out)
 
     def remove_stale(self) -> None:
-        """Removes what killed processes left; a process that is writing now loses nothing."""
+        """Removes unfinished flows and caches of killed processes; a process that is writing now loses nothing."""
         oldest_s = time.time() - _STALE_S
-        for path in (self.folder / "flow").glob("*.partial"):
+        caches = self.folder.parent.glob(f"{glob.escape(self.folder.name)}.{'[0-9a-f]' * 16}.partial")
+        for path in (*caches, *(self.folder / "flow").glob("*.partial")):
             try:
                 if path.stat().st_mtime < oldest_s:
-                    path.unlink()
+                    publish.remove(path)
             except OSError:  # its own process removed it first, or it is not ours to remove
                 continue
 

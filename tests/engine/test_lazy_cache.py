@@ -356,6 +356,10 @@ if __name__ == "__main__":
         assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
         assert not cache.exists()
         assert opened()[0].shape == (2, 48, 64)
+        (left,) = cache.parent.glob("*.partial")
+        os.utime(left, (0, 0))  # long ago
+        opened()
+        assert not left.exists()
 
 
 class TestRefusal:
