@@ -36,7 +36,7 @@ SPARE_BYTES = 4096  # no codec makes a chunk longer than twice its contents plus
 
 
 class StoreFiles:
-    """Caches only the indexes and checksums of shards that cannot change any more. Threads may share one."""
+    """Caches only the indexes and checksums of shards that only a repair can still change. Threads may share one."""
 
     def __init__(self, folder: Path, layout: StoreLayout, complete: bool) -> None:
         self._folder = folder
@@ -58,6 +58,14 @@ class StoreFiles:
 
     def stored_flow(self, number: int, out: Float32Array) -> bytes | None:
         """Decodes one flow as it is stored into out, (2, h, w) float32; returns its chunk. None: it is not there."""
+        try:
+            return self._stored_flow(number, out)
+        except DamagedStoreError:  # perhaps only because a repair has replaced the shard that is remembered
+            for remembered in (self._indexes, self._flow_checksums):
+                remembered.pop(number // self._layout.shard_length, None)
+            return self._stored_flow(number, out)
+
+    def _stored_flow(self, number: int, out: Float32Array) -> bytes | None:
         shard, place = divmod(number, self._layout.shard_length)
         index = self.index(shard)
         if index is None or index[place, 0] == INDEX_MISSING:
@@ -202,7 +210,7 @@ class StoreFiles:
             checksums = self.coordinate_chunk("flow_crc32c", shard)
         except (OSError, DamagedStoreError):
             return None
-        if shard in self._indexes:  # it cannot change any more
+        if shard in self._indexes:  # it is whole
             self._flow_checksums[shard] = checksums
         return checksums
 
