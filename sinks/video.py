@@ -74,6 +74,7 @@ class ColorVideoSink:
         self._size = (0, 0)
         self._encoder: VideoWriter | None = None
         self._claim: Claim | None = None  # of the unfinished file
+        self._whole = False  # all of the video is in the unfinished file
         self._unknown = 0  # vectors
         self.notes: list[str] = []
 
@@ -172,6 +173,7 @@ class ColorVideoSink:
             if self._encoder.frames == 0:
                 raise OutputWriteError(f"{self.path}: not one flow came, and a video needs a frame")
             self._encoder.finish()
+            self._whole = True
             if complete:
                 self._require_possible()  # something may have appeared during the run
                 publish_file(self._partial, self._destination)
@@ -183,13 +185,15 @@ class ColorVideoSink:
             self.notes.append(f"{self.path}: {counted(self._unknown, 'unknown vector')} painted black")
 
     def abort(self) -> str | None:
-        """Removes the unfinished file. What was at the output's name before is untouched."""
+        """Removes the unfinished file, unless it only could not get its name. What was there before is untouched."""
         self._held.clear()
-        if self._encoder is not None and self._claim is not None and self._claim.held:
+        if self._encoder is None or self._claim is None or not self._claim.held:
+            return None
+        if not self._whole:
             self._encoder.discard()
             remove(self._partial, ignore_errors=True)
-            self._claim.release()
-        return None
+        self._claim.release()
+        return f"{self._partial} is the whole video" if self._whole else None
 
     @property
     def bytes_written(self) -> int:

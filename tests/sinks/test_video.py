@@ -572,9 +572,12 @@ def test_output_that_comes_up_during_the_run_is_not_replaced(tmp_path: Path) -> 
     (tmp_path / "x.mp4").write_text("somebody else's")
     with pytest.raises(OutputExistsError):
         sink.commit()
-    sink.abort()
+    kept = sink.abort()
+    assert kept is not None
+    assert "x.mp4.partial is the whole video" in kept
     assert (tmp_path / "x.mp4").read_text() == "somebody else's"
-    assert names(tmp_path) == ["x.mp4"]
+    assert names(tmp_path) == ["x.mp4", "x.mp4.partial"]
+    assert len(play(tmp_path / "x.mp4.partial")[0]) == 1
 
 
 def test_no_flow_is_no_video(tmp_path: Path) -> None:
