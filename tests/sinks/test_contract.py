@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
@@ -20,6 +19,7 @@ from flowreel.engine.protocols import OneFileAFlow, Resumable, Sink
 from flowreel.sinks import open_sink
 from flowreel.sinks.registry import OUTPUTS, Output
 from tests.fakes.disk import Disk
+from tests.sinks.waiting import Encoders
 
 COUNT = 5
 INFO = FlowInfo(16, 32, Fraction(25), COUNT + 1, SourceId("clip.mp4"))
@@ -53,12 +53,7 @@ def unfinished(name: str) -> bool:
     return not any(is_finished(sink, count) for count in range(1, COUNT + 1)) and partial == there
 
 
-def threads_left() -> list[threading.Thread]:
-    """Threads of a sink's pool that are still running."""
-    return [thread for thread in threading.enumerate() if thread.name.startswith("pool")]
-
-
-def test_an_output_is_there_when_it_is_committed_and_not_before(name: str) -> None:
+def test_an_output_is_there_when_it_is_committed_and_not_before(name: str, encoders: Encoders) -> None:
     sink = written(opened(name))
     assert unfinished(name)
     sink.commit()
@@ -67,13 +62,13 @@ def test_an_output_is_there_when_it_is_committed_and_not_before(name: str) -> No
     assert sink.bytes_written == size > 0
     assert sink.path == name
     assert not list(Path(name).parent.rglob("*.partial"))
-    assert threads_left() == []
+    assert encoders() == []
 
 
-def test_what_is_aborted_never_looks_finished(name: str) -> None:
+def test_what_is_aborted_never_looks_finished(name: str, encoders: Encoders) -> None:
     kept = written(opened(name)).abort()
     assert unfinished(name)
-    assert threads_left() == []
+    assert encoders() == []
     there = [path for path in Path(name).parent.rglob("*") if path.is_file()]
     assert (kept is None) == (not there)  # ``abort`` reports what it keeps
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -28,6 +27,7 @@ from flowreel.engine.pipeline import Pipeline
 from flowreel.sinks import numbered, open_sink
 from flowreel.sinks.numbered import NumberedFilesSink, NumberedName
 from flowreel.sinks.registry import OUTPUTS, Output
+from tests.sinks.waiting import Encoders
 
 HEIGHT, WIDTH = 19, 23
 INFO = FlowInfo(HEIGHT, WIDTH, frame_rate=None, frame_count=None, source=SourceId("test"))
@@ -100,13 +100,9 @@ def files_a_flow(output: Output) -> int:
     return len(sink_for(output, Path("anywhere"))._names)
 
 
-def encoders() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("pool")]
-
-
 @pytest.mark.parametrize("sizes", [(COUNT,), (1,) * COUNT, (3, 1, 3)], ids=str)
 def test_each_flow_gets_its_own_file_whatever_the_batches_and_workers(
-    tmp_path: Path, output: Output, workers: int, sizes: tuple[int, ...]
+    tmp_path: Path, output: Output, workers: int, sizes: tuple[int, ...], encoders: Encoders
 ) -> None:
     flows = some_flows(unknown=True)
     sink = written(output, tmp_path / "all", flows, sizes)
@@ -167,7 +163,7 @@ def test_overwriting_replaces_and_removes_what_a_longer_run_left(tmp_path: Path,
 @pytest.mark.parametrize("there", [False, True])
 @pytest.mark.parametrize("complete", [None, False])
 def test_an_unfinished_run_looks_unfinished_and_says_what_it_kept(
-    tmp_path: Path, output: Output, there: bool, complete: bool | None, workers: int
+    tmp_path: Path, output: Output, there: bool, complete: bool | None, workers: int, encoders: Encoders
 ) -> None:
     """What an earlier run finished stays unchanged. ``complete`` None: the new run is aborted instead of committed."""
     folder = tmp_path / "out"
@@ -294,7 +290,7 @@ def test_a_new_sink_that_is_aborted_leaves_an_empty_folder(tmp_path: Path, outpu
 
 
 def test_an_error_while_encoding_comes_out_and_later_flows_do_not(
-    tmp_path: Path, output: Output, workers: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, output: Output, workers: int, monkeypatch: pytest.MonkeyPatch, encoders: Encoders
 ) -> None:
     sink = sink_for(output, tmp_path)
     encode = type(sink).encode
@@ -321,7 +317,7 @@ def test_an_error_while_encoding_comes_out_and_later_flows_do_not(
 
 @pytest.mark.usefixtures("several")
 def test_being_stopped_while_writing_leaves_whole_files_only(
-    tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch, encoders: Encoders
 ) -> None:
     written(output, tmp_path / "whole", some_flows())
     sink = sink_for(output, tmp_path / "out")
@@ -400,7 +396,7 @@ def test_what_goes_wrong_is_told_with_its_own_frame(
 
 @pytest.mark.usefixtures("several")
 def test_a_full_disk_is_one_clear_error_and_leaves_nothing_half_written(
-    tmp_path: Path, output: Output, files_up_to: Limit
+    tmp_path: Path, output: Output, files_up_to: Limit, encoders: Encoders
 ) -> None:
     sink = sink_for(output, tmp_path)
     sink.open(INFO)

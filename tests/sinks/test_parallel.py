@@ -10,12 +10,9 @@ import pytest
 
 from flowreel.sinks import parallel
 from flowreel.sinks.parallel import OrderedPool, encode_workers, file_workers
+from tests.sinks.waiting import Encoders
 
 LONG_S = 60.0  # time limit for waiting, so that a broken test fails instead of hanging
-
-
-def encoders() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("pool")]
 
 
 def fail(message: str) -> int:
@@ -36,7 +33,7 @@ class Gate:
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_results_come_in_order_and_in_the_callers_thread(workers: int) -> None:
+def test_results_come_in_order_and_in_the_callers_thread(workers: int, encoders: Encoders) -> None:
     taken: list[int] = []
     threads: set[threading.Thread] = set()
 
@@ -103,7 +100,7 @@ def test_second_steps_come_in_the_calls_order(workers: int) -> None:
 
 
 @pytest.mark.parametrize("step", ["make", "then"])
-def test_a_second_step_follows_a_call_that_failed(step: str) -> None:
+def test_a_second_step_follows_a_call_that_failed(step: str, encoders: Encoders) -> None:
     """The second step of a later call still runs, so that it can handle the failure; its result is dropped."""
     turns: list[int] = []
     taken: list[int] = []
@@ -163,7 +160,7 @@ def test_bytes_are_bounded_and_a_larger_call_goes_alone() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1, 4])
-def test_the_first_error_comes_out_in_its_place(workers: int) -> None:
+def test_the_first_error_comes_out_in_its_place(workers: int, encoders: Encoders) -> None:
     taken: list[int] = []
     pool: OrderedPool[int] = OrderedPool(taken.append, workers)
 
@@ -182,7 +179,7 @@ def test_the_first_error_comes_out_in_its_place(workers: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_error_of_the_taker_ends_it_too(workers: int) -> None:
+def test_an_error_of_the_taker_ends_it_too(workers: int, encoders: Encoders) -> None:
     def take(value: int) -> None:
         if value == 1:
             raise OSError("disk full")
@@ -199,7 +196,7 @@ def test_an_error_of_the_taker_ends_it_too(workers: int) -> None:
     assert encoders() == []
 
 
-def test_closing_drops_what_waits_and_waits_for_what_runs() -> None:
+def test_closing_drops_what_waits_and_waits_for_what_runs(encoders: Encoders) -> None:
     ran: list[int] = []
     gate = Gate()
 

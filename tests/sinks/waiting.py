@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+
 from flowreel.sinks.shards import ShardsInThreads
 from flowreel.sinks.zarr_store import ZarrSink
+
+Encoders = Callable[[], list[threading.Thread]]  # the fixture of that name
 
 
 def flush(sink: ZarrSink) -> None:

@@ -174,7 +174,10 @@ class TestSeeking:
     def test_a_seek_that_goes_wrong_means_from_the_start(
         self, nvc: ModuleType, long_clip: Path, fault: dict[str, Any]
     ) -> None:
-        """The seek raises, or lands after the wanted frame, or on a frame that is no key frame."""
+        """The seek raises, or lands after the wanted frame, or on a frame that is no key frame.
+
+        The key frame cannot be read up to either: in this file only the header holds the parameter sets.
+        """
         vars(nvc.behaviour).update(fault)
         frames = list(on_gpu(long_clip, start=70, stop=80))
         assert levels_apart(frames, list(on_cpu(long_clip, start=70, stop=80))) <= 1
