@@ -14,6 +14,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from av.stream import Disposition
 from PIL import Image
 
 from flowreel.engine import describe as describing
@@ -33,7 +34,10 @@ MakeVideo = Callable[..., Path]
 
 @pytest.fixture
 def make_video(tmp_path: Path) -> MakeVideo:
-    """``make_video("name.mkv", stamps, ...)``: grey MPEG-4 frames at these times, in 25ths of a second."""
+    """``make_video("name.mkv", stamps, ...)``: grey MPEG-4 frames at these times, in 25ths of a second.
+
+    With ``sound``, which Matroska takes, comes an attached font, for which FFmpeg has no decoder.
+    """
 
     def make(
         name: str,
@@ -50,6 +54,9 @@ def make_video(tmp_path: Path) -> MakeVideo:
         with av.open(str(path), "w") as container:
             streams: list[Any] = [container.add_stream(codec, rate=25, options=options or {"g": "5"}) for _ in sizes]
             audio: Any = container.add_stream("aac", rate=44100) if sound else None
+            if sound:
+                audio.metadata["language"] = "deu"
+                container.add_attachment("letters.ttf", "font/ttf", b"of subtitles")
             for stream, (width, height) in zip(streams, sizes, strict=True):
                 stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
                 stream.codec_context.time_base = Fraction(1, 25)
@@ -99,9 +106,13 @@ class TestVideos:
         assert parts(facts, "kind", "width", "height", "frames", "flows") == ["video", 64, 48, 12, 11]
         assert parts(facts, "format_name", "cut_short", "stream_used") == ["QuickTime / MOV", False, 0]
         assert facts["duration_s"] == pytest.approx(0.48)
+        assert facts["notes"] == ["no colour matrix is stated: BT601 is assumed, as players do at 48 rows"]
         (stream,) = facts["streams"]
+        assert 0 < stream["bit_rate"] < facts["bit_rate"]
+        assert parts(stream, "language", "cover") == [None, False]  # the file says "und"
         assert parts(stream, "codec", "pixel_format", "bit_depth", "used", "number") == ["mpeg4", "yuv420p", 8, True, 0]
-        assert parts(stream, "frames", "key_frames", "average_rate", "constant_rate") == [12, 3, 25, True]
+        assert parts(stream, "frames", "flows", "key_frames", "average_rate") == [12, 11, 3, 25]
+        assert stream["constant_rate"] is True
         assert parts(stream, "smallest_gap_s", "largest_gap_s") == pytest.approx([0.04, 0.04])
         assert stream["largest_key_gap_s"] == pytest.approx(0.2)
         assert parts(stream, "rotation", "mirrored", "sample_aspect_ratio") == [0, False, "1:1"]
@@ -122,7 +133,10 @@ class TestVideos:
         assert told(make_video("c.avi", list(range(12))))["streams"][0]["key_frames"] == 3
 
     def test_variable_rate(self, make_video: MakeVideo) -> None:
-        (stream,) = told(make_video("a.mkv", [0, 1, 2, 4, 5, 8]))["streams"]
+        facts = told(make_video("a.mkv", [5, 6, 7, 9, 10, 13]))
+        (stream,) = facts["streams"]
+        assert (facts["start_time_s"], stream["bit_rate"]) == (0.2, None)
+        assert parts(stream, "first_frame_s", "last_frame_s") == pytest.approx([0.2, 0.52])
         assert stream["constant_rate"] is False
         assert parts(stream, "smallest_gap_s", "largest_gap_s") == pytest.approx([0.04, 0.12])
 
@@ -143,12 +157,29 @@ class TestVideos:
     def test_every_stream(self, make_video: MakeVideo) -> None:
         facts = told(make_video("two.mkv", list(range(6)), sizes=((64, 48), (128, 96)), sound=True))
         kinds = [(stream["index"], stream["type"]) for stream in facts["streams"]]
-        assert kinds == [(0, "video"), (1, "video"), (2, "audio")]
+        assert kinds == [(0, "video"), (1, "video"), (2, "audio"), (3, "attachment")]
+        assert [stream["language"] for stream in facts["streams"]] == [None, None, "deu", None]
+        assert parts(facts["streams"][3], "codec", "profile", "bit_rate") == [None, None, None]
         assert [stream["frames"] for stream in facts["streams"][:2]] == [6, 6]
         assert [stream["number"] for stream in facts["streams"][:2]] == [0, 1]
         (used,) = [stream for stream in facts["streams"] if stream.get("used")]
         assert (used["index"], used["width"]) == (facts["stream_used"], facts["width"])
         assert parts(facts["streams"][2], "codec", "sample_rate", "channels") == ["aac", 44100, 2]
+
+    def test_a_cover_picture(self, tmp_path: Path) -> None:
+        with av.open(str(tmp_path / "a.mp4"), "w") as container:
+            video: Any = container.add_stream("mpeg4", rate=25, width=64, height=48, pix_fmt="yuv420p")
+            cover: Any = container.add_stream("mjpeg", rate=25, width=64, height=48, pix_fmt="yuvj420p")
+            cover.disposition = Disposition.attached_pic
+            for stream in (video, video, cover):
+                container.mux(stream.encode(av.VideoFrame(64, 48, stream.pix_fmt)))
+            for stream in (video, cover):
+                container.mux(stream.encode(None))
+        facts = told(tmp_path / "a.mp4")
+        assert (facts["frames"], len(facts["notes"])) == (2, 1)
+        _, stream = facts["streams"]
+        assert parts(stream, "codec", "used", "number", "cover") == ["mjpeg", False, None, True]
+        assert "frames" not in stream
 
     def test_a_stream_that_does_not_decode_is_told_of(
         self, make_video: MakeVideo, monkeypatch: pytest.MonkeyPatch
