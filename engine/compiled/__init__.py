@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -137,6 +137,9 @@ class CompiledModel:
 
     def __repr__(self) -> str:
         return f"<CompiledModel {self._name} {self.shape}, {self.precision}, on {self.device}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a compiled network cannot be pickled or copied: compile the network anew where it is used")
 
     def __call__(self, first: Tensor, second: Tensor) -> Tensor:
         """(B, 3, H, W) floating point RGB 0..255 twice to (B, 2, H, W) float32 pixels, x (right) then y (down).

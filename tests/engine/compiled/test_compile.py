@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Callable
 from copy import deepcopy
@@ -271,6 +272,12 @@ def test_a_parameter_of_the_network_itself_is_named() -> None:
     model.gain.detach().mul_(2)
     with pytest.raises(StaleModelError, match=r"^gain has changed"):
         fast(*smooth_frames(9, 1))
+
+
+@pytest.mark.parametrize("copied", [pickle.dumps, deepcopy])
+def test_what_a_device_is_prepared_for_is_not_copied(copied: Callable[[object], object]) -> None:
+    with pytest.raises(TypeError, match="compile the network anew"):
+        copied(flowreel.compile(build_model("FlowNet2S", width=0.05), (1, 64, 64)))
 
 
 def test_the_network_may_go() -> None:
