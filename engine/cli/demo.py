@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flowreel.engine.cli import printable
+from flowreel.engine.cli import loading, printable
 from flowreel.engine.cli.options import Debug, Device, Quiet, Weights
 from flowreel.engine.cli.table import Live, print_summary, size
 
@@ -23,7 +23,8 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Render a moving scene to an H.264 file, compute its flow, and compare it with the truth."""
-    from flowreel.engine import demo as demonstration
+    with loading():
+        from flowreel.engine import demo as demonstration
 
     with Live(quiet) as live:
         report = demonstration.demo(

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from flowreel.engine.cli import loading
 from flowreel.engine.cli.options import Debug
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ def doctor(
     """
     from flowreel.engine.doctor import examine
 
-    diagnosis = examine()
+    with loading():  # each check imports what it looks at
+        diagnosis = examine()
     if as_json:
         typer.echo(json.dumps(diagnosis.as_json(), indent=2, allow_nan=False))
     else:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flowreel.engine.cli import printable
+from flowreel.engine.cli import loading, printable
 from flowreel.engine.cli.options import Debug, Device, Quiet, Weights
 from flowreel.engine.cli.table import Live, clock, size
 from flowreel.engine.cli.verify import verdict
@@ -41,7 +41,8 @@ def repair(
       flowreel repair dance.flow.zarr dance.mp4 --dry-run
       flowreel repair dance.flow.zarr dance.mp4
     """
-    from flowreel.engine import repair as repairing
+    with loading():
+        from flowreel.engine import repair as repairing
 
     with Live(quiet) as live:
         report = repairing.repair(store, source, weights=weights, device=device, dry_run=dry_run, progress=live.show)

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-from flowreel.engine.cli import printable
+from flowreel.engine.cli import loading, printable
 from flowreel.engine.cli.help import Command, Group
 from flowreel.engine.cli.info import print_facts
 from flowreel.engine.cli.options import Debug, Quiet
@@ -40,7 +40,8 @@ def list_known(as_json: AsJson = False, debug: Debug = False) -> None:
       flowreel weights list
       flowreel weights list --json
     """
-    from flowreel.engine.models.weights import known_weights
+    with loading():
+        from flowreel.engine.models.weights import known_weights
 
     facts = known_weights()
     if as_json:
@@ -67,7 +68,8 @@ def info(
       flowreel weights info baseline
       flowreel weights info FlowNet2-C_checkpoint.pth.tar --json
     """
-    from flowreel.engine.models.weights import read_weights
+    with loading():
+        from flowreel.engine.models.weights import read_weights
 
     facts = read_weights(source).summary()
     if as_json:
@@ -102,7 +104,8 @@ def convert(
       flowreel weights convert FlowNet2-C small.safetensors --half
       flowreel weights convert mine.safetensors mine_checkpoint.pth.tar
     """
-    from flowreel.engine.models.saving import convert as convert_file
+    with loading():
+        from flowreel.engine.models.saving import convert as convert_file
 
     held = convert_file(source, output, half=half, overwrite=overwrite)
     typer.echo(f"{printable(str(output))}: {held.model}, licence: {printable(held.licence)}, sha256 {held.sha256}")
@@ -141,8 +144,9 @@ def download(
       flowreel run dance.mp4 --weights FlowNet2
       flowreel weights download FlowNet2-C -o weights/ --accept-licence
     """
-    from flowreel.engine.models.checkpoints import LICENCE_TEXT, checkpoint
-    from flowreel.engine.models.download import download as fetch
+    with loading():
+        from flowreel.engine.models.checkpoints import LICENCE_TEXT, checkpoint
+        from flowreel.engine.models.download import download as fetch
 
     wanted = checkpoint(name)
     if not accept_licence:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import importlib
 import json
 import os
 import re
@@ -483,6 +484,31 @@ def test_a_command_loads_torch_without_collecting_garbage(monkeypatch: pytest.Mo
         assert gc.get_freeze_count() > 0
     finally:
         gc.unfreeze()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "nowhere.mp4"],
+        ["run", "nowhere.mp4", "nothing.mp4"],
+        ["demo", "--device", "tpu"],
+        ["color", "nowhere.flo", "-o", "x"],
+        ["export", "nowhere.zarr", "-o", "x.mp4"],
+        ["repair", "nowhere.zarr", "nowhere.mp4"],
+        ["doctor"],
+        ["weights", "list"],
+        ["weights", "info", "nowhere.pth"],
+        ["weights", "convert", "nowhere.pth", "x.pth.tar"],
+        ["weights", "download", "nothing"],
+    ],
+    ids=" ".join,
+)
+def test_each_command_that_needs_torch_does(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def noted() -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module(f"flowreel.engine.cli.{arguments[0]}"), "loading", noted)
+    assert call(arguments) == 130
 
 
 def test_options_reach_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
