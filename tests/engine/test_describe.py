@@ -22,7 +22,13 @@ from flowreel.engine import describe_video
 from flowreel.engine.config import SinkConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
 from flowreel.engine.describe import describe
-from flowreel.engine.errors import FlowFileError, FlowreelError, SourceNotFoundError, UnsupportedSourceError
+from flowreel.engine.errors import (
+    FlowFileError,
+    FlowreelError,
+    SourceNotFoundError,
+    UnsupportedSourceError,
+    UsageError,
+)
 from flowreel.engine.models import build_model
 from flowreel.engine.models.saving import save_weights
 from flowreel.sinks import kitti, open_sink, write_flo
@@ -338,6 +344,8 @@ class TestFlow:
             container.mux(stream.encode(None))
         assert (tmp_path / "photo.png").read_bytes()[24] == 16
         assert told(tmp_path / "photo.png")["kind"] == "images"
+        (tmp_path / "photo.png").rename(tmp_path / "photo.kitti.png")
+        assert told(tmp_path / "photo.kitti.png")["kind"] == "kitti"  # of such a name nothing else is expected
 
     def test_nothing_known(self, tmp_path: Path) -> None:
         write_flo(tmp_path / "a.flo", np.full((2, 2, 2), np.nan, np.float32))
@@ -425,6 +433,8 @@ class TestAnythingElse:
     def test_nothing_there(self, tmp_path: Path) -> None:
         with pytest.raises(SourceNotFoundError, match=r"nowhere: expected a video.*\.flo.*weights"):
             describe(str(tmp_path / "nowhere"))
+        with pytest.raises(UsageError, match="address"):
+            describe("http://nowhere/a.mp4")
         with pytest.raises(FileNotFoundError, match="flow store"):
             describe(str(tmp_path / "nowhere.zarr"))
 
