@@ -65,13 +65,14 @@ def check_checkpoint(path: str | Path) -> None:
         RuntimeError: torch finds no pickle in it.
     """
     with open(path, "rb") as file:
-        start = file.read(len(_ZIP))
-        if start == _ZIP:  # as torch decides; zipfile may disagree on what is a zip file
+        start = file.read(32)
+        if start.startswith(_ZIP):  # as torch decides; zipfile may disagree on what is a zip file
             file.seek(0)
             pickles = io.BytesIO(torch._C.PyTorchFileReader(file).get_record("data.pkl"))
             count = 1
         elif not start.startswith(_PICKLE):
-            raise ValueError("it begins neither as a zip file nor as a pickle, as what torch.save writes does")
+            # What came instead shows in its first words: a Git LFS pointer, a web page, an HDF5 file.
+            raise ValueError(f"it begins with {start!r}, not as a zip file or a pickle as torch.save writes them")
         else:
             file.seek(0)
             pickles = io.BytesIO(file.read(MOST_BYTES))

@@ -222,7 +222,7 @@ def one_line(capsys: Capture) -> str:
         (["run", "frames/*.png"], 1, "png"),
         (["run", SOURCE, "--weights", "nowhere.pth"], 1, "nowhere.pth"),
         (["run", SOURCE, "--weights", "text.mp4"], 1, "text.mp4"),
-        (["run", SOURCE, "--weights", "text.pth.tar"], 1, "it begins neither as a zip file nor as a pickle"),
+        (["run", SOURCE, "--weights", "text.pth.tar"], 1, "it begins with b'This is no video."),
         (["run", SOURCE, "-o", "x.gif"], 2, ".zarr"),
         (["run", SOURCE, "-o", ""], 2, "empty"),
         (["run", "", "-o", "x.zarr"], 2, "empty"),
