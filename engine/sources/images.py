@@ -249,7 +249,8 @@ def _refuse_single(path: Path) -> None:
             "video (an animated PNG is one by the ending .apng)"
         )
     raise TooFewFramesError(
-        f"{path.name} is one image: flow needs at least two, as a folder or a quoted glob ('{path.parent}/*.png')"
+        f"{path.name} is one image: flow needs at least two, as a folder or a quoted glob "
+        f"('{path.parent}/*{path.suffix}')"
     )
 
 

@@ -103,8 +103,8 @@ class TestWhichFiles:
             open_source(tmp_path / "a" / name)
 
     def test_one_image_is_too_few(self, tmp_path: Path) -> None:
-        with pytest.raises(TooFewFramesError, match=r"alone\.png is one image: flow needs at least two.*/\*\.png"):
-            open_source(grey(tmp_path / "alone.png", 0))
+        with pytest.raises(TooFewFramesError, match=r"alone\.ppm is one image: flow needs at least two.*/\*\.ppm"):
+            open_source(grey(tmp_path / "alone.ppm", 0))
         (tmp_path / "film.png").write_bytes(b"\0\0\0\x20ftypisom")
         with pytest.raises(UnsupportedSourceError, match="is not an image"):
             open_source(tmp_path / "film.png")
