@@ -6,6 +6,7 @@ link leads somewhere.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
@@ -152,6 +153,11 @@ def test_recipes(dance: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     (tmp_path / "videos").mkdir()
     for name in ("dance.mp4", "with space.mp4"):
         shutil.copy(dance, tmp_path / "videos" / name)
+    with av.open(str(dance)) as container:
+        pictures = [frame.to_image() for frame in itertools.islice(container.decode(video=0), 2)]
+    for name in ("pair/1.png", "pair/2.png", "frames/00088.png", "frames/00089.png"):
+        Path(name).parent.mkdir(exist_ok=True)
+        pictures[name[-5] in "29"].save(name)
     blocks = re.findall(r"```(python|sh)\n(.*?)```", (ROOT / "docs/recipes.md").read_text(), re.DOTALL)
     shown = {**os.environ, "SLURM_ARRAY_TASK_ID": "1"}
     names: dict[str, Any] = {}
@@ -170,6 +176,8 @@ def test_recipes(dance: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert flowreel.open_store("part.zarr").frame[0] == 10
     assert (tmp_path / "tsn/flow_y_00038.jpg").exists()
     assert names["flow"].shape == (39, 2, 64, 96)
+    assert np.array_equal(flowreel.read_flo("flows/000000.flo"), flowreel.read_flo("pair/000000.flo"))
+    assert names["doubtful"].shape == (1, 64, 96)
     matlab = np.fromfile("flo/000000.flo", np.float32)[3:].reshape((2, 96, 64), order="F").transpose(2, 1, 0)
     assert np.array_equal(matlab, flowreel.read_flo("flo/000000.flo"))
 

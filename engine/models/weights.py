@@ -121,7 +121,8 @@ def load_model(
 
     Returns:
         A module called as ``module(first, second)``: two (B, 3, H, W) float tensors, RGB 0..255, H and W multiples
-        of 64, to (B, 2, H, W) float32 flow in pixels, x (right) then y (down).
+        of 64, to (B, 2, H, W) float32 flow in pixels, x (right) then y (down). In training mode FlowNet2C, FlowNet2S
+        and FlowNet2SD give five flows instead, at 1/4 to 1/64 of the size, in pixels / 20.
 
     Raises:
         UsageError: no model of that name, neither a model nor weights, or no such kind of device.
