@@ -1,5 +1,5 @@
-"""What a packet of a stream states in its headers, read in microseconds, without decoding: the picture size, and
-whether it holds the second field of an H.264 frame."""
+"""What a stream and its packets state in their headers, read in microseconds, without decoding: the picture size,
+whether frames may hold two fields, and whether a packet holds the second field of an H.264 frame."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ import av
 Size = tuple[int, int]  # (width, height) in pixels
 
 ENOUGH_BYTES = 1 << 16  # of a packet: the size comes before the picture data, after whatever else an encoder puts there
+# By ITU-T H.262, 6.2.2.3: a start code, the identifier, profile and level; then a bit that is set if progressive.
+_MPEG2_SEQUENCE_EXTENSION = re.compile(b"\0\0\1\xb5[\x10-\x1f](.)", re.DOTALL)
+_MPEG2_PROGRESSIVE = 8
 _VP9_SYNC = 0x498342
 _VP9_RGB = 7  # a colour space
 
@@ -56,6 +59,19 @@ class _Bits:
         while not self.take():
             zeros += 1
         return (1 << zeros) - 1 + self.take(zeros)
+
+
+def allows_fields(codec: str, extradata: bytes | None) -> bool:
+    """Whether the sequence header of H.264 or MPEG-2 lets frames hold two fields, even where the first ones do not.
+
+    Args:
+        codec: FFmpeg's name of the decoder.
+        extradata: of the codec context.
+    """
+    if codec == "h264":
+        return SecondFields(extradata).possible
+    extension = _MPEG2_SEQUENCE_EXTENSION.search(extradata or b"") if codec == "mpeg2video" else None
+    return extension is not None and not extension[1][0] & _MPEG2_PROGRESSIVE
 
 
 # -- VP9, by its specification (version 0.6, 6.2: uncompressed header) -----------------------------------------------
@@ -126,7 +142,7 @@ class SecondFields:
     """
 
     def __init__(self, extradata: bytes | None) -> None:
-        """``extradata``: of the codec context."""
+        """``extradata``: of the codec context. It states ``possible``: whether frames may hold two fields."""
         self.any_field = False  # whether any packet so far held a field, first or second
         self._sequences: dict[int, _Sequence] = {}
         self._sequence_of: dict[int, int] = {}  # by the number of the picture parameter set
@@ -136,11 +152,11 @@ class SecondFields:
         self._length_bytes = (head[4] & 3) + 1 if len(head) > 6 and head[0] == 1 else 0
         for _ in self._slices(_avcc_units(head) if self._length_bytes else _units(head)):
             pass
-        self._possible = any(sequence.has_fields for sequence in self._sequences.values())
+        self.possible = any(sequence.has_fields for sequence in self._sequences.values())
 
     def holds(self, data: memoryview) -> bool:
         """Whether the packet holds a second field. To be called with every packet in file order."""
-        field = next(self._slices(_units(data, self._length_bytes)), None) if self._possible else None
+        field = next(self._slices(_units(data, self._length_bytes)), None) if self.possible else None
         self.any_field |= field is not None
         second = field is not None and field == self._awaited
         self._awaited = None if second or field is None else (field[0], 1 - field[1])

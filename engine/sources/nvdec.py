@@ -17,8 +17,8 @@ thread then has to wait to get it back.
 
 *What differs from the CPU.* Both decoders conceal damage, but NVDEC does not tell in which pictures: they count as
 good, with a line on stdout that cannot be suppressed, and only frames that do not come at all are reported as lost. And
-NVDEC deinterlaces, so a file is left to the CPU if its first frame is interlaced or any H.264 field was found; other
-frames are not checked.
+PyNvVideoCodec has NVDEC deinterlace interlaced frames of any stream whose header does not rule them out. So a file is
+left to the CPU if its header, H.264's or MPEG-2's, allows them, and in other formats if its first frame is one.
 
 On a GPU H.264, HEVC (4:4:4 too) and VP9 were seen to give the CPU's frames and times. The rest is tested against a
 stand-in (``tests/fakes``) that decodes with PyAV and behaves like the real package.
@@ -82,7 +82,7 @@ def _unsuitable(codec: ModuleType, probe: VideoProbe, gpu: int) -> str | None:
     if chroma == "420" and (width % 2 or height % 2):
         return f"an odd size, {width}x{height}, which its surfaces do not have"
     if probe.interlaced:
-        return "it is interlaced, which NVDEC would mend and the CPU leaves as it is"
+        return "its frames are or may become interlaced, which NVDEC would mend and the CPU leaves as it is"
     try:
         demuxer = codec.CreateDemuxer(filename=nvsession.plain(probe.path))
         kind = demuxer.GetNvCodecId()

@@ -20,7 +20,7 @@ from av.stream import Disposition
 
 from flowreel.engine.errors import SourceNotFoundError, UnsupportedSourceError, UsageError, counted
 from flowreel.engine.sources.file_ends import is_cut_short
-from flowreel.engine.sources.headers import SecondFields
+from flowreel.engine.sources.headers import SecondFields, allows_fields
 from flowreel.engine.sources.kinds import RECIPE, as_weights
 from flowreel.engine.sources.picture import Turn, colour_notes, field_notes, is_full_range, matrix_of, shape_notes
 from flowreel.engine.sources.timecode import MOST_REORDERED, NO_STAMP, Timeline
@@ -96,7 +96,7 @@ class VideoProbe:
     pixel_format: PixelFormat
     frame_rate: Fraction  # average frames per second
     time_base: Fraction  # seconds, the unit of the timeline's stamps
-    interlaced: bool  # frames hold two fields of different times: the first frame does, or H.264 fields were found
+    interlaced: bool  # frames hold two fields of different times, or may do so according to ``allows_fields``
     stored_size: tuple[int, int]  # (width, height) in pixels before ``turn``
     turn: Turn
     duration_s: float | None  # as the container states
@@ -178,7 +178,7 @@ def probe_video(name: str, stream: int | None = None) -> VideoProbe:
             pixel_format=PixelFormat.of(first, chosen),
             frame_rate=rate,
             time_base=chosen.time_base,
-            interlaced=interlaced,
+            interlaced=interlaced or allows_fields(chosen.codec_context.name, chosen.codec_context.extradata),
             stored_size=(first.width, first.height),
             turn=turn,
             duration_s=None if container.duration is None else container.duration / 1e6,

@@ -568,9 +568,19 @@ class TestFallingBack:
             assert on_gpu(path).decoder == "NVDEC (h264)"
         assert nvc.behaviour.asked == [("H264", "420", 8), ("H264", "420", 10)]
 
-    def test_interlaced(self, nvc: ModuleType, clip: Clip) -> None:
-        path = clip("nv_interlaced.mp4", options={"x264-params": "interlaced=1:tff=1"})
-        assert "interlaced" in self.refused(path)
+    @pytest.mark.parametrize("how", ["interlaced=1:tff=1", "fake-interlaced=1"])
+    def test_interlaced(self, nvc: ModuleType, clip: Clip, how: str) -> None:
+        assert "interlaced" in self.refused(clip(f"nv_{how[:4]}.mp4", options={"x264-params": how}))
+
+    @pytest.mark.parametrize("suffix", ["ts", "mkv"])
+    def test_mpeg2_that_may_become_interlaced(self, nvc: ModuleType, clip: Clip, suffix: str) -> None:
+        path = clip(f"nv_whole.{suffix}", codec="mpeg2video")
+        assert on_gpu(path).decoder == "NVDEC (mpeg2video)"
+        progressive = b"\0\0\1\xb5\x14\x8a"  # the sequence extension, up to the byte that says so
+        allowing = path.with_stem("nv_mixed")
+        allowing.write_bytes(path.read_bytes().replace(progressive, progressive[:-1] + b"\x82"))
+        assert not any("interlaced" in note for note in probe_video(str(allowing)).notes)
+        assert "interlaced" in self.refused(allowing)
 
     def test_a_file_its_demuxer_cannot_open(
         self, nvc: ModuleType, long_clip: Path, monkeypatch: pytest.MonkeyPatch
