@@ -58,8 +58,10 @@ def run_part(part: Part, settings: Settings, env: Mapping[str, str], limit_s: fl
 def _ending(part: Part, found: Mapping[str, Any], code: int | None, words: str, limit_s: float) -> tuple[str, str]:
     """The status and, unless it is done, the reason."""
     nothing = not found["rows" if part.times else "checks"]
+    if code == 0 and nothing:  # what is missing for each of its attempts is told with them
+        return ("skipped", "") if found["skipped"] else ("empty", "it came to its end and showed nothing")
     if code == 0:
-        return ("empty", "it came to its end and showed nothing") if nothing else ("done", "")
+        return "done", ""
     if code == SKIPPED:
         return "skipped", (words.splitlines() or ["no reason given"])[-1]
     if code is None:

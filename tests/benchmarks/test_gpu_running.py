@@ -55,6 +55,8 @@ def test_what_is_not_installed_is_left_out_but_a_mistake_of_ours_is_not(run: Run
     found = run("lacks")
     assert (found["status"], found["reason"]) == ("skipped", "nothing_like_it cannot be imported")
     assert found["checks"] == []
+    found = run("lacks_everywhere")
+    assert (found["status"], len(found["skipped"]), found["checks"]) == ("skipped", 2, [])
     assert run("lacks_ours")["status"] == "failed"
 
 

@@ -73,6 +73,11 @@ def lacks(findings: Findings, settings: Settings) -> None:
     __import__("nothing_like_it")
 
 
+def lacks_everywhere(findings: Findings, settings: Settings) -> None:
+    for name in "ab":
+        findings.attempt(name, lambda: __import__("nothing_like_it"))
+
+
 def lacks_ours(findings: Findings, settings: Settings) -> None:
     __import__("flowreel.nothing_like_it")
 
