@@ -17,8 +17,9 @@ def as_names(paths: PathLike | Iterable[PathLike]) -> list[str]:
 
 
 def natural_order(path: Path) -> tuple[list[int | str], str]:
-    """Sort key that compares digits inside names as numbers, in every part of the path."""
-    parts = re.split(r"([0-9]+)", str(path).casefold())  # text, digits, text, digits, ...
+    """Sort key that compares digits inside names as numbers, in every part of the path. Spaces before digits do not
+    count: names such as ``%4d.flo`` pad numbers with them."""
+    parts = re.split(r" *([0-9]+)", str(path).casefold())  # text, digits, text, digits, ...
     return [int(part) if place % 2 else part for place, part in enumerate(parts)], str(path)
 
 

@@ -58,3 +58,5 @@ def test_natural_order() -> None:
     names = ["b/1.png", "a/x10.png", "a/X2.png", "a/x03.png", "a/x.png"]
     ordered = [str(path) for path in sorted(map(Path, names), key=natural_order)]
     assert ordered == ["a/X2.png", "a/x03.png", "a/x10.png", "a/x.png", "b/1.png"]
+    padded = [Path(f"a/{number:3d}.png") for number in range(1001)]
+    assert sorted(padded, key=natural_order) == padded
