@@ -55,7 +55,7 @@ Piece = bytes | memoryview  # of a file's contents; a view spares a copy
 LONGEST_SIDE = 99_999  # pixels; Middlebury's own reader has the same limit
 MOST_PIXELS = 1 << 27  # of a compressed file, 1 GiB of flow: a small file can claim any size, and video is below this
 
-_NUMBER = re.compile(r"%(0?)(\d*)d")
+_NUMBER = re.compile(r"%(0*)(\d{0,3})d")  # no file system takes names of a thousand digits
 
 
 class NumberedName:

@@ -442,7 +442,7 @@ def test_a_folder_that_cannot_be(tmp_path: Path, output: Output) -> None:
         sink_for(output, tmp_path / "file").open(INFO)
 
 
-@pytest.mark.parametrize("number", ["7", "%s", "%d_%d"])
+@pytest.mark.parametrize("number", ["7", "%s", "%d_%d", "%9999d"])
 def test_a_name_without_one_number(tmp_path: Path, output: Output, number: str) -> None:
     name = output.form.replace("DIR", str(tmp_path / "%06d")).rsplit("%", 1)[0] + number + output.suffix
     with pytest.raises(UnknownOutputError, match=r"one number, such as .*%0[56]d") as caught:
