@@ -28,7 +28,7 @@ _KINDS: dict[object, str] = {int: "a whole number", float: "a number", str: "tex
 DEFAULT_OUTPUT = "{stem}.flow.zarr"  # of a run, in the working folder
 MOST_FRAMES = (1 << 62) - 1  # so that frame numbers, and sums of two, fit in 64 bits
 DEFAULT_QUEUE_MB = 512  # MiB
-MOST_QUEUE_MB = 1 << 40  # more than any machine has, yet its bytes still fit in 64 bits
+MOST_MB = 1 << 40  # more than any machine has, yet its bytes still fit in 64 bits
 
 
 def _one_of(name: str, value: str, kind: object, *others: str) -> None:
@@ -153,7 +153,7 @@ class RunConfig:
         tolerate = options.pop("tolerate_truncation", False)
         _require_kind("tolerate_truncation", tolerate, bool)
         if "queue_mb" in options:
-            options["total_bytes"] = _megabytes(options.pop("queue_mb"))
+            options["total_bytes"] = bytes_of("queue-mb", options.pop("queue_mb"))
         config = cls(
             select=_taken(SelectConfig, options),
             model=_taken(ModelConfig, options),
@@ -207,7 +207,9 @@ def _require_kind(name: str, value: object, hint: object) -> None:
         raise UsageError(f"{name.replace('_', '-')} must be {' or '.join(words)}, got {value!r}")
 
 
-def _megabytes(value: object) -> int:
-    if not isinstance(value, int | float) or not 0 < value <= MOST_QUEUE_MB:
-        raise UsageError(f"queue-mb must be a positive number up to {MOST_QUEUE_MB}, got {value!r}")
-    return int(value * (1 << 20))
+def bytes_of(name: str, megabytes: object) -> int:
+    """An option in megabytes as bytes. Raises UsageError for anything but a number from 0 to ``MOST_MB``."""
+    plain = _plain(megabytes)  # NumPy's small integers would overflow below
+    if not isinstance(plain, int | float) or not 0 <= plain <= MOST_MB:
+        raise UsageError(f"{name} must be a number of megabytes from 0 to {MOST_MB}, got {megabytes!r}")
+    return int(plain * (1 << 20))

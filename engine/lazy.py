@@ -22,7 +22,7 @@ from torch import Tensor
 from flowreel import sinks
 from flowreel.engine.api import flow_header, refuse_output_options
 from flowreel.engine.computed_flow import ComputedFlow, LazyStatistics
-from flowreel.engine.config import RunConfig
+from flowreel.engine.config import RunConfig, bytes_of
 from flowreel.engine.data import SourceId
 from flowreel.engine.device import to_host
 from flowreel.engine.errors import SourceChangedError, UsageError
@@ -106,8 +106,7 @@ class LazyFlow:
         **options: Unpack[LazyOptions],
     ) -> None:
         """As ``open``. network: one loaded earlier with the same options, so that many sources can share it."""
-        if not 0 <= frames_mb < float("inf"):
-            raise UsageError(f"frames-mb must be a number of megabytes, got {frames_mb!r}")
+        self._most_bytes = bytes_of("frames-mb", frames_mb)
         config = RunConfig.of(**options)
         refuse_output_options(config)
         if config.tolerate_truncation:
@@ -115,7 +114,6 @@ class LazyFlow:
         self.path = os.fspath(source)
         self._options = options | {"weights": lasting_weights(config.model.weights)}
         self._config = config
-        self._most_bytes = int(frames_mb * (1 << 20))
         self._lasting = lasting_name(self.path)
         self._source = open_random_access(self._lasting, config.select)
         info = self._source.info

@@ -241,8 +241,9 @@ class TestCost:
         assert sum(1 for _ in flow) == 39
         assert flow.statistics == LazyStatistics(decoded=40, seeks=0, computed=39)
 
-    def test_what_was_decoded_serves_again(self, opened: Callable[..., LazyFlow]) -> None:
-        flow = opened()
+    @pytest.mark.parametrize("options", [{}, {"frames_mb": np.int32(4096)}])
+    def test_what_was_decoded_serves_again(self, opened: Callable[..., LazyFlow], options: dict[str, Any]) -> None:
+        flow = opened(**options)
         flow[28]  # 20 to 29
         flow[[27, 21, 24]]
         assert flow.statistics == LazyStatistics(decoded=10, seeks=1, computed=4)
@@ -455,7 +456,7 @@ class TestWhatGoesWrong:
     @pytest.mark.parametrize(
         "options",
         [{"resume": True}, {"overwrite": True}, {"resolution": "native"}, {"tolerate_truncation": True},
-         {"frames_mb": -1}, {"colour": 3}, {"batch": 0}],
+         {"frames_mb": -1}, {"frames_mb": 1e308}, {"frames_mb": "1"}, {"colour": 3}, {"batch": 0}],
     )  # fmt: skip
     def test_options(self, opened: Callable[..., LazyFlow], options: dict[str, Any]) -> None:
         (name,) = options
