@@ -97,7 +97,7 @@ def run_one(
     sinks = [open_sink(path, config.sink) for path in paths]
     native = _wants_native(config, sinks)
     device = str(resolve_device(config.model.device))
-    resumed = take_up(source, config.select, sinks, device) if config.sink.resume else None
+    resumed = take_up(source, config, sinks, device) if config.sink.resume else None
     if resumed is not None and resumed.frames is None:
         return complete_already(resumed, paths, config)
     with ExitStack() as opened:
@@ -117,7 +117,7 @@ def run_one(
         batched = batches(inference.batch, shard, done)
         steps = stages(inference, config.model.direction, batched, checked, to_host=to_host)
         pipeline = Chain(frames, steps, config.queues, inference.device)
-        tallies = [Tally(sink, on_gpu=inference.device.type == "cuda") for sink in sinks]
+        tallies = [Tally(sink, frames, on_gpu=inference.device.type == "cuda") for sink in sinks]
         teller(progress, tallies, header.flow_count)(pipeline.statistics())  # the outputs are open
         inference.make_ready(shard, header.flow_count, done)
         started_s = time.perf_counter()
@@ -125,6 +125,9 @@ def run_one(
         pipeline.run({f"write {tally.sink.path}": tally.consume for tally in tallies}, tell)
         if tallies[0].flows == 0:
             raise TooFewFramesError(f"{_named(source)} gave fewer than two frames: there is no pair, so no flow")
+        if resumed is not None and resumed.point.loss is not None:
+            lost, _ = resumed.point.loss
+            frames.losses.insert(0, f"an earlier run, whose flow is kept, found frame {lost} missing or damaged")
         whole = not frames.losses or config.tolerate_truncation
         if resumed is not None and whole:
             for path in paths:

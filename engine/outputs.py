@@ -16,7 +16,7 @@ from flowreel.engine.device import download
 from flowreel.engine.errors import FrameSizeError, StageError, TruncatedSourceError, UsageError, frame_of
 from flowreel.engine.files import PathLike, as_names
 from flowreel.engine.places import require_apart, require_outside_stores
-from flowreel.engine.protocols import DeviceSink, LandingSink, OneFileAFlow, Resumable, ResumableSink, Sink
+from flowreel.engine.protocols import DeviceSink, LandingSink, MayLose, OneFileAFlow, Resumable, ResumableSink, Sink
 from flowreel.engine.publish import claimed_file, partial_path, remove, sync_folder, write_errors
 from flowreel.engine.stages import StageStatistics
 
@@ -151,14 +151,20 @@ def preparing(sink: Sink) -> DeviceSink | None:
 
 
 class Tally:
-    """Writes to one sink and counts the flows. Copies flow from the GPU to the host, or what the sink made of it."""
+    """Writes to one sink and counts the flows. Copies flow from the GPU to the host, or what the sink made of it.
 
-    def __init__(self, sink: Sink, *, on_gpu: bool = False) -> None:
+    source: what the flow is computed from, to tell the sink what it loses.
+    """
+
+    def __init__(self, sink: Sink, source: object = None, *, on_gpu: bool = False) -> None:
         self.sink = sink
         self.flows = 0
+        self._source = source
         self._on_gpu = on_gpu
 
     def consume(self, flows: Iterator[FlowBatch]) -> None:
+        if isinstance(self._source, MayLose) and isinstance(self.sink, Resumable):
+            flows = _noting_loss(flows, self._source, self.sink)
         if self._on_gpu and (sink := preparing(self.sink)) is not None:
             landing = sink.landing if isinstance(sink, LandingSink) else None
             for prepared in download(sink.prepare(flows), landing):
@@ -168,6 +174,15 @@ class Tally:
             for batch in download(flows):
                 self.sink.write(batch)
                 self.flows += len(batch)
+
+
+def _noting_loss(flows: Iterator[FlowBatch], source: MayLose, sink: Resumable) -> Iterator[FlowBatch]:
+    """The flows; before one that a missing or damaged frame affects, the sink has been told of that frame."""
+    for batch in flows:
+        if source.first_loss is not None:
+            sink.note_loss(source.first_loss)
+        yield batch
+        del batch  # not kept alive while the next one is made
 
 
 def teller(

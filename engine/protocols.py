@@ -90,6 +90,13 @@ class MayWait(Protocol):
 
 
 @runtime_checkable
+class MayLose(Protocol):
+    """A source that goes on after a frame that it cannot give, or gives patched up; others can only end early."""
+
+    first_loss: int | None  # number of the first such frame; known before any later frame is given
+
+
+@runtime_checkable
 class OnDevice(Protocol):
     """A source that may deliver its frames directly on the device that needs them."""
 
@@ -110,6 +117,7 @@ class ResumePoint:
     stored: int  # flows that are there in all, including those to be recomputed
     batch: int | None = None  # pairs per batch of the earlier run, reused for equal results; None: unknown
     shard: int | None = None  # flows in a shard
+    loss: tuple[int, int] | None = None  # the first missing or damaged frame, and the first kept flow that it affects
 
 
 @runtime_checkable
@@ -126,6 +134,10 @@ class Resumable(Protocol):
 
     def require_same(self, info: FlowInfo) -> None:
         """Raises ResumeMismatchError unless a run with this header would have written the existing output."""
+        ...
+
+    def note_loss(self, frame: int) -> None:
+        """Has the number of the first missing or damaged frame recorded, before any flow that it affects."""
         ...
 
     def tell_losses(self, losses: Sequence[str]) -> None:

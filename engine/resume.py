@@ -25,7 +25,7 @@ from flowreel.engine.sources import comes_once, open_source
 from flowreel.sinks import differing_settings, open_flows, open_sink, open_store
 
 if TYPE_CHECKING:
-    from flowreel.engine.config import RunConfig, SelectConfig
+    from flowreel.engine.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,11 @@ class Resumption:
         yield from frames
 
 
-def take_up(source: PathLike, select: SelectConfig, sinks: Sequence[Sink], device: str) -> Resumption | None:
+def take_up(source: PathLike, config: RunConfig, sinks: Sequence[Sink], device: str) -> Resumption | None:
     """Opens the source at the frame where the store among the outputs ends; None: there is nothing to resume.
+
+    Unless truncation is tolerated, it ends before the first flow that a missing or damaged frame affects: the frame may
+    be intact by now, as where a download has gone on, and otherwise its loss is told again.
 
     ``device``: as for ``open_source``.
 
@@ -74,7 +77,7 @@ def take_up(source: PathLike, select: SelectConfig, sinks: Sequence[Sink], devic
     store = first_store(sinks)
     if store is None:
         raise UsageError("resume continues a flow store, and no output is one: add -o X.zarr, or leave resume out")
-    point = store.resume_point()
+    select, point = config.select, store.resume_point()
     if point is None:
         return None
     if point.complete:
@@ -82,6 +85,10 @@ def take_up(source: PathLike, select: SelectConfig, sinks: Sequence[Sink], devic
             info = whole.info
         if not _grown(source, info, point):
             return Resumption(store, point, None, info)
+    if point.loss is not None and not config.tolerate_truncation:
+        point = store.resume_point(below=point.loss[1] + 1)
+        if point is None:
+            return None
     ends = point.frame
     while True:
         try:

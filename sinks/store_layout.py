@@ -26,6 +26,7 @@ from flowreel.sinks.codecs import FlowCodec, flow_codec
 from flowreel.sinks.compressors import codec_of, zarr_codecs
 
 FORMAT_VERSION = 1
+FIRST_LOSS = "first_loss"  # attribute: number of the first frame that the source could not give, or gave damaged
 
 # Arrays beside ``flow``, one value per flow. Times and frame numbers: dtype, and the value for "not written yet".
 COORDINATES: dict[str, tuple[str, float]] = {

@@ -21,7 +21,7 @@ from flowreel.sinks.codecs import FlowCodec
 from flowreel.sinks.compressors import zarr_arguments, zarr_codecs
 from flowreel.sinks.native import vector_places
 from flowreel.sinks.store_checksums import ATTRIBUTES_CHECKSUM, attributes_checksum
-from flowreel.sinks.store_layout import BESIDE_FLOW, CHECKSUMS, COORDINATES, FORMAT_VERSION
+from flowreel.sinks.store_layout import BESIDE_FLOW, CHECKSUMS, COORDINATES, FIRST_LOSS, FORMAT_VERSION
 
 if TYPE_CHECKING:
     from flowreel.engine.config import SinkConfig
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # The group's attributes that may differ when a run resumes: a recording that grew, another version of flowreel.
 # What a source failed to give is only known when it ends.
-MAY_CHANGE = ("software_version", "frame_rate", "source", "source_losses")
+MAY_CHANGE = ("software_version", "frame_rate", "source", "source_losses", FIRST_LOSS)
 
 
 def store_metadata(

@@ -23,7 +23,7 @@ from flowreel.sinks.compressors import compress
 from flowreel.sinks.parallel import OrderedPool
 from flowreel.sinks.shard_file import pack_shard
 from flowreel.sinks.store_checksums import ATTRIBUTES_CHECKSUM, attributes_checksum, flow_checksums, time_checksums
-from flowreel.sinks.store_layout import BESIDE_FLOW, COORDINATES, consolidate
+from flowreel.sinks.store_layout import BESIDE_FLOW, COORDINATES, FIRST_LOSS, consolidate
 from flowreel.sinks.store_target import StoreTarget
 
 WRITERS = 4  # threads; on two cores they write to a disk 1.4 times as fast as one does, to memory twice
@@ -53,6 +53,7 @@ class StoreWriter:
         self._metadata_bytes: dict[str, int] = {}  # of each array's zarr.json as last written
         self._behind: OrderedPool[None] = OrderedPool(lambda _: None, writers or WRITERS, most_bytes or MOST_BYTES)
         self._failed: list[int] = []  # shards that could not be published: no later one may be
+        self._loss_noted = False  # and not published yet
         self.bytes_written = 0
 
     def start(self, places: Mapping[str, Any]) -> None:
@@ -98,12 +99,21 @@ class StoreWriter:
     def finish(self, count: int, losses: Sequence[str] = ()) -> None:
         """Trims the arrays to the flows received, records the source's losses and consolidates the metadata."""
         if losses:
-            attributes = self._metadata[""]["attributes"]
-            attributes["flowreel"]["source_losses"] = list(losses)
-            attributes[ATTRIBUTES_CHECKSUM] = attributes_checksum(attributes["flowreel"])
+            self._set_attribute("source_losses", list(losses))
         self._set_length(count)
         consolidate(self._metadata)
         self._publish_metadata("")
+
+    def note_loss(self, frame: int) -> None:
+        """Records the number of the source's first missing or damaged frame, published before the next shard."""
+        if FIRST_LOSS not in self._metadata[""]["attributes"]["flowreel"]:
+            self._set_attribute(FIRST_LOSS, frame)
+            self._loss_noted = True
+
+    def _set_attribute(self, name: str, value: Any) -> None:
+        attributes = self._metadata[""]["attributes"]
+        attributes["flowreel"][name] = value
+        attributes[ATTRIBUTES_CHECKSUM] = attributes_checksum(attributes["flowreel"])
 
     def require_no_hole(self) -> None:
         if self._failed:
@@ -133,6 +143,9 @@ class StoreWriter:
                     raise OutputWriteError(
                         f"cannot write {self._target.name}: the shard before this one could not be written"
                     )
+                if self._loss_noted:
+                    self._loss_noted = False
+                    self._publish_metadata("")
                 self._set_length(max(self._length, length))
                 self._target.publish(keys)
             except BaseException:

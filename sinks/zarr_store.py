@@ -24,6 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,7 +41,7 @@ from flowreel.sinks.shard_maker import Setting
 from flowreel.sinks.shard_processes import ShardsInProcesses
 from flowreel.sinks.shards import Shards, ShardsInThreads
 from flowreel.sinks.store_checksums import COVERED
-from flowreel.sinks.store_layout import BESIDE_FLOW, COORDINATES, published_shards
+from flowreel.sinks.store_layout import BESIDE_FLOW, COORDINATES, FIRST_LOSS, published_shards
 from flowreel.sinks.store_metadata import other_settings, places_in_frame, store_metadata
 from flowreel.sinks.store_reader import FlowStore
 from flowreel.sinks.store_target import LocalTarget
@@ -129,6 +130,7 @@ class ZarrSink:
             store.available,
             recorded,
             store.shard_length,
+            _loss(store, flows),
         )
 
     def require_same(self, info: FlowInfo) -> None:
@@ -185,6 +187,8 @@ class ZarrSink:
                 self._announced = "" if info.flow_count is None else f" of {info.flow_count}"
                 metadata = store_metadata(info, self._config, self._codec, self._shard_length, length)
                 self._start(info, metadata)
+                if self._taken and self._point is not None and self._point.loss is not None:
+                    self.note_loss(self._point.loss[0])
                 self._require_open().start(places_in_frame(info))
             except BaseException:
                 self.abort()
@@ -266,6 +270,10 @@ class ZarrSink:
                 self._note_invalid(unknown, beyond_range, frame)
         times = self._times_of_next(prepared, prepared.index, slice(len(prepared)))
         self._require_shards().add_steps(prepared.steps.numpy(), times)
+
+    def note_loss(self, frame: int) -> None:
+        """See ``Resumable``."""
+        self._require_open().note_loss(frame)
 
     def tell_losses(self, losses: Sequence[str]) -> None:
         """See ``Resumable``."""
@@ -373,3 +381,12 @@ def _whole_flows(store: FlowStore) -> int:
     """Flows in the full shards before the first that is not full. A damaged or misplaced shard counts as missing."""
     shards = len(store) // store.shard_length
     return store.shard_length * next((shard for shard in range(shards) if not store.files.whole(shard)), shards)
+
+
+def _loss(store: FlowStore, flows: int) -> tuple[int, int] | None:
+    """See ``ResumePoint.loss``; ``flows``: how many are kept."""
+    frame = store.attrs.get(FIRST_LOSS)
+    if not isinstance(frame, int):
+        return None
+    sound = int(np.searchsorted(np.maximum(store.frame[:flows], store.frame_to[:flows]), frame))
+    return (frame, sound) if sound < flows else None

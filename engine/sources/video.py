@@ -117,6 +117,7 @@ class VideoSource:
         self.wanted = select_frames(select, self.times_s, probe.path.name)
         self._to_the_end = _reaches_beyond(select.stop, probe)
         self.losses: list[str] = []
+        self.first_loss: int | None = None  # see ``protocols.MayLose``
         self._patched: set[int] = set()  # numbers of frames whose damage the decoder has concealed
         self._decoder: VideoDecoder = decoder or PyAVDecoder(probe)
         self._decoder_notes = [] if notes is None else notes
@@ -190,6 +191,8 @@ class VideoSource:
                 if number in self.wanted:
                     if self._decoder.patched(picture):
                         self._patched.add(number)
+                    if self.first_loss is None and self._is_lossy(number, self.wanted[given]):
+                        self.first_loss = self.wanted[given]
                     with concerning(number):
                         rgb = self._decoder.rgb(picture, number)
                     yield self._frame(number, rgb)
@@ -202,6 +205,12 @@ class VideoSource:
             if self._closed or not self.on_device:
                 self._end_decoding()
         self._account(given)
+
+    def _is_lossy(self, number: int, expected: int) -> bool:
+        """Whether a frame is missing before this one, or this one is damaged, as the last one of a file that is cut
+        short may be though its decoder does not tell."""
+        is_cut = self._probe.cut_short and number == len(self.times_s) - 1
+        return number != expected or number in self._patched or is_cut
 
     def _account(self, given: int) -> None:
         """Report at the end what is missing."""

@@ -23,7 +23,7 @@ from flowreel.engine import api, inference
 from flowreel.engine.claims import Claim
 from flowreel.engine.cli import call
 from flowreel.engine.cli.table import print_summary
-from flowreel.engine.config import SelectConfig, SinkConfig
+from flowreel.engine.config import RunConfig, SelectConfig, SinkConfig
 from flowreel.engine.errors import (
     OutputBusyError,
     OutputExistsError,
@@ -146,6 +146,51 @@ def test_a_short_download_that_was_cut_goes_on_when_all_of_it_is_there(tiny: str
     assert 4 <= there < 28
     Path("take.mkv").write_bytes(whole.read_bytes())
     assert flowreel.run("take.mkv", "X.zarr", resume=True, **options).pairs == 29 - there // 4 * 4
+    assert contents("X.zarr") == contents("whole.zarr")
+
+
+def noise(clip: Callable[..., Path], codec: str, pix_fmt: str) -> tuple[bytes, list[int]]:
+    """A video of 20 frames, and where in it each one's data have their middle."""
+    levels = np.random.default_rng(0).integers(0, 255, (20, H, W, 3), np.uint8)
+    pictures = [av.VideoFrame.from_ndarray(picture, "rgb24") for picture in levels]
+    path = clip("noise.avi", codec=codec, pix_fmt=pix_fmt, size=(W, H), pictures=pictures)
+    with av.open(str(path)) as container:
+        return path.read_bytes(), [(p.pos or 0) + p.size // 2 for p in container.demux(video=0) if p.size]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_damaged_frame_is_not_forgotten_by_the_runs_that_resume(
+    tiny: str, clip: Callable[..., Path], killed: bool
+) -> None:
+    options: dict[str, Any] = {"weights": tiny, "shard_bytes": SHARD_BYTES, "batch": 4}
+    whole, places = noise(clip, "mjpeg", "yuvj420p")
+    Path("noise.avi").write_bytes(whole[: places[9]] + b"\xff" * 12 + whole[places[9] + 12 :])
+    if killed:
+        cut_run("noise.avi", ["X.zarr"], 16, **options)
+    for again in (killed, True, True):
+        with pytest.raises(TruncatedSourceError, match=r"1 frame is damaged, .*: 9"):
+            flowreel.run("noise.avi", "X.zarr", resume=again, **options)
+    report = flowreel.run("noise.avi", "X.zarr", resume=True, tolerate_truncation=True, **options)
+    assert report.pairs == 3
+    (loss,) = open_store("X.zarr").attrs["source_losses"]
+    assert "frame 9" in loss
+    assert f"taken as the whole although {loss}" in report.notes
+
+
+@pytest.mark.parametrize(
+    ("codec", "pix_fmt"),
+    [("mjpeg", "yuvj420p"), ("huffyuv", "yuv422p")],  # the second one's decoder marks nothing
+)
+def test_a_frame_that_was_cut_is_computed_again_when_all_of_it_is_there(
+    tiny: str, clip: Callable[..., Path], codec: str, pix_fmt: str
+) -> None:
+    options: dict[str, Any] = {"weights": tiny, "shard_bytes": SHARD_BYTES, "batch": 4}
+    whole, places = noise(clip, codec, pix_fmt)
+    Path("noise.avi").write_bytes(whole[: places[8]])
+    assert flowreel.run("noise.avi", "X.zarr", tolerate_truncation=True, **options).pairs == 8
+    Path("noise.avi").write_bytes(whole)
+    assert flowreel.run("noise.avi", "X.zarr", resume=True, **options).pairs == 15
+    flowreel.run("noise.avi", "whole.zarr", **options)
     assert contents("X.zarr") == contents("whole.zarr")
 
 
@@ -407,7 +452,7 @@ def test_a_complete_store_is_told_of_whatever_decodes(tiny: str, clip: Callable[
     source = clip("complete.mp4", count=3)
     flowreel.run(source, "X.zarr", weights=tiny)
     store = open_sink("X.zarr", SinkConfig(resume=True))
-    resumed = take_up(source, SelectConfig(decoder="nvdec"), [store], "cuda:0")
+    resumed = take_up(source, RunConfig(SelectConfig(decoder="nvdec")), [store], "cuda:0")
     assert resumed is not None
     assert resumed.frames is None
 
