@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import signal
-import traceback
-from collections.abc import Generator, Iterator
-from multiprocessing import resource_tracker
+from collections.abc import Generator
+from contextlib import closing
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from flowreel.engine.device import send, to_device
 from flowreel.engine.models.layers import STRIDE
@@ -20,6 +17,7 @@ from flowreel.engine.training.drawing import SceneConfig, draw_pair
 from flowreel.engine.training.packing import Packed, pack
 from flowreel.engine.training.painting import Batch, Painter
 from flowreel.engine.training.pairs import sample_pair
+from flowreel.engine.training.processes import made_in_order
 
 
 def batches(
@@ -31,45 +29,22 @@ def batches(
     """
     last = config.steps if config.minutes is None else MOST_STEPS
     scenes = _Scenes(config, step // config.reuse, -(-last // config.reuse), painted=painter is None)
-    loader = DataLoader(
-        scenes,
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
-        multiprocessing_context="spawn" if workers else None,  # a fork lacks the threads of torch's pools
-    )
+    made = made_in_order(scenes, len(scenes), workers) if workers else (scenes(index) for index in range(len(scenes)))
     generator = torch.Generator()
     skip = step % config.reuse
-    for scene in _from_workers(loader) if workers else loader:
-        batch = scene if painter is None else painter.paint(scene)
-        for _ in range(skip, config.reuse):
-            if step == last:
-                return
-            step += 1
-            generator.manual_seed((config.seed << 42) + step)
-            yield augment(batch, config.height, config.width_px, generator)
-        skip = 0
+    with closing(made):
+        for scene in made:
+            batch = scene if painter is None else painter.paint(scene)
+            for _ in range(skip, config.reuse):
+                if step == last:
+                    return
+                step += 1
+                generator.manual_seed((config.seed << 42) + step)
+                yield augment(batch, config.height, config.width_px, generator)
+            skip = 0
 
 
-def _from_workers(loader: DataLoader[Any]) -> Generator[Any, None, None]:
-    """What the loader's processes make. They ignore Ctrl-C, which a terminal sends to them too, and end with this."""
-    try:
-        yield from _started(loader)
-    except BaseException as error:
-        traceback.clear_frames(error.__traceback__)  # or they would keep the processes until Python exits
-        raise
-
-
-def _started(loader: DataLoader[Any]) -> Iterator[Any]:
-    resource_tracker.ensure_running()  # now, because its start unblocks the signal
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited by processes started meanwhile
-    try:
-        return iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-
-
-class _Scenes(Dataset["Batch | list[Packed]"]):
+class _Scenes:
     """The batches ``first`` to ``last`` (exclusive) of a run, somewhat larger than the network's input, for cropping.
 
     Painted, or as the packed numbers that a ``Painter`` takes.
@@ -81,12 +56,12 @@ class _Scenes(Dataset["Batch | list[Packed]"]):
     def __len__(self) -> int:
         return self.last - self.first
 
-    def __getitem__(self, index: int) -> Batch | list[Packed]:
+    def __call__(self, index: int) -> Any:
         config = self.config
         make = render if self.painted else draw
         number = (self.first + index) * config.batch
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # as in a worker process; without one, the training in this process keeps its threads
+        torch.set_num_threads(1)  # more gain nothing; without workers, the training in this process keeps its threads
         try:
             return make(config.seed, number, config.batch, config.height + STRIDE, config.width_px + STRIDE)
         finally:
