@@ -19,6 +19,7 @@ because it reacquires the lock as it wakes.
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import threading
 import time
@@ -293,17 +294,38 @@ class OneAtATime:
         self._free.release()
 
 
-def _join(thread: threading.Thread, timeout_s: float | None = None) -> None:
-    """Joins ``thread``, and waits for what the system does as it ends: before Python 3.13 a join alone does not.
+class _Thread(threading.Thread):
+    """A thread with a ``join`` that waits until nothing of it is left, and that Ctrl-C may interrupt.
 
-    The reason is that of ``end_openmp_workers``.
+    Before Python 3.13 a join ends before the system's thread does (why that matters: ``end_openmp_workers``), and one
+    that is interrupted makes the thread count as ended: the next join would not wait for it.
     """
-    thread.join(timeout_s)
-    deadline_s = time.monotonic() + JOIN_S
-    while not thread.is_alive() and os.path.exists(f"/proc/self/task/{thread.native_id}"):
-        if time.monotonic() > deadline_s:
-            break
-        time.sleep(1e-4)
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._over = False
+        self._gate = threading.Lock()  # opened once, when the work is over
+        self._gate.acquire()
+
+    def run(self) -> None:
+        try:
+            super().run()
+        finally:
+            end_openmp_workers()
+            self._over = True
+            self._gate.release()
+
+    def join(self, timeout: float | None = None) -> None:
+        deadline_s = time.monotonic() + (math.inf if timeout is None else timeout)
+        while not self._over and self.is_alive():  # it is not alive in a fork
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                return
+            self._gate.acquire(timeout=min(TICK_S, left_s))
+        super().join()
+        deadline_s = time.monotonic() + JOIN_S
+        while os.path.exists(f"/proc/self/task/{self.native_id}") and time.monotonic() < deadline_s:
+            time.sleep(1e-4)
 
 
 def in_own_thread(action: Callable[[], Result]) -> Result:
@@ -322,12 +344,13 @@ def in_own_thread(action: Callable[[], Result]) -> Result:
             done.append(action())
         except BaseException as error:
             failed.append(error)
-        finally:
-            end_openmp_workers()
 
-    thread = threading.Thread(target=work, name="load", daemon=True)
+    thread = _Thread(target=work, name="load")  # no daemon: an exit while it is inside torch would abort the process
     thread.start()
-    _join(thread)
+    try:
+        thread.join()
+    finally:  # Ctrl-C too comes out when it has ended
+        thread.join()
     if failed:
         raise failed[0]
     return done[0]
@@ -472,7 +495,7 @@ class Pipeline:
         # A daemon thread still inside torch when the interpreter exits can abort the process: stop it before that.
         atexit.register(self._stop_and_join)
         for worker in self._workers:
-            worker.thread = threading.Thread(target=self._work, args=(worker,), name=worker.name, daemon=True)
+            worker.thread = _Thread(target=self._work, args=(worker,), name=worker.name, daemon=True)
             worker.thread.start()
 
     def _work(self, worker: _Worker) -> None:
@@ -494,7 +517,6 @@ class Pipeline:
                     self._unfinished -= 1
                     if self._unfinished == 0:
                         self._settle()
-            end_openmp_workers()
 
     def _attempt(self, worker: _Worker, action: Callable[[], object]) -> None:
         try:
@@ -529,7 +551,7 @@ class Pipeline:
             return []  # garbage collection in a stage's thread finalised an abandoned stream: it cannot join itself
         deadline_s = time.monotonic() + JOIN_S
         for thread in threads:
-            _join(thread, max(deadline_s - time.monotonic(), 0))
+            thread.join(max(deadline_s - time.monotonic(), 0))
         return [thread.name for thread in threads if thread.is_alive()]
 
     def _finish(self, reason: BaseException | None) -> None:

@@ -6,6 +6,7 @@ import _thread
 import contextlib
 import gc
 import itertools
+import signal
 import subprocess
 import sys
 import threading
@@ -1126,6 +1127,58 @@ def test_no_thread_is_still_ending_afterwards(work: str) -> None:
     # A process forked meanwhile may inherit what an ending thread has locked.
     done = subprocess.run([sys.executable, "-c", THREADS, work], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def interrupt() -> Iterator[Callable[[], None]]:
+    """Raises KeyboardInterrupt in the main thread, and returns once it has been raised."""
+    raised = threading.Semaphore(0)
+
+    def handle(*_: object) -> None:
+        raised.release()
+        raise KeyboardInterrupt
+
+    def send() -> None:
+        time.sleep(0.05)  # by now the main thread waits, unless it wrongly goes on
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # wakes it, unlike interrupt_main
+        raised.acquire()
+
+    before = signal.signal(signal.SIGINT, handle)
+    yield send
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_comes_out_when_such_work_has_ended(interrupt: Callable[[], None]) -> None:
+    ended: list[str] = []
+
+    def work() -> None:
+        interrupt()
+        time.sleep(0.05)
+        ended.append("work")
+
+    with pytest.raises(KeyboardInterrupt):
+        in_own_thread(work)
+    assert ended == ["work"]
+
+
+def test_threads_that_a_second_ctrl_c_leaves_behind_are_waited_for_at_exit(
+    interrupt: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[str] = []
+    monkeypatch.setattr(module.os.path, "exists", lambda _: False)  # not by /proc, which not every system has
+
+    def source() -> Iterator[int]:
+        yield 0
+        interrupt()
+        interrupt()
+        time.sleep(0.05)
+        ended.append("source")
+
+    pipeline = Pipeline("source", source())
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run()
+    pipeline._stop_and_join()  # as at exit
+    assert ended == ["source"]
 
 
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
