@@ -41,11 +41,8 @@ def main() -> NoReturn:
         os.environ.pop("COLUMNS", None)
     stopped_by = take_interrupts()
     code = call(sys.argv[1:])
-    if code == INTERRUPTED and stopped_by:
-        code = 128 + stopped_by[0]
-        for number in (signal.SIGINT, signal.SIGTERM):  # while Python exits, the same signal again would kill it
-            signal.signal(number, signal.SIG_IGN)
-    sys.exit(code)
+    ignore_interrupts()
+    sys.exit(128 + stopped_by[0] if code == INTERRUPTED and stopped_by else code)
 
 
 def silence_pillow() -> None:
@@ -94,6 +91,12 @@ def take_interrupts() -> list[int]:
         if signal.getsignal(number) is usual:
             signal.signal(number, interrupt)
     return came
+
+
+def ignore_interrupts() -> None:
+    """From here on nothing is left to stop. A signal that comes while Python exits would print a traceback, or kill."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def patience() -> dict[str, str]:

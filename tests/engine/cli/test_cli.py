@@ -692,7 +692,7 @@ def test_a_terminal_shows_the_live_table(tiny: str, terminal: Any, monkeypatch: 
 def test_torch_waits_as_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "call", lambda arguments: 0)
     # They change the whole process, here that of the tests.
-    for lasting in ("take_interrupts", "silence_pillow", "outlive_stderr"):
+    for lasting in ("take_interrupts", "ignore_interrupts", "silence_pillow", "outlive_stderr"):
         monkeypatch.setattr(cli, lasting, list)
     monkeypatch.setattr(os, "environ", {"OMP_WAIT_POLICY": "active"})
     with pytest.raises(SystemExit):

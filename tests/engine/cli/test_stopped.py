@@ -101,6 +101,19 @@ def test_sigterm_is_a_stop_in_good_order(tiny: list[str]) -> None:
     assert not Path("k.mp4.partial").exists()
 
 
+DONE = """
+import atexit, os, signal
+from flowreel.engine import cli
+atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))
+cli.main()
+"""
+
+
+def test_sigterm_when_all_is_done_changes_nothing() -> None:
+    done = subprocess.run([sys.executable, "-c", DONE, "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.usefixtures("stopped")
 def test_ctrl_c_tells_what_is_kept(tiny: list[str], capsys: Capture) -> None:
     outputs = ["-o", "k.zarr", "-o", "k.mp4", "-o", "f/%03d.flo", "--batch", "1"]
