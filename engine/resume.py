@@ -83,7 +83,7 @@ def take_up(source: PathLike, config: RunConfig, sinks: Sequence[Sink], device: 
     if point.complete:
         with closing(open_source(source, replace(select, decoder="auto"))) as whole:  # for its header only
             info = whole.info
-        if not _grown(source, info, point):
+        if not _grown(source, info, store.path, point):
             return Resumption(store, point, None, info)
     if point.loss is not None and not config.tolerate_truncation:
         point = store.resume_point(below=point.loss[1] + 1)
@@ -106,9 +106,15 @@ def take_up(source: PathLike, config: RunConfig, sinks: Sequence[Sink], device: 
             point = earlier
 
 
-def _grown(source: PathLike, info: FlowInfo, point: ResumePoint) -> bool:
-    """Whether the source has grown since the store was finished. One that comes only once counts as unchanged."""
-    return not comes_once(source) and info.flow_count is not None and info.flow_count > point.stored
+def _grown(source: PathLike, info: FlowInfo, path: str, point: ResumePoint) -> bool:
+    """Whether the source has grown since the store was finished. One that comes only once counts as unchanged.
+
+    Too few flows alone are no sign of it: frames that were missing then may have been accepted.
+    """
+    if comes_once(source) or info.flow_count is None or info.flow_count <= point.stored:
+        return False
+    recorded = open_store(path).attrs.get("source") or {}
+    return bool(recorded.get("size_bytes") != info.source.size_bytes)
 
 
 def complete_already(resumed: Resumption, paths: list[str], config: RunConfig) -> RunReport:

@@ -177,6 +177,25 @@ def test_a_damaged_frame_is_not_forgotten_by_the_runs_that_resume(
     assert f"taken as the whole although {loss}" in report.notes
 
 
+def without_frames(whole: bytes, places: list[int], first: int, last: int) -> bytes:
+    """That video, in which nothing of frames first to last can be decoded."""
+    gap = (places[last + 1] - places[last]) // 2 - 16
+    begin, end = places[first] - gap, places[last] + gap
+    return whole[:begin] + bytes(end - begin) + whole[end:]
+
+
+@pytest.mark.parametrize("tolerate", [False, True])
+def test_a_store_accepted_with_missing_frames_is_complete(tiny: str, clip: Callable[..., Path], tolerate: bool) -> None:
+    """It has fewer flows than the source promises, but the source has not grown."""
+    options: dict[str, Any] = {"weights": tiny, "shard_bytes": SHARD_BYTES, "batch": 4}
+    Path("noise.avi").write_bytes(without_frames(*noise(clip, "mjpeg", "yuvj420p"), 9, 10))
+    assert flowreel.run("noise.avi", "X.zarr", tolerate_truncation=True, **options).pairs == 17
+    before = contents("X.zarr")
+    assert flowreel.run("noise.avi", "X.zarr", resume=True, tolerate_truncation=tolerate, **options).pairs == 0
+    assert contents("X.zarr") == before
+    assert sorted(os.listdir()) == ["X.zarr", "noise.avi"]
+
+
 @pytest.mark.parametrize(
     ("codec", "pix_fmt"),
     [("mjpeg", "yuvj420p"), ("huffyuv", "yuv422p")],  # the second one's decoder marks nothing
