@@ -45,11 +45,12 @@ class Resumption:
         return replace(rest, frame_count=None if rest.frame_count is None else rest.frame_count + self.point.flows)
 
     def checked(self, frames: Iterator[Frame]) -> Iterator[Frame]:
-        """The frames, after checking that the first is the one that the store's last flow leads to."""
+        """The frames, after checking that the first is the one that the store's last kept flow leads to."""
         first = next(frames, None)
         if first is None:
             return
-        if first.index != self.point.frame or abs(first.timestamp_s - self.point.timestamp_s) > SAME_TIME_S:
+        moved = first.index != self.point.frame or abs(first.timestamp_s - self.point.timestamp_s) > SAME_TIME_S
+        if moved and self.point.flows:
             raise ResumeMismatchError(
                 f"the store continues at frame {self.point.frame}, {self.point.timestamp_s:.6f} s, but the source "
                 f"gives frame {first.index}, {first.timestamp_s:.6f} s there: it is another recording; start afresh "
@@ -94,11 +95,13 @@ def take_up(source: PathLike, config: RunConfig, sinks: Sequence[Sink], device: 
         try:
             if isinstance(select.stop, int) and select.stop <= point.frame:
                 raise TooFewFramesError(f"stop ({select.stop}) leaves no frame from {point.frame} on")
-            rest = open_source(source, replace(select, start=point.frame), device)
+            # Where no flow is kept, from ``start`` itself: frames before the store's first one may have been missing.
+            onward = replace(select, start=point.frame) if point.flows else select
+            rest = open_source(source, onward, device)
             return Resumption(store, point, rest, rest.info)
         except TooFewFramesError as error:  # the store has every flow but was never renamed: redo its last ones
             earlier = store.resume_point(below=point.flows)
-            if earlier is None:
+            if earlier is None or not earlier.flows:
                 raise ResumeMismatchError(
                     f"the store continues at frame {ends}, and the source, from start to stop, does not reach as far: "
                     "run it as before, or start afresh with --overwrite"

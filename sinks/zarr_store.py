@@ -116,8 +116,6 @@ class ZarrSink:
         # Redo the last shard if only the final rename is missing, and as many shards as ``below`` requires.
         while flows > 0 and ((not store.complete and flows >= len(store)) or (below is not None and flows >= below)):
             flows -= store.shard_length
-        if flows <= 0 and not store.complete:
-            return None
         place, later = (flows - 1, max) if flows > 0 else (0, min)  # after the last kept pair, or the first frame
         frame, frame_to, time_s, time_to_s = (store.files.value(name, place) for name in COVERED)
         batch = store.attrs.get("batch")

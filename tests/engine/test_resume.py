@@ -196,6 +196,36 @@ def test_a_store_accepted_with_missing_frames_is_complete(tiny: str, clip: Calla
     assert sorted(os.listdir()) == ["X.zarr", "noise.avi"]
 
 
+def test_a_first_frame_that_is_missing_is_missed_again_when_the_source_has_grown(
+    tiny: str, clip: Callable[..., Path]
+) -> None:
+    options: dict[str, Any] = {"weights": tiny, "shard_bytes": SHARD_BYTES, "batch": 4}
+    whole, places = noise(clip, "mjpeg", "yuvj420p")
+    damaged = without_frames(whole, places, 0, 0)
+    Path("noise.avi").write_bytes(damaged[: places[4]])
+    flowreel.run("noise.avi", "X.zarr", tolerate_truncation=True, **options)
+    assert open_store("X.zarr").frame[0] > 0
+    Path("noise.avi").write_bytes(damaged)
+    with pytest.raises(TruncatedSourceError, match="could not be decoded"):
+        flowreel.run("noise.avi", "X.zarr", resume=True, **options)
+    flowreel.run("noise.avi", "X.zarr", resume=True, tolerate_truncation=True, **options)
+    (loss,) = open_store("X.zarr").attrs["source_losses"]
+    assert "frame 0 " in loss
+
+
+def test_a_run_that_was_to_replace_a_store_goes_on_though_no_flow_of_it_can_be_kept(
+    tiny: str, clip: Callable[..., Path]
+) -> None:
+    options: dict[str, Any] = {"weights": tiny, "shard_bytes": SHARD_BYTES, "batch": 4}
+    whole, places = noise(clip, "mjpeg", "yuvj420p")
+    Path("noise.avi").write_bytes(whole[: places[2]] + b"\xff" * 12 + whole[places[2] + 12 :])
+    flowreel.run("noise.avi", ["X.zarr", "X.mp4"], tolerate_truncation=True, **options)
+    with pytest.raises(TruncatedSourceError):
+        flowreel.run("noise.avi", ["X.zarr", "X.mp4"], overwrite=True, **options)
+    with pytest.raises(TruncatedSourceError, match=r"1 frame is damaged, .*: 2"):
+        flowreel.run("noise.avi", ["X.zarr", "X.mp4"], resume=True, **options)
+
+
 @pytest.mark.parametrize(
     ("codec", "pix_fmt"),
     [("mjpeg", "yuvj420p"), ("huffyuv", "yuv422p")],  # the second one's decoder marks nothing
