@@ -25,7 +25,15 @@ from flowreel.engine.errors import (
     UnknownOutputError,
     counted,
 )
-from flowreel.engine.publish import claimed_file, make_folder, partial_path, publish_file, remove, require_absent
+from flowreel.engine.publish import (
+    claimed_file,
+    make_folder,
+    partial_path,
+    publish_file,
+    remove,
+    require_absent,
+    sync_file,
+)
 from flowreel.kernels.flow_color import flow_to_color, percentile_magnitude
 from flowreel.sinks.painting import packed, painted
 from flowreel.sinks.parallel import encode_workers
@@ -173,8 +181,9 @@ class ColorVideoSink:
             if self._encoder.frames == 0:
                 raise OutputWriteError(f"{self.path}: not one flow came, and a video needs a frame")
             self._encoder.finish()
-            self._whole = True
             if complete:
+                sync_file(self._partial)  # a disk may turn out to be full as late as here
+                self._whole = True
                 self._require_possible()  # something may have appeared during the run
                 publish_file(self._partial, self._destination)
         assert self._claim is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -578,6 +580,25 @@ def test_output_that_comes_up_during_the_run_is_not_replaced(tmp_path: Path) -> 
     assert (tmp_path / "x.mp4").read_text() == "somebody else's"
     assert names(tmp_path) == ["x.mp4", "x.mp4.partial"]
     assert len(play(tmp_path / "x.mp4.partial")[0]) == 1
+
+
+def test_a_video_that_the_disk_refuses_at_the_end_is_not_called_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some file systems find out only then that there is no room for it."""
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    sink = ColorVideoSink(str(tmp_path / "x.mp4"), FIXED)
+    sink.open(info())
+    sink.write(batch_of([smooth_flow()]))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OutputWriteError, match="No space left"):
+            sink.commit()
+    assert sink.abort() is None
+    assert names(tmp_path) == []
 
 
 def test_no_flow_is_no_video(tmp_path: Path) -> None:
