@@ -152,10 +152,11 @@ class FlowCache(FlowStore):
         """Removes unfinished flows and caches of killed processes; a process that is writing now loses nothing."""
         oldest_s = time.time() - _STALE_S
         caches = self.folder.parent.glob(f"{glob.escape(self.folder.name)}.{'[0-9a-f]' * 16}.partial")
-        for path in (*caches, *(self.folder / "flow").glob("*.partial")):
+        flows = (self.folder / "flow").glob("*.partial")
+        for path, delete in (*((cache, publish.remove) for cache in caches), *((flow, Path.unlink) for flow in flows)):
             try:
                 if path.stat().st_mtime < oldest_s:
-                    publish.remove(path)
+                    delete(path)
             except OSError:  # its own process removed it first, or it is not ours to remove
                 continue
 

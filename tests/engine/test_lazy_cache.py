@@ -357,9 +357,14 @@ if __name__ == "__main__":
         assert not cache.exists()
         assert opened()[0].shape == (2, 48, 64)
         (left,) = cache.parent.glob("*.partial")
-        os.utime(left, (0, 0))  # long ago
+        users = cache / "flow" / "mine.partial"  # no process of ours makes a folder there
+        users.mkdir()
+        (users / "notes.txt").touch()
+        for path in (left, users):
+            os.utime(path, (0, 0))  # long ago
         opened()
         assert not left.exists()
+        assert (users / "notes.txt").exists()
 
 
 class TestRefusal:
