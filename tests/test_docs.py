@@ -99,7 +99,7 @@ def test_the_page_names_all_that_a_store_holds(tmp_path: Path) -> None:
     exported = tmp_path / "exported.zarr"
     flowreel.export(path, exported)
     seen_attributes |= set(flowreel.open_store(exported).attrs)
-    seldom = {"decoder", "source_losses", "imported_from", "cache"}
+    seldom = {"decoder", "source_losses", "first_loss", "imported_from", "cache"}
     assert arrays == seen_arrays
     assert attributes == seen_attributes | seldom
 
