@@ -127,7 +127,9 @@ def run_one(
             raise TooFewFramesError(f"{_named(source)} gave fewer than two frames: there is no pair, so no flow")
         if resumed is not None and resumed.point.loss is not None:
             lost, _ = resumed.point.loss
-            frames.losses.insert(0, f"an earlier run, whose flow is kept, found frame {lost} missing or damaged")
+            frames.losses.insert(
+                0, f"an earlier run, whose flow is kept, found frame {lost}, and perhaps later ones, missing or damaged"
+            )
         whole = not frames.losses or config.tolerate_truncation
         if resumed is not None and whole:
             for path in paths:
