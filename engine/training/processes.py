@@ -19,6 +19,7 @@ from multiprocessing.context import SpawnProcess
 from typing import TypeVar
 
 from flowreel.engine.errors import FlowreelError
+from flowreel.engine.pipeline import in_own_thread
 
 Result = TypeVar("Result")
 
@@ -36,50 +37,45 @@ def made_in_order(make: Callable[[int], Result], count: int, workers: int) -> Ge
         Exception: what ``make`` raised, in its turn.
     """
     with ExitStack() as started:
-        processes = {}
-        for _ in range(workers):
-            process, connection = _start(make, started)
-            processes[connection] = process
+        processes = dict(_start(make, started) for _ in range(workers))
         connections = list(processes)
         made: dict[Connection, deque[bytes]] = {connection: deque() for connection in connections}
         asked = 0
         for number in range(count):
             while asked < min(number + AHEAD * workers, count):
-                connections[asked % workers].send(asked)
+                connection = connections[asked % workers]
+                with _at_work(processes[connection]):
+                    connection.send(asked)
                 asked += 1
             here = made[connections[number % workers]]
             while ready := wait(connections, 0 if here else None):  # the others' too, so that none waits to hand over
                 for connection, process in processes.items():
                     if connection in ready:
-                        made[connection].append(_received(connection, process))
+                        with _at_work(process):
+                            made[connection].append(connection.recv_bytes())
             answer = pickle.loads(here.popleft())
             if isinstance(answer, Exception):
                 raise answer
             yield answer
 
 
-def _start(make: Callable[[int], object], started: ExitStack) -> tuple[SpawnProcess, Connection]:
+def _start(make: Callable[[int], object], started: ExitStack) -> tuple[Connection, SpawnProcess]:
     context = multiprocessing.get_context("spawn")  # a fork lacks the threads of torch's pools
     ours, theirs = context.Pipe()
-    with theirs, _signals_held():
-        process = context.Process(target=_serve, args=(make, theirs), daemon=True)
+    started.enter_context(ours)
+    process = context.Process(target=_serve, args=(make, theirs), daemon=True)
+
+    def start() -> None:
+        resource_tracker.ensure_running()  # now, because its start unblocks the signals
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # inherited by the process
         process.start()
         started.callback(_end, process)
-    return process, started.enter_context(ours)
 
-
-@contextmanager
-def _signals_held() -> Iterator[None]:
-    """Ctrl-C and SIGTERM come after this block: a process that is half started would print a traceback.
-
-    Processes that are started meanwhile never receive them, unless they ask for it.
-    """
-    resource_tracker.ensure_running()  # now, because its start ends what follows
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    # A process that is half started would print a traceback, so Ctrl-C and SIGTERM come out after that. To block them
+    # in this thread does not do: any other thread of this process, such as OpenMP's, takes them for it.
+    with theirs:
+        in_own_thread(start)
+    return ours, process
 
 
 def _end(process: SpawnProcess) -> None:
@@ -87,9 +83,11 @@ def _end(process: SpawnProcess) -> None:
     process.join()
 
 
-def _received(connection: Connection, process: SpawnProcess) -> bytes:
+@contextmanager
+def _at_work(process: SpawnProcess) -> Iterator[None]:
+    """For what is sent to the process or received from it."""
     try:
-        return connection.recv_bytes()
+        yield
     except (EOFError, OSError) as error:
         process.join(EXIT_S)
         raise FlowreelError(

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import replace
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,49 @@ def test_what_workers_make_comes_in_order_and_their_errors_in_turn() -> None:
     assert [next(made).tolist() for _ in range(3)] == [[0, 1], [1, 1], [2, 1]]
     with pytest.raises(ValueError, match="three"):
         next(made)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_worker_that_ends_between_two_results_is_told(lost: int) -> None:
+    """By the process that asks it for more, or by the one that waits for what it had been asked for."""
+    made = made_in_order(abs, 100, workers=2)
+    assert [next(made), next(made)] == [0, 1]
+    workers = sorted(multiprocessing.active_children(), key=lambda worker: worker.name)
+    workers[lost].kill()
+    workers[lost].join()
+    with pytest.raises(FlowreelError, match=r"ended early \(exit code -9"):
+        list(made)
+    assert not multiprocessing.active_children()
+
+
+def test_ctrl_c_waits_until_a_worker_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where another thread, one of OpenMP's, takes the signal for the process."""
+    begin, begun, raised, over = SpawnProcess.start, [], threading.Semaphore(0), threading.Event()
+
+    def handle(*_: object) -> None:
+        raised.release()
+        raise KeyboardInterrupt
+
+    def start(process: SpawnProcess) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        while not raised.acquire(timeout=0.01):
+            pass  # where this is the main thread, it takes the signal here
+        begin(process)
+        begun.append(process)
+
+    monkeypatch.setattr(SpawnProcess, "start", start)
+    other = threading.Thread(target=over.wait)
+    before = signal.signal(signal.SIGINT, handle)
+    other.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            next(made_in_order(abs, 1, workers=1))
+    finally:
+        signal.signal(signal.SIGINT, before)
+        over.set()
+        other.join()
+    assert len(begun) == 1
     assert not multiprocessing.active_children()
 
 
