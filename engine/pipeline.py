@@ -26,6 +26,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from flowreel.engine.budget import Budget, storages_of
@@ -346,11 +347,12 @@ def in_own_thread(action: Callable[[], Result]) -> Result:
             failed.append(error)
 
     thread = _Thread(target=work, name="load")  # no daemon: an exit while it is inside torch would abort the process
-    thread.start()
     try:
+        thread.start()
         thread.join()
     finally:  # Ctrl-C too comes out when it has ended
-        thread.join()
+        with suppress(RuntimeError):  # it never started
+            thread.join()
     if failed:
         raise failed[0]
     return done[0]

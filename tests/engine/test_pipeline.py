@@ -1161,6 +1161,20 @@ def test_ctrl_c_comes_out_when_such_work_has_ended(interrupt: Callable[[], None]
     assert ended == ["work"]
 
 
+def test_ctrl_c_as_such_work_starts_comes_out_when_it_has_ended() -> None:
+    ended: list[str] = []
+
+    def work() -> None:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # which waits for this to have started
+        time.sleep(0.05)
+        ended.append("work")
+
+    for _ in range(5):
+        with pytest.raises(KeyboardInterrupt):
+            in_own_thread(work)
+    assert len(ended) == 5
+
+
 def test_threads_that_a_second_ctrl_c_leaves_behind_are_waited_for_at_exit(
     interrupt: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
