@@ -109,13 +109,13 @@ class NpzSink(NumberedFilesSink):
         return FlowFiles(((_archive(flow.flow, beside),),))
 
 
-def _archive(flow: npt.NDArray[np.floating[Any]], beside: dict[str, float]) -> memoryview:
+def _archive(flow: npt.NDArray[np.floating[Any]], beside: dict[str, float]) -> bytes:
     """The bytes of the ``.npz``: equal for equal flow, as NumPy dates every entry 1980."""
     scalars = {name: np.array(value, np.float64 if "time" in name else np.int64) for name, value in beside.items()}
     file = io.BytesIO()
     with np.errstate(over="ignore"):
         np.savez_compressed(file, flow=np.ascontiguousarray(flow, np.float32), **scalars)  # type: ignore[arg-type]
-    return file.getbuffer()
+    return file.getvalue()  # not getbuffer(): see two_stream.py
 
 
 class _Array(NamedTuple):

@@ -134,7 +134,8 @@ def _jpeg(levels: UInt8Array) -> tuple[Piece, ...]:
     """The file's contents. Pillow holds the GIL here: only ``_to_levels`` gains from a second core."""
     file = io.BytesIO()
     Image.fromarray(levels).save(file, "JPEG", quality=JPEG_QUALITY)
-    return (file.getbuffer(),)
+    # Not getbuffer(): as garbage collection frees both, Python 3.13 complains of a buffer that is still in use.
+    return (file.getvalue(),)
 
 
 def _read_grey(path: Path) -> UInt8Array:

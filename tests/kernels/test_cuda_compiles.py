@@ -2,6 +2,7 @@
 
 The budget, ``cuda_budget.json``, limits each entry's registers per thread and bytes of shared memory per block, which
 decide how many blocks a GPU runs at once. Raise a limit only for a good reason, never just to make a test pass.
+Registers are limited for the NVRTC of ``constraints.txt`` only: another one, of a torch with CUDA, allots others.
 """
 
 from __future__ import annotations
@@ -46,6 +47,15 @@ def uses(log: str) -> dict[str, Use]:
     return found
 
 
+def same_nvrtc() -> bool:
+    """Whether the compiler is the one for which registers are limited."""
+    pinned = re.search(
+        r"^nvidia-cuda-nvrtc==(\d+)\.(\d+)\.", (HERE.parents[1] / "constraints.txt").read_text(), re.MULTILINE
+    )
+    assert pinned
+    return bool(compiling.load_cupy().cuda.nvrtc.getVersion() == (int(pinned[1]), int(pinned[2])))
+
+
 UsesOn = Callable[[str, str], dict[str, Use]]
 
 
@@ -76,13 +86,10 @@ def uses_on(once: Callable[..., Path]) -> UsesOn:
 def test_source_compiles_within_its_budget(source: str, architecture: str, uses_on: UsesOn) -> None:
     taken = uses_on(source, architecture)
     assert set(taken) == set(BUDGET[source])
-    assert {name: use for name, use in taken.items() if use.spilled_bytes} == {}
-    over = {
-        name: use
-        for name, use in taken.items()
-        if use.registers > BUDGET[source][name]["registers"] or use.shared_bytes > BUDGET[source][name]["shared_bytes"]
-    }
-    assert over == {}
+    assert {name: use for name, use in taken.items() if use.shared_bytes > BUDGET[source][name]["shared_bytes"]} == {}
+    if same_nvrtc():
+        assert {name: use for name, use in taken.items() if use.spilled_bytes} == {}
+        assert {name: use for name, use in taken.items() if use.registers > BUDGET[source][name]["registers"]} == {}
 
 
 @pytest.mark.parametrize("source", sorted(set(SOURCES) - ON_TENSOR_CORES))
