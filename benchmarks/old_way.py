@@ -19,7 +19,7 @@ from PIL import Image
 import flowreel
 from benchmarks.data import found
 from benchmarks.measure import Sample, ratio
-from flowreel.engine.paint import color
+from flowreel.engine.color import color
 
 CLIP = "sintel_cave_1024x436.mp4"
 ALL = "all of it"

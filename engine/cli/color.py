@@ -13,7 +13,7 @@ from flowreel.engine.config import DEFAULT_QUEUE_MB, Encoder, SinkConfig
 from flowreel.engine.errors import counted
 
 if TYPE_CHECKING:
-    from flowreel.engine.paint import ColorReport
+    from flowreel.engine.color import ColorReport
 
 
 def color(
@@ -67,10 +67,10 @@ def color(
       flowreel color 000835.flo -o 000835.png
     """
     with loading():
-        from flowreel.engine import paint
+        from flowreel.engine import color as coloring
 
     with Live(quiet) as live:
-        report = paint.color(
+        report = coloring.color(
             inputs,
             output,
             video=video,

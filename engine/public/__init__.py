@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from flowreel.engine.api import run as run
     from flowreel.engine.api import stream as stream
     from flowreel.engine.clips import FlowClips as FlowClips
+    from flowreel.engine.color import ColorReport as ColorReport
+    from flowreel.engine.color import color as color
     from flowreel.engine.compiled import CompiledModel as CompiledModel
     from flowreel.engine.compiled import compile as compile
     from flowreel.engine.data import FlowBatch as FlowBatch
@@ -32,8 +34,6 @@ if TYPE_CHECKING:
     from flowreel.engine.models.weights import load_model as load_model
     from flowreel.engine.outputs import OutputReport as OutputReport
     from flowreel.engine.outputs import Progress as Progress
-    from flowreel.engine.paint import ColorReport as ColorReport
-    from flowreel.engine.paint import color as color
     from flowreel.engine.repair import RepairReport as RepairReport
     from flowreel.engine.repair import repair as repair
     from flowreel.engine.run_report import RunReport as RunReport
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from flowreel.sinks.store_reader import open_store as open_store
 
 _HOME = {
-    "ColorReport": "flowreel.engine.paint",
+    "ColorReport": "flowreel.engine.color",
     "CompiledModel": "flowreel.engine.compiled",
     "ExportReport": "flowreel.engine.export",
     "Finding": "flowreel.engine.verify",
@@ -65,7 +65,7 @@ _HOME = {
     "SourceReport": "flowreel.engine.manifest",
     "StageStatistics": "flowreel.engine.stages",
     "Verification": "flowreel.engine.verify",
-    "color": "flowreel.engine.paint",
+    "color": "flowreel.engine.color",
     "compile": "flowreel.engine.compiled",
     "export": "flowreel.engine.export",
     "flow_to_color": "flowreel.kernels",

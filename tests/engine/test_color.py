@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from flowreel.engine.color import color
 from flowreel.engine.config import SinkConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
 from flowreel.engine.errors import (
@@ -29,7 +30,6 @@ from flowreel.engine.errors import (
     UsageError,
 )
 from flowreel.engine.export import export
-from flowreel.engine.paint import color
 from flowreel.kernels import flow_to_color
 from flowreel.sinks import open_sink, reading
 
