@@ -21,7 +21,7 @@ from flowreel.engine.models.layers import Upsampling, upsample
 from flowreel.engine.models.weights import Weights, instantiate, read_weights
 from flowreel.engine.pipeline import in_own_thread
 from flowreel.engine.restore import Fit
-from flowreel.engine.several import in_turn
+from flowreel.engine.several_gpus import in_turn
 from flowreel.kernels.operation import recording
 
 _BATCH_PIXELS = {"cpu": 1 << 20, "cuda": 16 << 20}  # so many per batch keep the device busy; more only add latency

@@ -15,7 +15,7 @@ from flowreel.engine.config import ModelConfig
 from flowreel.engine.data import Frame, FramePair, PairBatch
 from flowreel.engine.device import Lane, Streams
 from flowreel.engine.inference import Inference, Made, load_network
-from flowreel.engine.several import in_turn
+from flowreel.engine.several_gpus import in_turn
 from tests.fakes.cuda_streams import Card, Clock, OnCard, Stream
 
 GPUS = tuple(torch.device("cuda", number) for number in range(3))
@@ -164,7 +164,7 @@ def test_half_a_hand_off_is_found_out(card: Card, monkeypatch: pytest.MonkeyPatc
 
     lanes: Any = Lanes
     monkeypatch.setattr(kind, forgotten, half)
-    monkeypatch.setattr("tests.engine.test_several.Lane", Lanes)
+    monkeypatch.setattr("tests.engine.test_several_gpus.Lane", Lanes)
     Run(card, (GPUS[0], GPUS[0])).indices(30)
     assert any(says in race for race in card.races)
 
