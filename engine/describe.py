@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flowreel import sinks
-from flowreel.engine.config import SelectConfig
 from flowreel.engine.data import JSON, UNKNOWN_ABOVE
 from flowreel.engine.errors import SourceNotFoundError, UnsupportedSourceError
 from flowreel.engine.files import as_glob
@@ -232,7 +231,7 @@ def _stored_dtypes(name: str) -> JSON:
 def _synthetic(name: str) -> Facts:
     from flowreel.engine.sources import open_source
 
-    with closing(open_source(name, SelectConfig())) as source:
+    with closing(open_source(name)) as source:
         info = source.info
         return {
             "decoder": source.decoder,
@@ -254,7 +253,7 @@ def _images(name: str) -> Facts:
 
     paths = find_images(name)
     if len(paths) > 1:
-        with closing(open_source(name, SelectConfig())) as source:  # reads every header: all must be of one size
+        with closing(open_source(name)) as source:  # reads every header: all must be of one size
             height, width = source.info.height, source.info.width
             notes: list[JSON] = [*source.notes]
     else:

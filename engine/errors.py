@@ -178,7 +178,7 @@ class StageError(FlowreelError):
     """
 
     def __init__(self, stage: str, frame: int | None, cause: BaseException) -> None:
-        where = f"{stage}" if frame is None else f"{stage}, frame {frame}"
+        where = stage if frame is None else f"{stage}, frame {frame}"
         super().__init__(f"{where}: {said_by(cause)}")
         self.stage = stage
         self.frame = frame

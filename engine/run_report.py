@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from flowreel.engine.data import FlowInfo
@@ -40,7 +40,7 @@ class RunReport:
     weights: str
     outputs: tuple[OutputReport, ...]
     stages: tuple[StageStatistics, ...]
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, object]:
         """The report as plain values, for a file."""
