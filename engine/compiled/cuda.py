@@ -26,7 +26,7 @@ from flowreel.engine.compiled.parts import MatchingPart, Part
 from flowreel.engine.config import Precision
 from flowreel.engine.errors import PrecisionWarning
 from flowreel.engine.models.flownetc import FlowNetC
-from flowreel.engine.models.fusion import FlowNetFusion
+from flowreel.engine.models.fusion import FUSING_CHANNELS, FlowNetFusion
 from flowreel.engine.models.layers import FLOW_SCALE, Refiner, Upsampling, upsample
 from flowreel.engine.models.stacks import (
     REFINING_CHANNELS,
@@ -42,7 +42,6 @@ from flowreel.kernels.refining_input import refining_input
 Capture = Callable[[Callable[[], None], torch.device], Callable[[], None]]
 
 NEAR_OVERFLOW = torch.finfo(torch.float16).max / 4  # a factor of 4 below it, for scenes with larger activations
-FUSION_CHANNELS = 11  # first frame 3, both flows 4, their magnitudes 2, both brightness errors 2
 
 
 def pack(net: nn.Module, precision: Precision, capture: Capture = captured) -> PackedNetwork:
@@ -139,7 +138,7 @@ class Work:
         self.pair = None if network.kind in (FlowNetC, FlowNet2CS, FlowNet2CSS) else self._room(6)  # for S or SD
         self.frames = zeros(batch, 6, height, width) if stacked else None  # for warps
         self.refining = self._room(REFINING_CHANNELS) if stacked else None  # the input of S1, then of S2
-        self.fusing = self._room(FUSION_CHANNELS) if network.kind is FlowNet2 else None
+        self.fusing = self._room(FUSING_CHANNELS) if network.kind is FlowNet2 else None
 
     def _room(self, channels: int, level: int = 0, batch: int | None = None) -> Tensor:
         pairs, height, width = self.shape

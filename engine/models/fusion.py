@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from flowreel.engine.models.layers import FlowHead, UpsampledFlow, conv, deconv, initialise, inter_conv, scaled
 
+FUSING_CHANNELS = 11  # first frame 3, both flows 4, their magnitudes 2, both brightness errors 2
+
 
 class FlowNetFusion(nn.Module):
     """Ilg et al., "FlowNet 2.0" (CVPR 2017), section 4."""
@@ -17,7 +19,7 @@ class FlowNetFusion(nn.Module):
         def n(channels: int) -> int:
             return scaled(channels, width)
 
-        self.conv0 = conv(11, n(64), batch_norm=batch_norm)
+        self.conv0 = conv(FUSING_CHANNELS, n(64), batch_norm=batch_norm)
         self.conv1 = conv(n(64), n(64), stride=2, batch_norm=batch_norm)
         self.conv1_1 = conv(n(64), n(128), batch_norm=batch_norm)
         self.conv2 = conv(n(128), n(128), stride=2, batch_norm=batch_norm)
@@ -36,7 +38,7 @@ class FlowNetFusion(nn.Module):
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 11, H, W): first frame, both flows, their magnitudes, both brightness errors. To (B, 2, H, W) pixels."""
+        """The (B, 11, H, W) input to (B, 2, H, W) pixels."""
         conv0 = self.conv0(x)
         conv1 = self.conv1_1(self.conv1(conv0))
         conv2 = self.conv2_1(self.conv2(conv1))
