@@ -28,7 +28,7 @@ from flowreel import sinks
 from flowreel.engine.clip_view import ClipView, Size, ViewRule, random_below
 from flowreel.engine.computed_flow import refuse_fork
 from flowreel.engine.config import RunConfig, as_whole
-from flowreel.engine.data import UNKNOWN_ABOVE, SourceId
+from flowreel.engine.data import UNKNOWN_ABOVE, SourceId, is_known
 from flowreel.engine.device import to_device
 from flowreel.engine.errors import SourceChangedError, StoreError, UsageError, counted
 from flowreel.engine.files import PathLike
@@ -235,7 +235,7 @@ class FlowClips(Dataset[Any]):
         given = flows if isinstance(flows, Tensor) else torch.from_numpy(flows)
         low, high = torch.aminmax(given)  # NaN if any is, which no comparison holds for
         if not (low >= -UNKNOWN_ABOVE and high <= UNKNOWN_ABOVE):  # rare: in most clips every vector is known
-            given = torch.where((given.abs() <= UNKNOWN_ABOVE).all(1, keepdim=True), given, 0)
+            given = torch.where(is_known(given).all(1, keepdim=True), given, 0)
         seen = view.flow(given)
         if self.bound is not None:
             seen = (seen / self.bound).clamp(-1, 1)

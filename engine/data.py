@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     Bytes = npt.NDArray[np.uint8]
     Pin = Callable[[Bytes], Callable[[], None]]  # pins memory and returns what unpins it: see ``engine.pinned.pin``
 
-# Pixels; a component beyond this, NaN or infinite marks an unknown vector: Middlebury's convention.
+Components = TypeVar("Components", "Array", "Tensor")
+# Pixels; a component beyond this, NaN or infinite marks an unknown vector: Middlebury's convention. See ``is_known``.
 UNKNOWN_ABOVE = 1e9
 UNKNOWN = 1e10  # pixels; what Middlebury's own tools write in a .flo for an unknown vector
 UNKNOWN_WORDS = "unknown (NaN, infinite or beyond 1e9 px)"
@@ -32,10 +33,14 @@ SAME_TIME_S = 1e-6  # times of one frame, read twice, that differ by less are th
 MOST_FLOWS_A_SHARD = 512
 _SHARD_BYTES = 128 << 20
 
+HEAD_BYTES = 1 << 20  # enough to tell videos apart, few enough to read quickly from a slow disk
+
 JSON = None | bool | int | float | str | list["JSON"] | dict[str, "JSON"]
 
 
-HEAD_BYTES = 1 << 20  # enough to tell videos apart, few enough to read quickly from a slow disk
+def is_known(flow: Components) -> Components:
+    """Where components of flow are known: a vector is if both of its are. NaN fails every comparison."""
+    return abs(flow) <= UNKNOWN_ABOVE
 
 
 @dataclass(frozen=True)

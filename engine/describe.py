@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flowreel import sinks
-from flowreel.engine.data import JSON, UNKNOWN_ABOVE
+from flowreel.engine.data import JSON, is_known
 from flowreel.engine.errors import SourceNotFoundError, UnsupportedSourceError
 from flowreel.engine.files import as_glob
 from flowreel.engine.sources.kinds import IMAGE_SUFFIXES, WEIGHTS_SUFFIXES, is_synthetic, require_no_address
@@ -172,7 +172,7 @@ def _flow_facts(name: str, height: int, width: int, blocks: Iterable[Float32Arra
     for block in blocks:
         first = first or block[0, 0].tolist()
         u, v = np.ascontiguousarray(block[..., 0]), np.ascontiguousarray(block[..., 1])
-        sure = (np.abs(u) <= UNKNOWN_ABOVE) & (np.abs(v) <= UNKNOWN_ABOVE)
+        sure = is_known(u) & is_known(v)
         if not sure.all():
             u, v = u[sure], v[sure]
         if u.size:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowreel.engine.data import UNKNOWN_ABOVE
+from flowreel.engine.data import is_known
 from flowreel.kernels.launch import SUFFIXES, blocks_for_picture, launch, sizes, view
 from flowreel.kernels.operation import operation
 
@@ -134,8 +134,8 @@ def _paint(xp: Any, cast: Callable[[Any, Any], Any], u: Any, v: Any, scale: Any,
 
 
 def _known(xp: Any, u: Any, v: Any) -> tuple[Any, Any, Any]:
-    """Both components with unknown vectors set to zero, and where they are known. NaN fails every comparison."""
-    known = (xp.abs(u) <= UNKNOWN_ABOVE) & (xp.abs(v) <= UNKNOWN_ABOVE)
+    """Both components with unknown vectors set to zero, and where they are known."""
+    known = is_known(u) & is_known(v)
     return xp.where(known, u, 0), xp.where(known, v, 0), known
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowreel.engine.data import UNKNOWN_ABOVE
+from flowreel.engine.data import is_known
 from flowreel.kernels.launch import SUFFIXES, blocks_for_picture, launch, sizes, view
 from flowreel.kernels.operation import operation
 
@@ -43,7 +43,7 @@ def quantise_definition(flow: Tensor, step: float, limit: float, dtype: torch.dt
     """What ``quantise`` means. Gives the two tensors of ``Quantised``."""
     wide = flow.float()
     steps = (wide * (1 / step)).round()
-    known = (wide.abs() <= UNKNOWN_ABOVE).all(1, keepdim=True)
+    known = is_known(wide).all(1, keepdim=True)
     kept = known & (steps.abs() <= limit).all(1, keepdim=True)
     stored = torch.where(kept, steps, torch.iinfo(dtype).min).to(dtype)
     error = torch.where(kept, stored.float() * step - wide, 0).abs()

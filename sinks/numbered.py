@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from flowreel.engine.claims import Claim
-from flowreel.engine.data import UNKNOWN_ABOVE
+from flowreel.engine.data import is_known
 from flowreel.engine.errors import (
     FlowFileError,
     OutputExistsError,
@@ -292,9 +292,8 @@ class NumberedFilesSink(ABC):
 
 
 def known_vectors(flow: npt.NDArray[np.floating[Any]]) -> BoolArray:
-    """(H, W): which vectors of (H, W, 2) are known. NaN fails every comparison."""
-    known: BoolArray = (np.abs(flow[..., 0]) <= UNKNOWN_ABOVE) & (np.abs(flow[..., 1]) <= UNKNOWN_ABOVE)
-    return known
+    """(H, W): which vectors of (H, W, 2) are known."""
+    return is_known(flow[..., 0]) & is_known(flow[..., 1])
 
 
 def require_size(name: str, height: int, width: int) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from flowreel.engine.data import UNKNOWN_ABOVE, ColorBatch
+from flowreel.engine.data import ColorBatch, is_known
 from flowreel.kernels.flow_color import flow_to_color
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def painted(
     """
     colors = flow_to_color(flow, max_flow)
     pictures = yuv420(colors) if for_video else colors.permute(0, 2, 3, 1).contiguous()
-    unknown = _unknown(flow).any(1).sum((1, 2))
+    unknown = (~is_known(flow)).any(1).sum((1, 2))
     return ColorBatch(pictures=pictures, unknown=unknown, index=index, frame=frame, timestamp_s=timestamp_s)
 
 
@@ -82,8 +82,4 @@ def _weighted(colors: Tensor) -> Tensor:
 def packed(flow: Tensor) -> Tensor:
     """Flow of any shape as float16 at half the memory: NaN where a component is unknown, clipped to ±65504 px."""
     longest = torch.finfo(torch.float16).max
-    return torch.where(_unknown(flow), math.nan, flow.clamp(-longest, longest)).half()
-
-
-def _unknown(flow: Tensor) -> Tensor:
-    return ~(flow.abs() <= UNKNOWN_ABOVE)  # NaN fails every comparison
+    return torch.where(is_known(flow), flow.clamp(-longest, longest), math.nan).half()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flowreel.engine.data import UNKNOWN_ABOVE
+from flowreel.engine.data import is_known
 from flowreel.engine.errors import (
     DamagedStoreError,
     StoreError,
@@ -359,7 +359,7 @@ class ValidVectors:
         chosen = select(key, self.shape)
 
         def take(number: int, out: BoolArray) -> None:
-            known = np.abs(self._store._flow(number)[(slice(None), *chosen.inside)]) <= UNKNOWN_ABOVE
+            known = is_known(self._store._flow(number)[(slice(None), *chosen.inside)])
             np.logical_and(known[0], known[1], out=out)
 
         return self._store._gather(chosen, np.dtype(np.bool_), take)

@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from flowreel.engine.claims import Claim
-from flowreel.engine.data import UNKNOWN_ABOVE, ColorBatch
+from flowreel.engine.data import ColorBatch, is_known
 from flowreel.engine.errors import (
     DeviceError,
     OutputError,
@@ -132,7 +132,7 @@ class ColorVideoSink:
         """Paints and encodes, or holds flows back while there is no scale yet."""
         self._require_size(batch)
         for place, planes in enumerate(batch.flow.numpy()):
-            known = (np.abs(planes) <= UNKNOWN_ABOVE).all(axis=0)
+            known = is_known(planes).all(axis=0)
             self._unknown += known.size - int(np.count_nonzero(known))
             flow = planes.transpose(1, 2, 0)  # (H, W, 2), a view
             if self._max_flow is not None:
@@ -295,5 +295,5 @@ def _pack(flow: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
     """(H, W, 2) float32 pixels as float16 at half the memory: NaN where unknown, clipped to ±65504 px."""
     longest = float(np.finfo(np.float16).max)
     packed = np.clip(flow, -longest, longest).astype(np.float16)
-    packed[~(np.abs(flow) <= UNKNOWN_ABOVE)] = np.nan
+    packed[~is_known(flow)] = np.nan
     return packed
