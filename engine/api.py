@@ -23,24 +23,14 @@ from flowreel.engine.files import PathLike
 from flowreel.engine.forked import OfOneProcess, limit_threads_of_fork
 from flowreel.engine.inference import Inference, Network, load_network
 from flowreel.engine.options import RunOptions
-from flowreel.engine.outputs import (
-    ProgressHook,
-    Tally,
-    commit,
-    first_store,
-    named_outputs,
-    opened_sinks,
-    preparing,
-    teller,
-    unname,
-)
+from flowreel.engine.outputs import ProgressHook, Tally, commit_in_order, named_outputs, opened_sinks, preparing, teller
 from flowreel.engine.pairing import batches, pairs
 from flowreel.engine.pipeline import Pipeline
 from flowreel.engine.places import require_harmless
 from flowreel.engine.protocols import MayWait, OnDevice, Resumable, Sink
 from flowreel.engine.provenance import selection
 from flowreel.engine.restore import restore
-from flowreel.engine.resume import complete_already, take_up, with_others
+from flowreel.engine.resume import complete_already, take_up, unname_others, with_others
 from flowreel.engine.run_report import RunReport, report_of
 from flowreel.engine.sources import lasting_name, open_source, source_stem
 from flowreel.engine.sources.kinds import STDIN
@@ -101,8 +91,8 @@ def run_one(
     if resumed is not None and resumed.frames is None:
         return complete_already(resumed, paths, config)
     with ExitStack() as opened:
-        going_on = None if resumed is None else resumed.frames
-        frames = opened.enter_context(closing(going_on or open_source(source, config.select, device)))
+        rest = resumed and resumed.frames
+        frames = opened.enter_context(closing(rest or open_source(source, config.select, device)))
         recorded = None if resumed is None else resumed.point.batch
         inference = network().fitted(frames.info.height, frames.info.width, native=native, recorded_batch=recorded)
         header = flow_header(frames.info if resumed is None else resumed.info, inference, config)
@@ -125,23 +115,12 @@ def run_one(
         pipeline.run({f"write {tally.sink.path}": tally.consume for tally in tallies}, tell)
         if tallies[0].flows == 0:
             raise TooFewFramesError(f"{_named(source)} gave fewer than two frames: there is no pair, so no flow")
-        if resumed is not None and resumed.point.loss is not None:
-            lost, _ = resumed.point.loss
-            frames.losses.insert(
-                0, f"an earlier run, whose flow is kept, found frame {lost}, and perhaps later ones, missing or damaged"
-            )
+        if resumed is not None:
+            frames.losses[:0] = resumed.losses
         whole = not frames.losses or config.tolerate_truncation
         if resumed is not None and whole:
-            for path in paths:
-                if path != resumed.store.path:
-                    unname(open_sink(path, config.sink))
-        # The store is named first: if the run is killed then, --resume makes the other outputs from it. A store that
-        # may replace one is named last: where it is complete, no other output is that of an earlier run.
-        continued, replaces = first_store(sinks), config.sink.overwrite
-        for sink in sorted(sinks, key=lambda sink: (sink is continued) == replaces):
-            if frames.losses and isinstance(sink, Resumable):
-                sink.tell_losses(frames.losses)
-            commit(sink, complete=whole)
+            unname_others(resumed, paths, config)
+        commit_in_order(sinks, frames.losses, complete=whole, replaces=config.sink.overwrite)
         ended_s = time.perf_counter()
         if not whole:
             raise TruncatedSourceError(

@@ -138,6 +138,19 @@ def commit(sink: Sink, *, complete: bool = True) -> None:
         raise StageError(f"write {sink.path}", frame_of(error, None), error) from error
 
 
+def commit_in_order(sinks: Iterable[Sink], losses: Sequence[str], *, complete: bool, replaces: bool) -> None:
+    """Finishes the outputs of a run. ``losses``: what its source lacked. ``replaces``: they may replace earlier ones.
+
+    The store is named first: if the run is killed then, --resume makes the other outputs from it. A store that may
+    replace one is named last: where it is complete, no other output is that of an earlier run.
+    """
+    continued = first_store(sinks)
+    for sink in sorted(sinks, key=lambda sink: (sink is continued) == replaces):
+        if losses and isinstance(sink, Resumable):
+            sink.tell_losses(losses)
+        commit(sink, complete=complete)
+
+
 class Counting(Protocol):
     """Anything that takes flows in a pipeline and counts them."""
 

@@ -44,6 +44,14 @@ class Resumption:
         rest = self.source_info
         return replace(rest, frame_count=None if rest.frame_count is None else rest.frame_count + self.point.flows)
 
+    @property
+    def losses(self) -> list[str]:
+        """What the earlier run found missing or damaged, as far as the flow that is kept depends on it."""
+        if self.point.loss is None:
+            return []
+        frame, _ = self.point.loss
+        return [f"an earlier run, whose flow is kept, found frame {frame}, and perhaps later ones, missing or damaged"]
+
     def checked(self, frames: Iterator[Frame]) -> Iterator[Frame]:
         """The frames, after checking that the first is the one that the store's last kept flow leads to."""
         first = next(frames, None)
@@ -137,6 +145,13 @@ def complete_already(resumed: Resumption, paths: list[str], config: RunConfig) -
             "choose another name, or start afresh with --overwrite"
         )
     return with_others(report_of_complete(store), resumed, paths, config)
+
+
+def unname_others(resumed: Resumption, paths: list[str], config: RunConfig) -> None:
+    """Gives the other outputs their unfinished names again, as ``with_others`` makes them anew."""
+    for path in paths:
+        if path != resumed.store.path:
+            unname(open_sink(path, config.sink))
 
 
 def with_others(report: RunReport, resumed: Resumption, paths: list[str], config: RunConfig) -> RunReport:

@@ -20,6 +20,7 @@ from PIL import Image
 
 import flowreel
 from flowreel.engine import api, inference
+from flowreel.engine import outputs as writing
 from flowreel.engine.claims import Claim
 from flowreel.engine.cli import call
 from flowreel.engine.cli.table import print_summary
@@ -325,7 +326,7 @@ def test_a_run_stopped_between_naming_its_outputs_is_resumed(
         raise KeyboardInterrupt
 
     pictures("frames", 0, 4)
-    monkeypatch.setattr(api, "commit", stopped)
+    monkeypatch.setattr(writing, "commit", stopped)
     with pytest.raises(KeyboardInterrupt):
         flowreel.run("frames", outputs, weights=tiny, shard_bytes=SHARD_BYTES)
     flowreel.run("frames", outputs, weights=tiny, shard_bytes=SHARD_BYTES, resume=True)
