@@ -118,16 +118,8 @@ def _store(name: str) -> Facts:
     attributes = dict(store.attrs)
     source = attributes.pop("source", None)
     facts = {"folder": store.path} | {key: value for key, value in store.summary().items() if key != "path"}
-    said = (
-        "cache",
-        "format_version",
-        "max_error",
-        "codec",
-        "resolution",
-        "flow_height",
-        "flow_width",
-    )  # in the summary already, or folded into its sizes
-    for key in said:
+    # In the summary already, or folded into its sizes.
+    for key in ("cache", "format_version", "max_error", "codec", "resolution", "flow_height", "flow_width"):
         attributes.pop(key, None)
     for key in ("model", "weights", "software_version"):
         facts[key] = attributes.pop(key, None)

@@ -261,9 +261,8 @@ class Network:
     device: torch.device
     precision: Precision
     others: tuple[Network, ...] = ()  # the same on other GPUs
-    _made: dict[tuple[int, int], Made] = field(
-        default_factory=dict, repr=False
-    )  # (height, width) of its input -> what was made for it; only the last size is kept
+    # (height, width) of its input -> what was made for it; only the last size is kept
+    _made: dict[tuple[int, int], Made] = field(default_factory=dict, repr=False)
 
     def fitted(self, height: int, width: int, *, native: bool = False, recorded_batch: int | None = None) -> Inference:
         """Settles fit and batch for frames of one size.

@@ -25,13 +25,7 @@ WHOLE = 16 << 20  # bytes of output up to which a layer is done in one piece
 class Convolution:
     """A 2-d convolution or transposed convolution, square, one group, with its bias and LeakyReLU, if it has them."""
 
-    def __init__(
-        self,
-        layer: AnyConv,
-        leaky: bool,
-        dtype: torch.dtype,
-        gives: torch.dtype,
-    ) -> None:
+    def __init__(self, layer: AnyConv, leaky: bool, dtype: torch.dtype, gives: torch.dtype) -> None:
         """Copies the layer's values. Computes in ``dtype``; ``gives``: the dtype of what it returns when called."""
         self.transposed = isinstance(layer, nn.ConvTranspose2d)
         self.kernel, self.stride, self.padding = layer.kernel_size[0], layer.stride[0], int(layer.padding[0])

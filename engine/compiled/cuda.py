@@ -28,13 +28,7 @@ from flowreel.engine.errors import PrecisionWarning
 from flowreel.engine.models.flownetc import FlowNetC
 from flowreel.engine.models.fusion import FUSING_CHANNELS, FlowNetFusion
 from flowreel.engine.models.layers import FLOW_SCALE, Refiner, Upsampling, upsample
-from flowreel.engine.models.stacks import (
-    REFINING_CHANNELS,
-    SD_SCALE_IN_FLOWNET2,
-    FlowNet2,
-    FlowNet2CS,
-    FlowNet2CSS,
-)
+from flowreel.engine.models.stacks import REFINING_CHANNELS, SD_SCALE_IN_FLOWNET2, FlowNet2, FlowNet2CS, FlowNet2CSS
 from flowreel.kernels.fusing_input import fusing_input
 from flowreel.kernels.normalise_frames import normalise_frames
 from flowreel.kernels.refining_input import refining_input

@@ -95,9 +95,8 @@ class PackedConvolution:
     ) -> None:
         self._weights = PackedWeights(weight, strides, columns, transposed, groups)
         self._bias = bias
-        self.bytes_a_pixel = (
-            weight.shape[1] * groups if transposed else weight.shape[0]
-        ) * weight.itemsize  # of output
+        outputs = weight.shape[1] * groups if transposed else weight.shape[0]
+        self.bytes_a_pixel = outputs * weight.itemsize  # of output
         self._activation: tuple[str, list[float], str] = ("leaky_relu", [SLOPE], "") if leaky else ("none", [], "")
 
     def __call__(self, x: Tensor, rows: int, layouts: Layouts) -> Tensor:

@@ -35,9 +35,8 @@ class Part:
         self.layers = {name: layer for name, layer in layers.items() if isinstance(layer, Convolution)}
         self.heads = {name: layer for name, layer in layers.items() if name.startswith(HEAD)}
         self.watch: Watch | None = None
-        self.encoder = sorted(
-            name for name in layers if re.fullmatch(r"conv\d(_1)?", name)
-        )  # conv0, conv1, conv1_1, ...
+        # conv0, conv1, conv1_1, ...
+        self.encoder = sorted(name for name in layers if re.fullmatch(r"conv\d(_1)?", name))
         self.levels = sorted((int(name[-1]) for name in layers if name.startswith("deconv")), reverse=True)
         self.concatenations: dict[int, Tensor] = {}
         self.places: dict[str, Tensor] = {}  # by layer: the slice of a concatenation for its result

@@ -17,12 +17,7 @@ from torch import Tensor, nn
 
 from flowreel.engine.data import JSON
 from flowreel.engine.device import one_device
-from flowreel.engine.errors import (
-    UnreadableWeightsError,
-    UsageError,
-    WeightsMismatchError,
-    WeightsNotFoundError,
-)
+from flowreel.engine.errors import UnreadableWeightsError, UsageError, WeightsMismatchError, WeightsNotFoundError
 from flowreel.engine.models import build_model, model_name
 from flowreel.engine.models.checkpoints import (
     BASELINE,

@@ -102,9 +102,8 @@ def _scale_graph(frame: VideoFrame, matrix: str, value_range: str) -> Graph:
     # would also hang a forked process whose garbage collection frees it: it waits for threads that only the parent has.
     if hasattr(graph, "threads"):  # from PyAV 18 on
         graph.threads = 1
-    source = graph.add_buffer(
-        width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 1000)
-    )  # time stamps do not matter here
+    any_base = Fraction(1, 1000)  # time stamps do not matter here
+    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=any_base)
     options = f"in_color_matrix={matrix}:in_range={value_range}:out_range=full"
     scale = graph.add("scale", f"{options}:flags=bilinear+full_chroma_int+accurate_rnd:threads=1")
     graph.link_nodes(source, scale, graph.add("format", "rgb24"), graph.add("buffersink"))
