@@ -205,7 +205,7 @@ def _stored_dtypes(name: str) -> JSON:
 
     shipped = files("flowreel.engine.weights") / "baseline.safetensors"
     with nullcontext(Path(name)) if os.path.lexists(name) else as_file(shipped) as path:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             with safe_open(path, framework="np") as file:
                 kinds = [file.get_slice(key).get_dtype() for key in file.keys()]  # noqa: SIM118 (not a dict)
             return dict(Counter(_SAFETENSORS_DTYPES.get(kind, kind) for kind in kinds))

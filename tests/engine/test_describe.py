@@ -421,6 +421,8 @@ class TestWeights:
         assert facts["tensors"] == len(state)
         assert facts["dtypes"] == {"float16" if half else "float32": len(state)}
         assert facts["parameters"] == sum(tensor.numel() for tensor in state.values())
+        capitals = (tmp_path / "w.safetensors").rename(tmp_path / "W.SAFETENSORS")
+        assert told(capitals)["dtypes"] == facts["dtypes"]
 
     def test_checkpoint_and_shipped(self, tmp_path: Path) -> None:
         state = build_model("FlowNet2S", width=0.05).state_dict()
