@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing, nullcontext
 from fractions import Fraction
-from importlib.resources import as_file, files
+from importlib.resources import as_file
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -203,8 +203,9 @@ def _stored_dtypes(name: str) -> JSON:
     import torch
     from safetensors import safe_open
 
-    shipped = files("flowreel.engine.weights") / "baseline.safetensors"
-    with nullcontext(Path(name)) if os.path.lexists(name) else as_file(shipped) as path:
+    from flowreel.engine.models.weights import SHIPPED
+
+    with nullcontext(Path(name)) if os.path.lexists(name) else as_file(SHIPPED) as path:
         if path.suffix.lower() == ".safetensors":
             with safe_open(path, framework="np") as file:
                 kinds = [file.get_slice(key).get_dtype() for key in file.keys()]  # noqa: SIM118 (not a dict)

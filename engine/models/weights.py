@@ -32,6 +32,7 @@ from flowreel.engine.models.layers import scaled
 from flowreel.engine.models.unfilled import without_values
 from flowreel.engine.models.weight_files import MOST_SHOWN, read_tensors
 
+SHIPPED = files("flowreel.engine.weights") / "baseline.safetensors"
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of BatchNorm, which are no parameters
 UNSTATED = "unstated; NVIDIA's FlowNet2 checkpoints are for research only"
 
@@ -205,7 +206,7 @@ def read_weights(source: str | Path) -> Weights:
         WeightsMismatchError: readable, but not of a FlowNet2 network.
     """
     if str(source) == BASELINE:  # first: the default must not depend on files in the working folder
-        with as_file(files("flowreel.engine.weights") / "baseline.safetensors") as path:
+        with as_file(SHIPPED) as path:
             return _read(path, BASELINE)
     path = Path(source)
     if path.is_file():
@@ -223,7 +224,7 @@ def read_weights(source: str | Path) -> Weights:
 
 def known_weights() -> list[dict[str, JSON]]:
     """The shipped weights and the published checkpoints as plain values: see ``checkpoints.published``."""
-    with as_file(files("flowreel.engine.weights") / "baseline.safetensors") as path:
+    with as_file(SHIPPED) as path:
         held, size_bytes = _read(path, BASELINE), path.stat().st_size
     told: dict[str, JSON] = {"name": BASELINE, "model": held.model, "licence": held.licence, "sha256": held.sha256}
     sizes: dict[str, JSON] = {"size_bytes": size_bytes, "about_bytes": size_bytes}
