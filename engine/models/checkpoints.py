@@ -72,7 +72,7 @@ def _drive(file_id: str, age: str) -> Source:
     )
 
 
-def _published(
+def _on_drive(
     name: str,
     about_mib: int,
     drive: str,
@@ -90,7 +90,7 @@ def _published(
 # from a single source, the Git LFS pointers of a repository that kept copies. Files elsewhere are listed only if
 # identical; ptlflow's, for example, hold the same numbers in a different file.
 CHECKPOINTS = (
-    _published(
+    _on_drive(
         "FlowNet2",
         620,
         "1LLYdnObBYzs7rDYYUCGscuC2nwO7y85I",
@@ -105,7 +105,7 @@ CHECKPOINTS = (
             ),
         ),
     ),
-    _published(
+    _on_drive(
         "FlowNet2-C",
         149,
         "1elgK52N4EQVi5ywN2Ky4qWvweLh8RE2U",
@@ -113,7 +113,7 @@ CHECKPOINTS = (
         156706366,
         "e9f93999ae5f5ed1ba3452b5dc948c38146b48be028ea090d6ba3b8c1885b63f",
     ),
-    _published(
+    _on_drive(
         "FlowNet2-CS",
         297,
         "1KyGXiQCiokoMpIFqOYbfA-I3MDU-FsnV",
@@ -121,7 +121,7 @@ CHECKPOINTS = (
         311493223,
         "8becbe035e16285163dec44fa8534184d0fdc1b271cbb527f7636962e9828245",
     ),
-    _published(
+    _on_drive(
         "FlowNet2-CSS",
         445,
         "17FQOz8ec2pXBOiV4zqnkVwjRRyUyymQY",
@@ -129,8 +129,8 @@ CHECKPOINTS = (
         466279904,
         "c9048946be17e50464c3e2929a2fbce619528b11f9b19f952e378c8b70808dba",
     ),
-    _published("FlowNet2-CSS-ft-sd", 445, "1AKt20xmjh2Y3Rb-GO5bLs9Ux1tu2AVAt", "1R5xafCIzJCXc8ia4TGfC65irmTNiMg6u"),
-    _published(
+    _on_drive("FlowNet2-CSS-ft-sd", 445, "1AKt20xmjh2Y3Rb-GO5bLs9Ux1tu2AVAt", "1R5xafCIzJCXc8ia4TGfC65irmTNiMg6u"),
+    _on_drive(
         "FlowNet2-S",
         148,
         "1FAjmmNMCzKH9PidATQSOX-Z1NHbvg0mK",
@@ -138,7 +138,7 @@ CHECKPOINTS = (
         154710631,
         "f6fe1f93c65eef5163104f5682e4e9908b66d174353ed6a3944dac41103e4921",
     ),
-    _published("FlowNet2-SD", 173, "1QiT0bxXF04qLWc3ml0kPPlwmHwp24r75", "1QW03eyYG_vD-dT-Mx4wopYvtPu_msTKn"),
+    _on_drive("FlowNet2-SD", 173, "1QiT0bxXF04qLWc3ml0kPPlwmHwp24r75", "1QW03eyYG_vD-dT-Mx4wopYvtPu_msTKn"),
 )
 
 
