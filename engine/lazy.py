@@ -283,7 +283,7 @@ def _reopened(path: str, options: dict[str, Any], source: SourceId, count: int, 
 
 
 class _OnHost:
-    """The flow behind the interface of a flow store: indexing gives NumPy arrays."""
+    """The flow as ``sinks/indexed_flow.py`` takes it: indexing gives NumPy arrays, as with a flow store."""
 
     def __init__(self, flow: LazyFlow) -> None:
         self._flow = flow

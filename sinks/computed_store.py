@@ -29,7 +29,7 @@ from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Sto
 from flowreel.engine.config import SinkConfig
 from flowreel.sinks.codecs import flow_codec
 from flowreel.sinks.compressors import compress
-from flowreel.sinks.flows import Flows, coordinates
+from flowreel.sinks.indexed_flow import IndexedFlow, coordinates
 from flowreel.sinks.store_checksums import ATTRIBUTES_CHECKSUM, attributes_checksum
 from flowreel.sinks.store_layout import BYTES, consolidate
 from flowreel.sinks.store_metadata import store_metadata
@@ -52,7 +52,7 @@ class ComputedStore(Store):
     needed to compute the flow again elsewhere.
     """
 
-    def __init__(self, info: FlowInfo, flows: Flows) -> None:
+    def __init__(self, info: FlowInfo, flows: IndexedFlow) -> None:
         """
         Args:
             info: header of the flow.
@@ -66,7 +66,7 @@ class ComputedStore(Store):
         self._files = _files(info, flows)
         self._gathered: WeakKeyDictionary[asyncio.AbstractEventLoop, _Gathered] = WeakKeyDictionary()
 
-    def __reduce__(self) -> tuple[type[ComputedStore], tuple[FlowInfo, Flows]]:
+    def __reduce__(self) -> tuple[type[ComputedStore], tuple[FlowInfo, IndexedFlow]]:
         return ComputedStore, (self._info, self._flows)
 
     def __eq__(self, other: object) -> bool:
@@ -182,7 +182,7 @@ class ComputedStore(Store):
 class _Gathered:
     """Pending requests for flows in one event loop. Used only by that loop's thread."""
 
-    def __init__(self, flows: Flows) -> None:
+    def __init__(self, flows: IndexedFlow) -> None:
         self._flows = flows
         self._waiting: dict[int, list[asyncio.Future[Float32Array]]] = {}
         self._serving: asyncio.Task[None] | None = None
@@ -237,7 +237,7 @@ def _settle(futures: Sequence[asyncio.Future[Float32Array]], result: Float32Arra
             future.set_result(result)
 
 
-def _files(info: FlowInfo, flows: Flows) -> dict[str, bytes]:
+def _files(info: FlowInfo, flows: IndexedFlow) -> dict[str, bytes]:
     """Everything but the flow, by key: metadata, times and frame numbers."""
     config = SinkConfig(max_error=0)
     metadata = store_metadata(info, config, flow_codec(info.height, info.width, config), None, flows.shape[0])

@@ -33,7 +33,7 @@ from flowreel.engine.errors import CacheMismatchError, DamagedStoreError, StoreE
 from flowreel.engine.files import PathLike
 from flowreel.sinks.codecs import flow_codec
 from flowreel.sinks.compressors import compress
-from flowreel.sinks.flows import Placed, coordinates
+from flowreel.sinks.indexed_flow import Placed, coordinates
 from flowreel.sinks.parallel import OrderedPool, encode_workers
 from flowreel.sinks.store_files import SPARE_BYTES, StoreFiles
 from flowreel.sinks.store_layout import open_file

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from flowreel.engine.errors import MissingDependencyError
-from flowreel.sinks.flows import Flows, coordinates
+from flowreel.sinks.indexed_flow import IndexedFlow, coordinates
 
 try:
     import xarray
@@ -22,7 +22,7 @@ except ImportError as error:
 DIMENSIONS = ("time", "component", "y", "x")
 
 
-def data_array(store: Flows) -> xarray.DataArray:
+def data_array(store: IndexedFlow) -> xarray.DataArray:
     """The available flows, (time, component, y, x) float32, with the names that other readers of the store see."""
     count = store.available
     coords = {name: ("time", values[:count]) for name, values in coordinates(store).items()}
@@ -34,7 +34,7 @@ def data_array(store: Flows) -> xarray.DataArray:
 class _LazyFlow(BackendArray):
     """What xarray asks of an array on disk: a shape, a dtype, and reading by numbers, slices and 1-D arrays."""
 
-    def __init__(self, store: Flows, count: int) -> None:
+    def __init__(self, store: IndexedFlow, count: int) -> None:
         self._store = store
         self.shape = (count, *store.shape[1:])
         self.dtype = np.dtype(np.float32)

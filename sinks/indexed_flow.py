@@ -36,7 +36,7 @@ class Placed(Protocol):
     def frame_to(self) -> Int64Array: ...
 
 
-class Flows(Placed, Protocol):
+class IndexedFlow(Placed, Protocol):
     """The flow fields themselves, too, indexed like a store."""
 
     @property
