@@ -51,13 +51,13 @@ class PackedWeights:
     def for_input(self, size: torch.Size, rows: int) -> Tensor:
         """The layout for inputs of (B, C, H, W) with ``rows`` of padding above and below."""
         plain = self._plain()
-        around, close = [rows, self.columns], [1, 1]
+        padding, dilation = [rows, self.columns], [1, 1]
         if self.transposed:
             form = _ops._reorder_convolution_transpose_weight(
-                plain, around, [0, 0], self.strides, close, self.groups, list(size)
+                plain, padding, [0, 0], self.strides, dilation, self.groups, list(size)
             )
         else:
-            form = _ops._reorder_convolution_weight(plain, around, self.strides, close, self.groups, list(size))
+            form = _ops._reorder_convolution_weight(plain, padding, self.strides, dilation, self.groups, list(size))
         layout = bytes(_ops._get_mkldnn_serialized_md(form).numpy())
         self._last = self._layouts.setdefault(layout, form)
         return self._last
@@ -101,18 +101,17 @@ class PackedConvolution:
 
     def __call__(self, x: Tensor, rows: int, layouts: Layouts) -> Tensor:
         """``x``: (B, C, H, W), channels last; ``rows``: of padding, above and below."""
-        key = (self, *x.shape, rows)
+        packed, key = self._weights, (self, *x.shape, rows)
         weight = layouts.get(key)
         if weight is None:
-            weight = layouts[key] = self._weights.for_input(x.shape, rows)
-        settled = self._weights
-        around, close = [rows, settled.columns], [1, 1]
-        if settled.transposed:
+            weight = layouts[key] = packed.for_input(x.shape, rows)
+        padding, dilation = [rows, packed.columns], [1, 1]
+        if packed.transposed:
             made: Tensor = _ops._convolution_transpose_pointwise(
-                x, weight, self._bias, around, [0, 0], settled.strides, close, settled.groups, *self._activation
+                x, weight, self._bias, padding, [0, 0], packed.strides, dilation, packed.groups, *self._activation
             )
             return made
         made = _ops._convolution_pointwise(
-            x, weight, self._bias, around, settled.strides, close, settled.groups, *self._activation
+            x, weight, self._bias, padding, packed.strides, dilation, packed.groups, *self._activation
         )
         return made

@@ -101,14 +101,14 @@ def convolve(x: Tensor, by: Convolution) -> Tensor:
     """
     stride, padding = (by.stride, by.stride), (by.padding, by.padding)
     if x.device.type == "cuda":
-        one, none = (1, 1), (0, 0)
+        dilation, output_padding = (1, 1), (0, 0)
         if by.transposed:
             deconvolved: Tensor = torch.ops.aten.cudnn_convolution_transpose(
-                x, by.weight, padding, none, stride, one, 1, False, True, by.tf32
+                x, by.weight, padding, output_padding, stride, dilation, 1, False, True, by.tf32
             )
             return deconvolved
         convolved: Tensor = torch.ops.aten.cudnn_convolution(
-            x, by.weight, padding, stride, one, 1, False, True, by.tf32
+            x, by.weight, padding, stride, dilation, 1, False, True, by.tf32
         )
         return convolved
     return (F.conv_transpose2d if by.transposed else F.conv2d)(x, by.weight, None, stride, padding)
