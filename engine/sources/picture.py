@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-    Picture = npt.NDArray[np.uint8]
+    Rgb = npt.NDArray[np.uint8]
 
 _FULL_RANGE = 2  # AVCOL_RANGE_JPEG
 # AVColorSpace -> the scale filter's name for that matrix
@@ -50,7 +50,7 @@ class Turn:
             return cls(True, c < 0, b < 0), []
         return cls(), ["the container asks for a rotation by less than a quarter turn: ignored"]
 
-    def __call__(self, picture: Picture) -> Picture:
+    def __call__(self, picture: Rgb) -> Rgb:
         """(H, W, 3) as stored -> (H', W', 3) as shown, contiguous."""
         if self.transpose:
             picture = picture.transpose(1, 0, 2)
@@ -76,7 +76,7 @@ class Converter:
         self._graph: Graph | None = None
         self._made_for: tuple[str, str, str] | None = None
 
-    def __call__(self, frame: VideoFrame, number: int) -> Picture:
+    def __call__(self, frame: VideoFrame, number: int) -> Rgb:
         """Convert frame ``number``. Raises FrameSizeError if it does not have the stored size."""
         width, height = self._stored_size
         if (frame.width, frame.height) != (width, height):
