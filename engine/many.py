@@ -54,8 +54,7 @@ class ManyReport:
 
     def as_json(self) -> dict[str, object]:
         """The report as plain values, for a file; a source computed now has its RunReport under ``run``."""
-        runs = [report.run and report.run.as_json() for report in self.sources]
-        sources = [report.as_json() | {"run": run} for report, run in zip(self.sources, runs, strict=True)]
+        sources = [report.as_json() | {"run": report.run and report.run.as_json()} for report in self.sources]
         return {"seconds": self.seconds, "manifest": self.manifest, "sources": sources}
 
 
