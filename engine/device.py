@@ -86,9 +86,12 @@ def _resolved(name: str, given: str) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             built = "without" if torch.version.cuda is None else "with"
-            raise DeviceError(f"{name} was asked for, but torch {torch.__version__} ({built} CUDA) finds no GPU")
+            raise DeviceError(
+                f"{name} was asked for, but torch {torch.__version__} ({built} CUDA) finds no GPU: flowreel doctor "
+                "says what is missing, --device cpu does without"
+            )
         if device.index is not None and device.index >= torch.cuda.device_count():
-            raise DeviceError(f"{name} was asked for, but there are {torch.cuda.device_count()} GPUs, from cuda:0")
+            raise DeviceError(f"{name} was asked for, but the last GPU is cuda:{torch.cuda.device_count() - 1}")
         return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     return device
 
