@@ -93,7 +93,7 @@ class ModelConfig:
 class SinkConfig:
     """How outputs are written. Each format reads the fields that concern it."""
 
-    max_error: float = 1 / 64  # pixels; far below any network's own error, 8x smaller than float32; 0: lossless
+    max_error: float = 1 / 64  # pixels; far below any network's own error, and several times smaller; 0: lossless
     codec: Codec = "blosc"  # the one that every Zarr v3 reader can decode
     resolution: Resolution = "full"  # native: stores keep the network's own quarter-resolution prediction
     shard_bytes: int | None = None  # float32 bytes of flow in one shard; None: about 128 MiB, in whole batches

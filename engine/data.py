@@ -39,7 +39,7 @@ JSON = None | bool | int | float | str | list["JSON"] | dict[str, "JSON"]
 
 
 def is_known(flow: Components) -> Components:
-    """Where components of flow are known: a vector is if both of its are. NaN fails every comparison."""
+    """Which components of flow are known; a vector is known if both are. NaN fails every comparison."""
     return abs(flow) <= UNKNOWN_ABOVE
 
 

@@ -1,4 +1,4 @@
-"""What all commands that write flow share: naming outputs, opening and aborting them, counting flows, progress."""
+"""What all commands that write flow share: naming, opening and finishing outputs, counting flows, progress."""
 
 from __future__ import annotations
 

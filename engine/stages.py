@@ -16,7 +16,7 @@ from flowreel.engine.errors import StageError, frame_of
 
 StageFunction = Callable[[Iterator[Any]], Iterator[Any]]
 Consumer = Callable[[Iterator[Any]], object]  # consumes the whole iterator; what it yields or returns is dropped
-Wrap = Callable[[Consumer, str], Consumer]
+Wrap = Callable[[Consumer, str], Consumer]  # wraps stages as well, whose result is used: see ``Pipeline``
 
 
 @dataclass(frozen=True)
