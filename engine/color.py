@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import groupby
 from pathlib import Path
@@ -24,7 +24,7 @@ from flowreel.engine.errors import FrameSizeError, OutputExistsError, UnknownOut
 from flowreel.engine.export import export_config
 from flowreel.engine.files import PathLike, as_names
 from flowreel.engine.options import ColorOptions
-from flowreel.engine.outputs import OutputReport, ProgressHook, commit, opened_sinks, output_report, teller
+from flowreel.engine.outputs import OutputReport, ProgressHook, Report, commit, opened_sinks, output_report, teller
 from flowreel.engine.pipeline import Pipeline
 from flowreel.engine.places import require_outside_stores
 from flowreel.engine.protocols import FlowReader, Sink
@@ -40,7 +40,7 @@ OTHER_SUFFIXES = frozenset(  # names that cannot be meant as folders
 
 
 @dataclass(frozen=True)
-class ColorReport:
+class ColorReport(Report):
     """What ``color`` did."""
 
     flows: int
@@ -51,10 +51,6 @@ class ColorReport:
     outputs: tuple[OutputReport, ...]  # the folder or the picture, then the video
     stages: tuple[StageStatistics, ...]
     notes: tuple[str, ...] = ()
-
-    def as_json(self) -> dict[str, object]:
-        """The report as plain values, for a file."""
-        return asdict(self)
 
 
 def color(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Unpack
 
@@ -19,6 +19,7 @@ from flowreel.engine.options import ExportOptions
 from flowreel.engine.outputs import (
     OutputReport,
     ProgressHook,
+    Report,
     Tally,
     commit,
     named_outputs,
@@ -33,7 +34,7 @@ from flowreel.sinks import open_flows, open_sink, without_effect
 
 
 @dataclass(frozen=True)
-class ExportReport:
+class ExportReport(Report):
     """What an export did; ``--stats`` writes it as JSON."""
 
     flows: int
@@ -47,10 +48,6 @@ class ExportReport:
     outputs: tuple[OutputReport, ...]
     stages: tuple[StageStatistics, ...]
     notes: tuple[str, ...] = ()
-
-    def as_json(self) -> dict[str, object]:
-        """The report as plain values, for a file."""
-        return asdict(self)
 
 
 def export(

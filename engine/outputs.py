@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -31,6 +31,15 @@ class Progress:
     flow_count: int | None  # flows expected; None: unknown
     flows_done: int  # flows that every output has taken
     seconds: float  # since the first frame or flow was asked for
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a command did."""
+
+    def as_json(self) -> dict[str, object]:
+        """The report as plain values, for a file."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ from flowreel.engine.errors import (
 from flowreel.engine.files import PathLike
 from flowreel.engine.inference import Network, load_network
 from flowreel.engine.models.weights import read_weights
-from flowreel.engine.outputs import Progress, ProgressHook, teller
+from flowreel.engine.outputs import Progress, ProgressHook, Report, teller
 from flowreel.engine.pairing import batches
 from flowreel.engine.sources import comes_once, open_source
 from flowreel.engine.stages import StageStatistics
@@ -49,7 +49,7 @@ SETTINGS = (
 
 
 @dataclass(frozen=True)
-class RepairReport:
+class RepairReport(Report):
     """What was wrong with a store, what was done about it, and what is wrong with it now."""
 
     before: Verification
@@ -61,10 +61,6 @@ class RepairReport:
     arrays: tuple[str, ...] = ()  # ``y`` and ``x`` of a native store that were, or would be, written again
     how: str = ""  # the network and what it ran on, as text
     notes: tuple[str, ...] = ()
-
-    def as_json(self) -> dict[str, object]:
-        """The report as plain values, for a file."""
-        return asdict(self)
 
 
 def repair(

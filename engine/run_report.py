@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from flowreel.engine.data import FlowInfo
 from flowreel.engine.device import device_name
 from flowreel.engine.errors import counted
 from flowreel.engine.inference import Inference
-from flowreel.engine.outputs import OutputReport, Tally, output_report
+from flowreel.engine.outputs import OutputReport, Report, Tally, output_report
 from flowreel.engine.pipeline import Pipeline
 from flowreel.engine.protocols import Source
 from flowreel.engine.stages import StageStatistics
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class RunReport:
+class RunReport(Report):
     """What a run did; ``--stats`` writes it as JSON."""
 
     pairs: int  # flows computed
@@ -41,10 +41,6 @@ class RunReport:
     outputs: tuple[OutputReport, ...]
     stages: tuple[StageStatistics, ...]
     notes: tuple[str, ...] = ()
-
-    def as_json(self) -> dict[str, object]:
-        """The report as plain values, for a file."""
-        return asdict(self)
 
 
 def report_of(
