@@ -69,7 +69,7 @@ def why_not(probe: VideoProbe, device: str) -> FlowreelError | None:
         codec = nvcodec.load()
     except FlowreelError as error:
         return error
-    reason = _unsuitable(codec, probe, _gpu(device))
+    reason = _unsuitable(codec, probe, torch.device(device).index or 0)
     return None if reason is None else DeviceError(f"NVDEC cannot decode {probe.path.name}: {reason}")
 
 
@@ -123,10 +123,6 @@ def _layout(pixel_format: str) -> tuple[str, int] | None:
 def _format(probe: VideoProbe) -> str:
     """Name of the codec, not of FFmpeg's decoder for it: av1, not libdav1d."""
     return Codec(probe.codec, "r").canonical_name
-
-
-def _gpu(device: str) -> int:
-    return torch.device(device).index or 0
 
 
 class NvdecDecoder:

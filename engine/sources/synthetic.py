@@ -57,14 +57,10 @@ class SyntheticConfig:
 
     def __str__(self) -> str:
         """The name that ``parse`` reads, with only what differs from the defaults."""
-        plain = {field.name: field.default for field in fields(self)}
-        parts = [f"size={self.width}x{self.height}"] if (self.width, self.height) != _default_size() else []
-        parts += [f"{k}={getattr(self, k)}" for k in ("frames", "rate", "seed") if getattr(self, k) != plain[k]]
+        other = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
+        parts = [f"size={self.width}x{self.height}"] if other & {"width", "height"} else []
+        parts += [f"{name}={getattr(self, name)}" for name in ("frames", "rate", "seed") if name in other]
         return SYNTHETIC + self.scene + ("?" + "&".join(parts) if parts else "")
-
-
-def _default_size() -> tuple[int, int]:
-    return SyntheticConfig.width, SyntheticConfig.height
 
 
 def _size(text: str) -> dict[str, int] | None:
