@@ -94,7 +94,7 @@ def test_failed_checks_count_and_fail_the_command(
     assert "FAILED: it is so" in said
     assert "4 checks passed, 3 failed, 1 part failed, 1 part empty, 1 part skipped" in said
     assert [path.suffix for path in (tmp_path / "out").iterdir()] == [".json"]
-    assert gpu.main(["--dry-run", "--out", str(tmp_path / "some"), "--only", "fine,lacks"]) == 0
+    assert gpu.main(["--dry-run", "--out", str(tmp_path / "some"), "--only", "fine, lacks"]) == 0
     result = result_in(tmp_path / "some")
     assert [part["name"] for part in result["parts"]] == ["head", "lacks", "fine"]
     assert (result["gpu"], result["versions"]) == ("Abacus", {"beads": "1"})
@@ -108,6 +108,12 @@ def test_a_machine_that_cannot_be_described_may_have_a_gpu_all_the_same(
     result = result_in(tmp_path / "out")
     assert [part["status"] for part in result["parts"]] == ["failed", "done"]
     assert result["gpu"] == "Abacus"
+
+
+def test_without_torch_there_is_no_gpu_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "PARTS", [part("lacks"), part("fine")])
+    assert gpu.main(["--out", str(tmp_path / "out")]) == 2
+    assert [part["status"] for part in result_in(tmp_path / "out")["parts"]] == ["skipped"]
 
 
 def test_no_part_takes_the_time_of_those_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
