@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+MOST = 200  # characters that are shown of one value
+
 
 def free_path(out: Path, dry: bool) -> Path:
     """``DATE-gpu.json``, for the day's second run ``DATE-gpu-2.json``, and so on: nothing is overwritten."""
@@ -19,11 +21,17 @@ def free_path(out: Path, dry: bool) -> Path:
 
 def told(found: Mapping[str, Any]) -> str:
     """What is printed about a part while the others run: failures, skipped attempts, its reason and notes."""
-    failed = [check["name"] for check in found["checks"] if not check["passed"]]
-    lines = [*(f"FAILED: {name}" for name in failed), *(f"skipped {text}" for text in found["skipped"])]
+    failed = [f"{check['name']}{_measured(check)}" for check in found["checks"] if not check["passed"]]
+    lines = [*(f"FAILED: {text}" for text in failed), *(f"skipped {text}" for text in found["skipped"])]
     if found["reason"]:
         lines.append(found["reason"].splitlines()[-1])
     return "".join(f"\n    {line}" for line in [*lines, *found["notes"]])
+
+
+def _measured(check: Mapping[str, Any]) -> str:
+    """What a check holds beside its verdict, on one line: of an error's words the last."""
+    lines = {key: str(value).splitlines() for key, value in check.items() if key not in ("name", "passed", "reason")}
+    return "".join(f"; {key}: {said[-1][:MOST]}" for key, said in lines.items() if said)
 
 
 def summary(result: Mapping[str, Any]) -> list[dict[str, object]]:

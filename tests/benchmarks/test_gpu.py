@@ -91,7 +91,7 @@ def test_failed_checks_count_and_fail_the_command(
     assert (result["checks_passed"], result["checks_failed"]) == (4, 3)
     assert [part["status"] for part in result["parts"]] == ["done", "done", "failed", "empty", "skipped", "done"]
     said = capsys.readouterr().out
-    assert "FAILED: it is so" in said
+    assert "FAILED: it is so; px: 0.5; allowed_px: 0.1; said: ValueError: too far apart\n" in said
     assert "4 checks passed, 3 failed, 1 part failed, 1 part empty, 1 part skipped" in said
     assert [path.suffix for path in (tmp_path / "out").iterdir()] == [".json"]
     assert gpu.main(["--dry-run", "--out", str(tmp_path / "some"), "--only", "fine, lacks"]) == 0

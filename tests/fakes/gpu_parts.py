@@ -43,7 +43,7 @@ def fine(findings: Findings, settings: Settings) -> None:
 
 
 def wrong(findings: Findings, settings: Settings) -> None:
-    findings.check("it is so", False)
+    findings.check("it is so", False, px=0.5, allowed_px=0.1, said="Traceback ...\nValueError: too far apart")
 
 
 def silent(findings: Findings, settings: Settings) -> None:
