@@ -13,6 +13,8 @@ import pytest
 from benchmarks.gpu import machine, sanitizer, tests
 from benchmarks.gpu.findings import Settings
 from benchmarks.measure import Skipped
+from flowreel.engine.errors import MissingDependencyError
+from flowreel.kernels import compiling, launch
 from tests.fakes.gpu_parts import Found
 
 # --- the machine ------------------------------------------------------------------------------------------------------
@@ -36,6 +38,20 @@ def test_what_is_known_of_the_machine_is_saved_before_anything_can_fail(
     with pytest.raises(ZeroDivisionError):
         machine.describe(findings, Settings("cuda", False, str(tmp_path), str(tmp_path)))
     assert (findings["head"]["gpu"], findings["head"]["commit"]) == ("Abacus", "abc")
+
+
+@pytest.mark.parametrize("lacking", ["load_cupy", "prepare"])
+def test_kernels_that_cannot_run_are_a_failure_and_not_left_out(
+    lacking: str, findings: Found, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(*_: object) -> None:
+        raise MissingDependencyError("our CUDA kernels need CuPy")
+
+    monkeypatch.setattr(launch, "prepare", lambda device: None)
+    monkeypatch.setattr(compiling if lacking == "load_cupy" else launch, lacking, absent)
+    findings.attempt(machine.COMPILED, lambda: machine._load(findings))
+    (check,) = findings["checks"]
+    assert (check["passed"], check["said"]) == (False, "our CUDA kernels need CuPy")
 
 
 # --- compute-sanitizer ------------------------------------------------------------------------------------------------
