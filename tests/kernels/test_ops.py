@@ -1,6 +1,6 @@
 """The contract of every operation: correct registration with torch, gradients, fake tensors, compilation.
 
-One line in ``OPERATIONS`` adds an operation.
+One line in ``OPERATIONS`` adds an operation that has gradients.
 """
 
 from __future__ import annotations
