@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.gpu import machine, sanitizer, tests
+from benchmarks.gpu import launch_all, machine, sanitizer, tests
 from benchmarks.gpu.findings import Settings
 from benchmarks.measure import Skipped
 from flowreel.engine.errors import MissingDependencyError
@@ -140,10 +144,25 @@ def test_a_sanitizer_that_breaks_at_every_kernel_proves_nothing(
         sanitizer.racecheck(findings, Settings("cuda", False, str(tmp_path), str(tmp_path)))
 
 
-def test_every_kernel_is_among_those_that_are_watched() -> None:
-    names = [path.stem for path in (tests.ROOT / "kernels" / "cuda").glob("*.cu")]
-    assert names
-    assert all(any(f"{name}_".startswith(kernel) for kernel in sanitizer.KERNELS) for name in names)
+class AsOnAGpu(TorchDispatchMode):
+    """Our operations take a CPU's tensors for those of a GPU."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "flowreel":
+            return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args)
+        return func(*args, **(kwargs or {}))
+
+
+def test_every_kernel_is_launched_and_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: set[str] = set()
+    monkeypatch.setattr(launch, "cupy_is_there", lambda: True)
+    monkeypatch.setattr(launch, "_kernel", lambda source, entry, device: launched.add(entry))
+    monkeypatch.setattr(launch, "start", lambda *_: None)
+    with AsOnAGpu():
+        launch_all.main("cpu")
+    budget = json.loads((tests.ROOT / "tests/kernels/cuda_budget.json").read_text())  # names all that there are
+    assert launched == {entry for entries in budget.values() for entry in entries}
+    assert {entry for entry in launched if not entry.startswith(sanitizer.KERNELS)} == set()
 
 
 # --- the tests --------------------------------------------------------------------------------------------------------
