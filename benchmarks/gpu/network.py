@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -69,9 +70,6 @@ def _effort(settings: Settings) -> Effort:
     return Effort(least=2, most=2, cap_s=0.1) if settings.dry else Effort(least=5, most=30, cap_s=1.5)
 
 
-# --- fast -------------------------------------------------------------------------------------------------------------
-
-
 def times(findings: Findings, settings: Settings) -> None:
     """Pairs/s of ``flowreel.compile``'s result on random frames on the device, several batches in turn."""
     for one in DRY if settings.dry else TIMED:
@@ -92,7 +90,7 @@ def _time(findings: Findings, one: Timed, settings: Settings) -> None:
 
 def _cells(one: Timed, settings: Settings) -> dict[str, Any]:
     on_gpu, sync = settings.device == "cuda", device_sync(settings.device)
-    net = network(one.model, settings)
+    network(one.model, settings)  # stays in its cache, so its weights are not counted below
     gc.collect()
     before, at_first = 0, 0
     if on_gpu:
@@ -101,8 +99,7 @@ def _cells(one: Timed, settings: Settings) -> dict[str, Any]:
         before = torch.cuda.memory_reserved()
     frames = inputs(one, settings)
     turns = itertools.cycle(itertools.pairwise([*frames, frames[0]]))
-    height, width = SIZES[one.size]
-    fast = flowreel.compile(net, (one.batch, height, width), one.precision)
+    fast = made(one, settings)
     fast(*next(turns))
     sync()
     if on_gpu:  # memory needed only while compiling is reported separately
@@ -113,6 +110,6 @@ def _cells(one: Timed, settings: Settings) -> dict[str, Any]:
     cells: dict[str, Any] = {"pairs/s": sample.rate(one.batch).cell(), "ms/pair": sample.times(1e3 / one.batch).cell()}
     if on_gpu:
         taken = torch.cuda.max_memory_reserved() - before
-        cells |= {"GPU MB": taken / 1e6, "bytes/pixel": taken / (one.batch * height * width)}
+        cells |= {"GPU MB": taken / 1e6, "bytes/pixel": taken / (one.batch * math.prod(SIZES[one.size]))}
         cells["GPU MB at first"] = at_first / 1e6
     return cells
