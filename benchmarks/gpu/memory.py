@@ -35,14 +35,14 @@ def _long(findings: Findings, settings: Settings) -> None:
     ):
         seen += len(batch.frame)
         if seen >= (len(samples) + 1) * count // 10:
-            samples.append((seen, _resident_mb(), _card_mb(settings)))
+            samples.append((seen, _resident_mb(), _gpu_mb(settings)))
             findings.row(flows=seen, host_mb=samples[-1][1], gpu_mb=samples[-1][2])
     findings.check("every flow came", seen == count - 1, flows=seen)
-    for place, name in ((1, "host"), (2, "card")):
+    for place, name in ((1, "host"), (2, "GPU")):
         early, late = samples[1][place], samples[-1][place]
         findings.check(f"memory of the {name} is flat", late <= early * GROWTH + 1, early_mb=early, late_mb=late)
     findings.add(
-        headline=f"{seen} flows: host {samples[1][1]:.0f} to {samples[-1][1]:.0f} MB, card {samples[-1][2]:.0f} MB"
+        headline=f"{seen} flows: host {samples[1][1]:.0f} to {samples[-1][1]:.0f} MB, GPU {samples[-1][2]:.0f} MB"
     )
 
 
@@ -54,7 +54,7 @@ def _resident_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
-def _card_mb(settings: Settings) -> float:
+def _gpu_mb(settings: Settings) -> float:
     """All GPU memory in use, by any library."""
     if settings.device == "cpu":
         return 0.0

@@ -25,7 +25,7 @@ class Part:
 
 
 PARTS = (
-    Part("machine", f"{HERE}.machine", "describe", 120, "card, driver, versions; whether our kernels compile there"),
+    Part("machine", f"{HERE}.machine", "describe", 120, "GPU, driver, versions; whether our kernels compile there"),
     Part("kernels", f"{HERE}.kernels", "check", 60, "each kernel against its definition in float64", env=BLAMED),
     # Without BLAMED: waiting for each of 250,000 small operations took longer than a slow machine has time for.
     Part("tests kernels", f"{HERE}.tests", "kernels", 75, "the tests of the kernels that take a GPU", env=ALONE),

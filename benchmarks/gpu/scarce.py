@@ -45,7 +45,7 @@ class Taken(NamedTuple):
 def check(findings: Findings, settings: Settings) -> None:
     """Uses float32, whose results can be compared closely."""
     runs = Runs(settings)
-    ways: dict[str, Room] = {"a limit": limited, "a full card": beside_a_hog} if not settings.dry else {"as if": as_if}
+    ways: dict[str, Room] = {"a limit": limited, "a full GPU": beside_a_hog} if not settings.dry else {"as if": as_if}
     for name, room in ways.items():
         findings.attempt(f"{name}, too little for a batch", partial(_for_a_batch, findings, name, room, runs))
         findings.attempt(f"{name}, too little for a pair", partial(_for_a_pair, findings, name, room, runs))

@@ -62,7 +62,7 @@ def run_tests(findings: Findings, name: str, *options: str) -> None:
     count, words = recorder.collected, said.getvalue()[-LAST_WORDS:]
     findings.check(f"{name}: tests are found", count > 0, tests=count, code=int(code), said=words)
     if recorder.lost:
-        raise RuntimeError("an error has made the card unusable for this process: the tests after it did not run")
+        raise RuntimeError("an error has made the GPU unusable for this process: the tests after it did not run")
 
 
 class Recorder:
@@ -85,7 +85,7 @@ class Recorder:
         if report.failed:
             self._findings.check(report.nodeid, False, said=report.longreprtext[-LAST_WORDS:])
             if device_is_lost():
-                self.lost, self._session.shouldstop = True, "the card is lost"
+                self.lost, self._session.shouldstop = True, "the GPU is lost"
         elif report.skipped:
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
             if NO_GPU in reason:
