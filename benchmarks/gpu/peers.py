@@ -31,28 +31,16 @@ def run(findings: Findings, settings: Settings) -> None:
 
 
 def _compare(findings: Findings, settings: Settings, name: str, size: tuple[int, int], effort: Effort) -> None:
-    rows = raft_rows(name, size, settings.device, "fp32" if settings.dry else "fp16", effort)
-    for row in rows:
-        findings.row(**row)
-    if name in (next(iter(SIZES)), *DRY):
-        times = next(row["its time / ours"]["median"] for row in rows if row["peer"] == RAFT)
-        findings.add(headline=f"{name}: {RAFT} takes {times:.1f} times as long as {OURS}")
-
-
-def raft_rows(name: str, size: tuple[int, int], device: str, precision: str, effort: Effort) -> list[dict[str, Any]]:
-    """Both in turn, on frames of one size (height, width). Raises Skipped when torchvision cannot be used."""
+    """On frames of one size (height, width)."""
     with tempfile.TemporaryDirectory() as folder:
-        ways = raft_and_ours(device, precision, *size, Path(folder))
-    found = alternated({RAFT: ways[0], OURS: ways[1]}, effort, device_sync(device))
-    return [
-        {
-            "peer": peer,
-            "size": name,
-            "pairs/s": Sample.of(seconds).rate(1).cell(),
-            "its time / ours": ratio(seconds, found[OURS]),
-        }
-        for peer, seconds in found.items()
-    ]
+        theirs, ours = raft_and_ours(settings.device, "fp32" if settings.dry else "fp16", *size, Path(folder))
+    found = alternated({RAFT: theirs, OURS: ours}, effort, device_sync(settings.device))
+    times = {peer: ratio(seconds, found[OURS]) for peer, seconds in found.items()}
+    for peer, seconds in found.items():
+        rate = Sample.of(seconds).rate(1).cell()
+        findings.row(peer=peer, size=name, **{"pairs/s": rate, "its time / ours": times[peer]})
+    if name in (next(iter(SIZES)), *DRY):
+        findings.add(headline=f"{name}: {RAFT} takes {times[RAFT]['median']:.1f} times as long as {OURS}")
 
 
 def raft_and_ours(device: str, precision: str, height: int, width: int, folder: Path) -> tuple[Action, Action]:

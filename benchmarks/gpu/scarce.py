@@ -29,8 +29,8 @@ MODEL = "FlowNet2C"  # a single network: a stack amplifies rounding differences
 BATCH, FEWER = 8, 2  # pairs: the batch requested, and one that surely fits
 SAME = 3e-5  # of the largest component: two runs with equal batches may be given different algorithms
 WENT_ON = re.compile(r"pairs a batch did not fit in the memory of .*: (\d+) from flow")  # from ``engine/inference.py``
-BLOCK, MOST_AT_ONCE = 2 << 20, 1 << 30  # bytes, for taking the rest: the allocator rounds up to whole blocks
 WORDS = "too little free memory"  # likewise
+BLOCK, MOST_AT_ONCE = 2 << 20, 1 << 30  # bytes, for taking the rest: the allocator rounds up to whole blocks
 
 Room = Callable[[int], AbstractContextManager[None]]  # of the bytes that may be used in total; in a dry run, pairs
 
