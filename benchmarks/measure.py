@@ -80,16 +80,16 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return first, median, third
 
 
-def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """An interval that contains the true median with at least this confidence, for any distribution: the sign test's.
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """An interval that contains the true median with at least 95 % confidence, for any distribution: the sign test's.
 
-    With too few values for the confidence (fewer than 6 for 95 %) it is from the smallest to the largest value.
+    With fewer than 6 values, too few for that, it is from the smallest to the largest one.
     """
     ordered, count = sorted(values), len(values)
     tail, drop = 0.0, 0
     while True:
         tail += math.comb(count, drop) / 2**count  # the chance that at most ``drop`` values lie below the median
-        if 2 * tail > 1 - confidence or drop >= count // 2:
+        if 2 * tail > 0.05 or drop >= count // 2:
             break
         drop += 1
     drop = max(drop - 1, 0)
