@@ -49,7 +49,7 @@ PARTS = (
     ),
     Part("run profile", f"{HERE}.run_profile", "run", 80, "what bounds a whole run: its ends and threads", True),
     Part("kernel times", f"{HERE}.kernel_times", "run", 75, "each kernel beside torch's and flownet2-pytorch's", True),
-    Part("peers", f"{HERE}.peers", "run", 45, "torchvision's RAFT-small beside FlowNet2-C", True),
+    Part("peers", f"{HERE}.peers", "run", 45, "torchvision's RAFT-small beside FlowNet2C", True),
     Part("profile", f"{HERE}.profile", "run", 60, "which kernels the time goes into, and what bounds the run", True),
     Part(
         "training times",
