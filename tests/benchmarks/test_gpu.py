@@ -134,6 +134,13 @@ def test_no_part_takes_the_time_of_those_after_it(tmp_path: Path, monkeypatch: p
     assert result_in(tmp_path)["seconds"] == 550
 
 
+def test_a_part_is_not_begun_just_to_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not PARTS[0].least_s  # left out, it would look like a machine without torch
+    monkeypatch.setattr(gpu, "PARTS", [part("fine"), part("silent")])
+    assert gpu.main(["--dry-run", "--out", str(tmp_path), "--seconds", "0.2"]) == 0
+    assert [part["status"] for part in result_in(tmp_path)["parts"]] == ["skipped"] * 2
+
+
 def test_a_second_run_on_a_day_overwrites_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "PARTS", [part("fine")])
     for _ in range(3):
