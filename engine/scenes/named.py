@@ -15,7 +15,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from flowreel.engine.errors import UsageError
-from flowreel.engine.scenes.outlines import BarOutline, Outline, polygon, radial_outline
+from flowreel.engine.scenes.outlines import ANGLES, AROUND, BarOutline, Outline, polygon, radial_outline
 from flowreel.engine.scenes.scene import Bend, Layer, Matrix, Pose, Scene, similarity
 from flowreel.engine.scenes.textures import make_texture
 
@@ -84,21 +84,19 @@ class _Actor:
 
 
 def _wavy(lobes: int, depth: float) -> Callable[[float], Outline]:
-    angles = -np.pi + 2 * np.pi * np.arange(512) / 512
-    return lambda radius: radial_outline(radius * (1 - depth + depth * np.cos(lobes * angles)))
+    return lambda radius: radial_outline(radius * (1 - depth + depth * np.cos(lobes * AROUND)))
 
 
 def _regular(corners: int, inner: float = 1.0) -> Callable[[float], Outline]:
     """A regular polygon; with ``inner`` < 1 a star, whose every second corner is at ``inner`` times the radius."""
-    angles = -np.pi + 2 * np.pi * np.arange(512) / 512
     count = corners if inner == 1 else 2 * corners
     at = -np.pi + 2 * np.pi * (np.arange(count) + 0.5) / count
     shares = np.where(np.arange(count) % 2 == 0, 1.0, inner)
-    return lambda radius: radial_outline(polygon(angles, at, radius * shares))
+    return lambda radius: radial_outline(polygon(AROUND, at, radius * shares))
 
 
 def _ring(hole: float) -> Callable[[float], Outline]:
-    return lambda radius: radial_outline(np.full(512, radius), hole)
+    return lambda radius: radial_outline(np.full(ANGLES, radius), hole)
 
 
 _CAST = (  # back to front; neighbours differ in texture, so that each stands out from the next

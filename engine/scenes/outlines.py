@@ -14,7 +14,8 @@ from torch import Tensor
 Radii = npt.NDArray[np.float64]  # (n,) radii in object px, or their angles in radians
 Length = float | Tensor  # object px; for M outlines at once (M, 1, 1), with points (M, h, w)
 
-ANGLES = 512  # samples of a random outline's radius
+ANGLES = 512  # samples of an outline's radius
+AROUND: Radii = -np.pi + 2 * np.pi * np.arange(ANGLES) / ANGLES  # the angles they are taken at
 
 
 class Outline(Protocol):
@@ -131,23 +132,22 @@ def polygon(angles: Radii, corner_angles: Radii, corner_radii: Radii) -> Radii:
 
 def random_outline(rng: np.random.Generator, radius: float) -> Outline:
     """A polygon, wobbly blob or ellipse, some with a hole, a bar or a grating; outer radius about ``radius`` px."""
-    angles = -np.pi + 2 * np.pi * np.arange(ANGLES) / ANGLES
     hole = float(rng.uniform(0.35, 0.8)) if rng.random() < 0.12 else 0.0
     kind = rng.choice(5, p=[0.34, 0.27, 0.17, 0.16, 0.06])
     if kind == 0:  # smooth and wobbly
         order = np.arange(2, 9)[:, None]
         strength = rng.normal(0, rng.uniform(0.1, 0.5), (7, 1)) / order
-        wobble = (strength * np.cos(order * angles + rng.uniform(0, 6.3, (7, 1)))).sum(0)
-        shape = np.exp(wobble) / np.sqrt(1 - rng.uniform(0, 0.85) * np.cos(angles) ** 2)
+        wobble = (strength * np.cos(order * AROUND + rng.uniform(0, 6.3, (7, 1)))).sum(0)
+        shape = np.exp(wobble) / np.sqrt(1 - rng.uniform(0, 0.85) * np.cos(AROUND) ** 2)
         return radial_outline(radius * shape / shape.max(), hole)
     if kind == 1:  # a polygon, convex or not: straight edges between corners
         corners = int(rng.integers(3, 10))
         at = np.sort((np.arange(corners) + rng.uniform(-0.35, 0.35, corners)) / corners * 2 * np.pi) - np.pi
         reach = radius * rng.uniform(rng.uniform(0.25, 1), 1, corners)
-        return radial_outline(polygon(angles, at, reach), hole)
+        return radial_outline(polygon(AROUND, at, reach), hole)
     if kind == 2:  # an ellipse
         flat = rng.uniform(0.2, 1)
-        return radial_outline(radius * flat / np.hypot(flat * np.cos(angles), np.sin(angles)), hole)
+        return radial_outline(radius * flat / np.hypot(flat * np.cos(AROUND), np.sin(AROUND)), hole)
     if kind == 3:  # a bar, often thin
         return BarOutline(radius, max(radius * math.exp(rng.uniform(math.log(0.03), math.log(0.6))), 1.0))
     pitch = max(radius * rng.uniform(0.12, 0.5), 6.0)
