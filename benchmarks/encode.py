@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.ceilings import Ceilings
 from benchmarks.data import found
-from benchmarks.measure import Action, Effort, Sample, alternated
+from benchmarks.measure import Effort, Sample, timed
 from flowreel.engine.config import Codec, SinkConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
 from flowreel.sinks import open_sink, read_flo
@@ -108,9 +108,7 @@ def codec_rows(flows: Sequence[Flow], effort: Effort) -> list[dict[str, Any]]:
                 def encode(pool: ThreadPoolExecutor = pool, codec: Any = codec) -> object:
                     return list(pool.map(codec.encode, flows))
 
-                action: Action = encode
-                seconds = Sample.of(alternated({"": action}, effort)[""])
-            rate = seconds.rate(gigabytes).cell()
+                rate = timed(encode, effort).rate(gigabytes).cell()
             rows.append({"what": f"codec {kind}, {threads} thread{'s' * (threads > 1)}", "GB/s of flow": rate})
     return rows
 

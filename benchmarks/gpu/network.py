@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import flowreel
 from benchmarks.gpu.findings import Findings, Settings
-from benchmarks.measure import Effort, Sample, alternated, device_sync
+from benchmarks.measure import Effort, device_sync, timed
 from benchmarks.networks import filled
 from flowreel.engine.compiled import CompiledModel
 
@@ -106,7 +106,7 @@ def _cells(one: Timed, settings: Settings) -> dict[str, Any]:
         at_first = torch.cuda.max_memory_reserved() - before
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    sample = Sample.of(alternated({"": lambda: fast(*next(turns))}, _effort(settings), sync)[""])
+    sample = timed(lambda: fast(*next(turns)), _effort(settings), sync)
     cells: dict[str, Any] = {"pairs/s": sample.rate(one.batch).cell(), "ms/pair": sample.times(1e3 / one.batch).cell()}
     if on_gpu:
         taken = torch.cuda.max_memory_reserved() - before

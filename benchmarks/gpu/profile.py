@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.gpu.findings import Findings, Settings
 from benchmarks.gpu.network import DRY, SIZES, TIMED, Timed, inputs, made, network
-from benchmarks.measure import Effort, Sample, alternated, device_sync
+from benchmarks.measure import Effort, device_sync, timed
 from flowreel.engine.compiled import cuda
 
 CONVOLUTIONS = ("convolution_3_", "convolution_7_", "flow_head_")
@@ -34,7 +34,7 @@ def run(findings: Findings, settings: Settings) -> None:
     sync = device_sync(settings.device)
     fast(*frames)
     sync()
-    wall_s = Sample.of(alternated({"": lambda: fast(*frames)}, Effort(least=3, most=5, cap_s=1.0), sync)[""]).median
+    wall_s = timed(lambda: fast(*frames), Effort(least=3, most=5, cap_s=1.0), sync).median
     on_gpu = settings.device == "cuda"
     with profiled(on_gpu) as profiler:
         for _ in range(CALLS):
