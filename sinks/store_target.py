@@ -102,14 +102,14 @@ class LocalTarget:
     def start(self, overwrite: bool, afresh: bool = False) -> None:
         """Begins an empty unfinished store. A finished one stays until ``finish``; it is an error unless ``overwrite``.
 
-        afresh: an unfinished store is removed even without ``overwrite``.
+        afresh: an unfinished store is removed even without ``overwrite``; one that holds only metadata always is.
         """
         if self.final.exists() and not (self.final / "zarr.json").is_file():
             raise OutputExistsError(f"{self.final} exists and is not a Zarr store: remove it yourself if it can go")
         publish.require_absent(self.final, overwrite)
         publish.require_replaceable(self.final)
         assert self._claim is not None, "hold comes before start"
-        if not self._claim.made and not (overwrite or afresh):
+        if not self._claim.made and not (overwrite or afresh or self._is_bare()):
             raise OutputExistsError(
                 f"{self.folder} is an unfinished store of an earlier run: --resume continues what flowreel run began, "
                 "--overwrite starts afresh"
@@ -189,6 +189,10 @@ class LocalTarget:
         with suppress(OSError):  # as where the disk is gone
             if self._is_ours():
                 publish.remove(self.folder, ignore_errors=True)
+
+    def _is_bare(self) -> bool:
+        """Whether the unfinished store holds only metadata, so that there is nothing in it to continue."""
+        return self.folder.is_dir() and all(key.endswith(("zarr.json", ".partial")) for key in self.keys())
 
     def _is_ours(self) -> bool:
         """Whether the folder of the unfinished name is still the one that was locked."""

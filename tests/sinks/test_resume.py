@@ -266,6 +266,20 @@ def test_without_resume_an_unfinished_store_is_left_alone(tmp_path: Path) -> Non
         ZarrSink(str(tmp_path / "X.zarr"), config()).open(INFO)
 
 
+@pytest.mark.parametrize("flows", [0, 2])
+def test_a_run_killed_before_its_first_shard_left_nothing_to_ask_about(
+    tmp_path: Path, flows: int, whole: dict[str, bytes]
+) -> None:
+    """It used to stop the next run over many sources, which promises to do the rest."""
+    cut_after(tmp_path / "X.zarr", flows)
+    run(tmp_path / "X.zarr")
+    assert contents(tmp_path / "X.zarr") == whole
+    cut_after(tmp_path / "Y.zarr", flows)
+    Path(tmp_path, "Y.zarr.partial/mine").touch()
+    with pytest.raises(OutputExistsError, match="--resume"):
+        run(tmp_path / "Y.zarr")
+
+
 def in_a_child(action: Any) -> int:
     """Runs ``action`` in a forked process and returns the signal that ended it, or 0."""
     child = os.fork()
