@@ -120,12 +120,15 @@ def take_up(source: PathLike, config: RunConfig, sinks: Sequence[Sink], device: 
 def _grown(source: PathLike, info: FlowInfo, path: str, point: ResumePoint) -> bool:
     """Whether the source has grown since the store was finished. One that comes only once counts as unchanged.
 
-    Too few flows alone are no sign of it: frames that were missing then may have been accepted.
+    Too few flows alone are no sign of it: frames that were missing then may have been accepted. Nor need there be more
+    flows now where something was accepted: the last frame may have been cut.
     """
-    if comes_once(source) or info.flow_count is None or info.flow_count <= point.stored:
+    if comes_once(source) or info.flow_count is None:
         return False
-    recorded = open_store(path).attrs.get("source") or {}
-    return bool(recorded.get("size_bytes") != info.source.size_bytes)
+    recorded = open_store(path).attrs
+    if info.flow_count <= point.stored and not recorded.get("source_losses"):
+        return False
+    return bool((recorded.get("source") or {}).get("size_bytes") != info.source.size_bytes)
 
 
 def complete_already(resumed: Resumption, paths: list[str], config: RunConfig) -> RunReport:
