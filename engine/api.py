@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Unpack
 from flowreel.engine.config import DEFAULT_OUTPUT, Direction, QueueConfig, RunConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, Frame
 from flowreel.engine.device import Streams, download, resolve_device, upload
-from flowreel.engine.errors import TooFewFramesError, TruncatedSourceError, UsageError
+from flowreel.engine.errors import StageError, TooFewFramesError, TruncatedSourceError, UsageError
 from flowreel.engine.files import PathLike
 from flowreel.engine.forked import OfOneProcess, limit_threads_of_fork
 from flowreel.engine.inference import Inference, Network, load_network
@@ -112,8 +112,13 @@ def run_one(
         inference.make_ready(shard, header.flow_count, done)
         started_s = time.perf_counter()
         tell = teller(progress, tallies, header.flow_count)
-        pipeline.run({f"write {tally.sink.path}": tally.consume for tally in tallies}, tell)
-        if tallies[0].flows == 0:
+        try:
+            pipeline.run({f"write {tally.sink.path}": tally.consume for tally in tallies}, tell)
+        except StageError as error:
+            # Of the frames after the flow that is kept, damage may have left too few for another one.
+            if not (done and frames.losses and isinstance(error.__cause__, TooFewFramesError)):
+                raise
+        if tallies[0].flows == 0 and not done:
             raise TooFewFramesError(f"{_named(source)} gave fewer than two frames: there is no pair, so no flow")
         if resumed is not None:
             frames.losses[:0] = resumed.losses
@@ -125,7 +130,7 @@ def run_one(
         if not whole:
             raise TruncatedSourceError(
                 f"{_named(source)}: {'; '.join(frames.losses)}. What decoded is kept, marked as unfinished, beside "
-                f"{', '.join(paths)}; pass --tolerate-truncation to take it as the whole"
+                f"{', '.join(sink.path for sink in sinks)}; pass --tolerate-truncation to take it as the whole"
             )
         report = report_of(frames, inference, header, tallies, pipeline, (began_s, started_s, ended_s))
         report = replace(report, notes=(*report.notes, *without_effect(paths, config.sink)))

@@ -160,7 +160,7 @@ def unname_others(resumed: Resumption, paths: list[str], config: RunConfig) -> N
 def with_others(report: RunReport, resumed: Resumption, paths: list[str], config: RunConfig) -> RunReport:
     """Makes those of the other outputs that are missing from the complete store: other stores are copies of it."""
     outputs, notes = list(report.outputs), list(report.notes)
-    if report.pairs and resumed.point.flows:
+    if resumed.frames is not None and resumed.point.flows:
         notes.append(f"continued after {counted(resumed.point.flows, 'flow')} of an earlier run")
     for path in paths:
         if path == resumed.store.path:

@@ -197,6 +197,22 @@ def test_a_store_accepted_with_missing_frames_is_complete(tiny: str, clip: Calla
     assert sorted(os.listdir()) == ["X.zarr", "noise.avi"]
 
 
+def test_where_damage_leaves_no_flow_to_add_what_is_there_is_all(tiny: str, clip: Callable[..., Path]) -> None:
+    """Of the frames after the last whole shard only its own second one decodes."""
+    options: dict[str, Any] = {"weights": tiny, "shard_bytes": SHARD_BYTES, "batch": 4}
+    whole, places = noise(clip, "mjpeg", "yuvj420p")
+    Path("noise.avi").write_bytes(without_frames(whole, places, 9, 18)[: places[18]])
+    for again in (False, True):
+        with pytest.raises(TruncatedSourceError, match=r"1 of \d+ frames could not be decoded.* beside X.zarr; pass"):
+            flowreel.run("noise.avi", ["X.zarr", "X.mp4"] if again else "X.zarr", resume=again, **options)
+    report = flowreel.run("noise.avi", ["X.zarr", "X.mp4"], resume=True, tolerate_truncation=True, **options)
+    assert (report.pairs, report.flows) == (0, 8)
+    assert "continued after 8 flows of an earlier run" in report.notes
+    assert sorted(os.listdir()) == ["X.mp4", "X.zarr", "noise.avi"]
+    assert len(open_store("X.zarr")) == 8
+    assert any("could not be decoded" in loss for loss in open_store("X.zarr").attrs["source_losses"])
+
+
 def test_a_first_frame_that_is_missing_is_missed_again_when_the_source_has_grown(
     tiny: str, clip: Callable[..., Path]
 ) -> None:
