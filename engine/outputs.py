@@ -113,6 +113,13 @@ def opened_sinks(sinks: Sequence[Sink], header: FlowInfo, *, resumes: bool = Fal
         raise
 
 
+def named_files(sink: Sink) -> list[Path]:
+    """The files, or the folder, of a finished output."""
+    if isinstance(sink, OneFileAFlow):
+        return [file for file in sink.files() if not file.is_dir()]
+    return [Path(sink.path)] if is_finished(sink, 0) else []
+
+
 def unname(sink: Sink) -> None:
     """Gives a finished output its unfinished name again, as it is about to be made anew.
 
@@ -121,9 +128,8 @@ def unname(sink: Sink) -> None:
     """
     lock = path = Path(sink.path)
     if isinstance(sink, OneFileAFlow):
-        named, lock = [file for file in sink.files() if not file.is_dir()], path.with_name(f".{path.name}")
-    else:
-        named = [path] if is_finished(sink, 0) else []
+        lock = path.with_name(f".{path.name}")
+    named = named_files(sink)
     if not named:
         return
     with write_errors(sink.path):

@@ -16,7 +16,7 @@ from flowreel.engine.errors import OutputExistsError, ResumeMismatchError, TooFe
 from flowreel.engine.export import write_flows
 from flowreel.engine.files import PathLike
 from flowreel.engine.models.weights import read_weights
-from flowreel.engine.outputs import OutputReport, first_store, is_finished, unname
+from flowreel.engine.outputs import OutputReport, first_store, is_finished, named_files, unname
 from flowreel.engine.protocols import OneFileAFlow, Resumable, ResumableSink, ResumePoint, Sink, Source
 from flowreel.engine.provenance import settings
 from flowreel.engine.restore import Fit
@@ -82,6 +82,7 @@ def take_up(source: PathLike, config: RunConfig, sinks: Sequence[Sink], device: 
         SourceError: what ``open_source`` raises.
         DamagedStoreError: the store cannot be read.
         ResumeMismatchError: the source ends, or ``stop`` lies, before the frame where the store ends.
+        OutputExistsError: the store was never finished, but another output is there.
     """
     store = first_store(sinks)
     if store is None:
@@ -94,6 +95,7 @@ def take_up(source: PathLike, config: RunConfig, sinks: Sequence[Sink], device: 
             info = whole.info
         if not _grown(source, info, store.path, point):
             return Resumption(store, point, None, info)
+    _require_none_in_the_way(store, sinks)
     if point.loss is not None and not config.tolerate_truncation:
         point = store.resume_point(below=point.loss[1] + 1)
         if point is None:
@@ -115,6 +117,18 @@ def take_up(source: PathLike, config: RunConfig, sinks: Sequence[Sink], device: 
                     "run it as before, or start afresh with --overwrite"
                 ) from error
             point = earlier
+
+
+def _require_none_in_the_way(store: Sink, sinks: Sequence[Sink]) -> None:
+    """Raises OutputExistsError for another output that is there though the store was never finished.
+
+    It would be replaced at the end, and is hardly of the run that is resumed: that one names the store first.
+    """
+    there = [] if is_finished(store, 0) else [file for sink in sinks for file in named_files(sink)]
+    if there:
+        raise OutputExistsError(
+            f"{there[0]} is already there, though {store.path} is unfinished: remove it, or choose another name"
+        )
 
 
 def _grown(source: PathLike, info: FlowInfo, path: str, point: ResumePoint) -> bool:
@@ -167,7 +181,7 @@ def with_others(report: RunReport, resumed: Resumption, paths: list[str], config
             continue
         sink = open_sink(path, config.sink)
         if is_finished(sink, report.flows):
-            notes.append(f"{path} exists already")
+            notes.append(f"{path} exists already and stays as it is: to have it made anew, remove it first")
             continue
         # What is left of an unfinished single output is replaced. Of many files, nobody can tell whose they are, unless
         # a run was killed while it named them.

@@ -363,6 +363,21 @@ def test_files_that_a_killed_run_was_naming_are_made_again(tiny: str, output: st
         assert contents("flo") == sound
 
 
+@pytest.mark.parametrize("output", ["X.mp4", "flo/%03d.flo", "Y.zarr"])
+def test_what_appeared_while_a_store_was_unfinished_is_not_replaced(tiny: str, output: str) -> None:
+    options: dict[str, Any] = {"weights": tiny, "shard_bytes": SHARD_BYTES}
+    pictures("frames", 0, 9)
+    flowreel.run("frames", output, **options)
+    cut_run("frames", ["X.zarr"], 5, **options)
+    before = everything()
+    with pytest.raises(OutputExistsError, match=r"is already there, though X\.zarr is unfinished: remove it"):
+        flowreel.run("frames", ["X.zarr", output], resume=True, **options)
+    assert everything() == before
+    flowreel.run("frames", "X.zarr", resume=True, **options)
+    report = flowreel.run("frames", ["X.zarr", output], resume=True, **options)
+    assert f"{output} exists already and stays as it is: to have it made anew, remove it first" in report.notes
+
+
 def test_of_other_files_none_is_taken_for_those_of_a_killed_run(tiny: str) -> None:
     """Here some exist under both names: the unfinished ones are of a later run than the others."""
     pictures("frames", 0, 6)
