@@ -6,6 +6,7 @@ been opened and again when the source ends; in between it says interrupted, so t
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import closing
@@ -146,34 +147,35 @@ def _run_each(
         _attempt(job, missing, again, network, ledger, tell)
 
 
-def _as_sequence(source: str) -> str:
-    """What to suggest when one of several sources is a single image; empty for others."""
-    single_image = Path(source).suffix.lower() in IMAGE_SUFFIXES
-    return "to take images as one sequence, name their folder, or put the glob in quotes" if single_image else ""
-
-
 def _jobs(sources: list[str], templates: list[str]) -> list[Job]:
     """Each source with its outputs' names. Raises UsageError when two sources would share an output."""
     if not sources:
         raise UsageError("give at least one source")
-    if len(sources) > 1:
-        for template in templates:
-            if "{stem}" not in template:
-                hint = next(filter(None, map(as_weights, sources)), _as_sequence(sources[0]))
-                raise UsageError(
-                    f"with {len(sources)} sources each output's name must hold {{stem}}, which stands for the "
-                    f"source's: got {template!r}, expected something like 'out/{{stem}}.zarr'{hint and '; ' + hint}"
-                )
     by_stem: dict[str, str] = {}
     for source in sources:
         stem = source_stem(source)
         if stem in by_stem:
-            raise UsageError(
-                f"{by_stem[stem]} and {source} both go by the name {stem!r}, so their outputs would meet: "
-                f"{_as_sequence(source) or 'rename one, or run them apart'}"
-            )
+            raise UsageError(_alike(by_stem[stem], source, stem))
         by_stem[stem] = source
+    if len(sources) > 1:
+        for template in templates:
+            if "{stem}" not in template:
+                hint = next(filter(None, map(as_weights, sources)), "")
+                raise UsageError(
+                    f"with {len(sources)} sources each output's name must hold {{stem}}, which stands for the "
+                    f"source's: got {template!r}, expected something like 'out/{{stem}}.zarr'{hint and '; ' + hint}"
+                )
     return [Job(source, tuple(output_names(templates, source))) for source in sources]
+
+
+def _alike(one: str, other: str, stem: str) -> str:
+    """What to say of two sources whose outputs would have the same names. Images go by the name of their folder."""
+    if all(os.path.isfile(source) and Path(source).suffix.lower() in IMAGE_SUFFIXES for source in (one, other)):
+        return (
+            f"{one} and {other} are two images, not two sources: to take images as one sequence, name their folder, or "
+            "put the glob in quotes"
+        )
+    return f"{one} and {other} both go by the name {stem!r}, so their outputs would meet: rename one, or run them apart"
 
 
 def _held(config: ModelConfig) -> Weights:

@@ -459,6 +459,8 @@ def test_a_cut_source_stays_unfinished(tiny: str) -> None:
         (["in/a.mkv", "b.mp4", "a.mp4"], STORE, UsageError, "in/a.mkv and a.mp4"),
         (["a.mp4", "a.mp4"], STORE, UsageError, "a.mp4 and a.mp4"),
         (["-", "stdin.mp4"], STORE, UsageError, "- and stdin.mp4"),
+        (["1.png", "2.png"], "flow/%06d.flo", UsageError, "1.png and 2.png are two images, not two sources: to take"),
+        (["1.png", "2.png"], STORE, UsageError, "name their folder, or put the glob in quotes"),
     ],
 )
 def test_usage_is_checked_before_anything_runs(
@@ -471,6 +473,8 @@ def test_usage_is_checked_before_anything_runs(
 ) -> None:
     clip("a.mp4")
     clip("b.mp4")
+    for number in (1, 2):
+        Path(f"{number}.png").touch()
     before = sorted(Path().rglob("*"))
     with pytest.raises(error) as caught:
         run_many(sources, outputs, weights=tiny)
