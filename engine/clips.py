@@ -143,8 +143,8 @@ class FlowClips(Dataset[Any]):
         )
         if stride is not None and clips is not None:
             raise UsageError("stride and clips both say where clips lie: give one of them")
-        if bound is not None and not 0 < bound < float("inf"):
-            raise UsageError(f"bound must be a positive number of pixels or None, got {bound!r}")
+        if bound is not None:
+            bound = RunConfig.of(bound=bound).sink.bound
         if mirror and not random:
             raise UsageError("mirror is for random clips: fixed ones are the same every time")
         if labels is not None and len(labels) != len(self._given):

@@ -34,7 +34,7 @@ def model_name(name: str) -> str:
         UsageError: no model of that name.
     """
     for known in MODELS:
-        if known.lower() == name.lower():
+        if known.lower() == str(name).lower():  # whatever a caller gives
             return known
     raise UsageError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
 

@@ -349,6 +349,7 @@ class TestWhatGoesWrong:
             ({"stride": 2, "clips": 2}, "give one of them"),
             ({"bound": 0}, "bound must be"),
             ({"bound": float("nan")}, "bound must be"),
+            ({"bound": "x"}, "bound must be a number, got 'x'"),
             ({"mirror": True}, "mirror is for random clips"),
             ({"labels": [1]}, "got 1 label for 2 sources"),
             ({"crop": 100}, "100x100 cannot be cut out of 64x48"),

@@ -190,6 +190,8 @@ def test_model_names_in_any_case() -> None:
     assert model_name("flownet2css") == "FlowNet2CSS"
     with pytest.raises(UsageError, match="FlowNet2SD"):
         model_name("RAFT")
+    with pytest.raises(UsageError, match="unknown model 5"):
+        model_name(5)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="width"):
         build_model("FlowNet2C", width=0)
 
