@@ -41,8 +41,11 @@ try.
 
 from __future__ import annotations
 
+import pickle
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple, NoReturn
 
 
 class FlowreelError(Exception):
@@ -187,6 +190,26 @@ class StageError(FlowreelError):
     def __reduce__(self) -> tuple[type[StageError], tuple[str, int | None, BaseException]]:
         assert self.__cause__ is not None
         return StageError, (self.stage, self.frame, self.__cause__)
+
+
+class SentError(NamedTuple):
+    """An error on its way to another process, with its traceback, which it would lose."""
+
+    error: Exception
+    traceback: str
+
+    @classmethod
+    def of(cls, error: Exception) -> SentError:
+        """Of an error that cannot be pickled, its message goes."""
+        told = "".join(traceback.format_exception(error))
+        try:
+            return cls(pickle.loads(pickle.dumps(error)), told)
+        except Exception:
+            return cls(FlowreelError(f"{type(error).__name__}: {error}"), told)
+
+    def arise(self) -> NoReturn:
+        """Raises the error. Its cause has the traceback."""
+        raise self.error from FlowreelError(f"in another process:\n{self.traceback}")
 
 
 def lacks_memory(error: BaseException) -> bool:

@@ -13,7 +13,7 @@ import socket
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from flowreel.engine.errors import OutputWriteError
+from flowreel.engine.errors import SentError
 from flowreel.sinks.shared_memory import SharedView
 from flowreel.sinks.store_target import LocalTarget
 from flowreel.sinks.store_writer import shard_files
@@ -76,7 +76,7 @@ def serve(connection: int, memory: int) -> None:
                 steps = view.at(request.place, request.flows * request.setting.codec.flow_bytes)
                 answer: object = make(request, steps, lambda: _tell(None, stream))
             except Exception as error:
-                answer = _as_sent(error)
+                answer = SentError.of(error)
             _tell(answer, stream)
     os._exit(0)  # the parent waits for the exit, and there is nothing to clean up
 
@@ -84,11 +84,3 @@ def serve(connection: int, memory: int) -> None:
 def _tell(what: object, stream: Any) -> None:
     pickle.dump(what, stream)
     stream.flush()
-
-
-def _as_sent(error: Exception) -> Exception:
-    """The error itself if it can be pickled, else its message."""
-    try:
-        return pickle.loads(pickle.dumps(error))  # type: ignore[no-any-return]
-    except Exception:
-        return OutputWriteError(f"{type(error).__name__}: {error}")

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from flowreel.engine import publish
-from flowreel.engine.errors import OutputWriteError
+from flowreel.engine.errors import OutputWriteError, SentError
 from flowreel.sinks.shard_maker import THREADS, Request, Setting, make
 from flowreel.sinks.shared_memory import Buffer, SharedMemory
 from flowreel.sinks.store_layout import COORDINATES
@@ -241,8 +241,8 @@ class _Process:
                 f"cannot write {self._name}: the process that made shard {request.number} ended early "
                 f"(exit code {self._process.returncode})"
             ) from error
-        if isinstance(answer, Exception):
-            raise answer
+        if isinstance(answer, SentError):
+            answer.arise()
         made: tuple[list[str], int] = answer
         return made
 

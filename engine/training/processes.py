@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import TypeVar
 
-from flowreel.engine.errors import FlowreelError
+from flowreel.engine.errors import FlowreelError, SentError
 from flowreel.engine.pipeline import in_own_thread
 
 Result = TypeVar("Result")
@@ -34,7 +34,7 @@ def made_in_order(make: Callable[[int], Result], count: int, workers: int) -> Ge
 
     Raises:
         FlowreelError: a process ended early.
-        Exception: what ``make`` raised, in its turn.
+        Exception: what ``make`` raised, in its turn: see ``SentError``.
     """
     with ExitStack() as started:
         processes = dict(_start(make, started) for _ in range(workers))
@@ -54,8 +54,8 @@ def made_in_order(make: Callable[[int], Result], count: int, workers: int) -> Ge
                         with _at_work(process):
                             made[connection].append(connection.recv_bytes())
             answer = pickle.loads(here.popleft())
-            if isinstance(answer, Exception):
-                raise answer
+            if isinstance(answer, SentError):
+                answer.arise()
             yield answer
 
 
@@ -105,5 +105,5 @@ def _serve(make: Callable[[int], object], connection: Connection) -> None:
             try:
                 answer: object = make(number)
             except Exception as error:
-                answer = error
+                answer = SentError.of(error)
             connection.send_bytes(pickle.dumps(answer))  # by torch's way of sending, tensors go through shared memory

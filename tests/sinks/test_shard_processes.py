@@ -21,10 +21,10 @@ import torch
 
 from flowreel.engine.config import SinkConfig
 from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
-from flowreel.engine.errors import OutputWriteError, frame_of
+from flowreel.engine.errors import FlowreelError, OutputWriteError, SentError, frame_of
 from flowreel.sinks import open_store, shard_processes, shared_memory
 from flowreel.sinks.codecs import FlowCodec, flow_codec
-from flowreel.sinks.shard_maker import Request, _as_sent
+from flowreel.sinks.shard_maker import Request
 from flowreel.sinks.shard_processes import MOST_PROCESSES, ShardsInProcesses
 from flowreel.sinks.shared_memory import SharedMemory, SharedView
 from flowreel.sinks.zarr_store import ZarrSink
@@ -446,9 +446,9 @@ def test_what_does_not_go_through_a_pickle_is_told_in_words() -> None:
         def __init__(self, one: int, other: int) -> None:
             super().__init__(f"{one} of {other}")
 
-    told = _as_sent(OwnError(1, 2))
-    assert str(told) == "OwnError: 1 of 2"
-    kept = pickle.loads(pickle.dumps(_as_sent(OSError(errno.EIO, "no more"))))
+    told = SentError.of(OwnError(1, 2)).error
+    assert (type(told), str(told)) == (FlowreelError, "OwnError: 1 of 2")
+    kept = pickle.loads(pickle.dumps(SentError.of(OSError(errno.EIO, "no more")))).error
     assert (type(kept), kept.errno) == (OSError, errno.EIO)
 
 

@@ -160,8 +160,9 @@ def test_what_workers_make_comes_in_order_and_their_errors_in_turn() -> None:
     made = made_in_order(_number_and_threads, 9, workers=2)
     # One thread: another one that handed over tensors while Python exits could abort the process.
     assert [next(made).tolist() for _ in range(3)] == [[0, 1], [1, 1], [2, 1]]
-    with pytest.raises(ValueError, match="three"):
+    with pytest.raises(ValueError, match="three") as caught:
         next(made)
+    assert 'in _number_and_threads\n    raise ValueError("three")' in str(caught.value.__cause__)  # for --debug
     assert not multiprocessing.active_children()
 
 
