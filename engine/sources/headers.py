@@ -142,7 +142,7 @@ class SecondFields:
     """
 
     def __init__(self, extradata: bytes | None) -> None:
-        """``extradata``: of the codec context. It states ``possible``: whether frames may hold two fields."""
+        """``extradata``: of the codec context."""
         self.any_field = False  # whether any packet so far held a field, first or second
         self._sequences: dict[int, _Sequence] = {}
         self._sequence_of: dict[int, int] = {}  # by the number of the picture parameter set
@@ -152,11 +152,18 @@ class SecondFields:
         self._length_bytes = (head[4] & 3) + 1 if len(head) > 6 and head[0] == 1 else 0
         for _ in self._slices(_avcc_units(head) if self._length_bytes else _units(head)):
             pass
-        self.possible = any(sequence.has_fields for sequence in self._sequences.values())
 
-    def holds(self, data: memoryview) -> bool:
-        """Whether the packet holds a second field. To be called with every packet in file order."""
-        field = next(self._slices(_units(data, self._length_bytes)), None) if self.possible else None
+    @property
+    def possible(self) -> bool:
+        """Whether frames may hold two fields, by the parameter sets so far."""
+        return any(sequence.has_fields for sequence in self._sequences.values())
+
+    def holds(self, data: memoryview, is_key: bool = False) -> bool:
+        """Whether the packet holds a second field. To be called with every packet in file order.
+
+        is_key: of a key frame, which may bring other parameter sets, where recordings were joined.
+        """
+        field = next(self._slices(_units(data, self._length_bytes)), None) if is_key or self.possible else None
         self.any_field |= field is not None
         second = field is not None and field == self._awaited
         self._awaited = None if second or field is None else (field[0], 1 - field[1])

@@ -317,7 +317,7 @@ class _Hidden:
 
     def holds(self, packet: Packet[VideoStream]) -> bool:
         if self._second_fields is not None:
-            return self._second_fields.holds(memoryview(packet))
+            return self._second_fields.holds(memoryview(packet), packet.is_keyframe)
         return self._is_vp8 and not memoryview(packet)[0] & 0x10
 
 

@@ -407,6 +407,20 @@ def test_a_video_with_fields_is_interlaced_though_it_begins_with_whole_frames(tm
     assert numbers(open_source(path)) == list(range(8))
 
 
+def test_fields_are_found_where_a_recording_of_them_was_joined_to_one_of_whole_frames(
+    tmp_path: Path, clip: Clip
+) -> None:
+    """The first one's parameter sets allow no fields: each field was counted as a frame, half of them as missing."""
+    frames = clip("frames.ts", size=(64, 64), count=8)
+    fields = [(field(number // 2, number % 2 == 1, 90 + number), 1) for number in range(16)]
+    joined = tmp_path / "joined.ts"
+    joined.write_bytes(frames.read_bytes() + of_pictures(tmp_path / "fields.ts", fields).read_bytes())
+    source = open_source(joined)
+    assert any("two moments in each" in note for note in source.notes)
+    assert numbers(source) == list(range(16))
+    assert not source.losses
+
+
 def test_h264_in_asf(clip: Clip) -> None:
     """Whose packets have presentation stamps in the order of decoding."""
     frames = list(open_source(clip("packed.asf", count=30, b_frames=2), SelectConfig(start=3, stop=28)))
