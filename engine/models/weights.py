@@ -57,7 +57,8 @@ class Weights:
         return None if known is None else known.name
 
     def summary(self) -> dict[str, JSON]:
-        """The file's properties as plain values."""
+        """The file's properties as plain values. Raises WeightsMismatchError where tensors do not fit the network."""
+        instantiate(self, share=True)
         return {
             "kind": "weights",
             "name": self.name,

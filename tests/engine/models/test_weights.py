@@ -246,7 +246,11 @@ def test_tensors_of_another_shape_are_named(filled: Filled, tmp_path: Path) -> N
     del state["conv4.0.bias"]
     path = tmp_path / "x.pth"
     torch.save(state, path)
-    for use in (lambda: load_model(None, path), lambda: convert(path, tmp_path / "y.safetensors")):
+    for use in (
+        lambda: load_model(None, path),
+        lambda: convert(path, tmp_path / "y.safetensors"),
+        lambda: read_weights(path).summary(),  # flowreel info: not as if a run could use them
+    ):
         with pytest.raises(WeightsMismatchError, match=r"lacks conv4\.0\.bias.*conv2\.0\.weight"):
             use()
     assert list(tmp_path.iterdir()) == [path]
