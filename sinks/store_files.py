@@ -60,7 +60,7 @@ class StoreFiles:
         """Decodes one flow as it is stored into out, (2, h, w) float32; returns its chunk. None: it is not there."""
         try:
             return self._stored_flow(number, out)
-        except DamagedStoreError:  # perhaps only because a repair has replaced the shard that is remembered
+        except DamagedStoreError:  # perhaps only because the shard remembered has been replaced or removed
             for remembered in (self._indexes, self._flow_checksums):
                 remembered.pop(number // self._layout.shard_length, None)
             return self._stored_flow(number, out)
@@ -72,8 +72,6 @@ class StoreFiles:
             return None
         try:
             chunk = self.chunk(shard, *(int(value) for value in index[place]))
-        except FileNotFoundError:
-            return None
         except OSError as error:
             raise DamagedStoreError(f"cannot be read ({error.strerror or error})") from error
         self._layout.codec.decode(chunk, out)
@@ -90,7 +88,7 @@ class StoreFiles:
         length = self._layout.shard_length
         try:
             index = self.index(shard)
-            if index is None or (index == INDEX_MISSING).any() or self.misplaced_times(shard):
+            if index is None or self.misplaced_times(shard):
                 return False
             for name in self._layout.arrays:
                 self.coordinate_chunk(name, shard)
