@@ -178,8 +178,6 @@ class ShardRewriter:
         """
         shard, place = divmod(batch.index, self.store.shard_length)
         damage = self._damaged[shard]
-        if place == 0:
-            self._forget()
         if place != len(self._chunks):
             raise ValueError(f"flows arrive in order: expected place {len(self._chunks)} of the shard, got {place}")
         flows = batch.flow if self.store.layout.native is None else batch.native
@@ -193,7 +191,9 @@ class ShardRewriter:
             self.flows += 1
         if batch.index + len(batch) == damage.last_flow + 1:
             self._publish(damage)
-            self._forget()
+            self._chunks.clear()
+            for values in self._coordinates.values():
+                values.clear()
 
     def restore_places(self) -> None:
         """Writes damaged arrays of vector places again: their values follow from the metadata."""
@@ -208,11 +208,6 @@ class ShardRewriter:
             for path in list(self.store.folder.rglob("*.partial")):
                 if path.is_symlink() or not path.is_dir():
                     path.unlink(missing_ok=True)
-
-    def _forget(self) -> None:
-        self._chunks.clear()
-        for values in self._coordinates.values():
-            values.clear()
 
     def _publish(self, damage: ShardDamage) -> None:
         """In the run's order: times and checksums first, then the flow. Intact files stay as they are."""
