@@ -139,7 +139,7 @@ class StoreWriter:
         keys, nbytes = prepared
         with self._noting_failure(number, frame):
             try:
-                if any(failed < number for failed in self._failed):
+                if number - 1 in self._failed:  # and then every later one fails, too
                     raise OutputWriteError(
                         f"cannot write {self._target.name}: the shard before this one could not be written"
                     )
