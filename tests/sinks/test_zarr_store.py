@@ -718,6 +718,19 @@ def test_a_store_that_is_lost_on_the_way_does_not_end_as_a_whole_one(
         assert open_store(tmp_path / name).available == before // SHARD * SHARD
 
 
+def test_what_a_process_prepared_in_another_runs_folder_gets_no_name(tmp_path: Path) -> None:
+    """A process that makes shards holds no lock of its own, so it does not see that its folder was moved."""
+    target = LocalTarget(str(tmp_path / "X.zarr"))
+    target.hold()
+    target.start(overwrite=False)
+    target.folder.rename(tmp_path / "kept")
+    LocalTarget(str(tmp_path / "X.zarr")).prepare({"flow/c/0/0/0/0": [b"shard"]})
+    with pytest.raises(OutputWriteError, match="moved or removed meanwhile"):
+        target.publish(["flow/c/0/0/0/0"])
+    target.let_go()
+    assert not published_shards(target.folder)
+
+
 def test_a_disk_that_is_gone_does_not_hide_why_a_run_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sink = ZarrSink(str(tmp_path / "X.zarr"), config())
     sink.open(header(6))
