@@ -30,6 +30,7 @@ from flowreel.sinks.shard_file import pack_shard
 from flowreel.sinks.store_layout import BESIDE_FLOW, flow_shard
 from flowreel.sinks.store_metadata import store_metadata
 from flowreel.sinks.store_target import LocalTarget
+from flowreel.sinks.store_writer import pack_values
 from flowreel.sinks.zarr_store import ZarrSink
 from tests.sinks.waiting import flush
 
@@ -144,7 +145,10 @@ def test_temporaries_and_a_damaged_shard_are_made_again(
     assert len(deleted) == 1 + 2 * (1 + len(BESIDE_FLOW)) + 1
 
 
-@pytest.mark.parametrize("what", ["swapped shards", "swapped chunks", "times of elsewhere", "no checksums"])
+@pytest.mark.parametrize(
+    "what",
+    ["swapped shards", "swapped chunks", "times of elsewhere", "no checksums", "empty frame", "empty time_crc32c"],
+)
 def test_what_is_not_in_its_place_is_made_again(tmp_path: Path, whole: dict[str, bytes], what: str) -> None:
     """Files that are intact but in the wrong place are detected: the run resumes before the first of them."""
     cut_after(tmp_path / "X.zarr", 10)
@@ -162,8 +166,11 @@ def test_what_is_not_in_its_place_is_made_again(tmp_path: Path, whole: dict[str,
         second.write_bytes(b"".join(pack_shard([(chunk,) for chunk in chunks[::-1]], SHARD)))
     elif what == "times of elsewhere":
         shutil.copy(partial / "timestamp_s/c/2", partial / "timestamp_s/c/1")
-    else:
+    elif what == "no checksums":
         (partial / "flow_crc32c/c/1").write_bytes(b"")
+    else:
+        name = what.removeprefix("empty ")
+        (partial / name / "c/1").write_bytes(pack_values(name, [], SHARD))
     point = ZarrSink(str(tmp_path / "X.zarr"), config()).resume_point()
     assert point is not None
     assert point.flows == SHARD
