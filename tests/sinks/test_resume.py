@@ -591,3 +591,20 @@ def test_resuming_a_complete_store_ends_what_was_left_of_replacing_it(tmp_path: 
     assert point is not None
     assert point.complete
     assert os.listdir(tmp_path) == ["X.zarr"]
+
+
+def test_a_copy_that_the_disk_refuses_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path / "X.zarr")
+    real = shutil.copyfile
+    copied: list[Path] = []
+
+    def full(source: Path, destination: Path) -> None:
+        copied.append(real(source, destination))
+        if len(copied) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(OutputWriteError, match="No space left"):
+        ZarrSink(str(tmp_path / "Y.zarr"), config()).copy(str(tmp_path / "X.zarr"))
+    assert len(copied) == 3
+    assert os.listdir(tmp_path) == ["X.zarr"]

@@ -188,7 +188,10 @@ def test_mp4_starts_with_its_index(tmp_path: Path) -> None:
     assert 0 < contents.index(b"moov") < contents.index(b"mdat")
 
 
-@pytest.mark.parametrize("rate", [Fraction(24000, 1001), Fraction(179, 6), Fraction(60), Fraction(1, 2), None])
+@pytest.mark.parametrize(
+    "rate",
+    [Fraction(24000, 1001), Fraction(120000, 1001), Fraction(179, 6), Fraction(60), Fraction(1, 2), None],
+)
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_players_see_the_average_rate(tmp_path: Path, rate: Fraction | None, suffix: str) -> None:
     true_rate = rate or Fraction(25)
