@@ -236,7 +236,7 @@ class ShardRewriter:
             if values is None:
                 continue
             recorded = values[place : place + len(batch)]
-            off = ~(np.abs(recorded - came) <= SAME_TIME_S) & ~(np.isnan(recorded) & np.isnan(came))
+            off = ~(np.abs(recorded - came) <= SAME_TIME_S)  # also where none is recorded
             if off.any():
                 first = int(off.argmax())
                 raise ResumeMismatchError(

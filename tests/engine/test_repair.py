@@ -430,7 +430,18 @@ def test_fewer_bytes_or_another_size(weights: str) -> None:
     refused(ResumeMismatchError, "source was", "synthetic:objects?size=96x64&frames=9", weights=weights)
 
 
-def test_other_pictures_by_the_same_names_are_told_by_the_sound_flows(weights: str) -> None:
+def test_other_pictures_by_the_same_names_are_told_by_the_sound_flows(
+    weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where not every vector is known."""
+    flow = Inference.of_fitted
+
+    def one_unknown(inference: Inference, *frames: Any) -> torch.Tensor:
+        computed = flow(inference, *frames).clone()
+        computed[..., computed.shape[-2] // 2, computed.shape[-1] // 2] = torch.nan
+        return computed
+
+    monkeypatch.setattr(Inference, "of_fitted", one_unknown)
     flip(FLOW.format(1), 0.1)
     shutil.move("frames/000.png", "first.png")
     shutil.rmtree("frames")
