@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -225,17 +226,25 @@ def test_what_is_not_in_its_place_is_put_right(weights: str, damage: Callable[[]
 
 
 def test_only_what_cannot_be_read_is_taken_from_the_new_flow(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another processor computes slightly different flow: undamaged flows of the shard stay as first written."""
+    """Another processor computes slightly different flow: undamaged flows of the shard stay as first written, as do
+    their times."""
     flip(FLOW.format(1), 0.1)
     store = open_store("X.zarr")
     before = store[5:8]
     flow = Inference.of_fitted
     monkeypatch.setattr(Inference, "of_fitted", lambda self, *frames: flow(self, *frames) * 1.02 + 0.01)
+    real, times_s = api.pairs, store.timestamps_s
+
+    def rounded_otherwise(frames: Iterator[Frame]) -> Iterator[Frame]:
+        yield from (replace(frame, timestamp_s=frame.timestamp_s + 1e-9) for frame in frames)
+
+    monkeypatch.setattr(api, "pairs", lambda frames, **options: real(rounded_otherwise(frames), **options))
     report = repair("X.zarr", "frames", weights=weights)
     assert report.after.sound
     assert report.shards[0].flows == (4,)
     np.testing.assert_array_equal(store[4:8], open_store("X.zarr")[4:8])  # although it was open before
     np.testing.assert_array_equal(store[5:8], before)
+    np.testing.assert_array_equal(open_store("X.zarr").timestamps_s, times_s)
     assert not list(store.check())
     assert any("3 of 3 flows that could be read come out differently" in note for note in report.notes)
 
