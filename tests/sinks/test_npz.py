@@ -188,16 +188,30 @@ def test_headers_that_lie(tmp_path: Path, how: int, entry: bytes, message: str) 
         read_flow_npz(path)
 
 
+def claiming(path: Path, size: int) -> bytearray:
+    """A zip of one entry, changed to claim so many bytes uncompressed, in both places where that stands."""
+    data = bytearray(path.read_bytes())
+    for mark, place in ((b"PK\x01\x02", 24), (b"PK\x03\x04", 22)):
+        at = data.rindex(mark) + place
+        data[at : at + 4] = struct.pack("<I", size)
+    return data
+
+
+def test_an_entry_that_holds_less_than_it_claims(tmp_path: Path) -> None:
+    """Its checksum is that of what it holds."""
+    path = zipped(tmp_path / "x.npz", flow=npy(data=bytes(200)))
+    path.write_bytes(claiming(path, len(npy())))
+    with pytest.raises(FlowFileError, match="ends 40 bytes early"):
+        read_flow_npz(path)
+
+
 def test_bombs_take_no_memory(tmp_path: Path) -> None:
     size = 11_000 * 11_000 * 8  # 1 GB: still an allowed size, so it is not refused for the size alone
     bombs = [tmp_path / f"{number}.npz" for number in range(5)]
     entry = npy(shape=(11_000, 11_000, 2), data=bytes(1 << 20))
     header = len(entry) - (1 << 20)
     for short, lying, how in ((bombs[0], bombs[1], zipfile.ZIP_DEFLATED), (bombs[2], bombs[3], zipfile.ZIP_STORED)):
-        data = bytearray(zipped(short, how, flow=entry).read_bytes())
-        for mark, place in ((b"PK\x01\x02", 24), (b"PK\x03\x04", 22)):  # the uncompressed size, in both its places
-            at = data.rindex(mark) + place
-            data[at : at + 4] = struct.pack("<I", size + header)
+        data = claiming(zipped(short, how, flow=entry), size + header)
         lying.write_bytes(data)
         if how == zipfile.ZIP_DEFLATED:  # also lies about the compressed size
             at = data.rindex(b"PK\x01\x02") + 20
