@@ -25,11 +25,20 @@ def fill(folder: Path, text: str) -> Path:
 
 def test_bytes_appear_whole_with_their_parents(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b" / "file"
+    descriptors = os.listdir("/proc/self/fd")
     assert publish.publish_bytes(path, b"one", b"", b"two") == 6
+    assert os.listdir("/proc/self/fd") == descriptors
     assert path.read_bytes() == b"onetwo"
     assert list(path.parent.iterdir()) == [path]
     with pytest.raises(NotADirectoryError, match="file"):
         publish.make_folder(path / "deeper")
+
+
+def test_two_runs_may_make_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, real = tmp_path / "a" / "b", publish.sync_folder
+    monkeypatch.setattr(publish, "sync_folder", lambda path: (real(path), folder.mkdir(exist_ok=True)))
+    publish.make_folder(folder)
+    assert folder.is_dir()
 
 
 def test_replacing_a_file_is_one_step(tmp_path: Path) -> None:
@@ -93,10 +102,12 @@ def test_a_failing_step_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
 def test_write_errors_name_the_path_and_keep_the_cause() -> None:
     denied = PermissionError(errno.EACCES, "Permission denied")
-    expected = r"cannot write out\.zarr: Permission denied"
+    expected = r"cannot write out\.zarr: Permission denied$"
     with pytest.raises(OutputWriteError, match=expected) as caught, publish.write_errors("out.zarr"):
         raise denied
     assert caught.value.__cause__ is denied
+    with pytest.raises(OutputWriteError, match="of no known kind"), publish.write_errors("out.zarr"):
+        raise OSError("of no known kind")
     with pytest.raises(OutputExistsError, match="already"), publish.write_errors("out.zarr"):
         raise OutputExistsError("already there")
 
