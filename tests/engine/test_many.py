@@ -415,6 +415,18 @@ def test_what_a_killed_run_left_is_made_anew(template: str, tiny: str) -> None:
     assert not Path(f"{killed}.partial").exists()
 
 
+def test_what_a_killed_run_left_is_still_its_own_after_a_refusal(tiny: str) -> None:
+    outputs = [STORE, FLO]
+    run_many([clip("a.mp4", 4)], outputs, weights=tiny)
+    left = manifest() | {"made": {}}
+    left["sources"][0]["status"] = "interrupted"
+    Path("out/flowreel-manifest.json").write_text(json.dumps(left))
+    Path("out/a/0002.flo").unlink()
+    assert statuses(run_many(["a.mp4"], outputs, weights=tiny, max_error=0)) == ["failed"]  # the store differs
+    assert statuses(run_many(["a.mp4"], outputs, weights=tiny)) == ["done"]
+    assert len(os.listdir("out/a")) == 3
+
+
 def test_files_of_somebody_else_are_never_replaced(tiny: str) -> None:
     """Nor by a second run, when the manifest records that this source failed."""
     sources = [clip("a.mp4"), clip("b.mp4")]
