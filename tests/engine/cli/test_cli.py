@@ -142,9 +142,12 @@ def test_stats_to_a_closed_stdout_are_not_lost_in_silence(
     [
         (MemoryError("std::bad_alloc"), "this machine has too little free memory: end what else runs there"),
         (RuntimeError("can't start new thread"), "the system allows no more threads: end what else runs there"),
+        (OSError(errno.EIO, "Input/output error", "a.mp4"), "Input/output error: a.mp4\n"),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error\n"),
+        (RuntimeError("in two\n lines"), "unexpected RuntimeError: in two lines (--debug shows where)\n"),
     ],
 )
-def test_what_the_machine_lacks_is_told_in_plain_words(
+def test_what_was_not_foreseen_is_told_in_one_line(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
 ) -> None:
     def fails() -> None:
@@ -665,14 +668,15 @@ def test_ctrl_c_ends_with_130_and_nothing_finished(tiny: str) -> None:
     assert not Path("a.zarr").exists()
 
 
-def test_ctrl_c_while_the_commands_load(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("loaded", ["flowreel.engine.cli.app", "importlib.metadata"])  # the second within typer
+def test_ctrl_c_while_the_commands_load(loaded: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     class CtrlC:
         @staticmethod
         def find_spec(name: str, *_: object) -> None:
-            if name == "flowreel.engine.cli.app":
+            if name == loaded:
                 raise KeyboardInterrupt
 
-    monkeypatch.delitem(sys.modules, "flowreel.engine.cli.app", raising=False)
+    monkeypatch.delitem(sys.modules, loaded, raising=False)
     monkeypatch.setattr(sys, "meta_path", [CtrlC, *sys.meta_path])
     assert call(["--version"]) == 130
     assert one_line(capsys) == "flowreel: interrupted\n"
