@@ -415,12 +415,26 @@ def test_what_a_killed_run_left_is_made_anew(template: str, tiny: str) -> None:
     assert not Path(f"{killed}.partial").exists()
 
 
-def test_what_a_killed_run_left_is_still_its_own_after_a_refusal(tiny: str) -> None:
-    outputs = [STORE, FLO]
-    run_many([clip("a.mp4", 4)], outputs, weights=tiny)
+def as_if_killed() -> None:
+    """Makes the manifest of one finished source that of a run which was killed in it."""
     left = manifest() | {"made": {}}
     left["sources"][0]["status"] = "interrupted"
     Path("out/flowreel-manifest.json").write_text(json.dumps(left))
+
+
+def test_resume_continues_what_a_killed_run_left(tiny: str) -> None:
+    run_many([clip("a.mp4", 5)], STORE, weights=tiny, shard_bytes=1)  # each flow has a shard
+    as_if_killed()
+    Path("out/a.zarr").rename("out/a.zarr.partial")
+    Path("out/a.zarr.partial/flow/c/3/0/0/0").unlink()
+    (source,) = run_many(["a.mp4"], STORE, weights=tiny, shard_bytes=1, resume=True).sources
+    assert (source.status, source.run and source.run.pairs, len(open_store("out/a.zarr"))) == ("done", 1, 4)
+
+
+def test_what_a_killed_run_left_is_still_its_own_after_a_refusal(tiny: str) -> None:
+    outputs = [STORE, FLO]
+    run_many([clip("a.mp4", 4)], outputs, weights=tiny)
+    as_if_killed()
     Path("out/a/0002.flo").unlink()
     assert statuses(run_many(["a.mp4"], outputs, weights=tiny, max_error=0)) == ["failed"]  # the store differs
     assert statuses(run_many(["a.mp4"], outputs, weights=tiny)) == ["done"]
