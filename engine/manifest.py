@@ -158,9 +158,8 @@ class Ledger:
 
     def flows_before(self, job: Job) -> int | None:
         """Flows of a source that is done according to the former manifest; None where it is not."""
-        entry = self._former.get(_place(job.source), {})
-        flows = entry.get("flows")
-        return flows if entry.get("status") in ("done", "skipped") and isinstance(flows, int) else None
+        flows: int | None = self._former.get(_place(job.source), {}).get("flows")
+        return flows
 
     def left_unfinished(self, job: Job) -> bool:
         """Whether unfinished outputs of this source were left by the run that wrote the former manifest."""
