@@ -440,7 +440,7 @@ def test_what_a_killed_run_left_is_still_its_own_after_a_failure(outputs: list[s
     Path("a.mp4").rename("elsewhere.mp4")
     assert statuses(run_many(["a.mp4"], outputs, weights=tiny)) == ["failed"]
     Path("elsewhere.mp4").rename("a.mp4")
-    assert statuses(run_many(["a.mp4"], outputs, weights=tiny)) == ["done"]
+    assert statuses(run_many(["a.mp4"], FLO, weights=tiny)) == ["done"]
     assert len(os.listdir("out/a")) == 3
 
 
