@@ -115,7 +115,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         publish_file(temporary, path)
     except BaseException:
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            temporary.unlink()
         raise
     finally:
         claim.release()
@@ -298,5 +298,5 @@ def remove(path: Path, ignore_errors: bool = False) -> None:
             return shutil.rmtree(path, ignore_errors=True)
         with suppress(FileNotFoundError):  # deleted by another process
             shutil.rmtree(path)
-    with suppress(OSError) if ignore_errors else suppress(FileNotFoundError):
+    with suppress(OSError if ignore_errors else FileNotFoundError):
         path.unlink()

@@ -310,3 +310,5 @@ def test_what_two_runs_tidy_up_at_once_is_no_error(tmp_path: Path, monkeypatch: 
     publish.remove(tmp_path / "old", ignore_errors=True)
     with pytest.raises(PermissionError):
         publish.remove(tmp_path / "old")
+    publish.publish_folder(fill(tmp_path / "new", "y"), tmp_path / "old")  # what is left of the old one fails nothing
+    assert (tmp_path / "old" / "content").read_text() == "y"
