@@ -134,8 +134,9 @@ def test_dots_are_no_name(folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
 def test_options_that_no_output_reads_are_noted(folder: Path) -> None:
     bound = "bound has no effect here: it is for DIR/flow_x_%05d.jpg, DIR/flow_x_%05d.png"
     assert bound not in export(folder, "a.zarr", bound=9).notes  # the option also serves the reading of picture folders
-    notes = export("a.zarr", "b/%d.flo", bound=9, codec="zstd").notes
+    notes = export("a.zarr", "b/%d.flo", bound=9, codec="zstd", frame_rate=30).notes
     assert bound in notes
+    assert "what is read keeps its own times: the frame rate that was given does not apply" in notes
     assert "codec has no effect here: it is for X.zarr" in notes
     assert bound not in export("a.zarr", "c/flow_x_%d.png", bound=9).notes
     export("c", "c.zarr", bound=9)
