@@ -118,7 +118,7 @@ class FrameReader:
         old = self._kept.pop(picture.number, None)
         self.kept_bytes += picture.size_bytes - (0 if old is None else old.size_bytes)
         self._kept[picture.number] = picture
-        while self._kept and self.kept_bytes > self._most_bytes:
+        while self.kept_bytes > self._most_bytes:
             _, dropped = self._kept.popitem(last=False)
             self.kept_bytes -= dropped.size_bytes
 

@@ -6,7 +6,7 @@ import itertools
 import os
 import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from PIL import Image
 from flowreel.engine.config import SelectConfig
 from flowreel.engine.errors import SourceChangedError, SourceNotFoundError, TruncatedSourceError, UsageError
 from flowreel.engine.frame_reader import FrameReader
-from flowreel.engine.protocols import RandomAccess
+from flowreel.engine.protocols import Picture, RandomAccess
 from flowreel.engine.sources import open_random_access, open_source, pyav
 from flowreel.engine.sources.probe import probe_video
 
@@ -93,8 +93,9 @@ class TestWhatIsDecoded:
         assert (reader.decoded, reader.seeks) == (60, 0)
 
     @pytest.mark.parametrize("step", [2, 7, 25])
-    def test_forward_by_steps_never_seeks(self, keyed: Path, step: int) -> None:
+    def test_forward_by_steps_never_seeks(self, keyed: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
         source = open_random_access(keyed, SelectConfig(step=step))
+        monkeypatch.setattr(source, "reopening_frames", 1)  # as if seeking cost hardly anything
         reader = reader_of(source, 0)
         for number in source.wanted:
             reader.frame(number)
@@ -133,6 +134,9 @@ class TestWhatIsDecoded:
         reader = reader_of(open_random_access(tmp_path))
         assert [int(reader.frame(number).rgb[0, 0, 0]) for number in (7, 2, 7, 3, 8)] == [7, 2, 7, 3, 8]
         assert (reader.decoded, reader.seeks) == (4, 0)
+        reader = reader_of(open_random_access(tmp_path, SelectConfig(step=3)))
+        assert [int(reader.frame(number).rgb[0, 0, 0]) for number in (0, 3, 6)] == [0, 3, 6]
+        assert reader.decoded == 3
 
     def test_what_was_used_longest_ago_goes_first(self, keyed: Path) -> None:
         source = open_random_access(keyed)
@@ -147,6 +151,14 @@ class TestWhatIsDecoded:
         assert reader.decoded == decoded == 4
         reader.frame(1)
         assert reader.decoded == 6
+
+    def test_nothing_is_kept_when_it_is_closed(self, keyed: Path) -> None:
+        reader = reader_of(open_random_access(keyed))
+        reader.frame(5)
+        reader.close()
+        assert reader.kept_bytes == 0
+        reader.frame(5)
+        assert reader.decoded == 12
 
     def test_stretches_are_of_different_clips(self, keyed: Path) -> None:
         reader = reader_of(open_random_access(keyed))
@@ -192,6 +204,20 @@ class TestWhatGoesWrong:
             with pytest.raises(TruncatedSourceError, match=f"frame {number} of keyed.mp4 does not decode"):
                 reader.frame(number)
         assert reader.frame(3).index == 3
+
+    def test_ctrl_c_while_it_decodes_costs_no_frame(self, keyed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        source = open_random_access(keyed)
+        reader, real = reader_of(source), source.pictures_from
+
+        def stopped(number: int) -> Iterator[Picture]:
+            yield from itertools.islice(real(number), 3)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(source, "pictures_from", stopped)
+            with pytest.raises(KeyboardInterrupt):
+                reader.frame(9)
+        assert reader.frame(9).index == 9
 
     def test_a_source_that_vanishes(self, keyed: Path, tmp_path: Path) -> None:
         path = tmp_path / "gone.mp4"
