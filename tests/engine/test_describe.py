@@ -151,6 +151,7 @@ class TestVideos:
         [
             ([33, 34, 33], 0.001, True),  # 30 frames a second in a container of milliseconds
             ([33, 34, 33], 1 / 90000, True),  # the same, copied to a container with finer ticks
+            ([40, 50, 40], 0.01, True),  # 24 frames a second in a GIF
             ([33, 36, 33], 1 / 90000, False),
             ([40, 80, 40], 0.04, False),  # gaps one tick apart, but a tick is as long as a frame
             ([0, 1, 1], 0.001, False),
@@ -161,7 +162,8 @@ class TestVideos:
         assert describe_video._is_steady(np.array(gaps_ms) / 1e3, tick_s) is steady
 
     def test_every_stream(self, make_video: MakeVideo) -> None:
-        facts = told(make_video("two.mkv", list(range(6)), sizes=((64, 48), (128, 96)), sound=True))
+        path = make_video("two.mkv", list(range(6)), sizes=((64, 48), (128, 96)), sound=True)
+        facts = told(path)
         kinds = [(stream["index"], stream["type"]) for stream in facts["streams"]]
         assert kinds == [(0, "video"), (1, "video"), (2, "audio"), (3, "attachment")]
         assert [stream["language"] for stream in facts["streams"]] == [None, None, "deu", None]
@@ -171,6 +173,9 @@ class TestVideos:
         (used,) = [stream for stream in facts["streams"] if stream.get("used")]
         assert (used["index"], used["width"]) == (facts["stream_used"], facts["width"])
         assert parts(facts["streams"][2], "codec", "sample_rate", "channels") == ["aac", 44100, 2]
+        path.write_bytes(path.read_bytes().replace(b"A_AAC", b"A_ODD"))  # sound that FFmpeg has no decoder for
+        sound = told(path)["streams"][2]
+        assert (sound["type"], sound["codec"], "sample_rate" in sound) == ("audio", None, False)
 
     def test_a_cover_picture(self, tmp_path: Path) -> None:
         with av.open(str(tmp_path / "a.mp4"), "w") as container:

@@ -188,6 +188,8 @@ def test_neighbours_with_the_same_trouble_are_one_finding() -> None:
         StoreProblem("missing", 1, 2),
         StoreProblem("missing", 3, 6),
         StoreProblem("cut", 4, 8),
+        StoreProblem("worn", 5, 10),
+        StoreProblem("worn", 6, None),
         StoreProblem("elsewhere"),
     ]
     found = list(merged(iter(problems)))
@@ -196,6 +198,7 @@ def test_neighbours_with_the_same_trouble_are_one_finding() -> None:
         "flows 0 to 1: missing",
         "flow 3 (frame 6): missing",
         "flow 4 (frame 8): cut",
+        "flows 5 to 6: worn",
         "elsewhere",
     ]
     assert found[1] == Finding("missing", 0, 1, None, 2)
