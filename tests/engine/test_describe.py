@@ -290,7 +290,7 @@ class TestPictures:
             facts = told(name)
             assert parts(facts, "kind", "format", "mode", "width", "height") == ["images", "PNG", "RGB", 40, 30]
             assert parts(facts, "frames", "flows", "suffixes") == [3, 2, {".png": 3}]
-        facts = told(tmp_path / "0.png")
+        facts = told((tmp_path / "0.png").rename(tmp_path / "0.PNG"))
         assert parts(facts, "kind", "frames", "flows", "width") == ["images", 1, 0, 40]
 
     def test_synthetic(self) -> None:
