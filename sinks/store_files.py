@@ -176,7 +176,7 @@ class StoreFiles:
         differs = time_checksums(first, times) != written
         if not self._complete:  # after the last flow of a ragged shard there are no times
             differs &= (times["frame"] != -1) | (written != 0)
-        elif not differs.any():
+        if not differs.any() and (self._complete or shard in self._indexes):
             self._times_in_place.add(shard)
         return (first + np.flatnonzero(differs)).tolist()
 

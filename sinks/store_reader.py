@@ -105,6 +105,7 @@ class FlowStore:
         self.shard_length: int = self.layout.shard_length
         self.files = StoreFiles(self.folder, self.layout, self._finished)
         self._codec = self.layout.codec
+        self._whole_shards = 0  # found so far in an unfinished store, from the first on
         self._coordinates: dict[str, tuple[Array, int]] = {}  # name -> values, and how many flows there were then
 
     def __reduce__(self) -> tuple[type[FlowStore], tuple[Path]]:
@@ -132,13 +133,12 @@ class FlowStore:
         """Flows present, from the first on without a gap. Looks at the disk: an unfinished store may be growing."""
         if self.complete:
             return len(self)
-        count = 0
-        for shard in range(math.ceil(len(self) / self.shard_length)):
+        for shard in range(self._whole_shards, math.ceil(len(self) / self.shard_length)):
             there = self.files.published(shard)
-            count += there
             if there < self.shard_length:
-                break
-        return min(count, len(self))
+                return min(shard * self.shard_length + there, len(self))
+            self._whole_shards = shard + 1
+        return len(self)
 
     @property
     def state(self) -> str:

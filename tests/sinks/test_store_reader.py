@@ -35,13 +35,14 @@ from flowreel.engine.errors import (
     StoreNotFoundError,
     frame_of,
 )
-from flowreel.sinks import store_check, store_reader
+from flowreel.sinks import store_check, store_files, store_reader
 from flowreel.sinks.chunk_pieces import crc32c
 from flowreel.sinks.codecs import FlowCodec
 from flowreel.sinks.compressors import compress
 from flowreel.sinks.shard_file import pack_shard
 from flowreel.sinks.store_check import StoreProblem
 from flowreel.sinks.store_checksums import COVERED, flow_checksums, time_checksums
+from flowreel.sinks.store_files import StoreFiles
 from flowreel.sinks.store_layout import CHECKSUMS, COORDINATES, coordinate_chunk, flow_shard, open_file
 from flowreel.sinks.store_reader import FlowStore, open_store
 from flowreel.sinks.zarr_store import ZarrSink
@@ -792,6 +793,24 @@ def test_check_of_an_unfinished_store_reads_what_is_there(tmp_path: Path, decode
     assert [line.split(":")[0] for line in damaged] == ["flow 0 (frame 0)", "flow 1 (frame 2)", "flow 2 (frame 4)"]
     flow_shard(store.folder, 0).unlink()
     assert FlowStore(store.folder).available == 0  # flows behind a missing shard do not count
+
+
+def test_of_an_unfinished_store_each_whole_shard_is_looked_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading asks for times and numbers with each batch: of a long store that took far longer than its flow."""
+    store = make(tmp_path / "X.zarr", moving(3 * SHARD), announced=40, complete=False)
+    looked, checked = [], []
+    published, checksums = StoreFiles.published, store_files.time_checksums
+    monkeypatch.setattr(StoreFiles, "published", lambda self, shard: looked.append(shard) or published(self, shard))
+    monkeypatch.setattr(
+        store_files, "time_checksums", lambda first, times: checked.append(first) or checksums(first, times)
+    )
+    for name in (*COORDINATES, *COORDINATES):
+        assert store.available == 3 * SHARD
+        assert len(getattr(store, name.replace("timestamp", "timestamps"))) == 40
+    assert [looked.count(shard) for shard in (0, 1, 2)] == [1, 1, 1]
+    assert checked == [0, SHARD, 2 * SHARD]
 
 
 def test_metadata_copies_must_agree(tmp_path: Path) -> None:
