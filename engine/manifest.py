@@ -1,15 +1,16 @@
 """The outcome of each of many sources, in a file beside their outputs: the next run that reads it does what is left.
 
-The file is replaced atomically at every change, by one run at a time. It also records how outputs were made that do not
-record it themselves, which is all but stores. The next run may be started in another folder: names under ``made`` are
-relative to the manifest, and the others, which are as given, to ``folder``, which is relative to the manifest.
+The file is replaced atomically, by one run at a time, at every change that matters to the next run. It also records how
+outputs were made that do not record it themselves, which is all but stores. The next run may be started in another
+folder: names under ``made`` are relative to the manifest, and the others, which are as given, to ``folder``, which is
+relative to the manifest.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -77,6 +78,7 @@ class Ledger:
         self._folder = os.path.realpath(path.parent)
         self._jobs = jobs
         self._reports: dict[str, SourceReport] = {}
+        self._entries: dict[str, str] = {}  # the same as JSON, made once: each is written again at every change
         self._former, self._made = _former(path)
         self._claim: Claim | None = None  # taken at the first write
 
@@ -97,26 +99,33 @@ class Ledger:
         return job.source in self._reports
 
     def note(self, report: SourceReport) -> None:
-        """Replaces the source's report and writes the manifest."""
+        """Replaces the source's report and writes the manifest; after a skipped source, only with the next change.
+
+        To the next run the file says the same before. Writing takes as long as there are sources: many runs skip
+        thousands.
+        """
         self._hold()
         self._reports[report.source] = report
+        self._entries[report.source] = json.dumps(report.as_json())
         self._former.pop(_place(report.source), None)
-        self.write()
+        if report.status != "skipped":
+            self.write()
 
     def write(self, ended: bool = False) -> None:
         """Replaces the file atomically. Raises OutputBusyError while another run writes it; OutputWriteError."""
         self._hold()
-        content = {
-            FORMAT: 1,
-            "ended": ended,
-            "folder": os.path.relpath(os.getcwd(), self._folder),
-            "sources": [report.as_json() for report in self.reports],
-            "not_reached": [job.source for job in self._jobs if not self.has(job)],
-            "earlier": list(self._former.values()),
-            "made": self._made,
-        }
+        not_reached = (job.source for job in self._jobs if not self.has(job))
+        content = (
+            f'"{FORMAT}": 1',
+            f'"ended": {json.dumps(ended)}',
+            f'"folder": {json.dumps(os.path.relpath(os.getcwd(), self._folder))}',
+            f'"sources": {_in_lines("[]", self._entries.values())}',
+            f'"not_reached": {_in_lines("[]", map(json.dumps, not_reached))}',
+            f'"earlier": {_in_lines("[]", map(json.dumps, self._former.values()))}',
+            f'"made": {_in_lines("{}", (f"{json.dumps(path)}: {how}" for path, how in self._made.items()))}',
+        )
         try:
-            publish_bytes(self.path, json.dumps(content, indent=2).encode() + b"\n")
+            publish_bytes(self.path, _in_lines("{}", content).encode() + b"\n")
         except OSError as error:
             raise OutputWriteError(f"cannot write the manifest {self.path}: {error.strerror or error}") from error
 
@@ -149,12 +158,13 @@ class Ledger:
 
     def made(self, path: str) -> Mapping[str, Any]:
         """How a finished output was made."""
-        return self._made.get(os.path.relpath(_place(path), self._folder), {})
+        how: Mapping[str, Any] = json.loads(self._made.get(os.path.relpath(_place(path), self._folder), "{}"))
+        return how
 
     def remember(self, made: Mapping[str, dict[str, Any]]) -> None:
         """Records how finished outputs were made, by path. Written to the file with the next ``note``."""
         self._hold()
-        self._made |= {os.path.relpath(_place(path), self._folder): how for path, how in made.items()}
+        self._made |= {os.path.relpath(_place(path), self._folder): json.dumps(how) for path, how in made.items()}
 
     def flows_before(self, job: Job) -> int | None:
         """Flows of a source that is done according to the former manifest; None where it is not."""
@@ -174,9 +184,14 @@ def _place(name: str) -> str:
     return os.path.join(os.path.realpath(folder), last) if kind_of(name).is_path else name
 
 
-def _former(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-    """What an earlier run recorded: entries by the ``_place`` of their source, and how outputs were made, by their path
-    relative to the manifest.
+def _in_lines(brackets: str, entries: Iterable[str]) -> str:
+    """A JSON array or object with a line for each entry."""
+    return f"{brackets[0]}\n" + ",\n".join(entries) + f"\n{brackets[1]}"
+
+
+def _former(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """What an earlier run recorded: entries by the ``_place`` of their source, and how outputs were made, as JSON by
+    their path relative to the manifest.
 
     The names in the entries are turned into those from the present working folder. Raises OutputExistsError for a file
     that is no manifest of ours.
@@ -207,5 +222,9 @@ def _former(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, 
         if isinstance(entry, dict)
     ]
     told = made.items() if isinstance(made, dict) else ()
-    how = {name: value for name, value in told if isinstance(value, dict) and isinstance(value.get("source"), dict)}
+    how = {
+        name: json.dumps(value)
+        for name, value in told
+        if isinstance(value, dict) and isinstance(value.get("source"), dict)
+    }
     return {_place(entry["source"]): entry for entry in entries}, how

@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 from flowreel.engine import api, many
+from flowreel.engine import manifest as manifests
 from flowreel.engine.config import ModelConfig
 from flowreel.engine.data import Frame
 from flowreel.engine.errors import (
@@ -145,6 +146,26 @@ def test_the_same_again_does_only_what_is_left(tiny: str, loads: list[ModelConfi
     with pytest.raises(UsageError):
         run_many(sources, [STORE, VIDEO], weights=tiny, model="FlowNet9")
     assert stamps("out/a.zarr", "out/a.mkv", "out/c.zarr", "out/c.mkv") == before
+
+
+def test_many_sources_do_not_each_take_the_longer_the_more_they_are(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The manifest names every source: with thousands, writing it took longer than computing short clips."""
+    written: list[Path] = []
+    publish = manifests.publish_bytes
+    monkeypatch.setattr(
+        manifests, "publish_bytes", lambda path, *pieces: written.append(path) or publish(path, *pieces)
+    )
+    encoded: list[SourceReport] = []
+    as_json = SourceReport.as_json
+    monkeypatch.setattr(SourceReport, "as_json", lambda report: encoded.append(report) or as_json(report))
+    sources = [clip(f"{name}.mp4") for name in "abcd"]
+    run_many(sources, VIDEO, weights=tiny)
+    assert len(encoded) == 2 * len(sources)
+    assert len(written) == 2 * len(sources) + 1  # as each begins and ends, and at the end
+    written.clear()
+    assert statuses(run_many(sources, VIDEO, weights=tiny)) == ["skipped"] * 4
+    assert len(written) == 1
+    assert [entry["status"] for entry in manifest()["sources"]] == ["skipped"] * 4
 
 
 def test_only_the_outputs_that_are_missing_are_made(tiny: str) -> None:
