@@ -51,6 +51,7 @@ class StoreFlows:
         self.stem = store_stem(store.path)
         self._store = store
         self._numbers = numbers
+        self._complete = store.complete  # asked once: a cache lists its files to tell
         attributes: dict[str, Any] = store.attrs
         source = attributes.get("source") or {}
         rate = attributes.get("frame_rate")
@@ -63,7 +64,7 @@ class StoreFlows:
             made_by=_how_it_was_made(attributes, store),
         )
         self.notes: list[str] = []
-        if not store.complete:
+        if not self._complete:
             self.notes.append(f"{store.path} is {store.state}")
 
     @property
@@ -88,7 +89,7 @@ class StoreFlows:
     def reads(self, output: str) -> bool:
         """Whether writing ``output`` would destroy flow: a part of a store must not replace the whole store, and an
         unfinished store would be removed before it is read. A whole store may be replaced by a copy of itself."""
-        if self._store.complete:
+        if self._complete:
             return len(self._numbers) < len(self._store) and _same(Path(output), Path(self._store.path))
         return _same(partial_path(Path(output)), Path(self._store.path))
 

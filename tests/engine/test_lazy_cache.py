@@ -38,6 +38,7 @@ from flowreel.engine.errors import (
     StoreError,
 )
 from flowreel.engine.lazy import LazyFlow, LazyStatistics
+from flowreel.engine.paint import color
 from flowreel.engine.verify import verify
 from flowreel.sinks.flow_cache import FlowCache, open_cache
 from tests.fakes.disk import Disk
@@ -491,6 +492,17 @@ class TestAsAStore:
         opened()[:]
         assert call(["info", str(cache)]) == 0
         assert "cache of lazy flow, full" in capsys.readouterr().out
+
+    def test_painting_a_full_one_does_not_list_its_files_for_each_picture(
+        self, opened: Open, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As many pictures as files: the time would grow with the square of their number."""
+        opened()[:]
+        listed: list[str] = []
+        real = os.listdir
+        monkeypatch.setattr(os, "listdir", lambda folder=".": listed.append(str(folder)) or real(folder))
+        assert color(cache, tmp_path / "pictures").pictures == COUNT
+        assert listed.count(str(cache / "flow")) < 5
 
     def test_export_packs_a_full_one(self, opened: Open, cache: Path, tmp_path: Path) -> None:
         flow = opened()
