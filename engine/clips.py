@@ -198,7 +198,7 @@ class FlowClips(Dataset[Any]):
             "flow": self._stack(flows[first : first + self.length], view),
             "source": number,
             "first": first,
-            "timestamp_s": float(flows.timestamps_s[first]),
+            "timestamp_s": flows.time_of(first) if isinstance(flows, FlowStore) else float(flows.timestamps_s[first]),
         }
         if self._rgb:
             assert isinstance(flows, LazyFlow)

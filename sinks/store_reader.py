@@ -12,7 +12,7 @@ import math
 import os
 import stat
 from collections.abc import Callable, Collection, Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -318,14 +318,27 @@ class FlowStore:
         available = len(self) if self.layout.cache else self.available  # a cache has all of them from the start
         values, known = self._coordinates.get(name, (None, 0))
         if values is None or known < available:
-            try:
+            with self._naming_itself():
                 values = self.files.coordinate(name)
-            except DamagedStoreError as error:
-                self._require_same()
-                raise DamagedStoreError(f"{self.path}: {error}") from error
-            self._require_same()
             self._coordinates[name] = values, available
         return values
+
+    @contextmanager
+    def _naming_itself(self) -> Iterator[None]:
+        """For reading something other than flow."""
+        try:
+            yield
+        except DamagedStoreError as error:
+            self._require_same()
+            raise DamagedStoreError(f"{self.path}: {error}") from error
+        self._require_same()
+
+    def time_of(self, number: int) -> float:
+        """``timestamps_s[number]``, for a number from 0 on, without reading the times of all other shards."""
+        if self.layout.cache:  # it has them in one file
+            return float(self.timestamps_s[number])
+        with self._naming_itself():
+            return float(self.files.value("timestamp_s", number))
 
     def name_of(self, number: int) -> str:
         """ "flow 17 (frame 34)", or without the frame when that cannot be told."""

@@ -30,6 +30,7 @@ from flowreel.engine.errors import (
     WeightsMismatchError,
 )
 from flowreel.sinks import open_sink
+from flowreel.sinks.store_files import StoreFiles
 
 Clip = Callable[..., Path]
 Make = Callable[..., flowreel.FlowClips]
@@ -53,17 +54,21 @@ def make(videos: list[Path], tiny_weights: str) -> Make:
     return lambda **options: flowreel.FlowClips(videos, **{"weights": tiny_weights, "batch": 4, "length": 3} | options)
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stored(path: Path, **options: Any) -> Path:
     """7 flows of 6x8: flow n is (n, -n) px everywhere, except for one unknown vector in flow 4."""
     flows = torch.arange(7.0)[:, None, None, None] * torch.tensor([1.0, -1.0])[:, None, None] + torch.zeros(7, 2, 6, 8)
     flows[4, :, 1, 2] = torch.nan
-    sink = open_sink(tmp_path_factory.mktemp("clips") / "X.zarr", SinkConfig())
+    sink = open_sink(path, SinkConfig(**options))
     sink.open(FlowInfo(6, 8, Fraction(25), 8, SourceId("clip.mp4")))
     frame = np.arange(7)
     sink.write(FlowBatch(flows, 0, frame, frame + 1, frame / 25, (frame + 1) / 25))
     sink.commit()
     return Path(sink.path)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return stored(tmp_path_factory.mktemp("clips") / "X.zarr")
 
 
 def places(dataset: Any) -> list[tuple[int, int]]:
@@ -264,6 +269,20 @@ class TestSources:
             dataset[index]
         assert dataset._opened[3] is video
         assert list(dataset._opened) == [3, 2]
+
+    def test_a_clip_reads_the_times_of_its_own_shard_only(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """With more stores than stay open, each clip may open one anew, which may have thousands of shards."""
+        dataset = flowreel.FlowClips(stored(tmp_path / "X.zarr", shard_bytes=1), 2, bound=None)
+        shards: set[int] = set()
+        read = StoreFiles.coordinate_chunk
+        monkeypatch.setattr(
+            StoreFiles, "coordinate_chunk", lambda self, name, shard: shards.add(shard) or read(self, name, shard)
+        )
+        item = dataset[1]  # flows 2 and 3
+        assert (item["first"], item["timestamp_s"]) == (2, 2 / 25)
+        assert shards == {2, 3}
 
     def test_the_network_is_loaded_once(self, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
         loads: list[Any] = []
