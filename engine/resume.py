@@ -100,7 +100,7 @@ def take_up(source: PathLike, config: RunConfig, sinks: Sequence[Sink], device: 
         point = store.resume_point(below=point.loss[1] + 1)
         if point is None:
             return None
-    ends = point.frame
+    ends, below = point.frame, point.flows
     while True:
         try:
             if isinstance(select.stop, int) and select.stop <= point.frame:
@@ -110,13 +110,13 @@ def take_up(source: PathLike, config: RunConfig, sinks: Sequence[Sink], device: 
             rest = open_source(source, onward, device)
             return Resumption(store, point, rest, rest.info)
         except TooFewFramesError as error:  # the store has every flow but was never renamed: redo its last ones
-            earlier = store.resume_point(below=point.flows)
+            earlier = store.resume_point(below=below)
             if earlier is None or not earlier.flows:
                 raise ResumeMismatchError(
                     f"the store continues at frame {ends}, and the source, from start to stop, does not reach as far: "
                     "run it as before, or start afresh with --overwrite"
                 ) from error
-            point = earlier
+            point, below = earlier, earlier.flows // 2 + 1  # far too many: each look is at all the shards before
 
 
 def _require_none_in_the_way(store: Sink, sinks: Sequence[Sink]) -> None:

@@ -112,7 +112,7 @@ class ZarrSink:
         store = self._present()
         if store is None or len(store) == 0:
             return None
-        flows = _whole_flows(store)
+        flows = _whole_flows(store, len(store) if below is None else min(below, len(store)))
         # Redo the last shard if only the final rename is missing, and as many shards as ``below`` requires.
         while flows > 0 and ((not store.complete and flows >= len(store)) or (below is not None and flows >= below)):
             flows -= store.shard_length
@@ -375,9 +375,12 @@ class ZarrSink:
                 self._invalid[what] = (before + vectors, first)
 
 
-def _whole_flows(store: FlowStore) -> int:
-    """Flows in the full shards before the first that is not full. A damaged or misplaced shard counts as missing."""
-    shards = len(store) // store.shard_length
+def _whole_flows(store: FlowStore, most: int) -> int:
+    """Flows in the full shards before the first that is not full. A damaged or misplaced shard counts as missing.
+
+    Looks at the first ``most`` flows.
+    """
+    shards = most // store.shard_length
     return store.shard_length * next((shard for shard in range(shards) if not store.files.whole(shard)), shards)
 
 

@@ -40,6 +40,7 @@ from flowreel.engine.resume import take_up
 from flowreel.engine.sources.images import ImageSource
 from flowreel.sinks import open_sink, open_store
 from flowreel.sinks.kitti import read_kitti
+from flowreel.sinks.store_files import StoreFiles
 from flowreel.sinks.store_target import LocalTarget
 
 H, W = 64, 96
@@ -462,6 +463,21 @@ def test_a_stop_before_the_end_of_an_unfinished_store(tiny: str, stop: int | str
     with pytest.raises(ResumeMismatchError, match=r"continues at frame \d+, and|stop was None, is"):
         flowreel.run("frames", "X.zarr", resume=True, stop=stop, **options)
     assert contents("X.zarr.partial") == before
+
+
+def test_a_stop_long_before_the_end_is_not_sought_one_shard_at_a_time(
+    tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look is at all shards: it took hours to be told that a store of thousands was begun with another stop."""
+    options: dict[str, Any] = {"weights": tiny, "shard_bytes": 1, "batch": 1}
+    pictures("frames", 0, 40)
+    cut_run("frames", ["X.zarr"], 36, **options)
+    looked: list[int] = []
+    whole = StoreFiles.whole
+    monkeypatch.setattr(StoreFiles, "whole", lambda self, shard: looked.append(shard) or whole(self, shard))
+    with pytest.raises(ResumeMismatchError, match="stop was None, is 3"):
+        flowreel.run("frames", "X.zarr", resume=True, stop=3, **options)
+    assert len(looked) < 4 * 40
 
 
 @pytest.mark.parametrize(
