@@ -62,7 +62,7 @@ def _streams(container: InputContainer, used: VideoProbe) -> Iterator[JSON]:
     """Every stream, in the container's order. Video streams that are not used are scanned as well."""
     number = 0
     for stream in container.streams:
-        language = stream.metadata.get("language")
+        language = stream.metadata.get("language", "und").encode(errors="surrogateescape").decode(errors="replace")
         context = getattr(stream, "codec_context", None)  # None: FFmpeg has no decoder for it
         facts: Facts = {
             "index": stream.index,

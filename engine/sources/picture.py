@@ -144,6 +144,6 @@ def field_notes(interlaced: bool) -> list[str]:
 def shape_notes(stream: VideoStream) -> list[str]:
     """The note about pixels that are not square, if they are not."""
     aspect = stream.sample_aspect_ratio
-    if aspect is None or aspect in (0, 1):
+    if not aspect or aspect == 1:
         return []
     return [f"pixels are not square ({aspect.numerator}:{aspect.denominator}): flow is in stored pixels"]

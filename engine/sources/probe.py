@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import av
 import numpy as np
@@ -39,6 +39,9 @@ _TEXT_FORMATS = {"tty"}  # demuxers that would render any text file as a video o
 # Demuxers of lists, not of videos: FFmpeg would open whatever files a list names, or wait for a playlist to grow.
 _LISTS = {"avisynth", "concat", "dash", "hls", "imf", "lavfi", "rtsp", "sdp", "vapoursynth", "webm_dash_manifest"}
 _FORMATS = ",".join(sorted(av.formats_available - _LISTS))
+# Before PyAV 19 a tag in another encoding than UTF-8 fails the file; from then on its bytes are kept as surrogates.
+_IS_STRICT = hasattr(av.container.InputContainer, "metadata_errors")
+_ANY_TAGS: dict[str, Any] = {"metadata_errors": "surrogateescape"} if _IS_STRICT else {}
 
 # FFmpeg's names of the colour code points of ITU-T H.273, from 0; "-": unspecified or unknown.
 _RANGES = "- limited full"
@@ -155,14 +158,13 @@ def probe_video(name: str, stream: int | None = None) -> VideoProbe:
         average, stated = chosen.average_rate, chosen.guessed_rate
         if (stamps == NO_STAMP).all():  # an elementary stream: its average rate is made up by FFmpeg
             average, stated = stated, average
-        rate = average or stated or Fraction(25)
-        assert chosen.time_base is not None  # only an encoder's stream may have none
+        assert chosen.time_base  # only an encoder's stream may have none
+        exact = average or stated or 25, chosen.time_base  # of PyAV's own class from PyAV 19 on, Fractions before
+        rate, time_base = (Fraction(number.numerator, number.denominator) for number in exact)
         if hidden.has_fields:
-            rate = _in_frames(rate, stamps, chosen.time_base)
+            rate = _in_frames(rate, stamps, time_base)
         trusted = _tells_presentation(container, chosen, stamps, decoding_stamps, len(keys))
-        timeline = Timeline.from_packets(
-            stamps, chosen.time_base, rate, decoded=decoding_stamps, keys=keys, trusted=trusted
-        )
+        timeline = Timeline.from_packets(stamps, time_base, rate, decoded=decoding_stamps, keys=keys, trusted=trusted)
         # Where an AVI's index is damaged, FFmpeg marks all its packets as key frames.
         keys_hold = container.format.name != "avi" or chosen.codec_context.codec.intra_only
         turn, turn_notes = Turn.of(first)
@@ -177,7 +179,7 @@ def probe_video(name: str, stream: int | None = None) -> VideoProbe:
             seekable=timeline.stamps is not None and keys_hold,
             pixel_format=PixelFormat.of(first, chosen),
             frame_rate=rate,
-            time_base=chosen.time_base,
+            time_base=time_base,
             interlaced=interlaced or allows_fields(chosen.codec_context.name, chosen.codec_context.extradata),
             stored_size=(first.width, first.height),
             turn=turn,
@@ -242,7 +244,7 @@ def opened(path: Path) -> InputContainer:
         raise UnsupportedSourceError(f"{path.name} is empty")
     try:
         # The prefix keeps FFmpeg from taking "take:2.mp4" for a URL.
-        container = av.open(f"file:{path}", options={"format_whitelist": _FORMATS}, metadata_errors="replace")
+        container: InputContainer = av.open(f"file:{path}", "r", options={"format_whitelist": _FORMATS}, **_ANY_TAGS)
     except (av.FFmpegError, OSError) as error:
         reason = error.strerror or str(error)
         if isinstance(error, OSError):

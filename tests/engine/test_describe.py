@@ -177,6 +177,11 @@ class TestVideos:
         sound = told(path)["streams"][2]
         assert (sound["type"], sound["codec"], "sample_rate" in sound) == ("audio", None, False)
 
+    def test_a_tag_in_another_encoding_than_utf_8(self, make_video: MakeVideo) -> None:
+        path = make_video("two.mkv", list(range(6)), sound=True)
+        path.write_bytes(path.read_bytes().replace(b"deu", b"d\xfcu"))
+        assert told(path)["streams"][1]["language"] == "d\N{REPLACEMENT CHARACTER}u"
+
     def test_a_cover_picture(self, tmp_path: Path) -> None:
         with av.open(str(tmp_path / "a.mp4"), "w") as container:
             video: Any = container.add_stream("mpeg4", rate=25, width=64, height=48, pix_fmt="yuv420p")
