@@ -111,7 +111,7 @@ def take_up(source: PathLike, config: RunConfig, sinks: Sequence[Sink], device: 
             return Resumption(store, point, rest, rest.info)
         except TooFewFramesError as error:  # the store has every flow but was never renamed: redo its last ones
             earlier = store.resume_point(below=below)
-            if earlier is None or not earlier.flows:
+            if earlier is None or not (earlier.flows or (point.flows and point.complete)):
                 raise ResumeMismatchError(
                     f"the store continues at frame {ends}, and the source, from start to stop, does not reach as far: "
                     "run it as before, or start afresh with --overwrite"

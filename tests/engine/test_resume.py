@@ -262,6 +262,18 @@ def test_a_frame_that_was_cut_is_computed_again_when_all_of_it_is_there(
     assert contents("X.zarr") == contents("whole.zarr")
 
 
+def test_a_frame_that_was_cut_is_computed_again_where_one_shard_holds_all(tiny: str, clip: Callable[..., Path]) -> None:
+    """It is accepted again, so that its loss leaves that shard as it is; but then no flow is left to add."""
+    options: dict[str, Any] = {"weights": tiny, "shard_bytes": 19 * 8 * H * W, "batch": 1, "tolerate_truncation": True}
+    whole, places = noise(clip, "mjpeg", "yuvj420p")
+    Path("noise.avi").write_bytes(whole[: places[19]])
+    assert flowreel.run("noise.avi", "X.zarr", **options).pairs == 19
+    Path("noise.avi").write_bytes(whole)
+    assert flowreel.run("noise.avi", "X.zarr", resume=True, **options).pairs == 19
+    flowreel.run("noise.avi", "whole.zarr", **options)
+    assert contents("X.zarr") == contents("whole.zarr")
+
+
 def test_frames_that_came_later_are_appended(tiny: str) -> None:
     options: dict[str, Any] = {"weights": tiny, "shard_bytes": SHARD_BYTES}
     pictures("frames", 0, 8)
