@@ -102,7 +102,7 @@ class LocalTarget:
     def start(self, overwrite: bool, afresh: bool = False) -> None:
         """Begins an empty unfinished store. A finished one stays until ``finish``; it is an error unless ``overwrite``.
 
-        afresh: an unfinished store is removed even without ``overwrite``; one that holds only metadata always is.
+        afresh: an unfinished store is removed even without ``overwrite``; one that holds no flow always is.
         """
         if self.final.exists() and not (self.final / "zarr.json").is_file():
             raise OutputExistsError(f"{self.final} exists and is not a Zarr store: remove it yourself if it can go")
@@ -191,8 +191,8 @@ class LocalTarget:
                 publish.remove(self.folder, ignore_errors=True)
 
     def _is_bare(self) -> bool:
-        """Whether the unfinished store holds only metadata, so that there is nothing in it to continue."""
-        return self.folder.is_dir() and all(key.endswith(("zarr.json", ".partial")) for key in self.keys())
+        """Whether the unfinished store holds at most metadata, the vectors' places and the first shard's times."""
+        return self.folder.is_dir() and all(key.endswith(("zarr.json", "/c/0", ".partial")) for key in self.keys())
 
     def _is_ours(self) -> bool:
         """Whether the folder of the unfinished name is still the one that was locked."""

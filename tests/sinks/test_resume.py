@@ -281,6 +281,11 @@ def test_a_run_killed_before_its_first_shard_left_nothing_to_ask_about(
     cut_after(tmp_path / "X.zarr", flows)
     run(tmp_path / "X.zarr")
     assert contents(tmp_path / "X.zarr") == whole
+    cut_after(tmp_path / "X2.zarr", flows)
+    for name in ("x", "frame"):  # of native resolution; killed between its times and its flow
+        publish.publish_bytes(tmp_path / f"X2.zarr.partial/{name}/c/0", b"")
+    run(tmp_path / "X2.zarr")
+    assert contents(tmp_path / "X2.zarr") == whole
     cut_after(tmp_path / "Y.zarr", flows)
     Path(tmp_path, "Y.zarr.partial/mine").touch()
     with pytest.raises(OutputExistsError, match="--resume"):
