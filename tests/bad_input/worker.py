@@ -32,7 +32,7 @@ import typer.main
 import zarr  # noqa: F401
 
 from flowreel import sinks
-from flowreel.engine import api, export, many, paint  # noqa: F401
+from flowreel.engine import api, color, export, many  # noqa: F401
 from flowreel.engine.cli import call, silence_pillow
 from flowreel.engine.errors import FlowreelError
 from flowreel.engine.models import checkpoints, download

@@ -28,6 +28,7 @@ import zarr
 from torch.utils.data import DataLoader
 
 import flowreel
+from flowreel.engine.color import color
 from flowreel.engine.config import SinkConfig
 from flowreel.engine.data import FlowInfo, SourceId
 from flowreel.engine.errors import (
@@ -38,7 +39,6 @@ from flowreel.engine.errors import (
     StoreError,
 )
 from flowreel.engine.lazy import LazyFlow, LazyStatistics
-from flowreel.engine.paint import color
 from flowreel.engine.verify import verify
 from flowreel.sinks.flow_cache import FlowCache, open_cache
 from tests.fakes.disk import Disk
