@@ -122,7 +122,8 @@ def take_up(source: PathLike, config: RunConfig, sinks: Sequence[Sink], device: 
 def _require_none_in_the_way(store: Sink, sinks: Sequence[Sink]) -> None:
     """Raises OutputExistsError for another output that is there though the store was never finished.
 
-    It would be replaced at the end, and is hardly of the run that is resumed: that one names the store first.
+    It would be replaced at the end, and is hardly of the run that is resumed: that one names the store first, or last
+    if it was to overwrite what is there (then it may be, and nothing tells whose it is).
     """
     there = [] if is_finished(store, 0) else [file for sink in sinks for file in named_files(sink)]
     if there:
