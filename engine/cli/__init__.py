@@ -132,6 +132,8 @@ def call(arguments: list[str]) -> int:
 
     With ``--debug`` anywhere among the arguments, the error's traceback is printed before it.
     """
+    if any("\0" in argument for argument in arguments):  # no shell can pass it, and no file system accepts it
+        return _say("an argument holds a NUL character: no file or option goes by such a name", 2)
     if "" in arguments:
         return _say("an argument is empty: a shell variable that is not set?", 2)
     try:
@@ -157,7 +159,7 @@ def call(arguments: list[str]) -> int:
 def _report(error: Exception) -> int:
     cause = error.__cause__ if isinstance(error, StageError) else error
     if isinstance(error, FlowreelError):
-        message = _with_notes(str(error), error)
+        message = _with_notes(str(error) or type(error).__name__, error)
         return _say(message, 2 if isinstance(cause, UsageError) else 1)
     if lacks_memory(error) or lacks_threads(error):
         return _say(said_by(error), 1)

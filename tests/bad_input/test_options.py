@@ -24,17 +24,17 @@ Command = Any  # typer's own copy of click's types is not public
 Files = dict[str, bytes]
 
 ROOT: Any = typer.main.get_command(app)
-TEXT = ("", " ", "nan", "-1", "0", "1.5", "x", "AUTO", "None", "☃", "\x1b[31m", "a\nb", "[bold]", "{0}", "%s")
+TEXT = ("", " ", "nan", "-1", "0", "1.5", "x", "AUTO", "None", "☃", "\x1b[31m", "a\nb", "\0", "[bold]", "{0}", "%s")
 TEXT += ("\udcff", "é" * 2000)
 NUMBERS = ("nan", "NaN", "inf", "-inf", "1e400", "-1", "0", "-0.0", "1.5", "1e-320", "1e308", "1,5", "1_0", "0x10", "٣")
-NUMBERS += ("", " ", "x", "9" * 30, "9" * 5000, "2147483648", "-9223372036854775809", "1/0", "1e3", "\x1b[31m")
-NUMBERS += ("--", "None", "²", "½", "+1", "true")
+NUMBERS += ("", " ", "x", "9" * 30, "9" * 5000, "2147483648", "-9223372036854775809", "1/0", "1e3", "\0", "\x1b[31m")
+NUMBERS += ("--", "None", "²", "½", "+1", "1\0", "true")
 DEVICES = ("cuda:99", "cuda:-1", "cuda:x", "cuda:" + "9" * 30, "cpu:0", "mps", "meta", "CPU", "cuda,cpu")
 # No path outside the case's folder that could be written to.
-PATHS = ("", ".", "./", "/proc", "/dev/null/x", "/proc/x", "x" * 300, "a/" * 3000, "\udcff", "frames", "x.flo")
+PATHS = ("", ".", "./", "/proc", "/dev/null/x", "/proc/x", "x" * 300, "a/" * 3000, "\0", "\udcff", "frames", "x.flo")
 PATHS += ("x.flo/y", "frames/0.png", "tiny.safetensors", "a.zarr", "a.zarr/zarr.json", "a.zarr/x", "x.zarr", "x.zarr/x")
 HALF_NUMBERS = ("batch", "max_flow", "frame_rate", "start", "stop")  # texts that may be numbers: auto, 10s, 30000/1001
-NEVER = ("", " ", "nan", "NaN", "inf", "-inf", "1e400", "x", "None", "\x1b[31m", "1,5", "1/0")  # never numbers
+NEVER = ("", " ", "nan", "NaN", "inf", "-inf", "1e400", "x", "\0", "None", "\x1b[31m", "1,5", "1/0")  # never numbers
 
 # A valid and fast command line for each command, to which options are added.
 # bench is left out, because it passes all arguments on to the benchmarks' own command line.
@@ -121,13 +121,13 @@ def test_odd_values_of_options(name: str, catalogue: Catalogue, files: Files) ->
         flag = option.opts[0]
         count += 1
         if option.is_flag:
-            for value in ("", "x", "nan", "true", "0"):
+            for value in ("", "x", "nan", "true", "0", "\0"):
                 line = [*SOUND[name], f"{flag}={value}"]
                 catalogue.call(f"{flag}={value!r}", line, needed(line, files), code=2)
             continue
         catalogue.call(f"{flag} without a value", [*SOUND[name], flag], needed(SOUND[name], files), code=2)
         for value in values_of(option):
-            never = option.type_descriptor.annotation in (int, float) and value in NEVER
+            never = value == "\0" or (option.type_descriptor.annotation in (int, float) and value in NEVER)
             line = [*SOUND[name], f"{flag}={value}"]
             catalogue.call(
                 f"{flag}={value[:30]!r}",
@@ -139,7 +139,7 @@ def test_odd_values_of_options(name: str, catalogue: Catalogue, files: Files) ->
             )
     for odd in ("--nonsense", "--no-such=1", "-Z", "---", "-o", "--="):
         catalogue.call(odd, [*SOUND[name], odd], needed(SOUND[name], files), code=2)
-    catalogue.judge(6 + 5 * count)
+    catalogue.judge(6 + 6 * count)
 
 
 TIMES = (
