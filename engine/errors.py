@@ -33,7 +33,7 @@
     ├── DivergedError (ArithmeticError)   training whose loss is no longer a finite number
     └── StageError                        a pipeline stage failed; __cause__ is the original error
 
-    PrecisionWarning (UserWarning)    values come close to the limit of the chosen precision; the run goes on
+    PrecisionWarning (UserWarning)    the chosen precision does not suit the network or the processor; the run goes on
 
 Each also inherits the builtin error that users already catch. Messages say what was expected, what arrived, and what to
 try.
@@ -266,4 +266,4 @@ def counted(count: int, noun: str) -> str:
 
 
 class PrecisionWarning(UserWarning):
-    """A network's values come close to the limit of what the chosen precision can represent."""
+    """A network's values come close to the limit of the chosen precision, or this processor computes in it slowly."""

@@ -34,6 +34,7 @@ def main() -> NoReturn:
     """Entry point of ``flowreel`` and ``python -m flowreel``."""
     os.environ.update(patience() | os.environ)  # read when torch loads
     silence_pillow()
+    shorten_warnings()
     outlive_stderr()
     if isinstance(sys.stdout, io.TextIOWrapper):  # as on stderr: escapes what the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -49,6 +50,11 @@ def silence_pillow() -> None:
     """Silences Pillow in this process: what it warns and logs about a file is in our own errors or does not matter."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").addHandler(logging.NullHandler())
+
+
+def shorten_warnings() -> None:
+    """Makes a warning one line of its kind and message, without the line of code that it came from."""
+    warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
 
 
 class Unheard(io.FileIO):

@@ -7,6 +7,7 @@ memory, see ``convolution`` and ``buffers``.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from weakref import WeakValueDictionary
@@ -21,6 +22,7 @@ from flowreel.engine.compiled.convolution import Convolution, chained
 from flowreel.engine.compiled.onednn import available
 from flowreel.engine.compiled.smoothed import SmoothedHead
 from flowreel.engine.config import Precision
+from flowreel.engine.errors import PrecisionWarning
 from flowreel.engine.models.flownetc import DISPLACEMENTS, FlowNetC
 from flowreel.engine.models.flownetsd import FlowNetSD
 from flowreel.engine.models.layers import FLOW_SCALE, SLOPE, FlowHead, Upsampling, folded, normalise, upsample
@@ -41,6 +43,12 @@ def pack(net: nn.Module, precision: Precision) -> Packed:
     """The network's weights, packed; without oneDNN, a copy of the module."""
     dtype = _DTYPES[precision]
     if not available(dtype):
+        if available(torch.float32):
+            warnings.warn(
+                f"this CPU has no instructions for {precision}: fp32 is faster here, and more accurate",
+                PrecisionWarning,
+                stacklevel=2,
+            )
         return plain.pack(net, precision)
     return CpuNetwork(type(net), Layers.of(net, dtype), quarter_upsampling(net))
 

@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -29,7 +30,7 @@ from flowreel.engine import api, cli
 from flowreel.engine.cli import call
 from flowreel.engine.cli.options import write_stats
 from flowreel.engine.config import RunConfig, SelectConfig
-from flowreel.engine.errors import OutputWriteError
+from flowreel.engine.errors import OutputWriteError, PrecisionWarning
 from flowreel.engine.inference import Inference
 from flowreel.engine.sources.synthetic import SyntheticConfig, SyntheticSource
 from flowreel.kernels.flow_color import flow_to_color
@@ -693,10 +694,17 @@ def test_a_terminal_shows_the_live_table(tiny: str, terminal: Any, monkeypatch: 
     assert seen.rfind("\x1b[?25h") > seen.rfind("\x1b[?25l")  # the cursor, hidden beside the table, is shown again
 
 
+def test_a_warning_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # put back afterwards
+    cli.shorten_warnings()
+    shown = warnings.formatwarning("mind the gap", PrecisionWarning, "code.py", 3, "its line")
+    assert shown == "PrecisionWarning: mind the gap\n"
+
+
 def test_torch_waits_as_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "call", lambda arguments: 0)
     # They change the whole process, here that of the tests.
-    for lasting in ("take_interrupts", "ignore_interrupts", "silence_pillow", "outlive_stderr"):
+    for lasting in ("take_interrupts", "ignore_interrupts", "silence_pillow", "shorten_warnings", "outlive_stderr"):
         monkeypatch.setattr(cli, lasting, list)
     monkeypatch.setattr(os, "environ", {"OMP_WAIT_POLICY": "active"})
     with pytest.raises(SystemExit):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import flowreel
 from flowreel.engine.compiled import buffers, convolution, cpu, onednn, pack, plain
+from flowreel.engine.errors import PrecisionWarning
 from flowreel.engine.models import MODELS, build_model
 
 Filled = Callable[..., nn.Module]
@@ -62,7 +63,8 @@ def test_results_of_several_groups_are_contiguous(name: str, filled: Filled, mon
 def test_without_onednn_the_module_runs(filled: Filled, monkeypatch: pytest.MonkeyPatch) -> None:
     model = filled("FlowNet2S", width=0.1)
     monkeypatch.setattr(onednn._ops, "_is_mkldnn_bf16_supported", lambda: False)
-    assert isinstance(pack(model, "bf16"), plain.PlainNetwork)
+    with pytest.warns(PrecisionWarning, match="no instructions for bf16: fp32 is faster"):
+        assert isinstance(pack(model, "bf16"), plain.PlainNetwork)
     assert isinstance(pack(model, "fp32"), cpu.CpuNetwork)
     monkeypatch.setattr(onednn, "_NEEDED", ("an_operator_that_no_torch_has",))
     assert isinstance(pack(model, "fp32"), plain.PlainNetwork)
