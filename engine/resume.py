@@ -182,7 +182,9 @@ def with_others(report: RunReport, resumed: Resumption, paths: list[str], config
             continue
         sink = open_sink(path, config.sink)
         if is_finished(sink, report.flows):
-            notes.append(f"{path} exists already and stays as it is: to have it made anew, remove it first")
+            notes.append(
+                f"{path} exists already and is kept, though its settings may differ: to remake it, remove it first"
+            )
             continue
         # What is left of an unfinished single output is replaced. Of many files, nobody can tell whose they are, unless
         # a run was killed while it named them.
