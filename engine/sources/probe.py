@@ -38,7 +38,8 @@ _READ_ERRORS = 16  # in a row, after which the rest of a damaged file is given u
 _TEXT_FORMATS = {"tty"}  # demuxers that would render any text file as a video of a terminal
 # Demuxers of lists, not of videos: FFmpeg would open whatever files a list names, or wait for a playlist to grow.
 _LISTS = {"avisynth", "concat", "dash", "hls", "imf", "lavfi", "rtsp", "sdp", "vapoursynth", "webm_dash_manifest"}
-_FORMATS = ",".join(sorted(av.formats_available - _LISTS))
+_PFM = {"pfm_pipe"}  # a file with floats, mostly flow or depth: FFmpeg would open it as a video of one frame
+_FORMATS = ",".join(sorted(av.formats_available - _LISTS - _PFM))
 # Before PyAV 19 a tag in another encoding than UTF-8 fails the file; from then on its bytes are kept as surrogates.
 _IS_STRICT = hasattr(av.container.InputContainer, "metadata_errors")
 _ANY_TAGS: dict[str, Any] = {"metadata_errors": "surrogateescape"} if _IS_STRICT else {}
@@ -255,6 +256,8 @@ def opened(path: Path) -> InputContainer:
             reason += " (its index, moov, is missing or damaged: was the recording or the download cut off?)"
         if head.startswith((b"#EXTM3U", b"ffconcat")):
             reason = "it is a list of other files; name one of those"
+        if head.startswith((b"PF\n", b"Pf\n")):
+            reason = "it is a PFM file, which flowreel does not read; convert flow in such files to .flo"
         reason = as_weights(path.name) or reason
         raise UnsupportedSourceError(f"{path.name} is not a video that FFmpeg can read: {reason}") from error
     if container.format.name in _TEXT_FORMATS:

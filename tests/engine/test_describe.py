@@ -455,6 +455,12 @@ class TestAnythingElse:
         with pytest.raises(UnsupportedSourceError, match=r"notes\.txt.*looked for a video"):
             describe(str(tmp_path / "notes.txt"))
 
+    @pytest.mark.parametrize("tag", ["PF", "Pf"])
+    def test_pfm_is_no_video(self, tmp_path: Path, tag: str) -> None:
+        (tmp_path / "0006.pfm").write_bytes(f"{tag}\n16 16\n-1.0\n".encode() + bytes(16 * 16 * 3 * 4))
+        with pytest.raises(UnsupportedSourceError, match=r"0006\.pfm .*it is a PFM file.* to \.flo"):
+            describe(str(tmp_path / "0006.pfm"))
+
     @pytest.mark.parametrize("name", ["a.flo", "a.kitti.png", "a.npz", "a.safetensors", "a.png", "a.mp4", "a"])
     @pytest.mark.parametrize("content", [b"", b"PI", b"\x89PNG\r\n\x1a\n" + bytes(16) + b"\x10\x02", bytes(300)])
     def test_damaged(self, tmp_path: Path, name: str, content: bytes) -> None:
