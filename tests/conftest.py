@@ -26,13 +26,13 @@ hypothesis.settings.load_profile("unhurried")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks every test that uses the fixture ``gpu``, directly or through a parameter "gpu", so ``-m gpu`` selects it.
+    """Marks every test that uses the fixture ``gpu``, so that ``-m gpu`` selects it. Tests marked ``early`` run first.
 
-    Tests marked ``early`` run first.
+    A parameter called ``gpu`` is not that fixture.
     """
     for item in items:
-        chosen = getattr(getattr(item, "callspec", None), "params", {}).values()
-        if "gpu" in getattr(item, "fixturenames", ()) or any(isinstance(x, str) and x == "gpu" for x in chosen):
+        given = getattr(getattr(item, "callspec", None), "params", {})
+        if "gpu" in getattr(item, "fixturenames", ()) and "gpu" not in given:
             item.add_marker(pytest.mark.gpu)
     items.sort(key=lambda item: item.get_closest_marker("early") is None)
 

@@ -286,7 +286,7 @@ def plant(acting: Callable[..., CPU], tmp_path: Path) -> Callable[[str, str, str
     return planted
 
 
-@pytest.fixture(params=["cpu forward", "cpu shuffled", "gpu"])
+@pytest.fixture(params=["cpu forward", "cpu shuffled", pytest.param("gpu", marks=pytest.mark.gpu)])
 def card(request: pytest.FixtureRequest, acting: Callable[..., CPU]) -> torch.device:
     """The device that CUDA kernels run on: the CPU acting as a GPU, in two orders of threads, and a real GPU."""
     name, _, order = request.param.partition(" ")
