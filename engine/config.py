@@ -147,7 +147,7 @@ class RunConfig:
     def of(cls, **options: Any) -> RunConfig:
         """Builds one from the command line's flat names, e.g. ``of(stop=12, max_error=0, queue_mb=64)``.
 
-        ``"auto"`` stands for a field's default. Unknown names and impossible values raise UsageError.
+        ``"auto"`` stands for None. Unknown names and impossible values raise UsageError.
         """
         options = {name: _plain(value) for name, value in options.items()}
         tolerate = options.pop("tolerate_truncation", False)
@@ -167,13 +167,18 @@ class RunConfig:
 
 
 def _taken(kind: type[Part], options: dict[str, Any]) -> Part:
-    """Moves the options that are fields of ``kind`` into an instance of it; ``"auto"`` leaves the default."""
+    """Moves the options that are fields of ``kind`` into an instance of it; ``"auto"`` stands for a default of None."""
     hints = get_type_hints(kind)
     given = {field.name: options.pop(field.name) for field in fields(kind) if field.name in options}
-    values = {name: value for name, value in given.items() if not (isinstance(value, str) and value == "auto")}
+    left = [field.name for field in fields(kind) if field.default is None and _is_auto(given.get(field.name))]
+    values = given | dict.fromkeys(left)
     for name, value in values.items():
         _require_kind(name, value, hints[name])
     return kind(**values)
+
+
+def _is_auto(value: object) -> bool:
+    return isinstance(value, str) and value == "auto"  # what NumPy and torch compare with text may be no bool
 
 
 def _plain(value: object) -> object:

@@ -49,6 +49,8 @@ def test_auto_is_the_default() -> None:
         {"queue_mb": 0},
         {"queue_mb": "lots"},
         {"decoder": "guess"},
+        {"bound": "auto"},
+        {"codec": "auto"},
         {"colour": "red"},
     ],
 )
