@@ -107,7 +107,7 @@ def run(findings: Findings, settings: Settings) -> None:
         ("to a store", partial(timed, way=Chains.to_store, short="whole run")),
         ("the flow dropped", partial(timed, way=Chains.dropped, short="no store")),
         ("frames there, the flow dropped", partial(timed, way=Chains.frames_there, short="no decoder either")),
-        ("to a store, the lock asked for sooner", partial(timed, way=asking_sooner, short="lock asked for sooner")),
+        ("to a store, the GIL requested sooner", partial(timed, way=asking_sooner, short="GIL requested sooner")),
         ("watched", lambda _: _watch(findings, chains(), "", tell)),
         ("frames there, without threads", partial(timed, way=Chains.without_threads)),
         ("frames there, to a store", partial(timed, way=Chains.frames_there_to_store)),
@@ -179,14 +179,14 @@ def _watch(findings: Findings, chains: Chains, of: str, tell: Callable[[str, str
     with_watch = Watch()
     one = chains.to_store(around=with_watch)
     findings.row(run=f"{of}to a store, watched", pairs_s=one.pairs_s, **with_watch.paid(), **_stages(one))
-    waits, whose = with_watch.lock_waits(), {"model": of.rstrip(", ")} if of else {}
-    findings.row(**whose, lock=f"{len(with_watch.late_s)} looks, how late", **waits)
-    tell("lock", f"the lock comes {waits['median_ms']:.2f} ms late, 1 of 10 times {waits['nine_of_10_ms']:.2f}")
+    waits, whose = with_watch.gil_waits(), {"model": of.rstrip(", ")} if of else {}
+    findings.row(**whose, gil=f"{len(with_watch.late_s)} looks, how late", **waits)
+    tell("GIL", f"the GIL comes {waits['median_ms']:.2f} ms late, 1 of 10 times {waits['nine_of_10_ms']:.2f}")
     for row in (*with_watch.processors(), *with_watch.stood(MOST)):
         findings.row(**whose, **row)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     findings.note(
-        f"{cores} processors may be used, {sys.getswitchinterval() * 1e3:g} ms until the lock is asked for, "
+        f"{cores} processors may be used, {sys.getswitchinterval() * 1e3:g} ms until the GIL is requested, "
         f"{(_withheld_us() - withheld_us) / 1e3:.0f} ms of processors withheld by a quota"
     )
 

@@ -121,7 +121,7 @@ class Watch:
         """What the whole process used in the block: minor page faults, seconds of CPU time. Unix only, else empty."""
         return dict(zip(("page_faults", "user_s", "system_s"), self._paid, strict=False))
 
-    def lock_waits(self) -> dict[str, float]:
+    def gil_waits(self) -> dict[str, float]:
         """How much later samples come than when nothing runs, ms."""
         rest_s = statistics.median(self.resting_s)
         waits_ms = sorted(1e3 * (late_s - rest_s) for late_s in self.late_s)

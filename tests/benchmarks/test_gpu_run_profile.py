@@ -41,7 +41,7 @@ def test_a_thread_is_seen_where_it_stands() -> None:
     assert 0 < float(str(row["share"])) <= 1
     lines = [where for seen in watch.places.values() for where in seen]
     assert any(where.startswith("engine/pipeline.py:") for where in lines)
-    waits = watch.lock_waits()
+    waits = watch.gil_waits()
     assert waits["median_ms"] <= waits["nine_of_10_ms"] <= waits["longest_ms"]
     assert {row["processor of"] for row in watch.processors()} >= {"MainThread"} or not sampling.TASKS.exists()
 
@@ -96,7 +96,7 @@ def test_flow_is_let_go_no_further_ahead_than_a_batch(monkeypatch: pytest.Monkey
         made = 0
 
         def __init__(self, blocking: bool) -> None:
-            assert blocking  # a thread that waits by spinning would hold Python's lock
+            assert blocking  # a thread that waits by spinning would hold the GIL
             self.number, Event.made = Event.made, Event.made + 1
 
         def record(self, stream: str) -> None:
@@ -150,7 +150,7 @@ def test_the_chain_is_that_of_a_run_on_a_card_too(settings: Settings, monkeypatc
     assert sum(late.brought) == 4 * 2 * 2 * 64 * 96 * 4
 
 
-def test_the_lock_is_asked_for_as_before_afterwards() -> None:
+def test_the_gil_is_requested_as_before_afterwards() -> None:
     before_s, during_s = sys.getswitchinterval(), []
 
     def to_store() -> None:
