@@ -83,13 +83,3 @@ def require_outside_stores(path: PathLike) -> None:
     for folder in Path(os.path.realpath(path)).parents:
         if (folder / "zarr.json").is_file():
             raise UsageError(f"{os.fspath(path)} lies inside the store {folder}: choose another place")
-
-
-def make_folder(folder: Path) -> None:
-    """Creates the folder and its missing parents. Raises OutputWriteError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise OutputWriteError(f"{folder} exists and is not a folder: choose another name") from None
-    except OSError as error:
-        raise OutputWriteError(f"cannot make the folder {folder}: {error.strerror or error}") from error

@@ -30,8 +30,7 @@ from flowreel.engine.models.saving import save_weights
 from flowreel.engine.models.stacks import FlowNet2, FlowNet2CS, FlowNet2CSS, refining_input
 from flowreel.engine.models.weight_files import appearing
 from flowreel.engine.models.weights import Weights, read_weights
-from flowreel.engine.places import make_folder
-from flowreel.engine.publish import write_errors
+from flowreel.engine.publish import make_folder, write_errors
 from flowreel.engine.training.batches import batches, on, render
 from flowreel.engine.training.config import TrainConfig, learning_rate, share_done
 from flowreel.engine.training.drawing import SceneConfig
@@ -98,14 +97,15 @@ def train(
         raise UsageError(f"workers must be at least 0 and report-every at least 1, got {workers} and {report_every}")
     where = one_device(device)
     if os.path.lexists(out):
-        make_folder(out)  # a file of that name is refused at once
+        with write_errors(out):
+            make_folder(out)  # a file of that name is refused at once
     begun = resume and (out / CHECKPOINT).exists()  # then the initial weights, which may be gone, are not needed
     initial = None if begun or config.init is None else read_weights(config.init)
     torch.manual_seed(config.seed)
     model = network(config, initial).to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
     state = _Run(config, out, model, optimiser_of(config, model), initial)
-    make_folder(out)  # not before the initial weights have been read
     with write_errors(out):
+        make_folder(out)  # not before the initial weights have been read
         claim = Claim.of_folder(out, str(out))
     try:
         state.load(begun)
