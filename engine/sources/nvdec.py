@@ -188,6 +188,10 @@ class NvdecDecoder:
         """See ``VideoDecoder``; the chip does not tell."""
         return self._relieved and self._instead is not None and self._instead.patched(picture)
 
+    def interlaced(self, picture: Any) -> bool:
+        """See ``VideoDecoder``; of what may be interlaced the chip decodes nothing."""
+        return self._relieved and self._instead is not None and self._instead.interlaced(picture)
+
     def rgb(self, picture: Any, number: int) -> Tensor:
         """See ``VideoDecoder``."""
         if self._relieved:

@@ -67,6 +67,10 @@ class PyAVDecoder:
         """See ``VideoDecoder``."""
         return picture.damaged
 
+    def interlaced(self, picture: Decoded) -> bool:
+        """See ``VideoDecoder``."""
+        return bool(picture.frame.interlaced_frame)
+
     def rgb(self, picture: Decoded, number: int) -> Tensor:
         """See ``VideoDecoder``."""
         return torch.from_numpy(self._convert(picture.frame, number)).permute(2, 0, 1)

@@ -16,6 +16,7 @@ from flowreel.engine.data import JSON, FlowInfo, Frame, SourceId
 from flowreel.engine.errors import DeviceError, SourceChangedError, SourceNotFoundError, TooFewFramesError, concerning
 from flowreel.engine.protocols import Picture
 from flowreel.engine.sources.fingerprint import last_change, source_id
+from flowreel.engine.sources.picture import field_notes
 from flowreel.engine.sources.probe import VideoProbe, probe_video
 from flowreel.engine.sources.pyav import Decoded, PyAVDecoder, key_frame_before
 from flowreel.engine.sources.timecode import parse_seconds, select_frames
@@ -45,6 +46,10 @@ class VideoDecoder(Protocol):
 
     def patched(self, picture: Any) -> bool:
         """Whether the picture is damaged, and was patched up; False where the decoder does not tell."""
+        ...
+
+    def interlaced(self, picture: Any) -> bool:
+        """Whether the picture holds two fields; False where the decoder does not tell."""
         ...
 
     def rgb(self, picture: Any, number: int) -> Tensor:
@@ -119,6 +124,7 @@ class VideoSource:
         self.losses: list[str] = []
         self.first_loss: int | None = None  # see ``protocols.MayLose``
         self._patched: set[int] = set()  # numbers of frames whose damage the decoder has concealed
+        self._interlaced = False  # whether any frame so far held two fields; the probe has seen only the first
         self._decoder: VideoDecoder = decoder or PyAVDecoder(probe)
         self._decoder_notes = [] if notes is None else notes
         self._iteration: Generator[Frame, None, None] | None = None
@@ -141,7 +147,8 @@ class VideoSource:
     @property
     def notes(self) -> list[str]:
         patched = [] if not self._patched or self.losses else [_patched_words(self._patched)]
-        return [*self._probe.notes, *self._decoder_notes, *patched]
+        told = dict.fromkeys((*self._probe.notes, *field_notes(self._interlaced)))  # perhaps by both
+        return [*told, *self._decoder_notes, *patched]
 
     def standing_before(self, number: int) -> int:
         return key_frame_before(self._probe, number)
@@ -168,6 +175,7 @@ class VideoSource:
             for number, picture in numbered:
                 if decoder.patched(picture):
                     self._patched.add(number)
+                self._interlaced |= decoder.interlaced(picture)
                 size = sum(plane.buffer_size for plane in picture.frame.planes)
                 yield Picture(number, size, developed(number, picture))
 
@@ -191,6 +199,7 @@ class VideoSource:
                 if number in self.wanted:
                     if self._decoder.patched(picture):
                         self._patched.add(number)
+                    self._interlaced |= self._decoder.interlaced(picture)
                     if self.first_loss is None and self._is_lossy(number, self.wanted[given]):
                         self.first_loss = self.wanted[given]
                     with concerning(number):

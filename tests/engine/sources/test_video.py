@@ -399,6 +399,24 @@ def test_interlaced_video_is_told(clip: Clip) -> None:
     assert not any("two moments in each" in note for note in open_source(clip("progressive.mp4")).notes)
 
 
+@pytest.mark.parametrize(
+    ("codec", "options"),
+    [("h264", {"x264-params": "interlaced=1:tff=1"}), ("mpeg2video", {"flags": "+ildct+ilme"})],
+)
+def test_a_video_that_becomes_interlaced_is_told_so_once(
+    tmp_path: Path, clip: Clip, codec: str, options: dict[str, str]
+) -> None:
+    parts = [
+        clip(f"{codec}.{kind}.ts", codec=codec, count=4, options=each) for kind, each in (("p", {}), ("i", options))
+    ]
+    joined = tmp_path / "joined.ts"
+    joined.write_bytes(b"".join(part.read_bytes() for part in parts))
+    source = open_source(joined)
+    assert not any("two moments in each" in note for note in source.notes)
+    list(source)
+    assert sum("two moments in each" in note for note in source.notes) == 1
+
+
 def test_a_video_with_fields_is_interlaced_though_it_begins_with_whole_frames(tmp_path: Path) -> None:
     frames = [(field(number, None, 60 + number), 2) for number in range(4)]
     fields = [(field(4 + number // 2, number % 2 == 1, 90 + number), 1) for number in range(8)]
