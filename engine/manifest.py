@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from flowreel.engine.claims import Claim
-from flowreel.engine.errors import OutputBusyError, OutputExistsError, OutputWriteError, StageError
+from flowreel.engine.errors import OutputBusyError, OutputExistsError, StageError
 from flowreel.engine.outputs import is_finished
 from flowreel.engine.protocols import Resumable, Sink
-from flowreel.engine.publish import publish_bytes
+from flowreel.engine.publish import publish_bytes, write_errors
 from flowreel.engine.sources.kinds import kind_of
 from flowreel.sinks import open_sink
 
@@ -124,22 +124,20 @@ class Ledger:
             f'"earlier": {_in_lines("[]", map(json.dumps, self._former.values()))}',
             f'"made": {_in_lines("{}", (f"{json.dumps(path)}: {how}" for path, how in self._made.items()))}',
         )
-        try:
+        with write_errors(f"the manifest {self.path}"):
             publish_bytes(self.path, _in_lines("{}", content).encode() + b"\n")
-        except OSError as error:
-            raise OutputWriteError(f"cannot write the manifest {self.path}: {error.strerror or error}") from error
 
     def _hold(self) -> None:
         """Locks the manifest against other runs from now on, and reads again what they may have written meanwhile."""
         if self._claim is not None:
             return
+        named = f"the manifest {self.path}"
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            claim = Claim.of_file(self.path.with_name(f".{self.path.name}.partial"), f"the manifest {self.path}")
+            with write_errors(named):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                claim = Claim.of_file(self.path.with_name(f".{self.path.name}.partial"), named)
         except OutputBusyError as error:
             raise OutputBusyError(f"{error}, or name another with --manifest") from error
-        except OSError as error:
-            raise OutputWriteError(f"cannot write the manifest {self.path}: {error.strerror or error}") from error
         claim.made = True  # so that ``close`` removes the lock file even where a killed run had left it
         self._claim = claim
         self._former, self._made = _former(self.path)

@@ -38,6 +38,7 @@ from flowreel.engine.inference import Network
 from flowreel.engine.manifest import Ledger, SourceReport
 from flowreel.engine.many import ManyProgress, ManyReport, run_many
 from flowreel.engine.protocols import Source
+from flowreel.engine.publish import atomic_file
 from flowreel.engine.sources import open_source
 from flowreel.sinks import open_store
 
@@ -599,6 +600,13 @@ def test_a_manifest_that_cannot_be_written_is_an_error(tiny: str) -> None:
     Path("file").touch()
     with pytest.raises(OutputWriteError, match="file/list"):
         run_many(["missing.mp4"], STORE, weights=tiny, manifest="file/list.json")
+
+
+def test_a_manifest_that_is_just_being_written_by_something_else(tmp_path: Path) -> None:
+    """Such as by a run whose --stats go to the same file."""
+    path = tmp_path / "stats.json"
+    with closing(Ledger(path, [])) as ledger, atomic_file(path), pytest.raises(OutputBusyError, match="being written"):
+        ledger.write()
 
 
 def test_one_run_at_a_time_keeps_a_manifest(tiny: str) -> None:
