@@ -177,10 +177,10 @@ class Scene:
             drawn, cover = layer.draw(t, box)
             part = (slice(box[0], box[1]), slice(box[2], box[3]))
             if cover is None:
-                colour[:, part[0], part[1]] = drawn
+                colour[:, *part] = drawn
                 owner[part] = number
             else:
-                colour[:, part[0], part[1]].lerp_(drawn, cover)
+                colour[:, *part].lerp_(drawn, cover)
                 owner[part].masked_fill_(cover >= 0.5, number)
         return colour, owner
 
@@ -202,18 +202,30 @@ class Scene:
             part = (slice(box[0], box[1]), slice(box[2], box[3]))
             mine = owner0[part] == number
             if number == 0:
-                flow[:, part[0], part[1]] = layer.motion(t0, t1, box)
+                flow[:, *part] = layer.motion(t0, t1, box)
             elif mine.any():
-                moved = layer.motion(t0, t1, box)
-                flow[:, part[0], part[1]] = torch.where(mine, moved, flow[:, part[0], part[1]])
-        x = flow[0] + torch.arange(self.width)
-        y = flow[1] + torch.arange(self.height)[:, None]
-        right, bottom = self.width - 1 + NEAR, self.height - 1 + NEAR
-        inside = (x >= -NEAR) & (x <= right) & (y >= -NEAR) & (y <= bottom)
-        column = x.round_().clamp_(0, self.width - 1).long()
-        row = y.round_().clamp_(0, self.height - 1).long()
-        in_front = owner1.view(-1)[row.mul_(self.width).add_(column)]
-        return flow, inside & (in_front <= owner0)  # < at the layer's own edge, where rounding hits the pixel beside it
+                flow[:, *part] = torch.where(mine, layer.motion(t0, t1, box), flow[:, *part])
+        return flow, stays_visible(flow, owner0, owner1)
+
+
+def ends(flow: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where flow (..., 2, H, W) leads: x and y, (..., H, W) each, and whether that is a point of the frame."""
+    height, width = flow.shape[-2:]
+    x = flow[..., 0, :, :] + torch.arange(width, device=flow.device)
+    y = flow[..., 1, :, :] + torch.arange(height, device=flow.device)[:, None]
+    return x, y, (x >= -NEAR) & (x <= width - 1 + NEAR) & (y >= -NEAR) & (y <= height - 1 + NEAR)
+
+
+def stays_visible(flow: Tensor, owner0: Tensor, owner1: Tensor) -> Tensor:
+    """(..., H, W): where flow (..., 2, H, W) ends inside the frame, and not behind another layer.
+
+    owner0, owner1: (..., H, W), numbers of the front layers in the two frames.
+    """
+    height, width = flow.shape[-2:]
+    x, y, inside = ends(flow)
+    place = y.round_().clamp_(0, height - 1).long().mul_(width).add_(x.round_().clamp_(0, width - 1).long())
+    in_front = owner1.flatten(-2).gather(-1, place.flatten(-2)).view(owner0.shape)
+    return inside & (in_front <= owner0)  # < at the layer's own edge, where rounding hits the pixel beside it
 
 
 def similarity(x: float, y: float, angle: float = 0.0, scale: float = 1.0) -> Matrix:

@@ -7,11 +7,10 @@ from contextlib import closing
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from flowreel.engine.device import send, to_device
 from flowreel.engine.models.layers import STRIDE
-from flowreel.engine.scenes.scene import NEAR
+from flowreel.engine.scenes.scene import ends
 from flowreel.engine.training.config import MOST_STEPS, TrainConfig
 from flowreel.engine.training.drawing import SceneConfig, draw_pair
 from flowreel.engine.training.packing import Packed, pack
@@ -92,16 +91,15 @@ def augment(batch: Batch, height: int, width: int, generator: torch.Generator) -
     A pixel whose match the crop cuts off is no longer visible.
     """
     first, second, flow, visible = batch
-
-    def draw(count: int) -> int:
-        return int(torch.randint(count, (), generator=generator))
-
-    top, left = draw(flow.shape[2] - height + 1), draw(flow.shape[3] - width + 1)
+    top, left = (
+        int(torch.randint(most - size + 1, (), generator=generator))
+        for most, size in zip(flow.shape[2:], (height, width), strict=True)
+    )
     rows, columns = slice(top, top + height), slice(left, left + width)
     channels = send(torch.randperm(3, generator=generator), flow.device)
     first, second = first[:, channels, rows, columns], second[:, channels, rows, columns]
     flow = flow[:, :, rows, columns]
-    visible = visible[:, rows, columns] & _ends_inside(flow)
+    visible = visible[:, rows, columns] & ends(flow)[2]
     for axis in (-1, -2):  # mirror left-right, then up-down; the flow along that axis changes sign
         mirrored = send(torch.randint(2, (len(flow),), generator=generator).bool(), flow.device)
         picture = mirrored.view(-1, 1, 1, 1)
@@ -111,14 +109,6 @@ def augment(batch: Batch, height: int, width: int, generator: torch.Generator) -
         flow = torch.where(picture, turned, flow)
         visible = torch.where(mirrored.view(-1, 1, 1), visible.flip(axis), visible)
     return first, second, flow, visible
-
-
-def _ends_inside(flow: Tensor) -> Tensor:
-    """(B, H, W): whether the flow (B, 2, H, W) leads to a point of the frame."""
-    height, width = flow.shape[-2:]
-    x = flow[:, 0] + torch.arange(width, device=flow.device)
-    y = flow[:, 1] + torch.arange(height, device=flow.device)[:, None]
-    return (x >= -NEAR) & (x <= width - 1 + NEAR) & (y >= -NEAR) & (y <= height - 1 + NEAR)
 
 
 def on(device: torch.device, batch: Batch) -> Batch:

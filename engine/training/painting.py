@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flowreel.engine.device import send
 from flowreel.engine.scenes.outlines import bar_distance, grating_distance, radial_distance
-from flowreel.engine.scenes.scene import NEAR, to_bytes
+from flowreel.engine.scenes.scene import stays_visible, to_bytes
 from flowreel.engine.scenes.textures import LEVELS, TATTER_SIZE, TextureBank, tatters, texture_bank
 from flowreel.engine.training.development import develop
 from flowreel.engine.training.drawing import Bank
@@ -245,8 +245,7 @@ def _truth(packed: Packed, layers: Tensor, owner0: Tensor, owner1: Tensor) -> tu
 
     A pixel of the front layer moves to pose(q), q = p + e, where p is its object point and e what undoes the bend.
     """
-    height, width = owner0.shape[1:]
-    columns, rows = _pixels(height, width, owner0.device)
+    columns, rows = _pixels(packed.height, packed.width, owner0.device)
     owned = owner0.flatten(1).long()
 
     def of_owner(name: str, at: int) -> Tensor:
@@ -264,11 +263,7 @@ def _truth(packed: Packed, layers: Tensor, owner0: Tensor, owner1: Tensor) -> tu
                 plane.addcmul_(of_owner("pose", row + axis), undone[axis])
     depth = moved[2] + 1
     flow = torch.stack([(moved[0] - columns * moved[2]) / depth, (moved[1] - rows * moved[2]) / depth], 1)
-    x, y = flow[:, 0] + columns, flow[:, 1] + rows
-    inside = (x >= -NEAR) & (x <= width - 1 + NEAR) & (y >= -NEAR) & (y <= height - 1 + NEAR)
-    end = y.round_().clamp_(0, height - 1).long().mul_(width).add_(x.round_().clamp_(0, width - 1).long())
-    in_front = owner1.flatten(1).gather(1, end.flatten(1)).view(owner0.shape)
-    return flow, inside & (in_front <= owner0)
+    return flow, stays_visible(flow, owner0, owner1)
 
 
 def _undone(packed: Packed, layers: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
