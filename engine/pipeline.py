@@ -36,6 +36,8 @@ from flowreel.engine.forked import end_openmp_workers
 from flowreel.engine.stages import Consumer, Stage, StageStatistics, Wrap, is_ours_to_close
 
 Result = TypeVar("Result")
+# For state that callers outside any pipeline share: ``with`` lets in one thread at a time, which may enter again.
+OneAtATime = threading.RLock
 TICK_S = 0.2  # how long the caller sleeps before it checks for Ctrl-C and reports progress
 JOIN_S = 30.0  # how long a thread may take to finish its last item after a stop: a large batch on a slow CPU
 
@@ -277,22 +279,6 @@ class _Worker(_Party):
             peak_queue=0 if self.inlet is None else self.inlet.peak,
             queue=0 if self.inlet is None else len(self.inlet),
         )
-
-
-class OneAtATime:
-    """A ``with`` block that one thread at a time may enter, for state that callers outside any pipeline share.
-
-    A thread inside it may enter it again.
-    """
-
-    def __init__(self) -> None:
-        self._free = threading.RLock()
-
-    def __enter__(self) -> None:
-        self._free.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._free.release()
 
 
 class _Thread(threading.Thread):
