@@ -70,7 +70,7 @@ class CudaProgram:
 
     def __init__(self, network: PackedNetwork, shape: Shape) -> None:
         self._network = network
-        self._works = Turns(network.device, lambda: Captured(network, shape))
+        self._works = Turns(network.device, Captured(network, shape))
 
     def flow(self, first: Tensor, second: Tensor) -> Tensor:
         with self._works.taken() as captured_work:

@@ -112,11 +112,11 @@ class Turns(Generic[Thing]):
     waits for another only while that one launches its work, not while the device executes it.
     """
 
-    def __init__(self, device: torch.device, make: Callable[[], Thing]) -> None:
-        self._device = device
-        self._free = OneAtATime()
+    def __init__(self, device: torch.device, thing: Thing) -> None:
+        """``thing``: made on the stream that is current."""
         self._used: torch.cuda.Event | None = None
-        self._thing = make()
+        self._device, self._thing = device, thing
+        self._free = OneAtATime()
         if device.type == "cuda":
             self._used = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._used.record(torch.cuda.current_stream(device))
@@ -134,6 +134,5 @@ class Turns(Generic[Thing]):
 
     def __del__(self) -> None:
         """Waits for work in flight before its memory is freed: the allocator knows only the stream it was made on."""
-        used = getattr(self, "_used", None)
-        if used is not None:
-            used.synchronize()
+        if self._used is not None:
+            self._used.synchronize()

@@ -252,7 +252,7 @@ def test_on_a_cpu_work_is_done_once_and_stays_as_it_is() -> None:
 
 
 def test_a_turn_waits_for_what_the_last_one_started_on_another_stream(noting: NotingCuda) -> None:
-    turns = Turns(GPU, lambda: "thing")
+    turns = Turns(GPU, "thing")
     with turns.taken() as thing:
         assert thing == "thing"
     assert noting.said == ["s1 waits for s1"]  # on which it was made
@@ -272,7 +272,7 @@ def test_a_turn_waits_for_what_the_last_one_started_on_another_stream(noting: No
 
 
 def test_memory_goes_only_when_its_last_turn_is_over(noting: NotingCuda) -> None:
-    turns = Turns(GPU, lambda: "thing")
+    turns = Turns(GPU, "thing")
     noting.stream = "s4"
     with turns.taken():
         pass
@@ -282,7 +282,7 @@ def test_memory_goes_only_when_its_last_turn_is_over(noting: NotingCuda) -> None
 
 
 def test_turns_at_the_same_time_are_taken_one_after_the_other_and_failure_ends_one() -> None:
-    turns = Turns(torch.device("cpu"), lambda: [0])
+    turns = Turns(torch.device("cpu"), [0])
     most: list[int] = []
 
     def use() -> None:
@@ -301,11 +301,3 @@ def test_turns_at_the_same_time_are_taken_one_after_the_other_and_failure_ends_o
     for thread in threads:
         thread.join()
     assert most == [1] * 4
-
-
-def test_a_thing_that_cannot_be_made() -> None:
-    def fail() -> None:
-        raise IndexError("nothing there")
-
-    with pytest.raises(IndexError, match="nothing there"):
-        Turns(GPU, fail)
