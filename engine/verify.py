@@ -17,8 +17,6 @@ from flowreel.sinks import open_store
 if TYPE_CHECKING:
     from flowreel.sinks.store_check import StoreProblem
 
-Progress = Callable[[int, int], None]  # flows read so far, flows stored
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -61,10 +59,10 @@ class Verification:
 
     def as_json(self) -> dict[str, Any]:
         """The result as plain values, for a file."""
-        return {"sound": self.sound} | asdict(self) | {"findings": [asdict(finding) for finding in self.findings]}
+        return {"sound": self.sound} | asdict(self)
 
 
-def verify(path: PathLike, progress: Progress | None = None) -> Verification:
+def verify(path: PathLike, progress: Callable[[int, int], None] | None = None) -> Verification:
     """Reads every chunk of a flow store, finished or not, and reports what is wrong with it.
 
     Args:
