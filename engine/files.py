@@ -35,6 +35,11 @@ def as_glob(name: str) -> str | None:
     return os.path.join(glob.escape(folder), rest) if glob.has_magic(rest) else None
 
 
+def matches(name: str) -> list[str]:
+    """The path of that name if it exists, else those that the name matches as a glob."""
+    return [name] if os.path.exists(name) else glob.glob(as_glob(name) or name, recursive=True)
+
+
 def leads_nowhere(path: Path) -> bool:
     """Whether the path is a symbolic link whose target does not exist."""
     return path.is_symlink() and not path.exists()

@@ -5,7 +5,6 @@ Each kind of file is one line in ``FLOW_FILES``; its reader is imported when the
 
 from __future__ import annotations
 
-import glob
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowreel.engine.config import SinkConfig
 from flowreel.engine.errors import FlowFileError, SourceNotFoundError, StoreError, UsageError
-from flowreel.engine.files import PathLike, as_glob, as_names, leads_nowhere, natural_order
+from flowreel.engine.files import PathLike, as_glob, as_names, leads_nowhere, matches, natural_order
 from flowreel.engine.protocols import FlowReader
 from flowreel.sinks.flow_readers import FileFlows, StoreFlows
 from flowreel.sinks.store_reader import open_store
@@ -175,10 +174,9 @@ def _find(name: str) -> tuple[list[Path], bool]:
     elif os.path.lexists(place):
         return [place], True
     else:
-        pattern = as_glob(name)
-        found = [Path(match) for match in glob.glob(pattern, recursive=True)] if pattern else []
+        found = list(map(Path, matches(name)))
         if not found:
-            missing = "nothing matches" if pattern else "nothing is at"
+            missing = "nothing matches" if as_glob(name) else "nothing is at"
             store = name.rpartition("@")[0]
             hint = f"; of {store} a part is {store}@10:20, or one flow {store}@10" if os.path.isdir(store) else ""
             raise SourceNotFoundError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import re
 import struct
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ from flowreel.engine.errors import (
     TooFewFramesError,
     UnsupportedSourceError,
 )
-from flowreel.engine.files import as_glob, folder_name, leads_nowhere, natural_order
+from flowreel.engine.files import folder_name, leads_nowhere, matches, natural_order
 from flowreel.engine.sources.fingerprint import last_change, source_id
 from flowreel.engine.sources.independent import IndependentFrames
 from flowreel.engine.sources.kinds import IMAGE_SUFFIXES
@@ -66,12 +65,7 @@ def find_images(name: str) -> list[Path]:
     Raises SourceNotFoundError when there is none, or one is a dangling link: leaving it out would skip a frame.
     """
     place = Path(name)
-    if place.is_dir():
-        found = list(place.iterdir())
-    elif place.exists():
-        found = [place]
-    else:
-        found = [Path(match) for match in glob.glob(as_glob(name) or name, recursive=True)]
+    found = list(place.iterdir() if place.is_dir() else map(Path, matches(name)))
     images = [path for path in found if _is_image(path)]
     if not images:
         kinds = " ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flowreel.engine.errors import UsageError
-from flowreel.engine.files import as_glob, folder_name
+from flowreel.engine.files import as_glob, folder_name, matches
 
 STDIN = "-"
 RECIPE = "ffmpeg -i CLIP -f yuv4mpegpipe - | flowreel run -"  # for messages: how to read what is no file
@@ -80,7 +80,7 @@ def _is_images(name: str) -> bool:
 def _stem_of_images(name: str) -> str:
     folder = Path(name)
     if not folder.is_dir():
-        folder = min(map(Path, glob.glob(as_glob(name) or name, recursive=True)), default=folder).parent
+        folder = min(map(Path, matches(name)), default=folder).parent
     return folder_name(folder)
 
 
@@ -94,8 +94,7 @@ def _absolute_images(name: str) -> str:
 def _folders_of_images(name: str) -> list[str]:
     if os.path.isdir(name):
         return [name]
-    found = [name] if os.path.exists(name) else glob.glob(as_glob(name) or name, recursive=True)
-    return sorted({os.path.dirname(path) or "." for path in found})
+    return sorted({os.path.dirname(path) or "." for path in matches(name)})
 
 
 # -- the registry: the first kind that takes a name wins ------------------------------------------------------------
