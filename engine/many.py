@@ -98,7 +98,8 @@ def run_many(
         The outcome of each source. A source that fails is reported there and not raised: see ``raise_if_failed``.
 
     Raises:
-        UsageError, UnknownOutputError: before anything is written; also when two sources have the same stem.
+        UsageError, UnknownOutputError: before anything is written; also when two sources have the same stem, or an
+            output is another source.
         WeightsError: before the first source that has finished outputs or something left to compute.
         DeviceError: before the first source that has something left to compute.
         OutputExistsError, OutputWriteError, OutputBusyError: the manifest's path is taken by something else, it cannot
@@ -148,7 +149,10 @@ def _run_each(
 
 
 def _jobs(sources: list[str], templates: list[str]) -> list[Job]:
-    """Each source with its outputs' names. Raises UsageError when two sources would share an output."""
+    """Each source with its outputs' names.
+
+    Raises UsageError when two sources would share an output, or one's output would replace another source.
+    """
     if not sources:
         raise UsageError("give at least one source")
     by_stem: dict[str, str] = {}
@@ -165,7 +169,15 @@ def _jobs(sources: list[str], templates: list[str]) -> list[Job]:
                     f"with {len(sources)} sources each output's name must hold {{stem}}, which stands for the "
                     f"source's: got {template!r}, expected something like 'out/{{stem}}.zarr'{hint and '; ' + hint}"
                 )
-    return [Job(source, tuple(output_names(templates, source))) for source in sources]
+    jobs = [Job(source, tuple(output_names(templates, source))) for source in sources]
+    taken = {os.path.realpath(source): "a source" for source in sources}
+    for job in jobs:
+        for path in job.outputs:
+            place = os.path.realpath(path)
+            if place in taken:
+                raise UsageError(f"{path}, an output of {job.source}, is {taken[place]}, too: choose other names")
+            taken[place] = f"one of {job.source}"
+    return jobs
 
 
 def _alike(one: str, other: str, stem: str) -> str:

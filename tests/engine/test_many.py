@@ -509,6 +509,18 @@ def test_a_cut_source_stays_unfinished(tiny: str) -> None:
         (["a.mp4", "take%d.mp4"], "{stem}_%d.flo", UnknownOutputError, "take%d_%d.flo"),
         (["in/a.mkv", "b.mp4", "a.mp4"], STORE, UsageError, "in/a.mkv and a.mp4"),
         (["a.mp4", "a.mp4"], STORE, UsageError, "a.mp4 and a.mp4"),
+        (
+            ["a.mp4", "b.mp4", "in/../a.x.mp4"],
+            "{stem}.x.mp4",
+            UsageError,
+            "a.x.mp4, an output of a.mp4, is a source, too",
+        ),
+        (
+            ["a.mp4", "ab.mp4"],
+            ["{stem}b.zarr", "{stem}.zarr"],
+            UsageError,
+            "ab.zarr, an output of ab.mp4, is one of a.mp4",
+        ),
         (["-", "stdin.mp4"], STORE, UsageError, "- and stdin.mp4"),
         (["1.png", "2.png"], "flow/%06d.flo", UsageError, "1.png and 2.png are two images, not two sources: to take"),
         (["1.png", "2.png"], STORE, UsageError, "name their folder, or put the glob in quotes"),
