@@ -77,7 +77,7 @@ def test_names_stay_whole_in_a_log(tiny: list[str], capsys: Capture) -> None:
     long = "x" * 150 + ".mp4"
     assert call(["run", long, B, *STORE, *tiny]) == 1
     lines = capsys.readouterr().err.splitlines()
-    assert any(line.split() == [long, "failed", "0.0", "s"] for line in lines)
+    assert any(line.split()[:2] == [long, "failed"] for line in lines), lines
     assert any(line.split() == ["source", "status", "flows", "time", "size"] for line in lines)
 
 
