@@ -1,12 +1,15 @@
-"""The user's files: their natural order, globs and links, and the cache folder."""
+"""The user's files: their natural order, globs, links and JSON, and the cache folder."""
 
 from __future__ import annotations
 
 import glob
+import json
 import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 PathLike = str | os.PathLike[str]
 
@@ -48,6 +51,15 @@ def leads_nowhere(path: Path) -> bool:
 def folder_name(path: PathLike) -> str:
     """The name of a folder, also of ``.`` and ``..``; ``flow`` for the root folder, which has none."""
     return Path(os.path.abspath(path)).name or "flow"
+
+
+def json_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object that a file holds; None for any other content, of whatever size. Raises OSError."""
+    with path.open("rb") as file, suppress(ValueError, RecursionError):
+        if file.peek(1).startswith(b"{"):
+            held: dict[str, Any] = json.load(file)
+            return held
+    return None
 
 
 def cache_folder(kind: str) -> Path:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from flowreel.engine.claims import Claim
 from flowreel.engine.errors import OutputBusyError, OutputExistsError, StageError
+from flowreel.engine.files import json_object
 from flowreel.engine.outputs import is_finished
 from flowreel.engine.protocols import Resumable, Sink
 from flowreel.engine.publish import publish_bytes, write_errors
@@ -196,12 +197,12 @@ def _former(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """
     odd = os.path.exists(path) and not os.path.isfile(path)  # a folder, or a device, which could be read for ever
     try:
-        content = None if odd else json.loads(path.read_text(encoding="utf-8"))
+        content = None if odd else json_object(path)
     except (FileNotFoundError, NotADirectoryError):
         return {}, {}  # the first run; where the folder cannot exist, writing will report it
-    except (OSError, ValueError):
+    except OSError:
         content = None
-    if not isinstance(content, dict) or FORMAT not in content or not isinstance(content.get("sources"), list):
+    if content is None or FORMAT not in content or not isinstance(content.get("sources"), list):
         raise OutputExistsError(f"{path} exists and is not a flowreel manifest: name another with --manifest")
     working = os.path.join(os.path.realpath(path.parent), str(content.get("folder", os.getcwd())))
 

@@ -5,13 +5,14 @@ All paths are checked before the work begins, so that an impossible one is not r
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from flowreel.engine.errors import OutputExistsError, OutputWriteError, UsageError
-from flowreel.engine.files import PathLike
+from flowreel.engine.files import PathLike, json_object
+from flowreel.engine.publish import write_errors
 from flowreel.engine.sources import image_folders
 from flowreel.engine.sources.kinds import IMAGE_SUFFIXES
 
@@ -62,20 +63,17 @@ def require_report(path: Path, outputs: Iterable[PathLike], sources: Iterable[Pa
     if there is not None and not there.is_dir():
         raise OutputWriteError(f"cannot write {path}: {there} is not a folder")
     if there == path.parent and not os.path.lexists(path):
-        try:  # some folders accept no new files, whatever their permissions say
+        with write_errors(path):  # some folders accept no new files, whatever their permissions say
             path.touch()
             path.unlink()
-        except OSError as error:
-            raise OutputWriteError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _is_report(path: Path) -> bool:
     """Whether the file holds what a run, an export or a run over many sources reports, or a manifest."""
-    try:
-        held = json.loads(path.read_bytes())
-    except (ValueError, RecursionError, OSError):
-        return False
-    return isinstance(held, dict) and ("sources" in held or {"seconds", "outputs"} <= held.keys())
+    held = None
+    with suppress(OSError):
+        held = json_object(path)
+    return held is not None and ("sources" in held or {"seconds", "outputs"} <= held.keys())
 
 
 def require_outside_stores(path: PathLike) -> None:

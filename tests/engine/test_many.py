@@ -592,7 +592,7 @@ def test_sources_and_outputs_may_come_one_by_one(tiny: str) -> None:
     )
 
 
-@pytest.mark.parametrize("content", ["", "[1, 2]", '{"sources": []}', "not JSON"])
+@pytest.mark.parametrize("content", ["", "[1, 2]", '{"sources": []}', "not JSON", '{"sources": ' + "[" * 100_000])
 def test_a_file_that_is_no_manifest_is_left_alone(content: str, tiny: str) -> None:
     Path("notes.json").write_text(content)
     with pytest.raises(OutputExistsError, match=r"notes\.json"):

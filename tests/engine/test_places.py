@@ -24,6 +24,13 @@ def test_a_file_that_is_no_report_is_not_replaced_by_one(held: str, tmp_path: Pa
         places.require_report(tmp_path / "notes.json", [], [])
 
 
+def test_a_large_file_that_is_no_report_is_not_read_whole(tmp_path: Path) -> None:
+    with (tmp_path / "dance.mp4").open("wb") as file:
+        file.truncate(1 << 43)
+    with pytest.raises(OutputExistsError, match="is not a report written by flowreel"):
+        places.require_report(tmp_path / "dance.mp4", [], [])
+
+
 @pytest.mark.parametrize("held", ["", '{"pairs": 5, "seconds": 1.5, "outputs": []}', '{"sources": []}'])
 def test_a_report_is_replaced_by_the_next(held: str, tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text(held)
