@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 from flowreel.engine.doctor.checking import Finding
+from flowreel.engine.errors import counted
 
 OLDEST_PYTHON = (3, 11)
 
@@ -22,7 +23,7 @@ def python() -> Finding:
 def processor() -> Finding:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    return Finding("ok", detail=f"{cores} cores" + (f", {memory / 1e9:.1f} GB of memory" if memory else ""))
+    return Finding("ok", detail=counted(cores, "core") + (f", {memory / 1e9:.1f} GB of memory" if memory else ""))
 
 
 def bf16() -> Finding:

@@ -30,6 +30,11 @@ def test_bf16(monkeypatch: pytest.MonkeyPatch, flags: str, status: str, says: st
     assert says in finding.detail
 
 
+def test_one_core_is_not_called_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: {5}, raising=False)
+    assert "1 core," in found("processor").detail
+
+
 def test_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert found("working folder").status == "ok"
