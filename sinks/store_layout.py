@@ -320,10 +320,12 @@ def _flowreel_attributes(folder: Path, group: dict[str, Any]) -> dict[str, Any]:
             f"{folder} has store format {reprlib.repr(version)}, this version reads {FORMAT_VERSION}: a newer flowreel "
             "may have written it"
         )
-    for name, is_right in (("source", _is_source), ("frame_rate", _is_rate)):
-        if not is_right(attributes.get(name)):
-            found = reprlib.repr(attributes[name])
-            raise DamagedStoreError(f"{folder}: its attribute {name} is not what flowreel writes: {found}")
+    for name, is_right in (("source", _is_source), ("frame_rate", _is_rate), ("source_losses", _is_texts)):
+        found = attributes.get(name)
+        if found is not None and not is_right(found):
+            raise DamagedStoreError(
+                f"{folder}: its attribute {name} is not what flowreel writes: {reprlib.repr(found)}"
+            )
     return attributes
 
 
@@ -337,20 +339,21 @@ _SOURCE_KINDS: dict[str, type | tuple[type, ...]] = {
 
 
 def _is_source(value: object) -> bool:
-    """None, or the fields of a ``SourceId``, of the right kinds as far as they are there."""
-    if not isinstance(value, dict):
-        return value is None
-    heads = value.get("heads_sha256", [])
+    """The fields of a ``SourceId``, of the right kinds as far as they are there."""
     return (
-        all(value.get(name) is None or isinstance(value[name], kind) for name, kind in _SOURCE_KINDS.items())
-        and isinstance(heads, list)
-        and all(isinstance(head, str) for head in heads)
+        isinstance(value, dict)
+        and _is_texts(value.get("heads_sha256", []))
+        and all(value.get(name) is None or isinstance(value[name], kind) for name, kind in _SOURCE_KINDS.items())
     )
 
 
 def _is_rate(value: object) -> bool:
-    """None, or frames per second as a fraction: ``25``, ``30000/1001``."""
-    return value is None or (isinstance(value, str) and re.fullmatch(_RATE, value, re.ASCII) is not None)
+    """Frames per second as a fraction: ``25``, ``30000/1001``."""
+    return isinstance(value, str) and re.fullmatch(_RATE, value, re.ASCII) is not None
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def read_json(path: Path) -> dict[str, Any]:

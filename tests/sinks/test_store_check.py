@@ -213,6 +213,8 @@ def test_how_a_prediction_lies_in_the_frame_is_doubted(tmp_path: Path) -> None:
         ({"source": "clip.mp4"}, "its attribute source is not what flowreel writes"),
         ({"frame_rate": "25/0"}, "its attribute frame_rate is not what flowreel writes"),
         ({"frame_rate": 25}, "its attribute frame_rate is not what flowreel writes"),
+        ({"source_losses": 7}, "its attribute source_losses is not what flowreel writes"),
+        ({"source_losses": "3 of 9 frames"}, "its attribute source_losses is not what flowreel writes"),
         ({"max_error": True}, "max_error: expected a number"),
     ],
     ids=str,
