@@ -1,4 +1,4 @@
-"""Threads, bounded channels, stopping, errors and statistics: the only file in flowreel that deals with concurrency.
+"""Threads, bounded channels, stopping, errors and statistics: no other file of the engine makes threads.
 
     source ──▢▢▢▢──> stage ──▢▢▢▢──> stage ──┬──▢▢▢▢──> sink        ▢▢▢▢  a channel, bounded in items and in bytes
                                              └──▢▢▢▢──> sink        ───>  one thread each
