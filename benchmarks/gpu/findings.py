@@ -89,6 +89,7 @@ class Findings:
         self.add(begun=[*self._found["begun"], name], under_way=name)
         try:
             action()
+            wait_for_device()  # a launch that fails later than it returns fails here, not unnoticed
         except Exception as error:
             if (reason := lacking(error)) is not None:
                 self.skip(name, reason)
@@ -120,13 +121,17 @@ def lacking(error: Exception) -> str | None:
     return None
 
 
+def wait_for_device() -> None:
+    """Waits for all that the GPU was given, if one is in use. Raises RuntimeError when that fails."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def device_is_lost() -> bool:
     """Whether an error has made the GPU unusable for this process: then every later call fails with the same error."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
-        return False
     try:
-        torch.cuda.synchronize()
+        wait_for_device()
     except RuntimeError:
         return True
     return False

@@ -93,7 +93,10 @@ def attempts(findings: Findings, settings: Settings) -> None:
         raise ValueError("not a number")
 
     def loses_the_card() -> None:
-        kept.device_is_lost = lambda: True
+        def lost() -> None:
+            raise RuntimeError("an illegal memory access was encountered")
+
+        kept.wait_for_device = lost  # its launches have returned long before they fail
 
     def dies() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
