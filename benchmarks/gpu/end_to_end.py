@@ -59,19 +59,20 @@ def run(findings: Findings, settings: Settings) -> None:
     decoders: list[str] = []  # those timed so far
     in_memory, on_disk = (place / "x.zarr" for place in (memory_folder(settings.folder), Path(settings.folder)))
 
-    def timed(name: str, model: str, output: Path, decoder: str, share: float) -> None:
+    def timed(name: str, model: str, output: Path, decoder: str, share: float, encoder: str = "auto") -> None:
         if output.is_relative_to(MEMORY):
             _require_memory()
         if decoder == "pyav" and any(used.startswith("PyAV") for used in decoders):
             raise Skipped("that is what auto has chosen")
-        sample, report = _rate(trained if model == TRAINED else job, model, output, decoder, share)
+        options = {"model": model, "decoder": decoder, "encoder": encoder}
+        sample, report = _rate(trained if model == TRAINED else job, output, share, **options)
         decoders.append(report.decoder)
         _file(findings, name, sample, report, alone(model, report.batch))
 
     def by_its_threads(*arguments: Any) -> None:
         before, video_writer.ROWS_OF_A_THREAD = video_writer.ROWS_OF_A_THREAD, 0
         try:
-            timed(*arguments)
+            timed(*arguments, encoder="cpu")  # "auto" would take a GPU's own encoder, where it has one
         finally:
             video_writer.ROWS_OF_A_THREAD = before
 
@@ -125,11 +126,11 @@ def job_of(settings: Settings) -> Job:
     return Job(clip, height, width, frames, options)
 
 
-def _rate(job: Job, model: str, output: Path, decoder: str, share: float = 1.0) -> tuple[Sample, RunReport]:
+def _rate(job: Job, output: Path, share: float, **options: Any) -> tuple[Sample, RunReport]:
     """Pairs/s from runs of many shards minus a run of one, and the last long run's report. share: of the clip."""
 
     def ran(flows: int, to: Path = output) -> RunReport:
-        return flowreel.run(job.clip, to, stop=flows + 1, decoder=decoder, model=model, **job.options)
+        return flowreel.run(job.clip, to, stop=flows + 1, **job.options, **options)
 
     store = output.with_suffix(".zarr")
     frames = int(job.frames * share)

@@ -148,9 +148,27 @@ def test_the_speed_of_a_run_is_that_of_its_middle(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(flowreel, "open_store", lambda _: SimpleNamespace(shard_length=7))
     for name, long in (("x.zarr", [98, 98]), ("x.mp4", [98])):
         asked.clear()
-        sample, _ = end_to_end._rate(end_to_end.Job(tmp_path, 4, 4, 100, {}), "FlowNet2", tmp_path / name, "auto")
+        sample, _ = end_to_end._rate(end_to_end.Job(tmp_path, 4, 4, 100, {}), tmp_path / name, 1.0)
         assert sample.median == pytest.approx(100)
         assert asked[1:] == [7, 7, *long]
+
+
+def test_x264s_threads_are_not_those_of_a_gpu_that_encodes(
+    findings: Found, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[bool, object]] = []  # for each run: without parts, and the encoder asked for
+
+    def rate(*_: object, **options: object) -> tuple[None, SimpleNamespace]:
+        asked.append((end_to_end.video_writer.ROWS_OF_A_THREAD == 0, options.get("encoder")))
+        return None, SimpleNamespace(decoder="NVDEC", batch=8)
+
+    monkeypatch.setattr(end_to_end, "job_of", lambda _: end_to_end.Job(tmp_path, 4, 4, 100, {}))
+    monkeypatch.setattr(end_to_end, "_rate", rate)
+    for unused in ("_alone", "_file", "_decoder_alone", "_require_memory"):
+        monkeypatch.setattr(end_to_end, unused, lambda *_: None)
+    end_to_end.run(findings, settings)
+    assert findings["checks"] == []
+    assert [encoder for by_threads, encoder in asked if by_threads] == ["cpu", "cpu"]
 
 
 # --- kernels and peers ------------------------------------------------------------------------------------------------
