@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -117,22 +117,28 @@ def _row(kernel: Kernel, device: str, way: str, found: Mapping[str, list[float]]
     }
 
 
-def kernels(device: str) -> list[Kernel]:
-    """Every operation and precision that is worth a row on the device."""
+def kernels(device: str) -> Iterator[Kernel]:
+    """Every operation and precision that is worth a row on the device, each made when its turn has come: together their
+    inputs take more than 8 GB of a GPU."""
     torch.manual_seed(0)
     half: Precision = "bf16" if device == "cpu" else "fp16"
-    made = [_correlation(device, "fp32"), _correlation(device, half), _correlation_backward(device)]
-    made += [_correlation_into(device, "fp32"), _correlation_into(device, half), _quantise(device)]
-    made += [_correlation_into(device, half, batch=8)] if device == "cuda" else []
-    made += [_warp(device, "fp32"), _warp(device, half), _channel_norm(device, 3), _channel_norm(device, 2)]
+    yield from (_correlation(device, precision) for precision in ("fp32", half))
+    yield _correlation_backward(device)
+    yield from (_correlation_into(device, precision) for precision in ("fp32", half))
+    yield _quantise(device)
     if device == "cuda":
-        made += [_yuv_to_rgb(device), _bitshuffle(device)]
-        made += [_bias_leaky_relu(device, "fp32"), _bias_leaky_relu(device, half)]
-        made += [_flow_head(device, level, channels) for level, channels in HEADS.items()]
-        made += [_smoothed_head(device, level, *channels) for level, channels in SMOOTHED_HEADS.items()]
-        made += [kernel(device, half) for kernel in (_normalise_frames, _refining_input, _fusing_input, _enlarge_flow)]
-        made += [_convolution(layer, device, half) for layer in LAYERS]
-    return [*made, _color(device)]
+        yield _correlation_into(device, half, batch=8)
+    yield from (_warp(device, precision) for precision in ("fp32", half))
+    yield from (_channel_norm(device, channels) for channels in (3, 2))
+    if device == "cuda":
+        yield _yuv_to_rgb(device)
+        yield _bitshuffle(device)
+        yield from (_bias_leaky_relu(device, precision) for precision in ("fp32", half))
+        yield from (_flow_head(device, level, channels) for level, channels in HEADS.items())
+        yield from (_smoothed_head(device, level, *channels) for level, channels in SMOOTHED_HEADS.items())
+        yield from (make(device, half) for make in (_normalise_frames, _refining_input, _fusing_input, _enlarge_flow))
+        yield from (_convolution(layer, device, half) for layer in LAYERS)
+    yield _color(device)
 
 
 def _without_gradients(function: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> Action:

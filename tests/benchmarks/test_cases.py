@@ -6,6 +6,7 @@ Measured times are not judged, because no test may depend on the speed of the ma
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -155,6 +156,16 @@ def test_inputs_outgrow_the_caches_and_come_in_turn() -> None:
     for _ in range(4):
         call()
     assert seen == [1, 2, 3, 1]
+
+
+def test_one_kernels_inputs_are_freed_before_the_next_ones_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "PIXELS", (12, 16))
+    monkeypatch.setattr(kernels, "FEATURES", (1, 8, 6, 8))
+    monkeypatch.setattr(kernels, "BEYOND_CACHES", 0)
+    every = iter(kernels.kernels("cpu"))
+    first = weakref.ref(next(every))
+    assert next(every).name == "correlation"
+    assert first() is None
 
 
 def test_model(monkeypatch: pytest.MonkeyPatch, checked: Any) -> None:
