@@ -86,14 +86,15 @@ def compare(before: str, after: str) -> Comparison:
 def _results(what: str) -> dict[str, Result]:
     path = Path(what)
     if path.is_file():
-        files = [path]
+        found = [load(path)]
     elif path.is_dir():
-        files = [found for case in cases_in(path) if (found := newest(case, path)) is not None]
+        found = [result for case in cases_in(path) if (result := newest(case, path)) is not None]
     else:
-        files = sorted(RESULTS.glob(f"{what}-*.json")) if re.fullmatch(r"\d{4}-\d\d-\d\d", what) else []
-    if not files:
+        is_date = re.fullmatch(r"\d{4}-\d\d-\d\d", what) is not None
+        found = [load(file) for file in sorted(RESULTS.glob(f"{what}-*.json"))] if is_date else []
+    if not found:
         raise FileNotFoundError(f"no results at {what}: expected a file, a folder of results, or a date (2026-01-31)")
-    return {result["case"] if len(files) == 1 else filed_as(result): result for result in map(load, files)}
+    return {result["case"] if len(found) == 1 else filed_as(result): result for result in found}
 
 
 def _rows(result: Result) -> dict[Key, Mapping[str, Any]]:
@@ -124,29 +125,27 @@ def _shown(key: Key) -> str:
 
 
 def _changes(case: str, key: Key, before: Mapping[str, Any], after: Mapping[str, Any], unit: str) -> Iterator[Change]:
-    """unit: of all figures of a result, for those whose names do not contain one."""
-    for figure in before:
-        a, b = cell_value(before[figure]), cell_value(after.get(figure))
+    """Better or worse only if the two intervals do not overlap; without intervals, from ``WITHOUT_SPREAD`` on.
+
+    unit: of all figures of a result, for those whose names do not contain one.
+    """
+    for figure, one in before.items():
+        other = after.get(figure)
+        a, b = cell_value(one), cell_value(other)
         if a is None or b is None:
             continue
-        spreads = isinstance(before[figure], Mapping) and isinstance(after[figure], Mapping)
-        verdict = _verdict(f"{figure} {unit}", before[figure], after[figure], spreads)
-        yield Change(case, _shown(key), figure, a, b, verdict, spreads)
+        spreads = isinstance(one, Mapping) and isinstance(other, Mapping)
+        overlap = spreads and one["low"] <= other["high"] and other["low"] <= one["high"]
+        same = overlap or abs(b - a) <= (LEAST if spreads else WITHOUT_SPREAD) * abs(a)
+        yield Change(case, _shown(key), figure, a, b, _verdict(f"{figure} {unit}", a, b, same), spreads)
 
 
-def _verdict(figure: str, before: Any, after: Any, spreads: bool) -> str:
-    """Better or worse only if the two intervals do not overlap; without intervals, from ``WITHOUT_SPREAD`` on."""
-    a, b = cell_value(before), cell_value(after)
-    assert a is not None
-    assert b is not None
-    higher = _HIGHER.search(figure) is not None
+def _verdict(figure: str, before: float, after: float, same: bool) -> str:
     if not _judged(figure):
         return ""
-    apart = (after["low"] > before["high"] or after["high"] < before["low"]) if spreads else True
-    least = LEAST if spreads else WITHOUT_SPREAD
-    if not apart or abs(b - a) <= least * abs(a):
+    if same:
         return "same"
-    return "better" if (b > a) == higher else "worse"
+    return "better" if (after > before) == (_HIGHER.search(figure) is not None) else "worse"
 
 
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any], names: Sequence[str]) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks import svg
 from benchmarks.measure import cell_value
-from benchmarks.results import RESULTS, Result, load, newest
+from benchmarks.results import RESULTS, Result, newest
 from benchmarks.tables import PLOTS
 
 Row = Mapping[str, Any]
@@ -18,10 +18,9 @@ def draw(results: Path = RESULTS, into: Path = PLOTS) -> list[Path]:
     """Draws every plot whose case has a result. Returns the files written."""
     made = []
     for case, plots in _PLOTS.items():
-        path = newest(case, results)
-        if path is None:
+        result = newest(case, results)
+        if result is None:
             continue
-        result = load(path)
         for name, plot in plots.items():
             into.mkdir(parents=True, exist_ok=True)
             target = into / f"{name}.svg"
@@ -52,7 +51,7 @@ def _scaling(axis: str, x_label: str, figure: str, y_label: str) -> Callable[[Re
     def plot(result: Result) -> str:
         points = [(float(row["x"]), _number(row, figure)) for row in _rows(result, axis)]
         title, speed = f"{y_label} against {x_label}", figure == "pairs/s"
-        return svg.lines(title, {"": points}, f"{x_label} ({_under(result)})", y_label, log_x=True, log_y=speed)
+        return svg.line(title, points, f"{x_label} ({_under(result)})", y_label, log_y=speed)
 
     return plot
 

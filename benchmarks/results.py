@@ -28,12 +28,12 @@ def load(path: Path) -> Result:
     return result
 
 
-def newest(case: str, folder: Path = RESULTS, *, with_rows: bool = False) -> Path | None:
-    """The latest result filed as ``case``, or None. with_rows: skips results without rows, as some GPU runs of only
-    a few parts have."""
+def newest(case: str, folder: Path) -> Result | None:
+    """The latest result filed as ``case`` that has rows, which some GPU runs of only a few parts have not; or None."""
     matches = [(match, path) for path in folder.glob("*.json") if (match := _NAME.fullmatch(path.name))]
     found = [(match["date"], int(match["number"] or 1), path) for match, path in matches if match["case"] == case]
-    return next((path for _, _, path in sorted(found, reverse=True) if not with_rows or load(path).get("rows")), None)
+    results = (load(path) for _, _, path in sorted(found, reverse=True))
+    return next((result for result in results if result.get("rows")), None)
 
 
 def cases_in(folder: Path) -> list[str]:

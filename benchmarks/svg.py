@@ -1,4 +1,4 @@
-"""Charts as plain SVG text: bars, and lines on linear or logarithmic axes. Needs no plotting library."""
+"""Charts as plain SVG text: bars, and a line on linear or logarithmic axes. Needs no plotting library."""
 
 from __future__ import annotations
 
@@ -8,29 +8,20 @@ from html import escape
 
 WIDTH, HEIGHT = 640, 400
 LEFT, RIGHT, TOP, BOTTOM = 70, 20, 40, 50  # margins, px
-COLOURS = ("#1b6ca8", "#c8553d", "#588157", "#8e6c8a", "#c99700", "#3d405b")
+COLOUR = "#1b6ca8"
 FONT = 'font-family="sans-serif" font-size="12"'
 
-Points = Sequence[tuple[float, float]]
 
-
-def lines(
-    title: str, series: Mapping[str, Points], x_label: str, y_label: str, *, log_x: bool = False, log_y: bool = False
-) -> str:
-    """A line chart of named series of (x, y); a single one needs no name. Logarithmic axes need positive numbers."""
-    xs = [x for points in series.values() for x, _ in points]
-    ys = [y for points in series.values() for _, y in points]
-    across = _Axis.around(xs, LEFT, WIDTH - RIGHT, log_x)
+def line(title: str, points: Sequence[tuple[float, float]], x_label: str, y_label: str, *, log_y: bool) -> str:
+    """A chart of y against x, whose axis is logarithmic. Logarithmic axes need positive numbers."""
+    xs, ys = zip(*sorted(points), strict=True)
+    across = _Axis.around(xs, LEFT, WIDTH - RIGHT, log=True)
     up = _Axis.around(ys if log_y else [0.0, *ys], HEIGHT - BOTTOM, TOP, log_y)
+    placed = [(across.place(x), up.place(y)) for x, y in zip(xs, ys, strict=True)]
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
     parts = [_frame(title, x_label, y_label), *_ticks(across, up)]
-    for number, (name, points) in enumerate(series.items()):
-        colour = COLOURS[number % len(COLOURS)]
-        placed = [(across.place(x), up.place(y)) for x, y in sorted(points)]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
-        parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{path}"/>')
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in placed]
-        if name:
-            parts.append(_text(WIDTH - RIGHT - 4, TOP + 16 * (number + 1), name, "end", colour))
+    parts.append(f'<polyline fill="none" stroke="{COLOUR}" stroke-width="2" points="{path}"/>')
+    parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{COLOUR}"/>' for x, y in placed]
     return _svg(parts, HEIGHT)
 
 
@@ -43,7 +34,7 @@ def bars(title: str, values: Mapping[str, float], x_label: str) -> str:
     for number, (name, value) in enumerate(values.items()):
         y, length = TOP + step * number, (WIDTH - left - 70) * max(value, 0.0) / most
         parts.append(_text(left - 8, y + 14, name, "end"))
-        parts.append(f'<rect x="{left}" y="{y}" width="{length:.1f}" height="{step - 6}" fill="{COLOURS[0]}"/>')
+        parts.append(f'<rect x="{left}" y="{y}" width="{length:.1f}" height="{step - 6}" fill="{COLOUR}"/>')
         parts.append(_text(left + length + 6, y + 13, f"{value:.3g}", "start"))
     parts.append(_text((left + WIDTH) / 2, height - 8, x_label, "middle"))
     return _svg(parts, height)
@@ -113,9 +104,9 @@ def _frame(title: str, x_label: str, y_label: str) -> str:
     return box + labels + turned
 
 
-def _text(x: float, y: float, text: str, anchor: str, colour: str = "#222222", size: int = 12) -> str:
+def _text(x: float, y: float, text: str, anchor: str, size: int = 12) -> str:
     font = FONT.replace("12", str(size))
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}" {font}>{escape(text)}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="#222222" {font}>{escape(text)}</text>'
 
 
 def _svg(parts: Sequence[str], height: int) -> str:

@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.results import RESULTS, Result, load, newest
+from benchmarks.results import RESULTS, Result, newest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))  # pages that may contain markers
@@ -70,8 +70,8 @@ def filled(text: str, page: Path, results: Path = RESULTS, plots: Path = PLOTS) 
         if match["kind"] == "plot":
             made = _picture(plots / f"{case}.svg", page)
         else:
-            path = newest(case, results, with_rows=True)
-            made = None if path is None else _made(match["kind"], load(path), conditions, match["asked"])
+            result = newest(case, results)
+            made = None if result is None else _made(match["kind"], result, conditions, match["asked"])
         return match[0] if made is None else f"{match['marker']}\n{made}\n"
 
     return _MARKED.sub(below, text)

@@ -42,7 +42,7 @@ def test_a_case_is_run_and_filed_with_its_machine(tmp_path: Path, capsys: pytest
     assert {"cpu", "cores", "versions", "commit", "date", "load", "torch_threads"} <= set(result["machine"])
     assert result["machine"]["versions"]["torch"]
     assert path.name == f"{result['machine']['date']}-{filed_as(result)}.json"
-    assert newest(filed_as(result), tmp_path / "new") == path
+    assert newest(filed_as(result), tmp_path / "new") == result
     assert "| pair |" in capsys.readouterr().out
 
 

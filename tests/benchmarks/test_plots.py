@@ -19,7 +19,7 @@ def places(picture: str) -> list[tuple[float, float]]:
 
 
 def test_powers_stand_evenly_on_a_logarithmic_axis() -> None:
-    found = places(svg.lines("t", {"": [(1, 1), (10, 100), (100, 10_000)]}, "x", "y", log_x=True, log_y=True))
+    found = places(svg.line("t", [(1, 1), (10, 100), (100, 10_000)], "x", "y", log_y=True))
     (x0, y0), (x1, y1), (x2, y2) = found
     assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2)
     assert y1 - y0 == pytest.approx(y2 - y1, abs=0.2)
@@ -28,7 +28,7 @@ def test_powers_stand_evenly_on_a_logarithmic_axis() -> None:
 
 
 def test_a_linear_axis_begins_at_zero_and_points_are_sorted() -> None:
-    (x0, y0), (x1, y1) = places(svg.lines("t", {"a": [(20, 200), (10, 100)]}, "x", "y"))
+    (x0, y0), (x1, y1) = places(svg.line("t", [(20, 200), (10, 100)], "x", "y", log_y=False))
     assert x0 < x1
     bottom = svg.HEIGHT - svg.BOTTOM
     assert (bottom - y0) * 2 == pytest.approx(bottom - y1, abs=0.2)
@@ -36,12 +36,12 @@ def test_a_linear_axis_begins_at_zero_and_points_are_sorted() -> None:
 
 def test_a_logarithmic_axis_has_no_zero() -> None:
     with pytest.raises(ValueError, match="positive"):
-        svg.lines("t", {"": [(0, 1)]}, "x", "y", log_x=True)
+        svg.line("t", [(0, 1)], "x", "y", log_y=False)
 
 
 @pytest.mark.parametrize("values", [[(1.0, 5.0)], [(1.0, 0.0), (2.0, 0.0)], [(1.0, -3.0), (1.0, 3.0)]])
 def test_few_or_equal_points_are_drawn(values: list[tuple[float, float]]) -> None:
-    assert len(places(svg.lines("t", {"": values}, "x", "y"))) == len(values)
+    assert len(places(svg.line("t", values, "x", "y", log_y=False))) == len(values)
 
 
 def test_bars_are_as_long_as_their_numbers() -> None:

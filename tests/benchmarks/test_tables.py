@@ -81,8 +81,8 @@ def test_of_several_runs_on_one_day_the_last_counts(tmp_path: Path) -> None:
         "2031-05-05-gpu-11",
         "2031-05-07-gpu-dry-run",
     ):
-        (tmp_path / f"{name}.json").write_text("{}")
-    assert newest("gpu", tmp_path) == tmp_path / "2031-05-06-gpu-10.json"
+        (tmp_path / f"{name}.json").write_text(f'{{"rows": ["{name}"]}}')
+    assert newest("gpu", tmp_path) == {"rows": ["2031-05-06-gpu-10"]}
     assert cases_in(tmp_path) == ["gpu", "gpu-dry-run"]
 
 
