@@ -8,7 +8,6 @@ slow stage.
 
 from __future__ import annotations
 
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ from statistics import median
 from typing import Any, Literal, get_args
 
 from benchmarks.measure import ratio
+from benchmarks.processes import resident_bytes
 from flowreel.engine.config import ModelConfig, QueueConfig, SelectConfig, SinkConfig
 from flowreel.engine.data import FlowBatch, Frame, PairBatch
 from flowreel.engine.inference import Inference, load_network
@@ -132,12 +132,6 @@ def _seconds(action: Callable[[], object]) -> float:
     began_s = time.perf_counter()
     action()
     return time.perf_counter() - began_s
-
-
-def resident_bytes() -> int:
-    """This process's resident memory now; 0 where the system does not report it."""
-    path = Path("/proc/self/statm")
-    return int(path.read_text().split()[1]) * resource.getpagesize() if path.exists() else 0
 
 
 def run(short: bool = False) -> dict[str, object]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.accuracy import FRESH
+from benchmarks.accuracy import FRESH, farneback
 from benchmarks.data import found
 from benchmarks.measure import Action, Effort, Sample, alternated, ratio
 from flowreel.engine.config import ModelConfig, SelectConfig
@@ -55,7 +55,7 @@ def run(short: bool = False) -> dict[str, object]:
 def _methods(frames: Sequence[Tensor], pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Action]:
     pictures = [np.ascontiguousarray(frame.permute(1, 2, 0).numpy()) for frame in frames]
     methods = {f"OpenCV DIS {name}": _in_opencv(pictures, _dis(preset)) for name, preset in PRESETS.items()}
-    methods["OpenCV Farneback"] = _in_opencv(pictures, _farneback)
+    methods["OpenCV Farneback"] = _in_opencv(pictures, farneback)
     return methods | {f"flowreel {model}, baseline weights": _network(model, pairs) for model in MODELS}
 
 
@@ -71,10 +71,6 @@ def _in_opencv(pictures: Sequence[Any], flow: Callable[[Any, Any], Any]) -> Acti
 def _dis(preset: int) -> Callable[[Any, Any], Any]:
     dis = cv2.DISOpticalFlow.create(preset)
     return lambda first, second: dis.calc(first, second, FRESH)
-
-
-def _farneback(first: Any, second: Any) -> Any:
-    return cv2.calcOpticalFlowFarneback(first, second, FRESH, 0.5, 5, 15, 3, 5, 1.2, 0)
 
 
 def _network(model: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Action:

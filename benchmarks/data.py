@@ -11,7 +11,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from benchmarks.measure import Skipped
-from flowreel.sinks import read_flo
+from flowreel.sinks import read_flo, read_kitti
 
 FOLDER = Path(os.environ.get("FLOWREEL_DATA", Path(__file__).resolve().parents[1] / ".." / "shared" / "data")).resolve()
 
@@ -39,7 +39,7 @@ def true_pair(name: str) -> TruePair:
     """Reads one folder of ``pairs``: img1, img2, and flow.flo or KITTI's 16-bit flow.png."""
     folder = found("pairs", name)
     first, second = (_picture(next(folder.glob(f"img{number}.*"))) for number in (1, 2))
-    flow = _kitti(folder / "flow.png") if (folder / "flow.png").exists() else read_flo(folder / "flow.flo")
+    flow = read_kitti(folder / "flow.png")[0] if (folder / "flow.png").exists() else read_flo(folder / "flow.flo")
     valid = np.asarray((np.abs(flow) < 1e9).all(-1), np.bool_)
     return TruePair(name, first, second, np.where(valid[..., None], flow, 0).astype(np.float32), valid)
 
@@ -47,12 +47,3 @@ def true_pair(name: str) -> TruePair:
 def _picture(path: Path) -> npt.NDArray[np.uint8]:
     with Image.open(path) as image:
         return np.array(image.convert("RGB"))
-
-
-def _kitti(path: Path) -> npt.NDArray[np.float32]:
-    import cv2
-
-    stored = np.asarray(cv2.imread(str(path), cv2.IMREAD_UNCHANGED), np.float32)  # blue = valid, green = v, red = u
-    flow = (stored[..., [2, 1]] - 32768) / 64
-    flow[stored[..., 0] == 0] = 1e10
-    return np.asarray(flow, np.float32)

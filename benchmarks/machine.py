@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.processes import ROOT
+
 PACKAGES = (
     "flowreel",
     "torch",

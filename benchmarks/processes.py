@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -58,6 +59,12 @@ def measured(command: Sequence[str], env: Mapping[str, str] | None = None) -> Sp
         raise CommandFailedError(f"{' '.join(command)} ended with {code}: {done.stderr.strip()[-2000:]}")
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return Spent(seconds, peak * unit, cpu_s, done.stdout)
+
+
+def resident_bytes() -> int:
+    """This process's resident memory now; 0 where the system does not report it."""
+    path = Path("/proc/self/statm")
+    return int(path.read_text().split()[1]) * resource.getpagesize() if path.exists() else 0
 
 
 def flowreel(*arguments: str) -> list[str]:

@@ -16,9 +16,9 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.processes import ROOT
 from benchmarks.results import RESULTS, Result, newest
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))  # pages that may contain markers
 PLOTS = ROOT / "docs" / "plots"
 _MARKED = re.compile(r"(?P<marker><!-- (?P<kind>table|where|plot): (?P<asked>[^\n]*?) -->)\n(?:(?!<!-- )[^\n]+\n)*")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -13,6 +10,7 @@ import flowreel
 from benchmarks.gpu import scarce
 from benchmarks.gpu.findings import Findings, Settings
 from benchmarks.gpu.made_clips import written_clip
+from benchmarks.processes import resident_bytes
 
 LONG = (640, 360, 18 * 72 + 1)  # width, height, frames: whole shards, so that the last batch has the usual length
 GROWTH = 1.05  # allowed factor, from the first fifth of the frames to the last fifth
@@ -35,7 +33,7 @@ def _long(findings: Findings, settings: Settings) -> None:
     ):
         seen += len(batch.frame)
         if seen >= (len(samples) + 1) * count // 10:
-            samples.append((seen, _resident_mb(), _gpu_mb(settings)))
+            samples.append((seen, resident_bytes() / 1e6, _gpu_mb(settings)))
             findings.row(flows=seen, host_mb=samples[-1][1], gpu_mb=samples[-1][2])
     findings.check("every flow came", seen == count - 1, flows=seen)
     for place, name in ((1, "host"), (2, "GPU")):
@@ -44,14 +42,6 @@ def _long(findings: Findings, settings: Settings) -> None:
     findings.add(
         headline=f"{seen} flows: host {samples[1][1]:.0f} to {samples[-1][1]:.0f} MB, GPU {samples[-1][2]:.0f} MB"
     )
-
-
-def _resident_mb() -> float:
-    """Resident memory now; the peak so far where the system does not report it."""
-    status = Path("/proc/self/statm")
-    if status.exists():
-        return int(status.read_text().split()[1]) * resource.getpagesize() / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
 def _gpu_mb(settings: Settings) -> float:

@@ -8,6 +8,7 @@ in C while holding the GIL is seen only after it has released it.
 from __future__ import annotations
 
 import linecache
+import resource
 import statistics
 import sys
 import threading
@@ -118,8 +119,8 @@ class Watch:
         return sorted(rows, key=lambda row: -row["on it"])
 
     def paid(self) -> dict[str, float]:
-        """What the whole process used in the block: minor page faults, seconds of CPU time. Unix only, else empty."""
-        return dict(zip(("page_faults", "user_s", "system_s"), self._paid, strict=False))
+        """What the whole process used in the block: minor page faults, seconds of CPU time."""
+        return dict(zip(("page_faults", "user_s", "system_s"), self._paid, strict=True))
 
     def gil_waits(self) -> dict[str, float]:
         """How much later samples come than when nothing runs, ms."""
@@ -134,10 +135,6 @@ class Watch:
 
 
 def _paid() -> list[float]:
-    try:
-        import resource
-    except ImportError:
-        return []
     used = resource.getrusage(resource.RUSAGE_SELF)
     return [used.ru_minflt, used.ru_utime, used.ru_stime]
 
