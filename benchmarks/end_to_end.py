@@ -13,7 +13,7 @@ from benchmarks.data import found
 from benchmarks.measure import Effort, Sample, alternated, devices, ratio
 from benchmarks.networks import random_weights
 from flowreel.engine.api import flow_header, run_one
-from flowreel.engine.config import ModelConfig, RunConfig, SelectConfig, SinkConfig
+from flowreel.engine.config import RunConfig
 from flowreel.engine.data import Frame
 from flowreel.engine.device import download
 from flowreel.engine.inference import Network, load_network
@@ -27,7 +27,6 @@ from flowreel.engine.sources import open_source
 from flowreel.sinks import open_sink
 
 CLIP = "sintel_cave_1024x436.mp4"
-HALF = {"cpu": "bf16", "cuda": "fp16"}
 STAGES = ("decode", "model", "write")  # those that do real work
 
 
@@ -92,15 +91,15 @@ def run(short: bool = False) -> dict[str, object]:
     "of the model alone", "of the slowest alone": the pipeline's speed as a fraction of that stage's. "width 1": random
     weights at the published width; "baseline": the shipped weights. Everything runs in turn in this process.
     """
-    found("videos", CLIP)
+    clip = str(found("videos", CLIP))
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for device in devices():
             for model, weights, precision, flows in _settings(device, short):
                 path = "baseline" if weights == "baseline" else str(random_weights(model, Path(folder)))
-                config = _config(model, path, precision, device, flows)
-                job = Job(str(found("videos", CLIP)), config, load_network(config.model), flows)
                 about = {"model": model, "weights": weights, "precision": precision, "device": device}
+                config = RunConfig.of(**about | {"weights": path}, stop=flows + 1)
+                job = Job(clip, config, load_network(config.model), flows)
                 rows += measured(job, about, 2 if short else 5)
     return {"clip": CLIP, "rows": rows}
 
@@ -113,15 +112,7 @@ def _settings(device: str, short: bool) -> list[tuple[str, str, str, int]]:
             return [("FlowNet2C", "width 1", "fp32", 12)]
         light = [("FlowNet2C", "width 1", "fp32", 40), ("FlowNet2S", "width 1", "fp32", 40)]
         return [(*heavy, "fp32", 24), (*heavy, "bf16", 40), *light, ("FlowNet2CSS", "baseline", "fp32", 40)]
-    return [(*heavy, HALF[device], 40 if short else 49), ("FlowNet2CSS", "baseline", HALF[device], 49)]
-
-
-def _config(model: str, weights: str, precision: Any, device: str, flows: int) -> RunConfig:
-    return RunConfig(
-        model=ModelConfig(model=model, weights=weights, precision=precision, device=device),
-        select=SelectConfig(stop=flows + 1),
-        sink=SinkConfig(),
-    )
+    return [(*heavy, "fp16", 40 if short else 49), ("FlowNet2CSS", "baseline", "fp16", 49)]
 
 
 def measured(job: Job, about: dict[str, Any], rounds: int) -> list[dict[str, Any]]:

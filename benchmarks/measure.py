@@ -113,21 +113,18 @@ def seconds_of(action: Action, sync: Action = lambda: None, calls: int = 1) -> f
     return (time.perf_counter() - began_s) / calls
 
 
-def timed(action: Action, effort: Effort | None = None, sync: Action = lambda: None) -> Sample:
+def timed(action: Action, effort: Effort, sync: Action = lambda: None) -> Sample:
     """Seconds per call of one action."""
     return Sample.of(alternated({"": action}, effort, sync)[""])
 
 
-def alternated(
-    actions: Mapping[str, Action], effort: Effort | None = None, sync: Action = lambda: None
-) -> dict[str, list[float]]:
+def alternated(actions: Mapping[str, Action], effort: Effort, sync: Action = lambda: None) -> dict[str, list[float]]:
     """Seconds per call of several actions, timed in turn, so that whatever slows the machine affects them all alike.
 
     Each round times every action once, every second round in reverse order. ``effort`` counts rounds, and its time cap
     is for all actions together. The least number of rounds may take up to three times the cap; at least two rounds are
     made in any case.
     """
-    effort = effort or Effort()
     calls = {name: _calls_per_timing(action, effort, sync) for name, action in actions.items()}
     found: dict[str, list[float]] = {name: [] for name in actions}
     began_s = time.perf_counter()
@@ -150,7 +147,7 @@ def _calls_per_timing(action: Action, effort: Effort, sync: Action) -> int:
     return 1 if once_s >= SHORTEST_S else max(1, math.ceil(SHORTEST_S / max(once_s, 1e-9)))
 
 
-def ratio(over: Sequence[float], under: Sequence[float], seed: int = 0) -> Cell:
+def ratio(over: Sequence[float], under: Sequence[float]) -> Cell:
     """Median of ``over`` divided by median of ``under``, two series from the same rounds, with a 95 % interval.
 
     The interval is a bootstrap over rounds: whole rounds are resampled, so what slowed both series stays shared.
@@ -158,7 +155,7 @@ def ratio(over: Sequence[float], under: Sequence[float], seed: int = 0) -> Cell:
     a, b = np.asarray(over, float), np.asarray(under, float)
     if a.shape != b.shape or a.size == 0:
         raise ValueError(f"a ratio needs two series of the same rounds, got {a.size} and {b.size} values")
-    drawn = np.random.default_rng(seed).integers(0, a.size, (RESAMPLES, a.size))
+    drawn = np.random.default_rng(0).integers(0, a.size, (RESAMPLES, a.size))
     ratios = np.median(a[drawn], axis=1) / np.median(b[drawn], axis=1)
     low, high = np.quantile(ratios, (0.025, 0.975))
     return {"median": float(np.median(a) / np.median(b)), "low": float(low), "high": float(high), "n": int(a.size)}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ceilings import Ceilings, flops_per_s
+from benchmarks.measure import Effort, Sample, alternated, device_sync, devices
 from benchmarks.processes import in_module
 
 FULL = ("FlowNet2", "FlowNet2CSS", "FlowNet2CS", "FlowNet2C", "FlowNet2S", "FlowNet2SD")
@@ -24,8 +25,6 @@ INPUTS = 4  # different batches, used in turn
 def run(short: bool = False, ceilings: Ceilings | None = None) -> dict[str, object]:
     """One process per row, for its own peak memory. "width 1": random weights at the published width; "baseline": the
     shipped weights."""
-    from benchmarks.measure import devices
-
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for device in devices():
@@ -60,8 +59,7 @@ def _settings(
 
 
 def _row(settings: dict[str, Any], folder: Path, short: bool, ceilings: Ceilings) -> dict[str, Any]:
-    from benchmarks.measure import Sample
-    from benchmarks.networks import flops, random_weights
+    from benchmarks.networks import flops, random_weights  # not above: the measured process would load it, too
 
     baseline = settings["weights"] == "baseline"
     height, width = SIZES[settings["size"]]
@@ -86,7 +84,6 @@ def _measure(settings: dict[str, Any]) -> dict[str, Any]:
     """Runs in the measured process: seconds of each call on one batch."""
     import torch
 
-    from benchmarks.measure import Effort, alternated, device_sync
     from flowreel.engine.config import ModelConfig
     from flowreel.engine.inference import load_network
 

@@ -17,7 +17,6 @@ import math
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any, get_args
@@ -127,34 +126,15 @@ def measure_all(
         for kind in kinds:
             codec = flow_codec(height, width, SinkConfig(max_error=max_error, codec=kind), max(whole))
             cost = measure(codec, flows, flo_bytes(*whole))
-            measured.append(
-                {
-                    "field": field,
-                    "codec": kind,
-                    "bound": bound,
-                    "ratio": cost.ratio,
-                    "mean error px": cost.mean_error,
-                    "max error px": cost.max_error,
-                    "encode GB/s": cost.encode_gb_per_s,
-                    "decode GB/s": cost.decode_gb_per_s,
-                }
-            )
+            measured.append({"field": field, "codec": kind, "bound": bound, **cost})
     return measured
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Size, error and speed of a codec on some flows."""
+def measure(codec: FlowCodec, flows: Sequence[Flow], bytes_as_flo: int) -> dict[str, float]:
+    """Encodes and decodes each flow, several times if there are few; one untimed call of each warms up before.
 
-    ratio: float  # bytes of .flo files / bytes of the chunks
-    mean_error: float  # px, per component
-    max_error: float  # px, per component
-    encode_gb_per_s: float  # float32 flow per CPU second, median
-    decode_gb_per_s: float
-
-
-def measure(codec: FlowCodec, flows: Sequence[Flow], bytes_as_flo: int) -> Cost:
-    """Encodes and decodes each flow, several times if there are few; one untimed call of each warms up before."""
+    Errors are those of single components, speeds medians.
+    """
     out: Flow = np.empty((2, codec.height, codec.width), np.float32)
     gigabytes = out.nbytes / 1e9
     codec.decode(codec.encode(flows[0]).chunk, out)
@@ -174,8 +154,13 @@ def measure(codec: FlowCodec, flows: Sequence[Flow], bytes_as_flo: int) -> Cost:
                 stored_bytes += len(chunk)
                 means.append(float(np.nanmean(error)))
                 most = max(most, float(np.nanmax(error)))
-    ratio = len(flows) * bytes_as_flo / stored_bytes
-    return Cost(ratio, sum(means) / len(means), most, gigabytes / median(encode_s), gigabytes / median(decode_s))
+    return {
+        "ratio": len(flows) * bytes_as_flo / stored_bytes,
+        "mean error px": sum(means) / len(means),
+        "max error px": most,
+        "encode GB/s": gigabytes / median(encode_s),
+        "decode GB/s": gigabytes / median(decode_s),
+    }
 
 
 def whole_store(name: str, batches: Sequence[FlowBatch], codec: Codec) -> dict[str, Any]:

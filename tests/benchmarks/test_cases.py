@@ -254,8 +254,9 @@ def test_clips(folder: Path, checked: Any) -> None:
     assert row[".flo / store"] == pytest.approx(row[".flo MB"] / row["store MB"])
 
 
-def test_old_way(folder: Path, checked: Any) -> None:
-    rows = checked("old_way", old_way.run("clip.mp4", short=True))
+def test_old_way(folder: Path, monkeypatch: pytest.MonkeyPatch, checked: Any) -> None:
+    monkeypatch.setattr(old_way, "CLIP", "clip.mp4")
+    rows = checked("old_way", old_way.run(short=True))
     sizes = {(row["way"], row["step"]): row["MB on disk"] for row in rows}
     assert sizes["old", "frames to .flo"] == pytest.approx((FRAMES - 1) * (12 + 8 * HEIGHT * WIDTH) / 1e6)
     steps = [size for (way, step), size in sizes.items() if way == "old" and step != "all of it"]
