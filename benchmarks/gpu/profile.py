@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 
 from benchmarks.gpu.findings import Findings, Settings
 from benchmarks.gpu.network import DRY, SIZES, TIMED, Timed, inputs, made, network
@@ -28,8 +29,14 @@ LAYERS = 160  # operations, each of one shape, that are reported, the slowest fi
 
 
 def run(findings: Findings, settings: Settings) -> None:
-    """The first network of ``TIMED`` under torch's profiler; the whole table is saved in a file of its own."""
+    """The first network of ``TIMED`` under torch's profiler."""
     one = DRY[-1] if settings.dry else TIMED[0]
+    findings.attempt("kernel by kernel", partial(_kernels, findings, settings, one))
+    findings.attempt("layer by layer", partial(_layers, findings, settings, one))
+
+
+def _kernels(findings: Findings, settings: Settings, one: Timed) -> None:
+    """As it runs; the whole table is saved in a file of its own."""
     fast, frames = made(one, settings), inputs(one, settings, 2)
     sync = device_sync(settings.device)
     fast(*frames)
@@ -41,7 +48,8 @@ def run(findings: Findings, settings: Settings) -> None:
             fast(*frames)
         sync()
     averages = profiler.key_averages()
-    spent = {event.key: (us, event.count) for event in averages if (us := _own_us(event, on_gpu)) > 0}
+    # By kernel: on a GPU their callers report the same time again.
+    spent = {event.key: (us, event.count) for event in averages if (us := _own_us(event, on_gpu, DeviceType.CUDA)) > 0}
     key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     path = settings.kept("profile.txt")
     path.write_text(averages.table(sort_by=key, row_limit=60, max_name_column_width=90))
@@ -53,7 +61,6 @@ def run(findings: Findings, settings: Settings) -> None:
     for name, (us, count) in sorted(spent.items(), key=lambda item: -item[1][0])[:25]:
         findings.row(kernel=name[:120], us_a_call=us / CALLS, calls=count / CALLS, share=us / total_us)
     findings.add(headline=bound(shares, total_us / CALLS, wall_s * 1e6))
-    findings.attempt("layer by layer", partial(_layers, findings, settings, one))
 
 
 def _layers(findings: Findings, settings: Settings, one: Timed) -> None:
@@ -69,18 +76,12 @@ def _layers(findings: Findings, settings: Settings, one: Timed) -> None:
         with profiled(on_gpu, shapes=True) as profiler:
             plain.flow(*frames)
             sync()
-    spent = [(_us_of_op(event, on_gpu), event) for event in profiler.key_averages(group_by_input_shape=True)]
+    averages = profiler.key_averages(group_by_input_shape=True)
+    spent = [(_own_us(event, on_gpu, DeviceType.CPU), event) for event in averages]  # by what launched the kernels
     for us, event in sorted(spent, key=lambda item: -item[0])[:LAYERS]:
         if us > 0:
             shapes = " ".join("x".join(map(str, shape)) for shape in event.input_shapes if shape)
             findings.row(op=event.key, shapes=shapes, us_a_call=us, calls=event.count)
-
-
-def _us_of_op(event: Any, on_gpu: bool) -> float:
-    """Time of the kernels that the operation itself launched."""
-    if not on_gpu:
-        return float(event.self_cpu_time_total)
-    return float(event.self_device_time_total) if event.device_type == torch.autograd.DeviceType.CPU else 0.0
 
 
 def profiled(on_gpu: bool, shapes: bool = False) -> torch.profiler.profile:
@@ -90,11 +91,11 @@ def profiled(on_gpu: bool, shapes: bool = False) -> torch.profiler.profile:
     return torch.profiler.profile(activities=activities, record_shapes=shapes)
 
 
-def _own_us(event: Any, on_gpu: bool) -> float:
-    """An event's own time. On a GPU only that of kernels, since their callers report the same time again."""
+def _own_us(event: Any, on_gpu: bool, of: DeviceType) -> float:
+    """An event's own time; on a GPU that of its kernels. of: the kind that counts there, kernels or their callers."""
     if not on_gpu:
         return float(event.self_cpu_time_total)
-    return float(event.self_device_time_total) if event.device_type == torch.autograd.DeviceType.CUDA else 0.0
+    return float(event.self_device_time_total) if event.device_type == of else 0.0
 
 
 def by_kind(spent: Mapping[str, float]) -> dict[str, float]:

@@ -88,6 +88,16 @@ def test_kernels_are_told_apart_by_their_names() -> None:
     )
 
 
+def test_a_profile_that_dies_in_its_layers_is_not_filed_twice(
+    findings: Found, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profile, "_kernels", lambda *_: findings.row(kernel="warp"))
+    monkeypatch.setattr(profile, "_layers", lambda *_: None)
+    for _ in range(2):  # the second as by the process that continues
+        profile.run(findings, settings)
+    assert findings["rows"] == [{"kernel": "warp"}]
+
+
 # --- videos -----------------------------------------------------------------------------------------------------------
 
 
