@@ -20,7 +20,7 @@ import numpy as np
 import zstandard
 
 from flowreel.sinks.chunk_pieces import Chunk, Piece, crc32c
-from flowreel.sinks.compressors import Compressor
+from flowreel.sinks.compressors import BYTES, Compressor
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -54,7 +54,7 @@ class Blosc(Compressor):
     def in_zarr(self, dtype: np.dtype[Any]) -> list[dict[str, Any]]:
         settings: dict[str, Any] = {"typesize": dtype.itemsize, "cname": "zstd", "clevel": LEVEL}
         settings |= {"shuffle": "bitshuffle", "blocksize": BLOCK_VALUES * dtype.itemsize}
-        return [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "blosc", "configuration": settings}]
+        return [BYTES, {"name": "blosc", "configuration": settings}]
 
 
 def chunks_of_shuffled(batch: npt.NDArray[np.uint8], value_bytes: int, threads: int) -> list[Chunk]:

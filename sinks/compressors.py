@@ -57,7 +57,8 @@ COMPRESSORS: dict[Codec, tuple[str, str]] = {
     "pcodec": ("flowreel.sinks.pcodec", "Pcodec"),
     "pcodec2d": ("flowreel.sinks.pcodec", "Pcodec2d"),
 }
-_CHECKSUM = "crc32c"
+BYTES: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
+CHECKSUM: dict[str, Any] = {"name": "crc32c"}
 _SERIALIZERS = ("bytes", "numcodecs.pcodec")  # Zarr codecs that turn an array into bytes
 
 
@@ -96,7 +97,7 @@ def decompress(chunk: bytes, codec: Codec, dtype: np.dtype[Any], shape: int | tu
 
 def zarr_codecs(codec: Codec, dtype: np.dtype[Any]) -> list[dict[str, Any]]:
     """The steps of ``compress`` as Zarr's metadata."""
-    return [*_compressor(codec).in_zarr(dtype), {"name": _CHECKSUM}]
+    return [*_compressor(codec).in_zarr(dtype), CHECKSUM]
 
 
 def zarr_arguments(codec: Codec, dtype: np.dtype[Any]) -> dict[str, Any]:

@@ -28,10 +28,10 @@ from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Sto
 
 from flowreel.engine.config import SinkConfig
 from flowreel.sinks.codecs import flow_codec
-from flowreel.sinks.compressors import compress
+from flowreel.sinks.compressors import BYTES, compress
 from flowreel.sinks.indexed_flow import IndexedFlow, coordinates
 from flowreel.sinks.store_checksums import ATTRIBUTES_CHECKSUM, attributes_checksum
-from flowreel.sinks.store_layout import BYTES, consolidate
+from flowreel.sinks.store_layout import consolidate
 from flowreel.sinks.store_metadata import store_metadata
 
 if TYPE_CHECKING:

@@ -74,7 +74,7 @@ class StoreFlows:
 
     def __iter__(self) -> Iterator[FlowBatch]:
         store, first, last = self._store, self._numbers.start, self._numbers.stop
-        length = batch_length(self.info)
+        length = batch_length(self.info.flow_bytes)
         for start in range(first, last, length):
             part = slice(start, min(start + length, last))
             yield FlowBatch(
@@ -159,7 +159,7 @@ class FileFlows:
             flow = self._read(self._paths[number])
             if self._one_size:
                 self._expect_size(self._paths[number], flow)
-            if waiting and (flow.shape != waiting[0].shape or _is_full(waiting)):
+            if waiting and (flow.shape != waiting[0].shape or len(waiting) == batch_length(flow.nbytes)):
                 yield self._batch(waiting, first)
                 waiting, first = [], number
             waiting.append(flow)
@@ -242,9 +242,9 @@ def _rate_of(times: PairTimes) -> Fraction:
     return Fraction(1 / gap_s).limit_denominator(1001) if 1e-6 < gap_s < 1e3 else FRAME_RATE
 
 
-def batch_length(info: FlowInfo) -> int:
-    """Flows of this size in one batch."""
-    return max(1, min(BATCH_FLOWS, BATCH_BYTES // info.flow_bytes))
+def batch_length(flow_bytes: int) -> int:
+    """Flows in one batch, each of so many bytes as float32."""
+    return max(1, min(BATCH_FLOWS, BATCH_BYTES // flow_bytes))
 
 
 def store_stem(path: str) -> str:
@@ -274,10 +274,6 @@ def _how_it_was_made(attributes: dict[str, Any], store: FlowStore) -> dict[str, 
         return made_by
     native = store.layout.native is not None  # the flow as read is interpolated
     return made_by | {"earlier_max_error": error, "earlier_step": 0.0 if native else max(step, before)}
-
-
-def _is_full(flows: list[Float32Array]) -> bool:
-    return len(flows) >= BATCH_FLOWS or (len(flows) + 1) * flows[0].nbytes > BATCH_BYTES
 
 
 def _same(one: Path, other: Path) -> bool:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from flowreel.engine.errors import SentError
 from flowreel.sinks.shared_memory import SharedView
 from flowreel.sinks.store_target import LocalTarget
-from flowreel.sinks.store_writer import shard_files
+from flowreel.sinks.store_writer import prepare_shard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -46,7 +46,7 @@ class Request(NamedTuple):
 
 
 def make(request: Request, steps: Bytes, compressed: Callable[[], None]) -> tuple[list[str], int]:
-    """Prepares the shard's files. Returns their keys, in the order of publishing, and their size in bytes.
+    """See ``prepare_shard``.
 
     steps: (flows x bytes per flow,) uint8, as ``FlowCodec.encode_prepared`` takes them. compressed: called as soon as
     they are no longer needed.
@@ -54,8 +54,7 @@ def make(request: Request, steps: Bytes, compressed: Callable[[], None]) -> tupl
     path, codec, length = request.setting
     chunks = codec.encode_prepared(steps.reshape(request.flows, -1), THREADS)
     compressed()
-    files = shard_files(request.number, length, chunks, request.times)
-    return list(files), LocalTarget(path).prepare(files)
+    return prepare_shard(LocalTarget(path), request.number, length, chunks, request.times)
 
 
 def serve(connection: int, memory: int) -> None:

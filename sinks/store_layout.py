@@ -23,7 +23,7 @@ from flowreel.engine.config import SinkConfig
 from flowreel.engine.data import NativeGrid
 from flowreel.engine.errors import DamagedStoreError
 from flowreel.sinks.codecs import FlowCodec, flow_codec
-from flowreel.sinks.compressors import codec_of, zarr_codecs
+from flowreel.sinks.compressors import BYTES, CHECKSUM, codec_of, zarr_codecs
 
 FORMAT_VERSION = 1
 FIRST_LOSS = "first_loss"  # attribute: number of the first frame that the source could not give, or gave damaged
@@ -43,8 +43,6 @@ MOST_FLOWS = 1 << 26  # a month of video; four arrays of times and frames are ma
 MOST_PIXELS = 1 << 27  # of one flow, 1 GiB as float32: a small file can claim any size, and video is below this
 MOST_METADATA = 64 << 20  # bytes of one zarr.json
 
-BYTES: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
-CHECKSUM: dict[str, Any] = {"name": "crc32c"}
 SETTINGS_MATTER = ("bytes", "transpose", "numcodecs.delta")  # the bytes of the others are self-describing
 
 _RATE = r"[1-9]\d{0,18}(/[1-9]\d{0,18})?"

@@ -100,25 +100,20 @@ def store_attributes(info: FlowInfo, config: SinkConfig) -> dict[str, Any]:
         software = version("flowreel")
     except PackageNotFoundError:  # run from a source tree that was never installed
         software = "unknown"
-    source = info.source
+    native: dict[str, Any] = {}  # what a reader needs to turn the network's own prediction into the frame's flow
+    if info.native is not None:
+        native = {"native": asdict(info.native), "flow_height": info.height, "flow_width": info.width}
     return {
         **info.made_by,
         "format_version": FORMAT_VERSION,
         "software_version": software,
-        "source": asdict(source),
+        "source": asdict(info.source),
         "frame_rate": None if info.frame_rate is None else str(info.frame_rate),
         "max_error": config.max_error,
         "codec": config.codec,
         "resolution": "full" if info.native is None else "native",
-        **_native_attributes(info),
+        **native,
     }
-
-
-def _native_attributes(info: FlowInfo) -> dict[str, Any]:
-    """What a reader needs to turn the network's own prediction into the frame's flow."""
-    if info.native is None:
-        return {}
-    return {"native": asdict(info.native), "flow_height": info.height, "flow_width": info.width}
 
 
 def _flow_attributes(codec: FlowCodec, native: bool, checksums: bool) -> dict[str, Any]:

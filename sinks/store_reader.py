@@ -104,7 +104,6 @@ class FlowStore:
         self.shape: tuple[int, int, int, int] = (self.layout.count, *self.layout.flow_shape)
         self.shard_length: int = self.layout.shard_length
         self.files = StoreFiles(self.folder, self.layout, self._finished)
-        self._codec = self.layout.codec
         self._whole_shards = 0  # found so far in an unfinished store, from the first on
         self._coordinates: dict[str, tuple[Array, int]] = {}  # name -> values, and how many flows there were then
 
@@ -219,7 +218,7 @@ class FlowStore:
     def summary(self) -> dict[str, Any]:
         """What the store holds and what it costs: sizes in bytes, ``ratio`` against the same flows as ``.flo``."""
         _, _, height, width = self.shape
-        available = self.stored
+        available, codec = self.stored, self.layout.codec
         disk_bytes = sum(map(_file_bytes, self.folder.rglob("*")))
         as_flo = available * flo_bytes(height, width)
         return {
@@ -230,11 +229,11 @@ class FlowStore:
             "available": available,
             "width": width,
             "height": height,
-            "dtype": str(self._codec.dtype),
-            "codec": self._codec.codec,
-            "max_error": self._codec.max_error,
+            "dtype": str(codec.dtype),
+            "codec": codec.codec,
+            "max_error": codec.max_error,
             "resolution": "full" if self.layout.native is None else "native",
-            "step": None if self._codec.lossless else self._codec.step,
+            "step": None if codec.lossless else codec.step,
             "shard_length": self.shard_length,
             "disk_bytes": disk_bytes,
             "flo_bytes": as_flo,

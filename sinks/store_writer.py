@@ -68,7 +68,7 @@ class StoreWriter:
 
         The error of an earlier one is raised here, in ``check`` or in ``flush``.
         """
-        make = partial(self._made, number, chunks, times)
+        make = partial(prepare_shard, self._target, number, self._shard_length, chunks, times)
         self.submit_made(number, len(chunks), times, make, sum(map(len, chain.from_iterable(chunks))))
 
     def submit_made(
@@ -79,10 +79,7 @@ class StoreWriter:
         make: Callable[[], tuple[list[str], int]],
         nbytes: int,
     ) -> None:
-        """Hands over a shard of ``count`` flows whose files ``make`` prepares in the target.
-
-        ``make`` returns their keys, in the order in which they are to be published, and their size in bytes.
-        """
+        """Hands over a shard of ``count`` flows whose files ``make`` prepares in the target: see ``prepare_shard``."""
         length, frame = number * self._shard_length + count, int(times["frame"][0])
         self._behind.submit_in_turn(
             partial(self._prepare, number, frame, make), partial(self._publish, number, frame, length), nbytes
@@ -125,10 +122,6 @@ class StoreWriter:
             with suppress(Exception):  # the caller has its own reason to stop, which counts
                 self._behind.drain()
         self._behind.close()
-
-    def _made(self, number: int, chunks: list[Chunk], times: Mapping[str, Sequence[Any]]) -> tuple[list[str], int]:
-        files = shard_files(number, self._shard_length, chunks, times)
-        return list(files), self._target.prepare(files)
 
     def _prepare(self, number: int, frame: int, make: Callable[[], tuple[list[str], int]]) -> tuple[list[str], int]:
         with self._noting_failure(number, frame):
@@ -182,19 +175,19 @@ class StoreWriter:
         return written
 
 
-def shard_files(
-    number: int, length: int, chunks: Sequence[Chunk], times: Mapping[str, Sequence[Any]]
-) -> dict[str, Sequence[bytes]]:
-    """One shard's files by key, in the order in which they are published: times and checksums, then the flow.
+def prepare_shard(
+    target: StoreTarget, number: int, length: int, chunks: Sequence[Chunk], times: Mapping[str, Sequence[Any]]
+) -> tuple[list[str], int]:
+    """Prepares one shard's files in the target. Returns their keys and their size in bytes.
 
-    length: flows of a full shard.
+    The keys are in the order of publishing: times and checksums, then the flow. length: flows of a full shard.
     """
     files: dict[str, Sequence[bytes]] = {
         f"{name}/c/{number}": [pack_values(name, values, length)]
         for name, values in values_beside(number * length, chunks, times).items()
     }
     files[f"flow/c/{number}/0/0/0"] = pack_shard(chunks, length)
-    return files
+    return list(files), target.prepare(files)
 
 
 def values_beside(first: int, chunks: Sequence[Chunk], times: Mapping[str, Any]) -> dict[str, Any]:

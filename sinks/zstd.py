@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numcodecs.zstd
 import numpy as np
 
-from flowreel.sinks.compressors import Compressor
+from flowreel.sinks.compressors import BYTES, Compressor
 
 if TYPE_CHECKING:
     from flowreel.engine.data import Array
@@ -26,7 +26,4 @@ class Zstd(Compressor):
         return np.frombuffer(numcodecs.zstd.Zstd().decode(body), dtype)
 
     def in_zarr(self, _: np.dtype[Any]) -> list[dict[str, Any]]:
-        return [
-            {"name": "bytes", "configuration": {"endian": "little"}},
-            {"name": "zstd", "configuration": {"level": LEVEL, "checksum": False}},
-        ]
+        return [BYTES, {"name": "zstd", "configuration": {"level": LEVEL, "checksum": False}}]
