@@ -57,9 +57,13 @@ class Comparison:
 def compare(before: str, after: str) -> Comparison:
     """Each argument: a result file, a folder of results (the newest of each case), or a date within ``RESULTS``.
 
+    Two results alone are compared whatever they are filed as: a short run with a whole one, a GPU with a CPU.
+
     Raises FileNotFoundError when nothing is found, ValueError when the two have no case in common.
     """
     a, b = _results(before), _results(after)
+    if len(a) == len(b) == 1:
+        a, b = ({result["case"]: result for result in found.values()} for found in (a, b))
     both = [case for case in a if case in b]
     if not both:
         raise ValueError(f"nothing in common: {before} has {', '.join(sorted(a))}; {after} has {', '.join(sorted(b))}")
@@ -84,17 +88,16 @@ def compare(before: str, after: str) -> Comparison:
 
 
 def _results(what: str) -> dict[str, Result]:
+    """By what they are filed as."""
     path = Path(what)
     if path.is_file():
-        found = [load(path)]
-    elif path.is_dir():
-        found = [result for case in cases_in(path) if (result := newest(case, path)) is not None]
-    else:
-        is_date = re.fullmatch(r"\d{4}-\d\d-\d\d", what) is not None
-        found = [load(file) for file in sorted(RESULTS.glob(f"{what}-*.json"))] if is_date else []
+        result = load(path)
+        return {filed_as(result): result}
+    folder, day = (path, None) if path.is_dir() else (RESULTS, what)
+    found = {case: result for case in cases_in(folder, day) if (result := newest(case, folder, day)) is not None}
     if not found:
         raise FileNotFoundError(f"no results at {what}: expected a file, a folder of results, or a date (2026-01-31)")
-    return {result["case"] if len(found) == 1 else filed_as(result): result for result in found}
+    return found
 
 
 def _rows(result: Result) -> dict[Key, Mapping[str, Any]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import compare as comparing
 from benchmarks.__main__ import main
 from benchmarks.compare import as_text, compare
 
@@ -71,6 +72,30 @@ def test_folders_are_compared_case_by_case_the_newest_of_each(tmp_path: Path, wr
     found = compare(str(tmp_path / "a"), str(tmp_path / "b"))
     assert [(change.case, change.ratio) for change in found.changes] == [("kernels", 2.0)]
     assert found.only_before == ("model",)
+
+
+def test_of_a_day_the_last_run_of_each_case_counts(tmp_path: Path, write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparing, "RESULTS", tmp_path)
+    for date, ms in (("2031-05-06", 1.0), ("2031-05-07", 2.0)):
+        write(tmp_path, "model", [{"ms": ms}], {"date": date})
+        for number, us in (("", 9 * ms), ("-2", ms)):
+            path = write(tmp_path, "gpu", [{"us": us}], {"date": date, "gpu": "Abacus"})
+            path.rename(tmp_path / f"{date}-gpu{number}.json")
+    found = compare("2031-05-06", "2031-05-07")
+    assert [(change.case, change.before, change.after) for change in found.changes] == [
+        ("gpu", 1.0, 2.0),
+        ("model", 1.0, 2.0),
+    ]
+
+
+def test_a_single_result_is_found_in_a_folder_of_many(tmp_path: Path, write: Any) -> None:
+    on_gpu = {"gpu": "Abacus"}
+    one = write(tmp_path / "a", "kernels", [{"ms": 1.0}], on_gpu)
+    write(tmp_path / "b", "kernels", [{"ms": 2.0}], on_gpu)
+    write(tmp_path / "b", "model", [{"ms": 2.0}])
+    for before in (one, one.parent):
+        (change,) = compare(str(before), str(tmp_path / "b")).changes
+        assert (change.case, change.ratio) == ("kernels-gpu", 2.0)
 
 
 def test_other_machines_are_refused_unless_asked_for(
