@@ -1,7 +1,7 @@
 """Registers operations with torch, as ``torch.ops.flowreel.*``, and tells which version of each one ran.
 
-An operation has a definition in plain torch, which runs on any device, and may have a faster version for a CPU and one
-of our kernels for a GPU. Without CuPy, for float64, and for inputs that a kernel does not take, the definition runs on
+An operation has a definition in plain torch, which runs on any device, one of our kernels for a GPU, and may have a
+faster version for a CPU. Without CuPy, for float64, and for inputs that a kernel does not take, the definition runs on
 the GPU too; ``recording`` tells.
 """
 
@@ -28,7 +28,7 @@ def operation(
     definition: Callable[..., Any],
     *,
     on_cpu: Callable[..., Any] | None = None,
-    on_cuda: Callable[..., Any] | None = None,
+    on_cuda: Callable[..., Any],
     takes: Callable[..., bool] = lambda *_: True,
     shape: Callable[..., Any] = lambda *_: None,
 ) -> Callable[..., Any]:
@@ -55,7 +55,7 @@ def versions(
     name: str,
     definition: Callable[..., Any],
     on_cpu: Callable[..., Any] | None,
-    on_cuda: Callable[..., Any] | None,
+    on_cuda: Callable[..., Any],
     takes: Callable[..., bool],
 ) -> dict[str, Callable[..., Any]]:
     """What runs, by torch's dispatch key. ``takes`` is called here and nowhere else, so the version noted is the one
@@ -70,18 +70,15 @@ def versions(
 
         return noted
 
-    plain = run(definition, "torch")
-    by_key = {"CompositeExplicitAutograd": plain}  # for any device without a version of its own
+    plain, ours = run(definition, "torch"), run(on_cuda, "cuda")
+
+    def chosen(*arguments: Any) -> Any:
+        known = all(x.dtype in SUFFIXES for x in arguments if isinstance(x, Tensor) and x.dtype.is_floating_point)
+        return (ours if known and launch.cupy_is_there() and takes(*arguments) else plain)(*arguments)
+
+    by_key = {"CompositeExplicitAutograd": plain, "CUDA": chosen}  # the first: any device without a version of its own
     if on_cpu is not None:
         by_key["CPU"] = run(on_cpu, "torch")
-    if on_cuda is not None:
-        ours = run(on_cuda, "cuda")
-
-        def chosen(*arguments: Any) -> Any:
-            known = all(x.dtype in SUFFIXES for x in arguments if isinstance(x, Tensor) and x.dtype.is_floating_point)
-            return (ours if known and launch.cupy_is_there() and takes(*arguments) else plain)(*arguments)
-
-        by_key["CUDA"] = chosen
     return by_key
 
 
