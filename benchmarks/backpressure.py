@@ -19,7 +19,8 @@ from typing import Any, Literal, get_args
 
 from benchmarks.measure import ratio
 from benchmarks.processes import resident_bytes
-from flowreel.engine.config import ModelConfig, QueueConfig, SelectConfig, SinkConfig
+from flowreel.engine.api import flow_header
+from flowreel.engine.config import ModelConfig, QueueConfig, RunConfig, SelectConfig, SinkConfig
 from flowreel.engine.data import FlowBatch, Frame, PairBatch
 from flowreel.engine.inference import Inference, load_network
 from flowreel.engine.outputs import Tally
@@ -91,9 +92,6 @@ def _scene(frames: int) -> str:
 
 
 def new_job(flows: int, rest_s: dict[Slow, float] | None = None) -> Job:
-    from flowreel.engine.api import flow_header
-    from flowreel.engine.config import RunConfig
-
     inference = load_network(ModelConfig(model="FlowNet2C", device="cpu", batch=1)).fitted(HEIGHT, WIDTH)
     with closing(open_source(_scene(flows + 1), SelectConfig())) as source:
         header = flow_header(source.info, inference, RunConfig())

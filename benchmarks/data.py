@@ -28,7 +28,6 @@ def found(*parts: str) -> Path:
 class TruePair:
     """Two pictures and the flow between them."""
 
-    name: str
     first: npt.NDArray[np.uint8]  # (H, W, 3) RGB
     second: npt.NDArray[np.uint8]
     flow: npt.NDArray[np.float32]  # (H, W, 2) pixels
@@ -41,7 +40,7 @@ def true_pair(name: str) -> TruePair:
     first, second = (_picture(next(folder.glob(f"img{number}.*"))) for number in (1, 2))
     flow = read_kitti(folder / "flow.png")[0] if (folder / "flow.png").exists() else read_flo(folder / "flow.flo")
     valid = np.asarray((np.abs(flow) < 1e9).all(-1), np.bool_)
-    return TruePair(name, first, second, np.where(valid[..., None], flow, 0).astype(np.float32), valid)
+    return TruePair(first, second, np.where(valid[..., None], flow, 0).astype(np.float32), valid)
 
 
 def _picture(path: Path) -> npt.NDArray[np.uint8]:

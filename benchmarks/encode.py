@@ -35,6 +35,7 @@ OUTPUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "npz": ("%06d.npz", {}),
     "two-stream JPEG": ("flow_x_%05d.jpg", {}),
 }
+THREADS = (1, 2, 4, 8, 16)  # of the pools that encode, as far as there are cores
 Flow = npt.NDArray[np.float32]  # (2, H, W) pixels
 
 
@@ -102,7 +103,7 @@ def codec_rows(flows: Sequence[Flow], effort: Effort) -> list[dict[str, Any]]:
     rows = []
     for kind in get_args(Codec):
         codec = flow_codec(height, width, SinkConfig(codec=kind))
-        for threads in _thread_counts():
+        for threads in (count for count in THREADS if count <= (os.cpu_count() or 1)):
             with ThreadPoolExecutor(threads) as pool:
 
                 def encode(pool: ThreadPoolExecutor = pool, codec: Any = codec) -> object:
@@ -111,10 +112,3 @@ def codec_rows(flows: Sequence[Flow], effort: Effort) -> list[dict[str, Any]]:
                 rate = timed(encode, effort).rate(gigabytes).cell()
             rows.append({"what": f"codec {kind}, {threads} thread{'s' * (threads > 1)}", "GB/s of flow": rate})
     return rows
-
-
-def _thread_counts() -> list[int]:
-    cores, found = os.cpu_count() or 1, [1]
-    while found[-1] * 2 <= min(cores, 16):
-        found.append(found[-1] * 2)
-    return found

@@ -103,7 +103,7 @@ def settled(values: Sequence[float], within: float) -> bool:
     return len(values) > 5 and max(high - middle, middle - low) <= within * middle
 
 
-def seconds_of(action: Action, sync: Action = lambda: None, calls: int = 1) -> float:
+def seconds_of(action: Action, sync: Action, calls: int = 1) -> float:
     """Wall time of one call, as the mean of ``calls`` in a row. ``sync`` waits until the device's work is done."""
     sync()
     began_s = time.perf_counter()

@@ -31,7 +31,7 @@ def random_weights(model: str, folder: Path, width: float = 1.0) -> Path:
     return path
 
 
-def filled(model: str, device: str = "cpu", width: float = 1.0) -> torch.nn.Module:
+def filled(model: str, device: str, width: float) -> torch.nn.Module:
     """The network with random weights and biases that preserve the magnitude of activations: flow of tens of pixels.
 
     Ready for inference. The numbers depend on the device.
@@ -52,7 +52,7 @@ def filled(model: str, device: str = "cpu", width: float = 1.0) -> torch.nn.Modu
     return net
 
 
-def flops(model: str, height: int, width: int, channels: float = 1.0) -> float:
+def flops(model: str, height: int, width: int, channels: float) -> float:
     """Multiplications and additions for one pair, in convolutions and correlations. Sides are multiples of 64.
 
     Counted on tensors without data, so even large sizes cost nothing. channels: width factor of the network.

@@ -182,12 +182,12 @@ def ptlflow_python() -> str:
     return python
 
 
-def install(place: Path = PLACE) -> None:
+def install() -> None:
     """Creates the environment, with the same version of torch as this one."""
     from importlib.metadata import version
 
-    venv.create(place, with_pip=True, clear=True)
-    pip = [str(place / "bin" / "python"), "-m", "pip", "install"]
+    venv.create(PLACE, with_pip=True, clear=True)
+    pip = [str(PLACE / "bin" / "python"), "-m", "pip", "install"]
     subprocess.run([*pip, f"torch=={version('torch')}", PTLFLOW], check=True)
 
 
