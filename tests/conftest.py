@@ -56,6 +56,18 @@ def _one_torch_thread() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_the_disk() -> Iterator[None]:
+    """Skips tens of thousands of fsyncs, of milliseconds each: only a power cut would show that they are missing.
+
+    ``test_publish.py`` and ``tests/fakes/disk.py`` test that and when they happen. ``fstat`` also fails for a file that
+    is not open.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _ctrl_c_works() -> None:
     """Restores Python's SIGINT handler: a shell starts background jobs, and so their children, with SIGINT ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)

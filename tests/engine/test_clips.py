@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -34,13 +33,6 @@ from flowreel.sinks.store_files import StoreFiles
 
 Clip = Callable[..., Path]
 Make = Callable[..., flowreel.FlowClips]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_waiting_for_the_disk() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _: None)
-        yield
 
 
 @pytest.fixture(scope="module")

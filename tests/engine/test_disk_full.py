@@ -73,7 +73,6 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         monkeypatch.setattr(os, "writev", disk.writev)
         return call(["run", "frames", "-o", store, "--weights", "tiny.safetensors", "--batch", "2", "-q", *arguments])
 
-    monkeypatch.setattr(os, "fsync", lambda _: None)
     monkeypatch.setattr(FlowInfo, "shard_length", lambda *_: SHARD)
     return on
 

@@ -48,13 +48,6 @@ Open = Callable[..., LazyFlow]
 COUNT = 39  # flows
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _no_waiting_for_the_disk() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _: None)
-        yield
-
-
 @pytest.fixture(scope="module")
 def video(clip: Clip) -> Path:
     """40 frames, a key frame every 10, nothing reordered."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -86,7 +85,6 @@ def made(tmp_path_factory: pytest.TempPathFactory, weights: str) -> Iterator[Pat
     """A folder with pictures and an undamaged store of their flow."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("made"))
-        patch.setattr(os, "fsync", lambda _: None)
         pictures("frames")
         flowreel.run("frames", "X.zarr", weights=weights, **SETTINGS)
         yield Path.cwd()
@@ -94,7 +92,6 @@ def made(tmp_path_factory: pytest.TempPathFactory, weights: str) -> Iterator[Pat
 
 @pytest.fixture(autouse=True)
 def _here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda _: None)
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
 

@@ -46,6 +46,7 @@ class Fresh:
 def serve() -> None:
     for name in LOADED:
         __import__(name)
+    os.fsync = os.fstat  # type: ignore[assignment]  # as in conftest.py
     assert not {"flowreel", "benchmarks"} & sys.modules.keys()
     for line in sys.stdin:
         child = os.fork()

@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ Open = Callable[[Codec, str], FlowStore]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Open]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Open:
     """Gives a store of any codec and dtype, with one invalid vector. Each is written once; tests must not change it."""
     folder = tmp_path_factory.mktemp("stores")
 
@@ -58,9 +58,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Open]:
         assert store.summary()["dtype"] == kind
         return store
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _: None)
-        yield make
+    return make
 
 
 def pixels(stored: Any, store: FlowStore) -> Any:

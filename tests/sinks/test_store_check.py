@@ -40,7 +40,6 @@ KINDS: dict[str, tuple[SinkConfig, NativeGrid | None]] = {
 def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FlowStore]:
     """A finished store of every second frame of a clip at 25 frames per second; checked without threads, for speed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _: None)
         patch.setattr(store_check, "DECODE_THREADS", 0)
         yield made(tmp_path_factory.mktemp("store") / "X.zarr", *KINDS[request.param])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from fractions import Fraction
@@ -27,11 +26,6 @@ from flowreel.sinks.zarr_store import ZarrSink
 T, H, W, SHARD = 8, 5, 7, 3  # the last shard holds two flows
 INFO = FlowInfo(H, W, Fraction(25), T + 1, SourceId("clip.mp4", 9, 1.0), {"batch": 2})
 MISPLACED = "another flow than was written here"
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 def moving(seed: int = 0) -> Any:

@@ -53,13 +53,6 @@ SHARD = 3  # flows
 ARRAYS = ("flow", *COORDINATES)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _no_waiting_for_the_disk() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _: None)
-        yield
-
-
 def moving(count: int = T, height: int = H, width: int = W) -> Any:
     """(N, 2, H, W) float32, multiples of 1/32 px, so that storing changes nothing; one hole and one border of NaN."""
     flows = np.random.default_rng(count).integers(-600, 600, (count, 2, height, width)) / np.float32(32)

@@ -55,11 +55,10 @@ SHARD = 3  # flows
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _no_waiting_for_the_disk() -> Iterator[None]:
-    """Skips thousands of fsyncs, which would only take time; ``test_publish.py`` tests that and when they happen."""
+def _no_threads() -> Iterator[None]:
+    """Each flow is in its shard when ``write`` returns."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _: None)
-        patch.setattr(zarr_store, "encode_workers", lambda *_: 0)  # so each flow is in its shard when ``write`` returns
+        patch.setattr(zarr_store, "encode_workers", lambda *_: 0)
         yield
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,6 @@ SOURCE = "synthetic:objects?size=64x64&frames=7"
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``a.zarr`` with six flows in shards of two, its second shard missing."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "fsync", lambda _: None)
     torch.manual_seed(0)
     model = build_model("FlowNet2S", width=0.05)
     save_weights("tiny.safetensors", model.state_dict(), licence="none", made_by={}, width=0.05)

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -39,13 +38,11 @@ def make(name: str, announced: int = COUNT, complete: bool = True) -> None:
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _: None)
-        folder = tmp_path_factory.mktemp("sound")
-        make(str(folder / "a.zarr"))
-        make(str(folder / "cut.zarr"), announced=20, complete=False)
-        yield folder
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sound")
+    make(str(folder / "a.zarr"))
+    make(str(folder / "cut.zarr"), announced=20, complete=False)
+    return folder
 
 
 @pytest.fixture(autouse=True)
