@@ -40,7 +40,7 @@ NEVER = ("", " ", "nan", "NaN", "inf", "-inf", "1e400", "x", "\0", "None", "\x1b
 # bench is left out, because it passes all arguments on to the benchmarks' own command line.
 LINES = {
     "run": "run frames -o a.zarr --weights tiny.safetensors",
-    "demo": "demo x.flo",  # fails after the options were checked, as x.flo is no folder
+    "demo": "demo x.flo --weights tiny.safetensors",  # fails after the options were checked, as x.flo is no folder
     "info": "info x.flo",
     "color": "color x.flo -o a",
     "export": "export x.flo -o a.zarr",
