@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.fakes.fresh import Fresh
 
 PROGRAM = """
 import multiprocessing, sys, torch, flowreel
@@ -39,10 +39,9 @@ for way in ways:
 
 
 @pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="no fork here")
-def test_flow_is_computed_in_a_forked_process() -> None:
-    source = "synthetic:objects?size=192x128&frames=9"
-    done = subprocess.run([sys.executable, "-c", PROGRAM, source], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_flow_is_computed_in_a_forked_process(fresh: Fresh) -> None:
+    code, said = fresh.code(PROGRAM, "synthetic:objects?size=192x128&frames=9")
+    assert code == 0, said
 
 
 CONVERTED = """
@@ -60,8 +59,9 @@ raise SystemExit(os.waitpid(child, 0)[1])
 
 
 @pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="no fork here")
-def test_a_forked_process_can_free_what_its_parent_converted_frames_with() -> None:
-    assert subprocess.run([sys.executable, "-c", CONVERTED], check=False).returncode == 0
+def test_a_forked_process_can_free_what_its_parent_converted_frames_with(fresh: Fresh) -> None:
+    code, said = fresh.code(CONVERTED)
+    assert code == 0, said
 
 
 INHERITED = """
@@ -91,7 +91,7 @@ assert [len(list(flows)) for flows in begun.values()] == [38, 38]
 
 
 @pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="no fork here")
-def test_flow_that_is_being_read_stays_with_the_process_that_reads_it(clip: Callable[..., Path]) -> None:
+def test_flow_that_is_being_read_stays_with_the_process_that_reads_it(clip: Callable[..., Path], fresh: Fresh) -> None:
     source = clip("forked.mkv", codec="ffv1", count=40)  # decoded by several threads, for which closing would wait
-    done = subprocess.run([sys.executable, "-c", INHERITED, str(source)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    code, said = fresh.code(INHERITED, str(source))
+    assert code == 0, said

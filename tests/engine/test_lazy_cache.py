@@ -42,6 +42,7 @@ from flowreel.engine.lazy import LazyFlow, LazyStatistics
 from flowreel.engine.verify import verify
 from flowreel.sinks.flow_cache import FlowCache, open_cache
 from tests.fakes.disk import Disk
+from tests.fakes.fresh import Fresh
 
 Clip = Callable[..., Path]
 Open = Callable[..., LazyFlow]
@@ -302,7 +303,7 @@ class TestProcesses:
 
     @pytest.mark.parametrize("moment", ["in the file", "before its name", "with its name"])
     def test_killed_while_it_keeps_a_flow(
-        self, opened: Open, cache: Path, video: Path, tiny_weights: str, moment: str
+        self, opened: Open, cache: Path, video: Path, tiny_weights: str, fresh: Fresh, moment: str
     ) -> None:
         """Flows published before are still there, the others are computed, and nothing half-written is read."""
         spot = {"in the file": "sync_file", "before its name": "os.link", "with its name": "sync_folder"}[moment]
@@ -317,8 +318,7 @@ if __name__ == "__main__":
     publish.{spot} = die
     flow[5]
 """
-        command = [sys.executable, "-c", code, str(video), tiny_weights, str(cache)]
-        assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+        assert fresh.code(code, str(video), tiny_weights, str(cache)) == (-signal.SIGKILL, "")
         flow = opened()
         published = 3 if moment == "with its name" else 2
         assert flow.cached == published
@@ -333,7 +333,9 @@ if __name__ == "__main__":
         assert opened()[[0, 1, 5]].shape == (3, 2, 48, 64)
         assert not list((cache / "flow").glob("*.partial"))
 
-    def test_killed_while_it_makes_the_cache(self, cache: Path, video: Path, tiny_weights: str, opened: Open) -> None:
+    def test_killed_while_it_makes_the_cache(
+        self, cache: Path, video: Path, tiny_weights: str, opened: Open, fresh: Fresh
+    ) -> None:
         code = """
 import os, signal, sys, flowreel
 from flowreel.engine import publish
@@ -346,8 +348,7 @@ if __name__ == "__main__":
     publish.publish_bytes = dies
     flowreel.open(sys.argv[1], weights=sys.argv[2], batch=4, cache=sys.argv[3])
 """
-        command = [sys.executable, "-c", code, str(video), tiny_weights, str(cache)]
-        assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+        assert fresh.code(code, str(video), tiny_weights, str(cache)) == (-signal.SIGKILL, "")
         assert not cache.exists()
         assert opened()[0].shape == (2, 48, 64)
         (left,) = cache.parent.glob("*.partial")

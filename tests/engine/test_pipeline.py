@@ -28,6 +28,7 @@ from flowreel.engine.data import Frame, FramePair
 from flowreel.engine.errors import StageError, concerning
 from flowreel.engine.pipeline import Cancelled, Pipeline, in_own_thread
 from flowreel.engine.stages import Stage, StageStatistics, compose, joined
+from tests.fakes.fresh import Fresh
 
 Function = Callable[[Iterator[Any]], Iterator[Any]]
 Ints = tuple[int, ...]
@@ -1123,10 +1124,10 @@ for _ in range(100):
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="lists no threads")
 @pytest.mark.parametrize("work", ["own_thread", "pipeline"])
-def test_no_thread_is_still_ending_afterwards(work: str) -> None:
+def test_no_thread_is_still_ending_afterwards(work: str, fresh: Fresh) -> None:
     # A process forked meanwhile may inherit what an ending thread has locked.
-    done = subprocess.run([sys.executable, "-c", THREADS, work], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    code, said = fresh.code(THREADS, work)
+    assert code == 0, said
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -42,6 +41,7 @@ from flowreel.engine.repair import RepairReport, batches_of_shards, repair
 from flowreel.sinks import ShardRewriter, open_store
 from flowreel.sinks.shard_file import pack_shard
 from flowreel.sinks.store_repair import ShardDamage
+from tests.fakes.fresh import Fresh
 
 H, W, FRAMES = 64, 96, 15
 SHARD = 4  # flows; the last of 14 flows is in a shard of two
@@ -580,7 +580,7 @@ def test_stopped_between_two_shards(weights: str) -> None:
     assert mended(sound, weights).flows == SHARD
 
 
-def test_killed_at_any_moment(weights: str) -> None:
+def test_killed_at_any_moment(weights: str, fresh: Fresh) -> None:
     """Killed at its n-th rename or sync, it leaves every file either damaged as before or repaired."""
     code = (
         "import sys, os, torch; torch.set_num_threads(1); import flowreel.engine.publish as publish\n"
@@ -600,8 +600,7 @@ def test_killed_at_any_moment(weights: str) -> None:
     cut(FLOW.format(3))
     damaged = contents()
     for moment in (2, 5):  # three calls a file: before the first rename, then before the second
-        done = subprocess.run([sys.executable, "-c", code, str(moment)], capture_output=True, text=True)
-        assert done.returncode == 9, done.stderr
+        assert fresh.code(code, str(moment)) == (9, "")
         for name, data in contents().items():
             assert name.endswith(".partial") or data in (damaged.get(name), sound[name]), name
         assert contents().keys() >= damaged.keys()

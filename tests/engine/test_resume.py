@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +40,7 @@ from flowreel.sinks import open_sink, open_store
 from flowreel.sinks.kitti import read_kitti
 from flowreel.sinks.store_files import StoreFiles
 from flowreel.sinks.store_target import LocalTarget
+from tests.fakes.fresh import Fresh
 
 H, W = 64, 96
 SHARD_BYTES = 4 * 8 * H * W  # four flows
@@ -590,7 +589,7 @@ def test_resume_wants_a_store(tiny: str, capsys: pytest.CaptureFixture[str]) -> 
     assert call(["run", "frames", "-o", "x.zarr", "--weights", tiny, "--resume", "--overwrite"]) == 2
 
 
-def test_killed_again_and_again(tiny: str) -> None:
+def test_killed_again_and_again(tiny: str, fresh: Fresh) -> None:
     """Killed before a file is renamed into place, a run loses nothing, and the last one ends with the same bytes."""
     pictures("frames", 0, 40)
     code = (
@@ -604,8 +603,7 @@ def test_killed_again_and_again(tiny: str) -> None:
     flowreel.run("frames", "whole.zarr", weights=tiny, shard_bytes=SHARD_BYTES)
     there = 0
     for last in (3, 23, 18):  # about nine renames of metadata, then seven for each shard
-        killed = subprocess.run([sys.executable, "-c", code, str(last)], check=False)
-        assert killed.returncode == -signal.SIGKILL
+        assert fresh.code(code, str(last)) == (-signal.SIGKILL, "")
         before, there = there, open_store("X.zarr").available if Path("X.zarr.partial/zarr.json").exists() else 0
         assert there >= before
     assert 0 < there < 39

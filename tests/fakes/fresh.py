@@ -5,6 +5,7 @@ The server loads nothing of flowreel, so a module that forgets an import fails a
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -39,6 +40,10 @@ class Fresh:
         print(json.dumps(task), file=self._server.stdin, flush=True)
         return int(self._server.stdout.readline()), self._said.read_text(errors="replace")
 
+    def code(self, code: str, *arguments: str) -> tuple[int, str]:
+        """The same for ``python -c CODE ARGUMENTS`` in the current folder."""
+        return self("-c", [code, *arguments], Path.cwd())
+
     def close(self) -> None:
         self._server.communicate()
 
@@ -46,6 +51,7 @@ class Fresh:
 def serve() -> None:
     for name in LOADED:
         __import__(name)
+    gc.freeze()  # as ``flowreel`` does itself where torch is not loaded yet
     os.fsync = os.fstat  # type: ignore[assignment]  # as in conftest.py
     assert not {"flowreel", "benchmarks"} & sys.modules.keys()
     for line in sys.stdin:
@@ -63,9 +69,13 @@ def run(module: str, arguments: Sequence[str], cwd: str, env: Mapping[str, str],
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
-    sys.argv = [module, *arguments]
     sys.path[0] = cwd
     sys.path[1:1] = filter(None, env.get("PYTHONPATH", "").split(os.pathsep))
+    if module == "-c":
+        sys.argv = [module, *arguments[1:]]
+        exec(arguments[0], {"__name__": "__main__"})
+        return
+    sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

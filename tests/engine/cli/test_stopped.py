@@ -20,6 +20,7 @@ from flowreel.engine.data import FlowInfo
 from flowreel.engine.errors import OutputWriteError, counted
 from flowreel.engine.outputs import Progress
 from flowreel.sinks import numbered, open_store, zarr_store
+from tests.fakes.fresh import Fresh
 
 SOURCE = "synthetic:objects?size=64x64&frames=12"
 Capture = pytest.CaptureFixture[str]
@@ -90,14 +91,14 @@ cli.main()
 """
 
 
-def test_sigterm_is_a_stop_in_good_order(tiny: list[str]) -> None:
+def test_sigterm_is_a_stop_in_good_order(tiny: list[str], fresh: Fresh) -> None:
     """As sent by a job scheduler, or to a container that is stopped."""
     source = "synthetic:objects?size=64x64&frames=4000"
     arguments = ["run", source, "-o", "k.zarr", "-o", "k.mp4", "--batch", "1", *tiny]
-    done = subprocess.run([sys.executable, "-c", TERMINATED, *arguments], capture_output=True, text=True)
-    assert done.returncode == 128 + signal.SIGTERM
-    assert done.stderr.startswith("flowreel: interrupted")
-    assert len(done.stderr.splitlines()) == 1
+    code, said = fresh.code(TERMINATED, *arguments)
+    assert code == 128 + signal.SIGTERM
+    assert said.startswith("flowreel: interrupted")
+    assert len(said.splitlines()) == 1
     assert not Path("k.mp4.partial").exists()
 
 
