@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import errno
+import itertools
 import os
 import random
 import shutil
-import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Container, Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -292,43 +293,46 @@ def test_a_run_killed_before_its_first_shard_left_nothing_to_ask_about(
         run(tmp_path / "Y.zarr")
 
 
-def in_a_child(action: Any) -> int:
-    """Runs ``action`` in a forked process and returns the signal that ended it, or 0."""
-    child = os.fork()
-    if child == 0:
-        try:
-            action()
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
-    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+Held = dict[str, bytes | None]  # what a folder holds, by path; None: a folder
 
 
-def killed_at(path: Path, call: int, resume: bool) -> bool:
-    """Runs until killed at the n-th call that changes the disk. False: the run ended before that call."""
+def run_watched(folder: Path, resume: bool, calls: Container[int]) -> list[Held]:
+    """Runs, and gives what the folder held before these calls that change the disk, if not the same as before the last.
 
-    def die_at_last() -> None:
-        left = call
+    A run that is killed at that call leaves just this.
+    """
+    seen: list[Held] = []
+    numbers = itertools.count()
+    one_at_a_time = threading.RLock()  # shards are written by threads
 
-        def dying(real: Any) -> Any:
-            def wrapped(*args: Any, **options: Any) -> Any:
-                nonlocal left
-                left -= 1
-                if left == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
+    def watched(real: Any) -> Any:
+        def wrapped(*args: Any, **options: Any) -> Any:
+            with one_at_a_time:
+                if next(numbers) in calls and (now := held(folder)) not in seen[-1:]:
+                    seen.append(now)
                 return real(*args, **options)
 
-            return wrapped
+        return wrapped
 
-        for name in ("replace", "rename", "fsync", "mkdir", "link", "unlink"):
-            setattr(os, name, dying(getattr(os, name)))
-        zarr_store.encode_workers = lambda *_: 0  # type: ignore[assignment]
-        run(path, KILLED_FLOWS, KILLED_INFO, resume=resume)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("replace", "rename", "fsync", "mkdir", "link", "unlink", "rmdir"):
+            patch.setattr(os, name, watched(getattr(os, name)))
+        run(folder / "X.zarr", KILLED_FLOWS, KILLED_INFO, resume=resume)
+    return seen
 
-    return in_a_child(die_at_last) == signal.SIGKILL
+
+def held(folder: Path) -> Held:
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
-@pytest.mark.early
+def leave(folder: Path, what: Held) -> None:
+    """Makes the folder hold what a killed run left."""
+    shutil.rmtree(folder)
+    folder.mkdir()
+    for name, data in what.items():  # a folder comes before what is in it
+        (folder / name).mkdir() if data is None else (folder / name).write_bytes(data)
+
+
 def test_killed_at_every_step_then_resumed_gives_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,22 +341,21 @@ def test_killed_at_every_step_then_resumed_gives_the_same_bytes(
     whole = contents(tmp_path / "whole.zarr")
     metadata = store_metadata(INFO, config(), flow_codec(H, W, config()), SHARD, KILLED_FLOWS)  # slow, so made once
     monkeypatch.setattr(zarr_store, "store_metadata", lambda *_: copy.deepcopy(metadata))
+    monkeypatch.setattr(zarr_store, "encode_workers", lambda *_: 0)
     rng = random.Random(0)
-    calls = 0
-    for call in range(1, 1000):
-        folder = tmp_path / str(call)
-        folder.mkdir()
-        if not killed_at(folder / "X.zarr", call, resume=False):
-            break
-        calls = call
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    moments = run_watched(folder, resume=False, calls=range(1000))
+    assert len(moments) > 50
+    for moment in moments:
+        leave(folder, moment)
         if not is_complete(folder / "X.zarr"):
-            killed_at(folder / "X.zarr", rng.randrange(1, 40), resume=True)
+            for again in run_watched(folder, resume=True, calls=[rng.randrange(40)]):
+                leave(folder, again)
         if not is_complete(folder / "X.zarr"):
             run(folder / "X.zarr", KILLED_FLOWS, KILLED_INFO, resume=True)
         assert contents(folder / "X.zarr") == whole
-        assert sorted(os.listdir(folder)) == ["X.zarr"]
-        shutil.rmtree(folder)
-    assert calls > 50
+        assert os.listdir(folder) == ["X.zarr"]
 
 
 def is_complete(path: Path) -> bool:
