@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from flowreel.engine.cli import loading
+from flowreel.engine.cli import loading, printable
 from flowreel.engine.cli.options import Debug
 
 if TYPE_CHECKING:
@@ -44,11 +44,12 @@ def _print(diagnosis: Diagnosis) -> None:
     console = Console(soft_wrap=True, highlight=False)
     width = max(len(check.name) for check, _ in diagnosis.found)
     for check, finding in diagnosis.found:
-        about = ", ".join(filter(None, (finding.version, finding.detail)))
+        about = printable(", ".join(filter(None, (finding.version, finding.detail))))
         status = (f"{finding.status:7}", _STYLES[finding.status])
-        console.print(Text.assemble(status, "  ", (check.name.ljust(width), "bold"), f"  {about}".rstrip()))
+        console.print(Text.assemble(status, "  ", (check.name.ljust(width), "bold"), f"  {about}"))
         if finding.status != "ok":
-            console.print(Text(f"{'':{width + 11}}for {check.needed_for}: {finding.advice}", "dim"))
+            advice = f"for {check.needed_for}: {printable(finding.advice)}"
+            console.print(Text(" " * (width + 11) + advice, "dim"))
     for device, wanting in (("the CPU", diagnosis.wanting("cpu")), ("a GPU", diagnosis.wanting("cpu", "gpu"))):
         outcome = f"lacks {', '.join(wanting)}" if wanting else "has all it needs"
         console.print(f"a run on {device} {outcome}")

@@ -58,6 +58,18 @@ def test_lines_and_advice(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> N
     assert err == ""
 
 
+def test_what_was_found_is_on_one_line_without_terminal_codes(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    finding = Finding("missing", detail="in \x1b[31m\nred" + "/a folder" * 10, advice="leave \x1b[31m")
+    monkeypatch.setattr(examining, "CHECKS", (Check("folder", "cpu", "outputs", lambda: finding, ""),))
+    code()
+    assert capsys.readouterr().out.splitlines() == [
+        r"missing  folder  in \x1b[31m\nred" + "/a folder" * 10,
+        r"                 for outputs: leave \x1b[31m",
+        "a run on the CPU lacks folder",
+        "a run on a GPU lacks folder",
+    ]
+
+
 def test_json(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.setattr(examining, "CHECKS", checks(cpu="ok", gpu="broken"))
     code(as_json=True)
