@@ -112,7 +112,7 @@ def run_many(
     jobs = _jobs(as_names(sources), templates)
     for path in (path for job in jobs for path in job.outputs):
         open_sink(path, config.sink)  # writes nothing yet, but rejects an impossible name at once
-    with closing(Ledger(_manifest_path(manifest, templates), jobs)) as ledger:
+    with closing(Ledger(manifest_path(manifest, templates), jobs)) as ledger:
         _run_each(jobs, config, ledger, progress)
         ledger.write(ended=True)
         return ManyReport(tuple(ledger.reports), str(ledger.path), time.perf_counter() - began_s)
@@ -271,7 +271,8 @@ def _forget_traceback(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-def _manifest_path(manifest: PathLike | None, templates: list[str]) -> Path:
+def manifest_path(manifest: PathLike | None, templates: list[str]) -> Path:
+    """Where the manifest is: what is given, or by default beside the outputs."""
     if manifest is not None:
         return Path(manifest)
     folder = Path(templates[0]).parent

@@ -274,12 +274,13 @@ def _run_many(
     manifest: Path | None,
 ) -> None:
     with loading():
-        from flowreel.engine.many import run_many
+        from flowreel.engine.many import manifest_path, run_many
 
     if manifest == STDOUT:
         raise UsageError("the manifest is read again by the next run, so it needs a file; --stats - goes to stdout")
-    others = [] if stats is None or stats == STDOUT else [stats]
-    require_report_free(manifest, [*(outputs or [DEFAULT_OUTPUT]), *others], sources)
+    templates = outputs or [DEFAULT_OUTPUT]
+    require_report_free(manifest, templates, sources)
+    require_report_free(stats, [manifest_path(manifest, templates)], sources)
     with Live(quiet) as live:
         report = run_many(sources, outputs, progress=live.show_many, manifest=manifest, **options)
     if stats is not None:
