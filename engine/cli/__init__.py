@@ -139,46 +139,51 @@ def call(arguments: list[str]) -> int:
     With ``--debug`` anywhere among the arguments, the error's traceback is printed before it.
     """
     if any("\0" in argument for argument in arguments):  # no shell can pass it, and no file system accepts it
-        return _say("an argument holds a NUL character: no file or option goes by such a name", 2)
+        return say("an argument holds a NUL character: no file or option goes by such a name", 2)
     if "" in arguments:
-        return _say("an argument is empty: a shell variable that is not set?", 2)
+        return say("an argument is empty: a shell variable that is not set?", 2)
     try:
         os.getcwd()
     except OSError as lost:  # MKL would abort the process, blaming a file of torch's
-        return _say(f"the working folder cannot be used ({lost.strerror}): change to one that exists", 1)
+        return say(f"the working folder cannot be used ({lost.strerror}): change to one that exists", 1)
     try:
         from flowreel.engine.cli.app import app  # here, so that Ctrl-C while it loads is handled
 
-        result = app(arguments, prog_name="flowreel", standalone_mode=False)
+        result: int | None = app(arguments, prog_name="flowreel", standalone_mode=False)
     except (KeyboardInterrupt, Exception) as raised:
         error = (raised.__cause__ or raised) if isinstance(raised, PastTyper) else raised
         if not isinstance(error, Exception):
-            return _say(_with_notes("interrupted", error), INTERRUPTED)
-        if "--debug" in arguments and sys.stderr is not None:  # None: see ``_say``
-            traceback.print_exception(raised)
+            return say(_with_notes("interrupted", error), INTERRUPTED)
+        if "--debug" in arguments and sys.stderr is not None:  # None: see ``say``
+            traceback.print_exception(error)
         return _report(error)
     if result == INTERRUPTED:  # what typer makes of Ctrl-C
-        return _say("interrupted", INTERRUPTED)
-    return result if isinstance(result, int) else 0
+        return say("interrupted", INTERRUPTED)
+    return result or 0
 
 
 def _report(error: Exception) -> int:
+    if hasattr(error, "format_message") and not error.format_message():  # no arguments at all: the help has been shown
+        return 2
+    return say(*told(error))
+
+
+def told(error: Exception) -> tuple[str, int]:
+    """What is said of an error, and the exit code."""
     cause = error.__cause__ if isinstance(error, StageError) else error
     if isinstance(error, FlowreelError):
         message = _with_notes(str(error) or type(error).__name__, error)
-        return _say(message, 2 if isinstance(cause, UsageError) else 1)
+        return message, 2 if isinstance(cause, UsageError) else 1
     if lacks_memory(error) or lacks_threads(error):
-        return _say(said_by(error), 1)
+        return said_by(error), 1
     if isinstance(error, OSError) and error.strerror:  # one that was not foreseen: a name too long, a lost disk
-        return _say(f"{error.strerror}: {error.filename}" if error.filename else error.strerror, 1)
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror, 1
     if hasattr(error, "format_message"):  # typer's own: an unknown option, a value of the wrong kind
-        if not error.format_message():  # no arguments at all: the help has been shown
-            return 2
         command = getattr(getattr(error, "ctx", None), "command_path", "flowreel")
-        return _say(f"{error.format_message()} ({command} --help shows what there is)", 2)
+        return f"{error.format_message()} ({command} --help shows what there is)", 2
     if type(error).__name__ == "Abort":  # typer's, for Ctrl-C and Ctrl-D at a prompt
-        return _say("interrupted", INTERRUPTED)
-    return _say(f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1)
+        return "interrupted", INTERRUPTED
+    return f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1
 
 
 def _with_notes(message: str, error: BaseException) -> str:
@@ -186,7 +191,8 @@ def _with_notes(message: str, error: BaseException) -> str:
     return "; ".join([message, *getattr(error, "__notes__", ())])
 
 
-def _say(message: str, code: int) -> int:
+def say(message: str, code: int) -> int:
+    """Prints the message as one line on stderr and returns the exit code."""
     if sys.stderr is not None:  # None: closed, and print would turn to stdout instead
         print(f"flowreel: {printable(' '.join(message.split()))}", file=sys.stderr)
     return code

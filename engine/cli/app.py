@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
-from flowreel.engine.cli import PastTyper
 from flowreel.engine.cli.bench import bench
 from flowreel.engine.cli.color import color
 from flowreel.engine.cli.demo import demo
@@ -50,21 +47,9 @@ def _root(
     pass
 
 
-def _shielded(command: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(command)
-    def shielded(*arguments: object, **options: object) -> None:
-        try:
-            command(*arguments, **options)
-        except (EOFError, KeyboardInterrupt) as error:
-            raise PastTyper from error
-
-    return shielded
-
-
 for command in (run, demo, info, color, export, verify, repair, train, doctor):
-    app.command(cls=Command)(_shielded(command))
+    app.command(cls=Command)(command)
 # All arguments, --help included, are passed on to ``python -m benchmarks``.
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(
-    _shielded(bench)
-)
+passed_on = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+app.command(cls=Command, context_settings=passed_on)(bench)
 app.add_typer(weights_app)

@@ -1,10 +1,12 @@
-"""How typer formats ``--help``, made plainer: types, usage lines and paragraphs."""
+"""typer's commands with a plainer ``--help``, and whose errors typer does not take for something else."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
+
+from flowreel.engine.cli import PastTyper
 
 
 def _plain(parameters: list[Any]) -> list[Any]:
@@ -33,12 +35,21 @@ def _reflowed(text: str) -> str:
 
 
 class Command(TyperCommand):
-    """A command with a plain ``--help``, also shown where arguments are needed and none are given."""
+    """A command with a plain ``--help``, also shown where arguments are needed and none are given.
+
+    Of its errors typer sees none that it would take for something else: see ``PastTyper``.
+    """
 
     def __init__(self, *args: Any, help: str | None = None, **options: Any) -> None:
         # typer keeps the line breaks of a docstring: in a narrower terminal every other line would be a short one.
         super().__init__(*args, help=help and _reflowed(help), **options)
         self.no_args_is_help = any(parameter.required for parameter in self.params)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (EOFError, KeyboardInterrupt) as error:
+            raise PastTyper from error
 
     def get_params(self, ctx: Any) -> list[Any]:
         return _plain(super().get_params(ctx))

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from flowreel.engine.cli import printable
+from flowreel.engine.cli import printable, say, told
 from flowreel.engine.cli.options import Debug
 from flowreel.engine.cli.table import beside_flo, size
 from flowreel.engine.errors import counted
@@ -45,9 +45,9 @@ def info(
         except Exception as error:
             if len(path) == 1 or debug:
                 raise
-            said = " ".join(str(error).split()) or type(error).__name__
-            facts = {"path": name, "error": said}
-            typer.echo(f"flowreel: {printable(said)}", err=True)
+            message, code = told(error)
+            facts = {"path": name, "error": " ".join(message.split())}
+            say(message, code)
         answers.append(facts)
         if not as_json and "error" not in facts:
             print_facts(facts, follows=len(answers) > 1)

@@ -146,6 +146,7 @@ def test_stats_to_a_closed_stdout_are_not_lost_in_silence(
         (OSError(errno.EIO, "Input/output error", "a.mp4"), "Input/output error: a.mp4\n"),
         (OSError(errno.EIO, "Input/output error"), "Input/output error\n"),
         (RuntimeError("in two\n lines"), "unexpected RuntimeError: in two lines (--debug shows where)\n"),
+        (EOFError("cut"), "unexpected EOFError: cut (--debug shows where)\n"),  # no Ctrl-D at a prompt
     ],
 )
 def test_what_was_not_foreseen_is_told_in_one_line(
@@ -157,6 +158,10 @@ def test_what_was_not_foreseen_is_told_in_one_line(
     monkeypatch.setattr("flowreel.engine.models.weights.known_weights", fails)
     assert call(["weights", "list"]) == 1
     assert one_line(capsys).startswith(f"flowreel: {told}")
+    assert call(["weights", "list", "--debug"]) == 1
+    said = capsys.readouterr().err
+    assert f"\n{type(error).__name__}: " in said
+    assert "PastTyper" not in said
 
 
 def test_an_error_does_not_go_to_stdout_if_stderr_is_closed(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
