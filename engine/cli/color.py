@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from flowreel.engine.cli import loading
-from flowreel.engine.cli.options import BOUND, QUEUE_MB, Debug, Quiet, number_or_auto
+from flowreel.engine.cli.options import BOUND, MAX_FLOW, QUEUE_MB, Debug, Quiet, number_or_auto
 from flowreel.engine.cli.table import Live, clock, size
 from flowreel.engine.config import DEFAULT_QUEUE_MB, Encoder, SinkConfig
 from flowreel.engine.errors import counted
@@ -46,10 +46,7 @@ def color(
             show_default=False,
         ),
     ] = None,
-    max_flow: Annotated[
-        str,
-        typer.Option(help="Flow magnitude in pixels at full saturation; auto: measured per image, once for a video."),
-    ] = "auto",
+    max_flow: Annotated[str, typer.Option(help=MAX_FLOW)] = "auto",
     encoder: Annotated[str, typer.Option(help="Encoder of the video: auto (the CPU), nvenc or cpu.")] = "auto",
     bound: Annotated[float, typer.Option(help=BOUND)] = SinkConfig.bound,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing images and videos.")] = False,

@@ -12,6 +12,7 @@ from flowreel.engine.cli.options import (
     BOUND,
     CODECS,
     MAX_ERROR,
+    MAX_FLOW,
     QUEUE_MB,
     Debug,
     Quiet,
@@ -53,9 +54,7 @@ def export(
     stop: Annotated[int | None, typer.Option(help="End (exclusive), likewise.", show_default=False)] = None,
     max_error: Annotated[float, typer.Option(help=MAX_ERROR)] = SinkConfig.max_error,
     codec: Annotated[str, typer.Option(help=CODECS)] = SinkConfig.codec,
-    max_flow: Annotated[
-        str, typer.Option(help="Flow magnitude in pixels at full saturation; auto: measured on the first flows.")
-    ] = "auto",
+    max_flow: Annotated[str, typer.Option(help=MAX_FLOW)] = "auto",
     encoder: Annotated[str, typer.Option(help="Encoder of colour video: auto (the CPU), nvenc or cpu.")] = "auto",
     bound: Annotated[float, typer.Option(help=BOUND)] = SinkConfig.bound,
     frame_rate: Annotated[

@@ -31,6 +31,7 @@ CODECS = (
     "blosc (readable by every Zarr v3 reader), zstd, pcodec (smaller for FlowNet2), pcodec2d (smallest, few readers)."
 )
 BOUND = "Two-stream images map -BOUND..BOUND pixels to 0..255."
+MAX_FLOW = "Flow magnitude in pixels at full saturation; auto: measured per image, once for a video."
 QUEUE_MB = "Memory limit, in megabytes, for frames and flow queued between stages."
 MAX_ERROR = "Largest error of stored flow, in pixels; 0 is lossless."
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")]
