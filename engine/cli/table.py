@@ -221,7 +221,7 @@ def beside_flo(flo_bytes: int, written: int) -> str:
 
 def clock(seconds: float) -> str:
     """42.0 s, 3:05 or 1:02:03."""
-    if seconds < 60:
+    if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -231,7 +231,7 @@ def clock(seconds: float) -> str:
 def size(count: float) -> str:
     """A number of bytes as text, in powers of ten, as disks are sold."""
     for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
+        if round(count, 1) < 1000:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
