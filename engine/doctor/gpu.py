@@ -57,7 +57,7 @@ def _kernel_module() -> str:
         words = Path("/proc/driver/nvidia/version").read_text().split()
     except OSError:
         return "driver version unknown"
-    numbers = [word for word in words if word.count(".") >= 1 and word.replace(".", "").isdigit()]
+    numbers = [word for word in words if word.replace(".", "").isdigit()]
     return f"driver {numbers[0]}" if numbers else "driver version unknown"
 
 
@@ -114,7 +114,6 @@ def nvrtc() -> Finding:
     program = compiler.createProgram(SMALL_KERNEL, "add_one.cu", [], [])
     compiler.compileProgram(program, ("--gpu-architecture=compute_75",))
     expect(compiler.getPTX(program), "a kernel compiles to nothing")
-    compiler.destroyProgram(program)
     return Finding("ok", found, "compiled a kernel through CuPy")
 
 
@@ -164,7 +163,7 @@ def pynvvideocodec() -> Finding:
         codec = nvcodec.load()
     except MissingDependencyError as error:
         found, cause = _installed("PyNvVideoCodec"), error.__cause__
-        if isinstance(cause, ModuleNotFoundError) and cause.name == "PyNvVideoCodec":
+        if isinstance(cause, ModuleNotFoundError):  # it, or a package that it needs
             raise cause from None
         if cause is None:
             return Finding("broken", found, str(error), "pip install --upgrade PyNvVideoCodec")

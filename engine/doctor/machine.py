@@ -45,5 +45,4 @@ def _cpu_flags() -> str:
 def working_folder() -> Finding:
     with tempfile.NamedTemporaryFile(dir=".", prefix=".flowreel-doctor-") as file:
         file.write(b"written")
-        file.flush()
     return Finding("ok", detail=f"{Path.cwd()}, {shutil.disk_usage('.').free / 1e9:.1f} GB free")

@@ -68,9 +68,11 @@ def test_on_a_terminal_the_bar_is_gone_before_the_result(terminal: Any, monkeypa
     name = "[/b]a.zarr"  # which looks like markup
     os.mkdir("[")
     os.rename("a.zarr", name)
+    assert call(["verify", name, "-q"]) == 0
     assert call(["verify", name]) == 0
     before, _, _ = terminal.said().partition(f"{name}: sound, 8 flows")
     assert name in before  # the bar
+    assert before.count("\x1b[?25l") == 1  # the cursor was hidden once: with -q there is no bar
     assert before.endswith("\x1b[2K")  # and its line was wiped
 
 
@@ -95,8 +97,9 @@ def test_damage_is_listed_with_flows_and_frames(capsys: Capture) -> None:
 
 
 def test_an_unfinished_store_says_how_far(capsys: Capture) -> None:
-    assert call(["verify", "cut.zarr"]) == 1
-    assert capsys.readouterr().out == "cut.zarr: unfinished: 8 of 20 flows are there\n"
+    for quiet in ([], ["-q"]):
+        assert call(["verify", "cut.zarr", *quiet]) == 1
+        assert capsys.readouterr().out == "cut.zarr: unfinished: 8 of 20 flows are there\n"
 
 
 def test_a_cache_says_how_full_it_is(tiny_weights: str, capsys: Capture) -> None:

@@ -43,7 +43,8 @@ class TestExamining:
         ("error", "status", "detail"),
         [
             (ModuleNotFoundError("No module named 'cupy'", name="cupy"), "missing", "cupy is not installed"),
-            (ImportError("undefined symbol: x\nand more"), "broken", "ImportError: undefined symbol: x"),
+            (ModuleNotFoundError("its own words"), "missing", "its own words is not installed"),
+            (ImportError("\nundefined symbol: x\nand more"), "broken", "ImportError: undefined symbol: x"),
             (ValueError(), "broken", "ValueError"),
         ],
     )
@@ -77,3 +78,4 @@ class TestExamining:
         assert diagnosis.wanting("cpu", "gpu") == ["gpu missing"]
         facts = diagnosis.as_json()
         assert (facts["cpu_ok"], facts["gpu_ok"]) == (True, False)
+        assert Diagnosis((of("cpu", "broken"),)).as_json()["gpu_ok"] is False

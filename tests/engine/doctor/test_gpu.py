@@ -54,8 +54,21 @@ class TestDriver:
         assert says in finding.detail
         assert finding.version == ("CUDA 13.1" if status == "ok" else "")
 
+    def test_names_its_kernel_module(self, libraries: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+        libraries["libcuda.so.1"] = Driver()
+        said = (
+            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\nGCC version: 12"
+        )
+        monkeypatch.setattr(Path, "read_text", lambda path: said)
+        assert found("NVIDIA driver").detail == "2 GPUs, driver 535.104.05"
+
 
 class TestTorchCuda:
+    def test_built_without_cuda(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.version, "cuda", None)
+        says = "this torch is built without CUDA"
+        assert found("torch CUDA") == Finding("missing", torch.__version__, says, gpu.TORCH)
+
     def test_says_why_it_sees_no_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def is_available() -> bool:
             warnings.warn("The NVIDIA driver on your system is too old\nmore", stacklevel=1)
@@ -67,11 +80,18 @@ class TestTorchCuda:
         assert (finding.status, finding.version) == ("missing", "13.0")
         assert finding.detail == "torch finds no GPU: The NVIDIA driver on your system is too old"
 
-    @pytest.mark.parametrize(("newest", "says"), [(12090, "update NVIDIA's driver, or install"), (13000, "--gpus")])
+    @pytest.mark.parametrize(
+        ("driver", "says"),
+        [
+            (Driver(cuda=12090), "update NVIDIA's driver, or install"),
+            (Driver(cuda=13000), "--gpus"),
+            (OSError("libcuda.so.1: invalid ELF header"), "--gpus"),
+        ],
+    )
     def test_a_driver_that_is_older_than_torch(
-        self, libraries: dict[str, Any], monkeypatch: pytest.MonkeyPatch, newest: int, says: str
+        self, libraries: dict[str, Any], monkeypatch: pytest.MonkeyPatch, driver: object, says: str
     ) -> None:
-        libraries["libcuda.so.1"] = Driver(cuda=newest)
+        libraries["libcuda.so.1"] = driver
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert says in found("torch CUDA").advice
@@ -87,6 +107,8 @@ class TestTorchCuda:
         finding = found("torch CUDA")
         assert finding.status == "ok"
         assert finding.detail == "cuda:0 NVIDIA H200, compute capability 9.0, 150 GB"
+        monkeypatch.setattr(torch, "ones", lambda *size, device=None: 2 * ones(*size))
+        assert "a sum on the GPU is wrong" in found("torch CUDA").detail
 
 
 class NoGpuError(Exception):
@@ -119,12 +141,25 @@ class TestCupy:
         assert finding.detail.startswith("cupy-cuda13x and cupy-cuda12x are one package")
         assert finding.advice.startswith("pip uninstall cupy-cuda13x cupy-cuda12x, then pip install")
 
-    @pytest.mark.parametrize(("newest", "says"), [(12090, "flowreel[cuda12]"), (13000, "--gpus")])
+    @pytest.mark.parametrize(
+        ("installed", "newest", "says"),
+        [
+            ("cupy-cuda13x", 12090, "flowreel[cuda12]"),
+            ("cupy-cuda13x", 13000, "--gpus"),
+            ("cupy-cuda12x", 12090, "--gpus"),
+        ],
+    )
     def test_a_driver_that_is_older(
-        self, module: Fake, libraries: dict[str, Any], monkeypatch: pytest.MonkeyPatch, newest: int, says: str
+        self,
+        module: Fake,
+        libraries: dict[str, Any],
+        monkeypatch: pytest.MonkeyPatch,
+        installed: str,
+        newest: int,
+        says: str,
     ) -> None:
         libraries["libcuda.so.1"] = Driver(cuda=newest)
-        monkeypatch.setattr(gpu, "_installed", lambda name: "14" if name == "cupy-cuda13x" else "")
+        monkeypatch.setattr(gpu, "_installed", lambda name: "14" if name == installed else "")
         self.fake(module, raising(NoGpuError("cudaErrorInsufficientDriver")), 6)
         assert says in found("CuPy").advice
 
@@ -136,7 +171,6 @@ class TestNvrtc:
             "createProgram": lambda source, name, headers, names: source,
             "compileProgram": lambda program, options: None,
             "getPTX": lambda program: b"// ptx",
-            "destroyProgram": lambda program: None,
         }
         module("cupy").__path__ = []
         module("cupy.cuda", nvrtc=types.SimpleNamespace(**(made | functions)))
@@ -148,6 +182,8 @@ class TestNvrtc:
         assert found("NVRTC").status == "missing"
         self.through_cupy(module, compileProgram=raising(ValueError("NVRTC_ERROR_COMPILATION")))
         assert found("NVRTC").status == "broken"
+        self.through_cupy(module, getPTX=lambda program: b"")
+        assert "compiles to nothing" in found("NVRTC").detail
 
     def test_without_cupy(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("cupy", "cupy.cuda"):  # another test may have imported them
@@ -252,6 +288,12 @@ class TestPyNvVideoCodec:
         assert finding.detail == "PyNvVideoCodec is installed, but cannot load: Failed to load NVENC library: x"
         assert "NVIDIA_DRIVER_CAPABILITIES" in finding.advice
 
+    def test_what_it_needs_is_absent(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        (tmp_path / "PyNvVideoCodec.py").write_text("import package_of_its_own")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "PyNvVideoCodec", raising=False)
+        assert found("PyNvVideoCodec") == Finding("missing", "", "package_of_its_own is not installed", gpu.GPU_EXTRA)
+
     @pytest.mark.parametrize(("version", "status"), [("2.2.4", "ok"), ("2.0.3", "broken")])
     def test_versions(self, module: Fake, version: str, status: str) -> None:
         module("PyNvVideoCodec", __version__=version)
@@ -276,6 +318,8 @@ class TestNvdec:
         self.fake(module, GetDecoderCaps=capabilities)
         says = "7 engines: H264 8 bit, HEVC 8 bit, HEVC 10 bit; not AV1 8 bit, AV1 10 bit, VP9 8 bit"
         assert found("NVDEC") == Finding("ok", "", says)
+        self.fake(module, GetDecoderCaps=lambda **_: {"supported": 1, "num_decoder_engines": 1})
+        assert found("NVDEC").detail.endswith("AV1 10 bit, VP9 8 bit")
 
     def test_what_decodes_nothing(self, module: Fake) -> None:
         self.fake(module, GetDecoderCaps=lambda **_: {"supported": 0, "num_decoder_engines": 0})

@@ -16,15 +16,18 @@ def test_old_python(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "status", "says"),
+    ("cpuinfo", "status", "says"),
     [
-        ("fpu avx512f avx512_bf16 amx_bf16", "ok", "AVX512_BF16, AMX"),
-        ("fp asimd bf16", "ok", "Arm BF16"),
-        ("fpu avx2", "missing", "no bf16"),
+        ("processor\t: 0\nflags\t\t: fpu avx512f avx512_bf16 amx_bf16\nbugs\t: none", "ok", "AVX512_BF16, AMX"),
+        ("Features\t: fp asimd bf16", "ok", "Arm BF16"),
+        ("flags\t\t: fpu avx2", "missing", "no bf16"),
+        ("", "missing", "no bf16"),
+        (None, "missing", "no bf16"),
     ],
 )
-def test_bf16(monkeypatch: pytest.MonkeyPatch, flags: str, status: str, says: str) -> None:
-    monkeypatch.setattr(machine, "_cpu_flags", lambda: flags)
+def test_bf16(monkeypatch: pytest.MonkeyPatch, cpuinfo: str | None, status: str, says: str) -> None:
+    absent = raising(FileNotFoundError())
+    monkeypatch.setattr(Path, "read_text", absent if cpuinfo is None else lambda path: cpuinfo)
     finding = found("CPU bf16")
     assert finding.status == status
     assert says in finding.detail
