@@ -61,7 +61,7 @@ def print_facts(facts: Facts, follows: bool = False) -> None:
     """Headings and aligned rows on stdout; colours only on a terminal, and no line is wrapped."""
     console = Console(soft_wrap=True, highlight=False)
     groups = [(printable(heading), [_shown(row) for row in rows if row[1]]) for heading, rows in _groups(facts)]
-    width = max((len(label) for _, rows in groups for label, _ in rows), default=0)
+    width = max(len(label) for _, rows in groups for label, _ in rows)
     for number, (heading, rows) in enumerate(groups):
         console.print(Text(("\n" if follows and not number else "") + ("  " if number else "") + heading, "bold"))
         for label, text in rows:
@@ -83,14 +83,14 @@ def _groups(facts: Facts) -> Iterator[Group]:
             yield _stream_heading(stream), _stream_rows(stream)
     elif kind == "store":
         yield f"{facts['folder']}: {_store_words(facts)}", _store_rows(facts) + notes
-        yield from _other_groups({key: facts[key] or {} for key in ("source", "made_by")})
+        yield from _other_groups({key: facts[key] for key in ("source", "made_by")})
     elif kind in FLOW_KINDS:
         yield f"{facts['path']}: flow, {FLOW_KINDS[kind]}", _flow_rows(facts)
     else:
         plain = {key: value for key, value in facts.items() if key not in ("path", "kind", "name", "notes")}
-        inside = {key: plain.pop(key) for key in list(plain) if key == "made_by"}
+        made_by = plain.pop("made_by", None)
         yield f"{facts['path']}: {kind}", _other_rows(plain) + notes
-        yield from _other_groups(inside)
+        yield from _other_groups({"made_by": made_by})
 
 
 # -- Videos ------------------------------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ def _flow_rows(facts: Facts) -> Rows:
     if facts["mean_length"] is not None:
         lengths = f"{facts['mean_length']:.3f} px on average, {facts['max_length']:.3f} px at most"
     return [
-        ("tag", facts.get("tag") or ""),
+        ("tag", facts.get("tag", "")),
         ("picture", f"{facts['width']}x{facts['height']}"),
         ("first vector", vector("first_vector")),
         ("smallest", vector("min")),

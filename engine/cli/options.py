@@ -55,7 +55,7 @@ def require_report_free(path: Path | None, outputs: Sequence[str | Path], source
 
     if path is not None and path != STDOUT:
         named = [os.fspath(output).replace("{stem}", source_stem(one)) for output in outputs for one in sources]
-        require_report(path, named or outputs, sources)
+        require_report(path, named, sources)
 
 
 def write_stats(path: Path, report: dict[str, object]) -> None:

@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,6 +34,8 @@ from flowreel.engine.config import RunConfig, SelectConfig
 from flowreel.engine.errors import OutputWriteError, PrecisionWarning
 from flowreel.engine.inference import Inference
 from flowreel.engine.sources.synthetic import SyntheticConfig, SyntheticSource
+from flowreel.engine.training.config import TrainConfig
+from flowreel.engine.training.train import Progress
 from flowreel.kernels.flow_color import flow_to_color
 from flowreel.sinks import known_outputs, open_store, write_flo
 
@@ -72,6 +75,7 @@ def test_run_says_what_it_did(tiny: str, capsys: Capture) -> None:
 
 
 def test_stats_to_stdout(tiny: str, capsys: Capture) -> None:
+    Path("-").mkdir()
     assert call(["run", SOURCE, "-o", "a.zarr", "--weights", tiny, "--stats", "-"]) == 0
     assert json.loads(capsys.readouterr().out)["pairs"] == 5
     assert call(["export", "a.zarr", "-o", "b.zarr", "--stats", "-", "-q"]) == 0
@@ -81,7 +85,7 @@ def test_stats_to_stdout(tiny: str, capsys: Capture) -> None:
     assert "needs a file" in one_line(capsys)
     assert call([*run, "list.json"]) == 0
     assert json.loads(capsys.readouterr().out)["sources"][0]["status"] == "done"
-    assert sorted(path.name for path in Path().iterdir()) == ["a.zarr", "b.zarr", "c", "list.json"]
+    assert sorted(path.name for path in Path().iterdir()) == ["-", "a.zarr", "b.zarr", "c", "list.json"]
 
 
 def test_stats_that_do_not_fit_on_the_disk_leave_the_former_ones() -> None:
@@ -97,7 +101,7 @@ def test_stats_that_do_not_fit_on_the_disk_leave_the_former_ones() -> None:
     assert os.listdir() == ["stats.json"]
 
 
-@pytest.mark.parametrize("why", [errno.EACCES, errno.EBUSY])
+@pytest.mark.parametrize("why", [errno.EACCES, errno.EPERM, errno.EBUSY])
 def test_stats_replace_former_ones_that_only_take_writing_in_place(monkeypatch: pytest.MonkeyPatch, why: int) -> None:
     """In a folder that takes no other files, or mounted by themselves, as by docker run -v FILE:FILE."""
     Path("stats.json").write_text('{"seconds": 1.0, "outputs": [], "notes": []}')
@@ -109,6 +113,13 @@ def test_stats_replace_former_ones_that_only_take_writing_in_place(monkeypatch: 
     write_stats(Path("stats.json"), {"seconds": 2.0})
     assert json.loads(Path("stats.json").read_bytes()) == {"seconds": 2.0}
     assert os.listdir() == ["stats.json"]
+
+
+def test_stats_go_where_a_link_leads() -> None:
+    Path("link.json").symlink_to("stats.json")
+    write_stats(Path("link.json"), {"seconds": 2.0})
+    assert Path("link.json").is_symlink()
+    assert json.loads(Path("stats.json").read_bytes()) == {"seconds": 2.0}
 
 
 def test_stats_to_a_pipe() -> None:
@@ -641,6 +652,38 @@ def test_demo_leaves_nothing_where_its_outputs_may_not_be(tiny: str, capsys: Cap
     assert call(["demo", "X.zarr/demo", "--weights", tiny]) == 2
     assert "lies inside the store" in one_line(capsys)
     assert not Path("X.zarr/demo").exists()
+
+
+def test_options_reach_the_training_which_tells_how_far_it_is(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def note(config: TrainConfig, out: Path, *, report: Callable[[Progress], None], **options: object) -> Path:
+        given.update(options, config=config, out=out)
+        report(Progress(50, 20.0, 1.5, 2.0, 4.0, 1e-4))
+        return out / "weights.safetensors"
+
+    monkeypatch.setattr("flowreel.engine.training.train.train", note)
+    assert call(["train", "a", "--device", "cpu"]) == 0
+    assert given["config"] == TrainConfig()
+    config = TrainConfig("FlowNet2CS", 0.5, 200, 1.0, 2, 128, 64, 7, 1e-3, last_only=True, seed=3, init="x.pth")
+    options = "--model FlowNet2CS --width 0.5 --steps 200 --minutes 1 --batch 2 --height 128 --width-px 64 --reuse 7"
+    options += " --learning-rate 1e-3 --last-only --seed 3 --init x.pth --precision fp32 --workers 4 --report-every 5"
+    assert call(["train", "a", "--resume", "--device", "cpu", *options.split()]) == 0
+    assert given == {
+        "config": replace(config, batch_norm=False, precision="fp32"),
+        "out": Path("a"),
+        "resume": True,
+        "workers": 4,
+        "report_every": 5,
+        "device": "cpu",
+    }
+    said = capsys.readouterr().err.splitlines()
+    how = "loss 1.500  held-out error 2.00 px (no motion: 4.00)  20 s"
+    assert said[0] == f"step 50 of 20000 on cpu  {how}, 7980 s to go"
+    assert said[2] == f"step 50 on cpu  {how}, 40 s to go"
+    assert call(["train", "a", "--no-batch-norm", "-q"]) == 0
+    assert given["config"].batch_norm is False
+    assert capsys.readouterr() == ("", "")
 
 
 def test_train_and_use(capsys: Capture) -> None:

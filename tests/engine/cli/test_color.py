@@ -50,6 +50,7 @@ def test_as_flow2image_was_called(capsys: Capture) -> None:
     assert out == ""
     for words in ("3 flows painted", "DIR 3 pictures", "DIR/000001.flo.mp4", "full colour at"):
         assert words in plain(err)
+    assert err.count("3 pictures") == 1  # not of the video too
 
 
 def test_other_inputs_and_outputs(capsys: Capture) -> None:
@@ -118,7 +119,7 @@ def test_ctrl_c_ends_with_130_and_no_video(capsys: Capture, monkeypatch: pytest.
 
 
 def test_help_has_examples(capsys: Capture) -> None:
-    assert call(["color", "--help"]) == 0
+    assert call(["color", "-h"]) == 0
     said = plain(capsys.readouterr().out)
     for words in ("flowreel color *.flo -o colors -v -r 30", "--max-flow", "30 for files"):
         assert words in said

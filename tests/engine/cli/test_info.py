@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from flowreel.engine.cli import call
+from flowreel.engine.cli.info import print_facts
+from flowreel.engine.describe import describe
 from flowreel.sinks import write_flo
 
 Capture = pytest.CaptureFixture[str]
@@ -107,11 +109,71 @@ def test_every_kind_for_person_and_script(name: str, capsys: Capture) -> None:
 def test_several_go_on_after_a_failure(capsys: Capture) -> None:
     assert call(["info", "a.flo", "nowhere.mp4", "x" * 300, "a.mkv"]) == 1
     out, err = capsys.readouterr()
-    headings = [line for line in out.splitlines() if line.startswith("a.")]
-    assert headings == ["a.flo: flow, Middlebury .flo", "a.mkv: video, Matroska / WebM"]
+    first, second = out.split("\n\n")
+    assert first.startswith("a.flo: flow, Middlebury .flo\n")
+    assert second.startswith("a.mkv: video, Matroska / WebM\n")
     nowhere, unforeseen = err.splitlines()
     assert nowhere.startswith("flowreel: nothing is at nowhere.mp4: expected a video")
     assert unforeseen.startswith("flowreel: File name too long: xxx")
+
+
+def test_notes_and_plain_facts(capsys: Capture) -> None:
+    assert call(["export", "a.flo", "-o", "a.zarr", "-q"]) == 0
+    for name in ("a.mkv", "a.zarr"):
+        print_facts(describe(name) | {"notes": ["it was dark"]})
+        said = lines(capsys)
+        assert said["note"] == "it was dark"
+        assert "model" not in said
+    plain: Any = {"mode": None, "made_by": None, "rate": 29.97002997, "turned": False, "took_s": "long"}
+    plain |= {"sizes": {"of": [{"a": 1}, {"b": 2}]}}
+    print_facts({"path": "x\a", "kind": "images", "name": "x", "notes": ["it was dark"]} | plain)
+    assert capsys.readouterr().out.splitlines() == [
+        r"x\x07: images",
+        "  rate    29.97",
+        "  turned  no",
+        "  took s  long",
+        "  sizes   of a 1; b 2",
+        "  note    it was dark",
+    ]
+
+
+def test_odd_streams(capsys: Capture) -> None:
+    facts: Any = describe("a.mkv") | {"start_time_s": 1.5, "bit_rate": 2_500_000, "size_bytes": 3850, "cut_short": True}
+    (stream,) = facts["streams"]
+    stream |= {"rotation": -90, "mirrored": True, "width": 48, "height": 64, "language": "ger", "problem": "it is odd"}
+    stream |= {"sample_aspect_ratio": "4:3", "display_width": 64, "constant_rate": False, "largest_gap_s": 0.08}
+    stream |= {"key_frames": 2, "largest_key_gap_s": 0.2, "bit_rate": 7000}
+    stream |= {"colour": stream["colour"] | {"transfer": "bt709"}}
+    sound = {"index": 1, "type": "audio", "codec": None, "profile": None, "language": None, "bit_rate": None}
+    sound |= {"sample_rate": 48000, "channels": 2, "layout": "stereo"}
+    cover = {"index": 2, "type": "video", "codec": "png", "profile": "Main", "language": None, "bit_rate": None}
+    print_facts(facts | {"streams": [stream, sound, cover | {"number": 1, "cover": True}], "notes": []})
+    assert capsys.readouterr().out.splitlines() == [
+        "a.mkv: video, Matroska / WebM",
+        "  duration    0.240 s, starting at 1.500 s",
+        "  size        3.9 kB, 2.5 Mbit/s",
+        "  state       cut short",
+        "  flow        5 flows of 64x48 from stream 0, 25 frames/s, decoded by PyAV (mpeg4)",
+        "  stream 0: video, mpeg4 (Simple Profile), ger, the one that run takes",
+        "    bit rate    7 kbit/s",
+        "    problem     it is odd",
+        "    pixels      yuv420p, 8 bits",
+        "    picture     64x48 stored, mirrored left to right, turned by 90 degrees clockwise: 48x64; pixels of 4:3, "
+        "which players show as 64x48",
+        "    frames      6, giving 5 flows",
+        "    rate        25 frames/s (nominally 25), variable: frames are 40.000 to 80.000 ms apart",
+        "    shown       from 0.000 s to 0.200 s",
+        "    key frames  2, at most 0.200 s apart",
+        "    colour      range not stated (taken as limited), matrix not stated (taken as bt601), "
+        "primaries not stated, transfer bt709",
+        "  stream 1: audio, of a codec that FFmpeg cannot decode",
+        "    sound       48000 Hz, 2 channels (stereo)",
+        "  stream 2: video, png (Main), --stream 1, a cover picture",
+    ]
+    print_facts(facts | {"streams": [stream | {"constant_rate": None, "rotation": 180}]})
+    said = lines(capsys)
+    assert said["rate"] == "25 frames/s (nominally 25)"
+    assert "turned by 180 degrees: 48x64" in said["picture"]
 
 
 def test_several_as_json(capsys: Capture) -> None:

@@ -60,7 +60,7 @@ def test_what_is_noted_of_every_source_is_told_once(tiny: list[str], capsys: Cap
 
 
 def test_a_failure_is_told_of_and_the_rest_done(tiny: list[str], capsys: Capture) -> None:
-    assert call(["run", "no[where].mp4", B, *STORE, *tiny, "--manifest", "list.json"]) == 1
+    assert call(["run", "no[where].mp4", B, *STORE, *tiny, "--manifest", "list.json", "--stats", "stats.json"]) == 1
     out, err = capsys.readouterr()
     assert out == ""
     *table, last = err.splitlines()
@@ -71,6 +71,7 @@ def test_a_failure_is_told_of_and_the_rest_done(tiny: list[str], capsys: Capture
     assert "1 done, 0 skipped, 1 failed" in err
     statuses = [entry["status"] for entry in json.loads(Path("list.json").read_text())["sources"]]
     assert statuses == ["failed", "done"]
+    assert len(json.loads(Path("stats.json").read_text())["sources"]) == 2
 
 
 def test_names_stay_whole_in_a_log(tiny: list[str], capsys: Capture) -> None:

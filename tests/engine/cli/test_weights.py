@@ -121,7 +121,7 @@ def test_what_a_file_says_does_not_steer_the_terminal(capsys: Capture) -> None:
     from flowreel.engine.models.saving import save_weights
 
     state = build_model("FlowNet2S", width=0.05).state_dict()
-    save_weights("x.safetensors", state, licence="\x1b[2Jnone", made_by={"by": ["\x07"]})
+    save_weights("x.safetensors", state, licence="\x1b[2Jnone", made_by={"\x1bby": ["\x07"]})
     assert call(["weights", "info", "x.safetensors"]) == 0
     out = capsys.readouterr().out
     assert r"\x1b[2Jnone" in out
