@@ -277,8 +277,12 @@ def test_what_was_made_otherwise_is_not_taken_for_done(
 
 def test_options_that_do_not_concern_an_output_are_no_difference(tiny: str) -> None:
     sources = [clip("a.mp4"), clip("b.mp4")]
-    run_many(sources, [STORE, VIDEO, FLO], weights=tiny)
-    assert statuses(run_many(sources, VIDEO, weights=tiny, max_error=0, codec="zstd", bound=9.0)) == ["skipped"] * 2
+    two_stream = "out/{stem}/flow_x_%05d.png"
+    run_many(sources, [STORE, VIDEO, FLO, two_stream], weights=tiny)
+    others: dict[str, Any] = {"max_error": 0, "codec": "zstd", "resolution": "native", "bound": 9.0}
+    assert statuses(run_many(sources, VIDEO, weights=tiny, **others)) == ["skipped"] * 2
+    assert statuses(run_many(sources, two_stream, weights=tiny, bound=9.0)) == ["failed"] * 2
+    assert statuses(run_many(sources, STORE, weights=tiny, stream=0)) == ["failed"] * 2
     assert statuses(run_many(sources, FLO, weights=tiny, max_flow=3.0)) == ["skipped"] * 2
     assert statuses(run_many(sources, STORE, weights=tiny, max_flow=3.0)) == ["skipped"] * 2
     assert statuses(run_many(sources, VIDEO, weights=tiny, max_flow=3.0)) == ["failed"] * 2
