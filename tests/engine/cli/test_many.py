@@ -113,6 +113,7 @@ def test_quiet_prints_the_error_alone(tiny: list[str], capsys: Capture) -> None:
         ([A, B, *STORE, "--weights", "nowhere.pth"], 1, "nowhere.pth"),
         ([A, B, *STORE, "--step", "0"], 2, "step"),
         ([A, B, *STORE, "--manifest", "text"], 1, "text"),
+        ([A, B, *STORE, "--stats", "out/flowreel-manifest.json"], 2, "flowreel-manifest.json"),
         ([], 2, ""),
     ],
 )
