@@ -21,8 +21,6 @@
 #include <string.h>
 #include <ucontext.h>
 
-#include <utility>
-
 // --- the language ------------------------------------------------------------------------------------------------
 
 #define __global__
@@ -357,11 +355,10 @@ struct Caller;
 template <class... P, void (*function)(P...)>
 struct Caller<function> {
     static constexpr char kinds[] = {Kind<P>::value..., 0};
-    template <size_t... I>
-    static void spread(void** values, std::index_sequence<I...>) {
-        function(*(P*)values[I]...);
-    }
-    static void call(void** values) { spread(values, std::index_sequence_for<P...>()); }
+    struct Call {
+        Call(P... given) { function(given...); }
+    };
+    static void call(void** values) { Call{*(P*)*values++...}; }  // in braces, from left to right
 };
 
 #define ENTRY(name) {#name, shim::Caller<name>::call, shim::Caller<name>::kinds}
