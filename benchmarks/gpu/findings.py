@@ -105,10 +105,10 @@ class Findings:
             publish(self._path, self._found)
 
 
-def publish(path: Path, value: object) -> None:
-    """Writes JSON atomically: a process killed meanwhile leaves the previous file."""
+def publish(path: Path, value: object, indent: int | None = None) -> None:
+    """Writes JSON atomically: a process killed meanwhile leaves the previous file. An indent makes it slow."""
     beside = path.with_name(f"{path.name}.part")
-    beside.write_text(json.dumps(value, indent=2, default=str) + "\n")
+    beside.write_text(json.dumps(value, indent=indent, default=str) + "\n")
     os.replace(beside, path)
 
 

@@ -92,7 +92,7 @@ def _run(wanted: Sequence[Part], given: argparse.Namespace, path: Path) -> dict[
             found = run_part(part, settings, env, min(patience * part.limit_s, most_s))
             _enter(found, result)
             result["seconds"] = round(time.monotonic() - began_s, 1)
-            publish(path, result)
+            publish(path, result, indent=2)
             settings.kept(RUNNING).unlink(missing_ok=True)
             print(f"{part.name}: {found['status']}, {found['seconds']} s{told(found)}", flush=True)
             if _has_no_gpu(result):

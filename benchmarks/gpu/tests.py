@@ -18,6 +18,7 @@ GRAPHS = "tests/kernels/test_cuda_on_gpu.py"  # slow, as it uses torch.compile
 # The project's own pytest settings need a plug-in for time limits, and turn warnings into errors, also those of other
 # library versions. The whole part has a time limit anyway.
 PLAIN = ("-q", "-o", "addopts=--import-mode=importlib", "-o", "filterwarnings=default", "-p", "no:cacheprovider")
+PLAIN += ("-p", "no:unraisableexception")  # it collects garbage ten times a file, for warnings that nobody sees
 NO_GPU = "no CUDA device"  # the reason when ``tests/conftest.py`` skips them
 
 
