@@ -45,6 +45,7 @@ class Job(NamedTuple):
     width: int
     frames: int
     options: dict[str, Any]
+    repeats: int = 2  # of a short run, and of a long one to a store
 
 
 def run(findings: Findings, settings: Settings) -> None:
@@ -123,7 +124,7 @@ def job_of(settings: Settings) -> Job:
         save_weights(weights, state, licence="none: random numbers", made_by={})
     options: dict[str, Any] = {"device": settings.device, "weights": str(weights), "overwrite": True}
     options |= {"precision": "fp32", "shard_bytes": 2 * 8 * width * height} if settings.dry else {"precision": "fp16"}
-    return Job(clip, height, width, frames, options)
+    return Job(clip, height, width, frames, options, 1 if settings.dry else 2)
 
 
 def _rate(job: Job, output: Path, share: float, **options: Any) -> tuple[Sample, RunReport]:
@@ -137,8 +138,8 @@ def _rate(job: Job, output: Path, share: float, **options: Any) -> tuple[Sample,
     ran(frames // 4, store)  # warms up the GPU and its libraries
     shard = flowreel.open_store(store).shard_length
     long = max((frames - 1) // shard, 2) * shard
-    short_s = [ran(shard).seconds for _ in range(2)][-1]
-    reports = [ran(long) for _ in range(2 if output == store else 1)]  # videos take long and vary little
+    short_s = [ran(shard).seconds for _ in range(job.repeats)][-1]
+    reports = [ran(long) for _ in range(job.repeats if output == store else 1)]  # videos take long and vary little
     return Sample.of([report.seconds - short_s for report in reports]).rate(long - shard), reports[-1]
 
 

@@ -82,7 +82,8 @@ def _compare(findings: Findings, settings: Settings, config: TrainConfig) -> Non
     """Loss and gradients of one step on both devices, from the same weights and scenes."""
     torch.manual_seed(config.seed)
     net = start.network(config).to(memory_format=torch.channels_last)
-    batch = batches.render(config.seed, 0, config.batch, config.height, config.width_px)
+    scenes = FEW_TEXTURES if settings.dry else SceneConfig()
+    batch = batches.render(config.seed, 0, config.batch, config.height, config.width_px, scenes)
     wanted, gradients = _step(config, net, batch)
     device = torch.device(settings.device)
     used: dict[str, str] = {}
