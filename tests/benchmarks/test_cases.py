@@ -247,6 +247,14 @@ def test_accuracy(folder: Path, monkeypatch: pytest.MonkeyPatch, checked: Any) -
     assert {key: mean[key] for key in one if key != "pair"} == {key: one[key] for key in one if key != "pair"}
 
 
+@pytest.mark.usefixtures("data_dir")
+@pytest.mark.parametrize("name", [*accuracy.JUDGED, *accuracy.ALSO])
+def test_the_truth_that_accuracy_is_judged_by(name: str) -> None:
+    pair = data.true_pair(name)
+    assert pair.first.shape == pair.second.shape == (*pair.flow.shape[:2], 3)
+    assert pair.valid.any()
+
+
 def test_clips(folder: Path, checked: Any) -> None:
     (row,) = checked("clips", clips.run())
     assert (row["flows"], row["size"]) == (FRAMES - 1, f"{WIDTH}x{HEIGHT}")

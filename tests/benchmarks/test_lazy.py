@@ -6,6 +6,7 @@ Measured times are not judged, because no test may depend on the speed of the ma
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +17,14 @@ from benchmarks.measure import Effort, cell_value
 from benchmarks.tables import as_markdown
 
 
-def test_every_way_computed_and_cached(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lazy, "found", lambda *_: "synthetic:objects?size=64x48&frames=40")
-    monkeypatch.setattr(lazy, "Effort", lambda **_: Effort(least=2, most=2, warm_up=0))
+def test_every_way_computed_and_cached(monkeypatch: pytest.MonkeyPatch, tiny_flownetc: str) -> None:
+    def rows_of(clip: Path, options: dict[str, Any], *more: Any) -> list[dict[str, Any]]:
+        return measured(clip, options | {"weights": tiny_flownetc}, *more)
+
+    measured = lazy.model_rows
+    monkeypatch.setattr(lazy, "model_rows", rows_of)
+    monkeypatch.setattr(lazy, "found", lambda *_: "synthetic:still?size=64x48&frames=40")
+    monkeypatch.setattr(lazy, "Effort", lambda **_: Effort(least=1, most=1, warm_up=0))
     result = json.loads(json.dumps(lazy.run(short=True)))
     rows: list[dict[str, Any]] = result["rows"]
     assert result["flows"] == 24

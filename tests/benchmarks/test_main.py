@@ -9,14 +9,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from benchmarks import __main__ as command
-from benchmarks import data
+from benchmarks import accuracy, data
 from benchmarks import one as process
 from benchmarks.cases import CASES, SKIPPED, describe
 from benchmarks.results import filed_as, newest
 from flowreel.engine.cli import bench, call, patience
+from flowreel.sinks import write_flo
 
 
 @pytest.mark.parametrize("name", ["__main__.py", "gpu/surroundings.py"])
@@ -32,8 +35,16 @@ def test_every_case_says_what_it_measures(capsys: pytest.CaptureFixture[str]) ->
     assert all(len(describe(case)) > 20 for case in CASES)
 
 
-@pytest.mark.usefixtures("data_dir")
-def test_a_case_is_run_and_filed_with_its_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_case_is_run_and_filed_with_its_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in (*accuracy.JUDGED, *accuracy.ALSO):
+        pair = tmp_path / "data" / "pairs" / name
+        pair.mkdir(parents=True)
+        write_flo(pair / "flow.flo", np.ones((64, 64, 2), np.float32))
+        for number in (1, 2):
+            Image.new("RGB", (64, 64)).save(pair / f"img{number}.png")
+    monkeypatch.setenv("FLOWREEL_DATA", str(tmp_path / "data"))
     assert command.main(["accuracy", "--out", str(tmp_path / "new")]) == 0
     (path,) = (tmp_path / "new").iterdir()  # no result of ceilings, which this case does not need
     result = json.loads(path.read_text())
