@@ -92,6 +92,8 @@ def _position(key: Any, count: int) -> int:
 
 
 def _whole(key: Any) -> int:
-    if isinstance(key, bool | np.bool_):
-        raise TypeError("a number is an integer, got a truth value")
-    return operator.index(key)
+    dimensions = getattr(key, "ndim", None)
+    plain = key.item() if dimensions == 0 else key
+    if dimensions or isinstance(plain, bool):  # torch would take a tensor of one number, or of a truth value
+        raise TypeError(f"a number is an integer, got {key!r}")
+    return operator.index(plain)

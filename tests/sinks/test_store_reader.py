@@ -190,6 +190,10 @@ def test_keys_that_are_none(store: FlowStore) -> None:
     for strange in (True, 1.5, "1", b"1", None, (0, None), (0, [1]), (0, np.array([1])), [1.5], [[1]], [True, 2]):
         with pytest.raises(TypeError):
             store[strange]
+    true = torch.tensor(True)  # torch takes its truth values, and arrays of one number, for integers
+    for strange in (true, [true] * T, (0, true), (0, torch.tensor([1])), [torch.tensor([1])]):
+        with pytest.raises(TypeError):
+            store[strange]
     for array in (np.ones((2, 2), int), np.ones(2)):
         with pytest.raises(TypeError, match="an index array is 1-D"):
             store[array]
