@@ -50,13 +50,11 @@ def select(key: Any, shape: tuple[int, ...]) -> Selection:
 def _one_an_axis(parts: tuple[Any, ...], axes: int) -> list[Any]:
     """The entries of a key, one per axis: ``...`` and omitted trailing axes become full slices."""
     dots = [place for place, part in enumerate(parts) if isinstance(part, EllipsisType)]
-    given = len(parts) - len(dots)
     if len(dots) > 1:
         raise IndexError("an index has at most one '...'")
-    if given > axes:
-        raise IndexError(f"too many indices: {given} for {axes} axes")
     place = dots[0] if dots else len(parts)
-    return [*parts[:place], *[slice(None)] * (axes - given), *parts[place + 1 :]]
+    missing = axes - len(parts) + len(dots)  # negative: too many, which NumPy refuses
+    return [*parts[:place], *[slice(None)] * missing, *parts[place + 1 :]]
 
 
 def _inside(key: Any) -> int:

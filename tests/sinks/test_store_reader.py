@@ -164,7 +164,7 @@ def test_flows_by_number_and_crops_of_them(store: FlowStore, numbers: list[int],
     assert same(store[(key, *inside)], moving()[np.array(key, int)][(slice(None), *inside)])
 
 
-@pytest.mark.parametrize("form", [list, np.array])
+@pytest.mark.parametrize("form", [list, np.array, lambda mask: list(np.array(mask))])
 def test_masks_pick_flows(store: FlowStore, decoded: list[int], form: Any) -> None:
     mask = form([False, True, False, False, True, True, False])
     assert same(store[mask], moving()[[1, 4, 5]])
@@ -181,6 +181,7 @@ def test_masks_pick_flows(store: FlowStore, decoded: list[int], form: Any) -> No
 def test_what_is_named_twice_is_decoded_once(store: FlowStore, decoded: list[int]) -> None:
     assert same(store[[3, 1, 3, -4]], moving()[[3, 1, 3, 3]])
     assert len(decoded) == 2
+    assert same(store[np.array([3, 1, 3], np.uint8)], moving()[[3, 1, 3]])
 
 
 def test_keys_that_are_none(store: FlowStore) -> None:
