@@ -321,10 +321,10 @@ def _whole(name: str, value: object, least: int) -> int:
 
 def _caches(folder: Path, given: Sequence[Source]) -> dict[str, Path]:
     """Path -> cache folder of each video given by path. Raises UsageError for two videos of the same name."""
-    videos = dict.fromkeys(source for source in given if isinstance(source, str) and not sinks.is_store(source))
+    videos = [source for source in given if isinstance(source, str) and not sinks.is_store(source)]
     names = {video: re.sub(r"[^\w.-]+", "_", os.path.basename(video.rstrip(os.sep))) for video in videos}
     if twice := [name for name, count in Counter(names.values()).items() if count > 1]:
-        same = [video for video in videos if names[video] == twice[0]]
+        same = [video for video, name in names.items() if name == twice[0]]
         raise UsageError(
             f"{same[0]} and {same[1]} would share the cache {folder / twice[0]}: give what flowreel.open(..., "
             "cache=...) makes of each"

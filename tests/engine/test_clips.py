@@ -46,13 +46,14 @@ def make(videos: list[Path], tiny_weights: str) -> Make:
     return lambda **options: flowreel.FlowClips(videos, **{"weights": tiny_weights, "batch": 4, "length": 3} | options)
 
 
-def stored(path: Path, **options: Any) -> Path:
-    """7 flows of 6x8: flow n is (n, -n) px everywhere, except for one unknown vector in flow 4."""
-    flows = torch.arange(7.0)[:, None, None, None] * torch.tensor([1.0, -1.0])[:, None, None] + torch.zeros(7, 2, 6, 8)
+def stored(path: Path, count: int = 7, width: int = 8, **options: Any) -> Path:
+    """Flows of height 6: flow n is (n, -n) px everywhere, except for one unknown vector in flow 4."""
+    flows = torch.arange(count)[:, None, None, None] * torch.tensor([1.0, -1.0])[:, None, None]
+    flows = flows.repeat(1, 1, 6, width)
     flows[4, :, 1, 2] = torch.nan
     sink = open_sink(path, SinkConfig(**options))
-    sink.open(FlowInfo(6, 8, Fraction(25), 8, SourceId("clip.mp4")))
-    frame = np.arange(7)
+    sink.open(FlowInfo(6, width, Fraction(25), count + 1, SourceId("clip.mp4")))
+    frame = np.arange(count)
     sink.write(FlowBatch(flows, 0, frame, frame + 1, frame / 25, (frame + 1) / 25))
     sink.commit()
     return Path(sink.path)
@@ -386,21 +387,30 @@ class TestWhatGoesWrong:
             flowreel.FlowClips(store, 3, rgb=True)
 
     def test_two_of_one_name_cannot_share_a_cache(self, videos: list[Path], tmp_path: Path, tiny_weights: str) -> None:
-        shutil.copy(videos[1], tmp_path / videos[0].name)
-        with pytest.raises(UsageError, match=r"would share the cache .*clips-a\.mp4"):
-            flowreel.FlowClips([videos[0], tmp_path / videos[0].name], 3, weights=tiny_weights, cache=tmp_path / "c")
+        other = shutil.copy(videos[1], tmp_path / videos[0].name)
+        with pytest.raises(UsageError, match=rf"{videos[0]} and {other} would share the cache .*clips-a\.mp4"):
+            flowreel.FlowClips([videos[0], videos[0], other], 3, weights=tiny_weights, cache=tmp_path / "c")
 
     def test_a_source_that_changes_or_vanishes(self, videos: list[Path], tmp_path: Path, tiny_weights: str) -> None:
         path = tmp_path / "x.mp4"
-        shutil.copy(videos[0], path)
-        dataset = flowreel.FlowClips([path, videos[1]], 3, weights=tiny_weights, open_at_once=1)
         shutil.copy(videos[1], path)
+        dataset = flowreel.FlowClips([path, videos[1]], 3, weights=tiny_weights, open_at_once=1)
+        shutil.copy(videos[0], path)  # longer, of the same size
         with pytest.raises(SourceChangedError, match=r"x\.mp4 is not what it was when the clips were laid out"):
             dataset[0]
         path.unlink()
         with pytest.raises(SourceNotFoundError, match=r"x\.mp4"):
             dataset[0]
         assert dataset[-1]["source"] == 1
+
+    @pytest.mark.parametrize("other", [{"count": 6}, {"width": 9}])
+    def test_a_store_that_is_another_where_it_is_unpickled(self, tmp_path: Path, other: dict[str, int]) -> None:
+        data = pickle.dumps(flowreel.FlowClips(stored(tmp_path / "X.zarr"), 3))
+        stored(tmp_path / "X.zarr", overwrite=True)
+        assert pickle.loads(data)[1]["first"] == 3
+        stored(tmp_path / "X.zarr", overwrite=True, **other)
+        with pytest.raises(SourceChangedError, match=r"X\.zarr is not what it was"):
+            pickle.loads(data)[0]
 
 
 def test_views_are_asked_of_the_rule(make: Make) -> None:
