@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import os
-from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -69,8 +68,8 @@ class SharedMemory:
         for place in range(0, nbytes, AT_ONCE):
             if self._closed:
                 return
-            with suppress(OSError):  # too little memory: that shows when it is touched
-                os.posix_fallocate(self.descriptor, place, min(AT_ONCE, nbytes - place))
+            # Nobody asks the pool for an error: too little memory shows when it is touched.
+            os.posix_fallocate(self.descriptor, place, min(AT_ONCE, nbytes - place))
 
 
 class SharedView:

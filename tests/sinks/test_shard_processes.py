@@ -452,7 +452,7 @@ def test_what_does_not_go_through_a_pickle_is_told_in_words() -> None:
     assert (type(kept), kept.errno) == (OSError, errno.EIO)
 
 
-@pytest.mark.parametrize("reserved", [0, 100, 5000, 1 << 20])
+@pytest.mark.parametrize("reserved", [0, 100, 5000, 1_000_000])
 def test_what_is_reserved_is_taken_first_and_more_may_be(reserved: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_memory, "AT_ONCE", 4096)
     memory = SharedMemory()
@@ -471,14 +471,14 @@ def test_what_is_reserved_is_taken_first_and_more_may_be(reserved: int, monkeypa
 
 def test_nothing_more_is_asked_for_once_it_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_memory, "AT_ONCE", 4096)
-    asked, began, closed = [], Event(), Event()
+    asked, over, began, closed = [], [], Event(), Event()
 
     def slow(descriptor: int, place: int, nbytes: int) -> None:
         asked.append(place)
         began.set()
         while not memory._closed:
-            assert not closed.wait(0.001)  # ``close`` must wait until this call is over
-        os.fstat(descriptor)  # still open
+            closed.wait(0.001)
+        over.append(closed.wait(0.01))  # False: ``close`` waits until this call is over
 
     monkeypatch.setattr(os, "posix_fallocate", slow)
     memory = SharedMemory()
@@ -487,6 +487,7 @@ def test_nothing_more_is_asked_for_once_it_is_closed(monkeypatch: pytest.MonkeyP
     memory.close()
     closed.set()
     assert asked == [0]
+    assert over == [False]
     assert memory.descriptor == -1
 
 
@@ -498,6 +499,7 @@ def test_buffers_are_seen_where_they_were_taken() -> None:
         own[:] = number
         for nbytes in (min(own.size, 100), own.size):  # a view may ask for more of a buffer than before
             assert view.at(place, nbytes).tolist() == [number] * nbytes
+    assert not view.at(buffers[0].place, 1).flags.writeable
     buffers[1].bytes[:] = 9
     assert (view.at(buffers[1].place, 5000) == 9).all()  # the memory is shared, not copied
     memory.close()
