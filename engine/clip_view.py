@@ -40,7 +40,7 @@ class ClipView:
     def rgb(self, rgb: Tensor) -> Tensor:
         """(3, H, W) uint8 to (3, height, width) uint8."""
         seen = self._cut(self._resized(rgb[None].float()))[0].round().to(torch.uint8)
-        return (seen.flip(-1) if self.mirrored else seen).contiguous()
+        return seen.flip(-1) if self.mirrored else seen
 
     def _resized(self, frames: Tensor) -> Tensor:
         if tuple(frames.shape[-2:]) == self.size:

@@ -322,7 +322,7 @@ def _whole(name: str, value: object, least: int) -> int:
 def _caches(folder: Path, given: Sequence[Source]) -> dict[str, Path]:
     """Path -> cache folder of each video given by path. Raises UsageError for two videos of the same name."""
     videos = [source for source in given if isinstance(source, str) and not sinks.is_store(source)]
-    names = {video: re.sub(r"[^\w.-]+", "_", os.path.basename(video.rstrip(os.sep))) for video in videos}
+    names = {video: re.sub(r"[^\w.-]+", "_", os.path.basename(video)) for video in videos}
     if twice := [name for name, count in Counter(names.values()).items() if count > 1]:
         same = [video for video, name in names.items() if name == twice[0]]
         raise UsageError(

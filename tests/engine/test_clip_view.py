@@ -59,6 +59,8 @@ def test_pictures_keep_their_values() -> None:
     assert torch.equal(ClipView((12, 16), 1, 2, 3, 4, mirrored=True).rgb(rgb), rgb[:, 1:4, 2:6].flip(-1))
     white = torch.full((3, 12, 16), 255, dtype=torch.uint8)
     assert torch.equal(ClipView((5, 7), 0, 0, 5, 7).rgb(white), white[:, :5, :7])
+    striped = white * (torch.arange(16) % 4 == 3)
+    assert ClipView((12, 4), 0, 0, 12, 4).rgb(striped).float().mean() == pytest.approx(64, abs=5)  # no stripe is lost
 
 
 @pytest.mark.parametrize(
@@ -66,7 +68,8 @@ def test_pictures_keep_their_values() -> None:
     [
         (ViewRule(), (360, 640), (360, 640)),
         (ViewRule(size=180), (180, 320), (180, 320)),
-        (ViewRule(size=(100, 50)), (100, 50), (100, 50)),
+        (ViewRule(size=100), (100, 178), (100, 178)),
+        (ViewRule(size=[100, 50]), (100, 50), (100, 50)),  # type: ignore[arg-type]
         (ViewRule(size=256, crop=224), (256, 455), (224, 224)),
         (ViewRule(crop=(360, 8)), (360, 640), (360, 8)),
     ],
@@ -108,4 +111,6 @@ def test_what_is_no_size(name: str, value: Any) -> None:
 def test_a_cut_larger_than_the_frame() -> None:
     with pytest.raises(UsageError, match="224x224 cannot be cut out of 640x200"):
         ViewRule(crop=224).sizes(200, 640)
+    with pytest.raises(UsageError, match="224x224 cannot be cut out of 200x640"):
+        ViewRule(crop=224).sizes(640, 200)
     assert math.prod(ViewRule(size=224, crop=224).sizes(200, 640)[1]) == 224**2

@@ -46,16 +46,17 @@ def make(videos: list[Path], tiny_weights: str) -> Make:
     return lambda **options: flowreel.FlowClips(videos, **{"weights": tiny_weights, "batch": 4, "length": 3} | options)
 
 
-def stored(path: Path, count: int = 7, width: int = 8, **options: Any) -> Path:
-    """Flows of height 6: flow n is (n, -n) px everywhere, except for one unknown vector in flow 4."""
+def stored(path: Path, count: int = 7, width: int = 8, *, complete: bool = True, **options: Any) -> Path:
+    """Flows of height 6, two less than announced if not complete: flow n is (n, -n) px, but for an unknown vector in
+    flow 4."""
     flows = torch.arange(count)[:, None, None, None] * torch.tensor([1.0, -1.0])[:, None, None]
     flows = flows.repeat(1, 1, 6, width)
     flows[4, :, 1, 2] = torch.nan
     sink = open_sink(path, SinkConfig(**options))
-    sink.open(FlowInfo(6, width, Fraction(25), count + 1, SourceId("clip.mp4")))
+    sink.open(FlowInfo(6, width, Fraction(25), count + (1 if complete else 3), SourceId("clip.mp4")))
     frame = np.arange(count)
     sink.write(FlowBatch(flows, 0, frame, frame + 1, frame / 25, (frame + 1) / 25))
-    sink.commit()
+    sink.commit(complete)
     return Path(sink.path)
 
 
@@ -93,6 +94,15 @@ class TestStacks:
         assert seen.sum() == 4 * (16 * 16 - 3)
         assert flowreel.FlowClips(tmp_path / "a.zarr", 2, bound=None, size=8)[0]["flow"].max() <= 0.5
 
+    @pytest.mark.parametrize("value", [1e10, -1e10, np.inf, -np.inf, np.nan])
+    def test_one_unknown_component_is_no_motion(self, store: Path, value: float) -> None:
+        dataset = flowreel.FlowClips(store, 1, bound=None)
+        flow = np.ones((1, 2, 6, 8), np.float32)
+        flow[0, 1, 2, 3] = value
+        seen = dataset._stack(flow, dataset._rule.middle(6, 8))
+        assert seen[:, 2, 3].tolist() == [0, 0]
+        assert seen.sum() == 2 * (6 * 8 - 1)
+
     def test_in_pixels(self, store: Path) -> None:
         assert flowreel.FlowClips(store, 2, bound=None)[2]["flow"][:, 0, 0].tolist() == [4, -4, 5, -5]
 
@@ -102,7 +112,7 @@ class TestStacks:
         np.testing.assert_allclose(dataset[1]["flow"][:, 0, 0], [1, -4, 1.5, -6])
 
     def test_they_are_the_flow_of_open(self, make: Make, videos: list[Path], tiny_weights: str) -> None:
-        dataset = make(bound=None)
+        dataset = make(bound=None, frames_mb=1)
         flow = flowreel.open(videos[1], weights=tiny_weights, batch=4)
         item = dataset[5]
         assert (item["source"], item["first"]) == (1, 3)
@@ -263,6 +273,30 @@ class TestSources:
         assert dataset._opened[3] is video
         assert list(dataset._opened) == [3, 2]
 
+    def test_the_one_used_last_stays_open(self, store: Path) -> None:
+        dataset = flowreel.FlowClips([store] * 3, 3, clips=1, open_at_once=2)
+        assert list(dataset._opened) == [1, 2]
+        for index in (1, 0):
+            dataset[index]
+        assert list(dataset._opened) == [1, 0]
+
+    def test_of_an_unfinished_store_what_is_there(self, tmp_path: Path) -> None:
+        partial = stored(tmp_path / "X.zarr", shard_bytes=1, complete=False)
+        assert places(flowreel.FlowClips(partial, 3)) == [(0, 0), (0, 3)]
+
+    def test_they_outlast_the_working_folder(
+        self, videos: list[Path], tmp_path: Path, tiny_weights: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for path in (videos[1], tiny_weights):
+            shutil.copy(path, tmp_path)
+        monkeypatch.chdir(tmp_path)
+        dataset = flowreel.FlowClips(videos[1].name, 3, weights=Path(tiny_weights).name, cache="c", clips=1)
+        copy = pickle.loads(pickle.dumps(dataset))
+        (tmp_path / "other").mkdir()
+        monkeypatch.chdir(tmp_path / "other")
+        assert copy[0]["first"] == 2
+        assert not os.listdir()  # the cache is where it was
+
     def test_a_clip_reads_the_times_of_its_own_shard_only(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -306,12 +340,18 @@ class TestLoaders:
         assert all(flow.statistics.computed == 0 for flow in dataset._opened.values())  # type: ignore[union-attr]
 
     def test_forked_workers(self, make: Make) -> None:
-        dataset = make()
+        """They follow the epoch, too, as those do that are spawned."""
+        dataset = make(random=True, seed=1)
         dataset[0]
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
-            (batch,) = DataLoader(dataset, batch_size=6, num_workers=1, multiprocessing_context="fork")
-        assert torch.equal(batch["flow"], torch.stack([item["flow"] for item in dataset]))
+        loader = DataLoader(
+            dataset, batch_size=6, num_workers=1, multiprocessing_context="fork", persistent_workers=True
+        )
+        for epoch in (0, 1):
+            dataset.set_epoch(epoch)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+                (batch,) = loader
+            assert torch.equal(batch["flow"], torch.stack([item["flow"] for item in dataset]))
 
     def test_a_fork_on_a_gpu_is_refused(self, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
         dataset = make(open_at_once=1)
@@ -390,6 +430,10 @@ class TestWhatGoesWrong:
         other = shutil.copy(videos[1], tmp_path / videos[0].name)
         with pytest.raises(UsageError, match=rf"{videos[0]} and {other} would share the cache .*clips-a\.mp4"):
             flowreel.FlowClips([videos[0], videos[0], other], 3, weights=tiny_weights, cache=tmp_path / "c")
+
+    def test_stores_of_one_name_need_none(self, store: Path, tmp_path: Path) -> None:
+        other = shutil.copytree(store, tmp_path / store.name)
+        assert len(flowreel.FlowClips([store, other], 3, cache=tmp_path / "c")) == 4
 
     def test_a_source_that_changes_or_vanishes(self, videos: list[Path], tmp_path: Path, tiny_weights: str) -> None:
         path = tmp_path / "x.mp4"
