@@ -338,6 +338,9 @@ class TestWhatGoesWrong:
             array.attrs["mine"] = 1
         with pytest.raises(ValueError, match="cannot be deleted"):
             del zarr.open_group(store)["frame"]
+        for attempt in (store.clear(), store.set_partial_values([("zarr.json", 0, b"x")])):
+            with pytest.raises(ValueError, match="cannot be deleted"):
+                asyncio.run(attempt)
         assert not store.supports_writes
         assert not store.supports_deletes
         assert zarr.open_group(store, mode="r").store.read_only
@@ -397,3 +400,4 @@ class TestSharing:
 def test_what_it_says_of_itself_has_its_checksum(opened: Open) -> None:
     attributes = zarr.open_group(opened().store()).attrs
     assert attributes["flowreel_crc32c"] == attributes_checksum(attributes["flowreel"])
+    assert "codec" not in attributes["flowreel"]  # nothing is compressed
