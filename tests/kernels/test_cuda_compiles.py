@@ -22,7 +22,7 @@ from flowreel.kernels import compiling, launch
 
 HERE = Path(__file__).resolve().parent
 BUDGET: dict[str, dict[str, dict[str, int]]] = json.loads((HERE / "cuda_budget.json").read_text())
-OLDEST, ARCHITECTURES = "sm_75", ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120")  # sm_89: as sm_86
+OLDEST, ARCHITECTURES = "sm_75", ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 SOURCES = sorted(path.stem for path in compiling.SOURCES.glob("*.cu"))
 ON_TENSOR_CORES = {"convolution", "correlation_products", "flow_head"}  # not for the oldest architecture
 
@@ -90,12 +90,6 @@ def test_source_compiles_within_its_budget(source: str, architecture: str, uses_
     if same_nvrtc():
         assert {name: use for name, use in taken.items() if use.spilled_bytes} == {}
         assert {name: use for name, use in taken.items() if use.registers > BUDGET[source][name]["registers"]} == {}
-
-
-def test_sm_89_takes_what_sm_86_takes(uses_on: UsesOn) -> None:
-    """Their instructions are the same, byte for byte, so one source stands for all."""
-    taken = uses_on("bitshuffle", "sm_89")
-    assert not same_nvrtc() or taken == uses_on("bitshuffle", "sm_86")
 
 
 @pytest.mark.parametrize("source", sorted(set(SOURCES) - ON_TENSOR_CORES))
