@@ -18,7 +18,7 @@ from flowreel.engine.config import RunConfig, SelectConfig
 from flowreel.engine.errors import OutputExistsError
 from flowreel.engine.inference import load_network
 from flowreel.engine.outputs import ProgressHook
-from flowreel.engine.publish import atomic_path, write_errors
+from flowreel.engine.publish import atomic_path, make_folder, write_errors
 from flowreel.engine.run_report import RunReport
 from flowreel.engine.sources.synthetic import SyntheticConfig, SyntheticSource
 from flowreel.kernels.flow_color import flow_to_color
@@ -65,6 +65,8 @@ def demo(
             raise OutputExistsError(f"{path} is already there: pass --overwrite to replace it, or name another folder")
     config = RunConfig.of(weights=weights, device=device, overwrite=overwrite)
     network = load_network(config.model)  # before anything is there that the next call would have to replace
+    with write_errors(folder):
+        make_folder(folder)
     with closing(SyntheticSource(SCENE, SelectConfig())) as scene:
         say(f"rendering {scene.info.frame_count} frames into {clip}")
         render(scene, clip)
