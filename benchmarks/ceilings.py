@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import Effort, Sample, alternated, device_sync, devices
+from benchmarks.measure import Effort, Sample, alternated, cpu_precisions, device_sync, devices
 from benchmarks.processes import MEMORY
 from flowreel.sinks.store_writer import WRITERS
 
@@ -21,7 +21,6 @@ CONV = (1, 256, 56, 128)  # FlowNetC's features at 1024x448; 3x3, as many output
 GEMM_ON_GPU, CONV_ON_GPU = 4, 8  # factors for the matrices' sides and for the batch: less leaves a large GPU half idle
 COPY_BYTES = 256 << 20  # far beyond any cache
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ON_CPU = ("fp32", "bf16")
 
 Ceilings = dict[str, dict[str, float]]
 
@@ -43,7 +42,7 @@ def run(short: bool = False) -> dict[str, object]:
 def rows_of(device: str, effort: Effort) -> list[dict[str, Any]]:
     """Rows for arithmetic in each precision, and for memory bandwidth."""
     rows = []
-    for precision in ON_CPU if device == "cpu" else tuple(PRECISIONS):
+    for precision in cpu_precisions() if device == "cpu" else PRECISIONS:
         for what, action, work in (_gemm(device, precision), _conv(device, precision)):
             seconds = _timed(action, effort, device)
             rows.append(_row(device, f"{what} {precision}", seconds, work / 1e9, "GFLOP/s"))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.data import found
-from benchmarks.measure import Effort, Sample, alternated, devices, ratio
+from benchmarks.measure import Effort, Sample, alternated, cpu_precisions, devices, ratio
 from benchmarks.networks import random_weights
 from flowreel.engine.api import flow_header, run_one
 from flowreel.engine.config import RunConfig
@@ -111,7 +111,9 @@ def _settings(device: str, short: bool) -> list[tuple[str, str, str, int]]:
         if short:
             return [("FlowNet2C", "width 1", "fp32", 12)]
         light = [("FlowNet2C", "width 1", "fp32", 40), ("FlowNet2S", "width 1", "fp32", 40)]
-        return [(*heavy, "fp32", 24), (*heavy, "bf16", 40), *light, ("FlowNet2CSS", "baseline", "fp32", 40)]
+        flows = {"fp32": 24, "bf16": 40}
+        heavies = [(*heavy, precision, flows[precision]) for precision in cpu_precisions()]
+        return [*heavies, *light, ("FlowNet2CSS", "baseline", "fp32", 40)]
     return [(*heavy, "fp16", 40 if short else 49), ("FlowNet2CSS", "baseline", "fp16", 49)]
 
 

@@ -12,9 +12,12 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from flowreel.engine.config import Precision
 
 Action = Callable[[], object]
 Cell = dict[str, float]  # a sample in the form it has in a result
@@ -175,6 +178,15 @@ def devices() -> tuple[str, ...]:
     import torch
 
     return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
+def cpu_precisions() -> tuple[Precision, ...]:
+    """fp32, and bf16 where the processor has instructions for it: else a network takes tens of times as long."""
+    import torch
+
+    from flowreel.engine.compiled.onednn import available
+
+    return ("fp32", "bf16") if available(torch.bfloat16) else ("fp32",)
 
 
 def cell_value(cell: Any) -> float | None:

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ceilings import Ceilings, flops_per_s
-from benchmarks.measure import Effort, Sample, alternated, device_sync, devices
+from benchmarks.measure import Effort, Sample, alternated, cpu_precisions, device_sync, devices
 from benchmarks.processes import in_module
+from flowreel.engine.config import Precision
 
 FULL = ("FlowNet2", "FlowNet2CSS", "FlowNet2CS", "FlowNet2C", "FlowNet2S", "FlowNet2SD")
 BASELINE = ("FlowNet2CSS", "FlowNet2CS", "FlowNet2C")  # the networks that the shipped weights serve
 SIZES = {"512x384": (384, 512), "1024x448": (448, 1024), "1920x1088": (1088, 1920)}
 USUAL, BATCH = "1024x448", 4
-PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "tf32", "fp16")}
+ON_GPU: tuple[Precision, ...] = ("fp32", "tf32", "fp16")
 INPUTS = 4  # different batches, used in turn
 
 
@@ -28,28 +29,29 @@ def run(short: bool = False, ceilings: Ceilings | None = None) -> dict[str, obje
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for device in devices():
-            every = _short(device) if short else _full(device)
+            every = _short() if short else _full(device)
             rows += [_row(one | {"device": device}, Path(folder), short, ceilings or {}) for one in every]
     return {"rows": rows}
 
 
-def _short(device: str) -> Iterator[dict[str, Any]]:
+def _short() -> Iterator[dict[str, Any]]:
     for model in ("FlowNet2", "FlowNet2C", "FlowNet2S"):
-        yield _settings(model, PRECISIONS[device][0])
+        yield _settings(model, "fp32")
     yield _settings("FlowNet2CSS", "fp32", weights="baseline")
 
 
 def _full(device: str) -> Iterator[dict[str, Any]]:
     """Every network in every precision at one size; the heaviest and a light one also at other sizes and batched."""
+    precisions = cpu_precisions() if device == "cpu" else ON_GPU
     for weights, models in (("width 1", FULL), ("baseline", BASELINE)):
-        for model, precision in itertools.product(models, PRECISIONS[device]):
+        for model, precision in itertools.product(models, precisions):
             yield _settings(model, precision, weights=weights)
-    for model, precision in itertools.product(("FlowNet2", "FlowNet2C"), PRECISIONS[device]):
+    for model, precision in itertools.product(("FlowNet2", "FlowNet2C"), precisions):
         yield _settings(model, precision, batch=BATCH)
         for size in SIZES:
             if size != USUAL:
                 yield _settings(model, precision, size=size)
-    yield _settings("FlowNet2CSS", PRECISIONS[device][0], batch=BATCH, weights="baseline")
+    yield _settings("FlowNet2CSS", "fp32", batch=BATCH, weights="baseline")
 
 
 def _settings(

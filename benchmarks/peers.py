@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import Effort, Sample, Skipped, alternated, ratio
+from benchmarks.measure import Effort, Sample, Skipped, alternated, cpu_precisions, ratio
 from benchmarks.processes import ROOT
 
 PTLFLOW = "ptlflow==0.4.2"
@@ -119,7 +119,8 @@ def compared(model: str, theirs: str, effort: Effort, folder: Path) -> list[dict
     settings["frames"] = str(_frames(folder))
     with ExitStack() as open_peers:
         peers = {}
-        for number, (way, (kind, precision)) in enumerate(WAYS.items()):
+        ways = {way: how for way, how in WAYS.items() if how[1] in cpu_precisions()}
+        for number, (way, (kind, precision)) in enumerate(ways.items()):
             own = settings | {"kind": kind, "precision": precision}
             python = theirs if kind == "ptlflow" else sys.executable
             peers[way] = open_peers.enter_context(peer(python, own, folder / f"{model}-{number}.log"))

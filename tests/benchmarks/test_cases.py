@@ -26,6 +26,7 @@ from benchmarks import (
     data,
     decode,
     encode,
+    end_to_end,
     kernels,
     memory,
     model,
@@ -38,6 +39,7 @@ from benchmarks.compare import compare
 from benchmarks.measure import Effort, cell_value
 from benchmarks.processes import Spent
 from benchmarks.tables import as_markdown
+from flowreel.engine.compiled import onednn
 from flowreel.engine.models import build_model
 from flowreel.sinks import write_flo
 
@@ -107,6 +109,7 @@ def test_ceilings(monkeypatch: pytest.MonkeyPatch, checked: Any) -> None:
     monkeypatch.setattr(ceilings, "CONV", (1, 8, 6, 8))
     monkeypatch.setattr(ceilings, "COPY_BYTES", 1 << 12)
     monkeypatch.setattr(ceilings, "_FILE_BYTES", 1 << 12)
+    monkeypatch.setattr(ceilings, "cpu_precisions", lambda: ("fp32", "bf16"))
     result = ceilings.run(short=True)
     limits = {row["limit"] for row in checked("ceilings", result)}
     assert {"matrix product fp32", "3x3 convolution bf16", "memory copy", "write and fsync"} <= limits
@@ -114,6 +117,14 @@ def test_ceilings(monkeypatch: pytest.MonkeyPatch, checked: Any) -> None:
     assert found["cpu"]["memory copy"] > 0
     assert found["disk"].keys() == {"write and fsync", "write and fsync, 4 files at once"}
     assert min(found["disk"].values()) > 0
+
+
+def test_without_instructions_for_bf16_nothing_is_timed_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "available", lambda dtype: dtype == torch.float32)
+    assert {one["precision"] for one in model._full("cpu")} == {"fp32"}
+    assert {precision for _, _, precision, _ in end_to_end._settings("cpu", short=False)} == {"fp32"}
+    monkeypatch.setattr(onednn, "available", lambda dtype: True)
+    assert {one["precision"] for one in model._full("cpu")} == {"fp32", "bf16"}
 
 
 def test_share_of_the_limit_is_that_of_the_nearer_limit() -> None:
@@ -174,7 +185,7 @@ def test_model(monkeypatch: pytest.MonkeyPatch, checked: Any) -> None:
     monkeypatch.setattr(model, "SIZES", {"64x64": (64, 64), "1024x448": (64, 128)})
     monkeypatch.setattr(model, "in_module", in_this_process(model._measure))
     several = [model._settings("FlowNet2S", "fp32"), model._settings("FlowNet2C", "fp32", batch=2, size="64x64")]
-    monkeypatch.setattr(model, "_short", lambda _: iter([*several, model._settings("FlowNet2C", "bf16")]))
+    monkeypatch.setattr(model, "_short", lambda: iter([*several, model._settings("FlowNet2C", "bf16")]))
     rows = checked("model", model.run(short=True, ceilings=CEILINGS))
     assert [row["model"] for row in rows] == ["FlowNet2S", "FlowNet2C", "FlowNet2C"]
     for row in rows:
