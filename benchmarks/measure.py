@@ -181,7 +181,7 @@ def devices() -> tuple[str, ...]:
 
 
 def cpu_precisions() -> tuple[Precision, ...]:
-    """fp32, and bf16 where the processor has instructions for it: else a network takes tens of times as long."""
+    """fp32, and bf16 where the compiled networks support it on this processor: else they take tens of times as long."""
     import torch
 
     from flowreel.engine.compiled.onednn import available
