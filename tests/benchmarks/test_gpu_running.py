@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -93,15 +94,24 @@ def test_attempts_do_not_take_each_other_along(run: Run) -> None:
     assert not {"begun", "under_way"} & set(found)
 
 
+def finding_under_way(out: Path) -> Path | None:
+    """The file of the part under way, once it holds the finding of a part that hangs. Each part removes its own."""
+    for path in out.glob(f"*{running.RUNNING}"):
+        with contextlib.suppress(FileNotFoundError):
+            if '"before"' in path.read_text():
+                return path
+    return None
+
+
 class Impatient(subprocess.Popen[bytes]):
-    """Its time limit is over as soon as the file ``watched`` contains a finding."""
+    """Its time limit is over as soon as there is a finding in the folder ``watched``."""
 
     watched: Path
 
     def wait(self, timeout: float | None = None) -> int:
         if timeout is None:
             return super().wait()
-        while not self.watched.exists() or '"before"' not in self.watched.read_text():
+        while finding_under_way(self.watched) is None:
             time.sleep(0.02)
         raise subprocess.TimeoutExpired("part", timeout)
 
@@ -111,7 +121,7 @@ def test_a_part_that_hangs_is_ended_with_all_it_started(
     run: Run, times: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If the part only takes times, those taken before it was stopped are kept as valid."""
-    monkeypatch.setattr(Impatient, "watched", tmp_path / f"gpu-{running.RUNNING}", raising=False)
+    monkeypatch.setattr(Impatient, "watched", tmp_path, raising=False)
     monkeypatch.setattr(running.subprocess, "Popen", Impatient)
     found = run("hangs", times=times)
     assert found["status"] == ("cut short" if times else "stopped")
@@ -140,16 +150,16 @@ def test_killing_the_command_loses_nothing_and_leaves_nothing_running(how: signa
         f"sys.exit(main.main(['--dry-run', '--out', {str(out)!r}]))"
     )
     own = {**os.environ, "TMPDIR": str(tmp_path)}  # a killed command leaves its temporary folder behind
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL, env=own)
-    while not (under_way := list(out.glob(f"*{running.RUNNING}"))) or '"before"' not in under_way[0].read_text():
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(how)
-    assert process.wait() == (-how if how == signal.SIGKILL else 128 + how)
-    left = json.loads(under_way[0].read_text())
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL, env=own) as process:
+        while (under_way := finding_under_way(out)) is None:
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(how)
+    assert process.returncode == (-how if how == signal.SIGKILL else 128 + how)
+    left = json.loads(under_way.read_text())
     wait_for_the_end_of(left["rows"][0]["part"])
     if how == signal.SIGKILL:  # then nobody ends the part's own child process
         os.kill(left["rows"][0]["child"], signal.SIGKILL)
     wait_for_the_end_of(left["rows"][0]["child"])
-    (result,) = (path for path in out.glob("*.json") if path not in under_way)
+    (result,) = (path for path in out.glob("*.json") if path != under_way)
     assert [part["name"] for part in json.loads(result.read_text())["parts"]] == ["fine"]
