@@ -16,19 +16,20 @@
 template <class T>
 __device__ void multiply_add(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
     struct Operands {
-        unsigned a[4], b[2];
+        float a[4][2], b[2][2];
+    } mine;
+    const auto unpack = [](float (&to)[2], unsigned word) {
+        for (int half = 0; half < 2; ++half) to[half] = widened(T{(uint16_t)(word >> half * 16)});
     };
-    const auto given = WARP_GIVES((Operands{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}));
+    for (int i = 0; i < 4; ++i) unpack(mine.a[i], a[i]);
+    for (int i = 0; i < 2; ++i) unpack(mine.b[i], b[i]);
+    const auto given = WARP_GIVES(mine);
     const int g = lane_of_warp() / 4, t = lane_of_warp() % 4;
-    for (int i = 0; i < 4; ++i) {
-        const int row = g + i / 2 * 8, column = 2 * t + i % 2;
-        for (int k = 0; k < 16; ++k) {
-            const unsigned x = given[row % 8 * 4 + k % 8 / 2].a[k / 8 * 2 + row / 8];
-            const unsigned y = given[column * 4 + k % 8 / 2].b[k / 8];
-            T p, q;
-            p.bits = (uint16_t)(x >> k % 2 * 16), q.bits = (uint16_t)(y >> k % 2 * 16);
-            d[i] += widened(p) * widened(q);
-        }
+    for (int k = 0; k < 16; ++k) {
+        const auto &upper = given[g * 4 + k % 8 / 2].a[k / 8 * 2], &lower = given[g * 4 + k % 8 / 2].a[k / 8 * 2 + 1];
+        const auto &left = given[8 * t + k % 8 / 2].b[k / 8], &right = given[8 * t + 4 + k % 8 / 2].b[k / 8];
+        d[0] += upper[k % 2] * left[k % 2], d[1] += upper[k % 2] * right[k % 2];
+        d[2] += lower[k % 2] * left[k % 2], d[3] += lower[k % 2] * right[k % 2];
     }
 }
 #else

@@ -125,7 +125,7 @@ static jmp_buf scheduler, bail;
 static char failure[256];
 static void (*body)(void**);
 static void** arguments;
-alignas(16) static char exchange[MOST_THREADS][2][32];  // what each lane gave to its last two warp operations
+alignas(16) static char exchange[MOST_THREADS][2][48];  // what each lane gave to its last two warp operations
 alignas(16) static char arena[SHARED_BYTES];
 static Array arrays[MOST_ARRAYS];
 static int array_count;
@@ -178,15 +178,11 @@ static inline int lane() { return number() & 31; }
 template <class V>
 struct Given {
     int first, side;
-    V operator[](int lane) const {
-        V value;
-        memcpy(&value, exchange[first + lane][side], sizeof value);
-        return value;
-    }
+    const V& operator[](int lane) const { return *(const V*)exchange[first + lane][side]; }
 };
 template <class V>
 static Given<V> together(V value, unsigned mask, int line) {
-    static_assert(sizeof(V) <= 32, "too much for one exchange");
+    static_assert(sizeof(V) <= sizeof exchange[0][0], "too much for one exchange");
     const int side = running->turns++ & 1;
     memcpy(exchange[number()][side], &value, sizeof value);
     running->line = line;
