@@ -24,9 +24,10 @@ from flowreel.engine.models import model_name
 from flowreel.engine.models.weights import Weights, read_weights
 from flowreel.engine.options import RunOptions
 from flowreel.engine.outputs import Progress
+from flowreel.engine.places import require_not_among
 from flowreel.engine.protocols import Resumable, Sink
 from flowreel.engine.provenance import settings, settings_of_others
-from flowreel.engine.sources import source_identity, source_stem
+from flowreel.engine.sources import image_folders, source_identity, source_stem
 from flowreel.engine.sources.kinds import IMAGE_SUFFIXES, as_weights
 from flowreel.sinks import differing_settings, open_sink, open_store
 
@@ -151,7 +152,8 @@ def _run_each(
 def _jobs(sources: list[str], templates: list[str]) -> list[Job]:
     """Each source with its outputs' names.
 
-    Raises UsageError when two sources would share an output, or one's output would replace another source.
+    Raises UsageError when two sources would share an output, or one's output would replace another source or lie among
+    its images.
     """
     if not sources:
         raise UsageError("give at least one source")
@@ -171,8 +173,10 @@ def _jobs(sources: list[str], templates: list[str]) -> list[Job]:
                 )
     jobs = [Job(source, tuple(output_names(templates, source))) for source in sources]
     taken = {os.path.realpath(source): "a source" for source in sources}
+    folders = {os.path.realpath(folder) for source in sources for folder in image_folders(source) or ()}
     for job in jobs:
         for path in job.outputs:
+            require_not_among(path, folders)
             place = os.path.realpath(path)
             if place in taken:
                 raise UsageError(f"{path}, an output of {job.source}, is {taken[place]}, too: choose other names")

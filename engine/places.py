@@ -6,7 +6,7 @@ All paths are checked before the work begins, so that an impossible one is not r
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -37,8 +37,13 @@ def require_harmless(path: PathLike, source: PathLike) -> None:
     if folders is None:
         require_apart(path, source, "what is being read")
         return
+    require_not_among(path, set(map(os.path.realpath, folders)))
+
+
+def require_not_among(path: PathLike, folders: Container[str]) -> None:
+    """Raises UsageError if ``path`` is a picture in one of the folders, real paths, whose images are being read."""
     here = os.path.realpath(os.path.dirname(path) or ".")
-    if Path(path).suffix.lower() in IMAGE_SUFFIXES and here in map(os.path.realpath, folders):
+    if Path(path).suffix.lower() in IMAGE_SUFFIXES and here in folders:
         raise UsageError(f"{os.fspath(path)} lies among the images that are being read: choose another folder")
 
 

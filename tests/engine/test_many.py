@@ -525,6 +525,12 @@ def test_a_cut_source_stays_unfinished(tiny: str) -> None:
             UsageError,
             "ab.zarr, an output of ab.mp4, is one of a.mp4",
         ),
+        (
+            ["a.mp4", "ax"],
+            "{stem}x/%d.png",
+            UsageError,
+            "ax/%d.png lies among the images that are being read",
+        ),
         (["-", "stdin.mp4"], STORE, UsageError, "- and stdin.mp4"),
         (["1.png", "2.png"], "flow/%06d.flo", UsageError, "1.png and 2.png are two images, not two sources: to take"),
         (["1.png", "2.png"], STORE, UsageError, "name their folder, or put the glob in quotes"),
@@ -540,8 +546,9 @@ def test_usage_is_checked_before_anything_runs(
 ) -> None:
     clip("a.mp4")
     clip("b.mp4")
-    for number in (1, 2):
-        Path(f"{number}.png").touch()
+    Path("ax").mkdir()
+    for path in ("1.png", "2.png", "ax/1.png", "ax/2.png"):
+        Path(path).touch()
     before = sorted(Path().rglob("*"))
     with pytest.raises(error) as caught:
         run_many(sources, outputs, weights=tiny)
