@@ -16,7 +16,7 @@ from flowreel.engine.training import batches, start
 from flowreel.engine.training import train as training
 from flowreel.engine.training.config import TrainConfig
 from flowreel.engine.training.drawing import SceneConfig
-from flowreel.engine.training.painting import Batch, Painter
+from flowreel.engine.training.painting import Batch
 from flowreel.engine.training.train import Progress
 from flowreel.kernels.operation import recording
 
@@ -44,7 +44,7 @@ CONFIG = TrainConfig(
     warm_up=5,
     precision="fp32",
 )
-FEW_TEXTURES = SceneConfig(bank=(0, 16, 128))  # for a dry run
+FEW_TEXTURES = SceneConfig(bank=(0, 16, 128))
 PAINTED = 128  # pairs whose painting is compared
 FEW = 0.001  # of the pixels may differ from a CPU's: on edges, rounding decides
 DRY = replace(CONFIG, width=0.05, steps=4, batch=2, height=64, width_px=64, warm_up=1)
@@ -52,6 +52,7 @@ DRY = replace(CONFIG, width=0.05, steps=4, batch=2, height=64, width_px=64, warm
 
 def check(findings: Findings, settings: Settings) -> None:
     """Uses small networks: the question is only whether training works."""
+    make_small(settings)
     config = DRY if settings.dry else CONFIG
     findings.attempt("painting", partial(_paint, findings, settings, config))
     for model in KERNELS:
@@ -64,14 +65,18 @@ def check(findings: Findings, settings: Settings) -> None:
         )
 
 
+def make_small(settings: Settings) -> None:
+    """Draws scenes from few small textures in a dry run: those of a training take longer than all else."""
+    if settings.dry:
+        batches.SCENES = FEW_TEXTURES
+
+
 def _paint(findings: Findings, settings: Settings, config: TrainConfig) -> None:
     """The same scenes, painted on both devices."""
     height, width, count = config.height, config.width_px, 4 if settings.dry else PAINTED
-    scenes = FEW_TEXTURES if settings.dry else SceneConfig()
-    painter = Painter(torch.device(settings.device), scenes.bank)
-    packed = batches.draw(config.seed, 0, count, height, width, scenes)
-    wanted = batches.render(config.seed, 0, count, height, width, scenes)
-    painted = painter.paint(packed)
+    painter = batches.painter_on(torch.device(settings.device))
+    painted = painter.paint(batches.draw(config.seed, 0, count, height, width))
+    wanted = batches.render(config.seed, 0, count, height, width)
     apart = [(one.float().cpu() - other.float()).abs() for one, other in zip(painted, wanted, strict=True)]
     shares = [float((part > most).float().mean()) for part, most in zip(apart, (1, 1, 2e-3, 0), strict=True)]
     names = ("first frames", "second frames", "flow", "visible")
@@ -82,8 +87,7 @@ def _compare(findings: Findings, settings: Settings, config: TrainConfig) -> Non
     """Loss and gradients of one step on both devices, from the same weights and scenes."""
     torch.manual_seed(config.seed)
     net = start.network(config).to(memory_format=torch.channels_last)
-    scenes = FEW_TEXTURES if settings.dry else SceneConfig()
-    batch = batches.render(config.seed, 0, config.batch, config.height, config.width_px, scenes)
+    batch = batches.render(config.seed, 0, config.batch, config.height, config.width_px)
     wanted, gradients = _step(config, net, batch)
     device = torch.device(settings.device)
     used: dict[str, str] = {}

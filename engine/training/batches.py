@@ -18,6 +18,8 @@ from flowreel.engine.training.painting import Batch, Painter
 from flowreel.engine.training.pairs import sample_pair
 from flowreel.engine.training.processes import made_in_order
 
+SCENES = SceneConfig()  # those of a run, in training and held out
+
 
 def batches(
     config: TrainConfig, step: int, workers: int, painter: Painter | None = None
@@ -46,11 +48,11 @@ def batches(
 class _Scenes:
     """The batches ``first`` to ``last`` (exclusive) of a run, somewhat larger than the network's input, for cropping.
 
-    Painted, or as the packed numbers that a ``Painter`` takes.
+    Painted, or as the packed numbers that a ``Painter`` takes. Pickled, it takes along how scenes are drawn.
     """
 
     def __init__(self, config: TrainConfig, first: int, last: int, *, painted: bool) -> None:
-        self.config, self.first, self.last, self.painted = config, first, last, painted
+        self.config, self.first, self.last, self.painted, self.scenes = config, first, last, painted, SCENES
 
     def __len__(self) -> int:
         return self.last - self.first
@@ -59,17 +61,18 @@ class _Scenes:
         config = self.config
         make = render if self.painted else draw
         number = (self.first + index) * config.batch
+        size = config.height + STRIDE, config.width_px + STRIDE
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # more gain nothing; without workers, the training in this process keeps its threads
         try:
-            return make(config.seed, number, config.batch, config.height + STRIDE, config.width_px + STRIDE)
+            return make(config.seed, number, config.batch, *size, self.scenes)
         finally:
             torch.set_num_threads(threads)
 
 
 def render(seed: int, number: int, count: int, height: int, width: int, scenes: SceneConfig | None = None) -> Batch:
     """``count`` scenes of a seed, from ``number`` on, painted and stacked. ``scenes``: how they are drawn."""
-    pairs = [sample_pair((seed << 42) + number + i, height, width, scenes) for i in range(count)]
+    pairs = [sample_pair((seed << 42) + number + i, height, width, scenes or SCENES) for i in range(count)]
     return (
         torch.stack([pair.first for pair in pairs]),
         torch.stack([pair.second for pair in pairs]),
@@ -82,7 +85,7 @@ def draw(
     seed: int, number: int, count: int, height: int, width: int, scenes: SceneConfig | None = None
 ) -> list[Packed]:
     """The same scenes as ``render``, but not painted yet."""
-    return pack([draw_pair((seed << 42) + number + i, height, width, scenes) for i in range(count)])
+    return pack([draw_pair((seed << 42) + number + i, height, width, scenes or SCENES) for i in range(count)])
 
 
 def augment(batch: Batch, height: int, width: int, generator: torch.Generator) -> Batch:
@@ -109,6 +112,11 @@ def augment(batch: Batch, height: int, width: int, generator: torch.Generator) -
         flow = torch.where(picture, turned, flow)
         visible = torch.where(mirrored.view(-1, 1, 1), visible.flip(axis), visible)
     return first, second, flow, visible
+
+
+def painter_on(device: torch.device) -> Painter:
+    """A painter of a run's scenes."""
+    return Painter(device, SCENES.bank)
 
 
 def on(device: torch.device, batch: Batch) -> Batch:

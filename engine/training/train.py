@@ -31,11 +31,10 @@ from flowreel.engine.models.stacks import FlowNet2, FlowNet2CS, FlowNet2CSS, ref
 from flowreel.engine.models.weight_files import appearing
 from flowreel.engine.models.weights import Weights, read_weights
 from flowreel.engine.publish import make_folder, write_errors
-from flowreel.engine.training.batches import batches, on, render
+from flowreel.engine.training.batches import batches, on, painter_on, render
 from flowreel.engine.training.config import TrainConfig, learning_rate, share_done
-from flowreel.engine.training.drawing import SceneConfig
 from flowreel.engine.training.loss import end_point_error, matching_loss, multi_scale_loss, zero_flow_error
-from flowreel.engine.training.painting import Batch, Painter
+from flowreel.engine.training.painting import Batch
 from flowreel.engine.training.start import network, plain
 
 CHECKPOINT = "checkpoint.pt"  # in a run's folder
@@ -125,7 +124,7 @@ def _train(
     done = share_done(config, state.step, state.seconds)
     if done >= 1:
         return state.finish()
-    painter = None if where.type == "cpu" else Painter(where, SceneConfig().bank)
+    painter = None if where.type == "cpu" else painter_on(where)
     started: float | None = None
     with closing(batches(config, state.step, workers, painter)) as seen:  # or an error would leave workers running
         for batch in seen:

@@ -35,8 +35,7 @@ def test_a_dry_run_walks_through_every_part(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fresh: Fresh
 ) -> None:
     def ran(argv: list[str], env: dict[str, str], limit_s: float) -> tuple[int, str]:
-        module = "tests.fakes.small_textures" if argv[3].startswith("benchmarks.gpu.training") else argv[2]
-        return fresh(module, argv[3:], ROOT, env)
+        return fresh(argv[2], argv[3:], ROOT, env)
 
     monkeypatch.setattr(running, "_ran", ran)  # "running" itself is tested with real processes
     assert command.main(["gpu", "--dry-run", "--out", str(tmp_path)]) == 0

@@ -22,6 +22,11 @@ from tests.fakes.gpu_parts import Found
 CONFIG = replace(part.DRY, batch_norm=False)
 
 
+@pytest.fixture(autouse=True)
+def _few_textures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "SCENES", part.FEW_TEXTURES)
+
+
 @pytest.mark.parametrize("model", part.KERNELS)
 def test_a_device_that_does_as_a_cpu_passes(model: str, findings: Found, settings: Settings) -> None:
     part._compare(findings, settings, replace(CONFIG, model=model))
@@ -88,6 +93,6 @@ def test_scenes_painted_otherwise_fail(
             painted[place] = painted[place].roll(1, -1)
             return painted[0], painted[1], painted[2], painted[3]
 
-    monkeypatch.setattr(part, "Painter", Wrong)
+    monkeypatch.setattr(batches, "Painter", Wrong)
     part._paint(findings, settings, CONFIG)
     assert list(findings.verdicts.values()) == [False]

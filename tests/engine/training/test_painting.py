@@ -88,7 +88,7 @@ def test_painting_keeps_to_its_device() -> None:
 
 def test_a_run_sees_the_same_scenes_whoever_paints() -> None:
     config = TrainConfig(steps=3, batch=3, height=64, width_px=64, reuse=2)
-    painter = Painter(torch.device("cpu"), SceneConfig().bank)
+    painter = batches.painter_on(torch.device("cpu"))
     wanted = list(batches.batches(config, 0, workers=0))
     assert len(wanted) == 3
     for workers in (0, 1):
