@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import replace
 from multiprocessing.context import SpawnProcess
@@ -38,11 +38,10 @@ from flowreel.engine.training import batches, start
 from flowreel.engine.training import train as training
 from flowreel.engine.training.batches import augment
 from flowreel.engine.training.config import TrainConfig, learning_rate, share_done
-from flowreel.engine.training.packing import Packed
-from flowreel.engine.training.painting import Batch, Painter
 from flowreel.engine.training.processes import made_in_order
 from flowreel.engine.training.train import Progress, train
 from tests.fakes.one_device import NOWHERE, OneDevice
+from tests.fakes.work import but_three
 
 TINY = TrainConfig(width=0.05, steps=4, batch=2, height=64, width_px=64, warm_up=1, precision="fp32")
 
@@ -112,30 +111,24 @@ def test_the_log_has_no_gap_and_no_repeat_after_a_kill_beside_the_checkpoint(
 
 def test_a_worker_process_changes_nothing(tmp_path: Path) -> None:
     config = replace(TINY, steps=2, reuse=1)
-    torch.set_num_threads(2)
-    try:
-        for workers in (0, 1):
-            train(config, tmp_path / str(workers), workers=workers)
-            assert torch.get_num_threads() == 2
-            assert not multiprocessing.active_children()
-    finally:
-        torch.set_num_threads(1)  # as for all other tests
+    for workers in (0, 1):
+        train(config, tmp_path / str(workers), workers=workers)
+        assert not multiprocessing.active_children()
     assert_same(weights_of(tmp_path / "0"), weights_of(tmp_path / "1"))
 
 
-def test_workers_leave_ctrl_c_to_the_process_that_trains_and_end_with_its_batches() -> None:
+def test_scenes_made_in_between_leave_the_training_its_threads() -> None:
+    torch.set_num_threads(2)
+    try:
+        next(batches.batches(TINY, 0, workers=0))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)  # as for all other tests
+
+
+def test_workers_leave_ctrl_c_to_the_process_that_trains_and_end_with_their_results() -> None:
     """A terminal sends it to the workers too; each that was interrupted while it started would print a traceback."""
-
-    class Blank(Painter):  # so that the workers need not make textures
-        def __init__(self) -> None:
-            pass
-
-        def paint(self, parts: Sequence[Packed]) -> Batch:
-            frames = torch.zeros(2, 3, 128, 128, dtype=torch.uint8)
-            return frames, frames, torch.zeros(2, 2, 128, 128), torch.ones(2, 128, 128, dtype=torch.bool)
-
-    config = replace(TINY, steps=100, reuse=1)
-    with closing(batches.batches(config, 0, workers=2, painter=Blank())) as seen:
+    with closing(made_in_order(abs, 100, workers=2)) as seen:
         next(seen)
         workers = [worker.pid or 0 for worker in multiprocessing.active_children()]
         for worker in workers:
@@ -150,20 +143,22 @@ def test_workers_leave_ctrl_c_to_the_process_that_trains_and_end_with_its_batche
     assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL  # torch's handler would raise errors anywhere
 
 
-def _number_and_threads(number: int) -> Tensor:
-    if number == 3:
-        raise ValueError("three")
-    return torch.tensor([number, threading.active_count()])
-
-
 def test_what_workers_make_comes_in_order_and_their_errors_in_turn() -> None:
-    made = made_in_order(_number_and_threads, 9, workers=2)
-    # One thread: another one that handed over tensors while Python exits could abort the process.
-    assert [next(made).tolist() for _ in range(3)] == [[0, 1], [1, 1], [2, 1]]
+    made = made_in_order(but_three, 9, workers=2)
+    assert [next(made) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(ValueError, match="three") as caught:
         next(made)
-    assert 'in _number_and_threads\n    raise ValueError("three")' in str(caught.value.__cause__)  # for --debug
+    assert 'in but_three\n    raise ValueError("three")' in str(caught.value.__cause__)  # for --debug
     assert not multiprocessing.active_children()
+
+
+def _threads(number: int) -> Tensor:
+    return torch.tensor(threading.active_count())
+
+
+def test_a_worker_hands_over_tensors_without_another_thread() -> None:
+    """One that still did so while Python exits could abort the process."""
+    assert [int(threads) for threads in made_in_order(_threads, 3, workers=1)] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("lost", [0, 1])
