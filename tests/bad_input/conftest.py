@@ -126,9 +126,12 @@ class Catalogue:
 
     def place(self) -> Path:
         """The folder of the next case, for tests that put more than plain files there."""
-        folder = self._folder / f"{len(self._running):04}"
+        folder = self._next()
         folder.mkdir(exist_ok=True)
         return folder
+
+    def _next(self) -> Path:
+        return self._folder / f"{len(self._running):04}"
 
     def call(
         self,
@@ -169,18 +172,20 @@ class Catalogue:
         wordy: bool = False,
         code: int | None = None,
     ) -> None:
-        folder = self.place()
-        for file, data in files.items():
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            (folder / file).write_bytes(data)
+        folder, files = self._next(), dict(files)
         if isinstance(stdin, bytes):
-            (folder / "stdin").write_bytes(stdin)
+            files["stdin"] = stdin
             stdin = str(folder / "stdin")
         this = identity(task, stdin, folder, files)
         self._given.add(this)
         if len(self._given) > ALWAYS and not ALL and self._chance.randrange(ONE_IN):
-            shutil.rmtree(folder)
-            return
+            if folder.exists():
+                shutil.rmtree(folder)
+            return  # before its files are written, which takes longer than most cases run
+        folder.mkdir(exist_ok=True)
+        for file, data in files.items():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_bytes(data)
         self._identities.append(this)
         case = Case(name, folder, task, stdin, right, may_write, wordy, code, listing(folder))
         self._running.append((case, self._pool.submit(self._run, case)))
@@ -290,16 +295,18 @@ def _wrong_files(case: Case, failed: bool) -> Iterator[str]:
 
 
 def identity(task: Mapping[str, Any], stdin: str | None, folder: Path, files: Mapping[str, bytes]) -> bytes:
-    """Equal for equal cases: the same task on the same bytes. Names and folders of cases do not matter."""
+    """Equal for equal cases: the same task on the same bytes. Names and folders of cases do not matter.
+
+    files: those still to be written, beside what the test itself has put into the folder.
+    """
     found = hashlib.sha256(repr(sorted(task.items())).encode("utf-8", "surrogatepass"))
+    for name, data in sorted(files.items()):
+        found.update(name.encode("utf-8", "surrogateescape") + data)
     for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        found.update(name.encode("utf-8", "surrogateescape"))
-        if name in files:
-            found.update(files[name])
-        elif path.is_symlink():
+        found.update(os.fsencode(path.relative_to(folder)))
+        if path.is_symlink():
             found.update(os.fsencode(path.readlink()))
-        elif path.is_file():  # put there by the test; its first 4 MiB are enough
+        elif path.is_file():  # its first 4 MiB are enough
             with path.open("rb") as file:
                 found.update(file.read(1 << 22) + str(path.stat().st_size).encode())
     return found.digest() + (stdin or "").removeprefix(str(folder)).encode()
