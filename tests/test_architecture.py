@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.fakes.fresh import Fresh
+
 ROOT = Path(__file__).resolve().parent.parent
 BASE_LAYER = {
     f"flowreel.engine.{name}" for name in ("data", "config", "errors", "claims", "files", "protocols", "publish")
@@ -103,15 +105,14 @@ def test_importing_flowreel_loads_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_loading_a_network_loads_no_compiler() -> None:
+def test_loading_a_network_loads_no_compiler(fresh: Fresh) -> None:
     """Importing torch's compiler takes a second, and building a network without values must not trigger it either."""
     code = (
         "import sys; from flowreel.engine.config import ModelConfig as Config\n"
         "from flowreel.engine.inference import load_network\n"
         "load_network(Config(device='cpu')); print([m for m in ('sympy', 'torch._dynamo') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
-    assert done.stdout.strip() == "[]"
+    assert fresh.code(code) == (0, "[]\n")
 
 
 def test_every_public_name_is_there_and_documented() -> None:

@@ -5,14 +5,20 @@ The server loads nothing of flowreel, so a module that forgets an import fails a
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import gc
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
+import threading
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 LOADED = ("torch", "av", "zarr", "typer", "rich", "PIL.Image", "pytest", "hypothesis")
 
@@ -22,6 +28,7 @@ class Fresh:
 
     def __init__(self, scratch: Path) -> None:
         self._said = scratch / "said"
+        self._running: int | None = None
         self._server = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
@@ -34,17 +41,39 @@ class Fresh:
         self, module: str, arguments: Sequence[str], cwd: Path, env: Mapping[str, str] = os.environ
     ) -> tuple[int, str]:
         """The exit code (negative: the signal that ended it), and what it wrote to stdout and stderr."""
+        self.start(module, arguments, cwd, env)
+        return self.wait()
+
+    def start(self, module: str, arguments: Sequence[str], cwd: Path, env: Mapping[str, str] = os.environ) -> int:
+        """Starts the same, without waiting for its end, and gives its process id."""
+        self._end()
         assert self._server.stdin is not None
         assert self._server.stdout is not None
+        self._said.write_bytes(b"")  # all that one says which is killed at once
         task = [module, [*arguments], str(cwd), dict(env), str(self._said)]
         print(json.dumps(task), file=self._server.stdin, flush=True)
-        return int(self._server.stdout.readline()), self._said.read_text(errors="replace")
+        self._running = int(self._server.stdout.readline())
+        return self._running
+
+    def wait(self) -> tuple[int, str]:
+        """For what was started to end: what a call gives."""
+        assert self._server.stdout is not None
+        code, self._running = int(self._server.stdout.readline()), None
+        return code, self._said.read_text(errors="replace")
+
+    def _end(self) -> None:
+        """Kills what a test that failed has left running."""
+        if self._running is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._running, signal.SIGKILL)
+            self.wait()
 
     def code(self, code: str, *arguments: str) -> tuple[int, str]:
         """The same for ``python -c CODE ARGUMENTS`` in the current folder."""
         return self("-c", [code, *arguments], Path.cwd())
 
     def close(self) -> None:
+        self._end()
         self._server.communicate()
 
 
@@ -57,9 +86,29 @@ def serve() -> None:
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
-            run(*json.loads(line))
-            return
+            end(code_of(*json.loads(line)))
+        print(child, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def end(code: int) -> None:
+    """Ends this process as Python does, but frees nothing: to take torch apart takes longer than most commands."""
+    threading._shutdown()  # waits for threads, as do executors' in it
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def code_of(*task: Any) -> int:
+    try:
+        run(*task)
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 def run(module: str, arguments: Sequence[str], cwd: str, env: Mapping[str, str], said: str) -> None:

@@ -38,6 +38,7 @@ from flowreel.engine.training.config import TrainConfig
 from flowreel.engine.training.train import Progress
 from flowreel.kernels.flow_color import flow_to_color
 from flowreel.sinks import known_outputs, open_store, write_flo
+from tests.fakes.fresh import Fresh
 
 SOURCE = "synthetic:objects?size=96x64&frames=6"
 NETWORK_SIZE = (384, 640)  # what frames of 640x360 are padded to
@@ -182,16 +183,14 @@ def test_an_error_does_not_go_to_stdout_if_stderr_is_closed(capsys: Capture, mon
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("full_disk", [True, False], ids=["full disk", "pipe without a reader"])
-def test_a_run_goes_on_if_nothing_can_be_written_to_stderr(tiny: str, full_disk: bool) -> None:
-    if full_disk:
-        stderr = os.open("/dev/full", os.O_WRONLY)
-    else:
-        reader, stderr = os.pipe()
-        os.close(reader)
-    with spawn("run", SOURCE, "-o", "a.zarr", "--weights", tiny, stderr=stderr) as process:
-        os.close(stderr)
-    assert process.returncode == 0
+FULL_DISK = "stderr = os.open('/dev/full', os.O_WRONLY)"
+NO_READER = "reader, stderr = os.pipe(); os.close(reader)"
+
+
+@pytest.mark.parametrize("opened", [FULL_DISK, NO_READER], ids=["full disk", "pipe without a reader"])
+def test_a_run_goes_on_if_nothing_can_be_written_to_stderr(tiny: str, opened: str, fresh: Fresh) -> None:
+    code = f"import os; {opened}; os.dup2(stderr, 2); from flowreel.engine import cli; cli.main()"
+    assert fresh.code(code, "run", SOURCE, "-o", "a.zarr", "--weights", tiny) == (0, "")
     assert open_store("a.zarr").complete
 
 
@@ -703,17 +702,17 @@ def spawn(*arguments: str, **options: object) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, cwd=Path.cwd(), **options)  # type: ignore[call-overload, no-any-return]
 
 
-def test_ctrl_c_ends_with_130_and_nothing_finished(tiny: str) -> None:
+def test_ctrl_c_ends_with_130_and_nothing_finished(tiny: str, fresh: Fresh) -> None:
     endless = "synthetic:still?size=64x64&frames=1000000"
-    with spawn("run", endless, "-o", "a.zarr", "--weights", tiny, stderr=subprocess.PIPE) as process:
-        while not Path("a.zarr.partial/flow/zarr.json").exists():
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert err.decode().splitlines()[-1] == "flowreel: interrupted"
-    assert b"Traceback" not in err
+    process = fresh.start("flowreel", ["run", endless, "-o", "a.zarr", "--weights", tiny], Path.cwd())
+    while not Path("a.zarr.partial/flow/zarr.json").exists():
+        os.kill(process, 0)  # fails once it has ended
+        time.sleep(0.01)
+    os.kill(process, signal.SIGINT)
+    code, said = fresh.wait()
+    assert code == 130
+    assert said.splitlines()[-1] == "flowreel: interrupted"
+    assert "Traceback" not in said
     assert not Path("a.zarr").exists()
 
 

@@ -6,7 +6,6 @@ import io
 import os
 import pty
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -22,6 +21,7 @@ from flowreel.engine.cli import call
 from flowreel.engine.errors import StageError
 from flowreel.sinks import open_store
 from flowreel.sinks.video import ColorVideoSink
+from tests.fakes.fresh import Fresh
 
 SIZE = (64, 48)
 FRAME_BYTES = 64 * 48 * 3 // 2
@@ -177,19 +177,27 @@ def test_a_failing_output_ends_the_run(piped: Piped, tiny: str, monkeypatch: pyt
     assert no_thread_waits()
 
 
-def test_ctrl_c_ends_with_130(tiny: str) -> None:
-    command = [sys.executable, "-m", "flowreel", "run", "-", "-o", "a.zarr", "--weights", tiny]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdin is not None
-        assert process.stderr is not None
-        process.stdin.write(stream(3))
-        process.stdin.flush()  # and nothing more, though the pipe stays open
+PIPED = """
+import os
+os.dup2(os.open("pipe", os.O_RDONLY), 0)
+from flowreel.engine import cli
+cli.main()
+"""
+
+
+def test_ctrl_c_ends_with_130(tiny: str, fresh: Fresh) -> None:
+    os.mkfifo("pipe")
+    arguments = ["run", "-", "-o", "a.zarr", "--weights", tiny]
+    process = fresh.start("-c", [PIPED, *arguments], Path.cwd())
+    with open("pipe", "wb") as pipe:
+        pipe.write(stream(3))
+        pipe.flush()  # and nothing more, though the pipe stays open
         while not Path("a.zarr.partial/flow/zarr.json").exists():
-            assert process.poll() is None
+            os.kill(process, 0)  # fails once it has ended
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        said = process.stderr.read().decode()
-        assert process.wait(timeout=200) == 130
+        os.kill(process, signal.SIGINT)
+        code, said = fresh.wait()
+    assert code == 130
     assert said.splitlines()[-1] == "flowreel: interrupted"
     assert "Traceback" not in said
     assert not Path("a.zarr").exists()

@@ -227,19 +227,19 @@ def test_a_second_run_is_refused_while_the_first_one_writes(
     first.release()
 
 
-def test_of_two_processes_on_one_store_one_gives_up_and_nothing_is_lost(tiny: list[str], capsys: Capture) -> None:
+def test_of_two_processes_on_one_store_one_gives_up_and_nothing_is_lost(
+    tiny: list[str], capsys: Capture, fresh: Fresh
+) -> None:
     endless = "synthetic:still?size=64x64&frames=1000000"
-    command = [sys.executable, "-m", "flowreel", "run", endless, "-o", "k.zarr", *tiny]
-    with subprocess.Popen(command, stderr=subprocess.PIPE) as other:
-        while not Path("k.zarr.partial/flow/zarr.json").exists():
-            assert other.poll() is None
-            time.sleep(0.01)
-        for option in ([], ["--overwrite"], ["--resume"]):
-            assert call(["run", SOURCE, "-o", "k.zarr", *tiny, *option]) == 1
-            assert "is being written by another run" in said(capsys)
-        assert other.poll() is None
-        other.send_signal(signal.SIGKILL)
-        other.communicate()
+    other = fresh.start("flowreel", ["run", endless, "-o", "k.zarr", *tiny], Path.cwd())
+    while not Path("k.zarr.partial/flow/zarr.json").exists():
+        os.kill(other, 0)  # fails once it has ended
+        time.sleep(0.01)
+    for option in ([], ["--overwrite"], ["--resume"]):
+        assert call(["run", SOURCE, "-o", "k.zarr", *tiny, *option]) == 1
+        assert "is being written by another run" in said(capsys)
+    os.kill(other, signal.SIGKILL)
+    assert fresh.wait() == (-signal.SIGKILL, "")
     assert call(["run", SOURCE, "-o", "k.zarr", *tiny, "--overwrite"]) == 0
     assert list(open_store("k.zarr").check()) == []
     assert os.listdir() == ["k.zarr"]
