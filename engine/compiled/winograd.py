@@ -117,11 +117,11 @@ class Winograd:
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None, stride: int, *, transposed: bool, leaky: bool) -> Winograd | None:
         """None where this form would be no faster."""
-        by = None if transposed else filtering(weight.shape[2], stride)
         channels = weight.shape[:2]
-        if by is None or weight.dtype != torch.float32 or min(channels) < NARROWEST or math.prod(channels) > WIDEST:
+        if transposed or weight.dtype != torch.float32 or min(channels) < NARROWEST or math.prod(channels) > WIDEST:
             return None
-        return cls(by, weight, bias, stride, leaky=leaky)
+        by = filtering(weight.shape[2], stride)
+        return None if by is None else cls(by, weight, bias, stride, leaky=leaky)
 
     def __call__(self, x: Tensor, rows: int, layouts: Layouts) -> Tensor:
         """``x``: (B, C, H, W), channels last; ``rows``: of padding, above and below."""
