@@ -43,12 +43,12 @@ def apart(flow: Tensor, expected: Tensor) -> float:
     return float((flow - expected).norm(dim=1).mean() / expected.norm(dim=1).mean())
 
 
-@pytest.mark.parametrize("name", ["FlowNet2C", "FlowNet2S", "FlowNet2"])
-def test_the_goldens(name: str, filled: Filled, golden_dir: Path) -> None:
+def test_the_golden_flow(filled: Filled, golden_dir: Path) -> None:
+    """Of the network that contains the others at full width, where some layers have other forms than in narrow ones."""
     images = np.load(golden_dir / "inputs.npz")["images_128x192"]  # (B, T, H, W, 3)
     frames = torch.from_numpy(images).permute(1, 0, 4, 2, 3).float()
-    fast = flowreel.compile(filled(name), (2, 128, 192))
-    expected = np.load(golden_dir / f"{name}.npz")["flow_128x192"]
+    fast = flowreel.compile(filled("FlowNet2"), (2, 128, 192))
+    expected = np.load(golden_dir / "FlowNet2.npz")["flow_128x192"]
     np.testing.assert_allclose(fast(*frames).numpy(), expected, rtol=0, atol=TOLERANCE_PX)
 
 
