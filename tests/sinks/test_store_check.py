@@ -22,7 +22,7 @@ from flowreel.engine.errors import DamagedStoreError
 from flowreel.engine.verify import verify
 from flowreel.sinks import store_check, store_layout
 from flowreel.sinks.compressors import compress
-from flowreel.sinks.store_layout import _native_grid, read_json
+from flowreel.sinks.store_layout import BESIDE_FLOW, _native_grid, read_json
 from flowreel.sinks.store_reader import FlowStore, open_store
 from flowreel.sinks.zarr_store import ZarrSink
 
@@ -78,11 +78,16 @@ def test_nothing_is_wrong_with_a_sound_store(store: FlowStore) -> None:
 
 
 def test_a_flipped_bit_anywhere_is_found(store: FlowStore) -> None:
-    """Tries a few bits of every file; the findings name the flows or the array that the damaged file belongs to."""
+    """Tries a few bits of every file; the findings name the flows or the array that the damaged file belongs to.
+
+    The arrays beside the flow are stored alike whatever its codec, and so are tried with one.
+    """
     chance = random.Random(0)
     for path in files_of(store):
         sound = path.read_bytes()
         name = path.relative_to(store.folder).as_posix()
+        if name.split("/")[0] in BESIDE_FLOW and store.attrs["codec"] != "blosc":
+            continue
         for bit in chance.sample(range(8 * len(sound)), min(24 if name.endswith(".json") else 8, 8 * len(sound))):
             damaged = bytearray(sound)
             damaged[bit // 8] ^= 1 << bit % 8
