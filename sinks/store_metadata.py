@@ -9,6 +9,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from flowreel.sinks.store_layout import BESIDE_FLOW, CHECKSUMS, COORDINATES, FIR
 
 if TYPE_CHECKING:
     from flowreel.engine.config import SinkConfig
-    from flowreel.engine.data import FlowInfo
+    from flowreel.engine.data import FlowInfo, NativeGrid
     from flowreel.sinks.store_reader import FlowStore
 
 # The group's attributes that may differ when a run resumes: a recording that grew, another version of flowreel.
@@ -42,6 +43,20 @@ def store_metadata(
         chunk each, and there are no checksums of them.
     attributes: further entries of the group's attribute.
     """
+    about = store_attributes(info, config) | attributes
+    files: dict[str, Any] = {}
+    zarr.create_group(
+        MemoryStore(files), attributes={"flowreel": about, ATTRIBUTES_CHECKSUM: attributes_checksum(about)}
+    )
+    arrays = _array_metadata(codec, shard, length, info.native, info.height, info.width)
+    return {name: json.loads(text) for name, text in (*arrays, ("", files["zarr.json"].to_bytes()))}
+
+
+@lru_cache(maxsize=16)  # many stores of a run over many sources, or of tests, differ in the group's attributes alone
+def _array_metadata(
+    codec: FlowCodec, shard: int | None, length: int, native: NativeGrid | None, height: int, width: int
+) -> tuple[tuple[str, bytes], ...]:
+    """The name and ``zarr.json`` of each array. They are slow to make."""
     files: dict[str, Any] = {}
     layout: dict[str, Any] = {"shards": (shard, 2, codec.height, codec.width)}
     if shard is None:
@@ -49,9 +64,7 @@ def store_metadata(
     with warnings.catch_warnings():
         # zarr-python warns that pcodec is not in the core specification; users who choose pcodec have been told.
         warnings.simplefilter("ignore")
-        about = store_attributes(info, config) | attributes
-        checked = {"flowreel": about, ATTRIBUTES_CHECKSUM: attributes_checksum(about)}
-        group = zarr.create_group(MemoryStore(files), attributes=checked)
+        group = zarr.create_group(MemoryStore(files))
         group.create_array(
             "flow",
             shape=(length, 2, codec.height, codec.width),
@@ -61,7 +74,7 @@ def store_metadata(
             **zarr_arguments(codec.codec, codec.dtype),
             fill_value=codec.fill,
             dimension_names=("time", "component", "y", "x"),
-            attributes=_flow_attributes(codec, info.native is not None, checksums=shard is not None),
+            attributes=_flow_attributes(codec, native is not None, checksums=shard is not None),
         )
         for name, (dtype, fill) in (COORDINATES if shard is None else BESIDE_FLOW).items():
             group.create_array(
@@ -74,7 +87,7 @@ def store_metadata(
                 dimension_names=("time",),
                 attributes={"units": "s"} if name.startswith("timestamp") else {},
             )
-        for name, places in places_in_frame(info).items():
+        for name, places in _places(native, height, width).items():
             group.create_array(
                 name,
                 shape=places.shape,
@@ -84,14 +97,17 @@ def store_metadata(
                 dimension_names=(name,),
                 attributes={"units": "pixel", "long_name": f"{name} of each vector in the frame"},
             )
-    return {key.removesuffix("zarr.json").rstrip("/"): json.loads(files[key].to_bytes()) for key in sorted(files)}
+    del files["zarr.json"]  # the group's
+    return tuple((key.removesuffix("/zarr.json"), files[key].to_bytes()) for key in sorted(files))
 
 
 def places_in_frame(info: FlowInfo) -> dict[str, Any]:
     """For a coarse prediction, the arrays that say where its vectors lie in the frame; none for a full field."""
-    if info.native is None:
-        return {}
-    return dict(zip(("y", "x"), vector_places(info.native, info.height, info.width), strict=True))
+    return _places(info.native, info.height, info.width)
+
+
+def _places(native: NativeGrid | None, height: int, width: int) -> dict[str, Any]:
+    return {} if native is None else dict(zip(("y", "x"), vector_places(native, height, width), strict=True))
 
 
 def store_attributes(info: FlowInfo, config: SinkConfig) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import errno
 import itertools
 import os
@@ -26,10 +25,8 @@ from flowreel.engine.data import FlowBatch, FlowInfo, SourceId
 from flowreel.engine.errors import OutputBusyError, OutputExistsError, OutputWriteError, ResumeMismatchError
 from flowreel.engine.protocols import Resumable
 from flowreel.sinks import open_store, store_target, zarr_store
-from flowreel.sinks.codecs import flow_codec
 from flowreel.sinks.shard_file import pack_shard
 from flowreel.sinks.store_layout import BESIDE_FLOW, flow_shard
-from flowreel.sinks.store_metadata import store_metadata
 from flowreel.sinks.store_target import LocalTarget
 from flowreel.sinks.store_writer import pack_values
 from flowreel.sinks.zarr_store import ZarrSink
@@ -339,8 +336,6 @@ def test_killed_at_every_step_then_resumed_gives_the_same_bytes(
     """While resuming, the run is killed again at a random step. There are two full shards and a ragged one."""
     run(tmp_path / "whole.zarr", KILLED_FLOWS, KILLED_INFO)
     whole = contents(tmp_path / "whole.zarr")
-    metadata = store_metadata(INFO, config(), flow_codec(H, W, config()), SHARD, KILLED_FLOWS)  # slow, so made once
-    monkeypatch.setattr(zarr_store, "store_metadata", lambda *_: copy.deepcopy(metadata))
     monkeypatch.setattr(zarr_store, "encode_workers", lambda *_: 0)
     rng = random.Random(0)
     folder = tmp_path / "killed"

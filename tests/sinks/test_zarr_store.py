@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import errno
 import json
 import os
@@ -39,10 +38,8 @@ from flowreel.engine.errors import (
     frame_of,
 )
 from flowreel.sinks import store_target, store_writer, zarr_store
-from flowreel.sinks.codecs import flow_codec
 from flowreel.sinks.shards import ShardsInThreads
 from flowreel.sinks.store_layout import BESIDE_FLOW, COORDINATES, flow_shard, published_shards
-from flowreel.sinks.store_metadata import store_metadata
 from flowreel.sinks.store_reader import FlowStore, open_store
 from flowreel.sinks.store_target import LocalTarget
 from flowreel.sinks.store_writer import StoreWriter
@@ -594,8 +591,6 @@ def test_failure_at_any_step_leaves_whole_shards_and_the_old_store(
     """Makes the n-th call that changes the disk fail, for every n until the run succeeds."""
     old, flows = moving(2), moving(5)
     make(tmp_path / "old.zarr", old, max_error=0)
-    metadata = store_metadata(header(6), config(max_error=0), flow_codec(H, W, config(max_error=0)), SHARD, 6)
-    monkeypatch.setattr(zarr_store, "store_metadata", lambda *_: copy.deepcopy(metadata))  # the slow part, made once
     real = {name: getattr(os, name) for name in ("fsync", "replace", "rename", "mkdir")}
     left: dict[str, int] = {}
 
