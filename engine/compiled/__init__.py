@@ -94,15 +94,16 @@ def _is_as_written(net: nn.Module) -> bool:
     """Whether the network computes exactly what its class defines: no other layer, setting or method, and no hook."""
     if type(net) not in WRITTEN_OUT:
         return False
-    written = _written(type(net), any(isinstance(module, nn.BatchNorm2d) for module in net.modules()))
+    network: Callable[..., nn.Module] = type(net)
+    written = _written(network, any(isinstance(module, nn.BatchNorm2d) for module in net.modules()))
     return _layers(net) == written and not any(
         module._forward_hooks or module._forward_pre_hooks or _replaced_methods(module) for module in net.modules()
     )
 
 
 @cache
-def _written(network: type[nn.Module], batch_norm: bool) -> dict[str, list[object]]:
-    """The layers as the class defines them. Building a network takes half as long as packing a small one."""
+def _written(network: Callable[..., nn.Module], batch_norm: bool) -> dict[str, list[object]]:
+    """The layers as the class defines them. Building a network takes longer than packing a small one."""
     with without_values():
         return _layers(network(batch_norm=batch_norm))
 
