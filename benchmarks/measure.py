@@ -46,6 +46,9 @@ class Effort:
         return cls(least=3, most=20, settled=0.02, cap_s=1.5) if short else cls()
 
 
+ONCE = Effort(least=1, most=1, warm_up=0)  # for dry runs
+
+
 @dataclass(frozen=True)
 class Sample:
     """Summary of several timings of one thing."""

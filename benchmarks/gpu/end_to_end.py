@@ -20,7 +20,7 @@ from benchmarks.gpu.findings import Findings, Settings
 from benchmarks.gpu.made_clips import written_clip
 from benchmarks.gpu.nvdec import numbered
 from benchmarks.gpu.surroundings import memory_folder
-from benchmarks.measure import Effort, Sample, Skipped, alternated, device_sync
+from benchmarks.measure import ONCE, Effort, Sample, Skipped, alternated, device_sync
 from benchmarks.networks import filled
 from benchmarks.processes import MEMORY
 from flowreel.engine.config import ModelConfig, SelectConfig
@@ -115,7 +115,7 @@ def _decoder_alone(findings: Findings, settings: Settings, job: Job, decoder: An
 
 def job_of(settings: Settings) -> Job:
     """The job of this part and others; its clip and weights are made by the first that needs them."""
-    width, height, frames = (96, 64, 9) if settings.dry else (1024, 436, 1600)
+    width, height, frames = (64, 60, 7) if settings.dry else (1024, 436, 1600)
     clip = written_clip(settings.folder, width, height, frames)
     weights = Path(settings.folder) / "filled.safetensors"
     if not weights.exists():
@@ -123,7 +123,8 @@ def job_of(settings: Settings) -> Job:
         state = {name: value.cpu() for name, value in net.state_dict().items()}
         save_weights(weights, state, licence="none: random numbers", made_by={})
     options: dict[str, Any] = {"device": settings.device, "weights": str(weights), "overwrite": True}
-    options |= {"precision": "fp32", "shard_bytes": 2 * 8 * width * height} if settings.dry else {"precision": "fp16"}
+    small = {"precision": "fp32", "batch": 2, "shard_bytes": 2 * 8 * width * height}
+    options |= small if settings.dry else {"precision": "fp16"}
     return Job(clip, height, width, frames, options, 1 if settings.dry else 2)
 
 
@@ -177,7 +178,7 @@ def _alone(job: Job, settings: Settings, model: str, batch: int) -> Sample:
     inference = load_network(ModelConfig(**chosen, model=model, batch=batch)).fitted(job.height, job.width)
     shape = (batch, 3, job.height, job.width)
     frames = [torch.randint(0, 256, shape, dtype=torch.uint8, device=settings.device) for _ in range(3)]
-    effort = Effort(least=2, most=2, cap_s=0.1) if settings.dry else Effort(least=5, most=30, cap_s=2.0)
+    effort = ONCE if settings.dry else Effort(least=5, most=30, cap_s=2.0)
     sync = device_sync(settings.device)
     seconds = alternated({"": lambda: (inference.flow(*frames[:2]), inference.flow(*frames[1:]))}, effort, sync)[""]
     return Sample.of(seconds).rate(2 * batch)

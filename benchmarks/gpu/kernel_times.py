@@ -18,7 +18,7 @@ from benchmarks.ceilings import Ceilings, best, rows_of, share_of_limit
 from benchmarks.gpu.findings import Findings, Settings
 from benchmarks.gpu.kernels import make_small, relative
 from benchmarks.gpu.original import OriginalCorrelation
-from benchmarks.measure import Action, Effort, Sample, Skipped, alternated, device_sync, ratio, seconds_of
+from benchmarks.measure import ONCE, Action, Effort, Sample, Skipped, alternated, device_sync, ratio, seconds_of
 from flowreel.engine.compiled.graphs import CaptureError, graph_of
 from flowreel.kernels.correlation import correlation_definition
 
@@ -50,7 +50,7 @@ def _time(findings: Findings, settings: Settings, kernel: cases.Kernel, limits: 
             ways[ORIGINAL] = _original(findings, Path(settings.original), kernel.precision)
         except Exception as error:  # of any kind, since the file is not ours
             findings.skip(f"{ORIGINAL}, {kernel.precision}", error)
-    effort = Effort(least=2, most=2, cap_s=0.1) if settings.dry else Effort(least=5, most=40, cap_s=1.0)
+    effort = ONCE if settings.dry else Effort(least=5, most=40, cap_s=1.0)
     sync = device_sync(settings.device)
     replays = {way: repeated(action, settings.device) for way, action in ways.items()}
     timed = alternated({way: action for way, (action, _, _) in replays.items()}, effort, sync)

@@ -24,7 +24,7 @@ def check(findings: Findings, settings: Settings) -> None:
 
 def _long(findings: Findings, settings: Settings) -> None:
     """Samples memory of host and GPU about every tenth of a long clip that streams through."""
-    width, height, count = (96, 64, 40) if settings.dry else LONG
+    width, height, count = (64, 60, 40) if settings.dry else LONG
     clip = written_clip(settings.folder, width, height, count)
     samples: list[tuple[int, float, float]] = []  # flows so far, MB of the process, MB of the GPU
     seen = 0

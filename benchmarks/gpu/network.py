@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import flowreel
 from benchmarks.gpu.findings import Findings, Settings
-from benchmarks.measure import Effort, device_sync, timed
+from benchmarks.measure import ONCE, Effort, device_sync, timed
 from benchmarks.networks import filled
 from flowreel.engine.compiled import CompiledModel
 
@@ -67,7 +67,7 @@ def made(one: Timed, settings: Settings) -> CompiledModel:
 
 
 def _effort(settings: Settings) -> Effort:
-    return Effort(least=2, most=2, cap_s=0.1) if settings.dry else Effort(least=5, most=30, cap_s=1.5)
+    return ONCE if settings.dry else Effort(least=5, most=30, cap_s=1.5)
 
 
 def times(findings: Findings, settings: Settings) -> None:

@@ -53,7 +53,7 @@ def check(findings: Findings, settings: Settings) -> None:
         from flowreel.engine.sources import nvcodec
 
         findings.note(f"PyNvVideoCodec {getattr(nvcodec.load(), '__version__', '')}")
-    width, height, count = (96, 64, 5) if settings.dry else (640, 360, 60)
+    width, height, count = (64, 60, 5) if settings.dry else (640, 360, 60)
     clip = written_clip(settings.folder, width, height, count)
     findings.attempt("frames", partial(_compare, findings, settings, PLAIN.name, clip, count))
     findings.attempt("flow", partial(_compare_flow, findings, settings, PLAIN.name, clip))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.findings import Findings, Settings
-from benchmarks.measure import Action, Effort, Sample, Skipped, alternated, device_sync, ratio
+from benchmarks.measure import ONCE, Action, Effort, Sample, Skipped, alternated, device_sync, ratio
 from benchmarks.networks import random_weights
 from flowreel.engine.config import ModelConfig
 from flowreel.engine.inference import load_network
@@ -25,7 +25,7 @@ RAFT, OURS = "torchvision RAFT-small, 12 updates", "flowreel FlowNet2C"
 def run(findings: Findings, settings: Settings) -> None:
     """Both networks in turn, one pair per call, random weights."""
     torchvision_models()  # raises Skipped here, for the whole part
-    effort = Effort(least=2, most=2, cap_s=0.1) if settings.dry else Effort(least=5, most=30, cap_s=3.0)
+    effort = ONCE if settings.dry else Effort(least=5, most=30, cap_s=3.0)
     for name, size in (DRY if settings.dry else SIZES).items():
         findings.attempt(name, partial(_compare, findings, settings, name, size, effort))
 

@@ -115,7 +115,7 @@ def run(findings: Findings, settings: Settings) -> None:
         ("to a store, PyAV", partial(timed, way=partial(Chains.to_store, decoder="pyav"))),
         (f"{LIGHT}, to a store", partial(timed, way=Chains.to_store, short=f"{LIGHT}, to a store", on=light)),
         (f"{LIGHT}, to a store, shards made by processes", partial(timed, way=by_processes, on=light)),
-        ("files of the store's folder", lambda _: _files(findings, light())),
+        ("files of the store's folder", lambda _: _files(findings, light(), 1 if settings.dry else 4)),
         (f"{LIGHT}, the flow dropped", partial(timed, way=Chains.dropped, on=light)),
         (f"{LIGHT}, frames there, to a store", partial(timed, way=Chains.frames_there_to_store, on=light)),
         (f"{LIGHT}, flow there, to a store", partial(timed, way=Chains.store_alone, on=light)),
@@ -147,10 +147,10 @@ def by_processes(chains: Chains, way: Callable[[Chains], Ran] = Chains.to_store)
         shard_processes.are_worth_it = before
 
 
-def _files(findings: Findings, chains: Chains) -> None:
+def _files(findings: Findings, chains: Chains, times: int) -> None:
     """How fast the stores' folder takes files, by itself."""
     with TemporaryDirectory(dir=chains.place) as folder:
-        for row in written_rows("files", folder, times=4):
+        for row in written_rows("files", folder, times):
             findings.row(files=row["limit"], gb_s=row["reached"], best_gb_s=row["best"])
 
 

@@ -56,7 +56,7 @@ class Runs:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self.width, self.height = (96, 64) if settings.dry else (1024, 448)
+        self.width, self.height = (64, 60) if settings.dry else (1024, 448)
         self.pairs = 2 * BATCH
         self._config: dict[str, Any] = {"device": settings.device, "precision": "fp32", "model": MODEL}
         self._alone: dict[int, np.ndarray] = {}

@@ -124,7 +124,7 @@ def test_a_run_of_the_chain_gives_every_flow_to_its_end(settings: Settings) -> N
     made = run_profile.Chains(settings)
     for way in (run_profile.Chains.to_store, run_profile.Chains.dropped, run_profile.Chains.frames_there):
         one = way(made)
-        assert {stage.name: stage.items for stage in one.stages}["restore"] == 4  # batches of two of eight pairs
+        assert {stage.name: stage.items for stage in one.stages}["restore"] == 3  # batches of two of six pairs
     assert run_profile.Chains.without_threads(made).decoder == "none: frames in memory"
 
 
@@ -147,7 +147,7 @@ def test_the_chain_is_that_of_a_run_on_a_card_too(settings: Settings, monkeypatc
     assert [stage.name for stage in made.dropped().stages] == ["decode", "batches", "model", "drop"]
     assert late.brought == []
     assert [stage.name for stage in made.dropped_on_the_host().stages][-2:] == ["download", "drop"]
-    assert sum(late.brought) == 4 * 2 * 2 * 64 * 96 * 4
+    assert sum(late.brought) == 3 * 2 * 2 * 60 * 64 * 4
 
 
 def test_the_gil_is_requested_as_before_afterwards() -> None:
