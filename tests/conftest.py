@@ -127,6 +127,15 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fresh]:
     made.close()
 
 
+@pytest.fixture
+def small_textures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training draws its scenes from few small textures: painting those of a real one takes a process seconds."""
+    from flowreel.engine.training import batches
+    from flowreel.engine.training.drawing import SceneConfig
+
+    monkeypatch.setattr(batches, "SCENES", SceneConfig(bank=(0, 16, 128)))
+
+
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
     """Folder of reference outputs of layers and networks, computed for this project."""

@@ -685,6 +685,7 @@ def test_options_reach_the_training_which_tells_how_far_it_is(capsys: Capture, m
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.usefixtures("small_textures")
 def test_train_and_use(capsys: Capture) -> None:
     tiny = ["--width", "0.05", "--batch", "2", "--height", "64", "--width-px", "64", "--workers", "0"]
     folder = "[/w]:on:"  # neither markup nor the name of an emoji
