@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Where this is set, each process that the tests start would compile all source again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup demo test check format bench clean
 
