@@ -20,11 +20,7 @@ from flowreel.engine.training.train import Progress
 from tests.fakes.gpu_parts import Found
 
 CONFIG = replace(part.DRY, batch_norm=False)
-
-
-@pytest.fixture(autouse=True)
-def _few_textures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches, "SCENES", part.FEW_TEXTURES)
+pytestmark = pytest.mark.usefixtures("small_textures")
 
 
 @pytest.mark.parametrize("model", part.KERNELS)

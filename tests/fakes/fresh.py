@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,8 +45,8 @@ class Fresh:
         self.start(module, arguments, cwd, env)
         return self.wait()
 
-    def start(self, module: str, arguments: Sequence[str], cwd: Path, env: Mapping[str, str] = os.environ) -> int:
-        """Starts the same, without waiting for its end, and gives its process id."""
+    def start(self, module: str, arguments: Sequence[str], cwd: Path, env: Mapping[str, str] = os.environ) -> None:
+        """Starts the same, without waiting for its end."""
         self._end()
         assert self._server.stdin is not None
         assert self._server.stdout is not None
@@ -53,7 +54,19 @@ class Fresh:
         task = [module, [*arguments], str(cwd), dict(env), str(self._said)]
         print(json.dumps(task), file=self._server.stdin, flush=True)
         self._running = int(self._server.stdout.readline())
-        return self._running
+
+    def until(self, path: Path) -> None:
+        """Waits until what was started has made a file. Raises ProcessLookupError if it ends without."""
+        assert self._running is not None
+        while not path.exists():
+            os.kill(self._running, 0)
+            time.sleep(0.01)
+
+    def stop(self, how: signal.Signals) -> tuple[int, str]:
+        """Sends a signal to what was started: what a call gives."""
+        assert self._running is not None
+        os.kill(self._running, how)
+        return self.wait()
 
     def wait(self) -> tuple[int, str]:
         """For what was started to end: what a call gives."""

@@ -1,13 +1,27 @@
-"""A pseudo-terminal for commands that run in the test's own process."""
+"""A pseudo-terminal for commands that run in the test's own process, and Ctrl-C for those that run in another."""
 
 from __future__ import annotations
 
 import os
 import pty
+import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+from tests.fakes.fresh import Fresh
+
+
+def interrupt(command: Fresh, store: str) -> None:
+    """Sends Ctrl-C to the command when it has begun to write the store: it ends with 130, without finishing it."""
+    command.until(Path(f"{store}.partial/flow/zarr.json"))
+    code, said = command.stop(signal.SIGINT)
+    assert code == 130
+    assert said.splitlines()[-1] == "flowreel: interrupted"
+    assert "Traceback" not in said
+    assert not Path(store).exists()
 
 
 class Terminal:

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -231,15 +230,12 @@ def test_of_two_processes_on_one_store_one_gives_up_and_nothing_is_lost(
     tiny: list[str], capsys: Capture, fresh: Fresh
 ) -> None:
     endless = "synthetic:still?size=64x64&frames=1000000"
-    other = fresh.start("flowreel", ["run", endless, "-o", "k.zarr", *tiny], Path.cwd())
-    while not Path("k.zarr.partial/flow/zarr.json").exists():
-        os.kill(other, 0)  # fails once it has ended
-        time.sleep(0.01)
+    fresh.start("flowreel", ["run", endless, "-o", "k.zarr", *tiny], Path.cwd())
+    fresh.until(Path("k.zarr.partial/flow/zarr.json"))
     for option in ([], ["--overwrite"], ["--resume"]):
         assert call(["run", SOURCE, "-o", "k.zarr", *tiny, *option]) == 1
         assert "is being written by another run" in said(capsys)
-    os.kill(other, signal.SIGKILL)
-    assert fresh.wait() == (-signal.SIGKILL, "")
+    assert fresh.stop(signal.SIGKILL) == (-signal.SIGKILL, "")
     assert call(["run", SOURCE, "-o", "k.zarr", *tiny, "--overwrite"]) == 0
     assert list(open_store("k.zarr").check()) == []
     assert os.listdir() == ["k.zarr"]
