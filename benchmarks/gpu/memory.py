@@ -14,6 +14,7 @@ from benchmarks.processes import resident_bytes
 
 LONG = (640, 360, 18 * 72 + 1)  # width, height, frames: whole shards, so that the last batch has the usual length
 GROWTH = 1.05  # allowed factor, from the first fifth of the frames to the last fifth
+SMALL_MB = 100.0  # allowed besides in a dry run: so short a run grows by what libraries allocate once
 
 
 def check(findings: Findings, settings: Settings) -> None:
@@ -36,9 +37,11 @@ def _long(findings: Findings, settings: Settings) -> None:
             samples.append((seen, resident_bytes() / 1e6, _gpu_mb(settings)))
             findings.row(flows=seen, host_mb=samples[-1][1], gpu_mb=samples[-1][2])
     findings.check("every flow came", seen == count - 1, flows=seen)
+    besides_mb = SMALL_MB if settings.dry else 1.0
     for place, name in ((1, "host"), (2, "GPU")):
         early, late = samples[1][place], samples[-1][place]
-        findings.check(f"memory of the {name} is flat", late <= early * GROWTH + 1, early_mb=early, late_mb=late)
+        flat = late <= early * GROWTH + besides_mb
+        findings.check(f"memory of the {name} is flat", flat, early_mb=early, late_mb=late)
     findings.add(
         headline=f"{seen} flows: host {samples[1][1]:.0f} to {samples[-1][1]:.0f} MB, GPU {samples[-1][2]:.0f} MB"
     )
