@@ -188,7 +188,6 @@ def test_ctrl_c_ends_with_130(tiny: str, fresh: Fresh) -> None:
     os.mkfifo("pipe")
     arguments = ["run", "-", "-o", "a.zarr", "--weights", tiny]
     fresh.start("-c", [PIPED, *arguments], Path.cwd())
-    with open("pipe", "wb") as pipe:
-        pipe.write(stream(3))
-        pipe.flush()  # and nothing more, though the pipe stays open
+    with open("pipe", "r+b", buffering=0) as pipe:  # also for reading: does not wait for a reader, which may never come
+        pipe.write(stream(3))  # and nothing more, though the pipe stays open
         interrupt(fresh, "a.zarr")
