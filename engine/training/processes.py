@@ -45,7 +45,8 @@ def made_in_order(make: Callable[[int], Result], count: int, workers: int) -> Ge
             while asked < min(number + AHEAD * workers, count):
                 connection = connections[asked % workers]
                 with _at_work(processes[connection]):
-                    connection.send(asked)
+                    # Not send(): as its failure is garbage-collected, Python 3.13 complains of a buffer still in use.
+                    connection.send_bytes(pickle.dumps(asked))
                 asked += 1
             here = made[connections[number % workers]]
             while ready := wait(connections, 0 if here else None):  # the others' too, so that none waits to hand over
