@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -19,9 +20,20 @@ if TYPE_CHECKING:
     import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+MEMORY = Path("/dev/shm")  # a folder in memory, on Linux
+ROOM = 2 << 30  # bytes; the tests were seen to hold a tenth of that at once
 
 hypothesis.settings.register_profile("unhurried", deadline=None)  # no result may depend on how busy a machine is
 hypothesis.settings.load_profile("unhurried")
+
+
+def pytest_configure() -> None:
+    """The tests' files lie in memory where there is room and programs may run: a disk takes longer than most tests.
+
+    ``--basetemp`` and ``PYTEST_DEBUG_TEMPROOT`` name another place.
+    """
+    if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM and not os.statvfs(MEMORY).f_flag & os.ST_NOEXEC:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 
 @pytest.hookimpl(tryfirst=True)
