@@ -87,12 +87,12 @@ class StoreLayout:
 
 def flow_shard(folder: Path, number: int) -> Path:
     """The file of one shard of ``flow``."""
-    return folder / "flow" / "c" / str(number) / "0" / "0" / "0"
+    return folder / f"flow/c/{number}/0/0/0"
 
 
 def coordinate_chunk(folder: Path, name: str, number: int) -> Path:
     """The file of one chunk of an array beside ``flow``: the values of one shard's flows."""
-    return folder / name / "c" / str(number)
+    return folder / f"{name}/c/{number}"
 
 
 def published_shards(folder: Path) -> list[int]:
