@@ -9,7 +9,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -112,17 +112,13 @@ def _places(native: NativeGrid | None, height: int, width: int) -> dict[str, Any
 
 def store_attributes(info: FlowInfo, config: SinkConfig) -> dict[str, Any]:
     """The group's "flowreel" attribute: where the flow comes from and how it was made and stored."""
-    try:
-        software = version("flowreel")
-    except PackageNotFoundError:  # run from a source tree that was never installed
-        software = "unknown"
     native: dict[str, Any] = {}  # what a reader needs to turn the network's own prediction into the frame's flow
     if info.native is not None:
         native = {"native": asdict(info.native), "flow_height": info.height, "flow_width": info.width}
     return {
         **info.made_by,
         "format_version": FORMAT_VERSION,
-        "software_version": software,
+        "software_version": _software_version(),
         "source": asdict(info.source),
         "frame_rate": None if info.frame_rate is None else str(info.frame_rate),
         "max_error": config.max_error,
@@ -130,6 +126,14 @@ def store_attributes(info: FlowInfo, config: SinkConfig) -> dict[str, Any]:
         "resolution": "full" if info.native is None else "native",
         **native,
     }
+
+
+@cache  # the package's metadata are read from a file and parsed
+def _software_version() -> str:
+    try:
+        return version("flowreel")
+    except PackageNotFoundError:  # run from a source tree that was never installed
+        return "unknown"
 
 
 def _flow_attributes(codec: FlowCodec, native: bool, checksums: bool) -> dict[str, Any]:
