@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +18,7 @@ from benchmarks.gpu.findings import Settings
 from benchmarks.measure import Skipped
 from flowreel.engine.errors import MissingDependencyError
 from flowreel.kernels import compiling, launch
+from tests.fakes.fresh import Fresh
 from tests.fakes.gpu_parts import Found
 
 # --- the machine ------------------------------------------------------------------------------------------------------
@@ -191,18 +191,17 @@ for name in sys.argv[2].split(","):
 """
 
 
-def run_tests(findings: Found, files: dict[str, str], *arguments: str, code: int = 0) -> None:
+def run_tests(fresh: Fresh, findings: Found, files: dict[str, str], *arguments: str, code: int = 0) -> None:
     """In a separate process, because one pytest inside another would share loaded modules with it."""
     folder = findings._path.parent
     for name, text in files.items():
         (folder / name).write_text(text)
     names = ",".join(str(folder / name) for name in files)
-    command = [sys.executable, "-c", RUN_TESTS, str(findings._path), names, *arguments]
-    done = subprocess.run(command, cwd=tests.ROOT, capture_output=True, check=False)
-    assert done.returncode == code, done.stderr
+    ended, said = fresh("-c", [RUN_TESTS, str(findings._path), names, *arguments], tests.ROOT)
+    assert ended == code, said
 
 
-def test_each_test_of_pytest_is_a_check(findings: Found) -> None:
+def test_each_test_of_pytest_is_a_check(findings: Found, fresh: Fresh) -> None:
     """A file that cannot be collected, or a test that finds no GPU, counts as failed, not as skipped."""
     files = {
         "test_made_up.py": MADE_UP_TESTS,
@@ -210,7 +209,7 @@ def test_each_test_of_pytest_is_a_check(findings: Found) -> None:
         "test_empty.py": "",
         "test_wrong.py": "1 / 0",
     }
-    run_tests(findings, files)
+    run_tests(fresh, findings, files)
     checks = {check["name"].rpartition("/")[2]: check for check in findings["checks"]}
     assert {name: check["passed"] for name, check in checks.items()} == {
         "test_made_up.py::test_good": True,
@@ -231,15 +230,15 @@ def test_each_test_of_pytest_is_a_check(findings: Found) -> None:
     ]
 
 
-def test_once_the_card_is_lost_no_test_of_that_process_is_blamed(findings: Found) -> None:
+def test_once_the_card_is_lost_no_test_of_that_process_is_blamed(findings: Found, fresh: Fresh) -> None:
     files = {"test_a.py": "def test_1(): assert 0\ndef test_2(): assert 0", "test_b.py": "def test_3(): pass"}
-    run_tests(findings, files, "lost", code=1)  # ends with an exception that ``benchmarks.gpu.one`` handles
+    run_tests(fresh, findings, files, "lost", code=1)  # ends with an exception that ``benchmarks.gpu.one`` handles
     assert [name.rpartition("/")[2] for name in findings.verdicts] == [
         "test_a.py::test_1",
         "test_a.py: tests are found",
         "test_a.py",
     ]
-    run_tests(findings, files)  # the next process continues after it
+    run_tests(fresh, findings, files)  # the next process continues after it
     assert any(name.endswith("test_b.py::test_3") and passed for name, passed in findings.verdicts.items())
 
 

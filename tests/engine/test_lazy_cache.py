@@ -8,8 +8,6 @@ import pickle
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -248,54 +246,28 @@ class TestSharing:
         assert torch.equal(slow[3], fast[3])
 
 
-FILLING = """
-import sys, flowreel
-if __name__ == "__main__":
-    flow = flowreel.open(sys.argv[1], weights=sys.argv[2], batch=int(sys.argv[4]), cache=sys.argv[3])
-    print("open", flush=True)
-    sys.stdin.readline()
-    for number, _ in enumerate(flow):
-        print(number, flush=True)
-"""
-
-
 class TestProcesses:
-    @pytest.fixture
-    def start(self, video: Path, tiny_weights: str, cache: Path) -> Iterator[Callable[[int], subprocess.Popen[str]]]:
-        """Starts a process that opens the cache, says so, waits for a line, and fills it in batches of that size."""
-        started: list[subprocess.Popen[str]] = []
-
-        def begin(batch: int) -> subprocess.Popen[str]:
-            command = [sys.executable, "-c", FILLING, str(video), tiny_weights, str(cache), str(batch)]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            started.append(
-                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-            )
-            return started[-1]
-
-        yield begin
-        for process in started:
-            process.kill()
-            process.communicate()
-
     def test_two_fill_one_and_one_of_them_is_killed(
-        self, start: Callable[[int], subprocess.Popen[str]], opened: Open, cache: Path, expected: torch.Tensor
+        self, fresh: Fresh, opened: Open, video: Path, tiny_weights: str, cache: Path, expected: torch.Tensor
     ) -> None:
-        fillers = [start(3), start(4)]
-        for filler in fillers:
-            assert filler.stdout is not None
-            assert filler.stdout.readline() == "open\n"
-        for filler in fillers:
-            assert filler.stdin is not None
-            filler.stdin.write("go\n")
-            filler.stdin.flush()
-        killed, other = fillers
-        assert killed.stdout is not None
-        assert killed.stdout.readline() == "0\n"
-        killed.send_signal(signal.SIGKILL)
-        assert killed.wait() == -signal.SIGKILL
-        assert other.communicate()[0].split()[-1] == str(COUNT - 1)
-        assert other.returncode == 0
+        code = """
+import signal, sys, flowreel
+from pathlib import Path
+if __name__ == "__main__":
+    flow = flowreel.open(sys.argv[1], weights=sys.argv[2], batch=3, cache=sys.argv[3])
+    Path("open").touch()
+    for _ in flow:
+        Path("begun").touch()
+    signal.pause()
+"""
+        fresh.start("-c", [code, str(video), tiny_weights, str(cache)], cache.parent)
+        fresh.until(cache.parent / "open")
+        mine = enumerate(opened())
+        for _ in range(6):
+            next(mine)  # while the other process fills the same part of it
+        fresh.until(cache.parent / "begun")
+        assert fresh.stop(signal.SIGKILL) == (-signal.SIGKILL, "")
+        assert [number for number, _ in mine] == list(range(6, COUNT))
         flow = opened()
         assert (flow[:] - expected).abs().max() <= 1 / 64 + 1e-4
         assert flow.statistics == LazyStatistics(from_cache=COUNT)

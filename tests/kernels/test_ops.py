@@ -5,8 +5,6 @@ One line in ``OPERATIONS`` adds an operation that has gradients.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
@@ -16,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import flowreel.kernels
 import flowreel.kernels.flow_color  # registers its operation; the package itself imports it only on first use
 from flowreel.kernels.operation import recording
+from tests.fakes.fresh import Fresh
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -164,7 +163,7 @@ def test_result_can_take_part_in_training_or_not(case: Case) -> None:
         assert case.call(*tensors(case)).is_inference()
 
 
-def test_names_are_functions_whatever_was_imported_first() -> None:
+def test_names_are_functions_whatever_was_imported_first(fresh: Fresh) -> None:
     """A module and its function share a name; the package must hand out the function."""
     code = (
         "import flowreel.kernels.warp, flowreel.kernels.correlation, flowreel.kernels.channel_norm\n"
@@ -173,7 +172,7 @@ def test_names_are_functions_whatever_was_imported_first() -> None:
         "functions = (warp, correlation, channel_norm, quantise, bitshuffle, yuv_to_rgb)\n"
         "assert all(f.__class__.__name__ == 'function' for f in functions)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    assert fresh.code(code) == (0, "")
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -28,6 +28,7 @@ from flowreel.sinks.shard_maker import Request
 from flowreel.sinks.shard_processes import MOST_PROCESSES, ShardsInProcesses
 from flowreel.sinks.shared_memory import SharedMemory, SharedView
 from flowreel.sinks.zarr_store import ZarrSink
+from tests.fakes.fresh import Fresh
 
 H, W, SHARD = 12, 20, 4
 INFO = FlowInfo(H, W, frame_rate=None, frame_count=None, source=SourceId("test"), device="cuda:0", batch=2)
@@ -321,7 +322,7 @@ def test_none_stays_behind_when_nothing_comes(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_a_run_that_is_killed_takes_them_along_and_its_claim_as_well(tmp_path: Path) -> None:
+def test_a_run_that_is_killed_takes_them_along_and_its_claim_as_well(tmp_path: Path, fresh: Fresh) -> None:
     code = (
         "import os, signal, sys; from pathlib import Path; from tests.sinks.test_shard_processes import *\n"
         "shard_processes.are_worth_it = lambda *_: True; sink, shards = opened(Path(sys.argv[1]) / 'x.zarr')\n"
@@ -330,12 +331,9 @@ def test_a_run_that_is_killed_takes_them_along_and_its_claim_as_well(tmp_path: P
         "print(*(process._process.pid for process in shards._all), flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    root = Path(__file__).parents[2]
-    run = subprocess.run(
-        [sys.executable, "-c", code, tmp_path], cwd=root, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert run.returncode == -signal.SIGKILL, run.stderr
-    for pid in map(int, run.stdout.split()):
+    ended, said = fresh("-c", [code, str(tmp_path)], Path(__file__).parents[2])
+    assert ended == -signal.SIGKILL, said
+    for pid in map(int, said.split()):
         for _ in range(600):
             if not _runs(pid):
                 break
