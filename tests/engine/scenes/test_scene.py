@@ -11,8 +11,8 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from flowreel.engine.scenes.named import named_scene
-from flowreel.engine.scenes.outlines import BarOutline, radial_outline
-from flowreel.engine.scenes.scene import Bend, Layer, Pose, Scene
+from flowreel.engine.scenes.outlines import AROUND, BarOutline, radial_outline
+from flowreel.engine.scenes.scene import Bend, Layer, Pose, Scene, similarity, stays_visible
 
 Pulled = Callable[[Tensor, Tensor], Tensor]
 HEIGHT, WIDTH = 96, 128
@@ -76,9 +76,11 @@ def test_the_box_follows_what_a_bend_pushes_out() -> None:
 
 def test_a_layer_outside_the_frame_changes_nothing() -> None:
     ground = plain(50, shift(0, 0))
-    lost = plain(200, placed(-40, 300), outline=radial_outline(np.full(64, 20.0)))
-    assert lost.box(0, HEIGHT, WIDTH) is None
-    assert torch.equal(Scene(HEIGHT, WIDTH, (ground, lost)).render(0), Scene(HEIGHT, WIDTH, (ground,)).render(0))
+    alone = Scene(HEIGHT, WIDTH, (ground,)).render(0)
+    for x, y in ((-40, 40), (200, 40), (60, -40), (60, 300), (-40, 300)):
+        lost = plain(200, placed(x, y), outline=radial_outline(np.full(64, 20.0)))
+        assert lost.box(0, HEIGHT, WIDTH) is None
+        assert torch.equal(Scene(HEIGHT, WIDTH, (ground, lost)).render(0), alone)
 
 
 def test_the_box_holds_all_that_is_drawn() -> None:
@@ -88,21 +90,44 @@ def test_the_box_holds_all_that_is_drawn() -> None:
         def box(self, t: float, height: int, width: int) -> tuple[int, int, int, int]:
             return 0, height, 0, width
 
-    scene = named_scene("objects", HEIGHT, WIDTH)
-    fields = [{name: getattr(layer, name) for name in Layer.__dataclass_fields__} for layer in scene.layers]
-    everywhere = replace(scene, layers=tuple(Everywhere(**values) for values in fields))
-    for t in (0, 31.5, 77):
+    def leaning(t: float) -> np.ndarray:
+        return np.array([[1, 0, 60], [0, 1, 40], [0, -0.005, 1]])
+
+    # Soft and thin, in perspective, pushed out by twice 8 px.
+    bend = Bend(np.full((2, 2), (0, 8.0)), np.zeros((2, 2)), np.full(2, math.pi / 2), lambda t: -1.0)
+    ellipse = radial_outline(4 / np.hypot(0.08 * np.cos(AROUND), np.sin(AROUND)))
+    soft = (plain(200, leaning, outline=one, softness=8, bend=bend) for one in (BarOutline(20, 3), ellipse))
+    by_hand = [Scene(HEIGHT, WIDTH, (plain(50, shift(0, 0)), layer)) for layer in soft]
+    named = named_scene("objects", HEIGHT, WIDTH)
+    for scene, t in [(named, 0), (named, 31.5), (named, 77), *((scene, 0) for scene in by_hand)]:
+        fields = [{name: getattr(layer, name) for name in Layer.__dataclass_fields__} for layer in scene.layers]
+        everywhere = replace(scene, layers=tuple(Everywhere(**values) for values in fields))
         assert torch.equal(scene.render(t), everywhere.render(t))
+
+
+def test_an_edge_is_as_wide_as_its_softness_at_any_scale() -> None:
+    bar = plain(200, lambda t: similarity(60, 48, scale=2.5), outline=BarOutline(16, 100), softness=8)
+    _, cover = bar.draw(0, (48, 49, 0, 60))
+    assert cover is not None
+    assert torch.allclose(cover[0], ((torch.arange(60.0) - 20) / 8 + 0.5).clamp(0, 1), atol=1e-5)
+
+
+def test_a_flow_ends_at_the_nearest_pixel() -> None:
+    """Pixels of layers 0, 0, 2, 0 end a hair outside, behind layer 1, in front of it, and outside."""
+    flow = torch.tensor([[-5e-4, 0.6, 0.4, 0.6], [-5e-4, 0, 0, 0]])[:, None]
+    owner0, owner1 = torch.tensor([[0, 0, 2, 0]]), torch.tensor([[0, 0, 1, 0]])
+    assert stays_visible(flow, owner0, owner1).tolist() == [[True, False, True, False]]
 
 
 def test_a_bend_is_undone_exactly() -> None:
     bend = Bend(
         np.array([[3.0, 2.0], [-2.0, 1.0]]), np.array([[0.05, 0.02], [0.01, -0.08]]), np.array([0.3, 2.0]), lambda t: t
     )
+    along_y = Bend(np.array([[0, 4.0]]), np.array([[0.02, -0.1]]), np.zeros(1), lambda t: t)  # x is right at once
     x, y = torch.rand(2, 40, 50) * 100
-    for amount in (-1.0, 0.4, 1.0):
-        qx, qy = bend.undo(x, y, amount)
-        dx, dy = bend.shift(qx, qy, amount)
+    for one, amount in ((along_y, 1.0), (bend, -1.0), (bend, 0.4), (bend, 1.0)):
+        qx, qy = one.undo(x, y, amount)
+        dx, dy = one.shift(qx, qy, amount)
         assert max((qx + dx - x).abs().max(), (qy + dy - y).abs().max()) < 2e-3
     with pytest.raises(ValueError, match="contraction"):
         replace(bend, strength=bend.strength * 5)

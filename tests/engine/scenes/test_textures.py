@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,12 @@ def test_textures_repeat_without_a_seam(kind: str, seed: int) -> None:
         steps = (values - values.roll(1, axis)).abs().mean((0, 3 - axis))  # from each line to the one before it
         assert steps[0] <= steps.max() * 1.5 + 1
         assert steps[0] < 3 * steps.median() + 6
+
+
+def test_what_is_blacker_than_black_stays_black(monkeypatch: pytest.MonkeyPatch) -> None:
+    colour = np.float32([-5, 300, 100.6])
+    monkeypatch.setitem(MAKERS, "beyond", lambda rng, size: np.tile(colour, (size, size, 1)))
+    assert make_texture("beyond", 0, 4)[:, 1, 2].tolist() == [0, 255, 101]
 
 
 def test_a_window_wraps_round_its_texture() -> None:
