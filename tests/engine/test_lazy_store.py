@@ -24,7 +24,7 @@ from zarr.storage import LocalStore
 import flowreel
 from flowreel.engine.errors import SourceNotFoundError, TruncatedSourceError
 from flowreel.engine.lazy import LazyFlow, LazyStatistics
-from flowreel.sinks import ComputedStore
+from flowreel.sinks import ComputedStore, computed_store
 from flowreel.sinks.store_checksums import attributes_checksum
 
 Clip = Callable[..., Path]
@@ -171,6 +171,7 @@ class TestGathering:
         reads: list[list[int]] = []
         real = LazyFlow.__getitem__
         asked = threading.Event()
+        monkeypatch.setattr(computed_store, "GATHER_S", 0)
 
         def held(self: LazyFlow, key: Any) -> Any:
             reads.append(key)
@@ -186,8 +187,11 @@ class TestGathering:
             first = get(1)
             while not reads:
                 await asyncio.sleep(0.001)
-            others = [get(number) for number in (9, 4, 5)]
-            await asyncio.sleep(0)
+            others = []
+            for number in (9, 4, 5):
+                others.append(get(number))
+                for _ in range(5):  # time for what should wait to begin
+                    await asyncio.sleep(0)
             asked.set()
             await asyncio.gather(first, *others)
 
@@ -235,6 +239,36 @@ class TestGathering:
             return await kept
 
         assert asyncio.run(read()).to_bytes() == flow[3].numpy().tobytes()
+
+    def test_whatever_ends_the_computing_leaves_nobody_waiting(
+        self, opened: Open, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Ended(BaseException):
+            pass
+
+        computing, asked = threading.Event(), threading.Event()
+
+        def ends(*_: Any) -> Any:
+            computing.set()
+            assert asked.wait(60)
+            raise Ended
+
+        store = opened().store()
+        monkeypatch.setattr(LazyFlow, "__getitem__", ends)
+
+        async def read() -> list[Any]:
+            def get(number: int) -> Any:
+                return asyncio.create_task(store.get(f"flow/c.{number}.0.0.0", default_buffer_prototype()))
+
+            first = get(3)
+            while not computing.is_set():
+                await asyncio.sleep(0.001)
+            later = get(4)
+            await asyncio.sleep(0)
+            asked.set()
+            return await asyncio.wait_for(asyncio.gather(first, later, return_exceptions=True), 60)
+
+        assert [type(one) for one in asyncio.run(read())] == [asyncio.CancelledError] * 2
 
     def test_parts_of_a_chunk(self, opened: Open) -> None:
         store = opened().store()
@@ -343,6 +377,7 @@ class TestWhatGoesWrong:
                 asyncio.run(attempt)
         assert not store.supports_writes
         assert not store.supports_deletes
+        assert not store.supports_partial_writes
         assert zarr.open_group(store, mode="r").store.read_only
 
     def test_keys_that_are_none(self, opened: Open) -> None:
@@ -351,15 +386,18 @@ class TestWhatGoesWrong:
         async def read(key: str) -> Any:
             return await store.get(key, default_buffer_prototype())
 
-        for key in ("flow/c.39.0.0.0", "flow/c.01.0.0.0", "flow/c.0.1.0.0", "flow/c/0/0/0/0", "flow", ".zgroup", ""):
+        wrong = ("c.39.0.0.0", "c.01.0.0.0", "c.0.1.0.0", "c.0.0.0.0/zarr.json", "c/0/0/0/0")
+        for key in (*(f"flow/{name}" for name in wrong), "flow", ".zgroup", ""):
             assert asyncio.run(read(key)) is None
             assert not asyncio.run(store.exists(key))
             with pytest.raises(FileNotFoundError):
                 asyncio.run(store.getsize(key))
-        assert asyncio.run(store.exists("flow/c.38.0.0.0"))
+        for number in (0, 38):
+            assert asyncio.run(store.exists(f"flow/c.{number}.0.0.0"))
 
     def test_listing(self, opened: Open) -> None:
         store = opened(stop=4).store()
+        assert store.supports_listing
 
         async def names(prefix: str) -> list[str]:
             return sorted([name async for name in store.list_dir(prefix)])
