@@ -62,6 +62,21 @@ def test_networks_and_precisions_through_their_graphs(
             assert fast.quarter(*frames).shape == (2, 2, 32, 48)
 
 
+@pytest.mark.parametrize("precision", APART)
+def test_a_network_of_the_users_own_runs_as_it_is(precision: Precision, filled: Filled, gpu: torch.device) -> None:
+    """By deterministic algorithms, in TF32 only if asked. The caller keeps its own settings, which change nothing."""
+    model, ran = filled("FlowNet2CS", width=0.25).to(gpu), []
+    model.register_forward_hook(lambda *_: ran.append(precision))
+    fast, frames, cudnn = flowreel.compile(model, SHAPE, precision), frames_of(1, gpu), torch.backends.cudnn
+    with cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
+        flow = fast(*frames)
+        assert torch.equal(fast(*frames), flow)
+        assert (cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32) == (True, False, True)
+    assert ran == [precision] * 2
+    assert (flow.dtype, flow.device) == (torch.float32, gpu)
+    assert apart(flow, exact(model, frames)) < APART[precision]
+
+
 def test_a_graph_is_what_runs(filled: Filled, gpu: torch.device) -> None:
     program = cuda.pack(filled("FlowNet2S", width=0.1).to(gpu), "fp16").program(SHAPE)
     with program._works.taken() as captured_work:
