@@ -351,3 +351,8 @@ class TestNvenc:
     def test_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(video_writer, "NVENC", "mpeg4")  # any encoder will do
         assert found("NVENC") == Finding("ok", detail="H.264")
+
+
+def test_a_gpu_on_which_our_kernels_run(gpu: torch.device) -> None:
+    needed = ("NVIDIA driver", "torch CUDA", "CuPy", "NVRTC", "CUDA kernels")
+    assert [finding for name in needed if (finding := found(name)).status != "ok"] == []
