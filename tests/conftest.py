@@ -30,10 +30,12 @@ hypothesis.settings.load_profile("unhurried")
 def pytest_configure() -> None:
     """The tests' files lie in memory where there is room and programs may run: a disk takes longer than most tests.
 
-    ``--basetemp`` and ``PYTEST_DEBUG_TEMPROOT`` name another place.
+    ``--basetemp``, ``PYTEST_DEBUG_TEMPROOT`` and ``TMPDIR`` name another place.
     """
-    if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM and not os.statvfs(MEMORY).f_flag & os.ST_NOEXEC:
-        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+    if {"PYTEST_DEBUG_TEMPROOT", "TMPDIR"} & os.environ.keys() or not MEMORY.is_dir():
+        return
+    if shutil.disk_usage(MEMORY).free > ROOM and not os.statvfs(MEMORY).f_flag & os.ST_NOEXEC:
+        os.environ["PYTEST_DEBUG_TEMPROOT"] = str(MEMORY)
 
 
 @pytest.hookimpl(tryfirst=True)

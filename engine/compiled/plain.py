@@ -29,7 +29,7 @@ def pack(net: nn.Module, precision: Precision) -> PlainNetwork:
     copy = deepcopy(net, computed).eval().requires_grad_(False).float()
     if precision in _DTYPES:
         cast_convolutions(copy, _DTYPES[precision])
-    return PlainNetwork(copy.to(memory_format=torch.channels_last), precision)  # type: ignore[call-overload]
+    return PlainNetwork(copy.to(memory_format=torch.channels_last), precision)  # type: ignore[call-overload, unused-ignore]
 
 
 @dataclass(frozen=True)
