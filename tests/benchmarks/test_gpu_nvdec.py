@@ -14,6 +14,7 @@ from benchmarks.gpu import made_clips, nvdec
 from benchmarks.gpu.findings import Settings
 from benchmarks.gpu.made_clips import Encoding
 from benchmarks.measure import Skipped
+from flowreel.engine.sources import nvsession
 from flowreel.engine.sources.nvdec import NvdecDecoder
 from flowreel.engine.sources.video import VideoSource
 from tests.fakes.gpu_parts import Found
@@ -46,6 +47,18 @@ def test_frames_that_are_the_same_pass_wherever_they_begin(
     starts = [check.rpartition("frame ")[2] for check in findings.verdicts if "from frame" in check]
     assert starts == ["10 on", "22 on", "24 on", "25 on", "34 on"]  # 12 and 24 are key frames
     assert nvc.behaviour.sessions  # the fake really was used
+
+
+@pytest.mark.parametrize("noticed", [True, False])
+def test_frames_without_time_stamps_must_not_be_lost(
+    noticed: bool, nvc: ModuleType, findings: Found, on_card: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not noticed:  # as though the real package had another sign for a missing time stamp
+        monkeypatch.setattr(nvsession, "NO_STAMP", None)
+    nvdec._read_unstamped(findings, on_card)
+    (check,) = findings["checks"]
+    assert check["passed"] is noticed
+    assert check["decoder"] == f"NVDEC (mpeg2video){', then PyAV (mpeg2video)' if noticed else ''}"
 
 
 @pytest.mark.parametrize("fault", [{"packets": 20}, {"fail_at": 20}])
