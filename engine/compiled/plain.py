@@ -79,7 +79,8 @@ def cudnn_settings(device: torch.device, *, tf32: bool, deterministic: bool) -> 
     set. So they take turns. Other threads' own convolutions see the settings meanwhile.
 
     Not by ``torch.backends.cudnn.flags``: it raises where the caller has chosen a precision by torch's newer
-    ``fp32_precision``, and does not turn off a TF32 chosen that way.
+    ``fp32_precision``, and does not turn off a TF32 chosen that way. What it shares with this: torch cannot take back
+    that convolutions have a precision, so in 2.13 a later ``torch.backends.cudnn.fp32_precision`` does not reach them.
     """
     if device.type == "cpu":
         yield
