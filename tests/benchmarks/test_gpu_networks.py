@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +18,7 @@ from benchmarks.gpu.original import kernels_of
 from benchmarks.measure import Effort, Skipped
 from flowreel.engine import device
 from flowreel.engine.compiled import graphs
+from flowreel.engine.compiled.plain import PlainNetwork
 from flowreel.engine.data import FlowInfo
 from flowreel.sinks.shard_processes import _Process
 from tests.fakes.gpu_parts import Found
@@ -53,21 +53,27 @@ def test_filled_weights_are_judged_by_their_flow_and_told_in_pixels(
     assert ("0.05 px holds" in findings["headline"]) == (off_px == 0)
 
 
-@pytest.mark.parametrize("captured", [True, False])
+@pytest.mark.parametrize(("captured", "as_written"), [(True, True), (False, True), (True, False)])
 def test_a_network_that_runs_without_its_graph_fails(
-    captured: bool, findings: Found, monkeypatch: pytest.MonkeyPatch
+    captured: bool, as_written: bool, findings: Found, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flow = torch.ones(1, 2, 4, 4)
 
-    def compiled(*_: object) -> Callable[..., torch.Tensor]:
+    class Compiled:
+        _program = None if as_written else PlainNetwork(torch.nn.Identity(), "fp16")
+
+        def __call__(self, *_: object) -> torch.Tensor:
+            return flow
+
+    def compiled(*_: object) -> Compiled:
         if not captured:
             warnings.warn(f"running {precision.WITHOUT_GRAPH}, which could not be captured", stacklevel=2)
-        return lambda *_: flow
+        return Compiled()
 
     monkeypatch.setattr(flowreel, "compile", compiled)
     frames = (torch.zeros(1, 3, 4, 4),) * 2
     precision._check(findings, "baseline", "fp16", lambda: (torch.nn.Identity(), flow), frames)
-    assert findings.verdicts["fp16, baseline: one CUDA graph"] is captured
+    assert findings.verdicts["fp16, baseline: one CUDA graph"] is (captured and as_written)
     assert len(findings["notes"]) == (not captured)
     assert precision.WITHOUT_GRAPH in Path(graphs.__file__).read_text()
 
