@@ -30,7 +30,7 @@ from flowreel.engine.errors import (
     UsageError,
     WeightsNotFoundError,
 )
-from flowreel.engine.models import build_model
+from flowreel.engine.models import MODELS, build_model
 from flowreel.engine.models.saving import save_weights
 from flowreel.engine.models.weight_files import appearing
 from flowreel.engine.models.weights import load_model, read_weights
@@ -242,20 +242,20 @@ def test_other_networks_train_too(model: str, tmp_path: Path) -> None:
     assert read_weights(train(replace(TINY, steps=1, model=model), tmp_path, workers=0)).model == model
 
 
-@pytest.mark.parametrize("model", ["FlowNet2C", "FlowNet2S", "FlowNet2SD", "FlowNet2CS", "FlowNet2CSS", "FlowNet2"])
-def test_a_step_keeps_to_the_device_of_the_network(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("model", "visible_alone"), [*((model, True) for model in MODELS), ("FlowNet2C", False)])
+def test_a_step_keeps_to_the_device_of_the_network(
+    model: str, visible_alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """So that training works on a GPU: a fake device refuses to mix its tensors with the CPU's."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # the meta device does not support it
     net = start.network(replace(TINY, model=model)).to(NOWHERE)
     frames = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
     batch = frames, frames, torch.zeros(2, 2, 64, 64), torch.ones(2, 64, 64, dtype=torch.bool)
-    for visible_alone in (True, False):
-        net.zero_grad()
-        with OneDevice():
-            seen = batches.augment(batches.on(NOWHERE, batch), 64, 64, torch.Generator())
-            loss = training.gradients(replace(TINY, model=model), net, seen, visible_alone=visible_alone)
-        assert loss.device.type == "meta"
-        assert all(weight.grad is not None and weight.grad.is_meta for weight in net.parameters())
+    with OneDevice():
+        seen = batches.augment(batches.on(NOWHERE, batch), 64, 64, torch.Generator())
+        loss = training.gradients(replace(TINY, model=model), net, seen, visible_alone=visible_alone)
+    assert loss.device.type == "meta"
+    assert all(weight.grad is not None and weight.grad.is_meta for weight in net.parameters())
 
 
 @pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch is older than 2.9")
