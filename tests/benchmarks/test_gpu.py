@@ -29,15 +29,20 @@ def result_in(folder: Path) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.early
-@pytest.mark.timeout(900)  # many parts, which take minutes on a slow machine
-def test_a_dry_run_walks_through_every_part(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fresh: Fresh
-) -> None:
+@pytest.fixture
+def fast_start(monkeypatch: pytest.MonkeyPatch, fresh: Fresh) -> None:
+    """Parts run in processes that start fast: ``running`` itself is tested with others."""
+
     def ran(argv: list[str], env: dict[str, str], limit_s: float) -> tuple[int, str]:
         return fresh(argv[2], argv[3:], ROOT, env)
 
-    monkeypatch.setattr(running, "_ran", ran)  # "running" itself is tested with real processes
+    monkeypatch.setattr(running, "_ran", ran)
+
+
+@pytest.mark.early
+@pytest.mark.timeout(900)  # many parts, which take minutes on a slow machine
+@pytest.mark.usefixtures("fast_start")
+def test_a_dry_run_walks_through_every_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["gpu", "--dry-run", "--out", str(tmp_path)]) == 0
     result = result_in(tmp_path)
     statuses = {part["name"]: part["status"] for part in result["parts"]}
@@ -61,6 +66,7 @@ def test_a_dry_run_walks_through_every_part(
 
 
 @no_gpu
+@pytest.mark.usefixtures("fast_start")
 def test_without_a_gpu_it_says_so_and_stops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["gpu", "--out", str(tmp_path), "--commit", "abc"]) == 2
     result = result_in(tmp_path)
@@ -156,19 +162,16 @@ def test_who_starts_the_parts_loads_neither_torch_nor_flowreel() -> None:
     assert done.stdout.strip() == "set()"
 
 
-def test_flowreel_need_not_be_installed(tmp_path: Path) -> None:
+def test_flowreel_need_not_be_installed(tmp_path: Path, fresh: Fresh) -> None:
     folder = surroundings._checkout(tmp_path / "made")
     code = (
+        f"import sys; sys.path.insert(0, {str(folder)!r});"
         "import flowreel, flowreel.engine.errors, flowreel.kernels.cuda as c;"
         "print(flowreel.__version__, flowreel.__file__, list(c.__path__)[0])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(folder)!r}); {code}"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    version, place, sources = done.stdout.split()
+    ended, said = fresh("-c", [code], tmp_path)
+    assert ended == 0, said
+    version, place, sources = said.split()
     assert version[0].isdigit()
     assert place.startswith(str(folder))
     assert Path(sources, "warp.cu").exists()
