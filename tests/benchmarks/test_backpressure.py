@@ -18,8 +18,8 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backpressure, "WIDTH", 64)
 
 
-def job(queued: int, slow: str = "sink") -> Job:
-    made = new_job(FLOWS, {slow: REST_S})  # type: ignore[dict-item]
+def job(queued: int, slow: str = "sink", flows: int = FLOWS) -> Job:
+    made = new_job(flows, {slow: REST_S})  # type: ignore[dict-item]
     made.queues = QueueConfig(items=queued, total_bytes=64 << 20)
     return made
 
@@ -44,13 +44,12 @@ def test_without_bounds_the_source_runs_away() -> None:
 
 
 def test_a_stage_alone_does_all_its_items() -> None:
-    made = job(1, "model")
-    assert alone(made, "model") >= FLOWS * REST_S
-    source, sink = job(1, "source"), job(1, "sink")
-    assert alone(source, "source") >= FLOWS * REST_S
-    assert source.frames_made == FLOWS + 1
-    assert alone(sink, "sink") >= FLOWS * REST_S
-    assert sink.flows_written == FLOWS
+    source, model, sink = (job(1, slow, flows=8) for slow in ("source", "model", "sink"))
+    assert alone(model, "model") >= 8 * REST_S
+    assert alone(source, "source") >= 8 * REST_S
+    assert source.frames_made == 8 + 1
+    assert alone(sink, "sink") >= 8 * REST_S
+    assert sink.flows_written == 8
 
 
 def test_growth_is_from_the_warm_quarter_to_the_last() -> None:
