@@ -76,9 +76,9 @@ def test_one_file_knows_of_threads_and_one_moves_data_between_devices() -> None:
     for folder in ("engine", "kernels", "sinks"):
         for name, path in modules(folder):
             source = path.read_text()
-            tree = ast.parse(source)
-            names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-            names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+            nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Import, ast.ImportFrom))]
+            names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+            names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
             if name != "engine/pipeline.py":
                 assert not names & {"threading", "_thread", "queue"}, name
                 assert name == "sinks/parallel.py" or "concurrent.futures" not in names, name
