@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 MEMORY = Path("/dev/shm")  # a folder in memory, on Linux
-ROOM = 2 << 30  # bytes; the tests were seen to hold a tenth of that at once
+ROOM = 2 << 30  # bytes; an eighth of that was seen in use at once
 
 hypothesis.settings.register_profile("unhurried", deadline=None)  # no result may depend on how busy a machine is
 hypothesis.settings.load_profile("unhurried")
