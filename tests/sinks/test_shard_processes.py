@@ -294,6 +294,19 @@ def test_an_error_of_the_system_there_is_no_death(tmp_path: Path, monkeypatch: p
     sink.abort()
 
 
+def test_memory_that_is_not_to_be_had_is_an_error_that_names_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(nbytes: int) -> Any:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    sink, shards = opened(tmp_path / "x.zarr", up=False)
+    monkeypatch.setattr(shards._memory, "take", refused)
+    with pytest.raises(OutputWriteError, match=r"cannot write .*x\.zarr: Cannot allocate memory"):
+        _write_all(sink, SHARD)
+    sink.abort()
+
+
 def test_a_disk_that_is_full_is_told_as_by_this_process(tmp_path: Path) -> None:
     sink, _ = opened(tmp_path / "x.zarr")
     folder = tmp_path / "x.zarr.partial" / "flow" / "c" / "1"
@@ -315,8 +328,9 @@ def _write_all(sink: ZarrSink, count: int) -> None:
 def test_none_stays_behind_when_nothing_comes(tmp_path: Path) -> None:
     sink, shards = opened(tmp_path / "x.zarr")
     for process in shards._all:  # each holds the store's claim too, in case this process is killed first
-        held = [os.path.realpath(file) for file in Path(f"/proc/{process._process.pid}/fd").iterdir()]
-        assert str(tmp_path / "x.zarr.partial") in held
+        held = {file.name: os.path.realpath(file) for file in Path(f"/proc/{process._process.pid}/fd").iterdir()}
+        assert str(tmp_path / "x.zarr.partial") in held.values()
+        assert held["1"] == os.devnull  # whoever reads the command's output does not wait for them
     sink.abort()
     assert {process._process.returncode for process in shards._all} == {0}
     assert os.listdir(tmp_path) == []
