@@ -12,11 +12,13 @@ import threading
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from flowreel.engine.cli import call
+from flowreel.engine.cli.weights import _Meter
 from flowreel.engine.models import build_model, checkpoints
 from flowreel.engine.models import download as downloads
 from flowreel.engine.models.checkpoints import Checkpoint, Source
@@ -90,6 +92,7 @@ def test_list(capsys: Capture) -> None:
     assert shipped.sha256 in lines[1]
     assert "bc30f54f76aa4c726faada81c9fe5e62da22bfe467f1d65bacd613ba6be53e73" in lines[2]
     assert lines[8].endswith("not known")
+    assert " ~" in lines[8]  # nor its exact size
     listed = facts(capsys, "weights", "list")
     assert isinstance(listed, list)
     assert [one["name"] for one in listed][::7] == ["baseline", "FlowNet2-SD"]
@@ -170,6 +173,33 @@ def test_download_and_use(table: list[Checkpoint], capsys: Capture) -> None:
     assert capsys.readouterr().err == "mi:on:\\x1bne.pth.tar is already there and right\n"
 
 
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_terminal_shows_a_bar(
+    quiet: bool, table: list[Checkpoint], terminal: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", terminal.file)
+    assert call(["weights", "download", "Here-C", "--accept-licence", *["-q"] * quiet]) == 0
+    seen = terminal.said()
+    if quiet:
+        assert seen == ""
+        return
+    assert re.search(r"━ ([\d.]+)/\1 [kM]B ", plain(seen))
+    assert " kB of " not in seen  # the bar says it
+    assert seen.rfind("\x1b[1A\x1b[2K") > seen.rfind("━")  # the bar is gone at the end,
+    assert seen.rfind("\x1b[?25h") > seen.rfind("\x1b[?25l")  # and the cursor back
+
+
+def test_elsewhere_there_is_a_line_for_every_tenth(capsys: Capture) -> None:
+    with _Meter(quiet=False) as meter:
+        meter.show(5, None)  # how much there is to come is not known yet
+        for done in range(0, 100_000, 3_000):
+            meter.show(done, 100_000)
+    (bar,) = meter.progress.tasks  # what a terminal would show
+    assert (bar.completed, bar.total) == (99_000, 100_000)
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"{percent}.0 kB of 100.0 kB" for percent in (12, 24, 36, 48, 60, 72, 84, 96)]
+
+
 def test_a_dead_link(table: list[Checkpoint], capsys: Capture) -> None:
     assert call(["weights", "download", "Gone-C", "--accept-licence", "-q"]) == 1
     out, err = capsys.readouterr()
@@ -187,7 +217,7 @@ class Answer(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize(("typed", "code"), [("y\n", 0), ("n\n", 1), ("\n", 1), ("", 130)])
+@pytest.mark.parametrize(("typed", "code"), [("y\n", 0), ("Yes\n", 0), ("n\n", 1), ("\n", 1), ("", 130)])
 def test_the_licence_is_asked_for(
     typed: str, code: int, table: list[Checkpoint], capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
