@@ -57,13 +57,13 @@ def test_an_output_is_there_when_it_is_committed_and_not_before(name: str, encod
     sink = written(opened(name))
     assert unfinished(name)
     sink.commit()
+    assert encoders() == []
     assert sink.abort() is None  # as where another output of the run fails to end
     assert is_finished(open_sink(name, SinkConfig()), COUNT)
     size = sum(path.stat().st_size for path in Path(name).parent.rglob("*") if path.is_file())
     assert sink.bytes_written == size > 0
     assert sink.path == name
     assert not list(Path(name).parent.rglob("*.partial"))
-    assert encoders() == []
 
 
 def test_what_is_aborted_never_looks_finished(name: str, encoders: Encoders) -> None:
