@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,29 +121,63 @@ def test_flow_of_another_size_is_refused_whichever_way_it_comes(
     sink.abort()
 
 
-def test_flows_that_could_not_be_compressed_are_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("how", ["write", "take"])
+def test_flows_that_could_not_be_compressed_are_missed(
+    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """If a caller ignores the error, ``commit`` refuses."""
     sink = opened(tmp_path / "x.zarr", replace(INFO, device="cuda"))
-    steps = list(sink.prepare(iter(batches(2))))
+    given: list[Any] = batches(2)
+    _failing_at(given[1].flow[0].numpy(), "encode", monkeypatch)
+    if how == "take":
+        given = list(sink.prepare(iter(given)))
+        _failing_at(given[1].steps.numpy(), "encode_prepared", monkeypatch)
     with pytest.raises(ZeroDivisionError) as caught:
-        _write_all_but_one(sink, steps, monkeypatch)
+        _all_compressed(sink, getattr(sink, how), given)
     assert frame_of(caught.value, None) == 2
     with pytest.raises(OutputWriteError, match="some of its flows could not be compressed"):
         sink.commit()
     sink.abort()
 
 
-def _write_all_but_one(sink: ZarrSink, steps: list[StepsBatch], monkeypatch: pytest.MonkeyPatch) -> None:
-    made, second = FlowCodec.encode_prepared, steps[1].steps.numpy()
+def _failing_at(wanted: Any, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = getattr(FlowCodec, method)
 
-    def failing(codec: FlowCodec, values: Any, threads: int) -> Any:
-        return 1 / 0 if np.array_equal(values, second) else made(codec, values, threads)
+    def failing(codec: FlowCodec, values: Any, *threads: int) -> Any:
+        return 1 / 0 if np.array_equal(values, wanted) else made(codec, values, *threads)
 
-    monkeypatch.setattr(FlowCodec, "encode_prepared", failing)
-    for batch in steps:
-        sink.take(batch)
+    monkeypatch.setattr(FlowCodec, method, failing)
+
+
+def _all_compressed(sink: ZarrSink, take: Callable[[Any], None], given: list[Any]) -> None:
+    for batch in given:
+        take(batch)
     assert isinstance(sink._shards, ShardsInThreads)
     sink._shards.drain()
+
+
+@pytest.mark.parametrize("ready", [False, True])
+def test_what_waits_to_be_compressed_is_counted(tmp_path: Path, ready: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that memory stays bounded where flow comes faster than it can be compressed."""
+    sink, counted = opened(tmp_path / "x.zarr"), []
+    assert isinstance(sink._shards, ShardsInThreads)
+    submit = sink._shards._pool.submit
+
+    def noted(*call: Any, nbytes: int = 0) -> None:
+        counted.append(nbytes)
+        submit(*call, nbytes=nbytes)
+
+    monkeypatch.setattr(sink._shards._pool, "submit", noted)
+    values = 2 * SIZE[0] * SIZE[1]
+    if ready:
+        for steps in sink.prepare(iter(batches(4))):
+            sink.take(steps)
+        assert counted == [4 * 2 * values, 3 * 2 * values]  # int16, a batch at a time
+    else:
+        for batch in batches(4):
+            sink.write(batch)
+        assert counted == 7 * [4 * values]
+    sink.abort()
 
 
 @pytest.mark.parametrize("codec", ["blosc", "zstd"])
