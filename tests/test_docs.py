@@ -21,11 +21,10 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-import typer.main
 
 import flowreel
 from flowreel.engine.cli import call
-from flowreel.engine.cli.app import app
+from flowreel.engine.cli.app import command_line
 from flowreel.engine.models import weights
 from flowreel.sinks import registry
 
@@ -33,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAZY = (ROOT / "docs/lazy.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 FRAMES = 40
-CLI: Any = typer.main.get_command(app)
+CLI: Any = command_line
 
 
 @pytest.fixture(scope="module")

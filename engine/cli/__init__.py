@@ -147,9 +147,9 @@ def call(arguments: list[str]) -> int:
     except OSError as lost:  # MKL would abort the process, blaming a file of torch's
         return say(f"the working folder cannot be used ({lost.strerror}): change to one that exists", 1)
     try:
-        from flowreel.engine.cli.app import app  # here, so that Ctrl-C while it loads is handled
+        from flowreel.engine.cli.app import command_line  # here, so that Ctrl-C while it loads is handled
 
-        result: int | None = app(arguments, prog_name="flowreel", standalone_mode=False)
+        result: int | None = command_line(arguments, prog_name="flowreel", standalone_mode=False)
     except (KeyboardInterrupt, Exception) as raised:
         error = (raised.__cause__ or raised) if isinstance(raised, PastTyper) else raised
         if not isinstance(error, Exception):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
+import typer.main
 
 from flowreel.engine.cli.bench import bench
 from flowreel.engine.cli.color import color
@@ -53,3 +53,4 @@ for command in (run, demo, info, color, export, verify, repair, train, doctor):
 passed_on = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 app.command(cls=Command, context_settings=passed_on)(bench)
 app.add_typer(weights_app)
+command_line = typer.main.get_command(app)  # once: a call of ``app`` itself would make it anew, in 35 ms

@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import typer.main
 from PIL import Image
 
 from flowreel.engine import api
-from flowreel.engine.cli.app import app
+from flowreel.engine.cli.app import command_line
 from flowreel.sinks import open_store, write_flo
 
 Answer = dict[str, Any]
@@ -23,7 +22,7 @@ Catalogue = Any  # the fixture of conftest.py
 Command = Any  # typer's own copy of click's types is not public
 Files = dict[str, bytes]
 
-ROOT: Any = typer.main.get_command(app)
+ROOT: Any = command_line
 TEXT = ("", " ", "nan", "-1", "0", "1.5", "x", "AUTO", "None", "☃", "\x1b[31m", "a\nb", "\0", "[bold]", "{0}", "%s")
 TEXT += ("\udcff", "é" * 2000)
 NUMBERS = ("nan", "NaN", "inf", "-inf", "1e400", "-1", "0", "-0.0", "1.5", "1e-320", "1e308", "1,5", "1_0", "0x10", "٣")

@@ -8,7 +8,6 @@ includes what C libraries print.
 from __future__ import annotations
 
 import faulthandler
-import functools
 import gc
 import hashlib
 import json
@@ -28,7 +27,6 @@ import av  # noqa: F401  (heavy modules are loaded once, before memory is measur
 import numpy as np
 import PIL.Image
 import torch
-import typer.main
 import zarr  # noqa: F401
 
 from flowreel import sinks
@@ -196,9 +194,6 @@ def shut_off() -> None:
 
 def main(commands: int, answers: int, scratch: str, room_bytes: str) -> None:
     torch.set_num_threads(1)
-    typer.main.get_command = functools.cache(
-        typer.main.get_command
-    )  # building it anew would take most of the time of a call
     PIL.Image.init()
     silence_pillow()  # as the command line does, so that all other output is ours
     shut_off()

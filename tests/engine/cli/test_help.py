@@ -10,14 +10,13 @@ from importlib.metadata import version
 from typing import Any, get_args
 
 import pytest
-import typer.main
 
 from flowreel.engine.cli import call
-from flowreel.engine.cli.app import app
+from flowreel.engine.cli.app import command_line
 from flowreel.engine.config import Codec
 from flowreel.engine.models import MODELS
 
-ROOT: Any = typer.main.get_command(app)
+ROOT: Any = command_line
 GROUP = ROOT.commands["weights"]
 COMMANDS = [[], ["weights"], *([word] for word in ROOT.commands if word != "bench")]  # bench has a parser of its own
 COMMANDS += [["weights", word] for word in GROUP.commands]
