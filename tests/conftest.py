@@ -32,7 +32,7 @@ def pytest_configure() -> None:
 
     ``--basetemp``, ``PYTEST_DEBUG_TEMPROOT`` and ``TMPDIR`` name another place.
     """
-    if {"PYTEST_DEBUG_TEMPROOT", "TMPDIR"} & os.environ.keys() or not MEMORY.is_dir():
+    if {"PYTEST_DEBUG_TEMPROOT", "TMPDIR"} & os.environ.keys() or not os.access(MEMORY, os.W_OK | os.X_OK):
         return
     if shutil.disk_usage(MEMORY).free > ROOM and not os.statvfs(MEMORY).f_flag & os.ST_NOEXEC:
         os.environ["PYTEST_DEBUG_TEMPROOT"] = str(MEMORY)
