@@ -65,8 +65,9 @@ def serve(connection: int, memory: int) -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to whole process groups; the parent ends this one
         signal.signal(number, signal.SIG_IGN)
-    # The parent may be gone by the time there is an answer: then this process ends silently, too.
-    with suppress(EOFError, OSError), socket.socket(fileno=connection) as ours, ours.makefile("rwb") as stream:
+    # The parent may be gone by the time there is an answer, or halfway through a request: then this process ends, too.
+    gone = suppress(EOFError, OSError, pickle.UnpicklingError)
+    with gone, socket.socket(fileno=connection) as ours, ours.makefile("rwb") as stream:
         view = SharedView(memory)
         _tell(None, stream)
         while True:

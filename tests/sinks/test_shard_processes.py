@@ -359,6 +359,16 @@ def test_a_run_that_is_killed_takes_them_along_and_its_claim_as_well(tmp_path: P
     assert point.flows == SHARD
 
 
+def test_a_run_that_is_killed_halfway_through_a_request_is_no_error_there(tmp_path: Path, fresh: Fresh) -> None:
+    code = (
+        "import os, pickle, socket; from flowreel.sinks.shard_maker import serve\n"
+        "ours, theirs = socket.socketpair()\n"
+        "ours.sendall(pickle.dumps(bytes(1000))[:500]); ours.shutdown(socket.SHUT_WR)\n"
+        "serve(theirs.detach(), os.memfd_create('steps'))\n"
+    )
+    assert fresh("-c", [code], tmp_path) == (0, "")
+
+
 def _runs(pid: int) -> bool:
     """Whether any of its threads does: one that is still ending holds its files open, claim included."""
     try:
