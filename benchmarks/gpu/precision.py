@@ -75,7 +75,7 @@ def _check(
             findings.add(headline=f"{name}: {apart:.3f} px apart, {share:.2%} of the flow: {AIM_PX} px {holds}")
     findings.check(f"{name}: the same twice", torch.equal(fast(*frames), flow))
     # Taken for a network of the user's own; on a CPU also where it has no instructions for bf16.
-    plain = on_gpu and isinstance(getattr(fast, "_program", None), PlainNetwork)
+    plain = isinstance(fast._program, PlainNetwork) and on_gpu
     findings.check(f"{name}: one CUDA graph", not plain and not any(WITHOUT_GRAPH in text for text in told))
 
 

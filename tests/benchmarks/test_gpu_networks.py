@@ -38,12 +38,23 @@ def test_aims_are_shown_on_the_card_that_they_are_for(
     assert ("asked for" in findings["headline"]) == (aim is not None)
 
 
+class Compiled:
+    """A compiled network that always gives the same flow."""
+
+    def __init__(self, flow: torch.Tensor, program: PlainNetwork | None = None) -> None:
+        self._flow, self._program = flow, program
+
+    def __call__(self, *_: object) -> torch.Tensor:
+        return self._flow
+
+
 @pytest.mark.parametrize(("off_px", "within"), [(0.0, True), (0.5, True), (1.5, False)])
 def test_filled_weights_are_judged_by_their_flow_and_told_in_pixels(
     off_px: float, within: bool, findings: Found, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flow = torch.tensor([60.0, 80.0]).view(1, 2, 1, 1).expand(1, 2, 4, 4)  # 100 px long
-    monkeypatch.setattr(flowreel, "compile", lambda *_: lambda *_: flow + torch.tensor([0, off_px]).view(1, 2, 1, 1))
+    made = Compiled(flow + torch.tensor([0, off_px]).view(1, 2, 1, 1))
+    monkeypatch.setattr(flowreel, "compile", lambda *_: made)
     frames = (torch.zeros(1, 3, 4, 4),) * 2
     precision._check(findings, "filled, width 1", "fp16", lambda: (torch.nn.Identity(), flow), frames)
     assert findings.verdicts["fp16, filled, width 1"] is within
@@ -59,16 +70,10 @@ def test_a_network_that_runs_without_its_graph_fails(
 ) -> None:
     flow = torch.ones(1, 2, 4, 4)
 
-    class Compiled:
-        _program = None if as_written else PlainNetwork(torch.nn.Identity(), "fp16")
-
-        def __call__(self, *_: object) -> torch.Tensor:
-            return flow
-
     def compiled(*_: object) -> Compiled:
         if not captured:
             warnings.warn(f"running {precision.WITHOUT_GRAPH}, which could not be captured", stacklevel=2)
-        return Compiled()
+        return Compiled(flow, None if as_written else PlainNetwork(torch.nn.Identity(), "fp16"))
 
     monkeypatch.setattr(flowreel, "compile", compiled)
     frames = (torch.zeros(1, 3, 4, 4),) * 2
